@@ -1,0 +1,64 @@
+"""CFSP: structured pruning that makes a decoder-only LLM physically smaller and faster.
+
+    import cfsp
+
+    report = cfsp.prune("path/to/model", sparsity=0.2, data=["text.txt"], out="smaller")
+    model = cfsp.load("smaller")
+
+    smaller = cfsp.prune(model_in_memory, tokenizer, sparsity=0.2, data=["text.txt"])
+
+Method: CFSP, arXiv 2409.13199. Importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cfsp.api import calibrate, evaluate, plan, prune
+    from cfsp.calibration.statistics import Statistics
+    from cfsp.errors import CfspError
+    from cfsp.loading import load
+    from cfsp.pipeline import PruneReport
+    from cfsp.pruning_plan import PruningPlan
+
+__version__ = version("cfsp-llm")
+
+_HOME = {
+    "CfspError": "cfsp.errors",
+    "PruneReport": "cfsp.pipeline",
+    "PruningPlan": "cfsp.pruning_plan",
+    "Statistics": "cfsp.calibration.statistics",
+    "calibrate": "cfsp.api",
+    "evaluate": "cfsp.api",
+    "load": "cfsp.loading",
+    "plan": "cfsp.api",
+    "prune": "cfsp.api",
+}
+
+__all__ = [
+    "CfspError",
+    "PruneReport",
+    "PruningPlan",
+    "Statistics",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "load",
+    "plan",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cfsp' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,209 @@
+"""The Python interface: the same stages as the command line, on paths or models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from cfsp.allocation import Budget, BudgetOf
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.errors import UsageError
+from cfsp.pipeline import (
+    CalibrationText,
+    Compute,
+    EvaluationText,
+    PruneReport,
+    calibrate_source,
+    evaluate_models,
+    plan_source,
+    prune_checkpoint,
+    prune_model,
+)
+from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
+from cfsp.pruning_plan import PruningPlan
+from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import DEFAULT_SEQLEN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_DATA = ("python-docs",)
+
+
+@overload
+def prune(
+    model: str | Path,
+    tokenizer: None = None,
+    *,
+    out: str | Path,
+    sparsity: float,
+    of: BudgetOf = ...,
+    multiple: int | None = ...,
+    data: Sequence[str] = ...,
+    samples: int | None = ...,
+    seqlen: int = ...,
+    seed: int = ...,
+    block_metric: str = ...,
+    channel_metric: str = ...,
+    device: str = ...,
+    dtype: str = ...,
+) -> PruneReport: ...
+
+
+@overload
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    out: None = None,
+    sparsity: float,
+    of: BudgetOf = ...,
+    multiple: int | None = ...,
+    data: Sequence[str] = ...,
+    samples: int | None = ...,
+    seqlen: int = ...,
+    seed: int = ...,
+    block_metric: str = ...,
+    channel_metric: str = ...,
+    device: str = ...,
+    dtype: str = ...,
+) -> PreTrainedModel: ...
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    out: str | Path | None = None,
+    sparsity: float,
+    of: BudgetOf = "ffn",
+    multiple: int | None = None,
+    data: Sequence[str] = DEFAULT_DATA,
+    samples: int | None = None,
+    seqlen: int = DEFAULT_SEQLEN,
+    seed: int = 0,
+    block_metric: str = DEFAULT_BLOCK_METRIC,
+    channel_metric: str = DEFAULT_CHANNEL_METRIC,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> PruneReport | PreTrainedModel:
+    """Prune a model: a path into a new directory, or a model in memory into a smaller one.
+
+    Args:
+        model: a directory, hub id, .gguf file or `demo`; or a transformers model.
+        tokenizer: needed for a model in memory, and for nothing else.
+        out: the new directory; needed for a path, and for nothing else.
+        sparsity: fraction to remove, in [0, 1).
+        of: `ffn` (FFN channels) or `model` (all parameters).
+        multiple: widths become multiples of this; None for 128 or, below 4096 channels, 32.
+        data: calibration texts (see `cfsp.text.sources`).
+        samples: windows in all; None for 128 or what there is.
+        seqlen: tokens in a window.
+        seed: of the draw of windows.
+        block_metric: coarse criterion.
+        channel_metric: fine criterion.
+        device: where to compute; `auto` is an accelerator if there is one.
+        dtype: what to compute in; `auto` is the model's own.
+
+    Returns:
+        A report for a path; a new model, sharing the unpruned tensors, for one in memory.
+
+    Raises:
+        CfspError: anything that a user can cause; nothing is left behind.
+    """
+    budget = Budget(sparsity, of, multiple)
+    criterion = Criterion(block_metric, channel_metric)
+    text = CalibrationText(tuple(data), samples, seqlen, seed)
+    compute = Compute(device, dtype)
+    if isinstance(model, str | Path):
+        if out is None:
+            raise UsageError("pruning a path needs out=, the new directory")
+        return prune_checkpoint(
+            open_checkpoint(model),
+            Path(out),
+            budget=budget,
+            criterion=criterion,
+            text=text,
+            compute=compute,
+            command=f"cfsp.prune({str(model)!r}, sparsity={sparsity}, of={of!r}, ...)",
+        )
+    if tokenizer is None or out is not None:
+        raise UsageError(
+            "pruning a model in memory needs its tokenizer and no out=; "
+            "it returns the new model, which save_pretrained can write"
+        )
+    return prune_model(
+        model, tokenizer, budget=budget, criterion=criterion, text=text, compute=compute
+    )
+
+
+def calibrate(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    data: Sequence[str] = DEFAULT_DATA,
+    samples: int | None = None,
+    seqlen: int = DEFAULT_SEQLEN,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Statistics:
+    """Run a text through a model once and return what plans are made from.
+
+    Arguments are those of `prune`.
+    """
+    source = _source(model)
+    if tokenizer is None:
+        if not isinstance(source, Checkpoint):
+            raise UsageError("calibrating a model in memory needs its tokenizer")
+        tokenizer = load_tokenizer(source.directory)
+    text = CalibrationText(tuple(data), samples, seqlen, seed)
+    return calibrate_source(source, tokenizer, text, Compute(device, dtype))
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    statistics: Statistics,
+    *,
+    sparsity: float,
+    of: BudgetOf = "ffn",
+    multiple: int | None = None,
+    block_metric: str = DEFAULT_BLOCK_METRIC,
+    channel_metric: str = DEFAULT_CHANNEL_METRIC,
+) -> PruningPlan:
+    """Decide from statistics which channels stay; no forward pass.
+
+    Arguments are those of `prune`.
+    """
+    criterion = Criterion(block_metric, channel_metric)
+    return plan_source(_source(model), statistics, Budget(sparsity, of, multiple), criterion)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    data: Sequence[str],
+    *,
+    windows: int | None = None,
+    seqlen: int = DEFAULT_SEQLEN,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> list[dict[str, Any]]:
+    """Return perplexities of models on texts, as `cfsp eval --json` prints them.
+
+    Args:
+        models: directories, hub ids, .gguf files or `demo`.
+        data: texts (see `cfsp.text.sources`).
+        windows: consecutive windows from the beginning of each text; None for all.
+        seqlen: tokens in a window.
+        device: where to compute.
+        dtype: what to compute in.
+    """
+    texts = EvaluationText(tuple(data), windows, seqlen)
+    return evaluate_models([str(model) for model in models], texts, Compute(device, dtype))
+
+
+def _source(model: str | Path | PreTrainedModel) -> WeightSource:
+    return open_checkpoint(model) if isinstance(model, str | Path) else LoadedModel(model)

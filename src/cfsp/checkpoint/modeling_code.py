@@ -1,0 +1,80 @@
+"""The modelling file that travels with a checkpoint whose blocks have different widths.
+
+Stock transformers reads `per_layer_config` but builds every block with the same width. The
+file builds the stock model and then replaces only each block's FFN with one of the right
+width. Decoder layers keep the very config object of the model: with copies,
+`set_attn_implementation` would not reach them. When all widths are equal no file is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfsp.families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODELING_FILE = "modeling_cfsp.py"
+
+
+@cache
+def modeling_code(family: Family) -> str:
+    """Return the text of the modelling file for one family."""
+    template = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
+    for key, value in {
+        "MODEL_TYPE": family.model_type,
+        "CAUSAL_LM": family.causal_lm,
+        "BASE_MODEL": family.base_model,
+        "BLOCKS_IN_BASE": family.blocks_in_base_model,
+        "BLOCKS": family.blocks,
+        "MLP": family.mlp,
+        "WIDTH_KEY": family.width_key,
+    }.items():
+        template = template.replace(f"@{key}@", value)
+    return template
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """Return the `auto_map` of config.json that points at the modelling file."""
+    module = MODELING_FILE.removesuffix(".py")
+    return {
+        "AutoModel": f"{module}.Pruned{family.base_model}",
+        "AutoModelForCausalLM": f"{module}.Pruned{family.causal_lm}",
+    }
+
+
+def is_our_modeling_code(directory: Path) -> bool:
+    """Return whether the directory's only code is a modelling file exactly as we write it."""
+    sources = [path for path in directory.glob("*.py") if path.is_file()]
+    if [path.name for path in sources] != [MODELING_FILE]:
+        return False
+    found = hashlib.sha256(sources[0].read_bytes()).digest()
+    return any(
+        hashlib.sha256(modeling_code(family).encode()).digest() == found
+        for family in FAMILIES.values()
+    )
+
+
+def pruned_class(family: Family) -> type[PreTrainedModel]:
+    """Return the class of a causal LM whose blocks have the widths of `per_layer_config`.
+
+    It is imported in the same way as transformers imports it from a checkpoint, so a model of
+    this class saves its modelling file with `save_pretrained`.
+    """
+    import tempfile
+
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    with tempfile.TemporaryDirectory() as directory:
+        code_directory = Path(directory) / f"cfsp_{family.model_type}"
+        code_directory.mkdir()
+        (code_directory / MODELING_FILE).write_text(modeling_code(family))
+        reference = auto_map(family)["AutoModelForCausalLM"]
+        loaded: Any = get_class_from_dynamic_module(reference, str(code_directory))
+    loaded.register_for_auto_class("AutoModelForCausalLM")
+    return loaded  # type: ignore[no-any-return]

@@ -1,0 +1,247 @@
+"""A model as a lazy thing: its config, the names of its tensors, and a way to read one.
+
+`WeightSource` is all that calibration, planning and surgery know of a model. It is either a
+`Checkpoint` (a directory with safetensors) or a `LoadedModel` (a transformers model in memory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.modeling_code import is_our_modeling_code
+from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec, tensor_chunks
+from cfsp.errors import CheckpointError
+from cfsp.families import Family, family_of, family_of_type, intermediate_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_FINGERPRINT_ELEMENTS = 64
+
+
+class WeightSource(Protocol):
+    """What the stages need of a model: config, tensor specs, and single tensors."""
+
+    config: PreTrainedConfig
+    family: Family
+    label: str
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of every tensor, in storage order."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its own dtype."""
+        ...
+
+    def read_prefix(self, name: str, elements: int) -> Tensor:
+        """Return the first elements of one tensor, flattened."""
+        ...
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the raw bytes of one tensor."""
+        ...
+
+
+class Checkpoint:
+    """A model directory with safetensors; opening it reads only config and headers.
+
+    Args:
+        directory: the directory.
+        label: how to name the model to people (for example its hub id).
+
+    Raises:
+        CheckpointError: no config, no safetensors, a missing or truncated shard, or tensors
+            whose shapes contradict the config.
+        UnsupportedModelError: the family is not in the table.
+    """
+
+    def __init__(self, directory: Path, label: str | None = None) -> None:
+        self.directory = directory
+        self.label = label or str(directory)
+        self.config = _read_config(directory)
+        self.family = family_of(self.config)
+        self._file_of: dict[str, TensorFile] = {}
+        for file in _tensor_files(directory):
+            for name in file.specs:
+                if name in self._file_of:
+                    raise CheckpointError(f"{directory}: tensor {name} is stored in two shards")
+                self._file_of[name] = file
+        check_ffn_shapes(self)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of every tensor, in storage order."""
+        return {name: file.specs[name] for name, file in self._file_of.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its own dtype."""
+        return self._file_of[name].read(name)
+
+    def read_prefix(self, name: str, elements: int) -> Tensor:
+        """Return the first elements of one tensor, flattened."""
+        return self._file_of[name].read_prefix(name, elements)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the raw bytes of one tensor."""
+        return self._file_of[name].chunks(name)
+
+
+class LoadedModel:
+    """A transformers model in memory, seen as a weight source; nothing is copied."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
+        self.family = family_of(model.config)
+        self.label = model.config._name_or_path or type(model).__name__
+        tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+        self._tensors = {k: v for k, v in model.state_dict().items() if k not in tied}
+        check_ffn_shapes(self)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of every tensor, in storage order."""
+        return {k: TensorSpec(v.dtype, tuple(v.shape)) for k, v in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its own dtype."""
+        return self._tensors[name].detach()
+
+    def read_prefix(self, name: str, elements: int) -> Tensor:
+        """Return the first elements of one tensor, flattened."""
+        return self._tensors[name].detach().reshape(-1)[:elements].cpu()
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the raw bytes of one tensor."""
+        return tensor_chunks(self._tensors[name])
+
+
+def fingerprint(source: WeightSource) -> str:
+    """Return a hex digest that tells models apart, cheap enough to compute at every start.
+
+    It covers the model type, the name and shape of every tensor, and the first values of every
+    down projection, so that a fine-tuned copy of a model does not pass for the original. Values
+    are taken in float32: a model and its upcast copy are the same model.
+    """
+    digest = hashlib.sha256(source.config.model_type.encode())
+    for name in sorted(source.specs):
+        digest.update(f"{name}{list(source.specs[name].shape)}".encode())
+    for block in range(source.config.num_hidden_layers):
+        name = source.family.weight_name(block, source.family.down)
+        values = source.read_prefix(name, _FINGERPRINT_ELEMENTS).to(torch.float32)
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def parameter_count(source: WeightSource) -> int:
+    """Return the number of stored parameters; tied embeddings count once."""
+    return sum(_elements(spec) for spec in source.specs.values())
+
+
+def ffn_parameters_per_channel(source: WeightSource, block: int) -> int:
+    """Return how many parameters one FFN channel of a block owns, biases included."""
+    widths = intermediate_sizes(source.config)
+    prefix = source.family.block_prefix(block)
+    return sum(
+        _elements(spec) // widths[block]
+        for name, spec in source.specs.items()
+        if name.startswith(prefix) and source.family.channel_axis(name)
+    )
+
+
+def check_ffn_shapes(source: WeightSource) -> None:
+    """Check that every block's FFN has the width that the config announces.
+
+    Raises:
+        CheckpointError: a matrix is missing or has another width.
+    """
+    family = source.family
+    for block, width in enumerate(intermediate_sizes(source.config)):
+        for matrix in (family.gate, family.up, family.down):
+            if matrix is None:
+                continue
+            name = family.weight_name(block, matrix)
+            spec = source.specs.get(name)
+            if spec is None:
+                raise CheckpointError(
+                    f"{source.label} has no tensor {name}, which a {family.model_type} model "
+                    f"with {source.config.num_hidden_layers} blocks needs"
+                )
+            axis = 1 if matrix == family.down else 0
+            if len(spec.shape) != 2 or spec.shape[axis] != width:
+                raise CheckpointError(
+                    f"{source.label}: {name} has shape {list(spec.shape)}, but the config says "
+                    f"that block {block} has {width} FFN channels"
+                )
+
+
+def _elements(spec: TensorSpec) -> int:
+    return spec.nbytes // spec.dtype.itemsize
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        family = family_of_type(fields["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a model config: it names no model_type") from error
+    if "auto_map" in fields and not is_our_modeling_code(directory):
+        raise CheckpointError(
+            f"{directory} brings its own modelling code, which may compute something else than "
+            f"the stock {family.causal_lm}; cfsp prunes stock models and its own output only"
+        )
+    try:
+        # Our own modelling file replaces only the model class: the stock config class fits.
+        config: PreTrainedConfig = CONFIG_MAPPING[family.model_type].from_pretrained(directory)
+        intermediate_sizes(config)
+    except Exception as error:  # transformers validates with many exception types
+        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} is not a usable {family.model_type} config: {summary}"
+        ) from error
+    return config
+
+
+def _tensor_files(directory: Path) -> Sequence[TensorFile]:
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        single = directory / SINGLE_FILE
+        if single.is_file():
+            return [TensorFile(single)]
+        pickles = sorted(p.name for p in directory.glob("*.bin"))
+        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none"
+        raise CheckpointError(
+            f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}); "
+            "save the model as safetensors"
+        )
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a checkpoint index: no weight_map") from error
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a file outside its directory: {shard}")
+        if not (directory / shard).is_file():
+            raise CheckpointError(f"{index} names {shard}, which is missing; download it again")
+    files = [TensorFile(directory / shard) for shard in shards]
+    stored = {name for file in files for name in file.specs}
+    if missing := sorted(set(weight_map) - stored):
+        raise CheckpointError(f"{index} names {missing[0]}, which no shard holds")
+    return files

@@ -1,0 +1,97 @@
+"""Models without weights, into which single tensors are put when they are needed."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cfsp.checkpoint.modeling_code import pruned_class
+from cfsp.errors import CheckpointError
+from cfsp.families import Family, family_of, intermediate_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from cfsp.checkpoint.reading import WeightSource
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the causal LM class of a config: stock, or ours when widths differ."""
+    import transformers
+
+    family = family_of(config)
+    if len(set(intermediate_sizes(config))) > 1:
+        return pruned_class(family)
+    return getattr(transformers, family.causal_lm)  # type: ignore[no-any-return]
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a config with parameters on the meta device and real buffers.
+
+    Real buffers matter: rotary frequencies are computed at construction and stored nowhere.
+    """
+    from accelerate import init_empty_weights
+
+    build: Any = model_class(config)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = build._from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
+    """Return the list of decoder blocks of a causal LM."""
+    blocks = attrgetter(family.blocks)(model)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def ffn_of(block: nn.Module, family: Family) -> nn.Module:
+    """Return the FFN of a decoder block."""
+    ffn = attrgetter(family.mlp)(block)
+    assert isinstance(ffn, nn.Module)
+    return ffn
+
+
+def load_into(
+    module: nn.Module,
+    prefix: str,
+    source: WeightSource,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Fill a module with its tensors from the source, converted to device and dtype.
+
+    Args:
+        module: any part of a skeleton.
+        prefix: what the module's parameter names begin with in the source.
+        source: where the tensors come from.
+        device: where they go.
+        dtype: what floating-point tensors become.
+
+    Raises:
+        CheckpointError: the source lacks a tensor or has it in another shape.
+    """
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        spec = source.specs.get(prefix + name)
+        if spec is None:
+            raise CheckpointError(f"{source.label} lacks the tensor {prefix + name}")
+        if spec.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{source.label}: {prefix + name} has shape {list(spec.shape)}, "
+                f"its config asks for {list(parameter.shape)}"
+            )
+        tensors[name] = source.read(prefix + name).to(device, dtype)
+    module.load_state_dict(tensors, strict=False, assign=True)
+    module.requires_grad_(False)
+
+
+def unload(module: nn.Module) -> None:
+    """Drop a module's parameters, keeping their shapes and its buffers."""
+    for submodule in module.modules():
+        for name, parameter in submodule.named_parameters(recurse=False):
+            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+            setattr(submodule, name, empty)

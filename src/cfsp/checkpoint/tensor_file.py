@@ -1,0 +1,236 @@
+"""One safetensors file, read and written as a stream.
+
+Reading goes through `read`, not through a memory map: resident memory is then exactly what
+the caller holds, and a file that shrinks under us is an error instead of a crash. Writing
+needs the header first, which holds only names, dtypes and shapes, so tensors can be produced
+one at a time while the file grows.
+
+Format: 8 bytes little-endian header length, a JSON header, then the raw tensors
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cfsp.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_HEADER_BYTES = 100_000_000
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Type and shape of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the raw data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def with_length(self, axis: int, length: int) -> TensorSpec:
+        """Return the same spec with another length along one axis."""
+        shape = list(self.shape)
+        shape[axis] = length
+        return TensorSpec(self.dtype, tuple(shape))
+
+
+class TensorFile:
+    """A safetensors file whose header has been read and checked against the file's size.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or its header contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        try:
+            with path.open("rb") as file:
+                self._read_header(file.read(8), file.read, path.stat().st_size)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+    def _read_header(self, prefix: bytes, read: Callable[[int], bytes], file_bytes: int) -> None:
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
+            raise CheckpointError(
+                f"{self.path} is not a complete safetensors file: it has {file_bytes} bytes and "
+                f"announces a header of {length}; download or save it again"
+            )
+        try:
+            header = json.loads(read(length))
+            entries = [
+                (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+            entries.sort()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.path} is not a safetensors file: its header is not readable"
+            ) from error
+        end = 0
+        for start, stop, name, dtype_name, shape in entries:
+            if dtype_name not in DTYPES:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} has dtype {dtype_name}, "
+                    f"expected one of {', '.join(DTYPES)}"
+                )
+            if not all(isinstance(n, int) and n >= 0 for n in (start, stop, *shape)):
+                raise CheckpointError(f"{self.path}: tensor {name} has an impossible shape {shape}")
+            spec = TensorSpec(DTYPES[dtype_name], shape)
+            if start != end or stop - start != spec.nbytes:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} {list(shape)} {dtype_name} needs {spec.nbytes} "
+                    f"bytes from {end}, its header says {start} to {stop}; the file is damaged"
+                )
+            end = stop
+            self.specs[name] = spec
+            self._offsets[name] = 8 + length + start
+        if 8 + length + end != file_bytes:
+            raise CheckpointError(
+                f"{self.path} is truncated or damaged: its header describes {8 + length + end} "
+                f"bytes, the file has {file_bytes}; download or save it again"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in the dtype in which it is stored."""
+        spec = self.specs[name]
+        data = self._read_bytes(self._offsets[name], spec.nbytes)
+        return data.view(spec.dtype).reshape(spec.shape)
+
+    def read_prefix(self, name: str, elements: int) -> Tensor:
+        """Return the first elements of one tensor, flattened."""
+        spec = self.specs[name]
+        nbytes = min(elements * spec.dtype.itemsize, spec.nbytes)
+        return self._read_bytes(self._offsets[name], nbytes).view(spec.dtype)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the raw bytes of one tensor in pieces of at most 16 MB."""
+        spec = self.specs[name]
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._offsets[name])
+            left = spec.nbytes
+            while left:
+                piece = file.read(min(left, _CHUNK_BYTES))
+                if not piece:
+                    raise self._shrunk(name)
+                left -= len(piece)
+                yield memoryview(piece)
+
+    def _read_bytes(self, offset: int, nbytes: int) -> Tensor:
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        view = memoryview(data.numpy())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise self._shrunk("a tensor")
+                done += count
+        return data
+
+    def _shrunk(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} ended while {what} was read: the file changed; start again"
+        )
+
+
+@dataclass(frozen=True)
+class OutgoingTensor:
+    """A tensor that will be written: its spec is known now, its bytes are made when needed."""
+
+    name: str
+    spec: TensorSpec
+    chunks: Callable[[], Iterator[memoryview]]
+
+
+def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the raw bytes of a tensor in memory."""
+    data = tensor.detach().cpu().contiguous().view(-1)
+    if data.numel():
+        yield memoryview(data.view(torch.uint8).numpy())
+
+
+def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
+    """Write tensors one after another and return the file's SHA-256 as hex.
+
+    The digest is computed on a second thread, so that it hides behind the writing. The file
+    is flushed to the disk before this returns.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        stop = offset + tensor.spec.nbytes
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.spec.dtype],
+            "shape": list(tensor.spec.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
+        pending: Future[None] | None = None
+        for chunk in _file_chunks(text, tensors):
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(digest.update, chunk)
+            _write_all(file.write, chunk)
+        if pending is not None:
+            pending.result()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _file_chunks(header: bytes, tensors: Sequence[OutgoingTensor]) -> Iterator[memoryview]:
+    yield memoryview(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors:
+        written = 0
+        for chunk in tensor.chunks():
+            written += chunk.nbytes
+            yield chunk
+        # The header is already on disk: bytes that do not match it would corrupt all that follow.
+        assert written == tensor.spec.nbytes, (tensor.name, written, tensor.spec)
+
+
+def _write_all(write: Callable[[memoryview], int | None], chunk: memoryview) -> None:
+    while chunk.nbytes:
+        chunk = chunk[write(chunk) or 0 :]

@@ -1,0 +1,72 @@
+"""The console script `cfsp`: parses, calls one function, prints.
+
+Nothing here imports torch before the arguments are parsed, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cfsp.cli import calibrate, demo, evaluate, inspect, plan, prune
+from cfsp.errors import CfspError
+
+_COMMANDS = (prune, calibrate, plan, evaluate, inspect, demo)
+
+_DESCRIPTION = """\
+Make a decoder-only LLM smaller and faster: score its FFN channels with one forward pass over
+a text sample, remove the weakest, and write an ordinary dense checkpoint.
+"""
+
+_EXAMPLES = """\
+examples:
+  cfsp demo --out demo
+  cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out smaller
+  cfsp eval meta-llama/Llama-3.2-1B smaller --data wikitext2 --data c4
+
+`cfsp COMMAND --help` explains one command.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="cfsp",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Status: 0 success, 2 an error that the user can cure (one sentence on standard error),
+    130 interrupted. Bugs keep their traceback.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"cfsp {version('cfsp-llm')}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        args.run(args)
+    except CfspError as error:
+        print(f"cfsp {args.command}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"\ncfsp {args.command}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

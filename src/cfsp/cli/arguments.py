@@ -1,0 +1,169 @@
+"""Arguments that several commands share, and what they become."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import UsageError
+
+if TYPE_CHECKING:
+    from cfsp.allocation import Budget
+    from cfsp.pipeline import CalibrationText, Compute, EvaluationText
+    from cfsp.planning import Criterion
+
+# Spelled out here, because their home imports torch; a test compares.
+BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform")
+CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude")
+
+Subparsers = Any
+
+
+def command_parser(
+    subparsers: Subparsers, name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose help ends with an example."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model and its revision."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory, hub id, .gguf file, or `demo` (SmolLM2-135M)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+
+
+def add_calibration_text(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name the calibration text."""
+    group = parser.add_argument_group("calibration text")
+    group.add_argument(
+        "--data",
+        action="append",
+        metavar="TEXT",
+        help="wikitext2, c4, NAME:CONFIG:SPLIT:COLUMN on the hub, a .txt, .jsonl or .parquet file, "
+        "a saved dataset, python-docs or python-source; repeat it to draw evenly from several "
+        "texts (default: python-docs)",
+    )
+    group.add_argument(
+        "--samples", type=int, metavar="N", help="windows in all (default: 128, or all there are)"
+    )
+    group.add_argument(
+        "--seqlen", type=int, default=1024, metavar="T", help="tokens in a window (default: 1024)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: 0)")
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where to compute and in what."""
+    group = parser.add_argument_group("computing")
+    group.add_argument(
+        "--device", default="auto", help="cpu, cuda, mps, ... (default: an accelerator if any)"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="what to compute in (default: the model's own)",
+    )
+    group.add_argument("--batch-windows", type=int, metavar="N", help="windows that pass together")
+
+
+def add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add the arguments that say how much to remove and by which criterion."""
+    group = parser.add_argument_group("what to remove")
+    group.add_argument(
+        "--sparsity", type=float, required=required, metavar="P", help="fraction, in [0, 1)"
+    )
+    group.add_argument(
+        "--of",
+        default="ffn",
+        choices=("ffn", "model"),
+        help="fraction of the FFN channels (default) or of all parameters",
+    )
+    group.add_argument(
+        "--multiple",
+        type=int,
+        metavar="N",
+        help="widths become multiples of N (default: 128, or 32 below 4096 channels)",
+    )
+    group.add_argument(
+        "--block-metric",
+        default="angular",
+        choices=BLOCK_METRICS,
+        help="distance that makes a block important (default: angular)",
+    )
+    group.add_argument(
+        "--channel-metric",
+        default="activation",
+        choices=CHANNEL_METRICS,
+        help="score that makes a channel important (default: activation)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on standard output"
+    )
+
+
+def calibration_text(args: argparse.Namespace) -> CalibrationText:
+    """Return the calibration text that was asked for; say so if it is the offline default."""
+    from cfsp.pipeline import CalibrationText
+
+    if not args.data:
+        print(
+            "calibrating on python-docs, the text that needs no download; a text like the "
+            "model's later use does better (--data)",
+            file=sys.stderr,
+        )
+    names = tuple(args.data or ("python-docs",))
+    return CalibrationText(names, args.samples, args.seqlen, args.seed)
+
+
+def compute(args: argparse.Namespace) -> Compute:
+    """Return where to compute and in what."""
+    from cfsp.pipeline import Compute
+
+    if args.batch_windows is not None and args.batch_windows < 1:
+        raise UsageError(f"--batch-windows must be at least 1, found {args.batch_windows}")
+    return Compute(args.device, args.dtype, args.batch_windows)
+
+
+def budget(args: argparse.Namespace) -> Budget:
+    """Return how much to remove."""
+    from cfsp.allocation import Budget
+
+    if args.sparsity is None:
+        raise UsageError("--sparsity is needed, unless --plan gives a complete decision")
+    return Budget(args.sparsity, args.of, args.multiple)
+
+
+def criterion(args: argparse.Namespace) -> Criterion:
+    """Return what counts as important."""
+    from cfsp.planning import Criterion
+
+    return Criterion(args.block_metric, args.channel_metric)
+
+
+def evaluation_text(names: list[str] | None, windows: int | None, seqlen: int) -> EvaluationText:
+    """Return which texts to measure perplexity on."""
+    from cfsp.pipeline import EvaluationText
+
+    return EvaluationText(tuple(names or ()), windows, seqlen)
+
+
+def typed_command() -> str:
+    """Return the command line as the user could type it again."""
+    return shlex.join(["cfsp", *sys.argv[1:]])

@@ -1,0 +1,44 @@
+"""What commands print: one JSON object for machines, tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on standard output."""
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns: the first aligned left, the others right."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    for number, row in enumerate([head, *rows]):
+        cells = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def human_count(number: float) -> str:
+    """Return a count with a suffix: 134.5M."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.1f}{suffix}"
+    return f"{number:.0f}"
+
+
+def human_bytes(number: float) -> str:
+    """Return a size in binary units: 1.2 GiB."""
+    for limit, suffix in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {suffix}"
+    return f"{number:.0f} B"

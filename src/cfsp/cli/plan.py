@@ -1,0 +1,77 @@
+"""`cfsp plan`: from statistics to a plan, without a forward pass."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfsp.cli import arguments
+from cfsp.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from cfsp.pruning_plan import PruningPlan
+
+
+def add_parser(subparsers: arguments.Subparsers) -> None:
+    """Add the subcommand."""
+    parser = arguments.command_parser(
+        subparsers,
+        "plan",
+        "decide from saved statistics which channels stay",
+        "cfsp plan MODEL --statistics stats.safetensors --sparsity 0.5 --out plan.json",
+    )
+    arguments.add_model(parser)
+    parser.add_argument(
+        "--statistics", required=True, type=Path, metavar="FILE", help="from cfsp calibrate"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the plan, JSON")
+    arguments.add_budget(parser, required=True)
+    arguments.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make and write a plan."""
+    from cfsp.calibration.statistics import Statistics
+    from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.pipeline import plan_source
+
+    budget = arguments.budget(args)
+    plan = plan_source(
+        open_checkpoint(args.model, args.revision),
+        Statistics.load(args.statistics),
+        budget,
+        arguments.criterion(args),
+    )
+    plan.save(args.out)
+    if args.json:
+        print_json(
+            {
+                "out": str(args.out),
+                "ffn_sparsity": round(plan.ffn_sparsity, 6),
+                "intermediate_sizes": plan.kept_widths,
+            }
+        )
+        return
+    print_plan(plan)
+    print(f"\nwritten to {args.out}")
+
+
+def print_plan(plan: PruningPlan) -> None:
+    """Print importance and width of every block."""
+    rows = [
+        (
+            str(index),
+            f"{block.distance:.4f}",
+            f"{block.importance:.3f}",
+            str(block.width),
+            str(len(block.kept)),
+            f"{len(block.kept) / block.width:.0%}",
+            "#" * round(20 * len(block.kept) / block.width),
+        )
+        for index, block in enumerate(plan.blocks)
+    ]
+    head = ("block", "distance", "importance", "channels", "kept", "", "")
+    print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
+    print(f"\n{plan.ffn_sparsity:.1%} of the FFN channels go")

@@ -1,0 +1,71 @@
+"""Every error that a user can cause, as a tree.
+
+    CfspError                      exit status 2, one sentence, no traceback
+    ├── UsageError                 an argument outside its range, or two that exclude each other
+    ├── CheckpointError            a model that is missing, truncated, or not what its config says
+    │   └── UnsupportedModelError  a model family that this package does not know
+    ├── TextError                  a text that is missing, unreadable or too short
+    ├── CalibrationError           NaN or infinite weights or activations
+    ├── StatisticsError            a statistics file that is damaged or belongs to another model
+    ├── PlanError                  a plan that is damaged or belongs to another model
+    ├── BudgetError                a sparsity that no plan can reach
+    ├── OutputError                a place that cannot be written to
+    └── MissingExtraError          an optional dependency that is not installed
+
+A message says what was expected, what was found, and what to do. Anything that is not a
+`CfspError` is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class CfspError(Exception):
+    """Base of all errors that a user can cause and cure."""
+
+    exit_status = 2
+
+
+class UsageError(CfspError):
+    """An argument is outside its range, or contradicts another one."""
+
+
+class CheckpointError(CfspError):
+    """A model directory is missing, truncated, or contradicts its own config."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The model's family is not in the family table."""
+
+
+class TextError(CfspError):
+    """A text is missing, unreadable, or too short."""
+
+
+class CalibrationError(CfspError):
+    """A weight or an activation is NaN or infinite."""
+
+
+class StatisticsError(CfspError):
+    """A statistics file is damaged, of another version, or of another model."""
+
+
+class PlanError(CfspError):
+    """A plan is damaged, of another version, or was made for another model."""
+
+
+class BudgetError(CfspError):
+    """No plan can reach the requested sparsity."""
+
+
+class OutputError(CfspError):
+    """The output directory exists already, or cannot be written to."""
+
+
+class MissingExtraError(CfspError):
+    """A feature needs an optional dependency that is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs packages that are not installed; "
+            f"install them with: pip install 'cfsp-llm[{extra}]'"
+        )

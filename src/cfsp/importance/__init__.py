@@ -1,0 +1,1 @@
+"""Importance: pure functions from statistics and weights to scores; higher means keep."""

@@ -1,0 +1,120 @@
+"""Fine importance: how much each FFN channel of a block matters.
+
+Shapes: D hidden, F FFN channels. X_i is the L2 norm of channel i's activation over all
+calibration tokens (`BlockStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
+
+    activation  X_i. What the published code does: its weights are normalised over D within a
+                channel, so every term sums to one and the score is X_i alone.
+    relative    X_i * (down_i + up_i + gate_i), each matrix normalised ACROSS channels:
+                  down_i = sum_j |Wd_ji| X_i / sum_i' |Wd_ji'| X_i'
+                  up_i   = sum_j |Wu_ij| / sum_i' |Wu_i'j|        gate_i alike
+    eq8         X_i * (down_i + 1 + 1): the paper's Eq. 8 as others cite it, which normalises
+                up and gate within a channel, where they are constant.
+    wanda       mean_j |Wd_ji| * X_i                              (Sun et al. 2306.11695)
+    magnitude   |Wd_.i|, the L2 norm of a column of the down projection
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfsp.calibration.statistics import BlockStatistics
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """The matrices of one block's FFN, float32; no gate in an FFN that has none."""
+
+    down_DF: Tensor
+    up_FD: Tensor
+    gate_FD: Tensor | None
+
+
+def read_ffn_weights(source: WeightSource, block: int) -> FFNWeights:
+    """Read one block's FFN matrices from a model."""
+    family = source.family
+
+    def read(matrix: str) -> Tensor:
+        return source.read(family.weight_name(block, matrix)).cpu().float()
+
+    return FFNWeights(
+        read(family.down), read(family.up), read(family.gate) if family.gate else None
+    )
+
+
+def _activation(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    return statistics.norm_F.float()
+
+
+def _relative(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    share_F = _down_share(statistics, weights) + _across_channels(weights.up_FD)
+    if weights.gate_FD is not None:
+        share_F = share_F + _across_channels(weights.gate_FD)
+    return share_F * statistics.norm_F.float()
+
+
+def _eq8(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    constant_terms = 1 if weights.gate_FD is None else 2
+    share_F = _down_share(statistics, weights) + constant_terms
+    return share_F * statistics.norm_F.float()
+
+
+def _wanda(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    return weights.down_DF.abs().mean(0) * statistics.norm_F.float()
+
+
+def _magnitude(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    return torch.linalg.vector_norm(weights.down_DF, dim=0)
+
+
+def _down_share(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    """Return the share of each channel in every output row, summed over rows."""
+    weighted_DF = weights.down_DF.abs() * statistics.norm_F.float()
+    return (weighted_DF / _positive(weighted_DF.sum(1, keepdim=True))).sum(0)
+
+
+def _across_channels(input_FD: Tensor) -> Tensor:
+    """Return the share of each channel in every input column, summed over columns."""
+    magnitude_FD = input_FD.abs()
+    return (magnitude_FD / _positive(magnitude_FD.sum(0, keepdim=True))).sum(1)
+
+
+def _positive(sums: Tensor) -> Tensor:
+    # A row of zeros has no shares to give; it must not give NaN either.
+    return sums.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+_METRICS: dict[str, Callable[[BlockStatistics, FFNWeights], Tensor]] = {
+    "relative": _relative,
+    "eq8": _eq8,
+    "activation": _activation,
+    "wanda": _wanda,
+    "magnitude": _magnitude,
+}
+
+CHANNEL_METRICS = tuple(_METRICS)
+
+
+def channel_scores(metric: str, statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    """Return the score of every channel of one block, float32, higher = keep.
+
+    Raises:
+        UsageError: the metric is unknown.
+    """
+    if metric not in _METRICS:
+        raise UsageError(
+            f"unknown channel metric {metric!r}; known are: {', '.join(CHANNEL_METRICS)}"
+        )
+    return _METRICS[metric](statistics, weights)
+
+
+def strongest_channels(score_F: Tensor, count: int) -> list[int]:
+    """Return the indices of the `count` highest scores, ascending; ties go to lower indices."""
+    order = torch.sort(score_F, descending=True, stable=True).indices
+    return sorted(order[:count].tolist())

@@ -1,0 +1,54 @@
+"""A pruned model built from one in memory, without going through files."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from cfsp.checkpoint.skeleton import build_skeleton
+from cfsp.surgery import pruned_specs, pruned_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from cfsp.checkpoint.reading import LoadedModel
+    from cfsp.pruning_plan import PruningPlan
+
+
+def build_pruned_model(
+    model: PreTrainedModel, source: LoadedModel, plan: PruningPlan
+) -> PreTrainedModel:
+    """Return the pruned model that a plan describes.
+
+    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes a
+    checkpoint that loads.
+
+    Args:
+        model: the original; stays as it is and shares its unpruned tensors.
+        source: the same model as a weight source.
+        plan: which channels stay.
+    """
+    config = _with_widths(model.config, source, plan)
+    pruned = build_skeleton(config, model.dtype)
+    tensors = {name: pruned_tensor(source, plan, name) for name in pruned_specs(source, plan)}
+    missing, unexpected = pruned.load_state_dict(tensors, strict=False, assign=True)
+    pruned.tie_weights()
+    still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
+    assert not still_empty, still_empty
+    assert not unexpected, (missing, unexpected)
+    pruned.to(model.device)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
+
+
+def _with_widths(
+    config: PreTrainedConfig, source: LoadedModel, plan: PruningPlan
+) -> PreTrainedConfig:
+    key = source.family.width_key
+    widths = plan.kept_widths
+    changed = copy.deepcopy(config)
+    changed.per_layer_config = None
+    setattr(changed, key, max(widths))
+    if len(set(widths)) > 1:
+        changed.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
+    return changed

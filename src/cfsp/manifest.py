@@ -1,0 +1,80 @@
+"""The manifest `cfsp.json` of a checkpoint: what made it, from what, and under which conditions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import CheckpointError
+
+MANIFEST_FILE = "cfsp.json"
+PLAN_FILE = "cfsp_plan.json"
+STATISTICS_FILE = "cfsp_statistics.safetensors"
+MANIFEST_VERSION = 1
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a block of code to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that computes."""
+    packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
+    """Write the manifest into a checkpoint directory."""
+    text = json.dumps({"manifest_version": MANIFEST_VERSION, **fields}, indent=2) + "\n"
+    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint; None if cfsp did not write the checkpoint.
+
+    Raises:
+        CheckpointError: there is one, but it is damaged or of another version.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = fields["manifest_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged; prune the model again") from error
+    if found != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path} has manifest version {found}, expected {MANIFEST_VERSION}; "
+            "use the version of cfsp that wrote it"
+        )
+    return fields

@@ -1,0 +1,117 @@
+"""Planning: from statistics to a plan, in seconds, without a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from cfsp.allocation import Budget, ModelSize, allocate
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import (
+    WeightSource,
+    ffn_parameters_per_channel,
+    fingerprint,
+    parameter_count,
+)
+from cfsp.errors import StatisticsError
+from cfsp.families import intermediate_sizes
+from cfsp.importance.coarse import block_distances, block_importance
+from cfsp.importance.fine import channel_scores, read_ffn_weights, strongest_channels
+from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+
+DEFAULT_BLOCK_METRIC = "angular"
+DEFAULT_CHANNEL_METRIC = "activation"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What makes a block and a channel important.
+
+    Attributes:
+        block_metric: one of `cfsp.importance.coarse.BLOCK_METRICS`.
+        channel_metric: one of `cfsp.importance.fine.CHANNEL_METRICS`.
+    """
+
+    block_metric: str = DEFAULT_BLOCK_METRIC
+    channel_metric: str = DEFAULT_CHANNEL_METRIC
+
+
+def model_size(source: WeightSource) -> ModelSize:
+    """Return the numbers of a model that budgets are about."""
+    width_L = tuple(intermediate_sizes(source.config))
+    return ModelSize(
+        width_L=width_L,
+        channel_parameters_L=tuple(
+            ffn_parameters_per_channel(source, block) for block in range(len(width_L))
+        ),
+        parameters=parameter_count(source),
+    )
+
+
+def make_plan(
+    source: WeightSource,
+    statistics: Statistics,
+    budget: Budget,
+    criterion: Criterion,
+    on_block: Callable[[], object] = lambda: None,
+) -> PruningPlan:
+    """Decide which channels stay.
+
+    Args:
+        source: the model; its FFN weights are read one block at a time.
+        statistics: its calibration.
+        budget: how much to remove.
+        criterion: what counts as important.
+        on_block: is called after each block.
+
+    Raises:
+        StatisticsError: the statistics belong to another model.
+        BudgetError: the budget can't be met.
+        UsageError: a metric is unknown.
+    """
+    check_statistics_fit(source, statistics)
+    size = model_size(source)
+    distance_L = block_distances(statistics, criterion.block_metric)
+    importance_L = block_importance(distance_L)
+    kept_L = allocate(importance_L, budget, size)
+    blocks = []
+    for index, kept in enumerate(kept_L):
+        scores_F = channel_scores(
+            criterion.channel_metric, statistics.blocks[index], read_ffn_weights(source, index)
+        )
+        blocks.append(
+            BlockPlan(
+                width=size.width_L[index],
+                kept=tuple(strongest_channels(scores_F, kept)),
+                distance=distance_L[index],
+                importance=importance_L[index],
+            )
+        )
+        on_block()
+    return PruningPlan(
+        model=ModelIdentity.of(source),
+        criterion={
+            **asdict(criterion),
+            "sparsity": budget.sparsity,
+            "of": budget.of,
+            "multiple": budget.multiple_for(size.width_L),
+        },
+        calibration=asdict(statistics.record),
+        blocks=tuple(blocks),
+    )
+
+
+def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
+    """Check that statistics belong to a model.
+
+    Raises:
+        StatisticsError: they belong to another one.
+    """
+    found = fingerprint(source)
+    widths = [len(block.sum_F) for block in statistics.blocks]
+    if statistics.record.fingerprint != found or widths != intermediate_sizes(source.config):
+        raise StatisticsError(
+            f"the statistics were made for {statistics.record.model} "
+            f"({statistics.record.fingerprint}), not for {source.label} ({found}); "
+            "calibrate this model"
+        )

@@ -1,0 +1,40 @@
+"""Progress bars for long work; they stay quiet when standard error is not a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class TokenProgress:
+    """A bar over blocks and tokens."""
+
+    def __init__(self, bar: tqdm, blocks: int) -> None:  # type: ignore[type-arg]
+        self._bar = bar
+        self._blocks = blocks
+        self._done = 0
+
+    def tokens(self, count: int) -> None:
+        """Note that tokens have passed a block."""
+        self._bar.update(count)
+
+    def block_done(self) -> None:
+        """Note that a block is finished."""
+        self._done += 1
+        self._bar.set_postfix_str(f"block {self._done}/{self._blocks}")
+
+
+@contextmanager
+def token_progress(label: str, blocks: int, token_passes: int) -> Iterator[TokenProgress]:
+    """Show progress over `blocks` blocks and `token_passes` tokens (all blocks together)."""
+    with tqdm(
+        desc=label, total=token_passes, unit="tok", unit_scale=True, disable=None, leave=False
+    ) as bar:
+        yield TokenProgress(bar, blocks)
+
+
+def item_progress(label: str, total: int, unit: str) -> tqdm:  # type: ignore[type-arg]
+    """Return a bar over `total` items of a named unit."""
+    return tqdm(desc=label, total=total, unit=unit, disable=None, leave=False)

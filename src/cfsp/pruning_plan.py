@@ -1,0 +1,196 @@
+"""The plan: a complete decision, as a value that can be saved, read and inspected.
+
+Surgery only obeys it. On disk it is JSON; the kept channels of a block are a bit mask, lowest
+channel first, in base64, so that a plan of a large model stays below a megabyte.
+
+Shapes: F FFN channels, L blocks.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.reading import WeightSource, fingerprint
+from cfsp.errors import PlanError
+from cfsp.families import intermediate_sizes
+
+PLAN_VERSION = 1
+_MAX_WIDTH = 1 << 24
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What happens to one block.
+
+    Attributes:
+        width: FFN channels before.
+        kept: indices of the channels that stay, ascending.
+        distance: the block's coarse distance.
+        importance: its normalised importance, in (0, 1).
+    """
+
+    width: int
+    kept: tuple[int, ...]
+    distance: float
+    importance: float
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a plan was made for."""
+
+    name: str
+    model_type: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, source: WeightSource) -> ModelIdentity:
+        """Return the identity of a model."""
+        return cls(source.label, source.config.model_type, fingerprint(source))
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which channels of which model stay.
+
+    Attributes:
+        model: the model it was made for.
+        criterion: block metric, channel metric, sparsity and what it is of, multiple.
+        calibration: the conditions of the calibration (see `CalibrationRecord`).
+        blocks: one entry for each block.
+    """
+
+    model: ModelIdentity
+    criterion: dict[str, Any]
+    calibration: dict[str, Any]
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def kept_widths(self) -> list[int]:
+        """Number of channels that every block keeps."""
+        return [len(block.kept) for block in self.blocks]
+
+    @property
+    def ffn_sparsity(self) -> float:
+        """Fraction of all FFN channels that goes."""
+        return 1 - sum(self.kept_widths) / sum(block.width for block in self.blocks)
+
+    def check_fits(self, source: WeightSource) -> None:
+        """Check that the plan was made for this model.
+
+        Raises:
+            PlanError: it was made for another one.
+        """
+        found = ModelIdentity.of(source)
+        if (found.model_type, found.fingerprint) != (self.model.model_type, self.model.fingerprint):
+            raise PlanError(
+                f"the plan was made for {self.model.name} ({self.model.model_type}, "
+                f"{self.model.fingerprint}), not for {source.label} ({found.model_type}, "
+                f"{found.fingerprint}); make a plan for this model"
+            )
+        if [block.width for block in self.blocks] != intermediate_sizes(source.config):
+            raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
+
+    def to_json(self) -> str:
+        """Return the plan as JSON; the same plan gives the same bytes."""
+        return (
+            json.dumps(
+                {
+                    "plan_version": PLAN_VERSION,
+                    "model": vars(self.model),
+                    "criterion": self.criterion,
+                    "calibration": self.calibration,
+                    "blocks": [
+                        {
+                            "width": block.width,
+                            "kept_width": len(block.kept),
+                            "distance": block.distance,
+                            "importance": block.importance,
+                            "kept": _mask_text(block.kept, block.width),
+                        }
+                        for block in self.blocks
+                    ],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the plan") -> PruningPlan:
+        """Return the plan that `to_json` wrote.
+
+        Args:
+            text: JSON.
+            where: what to call it in an error.
+
+        Raises:
+            PlanError: it is damaged or of another version.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields["plan_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{where} is not a pruning plan; make one with: cfsp plan") from error
+        if version != PLAN_VERSION:
+            raise PlanError(
+                f"{where} has plan version {version}, expected {PLAN_VERSION}; make a new plan"
+            )
+        try:
+            return cls(
+                model=ModelIdentity(**fields["model"]),
+                criterion=dict(fields["criterion"]),
+                calibration=dict(fields["calibration"]),
+                blocks=tuple(_block(entry) for entry in fields["blocks"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{where} is damaged: {error}; make a new plan") from error
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, atomically."""
+        write_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> PruningPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is missing, damaged or of another version.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        return cls.from_json(text, str(path))
+
+
+def _mask_text(kept: Sequence[int], width: int) -> str:
+    mask_F = np.zeros(width, dtype=bool)
+    mask_F[list(kept)] = True
+    return base64.b64encode(np.packbits(mask_F, bitorder="little").tobytes()).decode()
+
+
+def _block(entry: dict[str, Any]) -> BlockPlan:
+    width = entry["width"]
+    if not isinstance(width, int) or not 0 < width <= _MAX_WIDTH:
+        raise ValueError(f"a block has the impossible width {width}")
+    try:
+        packed = np.frombuffer(base64.b64decode(entry["kept"], validate=True), dtype=np.uint8)
+    except binascii.Error as error:
+        raise ValueError(f"kept channels are not base64: {error}") from error
+    mask = np.unpackbits(packed, bitorder="little")
+    if len(mask) < width or len(mask) - width >= 8 or mask[width:].any():
+        raise ValueError(f"kept channels do not fit a width of {width}")
+    kept = tuple(np.flatnonzero(mask).tolist())
+    if not kept or len(kept) != entry["kept_width"]:
+        raise ValueError(f"{len(kept)} channels are kept, {entry['kept_width']} are announced")
+    return BlockPlan(width, kept, float(entry["distance"]), float(entry["importance"]))

@@ -1,0 +1,1 @@
+"""Text: where documents come from, and the token windows that are drawn from them."""

@@ -1,0 +1,186 @@
+"""Where documents come from: offline prose, local files, or data sets on the hub.
+
+What `--data` takes:
+
+    python-docs                  Python's own reference prose, in every CPython
+    python-source                source code of the standard library, in every CPython
+    wikitext2, c4                the usual data sets, from the hub
+    NAME:CONFIG:SPLIT:COLUMN     any other data set on the hub
+    PATH.txt, .jsonl, .parquet   local files (PATH:COLUMN for another column than `text`)
+    DIRECTORY                    written by `datasets.Dataset.save_to_disk`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cfsp.errors import MissingExtraError, TextError
+from cfsp.text.offline import python_docs, python_source
+
+Purpose = Literal["calibration", "evaluation"]
+
+_OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
+    "python-docs": python_docs,
+    "python-source": python_source,
+}
+
+# Short name -> hub id, config, split for each purpose, column.
+_HUB: dict[str, tuple[str, str, dict[Purpose, str], str]] = {
+    "wikitext2": (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        {"calibration": "train", "evaluation": "test"},
+        "text",
+    ),
+    "c4": ("allenai/c4", "en", {"calibration": "train", "evaluation": "validation"}, "text"),
+}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A named stream of documents.
+
+    Attributes:
+        name: what the user called it.
+        purpose: what it is read for; sources with several parts give disjoint ones.
+    """
+
+    name: str
+    purpose: Purpose
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents, in the source's own order.
+
+        Raises:
+            TextError: the source does not exist or is not readable as text.
+            MissingExtraError: it needs the package datasets or pyarrow.
+        """
+        if self.name in _OFFLINE:
+            return _OFFLINE[self.name](self.purpose)
+        if self.name in _HUB:
+            hub_id, config, splits, column = _HUB[self.name]
+            return _hub_documents(hub_id, config, splits[self.purpose], column)
+        path, column = _split_column(self.name)
+        if path.exists():
+            return _local_documents(path, column)
+        parts = self.name.split(":")
+        if len(parts) == 4:
+            return _hub_documents(parts[0], parts[1], parts[2], parts[3])
+        raise TextError(
+            f"{self.name} is neither a file nor a known text; "
+            f"known are: {', '.join([*_OFFLINE, *_HUB])}, or NAME:CONFIG:SPLIT:COLUMN on the hub"
+        )
+
+
+def _split_column(name: str) -> tuple[Path, str]:
+    path = Path(name).expanduser()
+    if not path.exists() and ":" in name:
+        before, column = name.rsplit(":", 1)
+        if Path(before).expanduser().exists():
+            return Path(before).expanduser(), column
+    return path, "text"
+
+
+def _local_documents(path: Path, column: str) -> Iterator[str]:
+    if path.is_dir():
+        return _saved_dataset(path, column)
+    readers = {".txt": _text_file, ".jsonl": _json_lines, ".parquet": _parquet}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise TextError(
+            f"{path} has an unknown ending; expected {', '.join(readers)} or a directory "
+            "written by datasets"
+        )
+    return reader(path, column)
+
+
+def _text_file(path: Path, column: str) -> Iterator[str]:
+    yield _read_text(path)
+
+
+def _json_lines(path: Path, column: str) -> Iterator[str]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise TextError(f"{path}, line {number}: not JSON: {error}") from error
+        yield _field(record, column, f"{path}, line {number}")
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError("reading a .parquet file", "data") from error
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if column not in names:
+            raise TextError(f"{path} has no column {column!r}; it has: {', '.join(names)}")
+        for batch in file.iter_batches(columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield _field({column: value}, column, str(path))
+    except pa.ArrowException as error:
+        raise TextError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _saved_dataset(path: Path, column: str) -> Iterator[str]:
+    datasets = _datasets()
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets raises many types here
+        raise TextError(f"{path} was not written by datasets' save_to_disk: {error}") from error
+    if isinstance(data, dict):
+        raise TextError(f"{path} holds several splits ({', '.join(data)}); name one: {path}/SPLIT")
+    if column not in data.column_names:
+        raise TextError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")
+    return (_field(record, column, str(path)) for record in data)
+
+
+def _hub_documents(hub_id: str, config: str, split: str, column: str) -> Iterator[str]:
+    datasets = _datasets()
+    try:
+        data = datasets.load_dataset(hub_id, config or None, split=split, streaming=True)
+        for record in data:
+            yield _field(record, column, hub_id)
+    except TextError:
+        raise
+    except Exception as error:  # network, hub and parsing errors of many types
+        raise TextError(
+            f"the hub does not serve {hub_id} ({config}, {split}) now "
+            f"({type(error).__name__}); check the name and the network, or give a local file"
+        ) from error
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("this text source", "data") from error
+    return datasets
+
+
+def _field(record: Any, column: str, where: str) -> str:
+    if not isinstance(record, dict) or column not in record:
+        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise TextError(f"{where}: no column {column!r}; found: {keys}")
+    value = record[column]
+    if not isinstance(value, str):
+        raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: byte {error.start} is not valid") from error
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
