@@ -63,4 +63,3 @@ def _negative_log_likelihood(model: PreTrainedModel, tokens_T: Tensor) -> Tensor
     logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
     losses = cross_entropy(logits_TV[:-1].float(), tokens_T[1:], reduction="sum")
     return losses.double()
-

@@ -9,6 +9,20 @@ from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.families import intermediate_sizes
 from cfsp.manifest import read_manifest
 
+_FROM_MANIFEST = (
+    "operation",
+    "base_model",
+    "criterion",
+    "calibration",
+    "ffn_sparsity",
+    "model_sparsity",
+    "parameters_before",
+    "perplexity",
+    "command",
+    "created",
+    "versions",
+)
+
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
@@ -29,7 +43,5 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "pruned": None,
     }
     if manifest is not None:
-        kept = ("base_model", "criterion", "calibration", "ffn_sparsity", "model_sparsity")
-        kept += ("parameters_before", "perplexity", "command", "created", "versions")
-        facts["pruned"] = {key: manifest[key] for key in kept if key in manifest}
+        facts["pruned"] = {key: manifest[key] for key in _FROM_MANIFEST if key in manifest}
     return facts

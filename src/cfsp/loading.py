@@ -45,7 +45,7 @@ def load(
     )
     if device is not None:
         model = model.to(device)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:

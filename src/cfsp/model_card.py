@@ -6,7 +6,7 @@ from typing import Any
 
 from cfsp.pruning_plan import PruningPlan
 
-_LOAD_WITH_CODE = '''\
+_LOAD_WITH_CODE = """\
 Blocks have different widths, so the checkpoint brings a small modelling file
 (`modeling_cfsp.py`, 40 lines) that builds the stock model with them:
 
@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
-'''
+"""
 
-_LOAD_PLAIN = '''\
+_LOAD_PLAIN = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
-'''
+"""
 
 
 def model_card(manifest: dict[str, Any], plan: PruningPlan) -> str:

@@ -35,9 +35,9 @@ from cfsp.manifest import (
     write_manifest,
 )
 from cfsp.model_card import model_card
-from cfsp.pruning_plan import PruningPlan
 from cfsp.planning import Criterion, make_plan
 from cfsp.progress import item_progress
+from cfsp.pruning_plan import PruningPlan
 from cfsp.surgery import write_pruned_weights
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN, Windows, consecutive_windows, draw_windows

@@ -72,7 +72,7 @@ def measure_decode(
     def run(model: PreTrainedModel) -> int:
         tokens_BT = _tokens(model, conditions)[:, :8]
         new = conditions.new_tokens
-        model.generate(  # type: ignore[operator]
+        model.generate(
             tokens_BT,
             attention_mask=torch.ones_like(tokens_BT),
             min_new_tokens=new,

@@ -76,7 +76,7 @@ class ChannelSums:
         if self.sum_F is None or self.sum_of_squares_F is None:
             zeros = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
             self.sum_F, self.sum_of_squares_F = zeros, zeros.clone()
-        for part in rows.split(_ROWS):
+        for part in torch.split(rows, _ROWS):
             exact = part.float()
             self.sum_F += exact.sum(0)
             self.sum_of_squares_F += exact.square_().sum(0)

@@ -106,7 +106,9 @@ class LoadedModel:
         self.family = family_of(model.config)
         self.label = model.config._name_or_path or type(model).__name__
         tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-        self._tensors = {k: v for k, v in model.state_dict().items() if k not in tied}
+        self._tensors: dict[str, Tensor] = {
+            k: v for k, v in model.state_dict().items() if k not in tied
+        }
         check_ffn_shapes(self)
 
     @cached_property

@@ -151,7 +151,7 @@ class TensorFile:
 
     def _read_bytes(self, offset: int, nbytes: int) -> Tensor:
         data = torch.empty(nbytes, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = data.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
             done = 0
@@ -181,7 +181,7 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the raw bytes of a tensor in memory."""
     data = tensor.detach().cpu().contiguous().view(-1)
     if data.numel():
-        yield memoryview(data.view(torch.uint8).numpy())
+        yield data.view(torch.uint8).numpy().data
 
 
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:

@@ -53,15 +53,16 @@ def _activation(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
 
 
 def _relative(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
-    share_F = _down_share(statistics, weights) + _across_channels(weights.up_FD)
+    share_F: Tensor = _down_share(statistics, weights) + _across_channels(weights.up_FD)
     if weights.gate_FD is not None:
         share_F = share_F + _across_channels(weights.gate_FD)
-    return share_F * statistics.norm_F.float()
+    score_F: Tensor = share_F * statistics.norm_F.float()
+    return score_F
 
 
 def _eq8(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     constant_terms = 1 if weights.gate_FD is None else 2
-    share_F = _down_share(statistics, weights) + constant_terms
+    share_F: Tensor = _down_share(statistics, weights) + constant_terms
     return share_F * statistics.norm_F.float()
 
 

@@ -43,9 +43,7 @@ def python_source(purpose: Literal["calibration", "evaluation"]) -> Iterator[str
     return iter(_part(texts, purpose))
 
 
-def _part(
-    documents: Sequence[str], purpose: Literal["calibration", "evaluation"]
-) -> Sequence[str]:
+def _part(documents: Sequence[str], purpose: Literal["calibration", "evaluation"]) -> Sequence[str]:
     if purpose == "evaluation":
         return documents[_EVALUATION_STRIDE - 1 :: _EVALUATION_STRIDE]
     return [d for i, d in enumerate(documents, start=1) if i % _EVALUATION_STRIDE]
