@@ -63,7 +63,8 @@ def _relative(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
 def _eq8(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     constant_terms = 1 if weights.gate_FD is None else 2
     share_F: Tensor = _down_share(statistics, weights) + constant_terms
-    return share_F * statistics.norm_F.float()
+    score_F: Tensor = share_F * statistics.norm_F.float()
+    return score_F
 
 
 def _wanda(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
