@@ -56,35 +56,37 @@ def _relative(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     share_F: Tensor = _down_share(statistics, weights) + _across_channels(weights.up_FD)
     if weights.gate_FD is not None:
         share_F = share_F + _across_channels(weights.gate_FD)
-    score_F: Tensor = share_F * statistics.norm_F.float()
-    return score_F
+    return share_F * statistics.norm_F.float()
 
 
 def _eq8(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     constant_terms = 1 if weights.gate_FD is None else 2
     share_F: Tensor = _down_share(statistics, weights) + constant_terms
-    score_F: Tensor = share_F * statistics.norm_F.float()
-    return score_F
+    return share_F * statistics.norm_F.float()
 
 
 def _wanda(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
-    return weights.down_DF.abs().mean(0) * statistics.norm_F.float()
+    mean_F: Tensor = weights.down_DF.abs().mean(0)
+    return mean_F * statistics.norm_F.float()
 
 
 def _magnitude(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
-    return torch.linalg.vector_norm(weights.down_DF, dim=0)
+    norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF, dim=0)
+    return norm_F
 
 
 def _down_share(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     """Return the share of each channel in every output row, summed over rows."""
     weighted_DF = weights.down_DF.abs() * statistics.norm_F.float()
-    return (weighted_DF / _positive(weighted_DF.sum(1, keepdim=True))).sum(0)
+    share_DF: Tensor = weighted_DF / _positive(weighted_DF.sum(1, keepdim=True))
+    return share_DF.sum(0)
 
 
 def _across_channels(input_FD: Tensor) -> Tensor:
     """Return the share of each channel in every input column, summed over columns."""
     magnitude_FD = input_FD.abs()
-    return (magnitude_FD / _positive(magnitude_FD.sum(0, keepdim=True))).sum(1)
+    share_FD: Tensor = magnitude_FD / _positive(magnitude_FD.sum(0, keepdim=True))
+    return share_FD.sum(1)
 
 
 def _positive(sums: Tensor) -> Tensor:
