@@ -1,0 +1,132 @@
+"""Fixtures that all tests share: tiny models and texts made here, and the real ones if present.
+
+Nothing reaches for a network. `CFSP_CACHE` stays the user's, so that the demo model, which
+takes a minute to convert, is converted only once on a machine.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# transformers reads these at import, so nothing above and no module-level import imports it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+# Modelling files of loaded checkpoints are copied here; test workers must not share the place.
+_MODULES_CACHE = tempfile.TemporaryDirectory(prefix="cfsp-test-modules-")
+os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+_WORDS = [
+    "the", "of", "a", "model", "prunes", "keeps", "channel", "block", "weight", "token", "window",
+    "text", "layer", "river", "stone", "light", "quiet", "green", "runs", "falls", "under", "over",
+    "between", "small", "large", "number", "result", "measure", "plan", "train",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One thread in every test process: xdist gives each core a process of its own."""
+    torch.set_num_threads(1)
+
+
+def random_prose(words: int, seed: int) -> str:
+    """Return reproducible nonsense with sentences and paragraphs."""
+    generator = random.Random(seed)
+    sentences = []
+    while words > 0:
+        length = min(words, generator.randint(4, 12))
+        sentences.append(" ".join(generator.choices(_WORDS, k=length)) + ".")
+        words -= length
+    return "\n\n".join(" ".join(sentences[i : i + 8]) for i in range(0, len(sentences), 8))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of about 6000 words."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(random_prose(6000, seed=1))
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another text, sharing no sentence with the first."""
+    path = tmp_path_factory.mktemp("text") / "other.txt"
+    path.write_text(random_prose(6000, seed=2).upper())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A byte-level BPE tokenizer of 320 entries, made offline."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([random_prose(2000, seed=0)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    # Through files, so that it is the very object that loading a checkpoint gives.
+    directory = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(directory)
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any
+) -> Callable[[str], Path]:
+    """Give the directory of a tiny random model by its name in `tiny_models.TINY_CONFIGS`."""
+    from tiny_models import save_tiny_model
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            directory = tmp_path_factory.mktemp(f"tiny-{name}")
+            save_tiny_model(name, directory)
+            tokenizer.save_pretrained(directory)
+            made[name] = directory
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def data_directory() -> Path:
+    """The real evaluation texts: $CFSP_DATA, else shared/data beside the repository."""
+    named = os.environ.get("CFSP_DATA")
+    directory = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if not (directory / "wikitext2" / "test.parquet").is_file():
+        pytest.skip(f"no data in {directory}: set CFSP_DATA to a directory with wikitext2 and c4")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def demo() -> Any:
+    """The real SmolLM2-135M as a checkpoint."""
+    from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.errors import CfspError
+
+    try:
+        return open_checkpoint("demo")
+    except CfspError as error:
+        pytest.skip(str(error))
