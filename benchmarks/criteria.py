@@ -16,19 +16,14 @@ from pathlib import Path
 
 import torch
 
-import cfsp
 from cfsp.allocation import Budget
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.comparison import evaluate_models
 from cfsp.importance.fine import CHANNEL_METRICS
-from cfsp.pipeline import (
-    CalibrationText,
-    Compute,
-    EvaluationText,
-    calibrate_source,
-    evaluate_models,
-    prune_checkpoint,
-)
+from cfsp.manifest import versions
+from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning import Criterion
+from cfsp.settings import RESTORE_METHODS, CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 
 
@@ -43,6 +38,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--channel-metrics", nargs="+", default=list(CHANNEL_METRICS))
+    parser.add_argument("--restore", default="none", choices=RESTORE_METHODS)
     args = parser.parse_args()
 
     texts = EvaluationText(tuple(args.eval), args.windows)
@@ -53,7 +49,7 @@ def main() -> None:
     print(
         f"{args.model}, calibrated on {statistics.record.sources}, perplexity on the first "
         f"{args.windows} windows of 1024; torch {torch.__version__}, "
-        f"transformers {cfsp.pipeline.versions()['transformers']}, {platform.machine()}, "
+        f"transformers {versions()['transformers']}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads, {statistics.record.dtype}\n"
     )
     print("| FFN sparsity | block metric | channel metric | " + " | ".join(args.eval) + " |")
@@ -68,10 +64,13 @@ def main() -> None:
                 report = prune_checkpoint(
                     source,
                     Path(directory) / "pruned",
-                    budget=Budget(sparsity, multiple=args.multiple),
-                    criterion=criterion,
-                    text=text,
-                    compute=compute,
+                    PruneSettings(
+                        Budget(sparsity, multiple=args.multiple),
+                        criterion,
+                        text,
+                        compute,
+                        restore=args.restore,
+                    ),
                     statistics=statistics,
                 )
                 result = evaluate_models([str(report.out)], texts, compute)[0]["perplexity"]

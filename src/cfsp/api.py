@@ -10,20 +10,20 @@ from cfsp.allocation import Budget, BudgetOf
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.comparison import evaluate_models
+from cfsp.decision import plan_from_statistics
 from cfsp.errors import UsageError
-from cfsp.pipeline import (
+from cfsp.pipeline import PruneReport, calibrate_source, prune_checkpoint, prune_model
+from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
+from cfsp.pruning_plan import PruningPlan
+from cfsp.settings import (
+    DEFAULT_RESTORE,
     CalibrationText,
     Compute,
     EvaluationText,
-    PruneReport,
-    calibrate_source,
-    evaluate_models,
-    plan_source,
-    prune_checkpoint,
-    prune_model,
+    PruneSettings,
+    Restore,
 )
-from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
-from cfsp.pruning_plan import PruningPlan
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN
 
@@ -48,6 +48,7 @@ def prune(
     seed: int = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
+    restore: Restore = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PruneReport: ...
@@ -68,6 +69,7 @@ def prune(
     seed: int = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
+    restore: Restore = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PreTrainedModel: ...
@@ -87,6 +89,7 @@ def prune(
     seed: int = 0,
     block_metric: str = DEFAULT_BLOCK_METRIC,
     channel_metric: str = DEFAULT_CHANNEL_METRIC,
+    restore: Restore = DEFAULT_RESTORE,
     device: str = "auto",
     dtype: str = "auto",
 ) -> PruneReport | PreTrainedModel:
@@ -105,6 +108,7 @@ def prune(
         seed: of the draw of windows.
         block_metric: coarse criterion.
         channel_metric: fine criterion.
+        restore: `ridge` repairs the down projections by least squares, `none` does not.
         device: where to compute; `auto` is an accelerator if there is one.
         dtype: what to compute in; `auto` is the model's own.
 
@@ -114,30 +118,24 @@ def prune(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
-    budget = Budget(sparsity, of, multiple)
-    criterion = Criterion(block_metric, channel_metric)
-    text = CalibrationText(tuple(data), samples, seqlen, seed)
-    compute = Compute(device, dtype)
+    settings = PruneSettings(
+        budget=Budget(sparsity, of, multiple),
+        criterion=Criterion(block_metric, channel_metric),
+        text=CalibrationText(tuple(data), samples, seqlen, seed),
+        compute=Compute(device, dtype),
+        restore=restore,
+    )
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
-        return prune_checkpoint(
-            open_checkpoint(model),
-            Path(out),
-            budget=budget,
-            criterion=criterion,
-            text=text,
-            compute=compute,
-            command=f"cfsp.prune({str(model)!r}, sparsity={sparsity}, of={of!r}, ...)",
-        )
+        command = f"cfsp.prune({str(model)!r}, sparsity={sparsity}, of={of!r}, ...)"
+        return prune_checkpoint(open_checkpoint(model), Path(out), settings, command=command)
     if tokenizer is None or out is not None:
         raise UsageError(
             "pruning a model in memory needs its tokenizer and no out=; "
             "it returns the new model, which save_pretrained can write"
         )
-    return prune_model(
-        model, tokenizer, budget=budget, criterion=criterion, text=text, compute=compute
-    )
+    return prune_model(model, tokenizer, settings)
 
 
 def calibrate(
@@ -179,7 +177,8 @@ def plan(
     Arguments are those of `prune`.
     """
     criterion = Criterion(block_metric, channel_metric)
-    return plan_source(_source(model), statistics, Budget(sparsity, of, multiple), criterion)
+    budget = Budget(sparsity, of, multiple)
+    return plan_from_statistics(_source(model), statistics, budget, criterion)
 
 
 def evaluate(

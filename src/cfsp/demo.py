@@ -9,8 +9,8 @@ from typing import Any
 from cfsp.allocation import Budget
 from cfsp.checkpoint.locating import DEMO_NAME, open_checkpoint
 from cfsp.loading import load
-from cfsp.pipeline import CalibrationText, Compute, EvaluationText, PruneReport, prune_checkpoint
-from cfsp.planning import Criterion
+from cfsp.pipeline import PruneReport, prune_checkpoint
+from cfsp.settings import CalibrationText, EvaluationText, PruneSettings
 from cfsp.speed import Speed, SpeedConditions, measure_decode, measure_prefill
 
 
@@ -45,10 +45,7 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
     report = prune_checkpoint(
         source,
         out,
-        budget=Budget(sparsity),
-        criterion=Criterion(),
-        text=CalibrationText(("python-docs",), samples=32),
-        compute=Compute(),
+        PruneSettings(Budget(sparsity), text=CalibrationText(("python-docs",), samples=32)),
         evaluation=EvaluationText(("python-docs", "python-source"), windows=8),
         command=f"cfsp demo --out {out} --sparsity {sparsity}",
     )

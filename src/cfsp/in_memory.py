@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.skeleton import build_skeleton
@@ -12,11 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from cfsp.checkpoint.reading import LoadedModel
+    from cfsp.checkpoint.tensor_file import TensorFile
     from cfsp.pruning_plan import PruningPlan
 
 
 def build_pruned_model(
-    model: PreTrainedModel, source: LoadedModel, plan: PruningPlan
+    model: PreTrainedModel,
+    source: LoadedModel,
+    plan: PruningPlan,
+    repaired: Mapping[str, TensorFile],
 ) -> PreTrainedModel:
     """Return the pruned model that a plan describes.
 
@@ -27,10 +32,14 @@ def build_pruned_model(
         model: the original; stays as it is and shares its unpruned tensors.
         source: the same model as a weight source.
         plan: which channels stay.
+        repaired: tensors that restoration changed, by name, already in pruned shape.
     """
     config = _with_widths(model.config, source, plan)
     pruned = build_skeleton(config, model.dtype)
-    tensors = {name: pruned_tensor(source, plan, name) for name in pruned_specs(source, plan)}
+    tensors = {
+        name: repaired[name].read(name) if name in repaired else pruned_tensor(source, plan, name)
+        for name in pruned_specs(source, plan)
+    }
     missing, unexpected = pruned.load_state_dict(tensors, strict=False, assign=True)
     pruned.tie_weights()
     still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]

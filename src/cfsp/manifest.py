@@ -9,12 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cfsp.errors import CheckpointError
+from cfsp.pruning_plan import PruningPlan
 
 MANIFEST_FILE = "cfsp.json"
 PLAN_FILE = "cfsp_plan.json"
@@ -50,6 +55,33 @@ def versions() -> dict[str, str]:
     """Return the versions of everything that computes."""
     packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def describe_pruning(
+    plan: PruningPlan, report: dict[str, Any], digests: dict[str, str], command: str
+) -> dict[str, Any]:
+    """Return the manifest of a pruned checkpoint.
+
+    Args:
+        plan: which channels stay.
+        report: what pruning did, as JSON types.
+        digests: SHA-256 of every weight file.
+        command: what the user typed.
+    """
+    return {
+        "operation": "prune",
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "base_model": asdict(plan.model),
+        "criterion": plan.criterion,
+        "calibration": plan.calibration,
+        "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
+        "files": digests,
+        "widths_before": [block.width for block in plan.blocks],
+        **report,
+    }
 
 
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The whole flow, one line a stage.
 
-    text -> windows -> CALIBRATE -> Statistics -> PLAN -> PruningPlan -> SURGERY -> checkpoint
+    text -> windows -> CALIBRATE -> Statistics -> PLAN -> PruningPlan
+         -> SURGERY (+ RESTORATION) -> checkpoint directory
 
 `prune_checkpoint` goes from directory to directory, `prune_model` from a model in memory to a
 smaller one.
@@ -8,76 +9,37 @@ smaller one.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from hashlib import sha256
+import shutil
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cfsp.allocation import Budget
-from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
+from cfsp.comparison import before_and_after
+from cfsp.decision import Decision, calibrate_windows, decide
 from cfsp.errors import UsageError
-from cfsp.evaluation import Perplexity, perplexity
 from cfsp.in_memory import build_pruned_model
-from cfsp.loading import compute_device, compute_dtype, load
 from cfsp.manifest import (
     PLAN_FILE,
     STATISTICS_FILE,
     Stopwatch,
+    describe_pruning,
     peak_rss_bytes,
-    versions,
     write_manifest,
 )
 from cfsp.model_card import model_card
-from cfsp.planning import Criterion, make_plan
-from cfsp.progress import item_progress
+from cfsp.planning import model_size
 from cfsp.pruning_plan import PruningPlan
+from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.surgery import write_pruned_weights
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import DEFAULT_SEQLEN, Windows, consecutive_windows, draw_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Which text to calibrate on; see `cfsp.text.windows.draw_windows`."""
-
-    names: tuple[str, ...] = ("python-docs",)
-    samples: int | None = None
-    seqlen: int = DEFAULT_SEQLEN
-    seed: int = 0
-
-    def draw(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
-        """Draw the windows."""
-        return draw_windows(
-            self.names, tokenizer, samples=self.samples, seqlen=self.seqlen, seed=self.seed
-        )
-
-
-@dataclass(frozen=True)
-class EvaluationText:
-    """Which texts to measure perplexity on: the first windows of each."""
-
-    names: tuple[str, ...] = ()
-    windows: int | None = 12
-    seqlen: int = DEFAULT_SEQLEN
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where to compute and in what; `auto` is resolved for the model and machine at hand."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_windows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +53,8 @@ class PruneReport:
         model_sparsity: fraction of all parameters removed.
         intermediate_sizes: FFN channels of every block.
         calibration_tokens: tokens that the statistics were gathered over.
+        restoration: the method and, for each block, its strength and its error before and
+            after (see `RestoredBlock`); empty without restoration.
         perplexity: text -> {"before", "after", "tokens"}, if it was measured.
         seconds: stage -> seconds.
         peak_rss_bytes: largest resident memory of the process.
@@ -104,6 +68,7 @@ class PruneReport:
     model_sparsity: float
     intermediate_sizes: list[int]
     calibration_tokens: int
+    restoration: dict[str, Any]
     perplexity: dict[str, dict[str, float]]
     seconds: dict[str, float]
     peak_rss_bytes: int
@@ -122,32 +87,14 @@ def calibrate_source(
     compute: Compute,
 ) -> Statistics:
     """Draw windows and run them through the model once."""
-    return calibrate(
-        source,
-        text.draw(tokenizer),
-        device=compute_device(compute.device),
-        dtype=compute_dtype(source, compute.dtype),
-        seed=text.seed,
-        batch_windows=compute.batch_windows,
-    )
-
-
-def plan_source(
-    source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
-) -> PruningPlan:
-    """Make a plan from statistics, showing progress."""
-    with item_progress("plan", source.config.num_hidden_layers, "block") as bar:
-        return make_plan(source, statistics, budget, criterion, on_block=bar.update)
+    return calibrate_windows(source, text.draw(tokenizer), compute.engine(source), text.seed)
 
 
 def prune_checkpoint(
     source: Checkpoint,
     out: Path,
+    settings: PruneSettings,
     *,
-    budget: Budget,
-    criterion: Criterion,
-    text: CalibrationText,
-    compute: Compute,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
     evaluation: EvaluationText | None = None,
@@ -159,14 +106,11 @@ def prune_checkpoint(
     Args:
         source: the model.
         out: where the smaller model goes; must not exist, or be empty.
-        budget: how much to remove; ignored with a plan.
-        criterion: what counts as important; ignored with a plan.
-        text: what to calibrate on; not read with statistics or a plan.
-        compute: where and in what.
+        settings: how to prune.
         statistics: of an earlier calibration of this model.
         plan: an earlier decision for this model.
         evaluation: texts to measure perplexity on, before and after.
-        dry_run: write only the plan, into `out`.
+        dry_run: decide without restoration and write only the plan.
         command: what the user typed, for the manifest.
 
     Raises:
@@ -175,47 +119,40 @@ def prune_checkpoint(
     check_output_is_free(out)
     if out.resolve().is_relative_to(source.directory.resolve()):
         raise UsageError(f"{out} lies inside the source {source.directory}; choose another output")
+    if dry_run:
+        settings = settings.without_restoration()
     watch = Stopwatch()
-    if plan is not None:
-        plan.check_fits(source)
-    else:
-        with watch.stage("calibrate"):
-            if statistics is None:
-                tokenizer = load_tokenizer(source.directory)
-                statistics = calibrate_source(source, tokenizer, text, compute)
-        with watch.stage("plan"):
-            plan = plan_source(source, statistics, budget, criterion)
-
     with staged_directory(out) as staging:
-        plan.save(staging / PLAN_FILE)
-        digests: dict[str, str] = {}
-        measured: dict[str, dict[str, float]] = {}
-        if not dry_run:
-            with watch.stage("surgery"):
-                if statistics is not None:
-                    statistics.save(staging / STATISTICS_FILE)
-                digests = write_pruned_weights(source, plan, staging).digests
-                write_config(source.directory, staging, source.family, plan.kept_widths)
-                copy_travelling_files(source.directory, staging)
-            if evaluation is not None and evaluation.names:
-                with watch.stage("evaluate"):
-                    measured = _before_and_after(source, staging, evaluation, compute)
-        report = _report(source, plan, measured, watch, None if dry_run else out)
-        if not dry_run:
-            manifest = _manifest(source, plan, report, digests, command)
-            write_manifest(staging, manifest)
-            (staging / "README.md").write_text(model_card(manifest, plan), encoding="utf-8")
+        work = staging / "work"
+        work.mkdir()
+        decision = decide(
+            source,
+            lambda: settings.text.draw(load_tokenizer(source.directory)),
+            settings,
+            work=work,
+            watch=watch,
+            statistics=statistics,
+            plan=plan,
+        )
+        decision.plan.save(staging / PLAN_FILE)
+        if dry_run:
+            shutil.rmtree(work)
+            return _report(source, decision, {}, watch, None)
+        with watch.stage("surgery"):
+            digests = _write_checkpoint(source, decision, staging)
+        shutil.rmtree(work)
+        with watch.stage("evaluate"):
+            measured = before_and_after(source.directory, staging, evaluation, settings.compute)
+        report = _report(source, decision, measured, watch, out)
+        manifest = describe_pruning(decision.plan, report.to_json(), digests, command)
+        write_manifest(staging, manifest)
+        card = model_card(manifest, decision.plan)
+        (staging / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
 def prune_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    budget: Budget,
-    criterion: Criterion,
-    text: CalibrationText,
-    compute: Compute,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PruneSettings
 ) -> PreTrainedModel:
     """Prune a model in memory; the original stays as it is.
 
@@ -223,68 +160,35 @@ def prune_model(
         A new model that shares every unpruned tensor with the original.
     """
     source = LoadedModel(model)
-    statistics = calibrate_source(source, tokenizer, text, compute)
-    plan = plan_source(source, statistics, budget, criterion)
-    return build_pruned_model(model, source, plan)
+    with tempfile.TemporaryDirectory() as work:
+        decision = decide(
+            source,
+            lambda: settings.text.draw(tokenizer),
+            settings,
+            work=Path(work),
+            watch=Stopwatch(),
+        )
+        return build_pruned_model(model, source, decision.plan, decision.repaired_tensors)
 
 
-def evaluate_models(
-    names: list[str], texts: EvaluationText, compute: Compute
-) -> list[dict[str, Any]]:
-    """Measure the perplexity of several models on the same texts.
-
-    Returns:
-        For each model: its name, parameters, perplexity by text, and predicted tokens by text.
-    """
-    return [_evaluate(name, name, texts, compute) for name in names]
-
-
-def _evaluate(
-    path: str | Path, label: str, texts: EvaluationText, compute: Compute
-) -> dict[str, Any]:
-    device = compute_device(compute.device)
-    model = load(path, dtype=compute.dtype, device=device)
-    from cfsp.checkpoint.locating import locate_model
-
-    tokenizer = load_tokenizer(locate_model(path))
-    results: dict[str, Perplexity] = {}
-    for text in texts.names:
-        windows = consecutive_windows(text, tokenizer, count=texts.windows, seqlen=texts.seqlen)
-        results[text] = perplexity(model, windows, f"{label} on {text}")
-    return {
-        "model": label,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "perplexity": {text: round(result.value, 4) for text, result in results.items()},
-        "tokens": {text: result.tokens for text, result in results.items()},
-        "seqlen": texts.seqlen,
-    }
-
-
-def _before_and_after(
-    source: Checkpoint, staging: Path, texts: EvaluationText, compute: Compute
-) -> dict[str, dict[str, float]]:
-    before = _evaluate(source.directory, "dense", texts, compute)
-    after = _evaluate(staging, "pruned", texts, compute)
-    return {
-        text: {
-            "before": before["perplexity"][text],
-            "after": after["perplexity"][text],
-            "tokens": before["tokens"][text],
-        }
-        for text in texts.names
-    }
+def _write_checkpoint(source: Checkpoint, decision: Decision, target: Path) -> dict[str, str]:
+    """Write all but manifest and model card; return the digests of the weight files."""
+    if decision.statistics is not None:
+        decision.statistics.save(target / STATISTICS_FILE)
+    weights = write_pruned_weights(source, decision.plan, target, decision.repaired_tensors)
+    write_config(source.directory, target, source.family, decision.plan.kept_widths)
+    copy_travelling_files(source.directory, target)
+    return weights.digests
 
 
 def _report(
     source: WeightSource,
-    plan: PruningPlan,
+    decision: Decision,
     measured: dict[str, dict[str, float]],
     watch: Stopwatch,
     out: Path | None,
 ) -> PruneReport:
-    from cfsp.planning import model_size
-
+    plan = decision.plan
     before = parameter_count(source)
     after = model_size(source).parameters_with(plan.kept_widths)
     return PruneReport(
@@ -294,6 +198,7 @@ def _report(
         model_sparsity=round(1 - after / before, 6),
         intermediate_sizes=plan.kept_widths,
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
+        restoration=_describe_restoration(decision),
         perplexity=measured,
         seconds=dict(watch.seconds),
         peak_rss_bytes=peak_rss_bytes(),
@@ -302,24 +207,16 @@ def _report(
     )
 
 
-def _manifest(
-    source: Checkpoint,
-    plan: PruningPlan,
-    report: PruneReport,
-    digests: dict[str, str],
-    command: str,
-) -> dict[str, Any]:
-    return {
-        "operation": "prune",
-        "command": command,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "base_model": asdict(plan.model),
-        "criterion": plan.criterion,
-        "calibration": plan.calibration,
-        "widths_before": [block.width for block in plan.blocks],
-        "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
-        "files": digests,
-        "threads": torch.get_num_threads(),
-        **report.to_json(),
-    }
+def _describe_restoration(decision: Decision) -> dict[str, Any]:
+    if not decision.restored:
+        return {}
+    blocks = [
+        {
+            "ridge": block.ridge,
+            "error_before": round(block.error_before, 6),
+            "error_after": round(block.error_after, 6),
+        }
+        for block in decision.restored
+    ]
+    left_alone = [i for i, block in enumerate(decision.restored) if block.ridge is None]
+    return {"method": "ridge", "left_alone": left_alone, "blocks": blocks}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from cfsp.allocation import Budget, ModelSize, allocate
-from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
 from cfsp.checkpoint.reading import (
     WeightSource,
     ffn_parameters_per_channel,
@@ -48,6 +48,52 @@ def model_size(source: WeightSource) -> ModelSize:
     )
 
 
+@dataclass(frozen=True)
+class BlockWidths:
+    """The coarse half of a decision: how many channels every block keeps, and why.
+
+    Attributes:
+        distance_L: coarse distance of every block.
+        importance_L: normalised importance, in (0, 1).
+        kept_L: channels that stay.
+    """
+
+    distance_L: list[float]
+    importance_L: list[float]
+    kept_L: list[int]
+
+
+def plan_widths(
+    size: ModelSize, statistics: Statistics, budget: Budget, criterion: Criterion
+) -> BlockWidths:
+    """Decide how many channels every block keeps.
+
+    Raises:
+        BudgetError: the budget can't be met.
+        UsageError: the block metric is unknown.
+    """
+    distance_L = block_distances(statistics, criterion.block_metric)
+    importance_L = block_importance(distance_L)
+    return BlockWidths(distance_L, importance_L, allocate(importance_L, budget, size))
+
+
+def choose_channels(
+    source: WeightSource,
+    block: int,
+    statistics: BlockStatistics,
+    width: int,
+    criterion: Criterion,
+) -> tuple[int, ...]:
+    """Return the strongest channels of one block, ascending.
+
+    Raises:
+        UsageError: the channel metric is unknown.
+    """
+    weights = read_ffn_weights(source, block)
+    scores_F = channel_scores(criterion.channel_metric, statistics, weights)
+    return tuple(strongest_channels(scores_F, width))
+
+
 def make_plan(
     source: WeightSource,
     statistics: Statistics,
@@ -70,34 +116,35 @@ def make_plan(
         UsageError: a metric is unknown.
     """
     check_statistics_fit(source, statistics)
-    size = model_size(source)
-    distance_L = block_distances(statistics, criterion.block_metric)
-    importance_L = block_importance(distance_L)
-    kept_L = allocate(importance_L, budget, size)
-    blocks = []
-    for index, kept in enumerate(kept_L):
-        scores_F = channel_scores(
-            criterion.channel_metric, statistics.blocks[index], read_ffn_weights(source, index)
-        )
-        blocks.append(
-            BlockPlan(
-                width=size.width_L[index],
-                kept=tuple(strongest_channels(scores_F, kept)),
-                distance=distance_L[index],
-                importance=importance_L[index],
-            )
-        )
+    widths = plan_widths(model_size(source), statistics, budget, criterion)
+    kept = []
+    for block, width in enumerate(widths.kept_L):
+        kept.append(choose_channels(source, block, statistics.blocks[block], width, criterion))
         on_block()
+    return assemble_plan(source, statistics.record, budget, criterion, widths, kept)
+
+
+def assemble_plan(
+    source: WeightSource,
+    record: CalibrationRecord,
+    budget: Budget,
+    criterion: Criterion,
+    widths: BlockWidths,
+    kept: Sequence[tuple[int, ...]],
+) -> PruningPlan:
+    """Return the plan that widths and channels amount to."""
+    before = intermediate_sizes(source.config)
+    blocks = zip(before, kept, widths.distance_L, widths.importance_L, strict=True)
     return PruningPlan(
         model=ModelIdentity.of(source),
         criterion={
             **asdict(criterion),
             "sparsity": budget.sparsity,
             "of": budget.of,
-            "multiple": budget.multiple_for(size.width_L),
+            "multiple": budget.multiple_for(before),
         },
-        calibration=asdict(statistics.record),
-        blocks=tuple(blocks),
+        calibration=asdict(record),
+        blocks=tuple(BlockPlan(*block) for block in blocks),
     )
 
 

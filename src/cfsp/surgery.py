@@ -17,6 +17,7 @@ from torch import Tensor
 from cfsp.checkpoint.reading import INDEX_FILE, SINGLE_FILE, WeightSource
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
+    TensorFile,
     TensorSpec,
     tensor_chunks,
     write_tensor_file,
@@ -75,7 +76,7 @@ def write_pruned_weights(
     source: WeightSource,
     plan: PruningPlan,
     directory: Path,
-    repaired: Mapping[str, WeightSource] | None = None,
+    repaired: Mapping[str, TensorFile] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> WrittenWeights:
     """Write the pruned model's tensors as one or more safetensors files.
@@ -115,7 +116,7 @@ def _outgoing(
     plan: PruningPlan,
     name: str,
     spec: TensorSpec,
-    repaired: Mapping[str, WeightSource],
+    repaired: Mapping[str, TensorFile],
 ) -> OutgoingTensor:
     if name in repaired:
         assert repaired[name].specs[name] == spec, name

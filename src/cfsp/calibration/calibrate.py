@@ -43,17 +43,7 @@ def calibrate(
         CalibrationError: a weight or an activation is NaN or infinite.
         CheckpointError: a tensor is missing or truncated.
     """
-    record = CalibrationRecord(
-        model=source.label,
-        fingerprint=fingerprint(source),
-        sources=windows.sources,
-        tokens_digest=windows.digest,
-        windows=windows.tokens_NT.shape[0],
-        seqlen=windows.tokens_NT.shape[1],
-        seed=seed,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
-    )
+    record = calibration_record(source, windows, device=device, dtype=dtype, seed=seed)
     check_vocabulary_size(source.config.vocab_size, windows.tokens_NT, source.label)
     blocks = []
     passes = windows.tokens_NT.numel() * source.config.num_hidden_layers
@@ -71,6 +61,23 @@ def calibrate(
     return Statistics(tuple(blocks), record)
 
 
+def calibration_record(
+    source: WeightSource, windows: Windows, *, device: torch.device, dtype: torch.dtype, seed: int
+) -> CalibrationRecord:
+    """Return the conditions of a calibration, for its statistics and plans."""
+    return CalibrationRecord(
+        model=source.label,
+        fingerprint=fingerprint(source),
+        sources=windows.sources,
+        tokens_digest=windows.digest,
+        windows=windows.tokens_NT.shape[0],
+        seqlen=windows.tokens_NT.shape[1],
+        seed=seed,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+    )
+
+
 def observe(block: StreamedBlock) -> BlockStatistics:
     """Let the windows pass one block and return its statistics.
 
@@ -79,6 +86,15 @@ def observe(block: StreamedBlock) -> BlockStatistics:
     """
     distances, channels = DistanceSums(), ChannelSums()
     block.advance(channels.add, distances.add)
+    return statistics_of(block.index, distances, channels)
+
+
+def statistics_of(index: int, distances: DistanceSums, channels: ChannelSums) -> BlockStatistics:
+    """Return what the sums of one block amount to.
+
+    Raises:
+        CalibrationError: an activation was NaN or infinite.
+    """
     assert channels.sum_F is not None
     assert channels.sum_of_squares_F is not None
     means = distances.means()
@@ -86,7 +102,7 @@ def observe(block: StreamedBlock) -> BlockStatistics:
         torch.isfinite(channels.sum_of_squares_F).all()
     ):
         raise CalibrationError(
-            f"block {block.index} produced NaN or infinite activations; "
+            f"block {index} produced NaN or infinite activations; "
             "calibrate with --dtype float32 or bfloat16"
         )
     return BlockStatistics(

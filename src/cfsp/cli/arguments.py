@@ -11,12 +11,13 @@ from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
     from cfsp.allocation import Budget
-    from cfsp.pipeline import CalibrationText, Compute, EvaluationText
     from cfsp.planning import Criterion
+    from cfsp.settings import CalibrationText, Compute, EvaluationText
 
 # Spelled out here, because their home imports torch; a test compares.
 BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform")
 CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude")
+RESTORE_METHODS = ("ridge", "none")
 
 Subparsers = Any
 
@@ -120,7 +121,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def calibration_text(args: argparse.Namespace) -> CalibrationText:
     """Return the calibration text that was asked for; say so if it is the offline default."""
-    from cfsp.pipeline import CalibrationText
+    from cfsp.settings import CalibrationText
 
     if not args.data:
         print(
@@ -134,7 +135,7 @@ def calibration_text(args: argparse.Namespace) -> CalibrationText:
 
 def compute(args: argparse.Namespace) -> Compute:
     """Return where to compute and in what."""
-    from cfsp.pipeline import Compute
+    from cfsp.settings import Compute
 
     if args.batch_windows is not None and args.batch_windows < 1:
         raise UsageError(f"--batch-windows must be at least 1, found {args.batch_windows}")
@@ -157,11 +158,13 @@ def criterion(args: argparse.Namespace) -> Criterion:
     return Criterion(args.block_metric, args.channel_metric)
 
 
-def evaluation_text(names: list[str] | None, windows: int | None, seqlen: int) -> EvaluationText:
+def evaluation_text(
+    names: list[str] | None, windows: int | None, seqlen: int, stride: int | None = None
+) -> EvaluationText:
     """Return which texts to measure perplexity on."""
-    from cfsp.pipeline import EvaluationText
+    from cfsp.settings import EvaluationText
 
-    return EvaluationText(tuple(names or ()), windows, seqlen)
+    return EvaluationText(tuple(names or ()), windows, seqlen, stride)
 
 
 def typed_command() -> str:

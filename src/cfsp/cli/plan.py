@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> None:
     """Make and write a plan."""
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.pipeline import plan_source
+    from cfsp.decision import plan_from_statistics
 
     budget = arguments.budget(args)
-    plan = plan_source(
+    plan = plan_from_statistics(
         open_checkpoint(args.model, args.revision),
         Statistics.load(args.statistics),
         budget,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
@@ -28,6 +29,12 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     arguments.add_budget(parser, required=False)
     arguments.add_calibration_text(parser)
     group = parser.add_argument_group("stages")
+    group.add_argument(
+        "--restore",
+        default="ridge",
+        choices=arguments.RESTORE_METHODS,
+        help="repair the down projections by least squares (ridge, default), or not",
+    )
     group.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan")
     group.add_argument(
         "--statistics", type=Path, metavar="FILE", help="plan from these, without a forward pass"
@@ -57,20 +64,26 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.allocation import Budget
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.pipeline import CalibrationText, prune_checkpoint
+    from cfsp.pipeline import prune_checkpoint
     from cfsp.pruning_plan import PruningPlan
+    from cfsp.settings import CalibrationText, PruneSettings
 
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
-    needs_text = plan is None and statistics is None
-    report = prune_checkpoint(
-        open_checkpoint(args.model, args.revision),
-        args.out,
+    restores = args.restore != "none" and not args.dry_run
+    needs_text = restores or (plan is None and statistics is None)
+    settings = PruneSettings(
         budget=budget,
         criterion=arguments.criterion(args),
         text=arguments.calibration_text(args) if needs_text else CalibrationText(),
         compute=arguments.compute(args),
+        restore=args.restore,
+    )
+    report = prune_checkpoint(
+        open_checkpoint(args.model, args.revision),
+        args.out,
+        settings,
         statistics=statistics,
         plan=plan,
         evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
@@ -84,6 +97,16 @@ def run(args: argparse.Namespace) -> None:
         print_plan(report.plan)
         print()
     print_report(report)
+
+
+def _describe_restoration(restoration: dict[str, Any]) -> str:
+    blocks = restoration["blocks"]
+    before = fmean(block["error_before"] for block in blocks)
+    after = fmean(block["error_after"] for block in blocks)
+    text = f"restored: FFN output error on held-out windows {before:.3f} -> {after:.3f}"
+    if alone := restoration["left_alone"]:
+        text += f"; blocks better left alone: {', '.join(map(str, alone))}"
+    return text
 
 
 def print_report(report: PruneReport) -> None:
@@ -106,6 +129,8 @@ def print_report(report: PruneReport) -> None:
             (f"perplexity, {text}", f"{value['before']:.2f}", f"{value['after']:.2f}", change)
         )
     print_table(("", "before", "after", "change"), rows)
+    if report.restoration:
+        print(f"\n{_describe_restoration(report.restoration)}")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     print(f"\n{stages}; peak memory {human_bytes(report.peak_rss_bytes)}")
     if report.out:

@@ -1,0 +1,184 @@
+"""From a model and a text to a complete decision: which channels stay, and repaired weights.
+
+Without restoration: calibrate, then plan. With it, either the plan is there already and a
+restoring pass obeys it, or widths come from a coarse pass over a few windows and everything
+else from one fine pass.
+
+Shapes: N windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfsp.calibration.calibrate import calibrate, calibration_record
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.tensor_file import TensorFile
+from cfsp.planning import (
+    Criterion,
+    assemble_plan,
+    choose_channels,
+    make_plan,
+    model_size,
+    plan_widths,
+)
+from cfsp.progress import item_progress
+from cfsp.pruning_plan import PruningPlan
+from cfsp.restoration.restore import ChooseChannels, RestoredBlock, restore_blocks
+
+if TYPE_CHECKING:
+    from cfsp.allocation import Budget
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.manifest import Stopwatch
+    from cfsp.settings import Engine, PruneSettings
+    from cfsp.text.windows import Windows
+
+# Angular distance settles with little text; benchmarks/coarse_windows.py shows how little.
+COARSE_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Decision:
+    """All that surgery needs.
+
+    Attributes:
+        plan: which channels stay.
+        statistics: of the calibration; None where a plan was given.
+        restored: one entry for each block; empty without restoration.
+    """
+
+    plan: PruningPlan
+    statistics: Statistics | None = None
+    restored: Sequence[RestoredBlock] = ()
+
+    @property
+    def repaired_tensors(self) -> Mapping[str, TensorFile]:
+        """Repaired tensors by name; blocks that are better left alone are not in it."""
+        return {
+            name: block.file
+            for block in self.restored
+            if block.ridge is not None
+            for name in block.file.specs
+        }
+
+
+def decide(
+    source: WeightSource,
+    draw: Callable[[], Windows],
+    settings: PruneSettings,
+    *,
+    work: Path,
+    watch: Stopwatch,
+    statistics: Statistics | None = None,
+    plan: PruningPlan | None = None,
+) -> Decision:
+    """Decide which channels stay, and repair what is left if the settings ask for it.
+
+    Args:
+        source: the model.
+        draw: gives the calibration windows; called only if they are needed.
+        settings: how to prune.
+        work: an existing directory for repaired tensors; must outlive the decision.
+        watch: is told the time of each stage.
+        statistics: of an earlier calibration of this model.
+        plan: an earlier decision for this model.
+
+    Raises:
+        CfspError: as calibration, planning and restoration do.
+    """
+    engine = settings.compute.engine(source)
+    if plan is not None:
+        plan.check_fits(source)
+    elif statistics is not None:
+        with watch.stage("plan"):
+            plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+    if settings.restore == "none":
+        if plan is None:
+            with watch.stage("calibrate"):
+                statistics = calibrate_windows(source, draw(), engine, settings.text.seed)
+            with watch.stage("plan"):
+                plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+        return Decision(plan, statistics)
+    if plan is None:
+        with watch.stage("calibrate and restore"):
+            return decide_and_restore(source, draw(), settings, engine, work)
+    print(
+        "restoring a plan that was made before: this takes a forward pass of its own "
+        "(--restore none does without)",
+        file=sys.stderr,
+    )
+    kept = [block.kept for block in plan.blocks]
+    with watch.stage("restore"):
+        restored = _restore(source, draw(), engine, work, lambda block, _: kept[block])
+    return Decision(plan, statistics, restored)
+
+
+def decide_and_restore(
+    source: WeightSource, windows: Windows, settings: PruneSettings, engine: Engine, work: Path
+) -> Decision:
+    """Fix the widths from a few windows, then choose and repair in one pass over all."""
+    budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
+    coarse = calibrate_windows(source, few_windows(windows, COARSE_WINDOWS), engine, seed)
+    widths = plan_widths(model_size(source), coarse, budget, criterion)
+    restored = _restore(
+        source,
+        windows,
+        engine,
+        work,
+        lambda block, observed: choose_channels(
+            source, block, observed, widths.kept_L[block], criterion
+        ),
+    )
+    record = calibration_record(
+        source, windows, device=engine.device, dtype=engine.dtype, seed=seed
+    )
+    kept = [block.kept for block in restored]
+    plan = assemble_plan(source, record, budget, criterion, widths, kept)
+    statistics = Statistics(tuple(block.statistics for block in restored), record)
+    return Decision(plan, statistics, restored)
+
+
+def plan_from_statistics(
+    source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
+) -> PruningPlan:
+    """Make a plan from statistics, showing progress."""
+    with item_progress("plan", source.config.num_hidden_layers, "block") as bar:
+        return make_plan(source, statistics, budget, criterion, on_block=bar.update)
+
+
+def calibrate_windows(
+    source: WeightSource, windows: Windows, engine: Engine, seed: int
+) -> Statistics:
+    """Run the windows through the model once."""
+    return calibrate(
+        source,
+        windows,
+        device=engine.device,
+        dtype=engine.dtype,
+        seed=seed,
+        batch_windows=engine.batch_windows,
+    )
+
+
+def few_windows(windows: Windows, count: int) -> Windows:
+    """Return at most `count` windows, spread over all, so that every text has its share."""
+    stride = max(1, len(windows.tokens_NT) // count)
+    return replace(windows, tokens_NT=windows.tokens_NT[::stride][:count])
+
+
+def _restore(
+    source: WeightSource, windows: Windows, engine: Engine, work: Path, choose: ChooseChannels
+) -> list[RestoredBlock]:
+    return restore_blocks(
+        source,
+        windows.tokens_NT,
+        choose,
+        work,
+        device=engine.device,
+        dtype=engine.dtype,
+        batch_windows=engine.batch_windows,
+    )

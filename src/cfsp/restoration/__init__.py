@@ -1,0 +1,1 @@
+"""Restoration: closed-form repair of the down projections after channels are removed."""

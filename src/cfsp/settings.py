@@ -1,0 +1,95 @@
+"""What a user can set, as values: text, computing, and how to prune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from cfsp.allocation import Budget
+from cfsp.loading import compute_device, compute_dtype
+from cfsp.planning import Criterion
+from cfsp.text.windows import DEFAULT_SEQLEN, Windows, draw_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cfsp.checkpoint.reading import WeightSource
+
+Restore = Literal["ridge", "none"]
+RESTORE_METHODS: tuple[Restore, ...] = ("ridge", "none")
+DEFAULT_RESTORE: Restore = "ridge"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text to calibrate on; see `cfsp.text.windows.draw_windows`."""
+
+    names: tuple[str, ...] = ("python-docs",)
+    samples: int | None = None
+    seqlen: int = DEFAULT_SEQLEN
+    seed: int = 0
+
+    def draw(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
+        """Draw the windows."""
+        return draw_windows(
+            self.names, tokenizer, samples=self.samples, seqlen=self.seqlen, seed=self.seed
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Which texts to measure perplexity on: the first windows of each."""
+
+    names: tuple[str, ...] = ()
+    windows: int | None = 12
+    seqlen: int = DEFAULT_SEQLEN
+    stride: int | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and how blocks compute, resolved for one model on this machine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where to compute and in what; `auto` is resolved for the model and machine at hand."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_windows: int | None = None
+
+    def engine(self, source: WeightSource) -> Engine:
+        """Resolve `auto`."""
+        return Engine(
+            compute_device(self.device), compute_dtype(source, self.dtype), self.batch_windows
+        )
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How to prune.
+
+    Attributes:
+        budget: how much to remove; without meaning when a plan is given.
+        criterion: what counts as important; likewise.
+        text: what to calibrate and restore on.
+        compute: where and in what.
+        restore: `ridge` repairs the down projections by least squares, `none` does not.
+    """
+
+    budget: Budget
+    criterion: Criterion = field(default_factory=Criterion)
+    text: CalibrationText = field(default_factory=CalibrationText)
+    compute: Compute = field(default_factory=Compute)
+    restore: Restore = DEFAULT_RESTORE
+
+    def without_restoration(self) -> PruneSettings:
+        """Return the same settings, without repair."""
+        return replace(self, restore="none")
