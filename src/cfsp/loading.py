@@ -10,6 +10,7 @@ import torch
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.modeling_code import is_our_modeling_code
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +41,10 @@ def load(
     checkpoint = Checkpoint(directory, str(name))
     if isinstance(dtype, str):
         dtype = compute_dtype(checkpoint, dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, trust_remote_code=is_our_modeling_code(directory)
-    )
+    with library_progress():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=is_our_modeling_code(directory)
+        )
     if device is not None:
         model = model.to(device)
     return model.eval()

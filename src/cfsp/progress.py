@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from tqdm import tqdm
 
@@ -38,3 +40,25 @@ def token_progress(label: str, blocks: int, token_passes: int) -> Iterator[Token
 def item_progress(label: str, total: int, unit: str) -> tqdm:  # type: ignore[type-arg]
     """Return a bar over `total` items of a named unit."""
     return tqdm(desc=label, total=total, unit=unit, disable=None, leave=False)
+
+
+@contextmanager
+def library_progress() -> Iterator[None]:
+    """Let transformers show its own bars on a terminal only.
+
+    Some of its bars obey its switch and some do not; the latter are swallowed. Errors are
+    raised as exceptions and pass.
+    """
+    from transformers.utils import logging
+
+    if sys.stderr.isatty():
+        yield
+        return
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -11,6 +11,7 @@ import torch
 
 from cfsp.checkpoint.output import staged_directory
 from cfsp.errors import CheckpointError, MissingExtraError
+from cfsp.progress import library_progress
 
 
 def cache_directory() -> Path:
@@ -35,7 +36,7 @@ def import_gguf(path: Path) -> Path:
     target = cache_directory() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not (target / "config.json").is_file():
         dtype = _stored_dtype(path)
-        with staged_directory(target) as staging:
+        with staged_directory(target) as staging, library_progress():
             _convert(path, dtype, staging)
     return target
 
@@ -58,9 +59,7 @@ def _stored_dtype(path: Path) -> torch.dtype:
 
 def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent,
@@ -73,8 +72,6 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
         raise CheckpointError(
             f"transformers cannot read {path}: {error}; use the safetensors of the same model"
         ) from error
-    finally:
-        logging.enable_progress_bar()
     # The weights are dense now; with these left, saving would announce them as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
