@@ -5,10 +5,12 @@
     ├── CheckpointError            a model that is missing, truncated, or not what its config says
     │   └── UnsupportedModelError  a model family that this package does not know
     ├── TextError                  a text that is missing, unreadable or too short
+    ├── TaskError                  an evaluation task that is unknown, or whose data is unusable
     ├── CalibrationError           NaN or infinite weights or activations
     ├── StatisticsError            a statistics file that is damaged or belongs to another model
     ├── PlanError                  a plan that is damaged or belongs to another model
     ├── BudgetError                a sparsity that no plan can reach
+    ├── ExportError                a format that cannot express the model, or a written copy that differs
     ├── OutputError                a place that cannot be written to
     └── MissingExtraError          an optional dependency that is not installed
 
@@ -41,6 +43,10 @@ class TextError(CfspError):
     """A text is missing, unreadable, or too short."""
 
 
+class TaskError(CfspError):
+    """An evaluation task is unknown, or its data is missing or damaged."""
+
+
 class CalibrationError(CfspError):
     """A weight or an activation is NaN or infinite."""
 
@@ -55,6 +61,10 @@ class PlanError(CfspError):
 
 class BudgetError(CfspError):
     """No plan can reach the requested sparsity."""
+
+
+class ExportError(CfspError):
+    """The target format cannot express this model, or what was written computes something else."""
 
 
 class OutputError(CfspError):

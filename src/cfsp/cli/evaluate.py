@@ -1,11 +1,14 @@
-"""`cfsp eval`: perplexity of several models on several texts, in one table."""
+"""`cfsp eval`: perplexity and task scores of several models, in one table each."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from cfsp.cli import arguments
 from cfsp.cli.output import human_count, print_json, print_table
+from cfsp.errors import UsageError
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -13,18 +16,43 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser = arguments.command_parser(
         subparsers,
         "eval",
-        "measure the perplexity of models on texts",
-        "cfsp eval MODEL smaller --data wikitext2 --data c4 --windows 12",
+        "measure the perplexity of models on texts and their scores on tasks",
+        "cfsp eval MODEL smaller --data wikitext2 --data c4 --windows 12 --tasks piqa,arc_easy",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as for prune")
-    parser.add_argument(
-        "--data", action="append", required=True, metavar="TEXT", help="as for prune; repeatable"
-    )
-    parser.add_argument(
+    text = parser.add_argument_group("perplexity")
+    text.add_argument("--data", action="append", metavar="TEXT", help="as for prune; repeatable")
+    text.add_argument(
         "--windows", type=int, metavar="N", help="first N windows of each text (default: all)"
     )
-    parser.add_argument(
+    text.add_argument(
         "--seqlen", type=int, default=1024, metavar="T", help="tokens in a window (default: 1024)"
+    )
+    text.add_argument(
+        "--stride",
+        type=int,
+        metavar="S",
+        help="let windows of the same text overlap: each begins S tokens after the last one and "
+        "counts only tokens not counted yet (default: no overlap)",
+    )
+    tasks = parser.add_argument_group("tasks, scored by lm-evaluation-harness")
+    tasks.add_argument(
+        "--tasks",
+        action="append",
+        metavar="A,B,...",
+        help="names of the harness, or cfsp-paper (HellaSwag, PIQA, WinoGrande, ARC-e, ARC-c, "
+        "OpenBookQA, BoolQ, MMLU)",
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
+    tasks.add_argument(
+        "--shots", type=int, metavar="K", help="solved examples before each question (default: 0)"
+    )
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="read DIR/piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl, openbook_qa.jsonl, "
+        "boolq.jsonl, winogrande.jsonl, hellaswag.jsonl instead of the hub",
     )
     arguments.add_compute(parser)
     arguments.add_json(parser)
@@ -33,13 +61,35 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
-    from cfsp.pipeline import evaluate_models
+    from cfsp.tasks.selection import DEFAULT_BATCH, TaskSelection
 
-    texts = arguments.evaluation_text(args.data, args.windows, args.seqlen)
-    results = evaluate_models(args.models, texts, arguments.compute(args))
+    if not args.data and not args.tasks:
+        raise UsageError("expected --data, --tasks or both, found neither")
+    selection = None
+    if args.tasks:
+        names = [name.strip() for each in args.tasks for name in each.split(",") if name.strip()]
+        batch = args.batch_windows or DEFAULT_BATCH
+        selection = TaskSelection(tuple(names), args.limit, args.shots, args.task_data, batch)
+
+    from cfsp.comparison import evaluate_models
+    from cfsp.tasks.harness import TaskRunner
+
+    texts = arguments.evaluation_text(args.data, args.windows, args.seqlen, args.stride)
+    runner = TaskRunner.of(selection) if selection else None
+    results = evaluate_models(args.models, texts, arguments.compute(args), runner)
+    conditions = {"tasks": runner.conditions()} if runner else {}
     if args.json:
-        print_json({"models": results})
+        print_json({"models": results, **conditions})
         return
+    if args.data:
+        _print_perplexity(results, args)
+    if args.data and runner:
+        print()
+    if runner:
+        _print_tasks(results, runner.conditions())
+
+
+def _print_perplexity(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     rows = [
         (
             result["model"],
@@ -50,4 +100,29 @@ def run(args: argparse.Namespace) -> None:
     ]
     print_table(("perplexity", "parameters", *args.data), rows)
     counts = ", ".join(f"{count:,} of {text}" for text, count in results[0]["tokens"].items())
-    print(f"\npredicted tokens: {counts}; windows of {args.seqlen}; {results[0]['dtype']}")
+    stride = f", stride {args.stride}" if args.stride else ""
+    print(f"\npredicted tokens: {counts}; windows of {args.seqlen}{stride}; {results[0]['dtype']}")
+
+
+def _print_tasks(results: list[dict[str, Any]], conditions: dict[str, Any]) -> None:
+    """Print a row for each task and metric and a column for each model."""
+    rows = []
+    for task, scores in results[0]["tasks"].items():
+        for metric in ("acc", "acc_norm"):
+            if metric in scores:
+                cells = [_score(result["tasks"][task], metric) for result in results]
+                rows.append((task, metric, str(scores["documents"]), *cells))
+    print_table(("task", "metric", "documents", *(result["model"] for result in results)), rows)
+    versions = ", ".join(
+        f"{task} {scores['version']} ({scores['shots']} shots)"
+        for task, scores in results[0]["tasks"].items()
+    )
+    print(
+        f"\npercent, with standard errors; {conditions['harness']}; {versions}; "
+        f"data: {conditions['task_data']}; {results[0]['dtype']}, batches of {conditions['batch']}"
+    )
+
+
+def _score(scores: dict[str, Any], metric: str) -> str:
+    error = scores[f"{metric}_stderr"]
+    return f"{100 * scores[metric]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

@@ -1,0 +1,1 @@
+"""Zero-shot and few-shot tasks, scored by lm-evaluation-harness."""

@@ -1,0 +1,321 @@
+"""Our wiring of lm-evaluation-harness gives the harness's own numbers on the harness's own text."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from cfsp.cli import main
+from cfsp.comparison import evaluate_models
+from cfsp.errors import TaskError, UsageError
+from cfsp.loading import load
+from cfsp.settings import Compute, EvaluationText
+from cfsp.tasks.documents import read_documents
+from cfsp.tasks.harness import TaskRunner
+from cfsp.tasks.selection import PAPER_SUITE, TaskSelection, jsonl_task_directory
+
+FILES = {
+    "piqa": "piqa.jsonl",
+    "arc_easy": "arc_easy.jsonl",
+    "arc_challenge": "arc_challenge.jsonl",
+    "openbookqa": "openbook_qa.jsonl",
+    "boolq": "boolq.jsonl",
+    "winogrande": "winogrande.jsonl",
+    "hellaswag": "hellaswag.jsonl",
+}
+WORDS = ["river", "stone", "light", "green", "runs", "falls", "under", "small", "plan", "wörd"]
+DOCUMENTS = 12
+
+
+def _phrase(generator: random.Random, longest: int = 6) -> str:
+    return " ".join(generator.choices(WORDS, k=generator.randint(1, longest)))
+
+
+def _original_and_ours(task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the same random documents in the hub data set's fields and in the JSONL fields."""
+    generator = random.Random(task)
+    original: list[dict[str, Any]] = []
+    ours: list[dict[str, Any]] = []
+    for _ in range(DOCUMENTS):
+        question, passage = _phrase(generator), _phrase(generator, 20)
+        choices = [_phrase(generator) + f" {i}" for i in range(4)]
+        gold = generator.randrange(2)
+        if task == "piqa":
+            original.append(
+                {"goal": question, "sol1": choices[0], "sol2": choices[1], "label": gold}
+            )
+            query, choices = f"Question: {question}\n", choices[:2]
+        elif task in ("arc_easy", "arc_challenge"):
+            labels = {"text": choices, "label": ["A", "B", "C", "D"]}
+            original.append({"question": question, "choices": labels, "answerKey": "AB"[gold]})
+            query = f"Question: {question}"
+        elif task == "openbookqa":
+            labels = {"text": choices, "label": ["A", "B", "C", "D"]}
+            original.append({"question_stem": question, "choices": labels, "answerKey": "AB"[gold]})
+            query = question
+        elif task == "boolq":
+            original.append({"passage": passage, "question": question, "label": gold})
+            query, choices = f"Passage: {passage}\nQuestion: {question}?", ["no", "yes"]
+        elif task == "hellaswag":
+            # What the harness's own preprocessing makes of these fields is the file's query.
+            original.append(
+                {
+                    "activity_label": "Act",
+                    "ctx_a": f"{passage}.",
+                    "ctx_b": question,
+                    "endings": choices,
+                    "label": str(gold),
+                }
+            )
+            query = f"Act: {passage}. {question.capitalize()}"
+        else:
+            rest = f"{question}."
+            original.append(
+                {
+                    "sentence": f"{passage} _ {rest}",
+                    "option1": choices[0],
+                    "option2": choices[1],
+                    "answer": str(gold + 1),
+                }
+            )
+            contexts = [f"{passage} {choice}" for choice in choices[:2]]
+            ours.append({"context_options": contexts, "continuation": rest, "gold": gold})
+            continue
+        ours.append({"query": query, "choices": choices, "gold": gold})
+    return original, ours
+
+
+@pytest.fixture(scope="module")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tasks")
+    for task, file in FILES.items():
+        lines = [json.dumps(document) for document in _original_and_ours(task)[1]]
+        (directory / file).write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def _requests(task: Any) -> list[tuple[str, str]]:
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests()
+    return [instance.args for instance in task.instances]
+
+
+@pytest.fixture(scope="module")
+def stock_tasks() -> TaskManager:
+    """The harness's own index of tasks; it takes seconds to make."""
+    return TaskManager()
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_text_and_choices_are_those_of_the_harness(
+    task: str, task_data: Path, stock_tasks: TaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    original, _ = _original_and_ours(task)
+    rows = datasets.Dataset.from_list(original)
+    splits = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: splits)
+    stock = stock_tasks.load([task])["tasks"][task]
+    runner = TaskRunner.of(TaskSelection((task,), data=task_data))
+    ours = runner.manager.load([task])["tasks"][task]
+    assert _requests(ours) == _requests(stock)
+    assert set(ours._metric_fn_list) == set(stock._metric_fn_list)
+    assert ours.VERSION == stock.VERSION
+
+
+def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], tokenizer: Any, task_data: Path
+) -> None:
+    directory = tiny_checkpoint("llama")
+    expected = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(directory), "dtype": "float32"},
+        device="cpu",
+        batch_size=8,
+        tasks=list(FILES),
+        task_manager=TaskManager(
+            include_path=jsonl_task_directory(),
+            include_defaults=False,
+            metadata={"directory": str(task_data)},
+        ),
+    )["results"]
+    runner = TaskRunner.of(TaskSelection(tuple(FILES), data=task_data))
+    found = runner.score(load(directory, dtype="float32"), tokenizer)
+    assert list(found) == list(FILES)
+    for task, scores in found.items():
+        assert scores["acc"] == expected[task]["acc,none"]
+        assert scores["acc_stderr"] == expected[task]["acc_stderr,none"]
+        assert scores["documents"] == DOCUMENTS
+        assert scores["shots"] == 0
+        assert scores.get("acc_norm") == expected[task].get("acc_norm,none")
+        assert scores.get("acc_norm_stderr") == expected[task].get("acc_norm_stderr,none")
+    # A random model on random text is right now and then, not always and not never.
+    assert 0 < sum(scores["acc"] for scores in found.values()) < len(found)
+
+
+def test_second_model_is_scored_as_if_it_were_the_first(
+    tiny_checkpoint: Callable[[str], Path], tokenizer: Any, task_data: Path
+) -> None:
+    runner = TaskRunner.of(TaskSelection(("piqa", "winogrande"), data=task_data))
+    first = runner.score(load(tiny_checkpoint("llama")), tokenizer)
+    other = runner.score(load(tiny_checkpoint("qwen3")), tokenizer)
+    again = runner.score(load(tiny_checkpoint("llama")), tokenizer)
+    assert first == again
+    assert other != first
+
+
+def test_shots_and_limit_reach_the_harness(
+    tiny_checkpoint: Callable[[str], Path], tokenizer: Any, task_data: Path
+) -> None:
+    selection = TaskSelection(("arc_easy", "winogrande"), limit=5, shots=2, data=task_data)
+    runner = TaskRunner.of(selection)
+    scores = runner.score(load(tiny_checkpoint("llama")), tokenizer)
+    assert [entry["shots"] for entry in scores.values()] == [2, 2]
+    assert [entry["documents"] for entry in scores.values()] == [5, 5]
+    conditions = runner.conditions()
+    assert (conditions["limit"], conditions["shots"]) == (5, 2)
+    assert conditions["harness"].startswith("lm-evaluation-harness 0.")
+
+
+def test_paper_suite_is_one_name() -> None:
+    assert TaskSelection(("cfsp-paper",)).task_names == list(PAPER_SUITE)
+    assert TaskSelection(("piqa", "cfsp-paper")).task_names[0] == "piqa"
+    assert len(PAPER_SUITE) == 8
+    # Every one of them is a task or group of the installed harness.
+    TaskRunner.of(TaskSelection(("cfsp-paper",)))
+
+
+def test_texts_and_tasks_together_in_json(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    task_data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["eval", str(tiny_checkpoint("llama")), "--tasks", "piqa,boolq", "--json"]
+    arguments += ["--task-data", str(task_data), "--limit", "4", "--dtype", "float32"]
+    arguments += ["--data", str(text_file), "--windows", "2", "--seqlen", "32", "--stride", "16"]
+    assert main(arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (model,) = printed["models"]
+    assert set(model["tasks"]) == {"piqa", "boolq"}
+    assert model["tasks"]["piqa"]["version"] == 1.0
+    assert "acc_norm" in model["tasks"]["piqa"]
+    assert "acc_norm" not in model["tasks"]["boolq"]
+    assert model["tokens"][str(text_file)] == 2 * 32 - 1
+    assert (model["stride"], model["seqlen"], model["dtype"]) == (16, 32, "float32")
+    assert printed["tasks"]["limit"] == 4
+
+
+def test_table_has_a_column_for_each_model(
+    tiny_checkpoint: Callable[[str], Path], task_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen2"))]
+    assert main(["eval", *models, "--tasks", "piqa", "--task-data", str(task_data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["task", "metric", "documents", *models]
+    assert [line.split()[:3] for line in lines[2:4]] == [
+        ["piqa", "acc", "12"],
+        ["piqa", "acc_norm", "12"],
+    ]
+    assert lines[2].count("±") == 2
+
+
+def test_unknown_task_names_those_that_look_alike(task_data: Path) -> None:
+    with pytest.raises(TaskError, match="no task 'arc_esy'; it has, for example: arc_easy"):
+        TaskRunner.of(TaskSelection(("arc_esy",), data=task_data))
+    with pytest.raises(TaskError, match="harness has no task 'piqaa'"):
+        TaskRunner.of(TaskSelection(("piqaa",)))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"query": "a", "choices": ["b"]}', "expected query, choices and gold"),
+        ('{"query": "a", "choices": ["b"], "gold": 1}', "gold is 1, but there are 1 choices"),
+        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "a choice is empty"),
+        ("[]", "found: list"),
+        ("", "holds no documents"),
+    ],
+)
+def test_damaged_task_file_is_one_sentence(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "piqa.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(TaskError, match=message):
+        read_documents(path)
+
+
+def test_missing_task_file_is_an_error_of_the_command(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_checkpoint("llama"))
+    assert main(["eval", model, "--tasks", "piqa", "--task-data", str(tmp_path)]) == 2
+    assert f"cannot read the task file {tmp_path / 'piqa.jsonl'}" in capsys.readouterr().err
+    assert main(["eval", model]) == 2
+    assert "expected --data, --tasks or both" in capsys.readouterr().err
+    absent = tmp_path / "absent"
+    assert main(["eval", model, "--tasks", "piqa", "--task-data", str(absent)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"names": ()}, "at least one task"),
+        ({"names": ("piqa",), "limit": 0}, "--limit must be at least 1, found 0"),
+        ({"names": ("piqa",), "shots": -1}, "--shots must be at least 0, found -1"),
+    ],
+)
+def test_impossible_selection_is_an_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TaskSelection(**fields)
+
+
+@pytest.mark.parametrize("stride", [None, 32, 13, 1])
+def test_perplexity_with_stride_equals_token_by_token(
+    stride: int | None, tiny_checkpoint: Callable[[str], Path], text_file: Path
+) -> None:
+    from cfsp.text.tokenizers import load_tokenizer
+    from cfsp.text.windows import consecutive_windows
+
+    directory = tiny_checkpoint("llama")
+    seqlen = 32
+    texts = EvaluationText((str(text_file),), windows=3, seqlen=seqlen, stride=stride)
+    (result,) = evaluate_models([directory], texts, Compute(dtype="float32"))
+
+    windows = consecutive_windows(str(text_file), load_tokenizer(directory), count=3, seqlen=seqlen)
+    stream = windows.tokens_NT.reshape(-1)
+    model = load(directory, dtype="float32")
+    losses = []
+    for position in range(1, len(stream)):
+        # The first window, in order of their starts, that holds the token and one before it.
+        starts = [*range(0, len(stream) - seqlen, stride or seqlen), len(stream) - seqlen]
+        start = next((s for s in starts if s < position < s + seqlen), None)
+        if start is None:
+            continue
+        with torch.no_grad():
+            logits = model(input_ids=stream[None, start:position]).logits[0, -1].double()
+        losses.append(-torch.log_softmax(logits, -1)[stream[position]])
+    assert result["tokens"][str(text_file)] == len(losses)
+    expected = float(torch.stack(losses).mean().exp())
+    assert result["perplexity"][str(text_file)] == pytest.approx(expected, rel=1e-4)
+
+
+def test_stride_outside_the_window_is_an_error(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path
+) -> None:
+    texts = EvaluationText((str(text_file),), windows=2, seqlen=16, stride=17)
+    with pytest.raises(UsageError, match="between 1 and the window's 16 tokens, found 17"):
+        evaluate_models([tiny_checkpoint("llama")], texts, Compute())
