@@ -10,7 +10,7 @@
     ├── StatisticsError            a statistics file that is damaged or belongs to another model
     ├── PlanError                  a plan that is damaged or belongs to another model
     ├── BudgetError                a sparsity that no plan can reach
-    ├── ExportError                a format that cannot express the model, or a written copy that differs
+    ├── ExportError                a format that cannot express the model, or a copy that differs
     ├── OutputError                a place that cannot be written to
     └── MissingExtraError          an optional dependency that is not installed
 

@@ -51,6 +51,26 @@ def staged_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Give a temporary sibling path of `target`; rename the file to `target` on success.
+
+    Raises:
+        OutputError: the target exists, or the disk is full or read-only.
+    """
+    if target.exists():
+        raise OutputError(f"{target} exists already; choose another file")
+    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        staging.rename(target)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file aside and rename it into place.
 

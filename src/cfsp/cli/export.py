@@ -1,0 +1,86 @@
+"""`cfsp export`: a checkpoint in the layout that other software reads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfsp.cli import arguments
+from cfsp.cli.output import human_bytes, print_json
+
+if TYPE_CHECKING:
+    from cfsp.export.target import ExportReport
+
+# Spelled out here, because their home imports torch; a test compares.
+TARGETS = ("padded",)
+
+
+def add_parser(subparsers: arguments.Subparsers) -> None:
+    """Add the subcommand."""
+    parser = arguments.command_parser(
+        subparsers,
+        "export",
+        "write a checkpoint for llama.cpp, vLLM, OpenVINO or stock classes, and verify the copy",
+        "cfsp export smaller --to gguf --type q8_0 --out smaller.gguf",
+    )
+    arguments.add_model(parser)
+    parser.add_argument("--to", required=True, choices=TARGETS, help="format of the copy")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="new directory; for gguf a new .gguf file"
+    )
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        help="gguf: f32, f16, bf16, q8_0 or, through llama.cpp, q4_k_m, q5_k_m, q6_k, ... "
+        "(default: the checkpoint's own)",
+    )
+    parser.add_argument(
+        "--pre-tokenizer",
+        metavar="NAME",
+        help="gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told",
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not read the copy back and compare its logits with the checkpoint's",
+    )
+    arguments.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export."""
+    from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.export.registry import export_checkpoint
+    from cfsp.export.target import ExportOptions
+
+    report = export_checkpoint(
+        open_checkpoint(args.model, args.revision),
+        args.to,
+        args.out,
+        ExportOptions(args.type, args.pre_tokenizer, arguments.typed_command()),
+        verify=not args.no_verify,
+    )
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json:
+        print_json(report.to_json())
+        return
+    print_report(report)
+
+
+def print_report(report: ExportReport) -> None:
+    """Print what was written and how it compares."""
+    print(f"{report.layout}; {human_bytes(report.nbytes)}")
+    check = report.verification
+    if check is None:
+        print("not verified")
+    else:
+        greedy = f", {check.greedy_steps} greedy tokens equal" if check.greedy_steps else ""
+        print(
+            f"verified by {check.reader}: logits over {check.tokens} tokens differ by at most "
+            f"{check.max_difference:.2g} (relative error {check.relative_error:.2g}){greedy}"
+        )
+    print(f"written to {report.out}")

@@ -1,0 +1,100 @@
+"""Target `padded`: the plain stock class, every FFN zero-padded to the width of the widest.
+
+For software that neither reads `per_layer_config` nor runs remote code. Added channels are
+zero in all three matrices: act(0) * 0 is 0, and the down projection ignores it. Nothing is
+saved: the copy is as large and as slow as its widest block everywhere. Tensors stream from
+shard to shard; one is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.shards import write_shards
+from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
+from cfsp.checkpoint.writing import copy_travelling_files, pruned_config
+from cfsp.errors import ExportError
+from cfsp.export.target import ExportOptions, Target, Written
+from cfsp.export.verification import (
+    Verification,
+    compare_logits,
+    logits_of,
+    probe_tokens,
+    reference_model,
+)
+from cfsp.families import intermediate_sizes
+
+# A longer sum is added up in another order, so logits differ by rounding: float32 has 2^-24.
+TOLERANCE = 1e-5
+
+
+def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+    """Write the padded checkpoint into an existing directory."""
+    widths = intermediate_sizes(source.config)
+    widest = max(widths)
+    outgoing = [_outgoing(source, name, spec, widest) for name, spec in source.specs.items()]
+    write_shards(out, outgoing)
+    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    config = pruned_config(fields, source.family, [widest] * len(widths))
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_travelling_files(source.directory, out)
+    padding = widest * len(widths) - sum(widths)
+    return Written(
+        layout=f"{source.family.causal_lm}, {len(widths)} blocks of {widest} channels",
+        notes=(
+            f"{padding:,} of {widest * len(widths):,} channels are zeros: it runs everywhere, "
+            "but saves no memory and no time over the widest block",
+        ),
+    )
+
+
+def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
+    """Compare every weight bit by bit, and the logits of the reloaded model."""
+    padded = Checkpoint(out)
+    for name in source.specs:
+        _check_tensor(source, name, padded.read(name))
+    tokens = probe_tokens(source)
+    expected_TV = logits_of(reference_model(source), tokens)
+    found_TV = logits_of(reference_model(padded), tokens)
+    return compare_logits("transformers", expected_TV, found_TV, TOLERANCE)
+
+
+def _outgoing(source: Checkpoint, name: str, spec: TensorSpec, widest: int) -> OutgoingTensor:
+    location = source.family.channel_axis(name)
+    if location is None or spec.shape[location[1]] == widest:
+        return OutgoingTensor(name, spec, lambda: source.chunks(name))
+    axis = location[1]
+
+    def padded() -> Iterator[memoryview]:
+        return tensor_chunks(pad_channels(source.read(name), axis, widest))
+
+    return OutgoingTensor(name, spec.with_length(axis, widest), padded)
+
+
+def pad_channels(tensor: Tensor, axis: int, width: int) -> Tensor:
+    """Return a tensor with zeros appended along one axis."""
+    shape = list(tensor.shape)
+    shape[axis] = width - tensor.shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+
+
+def _check_tensor(source: Checkpoint, name: str, found: Tensor) -> None:
+    expected = source.read(name)
+    location = source.family.channel_axis(name)
+    if location is not None:
+        axis = location[1]
+        width = expected.shape[axis]
+        if bool(found.narrow(axis, width, found.shape[axis] - width).any()):
+            raise ExportError(f"{name} has weights in the padding; nothing was kept")
+        found = found.narrow(axis, 0, width)
+    if not torch.equal(found, expected):
+        raise ExportError(f"{name} differs from the checkpoint's; nothing was kept")
+
+
+TARGET = Target("padded", "", write, verify)
