@@ -79,5 +79,6 @@ class ChannelSums:
         for part in torch.split(rows, _ROWS):
             exact = part.float()
             self.sum_F += exact.sum(0)
-            self.sum_of_squares_F += exact.square_().sum(0)
+            # Not in place: of float32 activations `exact` is the block's own tensor, no copy.
+            self.sum_of_squares_F += exact.square().sum(0)
         self.tokens += rows.shape[0]
