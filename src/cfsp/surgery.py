@@ -6,40 +6,21 @@ the source to the new shards: one is in memory at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.reading import INDEX_FILE, SINGLE_FILE, WeightSource
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
     TensorFile,
     TensorSpec,
     tensor_chunks,
-    write_tensor_file,
 )
 from cfsp.pruning_plan import PruningPlan
-
-MAX_SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class WrittenWeights:
-    """What surgery wrote.
-
-    Attributes:
-        digests: file name -> SHA-256 of its bytes.
-        parameters: number of parameters.
-        nbytes: bytes of all tensors.
-    """
-
-    digests: dict[str, str]
-    parameters: int
-    nbytes: int
 
 
 def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
@@ -94,21 +75,7 @@ def write_pruned_weights(
     """
     specs = pruned_specs(source, plan)
     outgoing = [_outgoing(source, plan, name, spec, repaired or {}) for name, spec in specs.items()]
-    shards = _into_shards(outgoing, max_shard_bytes)
-    digests = {}
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = SINGLE_FILE
-        if len(shards) > 1:
-            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        digests[file_name] = write_tensor_file(directory / file_name, shard)
-        weight_map.update({tensor.name: file_name for tensor in shard})
-    nbytes = sum(spec.nbytes for spec in specs.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    parameters = sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values())
-    return WrittenWeights(digests, parameters, nbytes)
+    return write_shards(directory, outgoing, max_shard_bytes)
 
 
 def _outgoing(
@@ -128,15 +95,3 @@ def _outgoing(
         return tensor_chunks(pruned_tensor(source, plan, name))
 
     return OutgoingTensor(name, spec, cut)
-
-
-def _into_shards(tensors: list[OutgoingTensor], max_bytes: int) -> list[list[OutgoingTensor]]:
-    shards: list[list[OutgoingTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.spec.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.spec.nbytes
-    return shards
