@@ -1,0 +1,50 @@
+"""`cfsp report`: one web page that shows what pruning did."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cfsp.cli import arguments
+from cfsp.cli.output import print_json
+
+
+def add_parser(subparsers: arguments.Subparsers) -> None:
+    """Add the subcommand."""
+    parser = arguments.command_parser(
+        subparsers,
+        "report",
+        "show one run, or several side by side, on a self-contained web page",
+        "cfsp report smaller smallest --out report.html --png charts",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directory that prune or recover wrote"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    parser.add_argument(
+        "--results",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="add perplexities and task scores that `cfsp eval --json` printed; repeatable",
+    )
+    parser.add_argument(
+        "--png", type=Path, metavar="DIR", help="also write the charts as pictures (extra report)"
+    )
+    arguments.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report."""
+    from cfsp.report.write import write_report
+
+    written = write_report(args.runs, args.out, results=args.results, png=args.png)
+    if args.json:
+        print_json({"out": str(written[0]), "png": [str(path) for path in written[1:]]})
+        return
+    for path in written:
+        print(f"written to {path}")

@@ -1,0 +1,92 @@
+"""How a run was made and how to load it, as text to copy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from cfsp.report.run_facts import RunFacts
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What the page says about the making of one run.
+
+    Attributes:
+        name: the run.
+        command: what the user typed.
+        load: Python that loads the result.
+        conditions: name and value.
+        manifest: the manifest, indented JSON.
+    """
+
+    name: str
+    command: str
+    load: str
+    conditions: list[tuple[str, str]]
+    manifest: str
+
+
+def reproduction(run: RunFacts) -> Reproduction:
+    """Return how a run was made, from its manifest."""
+    return Reproduction(
+        run.name,
+        str(run.manifest.get("command") or "not recorded"),
+        _load_code(run),
+        _conditions(run.manifest),
+        json.dumps(run.manifest, indent=2, ensure_ascii=False),
+    )
+
+
+def _load_code(run: RunFacts) -> str:
+    """Return code for a reader in Python; widths that differ need the modelling file."""
+    widths = set(run.manifest.get("intermediate_sizes", []))
+    trust = ", trust_remote_code=True" if len(widths) > 1 else ""
+    where = repr(str(run.directory))
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({where}{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({where})"
+    )
+
+
+def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    criterion = manifest.get("criterion")
+    if criterion:
+        of = {"ffn": "FFN channels", "model": "all parameters"}.get(criterion["of"], "?")
+        lines += [
+            ("asked for", f"{criterion['sparsity']:.1%} of {of}"),
+            ("blocks by", f"{criterion['block_metric']} distance"),
+            ("channels by", str(criterion["channel_metric"])),
+            ("widths", f"multiples of {criterion['multiple']}"),
+        ]
+    calibration = manifest.get("calibration")
+    if calibration:
+        texts = ", ".join(f"{name} ({n} windows)" for name, n in calibration["sources"].items())
+        lines += [
+            ("calibration text", texts),
+            (
+                "calibration",
+                f"{calibration['windows']} windows of {calibration['seqlen']} tokens, seed "
+                f"{calibration['seed']}, {calibration['dtype']} on {calibration['device']}",
+            ),
+        ]
+    restoration = manifest.get("restoration")
+    if restoration:
+        alone = len(restoration.get("left_alone", []))
+        note = f", {alone} blocks left alone" if alone else ""
+        lines.append(("restoration", f"{restoration['method']}{note}"))
+    if manifest.get("seconds"):
+        times = ", ".join(f"{stage} {value:.1f} s" for stage, value in manifest["seconds"].items())
+        lines.append(("time", times))
+    if "peak_rss_bytes" in manifest:
+        threads = f", {manifest['threads']} threads" if "threads" in manifest else ""
+        lines.append(("memory", f"{manifest['peak_rss_bytes'] / 2**30:.2f} GiB at most{threads}"))
+    if "versions" in manifest:
+        versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
+        lines.append(("versions", versions))
+    if "created" in manifest:
+        lines.append(("made", str(manifest["created"])))
+    return lines

@@ -1,0 +1,247 @@
+"""What went in and what came out, as a table: one column for the original, one for each run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from statistics import median
+from typing import Any
+
+from cfsp.report.run_facts import RunFacts
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number and a remark about it."""
+
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure of the original and of each run.
+
+    Attributes:
+        name: what is measured.
+        cells: the original first.
+        hint: the full name where `name` is shortened, or how it was measured.
+    """
+
+    name: str
+    cells: Sequence[Cell]
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number in large type."""
+
+    value: str
+    noun: str
+    detail: str
+
+
+NOTHING = "\N{EN DASH}"
+_TIMES = "\N{MULTIPLICATION SIGN}"
+_MINUS = "\N{MINUS SIGN}"
+_NOTHING = Cell(NOTHING)
+_PHASES = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s"}
+
+
+def summary_rows(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
+    """Return the rows of runs of one model, under headings; headings without rows are left out."""
+    sections = {
+        "Size": _size(runs),
+        "Perplexity": _perplexity(runs),
+        "Tasks": _tasks(runs),
+        "Speed": _speed(runs),
+    }
+    return {heading: rows for heading, rows in sections.items() if rows}
+
+
+def headlines(run: RunFacts) -> list[Headline]:
+    """Return the few numbers that sum up a run."""
+    manifest = run.manifest
+    lines = []
+    if "model_sparsity" in manifest:
+        lines.append(
+            Headline(
+                _percent_less(manifest["model_sparsity"]),
+                "parameters",
+                f"{count(manifest['parameters_before'])} to {count(manifest['parameters_after'])}",
+            )
+        )
+    if "ffn_sparsity" in manifest:
+        before, after = sum(manifest["widths_before"]), sum(manifest["intermediate_sizes"])
+        lines.append(
+            Headline(
+                _percent_less(manifest["ffn_sparsity"]), "FFN channels", f"{before:,} to {after:,}"
+            )
+        )
+    names = short_names(run.perplexity)
+    for text, value in list(run.perplexity.items())[:2]:
+        if "before" in value and "after" in value:
+            ratio = value["after"] / value["before"]
+            detail = f"{value['before']:.2f} to {value['after']:.2f}, {names[text]}"
+            lines.append(Headline(f"{_TIMES} {ratio:.2f}", "perplexity", detail))
+    speed = (manifest.get("speed") or {}).get("decode")
+    if speed:
+        lines.append(
+            Headline(
+                f"{_TIMES} {_ratio(speed['pruned']):.2f}",
+                "decode speed",
+                f"{_rate(speed['dense']):.1f} to {_rate(speed['pruned']):.1f} tokens/s",
+            )
+        )
+    return lines
+
+
+def _size(runs: Sequence[RunFacts]) -> list[Row]:
+    known = [run for run in runs if "parameters_before" in run.manifest]
+    if not known:
+        return []
+    first = known[0].manifest
+    rows = [
+        Row(
+            "parameters",
+            [
+                Cell(f"{first['parameters_before']:,}"),
+                *(
+                    Cell(
+                        f"{run.manifest['parameters_after']:,}",
+                        _percent_less(run.manifest["model_sparsity"]),
+                    )
+                    if run in known
+                    else _NOTHING
+                    for run in runs
+                ),
+            ],
+        ),
+        Row(
+            "FFN channels",
+            [
+                Cell(f"{sum(first['widths_before']):,}"),
+                *(
+                    Cell(
+                        f"{sum(run.manifest['intermediate_sizes']):,}",
+                        _percent_less(run.manifest["ffn_sparsity"]),
+                    )
+                    if run in known
+                    else _NOTHING
+                    for run in runs
+                ),
+            ],
+        ),
+    ]
+    each = known[0].weight_bytes / first["parameters_after"]
+    dense = f"≈ {megabytes(each * first['parameters_before'])}"
+    disk = [Cell(dense), *(Cell(megabytes(run.weight_bytes)) for run in runs)]
+    hint = "the original's size is its parameters at the same bytes each"
+    return [*rows, Row("weights on disk", disk, hint)]
+
+
+def _perplexity(runs: Sequence[RunFacts]) -> list[Row]:
+    texts = _ordered(text for run in runs for text in run.perplexity)
+    names = short_names(texts)
+    rows = []
+    for text in texts:
+        values = [run.perplexity.get(text, {}) for run in runs]
+        dense = next((value["before"] for value in values if "before" in value), None)
+        tokens = next((value["tokens"] for value in values if "tokens" in value), None)
+        cells = [_NOTHING if dense is None else Cell(f"{dense:.2f}")]
+        for value in values:
+            if "after" not in value:
+                cells.append(_NOTHING)
+                continue
+            note = "" if dense is None else f"{_TIMES} {value['after'] / dense:.2f}"
+            cells.append(Cell(f"{value['after']:.2f}", note))
+        hint = text if tokens is None else f"{text}, {tokens:,.0f} predicted tokens"
+        rows.append(Row(names[text], cells, hint))
+    return rows
+
+
+def _tasks(runs: Sequence[RunFacts]) -> list[Row]:
+    rows = []
+    for task in _ordered(task for run in runs for task in run.tasks):
+        for metric in ("acc", "acc_norm"):
+            scores = [run.tasks.get(task, {}) for run in runs]
+            dense = next((each["before"] for each in scores if "before" in each), {})
+            cells = [_score(dense, metric), *(_score(s.get("after", {}), metric) for s in scores)]
+            if any(cell is not _NOTHING for cell in cells):
+                rows.append(Row(f"{task}, {metric}", cells, "percent, with the standard error"))
+    return rows
+
+
+def _score(scores: dict[str, Any], metric: str) -> Cell:
+    if metric not in scores:
+        return _NOTHING
+    error = scores.get(f"{metric}_stderr")
+    return Cell(f"{100 * scores[metric]:.1f}", "" if error is None else f"± {100 * error:.1f}")
+
+
+def _speed(runs: Sequence[RunFacts]) -> list[Row]:
+    """Return rows for each phase; every run has a measured original of its own.
+
+    Only ratios within one measurement mean something, so the original's column shows the first
+    run's and each run the ratio to its own.
+    """
+    rows = []
+    for phase, name in _PHASES.items():
+        speeds = [(run.manifest.get("speed") or {}).get(phase) for run in runs]
+        first = next((speed for speed in speeds if speed), None)
+        if first is None:
+            continue
+        cells = [Cell(f"{_rate(first['dense']):,.1f}")]
+        cells += [
+            Cell(f"{_rate(speed['pruned']):,.1f}", f"{_TIMES} {_ratio(speed['pruned']):.2f}")
+            if speed
+            else _NOTHING
+            for speed in speeds
+        ]
+        rows.append(Row(name, cells, "median of interleaved rounds; ratio: median within a round"))
+    return rows
+
+
+def _rate(speed: dict[str, Any]) -> float:
+    return float(median(speed["tokens_per_second"]))
+
+
+def _ratio(speed: dict[str, Any]) -> float:
+    return float(median(speed["ratios"]))
+
+
+def _percent_less(share: float) -> str:
+    return f"{_MINUS}{share:.1%}" if share > 0 else f"{-share:.1%}"
+
+
+def count(number: float) -> str:
+    """Return a count with a suffix: 134.5 M."""
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f} {suffix}"
+    return f"{number:.0f}"
+
+
+def megabytes(number: float) -> str:
+    """Return a size in decimal units, as file managers and the hub show it: 189.4 MB."""
+    for limit, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {suffix}"
+    return f"{number:.0f} B"
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the last parts of paths, as many as keep the names apart, at least two."""
+    names = list(names)
+    longest = max((len(PurePath(name).parts) for name in names), default=0)
+    for parts in range(2, longest + 1):
+        short = ["/".join(PurePath(name).parts[-parts:]) for name in names]
+        if len(set(short)) == len(set(names)):
+            return dict(zip(names, short, strict=True))
+    return {name: name for name in names}
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,70 @@
+"""Writing a report, and its charts as pictures for a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import ReportError
+from cfsp.report.page import ModelGroup, group_runs, render_page
+from cfsp.report.pictures import load_renderer, picture_svg
+from cfsp.report.run_facts import read_runs, with_results
+
+
+def write_report(
+    directories: Sequence[Path],
+    out: Path,
+    *,
+    results: Sequence[Path] = (),
+    png: Path | None = None,
+) -> list[Path]:
+    """Write the report of one run or several; an older report in its place is replaced.
+
+    Args:
+        directories: that cfsp prune or cfsp recover wrote.
+        out: the page, *.html.
+        results: JSON files from `cfsp eval --json`, of these runs and their originals.
+        png: a directory for the charts as pictures.
+
+    Returns:
+        Everything that was written; the page first.
+
+    Raises:
+        ReportError: a directory is none of ours, or `out` is not called *.html.
+        CfspError: a file in one is damaged, or nothing can be written there.
+    """
+    if out.suffix not in (".html", ".htm"):
+        raise ReportError(f"the report is a web page: expected a name like report.html, not {out}")
+    runs = read_runs(directories)
+    for path in results:
+        runs = with_results(runs, _read_results(path))
+    groups = group_runs(runs)
+    pictures = _pictures(groups, png) if png else {}
+    write_atomically(out, render_page(groups).encode())
+    for path, data in pictures.items():
+        write_atomically(path, data)
+    return [out, *pictures]
+
+
+def _pictures(groups: Sequence[ModelGroup], directory: Path) -> dict[Path, bytes]:
+    render = load_renderer()
+    pictures = {}
+    for number, group in enumerate(groups):
+        prefix = f"{number + 1}-" if len(groups) > 1 else ""
+        for chart in group.charts:
+            pictures[directory / f"{prefix}{chart.key}.png"] = render(picture_svg(chart))
+    return pictures
+
+
+def _read_results(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(
+            f"cannot read {path}: {error}; make it with: cfsp eval ... --json > {path}"
+        ) from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{path} is not what `cfsp eval --json` prints")
+    return value
