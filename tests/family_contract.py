@@ -1,0 +1,338 @@
+"""What must hold for every family; `test_families.py` makes one test class of each tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import cfsp
+from cfsp.calibration.calibrate import calibrate
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import blocks_of, ffn_of
+from cfsp.families import family_of
+from cfsp.pipeline import PruneReport
+from cfsp.text.windows import Windows, draw_windows
+from tiny_models import build_tiny_model
+
+SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32}
+SUBPROCESS = Path(__file__).with_name("stock_process.py")
+
+
+@dataclass
+class Case:
+    """One tiny model and what pruning made of it, as a checkpoint and in memory."""
+
+    name: str
+    tokenizer: Any
+    texts: list[str]
+    source: Path
+    dense: PreTrainedModel
+    out: Path
+    report: PruneReport
+    in_memory: PreTrainedModel
+    tokens_BT: Tensor
+
+
+def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens_BT).logits
+    return logits
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+class FamilyContract:
+    """Inherited by every family; `name` is a key of `tiny_models.TINY_CONFIGS`."""
+
+    name: str
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def case(
+        cls,
+        tiny_checkpoint: Callable[[str], Path],
+        tokenizer: Any,
+        text_file: Path,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> Case:
+        source = tiny_checkpoint(cls.name)
+        texts = [str(text_file)]
+        out = tmp_path_factory.mktemp("pruned") / cls.name
+        dense = build_tiny_model(cls.name)
+        report = cfsp.prune(source, out=out, sparsity=0.4, multiple=1, data=texts, **SETTINGS)
+        in_memory = cfsp.prune(dense, tokenizer, sparsity=0.4, multiple=1, data=texts, **SETTINGS)
+        tokens_BT = torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(3))
+        assert len(set(report.intermediate_sizes)) > 1, "the case must have different widths"
+        return Case(cls.name, tokenizer, texts, source, dense, out, report, in_memory, tokens_BT)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def stock(cls, case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+        """What a fresh process without cfsp found: see `stock_process.py`."""
+        work = tmp_path_factory.mktemp("stock")
+        torch.save(case.tokens_BT, work / "tokens.pt")
+        finished = subprocess.run(
+            [sys.executable, "-W", "ignore", str(SUBPROCESS), str(case.out), str(work)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_MODULES_CACHE": str(work / "modules"), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        found: dict[str, Any] = json.loads((work / "found.json").read_text())
+        return {**found, **torch.load(work / "tensors.pt")}
+
+    # Nothing removed: nothing changed.
+
+    def test_sparsity_zero_changes_no_bit(self, case: Case, tmp_path: Path) -> None:
+        out = tmp_path / "same"
+        cfsp.prune(case.source, out=out, sparsity=0.0, data=case.texts, **SETTINGS)
+        before = load_file(case.source / "model.safetensors")
+        after = load_file(out / "model.safetensors")
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert_bitwise_equal(after[name], tensor)
+        reloaded = AutoModelForCausalLM.from_pretrained(out)
+        expected = logits_of(case.dense, case.tokens_BT)
+        assert_bitwise_equal(logits_of(reloaded, case.tokens_BT), expected)
+
+        in_memory = cfsp.prune(
+            case.dense, case.tokenizer, sparsity=0.0, data=case.texts, **SETTINGS
+        )
+        assert_bitwise_equal(logits_of(in_memory, case.tokens_BT), expected)
+
+    # What was removed is what the plan says, and nothing else.
+
+    def test_pruned_logits_are_those_of_the_masked_original(self, case: Case) -> None:
+        masked = build_tiny_model(case.name)
+        family = family_of(masked.config)
+        with torch.no_grad():
+            for block, entry in zip(
+                blocks_of(masked, family), case.report.plan.blocks, strict=True
+            ):
+                down = attrgetter(family.down)(ffn_of(block, family))
+                mask_F = torch.zeros(entry.width)
+                mask_F[list(entry.kept)] = 1.0
+                down.weight.mul_(mask_F)
+        expected = logits_of(masked, case.tokens_BT)
+        actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        # The mask bites: the oracle would not pass for a model that was not pruned.
+        dense = logits_of(case.dense, case.tokens_BT)
+        assert (expected - dense).abs().max() > 1e-2
+
+    def test_kept_rows_and_columns_are_copied_bit_for_bit(self, case: Case) -> None:
+        family = family_of(case.dense.config)
+        before = load_file(case.source / "model.safetensors")
+        after = load_file(case.out / "model.safetensors")
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            location = family.channel_axis(name)
+            if location is None:
+                expected = tensor
+            else:
+                block, axis = location
+                expected = tensor.index_select(
+                    axis, torch.tensor(case.report.plan.blocks[block].kept)
+                )
+            assert_bitwise_equal(after[name], expected)
+
+    def test_original_in_memory_stays_as_it_was(self, case: Case) -> None:
+        untouched = build_tiny_model(case.name)
+        for name, tensor in untouched.state_dict().items():
+            assert_bitwise_equal(case.dense.state_dict()[name], tensor)
+        assert not any(p.is_meta for p in case.in_memory.parameters())
+
+    # The shape of the result.
+
+    def test_parameters_and_widths(self, case: Case) -> None:
+        family = family_of(case.dense.config)
+        loaded = cfsp.load(case.out)
+        count = sum(p.numel() for p in loaded.parameters())
+        assert count == case.report.parameters_after
+        assert sum(p.numel() for p in case.dense.parameters()) == case.report.parameters_before
+        for model in (loaded, case.in_memory):
+            for block, width in zip(
+                blocks_of(model, family), case.report.intermediate_sizes, strict=True
+            ):
+                ffn = ffn_of(block, family)
+                for name in (family.gate, family.up):
+                    if name is not None:
+                        linear = attrgetter(name)(ffn)
+                        assert linear.out_features == linear.weight.shape[0] == width
+                        assert linear.in_features == linear.weight.shape[1]
+                down = attrgetter(family.down)(ffn)
+                assert down.in_features == down.weight.shape[1] == width
+                assert down.out_features == down.weight.shape[0]
+
+    def test_config_says_the_widths(self, case: Case) -> None:
+        fields = json.loads((case.out / "config.json").read_text())
+        key = family_of(case.dense.config).width_key
+        widths = [fields["per_layer_config"][k][key] for k in sorted(fields["per_layer_config"])]
+        assert widths == case.report.intermediate_sizes
+        assert fields[key] == max(widths)
+        assert fields["model_type"] == case.dense.config.model_type
+        assert set(fields["auto_map"]) == {"AutoModel", "AutoModelForCausalLM"}
+
+    def test_equal_widths_give_a_plain_stock_checkpoint(self, case: Case, tmp_path: Path) -> None:
+        out = tmp_path / "uniform"
+        report = cfsp.prune(
+            case.source, out=out, sparsity=0.5, multiple=16, data=case.texts,
+            block_metric="uniform", **SETTINGS,
+        )  # fmt: skip
+        assert report.intermediate_sizes == [48, 48, 48]
+        fields = json.loads((out / "config.json").read_text())
+        assert "per_layer_config" not in fields
+        assert "auto_map" not in fields
+        assert not list(out.glob("*.py"))
+        reloaded = AutoModelForCausalLM.from_pretrained(out)
+        assert type(reloaded) is type(case.dense)
+        in_memory = cfsp.prune(
+            case.dense, case.tokenizer, sparsity=0.5, multiple=16, data=case.texts,
+            block_metric="uniform", **SETTINGS,
+        )  # fmt: skip
+        assert type(in_memory) is type(case.dense)
+        assert_bitwise_equal(
+            logits_of(reloaded, case.tokens_BT), logits_of(in_memory, case.tokens_BT)
+        )
+
+    def test_tied_embeddings_stay_tied(self, case: Case) -> None:
+        tied = case.dense.config.tie_word_embeddings
+        for model in (cfsp.load(case.out), case.in_memory):
+            same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+            assert same == tied
+        assert ("lm_head.weight" in load_file(case.out / "model.safetensors")) != tied
+
+    def test_tokenizer_and_generation_config_travel(self, case: Case) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert (case.out / name).read_bytes() == (case.source / name).read_bytes(), name
+        template = case.source / "chat_template.jinja"
+        assert (case.out / template.name).read_bytes() == template.read_bytes()
+
+    def test_pruned_model_can_be_pruned_again(self, case: Case, tmp_path: Path) -> None:
+        again = cfsp.prune(
+            case.out, out=tmp_path / "again", sparsity=0.2, multiple=1, data=case.texts, **SETTINGS
+        )
+        assert again.parameters_before == case.report.parameters_after
+        widths = zip(case.report.intermediate_sizes, again.intermediate_sizes, strict=True)
+        assert all(after <= before for before, after in widths)
+        model = cfsp.load(tmp_path / "again")
+        assert sum(p.numel() for p in model.parameters()) == again.parameters_after
+
+    def test_in_memory_model_is_saved_and_reloaded(self, case: Case, tmp_path: Path) -> None:
+        case.in_memory.save_pretrained(tmp_path / "saved")
+        expected = logits_of(case.in_memory, case.tokens_BT)
+        assert_bitwise_equal(logits_of(cfsp.load(tmp_path / "saved"), case.tokens_BT), expected)
+        assert sorted(Checkpoint(tmp_path / "saved").specs) == sorted(Checkpoint(case.out).specs)
+
+    # Plain transformers and PEFT, in a process that cannot import cfsp.
+
+    def test_fresh_process_gives_the_logits_of_the_in_memory_model(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        assert_bitwise_equal(stock["logits"], logits_of(case.in_memory, case.tokens_BT))
+        assert stock["parameters"] == case.report.parameters_after
+
+    def test_fresh_process_loads_the_base_model_alone(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        with torch.inference_mode():
+            base = case.in_memory.base_model(input_ids=case.tokens_BT).last_hidden_state
+        assert_bitwise_equal(stock["hidden"], base)
+
+    def test_fresh_process_generates_with_its_cache(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        """Greedy decoding with a cache picks the tokens that full forward passes pick."""
+        tokens_BT = case.tokens_BT[:, :8]
+        for _ in range(stock["new_tokens"]):
+            next_B1 = logits_of(case.in_memory, tokens_BT)[:, -1:].argmax(-1)
+            tokens_BT = torch.cat([tokens_BT, next_B1], dim=1)
+        assert_bitwise_equal(stock["generated"], tokens_BT)
+
+    def test_fresh_process_changes_the_attention_implementation(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        assert set(stock["attention_of_layers"]) == {"eager"}
+        torch.testing.assert_close(stock["eager_logits"], stock["logits"], rtol=1e-4, atol=1e-4)
+
+    def test_fresh_process_saves_and_reloads(self, stock: dict[str, Any]) -> None:
+        assert_bitwise_equal(stock["resaved_logits"], stock["logits"])
+
+    def test_fresh_process_trains_lora(self, case: Case, stock: dict[str, Any]) -> None:
+        assert stock["lora_loss_after"] < stock["lora_loss_before"]
+        # A and B of rank 4 on gate, up and down of every block.
+        family = family_of(case.dense.config)
+        matrices = [name for name in (family.gate, family.up, family.down) if name]
+        hidden = case.dense.config.hidden_size
+        widths = case.report.intermediate_sizes
+        assert stock["lora_parameters"] == sum(4 * (hidden + w) * len(matrices) for w in widths)
+
+    # The engine against the model's own forward.
+
+    @pytest.mark.parametrize("batch_windows", [1, 4, None])
+    def test_statistics_are_those_of_plain_hooks(
+        self, case: Case, batch_windows: int | None
+    ) -> None:
+        windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
+        statistics = calibrate(
+            LoadedModel(case.dense),
+            windows,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            batch_windows=batch_windows,
+        )
+        seen = _observe_with_hooks(case.dense, windows)
+        for block, (input_BTD, output_BTD, act_BTF) in zip(statistics.blocks, seen, strict=True):
+            act = act_BTF.flatten(0, 1).double()
+            torch.testing.assert_close(block.sum_F, act.sum(0), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                block.sum_of_squares_F, act.square().sum(0), rtol=1e-5, atol=1e-6
+            )
+            cosine = nn.functional.cosine_similarity(input_BTD, output_BTD, dim=-1)
+            angular = (cosine.clamp(-1, 1).double().arccos() / torch.pi).mean()
+            assert block.distances["angular"] == pytest.approx(angular.item(), rel=1e-5)
+            assert block.tokens == windows.tokens_NT.numel()
+
+
+def _observe_with_hooks(
+    model: PreTrainedModel, windows: Windows
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return each block's input, output and down projection's input, from one stock forward."""
+    family = family_of(model.config)
+    blocks = blocks_of(model, family)
+    seen: list[dict[str, Tensor]] = [{} for _ in blocks]
+    handles = []
+    for index, block in enumerate(blocks):
+
+        def on_block(
+            module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index
+        ) -> None:
+            seen[index]["input"] = args[0] if args else kwargs["hidden_states"]
+            seen[index]["output"] = output[0] if isinstance(output, tuple) else output
+
+        def on_down(module: nn.Module, args: Any, index: int = index) -> None:
+            seen[index]["act"] = args[0]
+
+        handles.append(block.register_forward_hook(on_block, with_kwargs=True))
+        down = attrgetter(family.down)(ffn_of(block, family))
+        handles.append(down.register_forward_pre_hook(on_down))
+    logits_of(model, windows.tokens_NT)
+    for handle in handles:
+        handle.remove()
+    return [(s["input"], s["output"], s["act"]) for s in seen]

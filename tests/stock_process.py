@@ -1,0 +1,78 @@
+"""Run by the family contract in a fresh process: a checkpoint under stock software only.
+
+    python stock_process.py CHECKPOINT WORK
+
+Reads WORK/tokens.pt, writes WORK/found.json and WORK/tensors.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+# From here on `import cfsp` fails, as on a machine that does not have it.
+assert "cfsp" not in sys.modules
+sys.modules["cfsp"] = None  # type: ignore[assignment]
+
+NEW_TOKENS = 10
+
+
+def main(checkpoint: Path, work: Path) -> None:
+    torch.set_num_threads(1)
+    tokens_BT = torch.load(work / "tokens.pt")
+    found: dict[str, Any] = {"new_tokens": NEW_TOKENS}
+    tensors: dict[str, torch.Tensor] = {}
+
+    assert AutoTokenizer.from_pretrained(checkpoint)("a model")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    base = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    with torch.inference_mode():
+        tensors["logits"] = model(input_ids=tokens_BT).logits
+        tensors["hidden"] = base(input_ids=tokens_BT).last_hidden_state
+        tensors["generated"] = model.generate(
+            tokens_BT[:, :8],
+            attention_mask=torch.ones_like(tokens_BT[:, :8]),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+        )
+
+    model.save_pretrained(work / "resaved")
+    resaved = AutoModelForCausalLM.from_pretrained(work / "resaved", trust_remote_code=True)
+    with torch.inference_mode():
+        tensors["resaved_logits"] = resaved(input_ids=tokens_BT).logits
+
+    model.set_attn_implementation("eager")
+    found["attention_of_layers"] = [
+        module.config._attn_implementation
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention")
+    ]
+    with torch.inference_mode():
+        tensors["eager_logits"] = model(input_ids=tokens_BT).logits
+
+    config = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
+    lora = get_peft_model(resaved, config).train()
+    trainable = [p for p in lora.parameters() if p.requires_grad]
+    found["lora_parameters"] = sum(p.numel() for p in trainable)
+    optimizer = torch.optim.SGD(trainable, lr=0.01)
+    loss = lora(input_ids=tokens_BT, labels=tokens_BT).loss
+    loss.backward()
+    optimizer.step()
+    found["lora_loss_before"] = loss.item()
+    found["lora_loss_after"] = lora(input_ids=tokens_BT, labels=tokens_BT).loss.item()
+
+    (work / "found.json").write_text(json.dumps(found))
+    torch.save(tensors, work / "tensors.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
