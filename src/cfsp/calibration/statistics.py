@@ -24,6 +24,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 
 STATISTICS_VERSION = 1
+_METADATA_KEY = "cfsp_statistics"
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ class Statistics:
         for i, block in enumerate(self.blocks):
             tensors[f"blocks.{i}.sum"] = block.sum_F.contiguous()
             tensors[f"blocks.{i}.sum_of_squares"] = block.sum_of_squares_F.contiguous()
-        metadata = {
-            "version": str(STATISTICS_VERSION),
-            "record": json.dumps(asdict(self.record)),
-            "blocks": json.dumps(
-                [{"distances": b.distances, "tokens": b.tokens} for b in self.blocks]
-            ),
+        facts = {
+            "version": STATISTICS_VERSION,
+            "record": asdict(self.record),
+            "blocks": [{"distances": b.distances, "tokens": b.tokens} for b in self.blocks],
         }
-        write_atomically(path, save(tensors, metadata=metadata))
+        # One entry only: the library writes several in random order, and the same statistics
+        # shall give the same bytes.
+        write_atomically(path, save(tensors, metadata={_METADATA_KEY: json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -135,16 +136,21 @@ class Statistics:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise StatisticsError(f"{path} is not a statistics file: {error}") from error
-        if metadata.get("version") != str(STATISTICS_VERSION):
+        try:
+            facts = json.loads(metadata[_METADATA_KEY])
+            version = facts["version"]
+        except (KeyError, TypeError, ValueError) as error:
             raise StatisticsError(
-                f"{path} has statistics version {metadata.get('version')}, "
+                f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
+            ) from error
+        if version != STATISTICS_VERSION:
+            raise StatisticsError(
+                f"{path} has statistics version {version}, "
                 f"expected {STATISTICS_VERSION}; calibrate again"
             )
         try:
-            record = CalibrationRecord(**json.loads(metadata["record"]))
-            blocks = tuple(
-                _block(entry, tensors, i) for i, entry in enumerate(json.loads(metadata["blocks"]))
-            )
+            record = CalibrationRecord(**facts["record"])
+            blocks = tuple(_block(entry, tensors, i) for i, entry in enumerate(facts["blocks"]))
         except (KeyError, TypeError, ValueError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
