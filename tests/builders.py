@@ -1,0 +1,64 @@
+"""Values that several tests build: random FFN weights, statistics, plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cfsp.calibration.accumulators import DISTANCES
+from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.importance.fine import FFNWeights
+
+RECORD = CalibrationRecord(
+    model="tiny",
+    fingerprint="0" * 32,
+    sources={"text": 4},
+    tokens_digest="1" * 64,
+    windows=4,
+    seqlen=16,
+    seed=0,
+    dtype="float32",
+    device="cpu",
+)
+
+
+def random_weights(hidden: int, width: int, seed: int = 0, gate: bool = True) -> FFNWeights:
+    """Return random FFN matrices whose channels differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_F = torch.rand(width, generator=generator) + 0.1
+    down_DF = torch.randn(hidden, width, generator=generator) * scale_F
+    up_FD = torch.randn(width, hidden, generator=generator) * scale_F.flip(0)[:, None]
+    gate_FD = torch.randn(width, hidden, generator=generator)
+    return FFNWeights(down_DF, up_FD, gate_FD if gate else None)
+
+
+def random_block_statistics(
+    width: int, seed: int = 0, distances: dict[str, float] | None = None
+) -> BlockStatistics:
+    """Return the statistics of random activations of 64 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    act_TF = torch.randn(64, width, generator=generator, dtype=torch.float64)
+    act_TF = act_TF * torch.rand(width, generator=generator).double() + 0.05
+    return BlockStatistics(
+        distances or dict.fromkeys(DISTANCES, 0.1), act_TF.sum(0), act_TF.square().sum(0), 64
+    )
+
+
+def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Statistics:
+    """Return statistics whose blocks have these distances (others are 0.1)."""
+    blocks = len(next(iter(metric_values.values())))
+    return Statistics(
+        tuple(
+            random_block_statistics(
+                8,
+                seed=block,
+                distances={
+                    **dict.fromkeys(DISTANCES, 0.1),
+                    **{name: values[block] for name, values in metric_values.items()},
+                },
+            )
+            for block in range(blocks)
+        ),
+        RECORD,
+    )

@@ -1,0 +1,124 @@
+"""Coarse importance against NumPy, and the distances against their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import statistics_with_distances
+from cfsp.calibration.accumulators import DISTANCES, DistanceSums
+from cfsp.errors import UsageError
+from cfsp.importance.coarse import BLOCK_METRICS, block_distances, block_importance
+
+
+def numpy_distances(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """The definitions, in float64, for hidden states of shape (tokens, D)."""
+    norm = np.linalg.norm(before, axis=1)
+    cosine = (before * after).sum(1) / (norm * np.linalg.norm(after, axis=1))
+    difference = after - before
+    return {
+        "angular": float(np.mean(np.arccos(np.clip(cosine, -1, 1)) / np.pi)),
+        "cosine": float(np.mean(1 - cosine)),
+        "euclidean": float(np.mean(np.linalg.norm(difference, axis=1) / norm)),
+        "mse": float(np.mean(difference**2)),
+        "mae": float(np.mean(np.abs(difference))),
+    }
+
+
+def hidden_states(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(6, 10, 16, generator=generator)
+    after = before + 0.3 * torch.randn(6, 10, 16, generator=generator)
+    return before.to(dtype), after.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distances_equal_numpy(dtype: torch.dtype) -> None:
+    before, after = hidden_states(dtype)
+    sums = DistanceSums()
+    sums.add(before, after)
+    expected = numpy_distances(
+        before.double().flatten(0, 1).numpy(), after.double().flatten(0, 1).numpy()
+    )
+    assert sums.means() == pytest.approx(expected, rel=1e-5)
+    assert tuple(expected) == DISTANCES
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_distances_do_not_depend_on_the_batch_size(batch: int) -> None:
+    before, after = hidden_states()
+    whole, parts = DistanceSums(), DistanceSums()
+    whole.add(before, after)
+    for start in range(0, 6, batch):
+        parts.add(before[start : start + batch], after[start : start + batch])
+    assert parts.means() == pytest.approx(whole.means(), rel=1e-6)
+    assert parts.tokens == whole.tokens == 60
+
+
+def test_distances_are_means_not_sums() -> None:
+    before, after = hidden_states()
+    once, thrice = DistanceSums(), DistanceSums()
+    once.add(before, after)
+    for _ in range(3):
+        thrice.add(before, after)
+    assert thrice.means() == pytest.approx(once.means(), rel=1e-9)
+
+
+def test_a_block_that_changes_nothing_and_a_zero_state_have_finite_distances() -> None:
+    before, _ = hidden_states()
+    before[0, 0] = 0.0
+    sums = DistanceSums()
+    sums.add(before, before)
+    means = sums.means()
+    assert all(np.isfinite(value) for value in means.values())
+    assert means["euclidean"] == means["mse"] == means["mae"] == 0.0
+    # The zero state has no direction: it counts as orthogonal, the others as unmoved.
+    assert means["angular"] == pytest.approx(0.5 / 60, abs=1e-3)
+
+
+def test_accumulating_distances_changes_no_input() -> None:
+    before, after = hidden_states()
+    copies = before.clone(), after.clone()
+    DistanceSums().add(before, after)
+    assert torch.equal(before, copies[0])
+    assert torch.equal(after, copies[1])
+
+
+def test_importance_is_the_published_sigmoid() -> None:
+    """The published code sums over 128 x 1024 tokens, divides by 1e4 and centres."""
+    distance_L = [0.31, 0.12, 0.08, 0.07, 0.15]
+    sums = np.array(distance_L) * 128 * 1024 / 1e4
+    expected = 1 / (1 + np.exp(-(sums - sums.mean())))
+    assert block_importance(distance_L) == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=80))
+def test_importance_is_ordered_like_distance_and_never_overflows(distance_L: list[float]) -> None:
+    importance_L = block_importance(distance_L)
+    assert all(0 <= s <= 1 for s in importance_L)
+    order = np.argsort(distance_L, kind="stable")
+    assert np.all(np.diff(np.array(importance_L)[order]) >= -1e-12)
+
+
+def test_metrics_other_than_angular_are_on_its_scale() -> None:
+    angular_L, mse_L = [0.2, 0.1, 0.3], [40.0, 20.0, 90.0]
+    statistics = statistics_with_distances({"angular": angular_L, "mse": mse_L})
+    assert block_distances(statistics, "angular") == angular_L
+    expected = (np.array(mse_L) / np.mean(mse_L) * np.mean(angular_L)).tolist()
+    assert block_distances(statistics, "mse") == pytest.approx(expected)
+    assert block_distances(statistics, "uniform") == pytest.approx([0.2] * 3)
+
+
+def test_every_metric_of_the_table_is_computed() -> None:
+    statistics = statistics_with_distances({"angular": [0.2, 0.1]})
+    for metric in BLOCK_METRICS:
+        assert len(block_distances(statistics, metric)) == 2
+    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform"}
+
+
+def test_unknown_metric_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"'nearest'.*angular.*uniform"):
+        block_distances(statistics_with_distances({"angular": [0.2]}), "nearest")

@@ -1,0 +1,180 @@
+"""Fine importance: each metric against a few lines of NumPy, and the channel sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import random_block_statistics, random_weights
+from cfsp.calibration.accumulators import ChannelSums
+from cfsp.calibration.statistics import BlockStatistics
+from cfsp.errors import UsageError
+from cfsp.importance.fine import (
+    CHANNEL_METRICS,
+    FFNWeights,
+    channel_scores,
+    read_ffn_weights,
+    strongest_channels,
+)
+
+
+def numpy_scores(metric: str, statistics: BlockStatistics, weights: FFNWeights) -> np.ndarray:
+    """The formulas of the module docstring, loop by loop, in float64."""
+    X = np.sqrt(statistics.sum_of_squares_F.numpy())
+    down = np.abs(weights.down_DF.double().numpy())
+    inputs = [np.abs(w.double().numpy()) for w in (weights.up_FD, weights.gate_FD) if w is not None]
+    F, D = len(X), down.shape[0]
+    if metric == "activation":
+        return X
+    if metric == "magnitude":
+        return np.sqrt((down**2).sum(0))
+    if metric == "wanda":
+        return down.mean(0) * X
+    share = np.zeros(F)
+    for j in range(D):
+        share += down[j] * X / (down[j] * X).sum()
+    for w in inputs:
+        if metric == "eq8":
+            # Within a channel: every channel's terms sum to one.
+            share += np.array([(w[i] / w[i].sum()).sum() for i in range(F)])
+        else:
+            for j in range(D):
+                share += w[:, j] / w[:, j].sum()
+    return share * X
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("metric", CHANNEL_METRICS)
+def test_scores_equal_numpy(metric: str, gate: bool) -> None:
+    statistics, weights = random_block_statistics(24), random_weights(10, 24, gate=gate)
+    expected = numpy_scores(metric, statistics, weights)
+    scores_F = channel_scores(metric, statistics, weights)
+    assert scores_F.dtype == torch.float32
+    np.testing.assert_allclose(scores_F.numpy(), expected, rtol=2e-5)
+
+
+def test_metrics_differ() -> None:
+    """No metric is an alias of another: they keep different channels."""
+    statistics, weights = random_block_statistics(64), random_weights(16, 64)
+    kept = {
+        metric: tuple(strongest_channels(channel_scores(metric, statistics, weights), 32))
+        for metric in CHANNEL_METRICS
+    }
+    assert len(set(kept.values())) == len(CHANNEL_METRICS)
+
+
+@pytest.mark.parametrize("metric", CHANNEL_METRICS)
+def test_scores_follow_a_permutation_of_the_channels(metric: str) -> None:
+    statistics, weights = random_block_statistics(24), random_weights(10, 24)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    assert weights.gate_FD is not None
+    permuted = channel_scores(
+        metric,
+        BlockStatistics(
+            statistics.distances, statistics.sum_F[order], statistics.sum_of_squares_F[order], 64
+        ),
+        FFNWeights(weights.down_DF[:, order], weights.up_FD[order], weights.gate_FD[order]),
+    )
+    expected = channel_scores(metric, statistics, weights)[order]
+    torch.testing.assert_close(permuted, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("metric", CHANNEL_METRICS)
+def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -> None:
+    statistics, weights = random_block_statistics(24), random_weights(10, 24)
+    assert weights.gate_FD is not None
+    statistics.sum_of_squares_F[5] = 0.0
+    weights.down_DF[:, 5] = 0.0
+    weights.down_DF[3] = 0.0
+    weights.up_FD[:, 2] = 0.0
+    scores_F = channel_scores(metric, statistics, weights)
+    assert torch.isfinite(scores_F).all()
+    assert 5 not in strongest_channels(scores_F, 23)
+
+
+def test_unknown_metric_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"'l3'.*relative.*magnitude"):
+        channel_scores("l3", random_block_statistics(8), random_weights(4, 8))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())
+def test_strongest_channels_are_the_highest_scores(scores: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(scores)))
+    kept = strongest_channels(torch.tensor(scores, dtype=torch.float32), count)
+    # Ties go to lower indices: a stable sort by falling score.
+    expected = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:count])
+    assert kept == expected
+
+
+def test_weights_are_read_from_the_model(tiny_checkpoint: object) -> None:
+    from cfsp.checkpoint.reading import LoadedModel
+    from tiny_models import build_tiny_model
+
+    model = build_tiny_model("llama")
+    weights = read_ffn_weights(LoadedModel(model), 1)
+    mlp = model.model.layers[1].mlp
+    assert torch.equal(weights.down_DF, mlp.down_proj.weight)
+    assert torch.equal(weights.up_FD, mlp.up_proj.weight)
+    assert weights.gate_FD is not None
+    assert torch.equal(weights.gate_FD, mlp.gate_proj.weight)
+
+
+# The sums that the scores are made from.
+
+
+def activations(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(5, 130, 12, generator=generator) * 3 + 0.5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_channel_sums_equal_numpy(dtype: torch.dtype) -> None:
+    act_BTF = activations(dtype)
+    sums = ChannelSums()
+    sums.add(act_BTF)
+    exact = act_BTF.double().flatten(0, 1).numpy()
+    assert sums.sum_F is not None
+    assert sums.sum_of_squares_F is not None
+    assert sums.sum_F.dtype == sums.sum_of_squares_F.dtype == torch.float64
+    np.testing.assert_allclose(sums.sum_F.numpy(), exact.sum(0), rtol=1e-5)
+    np.testing.assert_allclose(sums.sum_of_squares_F.numpy(), (exact**2).sum(0), rtol=1e-6)
+    statistics = BlockStatistics({}, sums.sum_F, sums.sum_of_squares_F, sums.tokens)
+    np.testing.assert_allclose(statistics.norm_F.numpy(), np.linalg.norm(exact, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.mean_F.numpy(), exact.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(statistics.variance_F.numpy(), exact.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channel_sums_leave_the_activations_as_they_are(dtype: torch.dtype) -> None:
+    """The tensor that is given is what the down projection is about to read."""
+    act_BTF = activations(dtype)
+    before = act_BTF.clone()
+    ChannelSums().add(act_BTF)
+    assert torch.equal(act_BTF, before)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_channel_sums_do_not_depend_on_the_batch_size(batch: int) -> None:
+    act_BTF = activations()
+    whole, parts = ChannelSums(), ChannelSums()
+    whole.add(act_BTF)
+    for start in range(0, 5, batch):
+        parts.add(act_BTF[start : start + batch])
+    assert whole.sum_F is not None and parts.sum_F is not None
+    assert whole.sum_of_squares_F is not None and parts.sum_of_squares_F is not None
+    torch.testing.assert_close(parts.sum_F, whole.sum_F, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(parts.sum_of_squares_F, whole.sum_of_squares_F, rtol=1e-6, atol=0)
+    assert parts.tokens == whole.tokens == 650
+
+
+def test_sums_of_many_tokens_keep_their_precision() -> None:
+    """A float32 running sum would stall: 1 + 2^24 x 1 is not representable there."""
+    sums = ChannelSums()
+    sums.add(torch.full((1, 1, 1), 4096.0))
+    for _ in range(4):
+        sums.add(torch.full((1, 256, 1), 1.0))
+    assert sums.sum_of_squares_F is not None
+    assert sums.sum_of_squares_F.item() == 4096.0**2 + 1024

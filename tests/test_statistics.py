@@ -1,0 +1,139 @@
+"""Statistics and plans of a whole tiny model: what they may and may not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cfsp
+from builders import random_block_statistics, statistics_with_distances
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import CalibrationError, StatisticsError
+from cfsp.text.windows import Windows, draw_windows
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
+    return Checkpoint(tiny_checkpoint("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def windows(text_file: Path, tokenizer: Any) -> Windows:
+    return draw_windows([str(text_file)], tokenizer, samples=9, seqlen=32)
+
+
+def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> Statistics:
+    return calibrate(
+        source,
+        windows,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch_windows=batch,
+    )
+
+
+def assert_statistics_close(actual: Statistics, expected: Statistics, scale: float = 1.0) -> None:
+    for got, want in zip(actual.blocks, expected.blocks, strict=True):
+        assert got.distances == pytest.approx(want.distances, rel=1e-4)
+        torch.testing.assert_close(got.mean_F, want.mean_F, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            got.sum_of_squares_F, want.sum_of_squares_F * scale, rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 9])
+def test_statistics_do_not_depend_on_the_batch_size(
+    source: Checkpoint, windows: Windows, batch: int
+) -> None:
+    assert_statistics_close(gather(source, windows, batch), gather(source, windows))
+
+
+def test_statistics_do_not_depend_on_the_number_of_windows(
+    source: Checkpoint, windows: Windows
+) -> None:
+    """The same text three times: the same means, three times the sums."""
+    thrice = Windows(windows.tokens_NT.repeat(3, 1), {"text": 27})
+    assert_statistics_close(gather(source, thrice), gather(source, windows), scale=3.0)
+
+
+def test_statistics_of_parts_add_up(source: Checkpoint, windows: Windows) -> None:
+    whole = gather(source, windows)
+    first = gather(source, Windows(windows.tokens_NT[:4], {"text": 4}))
+    second = gather(source, Windows(windows.tokens_NT[4:], {"text": 5}))
+    for a, b, both in zip(first.blocks, second.blocks, whole.blocks, strict=True):
+        torch.testing.assert_close(
+            a.sum_of_squares_F + b.sum_of_squares_F, both.sum_of_squares_F, rtol=1e-4, atol=1e-6
+        )
+        mean = (4 * a.distances["angular"] + 5 * b.distances["angular"]) / 9
+        assert mean == pytest.approx(both.distances["angular"], rel=1e-5)
+
+
+def test_same_seed_gives_the_same_plan_byte_for_byte(
+    source: Checkpoint, text_file: Path, other_text_file: Path
+) -> None:
+    def plan(seed: int) -> str:
+        data = [str(text_file), str(other_text_file)]
+        statistics = cfsp.calibrate(source.directory, data=data, samples=6, seqlen=32, seed=seed)
+        return cfsp.plan(source.directory, statistics, sparsity=0.3, multiple=1).to_json()
+
+    assert plan(5) == plan(5)
+    assert plan(5) != plan(6)
+
+
+def test_statistics_survive_a_file(source: Checkpoint, windows: Windows, tmp_path: Path) -> None:
+    statistics = gather(source, windows)
+    statistics.save(tmp_path / "deep" / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "deep" / "s.safetensors")
+    assert loaded.record == statistics.record
+    for got, want in zip(loaded.blocks, statistics.blocks, strict=True):
+        assert got.distances == want.distances
+        assert got.tokens == want.tokens
+        assert torch.equal(got.sum_F, want.sum_F)
+        assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)
+    assert again.read_bytes() == (tmp_path / "deep" / "s.safetensors").read_bytes()
+    plans = {cfsp.plan(source.directory, s, sparsity=0.4).to_json() for s in (statistics, loaded)}
+    assert len(plans) == 1
+
+
+def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
+    statistics = statistics_with_distances({"angular": [0.1, 0.2]})
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    with pytest.raises(StatisticsError, match=r"absent.* does not exist.*cfsp calibrate"):
+        Statistics.load(tmp_path / "absent")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(StatisticsError, match=r"cut\.safetensors"):
+        Statistics.load(cut)
+    other = tmp_path / "version.safetensors"
+    other.write_bytes(path.read_bytes().replace(b'version\\": 1', b'version\\": 9'))
+    with pytest.raises(StatisticsError, match="version 9"):
+        Statistics.load(other)
+    nan = tmp_path / "nan.safetensors"
+    bad = random_block_statistics(8)
+    bad.sum_F[2] = torch.nan
+    replace(statistics, blocks=(statistics.blocks[0], bad)).save(nan)
+    with pytest.raises(StatisticsError, match="block 1"):
+        Statistics.load(nan)
+
+
+def test_statistics_of_another_model_are_refused(
+    source: Checkpoint, windows: Windows, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    statistics = gather(source, windows)
+    with pytest.raises(StatisticsError, match=r"were made for .*qwen2.*not for .*qwen3"):
+        cfsp.plan(tiny_checkpoint("qwen3"), statistics, sparsity=0.4)
+
+
+def test_tokenizer_of_another_model_is_refused(source: Checkpoint) -> None:
+    with pytest.raises(CalibrationError, match=r"token id 320.*vocabulary of 320"):
+        gather(source, Windows(torch.full((2, 32), 320), {"text": 2}))
