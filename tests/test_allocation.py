@@ -1,0 +1,206 @@
+"""Allocation: the published rule against NumPy, and the budget at every size and multiple."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cfsp.allocation import (
+    Budget,
+    ModelSize,
+    allocate,
+    channels_to_keep,
+    keep_fractions,
+    round_widths,
+)
+from cfsp.errors import BudgetError, UsageError
+from cfsp.importance.coarse import block_importance
+
+WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)
+MULTIPLES = (1, 32, 64, 128, 256)
+
+distances = st.lists(st.floats(0.01, 0.6), min_size=2, max_size=48)
+sparsities = st.floats(0.0, 0.95)
+
+
+def numpy_keep(importance_L: list[float], p: float) -> np.ndarray:
+    """The published rule: proportional, and shrunk about the mean where a block would overflow."""
+    s = np.array(importance_L)
+    keep = s / s.mean() * (1 - p)
+    if keep.max() >= 1:
+        shrink = (s.mean() * (1 / (1 - p) - 1)) / (s.max() - s.mean()) / 1.05
+        s = (s - s.mean()) * shrink + s.mean()
+        keep = s / s.mean() * (1 - p)
+    return keep
+
+
+def model_of(width: int, blocks: int) -> ModelSize:
+    """A Llama-shaped model: hidden size and attention in the usual ratio to the FFN."""
+    hidden = width * 3 // 8
+    ffn = 3 * hidden * width
+    return ModelSize(
+        (width,) * blocks, (3 * hidden,) * blocks, blocks * (ffn + 4 * hidden**2) + 32000 * hidden
+    )
+
+
+@given(distances, st.floats(0.01, 0.95))
+def test_keep_fractions_are_the_published_rule(distance_L: list[float], p: float) -> None:
+    importance_L = block_importance(distance_L)
+    # Where all blocks matter alike the published code divides zero by zero.
+    assume(max(importance_L) - min(importance_L) > 1e-6)
+    keep_L = keep_fractions(importance_L, p)
+    np.testing.assert_allclose(keep_L, numpy_keep(importance_L, p), rtol=1e-9)
+    assert np.mean(keep_L) == pytest.approx(1 - p)
+    assert max(keep_L) < 1
+
+
+def test_clamp_bites_at_low_sparsity() -> None:
+    importance_L = [0.9, 0.5, 0.3]
+    assert 0.9 / np.mean(importance_L) * 0.8 > 1
+    keep_L = keep_fractions(importance_L, 0.2)
+    # The strongest block stops short of whole: 1 / 1.05 of the way from the mean to 1.
+    assert keep_L[0] == pytest.approx(0.8 + 0.2 / 1.05)
+    assert sum(keep_L) / 3 == pytest.approx(0.8)
+
+
+@given(
+    distances,
+    sparsities,
+    st.sampled_from(WIDTHS),
+    st.sampled_from(MULTIPLES),
+    st.sampled_from(["ffn", "model"]),
+)
+@settings(max_examples=400, deadline=None)
+def test_budget_holds_to_one_multiple(
+    distance_L: list[float], sparsity: float, width: int, multiple: int, of: str
+) -> None:
+    size = model_of(width, len(distance_L))
+    budget = Budget(sparsity, of, multiple)  # type: ignore[arg-type]
+    try:
+        wanted = channels_to_keep(budget, size)
+    except BudgetError:
+        assume(False)
+    kept_L = allocate(block_importance(distance_L), budget, size)
+
+    assert abs(sum(kept_L) - wanted) <= multiple
+    assert all(min(multiple, width) <= kept <= width for kept in kept_L)
+    # A width that is no multiple is only that of a block that stays whole.
+    assert all(kept % multiple == 0 or kept == width for kept in kept_L)
+    removed_channels = sum(width - kept for kept in kept_L)
+    each = size.channel_parameters_L[0]
+    if of == "ffn":
+        reached = removed_channels / sum(size.width_L)
+        assert abs(reached - sparsity) <= multiple / sum(size.width_L) + 1e-9
+    else:
+        reached = removed_channels * each / size.parameters
+        assert abs(reached - sparsity) <= multiple * each / size.parameters + 1e-9
+        assert size.parameters_with(kept_L) == size.parameters - removed_channels * each
+
+
+@given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
+@settings(deadline=None)
+def test_more_important_blocks_keep_no_less(
+    distance_L: list[float], sparsity: float, width: int
+) -> None:
+    size = model_of(width, len(distance_L))
+    kept_L = allocate(block_importance(distance_L), Budget(sparsity, "ffn", 1), size)
+    order = np.argsort(distance_L, kind="stable")
+    # To one channel: equal blocks may differ by what was left over.
+    assert np.all(np.diff(np.array(kept_L)[order]) >= -1)
+
+
+@given(distances, st.sampled_from(WIDTHS), st.sampled_from(MULTIPLES), st.sampled_from([0.0, 0.3]))
+@settings(deadline=None)
+def test_same_input_gives_the_same_widths(
+    distance_L: list[float], width: int, multiple: int, sparsity: float
+) -> None:
+    size = model_of(width, len(distance_L))
+    importance_L = block_importance(distance_L)
+    budget = Budget(sparsity, "ffn", multiple)
+    kept_L = allocate(importance_L, budget, size)
+    assert kept_L == allocate(importance_L, budget, size)
+    if sparsity == 0.0:
+        assert kept_L == list(size.width_L)
+
+
+@given(
+    st.lists(st.integers(40, 3000), min_size=2, max_size=40),
+    st.data(),
+    st.floats(0.05, 0.9),
+    st.sampled_from(MULTIPLES),
+)
+@settings(max_examples=200, deadline=None)
+def test_budget_holds_for_a_model_that_was_pruned_before(
+    width_L: list[int], data: st.DataObject, sparsity: float, multiple: int
+) -> None:
+    """Blocks of different widths, few of them multiples."""
+    distance_L = data.draw(
+        st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
+    )
+    size = ModelSize(tuple(width_L), (96,) * len(width_L), 200 * sum(width_L))
+    budget = Budget(sparsity, "ffn", multiple)
+    try:
+        wanted = channels_to_keep(budget, size)
+    except BudgetError:
+        assume(False)
+    kept_L = allocate(block_importance(distance_L), budget, size)
+    assert abs(sum(kept_L) - wanted) <= multiple
+    assert all(0 < kept <= width for kept, width in zip(kept_L, width_L, strict=True))
+    assert all(
+        kept % multiple == 0 or kept == width for kept, width in zip(kept_L, width_L, strict=True)
+    )
+
+
+def test_largest_remainder_gives_to_those_who_lost_most() -> None:
+    assert round_widths([40.0, 61.0, 59.0], [96, 96, 96], 32, 160.0) == [32, 64, 64]
+    assert round_widths([40.0, 61.0, 59.0], [96, 96, 96], 32, 128.0) == [32, 64, 32]
+
+
+def test_no_block_is_emptied() -> None:
+    kept_L = allocate([0.9, 0.001, 0.001], Budget(0.9, "ffn", 32), model_of(1536, 3))
+    assert kept_L[1:] == [32, 32]
+    assert abs(sum(kept_L) - 0.1 * 3 * 1536) <= 32
+
+
+@pytest.mark.parametrize("of", ["ffn", "model"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_impossible_budget_names_what_can_be_reached(of: str, width: int) -> None:
+    size = model_of(width, 4)
+    with pytest.raises(BudgetError) as caught:
+        allocate([0.5] * 4, Budget(0.9999, of, 128), size)  # type: ignore[arg-type]
+    match = re.search(r"between 0 and ([\d.]+)% can be removed", str(caught.value))
+    assert match, str(caught.value)
+    highest = float(match[1]) / 100
+    removable = 4 * (width - 128)
+    each = size.channel_parameters_L[0]
+    expected = removable / (4 * width) if of == "ffn" else removable * each / size.parameters
+    assert highest == pytest.approx(expected, abs=6e-4)
+    # What the message promises is possible, just below and at the edge.
+    for sparsity in (highest - 0.001, expected):
+        kept_L = allocate([0.5] * 4, Budget(sparsity, of, 128), size)  # type: ignore[arg-type]
+        assert min(kept_L) >= 128
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple"), [(11008, 128), (4096, 128), (4095, 32), (1536, 32), (96, 32)]
+)
+def test_multiple_is_chosen_by_width(width: int, multiple: int) -> None:
+    assert Budget(0.5).multiple_for([width, width]) == multiple
+    assert Budget(0.5, multiple=7).multiple_for([width]) == 7
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+def test_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
+    with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\), found"):
+        Budget(sparsity)
+
+
+def test_other_bad_budgets_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"'ffn' or of 'model', found 'heads'"):
+        Budget(0.5, "heads")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="at least 1, found 0"):
+        Budget(0.5, multiple=0)

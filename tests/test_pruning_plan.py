@@ -1,0 +1,186 @@
+"""The plan: round trip, refusal of damaged and foreign ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cfsp
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import PlanError
+from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.surgery import write_pruned_weights
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> BlockPlan:
+    width = draw(st.integers(1, 300))
+    kept = draw(st.sets(st.integers(0, width - 1), min_size=1))
+    unit = st.floats(0, 1, allow_nan=False)
+    return BlockPlan(width, tuple(sorted(kept)), draw(unit), draw(unit))
+
+
+plans = st.builds(
+    PruningPlan,
+    model=st.builds(ModelIdentity, st.text(), st.just("llama"), st.just("a" * 32)),
+    criterion=st.just({"block_metric": "angular", "sparsity": 0.5}),
+    calibration=st.just({"windows": 4, "seqlen": 16}),
+    blocks=st.lists(blocks(), min_size=1, max_size=6).map(tuple),
+)
+
+
+@given(plans)
+@settings(deadline=None)
+def test_round_trip(plan: PruningPlan) -> None:
+    text = plan.to_json()
+    again = PruningPlan.from_json(text)
+    assert again == plan
+    assert again.to_json() == text
+
+
+@given(plans)
+@settings(deadline=None)
+def test_widths_and_sparsity_are_those_of_the_blocks(plan: PruningPlan) -> None:
+    assert plan.kept_widths == [len(block.kept) for block in plan.blocks]
+    removed = sum(block.width - len(block.kept) for block in plan.blocks)
+    total = sum(block.width for block in plan.blocks)
+    assert plan.ffn_sparsity == pytest.approx(removed / total)
+
+
+def test_plan_of_a_large_model_stays_small() -> None:
+    wide = BlockPlan(18944, tuple(range(0, 18944, 2)), 0.1, 0.5)
+    plan = PruningPlan(ModelIdentity("m", "llama", "a"), {}, {}, (wide,) * 80)
+    assert len(plan.to_json()) < 1_000_000
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_checkpoint: Callable[[str], Path], text_file: Path) -> PruningPlan:
+    directory = tiny_checkpoint("llama")
+    statistics = cfsp.calibrate(directory, data=[str(text_file)], samples=4, seqlen=32)
+    return cfsp.plan(directory, statistics, sparsity=0.4, multiple=1)
+
+
+def damaged(plan: PruningPlan, change: Callable[[dict[str, Any]], object]) -> str:
+    fields = json.loads(plan.to_json())
+    change(fields)
+    return json.dumps(fields)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "version": (lambda f: f.update(plan_version=99), "version 99, expected"),
+    "no blocks": (lambda f: f.pop("blocks"), "blocks"),
+    "blocks are text": (lambda f: f.update(blocks="abc"), "damaged"),
+    "no model": (lambda f: f.pop("model"), "model"),
+    "foreign model field": (lambda f: f["model"].update(colour="red"), "colour"),
+    "width zero": (lambda f: f["blocks"][1].update(width=0), "width 0"),
+    "width text": (lambda f: f["blocks"][1].update(width="96"), "width 96"),
+    "huge width": (lambda f: f["blocks"][1].update(width=1 << 40), "impossible width"),
+    "narrower than its mask": (lambda f: f["blocks"][1].update(width=40), "width of 40"),
+    "wider than its mask": (lambda f: f["blocks"][1].update(width=1000), "width of 1000"),
+    "not base64": (lambda f: f["blocks"][0].update(kept="?!"), "base64"),
+    "kept is a number": (lambda f: f["blocks"][0].update(kept=7), "damaged"),
+    "nothing kept": (lambda f: f["blocks"][0].update(kept="AAAAAAAAAAAAAAAA"), "0 channels"),
+    "another count": (lambda f: f["blocks"][0].update(kept_width=3), "3 are announced"),
+    "distance is text": (lambda f: f["blocks"][0].update(distance="far"), "far"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_plan_is_refused(plan: PruningPlan, kind: str) -> None:
+    change, expected = DAMAGE[kind]
+    with pytest.raises(PlanError) as caught:
+        PruningPlan.from_json(damaged(plan, change), "plan.json")
+    assert "plan.json" in str(caught.value)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "7", "null", '"plan"', "{ not json"])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="is not a pruning plan"):
+        PruningPlan.from_json(text)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_plan_with_a_changed_byte_is_refused_or_still_a_plan(
+    plan: PruningPlan, data: st.DataObject
+) -> None:
+    """Whatever happens to a file, the answer is a plan or a PlanError, nothing else."""
+    text = plan.to_json()
+    position = data.draw(st.integers(0, len(text) - 1))
+    character = data.draw(st.characters(min_codepoint=32, max_codepoint=126))
+    changed = text[:position] + character + text[position + 1 :]
+    try:
+        read = PruningPlan.from_json(changed)
+    except PlanError:
+        return
+    assert all(0 < len(block.kept) <= block.width for block in read.blocks)
+
+
+def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"cannot read the plan .*absent\.json"):
+        PruningPlan.load(tmp_path / "absent.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match=r"binary\.json"):
+        PruningPlan.load(tmp_path / "binary.json")
+
+
+def test_plan_fits_its_model_and_refuses_another(
+    plan: PruningPlan, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from tiny_models import save_tiny_model
+
+    plan.check_fits(Checkpoint(tiny_checkpoint("llama")))
+    with pytest.raises(PlanError, match=r"made for .* \(llama, .*not for .* \(qwen3, "):
+        plan.check_fits(Checkpoint(tiny_checkpoint("qwen3")))
+    # The same shapes with other weights, as of a fine-tuned copy.
+    save_tiny_model("llama", tmp_path / "tuned", seed=7)
+    with pytest.raises(PlanError, match="make a plan for this model"):
+        plan.check_fits(Checkpoint(tmp_path / "tuned"))
+
+
+def test_pruned_model_refuses_the_plan_that_made_it(
+    plan: PruningPlan, tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    data = [str(text_file)]
+    cfsp.prune(
+        tiny_checkpoint("llama"), out=out, sparsity=0.4, multiple=1, data=data, samples=4, seqlen=32
+    )
+    assert PruningPlan.load(out / "cfsp_plan.json").kept_widths == plan.kept_widths
+    with pytest.raises(PlanError):
+        plan.check_fits(Checkpoint(out))
+
+
+def test_upcast_copy_is_the_same_model(plan: PruningPlan, tmp_path: Path) -> None:
+    """A plan for a bfloat16 model fits its float32 copy, and the other way round."""
+    import torch
+
+    from tiny_models import build_tiny_model
+
+    narrow = build_tiny_model("llama", dtype=torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "narrow")
+    narrow.float().save_pretrained(tmp_path / "wide")
+    identities = [ModelIdentity.of(Checkpoint(tmp_path / n)) for n in ("narrow", "wide")]
+    assert identities[0].fingerprint == identities[1].fingerprint
+
+
+def test_surgery_obeys_the_plan(
+    plan: PruningPlan, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    written = write_pruned_weights(Checkpoint(tiny_checkpoint("llama")), plan, tmp_path)
+    from cfsp.checkpoint.tensor_file import TensorFile
+
+    specs = TensorFile(tmp_path / "model.safetensors").specs
+    for block, width in enumerate(plan.kept_widths):
+        assert specs[f"model.layers.{block}.mlp.down_proj.weight"].shape == (32, width)
+        assert specs[f"model.layers.{block}.mlp.up_proj.weight"].shape == (width, 32)
+    elements = sum(spec.nbytes // 4 for spec in specs.values())
+    assert written.parameters == elements
