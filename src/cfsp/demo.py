@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cfsp.allocation import Budget
 from cfsp.checkpoint.locating import DEMO_NAME, open_checkpoint
-from cfsp.loading import load
 from cfsp.pipeline import PruneReport, prune_checkpoint
 from cfsp.settings import CalibrationText, EvaluationText, PruneSettings
-from cfsp.speed import Speed, SpeedConditions, measure_decode, measure_prefill
+from cfsp.speed import Comparison, Conditions, Workload, compare_speed
+from cfsp.speed.subjects import Subject
 
 
 @dataclass(frozen=True)
@@ -20,18 +19,11 @@ class DemoResult:
 
     Attributes:
         report: of the pruning.
-        speed: `prefill` and `decode` -> `dense` and `pruned` -> speed.
+        speed: of the dense and the pruned model.
     """
 
     report: PruneReport
-    speed: dict[str, dict[str, Speed]]
-
-    def speed_json(self) -> dict[str, Any]:
-        """Return the speeds as JSON types."""
-        return {
-            phase: {name: vars(speed) for name, speed in speeds.items()}
-            for phase, speeds in self.speed.items()
-        }
+    speed: Comparison
 
 
 def run_demo(out: Path, sparsity: float) -> DemoResult:
@@ -49,10 +41,9 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
         evaluation=EvaluationText(("python-docs", "python-source"), windows=8),
         command=f"cfsp demo --out {out} --sparsity {sparsity}",
     )
-    models = {"dense": load(source.directory), "pruned": load(out)}
-    conditions = SpeedConditions(batch=1, prompt=512, new_tokens=32, rounds=5)
-    speed = {
-        "prefill": measure_prefill(models, conditions),
-        "decode": measure_decode(models, conditions),
-    }
+    speed = compare_speed(
+        [Subject(source.directory, "dense"), Subject(out, "pruned")],
+        [Workload(batch=1, prompt=512, new_tokens=32)],
+        Conditions(warmups=1, rounds=5),
+    )
     return DemoResult(report, speed)

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cfsp.cli import calibrate, demo, evaluate, export, inspect, plan, prune, report
+from cfsp.cli import bench, calibrate, demo, evaluate, export, inspect, plan, prune, recover, report
 from cfsp.errors import CfspError
 
-_COMMANDS = (prune, calibrate, plan, evaluate, inspect, export, report, demo)
+_COMMANDS = (prune, recover, calibrate, plan, evaluate, inspect, bench, export, report, demo)
 
 _DESCRIPTION = """\
 Make a decoder-only LLM smaller and faster: score its FFN channels with one forward pass over

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from cfsp.cli import arguments
-from cfsp.cli.output import print_json, print_table
+from cfsp.cli.bench import print_comparison
+from cfsp.cli.output import print_json
 from cfsp.cli.plan import print_plan
 from cfsp.cli.prune import print_report
 
@@ -31,22 +32,13 @@ def run(args: argparse.Namespace) -> None:
 
     result = run_demo(args.out, args.sparsity)
     if args.json:
-        print_json({**result.report.to_json(), "speed": result.speed_json()})
+        print_json({**result.report.to_json(), "speed": result.speed.to_json()})
         return
     print_plan(result.report.plan)
     print()
     print_report(result.report)
     print()
-    rows = [
-        (
-            name,
-            f"{speeds['dense'].median_tokens_per_second:,.0f}",
-            f"{speeds['pruned'].median_tokens_per_second:,.0f}",
-            f"{speeds['pruned'].median_ratio:.2f}x",
-        )
-        for name, speeds in result.speed.items()
-    ]
-    print_table(("tokens/s", "dense", "pruned", "speed-up"), rows)
+    print_comparison(result.speed)
     print(
         "\nperplexity of python-docs is on topics that were not calibrated on; python-source "
         "(code) is out of domain\nthe model card, with the way to load it: "

@@ -1,0 +1,57 @@
+"""The one thing that an engine does, and where to find each engine."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from cfsp.errors import UsageError
+from cfsp.speed.subjects import Footprint, Subject
+from cfsp.speed.workload import Conditions, Timing, Workload
+
+
+class Engine(Protocol):
+    """A loaded model that runs workloads."""
+
+    footprint: Footprint
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the timings hold for: versions, dtype, device, threads."""
+        ...
+
+    def run(self, workload: Workload) -> Timing:
+        """Time one prefill and the decoding after it."""
+        ...
+
+    def peak_device_bytes(self) -> int:
+        """Return the largest memory of an accelerator; 0 on the CPU."""
+        ...
+
+
+def start_engine(subject: Subject, conditions: Conditions) -> Engine:
+    """Load a subject into an engine.
+
+    Raises:
+        MissingExtraError: the engine is not installed.
+        CheckpointError: the model is missing, damaged, or nothing that the engine reads.
+    """
+    is_gguf = str(subject.model).endswith(".gguf")
+    if is_gguf != (conditions.engine == "llama.cpp"):
+        raise UsageError(
+            f"the engine {conditions.engine} cannot run {subject.label}: llama.cpp runs .gguf "
+            "files (make one with: cfsp export DIR --to gguf), the others run model directories"
+        )
+    if conditions.engine in ("transformers", "compile"):
+        from cfsp.speed.transformers_engine import TransformersEngine
+
+        return TransformersEngine(subject, conditions)
+    if conditions.engine == "llama.cpp":
+        from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+
+        return LlamaCppEngine(subject, conditions)
+    if conditions.engine == "openvino":
+        from cfsp.speed.openvino_engine import OpenVinoEngine
+
+        return OpenVinoEngine(subject, conditions)
+    from cfsp.speed.vllm_engine import VllmEngine
+
+    return VllmEngine(subject, conditions)

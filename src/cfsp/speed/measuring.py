@@ -1,0 +1,204 @@
+"""Interleaved rounds over models, and what comes out of them.
+
+Machines drift. Models therefore take turns, round after round, and the figure to quote is the
+median of the ratios within a round. Warm-up runs are not part of the rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from cfsp.progress import item_progress
+from cfsp.speed.process import Memory, ModelProcess, model_process
+from cfsp.speed.subjects import Footprint, Subject
+from cfsp.speed.workload import Conditions, Timing, Workload
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Throughput of one model in one phase and its ratio to the first model, round by round.
+
+    Attributes:
+        tokens_per_second: one figure for each round.
+        ratios: tokens per second over those of the first model in the same round.
+        ideal_ratio: what the models' sizes promise: FLOPs for prefill, bytes for decoding.
+    """
+
+    tokens_per_second: tuple[float, ...]
+    ratios: tuple[float, ...]
+    ideal_ratio: float
+
+    @property
+    def median_tokens_per_second(self) -> float:
+        """Median over rounds."""
+        return median(self.tokens_per_second)
+
+    @property
+    def median_ratio(self) -> float:
+        """Median over rounds; above 1 is faster than the first model."""
+        return median(self.ratios)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {
+            "tokens_per_second": round(self.median_tokens_per_second, 3),
+            "ratio": round(self.median_ratio, 4),
+            "ideal_ratio": round(self.ideal_ratio, 4),
+            "tokens_per_second_by_round": [round(v, 3) for v in self.tokens_per_second],
+            "ratio_by_round": [round(v, 4) for v in self.ratios],
+        }
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """All that was measured of one model.
+
+    Attributes:
+        label: what it is called.
+        footprint: parameters, bytes and work.
+        facts: of its engine.
+        load_seconds: from start to ready.
+        first_run: timing of the very first run, by workload.
+        seconds_to_first_token: median over rounds, by workload.
+        speeds: workload -> phase -> speed.
+        memory: peak over everything.
+    """
+
+    label: str
+    footprint: Footprint
+    facts: dict[str, Any]
+    load_seconds: float
+    first_run: dict[Workload, Timing]
+    seconds_to_first_token: dict[Workload, float]
+    speeds: dict[Workload, dict[str, Speed]]
+    memory: Memory
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {
+            "model": self.label,
+            "parameters": self.footprint.parameters,
+            "disk_bytes": self.footprint.disk_bytes,
+            "peak_rss_bytes": self.memory.resident_bytes,
+            "peak_device_bytes": self.memory.device_bytes,
+            "load_seconds": round(self.load_seconds, 3),
+            **self.facts,
+            "workloads": [
+                {
+                    **vars(workload),
+                    "seconds_to_first_token": round(self.seconds_to_first_token[workload], 5),
+                    "first_run_seconds": {
+                        phase: round(getattr(self.first_run[workload], phase), 4)
+                        for phase in PHASES
+                    },
+                    **{phase: speed.to_json() for phase, speed in speeds.items()},
+                }
+                for workload, speeds in self.speeds.items()
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models on the same workloads; the first is what the others are compared to."""
+
+    models: tuple[ModelSpeed, ...]
+    workloads: tuple[Workload, ...]
+    conditions: Conditions
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {
+            "conditions": vars(self.conditions),
+            "models": [model.to_json() for model in self.models],
+        }
+
+
+def compare_speed(
+    subjects: Sequence[Subject], workloads: Sequence[Workload], conditions: Conditions
+) -> Comparison:
+    """Time models against each other, each in a process of its own.
+
+    Args:
+        subjects: the models; ratios are to the first.
+        workloads: what to time.
+        conditions: how.
+
+    Raises:
+        CfspError: a model or an engine is missing.
+    """
+    timings: dict[Workload, list[list[Timing]]] = {}
+    first_runs: list[dict[Workload, Timing]] = [{} for _ in subjects]
+    runs = len(subjects) * len(workloads) * (conditions.warmups + conditions.rounds)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(model_process(s, conditions)) for s in subjects]
+        bar = stack.enter_context(item_progress("bench", runs, "run"))
+        for workload in workloads:
+            for process, first_run in zip(processes, first_runs, strict=True):
+                for warmup in range(conditions.warmups):
+                    timing = process.run(workload)
+                    if warmup == 0:
+                        first_run[workload] = timing
+                    bar.update()
+            timings[workload] = [[] for _ in subjects]
+            for _ in range(conditions.rounds):
+                for process, timed in zip(processes, timings[workload], strict=True):
+                    timed.append(process.run(workload))
+                    bar.update()
+        models = tuple(
+            _model_speed(number, subject, processes, timings, first_runs[number])
+            for number, subject in enumerate(subjects)
+        )
+    return Comparison(models, tuple(workloads), conditions)
+
+
+def _model_speed(
+    number: int,
+    subject: Subject,
+    processes: Sequence[ModelProcess],
+    timings: dict[Workload, list[list[Timing]]],
+    first_run: dict[Workload, Timing],
+) -> ModelSpeed:
+    process, first = processes[number], processes[0]
+    speeds = {}
+    for workload, timed in timings.items():
+        ours, theirs = process.loaded.footprint.work, first.loaded.footprint.work
+        speeds[workload] = {
+            "prefill": Speed(
+                _rates(timed[number], "prefill", workload.batch * workload.prompt),
+                _ratios(timed[number], timed[0], "prefill"),
+                theirs.prefill_flops(workload) / ours.prefill_flops(workload),
+            ),
+            "decode": Speed(
+                _rates(timed[number], "decode", workload.batch * workload.new_tokens),
+                _ratios(timed[number], timed[0], "decode"),
+                theirs.decode_bytes(workload) / ours.decode_bytes(workload),
+            ),
+        }
+    return ModelSpeed(
+        label=subject.label,
+        footprint=process.loaded.footprint,
+        facts=process.loaded.facts,
+        load_seconds=process.loaded.seconds,
+        first_run=first_run,
+        seconds_to_first_token={
+            workload: median(timing.prefill for timing in timed[number])
+            for workload, timed in timings.items()
+        },
+        speeds=speeds,
+        memory=process.memory(),
+    )
+
+
+def _rates(timings: Sequence[Timing], phase: str, tokens: int) -> tuple[float, ...]:
+    return tuple(tokens / getattr(timing, phase) for timing in timings)
+
+
+def _ratios(ours: Sequence[Timing], first: Sequence[Timing], phase: str) -> tuple[float, ...]:
+    return tuple(getattr(f, phase) / getattr(o, phase) for o, f in zip(ours, first, strict=True))

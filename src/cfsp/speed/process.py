@@ -1,0 +1,164 @@
+"""One process for each model: its peak memory is then its own, and models can take turns."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import CfspError
+from cfsp.manifest import peak_rss_bytes
+from cfsp.speed.subjects import Footprint, Subject
+from cfsp.speed.workload import Conditions, Timing, Workload
+
+_STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a process says when its model is ready.
+
+    Attributes:
+        footprint: parameters, bytes and work of the model.
+        facts: of the engine.
+        seconds: that loading took.
+    """
+
+    footprint: Footprint
+    facts: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of a process.
+
+    Attributes:
+        resident_bytes: host memory, weights mapped from files and libraries included.
+        device_bytes: of an accelerator.
+    """
+
+    resident_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error that a user can cure, as values: not every exception survives pickling."""
+
+    kind: type[CfspError]
+    message: str
+
+    def as_error(self) -> CfspError:
+        error = self.kind.__new__(self.kind, self.message)
+        Exception.__init__(error, self.message)
+        return error
+
+
+class ModelProcess:
+    """A process that holds one model; runs happen only when asked for."""
+
+    def __init__(self, connection: Connection, loaded: Loaded) -> None:
+        self._connection = connection
+        self.loaded = loaded
+
+    def run(self, workload: Workload) -> Timing:
+        """Time one run; nothing else runs meanwhile."""
+        timing: Timing = _ask(self._connection, workload)
+        return timing
+
+    def memory(self) -> Memory:
+        """Return the peak so far."""
+        memory: Memory = _ask(self._connection, None)
+        return memory
+
+
+@contextmanager
+def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
+    """Start a process, load the model in it, and end it afterwards.
+
+    Raises:
+        CfspError: what loading the model raised in the process.
+    """
+    # A fresh interpreter: a forked one would carry this process's memory.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, subject, conditions), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        loaded: Loaded = _receive(ours)
+        yield ModelProcess(ours, loaded)
+    finally:
+        ours.close()
+        process.join(_STOP_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        process.close()
+
+
+def _ask(connection: Connection, request: Workload | None) -> Any:
+    # A process that has ended is found out when its answer is awaited.
+    with suppress(ConnectionError):
+        connection.send(request)
+    return _receive(connection)
+
+
+def _receive(connection: Connection) -> Any:
+    try:
+        answer = connection.recv()
+    except (EOFError, ConnectionError) as error:
+        raise CfspError(
+            "the process that ran the model ended without an answer, most likely for lack of "
+            "memory; bench fewer --blocks or a smaller model"
+        ) from error
+    if isinstance(answer, _Failure):
+        raise answer.as_error()
+    if isinstance(answer, RuntimeError):
+        raise answer
+    return answer
+
+
+def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> None:
+    from cfsp.speed.engine import start_engine
+
+    try:
+        start = time.perf_counter()
+        engine = start_engine(subject, conditions)
+        seconds = time.perf_counter() - start
+        connection.send(Loaded(engine.footprint, engine.facts(), seconds))
+        while True:
+            request = connection.recv()
+            if isinstance(request, Workload):
+                # A collection in the middle of a run would be timed with it.
+                gc.collect()
+                gc.disable()
+                connection.send(engine.run(request))
+                gc.enable()
+            else:
+                connection.send(Memory(_peak_resident_bytes(), engine.peak_device_bytes()))
+    except EOFError:
+        return
+    except CfspError as error:
+        connection.send(_Failure(type(error), str(error)))
+    except Exception as error:
+        # As text: not every exception survives pickling.
+        connection.send(RuntimeError("".join(traceback.format_exception(error))))
+
+
+def _peak_resident_bytes() -> int:
+    """Return the peak of this program alone: getrusage also counts what it was started from."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_rss_bytes()

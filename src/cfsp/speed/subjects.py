@@ -1,0 +1,111 @@
+"""What can be timed: a checkpoint by name, a true shape with random weights, a .gguf file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cfsp.speed.shapes import ShapedModel
+from cfsp.speed.work import ModelWork, work_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What the head is left out of needs no real vocabulary.
+_SMALL_VOCABULARY = 256
+_INITIAL_RANGE = 0.02
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model to time.
+
+    Attributes:
+        model: a name as for prune, a .gguf file, or a shape.
+        label: what to call it.
+        head: whether the language-model head is timed. Left out for a few blocks of a true
+            shape, where it would weigh more than it does in the whole model.
+    """
+
+    model: str | Path | ShapedModel
+    label: str
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model weighs.
+
+    Attributes:
+        parameters: of what is timed; tied embeddings count once.
+        disk_bytes: of the weight files; of the tensors where there is no file.
+        work: what its work follows from.
+    """
+
+    parameters: int
+    disk_bytes: int
+    work: ModelWork
+
+
+def build_model(
+    subject: Subject, dtype_name: str, device: torch.device
+) -> tuple[PreTrainedModel, Footprint]:
+    """Return the transformers model of a subject and its footprint.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged.
+    """
+    if isinstance(subject.model, ShapedModel):
+        return _random_model(subject, subject.model, dtype_name, device)
+    from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.checkpoint.reading import parameter_count
+    from cfsp.loading import compute_dtype, load
+
+    checkpoint = open_checkpoint(subject.model)
+    dtype = compute_dtype(checkpoint, dtype_name)
+    model = load(checkpoint.directory, dtype=dtype, device=device)
+    work = work_of(checkpoint, head=subject.head, itemsize=dtype.itemsize)
+    files = checkpoint.directory.glob("*.safetensors")
+    size = sum(path.stat().st_size for path in files if not path.name.startswith("cfsp_"))
+    return model, Footprint(parameter_count(checkpoint), size, work)
+
+
+def _random_model(
+    subject: Subject, shaped: ShapedModel, dtype_name: str, device: torch.device
+) -> tuple[PreTrainedModel, Footprint]:
+    from cfsp.checkpoint.reading import LoadedModel, parameter_count
+    from cfsp.checkpoint.skeleton import build_skeleton
+
+    dtype = getattr(torch, "bfloat16" if dtype_name == "auto" else dtype_name)
+    config = shaped.config()
+    if not subject.head:
+        config.vocab_size = _SMALL_VOCABULARY
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, token, None)
+    model = build_skeleton(config, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if parameter.ndim == 1:
+                values.fill_(1.0)
+            else:
+                values.uniform_(-_INITIAL_RANGE, _INITIAL_RANGE, generator=generator)
+            setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+    model.tie_weights()
+    model.to(device)
+    source = LoadedModel(model)
+    work = work_of(source, head=subject.head, itemsize=dtype.itemsize)
+    prefix = f"{source.family.blocks}."
+    counted = {
+        name: spec for name, spec in source.specs.items() if subject.head or name.startswith(prefix)
+    }
+    parameters = (
+        parameter_count(source)
+        if subject.head
+        else sum(spec.nbytes // spec.dtype.itemsize for spec in counted.values())
+    )
+    return model, Footprint(parameters, sum(spec.nbytes for spec in counted.values()), work)

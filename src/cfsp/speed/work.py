@@ -1,0 +1,82 @@
+"""How much work a model does for a workload: the speed-up that its size promises.
+
+Prefill is bound by arithmetic, decoding of few sequences by reading weights and cache. The
+ideal ratio of two models is therefore that of their FLOPs in prefill and of the bytes they read
+in decoding. Embedding rows are looked up and cost nothing; norms are not counted. Full causal
+attention is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cfsp.speed.workload import Workload
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """The numbers of a model that its work follows from.
+
+    Attributes:
+        block_parameters: elements of all matrices in the blocks.
+        block_bytes: their bytes, as they are read.
+        head_parameters: elements of the language-model head; 0 if it is not timed.
+        head_bytes: its bytes.
+        attention_width: heads times head dimension, summed over the blocks.
+        cache_bytes: bytes of keys and values of one token in all blocks.
+    """
+
+    block_parameters: int
+    block_bytes: float
+    head_parameters: int
+    head_bytes: float
+    attention_width: int
+    cache_bytes: float
+
+    def prefill_flops(self, workload: Workload) -> float:
+        """Return the FLOPs of a prefill; the head sees the last token of each sequence only."""
+        tokens = workload.batch * workload.prompt
+        pairs = workload.batch * workload.prompt * (workload.prompt + 1) / 2
+        return (
+            2.0 * tokens * self.block_parameters
+            + 4.0 * pairs * self.attention_width
+            + 2.0 * workload.batch * self.head_parameters
+        )
+
+    def decode_bytes(self, workload: Workload) -> float:
+        """Return the bytes read for one new token of every sequence, on average over them."""
+        context = workload.prompt + (workload.new_tokens + 1) / 2
+        weights = self.block_bytes + self.head_bytes
+        return weights + workload.batch * context * self.cache_bytes
+
+
+def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
+    """Return the work of a transformers model.
+
+    Args:
+        source: the model; only its config and shapes are read.
+        head: whether the language-model head is timed.
+        itemsize: bytes of an element, of weights and of the cache.
+    """
+    config = source.config
+    prefix = f"{source.family.blocks}."
+    parameters = 0
+    for name, spec in source.specs.items():
+        if name.startswith(prefix) and len(spec.shape) == 2:
+            parameters += spec.shape[0] * spec.shape[1]
+    head_parameters = config.vocab_size * config.hidden_size if head else 0
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    blocks = config.num_hidden_layers
+    return ModelWork(
+        block_parameters=parameters,
+        block_bytes=parameters * itemsize,
+        head_parameters=head_parameters,
+        head_bytes=head_parameters * itemsize,
+        attention_width=blocks * heads * head_dim,
+        cache_bytes=2 * blocks * config.num_key_value_heads * head_dim * itemsize,
+    )

@@ -1,0 +1,259 @@
+"""Speed: what is counted, what is timed, and that engines generate what the model says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.skeleton import build_skeleton
+from cfsp.cli import bench, main
+from cfsp.errors import CfspError, CheckpointError, UsageError
+from cfsp.loading import load
+from cfsp.speed import Conditions, Workload, compare_speed
+from cfsp.speed.process import model_process
+from cfsp.speed.shapes import SHAPES, ShapedModel
+from cfsp.speed.subjects import Subject, build_model
+from cfsp.speed.transformers_engine import TransformersEngine
+from cfsp.speed.work import work_of
+from cfsp.speed.workload import ENGINES
+
+WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
+
+# Parameters as published by the models' makers.
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shape_has_the_published_number_of_parameters(name: str) -> None:
+    source = LoadedModel(build_skeleton(ShapedModel(name).config(), torch.bfloat16))
+    assert parameter_count(source) == PUBLISHED[name]
+
+
+def test_widths_of_a_shape_meet_the_budget_in_multiples() -> None:
+    assert ShapedModel("llama-2-7b", 4, 0.5).widths() == [5504] * 4
+    assert ShapedModel("llama-3-8b", 4, 0.5).widths() == [7168] * 4
+    uneven = ShapedModel("llama-2-7b", 4, 0.3).widths()
+    assert all(width % 128 == 0 for width in uneven)
+    assert abs(sum(uneven) - 0.7 * 4 * 11008) <= 64
+    assert ShapedModel("llama-2-7b", 2, width=5001).widths() == [5001] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen3"])
+def test_prefill_work_is_what_torch_counts(
+    name: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    model = load(tiny_checkpoint(name), dtype="float32")
+    # Written out, attention is counted over all pairs; ours counts those that are not masked.
+    model.set_attn_implementation("eager")
+    work = work_of(LoadedModel(model), head=True, itemsize=4)
+    tokens_BT = torch.zeros((WORKLOAD.batch, WORKLOAD.prompt), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT, logits_to_keep=1)
+    pairs = WORKLOAD.batch * WORKLOAD.prompt**2
+    causal = WORKLOAD.batch * WORKLOAD.prompt * (WORKLOAD.prompt + 1) / 2
+    attention = 4 * work.attention_width
+    # The rotary frequencies are a matrix product too, far below one per cent.
+    assert work.prefill_flops(WORKLOAD) + attention * (pairs - causal) == pytest.approx(
+        counter.get_total_flops(), rel=5e-3
+    )
+
+
+def test_decode_work_is_all_weights_but_embeddings_and_the_cache(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    model = load(tiny_checkpoint("llama"), dtype="bfloat16")
+    work = work_of(LoadedModel(model), head=True, itemsize=2)
+    weights = sum(
+        p.numel() * 2 for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n
+    )
+    tokens_BT = torch.zeros((WORKLOAD.batch, WORKLOAD.prompt), dtype=torch.long)
+    with torch.no_grad():
+        cache = model(input_ids=tokens_BT, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    one_step = Workload(WORKLOAD.batch, WORKLOAD.prompt - 1, 1)
+    assert work.decode_bytes(one_step) == weights + held
+    without = work_of(LoadedModel(model), head=False, itemsize=2)
+    head = model.lm_head.weight.numel() * 2
+    assert work.decode_bytes(WORKLOAD) - without.decode_bytes(WORKLOAD) == head
+
+
+# torch's own compiler still uses it.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("engine", ["transformers", "compile"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_engine_generates_what_the_model_generates(
+    engine: str, name: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    directory = tiny_checkpoint(name)
+    conditions = Conditions(engine=engine, dtype="float32")
+    timed = TransformersEngine(Subject(directory, "tiny"), conditions)
+    model = load(directory, dtype="float32")
+    prompt_BP = timed._prompt(WORKLOAD)
+    expected_BN = model.generate(
+        prompt_BP,
+        attention_mask=torch.ones_like(prompt_BP),
+        min_new_tokens=WORKLOAD.new_tokens + 1,
+        max_new_tokens=WORKLOAD.new_tokens + 1,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[:, WORKLOAD.prompt :]
+    # The third run of the compiled engine reuses its cache and its code.
+    for _ in range(3 if engine == "compile" else 2):
+        timing = timed.run(WORKLOAD)
+        assert timed.tokens_BN is not None
+        assert timed.tokens_BN.tolist() == expected_BN.tolist()
+        assert timing.prefill > 0
+        assert timing.decode > 0
+
+
+def test_random_model_of_a_shape_computes_finite_numbers() -> None:
+    subject = Subject(ShapedModel("smollm2-135m", 2, 0.5), "half", head=False)
+    model, footprint = build_model(subject, "auto", torch.device("cpu"))
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [768, 768]
+    per_block = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 768
+    assert footprint.work.block_parameters == 2 * per_block
+    assert footprint.work.head_parameters == 0
+    assert footprint.parameters == 2 * (per_block + 2 * 576)
+    with torch.no_grad():
+        assert model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.isfinite().all()
+
+
+def test_comparison_reports_every_round_of_every_model(
+    tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen3"))]
+    arguments = ["--rounds", "3", "--warmups", "1", "--prompt", "4", "8", "--new-tokens", "2"]
+    assert main(["bench", *models, *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["conditions"]["rounds"] == 3
+    first, second = report["models"]
+    assert [w["prompt"] for w in first["workloads"]] == [4, 8]
+    for workload in first["workloads"]:
+        assert workload["prefill"]["ratio_by_round"] == [1.0] * 3
+        assert workload["decode"]["ideal_ratio"] == 1.0
+    for workload in second["workloads"]:
+        for phase in ("prefill", "decode"):
+            speed = workload[phase]
+            assert len(speed["tokens_per_second_by_round"]) == 3
+            assert sorted(speed["ratio_by_round"])[1] == speed["ratio"]
+            assert speed["ideal_ratio"] != 1.0
+        assert workload["seconds_to_first_token"] > 0
+        assert workload["first_run_seconds"]["prefill"] > 0
+    weights = Path(models[0]) / "model.safetensors"
+    assert first["disk_bytes"] == weights.stat().st_size
+    assert first["dtype"] == "float32"
+
+
+def test_table_shows_ideal_beside_measured(
+    tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_checkpoint("llama"))
+    assert main(["bench", model, "--rounds", "1", "--prompt", "4", "--new-tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    name = Path(model).name
+    assert "batch 1, prompt 4, 2 new tokens" in out
+    assert f"prefill  {name}" in out
+    assert f"decode  {name}" in out
+    assert "1.000x" in out
+    assert "medians of 1 rounds in turns after 2 warm-ups" in out
+
+
+def test_peak_memory_is_the_model_processs_own(tiny_checkpoint: Callable[[str], Path]) -> None:
+    ballast = torch.ones(400_000_000, dtype=torch.float32)  # 1.6 GB in this process
+    subject = Subject(tiny_checkpoint("llama"), "tiny")
+    comparison = compare_speed([subject], [Workload(1, 4, 1)], Conditions(warmups=1, rounds=1))
+    resident = comparison.models[0].memory.resident_bytes
+    assert 50_000_000 < resident < ballast.nbytes
+
+
+def test_errors_in_a_model_process_reach_the_user_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = tmp_path / "absent"
+    with (
+        pytest.raises(CheckpointError, match="absent does not exist"),
+        model_process(Subject(absent, "absent"), Conditions()),
+    ):
+        pass
+    assert main(["bench", str(absent)]) == 2
+    assert "absent does not exist" in capsys.readouterr().err
+
+
+def test_process_that_dies_is_one_sentence(tiny_checkpoint: Callable[[str], Path]) -> None:
+    subject = Subject(tiny_checkpoint("llama"), "tiny")
+    with model_process(subject, Conditions()) as process:
+        import multiprocessing
+
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        with pytest.raises(CfspError, match="ended without an answer"):
+            process.run(WORKLOAD)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "vllm", "llama.cpp"])
+def test_missing_engine_names_the_extra(
+    engine: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    import sys
+
+    from cfsp.errors import MissingExtraError
+    from cfsp.speed.engine import start_engine
+
+    for module in ("openvino", "vllm", "llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
+    model: Path = tiny_checkpoint("llama")
+    if engine == "llama.cpp":
+        model = tmp_path / "model.gguf"
+    extra = engine.replace(".", "")
+    with pytest.raises(MissingExtraError, match=rf"pip install 'cfsp-llm\[{extra}\]'"):
+        start_engine(Subject(model, "m"), Conditions(engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected models or a --shape"),
+        (["demo", "--shape", "llama-2-7b"], "and not both"),
+        (["demo", "--blocks", "2"], "go with --shape only"),
+        (["--shape", "llama-9"], "no shape 'llama-9' is known; known are: smollm2-135m"),
+        (["--shape", "llama-2-7b", "--blocks", "0"], "--blocks must be at least 1, found 0"),
+        (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
+        (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
+        (["demo", "--rounds", "0"], "at least 1 warm-up and 1 round, found 2 and 0"),
+        (["demo", "--engine", "llama.cpp"], "llama.cpp runs .gguf files"),
+        (["a.gguf"], "make one with: cfsp export DIR --to gguf"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_parser_knows_every_engine() -> None:
+    assert bench.ENGINES == ENGINES
+    with pytest.raises(UsageError, match="found 'tgi'"):
+        Conditions(engine="tgi")
