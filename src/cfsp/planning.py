@@ -20,7 +20,7 @@ from cfsp.importance.fine import channel_scores, read_ffn_weights, strongest_cha
 from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
 
 DEFAULT_BLOCK_METRIC = "angular"
-DEFAULT_CHANNEL_METRIC = "activation"
+DEFAULT_CHANNEL_METRIC = "relative"
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,9 @@ def add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     group.add_argument(
         "--channel-metric",
-        default="activation",
+        default="relative",
         choices=CHANNEL_METRICS,
-        help="score that makes a channel important (default: activation)",
+        help="score that makes a channel important (default: relative)",
     )
 
 
