@@ -11,6 +11,7 @@
     ├── PlanError                  a plan that is damaged or belongs to another model
     ├── BudgetError                a sparsity that no plan can reach
     ├── ExportError                a format that cannot express the model, or a copy that differs
+    ├── RecoveryError              training that diverged, or a teacher that does not fit
     ├── ReportError                a directory that is no run, or a run whose files disagree
     ├── OutputError                a place that cannot be written to
     └── MissingExtraError          an optional dependency that is not installed
@@ -66,6 +67,10 @@ class BudgetError(CfspError):
 
 class ExportError(CfspError):
     """The target format cannot express this model, or what was written computes something else."""
+
+
+class RecoveryError(CfspError):
+    """Training diverged, cannot be resumed, or its teacher does not fit the model."""
 
 
 class ReportError(CfspError):

@@ -8,6 +8,9 @@ What `--data` takes:
     NAME:CONFIG:SPLIT:COLUMN     any other data set on the hub
     PATH.txt, .jsonl, .parquet   local files (PATH:COLUMN for another column than `text`)
     DIRECTORY                    written by `datasets.Dataset.save_to_disk`
+
+The column `messages` holds conversations: lists of {"role", "content"}. Only recovery reads them;
+of a local file it need not be named where there is no `text`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.offline import python_docs, python_source
 
 Purpose = Literal["calibration", "evaluation"]
+
+Conversation = list[dict[str, str]]
+CHAT_COLUMN = "messages"
 
 _OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
     "python-docs": python_docs,
@@ -52,6 +58,11 @@ class TextSource:
     name: str
     purpose: Purpose
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the source holds conversations instead of documents."""
+        return _split_column(self.name)[1] == CHAT_COLUMN or self.name.endswith(f":{CHAT_COLUMN}")
+
     def documents(self) -> Iterator[str]:
         """Yield the documents, in the source's own order.
 
@@ -59,6 +70,21 @@ class TextSource:
             TextError: the source does not exist or is not readable as text.
             MissingExtraError: it needs the package datasets or pyarrow.
         """
+        if self.is_chat:
+            raise TextError(f"{self.name} holds conversations; only cfsp recover reads those")
+        return self._values()
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Yield the conversations of a chat source, in its own order.
+
+        Raises:
+            TextError: the source does not exist or a record is not a conversation.
+            MissingExtraError: it needs the package datasets or pyarrow.
+        """
+        assert self.is_chat, self.name
+        return self._values()
+
+    def _values(self) -> Iterator[Any]:
         if self.name in _OFFLINE:
             return _OFFLINE[self.name](self.purpose)
         if self.name in _HUB:
@@ -82,10 +108,22 @@ def _split_column(name: str) -> tuple[Path, str]:
         before, column = name.rsplit(":", 1)
         if Path(before).expanduser().exists():
             return Path(before).expanduser(), column
-    return path, "text"
+    return path, CHAT_COLUMN if _holds_only_chat(path) else "text"
 
 
-def _local_documents(path: Path, column: str) -> Iterator[str]:
+def _holds_only_chat(path: Path) -> bool:
+    """Return whether a local .jsonl file has conversations where others have text."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    try:
+        with path.open(encoding="utf-8") as file:
+            record = json.loads(next(file, ""))
+    except (ValueError, OSError):
+        return False  # reading it will say what is wrong
+    return isinstance(record, dict) and CHAT_COLUMN in record and "text" not in record
+
+
+def _local_documents(path: Path, column: str) -> Iterator[Any]:
     if path.is_dir():
         return _saved_dataset(path, column)
     readers = {".txt": _text_file, ".jsonl": _json_lines, ".parquet": _parquet}
@@ -98,11 +136,11 @@ def _local_documents(path: Path, column: str) -> Iterator[str]:
     return reader(path, column)
 
 
-def _text_file(path: Path, column: str) -> Iterator[str]:
+def _text_file(path: Path, column: str) -> Iterator[Any]:
     yield _read_text(path)
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
+def _json_lines(path: Path, column: str) -> Iterator[Any]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -113,7 +151,7 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         yield _field(record, column, f"{path}, line {number}")
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _parquet(path: Path, column: str) -> Iterator[Any]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -131,7 +169,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise TextError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _saved_dataset(path: Path, column: str) -> Iterator[str]:
+def _saved_dataset(path: Path, column: str) -> Iterator[Any]:
     datasets = _datasets()
     try:
         data = datasets.load_from_disk(str(path))
@@ -144,7 +182,7 @@ def _saved_dataset(path: Path, column: str) -> Iterator[str]:
     return (_field(record, column, str(path)) for record in data)
 
 
-def _hub_documents(hub_id: str, config: str, split: str, column: str) -> Iterator[str]:
+def _hub_documents(hub_id: str, config: str, split: str, column: str) -> Iterator[Any]:
     datasets = _datasets()
     try:
         data = datasets.load_dataset(hub_id, config or None, split=split, streaming=True)
@@ -167,13 +205,30 @@ def _datasets() -> Any:
     return datasets
 
 
-def _field(record: Any, column: str, where: str) -> str:
+def _field(record: Any, column: str, where: str) -> Any:
     if not isinstance(record, dict) or column not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise TextError(f"{where}: no column {column!r}; found: {keys}")
     value = record[column]
+    if column == CHAT_COLUMN:
+        return _conversation(value, where)
     if not isinstance(value, str):
         raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
+    return value
+
+
+def _conversation(value: Any, where: str) -> Conversation:
+    """Check that a value is a list of messages, each with a role and a content."""
+    if not isinstance(value, list) or not all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    ):
+        raise TextError(
+            f"{where}: column {CHAT_COLUMN!r} must be a list of messages, each with the texts "
+            f'"role" and "content", found {str(value)[:60]}'
+        )
     return value
 
 

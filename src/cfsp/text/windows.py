@@ -116,6 +116,20 @@ def consecutive_windows(
     return Windows(pool_NT[:count], {name: min(have, count or have)})
 
 
+def all_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, limit: int | None = None
+) -> Tensor:
+    """Return the calibration part of a text as consecutive windows, as int64 [N, T].
+
+    Args:
+        name: see `cfsp.text.sources`.
+        tokenizer: the model's own.
+        seqlen: tokens in a window.
+        limit: about how many windows to read; None for the whole text.
+    """
+    return _pool(TextSource(name, "calibration"), tokenizer, seqlen, limit)[:limit]
+
+
 def _pool(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, seqlen: int, limit: int | None
 ) -> Tensor:

@@ -1,0 +1,140 @@
+"""Which weights of a pruned model are trained, and how: low-rank adapters or the weights.
+
+LoRA: W + (alpha / r) B A (Hu et al., arXiv 2106.09685). The scale alpha / r is the same in every
+block whatever its rank, so both PEFT's `rank_pattern` and its `alpha_pattern` are set. DoRA adds
+a trained length for every row (arXiv 2402.09353).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import nn
+
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.errors import MissingExtraError
+from cfsp.recovery.ranks import RankAllocation, allocate_ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cfsp.families import Family
+
+Method = Literal["lora", "dora", "full"]
+Targets = Literal["mlp", "attention", "all"]
+METHODS: tuple[Method, ...] = get_args(Method)
+TARGETS: tuple[Targets, ...] = get_args(Targets)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is trained.
+
+    Attributes:
+        method: `lora`, `dora`, or `full` (the projections themselves).
+        targets: projections of the FFN, of the attention, or both. Embeddings, norms and head
+            stay as they are.
+        rank: mean rank over blocks.
+        scale: alpha / r.
+        allocation: how ranks follow the coarse importance.
+    """
+
+    method: Method = "lora"
+    targets: Targets = "all"
+    rank: float = 8.0
+    scale: float = 2.0
+    allocation: RankAllocation = "importance"
+
+
+@dataclass(frozen=True)
+class TrainableBlock:
+    """Rank (None in full training) and number of trainable parameters of one block."""
+
+    rank: int | None
+    parameters: int
+
+
+def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> list[list[str]]:
+    """Return the full names of the projections to train, block by block."""
+    names: list[list[str]] = []
+    for index, block in enumerate(blocks_of(model, family)):
+        linear = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        in_ffn = {name for name in linear if name.startswith(f"{family.mlp}.")}
+        chosen = {
+            "mlp": [name for name in linear if name in in_ffn],
+            "attention": [name for name in linear if name not in in_ffn],
+            "all": linear,
+        }[targets]
+        names.append([f"{family.block_prefix(index)}{name}" for name in chosen])
+    return names
+
+
+def attach(
+    model: PreTrainedModel, family: Family, adaptation: Adaptation, importance_L: Sequence[float]
+) -> tuple[nn.Module, list[TrainableBlock]]:
+    """Make a model trainable.
+
+    Trained tensors are float32 whatever the model is: updates are smaller than bfloat16 resolves.
+
+    Args:
+        model: the pruned model; it is changed in place.
+        family: its family.
+        adaptation: what to train.
+        importance_L: normalised coarse importance of every block.
+
+    Returns:
+        The model to train (a PEFT model, or the same one) and what is trainable in each block.
+
+    Raises:
+        MissingExtraError: PEFT is not installed and is needed.
+        UsageError: the rank is below 1.
+    """
+    names = target_names(model, family, adaptation.targets)
+    model.requires_grad_(False)
+    if adaptation.method == "full":
+        for name in (name for block in names for name in block):
+            for parameter in model.get_submodule(name).parameters():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        return model, _trainable(model, family, [None] * len(names))
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("LoRA", "recover") from error
+    ranks_L = allocate_ranks(importance_L, adaptation.rank, adaptation.allocation)
+    patterns = [rf"{re.escape(family.blocks)}\.{block}\..*" for block in range(len(ranks_L))]
+    largest = max(ranks_L)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=largest,
+        lora_alpha=adaptation.scale * largest,
+        target_modules=[name for block in names for name in block],
+        rank_pattern=dict(zip(patterns, ranks_L, strict=True)),
+        alpha_pattern={
+            pattern: adaptation.scale * rank
+            for pattern, rank in zip(patterns, ranks_L, strict=True)
+        },
+        use_dora=adaptation.method == "dora",
+    )
+    adapted: Any = peft.get_peft_model(model, config)
+    return adapted, _trainable(model, family, ranks_L)
+
+
+def merge(model: nn.Module) -> PreTrainedModel:
+    """Return the plain model with its adapters merged into its weights."""
+    unload: Any = getattr(model, "merge_and_unload", None)
+    merged: PreTrainedModel = unload(safe_merge=True) if unload is not None else model
+    merged.requires_grad_(False)
+    return merged
+
+
+def _trainable(
+    model: PreTrainedModel, family: Family, ranks_L: Sequence[int | None]
+) -> list[TrainableBlock]:
+    return [
+        TrainableBlock(rank, sum(p.numel() for p in block.parameters() if p.requires_grad))
+        for rank, block in zip(ranks_L, blocks_of(model, family), strict=True)
+    ]

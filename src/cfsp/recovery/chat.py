@@ -1,0 +1,98 @@
+"""Conversations as token windows in which only the answers are trained on.
+
+Chat templates mark no answers. An answer is therefore found as what a longer conversation adds:
+the template of the messages up to it, minus the template of those before it with the prompt for
+an answer. Tokens are made from the whole text at once, and belong to an answer by their offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cfsp.errors import TextError
+from cfsp.recovery.loss import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cfsp.text.sources import Conversation
+
+
+def chat_windows(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return conversations one after another, cut into windows: token ids and labels, [N, T].
+
+    Labels are the token ids where an assistant speaks, `IGNORED` elsewhere. Windows without any
+    label are left out.
+
+    Args:
+        conversations: lists of messages.
+        tokenizer: with a chat template.
+        seqlen: tokens in a window.
+        limit: windows to read at most.
+
+    Raises:
+        TextError: the tokenizer has no chat template, or a conversation does not fit it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise TextError("the model's tokenizer has no chat template, which chat data needs")
+    tokens: list[int] = []
+    labels: list[int] = []
+    for number, conversation in enumerate(conversations, start=1):
+        ids, answer = answer_tokens(conversation, tokenizer, number)
+        tokens += ids
+        labels += [i if keep else IGNORED for i, keep in zip(ids, answer, strict=True)]
+        if limit is not None and len(tokens) >= limit * seqlen:
+            break
+    whole = len(tokens) // seqlen
+    token_NT = torch.tensor(tokens[: whole * seqlen], dtype=torch.int64).view(whole, seqlen)
+    label_NT = torch.tensor(labels[: whole * seqlen], dtype=torch.int64).view(whole, seqlen)
+    useful_N = (label_NT[:, 1:] != IGNORED).any(dim=1)
+    return token_NT[useful_N], label_NT[useful_N]
+
+
+def answer_tokens(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, number: int = 1
+) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a conversation and whether each belongs to an answer.
+
+    Args:
+        conversation: its messages.
+        tokenizer: a fast one, with a chat template.
+        number: of the conversation, for errors.
+
+    Raises:
+        TextError: the template refuses the conversation, or writes earlier messages differently
+            once later ones follow.
+    """
+    template: Any = tokenizer.apply_chat_template
+    spans: list[tuple[int, int]] = []
+    try:
+        whole = template(conversation, tokenize=False)
+        for index, message in enumerate(conversation):
+            if message["role"] == "assistant":
+                before = template(conversation[:index], tokenize=False, add_generation_prompt=True)
+                after = template(conversation[: index + 1], tokenize=False)
+                if not (whole.startswith(after) and after.startswith(before)):
+                    raise TextError(
+                        f"conversation {number}: the chat template changes earlier messages when "
+                        "later ones follow, so answers cannot be told from the rest"
+                    )
+                spans.append((len(before), len(after)))
+    except TextError:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise TextError(f"conversation {number} does not fit the chat template: {error}") from error
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    return ids, [any(a <= start < b for a, b in spans) for start, _ in offsets]

@@ -1,0 +1,126 @@
+"""What is trained on and what is held out, as packed windows.
+
+All windows of every text are used; the last ones of each are held out, so that no window that is
+measured on lies between windows that are trained on. The order is the Trainer's, by seed.
+
+Shapes: N windows, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cfsp.errors import TextError, UsageError
+from cfsp.recovery.chat import chat_windows
+from cfsp.recovery.loss import IGNORED
+from cfsp.text.sources import TextSource
+from cfsp.text.windows import Windows, all_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A hub data set may have no end: this many tokens of one text are enough for any recovery.
+_MAX_TOKENS_OF_A_TEXT = 200_000_000
+_HELD_OUT_SHARE = 0.03
+_MAX_HELD_OUT_TOKENS = 16_384
+
+
+class WindowData(Dataset[dict[str, Any]]):
+    """Windows with labels, and what a teacher thinks of them if that is stored.
+
+    Args:
+        token_NT: token ids.
+        label_NT: token ids where they count, `IGNORED` elsewhere and at the first position,
+            which nothing predicts.
+        stored: one entry for each name and window, handed out along with the window.
+    """
+
+    def __init__(self, token_NT: Tensor, label_NT: Tensor, stored: dict[str, Any] | None = None):
+        assert token_NT.shape == label_NT.shape
+        self.token_NT = token_NT
+        self.label_NT = label_NT.clone()
+        # Then every count of labels, shifted or not, is the count of predictions.
+        self.label_NT[:, 0] = IGNORED
+        self._stored = stored or {}
+
+    def __len__(self) -> int:
+        return len(self.token_NT)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item: dict[str, Any] = {"input_ids": self.token_NT[index], "labels": self.label_NT[index]}
+        item.update({k: torch.from_numpy(v[index].copy()) for k, v in self._stored.items()})
+        return item
+
+    def with_stored(self, stored: dict[str, Any]) -> WindowData:
+        """Return the same windows with arrays, [N, ...] each, beside them."""
+        return WindowData(self.token_NT, self.label_NT, stored)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the exact token ids."""
+        return Windows(self.token_NT, {}).digest
+
+
+@dataclass(frozen=True)
+class RecoveryText:
+    """Training windows, held-out windows, and how many training windows each text gave."""
+
+    train: WindowData
+    held_out: WindowData
+    sources: dict[str, int]
+
+
+def read_text(
+    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, seqlen: int
+) -> RecoveryText:
+    """Read texts and conversations and hold out the end of each.
+
+    Args:
+        names: see `cfsp.text.sources`.
+        tokenizer: the model's own.
+        seqlen: tokens in a window.
+
+    Raises:
+        TextError: there is no text, or one is missing or shorter than two windows.
+        UsageError: the windows are too short to learn from.
+    """
+    if not names:
+        raise TextError("recovery needs text to train on; give --data")
+    if seqlen < 8:
+        raise UsageError(f"--seqlen must be at least 8, found {seqlen}")
+    train: list[tuple[Tensor, Tensor]] = []
+    held_out: list[tuple[Tensor, Tensor]] = []
+    sources: dict[str, int] = {}
+    for name in names:
+        token_NT, label_NT = _windows(name, tokenizer, seqlen)
+        have = len(token_NT)
+        if have < 2:
+            raise TextError(
+                f"{name} holds {have} windows of {seqlen} tokens to learn from, 2 are needed: one "
+                "to train on and one to hold out; give more text or a shorter --seqlen"
+            )
+        held = min(round(have * _HELD_OUT_SHARE), _MAX_HELD_OUT_TOKENS // seqlen)
+        cut = have - max(1, held)
+        train.append((token_NT[:cut], label_NT[:cut]))
+        held_out.append((token_NT[cut:], label_NT[cut:]))
+        sources[name] = sources.get(name, 0) + cut
+    return RecoveryText(_joined(train), _joined(held_out), sources)
+
+
+def _windows(name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> tuple[Tensor, Tensor]:
+    limit = _MAX_TOKENS_OF_A_TEXT // seqlen
+    source = TextSource(name, "calibration")
+    if source.is_chat:
+        return chat_windows(source.conversations(), tokenizer, seqlen=seqlen, limit=limit)
+    token_NT = all_windows(name, tokenizer, seqlen=seqlen, limit=limit)
+    return token_NT, token_NT
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> WindowData:
+    return WindowData(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))

@@ -1,0 +1,103 @@
+"""What is shown while training runs: a bar on a terminal, and a line after each evaluation."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from cfsp.progress import item_progress
+from cfsp.recovery.schedule import RunClock
+
+_PARTS = 1000
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc]
+    """Shows loss, tokens per second, time left and held-out perplexity.
+
+    Args:
+        clock: of the run.
+        tokens_in_step: tokens that an optimizer step trains on, over all processes.
+        shown: whether this process speaks.
+
+    Attributes:
+        history: one entry for each evaluation.
+    """
+
+    def __init__(self, clock: RunClock, tokens_in_step: int, shown: bool) -> None:
+        self.history: list[dict[str, float]] = []
+        self._clock = clock
+        self._tokens_in_step = tokens_in_step
+        self._shown = shown
+        self._bar: tqdm | None = None  # type: ignore[type-arg]
+        self._loss = math.nan
+        self._first_step = 0
+        self._started = 0.0
+        self._evaluating = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate of training in this process's part of the run, without evaluations."""
+        return self._tokens / max(self._clock.elapsed - self._started - self._evaluating, 1e-6)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, and take up what an interrupted run reported."""
+        self._first_step = state.global_step
+        self._started = self._clock.elapsed
+        self._tokens = 0
+        for entry in state.log_history:
+            if "eval_loss" in entry:
+                self._note(entry)
+        if self._shown:
+            self._bar = item_progress("recover", _PARTS, "‰")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self._tokens = (state.global_step - self._first_step) * self._tokens_in_step
+        if self._bar is not None:
+            self._bar.update(round(self._clock.fraction * _PARTS) - self._bar.n)
+            self._bar.set_postfix_str(
+                f"step {state.global_step}, loss {self._loss:.3f}, "
+                f"{self.tokens_per_second:,.0f} tok/s, {_minutes(self._clock.seconds_left)} left"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Remember the loss."""
+        self._loss = logs.get("loss", self._loss)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Print a line."""
+        self._evaluating += metrics.get("eval_runtime", 0.0)
+        entry = self._note({**metrics, "step": state.global_step, "loss": self._loss})
+        if self._shown:
+            tqdm.write(
+                f"step {state.global_step}, {self._clock.fraction:.0%}: "
+                f"loss {self._loss:.3f}, held-out perplexity {entry['perplexity']:.2f}, "
+                f"{self.tokens_per_second:,.0f} tokens/s, "
+                f"{_minutes(self._clock.seconds_left)} left",
+                file=sys.stderr,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _note(self, metrics: dict[str, float]) -> dict[str, float]:
+        entry = {
+            "step": metrics["step"],
+            "perplexity": round(math.exp(min(metrics["eval_loss"], 700.0)), 4),
+        }
+        if math.isfinite(metrics.get("loss", math.nan)):
+            entry["loss"] = round(metrics["loss"], 4)
+        self.history.append(entry)
+        return entry
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,127 @@
+"""The dense model as a teacher: in memory, or as its likeliest tokens on disk.
+
+In memory its forward pass runs with every training step. On disk the pass over the training
+windows is made once, before training; that pays from the second epoch on, and where the teacher
+does not fit beside the model. Shapes: N windows, T tokens, D hidden size, V vocabulary, K tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfsp.errors import RecoveryError
+from cfsp.progress import item_progress
+from cfsp.recovery.data import WindowData
+from cfsp.recovery.loss import Distillation, TeacherHidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKEN_FIELD = "teacher_token"
+LOG_PROB_FIELD = "teacher_log_prob"
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """Which teacher, and how much it counts.
+
+    Attributes:
+        name: the dense model, as for prune.
+        distillation: weight and temperature.
+        top_k: store this many likeliest tokens on disk; None keeps the teacher in memory.
+    """
+
+    name: str
+    distillation: Distillation = field(default_factory=Distillation)
+    top_k: int | None = None
+
+
+def check_teacher(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    label: str,
+) -> None:
+    """Check that teacher and model speak of the same tokens.
+
+    Raises:
+        RecoveryError: their vocabularies differ.
+    """
+    if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        raise RecoveryError(
+            f"the tokenizer of the teacher {label} ({len(teacher_tokenizer)} tokens) is not that "
+            f"of the model ({len(tokenizer)} tokens); the teacher must be the dense model that "
+            "was pruned, or one with the same tokenizer"
+        )
+    sizes = int(model.config.vocab_size), int(teacher.config.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise RecoveryError(
+            f"the teacher {label} predicts {sizes[1]} tokens, the model {sizes[0]}; the teacher "
+            "must have the same vocabulary size"
+        )
+
+
+def teacher_hidden(teacher: PreTrainedModel, token_BT: Tensor) -> TeacherHidden:
+    """Return the teacher's hidden states that predict tokens 1 to T, [B (T - 1), D]."""
+    base: Any = teacher.base_model
+    head: Any = teacher.get_output_embeddings()
+    with torch.no_grad():
+        hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
+    return TeacherHidden(hidden_BTD[:, :-1].flatten(0, 1), head.weight)
+
+
+def store_top_tokens(
+    teacher: PreTrainedModel, data: WindowData, directory: Path, top_k: int, temperature: float
+) -> WindowData:
+    """Return the windows with the teacher's likeliest tokens, made once and kept in a directory.
+
+    The files are named after the windows, so an interrupted recovery finds them again, and they
+    are read as they are needed. A token costs 6 bytes times `top_k`.
+
+    Args:
+        teacher: the dense model.
+        data: training windows.
+        directory: where the files go.
+        top_k: tokens to keep.
+        temperature: of the distillation; probabilities are stored at it.
+    """
+    stem = f"teacher-{data.digest[:16]}-{top_k}-{temperature}"
+    paths = {name: directory / f"{stem}-{name}.npy" for name in (TOKEN_FIELD, LOG_PROB_FIELD)}
+    if not all(path.is_file() for path in paths.values()):
+        _store(teacher, data, paths, top_k, temperature)
+    return data.with_stored({name: np.load(path, mmap_mode="r") for name, path in paths.items()})
+
+
+def _store(
+    teacher: PreTrainedModel,
+    data: WindowData,
+    paths: dict[str, Path],
+    top_k: int,
+    temperature: float,
+) -> None:
+    shape = (len(data), data.token_NT.shape[1] - 1, top_k)
+    partial = {name: path.with_suffix(".partial") for name, path in paths.items()}
+    tokens = np.lib.format.open_memmap(partial[TOKEN_FIELD], "w+", np.dtype(np.int32), shape)
+    log_probs = np.lib.format.open_memmap(
+        partial[LOG_PROB_FIELD], "w+", np.dtype(np.float16), shape
+    )
+    with item_progress("teacher", len(data), "window") as bar:
+        for index, token_T in enumerate(data.token_NT):
+            hidden = teacher_hidden(teacher, token_T[None].to(teacher.device))
+            logit_TV = (hidden.hidden_ND @ hidden.head_VD.T).float() / temperature
+            top = logit_TV.topk(top_k, dim=1)
+            log_prob_TK = top.values - logit_TV.logsumexp(1, keepdim=True)
+            tokens[index] = top.indices.cpu().numpy()
+            log_probs[index] = log_prob_TK.cpu().numpy()
+            bar.update()
+    tokens.flush()
+    log_probs.flush()
+    for name, path in paths.items():
+        partial[name].rename(path)

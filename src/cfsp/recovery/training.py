@@ -1,0 +1,234 @@
+"""Training, through transformers' Trainer: what differs from its defaults, and nothing else.
+
+- The head's output is the hidden state and the model's loss function is ours (`loss.py`), so
+  logits never exist for a whole batch. Because the loss is computed inside the model's forward,
+  gradient accumulation, DDP and FSDP work as for any model.
+- The schedule follows a `RunClock`, which may count minutes.
+- Checkpoints are written at evaluations, a fixed number of times in a run.
+- A loss that is not finite stops the run.
+
+Shapes: B windows, T tokens, D hidden size, V vocabulary, K likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from cfsp.errors import RecoveryError
+from cfsp.recovery.loss import Distillation, Teacher, TeacherTopK, language_model_loss
+from cfsp.recovery.schedule import RunClock, rate_factor
+from cfsp.recovery.teacher import LOG_PROB_FIELD, TOKEN_FIELD, teacher_hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from cfsp.recovery.data import RecoveryText
+
+
+class HiddenStateLoss:
+    """The loss function of a causal LM whose head returns its input.
+
+    Args:
+        head: the output embedding, whose weight makes the logits.
+
+    Attributes:
+        teacher: what to distil from in the next call; None for the labels alone.
+        distillation: how.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head = head
+        self.teacher: Teacher | None = None
+        self.distillation: Distillation | None = None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the mean loss; `logits` are the hidden states [B, T, D] that the head let pass."""
+        label_N = labels[:, 1:].flatten()
+        loss = language_model_loss(
+            logits[:, :-1].flatten(0, 1),
+            self._head.weight,  # type: ignore[arg-type]
+            label_N,
+            self.teacher,
+            self.distillation,
+        )
+        count = num_items_in_batch
+        if count is None:
+            count = (label_N >= 0).sum().clamp_min(1)
+        return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+
+@contextmanager
+def loss_from_hidden_states(model: PreTrainedModel) -> Iterator[HiddenStateLoss]:
+    """Let a causal LM compute its loss without logits, for as long as the context lasts."""
+    head: Any = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise RecoveryError(
+            f"{type(model).__name__} has a biased head, which recovery cannot train"
+        )
+    loss = HiddenStateLoss(head)
+    head.forward = lambda hidden: hidden
+    model.loss_function = loss
+    try:
+        yield loss
+    finally:
+        del head.forward
+        del model._loss_function
+
+
+class RecoveryTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer with our loss, schedule and stop.
+
+    Args:
+        model: what to train: a causal LM or a PEFT model of one.
+        args: as for Trainer.
+        text: training and held-out windows.
+        clock: how long the run lasts.
+        loss: the loss function that the model was given.
+        warm_up: part of the run in which the learning rate rises.
+        teacher: a dense model in memory.
+        distillation: how to distil, from the teacher or from what the windows carry of one.
+        evaluations: how often in the run to evaluate and save.
+        callbacks: more of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        text: RecoveryText,
+        *,
+        clock: RunClock,
+        loss: HiddenStateLoss,
+        warm_up: float,
+        teacher: PreTrainedModel | None,
+        distillation: Distillation | None,
+        evaluations: int,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            train_dataset=text.train,
+            eval_dataset=text.held_out,
+            data_collator=_stack,
+            callbacks=[_Pace(clock, evaluations), *callbacks],
+        )
+        # Our reporter prints instead.
+        self.remove_callback(PrinterCallback)
+        self._clock = clock
+        self._loss = loss
+        self._warm_up = warm_up
+        self._teacher = teacher
+        self._distillation = distillation
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Return a schedule that follows the clock."""
+        schedule = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: rate_factor(self._clock.fraction, self._warm_up),
+        )
+        self.lr_scheduler = schedule
+        # As in the Trainer's own method: a later train() makes a new one.
+        self._created_lr_scheduler = True
+        return schedule
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss; the teacher counts in training only."""
+        stored = {k: inputs.pop(k, None) for k in (TOKEN_FIELD, LOG_PROB_FIELD)}
+        self._loss.distillation = self._distillation
+        self._loss.teacher = None
+        if model.training and self._distillation is not None:
+            if self._teacher is not None:
+                self._loss.teacher = teacher_hidden(self._teacher, inputs["input_ids"])
+            else:
+                self._loss.teacher = TeacherTopK(
+                    stored[TOKEN_FIELD].flatten(0, 1).long(),
+                    stored[LOG_PROB_FIELD].flatten(0, 1),
+                )
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on one batch, and stop if the loss is not a number."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise _diverged(self.state, self.args, "the loss")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Record how long the run has lasted, which an interrupted run continues from."""
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise _diverged(self.state, self.args, "the held-out loss")
+        super().log({**logs, "elapsed_seconds": round(self._clock.elapsed, 3)}, start_time)
+
+
+class _Pace(TrainerCallback):  # type: ignore[misc]
+    """Evaluates, saves and stops when the clock says so."""
+
+    def __init__(self, clock: RunClock, evaluations: int) -> None:
+        self._clock = clock
+        self._evaluations = evaluations
+        self._before = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up an interrupted run."""
+        if state.global_step:
+            seconds = [entry.get("elapsed_seconds", 0.0) for entry in state.log_history]
+            self._clock.continue_from(max(seconds, default=0.0))
+            self._clock.update(state.global_step, args.device)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step; the schedule reads the clock next."""
+        self._before = self._clock.fraction
+        # The Trainer counts the step after this.
+        self._clock.update(state.global_step + 1, args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for what is due."""
+        over = self._clock.fraction >= 1
+        due = [math.floor(f * self._evaluations) for f in (self._before, self._clock.fraction)]
+        if over or due[1] > due[0]:
+            control.should_log = control.should_evaluate = control.should_save = True
+        if over:
+            control.should_training_stop = True
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Leave time for an evaluation like this one at the end."""
+        self._clock.reserved_seconds = metrics.get("eval_runtime", 0.0)
+
+
+def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def _diverged(state: Any, args: Any, what: str) -> RecoveryError:
+    best = state.best_model_checkpoint
+    kept = f"the best checkpoint so far is kept in {best}" if best else "none was saved before"
+    return RecoveryError(
+        f"{what} is not a number at step {state.global_step + 1}; {kept}; "
+        "start again with a lower --learning-rate, or in --dtype float32"
+    )

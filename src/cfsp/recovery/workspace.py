@@ -1,0 +1,86 @@
+"""The work directory of a recovery: the Trainer's checkpoints and the settings they belong to.
+
+It lies beside the output, is deleted when the output is written, and stays after a kill or a
+diverged loss, so that `--resume` can go on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import OutputError, RecoveryError
+
+_SETTINGS_FILE = "settings.json"
+_STATE_FILE = "trainer_state.json"
+_PREFIX = "checkpoint-"
+
+
+class Workspace:
+    """The work directory of one output directory."""
+
+    def __init__(self, out: Path) -> None:
+        self.directory = out.parent / f"{out.name}.recovery"
+
+    def open(self, settings: dict[str, Any], *, resume: bool) -> None:
+        """Create the directory, or check that it belongs to the same settings.
+
+        Args:
+            settings: everything that must not change in a resumed run, as JSON types.
+            resume: continue from what is there; without anything there, begin.
+
+        Raises:
+            OutputError: there is an unfinished run and `resume` was not asked for.
+            RecoveryError: the unfinished run had other settings.
+        """
+        path = self.directory / _SETTINGS_FILE
+        if path.is_file():
+            if not resume:
+                raise OutputError(
+                    f"{self.directory} holds an unfinished recovery; continue it with --resume, "
+                    "or delete it"
+                )
+            self._check(path, settings)
+            return
+        write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint; a killed process may have left half of one.
+
+        The Trainer writes its state last, so a readable state makes a checkpoint complete.
+        """
+        numbered = [
+            (int(path.name.removeprefix(_PREFIX)), path)
+            for path in self.directory.glob(f"{_PREFIX}*")
+            if path.name.removeprefix(_PREFIX).isdigit()
+        ]
+        return next((path for _, path in sorted(numbered, reverse=True) if _complete(path)), None)
+
+    def remove(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _check(self, path: Path, settings: dict[str, Any]) -> None:
+        try:
+            saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecoveryError(f"{path} is damaged; delete {self.directory}") from error
+        # The round trip makes tuples lists, as they are in the file.
+        current = json.loads(json.dumps(settings))
+        for key in current:
+            if saved.get(key) != current[key]:
+                raise RecoveryError(
+                    f"the unfinished recovery in {self.directory} has {key} = {saved.get(key)}, "
+                    f"now it is {current[key]}; resume with the same arguments, or delete it"
+                )
+
+
+def _complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
