@@ -152,7 +152,14 @@ def test_pruned_model_refuses_the_plan_that_made_it(
     out = tmp_path / "out"
     data = [str(text_file)]
     cfsp.prune(
-        tiny_checkpoint("llama"), out=out, sparsity=0.4, multiple=1, data=data, samples=4, seqlen=32
+        tiny_checkpoint("llama"),
+        out=out,
+        sparsity=0.4,
+        multiple=1,
+        data=data,
+        samples=4,
+        seqlen=32,
+        restore="none",
     )
     assert PruningPlan.load(out / "cfsp_plan.json").kept_widths == plan.kept_widths
     with pytest.raises(PlanError):

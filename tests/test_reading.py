@@ -1,0 +1,212 @@
+"""Opening checkpoints: what is accepted, and one sentence for everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import (
+    Checkpoint,
+    LoadedModel,
+    ffn_parameters_per_channel,
+    fingerprint,
+    parameter_count,
+)
+from cfsp.errors import CheckpointError, UnsupportedModelError
+from tiny_models import build_tiny_model, save_tiny_model
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A tiny checkpoint to damage."""
+    return Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sharded")
+    save_tiny_model("llama", directory, max_shard_size="50KB")
+    assert len(list(directory.glob("model-*.safetensors"))) > 2
+    return directory
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    fields = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen3"])
+def test_checkpoint_equals_the_model_in_memory(
+    tiny_checkpoint: Callable[[str], Path], name: str
+) -> None:
+    stored, loaded = Checkpoint(tiny_checkpoint(name)), LoadedModel(build_tiny_model(name))
+    assert stored.specs.keys() == loaded.specs.keys()
+    for tensor in stored.specs:
+        assert stored.specs[tensor] == loaded.specs[tensor]
+        assert torch.equal(stored.read(tensor), loaded.read(tensor))
+        assert torch.equal(stored.read_prefix(tensor, 9), loaded.read_prefix(tensor, 9))
+        chunks = (b"".join(map(bytes, source.chunks(tensor))) for source in (stored, loaded))
+        assert len(set(chunks)) == 1
+    assert fingerprint(stored) == fingerprint(loaded)
+    count = sum(p.numel() for p in build_tiny_model(name).parameters())
+    assert parameter_count(stored) == parameter_count(loaded) == count
+
+
+def test_parameters_per_channel_count_biases(tiny_checkpoint: Callable[[str], Path]) -> None:
+    assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama")), 1) == 3 * 32
+    # One bias value each of gate and up; the bias of down belongs to the hidden size.
+    assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama-biased")), 1) == 3 * 32 + 2
+
+
+def test_shards_read_like_a_single_file(
+    sharded: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    whole, parts = Checkpoint(tiny_checkpoint("llama")), Checkpoint(sharded)
+    assert whole.specs.keys() == parts.specs.keys()
+    assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.specs)
+    assert fingerprint(whole) == fingerprint(parts)
+
+
+def test_fingerprint_tells_models_apart(tmp_path: Path, sharded: Path) -> None:
+    save_tiny_model("llama", tmp_path / "other", seed=1)
+    assert fingerprint(Checkpoint(tmp_path / "other")) != fingerprint(Checkpoint(sharded))
+
+
+def refused(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_no_config(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert "is not a model directory: it has no config.json" in refused(copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": ["llama"]}', "\x00"])
+def test_config_that_is_none(copy: Path, text: str) -> None:
+    (copy / "config.json").write_text(text)
+    assert "config.json" in refused(copy)
+
+
+def test_config_that_transformers_refuses(copy: Path) -> None:
+    edit_config(copy, num_attention_heads="many")
+    message = refused(copy)
+    assert "config.json is not a usable llama config" in message
+
+
+def test_unsupported_family_lists_the_supported_ones(copy: Path) -> None:
+    edit_config(copy, model_type="gpt2")
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
+        Checkpoint(copy)
+
+
+def test_foreign_code_is_not_run(copy: Path) -> None:
+    edit_config(copy, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    (copy / "modeling_x.py").write_text("raise SystemExit('the code was run')")
+    assert "brings its own modelling code" in refused(copy)
+
+
+def test_pickle_is_not_read(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    message = refused(copy)
+    assert "pytorch_model.bin, a pickle" in message
+    assert "save the model as safetensors" in message
+
+
+def test_no_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert "no model.safetensors" in refused(copy)
+
+
+def test_truncated_shard_is_named(sharded: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(sharded, tmp_path / "model"))
+    shard = sorted(directory.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert shard.name in refused(directory)
+
+
+def test_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(sharded, tmp_path / "model"))
+    shard = sorted(directory.glob("model-*.safetensors"))[-1]
+    shard.unlink()
+    message = refused(directory)
+    assert shard.name in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ("{", "not a checkpoint index"),
+        ("[]", "not a checkpoint index"),
+        ('{"weight_map": []}', "not a checkpoint index"),
+        ('{"weight_map": {"a": "../../etc/passwd"}}', "outside its directory"),
+        ('{"weight_map": {"a": "model-1.safetensors"}}', "model-1.safetensors, which is missing"),
+    ],
+)
+def test_damaged_index(copy: Path, index: str, expected: str) -> None:
+    (copy / "model.safetensors.index.json").write_text(index)
+    assert expected in refused(copy)
+
+
+def test_index_that_names_what_no_shard_holds(copy: Path) -> None:
+    index = {"weight_map": {"phantom.weight": "model.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "phantom.weight, which no shard holds" in refused(copy)
+
+
+def test_tensor_in_two_shards(copy: Path) -> None:
+    shutil.copyfile(copy / "model.safetensors", copy / "again.safetensors")
+    names = list(load_file(copy / "model.safetensors"))
+    weight_map = dict.fromkeys(names, "model.safetensors")
+    weight_map[names[0]] = "again.safetensors"
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "stored in two shards" in refused(copy)
+
+
+def test_config_that_contradicts_the_weights(copy: Path) -> None:
+    edit_config(copy, intermediate_size=64)
+    message = refused(copy)
+    assert "[96, 32]" in message
+    assert "block 0 has 64 FFN channels" in message
+
+
+def test_missing_ffn_tensor_is_named(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors")
+    assert "no tensor model.layers.2.mlp.up_proj.weight" in refused(copy)
+
+
+def test_more_blocks_in_the_config_than_stored(copy: Path) -> None:
+    edit_config(copy, num_hidden_layers=5)
+    assert "model.layers.3.mlp" in refused(copy)
+
+
+def test_paths_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="absent does not exist"):
+        open_checkpoint(tmp_path / "absent")
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(CheckpointError, match=r"neither a model directory nor a \.gguf file"):
+        open_checkpoint(tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"model\.gguf does not exist"):
+        open_checkpoint(tmp_path / "model.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(CheckpointError, match=r"bad\.gguf is not a readable GGUF file"):
+        open_checkpoint(tmp_path / "bad.gguf")
+
+
+def test_hub_id_without_a_network_says_what_to_check() -> None:
+    with pytest.raises(CheckpointError, match="check the name, the network"):
+        open_checkpoint("nobody/no-such-model")

@@ -1,0 +1,195 @@
+"""Our reading and writing of safetensors, against the safetensors library both ways."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from cfsp.checkpoint.tensor_file import (
+    DTYPES,
+    OutgoingTensor,
+    TensorFile,
+    TensorSpec,
+    tensor_chunks,
+    write_tensor_file,
+)
+from cfsp.errors import CheckpointError
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(6, 5, generator=generator) * 3
+    tensors = {f"t.{name}": values.to(dtype) for name, dtype in DTYPES.items()}
+    tensors["empty"] = torch.empty(0, 4)
+    tensors["scalar"] = torch.tensor(2.5)
+    tensors["column major"] = torch.randn(4, 3, generator=generator).t().contiguous()
+    return tensors
+
+
+def outgoing(tensors: dict[str, torch.Tensor]) -> list[OutgoingTensor]:
+    return [
+        OutgoingTensor(name, TensorSpec(t.dtype, tuple(t.shape)), lambda t=t: tensor_chunks(t))
+        for name, t in tensors.items()
+    ]
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and (a.reshape(-1).view(torch.uint8).equal(b.reshape(-1).view(torch.uint8)))
+    )
+
+
+def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    digest = write_tensor_file(tmp_path / "a.safetensors", outgoing(tensors))
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(same_bytes(loaded[name], tensor) for name, tensor in tensors.items())
+    assert digest == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+
+
+def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    file = TensorFile(tmp_path / "a.safetensors")
+    assert file.specs.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert file.specs[name] == TensorSpec(tensor.dtype, tuple(tensor.shape))
+        assert same_bytes(file.read(name), tensor)
+        raw = b"".join(bytes(piece) for piece in file.chunks(name))
+        assert raw == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert same_bytes(file.read_prefix(name, 7), tensor.reshape(-1)[:7])
+
+
+def test_large_tensors_come_in_pieces(tmp_path: Path) -> None:
+    big = torch.arange(9_000_000, dtype=torch.float32)
+    save_file({"big": big}, tmp_path / "a.safetensors")
+    pieces = [piece.nbytes for piece in TensorFile(tmp_path / "a.safetensors").chunks("big")]
+    assert len(pieces) > 1
+    assert max(pieces) <= 16 << 20
+    assert sum(pieces) == big.nbytes
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)),
+        max_size=5,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_round_trip_of_any_shapes(tmp_path_factory: Any, shapes: list[Any]) -> None:
+    path = tmp_path_factory.mktemp("round") / "a.safetensors"
+    tensors = {
+        f"t{i}": torch.randint(0, 2, tuple(shape)).to(DTYPES[name])
+        for i, (name, shape) in enumerate(shapes)
+    }
+    write_tensor_file(path, outgoing(tensors))
+    file = TensorFile(path)
+    assert list(file.specs) == list(tensors)
+    assert all(same_bytes(file.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_bytes_that_contradict_the_header_are_our_bug(tmp_path: Path) -> None:
+    lying = OutgoingTensor(
+        "t", TensorSpec(torch.float32, (3,)), lambda: tensor_chunks(torch.zeros(2))
+    )
+    with pytest.raises(AssertionError):
+        write_tensor_file(tmp_path / "a.safetensors", [lying])
+
+
+# Damaged files: one sentence that names the file.
+
+
+def write_raw(path: Path, header: Any, data: bytes, length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(start: int, stop: int, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+LIES: dict[str, tuple[Any, bytes, str]] = {
+    "not JSON": (b"{nothing", b"", "header is not readable"),
+    "not UTF-8": (b"\xff\xfe\xff", b"", "header is not readable"),
+    "a list": ([1, 2], b"", "header is not readable"),
+    "no dtype": ({"t": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), "header is not readable"),
+    "offsets are text": ({"t": entry("0", "8")}, bytes(8), "a.safetensors"),  # type: ignore[arg-type]
+    "shape is a number": ({"t": entry(0, 8, 2)}, bytes(8), "header is not readable"),
+    "unknown dtype": ({"t": entry(0, 8, [2], "F1")}, bytes(8), "dtype F1, expected one of F64"),
+    "negative shape": ({"t": entry(0, 8, [-2])}, bytes(8), "impossible shape"),
+    "fractional shape": ({"t": entry(0, 8, [2.0])}, bytes(8), "impossible shape"),
+    "too few bytes for its shape": ({"t": entry(0, 8, [3])}, bytes(8), "needs 12 bytes from 0"),
+    "huge shape": ({"t": entry(0, 8, [1 << 62, 1 << 62])}, bytes(8), "the file is damaged"),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "tensor b"),
+    "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20), "tensor b"),
+    "backwards": ({"t": entry(8, 0)}, bytes(8), "tensor t"),
+    "more data than announced": ({"t": entry(0, 8)}, bytes(12), "truncated or damaged"),
+    "less data than announced": ({"t": entry(0, 8)}, bytes(4), "truncated or damaged"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lying_header_is_refused(tmp_path: Path, lie: str) -> None:
+    header, data, expected = LIES[lie]
+    path = write_raw(tmp_path / "a.safetensors", header, data)
+    with pytest.raises(CheckpointError) as caught:
+        TensorFile(path)
+    assert "a.safetensors" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [9, 1 << 20, 1 << 40, (1 << 64) - 1])
+def test_header_longer_than_the_file_is_refused(tmp_path: Path, length: int) -> None:
+    path = write_raw(tmp_path / "a.safetensors", b"{}", b"", length)
+    with pytest.raises(CheckpointError, match=f"announces a header of {length}"):
+        TensorFile(path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 40, -1, -100])
+def test_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "model-00002-of-00003.safetensors"
+    save_file(some_tensors(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors"):
+        TensorFile(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot read .*absent\.safetensors"):
+        TensorFile(tmp_path / "absent.safetensors")
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_a_file_or_a_checkpoint_error(tmp_path_factory: Any, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
+    path.write_bytes(data)
+    try:
+        file = TensorFile(path)
+    except CheckpointError:
+        return
+    for name in file.specs:
+        file.read(name)
+
+
+def test_file_that_shrinks_after_opening_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"t": torch.zeros(1000)}, path)
+    file = TensorFile(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="the file changed"):
+        file.read("t")
+    with pytest.raises(CheckpointError, match="the file changed"):
+        list(file.chunks("t"))
