@@ -1,0 +1,160 @@
+"""The engine: each block gets what the model's own forward would give it, and is then dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cfsp.calibration.block_stream import stream_blocks
+from cfsp.calibration.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
+from cfsp.errors import CalibrationError, CheckpointError
+from cfsp.families import family_of
+from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model, save_tiny_model
+
+TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(0))
+
+
+def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> list[Tensor]:
+    """The output of every block for all windows, as the engine computes it."""
+    outputs: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
+    for block in stream_blocks(
+        source, TOKENS, device=torch.device("cpu"), dtype=dtype, batch_windows=batch
+    ):
+        block.advance(
+            lambda act: None, lambda before, after, i=block.index: outputs[i].append(after.clone())
+        )
+    return [torch.cat(parts) for parts in outputs]
+
+
+@pytest.mark.parametrize("batch", [1, 2, None])
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_hidden_states_are_those_of_the_models_own_forward(
+    name: str, batch: int | None, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    model = build_tiny_model(name)
+    seen: list[Tensor] = []
+    for block in blocks_of(model, family_of(model.config)):
+        block.register_forward_hook(
+            lambda module, args, output: seen.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    with torch.inference_mode():
+        model(input_ids=TOKENS)
+    streamed = final_hidden(Checkpoint(tiny_checkpoint(name)), batch, torch.float32)
+    for got, want in zip(streamed, seen, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_compute_in_the_dtype_asked_for(tiny_checkpoint: Callable[[str], Path]) -> None:
+    outputs = final_hidden(Checkpoint(tiny_checkpoint("llama")), None, torch.bfloat16)
+    assert {output.dtype for output in outputs} == {torch.bfloat16}
+
+
+def test_one_block_at_a_time_has_weights(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """What makes a model larger than memory possible."""
+    modules: list[nn.Module] = []
+    source = Checkpoint(tiny_checkpoint("llama"))
+    for block in stream_blocks(source, TOKENS, device=torch.device("cpu"), dtype=torch.float32):
+        assert not any(p.is_meta for p in block.module.parameters())
+        assert all(p.is_meta for module in modules for p in module.parameters())
+        block.advance(lambda act: None, lambda before, after: None)
+        modules.append(block.module)
+    assert len(modules) == BLOCKS
+    assert all(p.is_meta for module in modules for p in module.parameters())
+
+
+def test_each_tensor_of_a_block_is_read_once(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint(tiny_checkpoint("qwen2"))
+    reads: list[str] = []
+    original = Checkpoint.read
+    monkeypatch.setattr(
+        Checkpoint, "read", lambda self, name: (reads.append(name), original(self, name))[1]
+    )
+    final_hidden(source, 2, torch.float32)
+    assert len(reads) == len(set(reads))
+    # The head plays no part in calibration.
+    assert "lm_head.weight" not in reads
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_name_block_and_tensor(tmp_path: Path, value: float) -> None:
+    model = build_tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[3, 4] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CalibrationError, match=r"block 1 .*layers\.1\.self_attn\.k_proj\.weight"):
+        final_hidden(Checkpoint(tmp_path), None, torch.float32)
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_tiny_model("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.2\.self_attn\.q"):
+        final_hidden(Checkpoint(tmp_path), None, torch.float32)
+
+
+# The recorder.
+
+
+def test_recorder_notes_the_calls_and_puts_the_blocks_back() -> None:
+    model = build_tiny_model("qwen2")
+    blocks = model.model.layers
+    originals = list(blocks)
+    with torch.inference_mode():
+        recording = record_calls(model.model, blocks, TOKENS)
+    assert list(blocks) == originals
+    assert len(recording.calls) == BLOCKS
+    assert recording.embedded_BTD is not None
+    torch.testing.assert_close(recording.embedded_BTD, model.model.embed_tokens(TOKENS))
+    assert all("position_embeddings" in call.kwargs for call in recording.calls)
+
+
+def test_layers_of_different_attention_types_get_their_own_masks() -> None:
+    """qwen2's last block slides; full and sliding blocks must not share a mask."""
+    model = build_tiny_model("qwen2")
+    assert len(set(model.config.layer_types)) == 2
+    with torch.inference_mode():
+        calls = record_calls(model.model, model.model.layers, TOKENS).calls
+    masks = [call.kwargs["attention_mask"] for call in calls]
+    assert masks[0] is masks[1]
+    assert masks[0] is not masks[2]
+
+
+def test_blocks_are_put_back_after_a_failure() -> None:
+    model = build_tiny_model("llama")
+    originals = list(model.model.layers)
+    with pytest.raises(ZeroDivisionError), recorded_blocks(model.model.layers):
+        _ = 1 / 0
+    assert list(model.model.layers) == originals
+
+
+def test_an_error_of_the_model_is_not_taken_for_the_end() -> None:
+    """Only the recorder's own exception stops the forward; no other one is swallowed."""
+    assert AllBlocksRecordedError.__bases__ == (Exception,)
+    model = build_tiny_model("llama")
+    with pytest.raises(IndexError):
+        record_calls(model.model, model.model.layers, torch.tensor([[1000]]))
+
+
+def test_skeleton_has_no_weights_and_real_buffers() -> None:
+    model = build_skeleton(TINY_CONFIGS["llama"](), torch.bfloat16)
+    assert all(p.is_meta for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    buffers = dict(model.named_buffers())
+    assert buffers and not any(b.is_meta for b in buffers.values())
+    stock = build_tiny_model("llama")
+    for name, buffer in stock.named_buffers():
+        assert torch.equal(buffers[name].float(), buffer.float())

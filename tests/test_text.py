@@ -1,0 +1,261 @@
+"""Texts and windows: every kind of source, drawn by seed, disjoint, never padded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cfsp.errors import TextError, UsageError
+from cfsp.text.sources import TextSource
+from cfsp.text.windows import Windows, consecutive_windows, draw_windows
+
+DOCUMENTS = ["The first document.", "The second,\nin two lines.", "Das dritte: äöü €."]
+
+
+def read(name: object, purpose: Any = "calibration") -> list[str]:
+    return list(TextSource(str(name), purpose).documents())
+
+
+def rows(windows: Windows) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in windows.tokens_NT.tolist()]
+
+
+# Sources.
+
+
+def test_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    assert read(tmp_path / "a.txt") == ["\n\n".join(DOCUMENTS)]
+
+
+def write_jsonl(path: Path, column: str = "text") -> Path:
+    lines = [json.dumps({column: text, "id": i}) for i, text in enumerate(DOCUMENTS)]
+    # Empty lines and characters that only Python takes for line ends are harmless.
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("column", ["text", "body"])
+def test_jsonl(tmp_path: Path, column: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", column)
+    assert read(path if column == "text" else f"{path}:body") == DOCUMENTS
+
+
+def test_unicode_line_separators_do_not_split_json(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three"
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8"
+    )
+    assert read(tmp_path / "a.jsonl") == [text]
+
+
+@pytest.mark.parametrize("column", ["text", "body"])
+def test_parquet(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({column: DOCUMENTS, "id": [0, 1, 2]}), path)
+    assert read(path if column == "text" else f"{path}:body") == DOCUMENTS
+
+
+@pytest.mark.parametrize("column", ["text", "body"])
+def test_saved_dataset(tmp_path: Path, column: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({column: DOCUMENTS}).save_to_disk(tmp_path / "saved")
+    name = str(tmp_path / "saved") if column == "text" else f"{tmp_path / 'saved'}:body"
+    assert read(name) == DOCUMENTS
+
+
+def test_saved_dataset_with_splits_asks_for_one(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": DOCUMENTS})
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(TextError, match=r"several splits \(train, test\); name one"):
+        read(tmp_path / "saved")
+    assert read(tmp_path / "saved" / "train") == DOCUMENTS
+
+
+def test_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a:b.txt").write_text("text")
+    assert read(tmp_path / "a:b.txt") == ["text"]
+
+
+@pytest.mark.parametrize("name", ["python-docs", "python-source"])
+def test_offline_texts_have_disjoint_parts(name: str) -> None:
+    calibration, evaluation = read(name), read(name, "evaluation")
+    assert calibration and evaluation
+    assert not set(calibration) & set(evaluation)
+    assert len(evaluation) < len(calibration)
+    assert sum(map(len, calibration)) > 200_000
+    assert read(name) == calibration
+
+
+def test_python_docs_parts_make_the_whole() -> None:
+    from pydoc_data.topics import topics
+
+    both = [*read("python-docs"), *read("python-docs", "evaluation")]
+    assert sorted(both) == sorted(topics.values())
+
+
+def refused(name: object) -> str:
+    with pytest.raises(TextError) as caught:
+        read(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path / "absent.txt")
+    assert "absent.txt is neither a file nor a known text" in message
+    assert "python-docs" in message and "wikitext2" in message
+    (tmp_path / "a.docx").write_text("x")
+    assert "expected .txt, .jsonl, .parquet" in refused(tmp_path / "a.docx")
+    (tmp_path / "empty").mkdir()
+    assert "save_to_disk" in refused(tmp_path / "empty")
+    (tmp_path / "binary.txt").write_bytes(b"abc\xff")
+    assert "not UTF-8 text: byte 3" in refused(tmp_path / "binary.txt")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    assert "bad.jsonl, line 2: not JSON" in refused(tmp_path / "bad.jsonl")
+    (tmp_path / "list.jsonl").write_text("[1]")
+    assert "line 1: no column 'text'" in refused(tmp_path / "list.jsonl")
+    (tmp_path / "number.jsonl").write_text('{"text": 3}')
+    assert "column 'text' is int, expected text" in refused(tmp_path / "number.jsonl")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    assert "bad.parquet is not a readable parquet file" in refused(tmp_path / "bad.parquet")
+
+
+def test_missing_column_lists_those_there_are(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    message = refused(f"{path}:title")
+    assert "no column 'title'" in message and "text, id" in message
+    pq.write_table(pa.table({"body": DOCUMENTS}), tmp_path / "a.parquet")
+    assert "no column 'text'; it has: body" in refused(tmp_path / "a.parquet")
+
+
+def test_hub_without_a_network_says_what_to_do() -> None:
+    assert "check the name and the network, or give a local file" in refused(
+        "no-one/nothing:default:train:text"
+    )
+
+
+# Windows.
+
+
+def test_windows_are_reproducible_and_follow_the_seed(text_file: Path, tokenizer: Any) -> None:
+    def draw(seed: int) -> Windows:
+        return draw_windows([str(text_file)], tokenizer, samples=8, seqlen=24, seed=seed)
+
+    assert torch.equal(draw(3).tokens_NT, draw(3).tokens_NT)
+    assert draw(3).digest == draw(3).digest
+    assert draw(3).digest != draw(4).digest
+    assert draw(3).tokens_NT.dtype == torch.int64
+    assert tuple(draw(3).tokens_NT.shape) == (8, 24)
+
+
+def test_windows_are_disjoint_pieces_of_the_text(text_file: Path, tokenizer: Any) -> None:
+    ids = tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    seqlen = 40
+    pieces = [tuple(ids[i : i + seqlen]) for i in range(0, len(ids) - seqlen + 1, seqlen)]
+    position = {piece: i for i, piece in enumerate(pieces)}
+    assert len(position) == len(pieces)
+    drawn = rows(
+        draw_windows([str(text_file)], tokenizer, samples=len(pieces), seqlen=seqlen, seed=1)
+    )
+    # All of them, each once, in another order.
+    assert sorted(position[row] for row in drawn) == list(range(len(pieces)))
+    assert [position[row] for row in drawn] != list(range(len(pieces)))
+
+
+def test_windows_are_drawn_evenly_from_each_text(
+    text_file: Path, other_text_file: Path, tokenizer: Any
+) -> None:
+    names = [str(text_file), str(other_text_file), "python-docs"]
+    mixed = draw_windows(names, tokenizer, samples=11, seqlen=16, seed=2)
+    assert mixed.sources == {names[0]: 4, names[1]: 4, names[2]: 3}
+    texts = [tokenizer.decode(row) for row in mixed.tokens_NT[4:8]]
+    assert all(text.upper() == text for text in texts)
+
+
+def test_without_samples_a_short_text_gives_all_it_has(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("river stone light " * 60)
+    windows = draw_windows([str(tmp_path / "a.txt")], tokenizer, seqlen=16)
+    length = len(tokenizer((tmp_path / "a.txt").read_text())["input_ids"])
+    assert len(windows.tokens_NT) == length // 16 < 128
+
+
+def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("river stone light " * 60)
+    have = len(tokenizer(path.read_text())["input_ids"]) // 16
+    with pytest.raises(TextError) as caught:
+        draw_windows([str(path)], tokenizer, samples=500, seqlen=16)
+    message = str(caught.value)
+    assert re.search(rf"holds {have} windows of 16 tokens, 500 are needed \(8000 tokens\)", message)
+    with pytest.raises(TextError, match="12 are needed"):
+        consecutive_windows(str(path), tokenizer, count=12, seqlen=1000)
+    path.write_text("")
+    with pytest.raises(TextError, match="holds 0 windows"):
+        draw_windows([str(path)], tokenizer, seqlen=16)
+
+
+def test_no_documents_at_all(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(TextError, match="holds 0 windows"):
+        draw_windows([str(tmp_path / "a.jsonl")], tokenizer, samples=1, seqlen=16)
+
+
+def test_bad_counts_are_refused(text_file: Path, tokenizer: Any) -> None:
+    name = str(text_file)
+    for samples, seqlen in ((0, 16), (-1, 16), (1, 16), (4, 1), (4, 0)):
+        with pytest.raises(UsageError, match=f"found {samples} windows.*{seqlen} tokens"):
+            draw_windows([name, name], tokenizer, samples=samples, seqlen=seqlen)
+    with pytest.raises(UsageError, match="found 0 windows"):
+        consecutive_windows(name, tokenizer, count=0, seqlen=16)
+
+
+def test_evaluation_windows_are_the_first_ones_in_order(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    # Documents are joined by an empty line.
+    ids = tokenizer("\n\n".join(DOCUMENTS), add_special_tokens=False)["input_ids"]
+    whole = consecutive_windows(str(path), tokenizer, count=None, seqlen=6)
+    assert whole.tokens_NT.flatten().tolist() == ids[: len(ids) // 6 * 6]
+    first = consecutive_windows(str(path), tokenizer, count=2, seqlen=6)
+    assert first.tokens_NT.flatten().tolist() == ids[:12]
+    assert first.sources == {str(path): 2}
+
+
+def test_text_longer_than_a_chunk_is_joined_by_empty_lines(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenising in pieces must lose no document and no separator."""
+    import cfsp.text.windows as module
+
+    path = write_jsonl(tmp_path / "a.jsonl")
+    whole = consecutive_windows(str(path), tokenizer, count=None, seqlen=2).tokens_NT.flatten()
+    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 10)
+    pieces = consecutive_windows(str(path), tokenizer, count=None, seqlen=2).tokens_NT.flatten()
+    # A separator may be left at the very end; a token more or less falls to the window's edge.
+    expected = "\n\n".join(DOCUMENTS)
+    for tokens in (whole, pieces):
+        text = tokenizer.decode(tokens).rstrip()
+        assert expected.startswith(text)
+        assert len(expected) - len(text) <= 3
+
+
+def test_digest_covers_tokens_and_shape() -> None:
+    flat = torch.arange(12)
+    digests = {
+        Windows(flat.view(3, 4), {}).digest,
+        Windows(flat.view(4, 3), {}).digest,
+        Windows(flat.view(4, 3) + 1, {}).digest,
+    }
+    assert len(digests) == 3
+    assert Windows(flat.view(3, 4).int(), {}).digest == Windows(flat.view(3, 4), {"x": 1}).digest
