@@ -54,8 +54,19 @@ class Verification:
         return asdict(self)
 
 
+def probe_lengths(context: int) -> tuple[int, int]:
+    """Return how many tokens to probe and to decode with a copy that reads `context` tokens."""
+    probe = min(PROBE_TOKENS, max(1, context // 2))
+    return probe, max(1, min(GREEDY_STEPS, context - probe))
+
+
 def probe_tokens(source: Checkpoint, count: int = PROBE_TOKENS) -> list[int]:
-    """Return the tokens on which both are compared: prose, or ids spread over the vocabulary."""
+    """Return the tokens on which both are compared: prose, or ids spread over the vocabulary.
+
+    Args:
+        source: the checkpoint.
+        count: how many.
+    """
     vocabulary = int(source.config.vocab_size)
     try:
         tokens = list(load_tokenizer(source.directory)(_PROBE_TEXT)["input_ids"])[:count]
@@ -80,20 +91,16 @@ def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     return logits_TV
 
 
-def greedy_of(
-    model: PreTrainedModel, tokens: Sequence[int], steps: int = GREEDY_STEPS
+def greedy_after(
+    model: PreTrainedModel, tokens: Sequence[int], continuation: Sequence[int]
 ) -> list[int]:
-    """Return the most likely continuation by a transformers model, decoded with its cache."""
-    chosen: list[int] = []
-    ids = torch.tensor([list(tokens)])
-    cache = None
-    with torch.inference_mode():
-        for _ in range(steps):
-            output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-            chosen.append(int(ids))
-    return chosen
+    """Return the most likely token of a transformers model before each of the continuation.
+
+    It equals the continuation exactly if the model, decoding greedily, writes the same: one
+    forward pass instead of one a token.
+    """
+    logits_TV = logits_of(model, [*tokens, *continuation[:-1]])
+    return [int(token) for token in logits_TV[len(tokens) - 1 :].argmax(dim=-1)]
 
 
 def greedy_by(
@@ -128,7 +135,7 @@ def compare_logits(
         expected_TV: of the checkpoint.
         found_TV: of the copy.
         tolerance: largest root mean square of the differences, relative to that of the logits.
-        greedy: continuations by the checkpoint and by the copy; must be equal.
+        greedy: what the checkpoint would write (see `greedy_after`) and what the copy wrote.
 
     Raises:
         ExportError: they differ by more.

@@ -1,0 +1,205 @@
+"""A tokenizer in GGUF's terms: tokens, types, scores, merges, and how text is split first.
+
+Two kinds of byte-pair encoding occur: byte-level (GGUF `gpt2`), where a regular expression
+splits the text first and llama.cpp has a name for each expression; and SentencePiece's
+(GGUF `llama`), where a score ranks the tokens. The package `gguf` reads special tokens and chat
+template; what transformers runs is the truth about everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import ExportError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, SpecialVocab
+    from transformers import PreTrainedTokenizerBase
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+# How text is split before byte pairs are merged -> llama.cpp's name for it. The steps are those
+# of tokenizer.json: a regular expression, `digits` (each on its own), or `gpt2` (the expression
+# that is built into ByteLevel).
+_PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    ("gpt2",): "gpt-2",
+    ("digits", "gpt2"): "smollm",
+    (_WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
+    (_WORDS + r"\p{N}" + _REST,): "qwen2",
+    (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ): "tekken",
+}
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """A tokenizer, ready to be written.
+
+    Attributes:
+        model: `gpt2` or `llama`.
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens: text of every token, by id.
+        types: GGUF's type of every token.
+        scores: rank of every token, higher first; None for byte-level.
+        space_prefix: whether a space is put before the text; None for byte-level.
+        special: special tokens, merges and chat template.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] | None
+    space_prefix: bool | None
+    special: SpecialVocab
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Add it to a file."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+        if self.space_prefix is not None:
+            writer.add_add_space_prefix(self.space_prefix)
+        self.special.add_to_gguf(writer, quiet=True)
+
+
+def read_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre_tokenizer: str | None = None
+) -> GgufTokenizer:
+    """Translate a tokenizer.
+
+    Args:
+        tokenizer: as transformers runs it.
+        vocabulary: rows of the embedding matrix; ids without a token become unused ones.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None to tell it from the tokenizer.
+
+    Raises:
+        ExportError: llama.cpp has no such tokenizer.
+    """
+    from gguf import SpecialVocab
+
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise ExportError("the tokenizer has no tokenizer.json form, which gguf export needs")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        byte_level = _is_byte_level(fields)
+        special = SpecialVocab(directory, load_merges=byte_level, n_vocab=vocabulary)
+    if fields["model"]["type"] != "BPE":
+        raise ExportError(
+            f"gguf export knows BPE tokenizers, this one is {fields['model']['type']}; "
+            "use --to vllm or --to openvino"
+        )
+    _note_what_is_added(tokenizer, special)
+    tokens, types = _tokens(fields, vocabulary)
+    if byte_level:
+        pre = pre_tokenizer or _pre_tokenizer_name(fields["pre_tokenizer"])
+        return GgufTokenizer("gpt2", pre, tokens, types, None, None, special)
+    scores = _scores(fields, tokens)
+    prefix = _prepends_space(fields)
+    return GgufTokenizer(
+        "llama", pre_tokenizer or "default", tokens, types, scores, prefix, special
+    )
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
+
+
+def _is_byte_level(fields: dict[str, Any]) -> bool:
+    steps = _steps(fields.get("pre_tokenizer"), "pretokenizers")
+    return any(step["type"] == "ByteLevel" for step in steps)
+
+
+def _pre_tokenizer_name(part: dict[str, Any]) -> str:
+    steps = []
+    for step in _steps(part, "pretokenizers"):
+        if step["type"] == "Split":
+            steps.append(step["pattern"].get("Regex", ""))
+        elif step["type"] == "Digits" and step.get("individual_digits"):
+            steps.append("digits")
+        elif step["type"] == "ByteLevel":
+            if step.get("use_regex", True):
+                steps.append("gpt2")
+        else:
+            steps.append(step["type"])
+    name = _PRE_TOKENIZERS.get(tuple(steps))
+    if name is None:
+        raise ExportError(
+            "cannot tell llama.cpp's name for the way in which this tokenizer splits text "
+            f"({' then '.join(steps)}); give it with --pre-tokenizer (known ones: "
+            f"{', '.join(_PRE_TOKENIZERS.values())})"
+        )
+    return name
+
+
+def _note_what_is_added(tokenizer: PreTrainedTokenizerBase, special: SpecialVocab) -> None:
+    ids: list[int] = tokenizer("a")["input_ids"]
+    for kind, token, found in (
+        ("bos", tokenizer.bos_token_id, ids[0]),
+        ("eos", tokenizer.eos_token_id, ids[-1]),
+    ):
+        special.add_special_token[kind] = token is not None and found == token
+
+
+def _tokens(fields: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
+    tokens = [f"[PAD{i}]" for i in range(vocabulary)]
+    types = [_UNUSED] * vocabulary
+    model = fields["model"]
+    entries = [(i, text, _NORMAL) for text, i in model["vocab"].items()]
+    # transformers adds a family's usual tokens to any tokenizer, also beyond the embeddings.
+    entries += [
+        (entry["id"], entry["content"], _CONTROL if entry["special"] else _USER_DEFINED)
+        for entry in fields["added_tokens"]
+        if entry["id"] < vocabulary
+    ]
+    for i, text, kind in entries:
+        if i >= vocabulary:
+            raise ExportError(
+                f"the tokenizer has token {i} ({text!r}), the model only {vocabulary} embeddings"
+            )
+        tokens[i] = text
+        types[i] = kind
+        if model.get("byte_fallback") and text.startswith("<0x") and len(text) == 6:
+            types[i] = _BYTE
+        elif text == model.get("unk_token"):
+            types[i] = _UNKNOWN
+    return tokens, types
+
+
+def _scores(fields: dict[str, Any], tokens: list[str]) -> list[float]:
+    """Rank tokens by the merge that makes them: the first merge is the first to be done."""
+    rank: dict[str, int] = {}
+    for i, merge in enumerate(fields["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        rank.setdefault(left + right, i)
+    last = len(rank)
+    return [-float(rank.get(token, last)) for token in tokens]
+
+
+def _prepends_space(fields: dict[str, Any]) -> bool:
+    steps = _steps(fields.get("normalizer"), "normalizers")
+    if any(step["type"] == "Prepend" for step in steps):
+        return True
+    splits = _steps(fields.get("pre_tokenizer"), "pretokenizers")
+    return any(
+        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in splits
+    )
