@@ -8,6 +8,7 @@ a trained length for every row (arXiv 2402.09353).
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -119,7 +120,10 @@ def attach(
         },
         use_dora=adaptation.method == "dora",
     )
-    adapted: Any = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for an attribute whose name is going away.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted: Any = peft.get_peft_model(model, config)
     return adapted, _trainable(model, family, ranks_L)
 
 

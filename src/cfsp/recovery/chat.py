@@ -95,4 +95,5 @@ def answer_tokens(
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    return ids, [any(a <= start < b for a, b in spans) for start, _ in offsets]
+    # A token that begins with the space before an answer belongs to the answer.
+    return ids, [any(max(start, a) < min(stop, b) for a, b in spans) for start, stop in offsets]

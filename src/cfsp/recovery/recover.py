@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -156,9 +157,10 @@ def recover_checkpoint(
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
         text = read_text(data, tokenizer, seqlen=training.seqlen)
+    settings = _settings(source, text, training, adaptation, teacher)
     if is_first_process():
         check_output_is_free(out)
-        workspace.open(_settings(source, text, training, adaptation, teacher), resume=resume)
+        workspace.check(settings, resume=resume)
 
     torch_device = compute_device(device)
     with watch.stage("load"):
@@ -168,15 +170,17 @@ def recover_checkpoint(
             dense = _load_to_train(teacher.name, torch_device, dtype)
             dense_tokenizer = load_tokenizer(Path(dense.config._name_or_path))
             check_teacher(model, tokenizer, dense, dense_tokenizer, teacher.name)
-    if teacher is not None and teacher.top_k is not None and dense is not None:
-        with watch.stage("teacher"):
-            text = _with_stored_teacher(text, dense, teacher, workspace)
-        dense = None
-
     torch.manual_seed(training.seed)
     adapted, blocks = attach(model, source.family, adaptation, importance_L)
     trained = _trained_tensors(model)
     print_trainable(blocks)
+
+    if is_first_process():
+        workspace.open(settings)
+    if teacher is not None and teacher.top_k is not None and dense is not None:
+        with watch.stage("teacher"):
+            text = _with_stored_teacher(text, dense, teacher, workspace)
+        dense = None
     with watch.stage("train"):
         outcome = _train(adapted, model, text, training, teacher, dense, workspace, started, resume)
     if not is_first_process():
@@ -292,7 +296,7 @@ def _train(
     reporter = Reporter(clock, tokens_in_step, is_first_process())
     last = workspace.last_checkpoint() if resume else None
     model.config.use_cache = False
-    with loss_from_hidden_states(model) as loss:
+    with loss_from_hidden_states(model) as loss, _without_bars():
         trainer = RecoveryTrainer(
             adapted,
             _arguments(training, workspace.directory, steps or ENDLESS_STEPS, model),
@@ -357,6 +361,20 @@ def _arguments(
         disable_tqdm=True,
         log_level="error",
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silence transformers' own progress bars, one for each checkpoint that is saved."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _checkpointing(training: Training) -> dict[str, Any]:

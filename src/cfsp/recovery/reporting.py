@@ -49,8 +49,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self._started = self._clock.elapsed
         self._tokens = 0
         for entry in state.log_history:
+            self._loss = entry.get("loss", self._loss)
             if "eval_loss" in entry:
-                self._note(entry)
+                self._note({**entry, "loss": self._loss})
         if self._shown:
             self._bar = item_progress("recover", _PARTS, "‰")
 

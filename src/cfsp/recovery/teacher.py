@@ -112,7 +112,7 @@ def _store(
     log_probs = np.lib.format.open_memmap(
         partial[LOG_PROB_FIELD], "w+", np.dtype(np.float16), shape
     )
-    with item_progress("teacher", len(data), "window") as bar:
+    with torch.no_grad(), item_progress("teacher", len(data), "window") as bar:
         for index, token_T in enumerate(data.token_NT):
             hidden = teacher_hidden(teacher, token_T[None].to(teacher.device))
             logit_TV = (hidden.hidden_ND @ hidden.head_VD.T).float() / temperature

@@ -25,8 +25,8 @@ class Workspace:
     def __init__(self, out: Path) -> None:
         self.directory = out.parent / f"{out.name}.recovery"
 
-    def open(self, settings: dict[str, Any], *, resume: bool) -> None:
-        """Create the directory, or check that it belongs to the same settings.
+    def check(self, settings: dict[str, Any], *, resume: bool) -> None:
+        """Check, before the work begins, that an unfinished run is to be continued as it was.
 
         Args:
             settings: everything that must not change in a resumed run, as JSON types.
@@ -37,15 +37,28 @@ class Workspace:
             RecoveryError: the unfinished run had other settings.
         """
         path = self.directory / _SETTINGS_FILE
-        if path.is_file():
-            if not resume:
-                raise OutputError(
-                    f"{self.directory} holds an unfinished recovery; continue it with --resume, "
-                    "or delete it"
-                )
-            self._check(path, settings)
+        if not path.is_file():
             return
-        write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
+        if not resume:
+            raise OutputError(
+                f"{self.directory} holds an unfinished recovery; continue it with --resume, "
+                "or delete it"
+            )
+        try:
+            saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecoveryError(f"{path} is damaged; delete {self.directory}") from error
+        for key, value in _as_json(settings).items():
+            if saved.get(key) != value:
+                raise RecoveryError(
+                    f"the unfinished recovery in {self.directory} has {key} = {saved.get(key)}, "
+                    f"now it is {value}; resume with the same arguments, or delete it"
+                )
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Create the directory and write down the settings that its checkpoints belong to."""
+        text = json.dumps(_as_json(settings), indent=2) + "\n"
+        write_atomically(self.directory / _SETTINGS_FILE, text.encode())
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint; a killed process may have left half of one.
@@ -63,19 +76,11 @@ class Workspace:
         """Delete the directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _check(self, path: Path, settings: dict[str, Any]) -> None:
-        try:
-            saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RecoveryError(f"{path} is damaged; delete {self.directory}") from error
-        # The round trip makes tuples lists, as they are in the file.
-        current = json.loads(json.dumps(settings))
-        for key in current:
-            if saved.get(key) != current[key]:
-                raise RecoveryError(
-                    f"the unfinished recovery in {self.directory} has {key} = {saved.get(key)}, "
-                    f"now it is {current[key]}; resume with the same arguments, or delete it"
-                )
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings as a file gives them back: tuples as lists."""
+    value: dict[str, Any] = json.loads(json.dumps(settings))
+    return value
 
 
 def _complete(checkpoint: Path) -> bool:

@@ -1,0 +1,465 @@
+"""Recovery end to end, on a tiny pruned model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cfsp
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.errors import CfspError, OutputError, RecoveryError, TextError, UsageError
+from cfsp.evaluation import perplexity
+from cfsp.manifest import PLAN_FILE, read_manifest
+from cfsp.pruning_plan import PruningPlan
+from cfsp.recovery.adaptation import METHODS, TARGETS, Adaptation
+from cfsp.recovery.data import read_text
+from cfsp.recovery.loss import Distillation
+from cfsp.recovery.ranks import RANK_ALLOCATIONS, allocate_ranks
+from cfsp.recovery.recover import RecoverReport, Training, recover_checkpoint
+from cfsp.recovery.schedule import Limit
+from cfsp.recovery.teacher import TeacherChoice
+from cfsp.recovery.workspace import Workspace
+from cfsp.settings import EvaluationText
+from cfsp.text.windows import Windows, consecutive_windows
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Any, text_file: Path) -> Path:
+    """A tiny Llama whose blocks have different widths."""
+    out = tmp_path_factory.mktemp("pruned") / "model"
+    cfsp.prune(
+        tiny_checkpoint("llama"),
+        out=out,
+        sparsity=0.5,
+        multiple=4,
+        data=[str(text_file)],
+        samples=8,
+        seqlen=32,
+    )
+    plan = PruningPlan.load(out / PLAN_FILE)
+    assert len(set(plan.kept_widths)) > 1
+    return out
+
+
+def training(steps: int = 6, **changes: Any) -> Training:
+    options: dict[str, Any] = {"batch_windows": 4, "seqlen": 32, "evaluations": 2} | changes
+    return Training(Limit(steps=steps), **options)
+
+
+def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverReport:
+    options = {"training": training(), "adaptation": Adaptation(rank=2)} | options
+    return recover_checkpoint(open_checkpoint(source), out, data=[str(text)], **options)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = tensors(before), tensors(after)
+    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
+        k: (v.shape, v.dtype) for k, v in new.items()
+    }
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_helps_and_the_result_has_the_same_layout(
+    pruned, text_file, tokenizer, tmp_path, method
+):
+    out = tmp_path / "out"
+    report = recover(
+        pruned,
+        out,
+        text_file,
+        training=training(40, learning_rate=3e-3),
+        adaptation=Adaptation(method, rank=4),
+        evaluation=EvaluationText((str(text_file),), 4, 64),
+    )
+    kept = {p.name for p in pruned.iterdir()} - {"cfsp_statistics.safetensors"}
+    assert {p.name for p in out.iterdir()} == kept
+    for name in ("config.json", "modeling_cfsp.py", PLAN_FILE, "tokenizer.json"):
+        assert (out / name).read_bytes() == (pruned / name).read_bytes()
+    measured = report.perplexity[str(text_file)]
+    assert measured["after"] < 0.9 * measured["before"]
+    model = cfsp.load(out)
+    windows = consecutive_windows(str(text_file), tokenizer, count=4, seqlen=64)
+    assert perplexity(model, windows).value == pytest.approx(measured["after"], rel=1e-4)
+    assert not Workspace(out).directory.exists()
+
+
+def test_manifest_and_card_say_how_it_was_recovered(pruned, text_file, tmp_path):
+    out = tmp_path / "out"
+    report = recover(pruned, out, text_file, command="cfsp recover pruned")
+    manifest = read_manifest(out)
+    before = read_manifest(pruned)
+    assert manifest is not None
+    assert before is not None
+    assert manifest["operation"] == "recover"
+    assert manifest["command"] == "cfsp recover pruned"
+    assert manifest["pruned"]["command"] == before["command"]
+    assert manifest["criterion"] == before["criterion"]
+    recovery = manifest["recovery"]
+    assert recovery["trainable_parameters"] == report.trainable_parameters
+    assert recovery["adaptation"]["allocation"] == "importance"
+    assert recovery["training"]["learning_rate"] == 1e-3
+    assert [entry["step"] for entry in recovery["history"]] == [3, 6]
+    card = (out / "README.md").read_text()
+    assert card.startswith((pruned / "README.md").read_text().rstrip())
+    assert "## How it was recovered" in card
+    assert f"{report.trainable_parameters:,} trainable parameters" in card
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_only_the_targets_change(pruned, text_file, tmp_path, method, targets):
+    out = tmp_path / "out"
+    recover(pruned, out, text_file, adaptation=Adaptation(method, targets, rank=2))
+    names = {
+        "mlp": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
+        "attention": {f"self_attn.{x}_proj" for x in "qkvo"},
+    }
+    names["all"] = names["mlp"] | names["attention"]
+    assert changed(pruned, out) == {
+        f"model.layers.{block}.{name}.weight" for block in range(3) for name in names[targets]
+    }
+
+
+@pytest.mark.parametrize("allocation", RANK_ALLOCATIONS)
+def test_ranks_follow_the_plan_and_the_adapter_attaches_in_a_fresh_process(
+    pruned, text_file, tmp_path, allocation
+):
+    out = tmp_path / "out"
+    report = recover(
+        pruned,
+        out,
+        text_file,
+        adaptation=Adaptation(rank=5, scale=2.0, allocation=allocation),
+        keep_adapter=True,
+    )
+    plan = PruningPlan.load(pruned / PLAN_FILE)
+    ranks = allocate_ranks([b.importance for b in plan.blocks], 5, allocation)
+    assert [block["rank"] for block in report.blocks] == ranks
+    program = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+pruned, out = sys.argv[1:]
+merged = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+base = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True)
+model = PeftModel.from_pretrained(base, out + "/adapter").eval()
+tokens = torch.arange(2, 42)[None]
+with torch.inference_mode():
+    gap = (model(tokens).logits - merged(tokens).logits).abs().max().item()
+layers = [b.self_attn.q_proj for b in base.model.layers]
+print(json.dumps({"gap": gap, "ranks": [l.r["default"] for l in layers],
+    "scales": [l.scaling["default"] for l in layers], "cfsp": "cfsp" in sys.modules}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(pruned), str(out)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert found["gap"] < 1e-4
+    assert found["ranks"] == ranks
+    assert found["scales"] == [2.0] * len(ranks)
+    assert not found["cfsp"]
+
+
+def test_same_seed_same_weights_and_another_seed_others(pruned, text_file, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        recover(pruned, tmp_path / name, text_file, training=training(seed=seed))
+    assert changed(tmp_path / "a", tmp_path / "b") == set()
+    assert changed(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "same", [{"batch_windows": 2, "accumulate": 2}, {"gradient_checkpointing": True}]
+)
+def test_accumulation_and_checkpointing_change_nothing(pruned, text_file, tmp_path, same):
+    plain = recover(pruned, tmp_path / "a", text_file)
+    other = recover(pruned, tmp_path / "b", text_file, training=training(**same))
+    assert other.tokens_in_step == plain.tokens_in_step
+    for a, b in zip(plain.history, other.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-3)
+
+
+def test_the_trainers_loss_is_the_stock_loss(pruned, text_file, tokenizer, tmp_path):
+    report = recover(
+        pruned, tmp_path / "a", text_file, training=training(1, evaluations=1, learning_rate=1e-9)
+    )
+    held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
+    with torch.inference_mode():
+        stock = cfsp.load(pruned)(input_ids=held_NT, labels=held_NT).loss.exp()
+    assert report.history[0]["perplexity"] == pytest.approx(float(stock), rel=1e-4)
+
+
+def test_a_teacher_in_memory_and_its_likeliest_tokens_on_disk(
+    pruned, text_file, tiny_checkpoint, tmp_path
+):
+    dense = str(tiny_checkpoint("llama"))
+    how = Distillation(0.7, 2.0)
+    histories = {}
+    for name, top_k in (("memory", None), ("disk", 319), ("few", 16)):
+        report = recover(
+            pruned,
+            tmp_path / name,
+            text_file,
+            teacher=TeacherChoice(dense, how, top_k),
+            training=training(12, learning_rate=3e-3),
+        )
+        histories[name] = report.history
+    for a, b in zip(histories["memory"], histories["disk"], strict=True):
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=2e-3)
+    plain = recover(
+        pruned, tmp_path / "plain", text_file, training=training(12, learning_rate=3e-3)
+    )
+    assert histories["few"] != histories["memory"] != plain.history
+    manifest = read_manifest(tmp_path / "few")
+    assert manifest is not None
+    assert manifest["recovery"]["teacher"]["top_k"] == 16
+
+
+def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):
+    started = time.monotonic()
+    report = recover(
+        pruned,
+        tmp_path / "out",
+        text_file,
+        training=Training(
+            Limit(minutes=0.1), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
+        ),
+    )
+    assert 3 < time.monotonic() - started < 20
+    assert len(report.history) == 3
+    assert report.steps > 10
+
+
+def test_epochs(pruned, text_file, tmp_path):
+    options: dict[str, Any] = {"batch_windows": 16, "seqlen": 64, "evaluations": 1}
+    report = recover(
+        pruned, tmp_path / "out", text_file, training=Training(Limit(epochs=0.5), **options)
+    )
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    windows = sum(manifest["recovery"]["data"]["sources"].values())
+    assert report.steps == round(0.5 * windows / 16)
+
+
+def test_the_best_weights_are_kept(pruned, text_file, tokenizer, tmp_path, monkeypatch):
+    from cfsp.recovery import training as module
+
+    # A rate that rises until it destroys the model.
+    monkeypatch.setattr(module, "rate_factor", lambda fraction, warm_up: 1e4 * fraction**8)
+    report = recover(
+        pruned,
+        tmp_path / "out",
+        text_file,
+        training=training(24, evaluations=6, learning_rate=1e-3),
+        adaptation=Adaptation("full"),
+    )
+    best = min(report.history, key=lambda entry: entry["perplexity"])
+    assert report.best_step == best["step"] < 24
+    assert report.history[-1]["perplexity"] > 1.03 * best["perplexity"]
+    held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
+    found = perplexity(cfsp.load(tmp_path / "out"), Windows(held_NT, {})).value
+    assert found == pytest.approx(best["perplexity"], rel=1e-4)
+
+
+def command(pruned: Path, text: Path, out: Path, *options: str) -> list[str]:
+    return [
+        *("recover", str(pruned), "--data", str(text), "--out", str(out), "--rank", "2"),
+        *("--batch-windows", "4", "--seqlen", "32", *options),
+    ]
+
+
+def processes_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, method):
+    options = ("--steps", "300", "--evaluations", "30", "--method", method)
+    torch.set_num_threads(1)
+    whole = tmp_path / "whole"
+    assert cfsp_main(command(pruned, text_file, whole, *options)) == 0
+
+    out = tmp_path / "killed"
+    work = Workspace(out).directory
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cfsp", *command(pruned, text_file, out, *options)],
+        env=processes_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(work.glob("checkpoint-1?0/trainer_state.json")):
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    reached = Workspace(out).last_checkpoint()
+    assert reached is not None
+
+    # Not by accident: without --resume the unfinished run is not touched.
+    assert cfsp_main(command(pruned, text_file, out, *options)) == 2
+    assert cfsp_main(command(pruned, text_file, out, *options, "--resume")) == 0
+    assert changed(whole, out) == set()
+    recovery = [read_manifest(directory)["recovery"] for directory in (whole, out)]
+    assert recovery[0]["history"] == recovery[1]["history"]
+    assert recovery[1]["steps"] == 300
+
+
+def test_resume_refuses_other_settings(pruned, text_file, tmp_path):
+    out = tmp_path / "out"
+    work = Workspace(out)
+    work.open({"training": {"seed": 1}})
+    with pytest.raises(RecoveryError, match="resume with the same arguments, or delete it"):
+        recover(pruned, out, text_file, resume=True)
+    with pytest.raises(OutputError, match="holds an unfinished recovery"):
+        recover(pruned, out, text_file)
+    assert not out.exists()
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    work = Workspace(tmp_path / "out")
+    for name, state in (("checkpoint-5", '{"a": 1}'), ("checkpoint-10", '{"a":'), ("x", "{}")):
+        (work.directory / name).mkdir(parents=True)
+        (work.directory / name / "trainer_state.json").write_text(state)
+    (work.directory / "checkpoint-20").mkdir()
+    assert work.last_checkpoint() == work.directory / "checkpoint-5"
+
+
+def test_two_processes_reach_the_loss_of_one(pruned, text_file, tmp_path):
+    options = ("--steps", "8", "--evaluations", "4", "--learning-rate", "3e-3")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cfsp_main(command(pruned, text_file, one, *options)) == 0
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "cfsp"),
+            *command(pruned, text_file, two, *options, "--batch-windows", "2", "--json"),
+        ],
+        env=processes_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert launched.returncode == 0, launched.stderr
+    report = json.loads(launched.stdout)
+    single = read_manifest(one)["recovery"]
+    assert report["tokens_in_step"] == single["tokens_in_step"]
+    assert len(report["history"]) == 4
+    for a, b in zip(single["history"], report["history"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-3)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
+    pruned, text_file, tmp_path, monkeypatch
+):
+    from cfsp.recovery import training as module
+
+    steps = 0
+    sound = module.language_model_loss
+
+    def breaking(*args: Any) -> Any:
+        nonlocal steps
+        # Steps train with gradients; evaluations do not count.
+        steps += torch.is_grad_enabled()
+        return sound(*args) * (float("nan") if steps >= 8 else 1.0)
+
+    monkeypatch.setattr(module, "language_model_loss", breaking)
+    out = tmp_path / "out"
+    with pytest.raises(RecoveryError, match=r"the loss is not a number at step 8; .*checkpoint-6"):
+        recover(pruned, out, text_file, training=training(20, evaluations=10))
+    assert not out.exists()
+    kept = Workspace(out).last_checkpoint()
+    assert kept is not None
+    assert kept.name == "checkpoint-6"
+
+
+def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_path):
+    dense = tiny_checkpoint("qwen2")
+    out = tmp_path / "out"
+    with pytest.raises(RecoveryError, match="recover it with --rank-allocation uniform"):
+        recover(dense, out, text_file)
+    recover(dense, out, text_file, adaptation=Adaptation(rank=2, allocation="uniform"))
+    assert changed(dense, out)
+    assert "## How it was recovered" in (out / "README.md").read_text()
+
+
+def test_a_teacher_of_another_vocabulary(pruned, text_file, tiny_checkpoint, tmp_path, tokenizer):
+    other = tmp_path / "other"
+    cfsp.load(tiny_checkpoint("llama")).save_pretrained(other)
+    tokenizer.__class__.from_pretrained(tiny_checkpoint("llama")).save_pretrained(other)
+    path = other / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    vocabulary = fields["model"]["vocab"]
+    a, b = sorted(vocabulary)[5:7]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    path.write_text(json.dumps(fields))
+    out = tmp_path / "out"
+    with pytest.raises(RecoveryError, match="the teacher must be the dense model"):
+        recover(pruned, out, text_file, teacher=TeacherChoice(str(other)))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"data": []}, TextError, "give --data"),
+        ({"adaptation": Adaptation("full"), "keep_adapter": True}, UsageError, "has no adapter"),
+        ({"adaptation": Adaptation(rank=0)}, UsageError, "--rank must be at least 1, found 0"),
+        ({"training": training(learning_rate=-1.0)}, UsageError, "positive, found -1.0"),
+    ],
+)
+def test_bad_input(pruned, text_file, tmp_path, options, kind: type[CfspError], message):
+    out = tmp_path / "out"
+    options = {"data": [str(text_file)], "training": training(), **options}
+    with pytest.raises(kind, match=message):
+        recover_checkpoint(open_checkpoint(pruned), out, **options)
+    assert not out.exists()
+    assert not (Workspace(out).directory / "settings.json").exists()
+
+
+def test_bad_input_leaves_nothing_and_exits_with_2(pruned, text_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = command(pruned, text_file, out, "--steps", "2", "--teacher-weight", "2")
+    assert cfsp_main(arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("cfsp recover: expected --teacher-weight in [0, 1]")
+    assert len(message.splitlines()) == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert cfsp_main(command(pruned, text_file, tmp_path / "full", "--steps", "2")) == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "full"]
+
+
+def test_the_command_line_lists_what_the_package_knows():
+    from cfsp.cli import recover as cli
+
+    assert cli.METHODS == METHODS
+    assert cli.TARGETS == TARGETS
+    assert cli.RANK_ALLOCATIONS == RANK_ALLOCATIONS
+
+
+def cfsp_main(arguments: list[str]) -> int:
+    from cfsp.cli import main
+
+    return main(arguments)

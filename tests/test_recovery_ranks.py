@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp.errors import UsageError
+from cfsp.recovery.ranks import allocate_ranks
+
+importances = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=60)
+
+
+@given(importances, st.integers(1, 64), st.sampled_from(["importance", "uniform", "inverse"]))
+def test_the_total_is_kept_and_no_block_is_without(importance_L, rank, allocation):
+    ranks_L = allocate_ranks(importance_L, rank, allocation)
+    assert sum(ranks_L) == rank * len(importance_L)
+    assert min(ranks_L) >= 1
+
+
+@given(importances, st.integers(1, 64))
+def test_order_follows_importance_or_its_inverse(importance_L, rank):
+    by_importance = allocate_ranks(importance_L, rank, "importance")
+    inverse = allocate_ranks(importance_L, rank, "inverse")
+    for a in range(len(importance_L)):
+        for b in range(len(importance_L)):
+            if importance_L[a] > importance_L[b]:
+                assert by_importance[a] >= by_importance[b]
+                assert inverse[a] <= inverse[b]
+
+
+def test_proportional_where_no_rounding_is_needed():
+    assert allocate_ranks([0.1, 0.2, 0.3], 8, "importance") == [4, 8, 12]
+    assert allocate_ranks([0.1, 0.2, 0.3], 8, "uniform") == [8, 8, 8]
+    assert allocate_ranks([1 / 3, 1 / 2, 1.0], 2, "inverse") == [3, 2, 1]
+
+
+def test_a_fractional_mean_is_rounded_in_total():
+    assert sum(allocate_ranks([0.5] * 4, 2.25, "uniform")) == 9
+
+
+def test_bad_rank_and_missing_importance_are_errors():
+    with pytest.raises(UsageError, match=r"--rank must be at least 1, found 0\.5"):
+        allocate_ranks([0.5], 0.5, "uniform")
+    with pytest.raises(UsageError, match="--rank-allocation uniform"):
+        allocate_ranks([0.5, 0.0], 4, "importance")
