@@ -1,0 +1,454 @@
+"""The command line: its flow on a tiny model, its JSON, and one sentence for every bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from cfsp.allocation import BudgetOf
+from cfsp.cli import _COMMANDS, arguments, build_parser, main
+from cfsp.importance.coarse import BLOCK_METRICS
+from cfsp.importance.fine import CHANNEL_METRICS
+from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC
+from cfsp.pruning_plan import PruningPlan
+from cfsp.settings import DEFAULT_RESTORE, RESTORE_METHODS
+from tiny_models import build_tiny_model, save_tiny_model
+
+
+class Cli:
+    """Runs commands in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *argv: object, status: int = 0) -> tuple[str, str]:
+        self._capsys.readouterr()
+        found = main([str(arg) for arg in argv])
+        captured = self._capsys.readouterr()
+        assert found == status, captured.err
+        return captured.out, captured.err
+
+    def json(self, *argv: object) -> dict[str, Any]:
+        out, _ = self(*argv, "--json")
+        value: dict[str, Any] = json.loads(out)  # fails unless it is exactly one value
+        assert isinstance(value, dict)
+        return value
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(capsys)
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture
+def text(text_file: Path) -> list[object]:
+    """The calibration arguments of all tests here."""
+    return ["--data", text_file, "--samples", 6, "--seqlen", 32]
+
+
+def entries(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def commands() -> list[str]:
+    actions = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
+    return sorted(actions[0].choices)  # type: ignore[arg-type]
+
+
+# Help.
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["prune", "--help"], ["--version"]])
+def test_help_does_not_import_torch(argv: list[str]) -> None:
+    code = (
+        "import sys\nfrom cfsp.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "cfsp" in finished.stdout
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(commands()) == len(_COMMANDS)
+    for command in commands():
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert f"example:\n  cfsp {command}" in printed
+
+
+def test_module_runs_like_the_script() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "cfsp", "inspect", "./no/such/model"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1
+    assert "does not exist" in finished.stderr
+    assert finished.stdout == ""
+
+
+def test_no_command_prints_help_and_fails(cli: Cli) -> None:
+    out, _ = cli(status=2)
+    assert "COMMAND" in out
+
+
+def test_choices_spelled_out_are_those_of_their_home() -> None:
+    assert arguments.BLOCK_METRICS == BLOCK_METRICS
+    assert arguments.CHANNEL_METRICS == CHANNEL_METRICS
+    assert arguments.RESTORE_METHODS == RESTORE_METHODS
+    args = build_parser().parse_args(["prune", "m", "--out", "o"])
+    assert args.block_metric == DEFAULT_BLOCK_METRIC
+    assert args.channel_metric == DEFAULT_CHANNEL_METRIC
+    assert args.restore == DEFAULT_RESTORE
+    for of in get_args(BudgetOf):
+        assert build_parser().parse_args(["prune", "m", "--out", "o", "--of", of]).of == of
+
+
+# The flow.
+
+
+def test_calibrate_plan_prune_is_prune_in_three_steps(
+    cli: Cli, model: Path, text: list[object], tmp_path: Path
+) -> None:
+    statistics, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
+    budget: list[object] = ["--sparsity", 0.4, "--multiple", 1]
+
+    facts = cli.json("calibrate", model, "--out", statistics, *text)
+    assert facts["out"] == str(statistics)
+    assert facts["calibration_tokens"] == 6 * 32
+    assert facts["blocks"] == 3
+    planned = cli.json("plan", model, "--statistics", statistics, "--out", plan, *budget)
+    assert planned["out"] == str(plan)
+
+    outs = {
+        "by plan": ["--plan", plan],
+        "by statistics": ["--statistics", statistics, *budget],
+        "at once": [*budget, *text],
+    }
+    weights = set()
+    for name, options in outs.items():
+        report = cli.json("prune", model, "--out", tmp_path / name, "--restore", "none", *options)
+        assert report["intermediate_sizes"] == planned["intermediate_sizes"]
+        assert report["calibration_tokens"] == 6 * 32
+        weights.add((tmp_path / name / "model.safetensors").read_bytes())
+        assert (tmp_path / name / "cfsp_plan.json").read_bytes() == plan.read_bytes()
+    assert len(weights) == 1
+
+
+def test_prune_reports_all_that_the_readme_promises(
+    cli: Cli, model: Path, text: list[object], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = cli.json(
+        "prune", model, "--out", out, "--sparsity", 0.4, "--multiple", 4, *text,
+        "--eval", text_file, "--eval-windows", 2,
+    )  # fmt: skip
+    before = sum(p.numel() for p in build_tiny_model("llama").parameters())
+    removed = 3 * 96 - sum(report["intermediate_sizes"])
+    assert report["parameters_before"] == before
+    assert report["parameters_after"] == before - removed * 3 * 32
+    assert report["ffn_sparsity"] == pytest.approx(removed / (3 * 96), abs=1e-6)
+    assert report["ffn_sparsity"] == pytest.approx(0.4, abs=4 / (3 * 96))
+    assert report["model_sparsity"] == pytest.approx(removed * 96 / before, abs=1e-6)
+    assert report["calibration_tokens"] == 192
+    assert report["peak_rss_bytes"] > 50e6
+    assert report["out"] == str(out)
+    assert report["seconds"]
+    assert all(seconds >= 0 for seconds in report["seconds"].values())
+    value = report["perplexity"][str(text_file)]
+    assert value["before"] > 1 and value["after"] > 1
+    assert value["tokens"] == 2 * 31
+    manifest = json.loads((out / "cfsp.json").read_text())
+    assert {key: manifest[key] for key in report} == report
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+def test_prune_of_all_parameters(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
+    report = cli.json(
+        "prune", model, "--out", tmp_path / "out", "--sparsity", 0.2, "--of", "model",
+        "--multiple", 1, *text,
+    )  # fmt: skip
+    one_channel = 3 * 32 / report["parameters_before"]
+    assert report["model_sparsity"] == pytest.approx(0.2, abs=one_channel)
+
+
+def test_model_card_says_what_was_done(
+    cli: Cli, model: Path, text: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = cli.json("prune", model, "--out", out, "--sparsity", 0.4, "--multiple", 1, *text)
+    card = (out / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert str(text[1]) in card
+    for width in report["intermediate_sizes"]:
+        assert str(width) in card
+
+
+@pytest.mark.parametrize("restore", ["none", "ridge"])
+def test_dry_run_writes_only_the_plan(
+    cli: Cli, model: Path, text: list[object], tmp_path: Path, restore: str
+) -> None:
+    argv = ["prune", model, "--out", tmp_path / "dry", "--sparsity", 0.4, "--dry-run",
+            "--restore", restore, *text]  # fmt: skip
+    out, _ = cli(*argv)
+    assert entries(tmp_path / "dry") == {"cfsp_plan.json"}
+    plan = PruningPlan.load(tmp_path / "dry" / "cfsp_plan.json")
+    for block in plan.blocks:
+        assert f"{block.distance:.4f}" in out
+        assert str(len(block.kept)) in out
+    report = cli.json(*[tmp_path / "json" if arg == tmp_path / "dry" else arg for arg in argv])
+    assert report["out"] is None
+    assert report["intermediate_sizes"] == plan.kept_widths
+
+
+def test_eval_of_several_models(
+    cli: Cli, model: Path, text: list[object], text_file: Path, other_text_file: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    pruned = tmp_path / "pruned"
+    report = cli.json("prune", model, "--out", pruned, "--sparsity", 0.4, "--multiple", 1, *text)
+    data: list[object] = ["--data", text_file, "--data", other_text_file]
+    argv = ["eval", model, pruned, *data, "--windows", 3, "--seqlen", 24]
+    models = cli.json(*argv)["models"]
+    assert [entry["model"] for entry in models] == [str(model), str(pruned)]
+    assert [entry["parameters"] for entry in models] == [
+        report["parameters_before"], report["parameters_after"],
+    ]  # fmt: skip
+    for entry in models:
+        assert set(entry["perplexity"]) == {str(text_file), str(other_text_file)}
+        assert entry["tokens"] == {str(text_file): 3 * 23, str(other_text_file): 3 * 23}
+    dense = models[0]["perplexity"][str(text_file)]
+    assert dense == pytest.approx(_plain_perplexity(model, text_file, 3, 24), rel=1e-4)
+    out, _ = cli(*argv)
+    assert f"{dense:.2f}" in out
+    assert "69" in out
+
+
+def _plain_perplexity(model: Path, text_file: Path, windows: int, seqlen: int) -> float:
+    """The textbook way: the loss of transformers itself, over each window."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model)(text_file.read_text())["input_ids"]
+    stock = AutoModelForCausalLM.from_pretrained(model)
+    with torch.inference_mode():
+        losses = [
+            stock(input_ids=row[None], labels=row[None]).loss
+            for row in torch.tensor(ids[: windows * seqlen]).view(windows, seqlen)
+        ]
+    return torch.stack(losses).mean().exp().item()
+
+
+def test_inspect(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
+    dense = cli.json("inspect", model)
+    assert dense["family"] == "llama"
+    assert dense["blocks"] == 3
+    assert dense["intermediate_sizes"] == [96, 96, 96]
+    assert dense["pruned"] is None
+    assert dense["parameters"] == sum(p.numel() for p in build_tiny_model("llama").parameters())
+    report = cli.json(
+        "prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, "--multiple", 1, *text
+    )
+    pruned = cli.json("inspect", tmp_path / "out")
+    assert pruned["intermediate_sizes"] == report["intermediate_sizes"]
+    assert pruned["parameters"] == report["parameters_after"]
+    assert pruned["pruned"]["ffn_sparsity"] == report["ffn_sparsity"]
+    assert pruned["pruned"]["criterion"]["sparsity"] == 0.4
+    out, _ = cli("inspect", tmp_path / "out")
+    assert "llama, 3 blocks" in out
+    assert str(model) in out
+
+
+# Bad input: exit 2, one sentence, nothing left behind.
+
+
+@pytest.fixture
+def refused(cli: Cli, tmp_path: Path, text: list[object]) -> Callable[..., str]:
+    """Prune into a fresh place and return the one sentence that it fails with."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(model: object, *options: object, sparsity: object = 0.4) -> str:
+        out, err = cli(
+            "prune", model, "--out", work / "out", f"--sparsity={sparsity}", *text, *options,
+            status=2,
+        )  # fmt: skip
+        assert out == ""
+        assert err.startswith("cfsp prune: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        assert entries(work) == set()
+        return err
+
+    return run
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+def test_missing_path(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert f"{tmp_path}/absent does not exist" in refused(tmp_path / "absent")
+
+
+def test_no_config(refused: Callable[..., str], copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert "no config.json" in refused(copy)
+
+
+def test_unsupported_family(refused: Callable[..., str], copy: Path) -> None:
+    from cfsp.families import FAMILIES
+
+    (copy / "config.json").write_text('{"model_type": "gpt2"}')
+    message = refused(copy)
+    assert "'gpt2' is not supported" in message
+    assert all(family in message for family in FAMILIES)
+
+
+@pytest.mark.parametrize("sparsity", ["1.0", "-0.1", "nan", "20"])
+def test_sparsity_out_of_range(refused: Callable[..., str], model: Path, sparsity: str) -> None:
+    message = refused(model, sparsity=sparsity)
+    assert "sparsity must be in [0, 1)" in message
+    assert str(float(sparsity)) in message
+
+
+def test_sparsity_that_no_plan_reaches(refused: Callable[..., str], model: Path) -> None:
+    assert "between 0 and 66.7% can be removed" in refused(model, sparsity=0.95)
+
+
+def test_nan_in_weights_names_the_block(refused: Callable[..., str], copy: Path) -> None:
+    broken = build_tiny_model("llama")
+    with torch.no_grad():
+        broken.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    broken.save_pretrained(copy)
+    message = refused(copy)
+    assert "block 2 has NaN or infinite values" in message
+    assert "mlp.up_proj.weight" in message
+
+
+def test_infinite_activations_name_the_block(refused: Callable[..., str], copy: Path) -> None:
+    broken = build_tiny_model("llama")
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+        broken.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
+    broken.save_pretrained(copy)
+    assert "block 1 produced NaN or infinite activations" in refused(copy)
+
+
+def test_truncated_shard_is_named(refused: Callable[..., str], copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    save_tiny_model("llama", copy, max_shard_size="50KB")
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert shard.name in refused(copy)
+
+
+def test_no_tokenizer(refused: Callable[..., str], copy: Path) -> None:
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert "no usable tokenizer" in refused(copy)
+
+
+def test_texts_that_do_not_do(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    assert "absent.txt is neither a file nor a known text" in refused(
+        model, "--data", tmp_path / "absent.txt"
+    )
+    (tmp_path / "short.txt").write_text("few words")
+    message = refused(model, "--data", tmp_path / "short.txt")
+    assert "short.txt holds 0 windows of 32 tokens, 3 are needed" in message
+
+
+def test_damaged_plan_and_statistics(
+    cli: Cli, refused: Callable[..., str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    _, err = cli(
+        "prune", model, "--out", tmp_path / "out", "--plan", tmp_path / "plan.json", status=2
+    )
+    assert "plan.json is not a pruning plan" in err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "s.safetensors").write_bytes(b"nothing")
+    assert "not a statistics file" in refused(model, "--statistics", tmp_path / "s.safetensors")
+
+
+def test_arguments_that_exclude_each_other(refused: Callable[..., str], model: Path) -> None:
+    assert "--plan and --sparsity exclude each other" in refused(model, "--plan", "p")
+    assert "--plan and --statistics exclude each other" in refused(
+        model, "--plan", "p", "--statistics", "s"
+    )
+
+
+def test_sparsity_is_needed(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
+    _, err = cli("prune", model, "--out", tmp_path / "out", *text, status=2)
+    assert "--sparsity is needed" in err
+
+
+def test_device_that_is_not_there(refused: Callable[..., str], model: Path) -> None:
+    assert "torch cannot use the device 'nonsense'" in refused(model, "--device", "nonsense")
+
+
+def test_output_that_is_not_empty(
+    cli: Cli, model: Path, text: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    printed, err = cli("prune", model, "--out", out, "--sparsity", 0.4, *text, status=2)
+    assert printed == ""
+    assert err.count("\n") == 1
+    assert "exists and is not empty; choose another output directory" in err
+    assert entries(out) == {"precious"}
+    assert entries(tmp_path) == {"out"}
+
+
+def test_statistics_file_that_exists_is_kept(
+    cli: Cli, model: Path, text: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "s").write_text("mine")
+    _, err = cli("calibrate", model, "--out", tmp_path / "s", *text, status=2)
+    assert "exists already" in err
+    assert (tmp_path / "s").read_text() == "mine"
+
+
+def test_unknown_argument_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], ["prune", "m"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+        assert "error:" in capsys.readouterr().err
+
+
+def test_interrupt_says_that_nothing_was_written(
+    cli: Cli, model: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cfsp.checkpoint.reading import Checkpoint
+
+    def interrupt(self: Checkpoint, name: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "read", interrupt)
+    _, err = cli("prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text, status=130)
+    assert "interrupted; nothing was written" in err
+    assert entries(tmp_path) == set()
