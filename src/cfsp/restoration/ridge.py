@@ -9,14 +9,16 @@ pruned, R rows (held-out tokens), C columns (a slice of D).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Relative ridge strengths, to be chosen from on held-out tokens.
-LAMBDAS = (1e-4, 1e-3, 1e-2)
+# Relative ridge strengths, to be chosen from on held-out tokens. With some 28,000 tokens of a
+# mixed text most blocks of SmolLM2-135M choose 0.1 or more; more tokens want less.
+LAMBDAS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0)
 
 # The solve is float64; these bound how much of it is in memory at once.
 _FACTOR_PANEL = 512
@@ -58,7 +60,8 @@ def restore_down_projection(
         kept: indices of the channels that stay, ascending.
         gram_FF: E[x xᵀ] over calibration tokens, float32.
         held_out_RF: activations of held-out tokens.
-        lambdas: relative strengths to try.
+        lambdas: relative strengths to try, ascending; once one does worse than the one before,
+            the rest is not tried.
     """
     device = gram_FF.device
     mask_F = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=device)
@@ -69,11 +72,15 @@ def restore_down_projection(
     best = RidgeSolution(plain_DK, None, error_of(plain_DK), error_of(plain_DK))
     if len(pruned_P) == 0:
         return best
+    previous = math.inf
     for ridge in lambdas:
         candidate_DK = _solve(down_DF, plain_DK, gram_FF, kept_K, pruned_P, ridge)
         if candidate_DK is None:
             continue
         error = error_of(candidate_DK)
+        if error > previous:
+            break
+        previous = error
         if error < best.error_after:
             best = RidgeSolution(candidate_DK, ridge, best.error_before, error)
     return best
