@@ -14,10 +14,10 @@ import torch
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import MissingExtraError, UsageError
+from cfsp.export.context import context_limit
 from cfsp.export.gguf_architecture import (
     Architecture,
     architecture_of,
-    context_limit,
     head_size,
 )
 from cfsp.export.gguf_rope import Rope, rope_of

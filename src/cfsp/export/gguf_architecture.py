@@ -103,24 +103,6 @@ def _qkv_specs_differ(source: Checkpoint) -> bool:
     return len({source.specs[f"{prefix}self_attn.{m}_proj.weight"].dtype for m in "qkv"}) > 1
 
 
-def context_limit(config: Any) -> tuple[int, str | None]:
-    """Return how many tokens the copy may read, and why if it is less than the model may.
-
-    A sliding window changes nothing as long as the text fits into it; graphs that have none
-    are right up to there.
-    """
-    length = int(config.max_position_embeddings)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or "sliding_attention" in kinds
-    if window is None or not slides or int(window) >= length:
-        return length, None
-    return int(window), (
-        f"the model attends to the last {window} tokens in some blocks, which this format cannot "
-        f"say: the context is limited to {window} tokens instead of {length}"
-    )
-
-
 def head_size(config: Any) -> int:
     """Return the number of elements of one attention head."""
     return int(

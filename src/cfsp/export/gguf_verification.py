@@ -9,7 +9,8 @@ import torch
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.export.gguf_architecture import architecture_of, context_limit
+from cfsp.export.context import context_limit
+from cfsp.export.gguf_architecture import architecture_of
 from cfsp.export.gguf_rope import rope_of
 from cfsp.export.gguf_tensors import gguf_tensors
 from cfsp.export.llama_cpp import LlamaCpp, has_llama_cpp, llama_cpp_version

@@ -45,9 +45,12 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)
     padding = widest * len(widths) - sum(widths)
+    layout = f"{source.family.causal_lm}, {len(widths)} blocks of {widest} channels"
+    if not padding:
+        return Written(layout, ("all blocks are equally wide: nothing was padded",))
     return Written(
-        layout=f"{source.family.causal_lm}, {len(widths)} blocks of {widest} channels",
-        notes=(
+        layout,
+        (
             f"{padding:,} of {widest * len(widths):,} channels are zeros: it runs everywhere, "
             "but saves no memory and no time over the widest block",
         ),

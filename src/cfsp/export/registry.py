@@ -7,11 +7,11 @@ from pathlib import Path
 from cfsp.checkpoint.output import staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import UsageError
-from cfsp.export import gguf, padded
+from cfsp.export import gguf, padded, vllm
 from cfsp.export.target import ExportOptions, ExportReport, Target
 from cfsp.manifest import Stopwatch
 
-TARGETS: dict[str, Target] = {module.TARGET.name: module.TARGET for module in (padded, gguf)}
+TARGETS: dict[str, Target] = {module.TARGET.name: module.TARGET for module in (padded, gguf, vllm)}
 
 
 def export_checkpoint(
