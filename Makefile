@@ -11,7 +11,7 @@ demo: $(STAMP)  ## prune a real trained model on real text and show gain and los
 	$(BIN)/cfsp demo --out demo
 
 test: $(STAMP)  ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 check: $(STAMP)  ## what CI runs besides the tests
 	$(BIN)/ruff format --check .
