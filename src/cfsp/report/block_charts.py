@@ -6,6 +6,7 @@ Shapes: L blocks, N bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,7 +127,9 @@ def strength_chart(runs: Sequence[RunFacts]) -> Chart | None:
     head = ["block"]
     for run, _ in measured:
         prefix = f"{run.name}: " if several else ""
-        head += [f"{prefix}{noun}" for noun in ("median", "weakest kept", "energy removed")]
+        head += [
+            f"{prefix}{noun}" for noun in ("median", "strongest", "weakest kept", "energy removed")
+        ]
     rows = [
         [
             str(i),
@@ -135,6 +138,7 @@ def strength_chart(runs: Sequence[RunFacts]) -> Chart | None:
                 for _, shape in measured
                 for cell in (
                     _short(shape.blocks[i].median),
+                    _short(shape.blocks[i].strongest),
                     _short(shape.blocks[i].cut),
                     f"{shape.blocks[i].energy_removed:.2%}",
                 )
@@ -146,7 +150,8 @@ def strength_chart(runs: Sequence[RunFacts]) -> Chart | None:
         "strengths",
         "How strong the channels are, and where the cut runs",
         "The breadth of a shape is the number of channels of that strength, on a logarithmic "
-        "scale. Where channels were chosen by activation alone the cut is a level line.",
+        "scale; the few beyond an end of the scale count at that end. Where channels were chosen "
+        "by activation alone, the cut is a level line.",
         draw,
         Table(head, rows),
         [Legend("kept", "kept"), Legend("gone", "removed")],
@@ -288,16 +293,14 @@ def _width_panel(title: str, plan: PruningPlan, bands: Bands) -> Panel:
 
 
 def _strength_panel(title: str, shape: Distribution, bands: Bands) -> Panel:
-    height = 220.0
+    height = 260.0
     edges = shape.edges_N1
     scale = Scale(edges[0], edges[-1], _TITLE + height, _TITLE)
     columns = [
         Column(_strength_words(i, block), _violin(block, edges, scale, bands, i))
         for i, block in enumerate(shape.blocks)
     ]
-    labels = {value: _power(value) for value in scale.ticks(5) if value == int(value)}
-    if len(labels) < 2:
-        labels = {value: f"{10**value:.2g}" for value in scale.ticks(5)}
+    labels = {math.log10(value): f"{value:,.10g}" for value in _log_ticks(edges[0], edges[-1])}
     return Panel(title, height, scale, labels, columns)
 
 
@@ -359,8 +362,9 @@ def _column(x: float, y: float, width: float, bottom: float, class_: str) -> Mar
 
 def _strength_words(index: int, block: BlockChannels) -> str:
     return (
-        f"Block {index}: median {_short(block.median)}, weakest kept {_short(block.cut)}, "
-        f"{block.energy_removed:.2%} of the activation energy removed"
+        f"Block {index}: median {_short(block.median)}, strongest {_short(block.strongest)}, "
+        f"weakest kept {_short(block.cut)}, {block.energy_removed:.2%} of the activation "
+        "energy removed"
     )
 
 
@@ -389,7 +393,9 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _power(exponent: float) -> str:
-    """Return 10 to a whole power, in words that are easy to read."""
-    value = 10.0**exponent
-    return f"{value:,.0f}" if value >= 1 else f"{value:.10f}".rstrip("0")
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return round values between two powers of ten: finer steps where the range is short."""
+    digits = (1.0, 2.0, 5.0) if high - low < 3 else (1.0,)
+    tens = range(math.floor(low), math.ceil(high) + 1)
+    values = [digit * 10.0**power for power in tens for digit in digits]
+    return [value for value in values if low <= math.log10(value) <= high]

@@ -23,9 +23,10 @@ from cfsp.pruning_plan import BlockPlan, PruningPlan
 
 Floats = npt.NDArray[np.float64]
 
-_BINS = 44
-# Of all channels, this share may be weaker than the lowest bin's edge; they count in that bin.
-_LOW_TAIL = 0.001
+_BINS = 48
+# Of all channels, this share may lie beyond either end; they count in the bin at that end. A
+# single massive channel would otherwise press all others into a corner.
+_TAIL = 0.002
 _MOST_POINTS = 256
 
 
@@ -37,6 +38,7 @@ class BlockChannels:
         kept_N: channels in each bin that stay.
         removed_N: channels in each bin that go.
         median: of the root mean square activation.
+        strongest: the largest one.
         cut: root mean square activation of the weakest channel that stays.
         energy_removed: share of activation energy that goes.
     """
@@ -44,6 +46,7 @@ class BlockChannels:
     kept_N: list[int]
     removed_N: list[int]
     median: float
+    strongest: float
     cut: float
     energy_removed: float
 
@@ -61,7 +64,7 @@ def distribution(statistics: Statistics, plan: PruningPlan) -> Distribution:
     rms = [_rms_F(block) for block in statistics.blocks]
     log = [np.log10(np.maximum(each, _least_positive(rms))) for each in rms]
     every = np.concatenate(log)
-    low, high = float(np.quantile(every, _LOW_TAIL)), float(every.max())
+    low, high = (float(edge) for edge in np.quantile(every, (_TAIL, 1 - _TAIL)))
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)
@@ -116,6 +119,7 @@ def _block(log_F: Floats, rms_F: Floats, edges: Floats, plan: BlockPlan) -> Bloc
         kept_N=np.histogram(log_F[mask_F], edges)[0].tolist(),
         removed_N=np.histogram(log_F[~mask_F], edges)[0].tolist(),
         median=float(np.median(rms_F)),
+        strongest=float(rms_F.max()),
         cut=float(rms_F[mask_F].min()),
         energy_removed=float(energy_F[~mask_F].sum()) / total if total > 0 else 0.0,
     )

@@ -40,7 +40,7 @@ def join(parts: Iterable[Markup]) -> Markup:
 
 def path(points: Sequence[tuple[float, float]], *, closed: bool = False) -> str:
     """Return the `d` of a path through points."""
-    text = "M" + "L".join(f"{_text(x)},{_text(y)}" for x, y in points)
+    text = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return text + "Z" if closed else text
 
 

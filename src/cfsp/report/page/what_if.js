@@ -43,7 +43,7 @@
         text(left - 8, y + 4, "tick end", label(high * share));
       }
     };
-    text(left, 14, "panel", "Channels that would stay (outline: this run)");
+    text(left, 14, "panel", "Channels that would stay (line: this run)");
     axis(top + tall, top, highest, (value) => whole.format(Math.round(value)));
     const second = top + tall + gap;
     if (low) {
@@ -61,7 +61,8 @@
         height: foot - top + 6}, group);
       svg("rect", {class: "gone", x, width: wide, rx: 1.5, ...place(full)}, group);
       const kept = svg("rect", {class: "kept", x, width: wide, rx: 1.5}, group);
-      svg("rect", {class: "outline", x, width: wide, rx: 1.5, ...place(run.kept[i])}, group);
+      const now = place(run.kept[i]).y;
+      svg("line", {class: "now", x1: x - 2, x2: x + wide + 2, y1: now, y2: now}, group);
       const error = low
         ? svg("rect", {class: "energy", x, width: wide, rx: 1.5}, group) : null;
       if (i % every === 0) text(x + wide / 2, foot + 16, "tick middle", i);
