@@ -56,9 +56,10 @@ class VllmEngine:
 
     def facts(self) -> dict[str, Any]:
         """Return what the timings hold for."""
-        from importlib.metadata import version
+        # The builds for the CPU go by other distribution names.
+        import vllm
 
-        return {"engine": "vllm", "vllm": version("vllm"), "dtype": self._dtype}
+        return {"engine": "vllm", "vllm": vllm.__version__, "dtype": self._dtype}
 
     def run(self, workload: Workload) -> Timing:
         """Time one prefill and the decoding after it."""
