@@ -29,7 +29,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="add perplexities and task scores that `cfsp eval --json` printed; repeatable",
+        help="add what `cfsp eval --json` or `cfsp bench --json` measured of the runs and of their "
+        "original; repeatable",
     )
     parser.add_argument(
         "--png", type=Path, metavar="DIR", help="also write the charts as pictures (extra report)"

@@ -77,6 +77,17 @@ def scale_from_zero(highest: float, start: float, end: float) -> Scale:
     return Scale(0.0, math.ceil(highest / step - 1e-9) * step, start, end)
 
 
+def round_scale(lowest: float, highest: float, start: float, end: float) -> Scale:
+    """Return a scale from a round value below the lowest to one above the highest.
+
+    It need not begin at zero: for curves, whose height is not a quantity.
+    """
+    step = _round_step(max(highest - lowest, abs(highest) * 1e-3, 1e-9) / 4)
+    low = math.floor(lowest / step + 1e-9) * step
+    high = math.ceil(highest / step - 1e-9) * step
+    return Scale(low, high if high > low else low + step, start, end)
+
+
 def _round_step(least: float) -> float:
     magnitude = 10.0 ** math.floor(math.log10(least))
     return next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= least * 0.999)

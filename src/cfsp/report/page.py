@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from cfsp.report.block_charts import method_chart, restoration_chart, strength_chart
 from cfsp.report.chart import Chart
+from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.reproduction import reproduction
 from cfsp.report.run_facts import RunFacts
 from cfsp.report.summary import headlines, summary_rows
@@ -96,8 +97,8 @@ def page_file(name: str) -> str:
 
 
 def _charts(runs: Sequence[RunFacts]) -> list[Chart]:
-    charts = [method_chart(runs), strength_chart(runs), restoration_chart(runs)]
-    return [chart for chart in charts if chart is not None]
+    kinds = (method_chart, strength_chart, restoration_chart, recovery_chart)
+    return [chart for kind in kinds if (chart := kind(runs)) is not None]
 
 
 def _what_if(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:

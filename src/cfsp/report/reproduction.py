@@ -15,14 +15,14 @@ class Reproduction:
 
     Attributes:
         name: the run.
-        command: what the user typed.
+        commands: what the user typed, in this order.
         load: Python that loads the result.
         conditions: name and value.
         manifest: the manifest, indented JSON.
     """
 
     name: str
-    command: str
+    commands: list[str]
     load: str
     conditions: list[tuple[str, str]]
     manifest: str
@@ -32,11 +32,17 @@ def reproduction(run: RunFacts) -> Reproduction:
     """Return how a run was made, from its manifest."""
     return Reproduction(
         run.name,
-        str(run.manifest.get("command") or "not recorded"),
+        _commands(run.manifest),
         _load_code(run),
         _conditions(run.manifest),
         json.dumps(run.manifest, indent=2, ensure_ascii=False),
     )
+
+
+def _commands(manifest: dict[str, Any]) -> list[str]:
+    """Return the commands: a recovered run was pruned by one before."""
+    both = (manifest.get("pruned") or {}).get("command"), manifest.get("command")
+    return [str(command) for command in both if command] or ["not recorded"]
 
 
 def _load_code(run: RunFacts) -> str:
@@ -78,6 +84,20 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         alone = len(restoration.get("left_alone", []))
         note = f", {alone} blocks left alone" if alone else ""
         lines.append(("restoration", f"{restoration['method']}{note}"))
+    recovery = manifest.get("recovery")
+    if recovery:
+        how = recovery["adaptation"]
+        method = f"{how['method']}, targets {how['targets']}"
+        if how["method"] != "full":
+            method += f", mean rank {how['rank']:g} by {how['allocation']}"
+        texts = ", ".join(
+            f"{name} ({n} windows)" for name, n in recovery["data"]["sources"].items()
+        )
+        length = (
+            f"{recovery['steps']:,} steps of {recovery['tokens_in_step']:,} tokens, "
+            f"{recovery['tokens_per_second']:,.0f} tokens/s"
+        )
+        lines += [("recovery", method), ("recovery text", texts), ("training", length)]
     if manifest.get("seconds"):
         times = ", ".join(f"{stage} {value:.1f} s" for stage, value in manifest["seconds"].items())
         lines.append(("time", times))

@@ -21,6 +21,21 @@ from cfsp.pruning_plan import PruningPlan
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Quality and speed; `before` is the original, `after` the run. Either may be missing.
+
+    Attributes:
+        perplexity: text -> {"before", "after", "tokens"}.
+        tasks: task -> {"before", "after"} -> scores as `cfsp eval --json` gives them.
+        speed: phase and workload -> {"before", "after"} in tokens per second, {"ratio", "ideal"}.
+    """
+
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    speed: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """One run.
 
@@ -31,8 +46,7 @@ class RunFacts:
         weight_bytes: size of its weight files on disk.
         plan: which channels stayed, if the file is there.
         statistics: of its calibration, if the file is there.
-        perplexity: text -> {"before", "after", "tokens"}; either side may be missing.
-        tasks: task -> {"before", "after"} -> scores as `cfsp eval --json` gives them.
+        measured: quality and speed.
     """
 
     name: str
@@ -41,8 +55,13 @@ class RunFacts:
     weight_bytes: int
     plan: PruningPlan | None = None
     statistics: Statistics | None = None
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    tasks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
+
+    def side_of(self, model: str) -> str | None:
+        """Return which side of this run a model is, by its name: before, after, or None."""
+        if Path(model).resolve() == self.directory.resolve():
+            return "after"
+        return "before" if model == self.base_name else None
 
     @property
     def base_name(self) -> str:
@@ -59,6 +78,12 @@ class RunFacts:
         """One entry for each block; empty without restoration."""
         blocks: list[dict[str, Any]] = (self.manifest.get("restoration") or {}).get("blocks", [])
         return blocks
+
+    @property
+    def recovery_history(self) -> list[dict[str, float]]:
+        """Step, held-out perplexity and, where there is one, loss; empty without recovery."""
+        history: list[dict[str, float]] = (self.manifest.get("recovery") or {}).get("history", [])
+        return history
 
     @property
     def size(self) -> ModelSize | None:
@@ -103,7 +128,7 @@ def read_run(directory: Path) -> RunFacts:
         weight_bytes=sum(file.stat().st_size for file in directory.glob("model*.safetensors")),
         plan=PruningPlan.load(plan) if plan.is_file() else None,
         statistics=Statistics.load(statistics) if statistics.is_file() else None,
-        perplexity=dict(manifest.get("perplexity") or {}),
+        measured=Measured(perplexity=_perplexity(manifest)),
     )
     _check_together(facts)
     return facts
@@ -122,54 +147,22 @@ def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
     ]
 
 
-def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
-    """Add what `cfsp eval --json` measured to the runs that it measured.
+def _perplexity(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return perplexities of the original and of this run.
 
-    Args:
-        runs: the runs of the page.
-        results: the object that the command printed. A model in it is one of the runs if it is
-            the same directory, and a run's original if it has the name that was pruned.
-
-    Raises:
-        ReportError: it is something else, or measures none of the runs.
+    A recovered run's manifest keeps what was measured when it was pruned; the run itself is
+    what recovery measured, and compares with the original where the tokens are the same.
     """
-    try:
-        models = [
-            (str(model["model"]), dict(model["perplexity"]), dict(model["tokens"]),
-             dict(model.get("tasks", {})))
-            for model in results["models"]
-        ]  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(
-            "the results are not what `cfsp eval --json` prints; expected an object with models"
-        ) from error
-    found = False
-    extended = []
-    for run in runs:
-        perplexity = {text: dict(values) for text, values in run.perplexity.items()}
-        tasks = {task: dict(scores) for task, scores in run.tasks.items()}
-        for name, values, tokens, scores in models:
-            side = _side(run, name)
-            if side is None:
-                continue
-            found = found or side == "after"
-            for text, value in values.items():
-                perplexity.setdefault(text, {}).update({side: value, "tokens": tokens[text]})
-            for task, score in scores.items():
-                tasks.setdefault(task, {})[side] = score
-        extended.append(replace(run, perplexity=perplexity, tasks=tasks))
-    if not found:
-        raise ReportError(
-            "the results are of none of the runs; they are of: "
-            + ", ".join(name for name, *_ in models)
-        )
-    return extended
-
-
-def _side(run: RunFacts, name: str) -> str | None:
-    if Path(name).resolve() == run.directory.resolve():
-        return "after"
-    return "before" if name == run.base_name else None
+    pruned: dict[str, dict[str, float]] = dict(manifest.get("perplexity") or {})
+    if "recovery" not in manifest:
+        return pruned
+    found = {}
+    for text, value in (manifest["recovery"].get("perplexity") or {}).items():
+        earlier = pruned.get(text, {})
+        found[text] = {"after": value["after"], "tokens": value["tokens"]}
+        if earlier.get("tokens") == value["tokens"]:
+            found[text]["before"] = earlier["before"]
+    return found
 
 
 def _check_together(facts: RunFacts) -> None:

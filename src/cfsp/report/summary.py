@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from statistics import median
 from typing import Any
 
 from cfsp.report.run_facts import RunFacts
@@ -47,7 +46,6 @@ NOTHING = "\N{EN DASH}"
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _MINUS = "\N{MINUS SIGN}"
 _NOTHING = Cell(NOTHING)
-_PHASES = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s"}
 
 
 def summary_rows(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
@@ -56,7 +54,7 @@ def summary_rows(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
         "Size": _size(runs),
         "Perplexity": _perplexity(runs),
         "Tasks": _tasks(runs),
-        "Speed": _speed(runs),
+        "Tokens per second": _speed(runs),
     }
     return {heading: rows for heading, rows in sections.items() if rows}
 
@@ -80,21 +78,17 @@ def headlines(run: RunFacts) -> list[Headline]:
                 _percent_less(manifest["ffn_sparsity"]), "FFN channels", f"{before:,} to {after:,}"
             )
         )
-    names = short_names(run.perplexity)
-    for text, value in list(run.perplexity.items())[:2]:
+    names = short_names(run.measured.perplexity)
+    for text, value in list(run.measured.perplexity.items())[:2]:
         if "before" in value and "after" in value:
             ratio = value["after"] / value["before"]
             detail = f"{value['before']:.2f} to {value['after']:.2f}, {names[text]}"
             lines.append(Headline(f"{_TIMES} {ratio:.2f}", "perplexity", detail))
-    speed = (manifest.get("speed") or {}).get("decode")
-    if speed:
-        lines.append(
-            Headline(
-                f"{_TIMES} {_ratio(speed['pruned']):.2f}",
-                "decode speed",
-                f"{_rate(speed['dense']):.1f} to {_rate(speed['pruned']):.1f} tokens/s",
-            )
-        )
+    for phase, speed in run.measured.speed.items():
+        if phase.startswith("decode") and "ratio" in speed:
+            detail = f"{speed['before']:.1f} to {speed['after']:.1f} tokens/s"
+            lines.append(Headline(f"{_TIMES} {speed['ratio']:.2f}", "decode speed", detail))
+            break
     return lines
 
 
@@ -143,11 +137,11 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
 
 
 def _perplexity(runs: Sequence[RunFacts]) -> list[Row]:
-    texts = _ordered(text for run in runs for text in run.perplexity)
+    texts = _ordered(text for run in runs for text in run.measured.perplexity)
     names = short_names(texts)
     rows = []
     for text in texts:
-        values = [run.perplexity.get(text, {}) for run in runs]
+        values = [run.measured.perplexity.get(text, {}) for run in runs]
         dense = next((value["before"] for value in values if "before" in value), None)
         tokens = next((value["tokens"] for value in values if "tokens" in value), None)
         cells = [_NOTHING if dense is None else Cell(f"{dense:.2f}")]
@@ -164,9 +158,9 @@ def _perplexity(runs: Sequence[RunFacts]) -> list[Row]:
 
 def _tasks(runs: Sequence[RunFacts]) -> list[Row]:
     rows = []
-    for task in _ordered(task for run in runs for task in run.tasks):
+    for task in _ordered(task for run in runs for task in run.measured.tasks):
         for metric in ("acc", "acc_norm"):
-            scores = [run.tasks.get(task, {}) for run in runs]
+            scores = [run.measured.tasks.get(task, {}) for run in runs]
             dense = next((each["before"] for each in scores if "before" in each), {})
             cells = [_score(dense, metric), *(_score(s.get("after", {}), metric) for s in scores)]
             if any(cell is not _NOTHING for cell in cells):
@@ -182,34 +176,17 @@ def _score(scores: dict[str, Any], metric: str) -> Cell:
 
 
 def _speed(runs: Sequence[RunFacts]) -> list[Row]:
-    """Return rows for each phase; every run has a measured original of its own.
-
-    Only ratios within one measurement mean something, so the original's column shows the first
-    run's and each run the ratio to its own.
-    """
+    """Return a row for each phase and workload; a run's ratio is to the original timed with it."""
     rows = []
-    for phase, name in _PHASES.items():
-        speeds = [(run.manifest.get("speed") or {}).get(phase) for run in runs]
-        first = next((speed for speed in speeds if speed), None)
-        if first is None:
-            continue
-        cells = [Cell(f"{_rate(first['dense']):,.1f}")]
-        cells += [
-            Cell(f"{_rate(speed['pruned']):,.1f}", f"{_TIMES} {_ratio(speed['pruned']):.2f}")
-            if speed
-            else _NOTHING
-            for speed in speeds
-        ]
-        rows.append(Row(name, cells, "median of interleaved rounds; ratio: median within a round"))
+    for phase in _ordered(phase for run in runs for phase in run.measured.speed):
+        speeds = [run.measured.speed.get(phase, {}) for run in runs]
+        dense = next((speed["before"] for speed in speeds if "before" in speed), None)
+        cells = [_NOTHING if dense is None else Cell(f"{dense:,.1f}")]
+        for speed in speeds:
+            note = f"{_TIMES} {speed['ratio']:.2f}" if "ratio" in speed else ""
+            cells.append(Cell(f"{speed['after']:,.1f}", note) if "after" in speed else _NOTHING)
+        rows.append(Row(phase, cells, "tokens per second: median of interleaved rounds"))
     return rows
-
-
-def _rate(speed: dict[str, Any]) -> float:
-    return float(median(speed["tokens_per_second"]))
-
-
-def _ratio(speed: dict[str, Any]) -> float:
-    return float(median(speed["ratios"]))
 
 
 def _percent_less(share: float) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import ReportError
+from cfsp.report.measured import with_results
 from cfsp.report.page import ModelGroup, group_runs, render_page
 from cfsp.report.pictures import load_renderer, picture_svg
-from cfsp.report.run_facts import read_runs, with_results
+from cfsp.report.run_facts import read_runs
 
 
 def write_report(
@@ -25,7 +26,8 @@ def write_report(
     Args:
         directories: that cfsp prune or cfsp recover wrote.
         out: the page, *.html.
-        results: JSON files from `cfsp eval --json`, of these runs and their originals.
+        results: JSON files from `cfsp eval --json` or `cfsp bench --json`, of these runs and
+            their originals.
         png: a directory for the charts as pictures.
 
     Returns:

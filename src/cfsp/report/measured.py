@@ -1,0 +1,90 @@
+"""Measurements that come beside a run: from its manifest, `cfsp eval --json`, `cfsp bench --json`.
+
+Each goes to one side of a run: `before`, the original, or `after`, the run itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cfsp.errors import ReportError
+from cfsp.report.run_facts import Measured, RunFacts
+
+_PHASES = ("prefill", "decode")
+
+Side = Callable[[str], str | None]
+
+
+def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
+    """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
+
+    Args:
+        runs: the runs of the page.
+        results: the object that the command printed. A model in it is one of the runs if it is
+            the same directory, and a run's original if it has the name that was pruned.
+
+    Raises:
+        ReportError: it is something else, or measures none of the runs.
+    """
+    try:
+        names = [str(model["model"]) for model in results["models"]]
+        add = _add_speed if "workloads" in results["models"][0] else _add_scores
+        extended = [
+            replace(run, measured=add(run.measured, results["models"], run.side_of)) for run in runs
+        ]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ReportError(
+            "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
+            f"{error!r} is missing or of another type"
+        ) from error
+    if not any(run.side_of(name) == "after" for run in runs for name in names):
+        raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
+    return extended
+
+
+def speed_of_manifest(measured: Measured, speed: dict[str, Any]) -> Measured:
+    """Add the speeds that the demonstration writes into a manifest; the models are named there."""
+    sides = {"dense": "before", "pruned": "after"}
+    return _add_speed(measured, speed["models"], sides.get)
+
+
+def _add_scores(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:
+    perplexity = {text: dict(values) for text, values in measured.perplexity.items()}
+    tasks = {task: dict(scores) for task, scores in measured.tasks.items()}
+    for model in models:
+        side = side_of(str(model["model"]))
+        if side is None:
+            continue
+        for text, value in model["perplexity"].items():
+            tokens = int(model["tokens"][text])
+            known = perplexity.setdefault(text, {"tokens": tokens})
+            if known["tokens"] != tokens:
+                # Numbers over other tokens do not compare: the newer ones replace the older.
+                known.clear()
+                known["tokens"] = tokens
+            known[side] = float(value)
+        for task, scores in model.get("tasks", {}).items():
+            tasks.setdefault(task, {})[side] = dict(scores)
+    return replace(measured, perplexity=perplexity, tasks=tasks)
+
+
+def _add_speed(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:
+    speed = {name: dict(sides) for name, sides in measured.speed.items()}
+    # Ratios are to the first model; they mean something here only if that is the original.
+    compared = side_of(str(models[0]["model"])) == "before"
+    for model in models:
+        side = side_of(str(model["model"]))
+        if side is None:
+            continue
+        for workload in model["workloads"]:
+            shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
+            for phase in _PHASES:
+                figures = workload[phase]
+                known = speed.setdefault(f"{phase}, {shape}", {})
+                known[side] = float(figures["tokens_per_second"])
+                if side == "after" and compared:
+                    known["ratio"] = float(figures["ratio"])
+                    known["ideal"] = float(figures["ideal_ratio"])
+    return replace(measured, speed=speed)
