@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cfsp.export.target import ExportReport
 
 # Spelled out here, because their home imports torch; a test compares.
-TARGETS = ("padded", "gguf", "vllm")
+TARGETS = ("padded", "gguf", "vllm", "openvino")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:

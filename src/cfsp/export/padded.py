@@ -69,33 +69,25 @@ def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verificatio
 
 
 def _outgoing(source: Checkpoint, name: str, spec: TensorSpec, widest: int) -> OutgoingTensor:
-    location = source.family.channel_axis(name)
-    if location is None or spec.shape[location[1]] == widest:
+    layout = source.family.layout_of(name)
+    if layout is None or layout.width(spec.shape) == widest:
         return OutgoingTensor(name, spec, lambda: source.chunks(name))
-    axis = location[1]
 
     def padded() -> Iterator[memoryview]:
-        return tensor_chunks(pad_channels(source.read(name), axis, widest))
+        return tensor_chunks(layout.pad(source.read(name), widest))
 
-    return OutgoingTensor(name, spec.with_length(axis, widest), padded)
-
-
-def pad_channels(tensor: Tensor, axis: int, width: int) -> Tensor:
-    """Return a tensor with zeros appended along one axis."""
-    shape = list(tensor.shape)
-    shape[axis] = width - tensor.shape[axis]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+    return OutgoingTensor(name, layout.resized(spec, widest), padded)
 
 
 def _check_tensor(source: Checkpoint, name: str, found: Tensor) -> None:
     expected = source.read(name)
-    location = source.family.channel_axis(name)
-    if location is not None:
-        axis = location[1]
-        width = expected.shape[axis]
-        if bool(found.narrow(axis, width, found.shape[axis] - width).any()):
+    layout = source.family.layout_of(name)
+    if layout is not None:
+        width = layout.width(expected.shape)
+        padding = range(width, layout.width(found.shape))
+        if bool(layout.select(found, padding).any()):
             raise ExportError(f"{name} has weights in the padding; nothing was kept")
-        found = found.narrow(axis, 0, width)
+        found = layout.select(found, range(width))
     if not torch.equal(found, expected):
         raise ExportError(f"{name} differs from the checkpoint's; nothing was kept")
 

@@ -7,11 +7,15 @@ from pathlib import Path
 from cfsp.checkpoint.output import staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import UsageError
-from cfsp.export import gguf, padded, vllm
+from cfsp.export import gguf, openvino, padded, vllm
 from cfsp.export.target import ExportOptions, ExportReport, Target
 from cfsp.manifest import Stopwatch
 
-TARGETS: dict[str, Target] = {module.TARGET.name: module.TARGET for module in (padded, gguf, vllm)}
+TARGETS: dict[str, Target] = {
+    module.TARGET.name: module.TARGET for module in (padded, gguf, vllm, openvino)
+}
+
+_TYPED = ("gguf", "openvino")
 
 
 def export_checkpoint(
@@ -43,8 +47,10 @@ def export_checkpoint(
     if target.suffix and out.suffix != target.suffix:
         raise UsageError(f"{to} writes one file: expected a name in {target.suffix}, found {out}")
     options = options or ExportOptions()
-    if options.weight_type is not None and to != "gguf":
-        raise UsageError(f"--type belongs to gguf; {to} keeps the checkpoint's own type")
+    if options.weight_type is not None and to not in _TYPED:
+        raise UsageError(
+            f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"
+        )
     watch = Stopwatch()
     with staged_file(out) if target.suffix else staged_directory(out) as staging:
         with watch.stage("write"):

@@ -1,0 +1,178 @@
+"""A causal LM as an OpenVINO model that keeps its keys and values itself.
+
+optimum-intel, which makes such models, allows no transformers that reads per-block widths (its
+2.2 wants at most 5.5), so the model is made here, with the interface that its runtime and
+OpenVINO GenAI expect: inputs `input_ids`, `attention_mask`, `position_ids` and `beam_idx`,
+output `logits`, and the cache as state.
+
+The model is traced through transformers' public attention interface: an attention function of
+ours gets each block's new keys and values, puts the past ones before them, and hands back what
+the next call needs. No cache class and no mask code of transformers takes part.
+
+Shapes: B batch, N heads, T new tokens, S all tokens, H head size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.errors import ExportError
+
+if TYPE_CHECKING:
+    import openvino
+    from transformers import PreTrainedModel
+
+_ATTENTION = "cfsp_keys_and_values_outside"
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class _Attention:
+    """What transformers calls in every block, with past and present of all blocks."""
+
+    def __init__(self) -> None:
+        self.mask_BS: Tensor | None = None
+        self.past: list[tuple[Tensor, Tensor]] = []
+        self.present: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query_BNTH: Tensor,
+        key_BNTH: Tensor,
+        value_BNTH: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, None]:
+        if special := [name for name in ("softcap", "s_aux") if more.get(name) is not None]:
+            raise ExportError(
+                f"OpenVINO export has no attention with {special[0]}; use --to padded"
+            )
+        past_key, past_value = self.past[len(self.present)]
+        key_BNSH = torch.cat([past_key, key_BNTH], dim=2)
+        value_BNSH = torch.cat([past_value, value_BNTH], dim=2)
+        self.present.append((key_BNSH, value_BNSH))
+        groups = query_BNTH.shape[1] // key_BNTH.shape[1]
+        out_BNTH = nn.functional.scaled_dot_product_attention(
+            query_BNTH,
+            _repeated(key_BNSH, groups),
+            _repeated(value_BNSH, groups),
+            attn_mask=self._bias(query_BNTH, sliding_window),
+            scale=scaling,
+        )
+        return out_BNTH.transpose(1, 2), None
+
+    def _bias(self, query_BNTH: Tensor, window: int | None) -> Tensor:
+        """Return what is added to the scores: 0 where a token may look, else very little."""
+        assert self.mask_BS is not None
+        every_S = torch.arange(self.mask_BS.shape[1])
+        new_T = every_S[-query_BNTH.shape[2] :]
+        seen_TS = every_S[None, :] <= new_T[:, None]
+        if window is not None:
+            seen_TS = seen_TS & (every_S[None, :] > new_T[:, None] - window)
+        seen = seen_TS[None, None] & self.mask_BS[:, None, None, :].bool()
+        nothing = torch.zeros((), dtype=query_BNTH.dtype)
+        return torch.where(seen, nothing, torch.finfo(query_BNTH.dtype).min)
+
+
+def _repeated(heads_BNSH: Tensor, groups: int) -> Tensor:
+    batch, heads, length, size = heads_BNSH.shape
+    expanded = heads_BNSH[:, :, None].expand(batch, heads, groups, length, size)
+    return expanded.reshape(batch, heads * groups, length, size)
+
+
+class _Step(nn.Module):
+    """One call: new tokens and the past in, logits and the new past out."""
+
+    def __init__(self, model: PreTrainedModel, attention: _Attention) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        self.attention.mask_BS = attention_mask
+        self.attention.past = list(zip(past[::2], past[1::2], strict=True))
+        self.attention.present = []
+        output: Any = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return (output.logits, *(t for pair in self.attention.present for t in pair))
+
+
+def convert(model: PreTrainedModel, blocks: int, key_heads: int, size: int) -> openvino.Model:
+    """Return a stateful OpenVINO model.
+
+    Args:
+        model: a causal LM in float32; its attention function is replaced.
+        blocks: number of decoder blocks.
+        key_heads: heads of keys and values.
+        size: elements of a head.
+    """
+    import openvino
+    from transformers import AttentionInterface
+
+    attention = _Attention()
+    AttentionInterface.register(_ATTENTION, attention)
+    model.set_attn_implementation(_ATTENTION)
+    past = [torch.zeros(2, key_heads, 4, size) for _ in range(2 * blocks)]
+    tokens_BT = torch.ones(2, 3, dtype=torch.int64)
+    example = (tokens_BT, torch.ones(2, 7, dtype=torch.int64), 4 + tokens_BT.cumsum(1) - 1, *past)
+    with torch.inference_mode(), warnings.catch_warnings():
+        # The tracer looks at every attribute of the model, deprecated ones too.
+        warnings.simplefilter("ignore")
+        converted: openvino.Model = openvino.convert_model(
+            _Step(model, attention), example_input=example
+        )
+    pairs = [(f"{kind}.{i}") for i in range(blocks) for kind in ("key", "value")]
+    for port, name in zip(
+        converted.inputs, [*INPUTS, *(f"past_{name}" for name in pairs)], strict=True
+    ):
+        port.get_tensor().set_names({name})
+        dynamic = [-1, -1] if name in INPUTS else [-1, key_heads, -1, size]
+        port.get_node().set_partial_shape(openvino.PartialShape(dynamic))
+    outputs = ["logits", *(f"present_{name}" for name in pairs)]
+    for port, name in zip(converted.outputs, outputs, strict=True):
+        port.get_tensor().set_names({name})
+    converted.validate_nodes_and_infer_types()
+    _keep_state(converted, pairs)
+    return converted
+
+
+def _keep_state(converted: openvino.Model, pairs: list[str]) -> None:
+    """Turn the past from inputs and outputs into state, reordered by `beam_idx`."""
+    import numpy as np
+    import openvino
+    from openvino import opset13
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    beams = opset13.parameter([-1], dtype=openvino.Type.i32, name="beam_idx")
+    beams.output(0).get_tensor().set_names({"beam_idx"})
+    converted.add_parameters([beams])
+    zero = opset13.constant(0)
+    for name in pairs:
+        port = converted.input(f"past_{name}")
+        readers = port.get_target_inputs()
+        chosen = opset13.gather(port, beams, zero)
+        for reader in readers:
+            reader.replace_source_output(chosen.output(0))
+    apply_make_stateful_transformation(
+        converted, {f"past_{name}": f"present_{name}" for name in pairs}
+    )
+    # A state begins with as many rows as the batch has, and no token.
+    shape = opset13.shape_of(converted.input("input_ids"), output_type="i64")
+    batch = opset13.gather(shape, opset13.constant([0]), zero)
+    for node in converted.get_ops():
+        if node.get_type_name() != "ReadValue":
+            continue
+        _, heads, _, size = node.get_output_partial_shape(0)
+        rest = np.array([heads.get_length(), 0, size.get_length()], dtype=np.int64)
+        start = opset13.concat([batch, opset13.constant(rest)], axis=0)
+        empty = opset13.constant(0.0, dtype=node.get_output_element_type(0))
+        node.set_arguments([opset13.broadcast(empty, start)])
+    converted.validate_nodes_and_infer_types()
