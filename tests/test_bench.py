@@ -145,6 +145,7 @@ def test_comparison_reports_every_round_of_every_model(
     assert main(["bench", *models, *arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["conditions"]["rounds"] == 3
+    assert len(report["rounds_given_up"]) == len(report["disturbance"]) == 2
     first, second = report["models"]
     assert [w["prompt"] for w in first["workloads"]] == [4, 8]
     for workload in first["workloads"]:
@@ -183,6 +184,52 @@ def test_peak_memory_is_the_model_processs_own(tiny_checkpoint: Callable[[str], 
     comparison = compare_speed([subject], [Workload(1, 4, 1)], Conditions(warmups=1, rounds=1))
     resident = comparison.models[0].memory.resident_bytes
     assert 50_000_000 < resident < ballast.nbytes
+
+
+def test_rounds_that_others_disturb_are_measured_again() -> None:
+    from cfsp.speed.measuring import _rounds
+    from cfsp.speed.process import Run
+    from cfsp.speed.workload import RETRIES, Timing
+
+    class Fake:
+        """Gives runs whose prefill takes as many seconds as there were runs before."""
+
+        def __init__(self, shares: list[float]) -> None:
+            self.shares, self.count = shares, 0
+
+        def run(self, workload: Workload) -> Run:
+            share = self.shares[self.count % len(self.shares)]
+            self.count += 1
+            return Run(Timing(self.count, 1.0), 1.0, share)
+
+    quiet: Any = Fake([0.0])
+    busy_now_and_then: Any = Fake([0.0, 0.3, 0.04])
+    conditions = Conditions(rounds=4, disturbance=0.05)
+    kept, given_up = _rounds([quiet, busy_now_and_then], WORKLOAD, conditions, lambda: None)
+    assert [[run.timing.prefill for run in runs] for runs in kept] == [[n, n] for n in (1, 3, 4, 6)]
+    assert given_up == 2
+    always_busy: Any = Fake([0.9])
+    kept, given_up = _rounds([always_busy], WORKLOAD, conditions, lambda: None)
+    assert len(kept) == 4
+    assert given_up == RETRIES * 4
+
+
+def test_share_of_others_is_what_the_machine_did_beyond_us() -> None:
+    import os
+
+    from cfsp.speed.disturbance import busy_seconds, share_of_others
+
+    processors = os.cpu_count() or 1
+    assert share_of_others(10.0, 14.0, 3.0, 2.0) == pytest.approx(1.0 / (2.0 * processors))
+    assert share_of_others(10.0, 12.9, 3.0, 2.0) == 0.0
+    assert share_of_others(None, None, 3.0, 2.0) == 0.0
+    if Path("/proc/stat").is_file():
+        before = busy_seconds()
+        assert before is not None
+        sum(i * i for i in range(3_000_000))
+        after = busy_seconds()
+        assert after is not None
+        assert after > before
 
 
 def test_errors_in_a_model_process_reach_the_user_as_they_are(
@@ -257,3 +304,39 @@ def test_parser_knows_every_engine() -> None:
     assert bench.ENGINES == ENGINES
     with pytest.raises(UsageError, match="found 'tgi'"):
         Conditions(engine="tgi")
+
+
+def test_llama_cpp_generates_what_transformers_generates(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
+    pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+    from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+
+    directory, file = tiny_checkpoint("llama"), tmp_path / "tiny.gguf"
+    arguments = ["--to", "gguf", "--type", "f32", "--out", str(file), "--no-verify"]
+    assert main(["export", str(directory), *arguments]) == 0
+    timed = LlamaCppEngine(Subject(file, "tiny"), Conditions(engine="llama.cpp", threads=1))
+    model = load(directory, dtype="float32")
+    prompt_BP = torch.tensor(timed._prompt(WORKLOAD))
+    expected_BN = model.generate(
+        prompt_BP,
+        attention_mask=torch.ones_like(prompt_BP),
+        min_new_tokens=WORKLOAD.new_tokens + 1,
+        max_new_tokens=WORKLOAD.new_tokens + 1,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[:, WORKLOAD.prompt :]
+    for _ in range(2):
+        timing = timed.run(WORKLOAD)
+        assert timed.tokens_BN == expected_BN.tolist()
+        assert timing.prefill > 0
+        assert timing.decode > 0
+    # The same model weighs the same, whichever engine runs it; only the cache is in F16 here.
+    work = work_of(LoadedModel(model), head=True, itemsize=4)
+    assert timed.footprint.work.block_parameters == work.block_parameters
+    assert timed.footprint.work.block_bytes == work.block_bytes
+    assert timed.footprint.work.head_bytes == work.head_bytes
+    assert timed.footprint.work.attention_width == work.attention_width
+    assert timed.footprint.work.cache_bytes == work.cache_bytes / 2

@@ -78,6 +78,14 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     group.add_argument(
         "--warmups", type=int, default=2, help="untimed runs of each (default: 2; compile: 3)"
     )
+    group.add_argument(
+        "--disturbance",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="measure a round again while other programs take more than this fraction of the "
+        "processors (default: 0.05)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="(default: the engine's own)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     group.add_argument(
@@ -101,7 +109,13 @@ def run(args: argparse.Namespace) -> None:
     # With a static cache the second run compiles once more: the cache then exists already.
     warmups = max(args.warmups, 3) if args.engine == "compile" else args.warmups
     conditions = Conditions(
-        args.engine, warmups, args.rounds, args.device, args.dtype, args.threads
+        args.engine,
+        warmups,
+        args.rounds,
+        args.disturbance,
+        args.device,
+        args.dtype,
+        args.threads,
     )
     comparison = compare_speed(subjects, workloads, conditions)
     if args.json:
@@ -150,7 +164,11 @@ def print_comparison(comparison: Comparison) -> None:
         ],
     )
     for workload in comparison.workloads:
-        print(f"\n{workload.describe()}")
+        print(
+            f"\n{workload.describe()}; other programs took "
+            f"{comparison.disturbance[workload]:.0%} of the processors, "
+            f"{comparison.rounds_given_up[workload]} rounds given up because they took more"
+        )
         _print_workload(comparison, workload)
     facts = ", ".join(f"{key} {value}" for key, value in comparison.models[0].facts.items())
     conditions = comparison.conditions

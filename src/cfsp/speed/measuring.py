@@ -6,16 +6,16 @@ median of the ratios within a round. Warm-up runs are not part of the rounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from cfsp.progress import item_progress
-from cfsp.speed.process import Memory, ModelProcess, model_process
+from cfsp.speed.process import Memory, ModelProcess, Run, model_process
 from cfsp.speed.subjects import Footprint, Subject
-from cfsp.speed.workload import Conditions, Timing, Workload
+from cfsp.speed.workload import RETRIES, Conditions, Timing, Workload
 
 PHASES = ("prefill", "decode")
 
@@ -106,16 +106,30 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on the same workloads; the first is what the others are compared to."""
+    """Models on the same workloads; the first is what the others are compared to.
+
+    Attributes:
+        models: in the order given.
+        workloads: in the order given.
+        conditions: how it was measured.
+        rounds_given_up: how many rounds other programs disturbed, by workload; they are not
+            part of the results.
+        disturbance: median fraction of the processors that other programs took in the rounds
+            that are, by workload.
+    """
 
     models: tuple[ModelSpeed, ...]
     workloads: tuple[Workload, ...]
     conditions: Conditions
+    rounds_given_up: dict[Workload, int]
+    disturbance: dict[Workload, float]
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
         return {
             "conditions": vars(self.conditions),
+            "rounds_given_up": list(self.rounds_given_up.values()),
+            "disturbance": [round(value, 4) for value in self.disturbance.values()],
             "models": [model.to_json() for model in self.models],
         }
 
@@ -135,27 +149,55 @@ def compare_speed(
     """
     timings: dict[Workload, list[list[Timing]]] = {}
     first_runs: list[dict[Workload, Timing]] = [{} for _ in subjects]
-    runs = len(subjects) * len(workloads) * (conditions.warmups + conditions.rounds)
+    given_up: dict[Workload, int] = {}
+    disturbance: dict[Workload, float] = {}
     with ExitStack() as stack:
         processes = [stack.enter_context(model_process(s, conditions)) for s in subjects]
-        bar = stack.enter_context(item_progress("bench", runs, "run"))
+        total = len(workloads) * (conditions.warmups + conditions.rounds)
+        bar = stack.enter_context(item_progress("bench", total, "round"))
         for workload in workloads:
-            for process, first_run in zip(processes, first_runs, strict=True):
-                for warmup in range(conditions.warmups):
-                    timing = process.run(workload)
+            for warmup in range(conditions.warmups):
+                for process, first_run in zip(processes, first_runs, strict=True):
+                    timing = process.run(workload).timing
                     if warmup == 0:
                         first_run[workload] = timing
-                    bar.update()
-            timings[workload] = [[] for _ in subjects]
-            for _ in range(conditions.rounds):
-                for process, timed in zip(processes, timings[workload], strict=True):
-                    timed.append(process.run(workload))
-                    bar.update()
+                bar.update()
+            rounds, given_up[workload] = _rounds(processes, workload, conditions, bar.update)
+            timings[workload] = [
+                [runs[number].timing for runs in rounds] for number in range(len(subjects))
+            ]
+            disturbance[workload] = median(run.disturbance for runs in rounds for run in runs)
         models = tuple(
             _model_speed(number, subject, processes, timings, first_runs[number])
             for number, subject in enumerate(subjects)
         )
-    return Comparison(models, tuple(workloads), conditions)
+    return Comparison(models, tuple(workloads), conditions, given_up, disturbance)
+
+
+def _rounds(
+    processes: Sequence[ModelProcess],
+    workload: Workload,
+    conditions: Conditions,
+    on_round: Callable[[], object],
+) -> tuple[list[list[Run]], int]:
+    """Run rounds, again where other programs took part of the machine.
+
+    What counts is what the others did, never the timing itself: that would choose results.
+
+    Returns:
+        The rounds, each with one run of every model, and how many were given up.
+    """
+    kept: list[list[Run]] = []
+    given_up = 0
+    while len(kept) < conditions.rounds:
+        runs = [process.run(workload) for process in processes]
+        disturbed = max(run.disturbance for run in runs) > conditions.disturbance
+        if disturbed and given_up < RETRIES * conditions.rounds:
+            given_up += 1
+            continue
+        kept.append(runs)
+        on_round()
+    return kept, given_up
 
 
 def _model_speed(

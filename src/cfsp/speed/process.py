@@ -11,12 +11,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CfspError
 from cfsp.manifest import peak_rss_bytes
+from cfsp.speed.disturbance import busy_seconds, share_of_others
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
+
+if TYPE_CHECKING:
+    from cfsp.speed.engine import Engine
 
 _STOP_SECONDS = 30
 
@@ -34,6 +38,21 @@ class Loaded:
     footprint: Footprint
     facts: dict[str, Any]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        timing: of its parts.
+        cpu_seconds: that the process used, all threads together.
+        disturbance: fraction of all processors that other programs took meanwhile.
+    """
+
+    timing: Timing
+    cpu_seconds: float
+    disturbance: float
 
 
 @dataclass(frozen=True)
@@ -69,10 +88,10 @@ class ModelProcess:
         self._connection = connection
         self.loaded = loaded
 
-    def run(self, workload: Workload) -> Timing:
-        """Time one run; nothing else runs meanwhile."""
-        timing: Timing = _ask(self._connection, workload)
-        return timing
+    def run(self, workload: Workload) -> Run:
+        """Time one run; no other model runs meanwhile."""
+        run: Run = _ask(self._connection, workload)
+        return run
 
     def memory(self) -> Memory:
         """Return the peak so far."""
@@ -138,20 +157,29 @@ def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> 
         while True:
             request = connection.recv()
             if isinstance(request, Workload):
-                # A collection in the middle of a run would be timed with it.
-                gc.collect()
-                gc.disable()
-                connection.send(engine.run(request))
-                gc.enable()
+                connection.send(_run(engine, request))
             else:
                 connection.send(Memory(_peak_resident_bytes(), engine.peak_device_bytes()))
-    except EOFError:
+    except (EOFError, ConnectionError):
+        # The other side has gone.
         return
     except CfspError as error:
         connection.send(_Failure(type(error), str(error)))
     except Exception as error:
         # As text: not every exception survives pickling.
         connection.send(RuntimeError("".join(traceback.format_exception(error))))
+
+
+def _run(engine: Engine, workload: Workload) -> Run:
+    # A collection in the middle of a run would be timed with it.
+    gc.collect()
+    gc.disable()
+    busy, cpu, wall = busy_seconds(), time.process_time(), time.perf_counter()
+    timing = engine.run(workload)
+    own, spent = time.process_time() - cpu, time.perf_counter() - wall
+    share = share_of_others(busy, busy_seconds(), own, spent)
+    gc.enable()
+    return Run(timing, own, share)
 
 
 def _peak_resident_bytes() -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from cfsp.errors import UsageError
 
+# How many disturbed rounds are given up for each wanted one.
+RETRIES = 4
 ENGINES = ("transformers", "compile", "llama.cpp", "openvino", "vllm")
 
 
@@ -45,6 +47,8 @@ class Conditions:
         engine: one of `ENGINES`.
         warmups: untimed runs of each workload before the rounds; their first is reported.
         rounds: timed runs of each model, in turns.
+        disturbance: a round is measured again while other programs take more than this
+            fraction of the processors, but at most `rounds` times `RETRIES`.
         device: as for prune; the engines transformers and compile only.
         dtype: what weights are computed in; the engines transformers and compile only.
         threads: threads of each process; None for the engine's own choice.
@@ -53,6 +57,7 @@ class Conditions:
     engine: str = "transformers"
     warmups: int = 2
     rounds: int = 7
+    disturbance: float = 0.05
     device: str = "cpu"
     dtype: str = "auto"
     threads: int | None = None
