@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cfsp.export.target import ExportReport
 
 # Spelled out here, because their home imports torch; a test compares.
-TARGETS = ("padded", "gguf", "vllm", "openvino")
+TARGETS = ("gguf", "vllm", "openvino", "padded", "uniform")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -33,8 +33,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.add_argument(
         "--type",
         metavar="TYPE",
-        help="gguf: f32, f16, bf16, q8_0 or, through llama.cpp, q4_k_m, q5_k_m, q6_k, ... "
-        "(default: the checkpoint's own)",
+        help="gguf: f32, f16, bf16, q8_0 or, through llama.cpp, q4_k_m, q5_k_m, q6_k, ...; "
+        "openvino: f32 or f16 (default: the checkpoint's own)",
     )
     parser.add_argument(
         "--pre-tokenizer",
@@ -77,6 +77,8 @@ def print_report(report: ExportReport) -> None:
     check = report.verification
     if check is None:
         print("not verified")
+    elif not check.tokens:
+        print(f"verified by {check.reader}")
     else:
         greedy = f", {check.greedy_steps} greedy tokens equal" if check.greedy_steps else ""
         print(

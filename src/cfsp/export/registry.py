@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cfsp.checkpoint.output import staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import UsageError
-from cfsp.export import gguf, openvino, padded, vllm
+from cfsp.export import gguf, openvino, padded, uniform, vllm
 from cfsp.export.target import ExportOptions, ExportReport, Target
 from cfsp.manifest import Stopwatch
 
 TARGETS: dict[str, Target] = {
-    module.TARGET.name: module.TARGET for module in (padded, gguf, vllm, openvino)
+    module.TARGET.name: module.TARGET for module in (gguf, vllm, openvino, padded, uniform)
 }
 
 _TYPED = ("gguf", "openvino")
@@ -46,7 +47,7 @@ def export_checkpoint(
         raise UsageError(f"unknown target {to!r}; expected one of {', '.join(TARGETS)}")
     if target.suffix and out.suffix != target.suffix:
         raise UsageError(f"{to} writes one file: expected a name in {target.suffix}, found {out}")
-    options = options or ExportOptions()
+    options = replace(options or ExportOptions(), destination=str(out))
     if options.weight_type is not None and to not in _TYPED:
         raise UsageError(
             f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"
