@@ -34,6 +34,8 @@ from cfsp.report.summary import NOTHING
 
 _LEFT, _RIGHT, _TITLE, _FOOT, _GAP = 52.0, 6.0, 26.0, 40.0, 30.0
 _BAR = 0.72
+# Half the breadth of a single channel, so that it can be seen.
+_LEAST_REACH = 0.7
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,7 @@ def _violin(
     def outline(counts: Sequence[int]) -> str:
         right, left = [], []
         for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-            reach = half * count / widest
+            reach = max(half * count / widest, _LEAST_REACH) if count else 0.0
             right += [(x + reach, scale(low)), (x + reach, scale(high))]
             left += [(x - reach, scale(low)), (x - reach, scale(high))]
         return path([*right, *reversed(left)], closed=True)

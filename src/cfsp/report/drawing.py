@@ -179,4 +179,4 @@ def drawing(width: float, height: float, label: str, *parts: Markup) -> Markup:
 
 
 WIDE = 920
-NARROW = 440
+NARROW = 400

@@ -44,10 +44,22 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
     return extended
 
 
-def speed_of_manifest(measured: Measured, speed: dict[str, Any]) -> Measured:
-    """Add the speeds that the demonstration writes into a manifest; the models are named there."""
+def with_own_speed(run: RunFacts) -> RunFacts:
+    """Add the speeds in a run's manifest, where the demonstration has put them.
+
+    Raises:
+        ReportError: they are not what `cfsp bench --json` prints.
+    """
+    speed = run.manifest.get("speed")
+    if not speed:
+        return run
     sides = {"dense": "before", "pruned": "after"}
-    return _add_speed(measured, speed["models"], sides.get)
+    try:
+        return replace(run, measured=_add_speed(run.measured, speed["models"], sides.get))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ReportError(
+            f"{run.directory}: the speed in the manifest is damaged: {error!r}"
+        ) from error
 
 
 def _add_scores(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:

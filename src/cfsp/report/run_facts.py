@@ -18,6 +18,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.errors import ReportError
 from cfsp.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
 from cfsp.pruning_plan import PruningPlan
+from cfsp.report.manifest_check import check_manifest
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def read_run(directory: Path) -> RunFacts:
             f"{directory} has no {MANIFEST_FILE}; a report needs a directory that cfsp prune "
             "or cfsp recover wrote"
         )
+    check_manifest(manifest, directory)
     plan, statistics = directory / PLAN_FILE, directory / STATISTICS_FILE
     facts = RunFacts(
         name=directory.resolve().name,

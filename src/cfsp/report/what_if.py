@@ -13,7 +13,7 @@ from typing import Any
 
 from cfsp.allocation import AUTO_MULTIPLE_NARROW
 from cfsp.importance.coarse import SIGMOID_GAIN
-from cfsp.report.channels import curve_step, removal_curve
+from cfsp.report.channels import curve_step, energy_removed, removal_curve
 from cfsp.report.run_facts import RunFacts
 
 
@@ -28,10 +28,12 @@ def what_if_data(run: RunFacts) -> dict[str, Any] | None:
         return None
     multiple = int(plan.criterion.get("multiple", AUTO_MULTIPLE_NARROW))
     steps = [curve_step(block.width, multiple) for block in plan.blocks]
-    curves = None
+    curves = own = None
     if run.statistics is not None:
         pairs = zip(run.statistics.blocks, steps, strict=True)
         curves = [removal_curve(block, step) for block, step in pairs]
+        both = zip(run.statistics.blocks, plan.blocks, strict=True)
+        own = [energy_removed(statistics, block.kept) for statistics, block in both]
     of = str(plan.criterion.get("of", "ffn"))
     return {
         "name": run.name,
@@ -47,7 +49,8 @@ def what_if_data(run: RunFacts) -> dict[str, Any] | None:
         "parameters": size.parameters,
         "steps": steps,
         "removed": curves,
-        "ranked": plan.criterion.get("channel_metric") == "activation",
+        "channelMetric": str(plan.criterion.get("channel_metric")),
+        "ownRemoved": own,
     }
 
 

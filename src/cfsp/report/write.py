@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import ReportError
-from cfsp.report.measured import with_results
+from cfsp.report.measured import with_own_speed, with_results
 from cfsp.report.page import ModelGroup, group_runs, render_page
 from cfsp.report.pictures import load_renderer, picture_svg
 from cfsp.report.run_facts import read_runs
@@ -39,7 +39,7 @@ def write_report(
     """
     if out.suffix not in (".html", ".htm"):
         raise ReportError(f"the report is a web page: expected a name like report.html, not {out}")
-    runs = read_runs(directories)
+    runs = [with_own_speed(run) for run in read_runs(directories)]
     for path in results:
         runs = with_results(runs, _read_results(path))
     groups = group_runs(runs)

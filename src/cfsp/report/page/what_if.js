@@ -99,7 +99,7 @@
 
   function update() {
     const run = runs[Number(chosen.value)];
-    const width = window.matchMedia("(max-width: 44rem)").matches ? 440 : 920;
+    const width = window.matchMedia("(max-width: 44rem)").matches ? 400 : 920;
     const key = chosen.value + "/" + width;
     if (drawnFor !== key) { layOut(run, width); drawnFor = key; }
     const sparsity = Number(slider.value) / 100;
@@ -121,12 +121,23 @@
       ? "worst: block " + removedL.indexOf(Math.max(...removedL)) + ", " +
         percent(Math.max(...removedL), 1)
       : "needs statistics, which this run has not";
-    find("what-if-ranking").hidden = run.ranked || !removedL;
     fillTable(run, keptL, removedL);
+  }
+
+  /* The curves rank channels by activation. Where the run did not, say how far off that is. */
+  function explainRanking(run) {
+    const note = find("what-if-ranking");
+    note.hidden = run.channelMetric === "activation" || !run.removed;
+    if (note.hidden) return;
+    note.textContent = "This run chose its channels by “" + run.channelMetric + "”; the " +
+      "prediction ranks them by activation alone. At the run’s own widths it predicts " +
+      percent(mean(energyRemoved(run, run.kept)), 1) + ", and the channels that really went " +
+      "held " + percent(mean(run.ownRemoved), 1) + ".";
   }
 
   function choose() {
     const run = runs[Number(chosen.value)];
+    explainRanking(run);
     slider.max = Math.round(100 * run.most);
     slider.value = Math.round(100 * run.sparsity);
     update();

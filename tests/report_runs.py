@@ -1,0 +1,78 @@
+"""Runs for the tests of the report: real prunings of a tiny model, and variations of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cfsp.allocation import Budget
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.pipeline import prune_checkpoint
+from cfsp.planning import Criterion
+from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings, Restore
+
+HISTORY = [
+    {"step": 0, "perplexity": 41.5},
+    {"step": 10, "perplexity": 33.25, "loss": 3.5},
+    {"step": 20, "perplexity": 30.125, "loss": 3.25},
+]
+
+
+def prune_tiny(
+    model: Path,
+    text: Path,
+    out: Path,
+    *,
+    budget: Budget,
+    restore: Restore = "ridge",
+    channel_metric: str = "activation",
+) -> Path:
+    """Prune a tiny model with everything that a report shows."""
+    prune_checkpoint(
+        open_checkpoint(model),
+        out,
+        PruneSettings(
+            budget,
+            Criterion(channel_metric=channel_metric),
+            CalibrationText((str(text),), samples=8, seqlen=32),
+            Compute("cpu", "float32"),
+            restore,
+        ),
+        evaluation=EvaluationText((str(text),), windows=2, seqlen=32),
+        command=f"cfsp prune {model} --sparsity {budget.sparsity} --out {out}",
+    )
+    return out
+
+
+def changed_copy(run: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Copy a run and change its manifest."""
+    shutil.copytree(run, out)
+    file = out / "cfsp.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    return out
+
+
+def recovered(manifest: dict[str, Any]) -> None:
+    """Make a manifest that of a recovered run, with the keys that recovery writes."""
+    text, value = next(iter(manifest["perplexity"].items()))
+    manifest |= {
+        "operation": "recover",
+        "pruned": {"command": manifest["command"]},
+        "command": "cfsp recover pruned --out recovered",
+        "recovery": {
+            "adaptation": {"method": "lora", "targets": "all", "rank": 8, "allocation": "uniform"},
+            "data": {"sources": {text: 10}},
+            "steps": 20,
+            "tokens_in_step": 512,
+            "tokens_per_second": 300.0,
+            "history": HISTORY,
+            "perplexity": {
+                text: {"before": value["after"], "after": 123.25, "tokens": value["tokens"]}
+            },
+        },
+    }

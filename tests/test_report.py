@@ -1,0 +1,378 @@
+"""The report: what it gathers, how it draws, what it refuses, and that nothing foreign gets in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cfsp.allocation import Budget
+from cfsp.calibration.statistics import BlockStatistics
+from cfsp.cli import main
+from cfsp.errors import CheckpointError, ReportError
+from cfsp.report.channels import curve_step, distribution, energy_removed, removal_curve
+from cfsp.report.drawing import Scale, element, round_scale, scale_from_zero
+from cfsp.report.page import script_json
+from cfsp.report.run_facts import RunFacts, read_run, read_runs
+from cfsp.report.summary import short_names, summary_rows
+from cfsp.report.write import write_report
+from report_runs import HISTORY, changed_copy, prune_tiny, recovered
+
+HOSTILE = '"></script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "run"
+    return prune_tiny(tiny_checkpoint("llama"), text_file, out, budget=Budget(0.5, multiple=8))
+
+
+@pytest.fixture(scope="module")
+def facts(run: Path) -> RunFacts:
+    return read_run(run)
+
+
+class _Page(HTMLParser):
+    """Collects what a browser would execute or load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def rendered(runs: list[Path], tmp_path: Path, **options: Any) -> str:
+    out = tmp_path / "report.html"
+    write_report(runs, out, **options)
+    return out.read_text()
+
+
+def test_page_is_complete_in_itself(run: Path, tmp_path: Path) -> None:
+    text = rendered([run], tmp_path)
+    page = _Page(text)
+    loading = {"link", "img", "iframe", "object", "embed", "base", "form", "video", "audio"}
+    assert not [tag for tag, _ in page.tags if tag in loading]
+    assert not [attrs for _, attrs in page.tags if "src" in attrs or "href" in attrs]
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert not [attrs for _, attrs in page.tags if "style" in attrs]  # the policy forbids them
+    assert "@import" not in text and "url(" not in text
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
+    assert policy is not None and "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_every_chart_has_words_and_a_table(run: Path, tmp_path: Path) -> None:
+    text = rendered([run], tmp_path)
+    page = _Page(text)
+    plots = [attrs for tag, attrs in page.tags if attrs.get("class") == "plot"]
+    assert len(plots) == 4  # method, strengths, restoration, what-if
+    assert all(plot["tabindex"] == "0" and plot["aria-label"] for plot in plots)
+    images = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(images) == 6
+    assert all(image["role"] == "img" and len(image["aria-label"] or "") > 40 for image in images)
+    assert text.count("<figure>") == text.count("<details>") - 1 == 4  # and the manifest's
+
+
+def test_numbers_of_the_manifest_are_in_the_summary(facts: RunFacts, text_file: Path) -> None:
+    sections = summary_rows([facts])
+    size = {row.name: [cell.value for cell in row.cells] for row in sections["Size"]}
+    assert size["parameters"] == [
+        f"{facts.manifest['parameters_before']:,}",
+        f"{facts.manifest['parameters_after']:,}",
+    ]
+    assert size["FFN channels"] == ["288", "144"]
+    measured = facts.manifest["perplexity"][str(text_file)]
+    (row,) = sections["Perplexity"]
+    assert [cell.value for cell in row.cells] == [
+        f"{measured['before']:.2f}",
+        f"{measured['after']:.2f}",
+    ]
+
+
+def test_parameters_of_a_channel_follow_from_the_manifest(facts: RunFacts) -> None:
+    assert facts.size is not None
+    assert set(facts.size.channel_parameters_L) == {3 * 32}
+    kept = facts.manifest["intermediate_sizes"]
+    assert facts.size.parameters_with(kept) == facts.manifest["parameters_after"]
+
+
+def test_distribution_counts_every_channel_on_its_side_of_the_cut(facts: RunFacts) -> None:
+    assert facts.statistics is not None and facts.plan is not None
+    shape = distribution(facts.statistics, facts.plan)
+    for block, plan, statistics in zip(
+        shape.blocks, facts.plan.blocks, facts.statistics.blocks, strict=True
+    ):
+        assert sum(block.kept_N) == len(plan.kept)
+        assert sum(block.removed_N) == plan.width - len(plan.kept)
+        energy_F = statistics.sum_of_squares_F.numpy()
+        gone = np.setdiff1d(np.arange(plan.width), plan.kept)
+        assert block.energy_removed == pytest.approx(energy_F[gone].sum() / energy_F.sum())
+        assert block.energy_removed == pytest.approx(energy_removed(statistics, plan.kept))
+        # Chosen by activation: no bin above the cut's own has a removed channel.
+        highest_removed = max(i for i, count in enumerate(block.removed_N) if count)
+        lowest_kept = min(i for i, count in enumerate(block.kept_N) if count)
+        assert highest_removed <= lowest_kept
+        assert block.cut <= block.strongest
+
+
+def test_removal_curve_is_the_energy_beyond_the_strongest() -> None:
+    energy_F = torch.tensor([1.0, 16.0, 4.0, 9.0, 0.0], dtype=torch.float64)
+    block = BlockStatistics({}, energy_F, energy_F, 10)
+    assert removal_curve(block, 1) == pytest.approx([1.0, 14 / 30, 5 / 30, 1 / 30, 0, 0], abs=1e-5)
+    assert removal_curve(block, 2) == pytest.approx([1.0, 5 / 30, 0.0, 0.0], abs=1e-5)
+    dead = BlockStatistics({}, energy_F * 0, energy_F * 0, 10)
+    assert removal_curve(dead, 2)[-1] == 0.0 and energy_removed(dead, [0]) == 0.0
+
+
+@pytest.mark.parametrize(("width", "multiple", "step"), [(1536, 32, 32), (18944, 1, 74)])
+def test_curves_stay_short_at_any_width(width: int, multiple: int, step: int) -> None:
+    assert curve_step(width, multiple) == step
+    assert width / step <= 256
+
+
+def test_recovered_run_shows_its_own_perplexity_and_curve(run: Path, tmp_path: Path) -> None:
+    copy = changed_copy(run, tmp_path / "recovered", recovered)
+    facts = read_run(copy)
+    (value,) = facts.measured.perplexity.values()
+    dense = next(iter(facts.manifest["perplexity"].values()))["before"]
+    assert value["after"] == 123.25 and value["before"] == dense
+    text = rendered([run, copy], tmp_path)
+    for entry in HISTORY:
+        assert f"<td>{entry['perplexity']:.2f}</td>" in text
+    assert "cfsp recover pruned --out recovered" in text
+    assert "How recovery went" in text
+
+
+def test_several_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    copies = [changed_copy(run, tmp_path / name / "run", lambda m: None) for name in ("a", "b")]
+    assert [each.name for each in read_runs(copies)] == [str(copy) for copy in copies]
+    assert [each.name for each in read_runs(copies[:1])] == ["run"]
+
+
+def test_runs_of_different_models_get_tables_of_their_own(
+    run: Path, tiny_checkpoint: Any, text_file: Path, tmp_path: Path
+) -> None:
+    other = prune_tiny(
+        tiny_checkpoint("qwen3"),
+        text_file,
+        tmp_path / "other",
+        budget=Budget(0.25, multiple=8),
+        restore="none",
+        channel_metric="relative",
+    )
+    text = rendered([run, other], tmp_path)
+    assert text.count("What went in and what came out:") == 2
+    assert text.count('class="section"') == 4
+    assert [each["name"] for each in _what_if(text)] == ["run", "other"]
+
+
+def test_page_without_statistics_leaves_out_what_they_show(run: Path, tmp_path: Path) -> None:
+    copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
+    (copy / "cfsp_statistics.safetensors").unlink()
+    text = rendered([copy], tmp_path)
+    assert "How strong the channels are" not in text
+    assert "What each block does" in text
+    assert [each["removed"] for each in _what_if(text)] == [None]
+    (copy / "cfsp_plan.json").unlink()
+    text = rendered([copy], tmp_path)
+    assert "What each block does" not in text and _what_if(text) == []
+
+
+@pytest.mark.parametrize("key", ["name", "command", "text", "version", "method"])
+def test_foreign_text_cannot_become_markup(run: Path, tmp_path: Path, key: str) -> None:
+    def poison(manifest: dict[str, Any]) -> None:
+        match key:
+            case "name":
+                manifest["base_model"]["name"] = HOSTILE
+            case "command":
+                manifest["command"] = HOSTILE
+            case "text":
+                manifest["perplexity"] = {HOSTILE: {"before": 1.0, "after": 2.0, "tokens": 3}}
+            case "version":
+                manifest["versions"][HOSTILE] = HOSTILE
+            case "method":
+                manifest["restoration"]["method"] = HOSTILE
+
+    copy = changed_copy(run, tmp_path / "copy", poison)
+    clean, dirty = _Page(rendered([run], tmp_path)), _Page(rendered([copy], tmp_path))
+    assert "hacked" in (tmp_path / "report.html").read_text()
+    assert [tag for tag, _ in dirty.tags].count("img") == 0
+    scripts = [tag for tag, _ in clean.tags].count("script")
+    assert [tag for tag, _ in dirty.tags].count("script") == scripts == 2
+    assert not [name for _, attrs in dirty.tags for name in attrs if name.startswith("on")]
+
+
+def test_hostile_directory_name(run: Path, tmp_path: Path) -> None:
+    name = HOSTILE.replace("/", "")
+    copy = changed_copy(run, tmp_path / name, lambda manifest: None)
+    text = rendered([copy], tmp_path)
+    assert [each["name"] for each in _what_if(text)] == [name]
+    assert [tag for tag, _ in _Page(text).tags].count("img") == 0
+
+
+def test_script_json_cannot_end_its_element() -> None:
+    value = {"name": "</script><!-- &"}
+    text = script_json(value)
+    assert "<" not in text and json.loads(text) == value
+    with pytest.raises(ValueError, match="JSON"):
+        script_json({"value": float("nan")})
+
+
+def test_elements_escape_children_and_attributes() -> None:
+    drawn = element("text", "<b>", class_='"x"', data_say="a&b", x=1.50, y=None)
+    assert drawn == '<text class="&#34;x&#34;" data-say="a&amp;b" x="1.5">&lt;b&gt;</text>'
+
+
+@pytest.mark.parametrize("highest", [1e-9, 0.0007, 0.47, 1.0, 2.5, 1536.0, 3e9])
+def test_scales_reach_their_values_with_round_ticks(highest: float) -> None:
+    scale = scale_from_zero(highest, 100.0, 0.0)
+    assert scale(0.0) == 100.0 and 0.0 <= scale(highest) < 60.0
+    ticks = scale.ticks(4)
+    assert 3 <= len(ticks) <= 10 and ticks[0] == 0.0
+    between = round_scale(highest, highest * 1.3, 0.0, 100.0)
+    assert between.low <= highest and between.high >= highest * 1.3
+
+
+def test_scale_of_one_value_is_no_division_by_zero() -> None:
+    assert np.isfinite(round_scale(3.0, 3.0, 0.0, 1.0)(3.0))
+    assert Scale(0.0, 1.0, 0.0, 10.0)(0.5) == 5.0
+
+
+def test_short_names_stay_apart() -> None:
+    assert short_names(["/x/a/test.txt", "/y/a/test.txt"]) == {
+        "/x/a/test.txt": "x/a/test.txt",
+        "/y/a/test.txt": "y/a/test.txt",
+    }
+    assert short_names(["python-docs"]) == {"python-docs": "python-docs"}
+
+
+def test_results_of_eval_and_bench_are_added(run: Path, facts: RunFacts, tmp_path: Path) -> None:
+    scores = {"acc": 0.61, "acc_stderr": 0.011, "documents": 100}
+    models = [facts.base_name, str(run)]
+    evaluation = tmp_path / "eval.json"
+    evaluation.write_text(
+        json.dumps(
+            {
+                "models": [
+                    {
+                        "model": name,
+                        "perplexity": {"news": 20.0 + 5 * i},
+                        "tokens": {"news": 100},
+                        "tasks": {"piqa": {**scores, "acc": 0.61 - 0.1 * i}},
+                    }
+                    for i, name in enumerate(models)
+                ]
+            }
+        )
+    )
+    speeds = [
+        {"tokens_per_second": 10.0 * (1 + i), "ratio": 1.0 + i * 0.9, "ideal_ratio": 2.0}
+        for i in range(2)
+    ]
+    bench = tmp_path / "bench.json"
+    bench.write_text(
+        json.dumps(
+            {
+                "models": [
+                    {
+                        "model": name,
+                        "workloads": [{"batch": 1, "prompt": 64, "prefill": s, "decode": s}],
+                    }
+                    for name, s in zip(models, speeds, strict=True)
+                ]
+            }
+        )
+    )
+    text = rendered([run], tmp_path, results=[evaluation, bench])
+    cells = re.sub(r"<[^>]+>", " ", text)
+    assert re.search(r"news\s+20\.00\s+25\.00\s+. 1\.25", cells)
+    assert re.search(r"piqa, acc\s+61\.0\s+51\.0\s+. 1\.1", cells)
+    assert re.search(r"decode, batch 1, prompt 64\s+10\.0\s+20\.0\s+. 1\.90", cells)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "not what"),
+        ('{"models": [{}]}', "not what"),
+        ('{"models": [{"model": "x", "perplexity": {}, "tokens": {}}]}', "of none of the runs"),
+    ],
+)
+def test_unusable_results_are_refused(
+    run: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(ReportError, match=message):
+        rendered([run], tmp_path, results=[file])
+    assert not (tmp_path / "report.html").exists()
+
+
+def _drop(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (_drop("widths_before"), ReportError, "only parameters_before"),
+        (lambda m: m.update(parameters_after="many"), ReportError, "'many'"),
+        (lambda m: m.update(intermediate_sizes=[8, 8, 8]), ReportError, "different widths"),
+        (lambda m: m["restoration"]["blocks"].pop(), ReportError, "2 restored blocks"),
+        (lambda m: m["restoration"]["blocks"][0].pop("ridge"), ReportError, "restoration"),
+        (lambda m: m.update(perplexity={"x": {"before": 1}}), ReportError, "'x' lacks"),
+        (lambda m: m.update(speed={"models": [{}]}), ReportError, "speed in the manifest"),
+        (lambda m: m.update(manifest_version=99), CheckpointError, "version 99"),
+    ],
+)
+def test_damaged_manifests_are_refused(
+    run: Path, tmp_path: Path, change: Any, error: type[Exception], message: str
+) -> None:
+    copy = changed_copy(run, tmp_path / "copy", change)
+    with pytest.raises(error, match=message):
+        rendered([copy], tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_command_writes_page_and_pictures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vl_convert")
+    out, pictures = tmp_path / "page.html", tmp_path / "pictures"
+    assert main(["report", str(run), "--out", str(out), "--png", str(pictures), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["out"] == str(out) and out.read_text().startswith("<!doctype html>")
+    names = ["blocks.png", "strengths.png", "restoration.png"]
+    assert said["png"] == [str(pictures / name) for name in names]
+    for name in names:
+        data = (pictures / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
+
+
+def test_command_refuses_what_is_no_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    assert "has no cfsp.json" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "is not a directory" in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(run / "model.safetensors")]) == 2
+    assert "expected a name like report.html" in capsys.readouterr().err
+    assert (run / "model.safetensors").stat().st_size > 10_000
+
+
+def _what_if(text: str) -> list[dict[str, Any]]:
+    found = re.search(r'id="what-if-data">(.*?)</script>', text)
+    assert found is not None
+    data: list[dict[str, Any]] = json.loads(found[1])
+    return data
