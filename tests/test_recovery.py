@@ -25,8 +25,9 @@ from cfsp.recovery.adaptation import METHODS, TARGETS, Adaptation
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import Distillation
 from cfsp.recovery.ranks import RANK_ALLOCATIONS, allocate_ranks
-from cfsp.recovery.recover import RecoverReport, Training, recover_checkpoint
+from cfsp.recovery.recover import RecoverReport, recover_checkpoint
 from cfsp.recovery.schedule import Limit
+from cfsp.recovery.settings import Training
 from cfsp.recovery.teacher import TeacherChoice
 from cfsp.recovery.workspace import Workspace
 from cfsp.settings import EvaluationText

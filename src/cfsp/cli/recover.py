@@ -10,7 +10,8 @@ from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 
 if TYPE_CHECKING:
-    from cfsp.recovery.recover import RecoverReport, Training
+    from cfsp.recovery.recover import RecoverReport
+    from cfsp.recovery.settings import Training
     from cfsp.recovery.teacher import TeacherChoice
 
 # Spelled out here, because their home imports torch; a test compares.
@@ -144,7 +145,8 @@ def run(args: argparse.Namespace) -> None:
     """Recover."""
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.adaptation import Adaptation
-    from cfsp.recovery.recover import is_first_process, recover_checkpoint
+    from cfsp.recovery.recover import recover_checkpoint
+    from cfsp.recovery.run import is_first_process
 
     training = _training(args)
     report = recover_checkpoint(
@@ -196,8 +198,8 @@ def print_report(report: RecoverReport) -> None:
 
 
 def _training(args: argparse.Namespace) -> Training:
-    from cfsp.recovery.recover import Training
     from cfsp.recovery.schedule import Limit
+    from cfsp.recovery.settings import Training
 
     return Training(
         Limit(args.steps, args.epochs, args.max_minutes),

@@ -5,18 +5,15 @@ pruned checkpoint + text -> windows -> ATTACH -> TRAIN -> MERGE -> checkpoint of
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
@@ -27,7 +24,8 @@ from cfsp.manifest import PLAN_FILE, Stopwatch, peak_rss_bytes, versions
 from cfsp.pruning_plan import PruningPlan
 from cfsp.recovery.adaptation import Adaptation, TrainableBlock, attach, merge
 from cfsp.recovery.data import RecoveryText, read_text
-from cfsp.recovery.schedule import ENDLESS_STEPS, Limit, RunClock
+from cfsp.recovery.run import TrainingOutcome, is_first_process, load_to_train, process_count, train
+from cfsp.recovery.settings import Training, with_learning_rate
 from cfsp.recovery.teacher import TeacherChoice, check_teacher, store_top_tokens
 from cfsp.recovery.workspace import Workspace
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
@@ -35,48 +33,11 @@ from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import consecutive_windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel
 
     from cfsp.settings import EvaluationText
 
 ADAPTER_DIRECTORY = "adapter"
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train.
-
-    Attributes:
-        limit: when training ends.
-        learning_rate: at its peak; None for what suits the method.
-        batch_windows: windows that pass together, on each process.
-        accumulate: batches in an optimizer step.
-        seqlen: tokens in a window.
-        warm_up: part of the run in which the learning rate rises.
-        weight_decay: of AdamW.
-        evaluations: how often to evaluate and save.
-        gradient_checkpointing: recompute activations: less memory, a third more time.
-        seed: of the order of windows and of the adapters' start.
-    """
-
-    limit: Limit
-    learning_rate: float | None = None
-    batch_windows: int = 8
-    accumulate: int = 1
-    seqlen: int = 512
-    warm_up: float = 0.05
-    weight_decay: float = 0.0
-    evaluations: int = 10
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_windows", "accumulate", "evaluations"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
-
-
-DEFAULT_LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4}
 
 
 @dataclass(frozen=True)
@@ -148,7 +109,7 @@ def recover_checkpoint(
     """
     started = time.monotonic()
     adaptation = adaptation or Adaptation()
-    training = _with_learning_rate(training, adaptation)
+    training = with_learning_rate(training, adaptation)
     watch = Stopwatch()
     workspace = Workspace(out)
     importance_L = block_importance(source, adaptation)
@@ -164,10 +125,10 @@ def recover_checkpoint(
 
     torch_device = compute_device(device)
     with watch.stage("load"):
-        model = _load_to_train(source, torch_device, dtype)
+        model = load_to_train(source, torch_device, dtype)
         dense = None
         if teacher is not None:
-            dense = _load_to_train(teacher.name, torch_device, dtype)
+            dense = load_to_train(teacher.name, torch_device, dtype)
             dense_tokenizer = load_tokenizer(Path(dense.config._name_or_path))
             check_teacher(model, tokenizer, dense, dense_tokenizer, teacher.name)
     torch.manual_seed(training.seed)
@@ -182,7 +143,17 @@ def recover_checkpoint(
             text = _with_stored_teacher(text, dense, teacher, workspace)
         dense = None
     with watch.stage("train"):
-        outcome = _train(adapted, model, text, training, teacher, dense, workspace, started, resume)
+        outcome = train(
+            adapted,
+            model,
+            text,
+            training,
+            directory=workspace.directory,
+            started=started,
+            resume_from=workspace.last_checkpoint() if resume else None,
+            teacher=dense,
+            distillation=teacher.distillation if teacher is not None else None,
+        )
     if not is_first_process():
         return _report(blocks, outcome, {}, watch, out)
 
@@ -240,26 +211,6 @@ def block_importance(source: Checkpoint, adaptation: Adaptation) -> list[float]:
     return [block.importance for block in plan.blocks]
 
 
-def computes_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-    return False
-
-
-def is_first_process() -> bool:
-    """Return whether this process is the only one or the first of several."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def process_count() -> int:
-    """Return how many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def print_trainable(blocks: Sequence[TrainableBlock]) -> None:
     """Print rank and trainable parameters of every block on standard error."""
     import sys
@@ -271,130 +222,6 @@ def print_trainable(blocks: Sequence[TrainableBlock]) -> None:
         rank = f"rank {block.rank:3d}, " if block.rank is not None else ""
         print(f"block {index:3d}: {rank}{block.parameters:12,d} trainable", file=sys.stderr)
     print(f"all blocks: {total:,d} trainable parameters", file=sys.stderr)
-
-
-def _train(
-    adapted: nn.Module,
-    model: PreTrainedModel,
-    text: RecoveryText,
-    training: Training,
-    teacher: TeacherChoice | None,
-    dense: PreTrainedModel | None,
-    workspace: Workspace,
-    started: float,
-    resume: bool,
-) -> dict[str, Any]:
-    from cfsp.recovery.reporting import Reporter
-    from cfsp.recovery.training import RecoveryTrainer, loss_from_hidden_states
-
-    processes = process_count()
-    windows_in_step = training.batch_windows * training.accumulate * processes
-    steps = training.limit.in_steps(len(text.train), windows_in_step)
-    minutes = training.limit.minutes
-    clock = RunClock(steps, minutes * 60 if minutes is not None else None, started)
-    tokens_in_step = windows_in_step * training.seqlen
-    reporter = Reporter(clock, tokens_in_step, is_first_process())
-    last = workspace.last_checkpoint() if resume else None
-    model.config.use_cache = False
-    with loss_from_hidden_states(model) as loss, _without_bars():
-        trainer = RecoveryTrainer(
-            adapted,
-            _arguments(training, workspace.directory, steps or ENDLESS_STEPS, model),
-            text,
-            clock=clock,
-            loss=loss,
-            warm_up=training.warm_up,
-            teacher=dense,
-            distillation=teacher.distillation if teacher is not None else None,
-            evaluations=training.evaluations,
-            callbacks=[reporter],
-        )
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    return {
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step or trainer.state.global_step,
-        "tokens_in_step": tokens_in_step,
-        "tokens_per_second": round(reporter.tokens_per_second, 1),
-        "history": reporter.history,
-    }
-
-
-def _arguments(
-    training: Training, directory: Path, steps: int, model: PreTrainedModel
-) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    on_cpu = model.device.type == "cpu"
-    return TrainingArguments(
-        output_dir=str(directory),
-        max_steps=steps,
-        per_device_train_batch_size=training.batch_windows,
-        per_device_eval_batch_size=training.batch_windows,
-        gradient_accumulation_steps=training.accumulate,
-        **_checkpointing(training),
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=model.dtype == torch.bfloat16,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=not on_cpu,
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        # The clock decides when; the Trainer only needs to know that it may.
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=ENDLESS_STEPS,
-        save_steps=ENDLESS_STEPS,
-        logging_strategy="steps",
-        logging_steps=10,
-        logging_nan_inf_filter=False,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=False,
-        save_total_limit=2,
-        seed=training.seed,
-        data_seed=training.seed,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-    )
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars, one for each checkpoint that is saved."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _checkpointing(training: Training) -> dict[str, Any]:
-    from transformers import TrainingArguments
-
-    if not training.gradient_checkpointing:
-        return {}
-    # The newer name is there in versions that warn of the older one.
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing"
-    name = name if name in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def _load_to_train(source: Checkpoint | str, device: torch.device, dtype: str) -> PreTrainedModel:
-    name = source.directory if isinstance(source, Checkpoint) else source
-    model = load(name, dtype=dtype)
-    if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):
-        model = model.float()
-    return model.to(device)
 
 
 def _with_stored_teacher(
@@ -410,14 +237,6 @@ def _with_stored_teacher(
         dense, text.train, workspace.directory, teacher.top_k, teacher.distillation.temperature
     )
     return replace(text, train=train)
-
-
-def _with_learning_rate(training: Training, adaptation: Adaptation) -> Training:
-    if training.learning_rate is not None:
-        if training.learning_rate <= 0:
-            raise UsageError(f"--learning-rate must be positive, found {training.learning_rate}")
-        return training
-    return replace(training, learning_rate=DEFAULT_LEARNING_RATES[adaptation.method])
 
 
 def _trained_tensors(model: PreTrainedModel) -> list[str]:
@@ -485,7 +304,7 @@ def _peft_version() -> dict[str, str]:
 
 def _report(
     blocks: Sequence[TrainableBlock],
-    outcome: dict[str, Any],
+    outcome: TrainingOutcome,
     measured: dict[str, dict[str, float]],
     watch: Stopwatch,
     out: Path,
@@ -497,5 +316,5 @@ def _report(
         seconds=dict(watch.seconds),
         peak_rss_bytes=peak_rss_bytes(),
         out=str(out),
-        **outcome,
+        **asdict(outcome),
     )

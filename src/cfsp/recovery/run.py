@@ -1,0 +1,206 @@
+"""One training run: from an adapted model and windows to trained weights, by the Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.loading import load
+from cfsp.recovery.data import RecoveryText
+from cfsp.recovery.schedule import ENDLESS_STEPS, RunClock
+from cfsp.recovery.settings import Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+
+    from cfsp.recovery.loss import Distillation
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What training did.
+
+    Attributes:
+        steps: optimizer steps, those before an interruption included.
+        best_step: the step with the lowest held-out loss; the model has its weights.
+        tokens_in_step: tokens of one step, over all processes.
+        tokens_per_second: without evaluations.
+        history: step, held-out perplexity and loss at each evaluation.
+    """
+
+    steps: int
+    best_step: int
+    tokens_in_step: int
+    tokens_per_second: float
+    history: list[dict[str, float]]
+
+
+def train(
+    adapted: nn.Module,
+    model: PreTrainedModel,
+    text: RecoveryText,
+    training: Training,
+    *,
+    directory: Path,
+    started: float,
+    resume_from: Path | None = None,
+    teacher: PreTrainedModel | None = None,
+    distillation: Distillation | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingOutcome:
+    """Train, and leave the model with the weights of its best evaluation.
+
+    Args:
+        adapted: what is trained: the model itself or a PEFT model around it.
+        model: the causal LM inside.
+        text: training and held-out windows.
+        training: how; with a learning rate.
+        directory: where the Trainer's checkpoints go.
+        started: `time.monotonic()` at the start of the work, which minutes count from.
+        resume_from: a checkpoint of the same run.
+        teacher: a dense model in memory.
+        distillation: how to distil, from the teacher or from what the windows carry of one.
+        callbacks: more of them.
+
+    Raises:
+        RecoveryError: the loss is not a number.
+    """
+    from cfsp.recovery.reporting import Reporter
+    from cfsp.recovery.training import RecoveryTrainer, loss_from_hidden_states
+
+    windows_in_step = training.batch_windows * training.accumulate * process_count()
+    steps = training.limit.in_steps(len(text.train), windows_in_step)
+    minutes = training.limit.minutes
+    clock = RunClock(steps, minutes * 60 if minutes is not None else None, started)
+    tokens_in_step = windows_in_step * training.seqlen
+    reporter = Reporter(clock, tokens_in_step, is_first_process())
+    model.config.use_cache = False
+    with loss_from_hidden_states(model) as loss, _without_bars():
+        trainer = RecoveryTrainer(
+            adapted,
+            training_arguments(training, directory, steps or ENDLESS_STEPS, model),
+            text,
+            clock=clock,
+            loss=loss,
+            warm_up=training.warm_up,
+            teacher=teacher,
+            distillation=distillation,
+            evaluations=training.evaluations,
+            callbacks=[reporter, *callbacks],
+        )
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    return TrainingOutcome(
+        steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step or trainer.state.global_step,
+        tokens_in_step=tokens_in_step,
+        tokens_per_second=round(reporter.tokens_per_second, 1),
+        history=reporter.history,
+    )
+
+
+def training_arguments(
+    training: Training, directory: Path, steps: int, model: PreTrainedModel
+) -> TrainingArguments:
+    """Return the Trainer's arguments for a run of at most `steps` steps."""
+    from transformers import TrainingArguments
+
+    on_cpu = model.device.type == "cpu"
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=training.batch_windows,
+        per_device_eval_batch_size=training.batch_windows,
+        gradient_accumulation_steps=training.accumulate,
+        **_checkpointing(training),
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        # The clock decides when; the Trainer only needs to know that it may.
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=ENDLESS_STEPS,
+        save_steps=ENDLESS_STEPS,
+        logging_strategy="steps",
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        save_total_limit=2,
+        seed=training.seed,
+        data_seed=training.seed,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silence transformers' own progress bars, one for each checkpoint that is saved."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _checkpointing(training: Training) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    if not training.gradient_checkpointing:
+        return {}
+    # The newer name is there in versions that warn of the older one.
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    name = name if name in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def load_to_train(source: Checkpoint | str, device: torch.device, dtype: str) -> PreTrainedModel:
+    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
+    name = source.directory if isinstance(source, Checkpoint) else source
+    model = load(name, dtype=dtype)
+    if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):
+        model = model.float()
+    return model.to(device)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return False
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the only one or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_count() -> int:
+    """Return how many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
