@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfsp.allocation import channels_to_keep
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.tensor_file import TensorFile
@@ -93,7 +94,10 @@ def decide(
     engine = settings.compute.engine(source)
     if plan is not None:
         plan.check_fits(source)
-    elif statistics is not None:
+    elif statistics is None:
+        # An impossible budget should be refused before it has cost a forward pass.
+        channels_to_keep(settings.budget, model_size(source))
+    else:
         with watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     if settings.restore == "none":

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.checkpoint.locating import locate_model
-from cfsp.checkpoint.modeling_code import is_our_modeling_code
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import model_class
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a model into memory through transformers, in evaluation mode.
 
-    A pruned checkpoint whose blocks differ brings a modelling file. It is run only if it is
-    byte for byte the one that this package writes; no other remote code is ever run.
+    No code of the directory is run: a pruned checkpoint whose blocks differ is built with this
+    package's own copy of the modelling file.
 
     Args:
         name: a directory, a .gguf file, a hub id, or `demo`.
@@ -35,16 +35,13 @@ def load(
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    from transformers import AutoModelForCausalLM
-
     directory = locate_model(name)
     checkpoint = Checkpoint(directory, str(name))
     if isinstance(dtype, str):
         dtype = compute_dtype(checkpoint, dtype)
     with library_progress():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=is_our_modeling_code(directory)
-        )
+        build: Any = model_class(checkpoint.config)
+        model: Any = build.from_pretrained(directory, dtype=dtype)
     if device is not None:
         model = model.to(device)
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,10 +38,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
         OutputError: the target exists and is not empty, or the disk is full or read-only.
     """
     check_output_is_free(target)
+    _remove_abandoned(target)
     staging = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
-        if staging.exists():
-            shutil.rmtree(staging)
         staging.mkdir()
         yield staging
         check_output_is_free(target)
@@ -69,6 +69,26 @@ def staged_file(target: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what earlier runs for the same target left behind when they were killed."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        owner = leftover.name.rpartition("-")[2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -6,7 +6,9 @@ Nothing here imports torch before the arguments are parsed, so that help answers
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from cfsp.cli import bench, calibrate, demo, evaluate, export, inspect, plan, prune, recover, report
@@ -61,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
+    if threading.current_thread() is threading.main_thread():
+        # A polite kill must clean up as Ctrl-C does.
+        signal.signal(signal.SIGTERM, _stop)
     try:
         args.run(args)
     except CfspError as error:
@@ -70,3 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ncfsp {args.command}: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _stop(signal_number: int, frame: object) -> None:
+    raise SystemExit(128 + signal_number)

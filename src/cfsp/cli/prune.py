@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
+    source = open_checkpoint(args.model, args.revision)
     restores = args.restore != "none" and not args.dry_run
     needs_text = restores or (plan is None and statistics is None)
     settings = PruneSettings(
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         restore=args.restore,
     )
     report = prune_checkpoint(
-        open_checkpoint(args.model, args.revision),
+        source,
         args.out,
         settings,
         statistics=statistics,
