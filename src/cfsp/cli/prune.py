@@ -7,13 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from cfsp.cli import arguments
+from cfsp.cli import arguments, recover
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.cli.plan import print_plan
 from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
     from cfsp.pipeline import PruneReport
+    from cfsp.recovery.recover import RecoverReport
+    from cfsp.recovery.settings import Training
+    from cfsp.settings import PruneSettings
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -48,6 +51,13 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         metavar="TEXT",
         help="measure perplexity on this text, before and after",
     )
+    group.add_argument(
+        "--recover",
+        type=float,
+        metavar="MINUTES",
+        help="then train for so long on the same texts with LoRA by importance and the dense "
+        "model as teacher; the pruned model stays in OUT-pruned (`cfsp recover` has all options)",
+    )
     group.add_argument("--eval-windows", type=int, default=12, metavar="N", help="(default: 12)")
     arguments.add_compute(parser)
     arguments.add_json(parser)
@@ -60,10 +70,13 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
     if args.plan and args.sparsity is not None:
         raise UsageError("--plan and --sparsity exclude each other: a plan has its sparsity")
+    if args.dry_run and args.recover is not None:
+        raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
 
     from cfsp.allocation import Budget
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.checkpoint.output import check_output_is_free
     from cfsp.pipeline import prune_checkpoint
     from cfsp.pruning_plan import PruningPlan
     from cfsp.settings import CalibrationText, PruneSettings
@@ -81,9 +94,14 @@ def run(args: argparse.Namespace) -> None:
         compute=arguments.compute(args),
         restore=args.restore,
     )
+    pruned, training = args.out, None
+    if args.recover is not None:
+        training = _training(args)
+        check_output_is_free(args.out)
+        pruned = args.out.with_name(f"{args.out.name}-pruned")
     report = prune_checkpoint(
         source,
-        args.out,
+        pruned,
         settings,
         statistics=statistics,
         plan=plan,
@@ -91,13 +109,45 @@ def run(args: argparse.Namespace) -> None:
         dry_run=args.dry_run,
         command=arguments.typed_command(),
     )
+    recovery = _recover(args, pruned, settings, training) if training is not None else None
     if args.json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
         return
     if args.dry_run:
         print_plan(report.plan)
         print()
     print_report(report)
+    if recovery is not None:
+        print()
+        recover.print_report(recovery)
+
+
+def _training(args: argparse.Namespace) -> Training:
+    from cfsp.recovery.schedule import Limit
+    from cfsp.recovery.settings import Training
+
+    limit = Limit(minutes=args.recover)
+    return Training(limit, seqlen=min(args.seqlen, Training.seqlen), seed=args.seed)
+
+
+def _recover(
+    args: argparse.Namespace, pruned: Path, settings: PruneSettings, training: Training
+) -> RecoverReport:
+    from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.recovery.recover import recover_checkpoint
+    from cfsp.recovery.teacher import TeacherChoice
+
+    return recover_checkpoint(
+        open_checkpoint(pruned),
+        args.out,
+        data=settings.text.names,
+        training=training,
+        teacher=TeacherChoice(args.model),
+        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
+        device=args.device,
+        dtype=args.dtype if args.dtype != "float16" else "auto",
+        command=arguments.typed_command(),
+    )
 
 
 def _describe_restoration(restoration: dict[str, Any]) -> str:
