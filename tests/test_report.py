@@ -17,6 +17,7 @@ from cfsp.allocation import Budget
 from cfsp.calibration.statistics import BlockStatistics
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, ReportError
+from cfsp.manifest import add_to_manifest
 from cfsp.report.channels import curve_step, distribution, energy_removed, removal_curve
 from cfsp.report.drawing import Scale, element, round_scale, scale_from_zero
 from cfsp.report.page import script_json
@@ -297,6 +298,28 @@ def test_results_of_eval_and_bench_are_added(run: Path, facts: RunFacts, tmp_pat
     assert re.search(r"news\s+20\.00\s+25\.00\s+. 1\.25", cells)
     assert re.search(r"piqa, acc\s+61\.0\s+51\.0\s+. 1\.1", cells)
     assert re.search(r"decode, batch 1, prompt 64\s+10\.0\s+20\.0\s+. 1\.90", cells)
+
+
+def test_speed_that_the_demonstration_adds_to_the_manifest(run: Path, tmp_path: Path) -> None:
+    copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
+    rates = {"dense": (10.0, 1.0), "pruned": (14.0, 1.4)}
+    models = [
+        {
+            "model": name,
+            "workloads": [
+                {"batch": 1, "prompt": 8, **dict.fromkeys(("prefill", "decode"), figures)}
+            ],
+        }
+        for name, (rate, ratio) in rates.items()
+        for figures in [{"tokens_per_second": rate, "ratio": ratio, "ideal_ratio": 1.5}]
+    ]
+    add_to_manifest(copy, {"speed": {"models": models}})
+    text = rendered([copy], tmp_path)
+    cells = re.sub(r"<[^>]+>", " ", text)
+    assert re.search(r". 1\.40\s+decode speed\s+10\.0 to 14\.0 tokens/s", cells)
+    assert re.search(r"prefill, batch 1, prompt 8\s+10\.0\s+14\.0\s+. 1\.40", cells)
+    with pytest.raises(CheckpointError, match=r"no cfsp\.json"):
+        add_to_manifest(tmp_path, {})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from cfsp.allocation import Budget
 from cfsp.checkpoint.locating import DEMO_NAME, open_checkpoint
+from cfsp.manifest import add_to_manifest
 from cfsp.pipeline import PruneReport, prune_checkpoint
+from cfsp.report.write import write_report
 from cfsp.settings import CalibrationText, EvaluationText, PruneSettings
 from cfsp.speed import Comparison, Conditions, Workload, compare_speed
 from cfsp.speed.subjects import Subject
@@ -20,10 +22,12 @@ class DemoResult:
     Attributes:
         report: of the pruning.
         speed: of the dense and the pruned model.
+        page: the report, a web page.
     """
 
     report: PruneReport
     speed: Comparison
+    page: Path
 
 
 def run_demo(out: Path, sparsity: float) -> DemoResult:
@@ -46,4 +50,7 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
         [Workload(batch=1, prompt=512, new_tokens=32)],
         Conditions(warmups=1, rounds=5),
     )
-    return DemoResult(report, speed)
+    add_to_manifest(out, {"speed": speed.to_json()})
+    page = out / "report.html"
+    write_report([out], page)
+    return DemoResult(report, speed, page)

@@ -90,6 +90,19 @@ def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
     (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
+def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
+    """Add facts that were learnt after a checkpoint was written to its manifest.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise CheckpointError(f"{directory} has no {MANIFEST_FILE}")
+    del manifest["manifest_version"]
+    write_manifest(directory, {**manifest, **fields})
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a checkpoint; None if cfsp did not write the checkpoint.
 

@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> None:
 
     result = run_demo(args.out, args.sparsity)
     if args.json:
-        print_json({**result.report.to_json(), "speed": result.speed.to_json()})
+        print_json(
+            {**result.report.to_json(), "speed": result.speed.to_json(), "page": str(result.page)}
+        )
         return
     print_plan(result.report.plan)
     print()
@@ -42,5 +44,5 @@ def run(args: argparse.Namespace) -> None:
     print(
         "\nperplexity of python-docs is on topics that were not calibrated on; python-source "
         "(code) is out of domain\nthe model card, with the way to load it: "
-        f"{args.out / 'README.md'}"
+        f"{args.out / 'README.md'}\nthe report, to open in a browser: {result.page}"
     )

@@ -82,7 +82,7 @@ def round_scale(lowest: float, highest: float, start: float, end: float) -> Scal
 
     It need not begin at zero: for curves, whose height is not a quantity.
     """
-    step = _round_step(max(highest - lowest, abs(highest) * 1e-3, 1e-9) / 4)
+    step = _round_step(max(highest - lowest, abs(highest) * 0.02, 1e-9) / 4)
     low = math.floor(lowest / step + 1e-9) * step
     high = math.ceil(highest / step - 1e-9) * step
     return Scale(low, high if high > low else low + step, start, end)
@@ -141,6 +141,11 @@ def block_axis(bands: Bands, y: float) -> Markup:
     line = element("line", class_="axis", x1=bands.start, x2=bands.end, y1=y, y2=y)
     name = element("text", "block", class_="tick end", x=bands.end, y=y + 32)
     return join([line, *numbers, name])
+
+
+def short_label(name: str, most: int = 24) -> str:
+    """Return the end of a long name, which tells paths apart better than the beginning."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def panel_title(text: str, x: float, y: float) -> Markup:

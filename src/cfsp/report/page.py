@@ -19,11 +19,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cfsp.report.block_charts import method_chart, restoration_chart, strength_chart
 from cfsp.report.chart import Chart
+from cfsp.report.method_chart import method_chart
 from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.reproduction import reproduction
+from cfsp.report.restoration_chart import restoration_chart
 from cfsp.report.run_facts import RunFacts
+from cfsp.report.strength_chart import strength_chart
 from cfsp.report.summary import headlines, summary_rows
 from cfsp.report.what_if import what_if_data
 

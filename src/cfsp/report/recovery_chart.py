@@ -16,6 +16,7 @@ from cfsp.report.drawing import (
     panel_title,
     path,
     round_scale,
+    short_label,
     value_axis,
 )
 from cfsp.report.run_facts import RunFacts
@@ -34,7 +35,9 @@ def recovery_chart(runs: Sequence[RunFacts]) -> Chart | None:
         parts = []
         for number, run in enumerate(recovered):
             title = "Perplexity on held-out text"
-            title = title if len(runs) == 1 else f"{run.name}: perplexity on held-out text"
+            title = (
+                title if len(runs) == 1 else f"{short_label(run.name)}: perplexity on held-out text"
+            )
             panel = _panel(title, run.recovery_history, width)
             top = number * (_TITLE + _HEIGHT + _GAP)
             parts.append(element("g", panel, transform=f"translate(0 {top:g})"))
@@ -59,8 +62,8 @@ def recovery_chart(runs: Sequence[RunFacts]) -> Chart | None:
     return Chart(
         "recovery",
         "How recovery went",
-        "Perplexity is on part of the training text that was held out; step 0 is before the first "
-        "step. The weights of the best evaluation were kept.",
+        "Perplexity is on a part of the training text that was held out. The weights of the best "
+        "evaluation were kept.",
         draw,
         Table(["run, step", "perplexity", "training loss"], rows),
     )

@@ -1,0 +1,129 @@
+"""The picture of the method: how far each block turns the hidden state, and what it keeps.
+
+Several runs of one model stand under each other and share the horizontal axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from cfsp.pruning_plan import PruningPlan
+from cfsp.report.chart import Chart, Legend, Table
+from cfsp.report.drawing import (
+    Bands,
+    Scale,
+    element,
+    join,
+    scale_from_zero,
+)
+from cfsp.report.panels import (
+    TITLE,
+    Column,
+    Panel,
+    block_bands,
+    panel_name,
+    stack_panels,
+)
+from cfsp.report.run_facts import RunFacts
+
+_BAR = 0.72
+
+
+def method_chart(runs: Sequence[RunFacts]) -> Chart | None:
+    """Return the picture of the method: how far blocks move, and what they keep."""
+    planned = [(run, run.plan) for run in runs if run.plan is not None]
+    if not planned:
+        return None
+    count = len(planned[0][1].blocks)
+
+    def draw(width: int) -> Markup:
+        bands = block_bands(count, width)
+        panels = [_distance_panel([plan for _, plan in planned], bands)]
+        panels += [
+            _width_panel(panel_name("Channels that stay", run, runs), plan, bands)
+            for run, plan in planned
+        ]
+        return stack_panels(
+            width,
+            bands,
+            panels,
+            "Two rows of columns, one column for each block. Above: how far the block turns the "
+            "hidden state. Below: how many of its FFN channels stay, within the full width.",
+        )
+
+    several = len(planned) > 1
+    head = ["block"]
+    for run, _ in planned:
+        prefix = f"{run.name}: " if several else ""
+        head += [f"{prefix}{noun}" for noun in ("distance", "importance", "before", "kept")]
+    rows = [
+        [
+            str(i),
+            *(
+                cell
+                for _, plan in planned
+                for cell in (
+                    f"{plan.blocks[i].distance:.4f}",
+                    f"{plan.blocks[i].importance:.3f}",
+                    f"{plan.blocks[i].width:,}",
+                    f"{len(plan.blocks[i].kept):,}",
+                )
+            ),
+        ]
+        for i in range(count)
+    ]
+    return Chart(
+        "blocks",
+        "What each block does, and what it keeps",
+        "A block that turns the hidden state further is worth more, and keeps more of its "
+        "channels. Distance is the mean angle between a block's input and output, in half turns.",
+        draw,
+        Table(head, rows),
+        [Legend("kept", "kept"), Legend("gone", "removed")],
+    )
+
+
+def _distance_panel(plans: Sequence[PruningPlan], bands: Bands) -> Panel:
+    height = 110.0
+    highest = max(block.distance for plan in plans for block in plan.blocks)
+    scale = scale_from_zero(highest, TITLE + height, TITLE)
+    columns = []
+    for i in range(bands.count):
+        x = bands.middle(i)
+        y = scale(plans[0].blocks[i].distance)
+        stick = element("line", class_="stick", x1=x, x2=x, y1=scale(0.0), y2=y)
+        dots = [
+            element("circle", class_="dot", cx=x, cy=scale(plan.blocks[i].distance), r=3.5)
+            for plan in plans
+        ]
+        first = plans[0].blocks[i]
+        say = f"Block {i}: distance {first.distance:.4f}, importance {first.importance:.3f}"
+        columns.append(Column(say, join([stick, *dots])))
+    labels = {value: f"{value:g}" for value in scale.ticks(4)}
+    return Panel("Angular distance between input and output", height, scale, labels, columns)
+
+
+def _width_panel(title: str, plan: PruningPlan, bands: Bands) -> Panel:
+    height = 170.0
+    highest = max(block.width for block in plan.blocks)
+    scale = Scale(0.0, float(highest), TITLE + height, TITLE)
+    columns = []
+    for i, block in enumerate(plan.blocks):
+        kept = len(block.kept)
+        bar = bands.width * _BAR
+        x = bands.middle(i) - bar / 2
+        full = _column(x, scale(block.width), bar, scale(0.0), "gone")
+        stays = _column(x, scale(kept), bar, scale(0.0), "kept")
+        say = (
+            f"Block {i}: keeps {kept:,} of {block.width:,} channels "
+            f"({kept / block.width:.0%}), importance {block.importance:.3f}"
+        )
+        columns.append(Column(say, join([full, stays])))
+    marks = [0.0, highest / 4, highest / 2, highest * 3 / 4, float(highest)]
+    return Panel(title, height, scale, {value: f"{value:,.0f}" for value in marks}, columns)
+
+
+def _column(x: float, y: float, width: float, bottom: float, class_: str) -> Markup:
+    return element("rect", class_=class_, x=x, y=y, width=width, height=bottom - y, rx=1.5)
