@@ -1,6 +1,6 @@
 """Drawing: SVG elements that escape whatever is put into them, scales, and axes.
 
-Colours come from classes (`page/charts.css`), so that one drawing serves light and dark pages.
+Colours come from classes (`assets/charts.css`), so that one drawing serves light and dark pages.
 Lengths are in pixels of the drawing's own coordinate system.
 """
 

@@ -56,7 +56,7 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
     style = "\n".join(map(page_file, _STYLES))
     script = "\n".join(map(page_file, _SCRIPTS))
     environment = Environment(
-        loader=PackageLoader("cfsp.report", "page"),
+        loader=PackageLoader("cfsp.report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -95,7 +95,7 @@ def script_json(value: Any) -> str:
 
 def page_file(name: str) -> str:
     """Return one of the files that the page is made of."""
-    return files("cfsp.report").joinpath("page", name).read_text(encoding="utf-8")
+    return files("cfsp.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _charts(runs: Sequence[RunFacts]) -> list[Chart]:

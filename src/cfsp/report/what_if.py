@@ -1,6 +1,6 @@
 """What the slider computes with: the numbers that allocation needs, and energy curves.
 
-The page does the allocation itself (`page/what_if.js`), so that a reader can try any sparsity
+The page does the allocation itself (`assets/what_if.js`), so that a reader can try any sparsity
 without cfsp. A test compares its widths with `cfsp.allocation`.
 
 Shapes: L blocks.
