@@ -24,6 +24,7 @@ from cfsp.pruning_plan import PruningPlan
 from cfsp.recovery.adaptation import METHODS, TARGETS, Adaptation
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import Distillation
+from cfsp.recovery.model_loss import multiplies_only
 from cfsp.recovery.ranks import RANK_ALLOCATIONS, allocate_ranks
 from cfsp.recovery.recover import RecoverReport, recover_checkpoint
 from cfsp.recovery.schedule import Limit
@@ -32,6 +33,7 @@ from cfsp.recovery.teacher import TeacherChoice
 from cfsp.recovery.workspace import Workspace
 from cfsp.settings import EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
+from tiny_models import TINY_CONFIGS
 
 
 @pytest.fixture(scope="session")
@@ -198,14 +200,53 @@ def test_accumulation_and_checkpointing_change_nothing(pruned, text_file, tmp_pa
         assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-3)
 
 
-def test_the_trainers_loss_is_the_stock_loss(pruned, text_file, tokenizer, tmp_path):
-    report = recover(
-        pruned, tmp_path / "a", text_file, training=training(1, evaluations=1, learning_rate=1e-9)
-    )
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_every_family_recovers_by_its_stock_loss(
+    tiny_checkpoint, text_file, tokenizer, tmp_path, name
+):
+    dense = tiny_checkpoint(name)
+    adaptation = Adaptation(rank=2, allocation="uniform")
     held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
     with torch.inference_mode():
-        stock = cfsp.load(pruned)(input_ids=held_NT, labels=held_NT).loss.exp()
+        stock = cfsp.load(dense)(input_ids=held_NT, labels=held_NT).loss.exp()
+    still = training(1, evaluations=1, learning_rate=1e-9)
+    report = recover(dense, tmp_path / "a", text_file, training=still, adaptation=adaptation)
     assert report.history[0]["perplexity"] == pytest.approx(float(stock), rel=1e-4)
+    report = recover(
+        dense,
+        tmp_path / "b",
+        text_file,
+        training=training(20, evaluations=1, learning_rate=3e-3),
+        adaptation=adaptation,
+        teacher=TeacherChoice(str(dense), Distillation(0.1)),
+    )
+    assert report.history[0]["perplexity"] < float(stock)
+    assert changed(dense, tmp_path / "b")
+    assert cfsp.load(tmp_path / "b")(input_ids=held_NT[:1]).logits.isfinite().all()
+
+
+def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
+    assert multiplies_only(cfsp.load(tiny_checkpoint("llama")))
+    capped = build_capped()
+    assert not multiplies_only(capped)
+    # Asking leaves the model as it was.
+    assert capped(input_ids=torch.tensor([[0, 1]])).logits.shape[-1] == 320
+
+
+def build_capped() -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=5.0,
+    )
+    return Gemma2ForCausalLM(config).eval()
 
 
 def test_a_teacher_in_memory_and_its_likeliest_tokens_on_disk(
@@ -263,8 +304,10 @@ def test_epochs(pruned, text_file, tmp_path):
 def test_the_best_weights_are_kept(pruned, text_file, tokenizer, tmp_path, monkeypatch):
     from cfsp.recovery import training as module
 
-    # A rate that rises until it destroys the model.
-    monkeypatch.setattr(module, "rate_factor", lambda fraction, warm_up: 1e4 * fraction**8)
+    # From half way on, training goes uphill.
+    monkeypatch.setattr(
+        module, "rate_factor", lambda fraction, warm_up: 1.0 if fraction < 0.5 else -1.0
+    )
     report = recover(
         pruned,
         tmp_path / "out",
@@ -374,7 +417,7 @@ def test_two_processes_reach_the_loss_of_one(pruned, text_file, tmp_path):
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
     pruned, text_file, tmp_path, monkeypatch
 ):
-    from cfsp.recovery import training as module
+    from cfsp.recovery import model_loss as module
 
     steps = 0
     sound = module.language_model_loss

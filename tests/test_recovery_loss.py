@@ -12,8 +12,10 @@ from cfsp.recovery.loss import (
     IGNORED,
     Distillation,
     TeacherHidden,
+    TeacherLogits,
     TeacherTopK,
     language_model_loss,
+    whole_logits_loss,
 )
 
 N, D, V = 11, 8, 37
@@ -126,3 +128,21 @@ def test_without_gradient_and_without_labels():
     nothing = language_model_loss(hidden_ND, head_VD, torch.full_like(label_N, IGNORED))
     assert nothing.item() == 0
     assert float(gradient(nothing, hidden_ND).abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", ["none", "whole", "top"])
+def test_whole_logits_give_the_same_loss_and_gradient(kind):
+    hidden_ND, head_VD, label_N, teacher = inputs()
+    teacher_NV = teacher.hidden_ND @ teacher.head_VD.T
+    how = Distillation(0.4, 1.5)
+    top = log_softmax(teacher_NV / 1.5, 1).topk(6, 1)
+    stored = TeacherTopK(top.indices, top.values)
+    for_slices, for_whole = {
+        "none": (None, None),
+        "whole": (teacher, TeacherLogits(teacher_NV)),
+        "top": (stored, stored),
+    }[kind]
+    sliced = language_model_loss(hidden_ND, head_VD, label_N, for_slices, how)
+    whole = whole_logits_loss(hidden_ND @ head_VD.T, label_N, for_whole, how)
+    torch.testing.assert_close(sliced, whole)
+    torch.testing.assert_close(gradient(sliced, hidden_ND), gradient(whole, hidden_ND))

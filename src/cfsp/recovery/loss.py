@@ -19,14 +19,17 @@ Shapes: N predicted tokens, C tokens of a slice, D hidden size, V vocabulary, K 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 IGNORED = -100
 # Elements of one slice of logits: 24 MB in float32.
 _SLICE_ELEMENTS = 6 << 20
+# Probability below which what is left over counts as nothing.
+_TINY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,21 @@ class TeacherHidden:
 
 
 @dataclass(frozen=True)
+class TeacherLogits:
+    """A teacher's whole logits.
+
+    Attributes:
+        logit_NV: for every token.
+    """
+
+    logit_NV: Tensor
+
+    def rows(self, rows: Tensor | slice) -> TeacherLogits:
+        """Return the same for some tokens."""
+        return TeacherLogits(self.logit_NV[rows])
+
+
+@dataclass(frozen=True)
 class TeacherTopK:
     """A teacher's likeliest tokens.
 
@@ -76,7 +94,7 @@ class TeacherTopK:
         return TeacherTopK(self.token_NK[rows], self.log_prob_NK[rows])
 
 
-Teacher = TeacherHidden | TeacherTopK
+Teacher = TeacherHidden | TeacherLogits | TeacherTopK
 
 
 def language_model_loss(
@@ -105,6 +123,39 @@ def language_model_loss(
     apply: Any = _SlicedLoss.apply
     loss: Tensor = apply(hidden_ND, head_VD, label_N, teacher, distillation)
     return loss
+
+
+def whole_logits_loss(
+    logit_NV: Tensor,
+    label_N: Tensor,
+    teacher: Teacher | None = None,
+    distillation: Distillation | None = None,
+) -> Tensor:
+    """Return the same loss from logits, in one piece and differentiable by autograd.
+
+    Args:
+        logit_NV: the model's logits.
+        label_N: as for `language_model_loss`.
+        teacher: what to distil from; not hidden states.
+        distillation: how; needed with a teacher.
+    """
+    counted_N = label_N != IGNORED
+    logit_NV, label_N = logit_NV[counted_N].float(), label_N[counted_N]
+    labels = cross_entropy(logit_NV, label_N, reduction="sum")
+    if teacher is None:
+        return labels
+    assert distillation is not None
+    teacher = teacher.rows(counted_N)
+    temperature = distillation.temperature
+    own_NV = log_softmax(logit_NV / temperature, 1)
+    if isinstance(teacher, TeacherTopK):
+        divergence, _ = _top_divergence(own_NV, teacher)
+    else:
+        assert isinstance(teacher, TeacherLogits)
+        target_NV = log_softmax(teacher.logit_NV.float() / temperature, 1)
+        divergence = kl_div(own_NV, target_NV, reduction="sum", log_target=True)
+    weight = distillation.weight
+    return weight * temperature**2 * divergence + (1 - weight) * labels
 
 
 class _SlicedLoss(torch.autograd.Function):
@@ -220,6 +271,7 @@ def _divergence(
     if isinstance(teacher, TeacherTopK):
         loss, slope_CV = _divergence_from_top(log_prob_CV, teacher)
     else:
+        assert isinstance(teacher, TeacherHidden)
         target_CV = memory.teacher_logits(teacher.hidden_ND, teacher.head_VD)
         target_CV = _log_softmax_(_cool_(target_CV, temperature), spare_CV)
         torch.sub(target_CV, log_prob_CV, out=spare_CV)
@@ -230,17 +282,28 @@ def _divergence(
 
 
 def _divergence_from_top(log_prob_CV: Tensor, teacher: TeacherTopK) -> tuple[Tensor, Tensor]:
-    tiny = 1e-6
+    loss, parts = _top_divergence(log_prob_CV, teacher)
+    slope_CV = log_prob_CV.exp_().mul_((1 - parts.rest_C / parts.own_rest_C)[:, None])
+    return loss, slope_CV.scatter_(1, teacher.token_NK, parts.own_CK - parts.known_CK)
+
+
+class _TopParts(NamedTuple):
+    known_CK: Tensor
+    own_CK: Tensor
+    rest_C: Tensor
+    own_rest_C: Tensor
+
+
+def _top_divergence(log_prob_CV: Tensor, teacher: TeacherTopK) -> tuple[Tensor, _TopParts]:
+    """Return the divergence over the likeliest tokens and one bucket, and its probabilities."""
     target_CK = teacher.log_prob_NK.float()
-    known_CK = target_CK.exp()
     chosen_CK = log_prob_CV.gather(1, teacher.token_NK)
-    own_CK = chosen_CK.exp()
-    rest_C = (1 - known_CK.sum(1)).clamp_min(tiny)
-    own_rest_C = (1 - own_CK.sum(1)).clamp_min(tiny)
+    known_CK, own_CK = target_CK.exp(), chosen_CK.exp()
+    rest_C = (1 - known_CK.sum(1)).clamp_min(_TINY)
+    own_rest_C = (1 - own_CK.sum(1)).clamp_min(_TINY)
     loss = (known_CK * (target_CK - chosen_CK)).sum()
     loss = loss + (rest_C * (rest_C.log() - own_rest_C.log())).sum()
-    slope_CV = log_prob_CV.exp_().mul_((1 - rest_C / own_rest_C)[:, None])
-    return loss, slope_CV.scatter_(1, teacher.token_NK, own_CK - known_CK)
+    return loss, _TopParts(known_CK, own_CK, rest_C, own_rest_C)
 
 
 def _cool_(value_CV: Tensor, temperature: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.loading import load
 from cfsp.recovery.data import RecoveryText
+from cfsp.recovery.model_loss import loss_inside
 from cfsp.recovery.schedule import ENDLESS_STEPS, RunClock
 from cfsp.recovery.settings import Training
 
@@ -74,7 +75,7 @@ def train(
         RecoveryError: the loss is not a number.
     """
     from cfsp.recovery.reporting import Reporter
-    from cfsp.recovery.training import RecoveryTrainer, loss_from_hidden_states
+    from cfsp.recovery.training import RecoveryTrainer
 
     windows_in_step = training.batch_windows * training.accumulate * process_count()
     steps = training.limit.in_steps(len(text.train), windows_in_step)
@@ -83,7 +84,7 @@ def train(
     tokens_in_step = windows_in_step * training.seqlen
     reporter = Reporter(clock, tokens_in_step, is_first_process())
     model.config.use_cache = False
-    with loss_from_hidden_states(model) as loss, _without_bars():
+    with loss_inside(model, teacher) as loss, _without_bars():
         trainer = RecoveryTrainer(
             adapted,
             training_arguments(training, directory, steps or ENDLESS_STEPS, model),

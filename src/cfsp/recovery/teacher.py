@@ -2,7 +2,7 @@
 
 In memory its forward pass runs with every training step. On disk the pass over the training
 windows is made once, before training; that pays from the second epoch on, and where the teacher
-does not fit beside the model. Shapes: N windows, T tokens, D hidden size, V vocabulary, K tokens.
+does not fit beside the model. Shapes: N windows, T tokens, V vocabulary, K tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cfsp.errors import RecoveryError
 from cfsp.progress import item_progress
 from cfsp.recovery.data import WindowData
-from cfsp.recovery.loss import Distillation, TeacherHidden
+from cfsp.recovery.loss import Distillation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,15 +67,6 @@ def check_teacher(
         )
 
 
-def teacher_hidden(teacher: PreTrainedModel, token_BT: Tensor) -> TeacherHidden:
-    """Return the teacher's hidden states that predict tokens 1 to T, [B (T - 1), D]."""
-    base: Any = teacher.base_model
-    head: Any = teacher.get_output_embeddings()
-    with torch.no_grad():
-        hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
-    return TeacherHidden(hidden_BTD[:, :-1].flatten(0, 1), head.weight)
-
-
 def store_top_tokens(
     teacher: PreTrainedModel, data: WindowData, directory: Path, top_k: int, temperature: float
 ) -> WindowData:
@@ -112,10 +102,11 @@ def _store(
     log_probs = np.lib.format.open_memmap(
         partial[LOG_PROB_FIELD], "w+", np.dtype(np.float16), shape
     )
+    model: Any = teacher
     with torch.no_grad(), item_progress("teacher", len(data), "window") as bar:
         for index, token_T in enumerate(data.token_NT):
-            hidden = teacher_hidden(teacher, token_T[None].to(teacher.device))
-            logit_TV = (hidden.hidden_ND @ hidden.head_VD.T).float() / temperature
+            logit_BTV = model(input_ids=token_T[None].to(teacher.device), use_cache=False).logits
+            logit_TV = logit_BTV[0, :-1].float() / temperature
             top = logit_TV.topk(top_k, dim=1)
             log_prob_TK = top.values - logit_TV.logsumexp(1, keepdim=True)
             tokens[index] = top.indices.cpu().numpy()

@@ -1,20 +1,16 @@
 """Training, through transformers' Trainer: what differs from its defaults, and nothing else.
 
-- The head's output is the hidden state and the model's loss function is ours (`loss.py`), so
-  logits never exist for a whole batch. Because the loss is computed inside the model's forward,
-  gradient accumulation, DDP and FSDP work as for any model.
+- The model's loss function is ours (`model_loss.py`).
 - The schedule follows a `RunClock`, which may count minutes.
 - Checkpoints are written at evaluations, a fixed number of times in a run.
 - A loss that is not finite stops the run.
 
-Shapes: B windows, T tokens, D hidden size, V vocabulary, K likeliest tokens.
+Shapes: B windows, T tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,71 +19,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from cfsp.errors import RecoveryError
-from cfsp.recovery.loss import Distillation, Teacher, TeacherTopK, language_model_loss
+from cfsp.recovery.loss import Distillation, TeacherTopK
+from cfsp.recovery.model_loss import ModelLoss
 from cfsp.recovery.schedule import RunClock, rate_factor
-from cfsp.recovery.teacher import LOG_PROB_FIELD, TOKEN_FIELD, teacher_hidden
+from cfsp.recovery.teacher import LOG_PROB_FIELD, TOKEN_FIELD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from cfsp.recovery.data import RecoveryText
-
-
-class HiddenStateLoss:
-    """The loss function of a causal LM whose head returns its input.
-
-    Args:
-        head: the output embedding, whose weight makes the logits.
-
-    Attributes:
-        teacher: what to distil from in the next call; None for the labels alone.
-        distillation: how.
-    """
-
-    def __init__(self, head: nn.Module) -> None:
-        self._head = head
-        self.teacher: Teacher | None = None
-        self.distillation: Distillation | None = None
-
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Return the mean loss; `logits` are the hidden states [B, T, D] that the head let pass."""
-        label_N = labels[:, 1:].flatten()
-        loss = language_model_loss(
-            logits[:, :-1].flatten(0, 1),
-            self._head.weight,  # type: ignore[arg-type]
-            label_N,
-            self.teacher,
-            self.distillation,
-        )
-        count = num_items_in_batch
-        if count is None:
-            count = (label_N >= 0).sum().clamp_min(1)
-        return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
-
-
-@contextmanager
-def loss_from_hidden_states(model: PreTrainedModel) -> Iterator[HiddenStateLoss]:
-    """Let a causal LM compute its loss without logits, for as long as the context lasts."""
-    head: Any = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise RecoveryError(
-            f"{type(model).__name__} has a biased head, which recovery cannot train"
-        )
-    loss = HiddenStateLoss(head)
-    head.forward = lambda hidden: hidden
-    model.loss_function = loss
-    try:
-        yield loss
-    finally:
-        del head.forward
-        del model._loss_function
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
@@ -113,7 +53,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         text: RecoveryText,
         *,
         clock: RunClock,
-        loss: HiddenStateLoss,
+        loss: ModelLoss,
         warm_up: float,
         teacher: PreTrainedModel | None,
         distillation: Distillation | None,
@@ -162,7 +102,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._loss.teacher = None
         if model.training and self._distillation is not None:
             if self._teacher is not None:
-                self._loss.teacher = teacher_hidden(self._teacher, inputs["input_ids"])
+                self._loss.teacher = self._loss.ask(self._teacher, inputs["input_ids"])
             else:
                 self._loss.teacher = TeacherTopK(
                     stored[TOKEN_FIELD].flatten(0, 1).long(),
