@@ -9,12 +9,12 @@ from markupsafe import Markup, escape
 
 from cfsp.errors import MissingExtraError
 from cfsp.report.chart import Chart
-from cfsp.report.drawing import WIDE
+from cfsp.report.drawing import WIDE, element, join
 from cfsp.report.page import page_file
 
 _SCALE = 2.0
 _MARGIN = 24.0
-_HEADING = 34.0
+_HEADING = 64.0
 # A family that the renderer brings along, so that pictures are alike on every machine.
 _FONT = "Roboto, Liberation Sans, Arial, sans-serif"
 
@@ -34,8 +34,29 @@ def picture_svg(chart: Chart) -> str:
         f'viewBox="0 0 {width:g} {height:g}" font-family="{_FONT}"><style>{_plain_style()}</style>'
         f'<rect width="100%" height="100%" fill="{_colours()["--page"]}"/>'
         f'<text class="picture-title" x="{_MARGIN:g}" y="{_MARGIN + 12:g}">{escape(chart.title)}'
-        f"</text>{placed}</svg>"
+        f"</text>{_legend(chart)}{placed}</svg>"
     )
+
+
+def _legend(chart: Chart) -> Markup:
+    """Return what the marks mean, below the title; letters are taken to be 7 pixels wide."""
+    x, y = _MARGIN, _MARGIN + 36
+    parts = []
+    for entry in chart.legend:
+        parts += [
+            _swatch(entry.swatch, x + 6, y),
+            element("text", entry.name, x=x + 20, y=y + 4),
+        ]
+        x += 44 + 7 * len(entry.name)
+    return join(parts)
+
+
+def _swatch(kind: str, x: float, y: float) -> Markup:
+    if kind in ("before", "after"):
+        return element("circle", class_=kind, cx=x, cy=y, r=4.5)
+    if kind == "predicted":
+        return element("line", class_=kind, x1=x - 6, x2=x + 6, y1=y, y2=y)
+    return element("rect", class_=kind, x=x - 6, y=y - 6, width=12, height=12, rx=2)
 
 
 def load_renderer() -> Callable[[str], bytes]:
