@@ -104,7 +104,7 @@ def add_how(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--learning-rate", type=float, metavar="LR", help="at its peak")
     group.add_argument(
-        "--batch-windows", type=int, default=8, metavar="N", help="on each process (default: 8)"
+        "--batch-windows", type=int, default=4, metavar="N", help="on each process (default: 4)"
     )
     group.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="batches in a step (default: 1)"

@@ -28,7 +28,7 @@ class Training:
 
     limit: Limit
     learning_rate: float | None = None
-    batch_windows: int = 8
+    batch_windows: int = 4
     accumulate: int = 1
     seqlen: int = 512
     warm_up: float = 0.05
