@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -109,7 +110,8 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
     # A fresh interpreter: a forked one would carry this process's memory.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, subject, conditions), daemon=True)
+    # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
+    process = context.Process(target=_serve, args=(theirs, subject, conditions))
     process.start()
     theirs.close()
     try:
@@ -149,6 +151,8 @@ def _receive(connection: Connection) -> Any:
 def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> None:
     from cfsp.speed.engine import start_engine
 
+    # Runtimes print as they like; standard output is for the results.
+    os.dup2(2, 1)
     try:
         start = time.perf_counter()
         engine = start_engine(subject, conditions)

@@ -6,6 +6,7 @@ single token and one of all.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -26,6 +27,8 @@ class VllmEngine:
     """
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
+        # In this process, so that its memory and its processor time are seen as ours.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
