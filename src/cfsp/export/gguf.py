@@ -154,7 +154,7 @@ def _add_fields(
     for value, add in (
         (rope.factor, writer.add_rope_scaling_factor),
         (rope.original_context, writer.add_rope_scaling_orig_ctx_len),
-        (rope.attention_factor, writer.add_rope_scaling_yarn_attn_factor),
+        (rope.attention_factor, writer.add_rope_scaling_attn_factors),
         (rope.beta_fast, writer.add_rope_scaling_yarn_beta_fast),
         (rope.beta_slow, writer.add_rope_scaling_yarn_beta_slow),
     ):

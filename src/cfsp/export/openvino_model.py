@@ -113,6 +113,9 @@ def convert(model: PreTrainedModel, blocks: int, key_heads: int, size: int) -> o
         blocks: number of decoder blocks.
         key_heads: heads of keys and values.
         size: elements of a head.
+
+    Raises:
+        ExportError: the model's attention has something that this one lacks.
     """
     import openvino
     from transformers import AttentionInterface
@@ -123,12 +126,12 @@ def convert(model: PreTrainedModel, blocks: int, key_heads: int, size: int) -> o
     past = [torch.zeros(2, key_heads, 4, size) for _ in range(2 * blocks)]
     tokens_BT = torch.ones(2, 3, dtype=torch.int64)
     example = (tokens_BT, torch.ones(2, 7, dtype=torch.int64), 4 + tokens_BT.cumsum(1) - 1, *past)
+    step = _Step(model, attention)
     with torch.inference_mode(), warnings.catch_warnings():
         # The tracer looks at every attribute of the model, deprecated ones too.
         warnings.simplefilter("ignore")
-        converted: openvino.Model = openvino.convert_model(
-            _Step(model, attention), example_input=example
-        )
+        step(*example)  # what it cannot express it says here; the tracer would swallow it
+        converted: openvino.Model = openvino.convert_model(step, example_input=example)
     pairs = [(f"{kind}.{i}") for i in range(blocks) for kind in ("key", "value")]
     for port, name in zip(
         converted.inputs, [*INPUTS, *(f"past_{name}" for name in pairs)], strict=True

@@ -1,0 +1,76 @@
+"""Tiny checkpoints whose blocks differ in width, cut by a plan made by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.writing import copy_travelling_files, write_config
+from cfsp.families import intermediate_sizes
+from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.surgery import write_pruned_weights
+
+WIDTHS = (64, 32, 96)
+
+
+def cut(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    widths: Sequence[int] = WIDTHS,
+) -> Checkpoint:
+    """Return a checkpoint of the model with these widths, made in an existing directory."""
+    dense, pruned = directory / "dense", directory / "pruned"
+    pruned.mkdir()
+    model.save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    source = Checkpoint(dense)
+    blocks = tuple(
+        BlockPlan(width, tuple(sorted(random.Random(i).sample(range(width), kept))), 0.1, 0.5)
+        for i, (width, kept) in enumerate(
+            zip(intermediate_sizes(source.config), widths, strict=True)
+        )
+    )
+    plan = PruningPlan(ModelIdentity.of(source), {}, {}, blocks)
+    write_pruned_weights(source, plan, pruned)
+    write_config(dense, pruned, source.family, list(widths))
+    copy_travelling_files(dense, pruned)
+    return Checkpoint(pruned)
+
+
+def tiny(name: str, **changes: Any) -> PreTrainedModel:
+    """Return a tiny random model with some settings of its config changed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tiny_models import TINY_CONFIGS
+
+    config = TINY_CONFIGS[name]()
+    fields = {**config.to_dict(), **changes}
+    if "rope_parameters" in changes:
+        fields["rope_parameters"] = {"rope_theta": 10000.0, **changes["rope_parameters"]}
+    fields.pop("layer_types", None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(type(config)(**fields))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def half_of(source: Checkpoint, out: Path) -> Checkpoint:
+    """Return half of a model by the quickest pruning there is: two windows, no restoration."""
+    from cfsp.allocation import Budget
+    from cfsp.pipeline import prune_checkpoint
+    from cfsp.settings import CalibrationText, PruneSettings
+
+    text = CalibrationText(samples=2, seqlen=128)
+    prune_checkpoint(source, out, PruneSettings(Budget(0.5), text=text, restore="none"))
+    return Checkpoint(out)

@@ -1,0 +1,289 @@
+"""GGUF: what llama.cpp reads is the same model; what it cannot express is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.export.registry import export_checkpoint
+from cfsp.export.target import ExportOptions
+from cfsp.export.verification import greedy_after, logits_of, reference_model
+from ragged import cut, half_of, tiny
+
+pytest.importorskip("gguf", reason="gguf is not installed: pip install 'cfsp-llm[export]'")
+pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install 'cfsp-llm[export]'")
+
+EQUAL = (64, 64, 64)
+
+
+def export(source: Checkpoint, out: Path, kind: str | None = None, **more: Any) -> Any:
+    options = ExportOptions(kind, more.pop("pre_tokenizer", None))
+    return export_checkpoint(source, "gguf", out, options, **more)
+
+
+def fields_of(path: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def types_of(path: Path) -> dict[str, str]:
+    from gguf import GGUFReader
+
+    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "architecture"),
+    [
+        ("llama", (64, 32, 96), "deci"),
+        ("llama", EQUAL, "llama"),
+        ("llama-biased", (64, 32, 96), "deci"),
+        ("llama-biased", EQUAL, "llama"),
+        ("mistral", (64, 32, 96), "deci"),
+        ("mistral", EQUAL, "llama"),
+        ("qwen2", (64, 32, 96), "deci"),
+        ("qwen2", EQUAL, "qwen2"),
+        ("qwen3", (64, 32, 96), "openelm"),
+        ("qwen3", EQUAL, "qwen3"),
+    ],
+)
+def test_llama_cpp_computes_the_same(
+    tmp_path: Path, tokenizer: Any, name: str, widths: tuple[int, ...], architecture: str
+) -> None:
+    from cfsp.export.llama_cpp import LlamaCpp
+
+    # Windows as long as the context: these graphs have none, which another test is about.
+    model = tiny(name, sliding_window=None, use_sliding_window=False)
+    source = cut(model, tokenizer, tmp_path, widths)
+    report = export(source, tmp_path / "m.gguf", "f32")
+    assert report.layout == f"{architecture} in f32"
+    assert report.verification.greedy_steps == 32
+
+    fields = fields_of(tmp_path / "m.gguf")
+    assert fields["general.architecture"] == architecture
+    found = fields[f"{architecture}.feed_forward_length"]
+    assert found == (list(widths) if len(set(widths)) > 1 else widths[0])
+
+    tokens = [5, 300, 7, 111, 42, 260, 9]
+    reference = reference_model(source)
+    expected_TV = logits_of(reference, tokens)
+    with LlamaCpp(tmp_path / "m.gguf") as llama:
+        first_TV = llama.feed(tokens[:4])
+        second_TV = llama.feed(tokens[4:])
+    found_TV = torch.cat([first_TV, second_TV])
+    assert float((found_TV - expected_TV).abs().max()) < 1e-4
+    assert float(expected_TV.std()) > 0.5  # else the comparison would say nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("llama", {"rope_type": "linear", "factor": 4.0}),
+        (
+            "llama",
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        (
+            "llama",
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+        (
+            "qwen3",
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.5,
+            },
+        ),
+    ],
+)
+def test_rope_scaling_arrives(
+    tmp_path: Path, tokenizer: Any, name: str, rope: dict[str, Any]
+) -> None:
+    source = cut(tiny(name, rope_parameters=rope), tokenizer, tmp_path)
+    report = export(source, tmp_path / "m.gguf")
+    assert report.verification.relative_error < 1e-5
+    # The same file without the scaling would be noticed: it matters within the probe.
+    plain = cut(tiny(name), tokenizer, _made(tmp_path / "plain"))
+    tokens = list(range(24))
+    scaled_TV = logits_of(reference_model(source), tokens)
+    plain_TV = logits_of(reference_model(plain), tokens)
+    assert float((scaled_TV - plain_TV).abs().max()) > 0.01
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen3", {"tie_word_embeddings": False}, "openelm.*not tied.*--to uniform or --to padded"),
+        ("llama", {"hidden_act": "gelu"}, "SiLU, the model gelu"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "'dynamic' is not supported; supported are: default, linear, llama3, yarn",
+        ),
+        (
+            "qwen3",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "openelm graph reads no factors",
+        ),
+        ("qwen3", {"attention_bias": True}, "openelm graph reads no biases"),
+    ],
+)
+def test_what_llama_cpp_cannot_express_is_refused(
+    tmp_path: Path, tokenizer: Any, name: str, changes: dict[str, Any], message: str
+) -> None:
+    source = cut(tiny(name, **changes), tokenizer, tmp_path)
+    with pytest.raises(ExportError, match=message):
+        export(source, tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_untied_qwen3_of_equal_widths_has_a_graph(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(tiny("qwen3", tie_word_embeddings=False), tokenizer, tmp_path, EQUAL)
+    assert export(source, tmp_path / "m.gguf").layout == "qwen3 in f32"
+
+
+def test_a_sliding_window_limits_the_context(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(tiny("mistral"), tokenizer, tmp_path)
+    report = export(source, tmp_path / "m.gguf")
+    assert "limited to 16 tokens instead of 256" in report.notes[0]
+    assert fields_of(tmp_path / "m.gguf")["deci.context_length"] == 16
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f16", 0.01), ("bf16", 0.05), ("q8_0", 0.08)])
+def test_types_written_here(tmp_path: Path, tokenizer: Any, kind: str, error: float) -> None:
+    source = cut(tiny("llama"), tokenizer, tmp_path)
+    report = export(source, tmp_path / "m.gguf", kind)
+    assert 0 < report.verification.relative_error < error
+    types = types_of(tmp_path / "m.gguf")
+    assert types["blk.0.ffn_down.weight"] == kind.upper()
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    assert report.notes == ()
+
+
+def test_the_checkpoints_own_type_is_the_default(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(tiny("llama").to(torch.bfloat16), tokenizer, tmp_path)
+    assert export(source, tmp_path / "m.gguf").layout == "deci in bf16"
+
+
+def test_odd_widths_fall_back_to_f16(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(tiny("llama"), tokenizer, tmp_path, (64, 40, 50))
+    report = export(source, tmp_path / "m.gguf", "q8_0")
+    assert "2 matrices are stored in f16" in report.notes[0]
+    assert "rows of 40, 50" in report.notes[0]
+    types = types_of(tmp_path / "m.gguf")
+    assert [types[f"blk.{i}.ffn_down.weight"] for i in range(3)] == ["Q8_0", "F16", "F16"]
+    assert types["blk.1.ffn_up.weight"] == "Q8_0"
+
+
+def test_k_quants_come_from_llama_cpp(tmp_path: Path, tokenizer: Any) -> None:
+    model = tiny("llama", hidden_size=256, intermediate_size=512, initializer_range=0.05)
+    source = cut(model, tokenizer, tmp_path, (256, 512, 288))
+    report = export(source, tmp_path / "m.gguf", "q4_k_m")
+    types = types_of(tmp_path / "m.gguf")
+    assert types["blk.0.ffn_gate.weight"] == "Q4_K"
+    assert types["blk.2.ffn_down.weight"] not in ("Q4_K", "Q6_K")  # 288 is not a multiple of 256
+    assert "rows of 32, 288 weights do not divide into blocks of 256" in report.notes[1]
+    assert 0 < report.verification.relative_error < 0.5
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "m.gguf"}
+
+
+def test_a_wrong_copy_is_noticed_and_not_kept(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cut(tiny("llama"), tokenizer, tmp_path)
+    monkeypatch.setattr(
+        "cfsp.export.gguf_tensors.neighbours_together", lambda tensor, heads: tensor
+    )
+    with pytest.raises(ExportError, match="computes something else: relative error"):
+        export(source, tmp_path / "m.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
+
+
+def test_without_llama_cpp_the_weights_are_compared(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfsp.export.gguf_verification.has_llama_cpp", lambda: False)
+    source = cut(tiny("qwen3"), tokenizer, tmp_path)
+    report = export(source, tmp_path / "m.gguf")
+    assert "no llama.cpp" in report.verification.reader
+    assert report.verification.max_difference == 0.0
+    rounded = export(source, tmp_path / "q.gguf", "q8_0").verification
+    assert 0 < rounded.max_difference < 0.01
+
+
+def test_rows_of_q_and_k_are_reordered_head_by_head() -> None:
+    from cfsp.export.gguf_tensors import neighbours_together
+
+    heads, size, hidden = 3, 8, 5
+    weight = np.arange(heads * size * hidden, dtype=np.float32).reshape(heads * size, hidden)
+    expected = np.empty_like(weight)
+    for head in range(heads):
+        for i in range(size // 2):
+            expected[head * size + 2 * i] = weight[head * size + i]
+            expected[head * size + 2 * i + 1] = weight[head * size + i + size // 2]
+    assert np.array_equal(neighbours_together(torch.from_numpy(weight), heads).numpy(), expected)
+
+
+def test_bad_requests(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(tiny("llama"), tokenizer, tmp_path)
+    with pytest.raises(UsageError, match=r"unknown --type q9.*expected one of f32, f16"):
+        export(source, tmp_path / "m.gguf", "q9")
+    with pytest.raises(UsageError, match=r"expected a name in \.gguf"):
+        export(source, tmp_path / "m")
+    (tmp_path / "there.gguf").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        export(source, tmp_path / "there.gguf")
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+
+
+@pytest.mark.real
+def test_the_real_model(tmp_path: Path, demo: Checkpoint) -> None:
+    from cfsp.export.llama_cpp import LlamaCpp
+
+    source = half_of(demo, tmp_path / "half")
+    report = export(source, tmp_path / "m.gguf", "f32")
+    assert report.layout == "deci in f32"
+    assert report.verification.greedy_steps == 32
+    assert report.verification.max_difference < 1e-3
+
+    reference = reference_model(source)
+    with LlamaCpp(tmp_path / "m.gguf") as llama:
+        tokens = llama.tokenize("Once upon a time there was a king who")
+        logits_TV = llama.feed(tokens)
+        assert float((logits_TV - logits_of(reference, tokens)).abs().max()) < 1e-3
+        written = [int(logits_TV[-1].argmax())]
+        while len(written) < 32:
+            written.append(int(llama.feed(written[-1:])[-1].argmax()))
+    assert written == greedy_after(reference, tokens, written)
+
+    small = export(source, tmp_path / "q.gguf", "q8_0")
+    assert small.nbytes < 0.3 * report.nbytes
+    assert small.verification.relative_error < 0.1

@@ -1,0 +1,118 @@
+"""OpenVINO: the exported model decodes, step by step, what transformers decodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import ExportError, UsageError
+from cfsp.export.registry import export_checkpoint
+from cfsp.export.target import ExportOptions
+from cfsp.export.verification import greedy_after, logits_of, reference_model
+from ragged import cut, half_of
+from tiny_models import build_tiny_model
+
+pytest.importorskip(
+    "openvino", reason="openvino is not installed: pip install 'cfsp-llm[openvino]'"
+)
+
+
+def decode(runtime: Any, tokens: list[int], steps: int) -> list[int]:
+    """Return a greedy continuation."""
+    written = [int(runtime.feed(tokens)[-1].argmax())]
+    while len(written) < steps:
+        written.append(int(runtime.feed(written[-1:])[-1].argmax()))
+    return written
+
+
+# Sliding windows of 16 and 8 tokens are left behind within these steps.
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "mistral", "qwen2", "qwen3"])
+def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    from cfsp.export.openvino import OpenVinoRuntime
+
+    source = cut(build_tiny_model(name), tokenizer, tmp_path)
+    report = export_checkpoint(source, "openvino", tmp_path / "ov")
+    assert report.layout == "stateful OpenVINO model in f32"
+    assert report.verification is not None
+    assert report.verification.greedy_steps == 32
+    assert report.verification.relative_error < 1e-5
+
+    reference = reference_model(source)
+    tokens = [5, 300, 7, 111, 42]
+    runtime = OpenVinoRuntime(tmp_path / "ov")
+    first = decode(runtime, tokens, 40)
+    assert first == greedy_after(reference, tokens, first)
+    runtime.forget()
+    found_TV = torch.cat([runtime.feed(tokens), runtime.feed(first)])
+    expected_TV = logits_of(reference, tokens + first)
+    assert float((found_TV - expected_TV).abs().max()) < 1e-4
+
+    config = json.loads((tmp_path / "ov" / "config.json").read_text())
+    assert config["model_type"] == source.family.model_type
+    assert "auto_map" not in config
+    assert not list((tmp_path / "ov").glob("*.safetensors"))
+
+
+def test_inputs_are_those_that_runtimes_expect(tmp_path: Path, tokenizer: Any) -> None:
+    import openvino
+
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
+    export_checkpoint(source, "openvino", tmp_path / "ov", verify=False)
+    model = openvino.Core().read_model(tmp_path / "ov" / "openvino_model.xml")
+    names = {port.get_any_name() for port in model.inputs}
+    assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+    assert [port.get_any_name() for port in model.outputs] == ["logits"]
+
+
+def test_two_rows_and_padding(tmp_path: Path, tokenizer: Any) -> None:
+    import numpy as np
+    import openvino
+
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
+    export_checkpoint(source, "openvino", tmp_path / "ov", verify=False)
+    compiled = openvino.Core().compile_model(
+        tmp_path / "ov" / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    rows = [[5, 300, 7, 111], [9, 12]]
+    found = compiled.create_infer_request().infer(
+        {
+            "input_ids": np.array([rows[0], [0, 0, *rows[1]]]),
+            "attention_mask": np.array([[1, 1, 1, 1], [0, 0, 1, 1]]),
+            "position_ids": np.array([[0, 1, 2, 3], [0, 0, 0, 1]]),
+            "beam_idx": np.array([0, 1], dtype=np.int32),
+        }
+    )["logits"]
+    reference = reference_model(source)
+    for row, logits in zip(rows, found, strict=True):
+        expected_TV = logits_of(reference, row)
+        difference = torch.from_numpy(logits[-len(row) :]) - expected_TV
+        assert float(difference.abs().max()) < 1e-4
+
+
+def test_half_precision(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(build_tiny_model("llama", dtype=torch.bfloat16), tokenizer, tmp_path)
+    report = export_checkpoint(source, "openvino", tmp_path / "ov")
+    assert report.layout == "stateful OpenVINO model in f16"
+    with pytest.raises(UsageError, match="unknown --type q8_0 for openvino; expected f32 or f16"):
+        export_checkpoint(source, "openvino", tmp_path / "no", ExportOptions("q8_0"))
+
+
+def test_attention_that_it_cannot_express_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(build_tiny_model("gemma2"), tokenizer, tmp_path)
+    with pytest.raises(ExportError, match="no attention with softcap; use --to padded"):
+        export_checkpoint(source, "openvino", tmp_path / "ov")
+    assert not (tmp_path / "ov").exists()
+
+
+@pytest.mark.real
+def test_the_real_model(tmp_path: Path, demo: Checkpoint) -> None:
+    source = half_of(demo, tmp_path / "half")
+    report = export_checkpoint(source, "openvino", tmp_path / "ov", ExportOptions("f32"))
+    assert report.verification is not None
+    assert report.verification.greedy_steps == 32
+    assert report.verification.max_difference < 1e-3
