@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import cfsp
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import blocks_of, ffn_of
+from cfsp.checkpoint.skeleton import blocks_of, projection_of
 from cfsp.families import family_of
 from cfsp.pipeline import PruneReport
 from cfsp.text.windows import Windows, draw_windows
@@ -57,6 +56,13 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def _features(projection: Any) -> tuple[int, int]:
+    """Outputs and inputs that a Linear or a Conv1D announces; PEFT goes by them."""
+    if isinstance(projection, nn.Linear):
+        return projection.out_features, projection.in_features
+    return projection.nf, projection.nx
+
+
 class FamilyContract:
     """Inherited by every family; `name` is a key of `tiny_models.TINY_CONFIGS`."""
 
@@ -87,8 +93,14 @@ class FamilyContract:
         """What a fresh process without cfsp found: see `stock_process.py`."""
         work = tmp_path_factory.mktemp("stock")
         torch.save(case.tokens_BT, work / "tokens.pt")
+        family = family_of(case.dense.config)
+        matrices = [
+            f"{family.block_prefix(block)}{family.path_in_block(matrix)}"
+            for block in range(len(case.report.intermediate_sizes))
+            for matrix in family.matrices
+        ]
         finished = subprocess.run(
-            [sys.executable, "-W", "ignore", str(SUBPROCESS), str(case.out), str(work)],
+            [sys.executable, "-W", "ignore", str(SUBPROCESS), str(case.out), str(work), *matrices],
             capture_output=True,
             text=True,
             env={**os.environ, "HF_MODULES_CACHE": str(work / "modules"), "OMP_NUM_THREADS": "1"},
@@ -126,10 +138,10 @@ class FamilyContract:
             for block, entry in zip(
                 blocks_of(masked, family), case.report.plan.blocks, strict=True
             ):
-                down = attrgetter(family.down)(ffn_of(block, family))
+                down = projection_of(block, family, family.down)
                 mask_F = torch.zeros(entry.width)
                 mask_F[list(entry.kept)] = 1.0
-                down.weight.mul_(mask_F)
+                down.weight.mul_(mask_F[:, None] if family.inputs_first else mask_F)
         expected = logits_of(masked, case.tokens_BT)
         actual = logits_of(cfsp.load(case.out), case.tokens_BT)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -143,13 +155,14 @@ class FamilyContract:
         after = load_file(case.out / "model.safetensors")
         assert before.keys() == after.keys()
         for name, tensor in before.items():
-            location = family.channel_axis(name)
-            if location is None:
+            layout = family.layout_of(name)
+            if layout is None:
                 expected = tensor
             else:
-                block, axis = location
-                expected = tensor.index_select(
-                    axis, torch.tensor(case.report.plan.blocks[block].kept)
+                kept = torch.tensor(case.report.plan.blocks[layout.block].kept)
+                parts = tensor.chunk(layout.parts, dim=layout.axis)
+                expected = torch.cat(
+                    [p.index_select(layout.axis, kept) for p in parts], layout.axis
                 )
             assert_bitwise_equal(after[name], expected)
 
@@ -171,15 +184,14 @@ class FamilyContract:
             for block, width in zip(
                 blocks_of(model, family), case.report.intermediate_sizes, strict=True
             ):
-                ffn = ffn_of(block, family)
-                for name in (family.gate, family.up):
-                    if name is not None:
-                        linear = attrgetter(name)(ffn)
-                        assert linear.out_features == linear.weight.shape[0] == width
-                        assert linear.in_features == linear.weight.shape[1]
-                down = attrgetter(family.down)(ffn)
-                assert down.in_features == down.weight.shape[1] == width
-                assert down.out_features == down.weight.shape[0]
+                for name in family.matrices:
+                    projection = projection_of(block, family, name)
+                    outputs, inputs = family.turned(projection.weight).shape
+                    assert _features(projection) == (outputs, inputs)
+                    rows = 2 * width if family.is_fused else width
+                    assert (inputs == width) if name == family.down else (outputs == rows)
+                    bias = projection.bias
+                    assert bias is None or bias.shape == (outputs,)
 
     def test_config_says_the_widths(self, case: Case) -> None:
         fields = json.loads((case.out / "config.json").read_text())
@@ -217,7 +229,8 @@ class FamilyContract:
         for model in (cfsp.load(case.out), case.in_memory):
             same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
             assert same == tied
-        assert ("lm_head.weight" in load_file(case.out / "model.safetensors")) != tied
+        stored = load_file(case.out / "model.safetensors").keys()
+        assert bool({"lm_head.weight", "embed_out.weight"} & stored) != tied
 
     def test_tokenizer_and_generation_config_travel(self, case: Case) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -277,12 +290,15 @@ class FamilyContract:
 
     def test_fresh_process_trains_lora(self, case: Case, stock: dict[str, Any]) -> None:
         assert stock["lora_loss_after"] < stock["lora_loss_before"]
-        # A and B of rank 4 on gate, up and down of every block.
+        # A and B of rank 4 on every FFN matrix of every block.
         family = family_of(case.dense.config)
-        matrices = [name for name in (family.gate, family.up, family.down) if name]
         hidden = case.dense.config.hidden_size
-        widths = case.report.intermediate_sizes
-        assert stock["lora_parameters"] == sum(4 * (hidden + w) * len(matrices) for w in widths)
+        expected = sum(
+            4 * (hidden + (2 * width if family.is_fused and name != family.down else width))
+            for width in case.report.intermediate_sizes
+            for name in family.matrices
+        )
+        assert stock["lora_parameters"] == expected
 
     # The engine against the model's own forward.
 
@@ -300,8 +316,9 @@ class FamilyContract:
         )
         seen = _observe_with_hooks(case.dense, windows)
         for block, (input_BTD, output_BTD, act_BTF) in zip(statistics.blocks, seen, strict=True):
-            act = act_BTF.flatten(0, 1).double()
-            torch.testing.assert_close(block.sum_F, act.sum(0), rtol=1e-5, atol=1e-5)
+            act = act_BTF.flatten(0, -2).double()
+            # Terms of both signs cancel: the error is relative to what was added up.
+            assert ((block.sum_F - act.sum(0)).abs() <= 1e-5 * act.abs().sum(0)).all()
             torch.testing.assert_close(
                 block.sum_of_squares_F, act.square().sum(0), rtol=1e-5, atol=1e-6
             )
@@ -331,7 +348,7 @@ def _observe_with_hooks(
             seen[index]["act"] = args[0]
 
         handles.append(block.register_forward_hook(on_block, with_kwargs=True))
-        down = attrgetter(family.down)(ffn_of(block, family))
+        down = projection_of(block, family, family.down)
         handles.append(down.register_forward_pre_hook(on_down))
     logits_of(model, windows.tokens_NT)
     for handle in handles:

@@ -1,6 +1,6 @@
 """Run by the family contract in a fresh process: a checkpoint under stock software only.
 
-    python stock_process.py CHECKPOINT WORK
+    python stock_process.py CHECKPOINT WORK MATRIX...
 
 Reads WORK/tokens.pt, writes WORK/found.json and WORK/tensors.pt.
 """
@@ -23,7 +23,14 @@ sys.modules["cfsp"] = None  # type: ignore[assignment]
 NEW_TOKENS = 10
 
 
-def main(checkpoint: Path, work: Path) -> None:
+def loss_of(model: torch.nn.Module, tokens_BT: torch.Tensor) -> float:
+    """The loss without dropout."""
+    with torch.inference_mode():
+        loss: float = model.eval()(input_ids=tokens_BT, labels=tokens_BT).loss.item()
+    return loss
+
+
+def main(checkpoint: Path, work: Path, matrices: list[str]) -> None:
     torch.set_num_threads(1)
     tokens_BT = torch.load(work / "tokens.pt")
     found: dict[str, Any] = {"new_tokens": NEW_TOKENS}
@@ -59,20 +66,19 @@ def main(checkpoint: Path, work: Path) -> None:
     with torch.inference_mode():
         tensors["eager_logits"] = model(input_ids=tokens_BT).logits
 
-    config = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
-    lora = get_peft_model(resaved, config).train()
+    config = LoraConfig(r=4, target_modules=matrices)
+    lora = get_peft_model(resaved, config)
     trainable = [p for p in lora.parameters() if p.requires_grad]
     found["lora_parameters"] = sum(p.numel() for p in trainable)
     optimizer = torch.optim.SGD(trainable, lr=0.01)
-    loss = lora(input_ids=tokens_BT, labels=tokens_BT).loss
-    loss.backward()
+    found["lora_loss_before"] = loss_of(lora, tokens_BT)
+    lora.train()(input_ids=tokens_BT, labels=tokens_BT).loss.backward()
     optimizer.step()
-    found["lora_loss_before"] = loss.item()
-    found["lora_loss_after"] = lora(input_ids=tokens_BT, labels=tokens_BT).loss.item()
+    found["lora_loss_after"] = loss_of(lora, tokens_BT)
 
     (work / "found.json").write_text(json.dumps(found))
     torch.save(tensors, work / "tensors.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -321,9 +321,9 @@ def test_no_config(refused: Callable[..., str], copy: Path) -> None:
 def test_unsupported_family(refused: Callable[..., str], copy: Path) -> None:
     from cfsp.families import FAMILIES
 
-    (copy / "config.json").write_text('{"model_type": "gpt2"}')
+    (copy / "config.json").write_text('{"model_type": "bert"}')
     message = refused(copy)
-    assert "'gpt2' is not supported" in message
+    assert "'bert' is not supported" in message
     assert all(family in message for family in FAMILIES)
 
 

@@ -74,12 +74,12 @@ def test_shards_in_and_out(
     assert before.keys() == after.keys()
     for name, (stored_dtype, shape, raw) in after.items():
         assert stored_dtype == before[name][0]
-        location = source.family.channel_axis(name)
-        if location is None or KEPT[location[0]] == tuple(range(96)):
+        layout = source.family.layout_of(name)
+        if layout is None or KEPT[layout.block] == tuple(range(96)):
             assert (shape, raw) == before[name][1:], name
         else:
-            block, axis = location
-            expected = source.read(name).index_select(axis, torch.tensor(KEPT[block]))
+            kept = torch.tensor(KEPT[layout.block])
+            expected = source.read(name).index_select(layout.axis, kept)
             assert shape == tuple(expected.shape)
             assert raw == expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     assert {n: s.shape for n, s in pruned_specs(source, plan).items()} == {

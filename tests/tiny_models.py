@@ -14,12 +14,25 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 BLOCKS = 3
@@ -40,6 +53,33 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 
+# Their own padding tokens lie outside the tiny vocabulary.
+_NO_PADDING: dict[str, Any] = {"pad_token_id": None}
+
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": BLOCKS,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.2,
+}
+
+_OPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_dim": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "init_std": 0.2,
+}
+
 
 TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_COMMON, tie_word_embeddings=False),
@@ -58,6 +98,47 @@ TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         max_window_layers=2,
     ),
     "qwen3": lambda: Qwen3Config(**_COMMON, tie_word_embeddings=True, head_dim=16),
+    "gemma": lambda: GemmaConfig(**_COMMON, **_NO_PADDING, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**_COMMON, **_NO_PADDING, head_dim=16, sliding_window=8),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **_COMMON,
+        **_NO_PADDING,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "olmo2": lambda: Olmo2Config(**_COMMON, **_NO_PADDING),
+    "smollm3": lambda: SmolLM3Config(**_COMMON, **_NO_PADDING, no_rope_layer_interval=2),
+    "granite": lambda: GraniteConfig(
+        **_COMMON,
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.3,
+        mlp_bias=True,
+    ),
+    "stablelm": lambda: StableLmConfig(**_COMMON, use_qkv_bias=True, partial_rotary_factor=0.5),
+    "stablelm-parallel": lambda: StableLmConfig(
+        **_COMMON, use_parallel_residual=True, qk_layernorm=True
+    ),
+    "phi3": lambda: Phi3Config(
+        **_COMMON, **_NO_PADDING, original_max_position_embeddings=256, sliding_window=16
+    ),
+    "starcoder2": lambda: Starcoder2Config(**_COMMON, use_bias=True, sliding_window=16),
+    "phi": lambda: PhiConfig(
+        **{**_COMMON, "num_key_value_heads": 4}, partial_rotary_factor=0.5, qk_layernorm=True
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, rotary_pct=0.5, use_parallel_residual=True),
+    "gpt_neox-serial": lambda: GPTNeoXConfig(
+        **_COMMON, use_parallel_residual=False, attention_bias=False
+    ),
+    "gpt2": lambda: GPT2Config(**_GPT2, n_inner=WIDTH),
+    # The width that the config leaves out is four times the hidden size.
+    "gpt2-plain": lambda: GPT2Config(**{**_GPT2, "n_embd": WIDTH // 4}),
+    "opt": lambda: OPTConfig(**_OPT, do_layer_norm_before=True),
+    "opt-projected": lambda: OPTConfig(
+        **_OPT, do_layer_norm_before=False, word_embed_proj_dim=16, enable_bias=False
+    ),
 }
 
 

@@ -7,14 +7,18 @@ asks for a model type.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
+
+    from cfsp.channel_layout import ChannelLayout
 
 
 @dataclass(frozen=True)
@@ -26,48 +30,101 @@ class Family:
         causal_lm: transformers class with the language-model head.
         base_model: transformers class without it.
         blocks: dotted path from the causal LM to the list of decoder blocks.
-        mlp: attribute of a block that holds the FFN.
-        gate: attribute of the FFN; rows are channels; None in an FFN without a gate.
-        up: attribute of the FFN; rows are channels.
-        down: attribute of the FFN; columns are channels.
+        mlp: attribute of a block that holds the FFN; None if the block itself does.
+        gate: attribute of the FFN; None in an FFN without a gate; the same as `up` where both
+            are one matrix, with all rows of the gate first.
+        up: attribute of the FFN whose outputs are channels.
+        down: attribute of the FFN whose inputs are channels.
+        inputs_first: whether weights are stored inputs x outputs (`Conv1D`), not outputs x
+            inputs (`nn.Linear`).
         width_key: key in config.json that names the number of channels.
+        default_expansion: channels per hidden unit where the config leaves that key empty.
+        ffn_arguments: what the FFN's class is constructed with, as code of the modelling file,
+            where `config` has the width of one block and `width` is it.
+        stale: endings of the names of tensors that old checkpoints store and no model reads.
     """
 
     model_type: str
     causal_lm: str
     base_model: str
     blocks: str = "model.layers"
-    mlp: str = "mlp"
+    mlp: str | None = "mlp"
     gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    inputs_first: bool = False
     width_key: str = "intermediate_size"
+    default_expansion: int = 4
+    ffn_arguments: str = "config"
+    stale: tuple[str, ...] = (".rotary_emb.inv_freq",)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one matrix."""
+        return self.gate == self.up
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of the FFN's matrices, each once, the down projection last."""
+        return tuple(dict.fromkeys(name for name in (self.gate, self.up, self.down) if name))
+
+    @property
+    def ffn_kind(self) -> str:
+        """The FFN in a few words, for people."""
+        if self.gate is None:
+            kind = f"{self.up}, {self.down}"
+        elif self.is_fused:
+            kind = f"gated, {self.up} (fused), {self.down}"
+        else:
+            kind = f"gated, {self.gate}, {self.up}, {self.down}"
+        return f"{kind}; inputs first" if self.inputs_first else kind
 
     @cached_property
     def _ffn_tensor(self) -> re.Pattern[str]:
-        inputs = "|".join(name for name in (self.gate, self.up) if name)
+        inputs = "|".join(self.matrices[:-1])
+        mlp = rf"{re.escape(self.mlp)}\." if self.mlp else ""
         return re.compile(
-            rf"^{re.escape(self.blocks)}\.(?P<block>\d+)\.{re.escape(self.mlp)}\."
-            rf"(?:(?P<input>{inputs})\.(?:weight|bias)|(?P<output>{self.down})\.weight)$"
+            rf"^{re.escape(self.blocks)}\.(?P<block>\d+)\.{mlp}"
+            rf"(?:(?P<input>{inputs})\.(?P<kind>weight|bias)|(?P<output>{self.down})\.weight)$"
         )
 
-    def channel_axis(self, tensor_name: str) -> tuple[int, int] | None:
-        """Return (block, axis of the channels) of an FFN tensor; None of any other tensor.
+    def layout_of(self, tensor_name: str) -> ChannelLayout | None:
+        """Return where an FFN tensor keeps its channels; None of any other tensor.
 
-        The bias of the down projection belongs to the hidden size and has no channel axis.
+        The bias of the down projection belongs to the hidden size and has no channels.
         """
+        from cfsp.channel_layout import ChannelLayout  # here: the table alone needs no torch
+
         match = self._ffn_tensor.match(tensor_name)
         if match is None:
             return None
-        return int(match["block"]), 0 if match["input"] else 1
+        block = int(match["block"])
+        if match["output"]:
+            return ChannelLayout(block, 0 if self.inputs_first else 1)
+        is_matrix = match["kind"] == "weight"
+        axis = 1 if is_matrix and self.inputs_first else 0
+        return ChannelLayout(block, axis, 2 if self.is_fused else 1)
 
     def block_prefix(self, block: int) -> str:
         """Return what the names of all tensors of one block begin with."""
         return f"{self.blocks}.{block}."
 
+    def path_in_block(self, matrix: str) -> str:
+        """Return the dotted path from a block to one FFN matrix."""
+        return f"{self.mlp}.{matrix}" if self.mlp else matrix
+
     def weight_name(self, block: int, matrix: str) -> str:
-        """Return the tensor name of one FFN matrix (`self.gate`, `self.up` or `self.down`)."""
-        return f"{self.blocks}.{block}.{self.mlp}.{matrix}.weight"
+        """Return the tensor name of one FFN matrix (one of `matrices`)."""
+        return f"{self.block_prefix(block)}{self.path_in_block(matrix)}.weight"
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """Return a matrix as stored turned to outputs x inputs, or the other way round."""
+        return weight.T if self.inputs_first else weight
+
+    @property
+    def base_prefix(self) -> str:
+        """What the base model is called in the causal LM."""
+        return self.blocks.split(".", 1)[0]
 
     @property
     def blocks_in_base_model(self) -> str:
@@ -80,6 +137,57 @@ _TABLE = (
     Family("mistral", "MistralForCausalLM", "MistralModel"),
     Family("qwen2", "Qwen2ForCausalLM", "Qwen2Model"),
     Family("qwen3", "Qwen3ForCausalLM", "Qwen3Model"),
+    Family("gemma", "GemmaForCausalLM", "GemmaModel"),
+    Family("gemma2", "Gemma2ForCausalLM", "Gemma2Model"),
+    Family("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextModel"),
+    Family("olmo2", "Olmo2ForCausalLM", "Olmo2Model"),
+    Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3Model"),
+    Family("granite", "GraniteForCausalLM", "GraniteModel"),
+    Family("stablelm", "StableLmForCausalLM", "StableLmModel"),
+    Family("phi3", "Phi3ForCausalLM", "Phi3Model", gate="gate_up_proj", up="gate_up_proj"),
+    Family(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        "Starcoder2Model",
+        gate=None,
+        up="c_fc",
+        down="c_proj",
+    ),
+    Family("phi", "PhiForCausalLM", "PhiModel", gate=None, up="fc1", down="fc2"),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        "GPTNeoXModel",
+        blocks="gpt_neox.layers",
+        gate=None,
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        stale=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+    ),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+        blocks="transformer.h",
+        gate=None,
+        up="c_fc",
+        down="c_proj",
+        inputs_first=True,
+        width_key="n_inner",
+        ffn_arguments="width, config",
+        stale=(".attn.bias", ".attn.masked_bias"),
+    ),
+    Family(
+        "opt",
+        "OPTForCausalLM",
+        "OPTModel",
+        blocks="model.decoder.layers",
+        mlp=None,
+        gate=None,
+        up="fc1",
+        down="fc2",
+        width_key="ffn_dim",
+    ),
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
@@ -100,12 +208,35 @@ def family_of_type(model_type: str) -> Family:
     return family
 
 
+def check_is_text_only(fields: Mapping[str, Any]) -> None:
+    """Check that a config is not that of a model whose decoder is one part of several.
+
+    Args:
+        fields: config.json.
+
+    Raises:
+        UnsupportedModelError: it has a text tower, whatever the family of that.
+    """
+    tower = fields.get("text_config")
+    if fields.get("model_type") not in FAMILIES and tower is not None:
+        kind = tower.get("model_type") if isinstance(tower, dict) else None
+        raise UnsupportedModelError(
+            f"model type {fields.get('model_type')!r} is multimodal, which is not supported; "
+            f"save its text tower ({kind or 'text_config'}) as a causal language model of its own "
+            "and prune that"
+        )
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a model config; see `family_of_type`."""
+    if config.model_type not in FAMILIES:
+        check_is_text_only(config.to_dict())
     return family_of_type(config.model_type)
 
 
 def intermediate_sizes(config: PreTrainedConfig) -> list[int]:
     """Return the number of FFN channels of every block, also of an already pruned model."""
-    width_key = family_of(config).width_key
-    return [int(getattr(block_config, width_key)) for block_config in config.per_layer_config]
+    family = family_of(config)
+    default = family.default_expansion * config.hidden_size
+    widths = [getattr(block_config, family.width_key) for block_config in config.per_layer_config]
+    return [int(default if width is None else width) for width in widths]

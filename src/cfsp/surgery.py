@@ -1,7 +1,7 @@
 """Surgery: obeys a plan, tensor by tensor.
 
-FFN tensors lose rows or columns; everything else is copied byte for byte. Tensors stream from
-the source to the new shards: one is in memory at a time.
+FFN tensors lose rows or columns, and the biases of removed channels; everything else is copied
+byte for byte. Tensors stream from the source to the new shards: one is in memory at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cfsp.checkpoint.reading import WeightSource
@@ -26,18 +25,15 @@ from cfsp.pruning_plan import PruningPlan
 def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
     """Return one tensor of the pruned model, in the source's dtype."""
     tensor = source.read(name)
-    location = source.family.channel_axis(name)
-    if location is None:
+    layout = source.family.layout_of(name)
+    if layout is None:
         return tensor
-    block, axis = location
-    entry = plan.blocks[block]
+    entry = plan.blocks[layout.block]
     if len(entry.kept) == entry.width:
         return tensor
-    kept = torch.tensor(entry.kept, device=tensor.device)
-    pruned = tensor.index_select(axis, kept)
-    # removed + kept == before
-    assert tensor.shape[axis] == entry.width
-    assert pruned.shape[axis] == len(entry.kept)
+    pruned = layout.select(tensor, entry.kept)
+    assert layout.width(tensor.shape) == entry.width
+    assert layout.width(pruned.shape) == len(entry.kept)
     return pruned
 
 
@@ -45,10 +41,9 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     """Return dtype and shape of every tensor of the pruned model, in the source's order."""
     specs = {}
     for name, spec in source.specs.items():
-        location = source.family.channel_axis(name)
-        if location is not None:
-            block, axis = location
-            spec = spec.with_length(axis, len(plan.blocks[block].kept))
+        layout = source.family.layout_of(name)
+        if layout is not None:
+            spec = layout.resized(spec, len(plan.blocks[layout.block].kept))
         specs[name] = spec
     return specs
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.calibration.call_recorder import BlockCall, record_calls
-from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, ffn_of, load_into, unload
+from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, load_into, projection_of, unload
 from cfsp.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -37,13 +37,11 @@ class StreamedBlock:
     Attributes:
         index: position in the model.
         module: the decoder block.
-        ffn: its FFN.
         down: the FFN's down projection.
     """
 
     index: int
     module: nn.Module
-    ffn: nn.Module
     down: nn.Module
     _hidden_NTD: Tensor
     _batches: list[slice]
@@ -60,13 +58,16 @@ class StreamedBlock:
         """
 
         def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
-            on_activations(args[0])
+            # Some families flatten windows and tokens before the FFN.
+            on_activations(args[0].view(*windows_and_tokens, -1))
 
+        windows_and_tokens = torch.Size()
         handle = self.down.register_forward_pre_hook(before_down)
         try:
             for batch in self._batches:
                 input_BTD = self._hidden_NTD[batch].to(self._device)
                 call = self._calls[input_BTD.shape[0]]
+                windows_and_tokens = input_BTD.shape[:2]
                 output_BTD = call(self.module, input_BTD)
                 on_hidden(input_BTD, output_BTD)
                 self._hidden_NTD[batch] = output_BTD
@@ -108,12 +109,10 @@ def stream_blocks(
             load_into(module, source.family.block_prefix(index), source, device, dtype)
             module.to(device)
             _check_finite(module, source, index)
-            ffn = ffn_of(module, source.family)
             yield StreamedBlock(
                 index=index,
                 module=module,
-                ffn=ffn,
-                down=attrgetter(source.family.down)(ffn),
+                down=projection_of(module, source.family, source.family.down),
                 _hidden_NTD=hidden_NTD,
                 _batches=batches,
                 _calls={windows: call[index] for windows, call in calls.items()},
@@ -136,7 +135,7 @@ def _embed(
 
     Windows are never padded, so the calls depend on a batch's shape only.
     """
-    prefix, _, path = source.family.blocks.partition(".")
+    prefix, path = source.family.base_prefix, source.family.blocks_in_base_model
     base_model: nn.Module = getattr(skeleton, prefix)
     # Everything of the base model but its blocks: they are the only large part.
     placeholder = nn.ModuleList()

@@ -32,11 +32,19 @@ def modeling_code(family: Family) -> str:
         "BASE_MODEL": family.base_model,
         "BLOCKS_IN_BASE": family.blocks_in_base_model,
         "BLOCKS": family.blocks,
-        "MLP": family.mlp,
+        "REPLACE_FFN": _replacement(family),
         "WIDTH_KEY": family.width_key,
     }.items():
         template = template.replace(f"@{key}@", value)
     return template
+
+
+def _replacement(family: Family) -> str:
+    """Return the statement that gives a block an FFN of the width that the config names."""
+    if family.mlp is None:
+        # The FFN has no module of its own, so the block is built anew.
+        return "layers[index] = type(layers[index])(config, index)"
+    return f"layers[index].{family.mlp} = type(layers[index].{family.mlp})({family.ffn_arguments})"
 
 
 def auto_map(family: Family) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.modeling_code import is_our_modeling_code
+from cfsp.checkpoint.modeling_code import auto_map
 from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec, tensor_chunks
 from cfsp.errors import CheckpointError
-from cfsp.families import Family, family_of, family_of_type, intermediate_sizes
+from cfsp.families import Family, check_is_text_only, family_of, family_of_type, intermediate_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,30 +72,38 @@ class Checkpoint:
         self.label = label or str(directory)
         self.config = _read_config(directory)
         self.family = family_of(self.config)
-        self._file_of: dict[str, TensorFile] = {}
-        for file in _tensor_files(directory):
-            for name in file.specs:
-                if name in self._file_of:
-                    raise CheckpointError(f"{directory}: tensor {name} is stored in two shards")
-                self._file_of[name] = file
+        files = _tensor_files(directory)
+        prefix = _missing_prefix((name for file in files for name in file.specs), self.family)
+        # A tensor's name in the model -> its file, and its name there.
+        self._places: dict[str, tuple[TensorFile, str]] = {}
+        for file in files:
+            for stored in file.specs:
+                name = prefix + stored
+                if name in self._places:
+                    raise CheckpointError(f"{directory}: tensor {stored} is stored in two shards")
+                if not name.endswith(self.family.stale):
+                    self._places[name] = (file, stored)
         check_ffn_shapes(self)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, in storage order."""
-        return {name: file.specs[name] for name, file in self._file_of.items()}
+        return {name: file.specs[stored] for name, (file, stored) in self._places.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
-        return self._file_of[name].read(name)
+        file, stored = self._places[name]
+        return file.read(stored)
 
     def read_prefix(self, name: str, elements: int) -> Tensor:
         """Return the first elements of one tensor, flattened."""
-        return self._file_of[name].read_prefix(name, elements)
+        file, stored = self._places[name]
+        return file.read_prefix(stored, elements)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor."""
-        return self._file_of[name].chunks(name)
+        file, stored = self._places[name]
+        return file.chunks(stored)
 
 
 class LoadedModel:
@@ -158,7 +166,7 @@ def ffn_parameters_per_channel(source: WeightSource, block: int) -> int:
     return sum(
         _elements(spec) // widths[block]
         for name, spec in source.specs.items()
-        if name.startswith(prefix) and source.family.channel_axis(name)
+        if name.startswith(prefix) and source.family.layout_of(name)
     )
 
 
@@ -170,9 +178,7 @@ def check_ffn_shapes(source: WeightSource) -> None:
     """
     family = source.family
     for block, width in enumerate(intermediate_sizes(source.config)):
-        for matrix in (family.gate, family.up, family.down):
-            if matrix is None:
-                continue
+        for matrix in family.matrices:
             name = family.weight_name(block, matrix)
             spec = source.specs.get(name)
             if spec is None:
@@ -180,12 +186,22 @@ def check_ffn_shapes(source: WeightSource) -> None:
                     f"{source.label} has no tensor {name}, which a {family.model_type} model "
                     f"with {source.config.num_hidden_layers} blocks needs"
                 )
-            axis = 1 if matrix == family.down else 0
-            if len(spec.shape) != 2 or spec.shape[axis] != width:
+            layout = family.layout_of(name)
+            assert layout is not None
+            if len(spec.shape) != 2 or spec.shape[layout.axis] != layout.parts * width:
                 raise CheckpointError(
                     f"{source.label}: {name} has shape {list(spec.shape)}, but the config says "
                     f"that block {block} has {width} FFN channels"
                 )
+
+
+def _missing_prefix(stored: Iterable[str], family: Family) -> str:
+    """Return what every name lacks in a checkpoint that was saved from the base model alone.
+
+    Such are those of GPT-2 on the hub; transformers loads them as well.
+    """
+    in_base = f"{family.blocks_in_base_model}.0."
+    return f"{family.base_prefix}." if any(name.startswith(in_base) for name in stored) else ""
 
 
 def _elements(spec: TensorSpec) -> int:
@@ -200,10 +216,13 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{directory} is not a model directory: it has no config.json")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        family = family_of_type(fields["model_type"])
+        model_type = fields["model_type"]
+        check_is_text_only(fields)
+        family = family_of_type(model_type)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a model config: it names no model_type") from error
-    if "auto_map" in fields and not is_our_modeling_code(directory):
+    # Of our own code only the name counts: cfsp builds such a model with its own copy.
+    if not fields.get("auto_map", {}).items() <= auto_map(family).items():
         raise CheckpointError(
             f"{directory} brings its own modelling code, which may compute something else than "
             f"the stock {family.causal_lm}; cfsp prunes stock models and its own output only"

@@ -48,11 +48,11 @@ def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
     return blocks
 
 
-def ffn_of(block: nn.Module, family: Family) -> nn.Module:
-    """Return the FFN of a decoder block."""
-    ffn = attrgetter(family.mlp)(block)
-    assert isinstance(ffn, nn.Module)
-    return ffn
+def projection_of(block: nn.Module, family: Family, matrix: str) -> nn.Module:
+    """Return the module of one FFN matrix (one of `family.matrices`) of a decoder block."""
+    projection = attrgetter(family.path_in_block(matrix))(block)
+    assert isinstance(projection, nn.Module)
+    return projection
 
 
 def load_into(

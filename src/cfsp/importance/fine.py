@@ -37,15 +37,18 @@ class FFNWeights:
 
 
 def read_ffn_weights(source: WeightSource, block: int) -> FFNWeights:
-    """Read one block's FFN matrices from a model."""
+    """Read one block's FFN matrices from a model, however its family stores them."""
     family = source.family
 
     def read(matrix: str) -> Tensor:
-        return source.read(family.weight_name(block, matrix)).cpu().float()
+        stored = source.read(family.weight_name(block, matrix))
+        return family.turned(stored).cpu().float()
 
-    return FFNWeights(
-        read(family.down), read(family.up), read(family.gate) if family.gate else None
-    )
+    down_DF = read(family.down)
+    if family.is_fused:
+        gate_FD, up_FD = read(family.up).chunk(2)
+        return FFNWeights(down_DF, up_FD, gate_FD)
+    return FFNWeights(down_DF, read(family.up), read(family.gate) if family.gate else None)
 
 
 def _activation(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:

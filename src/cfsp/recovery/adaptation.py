@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import MissingExtraError
@@ -28,6 +29,10 @@ Method = Literal["lora", "dora", "full"]
 Targets = Literal["mlp", "attention", "all"]
 METHODS: tuple[Method, ...] = get_args(Method)
 TARGETS: tuple[Targets, ...] = get_args(Targets)
+
+
+# GPT-2 keeps its matrices transposed, in a class of its own.
+_MATRICES = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> li
     """Return the full names of the projections to train, block by block."""
     names: list[list[str]] = []
     for index, block in enumerate(blocks_of(model, family)):
-        linear = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-        in_ffn = {name for name in linear if name.startswith(f"{family.mlp}.")}
+        linear = [name for name, module in block.named_modules() if isinstance(module, _MATRICES)]
+        in_ffn = {family.path_in_block(matrix) for matrix in family.matrices}
         chosen = {
             "mlp": [name for name in linear if name in in_ffn],
             "attention": [name for name in linear if name not in in_ffn],
@@ -119,6 +124,7 @@ def attach(
             for pattern, rank in zip(patterns, ranks_L, strict=True)
         },
         use_dora=adaptation.method == "dora",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with warnings.catch_warnings():
         # PEFT asks transformers for an attribute whose name is going away.

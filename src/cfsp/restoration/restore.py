@@ -120,12 +120,12 @@ def _restore(
     statistics = statistics_of(block.index, distances, observed.channels)
     kept = tuple(choose(block.index, statistics))
     name = source.family.weight_name(block.index, source.family.down)
-    down_DF = source.read(name)
+    down_DF = source.family.turned(source.read(name))
     solution = restore_down_projection(
         down_DF.to(observed.device), kept, observed.gram.mean(), observed.held_out_RF()
     )
     path = work / f"restored-{block.index:05d}.safetensors"
-    down_DK = solution.down_DK
+    down_DK = source.family.turned(solution.down_DK).contiguous()
     outgoing = OutgoingTensor(
         name, TensorSpec(down_DK.dtype, tuple(down_DK.shape)), lambda: tensor_chunks(down_DK)
     )
