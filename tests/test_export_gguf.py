@@ -15,6 +15,7 @@ from cfsp.export.registry import export_checkpoint
 from cfsp.export.target import ExportOptions
 from cfsp.export.verification import greedy_after, logits_of, reference_model
 from ragged import cut, half_of, tiny
+from tiny_models import build_tiny_model
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install 'cfsp-llm[export]'")
 pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install 'cfsp-llm[export]'")
@@ -163,6 +164,12 @@ def test_what_llama_cpp_cannot_express_is_refused(
     with pytest.raises(ExportError, match=message):
         export(source, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_families_that_have_no_graph_yet_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(build_tiny_model("gemma"), tokenizer, tmp_path)
+    with pytest.raises(ExportError, match="gemma models is not supported; supported are: llama"):
+        export(source, tmp_path / "m.gguf")
 
 
 def test_untied_qwen3_of_equal_widths_has_a_graph(tmp_path: Path, tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ from cfsp.export.registry import export_checkpoint
 from cfsp.export.target import ExportOptions
 from cfsp.export.verification import greedy_after, logits_of, reference_model
 from ragged import cut, half_of
-from tiny_models import build_tiny_model
+from tiny_models import TINY_CONFIGS, build_tiny_model
 
 pytest.importorskip(
     "openvino", reason="openvino is not installed: pip install 'cfsp-llm[openvino]'"
@@ -31,7 +31,7 @@ def decode(runtime: Any, tokens: list[int], steps: int) -> list[int]:
 
 
 # Sliding windows of 16 and 8 tokens are left behind within these steps.
-@pytest.mark.parametrize("name", ["llama", "llama-biased", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", sorted(TINY_CONFIGS))
 def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str) -> None:
     from cfsp.export.openvino import OpenVinoRuntime
 
@@ -102,11 +102,34 @@ def test_half_precision(tmp_path: Path, tokenizer: Any) -> None:
         export_checkpoint(source, "openvino", tmp_path / "no", ExportOptions("q8_0"))
 
 
-def test_attention_that_it_cannot_express_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    source = cut(build_tiny_model("gemma2"), tokenizer, tmp_path)
-    with pytest.raises(ExportError, match="no attention with softcap; use --to padded"):
+def test_attention_that_it_cannot_express_is_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cfsp.export import openvino_model
+
+    attend = openvino_model._Attention.__call__
+
+    def with_sinks(*args: Any, **options: Any) -> Any:
+        return attend(*args, **options, s_aux=torch.zeros(4))
+
+    monkeypatch.setattr(openvino_model._Attention, "__call__", with_sinks)
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
+    with pytest.raises(ExportError, match="no attention with sinks; use --to padded"):
         export_checkpoint(source, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()
+
+
+def test_a_model_that_cannot_be_traced_is_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such operator\nand a long trace")
+
+    monkeypatch.setattr("openvino.convert_model", broken)
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
+    message = "cannot trace LlamaForCausalLM: no such operator; use --to padded"
+    with pytest.raises(ExportError, match=message):
+        export_checkpoint(source, "openvino", tmp_path / "ov")
 
 
 @pytest.mark.real

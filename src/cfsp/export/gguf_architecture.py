@@ -69,7 +69,7 @@ def architecture_of(source: Checkpoint) -> Architecture:
     if found is None:
         raise ExportError(
             f"gguf export of {source.family.model_type} models is not supported; supported are: "
-            f"{', '.join(sorted(ARCHITECTURES))}"
+            f"{', '.join(sorted(ARCHITECTURES))}; use --to padded, and llama.cpp's own converter"
         )
     architecture = found[len(set(widths)) > 1]
     _check_expressible(source, architecture)

@@ -107,19 +107,14 @@ class OpenVinoRuntime:
 
 
 def _convert(source: Checkpoint) -> Any:
-    config: Any = source.config
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
-        return convert(reference_model(source), config.num_hidden_layers, key_heads, size)
+        return convert(reference_model(source))
     except CfspError:
         raise
     except Exception as error:  # tracing fails in as many ways as there are models
         summary = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
-            f"OpenVINO cannot trace {source.family.causal_lm}: {summary[0]}; use --to gguf or "
-            "--to padded"
+            f"OpenVINO cannot trace {source.family.causal_lm}: {summary[0]}; use --to padded"
         ) from error
 
 

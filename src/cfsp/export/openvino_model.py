@@ -48,23 +48,26 @@ class _Attention:
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
-        **more: Any,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
-        if special := [name for name in ("softcap", "s_aux") if more.get(name) is not None]:
-            raise ExportError(
-                f"OpenVINO export has no attention with {special[0]}; use --to padded"
-            )
-        past_key, past_value = self.past[len(self.present)]
-        key_BNSH = torch.cat([past_key, key_BNTH], dim=2)
-        value_BNSH = torch.cat([past_value, value_BNTH], dim=2)
+        if s_aux is not None:
+            raise ExportError("OpenVINO export has no attention with sinks; use --to padded")
+        key_BNSH, value_BNSH = key_BNTH, value_BNTH
+        if self.past:
+            past_key, past_value = self.past[len(self.present)]
+            key_BNSH = torch.cat([past_key, key_BNTH], dim=2)
+            value_BNSH = torch.cat([past_value, value_BNTH], dim=2)
         self.present.append((key_BNSH, value_BNSH))
         groups = query_BNTH.shape[1] // key_BNTH.shape[1]
-        out_BNTH = nn.functional.scaled_dot_product_attention(
+        out_BNTH = _attend(
             query_BNTH,
             _repeated(key_BNSH, groups),
             _repeated(value_BNSH, groups),
-            attn_mask=self._bias(query_BNTH, sliding_window),
-            scale=scaling,
+            self._bias(query_BNTH, sliding_window),
+            scaling,
+            softcap,
         )
         return out_BNTH.transpose(1, 2), None
 
@@ -79,6 +82,24 @@ class _Attention:
         seen = seen_TS[None, None] & self.mask_BS[:, None, None, :].bool()
         nothing = torch.zeros((), dtype=query_BNTH.dtype)
         return torch.where(seen, nothing, torch.finfo(query_BNTH.dtype).min)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Return the attention's output; scores beyond `softcap` are bent (Gemma 2), if given."""
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, scale=scaling
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    return torch.softmax(scores + bias, dim=-1) @ value
 
 
 def _repeated(heads_BNSH: Tensor, groups: int) -> Tensor:
@@ -105,14 +126,10 @@ class _Step(nn.Module):
         return (output.logits, *(t for pair in self.attention.present for t in pair))
 
 
-def convert(model: PreTrainedModel, blocks: int, key_heads: int, size: int) -> openvino.Model:
-    """Return a stateful OpenVINO model.
+def convert(model: PreTrainedModel) -> openvino.Model:
+    """Return a stateful OpenVINO model of a causal LM in float32.
 
-    Args:
-        model: a causal LM in float32; its attention function is replaced.
-        blocks: number of decoder blocks.
-        key_heads: heads of keys and values.
-        size: elements of a head.
+    The attention function of the given model is replaced.
 
     Raises:
         ExportError: the model's attention has something that this one lacks.
@@ -123,28 +140,39 @@ def convert(model: PreTrainedModel, blocks: int, key_heads: int, size: int) -> o
     attention = _Attention()
     AttentionInterface.register(_ATTENTION, attention)
     model.set_attn_implementation(_ATTENTION)
-    past = [torch.zeros(2, key_heads, 4, size) for _ in range(2 * blocks)]
-    tokens_BT = torch.ones(2, 3, dtype=torch.int64)
-    example = (tokens_BT, torch.ones(2, 7, dtype=torch.int64), 4 + tokens_BT.cumsum(1) - 1, *past)
     step = _Step(model, attention)
+    tokens_BT = torch.ones(2, 3, dtype=torch.int64)
+    positions_BT = tokens_BT.cumsum(1) - 1
     with torch.inference_mode(), warnings.catch_warnings():
         # The tracer looks at every attribute of the model, deprecated ones too.
         warnings.simplefilter("ignore")
-        step(*example)  # what it cannot express it says here; the tracer would swallow it
+        # Without a past first: this tells the heads of each block, and what it can't express.
+        _, *first = step(tokens_BT, torch.ones(2, 3, dtype=torch.int64), positions_BT)
+        past = [torch.zeros(2, t.shape[1], 4, t.shape[3]) for t in first]
+        seen_BS = torch.ones(2, 7, dtype=torch.int64)
+        example = (tokens_BT, seen_BS, 4 + positions_BT, *past)
         converted: openvino.Model = openvino.convert_model(step, example_input=example)
-    pairs = [(f"{kind}.{i}") for i in range(blocks) for kind in ("key", "value")]
-    for port, name in zip(
-        converted.inputs, [*INPUTS, *(f"past_{name}" for name in pairs)], strict=True
-    ):
+    pairs = [f"{kind}.{i}" for i in range(len(past) // 2) for kind in ("key", "value")]
+    _name_ports(converted, pairs, [(t.shape[1], t.shape[3]) for t in past])
+    _keep_state(converted, pairs)
+    return converted
+
+
+def _name_ports(
+    converted: openvino.Model, pairs: list[str], heads_and_sizes: list[tuple[int, int]]
+) -> None:
+    """Give inputs and outputs their names, and leave batch and lengths open."""
+    import openvino
+
+    shapes = [[-1, -1]] * len(INPUTS) + [[-1, heads, -1, size] for heads, size in heads_and_sizes]
+    names = [*INPUTS, *(f"past_{name}" for name in pairs)]
+    for port, name, shape in zip(converted.inputs, names, shapes, strict=True):
         port.get_tensor().set_names({name})
-        dynamic = [-1, -1] if name in INPUTS else [-1, key_heads, -1, size]
-        port.get_node().set_partial_shape(openvino.PartialShape(dynamic))
+        port.get_node().set_partial_shape(openvino.PartialShape(shape))
     outputs = ["logits", *(f"present_{name}" for name in pairs)]
     for port, name in zip(converted.outputs, outputs, strict=True):
         port.get_tensor().set_names({name})
     converted.validate_nodes_and_infer_types()
-    _keep_state(converted, pairs)
-    return converted
 
 
 def _keep_state(converted: openvino.Model, pairs: list[str]) -> None:
