@@ -300,6 +300,44 @@ class FamilyContract:
         )
         assert stock["lora_parameters"] == expected
 
+    # Restoration, whatever way round a family stores its matrices.
+
+    def test_restored_down_projection_is_the_ridge_solution(
+        self, case: Case, tmp_path: Path
+    ) -> None:
+        settings = {**SETTINGS, "restore": "ridge"}
+        report = cfsp.prune(
+            case.source, out=tmp_path / "out", sparsity=0.4, multiple=1, data=case.texts, **settings
+        )
+        family = family_of(case.dense.config)
+        windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
+        seen = _observe_with_hooks(case.dense, windows)
+        before = load_file(case.source / "model.safetensors")
+        after = load_file(tmp_path / "out" / "model.safetensors")
+        entries = zip(report.restoration["blocks"], report.plan.blocks, seen, strict=True)
+        changed = 0
+        for block, (restored, entry, (_, _, act)) in enumerate(entries):
+            assert restored["error_after"] <= restored["error_before"]
+            if restored["ridge"] is None:
+                continue
+            changed += 1
+            # The sixth and last window is held out.
+            fitted_RF = act.flatten(0, -2)[: 5 * 32].double()
+            gram_FF = fitted_RF.T @ fitted_RF / len(fitted_RF)
+            mask_F = torch.zeros(entry.width, dtype=torch.bool)
+            mask_F[list(entry.kept)] = True
+            gram_KK = gram_FF[mask_F][:, mask_F]
+            ridge_KK = restored["ridge"] * gram_KK.diagonal().mean() * torch.eye(len(entry.kept))
+            name = family.weight_name(block, family.down)
+            down_DF = family.turned(before[name]).double()
+            lost_DK = down_DF[:, ~mask_F] @ gram_FF[~mask_F][:, mask_F]
+            expected_DK = down_DF[:, mask_F] + lost_DK @ torch.linalg.inv(gram_KK + ridge_KK)
+            torch.testing.assert_close(
+                family.turned(after[name]).double(), expected_DK, rtol=1e-3, atol=1e-3
+            )
+        assert changed, "the case must repair at least one block"
+        assert logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT).isfinite().all()
+
     # The engine against the model's own forward.
 
     @pytest.mark.parametrize("batch_windows", [1, 4, None])

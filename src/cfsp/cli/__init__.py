@@ -11,10 +11,34 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from cfsp.cli import bench, calibrate, demo, evaluate, export, inspect, plan, prune, recover, report
+from cfsp.cli import (
+    bench,
+    calibrate,
+    demo,
+    evaluate,
+    export,
+    families,
+    inspect,
+    plan,
+    prune,
+    recover,
+    report,
+)
 from cfsp.errors import CfspError
 
-_COMMANDS = (prune, recover, calibrate, plan, evaluate, inspect, bench, export, report, demo)
+_COMMANDS = (
+    prune,
+    recover,
+    calibrate,
+    plan,
+    evaluate,
+    inspect,
+    families,
+    bench,
+    export,
+    report,
+    demo,
+)
 
 _DESCRIPTION = """\
 Make a decoder-only LLM smaller and faster: score its FFN channels with one forward pass over
