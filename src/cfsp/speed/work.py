@@ -3,7 +3,7 @@
 Prefill is bound by arithmetic, decoding of few sequences by reading weights and cache. The
 ideal ratio of two models is therefore that of their FLOPs in prefill and of the bytes they read
 in decoding. Embedding rows are looked up and cost nothing; norms are not counted. Full causal
-attention is assumed.
+attention is assumed; so are no matrices between the blocks and the head (OPT-350M has two).
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
     head_parameters = config.vocab_size * config.hidden_size if head else 0
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Families without grouped attention have no such key.
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     blocks = config.num_hidden_layers
     return ModelWork(
         block_parameters=parameters,
@@ -78,5 +80,5 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
         head_parameters=head_parameters,
         head_bytes=head_parameters * itemsize,
         attention_width=blocks * heads * head_dim,
-        cache_bytes=2 * blocks * config.num_key_value_heads * head_dim * itemsize,
+        cache_bytes=2 * blocks * kv_heads * head_dim * itemsize,
     )
