@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY_CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
@@ -24,6 +23,7 @@ from cfsp.speed.subjects import Subject, build_model
 from cfsp.speed.transformers_engine import TransformersEngine
 from cfsp.speed.work import work_of
 from cfsp.speed.workload import ENGINES
+from tiny_models import TINY_CONFIGS
 
 WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
 
