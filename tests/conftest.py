@@ -35,6 +35,11 @@ _WORDS = [
 ]  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the real model: started last, it would leave the other worker idle."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """One thread in every test process: xdist gives each core a process of its own."""
