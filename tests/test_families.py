@@ -100,7 +100,13 @@ def test_checkpoint_of_the_base_model_alone(
     checkpoint = Checkpoint(source)
     assert checkpoint.specs.keys() == tensors.keys()
 
-    settings = {"sparsity": 0.4, "multiple": 1, "samples": 4, "seqlen": 32, "data": [str(text_file)]}
+    settings = {
+        "sparsity": 0.4,
+        "multiple": 1,
+        "samples": 4,
+        "seqlen": 32,
+        "data": [str(text_file)],
+    }
     expected = cfsp.prune(tiny_checkpoint("gpt2"), out=tmp_path / "expected", **settings)
     found = cfsp.prune(source, out=tmp_path / "found", **settings)
     assert found.parameters_before == expected.parameters_before
