@@ -42,7 +42,7 @@ def prune(
     sparsity: float,
     of: BudgetOf = ...,
     multiple: int | None = ...,
-    data: Sequence[str] = ...,
+    data: Sequence[str | Path] = ...,
     samples: int | None = ...,
     seqlen: int = ...,
     seed: int = ...,
@@ -63,7 +63,7 @@ def prune(
     sparsity: float,
     of: BudgetOf = ...,
     multiple: int | None = ...,
-    data: Sequence[str] = ...,
+    data: Sequence[str | Path] = ...,
     samples: int | None = ...,
     seqlen: int = ...,
     seed: int = ...,
@@ -83,7 +83,7 @@ def prune(
     sparsity: float,
     of: BudgetOf = "ffn",
     multiple: int | None = None,
-    data: Sequence[str] = DEFAULT_DATA,
+    data: Sequence[str | Path] = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     seed: int = 0,
@@ -121,7 +121,7 @@ def prune(
     settings = PruneSettings(
         budget=Budget(sparsity, of, multiple),
         criterion=Criterion(block_metric, channel_metric),
-        text=CalibrationText(tuple(data), samples, seqlen, seed),
+        text=CalibrationText(tuple(map(str, data)), samples, seqlen, seed),
         compute=Compute(device, dtype),
         restore=restore,
     )
@@ -142,7 +142,7 @@ def calibrate(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    data: Sequence[str] = DEFAULT_DATA,
+    data: Sequence[str | Path] = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     seed: int = 0,
@@ -158,7 +158,7 @@ def calibrate(
         if not isinstance(source, Checkpoint):
             raise UsageError("calibrating a model in memory needs its tokenizer")
         tokenizer = load_tokenizer(source.directory)
-    text = CalibrationText(tuple(data), samples, seqlen, seed)
+    text = CalibrationText(tuple(map(str, data)), samples, seqlen, seed)
     return calibrate_source(source, tokenizer, text, Compute(device, dtype))
 
 
@@ -183,7 +183,7 @@ def plan(
 
 def evaluate(
     models: Sequence[str | Path],
-    data: Sequence[str],
+    data: Sequence[str | Path],
     *,
     windows: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
@@ -200,7 +200,7 @@ def evaluate(
         device: where to compute.
         dtype: what to compute in.
     """
-    texts = EvaluationText(tuple(data), windows, seqlen)
+    texts = EvaluationText(tuple(map(str, data)), windows, seqlen)
     return evaluate_models([str(model) for model in models], texts, Compute(device, dtype))
 
 
