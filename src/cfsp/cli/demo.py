@@ -18,9 +18,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         subparsers,
         "demo",
         "prune SmolLM2-135M on Python's own documentation and show gain and loss",
-        "cfsp demo --out demo --sparsity 0.3",
+        "cfsp demo --out pruned-demo --sparsity 0.3",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="(default: demo)")
+    parser.add_argument("--out", type=Path, default=Path("pruned-demo"), help="(default: pruned-demo)")
     parser.add_argument("--sparsity", type=float, default=0.3, metavar="P", help="(default: 0.3)")
     arguments.add_json(parser)
     parser.set_defaults(run=run)
