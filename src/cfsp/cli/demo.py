@@ -20,7 +20,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "prune SmolLM2-135M on Python's own documentation and show gain and loss",
         "cfsp demo --out pruned-demo --sparsity 0.3",
     )
-    parser.add_argument("--out", type=Path, default=Path("pruned-demo"), help="(default: pruned-demo)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("pruned-demo"), help="(default: pruned-demo)"
+    )
     parser.add_argument("--sparsity", type=float, default=0.3, metavar="P", help="(default: 0.3)")
     arguments.add_json(parser)
     parser.set_defaults(run=run)
