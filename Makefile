@@ -12,7 +12,7 @@ demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain an
 	$(BIN)/cfsp demo --out pruned-demo
 
 test: $(TEST_READY)  ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/ruff format --check .

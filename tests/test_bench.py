@@ -342,3 +342,24 @@ def test_llama_cpp_generates_what_transformers_generates(
     assert timed.footprint.work.head_bytes == work.head_bytes
     assert timed.footprint.work.attention_width == work.attention_width
     assert timed.footprint.work.cache_bytes == work.cache_bytes / 2
+
+
+def test_llama_cpp_outlives_the_engine_that_used_it(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
+    import gc
+
+    from cfsp.export.llama_cpp import LlamaCpp
+    from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+
+    file = tmp_path / "tiny.gguf"
+    arguments = ["--to", "gguf", "--type", "f32", "--out", str(file), "--no-verify"]
+    assert main(["export", str(tiny_checkpoint("llama")), *arguments]) == 0
+    timed = LlamaCppEngine(Subject(file, "tiny"), Conditions(engine="llama.cpp", threads=1))
+    timed.run(WORKLOAD)
+    del timed
+    gc.collect()
+    # A message goes to a callback: one that was freed with the engine would crash the process.
+    with LlamaCpp(file) as model:
+        assert model.feed([1, 2]).isfinite().all()

@@ -13,7 +13,7 @@ from cfsp.export.context import context_limit
 from cfsp.export.gguf_architecture import architecture_of
 from cfsp.export.gguf_rope import rope_of
 from cfsp.export.gguf_tensors import gguf_tensors
-from cfsp.export.llama_cpp import LlamaCpp, has_llama_cpp, llama_cpp_version
+from cfsp.export.llama_cpp import LlamaCpp
 from cfsp.export.target import ExportOptions
 from cfsp.export.verification import (
     Verification,
@@ -25,6 +25,7 @@ from cfsp.export.verification import (
     probe_tokens,
     reference_model,
 )
+from cfsp.llama_cpp_library import has_llama_cpp, llama_cpp_version
 from cfsp.text.tokenizers import load_tokenizer
 
 # Relative error of the logits that a type may cause. Logits of another model differ by 1.4; few

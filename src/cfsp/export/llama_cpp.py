@@ -9,30 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cfsp.errors import ExportError, MissingExtraError
+from cfsp.errors import ExportError
+from cfsp.llama_cpp_library import last_error, llama_cpp_library, llama_cpp_version
 
 _F32 = 0  # ggml_type
-
-
-def has_llama_cpp() -> bool:
-    """Return whether a llama.cpp is installed."""
-    return find_spec("llama_cpp_py_sync") is not None
-
-
-def llama_cpp_version() -> str:
-    """Return the name of the installed build, like `llama.cpp b11739`."""
-    from llama_cpp_py_sync import __llama_cpp_tag__
-
-    return f"llama.cpp {__llama_cpp_tag__}"
 
 
 class LlamaCpp:
@@ -50,12 +38,12 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, context: int = 512) -> None:
-        self._ffi, self._lib = _library()
+        self._ffi, self._lib = llama_cpp_library("running llama.cpp", "export")
         model_settings = self._lib.llama_model_default_params()
         model_settings.n_gpu_layers = 0
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), model_settings)
         if self._model == self._ffi.NULL:
-            raise ExportError(f"{llama_cpp_version()} cannot load {path.name}: {_last_error()}")
+            raise ExportError(f"{llama_cpp_version()} cannot load {path.name}: {last_error()}")
         settings = self._lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
         settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
@@ -64,7 +52,7 @@ class LlamaCpp:
         self._context = self._lib.llama_init_from_model(self._model, settings)
         if self._context == self._ffi.NULL:
             self._lib.llama_model_free(self._model)
-            raise ExportError(f"{llama_cpp_version()} cannot run {path.name}: {_last_error()}")
+            raise ExportError(f"{llama_cpp_version()} cannot run {path.name}: {last_error()}")
         self._vocabulary = self._lib.llama_model_get_vocab(self._model)
         self._past = 0
 
@@ -132,41 +120,10 @@ def quantise(source: Path, target: Path, file_type: int) -> None:
         MissingExtraError: no llama.cpp is installed.
         ExportError: llama.cpp refuses.
     """
-    ffi, lib = _library()
+    ffi, lib = llama_cpp_library("running llama.cpp", "export")
     settings = ffi.new("llama_model_quantize_params *")
     settings[0] = lib.llama_model_quantize_default_params()
     settings.ftype = file_type
     status = lib.llama_model_quantize(str(source).encode(), str(target).encode(), settings)
     if status != 0:
-        raise ExportError(f"{llama_cpp_version()} cannot quantise the model: {_last_error()}")
-
-
-_messages: list[str] = []
-_callback: Any = None
-
-
-def _library() -> tuple[Any, Any]:
-    """Return (ffi, library), with messages kept instead of printed."""
-    global _callback
-    if not has_llama_cpp():
-        raise MissingExtraError("running llama.cpp", "export")
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-    ffi, lib = get_ffi(), get_lib()
-    if _callback is None:
-
-        def keep(level: int, text: Any, data: Any) -> None:
-            _messages.append(ffi.string(text).decode(errors="replace"))
-            del _messages[:-200]
-
-        # Must live as long as the library may call it.
-        _callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", keep)
-        lib.llama_log_set(_callback, ffi.NULL)
-        lib.llama_backend_init()
-    return ffi, lib
-
-
-def _last_error() -> str:
-    lines = "".join(_messages).splitlines()
-    errors = [line for line in lines if "error" in line or "fail" in line or "missing" in line]
-    return (errors or lines or ["no reason given"])[0].strip()
+        raise ExportError(f"{llama_cpp_version()} cannot quantise the model: {last_error()}")

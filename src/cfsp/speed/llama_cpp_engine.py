@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cfsp.errors import CheckpointError, MissingExtraError
+from cfsp.errors import CheckpointError
+from cfsp.llama_cpp_library import llama_cpp_library
 from cfsp.speed.gguf_footprint import gguf_footprint
 from cfsp.speed.subjects import Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
@@ -30,18 +31,12 @@ class LlamaCppEngine:
     """
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
-        try:
-            from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-        except ImportError as error:
-            raise MissingExtraError("the engine llama.cpp", "llamacpp") from error
+        self._ffi, self._lib = llama_cpp_library("the engine llama.cpp", "llamacpp")
         path = Path(str(subject.model))
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist")
         self.footprint = gguf_footprint(path, head=subject.head)
-        self._ffi, self._lib = get_ffi(), get_lib()
         self._threads = conditions.threads or os.cpu_count() or 1
-        self._lib.llama_backend_init()
-        self._silence()
         self._model = self._lib.llama_model_load_from_file(
             str(path).encode(), self._lib.llama_model_default_params()
         )
@@ -135,10 +130,3 @@ class LlamaCppEngine:
         generator = np.random.default_rng(0)
         shape = (workload.batch, workload.prompt)
         return generator.integers(self._vocabulary, size=shape).tolist()  # type: ignore[no-any-return]
-
-    def _silence(self) -> None:
-        """Drop llama.cpp's log lines; the callback must live as long as the library."""
-        self._log = self._ffi.callback(
-            "void(enum ggml_log_level, const char *, void *)", lambda *_: None
-        )
-        self._lib.llama_log_set(self._log, self._ffi.NULL)
