@@ -40,9 +40,9 @@ def random_block_statistics(
     generator = torch.Generator().manual_seed(seed)
     act_TF = torch.randn(64, width, generator=generator, dtype=torch.float64)
     act_TF = act_TF * torch.rand(width, generator=generator).double() + 0.05
-    return BlockStatistics(
-        distances or dict.fromkeys(DISTANCES, 0.1), act_TF.sum(0), act_TF.square().sum(0), 64
-    )
+    means = distances or dict.fromkeys(DISTANCES, 0.1)
+    sums = {name: 64 * value for name, value in means.items()}  # 64: exact
+    return BlockStatistics(sums, act_TF.sum(0), act_TF.square().sum(0), 64)
 
 
 def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Statistics:

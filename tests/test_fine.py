@@ -74,7 +74,10 @@ def test_scores_follow_a_permutation_of_the_channels(metric: str) -> None:
     permuted = channel_scores(
         metric,
         BlockStatistics(
-            statistics.distances, statistics.sum_F[order], statistics.sum_of_squares_F[order], 64
+            statistics.distance_sums,
+            statistics.sum_F[order],
+            statistics.sum_of_squares_F[order],
+            64,
         ),
         FFNWeights(weights.down_DF[:, order], weights.up_FD[order], weights.gate_FD[order]),
     )

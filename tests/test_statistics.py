@@ -93,7 +93,7 @@ def test_statistics_survive_a_file(source: Checkpoint, windows: Windows, tmp_pat
     loaded = Statistics.load(tmp_path / "deep" / "s.safetensors")
     assert loaded.record == statistics.record
     for got, want in zip(loaded.blocks, statistics.blocks, strict=True):
-        assert got.distances == want.distances
+        assert got.distance_sums == want.distance_sums
         assert got.tokens == want.tokens
         assert torch.equal(got.sum_F, want.sum_F)
         assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
@@ -115,7 +115,7 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StatisticsError, match=r"cut\.safetensors"):
         Statistics.load(cut)
     other = tmp_path / "version.safetensors"
-    other.write_bytes(path.read_bytes().replace(b'version\\": 1', b'version\\": 9'))
+    other.write_bytes(path.read_bytes().replace(b'version\\": 2', b'version\\": 9'))
     with pytest.raises(StatisticsError, match="version 9"):
         Statistics.load(other)
     nan = tmp_path / "nan.safetensors"

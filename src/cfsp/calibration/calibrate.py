@@ -97,8 +97,7 @@ def statistics_of(index: int, distances: DistanceSums, channels: ChannelSums) ->
     """
     assert channels.sum_F is not None
     assert channels.sum_of_squares_F is not None
-    means = distances.means()
-    if not all(map(math.isfinite, means.values())) or not bool(
+    if not all(map(math.isfinite, distances.sums.values())) or not bool(
         torch.isfinite(channels.sum_of_squares_F).all()
     ):
         raise CalibrationError(
@@ -106,7 +105,10 @@ def statistics_of(index: int, distances: DistanceSums, channels: ChannelSums) ->
             "calibrate with --dtype float32 or bfloat16"
         )
     return BlockStatistics(
-        means, channels.sum_F.cpu(), channels.sum_of_squares_F.cpu(), channels.tokens
+        dict(distances.sums),
+        channels.sum_F.cpu(),
+        channels.sum_of_squares_F.cpu(),
+        channels.tokens,
     )
 
 

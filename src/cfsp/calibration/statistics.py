@@ -23,7 +23,8 @@ from cfsp.calibration.accumulators import DISTANCES
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 
-STATISTICS_VERSION = 1
+# Version 1 held means of distances where version 2 holds sums; it is still read.
+STATISTICS_VERSION = 2
 _METADATA_KEY = "cfsp_statistics"
 
 
@@ -32,16 +33,21 @@ class BlockStatistics:
     """What the calibration tokens did in one block.
 
     Attributes:
-        distances: mean of each distance between the block's input and output.
+        distance_sums: sum over tokens of each distance between the block's input and output.
         sum_F: sum of each channel's activation over all tokens, float64.
         sum_of_squares_F: sum of its squares, float64.
         tokens: number of tokens.
     """
 
-    distances: dict[str, float]
+    distance_sums: dict[str, float]
     sum_F: Tensor
     sum_of_squares_F: Tensor
     tokens: int
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """Mean of each distance over all tokens."""
+        return {name: total / self.tokens for name, total in self.distance_sums.items()}
 
     @property
     def norm_F(self) -> Tensor:
@@ -115,7 +121,7 @@ class Statistics:
         facts = {
             "version": STATISTICS_VERSION,
             "record": asdict(self.record),
-            "blocks": [{"distances": b.distances, "tokens": b.tokens} for b in self.blocks],
+            "blocks": [{"distance_sums": b.distance_sums, "tokens": b.tokens} for b in self.blocks],
         }
         # One entry only: the library writes several in random order, and the same statistics
         # shall give the same bytes.
@@ -143,7 +149,7 @@ class Statistics:
             raise StatisticsError(
                 f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
             ) from error
-        if version != STATISTICS_VERSION:
+        if version not in (1, STATISTICS_VERSION):
             raise StatisticsError(
                 f"{path} has statistics version {version}, "
                 f"expected {STATISTICS_VERSION}; calibrate again"
@@ -167,5 +173,9 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> Blo
     squares_F = tensors[f"blocks.{index}.sum_of_squares"]
     if sum_F.ndim != 1 or sum_F.shape != squares_F.shape:
         raise ValueError(f"block {index} has sums of shapes {sum_F.shape} and {squares_F.shape}")
-    distances = {name: float(entry["distances"][name]) for name in DISTANCES}
-    return BlockStatistics(distances, sum_F.double(), squares_F.double(), int(entry["tokens"]))
+    tokens = int(entry["tokens"])
+    if "distances" in entry:
+        sums = {name: float(entry["distances"][name]) * tokens for name in DISTANCES}
+    else:
+        sums = {name: float(entry["distance_sums"][name]) for name in DISTANCES}
+    return BlockStatistics(sums, sum_F.double(), squares_F.double(), tokens)
