@@ -24,11 +24,13 @@ class ChannelLayout:
         axis: the axis that channels lie along.
         parts: how many runs of all channels follow each other on that axis: 2 where gate and
             up are one tensor, with all rows of the gate first.
+        ffn: index of the FFN in the block: that of the expert, 0 in a dense block.
     """
 
     block: int
     axis: int
     parts: int = 1
+    ffn: int = 0
 
     def width(self, shape: Sequence[int]) -> int:
         """Return the number of channels of a tensor of this shape."""

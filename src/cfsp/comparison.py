@@ -33,18 +33,32 @@ def evaluate_models(
 
 
 def before_and_after(
-    before: Path, after: Path, texts: EvaluationText | None, compute: Compute
+    before: Path,
+    after: Path,
+    texts: EvaluationText | None,
+    compute: Compute,
+    labels: tuple[str, str] = ("dense", "pruned"),
 ) -> dict[str, dict[str, float]]:
-    """Return text -> {"before", "after", "tokens"} for a model and its pruned version."""
+    """Return text -> {"before", "after", "tokens"} for a model and what became of it.
+
+    Args:
+        before: the one checkpoint.
+        after: the other.
+        texts: what to measure on; None or none for nothing.
+        compute: how.
+        labels: what progress calls them.
+    """
     if texts is None or not texts.names:
         return {}
-    dense = _evaluate(before, "dense", texts, compute)
-    pruned = _evaluate(after, "pruned", texts, compute)
+    first, second = (
+        _evaluate(path, label, texts, compute)
+        for path, label in zip((before, after), labels, strict=True)
+    )
     return {
         text: {
-            "before": dense["perplexity"][text],
-            "after": pruned["perplexity"][text],
-            "tokens": dense["tokens"][text],
+            "before": first["perplexity"][text],
+            "after": second["perplexity"][text],
+            "tokens": first["tokens"][text],
         }
         for text in texts.names
     }

@@ -14,6 +14,7 @@
     ├── RecoveryError              training that diverged, or a teacher that does not fit
     ├── ReportError                a directory that is no run, or a run whose files disagree
     ├── OutputError                a place that cannot be written to
+    ├── ResumeError                unfinished work that belongs to another command
     └── MissingExtraError          an optional dependency that is not installed
 
 A message says what was expected, what was found, and what to do. Anything that is not a
@@ -79,6 +80,10 @@ class ReportError(CfspError):
 
 class OutputError(CfspError):
     """The output directory exists already, or cannot be written to."""
+
+
+class ResumeError(CfspError):
+    """A work directory holds unfinished work of another command, model or text."""
 
 
 class MissingExtraError(CfspError):

@@ -22,6 +22,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How a family with several FFNs in a block (mixture of experts) keeps them.
+
+    In memory a module holds all experts of a block in two parameters: `gate_up_proj` (experts x
+    two widths x hidden) and `down_proj` (experts x hidden x width). A checkpoint stores every
+    matrix of every expert by itself; `cfsp.checkpoint.expert_tensors` goes between the two.
+
+    Attributes:
+        count_key: key in config.json that names the number of experts in a block.
+        stored_mlp: what a checkpoint calls the block's `mlp`.
+    """
+
+    count_key: str
+    stored_mlp: str = "mlp"
+
+
+@dataclass(frozen=True)
 class Family:
     """The names that one model family uses for its decoder blocks and FFN matrices.
 
@@ -42,6 +59,8 @@ class Family:
         ffn_arguments: what the FFN's class is constructed with, as code of the modelling file,
             where `config` has the width of one block and `width` is it.
         stale: endings of the names of tensors that old checkpoints store and no model reads.
+        experts: how it keeps several FFNs in a block; None if a block has one. `gate`, `up` and
+            `down` are then what a checkpoint calls the matrices of one expert.
     """
 
     model_type: str
@@ -57,6 +76,7 @@ class Family:
     default_expansion: int = 4
     ffn_arguments: str = "config"
     stale: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    experts: Experts | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -77,14 +97,16 @@ class Family:
             kind = f"gated, {self.up} (fused), {self.down}"
         else:
             kind = f"gated, {self.gate}, {self.up}, {self.down}"
+        if self.experts is not None:
+            kind = f"experts, {kind}"
         return f"{kind}; inputs first" if self.inputs_first else kind
 
     @cached_property
     def _ffn_tensor(self) -> re.Pattern[str]:
         inputs = "|".join(self.matrices[:-1])
-        mlp = rf"{re.escape(self.mlp)}\." if self.mlp else ""
+        path = re.escape(self.path_in_block("")).replace(re.escape("*"), r"(?P<ffn>\d+)")
         return re.compile(
-            rf"^{re.escape(self.blocks)}\.(?P<block>\d+)\.{mlp}"
+            rf"^{re.escape(self.blocks)}\.(?P<block>\d+)\.{path}"
             rf"(?:(?P<input>{inputs})\.(?P<kind>weight|bias)|(?P<output>{self.down})\.weight)$"
         )
 
@@ -99,23 +121,31 @@ class Family:
         if match is None:
             return None
         block = int(match["block"])
+        ffn = int(match["ffn"]) if self.experts else 0
         if match["output"]:
-            return ChannelLayout(block, 0 if self.inputs_first else 1)
+            return ChannelLayout(block, 0 if self.inputs_first else 1, ffn=ffn)
         is_matrix = match["kind"] == "weight"
         axis = 1 if is_matrix and self.inputs_first else 0
-        return ChannelLayout(block, axis, 2 if self.is_fused else 1)
+        return ChannelLayout(block, axis, 2 if self.is_fused else 1, ffn)
+
+    def ffn_count(self, config: PreTrainedConfig) -> int:
+        """Return how many FFNs a block has: the number of its experts, or 1."""
+        return int(getattr(config, self.experts.count_key)) if self.experts else 1
 
     def block_prefix(self, block: int) -> str:
         """Return what the names of all tensors of one block begin with."""
         return f"{self.blocks}.{block}."
 
     def path_in_block(self, matrix: str) -> str:
-        """Return the dotted path from a block to one FFN matrix."""
+        """Return the dotted path from a block to one FFN matrix; `*` stands for any expert."""
+        if self.experts is not None:
+            return f"{self.experts.stored_mlp}.experts.*.{matrix}"
         return f"{self.mlp}.{matrix}" if self.mlp else matrix
 
-    def weight_name(self, block: int, matrix: str) -> str:
-        """Return the tensor name of one FFN matrix (one of `matrices`)."""
-        return f"{self.block_prefix(block)}{self.path_in_block(matrix)}.weight"
+    def weight_name(self, block: int, matrix: str, ffn: int = 0) -> str:
+        """Return the tensor name of one FFN matrix (one of `matrices`) of one FFN of a block."""
+        path = self.path_in_block(matrix).replace("*", str(ffn))
+        return f"{self.block_prefix(block)}{path}.weight"
 
     def turned(self, weight: Tensor) -> Tensor:
         """Return a matrix as stored turned to outputs x inputs, or the other way round."""
@@ -188,6 +218,29 @@ _TABLE = (
         down="fc2",
         width_key="ffn_dim",
     ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        "MixtralModel",
+        gate="w1",
+        up="w3",
+        down="w2",
+        experts=Experts("num_local_experts", stored_mlp="block_sparse_moe"),
+    ),
+    Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeModel",
+        width_key="moe_intermediate_size",
+        experts=Experts("num_experts"),
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeModel",
+        width_key="moe_intermediate_size",
+        experts=Experts("num_experts"),
+    ),
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
@@ -231,7 +284,31 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a model config; see `family_of_type`."""
     if config.model_type not in FAMILIES:
         check_is_text_only(config.to_dict())
-    return family_of_type(config.model_type)
+    family = family_of_type(config.model_type)
+    if family.experts is not None:
+        check_all_blocks_have_experts(vars(config))
+    return family
+
+
+def check_all_blocks_have_experts(fields: Mapping[str, Any]) -> None:
+    """Check that a mixture of experts has experts in every block.
+
+    Args:
+        fields: config.json.
+
+    Raises:
+        UnsupportedModelError: some blocks are dense, so their width has another key.
+    """
+    dense = set(fields.get("mlp_only_layers") or ())
+    step = int(fields.get("decoder_sparse_step") or 1)
+    blocks = int(fields.get("num_hidden_layers") or 0)
+    found = [i for i in range(blocks) if i in dense or (i + 1) % step]
+    if found:
+        raise UnsupportedModelError(
+            f"blocks {', '.join(map(str, found))} of this {fields.get('model_type')} model are dense "
+            "(mlp_only_layers, decoder_sparse_step), the others have experts; cfsp prunes mixtures "
+            "of experts whose blocks all have experts"
+        )
 
 
 def intermediate_sizes(config: PreTrainedConfig) -> list[int]:

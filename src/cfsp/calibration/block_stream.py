@@ -1,7 +1,8 @@
 """The engine: windows flow through a model one block at a time.
 
 All windows pass block 0, then block 1, and so on. Only the embeddings (at the start), one
-block and the hidden states are in memory, so the model may be far larger than memory.
+block, the next one (which a thread reads meanwhile) and the hidden states are in memory, so the
+model may be far larger than memory.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
 """
@@ -9,6 +10,7 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.calibration.call_recorder import BlockCall, record_calls
-from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, load_into, projection_of, unload
+from cfsp.calibration.hidden_states import HiddenInMemory, HiddenStates
+from cfsp.calibration.pass_times import PassTimes
+from cfsp.calibration.read_ahead import read_ahead
+from cfsp.checkpoint.skeleton import (
+    blocks_of,
+    build_skeleton,
+    fill,
+    projection_of,
+    read_tensors,
+    unload,
+)
 from cfsp.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -28,6 +40,7 @@ TOKENS_IN_BATCH = 4096
 
 OnActivations = Callable[[Tensor], None]
 OnHidden = Callable[[Tensor, Tensor], None]
+OpenHidden = Callable[[tuple[int, ...], torch.dtype], HiddenStates]
 
 
 @dataclass
@@ -38,19 +51,23 @@ class StreamedBlock:
         index: position in the model.
         module: the decoder block.
         down: the FFN's down projection.
+        hidden: what enters the block, and after `advance` what leaves it.
     """
 
     index: int
     module: nn.Module
     down: nn.Module
-    _hidden_NTD: Tensor
+    hidden: HiddenStates
     _batches: list[slice]
     _calls: dict[int, BlockCall]
     _device: torch.device
     _on_batch: Callable[[int], None]
+    _times: PassTimes
 
     def advance(self, on_activations: OnActivations, on_hidden: OnHidden) -> None:
         """Let all windows pass the block; the hidden states become its outputs.
+
+        The block's weights are dropped then: what comes after may need the memory.
 
         Args:
             on_activations: is given the input of the down projection, act_BTF.
@@ -65,15 +82,24 @@ class StreamedBlock:
         handle = self.down.register_forward_pre_hook(before_down)
         try:
             for batch in self._batches:
-                input_BTD = self._hidden_NTD[batch].to(self._device)
+                with self._times.part("hidden_states"):
+                    input_BTD = self.hidden.read(batch).to(self._device)
                 call = self._calls[input_BTD.shape[0]]
                 windows_and_tokens = input_BTD.shape[:2]
                 output_BTD = call(self.module, input_BTD)
                 on_hidden(input_BTD, output_BTD)
-                self._hidden_NTD[batch] = output_BTD
+                with self._times.part("hidden_states"):
+                    self.hidden.write(batch, output_BTD)
                 self._on_batch(input_BTD.shape[0] * input_BTD.shape[1])
         finally:
             handle.remove()
+        self.hidden.turn()
+        unload(self.module)
+
+
+def windows_in_batch(tokens_NT: Tensor, batch_windows: int | None) -> int:
+    """Return how many windows pass a block together; None asks for about 4096 tokens."""
+    return batch_windows or max(1, TOKENS_IN_BATCH // tokens_NT.shape[1])
 
 
 def stream_blocks(
@@ -84,6 +110,9 @@ def stream_blocks(
     dtype: torch.dtype,
     batch_windows: int | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
+    open_hidden: OpenHidden = HiddenInMemory,
+    first_block: int = 0,
+    times: PassTimes | None = None,
 ) -> Iterator[StreamedBlock]:
     """Yield every block in turn; the caller must `advance` each before it asks for the next.
 
@@ -94,74 +123,108 @@ def stream_blocks(
         dtype: what they compute in.
         batch_windows: windows that pass together; None for about 4096 tokens.
         on_batch: is told how many tokens have passed a block, after each batch.
+        open_hidden: makes room for the hidden states, from their shape NTD and dtype.
+        first_block: the block to begin with; if it is not 0, `open_hidden` gives the states
+            that enter it.
+        times: is told what the time went into.
 
     Raises:
         CalibrationError: a weight is NaN or infinite.
         CheckpointError: a tensor is missing.
     """
-    size = batch_windows or max(1, TOKENS_IN_BATCH // tokens_NT.shape[1])
+    times = times or PassTimes()
+    size = windows_in_batch(tokens_NT, batch_windows)
     batches = [slice(i, min(i + size, len(tokens_NT))) for i in range(0, len(tokens_NT), size)]
     skeleton = build_skeleton(source.config, dtype)
     blocks = blocks_of(skeleton, source.family)
-    with torch.inference_mode():
-        hidden_NTD, calls = _embed(skeleton, blocks, source, tokens_NT, batches, device, dtype)
-        for index, module in enumerate(blocks):
-            load_into(module, source.family.block_prefix(index), source, device, dtype)
-            module.to(device)
-            _check_finite(module, source, index)
+
+    def read(index: int) -> dict[str, Tensor]:
+        return read_tensors(blocks[index], source.family.block_prefix(index), source, dtype)
+
+    with torch.inference_mode(), read_ahead(read, range(first_block, len(blocks))) as ahead:
+        embedding = _Embedding(skeleton, blocks, source, device, dtype)
+        hidden, calls = embedding.embed(tokens_NT, batches, open_hidden, resumed=first_block > 0)
+        del embedding
+        for index in range(first_block, len(blocks)):
+            module = blocks[index]
+            with times.part("weights"):
+                fill(module, ahead.take(), device)
+                _check_finite(module, source, index)
             yield StreamedBlock(
                 index=index,
                 module=module,
                 down=projection_of(module, source.family, source.family.down),
-                _hidden_NTD=hidden_NTD,
+                hidden=hidden,
                 _batches=batches,
                 _calls={windows: call[index] for windows, call in calls.items()},
                 _device=device,
                 _on_batch=on_batch,
+                _times=times,
             )
             unload(module)
 
 
-def _embed(
-    skeleton: nn.Module,
-    blocks: nn.ModuleList,
-    source: WeightSource,
-    tokens_NT: Tensor,
-    batches: list[slice],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, dict[int, list[BlockCall]]]:
-    """Return the embedded windows, and the block calls for each number of windows in a batch.
+@dataclass
+class _Embedding:
+    """The part of a model before its first block."""
 
-    Windows are never padded, so the calls depend on a batch's shape only.
-    """
-    prefix, path = source.family.base_prefix, source.family.blocks_in_base_model
-    base_model: nn.Module = getattr(skeleton, prefix)
-    # Everything of the base model but its blocks: they are the only large part.
-    placeholder = nn.ModuleList()
+    skeleton: nn.Module
+    blocks: nn.ModuleList
+    source: WeightSource
+    device: torch.device
+    dtype: torch.dtype
+
+    def embed(
+        self,
+        tokens_NT: Tensor,
+        batches: list[slice],
+        open_hidden: OpenHidden,
+        *,
+        resumed: bool,
+    ) -> tuple[HiddenStates, dict[int, list[BlockCall]]]:
+        """Return the hidden states, and the block calls for each number of windows in a batch.
+
+        Windows are never padded, so the calls depend on a batch's shape only. A resumed pass
+        has its hidden states already and needs one batch of every shape.
+        """
+        family = self.source.family
+        base_model: nn.Module = getattr(self.skeleton, family.base_prefix)
+        # Everything of the base model but its blocks: they are the only large part.
+        with _without_blocks(base_model, family.blocks_in_base_model):
+            prefix = f"{family.base_prefix}."
+            tensors = read_tensors(base_model, prefix, self.source, self.dtype)
+            fill(base_model, tensors, self.device)
+
+        hidden: HiddenStates | None = None
+        calls: dict[int, list[BlockCall]] = {}
+        for batch in batches:
+            if resumed and batch.stop - batch.start in calls:
+                continue
+            tokens_BT = tokens_NT[batch].to(self.device)
+            recording = record_calls(base_model, self.blocks, tokens_BT)
+            embedded_BTD = recording.embedded_BTD
+            assert embedded_BTD is not None
+            if hidden is None:
+                hidden = open_hidden((*tokens_NT.shape, embedded_BTD.shape[-1]), self.dtype)
+            if not resumed:
+                hidden.write(batch, embedded_BTD)
+            calls.setdefault(tokens_BT.shape[0], recording.calls)
+        assert hidden is not None
+        with _without_blocks(base_model, family.blocks_in_base_model):
+            unload(base_model)
+        return hidden, calls
+
+
+@contextmanager
+def _without_blocks(base_model: nn.Module, path: str) -> Iterator[None]:
     parent_path, _, leaf = path.rpartition(".")
     parent = attrgetter(parent_path)(base_model) if parent_path else base_model
-    setattr(parent, leaf, placeholder)
-    load_into(base_model, f"{prefix}.", source, device, dtype)
-    base_model.to(device)
-    setattr(parent, leaf, blocks)
-
-    hidden_NTD: Tensor | None = None
-    calls: dict[int, list[BlockCall]] = {}
-    for batch in batches:
-        tokens_BT = tokens_NT[batch].to(device)
-        recording = record_calls(base_model, blocks, tokens_BT)
-        embedded_BTD = recording.embedded_BTD
-        assert embedded_BTD is not None
-        if hidden_NTD is None:
-            hidden_NTD = torch.empty((*tokens_NT.shape, embedded_BTD.shape[-1]), dtype=dtype)
-        hidden_NTD[batch] = embedded_BTD
-        calls.setdefault(tokens_BT.shape[0], recording.calls)
-    assert hidden_NTD is not None
-    setattr(parent, leaf, placeholder)
-    unload(base_model)
-    setattr(parent, leaf, blocks)
-    return hidden_NTD, calls
+    blocks = getattr(parent, leaf)
+    setattr(parent, leaf, nn.ModuleList())
+    try:
+        yield
+    finally:
+        setattr(parent, leaf, blocks)
 
 
 def _check_finite(module: nn.Module, source: WeightSource, block: int) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums, DistanceSums
-from cfsp.calibration.block_stream import StreamedBlock, stream_blocks
+from cfsp.calibration.block_pass import pass_blocks
+from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.errors import CalibrationError
-from cfsp.progress import token_progress
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.text.windows import Windows
+    from cfsp.workplace import Workplace
 
 
 def calibrate(
@@ -28,6 +31,8 @@ def calibrate(
     dtype: torch.dtype,
     seed: int = 0,
     batch_windows: int | None = None,
+    place: Workplace | None = None,
+    name: str = "calibrate",
 ) -> Statistics:
     """Run all windows through the model once, block by block, and gather statistics.
 
@@ -38,27 +43,47 @@ def calibrate(
         dtype: what they compute in.
         seed: the seed that the windows were drawn by, for the record.
         batch_windows: windows that pass together; None for about 4096 tokens.
+        place: where to spill and to save; None for neither.
+        name: of the pass, in its workplace and its progress bar.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
         CheckpointError: a tensor is missing or truncated.
+        ResumeError: the workplace holds unfinished work of something else.
     """
     record = calibration_record(source, windows, device=device, dtype=dtype, seed=seed)
     check_vocabulary_size(source.config.vocab_size, windows.tokens_NT, source.label)
-    blocks = []
-    passes = windows.tokens_NT.numel() * source.config.num_hidden_layers
-    with token_progress("calibrate", source.config.num_hidden_layers, passes) as progress:
-        for block in stream_blocks(
-            source,
-            windows.tokens_NT,
-            device=device,
-            dtype=dtype,
-            batch_windows=batch_windows,
-            on_batch=progress.tokens,
-        ):
-            blocks.append(observe(block))
-            progress.block_done()
+    blocks = pass_blocks(
+        source,
+        windows.tokens_NT,
+        observe,
+        StatisticsFiles(record),
+        name=name,
+        device=device,
+        dtype=dtype,
+        batch_windows=batch_windows,
+        place=place,
+    )
     return Statistics(tuple(blocks), record)
+
+
+@dataclass(frozen=True)
+class StatisticsFiles:
+    """Keeps the statistics of one block in a file of its own."""
+
+    record: CalibrationRecord
+
+    def save(self, result: BlockStatistics, directory: Path, block: int) -> None:
+        """Write the statistics of one block."""
+        Statistics((result,), self.record).save(self._path(directory, block))
+
+    def load(self, directory: Path, block: int) -> BlockStatistics:
+        """Read them."""
+        return Statistics.load(self._path(directory, block)).blocks[0]
+
+    @staticmethod
+    def _path(directory: Path, block: int) -> Path:
+        return directory / f"statistics-{block:05d}.safetensors"
 
 
 def calibration_record(

@@ -10,15 +10,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.expert_tensors import pieces
 from cfsp.checkpoint.modeling_code import auto_map
 from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec, tensor_chunks
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.families import Family, check_is_text_only, family_of, family_of_type, intermediate_sizes
 
 if TYPE_CHECKING:
@@ -115,7 +117,10 @@ class LoadedModel:
         self.label = model.config._name_or_path or type(model).__name__
         tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
         self._tensors: dict[str, Tensor] = {
-            k: v for k, v in model.state_dict().items() if k not in tied
+            piece.name: tensor[piece.place] if piece.place else tensor
+            for name, tensor in model.state_dict().items()
+            if name not in tied
+            for piece in pieces(self.family, name, tensor.shape)
         }
         check_ffn_shapes(self)
 
@@ -148,9 +153,10 @@ def fingerprint(source: WeightSource) -> str:
     for name in sorted(source.specs):
         digest.update(f"{name}{list(source.specs[name].shape)}".encode())
     for block in range(source.config.num_hidden_layers):
-        name = source.family.weight_name(block, source.family.down)
-        values = source.read_prefix(name, _FINGERPRINT_ELEMENTS).to(torch.float32)
-        digest.update(values.numpy().tobytes())
+        for ffn in range(source.family.ffn_count(source.config)):
+            name = source.family.weight_name(block, source.family.down, ffn)
+            values = source.read_prefix(name, _FINGERPRINT_ELEMENTS).to(torch.float32)
+            digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -160,7 +166,10 @@ def parameter_count(source: WeightSource) -> int:
 
 
 def ffn_parameters_per_channel(source: WeightSource, block: int) -> int:
-    """Return how many parameters one FFN channel of a block owns, biases included."""
+    """Return how many parameters one FFN channel of a block owns, biases included.
+
+    In a block of several experts that is one channel of each.
+    """
     widths = intermediate_sizes(source.config)
     prefix = source.family.block_prefix(block)
     return sum(
@@ -171,15 +180,24 @@ def ffn_parameters_per_channel(source: WeightSource, block: int) -> int:
 
 
 def check_ffn_shapes(source: WeightSource) -> None:
-    """Check that every block's FFN has the width that the config announces.
+    """Check that every block has the FFNs, and these the width, that the config announces.
 
     Raises:
-        CheckpointError: a matrix is missing or has another width.
+        CheckpointError: a matrix is missing, too many, or has another width.
     """
     family = source.family
+    count = family.ffn_count(source.config)
+    blocks = source.config.num_hidden_layers
+    for name in source.specs if count > 1 else ():
+        layout = family.layout_of(name)
+        if layout is not None and (layout.ffn >= count or layout.block >= blocks):
+            raise CheckpointError(
+                f"{source.label} has a tensor {name}, but its config says that there are "
+                f"{blocks} blocks of {count} experts"
+            )
     for block, width in enumerate(intermediate_sizes(source.config)):
-        for matrix in family.matrices:
-            name = family.weight_name(block, matrix)
+        for matrix, ffn in product(family.matrices, range(count)):
+            name = family.weight_name(block, matrix, ffn)
             spec = source.specs.get(name)
             if spec is None:
                 raise CheckpointError(
@@ -231,6 +249,8 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         # Our own modelling file replaces only the model class: the stock config class fits.
         config: PreTrainedConfig = CONFIG_MAPPING[family.model_type].from_pretrained(directory)
         intermediate_sizes(config)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # transformers validates with many exception types
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

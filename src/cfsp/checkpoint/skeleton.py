@@ -55,20 +55,17 @@ def projection_of(block: nn.Module, family: Family, matrix: str) -> nn.Module:
     return projection
 
 
-def load_into(
-    module: nn.Module,
-    prefix: str,
-    source: WeightSource,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Fill a module with its tensors from the source, converted to device and dtype.
+def read_tensors(
+    module: nn.Module, prefix: str, source: WeightSource, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of a module from the source, by their names in the module.
+
+    Touches nothing but the file, so that a thread can read ahead.
 
     Args:
         module: any part of a skeleton.
         prefix: what the module's parameter names begin with in the source.
         source: where the tensors come from.
-        device: where they go.
         dtype: what floating-point tensors become.
 
     Raises:
@@ -84,9 +81,18 @@ def load_into(
                 f"{source.label}: {prefix + name} has shape {list(spec.shape)}, "
                 f"its config asks for {list(parameter.shape)}"
             )
-        tensors[name] = source.read(prefix + name).to(device, dtype)
-    module.load_state_dict(tensors, strict=False, assign=True)
+        tensors[name] = source.read(prefix + name).to(dtype)
+    return tensors
+
+
+def fill(module: nn.Module, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Make tensors the parameters of a module, on a device; the dictionary is emptied."""
+    for name in list(tensors):
+        # One at a time: on another device each would otherwise be there twice.
+        moved = {name: tensors.pop(name).to(device)}
+        module.load_state_dict(moved, strict=False, assign=True)
     module.requires_grad_(False)
+    module.to(device)
 
 
 def unload(module: nn.Module) -> None:

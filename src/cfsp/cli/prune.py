@@ -136,6 +136,7 @@ def _recover(
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.recover import recover_checkpoint
     from cfsp.recovery.teacher import TeacherChoice
+    from cfsp.settings import Compute
 
     return recover_checkpoint(
         open_checkpoint(pruned),
@@ -144,8 +145,7 @@ def _recover(
         training=training,
         teacher=TeacherChoice(args.model),
         evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
-        device=args.device,
-        dtype=args.dtype if args.dtype != "float16" else "auto",
+        compute=Compute(args.device, args.dtype if args.dtype != "float16" else "auto"),
         command=arguments.typed_command(),
     )
 

@@ -147,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.recovery.adaptation import Adaptation
     from cfsp.recovery.recover import recover_checkpoint
     from cfsp.recovery.run import is_first_process
+    from cfsp.settings import Compute
 
     training = _training(args)
     report = recover_checkpoint(
@@ -159,8 +160,7 @@ def run(args: argparse.Namespace) -> None:
         ),
         teacher=_teacher(args),
         evaluation=arguments.evaluation_text(args.eval, args.eval_windows, 1024),
-        device=args.device,
-        dtype=args.dtype,
+        compute=Compute(args.device, args.dtype),
         resume=args.resume,
         keep_adapter=args.keep_adapter,
         command=arguments.typed_command(),

@@ -17,9 +17,9 @@ import torch
 
 from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.comparison import before_and_after
 from cfsp.errors import PlanError, RecoveryError, UsageError
-from cfsp.evaluation import perplexity
-from cfsp.loading import compute_device, load
+from cfsp.loading import compute_device
 from cfsp.manifest import PLAN_FILE, Stopwatch, peak_rss_bytes, versions
 from cfsp.pruning_plan import PruningPlan
 from cfsp.recovery.adaptation import Adaptation, TrainableBlock, attach, merge
@@ -29,11 +29,11 @@ from cfsp.recovery.settings import Training, with_learning_rate
 from cfsp.recovery.teacher import TeacherChoice, check_teacher, store_top_tokens
 from cfsp.recovery.workspace import Workspace
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
+from cfsp.settings import Compute
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import consecutive_windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cfsp.settings import EvaluationText
 
@@ -80,8 +80,7 @@ def recover_checkpoint(
     adaptation: Adaptation | None = None,
     teacher: TeacherChoice | None = None,
     evaluation: EvaluationText | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    compute: Compute | None = None,
     resume: bool = False,
     keep_adapter: bool = False,
     command: str = "",
@@ -98,8 +97,8 @@ def recover_checkpoint(
         adaptation: what to train; None for LoRA by importance.
         teacher: a dense model to distil from.
         evaluation: texts to measure perplexity on, before and after.
-        device: where to train.
-        dtype: of the weights that are not trained, and of the arithmetic.
+        compute: where to train, and the dtype of the arithmetic and of the weights that are not
+            trained.
         resume: continue an interrupted run of the same arguments.
         keep_adapter: also write the adapter, into `out/adapter`.
         command: what the user typed, for the manifest.
@@ -108,7 +107,7 @@ def recover_checkpoint(
         CfspError: anything that a user can cause; no output is left behind.
     """
     started = time.monotonic()
-    adaptation = adaptation or Adaptation()
+    adaptation, compute = adaptation or Adaptation(), compute or Compute()
     training = with_learning_rate(training, adaptation)
     watch = Stopwatch()
     workspace = Workspace(out)
@@ -123,14 +122,8 @@ def recover_checkpoint(
         check_output_is_free(out)
         workspace.check(settings, resume=resume)
 
-    torch_device = compute_device(device)
     with watch.stage("load"):
-        model = load_to_train(source, torch_device, dtype)
-        dense = None
-        if teacher is not None:
-            dense = load_to_train(teacher.name, torch_device, dtype)
-            dense_tokenizer = load_tokenizer(Path(dense.config._name_or_path))
-            check_teacher(model, tokenizer, dense, dense_tokenizer, teacher.name)
+        model, dense = _load(source, tokenizer, teacher, compute)
     torch.manual_seed(training.seed)
     adapted, blocks = attach(model, source.family, adaptation, importance_L)
     trained = _trained_tensors(model)
@@ -156,6 +149,7 @@ def recover_checkpoint(
         )
     if not is_first_process():
         return _report(blocks, outcome, {}, watch, out)
+    del dense
 
     with staged_directory(out) as staging:
         with watch.stage("write"):
@@ -164,11 +158,11 @@ def recover_checkpoint(
             merged = merge(adapted)
             digests = write_recovered_weights(source, merged, trained, staging)
             copy_everything_else(source, staging)
-        del adapted, model, merged, dense
-        measured: dict[str, dict[str, float]] = {}
-        if evaluation is not None and evaluation.names:
-            with watch.stage("evaluate"):
-                measured = _before_and_after(source, staging, evaluation, torch_device, dtype)
+        del adapted, model, merged
+        with watch.stage("evaluate"):
+            measured = before_and_after(
+                source.directory, staging, evaluation, compute, ("before", "after")
+            )
         report = _report(blocks, outcome, measured, watch, out)
         facts = {
             "command": command,
@@ -178,7 +172,7 @@ def recover_checkpoint(
             "training": asdict(training),
             "teacher": _teacher_facts(teacher),
             "data": {"sources": text.sources, "tokens_digest": text.train.digest},
-            "device": str(torch_device),
+            "device": str(compute_device(compute.device)),
             "threads": torch.get_num_threads(),
             **asdict(report),
         }
@@ -224,6 +218,23 @@ def print_trainable(blocks: Sequence[TrainableBlock]) -> None:
     print(f"all blocks: {total:,d} trainable parameters", file=sys.stderr)
 
 
+def _load(
+    source: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: TeacherChoice | None,
+    compute: Compute,
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Return the model, and the teacher if there is one."""
+    device = compute_device(compute.device)
+    model = load_to_train(source, device, compute.dtype)
+    if teacher is None:
+        return model, None
+    dense = load_to_train(teacher.name, device, compute.dtype)
+    dense_tokenizer = load_tokenizer(Path(dense.config._name_or_path))
+    check_teacher(model, tokenizer, dense, dense_tokenizer, teacher.name)
+    return model, dense
+
+
 def _with_stored_teacher(
     text: RecoveryText, dense: PreTrainedModel, teacher: TeacherChoice, workspace: Workspace
 ) -> RecoveryText:
@@ -252,23 +263,6 @@ def _save_adapter(adapted: Any, source: Checkpoint, directory: Path) -> None:
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = str(source.directory)
     adapted.save_pretrained(str(directory))
-
-
-def _before_and_after(
-    source: Checkpoint, staging: Path, texts: EvaluationText, device: torch.device, dtype: str
-) -> dict[str, dict[str, float]]:
-    tokenizer = load_tokenizer(source.directory)
-    windows = {
-        name: consecutive_windows(name, tokenizer, count=texts.windows, seqlen=texts.seqlen)
-        for name in texts.names
-    }
-    measured: dict[str, dict[str, float]] = {name: {} for name in windows}
-    for key, directory in (("before", source.directory), ("after", staging)):
-        model = load(directory, dtype=dtype, device=device)
-        for name, tokens in windows.items():
-            result = perplexity(model, tokens, f"{key} on {name}")
-            measured[name] |= {key: round(result.value, 4), "tokens": result.tokens}
-    return measured
 
 
 def _settings(

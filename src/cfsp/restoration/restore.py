@@ -69,7 +69,7 @@ def restore_blocks(
     source: WeightSource,
     tokens_NT: Tensor,
     choose: ChooseChannels,
-    work: Path,
+    place: Workplace,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -81,7 +81,7 @@ def restore_blocks(
         source: the model.
         tokens_NT: windows; every eighth (at most four in all) is held out from the fit.
         choose: gives the channels that a block keeps, from its index and statistics.
-        work: an existing directory for the repaired tensors.
+        place: where repaired tensors go, until they are in the new checkpoint.
         device: where to compute.
         dtype: what blocks compute in; sums are float32, the solve is float64.
         batch_windows: windows that pass together.
@@ -89,6 +89,7 @@ def restore_blocks(
     Raises:
         TextError: fewer than two windows: none can be held out.
         CalibrationError: a weight or an activation is NaN or infinite.
+        ResumeError: the workplace holds unfinished work of something else.
     """
     if len(tokens_NT) < 2:
         raise TextError(
@@ -96,20 +97,18 @@ def restore_blocks(
             "give more --samples, or --restore none"
         )
     check_vocabulary_size(source.config.vocab_size, tokens_NT, source.label)
-    restored = []
-    blocks = source.config.num_hidden_layers
-    with token_progress("calibrate and restore", blocks, tokens_NT.numel() * blocks) as progress:
-        for block in stream_blocks(
-            source,
-            tokens_NT,
-            device=device,
-            dtype=dtype,
-            batch_windows=batch_windows,
-            on_batch=progress.tokens,
-        ):
-            restored.append(_restore(block, source, len(tokens_NT), choose, work))
-            progress.block_done()
-    return restored
+    directory = place.directory_of(PASS_NAME)
+    return pass_blocks(
+        source,
+        tokens_NT,
+        lambda block: _restore(block, source, len(tokens_NT), choose, directory),
+        _RestoredFiles(source, calibration_record(source, tokens_NT, device=device, dtype=dtype)),
+        name=PASS_NAME,
+        device=device,
+        dtype=dtype,
+        batch_windows=batch_windows,
+        place=place,
+    )
 
 
 def _restore(
