@@ -30,6 +30,7 @@ from cfsp.manifest import versions
 from cfsp.settings import CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN, Windows
+from cfsp.workplace import Workplace
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
 
     def restore() -> None:
         with tempfile.TemporaryDirectory() as work:
-            decide_and_restore(source, windows, settings, engine, Path(work))
+            decide_and_restore(source, windows, settings, engine, Workplace(Path(work)))
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),

@@ -19,6 +19,7 @@ from cfsp.manifest import read_manifest
 from cfsp.restoration.gram import GramSums
 from cfsp.restoration.restore import restore_blocks
 from cfsp.restoration.ridge import factor_in_place, restore_down_projection
+from cfsp.workplace import Workplace
 
 
 def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:
@@ -188,7 +189,7 @@ def test_one_window_is_too_little(tiny_checkpoint: Callable[[str], Path], tmp_pa
             Checkpoint(tiny_checkpoint("llama")),
             torch.zeros(1, 16, dtype=torch.int64),
             lambda block, statistics: range(4),
-            tmp_path,
+            Workplace(tmp_path),
             device=torch.device("cpu"),
             dtype=torch.float32,
         )

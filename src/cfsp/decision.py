@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.allocation import channels_to_keep
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from cfsp.manifest import Stopwatch
     from cfsp.settings import Engine, PruneSettings
     from cfsp.text.windows import Windows
+    from cfsp.workplace import Workplace
 
 # Angular distance settles with little text; benchmarks/coarse_windows.py shows how little.
 COARSE_WINDOWS = 8
@@ -72,7 +72,7 @@ def decide(
     draw: Callable[[], Windows],
     settings: PruneSettings,
     *,
-    work: Path,
+    place: Workplace,
     watch: Stopwatch,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
@@ -83,7 +83,7 @@ def decide(
         source: the model.
         draw: gives the calibration windows; called only if they are needed.
         settings: how to prune.
-        work: an existing directory for repaired tensors; must outlive the decision.
+        place: where to work; must outlive the decision, which has its repaired tensors there.
         watch: is told the time of each stage.
         statistics: of an earlier calibration of this model.
         plan: an earlier decision for this model.
@@ -103,13 +103,13 @@ def decide(
     if settings.restore == "none":
         if plan is None:
             with watch.stage("calibrate"):
-                statistics = calibrate_windows(source, draw(), engine, settings.text.seed)
+                statistics = calibrate_windows(source, draw(), engine, settings.text.seed, place)
             with watch.stage("plan"):
                 plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
         return Decision(plan, statistics)
     if plan is None:
         with watch.stage("calibrate and restore"):
-            return decide_and_restore(source, draw(), settings, engine, work)
+            return decide_and_restore(source, draw(), settings, engine, place)
     print(
         "restoring a plan that was made before: this takes a forward pass of its own "
         "(--restore none does without)",
@@ -117,22 +117,27 @@ def decide(
     )
     kept = [block.kept for block in plan.blocks]
     with watch.stage("restore"):
-        restored = _restore(source, draw(), engine, work, lambda block, _: kept[block])
+        restored = _restore(source, draw(), engine, place, lambda block, _: kept[block])
     return Decision(plan, statistics, restored)
 
 
 def decide_and_restore(
-    source: WeightSource, windows: Windows, settings: PruneSettings, engine: Engine, work: Path
+    source: WeightSource,
+    windows: Windows,
+    settings: PruneSettings,
+    engine: Engine,
+    place: Workplace,
 ) -> Decision:
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
-    coarse = calibrate_windows(source, few_windows(windows, COARSE_WINDOWS), engine, seed)
+    few = few_windows(windows, COARSE_WINDOWS)
+    coarse = calibrate_windows(source, few, engine, seed, place, "coarse pass")
     widths = plan_widths(model_size(source), coarse, budget, criterion)
     restored = _restore(
         source,
         windows,
         engine,
-        work,
+        place,
         lambda block, observed: choose_channels(
             source, block, observed, widths.kept_L[block], criterion
         ),
@@ -155,9 +160,14 @@ def plan_from_statistics(
 
 
 def calibrate_windows(
-    source: WeightSource, windows: Windows, engine: Engine, seed: int
+    source: WeightSource,
+    windows: Windows,
+    engine: Engine,
+    seed: int,
+    place: Workplace | None = None,
+    name: str = "calibrate",
 ) -> Statistics:
-    """Run the windows through the model once."""
+    """Run the windows through the model once; see `calibrate`."""
     return calibrate(
         source,
         windows,
@@ -165,6 +175,8 @@ def calibrate_windows(
         dtype=engine.dtype,
         seed=seed,
         batch_windows=engine.batch_windows,
+        place=place,
+        name=name,
     )
 
 
@@ -175,13 +187,17 @@ def few_windows(windows: Windows, count: int) -> Windows:
 
 
 def _restore(
-    source: WeightSource, windows: Windows, engine: Engine, work: Path, choose: ChooseChannels
+    source: WeightSource,
+    windows: Windows,
+    engine: Engine,
+    place: Workplace,
+    choose: ChooseChannels,
 ) -> list[RestoredBlock]:
     return restore_blocks(
         source,
         windows.tokens_NT,
         choose,
-        work,
+        place,
         device=engine.device,
         dtype=engine.dtype,
         batch_windows=engine.batch_windows,

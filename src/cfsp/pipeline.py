@@ -9,9 +9,8 @@ smaller one.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.surgery import write_pruned_weights
 from cfsp.text.tokenizers import load_tokenizer
+from cfsp.workplace import Workplace, output_workplace, temporary_workplace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +57,8 @@ class PruneReport:
             after (see `RestoredBlock`); empty without restoration.
         perplexity: text -> {"before", "after", "tokens"}, if it was measured.
         seconds: stage -> seconds.
+        passes: pass over the blocks -> seconds by part, and `ratio`, its time as a multiple of
+            the time for pure computing.
         peak_rss_bytes: largest resident memory of the process.
         out: the new checkpoint; None after a dry run.
         plan: the decision.
@@ -71,6 +73,7 @@ class PruneReport:
     restoration: dict[str, Any]
     perplexity: dict[str, dict[str, float]]
     seconds: dict[str, float]
+    passes: dict[str, dict[str, float]]
     peak_rss_bytes: int
     out: str | None
     plan: PruningPlan = field(repr=False)
@@ -85,9 +88,22 @@ def calibrate_source(
     tokenizer: PreTrainedTokenizerBase,
     text: CalibrationText,
     compute: Compute,
+    place: Workplace | None = None,
 ) -> Statistics:
-    """Draw windows and run them through the model once."""
-    return calibrate_windows(source, text.draw(tokenizer), compute.engine(source), text.seed)
+    """Draw windows and run them through the model once.
+
+    Args:
+        source: the model.
+        tokenizer: its own.
+        text: what to draw from.
+        compute: where and in what.
+        place: where to spill and to save; None for a temporary one.
+    """
+    if place is None:
+        with temporary_workplace(compute.memory_budget) as temporary:
+            return calibrate_source(source, tokenizer, text, compute, temporary)
+    windows = text.draw(tokenizer)
+    return calibrate_windows(source, windows, compute.engine(source), text.seed, place)
 
 
 def prune_checkpoint(
@@ -122,28 +138,28 @@ def prune_checkpoint(
     if dry_run:
         settings = settings.without_restoration()
     watch = Stopwatch()
-    with staged_directory(out) as staging:
-        work = staging / "work"
-        work.mkdir()
+    identity = _identity(settings, statistics, plan)
+    with (
+        output_workplace(out, identity, settings.compute.memory_budget) as place,
+        staged_directory(out) as staging,
+    ):
         decision = decide(
             source,
             lambda: settings.text.draw(load_tokenizer(source.directory)),
             settings,
-            work=work,
+            place=place,
             watch=watch,
             statistics=statistics,
             plan=plan,
         )
         decision.plan.save(staging / PLAN_FILE)
         if dry_run:
-            shutil.rmtree(work)
-            return _report(source, decision, {}, watch, None)
+            return _report(source, decision, {}, watch, place, None)
         with watch.stage("surgery"):
             digests = _write_checkpoint(source, decision, staging)
-        shutil.rmtree(work)
         with watch.stage("evaluate"):
             measured = before_and_after(source.directory, staging, evaluation, settings.compute)
-        report = _report(source, decision, measured, watch, out)
+        report = _report(source, decision, measured, watch, place, out)
         manifest = describe_pruning(decision.plan, report.to_json(), digests, command)
         write_manifest(staging, manifest)
         card = model_card(manifest, decision.plan)
@@ -160,12 +176,12 @@ def prune_model(
         A new model that shares every unpruned tensor with the original.
     """
     source = LoadedModel(model)
-    with tempfile.TemporaryDirectory() as work:
+    with temporary_workplace(settings.compute.memory_budget) as place:
         decision = decide(
             source,
             lambda: settings.text.draw(tokenizer),
             settings,
-            work=Path(work),
+            place=place,
             watch=Stopwatch(),
         )
         return build_pruned_model(model, source, decision.plan, decision.repaired_tensors)
@@ -186,6 +202,7 @@ def _report(
     decision: Decision,
     measured: dict[str, dict[str, float]],
     watch: Stopwatch,
+    place: Workplace,
     out: Path | None,
 ) -> PruneReport:
     plan = decision.plan
@@ -201,10 +218,25 @@ def _report(
         restoration=_describe_restoration(decision),
         perplexity=measured,
         seconds=dict(watch.seconds),
+        passes=place.times_json(),
         peak_rss_bytes=peak_rss_bytes(),
         out=str(out) if out else None,
         plan=plan,
     )
+
+
+def _identity(
+    settings: PruneSettings, statistics: Statistics | None, plan: PruningPlan | None
+) -> dict[str, Any]:
+    """Return what the result depends on besides model, text and computing; for resuming."""
+    return {
+        "command": "prune",
+        "--restore": settings.restore,
+        "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
+        "budget": asdict(settings.budget),
+        **asdict(settings.criterion),
+        "--statistics": statistics.record.tokens_digest if statistics else None,
+    }
 
 
 def _describe_restoration(decision: Decision) -> dict[str, Any]:

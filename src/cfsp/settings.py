@@ -59,11 +59,20 @@ class Engine:
 
 @dataclass(frozen=True)
 class Compute:
-    """Where to compute and in what; `auto` is resolved for the model and machine at hand."""
+    """Where to compute and in what; `auto` is resolved for the model and machine at hand.
+
+    Attributes:
+        device: `auto` or a device that torch knows.
+        dtype: `auto` or a name.
+        batch_windows: windows that pass a block together; None for about 4096 tokens.
+        memory_budget: bytes of hidden states above which they go to a file; None for a share
+            of the available memory.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     batch_windows: int | None = None
+    memory_budget: int | None = None
 
     def engine(self, source: WeightSource) -> Engine:
         """Resolve `auto`."""

@@ -10,6 +10,7 @@ Shapes: N windows, B windows in a batch, T tokens, F FFN channels, R rows (token
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,16 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums, DistanceSums
-from cfsp.calibration.block_stream import StreamedBlock, stream_blocks
-from cfsp.calibration.calibrate import check_vocabulary_size, statistics_of
+from cfsp.calibration.block_pass import pass_blocks
+from cfsp.calibration.block_stream import StreamedBlock
+from cfsp.calibration.calibrate import (
+    StatisticsFiles,
+    calibration_record,
+    check_vocabulary_size,
+    statistics_of,
+)
 from cfsp.calibration.statistics import BlockStatistics
+from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
     TensorFile,
@@ -31,12 +39,15 @@ from cfsp.checkpoint.tensor_file import (
     write_tensor_file,
 )
 from cfsp.errors import TextError
-from cfsp.progress import token_progress
 from cfsp.restoration.gram import GramSums
 from cfsp.restoration.ridge import restore_down_projection
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.workplace import Workplace
+
+PASS_NAME = "calibrate and restore"
 
 HELD_OUT_WINDOWS = 4
 _LEAST_STRIDE = 8
@@ -98,11 +109,12 @@ def restore_blocks(
         )
     check_vocabulary_size(source.config.vocab_size, tokens_NT, source.label)
     directory = place.directory_of(PASS_NAME)
+    record = calibration_record(source, Windows(tokens_NT, {}), device=device, dtype=dtype, seed=0)
     return pass_blocks(
         source,
         tokens_NT,
         lambda block: _restore(block, source, len(tokens_NT), choose, directory),
-        _RestoredFiles(source, calibration_record(source, tokens_NT, device=device, dtype=dtype)),
+        _RestoredFiles(StatisticsFiles(record)),
         name=PASS_NAME,
         device=device,
         dtype=dtype,
@@ -111,8 +123,44 @@ def restore_blocks(
     )
 
 
+@dataclass(frozen=True)
+class _RestoredFiles:
+    """Keeps what the pass did with one block beside the repaired tensor, which is there already."""
+
+    statistics: StatisticsFiles
+
+    def save(self, result: RestoredBlock, directory: Path, block: int) -> None:
+        self.statistics.save(result.statistics, directory, block)
+        facts = {
+            "kept": list(result.kept),
+            "ridge": result.ridge,
+            "error_before": result.error_before,
+            "error_after": result.error_after,
+        }
+        write_atomically(directory / f"restored-{block:05d}.json", json.dumps(facts).encode())
+
+    def load(self, directory: Path, block: int) -> RestoredBlock:
+        facts = json.loads((directory / f"restored-{block:05d}.json").read_text(encoding="utf-8"))
+        return RestoredBlock(
+            statistics=self.statistics.load(directory, block),
+            kept=tuple(facts["kept"]),
+            ridge=facts["ridge"],
+            error_before=facts["error_before"],
+            error_after=facts["error_after"],
+            file=TensorFile(_tensor_path(directory, block)),
+        )
+
+
+def _tensor_path(directory: Path, block: int) -> Path:
+    return directory / f"restored-{block:05d}.safetensors"
+
+
 def _restore(
-    block: StreamedBlock, source: WeightSource, windows: int, choose: ChooseChannels, work: Path
+    block: StreamedBlock,
+    source: WeightSource,
+    windows: int,
+    choose: ChooseChannels,
+    directory: Path,
 ) -> RestoredBlock:
     distances, observed = DistanceSums(), _Observation(windows)
     block.advance(observed.add, distances.add)
@@ -123,7 +171,7 @@ def _restore(
     solution = restore_down_projection(
         down_DF.to(observed.device), kept, observed.gram.mean(), observed.held_out_RF()
     )
-    path = work / f"restored-{block.index:05d}.safetensors"
+    path = _tensor_path(directory, block.index)
     down_DK = source.family.turned(solution.down_DK).contiguous()
     outgoing = OutgoingTensor(
         name, TensorSpec(down_DK.dtype, tuple(down_DK.shape)), lambda: tensor_chunks(down_DK)

@@ -1,0 +1,192 @@
+"""The hidden states between two blocks, in memory or, above a limit, in a memory-mapped file.
+
+They are all that a pass carries from block to block, and the only part of its memory that grows
+with the text. Two files take turns: the one that was saved last is only read until the next is
+complete, so that a killed pass always finds one whole. In memory there is one tensor, and the
+same files hold its copies. Values are the same bits either way.
+
+Shapes: N windows, B windows in a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cfsp.errors import OutputError
+
+_FILES = ("hidden-0.bin", "hidden-1.bin")
+_COPY_BYTES = 64 << 20
+
+
+class HiddenStates(ABC):
+    """Hidden states of all windows, read and written batch by batch.
+
+    Within a block every batch is read before it is written; `turn` ends the block.
+
+    Attributes:
+        nbytes: size of all of them.
+    """
+
+    nbytes: int
+
+    @abstractmethod
+    def read(self, batch: slice) -> Tensor:
+        """Return the windows of a batch, BTD; to be used before they are written."""
+
+    @abstractmethod
+    def write(self, batch: slice, hidden_BTD: Tensor) -> None:
+        """Set the windows of a batch, from any device."""
+
+    @abstractmethod
+    def turn(self) -> None:
+        """Note that all batches have been written: they are what is read from now on."""
+
+    @abstractmethod
+    def save(self) -> str:
+        """Put the states on disk, after `turn`; return the name of their file."""
+
+
+class HiddenInMemory(HiddenStates):
+    """One tensor.
+
+    Args:
+        shape_NTD: its shape.
+        dtype: its dtype.
+        directory: where `save` puts copies; None if it is never called.
+        saved: name of a file that `save` returned in an earlier process, to go on from.
+    """
+
+    def __init__(
+        self,
+        shape_NTD: tuple[int, ...],
+        dtype: torch.dtype,
+        directory: Path | None = None,
+        saved: str | None = None,
+    ) -> None:
+        self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype)
+        self.nbytes = self._hidden_NTD.nbytes
+        self._directory = directory
+        self._saved = saved
+        if saved is not None:
+            assert directory is not None
+            with (directory / saved).open("rb", buffering=0) as file:
+                view = self._bytes()
+                done = 0
+                while done < len(view) and (count := file.readinto(view[done:])):
+                    done += count
+                assert done == len(view), (saved, done)
+
+    def read(self, batch: slice) -> Tensor:
+        """Return the windows of a batch."""
+        return self._hidden_NTD[batch]
+
+    def write(self, batch: slice, hidden_BTD: Tensor) -> None:
+        """Set the windows of a batch."""
+        self._hidden_NTD[batch] = hidden_BTD
+
+    def turn(self) -> None:
+        """Do nothing: a batch is read before it is written."""
+
+    def save(self) -> str:
+        """Write a copy beside the last one."""
+        assert self._directory is not None
+        name = _other(self._saved)
+        view = self._bytes()
+        with (self._directory / name).open("wb", buffering=0) as file:
+            for start in range(0, len(view), _COPY_BYTES):
+                left = view[start : start + _COPY_BYTES]
+                while left:
+                    left = left[file.write(left) or 0 :]
+            os.fsync(file.fileno())
+        self._saved = name
+        return name
+
+    def _bytes(self) -> memoryview:
+        return self._hidden_NTD.view(-1).view(torch.uint8).numpy().data
+
+
+class HiddenInFile(HiddenStates):
+    """One or two memory-mapped files, of which no page stays resident longer than a batch.
+
+    The second file exists from the first `save` on.
+
+    Args:
+        shape_NTD: the shape.
+        dtype: the dtype.
+        directory: where the files are.
+        saved: name of a file that `save` returned in an earlier process, to go on from.
+
+    Raises:
+        OutputError: the disk has no room.
+    """
+
+    def __init__(
+        self,
+        shape_NTD: tuple[int, ...],
+        dtype: torch.dtype,
+        directory: Path,
+        saved: str | None = None,
+    ) -> None:
+        self._shape_NTD, self._dtype, self._directory = shape_NTD, dtype, directory
+        self.nbytes = math.prod(shape_NTD) * dtype.itemsize
+        self._maps: dict[str, mmap.mmap] = {}
+        self._source = saved or _FILES[0]
+        self._target = _other(saved) if saved else _FILES[0]
+
+    def read(self, batch: slice) -> Tensor:
+        """Return the windows of a batch."""
+        return self._view(self._source)[batch]
+
+    def write(self, batch: slice, hidden_BTD: Tensor) -> None:
+        """Set the windows of a batch, and let its pages go: they are in the page cache."""
+        self._view(self._target)[batch] = hidden_BTD
+        window = math.prod(self._shape_NTD[1:]) * self._dtype.itemsize
+        start = batch.start * window // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = batch.stop * window
+        for name in {self._source, self._target}:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._maps[name].madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def turn(self) -> None:
+        """Read from now on what was written."""
+        self._source = self._target
+
+    def save(self) -> str:
+        """Flush the file that is read, and write to the other one from now on."""
+        self._maps[self._source].flush()
+        self._target = _other(self._source)
+        return self._source
+
+    def _view(self, name: str) -> Tensor:
+        if name not in self._maps:
+            self._maps[name] = self._open(self._directory / name)
+        flat = torch.frombuffer(self._maps[name], dtype=self._dtype)
+        return flat.view(self._shape_NTD)
+
+    def _open(self, path: Path) -> mmap.mmap:
+        nbytes = self.nbytes
+        try:
+            with path.open("r+b" if path.exists() else "w+b") as file:
+                # A hole that cannot be filled later would kill the process, not raise.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                else:
+                    file.truncate(nbytes)
+                return mmap.mmap(file.fileno(), nbytes)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make room for {nbytes / 1e9:.1f} GB of hidden states in {path.parent} "
+                f"({error.strerror or error}); free the disk, raise --memory-budget, or take "
+                "fewer --samples"
+            ) from error
+
+
+def _other(name: str | None) -> str:
+    return _FILES[1] if name == _FILES[0] else _FILES[0]

@@ -1,0 +1,94 @@
+"""What a killed pass resumes from: how far it came, and what entered the next block.
+
+`state.json` is replaced in one step, after everything that it speaks of is on disk. It also
+says what the work belongs to, so that other work never goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import ResumeError
+
+STATE_FILE = "state.json"
+
+# Saving may take this fraction of the time, so that it never slows a pass by more.
+SHARE_OF_TIME = 0.02
+# What the first save is expected to cost; later ones are measured.
+_BYTES_PER_SECOND = 300e6
+_LEAST_SECONDS = 0.01
+
+
+class PassState:
+    """The state of one pass.
+
+    Args:
+        directory: of this pass alone; is created.
+        identity: everything that the results depend on, as JSON types.
+
+    Attributes:
+        next_block: the first block that is not finished.
+        hidden: name of the file with the hidden states that enter it; None if there are none.
+
+    Raises:
+        ResumeError: the directory holds unfinished work of something else.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+        self.directory = directory
+        self.next_block = 0
+        self.hidden: str | None = None
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / STATE_FILE).is_file():
+            self._read(directory / STATE_FILE)
+
+    def commit(self, next_block: int, hidden: str | None) -> None:
+        """Note that all before `next_block` is on disk."""
+        self.next_block, self.hidden = next_block, hidden
+        fields = {"identity": self._identity, "next_block": next_block, "hidden": hidden}
+        write_atomically(
+            self.directory / STATE_FILE, (json.dumps(fields, indent=2) + "\n").encode()
+        )
+
+    def _read(self, path: Path) -> None:
+        place = self.directory.parent.parent
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            saved, self.next_block = fields["identity"], int(fields["next_block"])
+            self.hidden = fields["hidden"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ResumeError(f"{path} is damaged; start over with: rm -r {place}") from error
+        for key in sorted({*saved, *self._identity}):
+            before, now = saved.get(key), self._identity.get(key)
+            if before != now:
+                raise ResumeError(
+                    f"{place} holds unfinished work with another {key} ({before}; now it is "
+                    f"{now}); repeat that command to finish it, or start over with: "
+                    f"rm -r {place}"
+                )
+
+
+class Pace:
+    """Decides when to save: as often as costs little.
+
+    Args:
+        nbytes: about how much is written each time.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._cost = max(_LEAST_SECONDS, nbytes / _BYTES_PER_SECOND)
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Return whether enough time has passed since the last save."""
+        return (time.monotonic() - self._last) * SHARE_OF_TIME >= self._cost
+
+    def saved(self, seconds: float) -> None:
+        """Note a save and what it took."""
+        self._cost = max(_LEAST_SECONDS, seconds)
+        self._last = time.monotonic()

@@ -1,0 +1,75 @@
+"""How much memory there is, and how much of it hidden states may take."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cfsp.errors import UsageError
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+# The rest is for two blocks, the embeddings and what the computation needs.
+_SHARE_OF_AVAILABLE = 0.5
+_UNKNOWN_AVAILABLE = 8 << 30
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means.
+
+    Raises:
+        UsageError: it means none.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    try:
+        if match is None or (match[3] and not match[2]):
+            raise ValueError
+        unit = _BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]
+        return int(float(match[1]) * unit)
+    except ValueError:
+        raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
+
+
+def default_budget() -> int:
+    """Return how much hidden states may take: half of what is available to this process.
+
+    Processes that torchrun started on this machine share evenly.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(available_bytes() * _SHARE_OF_AVAILABLE / processes)
+
+
+def available_bytes() -> int:
+    """Return the memory that can be had without swapping, within the limits of a container."""
+    available = _field(Path("/proc/meminfo"), "MemAvailable")
+    total = available * 1024 if available is not None else _UNKNOWN_AVAILABLE
+    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        # Cached file pages count as used, but give way.
+        cached = _field(_CGROUP / "memory.stat", "file") or 0
+        total = min(total, max(0, limit - used + cached))
+    return total
+
+
+def _field(path: Path, name: str) -> int | None:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        key, _, value = line.partition(" ")
+        if key.rstrip(":") == name:
+            return int(value.split()[0])
+    return None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,154 @@
+"""The work directory beside an output: what does not fit into memory, what a killed run left.
+
+    OUT.work/process-0-of-1/coarse/state.json, hidden-0.bin, ...
+
+It is gone when the output is there. After a kill it stays, and the same command goes on from
+it; another command is refused. Nobody else works in it meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from cfsp.calibration.pass_state import STATE_FILE
+from cfsp.calibration.pass_times import PassTimes
+from cfsp.errors import CfspError, OutputError, ResumeError
+from cfsp.memory import default_budget
+
+
+@dataclass
+class Workplace:
+    """Where one command works.
+
+    Attributes:
+        directory: exists as long as the command runs.
+        memory_budget: bytes of hidden states above which they go to a file.
+        identity: what the results depend on besides model and text, as JSON types; None if a
+            later run is not to resume.
+        times: of each pass, by its name.
+    """
+
+    directory: Path
+    memory_budget: int = field(default_factory=default_budget)
+    identity: dict[str, Any] | None = None
+    times: dict[str, PassTimes] = field(default_factory=dict)
+
+    def directory_of(self, name: str) -> Path:
+        """Return the directory of one pass; it exists."""
+        directory = self.directory / name
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def times_json(self) -> dict[str, dict[str, float]]:
+        """Return the times of all passes."""
+        return {name: times.to_json() for name, times in self.times.items()}
+
+
+@contextmanager
+def temporary_workplace(memory_budget: int | None = None) -> Iterator[Workplace]:
+    """Give a workplace that nothing resumes from."""
+    with tempfile.TemporaryDirectory(prefix="cfsp-") as directory:
+        yield Workplace(Path(directory), _budget(memory_budget))
+
+
+@contextmanager
+def output_workplace(
+    out: Path,
+    identity: dict[str, Any],
+    memory_budget: int | None = None,
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[Workplace]:
+    """Give the workplace of an output; remove it when all is done.
+
+    Args:
+        out: the file or directory that will be written.
+        identity: see `Workplace`.
+        memory_budget: see `Workplace`; None for a share of the available memory.
+        process: number of this process among those that work on this output.
+        processes: how many there are.
+
+    Raises:
+        OutputError: another run works there, or the place is not writable.
+        ResumeError: unfinished work of another number of processes is there.
+    """
+    place = out.parent / f"{out.name}.work"
+    directory = place / f"process-{process}-of-{processes}"
+    _check_processes(place, processes)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("w")
+    except OSError as error:
+        raise OutputError(f"cannot write to {directory}: {error.strerror}") from error
+    with lock:
+        _take(lock, place)
+        _remove_unfinished(directory)
+        try:
+            yield Workplace(directory, _budget(memory_budget), identity)
+        except ResumeError:
+            raise
+        except BaseException as error:
+            if _to_keep(directory, error):
+                print(
+                    f"the work so far is kept in {place}; the same command goes on from it",
+                    file=sys.stderr,
+                )
+            else:
+                _remove(directory)
+            raise
+        _remove(directory)
+
+
+def _budget(memory_budget: int | None) -> int:
+    return default_budget() if memory_budget is None else memory_budget
+
+
+def _take(lock: IO[str], place: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OutputError(
+            f"another run is working in {place}; wait for it, or choose another output"
+        ) from error
+
+
+def _check_processes(place: Path, processes: int) -> None:
+    for state in place.glob(f"process-*/*/{STATE_FILE}"):
+        found = state.parent.parent.name.rpartition("-of-")[2]
+        if found != str(processes):
+            raise ResumeError(
+                f"{place} holds unfinished work of {found} processes, now there are {processes}; "
+                f"repeat that command to finish it, or start over with: rm -r {place}"
+            )
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Remove what a killed run cannot be resumed from."""
+    for leftover in directory.iterdir():
+        if leftover.is_dir() and not (leftover / STATE_FILE).is_file():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _to_keep(directory: Path, error: BaseException) -> bool:
+    """Return whether the same command could get further than it did."""
+    if isinstance(error, CfspError) and not isinstance(error, OutputError):
+        return False
+    return any(directory.glob(f"*/{STATE_FILE}"))
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others are still working there
+        directory.parent.rmdir()
