@@ -6,10 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.surgery import pruned_specs, pruned_tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from cfsp.checkpoint.reading import LoadedModel
@@ -36,15 +38,22 @@ def build_pruned_model(
     """
     config = _with_widths(model.config, source, plan)
     pruned = build_skeleton(config, model.dtype)
-    tensors = {
-        name: repaired[name].read(name) if name in repaired else pruned_tensor(source, plan, name)
-        for name in pruned_specs(source, plan)
-    }
-    missing, unexpected = pruned.load_state_dict(tensors, strict=False, assign=True)
+
+    def stored(name: str) -> Tensor:
+        return repaired[name].read(name) if name in repaired else pruned_tensor(source, plan, name)
+
+    specs = pruned_specs(source, plan)
+    tensors, unused = {}, set(specs)
+    for name, empty in pruned.state_dict().items():
+        parts = pieces(source.family, name, empty.shape)
+        if parts[0].name in specs:  # tied weights are not
+            tensors[name] = assemble(parts, empty.shape, stored)
+            unused.difference_update(part.name for part in parts)
+    assert not unused, unused
+    pruned.load_state_dict(tensors, strict=False, assign=True)
     pruned.tie_weights()
     still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
     assert not still_empty, still_empty
-    assert not unexpected, (missing, unexpected)
     pruned.to(model.device)
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
