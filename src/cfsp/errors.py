@@ -15,6 +15,7 @@
     ├── ReportError                a directory that is no run, or a run whose files disagree
     ├── OutputError                a place that cannot be written to
     ├── ResumeError                unfinished work that belongs to another command
+    ├── ProcessError               processes of one job that lost each other
     └── MissingExtraError          an optional dependency that is not installed
 
 A message says what was expected, what was found, and what to do. Anything that is not a
@@ -25,9 +26,15 @@ from __future__ import annotations
 
 
 class CfspError(Exception):
-    """Base of all errors that a user can cause and cure."""
+    """Base of all errors that a user can cause and cure.
+
+    Attributes:
+        exit_status: of the command.
+        keeps_work: whether the same command could get further, so that its work is kept.
+    """
 
     exit_status = 2
+    keeps_work = False
 
 
 class UsageError(CfspError):
@@ -81,9 +88,19 @@ class ReportError(CfspError):
 class OutputError(CfspError):
     """The output directory exists already, or cannot be written to."""
 
+    keeps_work = True
+
 
 class ResumeError(CfspError):
     """A work directory holds unfinished work of another command, model or text."""
+
+    keeps_work = True
+
+
+class ProcessError(CfspError):
+    """The processes of a job cannot reach each other, or one of them died."""
+
+    keeps_work = True
 
 
 class MissingExtraError(CfspError):

@@ -14,7 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.together import calibrate_together
 from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
@@ -32,6 +34,7 @@ from cfsp.manifest import (
 )
 from cfsp.model_card import model_card
 from cfsp.planning import model_size
+from cfsp.processes import Team
 from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.surgery import write_pruned_weights
@@ -89,6 +92,7 @@ def calibrate_source(
     text: CalibrationText,
     compute: Compute,
     place: Workplace | None = None,
+    team: Team | None = None,
 ) -> Statistics:
     """Draw windows and run them through the model once.
 
@@ -98,12 +102,24 @@ def calibrate_source(
         text: what to draw from.
         compute: where and in what.
         place: where to spill and to save; None for a temporary one.
+        team: the processes that share the windows; None for this one alone.
     """
     if place is None:
         with temporary_workplace(compute.memory_budget) as temporary:
-            return calibrate_source(source, tokenizer, text, compute, temporary)
-    windows = text.draw(tokenizer)
-    return calibrate_windows(source, windows, compute.engine(source), text.seed, place)
+            return calibrate_source(source, tokenizer, text, compute, temporary, team)
+    windows, engine = text.draw(tokenizer), compute.engine(source)
+    if team is None or team.size == 1:
+        return calibrate_windows(source, windows, engine, text.seed, place)
+    return calibrate_together(
+        windows,
+        lambda part: calibrate_windows(source, part, engine, text.seed, place),
+        calibration_record(
+            source, windows, device=engine.device, dtype=engine.dtype, seed=text.seed
+        ),
+        team,
+        batch_windows=engine.batch_windows,
+        device=engine.device,
+    )
 
 
 def prune_checkpoint(

@@ -9,6 +9,8 @@ from contextlib import contextmanager, redirect_stderr
 
 from tqdm import tqdm
 
+from cfsp.processes import is_first_process
+
 
 class TokenProgress:
     """A bar over blocks and tokens."""
@@ -31,8 +33,10 @@ class TokenProgress:
 @contextmanager
 def token_progress(label: str, blocks: int, token_passes: int) -> Iterator[TokenProgress]:
     """Show progress over `blocks` blocks and `token_passes` tokens (all blocks together)."""
+    # Of several processes one shows its bar; None hides it where there is no terminal.
+    disable = None if is_first_process() else True
     with tqdm(
-        desc=label, total=token_passes, unit="tok", unit_scale=True, disable=None, leave=False
+        desc=label, total=token_passes, unit="tok", unit_scale=True, disable=disable, leave=False
     ) as bar:
         yield TokenProgress(bar, blocks)
 

@@ -143,7 +143,7 @@ def _remove_unfinished(directory: Path) -> None:
 
 def _to_keep(directory: Path, error: BaseException) -> bool:
     """Return whether the same command could get further than it did."""
-    if isinstance(error, CfspError) and not isinstance(error, OutputError):
+    if isinstance(error, CfspError) and not error.keeps_work:
         return False
     return any(directory.glob(f"*/{STATE_FILE}"))
 

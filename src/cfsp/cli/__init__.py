@@ -6,6 +6,7 @@ Nothing here imports torch before the arguments are parsed, so that help answers
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from cfsp.cli import (
     report,
 )
 from cfsp.errors import CfspError
+from cfsp.processes import process_count
 
 _COMMANDS = (
     prune,
@@ -93,13 +95,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except CfspError as error:
-        print(f"cfsp {args.command}: {error}", file=sys.stderr)
+        print(f"cfsp {args.command}: {_process()}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"\ncfsp {args.command}: interrupted; nothing was written", file=sys.stderr)
+        print(f"\ncfsp {args.command}: interrupted; no output was written", file=sys.stderr)
         return 130
+    except _TerminatedError as stop:
+        reason = " (torchrun does that when another process fails)" if process_count() > 1 else ""
+        print(
+            f"cfsp {args.command}: {_process()}terminated{reason}; no output was written",
+            file=sys.stderr,
+        )
+        return stop.status
     return 0
 
 
+class _TerminatedError(BaseException):
+    """Somebody sent SIGTERM; a BaseException, so that it unwinds like Ctrl-C."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.status = 128 + signal_number
+
+
+def _process() -> str:
+    """Return which of several processes speaks."""
+    return f"[process {os.environ['RANK']}] " if process_count() > 1 else ""
+
+
 def _stop(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + signal_number)
+    raise _TerminatedError(signal_number)

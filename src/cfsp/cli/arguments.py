@@ -69,7 +69,9 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say where to compute and in what."""
     group = parser.add_argument_group("computing")
     group.add_argument(
-        "--device", default="auto", help="cpu, cuda, mps, ... (default: an accelerator if any)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if any)",
     )
     group.add_argument(
         "--dtype",
@@ -78,6 +80,16 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
         help="what to compute in (default: the model's own)",
     )
     group.add_argument("--batch-windows", type=int, metavar="N", help="windows that pass together")
+
+
+def add_memory_budget(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that bounds the hidden states of a calibration in memory."""
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="hidden states above this size (2GB, 512MiB) go to a file beside the output "
+        "(default: half of the available memory)",
+    )
 
 
 def add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -135,11 +147,14 @@ def calibration_text(args: argparse.Namespace) -> CalibrationText:
 
 def compute(args: argparse.Namespace) -> Compute:
     """Return where to compute and in what."""
+    from cfsp.memory import parse_size
     from cfsp.settings import Compute
 
     if args.batch_windows is not None and args.batch_windows < 1:
         raise UsageError(f"--batch-windows must be at least 1, found {args.batch_windows}")
-    return Compute(args.device, args.dtype, args.batch_windows)
+    size = getattr(args, "memory_budget", None)  # only of commands that calibrate
+    budget = None if size is None else parse_size(size)
+    return Compute(args.device, args.dtype, args.batch_windows, budget)
 
 
 def budget(args: argparse.Namespace) -> Budget:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
-from cfsp.cli.output import human_bytes, print_json
+from cfsp.cli.output import human_bytes, print_json, print_passes
+from cfsp.processes import process_count
+
+if TYPE_CHECKING:
+    from cfsp.calibration.statistics import Statistics
+    from cfsp.manifest import Stopwatch
+    from cfsp.workplace import Workplace
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -21,6 +28,14 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="safetensors file")
     arguments.add_calibration_text(parser)
     arguments.add_compute(parser)
+    arguments.add_memory_budget(parser)
+    parser.add_argument(
+        "--process-timeout",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="under torchrun: how long the fastest process waits for the slowest (default: 30)",
+    )
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -29,28 +44,52 @@ def run(args: argparse.Namespace) -> None:
     """Calibrate and save."""
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.errors import OutputError
-    from cfsp.manifest import Stopwatch, peak_rss_bytes
+    from cfsp.loading import compute_device
+    from cfsp.manifest import Stopwatch
     from cfsp.pipeline import calibrate_source
+    from cfsp.processes import joined
     from cfsp.text.tokenizers import load_tokenizer
+    from cfsp.workplace import output_workplace
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
+    compute = arguments.compute(args)
     source = open_checkpoint(args.model, args.revision)
     watch = Stopwatch()
-    with watch.stage("calibrate"):
-        statistics = calibrate_source(
-            source,
-            load_tokenizer(source.directory),
-            arguments.calibration_text(args),
-            arguments.compute(args),
-        )
-    statistics.save(args.out)
+    with (
+        joined(compute_device(compute.device), 60 * args.process_timeout) as team,
+        output_workplace(
+            args.out, {"command": "calibrate"}, compute.memory_budget, team.rank, team.size
+        ) as place,
+    ):
+        with watch.stage("calibrate"):
+            statistics = calibrate_source(
+                source,
+                load_tokenizer(source.directory),
+                arguments.calibration_text(args),
+                compute,
+                place,
+                team,
+            )
+        if team.is_first:
+            statistics.save(args.out)
+    if team.is_first:
+        _report(args, statistics, watch, place)
+
+
+def _report(
+    args: argparse.Namespace, statistics: Statistics, watch: Stopwatch, place: Workplace
+) -> None:
+    from cfsp.manifest import peak_rss_bytes
+
     facts = {
         "out": str(args.out),
         "blocks": len(statistics.blocks),
         "calibration_tokens": statistics.tokens,
         "sources": statistics.record.sources,
+        "processes": process_count(),
         "seconds": watch.seconds,
+        "passes": place.times_json(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
     if args.json:
@@ -60,5 +99,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks in {seconds:.1f} s "
         f"({statistics.tokens / seconds:,.0f} tokens/s); "
-        f"peak memory {human_bytes(peak_rss_bytes())}\nwritten to {args.out}"
+        f"peak memory {human_bytes(peak_rss_bytes())}"
     )
+    print_passes(place.times_json())
+    print(f"written to {args.out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -26,6 +26,20 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
         print("  ".join(cells).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
+
+
+def print_passes(passes: Mapping[str, Mapping[str, float]]) -> None:
+    """Print how much of each pass over the blocks was pure computing."""
+    for name, seconds in passes.items():
+        waits = ", ".join(
+            f"{part.replace('_', ' ')} {seconds[part]:.1f} s"
+            for part in ("weights", "hidden_states", "saving")
+            if part in seconds
+        )
+        print(
+            f"{name}: {seconds['ratio']:.3f} times its pure compute time of "
+            f"{seconds['compute']:.1f} s ({waits})"
+        )
 
 
 def human_count(number: float) -> str:

@@ -8,9 +8,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments, recover
-from cfsp.cli.output import human_bytes, human_count, print_json, print_table
+from cfsp.cli.output import human_bytes, human_count, print_json, print_passes, print_table
 from cfsp.cli.plan import print_plan
 from cfsp.errors import UsageError
+from cfsp.processes import process_count
 
 if TYPE_CHECKING:
     from cfsp.pipeline import PruneReport
@@ -60,12 +61,18 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     group.add_argument("--eval-windows", type=int, default=12, metavar="N", help="(default: 12)")
     arguments.add_compute(parser)
+    arguments.add_memory_budget(parser)
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prune."""
+    if process_count() > 1:
+        raise UsageError(
+            "prune runs in one process; under torchrun run `cfsp calibrate MODEL --out FILE`, "
+            "then here `cfsp prune MODEL --statistics FILE` without torchrun"
+        )
     if args.plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
     if args.plan and args.sparsity is not None:
@@ -182,7 +189,9 @@ def print_report(report: PruneReport) -> None:
     print_table(("", "before", "after", "change"), rows)
     if report.restoration:
         print(f"\n{_describe_restoration(report.restoration)}")
+    print()
+    print_passes(report.passes)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
-    print(f"\n{stages}; peak memory {human_bytes(report.peak_rss_bytes)}")
+    print(f"{stages}; peak memory {human_bytes(report.peak_rss_bytes)}")
     if report.out:
         print(f"written to {report.out}")

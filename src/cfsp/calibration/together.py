@@ -1,0 +1,112 @@
+"""Calibration by several processes: each takes a part of the windows, sums are added at the end.
+
+Windows are split between batches, never within one, so that every batch is computed as one
+process would compute it. The sums then add up to the same numbers (see `accumulators`).
+
+Shapes: N windows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfsp.calibration.block_stream import windows_in_batch
+from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.errors import UsageError
+from cfsp.processes import Team
+from cfsp.text.windows import Windows
+
+
+def calibrate_together(
+    windows: Windows,
+    calibrate_part: Callable[[Windows], Statistics],
+    record: CalibrationRecord,
+    team: Team,
+    *,
+    batch_windows: int | None,
+    device: torch.device,
+) -> Statistics:
+    """Return the statistics of all windows, of which each process calibrates a part.
+
+    Args:
+        windows: all of them, the same in every process.
+        calibrate_part: gives the statistics of some windows.
+        record: of the calibration as a whole.
+        team: the processes.
+        batch_windows: windows that pass a block together; None for about 4096 tokens.
+        device: where the sums are added up.
+
+    Raises:
+        UsageError: there are fewer batches than processes.
+        ProcessError: a process died, or is not there in time.
+    """
+    own = windows_of(windows, team, batch_windows)
+    part = calibrate_part(replace(windows, tokens_NT=own))
+    return replace(add_up(part, team, device), record=record)
+
+
+def windows_of(windows: Windows, team: Team, batch_windows: int | None) -> Tensor:
+    """Return the windows of one process, whole batches.
+
+    Raises:
+        UsageError: there are fewer batches than processes.
+    """
+    size = windows_in_batch(windows.tokens_NT, batch_windows)
+    batches = torch.split(windows.tokens_NT, size)
+    if len(batches) < team.size:
+        count = len(windows.tokens_NT)
+        raise UsageError(
+            f"{count} windows in batches of {size} are {len(batches)} batches, too few for "
+            f"{team.size} processes; take more --samples, fewer processes, or "
+            f"--batch-windows {max(1, count // team.size)}"
+        )
+    first = team.rank * len(batches) // team.size
+    last = (team.rank + 1) * len(batches) // team.size
+    return torch.cat(batches[first:last])
+
+
+def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:
+    """Return the sum of the statistics of all processes, in one exchange.
+
+    Args:
+        part: of this process.
+        team: the processes.
+        device: where the sums are added up.
+    """
+    values = [getattr(b, f.name) for b in part.blocks for f in fields(b)]
+    own = torch.cat([_numbers(value) for value in values])
+    total = team.add_up(own.to(device)).cpu()
+    sums = iter(torch.split(total, [_numbers(value).numel() for value in values]))
+    blocks = tuple(_with_numbers(block, sums) for block in part.blocks)
+    return replace(part, blocks=blocks)
+
+
+def _with_numbers(block: BlockStatistics, sums: Iterator[Tensor]) -> BlockStatistics:
+    """Return a block whose values, all of them sums over tokens, are the next ones."""
+    changed = {f.name: _like(getattr(block, f.name), next(sums)) for f in fields(block)}
+    return replace(block, **changed)
+
+
+def _numbers(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.double().reshape(-1)
+    if isinstance(value, dict):
+        return torch.tensor(list(value.values()), dtype=torch.float64)
+    if isinstance(value, tuple):
+        return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor([value], dtype=torch.float64)
+
+
+def _like(value: Any, numbers: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return numbers.reshape(value.shape).to(value.dtype).clone()
+    if isinstance(value, dict):
+        return dict(zip(value, numbers.tolist(), strict=True))
+    if isinstance(value, tuple):
+        return tuple(int(number) for number in numbers.tolist())
+    return type(value)(numbers.item())

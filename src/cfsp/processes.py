@@ -1,0 +1,118 @@
+"""Several processes that work on one thing, as torchrun starts them.
+
+    torchrun --nproc-per-node 4 -m cfsp calibrate MODEL --out stats.safetensors ...
+
+Importing this does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from cfsp.errors import ProcessError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the only one or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_count() -> int:
+    """Return how many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a job, seen from one of them.
+
+    Attributes:
+        rank: number of this process.
+        size: how many there are.
+        timeout: seconds that the fastest process waits for the slowest.
+    """
+
+    rank: int = 0
+    size: int = 1
+    timeout: float = 1800.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the output."""
+        return self.rank == 0
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Return the sum over all processes; every process must call this once.
+
+        Args:
+            numbers: of the same shape everywhere, on the device that the process computes on.
+
+        Raises:
+            ProcessError: a process died, or is not there in time.
+        """
+        if self.size == 1:
+            return numbers
+        import torch.distributed as dist
+
+        try:
+            # On the CPU also for an accelerator: this barrier names who is missing.
+            group = dist.new_group(backend="gloo")
+            dist.monitored_barrier(group, timedelta(seconds=self.timeout), wait_all_ranks=True)
+            dist.all_reduce(numbers)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return numbers
+
+    def _lost(self, error: RuntimeError) -> ProcessError:
+        reason = str(error).strip().splitlines()[0]
+        return ProcessError(
+            f"process {self.rank} of {self.size} lost another process, or waited for it longer "
+            f"than {self.timeout:.0f} s ({reason}); see what that one printed"
+        )
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[Team]:
+    """Give the team that torchrun started; without torchrun a team of one.
+
+    Each process of a machine computes on an accelerator of its own, if there are enough.
+
+    Args:
+        device: what kind of device this process computes on.
+        timeout: seconds that the fastest process waits for the slowest.
+
+    Raises:
+        ProcessError: the processes cannot reach each other.
+    """
+    if process_count() == 1:
+        yield Team()
+        return
+    import torch
+    import torch.distributed as dist
+
+    backend = "cpu:gloo"
+    if device.type != "cpu":
+        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
+        torch.accelerator.set_device_index(own)
+        backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
+    team = Team(int(os.environ["RANK"]), process_count(), timeout)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"process {team.rank} of {team.size} cannot reach the others: "
+            f"{str(error).strip().splitlines()[0]}; start all with torchrun"
+        ) from error
+    try:
+        yield team
+    finally:
+        dist.destroy_process_group()
