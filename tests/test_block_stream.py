@@ -27,7 +27,8 @@ def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> l
         source, TOKENS, device=torch.device("cpu"), dtype=dtype, batch_windows=batch
     ):
         block.advance(
-            lambda act: None, lambda before, after, i=block.index: outputs[i].append(after.clone())
+            lambda *rows: None,
+            lambda before, after, i=block.index: outputs[i].append(after.clone()),
         )
     return [torch.cat(parts) for parts in outputs]
 
@@ -64,7 +65,7 @@ def test_one_block_at_a_time_has_weights(tiny_checkpoint: Callable[[str], Path])
     for block in stream_blocks(source, TOKENS, device=torch.device("cpu"), dtype=torch.float32):
         assert not any(p.is_meta for p in block.module.parameters())
         assert all(p.is_meta for module in modules for p in module.parameters())
-        block.advance(lambda act: None, lambda before, after: None)
+        block.advance(lambda *rows: None, lambda before, after: None)
         modules.append(block.module)
     assert len(modules) == BLOCKS
     assert all(p.is_meta for module in modules for p in module.parameters())

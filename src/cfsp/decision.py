@@ -146,8 +146,8 @@ def decide_and_restore(
         source, windows, device=engine.device, dtype=engine.dtype, seed=seed
     )
     kept = [block.kept for block in restored]
-    plan = assemble_plan(source, record, budget, criterion, widths, kept)
     statistics = Statistics(tuple(block.statistics for block in restored), record)
+    plan = assemble_plan(source, statistics, budget, criterion, widths, kept)
     return Decision(plan, statistics, restored)
 
 

@@ -305,9 +305,9 @@ def check_all_blocks_have_experts(fields: Mapping[str, Any]) -> None:
     found = [i for i in range(blocks) if i in dense or (i + 1) % step]
     if found:
         raise UnsupportedModelError(
-            f"blocks {', '.join(map(str, found))} of this {fields.get('model_type')} model are dense "
-            "(mlp_only_layers, decoder_sparse_step), the others have experts; cfsp prunes mixtures "
-            "of experts whose blocks all have experts"
+            f"blocks {', '.join(map(str, found))} of this {fields.get('model_type')} model have "
+            "one dense FFN (mlp_only_layers, decoder_sparse_step), the others have experts; cfsp "
+            "prunes mixtures of experts whose blocks all have experts"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from cfsp.allocation import Budget, ModelSize, allocate
-from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.checkpoint.reading import (
     WeightSource,
     ffn_parameters_per_channel,
@@ -21,6 +21,10 @@ from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
 
 DEFAULT_BLOCK_METRIC = "angular"
 DEFAULT_CHANNEL_METRIC = "relative"
+
+# The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
+LEAST_TOKENS = 32
+WEIGHTS_ALONE = "magnitude"
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,34 @@ def choose_channels(
     width: int,
     criterion: Criterion,
 ) -> tuple[int, ...]:
-    """Return the strongest channels of one block, ascending.
+    """Return the strongest channels of one block, ascending; of each expert its own.
+
+    An expert that saw fewer than `LEAST_TOKENS` tokens is scored by its weights alone
+    (`magnitude`), and the plan says so.
+
+    Args:
+        source: the model.
+        block: index of the block.
+        statistics: of the block.
+        width: channels that stay in each FFN.
+        criterion: what counts as important.
 
     Raises:
         UsageError: the channel metric is unknown.
     """
-    weights = read_ffn_weights(source, block)
-    scores_F = channel_scores(criterion.channel_metric, statistics, weights)
-    return tuple(strongest_channels(scores_F, width))
+    few = few_tokens(statistics)
+    kept: list[int] = []
+    for ffn in range(statistics.ffns):
+        weights = read_ffn_weights(source, block, ffn)
+        metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
+        scores_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
+        kept += [ffn * statistics.width + i for i in strongest_channels(scores_F, width)]
+    return tuple(kept)
+
+
+def few_tokens(statistics: BlockStatistics) -> dict[int, int]:
+    """Return the experts that saw too few tokens to be scored by them, and how many they saw."""
+    return {expert: seen for expert, seen in enumerate(statistics.routed_E) if seen < LEAST_TOKENS}
 
 
 def make_plan(
@@ -121,12 +145,12 @@ def make_plan(
     for block, width in enumerate(widths.kept_L):
         kept.append(choose_channels(source, block, statistics.blocks[block], width, criterion))
         on_block()
-    return assemble_plan(source, statistics.record, budget, criterion, widths, kept)
+    return assemble_plan(source, statistics, budget, criterion, widths, kept)
 
 
 def assemble_plan(
     source: WeightSource,
-    record: CalibrationRecord,
+    statistics: Statistics,
     budget: Budget,
     criterion: Criterion,
     widths: BlockWidths,
@@ -134,7 +158,9 @@ def assemble_plan(
 ) -> PruningPlan:
     """Return the plan that widths and channels amount to."""
     before = intermediate_sizes(source.config)
-    blocks = zip(before, kept, widths.distance_L, widths.importance_L, strict=True)
+    ffns = [block.ffns for block in statistics.blocks]
+    few = [few_tokens(block) for block in statistics.blocks]
+    blocks = zip(before, kept, widths.distance_L, widths.importance_L, ffns, few, strict=True)
     return PruningPlan(
         model=ModelIdentity.of(source),
         criterion={
@@ -143,7 +169,7 @@ def assemble_plan(
             "of": budget.of,
             "multiple": budget.multiple_for(before),
         },
-        calibration=asdict(record),
+        calibration=asdict(statistics.record),
         blocks=tuple(BlockPlan(*block) for block in blocks),
     )
 
@@ -155,8 +181,10 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
         StatisticsError: they belong to another one.
     """
     found = fingerprint(source)
-    widths = [len(block.sum_F) for block in statistics.blocks]
-    if statistics.record.fingerprint != found or widths != intermediate_sizes(source.config):
+    shapes = [(block.ffns, block.width) for block in statistics.blocks]
+    ffns = source.family.ffn_count(source.config)
+    expected = [(ffns, width) for width in intermediate_sizes(source.config)]
+    if statistics.record.fingerprint != found or shapes != expected:
         raise StatisticsError(
             f"the statistics were made for {statistics.record.model} "
             f"({statistics.record.fingerprint}), not for {source.label} ({found}); "

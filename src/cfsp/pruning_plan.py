@@ -3,7 +3,10 @@
 Surgery only obeys it. On disk it is JSON; the kept channels of a block are a bit mask, lowest
 channel first, in base64, so that a plan of a large model stays below a megabyte.
 
-Shapes: F FFN channels, L blocks.
+A block has one FFN, or several of the same width (experts), of which each keeps as many channels
+of its own. The channels of all of them are numbered through, expert after expert.
+
+Shapes: F FFN channels, L blocks, K kept.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from cfsp.families import intermediate_sizes
 
 PLAN_VERSION = 1
 _MAX_WIDTH = 1 << 24
+_MAX_EXPERTS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,32 @@ class BlockPlan:
     """What happens to one block.
 
     Attributes:
-        width: FFN channels before.
-        kept: indices of the channels that stay, ascending.
+        width: channels of an FFN before.
+        kept: indices of the channels that stay, ascending; channel i of expert e is
+            e * width + i.
         distance: the block's coarse distance.
         importance: its normalised importance, in (0, 1).
+        ffns: number of FFNs: 1, or the number of experts.
+        few_tokens: expert -> calibration tokens that it saw, of those that saw too few to be
+            scored by; they are scored by their weights alone.
     """
 
     width: int
     kept: tuple[int, ...]
     distance: float
     importance: float
+    ffns: int = 1
+    few_tokens: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def kept_width(self) -> int:
+        """Number of channels that each FFN keeps."""
+        return len(self.kept) // self.ffns
+
+    def kept_of(self, ffn: int) -> list[int]:
+        """Return the channels that stay in one FFN, numbered within it."""
+        kept_K = self.kept[ffn * self.kept_width : (ffn + 1) * self.kept_width]
+        return [channel - ffn * self.width for channel in kept_K]
 
 
 @dataclass(frozen=True)
@@ -76,13 +96,22 @@ class PruningPlan:
 
     @property
     def kept_widths(self) -> list[int]:
-        """Number of channels that every block keeps."""
-        return [len(block.kept) for block in self.blocks]
+        """Number of channels that every block (each of its experts) keeps."""
+        return [block.kept_width for block in self.blocks]
 
     @property
     def ffn_sparsity(self) -> float:
         """Fraction of all FFN channels that goes."""
         return 1 - sum(self.kept_widths) / sum(block.width for block in self.blocks)
+
+    @property
+    def experts_with_few_tokens(self) -> list[dict[str, int]]:
+        """Block, expert and tokens of every expert that is scored by its weights alone."""
+        return [
+            {"block": index, "expert": expert, "tokens": tokens}
+            for index, block in enumerate(self.blocks)
+            for expert, tokens in block.few_tokens.items()
+        ]
 
     def check_fits(self, source: WeightSource) -> None:
         """Check that the plan was made for this model.
@@ -99,6 +128,8 @@ class PruningPlan:
             )
         if [block.width for block in self.blocks] != intermediate_sizes(source.config):
             raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
+        if {block.ffns for block in self.blocks} != {source.family.ffn_count(source.config)}:
+            raise PlanError(f"the plan's experts are not those of {source.label}; make a new plan")
 
     def to_json(self) -> str:
         """Return the plan as JSON; the same plan gives the same bytes."""
@@ -112,10 +143,11 @@ class PruningPlan:
                     "blocks": [
                         {
                             "width": block.width,
-                            "kept_width": len(block.kept),
+                            "kept_width": block.kept_width,
                             "distance": block.distance,
                             "importance": block.importance,
-                            "kept": _mask_text(block.kept, block.width),
+                            **_experts(block),
+                            "kept": _mask_text(block.kept, block.ffns * block.width),
                         }
                         for block in self.blocks
                     ],
@@ -179,18 +211,37 @@ def _mask_text(kept: Sequence[int], width: int) -> str:
     return base64.b64encode(np.packbits(mask_F, bitorder="little").tobytes()).decode()
 
 
+def _experts(block: BlockPlan) -> dict[str, Any]:
+    """Return what is written of a block with several FFNs only."""
+    fields: dict[str, Any] = {"experts": block.ffns} if block.ffns > 1 else {}
+    if block.few_tokens:
+        fields["few_tokens"] = {str(expert): seen for expert, seen in block.few_tokens.items()}
+    return fields
+
+
 def _block(entry: dict[str, Any]) -> BlockPlan:
-    width = entry["width"]
+    width, ffns = entry["width"], entry.get("experts", 1)
     if not isinstance(width, int) or not 0 < width <= _MAX_WIDTH:
         raise ValueError(f"a block has the impossible width {width}")
+    if not isinstance(ffns, int) or not 0 < ffns <= _MAX_EXPERTS:
+        raise ValueError(f"a block has the impossible number of experts {ffns}")
+    total = ffns * width
     try:
         packed = np.frombuffer(base64.b64decode(entry["kept"], validate=True), dtype=np.uint8)
     except binascii.Error as error:
         raise ValueError(f"kept channels are not base64: {error}") from error
     mask = np.unpackbits(packed, bitorder="little")
-    if len(mask) < width or len(mask) - width >= 8 or mask[width:].any():
+    if len(mask) < total or len(mask) - total >= 8 or mask[total:].any():
         raise ValueError(f"kept channels do not fit a width of {width}")
-    kept = tuple(np.flatnonzero(mask).tolist())
-    if not kept or len(kept) != entry["kept_width"]:
-        raise ValueError(f"{len(kept)} channels are kept, {entry['kept_width']} are announced")
-    return BlockPlan(width, kept, float(entry["distance"]), float(entry["importance"]))
+    for kept in set(mask[:total].reshape(ffns, width).sum(axis=1, dtype=int).tolist()):
+        if not kept or kept != entry["kept_width"]:
+            raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
+    few = {int(expert): int(seen) for expert, seen in dict(entry.get("few_tokens", {})).items()}
+    return BlockPlan(
+        width=width,
+        kept=tuple(np.flatnonzero(mask).tolist()),
+        distance=float(entry["distance"]),
+        importance=float(entry["importance"]),
+        ffns=ffns,
+        few_tokens=few,
+    )

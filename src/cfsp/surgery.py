@@ -29,11 +29,11 @@ def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
     if layout is None:
         return tensor
     entry = plan.blocks[layout.block]
-    if len(entry.kept) == entry.width:
+    if entry.kept_width == entry.width:
         return tensor
-    pruned = layout.select(tensor, entry.kept)
+    pruned = layout.select(tensor, entry.kept_of(layout.ffn))
     assert layout.width(tensor.shape) == entry.width
-    assert layout.width(pruned.shape) == len(entry.kept)
+    assert layout.width(pruned.shape) == entry.kept_width
     return pruned
 
 
@@ -43,7 +43,7 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     for name, spec in source.specs.items():
         layout = source.family.layout_of(name)
         if layout is not None:
-            spec = layout.resized(spec, len(plan.blocks[layout.block].kept))
+            spec = layout.resized(spec, plan.blocks[layout.block].kept_width)
         specs[name] = spec
     return specs
 

@@ -63,22 +63,39 @@ class DistanceSums:
 
 
 class ChannelSums:
-    """Sum and sum of squares of every FFN channel's activation over all tokens."""
+    """Sum and sum of squares of every FFN channel's activation over all tokens.
 
-    def __init__(self) -> None:
-        self.tokens = 0
+    The channels of a block with several FFNs (experts) are numbered through, one FFN after the
+    other.
+
+    Attributes:
+        tokens_E: tokens that each FFN has seen.
+        sum_F: sums, float64; None before the first tokens.
+        sum_of_squares_F: sums of squares, float64.
+    """
+
+    def __init__(self, ffns: int = 1) -> None:
+        self.tokens_E = [0] * ffns
         self.sum_F: Tensor | None = None
         self.sum_of_squares_F: Tensor | None = None
 
-    def add(self, act_BTF: Tensor) -> None:
-        """Add the tokens of one batch: the input of the down projection."""
+    @property
+    def tokens(self) -> int:
+        """Tokens seen by all FFNs together."""
+        return sum(self.tokens_E)
+
+    def add(self, act_BTF: Tensor, ffn: int = 0) -> None:
+        """Add tokens of one batch: the input of the down projection of one FFN."""
         rows = act_BTF.flatten(0, -2)
+        width = rows.shape[1]
         if self.sum_F is None or self.sum_of_squares_F is None:
-            zeros = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+            channels = len(self.tokens_E) * width
+            zeros = torch.zeros(channels, dtype=torch.float64, device=rows.device)
             self.sum_F, self.sum_of_squares_F = zeros, zeros.clone()
+        own = slice(ffn * width, (ffn + 1) * width)
         for part in torch.split(rows, _ROWS):
             exact = part.float()
-            self.sum_F += exact.sum(0)
+            self.sum_F[own] += exact.sum(0)
             # Not in place: of float32 activations `exact` is the block's own tensor, no copy.
-            self.sum_of_squares_F += exact.square().sum(0)
-        self.tokens += rows.shape[0]
+            self.sum_of_squares_F[own] += exact.square().sum(0)
+        self.tokens_E[ffn] += rows.shape[0]

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from cfsp.calibration.activations import observed_activations
 from cfsp.calibration.call_recorder import BlockCall, record_calls
 from cfsp.calibration.hidden_states import HiddenInMemory, HiddenStates
 from cfsp.calibration.pass_times import PassTimes
@@ -26,7 +27,6 @@ from cfsp.checkpoint.skeleton import (
     blocks_of,
     build_skeleton,
     fill,
-    projection_of,
     read_tensors,
     unload,
 )
@@ -34,11 +34,12 @@ from cfsp.errors import CalibrationError
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.families import Family
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
 TOKENS_IN_BATCH = 4096
 
-OnActivations = Callable[[Tensor], None]
+OnActivations = Callable[[int, Tensor, Tensor], None]
 OnHidden = Callable[[Tensor, Tensor], None]
 OpenHidden = Callable[[tuple[int, ...], torch.dtype], HiddenStates]
 
@@ -50,14 +51,15 @@ class StreamedBlock:
     Attributes:
         index: position in the model.
         module: the decoder block.
-        down: the FFN's down projection.
+        ffns: number of its FFNs: 1, or the number of its experts.
         hidden: what enters the block, and after `advance` what leaves it.
     """
 
     index: int
     module: nn.Module
-    down: nn.Module
+    ffns: int
     hidden: HiddenStates
+    _family: Family
     _batches: list[slice]
     _calls: dict[int, BlockCall]
     _device: torch.device
@@ -70,29 +72,27 @@ class StreamedBlock:
         The block's weights are dropped then: what comes after may need the memory.
 
         Args:
-            on_activations: is given the input of the down projection, act_BTF.
+            on_activations: is given the index of an FFN of the block, rows of the input of its
+                down projection (act_RF, see `observed_activations`), and which window each row
+                is of.
             on_hidden: is given the block's input and output hidden states, both BTD.
         """
+        first_window, seqlen = 0, 1
 
-        def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Some families flatten windows and tokens before the FFN.
-            on_activations(args[0].view(*windows_and_tokens, -1))
+        def on_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+            on_activations(ffn, act_RF, first_window + token_R // seqlen)
 
-        windows_and_tokens = torch.Size()
-        handle = self.down.register_forward_pre_hook(before_down)
-        try:
+        with observed_activations(self.module, self._family, on_rows):
             for batch in self._batches:
                 with self._times.part("hidden_states"):
                     input_BTD = self.hidden.read(batch).to(self._device)
                 call = self._calls[input_BTD.shape[0]]
-                windows_and_tokens = input_BTD.shape[:2]
+                first_window, seqlen = batch.start, input_BTD.shape[1]
                 output_BTD = call(self.module, input_BTD)
                 on_hidden(input_BTD, output_BTD)
                 with self._times.part("hidden_states"):
                     self.hidden.write(batch, output_BTD)
                 self._on_batch(input_BTD.shape[0] * input_BTD.shape[1])
-        finally:
-            handle.remove()
         self.hidden.turn()
         unload(self.module)
 
@@ -153,8 +153,9 @@ def stream_blocks(
             yield StreamedBlock(
                 index=index,
                 module=module,
-                down=projection_of(module, source.family, source.family.down),
+                ffns=source.family.ffn_count(source.config),
                 hidden=hidden,
+                _family=source.family,
                 _batches=batches,
                 _calls={windows: call[index] for windows, call in calls.items()},
                 _device=device,

@@ -109,8 +109,8 @@ def observe(block: StreamedBlock) -> BlockStatistics:
     Raises:
         CalibrationError: an activation is NaN or infinite.
     """
-    distances, channels = DistanceSums(), ChannelSums()
-    block.advance(channels.add, distances.add)
+    distances, channels = DistanceSums(), ChannelSums(block.ffns)
+    block.advance(lambda ffn, act_RF, window_R: channels.add(act_RF, ffn), distances.add)
     return statistics_of(block.index, distances, channels)
 
 
@@ -133,7 +133,8 @@ def statistics_of(index: int, distances: DistanceSums, channels: ChannelSums) ->
         dict(distances.sums),
         channels.sum_F.cpu(),
         channels.sum_of_squares_F.cpu(),
-        channels.tokens,
+        distances.tokens,
+        tuple(channels.tokens_E) if len(channels.tokens_E) > 1 else (),
     )
 
 

@@ -10,7 +10,7 @@ Shapes: F FFN channels, L blocks.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,39 @@ class BlockStatistics:
         sum_F: sum of each channel's activation over all tokens, float64.
         sum_of_squares_F: sum of its squares, float64.
         tokens: number of tokens.
+        routed_E: tokens that were routed to each expert; empty in a block with one FFN. Channels
+            are then numbered through, expert after expert, and sums are over the tokens that
+            were routed to the expert, activations weighted as the router weights its output.
     """
 
     distance_sums: dict[str, float]
     sum_F: Tensor
     sum_of_squares_F: Tensor
     tokens: int
+    routed_E: tuple[int, ...] = ()
+
+    @property
+    def ffns(self) -> int:
+        """Number of FFNs: 1, or the number of experts."""
+        return len(self.routed_E) or 1
+
+    @property
+    def width(self) -> int:
+        """Channels of one FFN."""
+        return len(self.sum_F) // self.ffns
+
+    def of_ffn(self, ffn: int) -> BlockStatistics:
+        """Return the statistics of one FFN: its channels, and the tokens that it saw."""
+        if not self.routed_E:
+            return self
+        own = slice(ffn * self.width, (ffn + 1) * self.width)
+        return replace(
+            self,
+            sum_F=self.sum_F[own],
+            sum_of_squares_F=self.sum_of_squares_F[own],
+            tokens=self.routed_E[ffn],
+            routed_E=(),
+        )
 
     @property
     def distances(self) -> dict[str, float]:
@@ -121,7 +148,14 @@ class Statistics:
         facts = {
             "version": STATISTICS_VERSION,
             "record": asdict(self.record),
-            "blocks": [{"distance_sums": b.distance_sums, "tokens": b.tokens} for b in self.blocks],
+            "blocks": [
+                {
+                    "distance_sums": block.distance_sums,
+                    "tokens": block.tokens,
+                    **({"routed": block.routed_E} if block.routed_E else {}),
+                }
+                for block in self.blocks
+            ],
         }
         # One entry only: the library writes several in random order, and the same statistics
         # shall give the same bytes.
@@ -178,4 +212,7 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> Blo
         sums = {name: float(entry["distances"][name]) * tokens for name in DISTANCES}
     else:
         sums = {name: float(entry["distance_sums"][name]) for name in DISTANCES}
-    return BlockStatistics(sums, sum_F.double(), squares_F.double(), tokens)
+    routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
+    if routed_E and (min(routed_E) < 0 or len(sum_F) % len(routed_E)):
+        raise ValueError(f"block {index} has {len(sum_F)} channels in {len(routed_E)} experts")
+    return BlockStatistics(sums, sum_F.double(), squares_F.double(), tokens, routed_E)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.modeling_code import pruned_class
 from cfsp.errors import CheckpointError
 from cfsp.families import Family, family_of, intermediate_sizes
@@ -49,7 +50,10 @@ def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def projection_of(block: nn.Module, family: Family, matrix: str) -> nn.Module:
-    """Return the module of one FFN matrix (one of `family.matrices`) of a decoder block."""
+    """Return the module of one FFN matrix (one of `family.matrices`) of a decoder block.
+
+    Experts have no such modules.
+    """
     projection = attrgetter(family.path_in_block(matrix))(block)
     assert isinstance(projection, nn.Module)
     return projection
@@ -73,15 +77,20 @@ def read_tensors(
     """
     tensors = {}
     for name, parameter in module.named_parameters():
-        spec = source.specs.get(prefix + name)
-        if spec is None:
-            raise CheckpointError(f"{source.label} lacks the tensor {prefix + name}")
-        if spec.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{source.label}: {prefix + name} has shape {list(spec.shape)}, "
-                f"its config asks for {list(parameter.shape)}"
-            )
-        tensors[name] = source.read(prefix + name).to(dtype)
+        parts = pieces(source.family, prefix + name, parameter.shape)
+        for part in parts:
+            spec = source.specs.get(part.name)
+            if spec is None:
+                raise CheckpointError(f"{source.label} lacks the tensor {part.name}")
+            expected = parameter[part.place].shape if part.place else parameter.shape
+            if spec.shape != tuple(expected):
+                raise CheckpointError(
+                    f"{source.label}: {part.name} has shape {list(spec.shape)}, "
+                    f"its config asks for {list(expected)}"
+                )
+        tensors[name] = assemble(
+            parts, parameter.shape, lambda stored: source.read(stored).to(dtype)
+        )
     return tensors
 
 

@@ -36,12 +36,12 @@ class FFNWeights:
     gate_FD: Tensor | None
 
 
-def read_ffn_weights(source: WeightSource, block: int) -> FFNWeights:
-    """Read one block's FFN matrices from a model, however its family stores them."""
+def read_ffn_weights(source: WeightSource, block: int, ffn: int = 0) -> FFNWeights:
+    """Read the matrices of one FFN of a block from a model, however its family stores them."""
     family = source.family
 
     def read(matrix: str) -> Tensor:
-        stored = source.read(family.weight_name(block, matrix))
+        stored = source.read(family.weight_name(block, matrix, ffn))
         return family.turned(stored).cpu().float()
 
     down_DF = read(family.down)

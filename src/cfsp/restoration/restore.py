@@ -11,16 +11,16 @@ Shapes: N windows, B windows in a batch, T tokens, F FFN channels, R rows (token
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cfsp.calibration.accumulators import ChannelSums, DistanceSums
+from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.block_pass import pass_blocks
 from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.calibration.calibrate import (
@@ -39,8 +39,8 @@ from cfsp.checkpoint.tensor_file import (
     write_tensor_file,
 )
 from cfsp.errors import TextError
-from cfsp.restoration.gram import GramSums
-from cfsp.restoration.ridge import restore_down_projection
+from cfsp.restoration.observation import Observation
+from cfsp.restoration.ridge import leave_as_it_is, restore_down_projection
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -49,10 +49,30 @@ if TYPE_CHECKING:
 
 PASS_NAME = "calibrate and restore"
 
-HELD_OUT_WINDOWS = 4
-_LEAST_STRIDE = 8
+# An expert that saw fewer tokens outside the held-out windows, or in them, is not repaired.
+LEAST_TOKENS = 32
+LEAST_HELD_OUT = 8
 
 ChooseChannels = Callable[[int, BlockStatistics], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How the repair of one FFN went.
+
+    Attributes:
+        ridge: chosen strength; None if the FFN was better left as it was.
+        error_before: relative squared error of the FFN's output on held-out windows.
+        error_after: the same after repair; never larger.
+        energy: sum of squares of that output, which the errors are relative to.
+        few_tokens: whether it was left as it was because it saw too few tokens to be repaired.
+    """
+
+    ridge: float | None
+    error_before: float
+    error_after: float
+    energy: float
+    few_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,18 +82,37 @@ class RestoredBlock:
     Attributes:
         statistics: of all windows, as calibration gathers them.
         kept: channels that stay, ascending.
-        ridge: chosen strength; None if the block was better left as it was.
-        error_before: relative squared error of the FFN's output on held-out windows.
-        error_after: the same after repair; never larger.
-        file: holds the repaired down projection under its name in the model.
+        repairs: how it went with each FFN.
+        file: holds the repaired down projections under their names in the model.
     """
 
     statistics: BlockStatistics
     kept: tuple[int, ...]
-    ridge: float | None
-    error_before: float
-    error_after: float
+    repairs: tuple[Repair, ...]
     file: TensorFile
+
+    @property
+    def ridge(self) -> float | None:
+        """Chosen strength, of experts the median of them; None if nothing was repaired."""
+        chosen = [repair.ridge for repair in self.repairs if repair.ridge is not None]
+        return median_low(chosen) if chosen else None
+
+    @property
+    def error_before(self) -> float:
+        """Relative squared error of the output of all FFNs before repair."""
+        return self._mean([repair.error_before for repair in self.repairs])
+
+    @property
+    def error_after(self) -> float:
+        """The same after repair; never larger."""
+        return self._mean([repair.error_after for repair in self.repairs])
+
+    def _mean(self, errors: Sequence[float]) -> float:
+        if len(errors) == 1:
+            return errors[0]
+        energies = [repair.energy for repair in self.repairs]
+        pairs = zip(errors, energies, strict=True)
+        return sum(error * energy for error, energy in pairs) / (sum(energies) or 1.0)
 
 
 def restore_blocks(
@@ -133,9 +172,7 @@ class _RestoredFiles:
         self.statistics.save(result.statistics, directory, block)
         facts = {
             "kept": list(result.kept),
-            "ridge": result.ridge,
-            "error_before": result.error_before,
-            "error_after": result.error_after,
+            "repairs": [asdict(repair) for repair in result.repairs],
         }
         write_atomically(directory / f"restored-{block:05d}.json", json.dumps(facts).encode())
 
@@ -144,9 +181,7 @@ class _RestoredFiles:
         return RestoredBlock(
             statistics=self.statistics.load(directory, block),
             kept=tuple(facts["kept"]),
-            ridge=facts["ridge"],
-            error_before=facts["error_before"],
-            error_after=facts["error_after"],
+            repairs=tuple(Repair(**repair) for repair in facts["repairs"]),
             file=TensorFile(_tensor_path(directory, block)),
         )
 
@@ -162,57 +197,35 @@ def _restore(
     choose: ChooseChannels,
     directory: Path,
 ) -> RestoredBlock:
-    distances, observed = DistanceSums(), _Observation(windows)
+    distances, observed = DistanceSums(), Observation(windows, block.ffns)
     block.advance(observed.add, distances.add)
     statistics = statistics_of(block.index, distances, observed.channels)
     kept = tuple(choose(block.index, statistics))
-    name = source.family.weight_name(block.index, source.family.down)
-    down_DF = source.family.turned(source.read(name))
-    solution = restore_down_projection(
-        down_DF.to(observed.device), kept, observed.gram.mean(), observed.held_out_RF()
-    )
+    family, width = source.family, statistics.width
+    repairs, outgoing = [], []
+    for ffn in range(block.ffns):
+        name = family.weight_name(block.index, family.down, ffn)
+        down_DF = family.turned(source.read(name)).to(observed.device)
+        own = [i - ffn * width for i in kept if i // width == ffn]
+        # A dense block has as many tokens as the user gave it; of experts some see very few.
+        few = block.ffns > 1 and (
+            observed.gram_E[ffn].tokens < LEAST_TOKENS
+            or observed.held_out_rows(ffn) < LEAST_HELD_OUT
+        )
+        held_out_RF = observed.held_out_RF(ffn)
+        if few:
+            solution = leave_as_it_is(down_DF, own, held_out_RF)
+        else:
+            gram_FF = observed.gram_E[ffn].mean()
+            solution = restore_down_projection(down_DF, own, gram_FF, held_out_RF)
+        errors = solution.error_before, solution.error_after
+        repairs.append(Repair(solution.ridge, *errors, solution.energy, few))
+        outgoing.append(_outgoing(name, family.turned(solution.down_DK).contiguous()))
     path = _tensor_path(directory, block.index)
-    down_DK = source.family.turned(solution.down_DK).contiguous()
-    outgoing = OutgoingTensor(
-        name, TensorSpec(down_DK.dtype, tuple(down_DK.shape)), lambda: tensor_chunks(down_DK)
-    )
-    write_tensor_file(path, [outgoing])
-    return RestoredBlock(
-        statistics,
-        kept,
-        solution.ridge,
-        solution.error_before,
-        solution.error_after,
-        TensorFile(path),
-    )
+    write_tensor_file(path, outgoing)
+    return RestoredBlock(statistics, kept, tuple(repairs), TensorFile(path))
 
 
-class _Observation:
-    """Channel sums of all windows, Gram matrix of most, activations of the held-out few."""
-
-    def __init__(self, windows: int) -> None:
-        self.channels = ChannelSums()
-        self.gram = GramSums()
-        self.device = torch.device("cpu")
-        # Spread over the windows, so that every text of a mixture is held out in part.
-        stride = max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS))
-        stride = min(stride, windows)
-        self._is_held_out = [index % stride == stride - 1 for index in range(windows)]
-        self._seen = 0
-        self._held_out: list[Tensor] = []
-
-    def add(self, act_BTF: Tensor) -> None:
-        self.device = act_BTF.device
-        self.channels.add(act_BTF)
-        count = act_BTF.shape[0]
-        held_out_B = torch.tensor(self._is_held_out[self._seen : self._seen + count])
-        held_out_B = held_out_B.to(act_BTF.device)
-        self._seen += count
-        if bool(held_out_B.any()):
-            self._held_out.append(act_BTF[held_out_B].flatten(0, 1))
-            act_BTF = act_BTF[~held_out_B]
-        if act_BTF.shape[0]:
-            self.gram.add(act_BTF.flatten(0, 1))
-
-    def held_out_RF(self) -> Tensor:
-        return torch.cat(self._held_out)
+def _outgoing(name: str, tensor: Tensor) -> OutgoingTensor:
+    spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+    return OutgoingTensor(name, spec, lambda: tensor_chunks(tensor))

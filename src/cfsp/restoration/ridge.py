@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,12 +35,29 @@ class RidgeSolution:
         error_before: relative squared error of the FFN's output on held-out tokens, with the
             channels removed and nothing else done.
         error_after: the same with the new weights; never larger.
+        energy: sum of squares of the FFN's output on held-out tokens.
     """
 
     down_DK: Tensor
     ridge: float | None
     error_before: float
     error_after: float
+    energy: float
+
+
+def leave_as_it_is(down_DF: Tensor, kept: Sequence[int], held_out_RF: Tensor) -> RidgeSolution:
+    """Return the down projection of one FFN with channels removed and nothing else done."""
+    return _unrepaired(down_DF, kept, held_out_RF)[0]
+
+
+def _unrepaired(
+    down_DF: Tensor, kept: Sequence[int], held_out_RF: Tensor
+) -> tuple[RidgeSolution, _HeldOutError]:
+    kept_K = torch.tensor(kept, device=down_DF.device)
+    plain_DK = down_DF.index_select(1, kept_K)
+    error_of = _HeldOutError(down_DF, held_out_RF, kept_K)
+    error = error_of(plain_DK)
+    return RidgeSolution(plain_DK, None, error, error, error_of.energy), error_of
 
 
 def restore_down_projection(
@@ -67,9 +84,8 @@ def restore_down_projection(
     mask_F = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=device)
     mask_F[torch.tensor(kept, device=device)] = True
     kept_K, pruned_P = mask_F.nonzero().flatten(), (~mask_F).nonzero().flatten()
-    plain_DK = down_DF.index_select(1, kept_K)
-    error_of = _HeldOutError(down_DF, held_out_RF, kept_K)
-    best = RidgeSolution(plain_DK, None, error_of(plain_DK), error_of(plain_DK))
+    best, error_of = _unrepaired(down_DF, kept, held_out_RF)
+    plain_DK = best.down_DK
     if len(pruned_P) == 0:
         return best
     previous = math.inf
@@ -82,7 +98,7 @@ def restore_down_projection(
             break
         previous = error
         if error < best.error_after:
-            best = RidgeSolution(candidate_DK, ridge, best.error_before, error)
+            best = replace(best, down_DK=candidate_DK, ridge=ridge, error_after=error)
     return best
 
 
@@ -92,12 +108,12 @@ class _HeldOutError:
     def __init__(self, down_DF: Tensor, held_out_RF: Tensor, kept_K: Tensor) -> None:
         self._kept_RK = held_out_RF.index_select(1, kept_K).float()
         self._target_RD = held_out_RF.float() @ down_DF.float().T
-        self._scale = float(self._target_RD.double().square().sum())
+        self.energy = float(self._target_RD.double().square().sum())
 
     def __call__(self, down_DK: Tensor) -> float:
         output_RD = self._kept_RK @ down_DK.float().T
         squares = float((output_RD - self._target_RD).double().square().sum())
-        return squares / self._scale if self._scale > 0 else 0.0
+        return squares / self.energy if self.energy > 0 else 0.0
 
 
 def _solve(
