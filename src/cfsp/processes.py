@@ -19,6 +19,7 @@ from cfsp.errors import ProcessError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 
 def is_first_process() -> bool:
@@ -39,11 +40,14 @@ class Team:
         rank: number of this process.
         size: how many there are.
         timeout: seconds that the fastest process waits for the slowest.
+        barrier: the group that they wait in; on the CPU also where they compute elsewhere,
+            because only that one names who is missing.
     """
 
     rank: int = 0
     size: int = 1
     timeout: float = 1800.0
+    barrier: ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -64,9 +68,8 @@ class Team:
         import torch.distributed as dist
 
         try:
-            # On the CPU also for an accelerator: this barrier names who is missing.
-            group = dist.new_group(backend="gloo")
-            dist.monitored_barrier(group, timedelta(seconds=self.timeout), wait_all_ranks=True)
+            timeout = timedelta(seconds=self.timeout)
+            dist.monitored_barrier(self.barrier, timeout, wait_all_ranks=True)
             dist.all_reduce(numbers)
         except RuntimeError as error:
             raise self._lost(error) from error
@@ -99,17 +102,17 @@ def joined(device: torch.device, timeout: float) -> Iterator[Team]:
     import torch
     import torch.distributed as dist
 
-    backend = "cpu:gloo"
+    rank, size, backend = int(os.environ["RANK"]), process_count(), "gloo"
     if device.type != "cpu":
         own = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
         torch.accelerator.set_device_index(own)
-        backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
-    team = Team(int(os.environ["RANK"]), process_count(), timeout)
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        team = Team(rank, size, timeout, dist.new_group(backend="gloo"))
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
-            f"process {team.rank} of {team.size} cannot reach the others: "
+            f"process {rank} of {size} cannot reach the others: "
             f"{str(error).strip().splitlines()[0]}; start all with torchrun"
         ) from error
     try:

@@ -37,7 +37,7 @@ def print_passes(passes: Mapping[str, Mapping[str, float]]) -> None:
             if part in seconds
         )
         print(
-            f"{name}: {seconds['ratio']:.3f} times its pure compute time of "
+            f"{name}: {seconds['ratio']:.2f} times its pure compute time of "
             f"{seconds['compute']:.1f} s ({waits})"
         )
 

@@ -1,0 +1,245 @@
+"""Hidden states in memory and in files, reading ahead, and the memory budget."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp import memory
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.calibration.read_ahead import read_ahead
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.errors import OutputError, UsageError
+from cfsp.memory import parse_size
+from cfsp.text.windows import Windows, draw_windows
+from cfsp.workplace import Workplace
+
+SHAPE = (5, 7, 3)
+BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
+KINDS = [HiddenInMemory, HiddenInFile]
+
+
+def values(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def write_all(hidden: HiddenStates, wanted_NTD: torch.Tensor) -> None:
+    for batch in BATCHES:
+        hidden.write(batch, wanted_NTD[batch])
+    hidden.turn()
+
+
+def read_all(hidden: HiddenStates) -> torch.Tensor:
+    return torch.cat([hidden.read(batch).clone() for batch in BATCHES])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_read(
+    kind: Callable[..., HiddenStates], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    hidden = kind(SHAPE, dtype, tmp_path)
+    assert hidden.nbytes == 5 * 7 * 3 * dtype.itemsize
+    for seed in range(3):
+        write_all(hidden, values(seed, dtype))
+        assert torch.equal(read_all(hidden), values(seed, dtype))
+
+
+@pytest.mark.parametrize("later", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_saved_stays_until_the_next_save(
+    kind: Callable[..., HiddenStates], later: Callable[..., HiddenStates], tmp_path: Path
+) -> None:
+    """Blocks that pass after a save must not touch what a killed run resumes from."""
+    hidden = kind(SHAPE, torch.bfloat16, tmp_path)
+    write_all(hidden, values(0))
+    names = []
+    for seed in range(1, 4):
+        write_all(hidden, values(10 * seed))
+        names.append(hidden.save())
+        write_all(hidden, values(10 * seed + 1))
+        write_all(hidden, values(10 * seed + 2))
+        hidden.write(BATCHES[0], values(99)[BATCHES[0]])  # killed in the middle of a block
+        resumed = later(SHAPE, torch.bfloat16, tmp_path, names[-1])
+        assert torch.equal(read_all(resumed), values(10 * seed))
+        hidden.write(BATCHES[0], values(10 * seed + 2)[BATCHES[0]])
+        assert torch.equal(read_all(hidden), values(10 * seed + 2))
+    assert len(set(names)) == 2
+
+
+def test_a_full_disk_is_an_error_and_not_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    hidden = HiddenInFile(SHAPE, torch.bfloat16, tmp_path)
+    with pytest.raises(OutputError, match=r"No space left.*--memory-budget"):
+        hidden.write(BATCHES[0], values(0)[BATCHES[0]])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_hidden_states_in_a_file_take_no_memory(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from cfsp.calibration.hidden_states import HiddenInFile\n"
+        "def resident():\n"
+        "    text = Path('/proc/self/status').read_text()\n"
+        "    return int(text.split('VmRSS:')[1].split()[0]) * 1024\n"
+        "hidden = HiddenInFile((64, 1024, 1024), torch.bfloat16, Path(sys.argv[1]))\n"
+        "states = torch.ones(1, 1024, 1024, dtype=torch.bfloat16)\n"
+        "before, highest = resident(), 0\n"
+        "for _ in range(2):\n"
+        "    for i in range(64):\n"
+        "        batch = slice(i, i + 1)\n"
+        "        hidden.read(batch).sum()\n"
+        "        hidden.write(batch, states)\n"
+        "        highest = max(highest, resident())\n"
+        "    hidden.turn()\n"
+        "    hidden.save()\n"
+        "print(highest - before)\n"
+    )
+    grown = int(subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True))
+    assert grown < 32 << 20, f"{grown} of {64 << 21} bytes were resident"
+
+
+# A whole calibration.
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
+    return Checkpoint(tiny_checkpoint("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def windows(text_file: Path, tokenizer: Any) -> Windows:
+    return draw_windows([str(text_file)], tokenizer, samples=9, seqlen=32)
+
+
+def gather(source: Checkpoint, windows: Windows, budget: int, directory: Path) -> Statistics:
+    directory.mkdir()
+    return calibrate(
+        source,
+        windows,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        batch_windows=2,
+        place=Workplace(directory, budget, identity={}),
+    )
+
+
+def test_spilling_changes_no_bit(
+    source: Checkpoint,
+    windows: Windows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gather(source, windows, 1 << 30, tmp_path / "a").save(tmp_path / "memory")
+    assert capsys.readouterr().err == ""
+    gather(source, windows, 1000, tmp_path / "b").save(tmp_path / "file")
+    message = capsys.readouterr().err
+    assert "exceed the memory budget of 1e-06 GB; they go to a file in" in message
+    # Saved after every block, the two files take turns.
+    monkeypatch.setattr("cfsp.calibration.pass_state.SHARE_OF_TIME", float("inf"))
+    gather(source, windows, 1000, tmp_path / "c").save(tmp_path / "turns")
+    assert (tmp_path / "memory").read_bytes() == (tmp_path / "file").read_bytes()
+    assert (tmp_path / "memory").read_bytes() == (tmp_path / "turns").read_bytes()
+    assert not list(tmp_path.rglob("hidden-*.bin"))
+
+
+def test_prune_with_a_small_budget_gives_the_same_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    argv = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4",
+            "--data", str(text_file), "--samples", "8", "--seqlen", "64"]  # fmt: skip
+    assert main([*argv, "--out", str(tmp_path / "memory")]) == 0
+    assert main([*argv, "--out", str(tmp_path / "file"), "--memory-budget", "1KB"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"memory", "file"}
+    for name in ("model.safetensors", "cfsp_plan.json", "cfsp_statistics.safetensors"):
+        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
+
+
+# Reading ahead.
+
+
+class Weights:
+    """Something that can be seen to go."""
+
+
+def test_reading_is_one_ahead_in_order_and_holds_nothing_back() -> None:
+    begun: list[int] = []
+    alive: weakref.WeakSet[Weights] = weakref.WeakSet()
+
+    def read(index: int) -> Weights:
+        begun.append(index)
+        weights = Weights()
+        alive.add(weights)
+        return weights
+
+    with read_ahead(read, range(2, 7)) as ahead:
+        for index in range(2, 7):
+            weights = ahead.take()
+            assert begun[:1] == [2] and len(begun) <= index
+            assert len(alive) <= 2
+            del weights
+    assert begun == [2, 3, 4, 5, 6]
+    assert len(alive) == 0
+
+
+def test_what_reading_raises_is_raised_where_it_is_wanted() -> None:
+    def read(index: int) -> int:
+        return 1 // (2 - index)
+
+    with read_ahead(read, range(4)) as ahead:
+        assert [ahead.take(), ahead.take()] == [0, 1]
+        with pytest.raises(ZeroDivisionError):
+            ahead.take()
+
+
+# The budget.
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2_000_000_000), ("512MiB", 512 << 20), ("0", 0), ("1.5 kb", 1500), ("1e9", 10**9),
+     ("3g", 3_000_000_000), ("1TiB", 1 << 40)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "1.2.3", "5iB", "many"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"expected a size such as 2GB or 512MiB, found"):
+        parse_size(text)
+
+
+def test_a_container_limits_what_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    machine = memory.available_bytes()
+    assert machine > 50e6
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    assert memory.available_bytes() == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("10000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\nfile 1000000\n")
+    assert memory.available_bytes() == 8_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.default_budget() == 1_000_000
