@@ -52,7 +52,7 @@ def test_widths_of_a_shape_meet_the_budget_in_multiples() -> None:
     assert ShapedModel("llama-2-7b", 4, 0.5).widths() == [5504] * 4
     assert ShapedModel("llama-3-8b", 4, 0.5).widths() == [7168] * 4
     uneven = ShapedModel("llama-2-7b", 4, 0.3).widths()
-    assert all(width % 128 == 0 for width in uneven)
+    assert all(width % 256 == 0 for width in uneven)
     assert abs(sum(uneven) - 0.7 * 4 * 11008) <= 64
     assert ShapedModel("llama-2-7b", 2, width=5001).widths() == [5001] * 2
 

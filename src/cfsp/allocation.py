@@ -12,9 +12,11 @@ from typing import Literal
 
 from cfsp.errors import BudgetError, UsageError
 
-AUTO_MULTIPLE_WIDE = 128
+# (least width of the FFN, multiple), widest first. llama.cpp's K-quants work on rows of 256, and
+# tensor cores on tiles of 128 or 64; docs/RESULTS.md has the measurements. Where 256 would be a
+# coarse step, a smaller one is taken: widths that follow importance matter more there.
+_AUTO_MULTIPLES = ((8192, 256), (4096, 128))
 AUTO_MULTIPLE_NARROW = 32
-_WIDE = 4096
 
 # The published code stops short of keeping a block whole.
 _CLAMP_MARGIN = 1.05
@@ -30,8 +32,8 @@ class Budget:
         sparsity: fraction to remove, in [0, 1).
         of: `ffn`, the fraction of all FFN channels (the paper's sparsity), or `model`, the
             fraction of all parameters.
-        multiple: widths become multiples of this; None for 128 where the FFN is at least 4096
-            wide, else 32.
+        multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
+            wide, 128 from 4096 on, else 32.
     """
 
     sparsity: float
@@ -50,7 +52,9 @@ class Budget:
         """Return the multiple that widths are rounded to."""
         if self.multiple is not None:
             return self.multiple
-        return AUTO_MULTIPLE_WIDE if max(width_L) >= _WIDE else AUTO_MULTIPLE_NARROW
+        widest = max(width_L)
+        fitting = (multiple for least, multiple in _AUTO_MULTIPLES if widest >= least)
+        return next(fitting, AUTO_MULTIPLE_NARROW)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--multiple",
         type=int,
         metavar="N",
-        help="widths become multiples of N (default: 128, or 32 below 4096 channels)",
+        help="widths become multiples of N (default: 256; 128 below 8192 channels; 32 below 4096)",
     )
     group.add_argument(
         "--block-metric",
