@@ -1,0 +1,109 @@
+"""A sharded checkpoint of a well-known model's true shape, with random weights.
+
+    python benchmarks/make_checkpoint.py --shape llama-3-8b --out SCRATCH/llama-3-8b
+
+Needs memory for a few megabytes of one tensor, whatever the model's size: 16 GB on disk for
+Llama 3 8B. Weights are normal with a deviation of 0.02 (norms are one), bfloat16. The tokenizer
+has the 256 bytes and nothing else, so that any text becomes tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from cfsp.checkpoint.output import staged_directory
+from cfsp.checkpoint.shards import write_shards
+from cfsp.checkpoint.skeleton import build_skeleton
+from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
+from cfsp.families import family_of
+from cfsp.speed.shapes import SHAPES, ShapedModel
+
+ALIASES = {"llama-3-1b": "llama-3.2-1b"}
+DEVIATION = 0.02
+_CHUNK = 4 << 20
+
+
+def main() -> None:
+    """Write one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", required=True, choices=(*SHAPES, *ALIASES))
+    parser.add_argument("--blocks", type=int, help="how many blocks (default: all)")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--shard-gigabytes", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    nbytes = make_checkpoint(args.out, args.shape, args.blocks, args.shard_gigabytes, args.seed)
+    print(f"{nbytes / 1e9:.2f} GB written to {args.out}")
+
+
+def make_checkpoint(
+    out: Path,
+    shape: str,
+    blocks: int | None = None,
+    shard_gigabytes: float = 2.0,
+    seed: int = 0,
+) -> int:
+    """Write a checkpoint and return the size of its tensors in bytes.
+
+    Args:
+        out: a new directory.
+        shape: a name in `SHAPES`, or an alias.
+        blocks: how many; None for as many as the model has.
+        shard_gigabytes: size of a shard.
+        seed: of the weights.
+    """
+    config = ShapedModel(ALIASES.get(shape, shape), blocks).config()
+    skeleton = build_skeleton(config, torch.bfloat16)
+    outgoing = []
+    for name, parameter in skeleton.named_parameters():  # a tied head comes only once
+        spec = TensorSpec(torch.bfloat16, tuple(parameter.shape))
+        outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, seed)))
+    with staged_directory(out) as staging:
+        fields = config.to_dict() | {
+            "architectures": [family_of(config).causal_lm],
+            "dtype": "bfloat16",
+        }
+        (staging / "config.json").write_text(json.dumps(fields, indent=2, default=str) + "\n")
+        byte_tokenizer().save_pretrained(staging)
+        return write_shards(staging, outgoing, int(shard_gigabytes * 1e9)).nbytes
+
+
+def _chunks_of(name: str, spec: TensorSpec, seed: int):
+    def chunks() -> Iterator[memoryview]:
+        # A seed for every tensor: shards then do not depend on each other.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        left = math.prod(spec.shape)
+        while left:
+            count = min(left, _CHUNK)
+            if len(spec.shape) == 1:
+                values = torch.ones(count)
+            else:
+                values = torch.randn(count, generator=generator).mul_(DEVIATION)
+            yield from tensor_chunks(values.bfloat16())
+            left -= count
+
+    return chunks
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are bytes, and two special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+if __name__ == "__main__":
+    main()
