@@ -24,6 +24,7 @@ from cfsp.cli import (
     prune,
     recover,
     report,
+    sweep,
 )
 from cfsp.errors import CfspError
 from cfsp.processes import process_count
@@ -39,6 +40,7 @@ _COMMANDS = (
     bench,
     export,
     report,
+    sweep,
     demo,
 )
 

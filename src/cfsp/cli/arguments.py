@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Spelled out here, because their home imports torch; a test compares.
 BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform")
-CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude")
+CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude", "random")
 RESTORE_METHODS = ("ridge", "none")
 
 Subparsers = Any

@@ -12,12 +12,14 @@ calibration tokens (`BlockStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
                 up and gate within a channel, where they are constant.
     wanda       mean_j |Wd_ji| * X_i                              (Sun et al. 2306.11695)
     magnitude   |Wd_.i|, the L2 norm of a column of the down projection
+    random      drawn by chance, again alike for the same calibration: what any other must beat
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -78,6 +80,14 @@ def _magnitude(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     return norm_F
 
 
+def _random(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+    # Seeded by the activations: the same calibration gives the same draw, another seed of its
+    # windows another one, and no two blocks share theirs.
+    digest = sha256(statistics.sum_of_squares_F.cpu().numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(weights.down_DF.shape[1], generator=generator)
+
+
 def _down_share(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     """Return the share of each channel in every output row, summed over rows."""
     weighted_DF = weights.down_DF.abs() * statistics.norm_F.float()
@@ -103,6 +113,7 @@ _METRICS: dict[str, Callable[[BlockStatistics, FFNWeights], Tensor]] = {
     "activation": _activation,
     "wanda": _wanda,
     "magnitude": _magnitude,
+    "random": _random,
 }
 
 CHANNEL_METRICS = tuple(_METRICS)

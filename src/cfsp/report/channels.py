@@ -6,7 +6,8 @@ energy that is removed would be exactly the relative squared error of the FFN's 
 are neither, but it comes close, and it needs nothing but the statistics: on SmolLM2-135M at
 half the channels its correlation with the measured error over blocks is 0.97.
 
-Shapes: F FFN channels, L blocks, N bins.
+Shapes: F FFN channels (of all experts of a block, one after the other), E experts, L blocks,
+N bins.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def distribution(statistics: Statistics, plan: PruningPlan) -> Distribution:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)
     blocks = [
-        _block(np.clip(log_F, low, high), rms_F, edges, block)
-        for log_F, rms_F, block in zip(log, rms, plan.blocks, strict=True)
+        _block(np.clip(log_F, low, high), rms_F, edges, observed, block)
+        for log_F, rms_F, observed, block in zip(
+            log, rms, statistics.blocks, plan.blocks, strict=True
+        )
     ]
     return Distribution(edges.tolist(), blocks)
 
@@ -88,12 +91,13 @@ def curve_step(width: int, multiple: int) -> int:
 
 
 def removal_curve(statistics: BlockStatistics, step: int) -> list[float]:
-    """Return the share of energy that goes if only the k strongest channels stay.
+    """Return the share of energy that goes if only the k strongest channels (of each expert) stay.
 
     Returns:
         One value for k = 0, step, 2 step, ...; the last is 0, for all channels.
     """
-    energy_F = np.sort(statistics.sum_of_squares_F.numpy())[::-1]
+    energy_EF = statistics.sum_of_squares_F.numpy().reshape(statistics.ffns, statistics.width)
+    energy_F = np.sort(energy_EF, axis=1)[:, ::-1].sum(axis=0)
     total = float(energy_F.sum())
     removed = 1 - np.concatenate([[0.0], np.cumsum(energy_F)]) / (total if total > 0 else 1.0)
     points = [*removed[:-1:step], 0.0]
@@ -101,7 +105,8 @@ def removal_curve(statistics: BlockStatistics, step: int) -> list[float]:
 
 
 def _rms_F(block: BlockStatistics) -> Floats:
-    mean_square: Floats = block.sum_of_squares_F.numpy() / block.tokens
+    seen_E = [max(tokens, 1) for tokens in block.routed_E or (block.tokens,)]
+    mean_square: Floats = block.sum_of_squares_F.numpy() / np.repeat(seen_E, block.width)
     return np.sqrt(mean_square)
 
 
@@ -110,16 +115,16 @@ def _least_positive(rms: Sequence[Floats]) -> float:
     return min(positive, default=1.0)
 
 
-def _block(log_F: Floats, rms_F: Floats, edges: Floats, plan: BlockPlan) -> BlockChannels:
-    mask_F = np.zeros(plan.width, dtype=bool)
+def _block(
+    log_F: Floats, rms_F: Floats, edges: Floats, statistics: BlockStatistics, plan: BlockPlan
+) -> BlockChannels:
+    mask_F = np.zeros(len(rms_F), dtype=bool)
     mask_F[list(plan.kept)] = True
-    energy_F = rms_F**2
-    total = float(energy_F.sum())
     return BlockChannels(
         kept_N=np.histogram(log_F[mask_F], edges)[0].tolist(),
         removed_N=np.histogram(log_F[~mask_F], edges)[0].tolist(),
         median=float(np.median(rms_F)),
         strongest=float(rms_F.max()),
         cut=float(rms_F[mask_F].min()),
-        energy_removed=float(energy_F[~mask_F].sum()) / total if total > 0 else 0.0,
+        energy_removed=energy_removed(statistics, plan.kept),
     )

@@ -68,7 +68,7 @@ def method_chart(runs: Sequence[RunFacts]) -> Chart | None:
                     f"{plan.blocks[i].distance:.4f}",
                     f"{plan.blocks[i].importance:.3f}",
                     f"{plan.blocks[i].width:,}",
-                    f"{len(plan.blocks[i].kept):,}",
+                    f"{plan.blocks[i].kept_width:,}",
                 )
             ),
         ]
@@ -111,7 +111,7 @@ def _width_panel(title: str, plan: PruningPlan, bands: Bands) -> Panel:
     scale = Scale(0.0, float(highest), TITLE + height, TITLE)
     columns = []
     for i, block in enumerate(plan.blocks):
-        kept = len(block.kept)
+        kept = block.kept_width
         bar = bands.width * _BAR
         x = bands.middle(i) - bar / 2
         full = _column(x, scale(block.width), bar, scale(0.0), "gone")

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from cfsp.report.chart import Chart
 from cfsp.report.method_chart import method_chart
+from cfsp.report.pareto_chart import pareto_chart
 from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.reproduction import reproduction
 from cfsp.report.restoration_chart import restoration_chart
@@ -99,7 +100,7 @@ def page_file(name: str) -> str:
 
 
 def _charts(runs: Sequence[RunFacts]) -> list[Chart]:
-    kinds = (method_chart, strength_chart, restoration_chart, recovery_chart)
+    kinds = (pareto_chart, method_chart, strength_chart, restoration_chart, recovery_chart)
     return [chart for kind in kinds if (chart := kind(runs)) is not None]
 
 

@@ -183,7 +183,7 @@ def _check_together(facts: RunFacts) -> None:
             "they are of different runs"
         )
     if statistics is not None and widths is not None:
-        measured = [len(block.sum_F) for block in statistics.blocks]
+        measured = [block.width for block in statistics.blocks]
         if measured != widths:
             raise ReportError(
                 f"{facts.directory}: {STATISTICS_FILE} and {PLAN_FILE} give different widths; "

@@ -129,6 +129,8 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
             ],
         ),
     ]
+    if not all(run.weight_bytes for run in runs):
+        return rows  # a sweep keeps no weights
     each = known[0].weight_bytes / first["parameters_after"]
     dense = f"≈ {megabytes(each * first['parameters_before'])}"
     disk = [Cell(dense), *(Cell(megabytes(run.weight_bytes)) for run in runs)]

@@ -1,0 +1,195 @@
+"""Quality against size: which runs are not beaten by a smaller or a better one.
+
+One panel for each text on which two runs or more were measured; a second axis of the same kind
+for measured speed, where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from cfsp.report.chart import Chart, Legend, Table
+from cfsp.report.drawing import (
+    Scale,
+    drawing,
+    element,
+    join,
+    mark,
+    panel_title,
+    path,
+    round_scale,
+    short_label,
+    value_axis,
+)
+from cfsp.report.run_facts import RunFacts
+from cfsp.report.summary import NOTHING
+from cfsp.sweep.front import pareto_front
+
+_LEFT, _RIGHT, _TITLE, _HEIGHT, _FOOT, _GAP = 52.0, 20.0, 26.0, 240.0, 40.0, 20.0
+_RADIUS = 5.0
+
+
+@dataclass(frozen=True)
+class _Dot:
+    """One model: its share of the original's parameters, in percent, or its speed."""
+
+    name: str
+    across: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """What one panel shows; less across is better, or more if `more_is_better`."""
+
+    title: str
+    axis: str
+    dots: Sequence[_Dot]
+    more_is_better: bool = False
+
+    @property
+    def front(self) -> list[bool]:
+        sign = -1 if self.more_is_better else 1
+        return pareto_front([(sign * dot.across, dot.perplexity) for dot in self.dots])
+
+
+def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
+    """Return perplexity against parameters and against speed; None for fewer than two runs."""
+    planes = [*_by_size(runs), *_by_speed(runs)]
+    if not planes:
+        return None
+
+    def draw(width: int) -> Markup:
+        step = _TITLE + _HEIGHT + _FOOT + _GAP
+        parts = [
+            element("g", _panel(plane, width), transform=f"translate(0 {number * step:g})")
+            for number, plane in enumerate(planes)
+        ]
+        return drawing(
+            width,
+            len(planes) * step - _GAP,
+            "Points, one for each model: perplexity against size, and against speed where it was "
+            "measured. A line joins those that no other model beats in both.",
+            *parts,
+        )
+
+    rows = [
+        [f"{plane.title}, {dot.name}", f"{dot.across:.4g}", f"{dot.perplexity:.2f}", _word(best)]
+        for plane in planes
+        for dot, best in zip(plane.dots, plane.front, strict=True)
+    ]
+    return Chart(
+        "pareto",
+        "Quality against size and speed",
+        "Lower is better. The line joins the models that no other beats in both: the choice is "
+        "among them.",
+        draw,
+        Table(["panel, model", "horizontal", "perplexity", "on the front"], rows),
+        [Legend("kept", "on the front"), Legend("gone", "beaten")],
+    )
+
+
+def _by_size(runs: Sequence[RunFacts]) -> list[_Plane]:
+    planes = []
+    for text in _texts(runs):
+        measured = [run for run in runs if "after" in run.measured.perplexity.get(text, {})]
+        measured = [run for run in measured if "parameters_before" in run.manifest]
+        if len(measured) < 2:
+            continue
+        dots = [
+            _Dot(
+                run.name,
+                100 * run.manifest["parameters_after"] / run.manifest["parameters_before"],
+                run.measured.perplexity[text]["after"],
+            )
+            for run in measured
+        ]
+        if (dense := measured[0].measured.perplexity[text].get("before")) is not None:
+            dots.append(_Dot("the original", 100.0, dense))
+        planes.append(_Plane(f"Perplexity on {short_label(text)}", "% of parameters", dots))
+    return planes
+
+
+def _by_speed(runs: Sequence[RunFacts]) -> list[_Plane]:
+    planes = []
+    for text in _texts(runs):
+        for phase in sorted({phase for run in runs for phase in run.measured.speed}):
+            measured = [
+                run
+                for run in runs
+                if "ratio" in run.measured.speed.get(phase, {})
+                and "after" in run.measured.perplexity.get(text, {})
+            ]
+            if len(measured) < 2:
+                continue
+            dots = [
+                _Dot(
+                    run.name,
+                    run.measured.speed[phase]["ratio"],
+                    run.measured.perplexity[text]["after"],
+                )
+                for run in measured
+            ]
+            title = f"Perplexity on {short_label(text)}, {phase}"
+            planes.append(_Plane(title, "times the original's speed", dots, more_is_better=True))
+    return planes
+
+
+def _texts(runs: Sequence[RunFacts]) -> list[str]:
+    return list(dict.fromkeys(text for run in runs for text in run.measured.perplexity))
+
+
+def _word(on_front: bool) -> str:
+    return "yes" if on_front else NOTHING
+
+
+def _panel(plane: _Plane, width: int) -> Markup:
+    bottom, right = _TITLE + _HEIGHT, width - _RIGHT
+    across = _scale([dot.across for dot in plane.dots], _LEFT, right)
+    values = [dot.perplexity for dot in plane.dots]
+    scale = round_scale(min(values), max(values), bottom, _TITLE)
+    order = sorted(zip(plane.dots, plane.front, strict=True), key=lambda pair: pair[0].across)
+    front = [(across(dot.across), scale(dot.perplexity)) for dot, best in order if best]
+    marks = [
+        mark(
+            f"{dot.name}: {dot.across:.4g} {plane.axis}, perplexity {dot.perplexity:.2f}"
+            + (", on the front" if best else ""),
+            index,
+            element(
+                "circle",
+                class_="hit",
+                cx=across(dot.across),
+                cy=scale(dot.perplexity),
+                r=3 * _RADIUS,
+            ),
+            element(
+                "circle",
+                class_="kept" if best else "gone",
+                cx=across(dot.across),
+                cy=scale(dot.perplexity),
+                r=_RADIUS,
+            ),
+        )
+        for index, (dot, best) in enumerate(order)
+    ]
+    ticks = [
+        element("text", f"{value:g}", class_="tick middle", x=across(value), y=bottom + 16)
+        for value in across.ticks(5 if width < 600 else 8)
+    ]
+    return join(
+        [
+            panel_title(plane.title, _LEFT, 14),
+            value_axis(scale, _LEFT, right, {value: f"{value:g}" for value in scale.ticks(4)}),
+            element("path", class_="curve", d=path(front)),
+            *marks,
+            *ticks,
+            element("text", plane.axis, class_="tick end", x=right, y=bottom + 32),
+        ]
+    )
+
+
+def _scale(values: Sequence[float], start: float, end: float) -> Scale:
+    return round_scale(min(values), max(values), start, end)

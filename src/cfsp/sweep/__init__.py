@@ -1,0 +1,1 @@
+"""Many plans from one calibration, each pruned, measured and compared."""

@@ -1,0 +1,215 @@
+"""The flow of a sweep: one calibration -> many plans -> each pruned, measured, compared.
+
+A sweep's directory holds `recipe.toml`, the statistics, and a directory for each model: what
+`cfsp prune` writes, without the weights unless they are to be kept. A model whose directory is
+there is not made again, so a sweep that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.comparison import evaluate_models
+from cfsp.errors import OutputError
+from cfsp.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
+from cfsp.methods import method
+from cfsp.pipeline import calibrate_source, prune_checkpoint
+from cfsp.progress import item_progress
+from cfsp.settings import Compute, PruneSettings
+from cfsp.sweep.recipe import Point, Recipe
+from cfsp.text.tokenizers import load_tokenizer
+
+RECIPE_FILE = "recipe.toml"
+_DENSE_FILE = "dense.json"
+_WORKING = ".working"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a finished sweep; the first of a table is the dense one.
+
+    Attributes:
+        name: what it is called.
+        method: how it was pruned; None for the dense model.
+        sparsity: fraction that was asked for.
+        parameters: of the model.
+        perplexity: by text.
+        speed: phase -> ratio to the dense model; empty if it was not timed.
+        directory: what `cfsp report` reads; None for the dense model.
+    """
+
+    name: str
+    method: str | None
+    sparsity: float
+    parameters: int
+    perplexity: dict[str, float]
+    speed: dict[str, float]
+    directory: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {**vars(self), "directory": str(self.directory) if self.directory else None}
+
+
+def run_sweep(
+    recipe: Recipe,
+    out: Path,
+    compute: Compute,
+    *,
+    keep_weights: bool = False,
+    command: str = "",
+) -> list[Row]:
+    """Make every model of a recipe that is not there yet, and return the whole table.
+
+    Args:
+        recipe: what to do.
+        out: the sweep's directory, new or of the same recipe.
+        compute: where and in what.
+        keep_weights: keep the pruned models' weights.
+        command: what the user typed, for the manifests.
+
+    Raises:
+        CfspError: anything that a user can cause; models that are finished stay.
+    """
+    source = open_checkpoint(recipe.model)
+    _claim(out, recipe)
+    dense = _dense(recipe, source, out, compute)
+    missing = [point for point in recipe.points if not (out / point.name).is_dir()]
+    if missing:
+        statistics = _statistics(recipe, source, out, compute)
+        with item_progress("sweep", len(missing), "model") as bar:
+            for point in missing:
+                _make(recipe, point, source, statistics, out, compute, dense, command)
+                if not keep_weights:
+                    _remove_weights(out / point.name)
+                bar.update()
+    return [dense, *(_row(point, out / point.name) for point in recipe.points)]
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Write down which recipe the directory is for.
+
+    Raises:
+        OutputError: it is for another one, or holds something else.
+    """
+    path, text = out / RECIPE_FILE, recipe.to_toml()
+    if path.is_file():
+        if path.read_text(encoding="utf-8") != text:
+            raise OutputError(
+                f"{out} holds a sweep of another recipe ({path}); choose another --out, or give "
+                f"--recipe {path} to go on with it"
+            )
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} exists, is not empty and is no sweep; choose another --out")
+    write_atomically(path, text.encode())
+
+
+def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Row:
+    import json
+
+    path = out / _DENSE_FILE
+    if not path.is_file():
+        measured = evaluate_models([source.directory], recipe.evaluation, compute)[0]
+        facts = {"perplexity": measured["perplexity"], "tokens": measured["tokens"]}
+        write_atomically(path, json.dumps(facts, indent=2).encode())
+    found = json.loads(path.read_text(encoding="utf-8"))
+    speed = {"prefill": 1.0, "decode": 1.0} if recipe.speed else {}
+    return Row("dense", None, 0.0, parameter_count(source), found["perplexity"], speed, None)
+
+
+def _statistics(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Statistics:
+    path = out / STATISTICS_FILE
+    if not path.is_file():
+        tokenizer = load_tokenizer(source.directory)
+        calibrate_source(source, tokenizer, recipe.text, compute).save(path)
+    return Statistics.load(path)
+
+
+def _make(
+    recipe: Recipe,
+    point: Point,
+    source: Checkpoint,
+    statistics: Statistics,
+    out: Path,
+    compute: Compute,
+    dense: Row,
+    command: str,
+) -> None:
+    """Prune and measure one model; its directory appears when all is measured."""
+    chosen = method(point.method)
+    settings = PruneSettings(
+        recipe.budget(point), chosen.criterion, recipe.text, compute, chosen.restore
+    )
+    with _working_directory(out) as working:
+        prune_checkpoint(source, working, settings, statistics=statistics, command=command)
+        measured = evaluate_models([working], recipe.evaluation, compute)[0]
+        facts: dict[str, Any] = {
+            "perplexity": {
+                text: {
+                    "before": dense.perplexity[text],
+                    "after": measured["perplexity"][text],
+                    "tokens": measured["tokens"][text],
+                }
+                for text in recipe.eval
+            },
+            "sweep": {"method": point.method, "sparsity": point.sparsity},
+        }
+        if recipe.speed:
+            facts["speed"] = _speed(source.directory, working)
+        add_to_manifest(working, facts)
+        working.rename(out / point.name)
+
+
+@contextmanager
+def _working_directory(out: Path) -> Iterator[Path]:
+    """Give a place for one model, empty even after a kill."""
+    import shutil
+
+    working = out / _WORKING
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        yield working
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def _speed(dense: Path, pruned: Path) -> dict[str, Any]:
+    from cfsp.speed import Conditions, Workload, compare_speed
+    from cfsp.speed.subjects import Subject
+
+    subjects = [Subject(dense, "dense"), Subject(pruned, "pruned")]
+    return compare_speed(subjects, [Workload(prompt=128)], Conditions(rounds=5)).to_json()
+
+
+def _remove_weights(directory: Path) -> None:
+    for path in directory.glob("*.safetensors"):
+        if path.name != STATISTICS_FILE:
+            path.unlink()
+
+
+def _row(point: Point, directory: Path) -> Row:
+    manifest = read_manifest(directory)
+    if manifest is None or "sweep" not in manifest:
+        raise OutputError(f"{directory} is no model of a sweep; delete it and run the sweep again")
+    speed: dict[str, float] = {}
+    if "speed" in manifest:
+        workload = manifest["speed"]["models"][1]["workloads"][0]
+        speed = {phase: workload[phase]["ratio"] for phase in ("prefill", "decode")}
+    return Row(
+        point.name,
+        point.method,
+        point.sparsity,
+        int(manifest["parameters_after"]),
+        {text: value["after"] for text, value in manifest["perplexity"].items()},
+        speed,
+        directory,
+    )
