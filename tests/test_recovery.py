@@ -389,8 +389,11 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     assert work.last_checkpoint() == work.directory / "checkpoint-5"
 
 
-def test_two_processes_reach_the_loss_of_one(pruned, text_file, tmp_path):
+@pytest.mark.parametrize("stored", [False, True], ids=["labels", "stored teacher"])
+def test_two_processes_reach_the_loss_of_one(pruned, text_file, tiny_checkpoint, tmp_path, stored):
     options = ("--steps", "8", "--evaluations", "4", "--learning-rate", "3e-3")
+    if stored:
+        options += ("--teacher", str(tiny_checkpoint("llama")), "--teacher-top-k", "16")
     one, two = tmp_path / "one", tmp_path / "two"
     assert cfsp_main(command(pruned, text_file, one, *options)) == 0
     launched = subprocess.run(
@@ -480,6 +483,13 @@ def test_bad_input(pruned, text_file, tmp_path, options, kind: type[CfspError], 
         recover_checkpoint(open_checkpoint(pruned), out, **options)
     assert not out.exists()
     assert not (Workspace(out).directory / "settings.json").exists()
+
+
+def test_sharded_training_is_refused(pruned, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"does not run under FSDP.*use DDP"):
+        recover(pruned, tmp_path / "out", text_file)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_bad_input_leaves_nothing_and_exits_with_2(pruned, text_file, tmp_path, capsys):

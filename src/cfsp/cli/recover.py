@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
+from cfsp.processes import is_first_process
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover import RecoverReport
@@ -146,7 +147,6 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.adaptation import Adaptation
     from cfsp.recovery.recover import recover_checkpoint
-    from cfsp.recovery.run import is_first_process
     from cfsp.settings import Compute
 
     training = _training(args)

@@ -8,6 +8,7 @@ a trained length for every row (arXiv 2402.09353).
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.errors import MissingExtraError
+from cfsp.errors import MissingExtraError, UsageError
 from cfsp.recovery.ranks import RankAllocation, allocate_ranks
 
 if TYPE_CHECKING:
@@ -64,17 +65,33 @@ class TrainableBlock:
 
 
 def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> list[list[str]]:
-    """Return the full names of the projections to train, block by block."""
+    """Return the full names of the projections to train, block by block.
+
+    Experts are parameters of one module, which LoRA's modules cannot adapt: they are never among
+    them.
+
+    Raises:
+        UsageError: there is no such projection.
+    """
     names: list[list[str]] = []
     for index, block in enumerate(blocks_of(model, family)):
         linear = [name for name, module in block.named_modules() if isinstance(module, _MATRICES)]
         in_ffn = {family.path_in_block(matrix) for matrix in family.matrices}
+        if family.experts is not None:
+            in_ffn = {name for name in linear if name.startswith(f"{family.mlp}.")}
         chosen = {
             "mlp": [name for name in linear if name in in_ffn],
             "attention": [name for name in linear if name not in in_ffn],
             "all": linear,
         }[targets]
         names.append([f"{family.block_prefix(index)}{name}" for name in chosen])
+    if not any(names):
+        raise UsageError(
+            f"the FFN of a {family.model_type} model is all experts, which cannot be trained yet; "
+            "use --targets attention"
+        )
+    if family.experts is not None:
+        print("experts stay as they are, everything else is trained", file=sys.stderr)
     return names
 
 

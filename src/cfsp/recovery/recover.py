@@ -5,6 +5,7 @@ pruned checkpoint + text -> windows -> ATTACH -> TRAIN -> MERGE -> checkpoint of
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +22,11 @@ from cfsp.comparison import before_and_after
 from cfsp.errors import PlanError, RecoveryError, UsageError
 from cfsp.loading import compute_device
 from cfsp.manifest import PLAN_FILE, Stopwatch, peak_rss_bytes, versions
+from cfsp.processes import is_first_process
 from cfsp.pruning_plan import PruningPlan
 from cfsp.recovery.adaptation import Adaptation, TrainableBlock, attach, merge
 from cfsp.recovery.data import RecoveryText, read_text
-from cfsp.recovery.run import TrainingOutcome, is_first_process, load_to_train, process_count, train
+from cfsp.recovery.run import TrainingOutcome, load_to_train, train
 from cfsp.recovery.settings import Training, with_learning_rate
 from cfsp.recovery.teacher import TeacherChoice, check_teacher, store_top_tokens
 from cfsp.recovery.workspace import Workspace
@@ -112,6 +114,7 @@ def recover_checkpoint(
     watch = Stopwatch()
     workspace = Workspace(out)
     importance_L = block_importance(source, adaptation)
+    _check_launcher()
     if keep_adapter and adaptation.method == "full":
         raise UsageError("--keep-adapter needs --method lora or dora: full training has no adapter")
     tokenizer = load_tokenizer(source.directory)
@@ -205,6 +208,16 @@ def block_importance(source: Checkpoint, adaptation: Adaptation) -> list[float]:
     return [block.importance for block in plan.blocks]
 
 
+def _check_launcher() -> None:
+    """Refuse what would write a part of the weights as if it were all."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UsageError(
+            "recovery does not run under FSDP, which leaves every process a part of the weights; "
+            "use DDP (torchrun, or accelerate launch without FSDP), and --method lora with "
+            "--gradient-checkpointing if memory is short"
+        )
+
+
 def print_trainable(blocks: Sequence[TrainableBlock]) -> None:
     """Print rank and trainable parameters of every block on standard error."""
     import sys
@@ -239,8 +252,6 @@ def _with_stored_teacher(
     text: RecoveryText, dense: PreTrainedModel, teacher: TeacherChoice, workspace: Workspace
 ) -> RecoveryText:
     assert teacher.top_k is not None
-    if process_count() > 1:
-        raise UsageError("--teacher-top-k works in one process; keep the teacher in memory instead")
     vocabulary = int(dense.config.vocab_size)
     if not 1 <= teacher.top_k < vocabulary:
         raise UsageError(f"--teacher-top-k must be in [1, {vocabulary}), found {teacher.top_k}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from torch import nn
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.loading import load
+from cfsp.processes import is_first_process, process_count
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.model_loss import loss_inside
 from cfsp.recovery.schedule import ENDLESS_STEPS, RunClock
@@ -195,13 +195,3 @@ def computes_bfloat16(device: torch.device) -> bool:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
     return False
-
-
-def is_first_process() -> bool:
-    """Return whether this process is the only one or the first of several."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def process_count() -> int:
-    """Return how many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

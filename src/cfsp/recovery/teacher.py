@@ -7,6 +7,7 @@ does not fit beside the model. Shapes: N windows, T tokens, V vocabulary, K toke
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from cfsp.errors import RecoveryError
+from cfsp.processes import is_first_on_machine
 from cfsp.progress import item_progress
 from cfsp.recovery.data import WindowData
 from cfsp.recovery.loss import Distillation
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 TOKEN_FIELD = "teacher_token"
 LOG_PROB_FIELD = "teacher_log_prob"
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def store_top_tokens(
     """Return the windows with the teacher's likeliest tokens, made once and kept in a directory.
 
     The files are named after the windows, so an interrupted recovery finds them again, and they
-    are read as they are needed. A token costs 6 bytes times `top_k`.
+    are read as they are needed. A token costs 6 bytes times `top_k`. Of several processes on a
+    machine one makes them and the others wait; torchrun ends the wait if that one fails.
 
     Args:
         teacher: the dense model.
@@ -84,9 +88,18 @@ def store_top_tokens(
     """
     stem = f"teacher-{data.digest[:16]}-{top_k}-{temperature}"
     paths = {name: directory / f"{stem}-{name}.npy" for name in (TOKEN_FIELD, LOG_PROB_FIELD)}
-    if not all(path.is_file() for path in paths.values()):
-        _store(teacher, data, paths, top_k, temperature)
+    if is_first_on_machine():
+        if not _are_there(paths):
+            directory.mkdir(parents=True, exist_ok=True)
+            _store(teacher, data, paths, top_k, temperature)
+    else:
+        while not _are_there(paths):
+            time.sleep(_POLL_SECONDS)
     return data.with_stored({name: np.load(path, mmap_mode="r") for name, path in paths.items()})
+
+
+def _are_there(paths: dict[str, Path]) -> bool:
+    return all(path.is_file() for path in paths.values())
 
 
 def _store(
