@@ -56,8 +56,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--recover",
         type=float,
         metavar="MINUTES",
-        help="then train for so long on the same texts with LoRA by importance and the dense "
-        "model as teacher; the pruned model stays in OUT-pruned (`cfsp recover` has all options)",
+        help="then train for so long on the same texts with LoRA by importance; the pruned model "
+        "stays in OUT-pruned (`cfsp recover` has all options)",
     )
     group.add_argument("--eval-windows", type=int, default=12, metavar="N", help="(default: 12)")
     arguments.add_compute(parser)
@@ -142,7 +142,6 @@ def _recover(
 ) -> RecoverReport:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.recover import recover_checkpoint
-    from cfsp.recovery.teacher import TeacherChoice
     from cfsp.settings import Compute
 
     return recover_checkpoint(
@@ -150,7 +149,6 @@ def _recover(
         args.out,
         data=settings.text.names,
         training=training,
-        teacher=TeacherChoice(args.model),
         evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
         compute=Compute(args.device, args.dtype if args.dtype != "float16" else "auto"),
         command=arguments.typed_command(),

@@ -27,8 +27,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         subparsers,
         "recover",
         "train a pruned checkpoint to win back quality and write it in the same layout",
-        "cfsp recover smaller --teacher MODEL --data wikitext2 --data c4 --max-minutes 30 "
-        "--out recovered",
+        "cfsp recover smaller --data wikitext2 --data c4 --max-minutes 30 --out recovered",
     )
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
@@ -125,7 +124,11 @@ def add_how(parser: argparse.ArgumentParser) -> None:
 def add_teacher(parser: argparse.ArgumentParser) -> None:
     """Add distillation."""
     group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher", metavar="MODEL", help="the dense model that was pruned")
+    group.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="the dense model that was pruned (default: none; in the same time, text alone wins)",
+    )
     group.add_argument(
         "--teacher-weight",
         type=float,
