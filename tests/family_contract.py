@@ -24,7 +24,7 @@ from cfsp.checkpoint.skeleton import blocks_of, projection_of
 from cfsp.families import family_of
 from cfsp.pipeline import PruneReport
 from cfsp.text.windows import Windows, draw_windows
-from tiny_models import build_tiny_model
+from tiny_models import DENSE_CONFIGS, build_tiny_model
 
 # Without restoration, which changes weights: it has tests of its own.
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "restore": "none"}
@@ -68,6 +68,11 @@ class FamilyContract:
 
     name: str
 
+    @classmethod
+    def multiple(cls) -> int:
+        """The finest multiple of widths: torch multiplies groups of experts by eights."""
+        return 1 if cls.name in DENSE_CONFIGS else 8
+
     @pytest.fixture(scope="class")
     @classmethod
     def case(
@@ -81,8 +86,12 @@ class FamilyContract:
         texts = [str(text_file)]
         out = tmp_path_factory.mktemp("pruned") / cls.name
         dense = build_tiny_model(cls.name)
-        report = cfsp.prune(source, out=out, sparsity=0.4, multiple=1, data=texts, **SETTINGS)
-        in_memory = cfsp.prune(dense, tokenizer, sparsity=0.4, multiple=1, data=texts, **SETTINGS)
+        report = cfsp.prune(
+            source, out=out, sparsity=0.4, multiple=cls.multiple(), data=texts, **SETTINGS
+        )
+        in_memory = cfsp.prune(
+            dense, tokenizer, sparsity=0.4, multiple=cls.multiple(), data=texts, **SETTINGS
+        )
         tokens_BT = torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(3))
         assert len(set(report.intermediate_sizes)) > 1, "the case must have different widths"
         return Case(cls.name, tokenizer, texts, source, dense, out, report, in_memory, tokens_BT)
@@ -94,10 +103,13 @@ class FamilyContract:
         work = tmp_path_factory.mktemp("stock")
         torch.save(case.tokens_BT, work / "tokens.pt")
         family = family_of(case.dense.config)
+        paths = [family.path_in_block(matrix) for matrix in family.matrices]
+        if family.experts is not None:
+            paths = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         matrices = [
-            f"{family.block_prefix(block)}{family.path_in_block(matrix)}"
+            f"{family.block_prefix(block)}{path}"
             for block in range(len(case.report.intermediate_sizes))
-            for matrix in family.matrices
+            for path in paths
         ]
         finished = subprocess.run(
             [sys.executable, "-W", "ignore", str(SUBPROCESS), str(case.out), str(work), *matrices],
@@ -149,7 +161,7 @@ class FamilyContract:
             if layout is None:
                 expected = tensor
             else:
-                kept = torch.tensor(case.report.plan.blocks[layout.block].kept)
+                kept = torch.tensor(case.report.plan.blocks[layout.block].kept_of(layout.ffn))
                 parts = tensor.chunk(layout.parts, dim=layout.axis)
                 expected = torch.cat(
                     [p.index_select(layout.axis, kept) for p in parts], layout.axis
@@ -174,6 +186,13 @@ class FamilyContract:
             for block, width in zip(
                 blocks_of(model, family), case.report.intermediate_sizes, strict=True
             ):
+                if family.experts is not None:
+                    experts, hidden = block.mlp.experts, case.dense.config.hidden_size
+                    count = family.ffn_count(case.dense.config)
+                    assert experts.gate_up_proj.shape == (count, 2 * width, hidden)
+                    assert experts.down_proj.shape == (count, hidden, width)
+                    assert experts.intermediate_dim == width
+                    continue
                 for name in family.matrices:
                     projection = projection_of(block, family, name)
                     outputs, inputs = family.turned(projection.weight).shape
@@ -230,7 +249,12 @@ class FamilyContract:
 
     def test_pruned_model_can_be_pruned_again(self, case: Case, tmp_path: Path) -> None:
         again = cfsp.prune(
-            case.out, out=tmp_path / "again", sparsity=0.2, multiple=1, data=case.texts, **SETTINGS
+            case.out,
+            out=tmp_path / "again",
+            sparsity=0.2,
+            multiple=self.multiple(),
+            data=case.texts,
+            **SETTINGS,
         )
         assert again.parameters_before == case.report.parameters_after
         widths = zip(case.report.intermediate_sizes, again.intermediate_sizes, strict=True)
@@ -287,10 +311,11 @@ class FamilyContract:
         # A and B of rank 4 on every FFN matrix of every block.
         family = family_of(case.dense.config)
         hidden = case.dense.config.hidden_size
+        fused = family.is_fused or family.experts is not None
         expected = sum(
-            4 * (hidden + (2 * width if family.is_fused and name != family.down else width))
+            4 * family.ffn_count(case.dense.config) * (hidden + rows)
             for width in case.report.intermediate_sizes
-            for name in family.matrices
+            for rows in ([2 * width] if fused else [width] * (len(family.matrices) - 1)) + [width]
         )
         assert stock["lora_parameters"] == expected
 
@@ -301,7 +326,12 @@ class FamilyContract:
     ) -> None:
         settings = {**SETTINGS, "restore": "ridge"}
         report = cfsp.prune(
-            case.source, out=tmp_path / "out", sparsity=0.4, multiple=1, data=case.texts, **settings
+            case.source,
+            out=tmp_path / "out",
+            sparsity=0.4,
+            multiple=self.multiple(),
+            data=case.texts,
+            **settings,
         )
         family = family_of(case.dense.config)
         windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
@@ -310,25 +340,28 @@ class FamilyContract:
         after = load_file(tmp_path / "out" / "model.safetensors")
         entries = zip(report.restoration["blocks"], report.plan.blocks, seen, strict=True)
         changed = 0
-        for block, (restored, entry, (_, _, act)) in enumerate(entries):
+        for block, (restored, entry, (_, _, acts)) in enumerate(entries):
             assert restored["error_after"] <= restored["error_before"]
-            if restored["ridge"] is None:
-                continue
-            changed += 1
-            # The sixth and last window is held out.
-            fitted_RF = act.flatten(0, -2)[: 5 * 32].double()
-            gram_FF = fitted_RF.T @ fitted_RF / len(fitted_RF)
-            mask_F = torch.zeros(entry.width, dtype=torch.bool)
-            mask_F[list(entry.kept)] = True
-            gram_KK = gram_FF[mask_F][:, mask_F]
-            ridge_KK = restored["ridge"] * gram_KK.diagonal().mean() * torch.eye(len(entry.kept))
-            name = family.weight_name(block, family.down)
-            down_DF = family.turned(before[name]).double()
-            lost_DK = down_DF[:, ~mask_F] @ gram_FF[~mask_F][:, mask_F]
-            expected_DK = down_DF[:, mask_F] + lost_DK @ torch.linalg.inv(gram_KK + ridge_KK)
-            torch.testing.assert_close(
-                family.turned(after[name]).double(), expected_DK, rtol=1e-3, atol=1e-3
-            )
+            for ffn, repair in enumerate(restored.get("experts", [restored])):
+                if repair["ridge"] is None:
+                    continue
+                changed += 1
+                # The sixth and last window is held out.
+                act_RF, window_R = acts[ffn]
+                fitted_RF = act_RF[window_R < 5].double()
+                gram_FF = fitted_RF.T @ fitted_RF / len(fitted_RF)
+                kept = entry.kept_of(ffn)
+                mask_F = torch.zeros(entry.width, dtype=torch.bool)
+                mask_F[kept] = True
+                gram_KK = gram_FF[mask_F][:, mask_F]
+                ridge_KK = repair["ridge"] * gram_KK.diagonal().mean() * torch.eye(len(kept))
+                name = family.weight_name(block, family.down, ffn)
+                down_DF = family.turned(before[name]).double()
+                lost_DK = down_DF[:, ~mask_F] @ gram_FF[~mask_F][:, mask_F]
+                expected_DK = down_DF[:, mask_F] + lost_DK @ torch.linalg.inv(gram_KK + ridge_KK)
+                torch.testing.assert_close(
+                    family.turned(after[name]).double(), expected_DK, rtol=1e-3, atol=1e-3
+                )
         assert changed, "the case must repair at least one block"
         assert logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT).isfinite().all()
 
@@ -347,13 +380,16 @@ class FamilyContract:
             batch_windows=batch_windows,
         )
         seen = _observe_with_hooks(case.dense, windows)
-        for block, (input_BTD, output_BTD, act_BTF) in zip(statistics.blocks, seen, strict=True):
-            act = act_BTF.flatten(0, -2).double()
-            # Terms of both signs cancel: the error is relative to what was added up.
-            assert ((block.sum_F - act.sum(0)).abs() <= 1e-5 * act.abs().sum(0)).all()
-            torch.testing.assert_close(
-                block.sum_of_squares_F, act.square().sum(0), rtol=1e-5, atol=1e-6
-            )
+        for block, (input_BTD, output_BTD, acts) in zip(statistics.blocks, seen, strict=True):
+            assert block.ffns == len(acts)
+            for ffn, (act_RF, _) in enumerate(acts):
+                own, act = block.of_ffn(ffn), act_RF.double()
+                # Terms of both signs cancel: the error is relative to what was added up.
+                assert ((own.sum_F - act.sum(0)).abs() <= 1e-5 * act.abs().sum(0)).all()
+                torch.testing.assert_close(
+                    own.sum_of_squares_F, act.square().sum(0), rtol=1e-5, atol=1e-6
+                )
+                assert own.tokens == len(act)
             cosine = nn.functional.cosine_similarity(input_BTD, output_BTD, dim=-1)
             angular = (cosine.clamp(-1, 1).double().arccos() / torch.pi).mean()
             assert block.distances["angular"] == pytest.approx(angular.item(), rel=1e-5)
@@ -366,20 +402,29 @@ def _masked_original(case: Case) -> PreTrainedModel:
     family = family_of(masked.config)
     with torch.no_grad():
         for block, entry in zip(blocks_of(masked, family), case.report.plan.blocks, strict=True):
-            down = projection_of(block, family, family.down)
-            mask_F = torch.zeros(entry.width)
-            mask_F[list(entry.kept)] = 1.0
-            down.weight.mul_(mask_F[:, None] if family.inputs_first else mask_F)
+            for ffn in range(entry.ffns):
+                mask_F = torch.zeros(entry.width)
+                mask_F[entry.kept_of(ffn)] = 1.0
+                if family.experts is not None:
+                    block.mlp.experts.down_proj[ffn].mul_(mask_F)
+                    continue
+                down = projection_of(block, family, family.down)
+                down.weight.mul_(mask_F[:, None] if family.inputs_first else mask_F)
     return masked
+
+
+# Rows of the input of a down projection, and which window each row is of.
+Rows = tuple[Tensor, Tensor]
 
 
 def _observe_with_hooks(
     model: PreTrainedModel, windows: Windows
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return each block's input, output and down projection's input, from one stock forward."""
+) -> list[tuple[Tensor, Tensor, list[Rows]]]:
+    """Return each block's input, output and FFN activations, from one stock forward."""
     family = family_of(model.config)
     blocks = blocks_of(model, family)
-    seen: list[dict[str, Tensor]] = [{} for _ in blocks]
+    seqlen = windows.tokens_NT.shape[1]
+    seen: list[dict[str, Any]] = [{} for _ in blocks]
     handles = []
     for index, block in enumerate(blocks):
 
@@ -390,12 +435,35 @@ def _observe_with_hooks(
             seen[index]["output"] = output[0] if isinstance(output, tuple) else output
 
         def on_down(module: nn.Module, args: Any, index: int = index) -> None:
-            seen[index]["act"] = args[0]
+            act_RF = args[0].flatten(0, -2)
+            seen[index]["acts"] = [(act_RF, torch.arange(len(act_RF)) // seqlen)]
+
+        def on_experts(module: Any, args: Any, index: int = index) -> None:
+            seen[index]["acts"] = _rows_of_experts(module, *args, seqlen=seqlen)
 
         handles.append(block.register_forward_hook(on_block, with_kwargs=True))
-        down = projection_of(block, family, family.down)
-        handles.append(down.register_forward_pre_hook(on_down))
+        if family.experts is not None:
+            handles.append(block.mlp.experts.register_forward_pre_hook(on_experts))
+        else:
+            down = projection_of(block, family, family.down)
+            handles.append(down.register_forward_pre_hook(on_down))
     logits_of(model, windows.tokens_NT)
     for handle in handles:
         handle.remove()
-    return [(s["input"], s["output"], s["act"]) for s in seen]
+    return [(s["input"], s["output"], s["acts"]) for s in seen]
+
+
+def _rows_of_experts(
+    experts: Any, hidden_RD: Tensor, expert_RK: Tensor, share_RK: Tensor, *, seqlen: int
+) -> list[Rows]:
+    """What each expert's down projection gets, token by token, times the router's share."""
+    rows: list[list[Tensor]] = [[] for _ in experts.gate_up_proj]
+    windows: list[list[int]] = [[] for _ in experts.gate_up_proj]
+    for token, hidden_D in enumerate(hidden_RD):
+        for expert, share in zip(expert_RK[token].tolist(), share_RK[token], strict=True):
+            gate_F, up_F = (experts.gate_up_proj[expert] @ hidden_D).chunk(2)
+            rows[expert].append(share * nn.functional.silu(gate_F) * up_F)
+            windows[expert].append(token // seqlen)
+    return [
+        (torch.stack(row), torch.tensor(window)) for row, window in zip(rows, windows, strict=True)
+    ]

@@ -30,8 +30,9 @@ def cut(
     model.save_pretrained(dense)
     tokenizer.save_pretrained(dense)
     source = Checkpoint(dense)
+    ffns = source.family.ffn_count(source.config)
     blocks = tuple(
-        BlockPlan(width, tuple(sorted(random.Random(i).sample(range(width), kept))), 0.1, 0.5)
+        BlockPlan(width, _chosen(width, kept, ffns, random.Random(i)), 0.1, 0.5, ffns)
         for i, (width, kept) in enumerate(
             zip(intermediate_sizes(source.config), widths, strict=True)
         )
@@ -41,6 +42,15 @@ def cut(
     write_config(dense, pruned, source.family, list(widths))
     copy_travelling_files(dense, pruned)
     return Checkpoint(pruned)
+
+
+def _chosen(width: int, kept: int, ffns: int, chance: random.Random) -> tuple[int, ...]:
+    """Return channels at random, as many in each expert."""
+    return tuple(
+        ffn * width + channel
+        for ffn in range(ffns)
+        for channel in sorted(chance.sample(range(width), kept))
+    )
 
 
 def tiny(name: str, **changes: Any) -> PreTrainedModel:

@@ -66,7 +66,10 @@ def main(checkpoint: Path, work: Path, matrices: list[str]) -> None:
     with torch.inference_mode():
         tensors["eager_logits"] = model(input_ids=tokens_BT).logits
 
-    config = LoraConfig(r=4, target_modules=matrices)
+    # Experts are parameters of one module, everything else is a module.
+    modules = [name for name in matrices if name in dict(resaved.named_modules())]
+    parameters = [name for name in matrices if name not in modules]
+    config = LoraConfig(r=4, target_modules=modules, target_parameters=parameters)
     lora = get_peft_model(resaved, config)
     trainable = [p for p in lora.parameters() if p.requires_grad]
     found["lora_parameters"] = sum(p.numel() for p in trainable)

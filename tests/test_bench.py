@@ -65,6 +65,9 @@ def test_prefill_work_is_what_torch_counts(
     model = load(tiny_checkpoint(name), dtype="float32")
     # Written out, attention is counted over all pairs; ours counts those that are not masked.
     model.set_attn_implementation("eager")
+    if LoadedModel(model).family.experts is not None:
+        # One product for each expert; torch counts no grouped ones.
+        model.set_experts_implementation("eager")
     work = work_of(LoadedModel(model), head=True, itemsize=4)
     tokens_BT = torch.zeros((WORKLOAD.batch, WORKLOAD.prompt), dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -15,7 +15,7 @@ from cfsp.export.registry import export_checkpoint
 from cfsp.export.target import ExportOptions
 from cfsp.export.verification import greedy_after, logits_of, reference_model
 from ragged import cut, half_of
-from tiny_models import TINY_CONFIGS, build_tiny_model
+from tiny_models import DENSE_CONFIGS, build_tiny_model
 
 pytest.importorskip(
     "openvino", reason="openvino is not installed: pip install 'cfsp-llm[openvino]'"
@@ -31,7 +31,7 @@ def decode(runtime: Any, tokens: list[int], steps: int) -> list[int]:
 
 
 # Sliding windows of 16 and 8 tokens are left behind within these steps.
-@pytest.mark.parametrize("name", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
 def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str) -> None:
     from cfsp.export.openvino import OpenVinoRuntime
 
@@ -56,6 +56,13 @@ def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str)
     assert config["model_type"] == source.family.model_type
     assert "auto_map" not in config
     assert not list((tmp_path / "ov").glob("*.safetensors"))
+
+
+def test_experts_are_refused_by_name(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(build_tiny_model("mixtral"), tokenizer, tmp_path)
+    with pytest.raises(ExportError, match=r"mixtral models is not supported.*--to padded"):
+        export_checkpoint(source, "openvino", tmp_path / "ov")
+    assert not (tmp_path / "ov").exists()
 
 
 def test_inputs_are_those_that_runtimes_expect(tmp_path: Path, tokenizer: Any) -> None:

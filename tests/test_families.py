@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, Gemma3Config
+from transformers import (
+    AutoModelForImageTextToText,
+    BertConfig,
+    Gemma3Config,
+    LlavaConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    SiglipVisionConfig,
+)
 
 import cfsp
 from cfsp.channel_layout import ChannelLayout
@@ -44,12 +54,63 @@ def test_unknown_family_is_refused_with_the_list_of_known_ones() -> None:
     assert all(name in str(caught.value) for name in FAMILIES)
 
 
-def test_multimodal_model_is_refused_with_the_name_of_its_text_tower(tmp_path: Path) -> None:
-    Gemma3Config().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"'gemma3' is multimodal.*\(gemma3_text\)"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Gemma3Config(), r"'gemma3' is multimodal.* tower is gemma3_text: save that .* prune it"),
+        (LlavaConfig(), r"'llava' is multimodal.* tower is llama: save that .* prune it"),
+        (Qwen2_5_VLConfig(), r"tower is qwen2_5_vl_text: which is not supported either; .*llama"),
+    ],
+)
+def test_multimodal_model_is_refused_with_the_name_of_its_text_tower(
+    config: PreTrainedConfig, message: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=message):
         Checkpoint(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"'gemma3' is multimodal.*\(gemma3_text\)"):
-        family_of(Gemma3Config())
+    with pytest.raises(UnsupportedModelError, match=message):
+        family_of(config)
+
+
+def test_text_tower_is_pruned_by_the_lines_of_the_documentation(
+    tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    text = TINY_CONFIGS["gemma3_text"]()
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5
+    )
+    names = {name: str(tmp_path / name.lower()) for name in ("MODEL", "TOWER", "PRUNED", "OUT")}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(names["MODEL"])
+    tokenizer.save_pretrained(names["MODEL"])
+
+    document = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    section = document.split("## Multimodal models")[1].split("\n## ")[0]
+    take_out, put_back = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    [command] = re.findall(r"^    cfsp (.*)$", section, re.MULTILINE)
+    exec(take_out, names)
+    words = [names.get(word, word) for word in command.split()]
+    words += ["--data", str(text_file), "--samples", "4", "--seqlen", "32", "--multiple", "8"]
+    assert main(words) == 0
+    exec(put_back, names)
+
+    smaller = AutoModelForImageTextToText.from_pretrained(names["OUT"]).eval()
+    assert type(smaller) is type(whole)
+    tokens_BT = torch.arange(8, 40)[None]
+    expected = cfsp.load(names["PRUNED"])(input_ids=tokens_BT).logits
+    torch.testing.assert_close(smaller(input_ids=tokens_BT).logits, expected, rtol=1e-5, atol=1e-5)
+    before, after = whole.state_dict(), smaller.state_dict()
+    narrower = {name for name in before if before[name].shape != after[name].shape}
+    assert narrower
+    assert all(".language_model." in name and ".mlp." in name for name in narrower)
+    others = [name for name in before if name not in narrower]
+    assert all(torch.equal(before[name], after[name]) for name in others)
 
 
 def test_layout_knows_weights_biases_and_nothing_else() -> None:

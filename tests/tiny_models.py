@@ -22,6 +22,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -29,11 +30,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
 )
+
+from cfsp.families import FAMILIES
 
 BLOCKS = 3
 WIDTH = 96
@@ -136,9 +141,37 @@ TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     # The width that the config leaves out is four times the hidden size.
     "gpt2-plain": lambda: GPT2Config(**{**_GPT2, "n_embd": WIDTH // 4}),
     "opt": lambda: OPTConfig(**_OPT, do_layer_norm_before=True),
+    # Their width is that of an expert; the shared expert of qwen2_moe has another one.
+    "mixtral": lambda: MixtralConfig(
+        **_COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **{**_COMMON, "intermediate_size": 56},
+        moe_intermediate_size=WIDTH,
+        shared_expert_intermediate_size=40,
+        num_experts=4,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **{**_COMMON, "intermediate_size": 56},
+        moe_intermediate_size=WIDTH,
+        num_experts=6,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        head_dim=16,
+    ),
     "opt-projected": lambda: OPTConfig(
         **_OPT, do_layer_norm_before=False, word_embed_proj_dim=16, enable_bias=False
     ),
+}
+
+
+# Those whose blocks have one FFN.
+DENSE_CONFIGS = {
+    name: config
+    for name, config in TINY_CONFIGS.items()
+    if FAMILIES[name.split("-")[0]].experts is None
 }
 
 

@@ -65,11 +65,13 @@ class ModelSize:
         width_L: FFN channels of every block.
         channel_parameters_L: parameters that one channel of each block owns.
         parameters: all parameters of the model.
+        grain: widths that are no multiples of this cannot be computed with.
     """
 
     width_L: tuple[int, ...]
     channel_parameters_L: tuple[int, ...]
     parameters: int
+    grain: int = 1
 
     def parameters_with(self, kept_L: Sequence[int]) -> int:
         """Return the parameters of the model with these widths."""
@@ -87,8 +89,14 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
 
     Raises:
         BudgetError: more is to be removed than the FFNs hold.
+        UsageError: the model cannot be computed with such widths.
     """
     multiple = budget.multiple_for(size.width_L)
+    if multiple % size.grain:
+        raise UsageError(
+            f"--multiple must be a multiple of {size.grain} for this model, found {multiple}: "
+            "experts are multiplied in groups, which takes rows of whole 16 bytes"
+        )
     total = sum(size.width_L)
     least = sum(min(multiple, width) for width in size.width_L)
     if budget.of == "ffn":

@@ -25,6 +25,7 @@ from cfsp.planning import (
     make_plan,
     model_size,
     plan_widths,
+    warn_of_few_tokens,
 )
 from cfsp.progress import item_progress
 from cfsp.pruning_plan import PruningPlan
@@ -148,6 +149,7 @@ def decide_and_restore(
     kept = [block.kept for block in restored]
     statistics = Statistics(tuple(block.statistics for block in restored), record)
     plan = assemble_plan(source, statistics, budget, criterion, widths, kept)
+    warn_of_few_tokens(plan)
     return Decision(plan, statistics, restored)
 
 
@@ -156,7 +158,9 @@ def plan_from_statistics(
 ) -> PruningPlan:
     """Make a plan from statistics, showing progress."""
     with item_progress("plan", source.config.num_hidden_layers, "block") as bar:
-        return make_plan(source, statistics, budget, criterion, on_block=bar.update)
+        plan = make_plan(source, statistics, budget, criterion, on_block=bar.update)
+    warn_of_few_tokens(plan)
+    return plan
 
 
 def calibrate_windows(

@@ -273,10 +273,15 @@ def check_is_text_only(fields: Mapping[str, Any]) -> None:
     tower = fields.get("text_config")
     if fields.get("model_type") not in FAMILIES and tower is not None:
         kind = tower.get("model_type") if isinstance(tower, dict) else None
+        what_to_do = (
+            "save that as a causal language model of its own, prune it and put it back (the lines "
+            "are in docs/families.md, 'Multimodal models')"
+            if kind in FAMILIES
+            else f"which is not supported either; supported are: {', '.join(sorted(FAMILIES))}"
+        )
         raise UnsupportedModelError(
-            f"model type {fields.get('model_type')!r} is multimodal, which is not supported; "
-            f"save its text tower ({kind or 'text_config'}) as a causal language model of its own "
-            "and prune that"
+            f"model type {fields.get('model_type')!r} is multimodal and cannot be pruned as a "
+            f"whole; its text tower is {kind or 'unnamed'}: {what_to_do}"
         )
 
 
@@ -286,7 +291,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         check_is_text_only(config.to_dict())
     family = family_of_type(config.model_type)
     if family.experts is not None:
-        check_all_blocks_have_experts(vars(config))
+        check_all_blocks_have_experts({**vars(config), "model_type": family.model_type})
     return family
 
 

@@ -35,6 +35,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": checkpoint.family.model_type,
         "blocks": checkpoint.config.num_hidden_layers,
         "hidden_size": checkpoint.config.hidden_size,
+        "experts": checkpoint.family.ffn_count(checkpoint.config),
         "intermediate_sizes": widths,
         "uniform": len(set(widths)) == 1,
         "parameters": parameter_count(checkpoint),

@@ -91,7 +91,7 @@ def _conditions(manifest: dict[str, Any], plan: PruningPlan) -> str:
 def _block_table(plan: PruningPlan) -> str:
     rows = [
         f"| {i} | {block.distance:.4f} | {block.importance:.3f} | {block.width} "
-        f"| {len(block.kept)} |"
+        f"| {block.kept_width} |"
         for i, block in enumerate(plan.blocks)
     ]
     head = "| block | distance | importance | channels before | after |\n|---:|---:|---:|---:|---:|"

@@ -44,6 +44,8 @@ from cfsp.workplace import Workplace, output_workplace, temporary_workplace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cfsp.restoration.restore import Repair, RestoredBlock
+
 
 @dataclass(frozen=True)
 class PruneReport:
@@ -58,6 +60,8 @@ class PruneReport:
         calibration_tokens: tokens that the statistics were gathered over.
         restoration: the method and, for each block, its strength and its error before and
             after (see `RestoredBlock`); empty without restoration.
+        experts_with_few_tokens: block, expert and tokens of each expert that saw too few
+            calibration tokens to be scored by them, and was scored by its weights alone.
         perplexity: text -> {"before", "after", "tokens"}, if it was measured.
         seconds: stage -> seconds.
         passes: pass over the blocks -> seconds by part, and `ratio`, its time as a multiple of
@@ -74,6 +78,7 @@ class PruneReport:
     intermediate_sizes: list[int]
     calibration_tokens: int
     restoration: dict[str, Any]
+    experts_with_few_tokens: list[dict[str, int]]
     perplexity: dict[str, dict[str, float]]
     seconds: dict[str, float]
     passes: dict[str, dict[str, float]]
@@ -232,6 +237,7 @@ def _report(
         intermediate_sizes=plan.kept_widths,
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
         restoration=_describe_restoration(decision),
+        experts_with_few_tokens=plan.experts_with_few_tokens,
         perplexity=measured,
         seconds=dict(watch.seconds),
         passes=place.times_json(),
@@ -259,12 +265,17 @@ def _describe_restoration(decision: Decision) -> dict[str, Any]:
     if not decision.restored:
         return {}
     blocks = [
-        {
-            "ridge": block.ridge,
-            "error_before": round(block.error_before, 6),
-            "error_after": round(block.error_after, 6),
-        }
+        {**_errors(block), **({"experts": experts} if len(experts) > 1 else {})}
         for block in decision.restored
+        for experts in [[_errors(r) | {"few_tokens": r.few_tokens} for r in block.repairs]]
     ]
     left_alone = [i for i, block in enumerate(decision.restored) if block.ridge is None]
     return {"method": "ridge", "left_alone": left_alone, "blocks": blocks}
+
+
+def _errors(repair: Repair | RestoredBlock) -> dict[str, Any]:
+    return {
+        "ridge": repair.ridge,
+        "error_before": round(repair.error_before, 6),
+        "error_after": round(repair.error_after, 6),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -26,6 +27,10 @@ DEFAULT_CHANNEL_METRIC = "relative"
 LEAST_TOKENS = 32
 WEIGHTS_ALONE = "magnitude"
 
+# torch multiplies experts in groups only if rows are whole 16 bytes: 8 values of 16 bits.
+EXPERTS_GRAIN = 8
+_MOST_NAMED = 8
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -49,6 +54,7 @@ def model_size(source: WeightSource) -> ModelSize:
             ffn_parameters_per_channel(source, block) for block in range(len(width_L))
         ),
         parameters=parameter_count(source),
+        grain=EXPERTS_GRAIN if source.family.experts else 1,
     )
 
 
@@ -111,6 +117,21 @@ def choose_channels(
         scores_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
         kept += [ffn * statistics.width + i for i in strongest_channels(scores_F, width)]
     return tuple(kept)
+
+
+def warn_of_few_tokens(plan: PruningPlan) -> None:
+    """Tell people which experts are scored by their weights alone."""
+    few = plan.experts_with_few_tokens
+    if not few:
+        return
+    named = [f"block {e['block']} expert {e['expert']} ({e['tokens']})" for e in few[:_MOST_NAMED]]
+    more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
+    print(
+        f"{len(few)} of {sum(block.ffns for block in plan.blocks)} experts saw fewer than "
+        f"{LEAST_TOKENS} calibration tokens, so their channels are chosen by their weights alone "
+        f"({WEIGHTS_ALONE}): {', '.join(named)}{more}; give more --samples",
+        file=sys.stderr,
+    )
 
 
 def few_tokens(statistics: BlockStatistics) -> dict[int, int]:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 MODELING_FILE = "modeling_cfsp.py"
 
+_ABOUT_EXPERTS = """
+# The experts of the stock class are decorated with @use_experts_implementation: transformers
+# looks for that word in the file of a class to learn whether it may choose how experts run.
+"""
+
 
 @cache
 def modeling_code(family: Family) -> str:
@@ -34,6 +39,7 @@ def modeling_code(family: Family) -> str:
         "BLOCKS": family.blocks,
         "REPLACE_FFN": _replacement(family),
         "WIDTH_KEY": family.width_key,
+        "EXPERTS": _ABOUT_EXPERTS if family.experts else "",
     }.items():
         template = template.replace(f"@{key}@", value)
     return template

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, print_json, print_passes
@@ -82,12 +82,18 @@ def _report(
 ) -> None:
     from cfsp.manifest import peak_rss_bytes
 
-    facts = {
+    from cfsp.planning import LEAST_TOKENS, few_tokens
+    facts: dict[str, Any] = {
         "out": str(args.out),
         "blocks": len(statistics.blocks),
         "calibration_tokens": statistics.tokens,
         "sources": statistics.record.sources,
         "processes": process_count(),
+        "experts_with_few_tokens": [
+            {"block": index, "expert": expert, "tokens": tokens}
+            for index, block in enumerate(statistics.blocks)
+            for expert, tokens in few_tokens(block).items()
+        ],
         "seconds": watch.seconds,
         "passes": place.times_json(),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -103,3 +109,8 @@ def _report(
     )
     print_passes(place.times_json())
     print(f"written to {args.out}")
+    if few := facts["experts_with_few_tokens"]:
+        print(
+            f"{len(few)} experts saw fewer than {LEAST_TOKENS} tokens: plans will score them by "
+            "their weights alone; give more --samples"
+        )

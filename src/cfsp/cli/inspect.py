@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
     print(f"hidden size        {facts['hidden_size']}")
     print(f"intermediate size  {shape}")
+    if facts["experts"] > 1:
+        print(f"experts            {facts['experts']} in every block")
     print(f"parameters         {human_count(facts['parameters'])} ({facts['parameters']:,})")
     print(f"size               {human_bytes(facts['bytes'])}")
     pruned = facts["pruned"]

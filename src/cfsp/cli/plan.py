@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
                 "out": str(args.out),
                 "ffn_sparsity": round(plan.ffn_sparsity, 6),
                 "intermediate_sizes": plan.kept_widths,
+                "experts_with_few_tokens": plan.experts_with_few_tokens,
             }
         )
         return
@@ -66,9 +67,9 @@ def print_plan(plan: PruningPlan) -> None:
             f"{block.distance:.4f}",
             f"{block.importance:.3f}",
             str(block.width),
-            str(len(block.kept)),
-            f"{len(block.kept) / block.width:.0%}",
-            "#" * round(20 * len(block.kept) / block.width),
+            str(block.kept_width),
+            f"{block.kept_width / block.width:.0%}",
+            "#" * round(20 * block.kept_width / block.width),
         )
         for index, block in enumerate(plan.blocks)
     ]

@@ -40,6 +40,11 @@ _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the model, its config and tokenizer into an existing directory."""
+    if source.family.experts is not None:
+        raise ExportError(
+            f"openvino export of {source.family.model_type} models is not supported: which experts "
+            "run depends on the text, and a traced model cannot choose; use --to padded"
+        )
     openvino = _openvino()
     kind = _weight_type(source, options)
     model = _convert(source)

@@ -11,6 +11,7 @@ Shapes: N windows, B windows in a batch, T tokens, F FFN channels, R rows (token
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def restore_blocks(
     check_vocabulary_size(source.config.vocab_size, tokens_NT, source.label)
     directory = place.directory_of(PASS_NAME)
     record = calibration_record(source, Windows(tokens_NT, {}), device=device, dtype=dtype, seed=0)
-    return pass_blocks(
+    restored = pass_blocks(
         source,
         tokens_NT,
         lambda block: _restore(block, source, len(tokens_NT), choose, directory),
@@ -160,6 +161,8 @@ def restore_blocks(
         batch_windows=batch_windows,
         place=place,
     )
+    warn_of_unrepaired(restored)
+    return restored
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,21 @@ def _restore(
     path = _tensor_path(directory, block.index)
     write_tensor_file(path, outgoing)
     return RestoredBlock(statistics, kept, tuple(repairs), TensorFile(path))
+
+
+def warn_of_unrepaired(restored: Sequence[RestoredBlock]) -> None:
+    """Tell people which experts saw too few tokens to be repaired."""
+    few = [
+        f"block {index} experts {', '.join(experts)}"
+        for index, block in enumerate(restored)
+        if (experts := [str(i) for i, repair in enumerate(block.repairs) if repair.few_tokens])
+    ]
+    if few:
+        print(
+            f"not repaired, because they saw fewer than {LEAST_TOKENS} tokens in the fit or "
+            f"{LEAST_HELD_OUT} in the held-out windows: {'; '.join(few)}",
+            file=sys.stderr,
+        )
 
 
 def _outgoing(name: str, tensor: Tensor) -> OutgoingTensor:

@@ -28,6 +28,8 @@ class ModelWork:
         head_bytes: its bytes.
         attention_width: heads times head dimension, summed over the blocks.
         cache_bytes: bytes of keys and values of one token in all blocks.
+        expert_parameters: elements of the experts' matrices, of those in the blocks.
+        routed_share: fraction of the experts that one token passes.
     """
 
     block_parameters: int
@@ -36,21 +38,31 @@ class ModelWork:
     head_bytes: float
     attention_width: int
     cache_bytes: float
+    expert_parameters: int = 0
+    routed_share: float = 1.0
 
     def prefill_flops(self, workload: Workload) -> float:
         """Return the FLOPs of a prefill; the head sees the last token of each sequence only."""
         tokens = workload.batch * workload.prompt
         pairs = workload.batch * workload.prompt * (workload.prompt + 1) / 2
+        passed = self.block_parameters - (1 - self.routed_share) * self.expert_parameters
         return (
-            2.0 * tokens * self.block_parameters
+            2.0 * tokens * passed
             + 4.0 * pairs * self.attention_width
             + 2.0 * workload.batch * self.head_parameters
         )
 
     def decode_bytes(self, workload: Workload) -> float:
-        """Return the bytes read for one new token of every sequence, on average over them."""
+        """Return the bytes read for one new token of every sequence, on average over them.
+
+        Of the experts those are read that some sequence is routed to, which are counted as if
+        each sequence picked its own by chance.
+        """
         context = workload.prompt + (workload.new_tokens + 1) / 2
-        weights = self.block_bytes + self.head_bytes
+        untouched = (1 - self.routed_share) ** workload.batch
+        itemsize = self.block_bytes / self.block_parameters
+        weights = self.block_bytes - untouched * self.expert_parameters * itemsize
+        weights += self.head_bytes
         return weights + workload.batch * context * self.cache_bytes
 
 
@@ -64,10 +76,14 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
     """
     config = source.config
     prefix = f"{source.family.blocks}."
-    parameters = 0
+    experts = source.family.experts
+    parameters = expert_parameters = 0
     for name, spec in source.specs.items():
         if name.startswith(prefix) and len(spec.shape) == 2:
             parameters += spec.shape[0] * spec.shape[1]
+            if experts is not None and source.family.layout_of(name) is not None:
+                expert_parameters += spec.shape[0] * spec.shape[1]
+    routed = config.num_experts_per_tok / source.family.ffn_count(config) if experts else 1.0
     head_parameters = config.vocab_size * config.hidden_size if head else 0
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -81,4 +97,6 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
         head_bytes=head_parameters * itemsize,
         attention_width=blocks * heads * head_dim,
         cache_bytes=2 * blocks * kv_heads * head_dim * itemsize,
+        expert_parameters=expert_parameters,
+        routed_share=routed,
     )

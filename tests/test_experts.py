@@ -1,0 +1,241 @@
+"""Mixtures of experts: what a block of several FFNs needs besides the family contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Qwen3MoeConfig
+
+import cfsp
+from cfsp.calibration.statistics import BlockStatistics, Statistics
+from cfsp.checkpoint.expert_tensors import assemble, pieces
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.cli import main
+from cfsp.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError
+from cfsp.families import family_of
+from cfsp.planning import LEAST_TOKENS
+from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.recovery.adaptation import target_names
+from cfsp.report.channels import energy_removed, removal_curve
+from cfsp.report.write import write_report
+from ragged import tiny
+from tiny_models import build_tiny_model
+
+SETTINGS: dict[str, Any] = {"sparsity": 0.4, "multiple": 8, "samples": 6, "seqlen": 32}
+LONELY = 3
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A mixtral of which no token is routed to one expert of block 1."""
+    directory = tmp_path_factory.mktemp("lonely")
+    model: Any = tiny("mixtral", num_experts_per_tok=1)
+    with torch.no_grad():
+        router = model.model.layers[1].mlp.gate.weight
+        # Of a logit and its opposite one is above zero, the lonely one's is zero.
+        router[1] = -router[0]
+        router[LONELY] = 0.0
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def expected_alone(statistics: Statistics) -> list[dict[str, int]]:
+    return [
+        {"block": index, "expert": expert, "tokens": seen}
+        for index, block in enumerate(statistics.blocks)
+        for expert, seen in enumerate(block.routed_E)
+        if seen < LEAST_TOKENS
+    ]
+
+
+def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
+    lonely: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    report = cfsp.prune(lonely, out=out, data=[str(text_file)], **SETTINGS)
+    said = capsys.readouterr().err
+    statistics = Statistics.load(out / "cfsp_statistics.safetensors")
+    alone = expected_alone(statistics)
+    assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
+    assert report.experts_with_few_tokens == alone
+    manifest = json.loads((out / "cfsp.json").read_text())
+    assert manifest["experts_with_few_tokens"] == alone
+    assert PruningPlan.load(out / "cfsp_plan.json").experts_with_few_tokens == alone
+    assert f"{len(alone)} of 12 experts saw fewer than {LEAST_TOKENS} calibration tokens" in said
+    assert f"block 1 expert {LONELY} (0)" in said
+
+    entry = report.plan.blocks[1]
+    before = load_file(lonely / "model.safetensors")
+    name = f"model.layers.1.block_sparse_moe.experts.{LONELY}.w2.weight"
+    norms_F = torch.linalg.vector_norm(before[name], dim=0)
+    strongest = norms_F.topk(entry.kept_width).indices.sort().values.tolist()
+    assert entry.kept_of(LONELY) == strongest
+    repairs = report.restoration["blocks"][1]["experts"]
+    assert repairs[LONELY]["few_tokens"]
+    assert repairs[LONELY]["ridge"] is None
+    assert not all(repair["few_tokens"] for repair in repairs)
+    assert "not repaired" in said
+    after = load_file(out / "model.safetensors")
+    assert torch.equal(after[name], before[name][:, strongest])
+
+
+def test_commands_report_experts_with_few_tokens(
+    lonely: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "statistics.safetensors"
+    words = ["--data", str(text_file), "--samples", "6", "--seqlen", "32", "--json"]
+    assert main(["calibrate", str(lonely), "--out", str(file), *words]) == 0
+    calibrated = json.loads(capsys.readouterr().out)
+    plan = [
+        "--statistics",
+        str(file),
+        "--sparsity",
+        "0.4",
+        "--multiple",
+        "8",
+        "--out",
+        str(tmp_path / "plan.json"),
+    ]
+    assert main(["plan", str(lonely), *plan, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    alone = expected_alone(Statistics.load(file))
+    assert calibrated["experts_with_few_tokens"] == planned["experts_with_few_tokens"] == alone
+    assert alone
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_stored_tensors_are_those_that_transformers_stores(
+    name: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    model = build_tiny_model(name)
+    stored = load_file(tiny_checkpoint(name) / "model.safetensors")
+    source = LoadedModel(model)
+    assert source.specs.keys() == stored.keys()
+    assert all(torch.equal(source.read(key), tensor) for key, tensor in stored.items())
+    family = family_of(model.config)
+    for key, parameter in model.named_parameters():
+        parts = pieces(family, key, parameter.shape)
+        if all(part.name in stored for part in parts):
+            assert torch.equal(assemble(parts, parameter.shape, stored.__getitem__), parameter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks"), [({"mlp_only_layers": [1]}, "1"), ({"decoder_sparse_step": 2}, "0, 2")]
+)
+def test_dense_blocks_among_experts_are_refused(
+    changes: dict[str, Any], blocks: str, tmp_path: Path
+) -> None:
+    config = Qwen3MoeConfig(num_hidden_layers=3, **changes)
+    with pytest.raises(UnsupportedModelError, match=f"blocks {blocks} of this qwen3_moe model"):
+        family_of(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="cfsp prunes mixtures of experts whose"):
+        Checkpoint(tmp_path)
+
+
+def test_experts_that_the_config_does_not_announce_are_refused(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("mixtral")
+    fields = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    for count, message in ((3, "there are 3 blocks of 3 experts"), (5, r"experts\.4\.w1\.weight")):
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        changed = {**fields, "num_local_experts": count}
+        (directory / "config.json").write_text(json.dumps(changed))
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint(directory)
+
+
+def test_multiples_that_groups_of_experts_cannot_have_are_refused(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "multiple": 4}
+    with pytest.raises(UsageError, match=r"--multiple must be a multiple of 8 .* found 4"):
+        cfsp.prune(
+            tiny_checkpoint("mixtral"), out=tmp_path / "out", data=[str(text_file)], **settings
+        )
+
+
+def test_pruned_model_may_choose_how_its_experts_run(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    cfsp.prune(tiny_checkpoint("mixtral"), out=out, data=[str(text_file)], **SETTINGS)
+    model: PreTrainedModel = cfsp.load(out)
+    tokens_BT = torch.arange(2, 22)[None]
+    with torch.inference_mode():
+        grouped = model(input_ids=tokens_BT).logits
+        model.set_experts_implementation("eager")
+        assert model.config._experts_implementation == "eager"
+        torch.testing.assert_close(model(input_ids=tokens_BT).logits, grouped, rtol=1e-4, atol=1e-4)
+
+
+def test_report_of_a_mixture_of_experts(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = cfsp.prune(tiny_checkpoint("mixtral"), out=out, data=[str(text_file)], **SETTINGS)
+    write_report([out], tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    statistics = Statistics.load(out / "cfsp_statistics.safetensors")
+    for block, entry in zip(statistics.blocks, report.plan.blocks, strict=True):
+        assert (energy_removed(block, entry.kept) > 0) == (entry.kept_width < entry.width)
+        curve = removal_curve(block, 1)
+        assert len(curve) == entry.width + 1
+        assert curve[0] == 1.0
+        assert curve == sorted(curve, reverse=True)
+        # Nothing that keeps as many channels of each expert removes less.
+        assert curve[entry.kept_width] <= energy_removed(block, entry.kept) + 1e-5
+
+
+def test_plan_and_statistics_of_experts_survive_their_files(tmp_path: Path) -> None:
+    entry = BlockPlan(5, (0, 4, 5, 6, 12, 13), 0.1, 0.5, ffns=3, few_tokens={2: 7})
+    assert [entry.kept_of(ffn) for ffn in range(3)] == [[0, 4], [0, 1], [2, 3]]
+    assert entry.kept_width == 2
+    plan = PruningPlan(ModelIdentity("m", "mixtral", "f"), {}, {}, (entry,))
+    text = plan.to_json()
+    assert PruningPlan.from_json(text) == plan
+    assert plan.experts_with_few_tokens == [{"block": 0, "expert": 2, "tokens": 7}]
+    for damage in ({"experts": 2}, {"experts": 0}, {"experts": "3"}, {"kept_width": 3}):
+        fields = json.loads(text)
+        fields["blocks"][0].update(damage)
+        with pytest.raises(PlanError, match="damaged"):
+            PruningPlan.from_json(json.dumps(fields))
+    # As many channels in all, but not in each expert.
+    uneven = PruningPlan(plan.model, {}, {}, (BlockPlan(5, (0, 1, 2, 6, 12, 13), 0, 0, ffns=3),))
+    with pytest.raises(PlanError, match=r"channels are kept, 2 are announced"):
+        PruningPlan.from_json(uneven.to_json())
+
+
+def test_statistics_of_one_expert() -> None:
+    sums_F = torch.arange(6).double()
+    block = BlockStatistics({"angular": 1.0}, sums_F, sums_F**2, 10, (4, 6))
+    assert (block.ffns, block.width) == (2, 3)
+    second = block.of_ffn(1)
+    assert second.sum_F.tolist() == [3, 4, 5]
+    assert second.norm_F.tolist() == [3, 4, 5]
+    assert second.tokens == 6
+    assert second.ffns == 1
+
+
+def test_lora_leaves_experts_alone_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_tiny_model("mixtral")
+    family = family_of(model.config)
+    with pytest.raises(UsageError, match=r"all experts.*--targets attention"):
+        target_names(model, family, "mlp")
+    names = target_names(model, family, "all")
+    assert "experts stay as they are" in capsys.readouterr().err
+    assert {name.split(".")[-2] for block in names for name in block} == {"self_attn"}
+    shared = build_tiny_model("qwen2_moe")
+    names = target_names(shared, family_of(shared.config), "mlp")
+    assert {name.split(".")[-2] for block in names for name in block} == {"mlp", "shared_expert"}
