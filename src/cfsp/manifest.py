@@ -65,7 +65,7 @@ def describe_pruning(
     Args:
         plan: which channels stay.
         report: what pruning did, as JSON types.
-        digests: SHA-256 of every weight file.
+        digests: SHA-256 of every weight file and of the modelling file.
         command: what the user typed.
     """
     return {

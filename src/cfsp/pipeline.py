@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
+from cfsp.checkpoint.modeling_code import code_digests
 from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
@@ -209,13 +210,13 @@ def prune_model(
 
 
 def _write_checkpoint(source: Checkpoint, decision: Decision, target: Path) -> dict[str, str]:
-    """Write all but manifest and model card; return the digests of the weight files."""
+    """Write all but manifest and model card; return the digests of weights and code."""
     if decision.statistics is not None:
         decision.statistics.save(target / STATISTICS_FILE)
     weights = write_pruned_weights(source, decision.plan, target, decision.repaired_tensors)
     write_config(source.directory, target, source.family, decision.plan.kept_widths)
     copy_travelling_files(source.directory, target)
-    return weights.digests
+    return weights.digests | code_digests(target)
 
 
 def _report(
@@ -255,7 +256,7 @@ def _identity(
         "command": "prune",
         "--restore": settings.restore,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
-        "budget": asdict(settings.budget),
+        **asdict(settings.budget),
         **asdict(settings.criterion),
         "--statistics": statistics.record.tokens_digest if statistics else None,
     }

@@ -25,6 +25,7 @@ from cfsp.cli import (
     recover,
     report,
     sweep,
+    verify,
 )
 from cfsp.errors import CfspError
 from cfsp.processes import process_count
@@ -41,6 +42,7 @@ _COMMANDS = (
     export,
     report,
     sweep,
+    verify,
     demo,
 )
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor
@@ -74,7 +74,7 @@ def write_record(
     manifest |= {key: recovery[key] for key in top}
     manifest |= {
         "operation": "recover",
-        "files": digests,
+        "files": digests | code_digests(directory),
         "pruned": pruned,
         "recovery": {key: value for key, value in recovery.items() if key not in top},
     }

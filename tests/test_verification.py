@@ -1,0 +1,121 @@
+"""`cfsp verify`: whole checkpoints pass, and every kind of change is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cfsp.cli import main
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A checkpoint whose blocks have different widths."""
+    out = tmp_path_factory.mktemp("verify") / "pruned"
+    arguments = ["--sparsity", "0.4", "--multiple", "1", "--data", str(text_file)]
+    small = ["--samples", "4", "--seqlen", "32", "--out", str(out)]
+    assert main(["prune", str(tiny_checkpoint("llama")), *arguments, *small]) == 0
+    assert (out / "modeling_cfsp.py").is_file()
+    return out
+
+
+def test_what_cfsp_wrote_passes(pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(pruned), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verified"] is True
+    assert len(found["checks"]) == 6
+    assert all(check["problem"] is None for check in found["checks"])
+    assert main(["verify", str(pruned)]) == 0
+    assert capsys.readouterr().out.count("ok ") == 6
+
+
+def test_a_recovered_checkpoint_passes(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "recovered"
+    train = ["--data", str(text_file), "--steps", "2", "--seqlen", "32", "--batch-windows", "2"]
+    assert main(["recover", str(pruned), *train, "--out", str(out)]) == 0
+    assert main(["verify", str(out)]) == 0
+
+
+def _weights(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _flip_a_byte(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def _nan(directory: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+
+    _weights(directory, change)
+
+
+def _another_tensor(directory: Path) -> None:
+    save_file({"x": torch.zeros(1)}, directory / "model-extra.safetensors")
+
+
+def _edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        text = (directory / name).read_text()
+        assert old in text
+        (directory / name).write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+def _plan(directory: Path) -> None:
+    path = directory / "cfsp_plan.json"
+    plan = json.loads(path.read_text())
+    plan["criterion"]["sparsity"] = 0.41
+    path.write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip_a_byte, "model.safetensors has changed"),
+        (_nan, "block 1 has NaN or infinite values"),
+        (_another_tensor, "model-extra.safetensors is not in cfsp.json"),
+        (_plan, "cfsp_plan.json has changed"),
+        (lambda d: (d / "cfsp_plan.json").unlink(), "cfsp_plan.json is missing"),
+        (lambda d: (d / "modeling_cfsp.py").unlink(), "modeling_cfsp.py is missing"),
+        (_edit("modeling_cfsp.py", "import", "import os\nimport"), "modeling_cfsp.py has changed"),
+        (lambda d: (d / "setup.py").write_text(""), "setup.py is code that cfsp did not write"),
+        (_edit("cfsp.json", '"parameters_after": ', '"parameters_after": 1'), "were promised"),
+        (lambda d: (d / "cfsp.json").unlink(), "cfsp did not write it"),
+        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    ],
+)  # fmt: skip
+def test_every_change_is_named(
+    pruned: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    damage(copy)
+    capsys.readouterr()
+    assert main(["verify", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
