@@ -62,8 +62,11 @@ def make_checkpoint(
     """
     config = ShapedModel(ALIASES.get(shape, shape), blocks).config()
     skeleton = build_skeleton(config, torch.bfloat16)
+    tied = set(skeleton.all_tied_weights_keys)
     outgoing = []
-    for name, parameter in skeleton.named_parameters():  # a tied head comes only once
+    for name, parameter in skeleton.named_parameters():
+        if name in tied:
+            continue
         spec = TensorSpec(torch.bfloat16, tuple(parameter.shape))
         outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, seed)))
     with staged_directory(out) as staging:

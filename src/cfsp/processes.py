@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from cfsp.errors import ProcessError
+from cfsp.errors import ProcessError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.distributed import ProcessGroup
+
+
+# Machines may begin this long after each other, however little they may differ at the end.
+_START_SECONDS = 300.0
 
 
 def is_first_process() -> bool:
@@ -88,11 +92,34 @@ class Team:
         )
 
 
+def take_own_accelerator(device: str) -> None:
+    """Let each process of a machine compute on an accelerator of its own, if there are enough.
+
+    To be called before anything touches the accelerator.
+
+    Args:
+        device: what the user named: `auto`, or a device that torch knows.
+
+    Raises:
+        UsageError: one accelerator is named for several processes.
+    """
+    if process_count() == 1 or device == "cpu":
+        return
+    import torch
+
+    if ":" in device:
+        raise UsageError(
+            f"--device {device} names one accelerator for {process_count()} processes; "
+            f"with --device {device.partition(':')[0]} each takes its own"
+        )
+    if torch.accelerator.is_available():
+        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
+        torch.accelerator.set_device_index(own)
+
+
 @contextmanager
 def joined(device: torch.device, timeout: float) -> Iterator[Team]:
     """Give the team that torchrun started; without torchrun a team of one.
-
-    Each process of a machine computes on an accelerator of its own, if there are enough.
 
     Args:
         device: what kind of device this process computes on.
@@ -104,16 +131,13 @@ def joined(device: torch.device, timeout: float) -> Iterator[Team]:
     if process_count() == 1:
         yield Team()
         return
-    import torch
     import torch.distributed as dist
 
     rank, size, backend = int(os.environ["RANK"]), process_count(), "gloo"
     if device.type != "cpu":
-        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
-        torch.accelerator.set_device_index(own)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=max(timeout, _START_SECONDS)))
         team = Team(rank, size, timeout, dist.new_group(backend="gloo"))
     except (RuntimeError, ValueError) as error:
         raise ProcessError(

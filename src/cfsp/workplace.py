@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cfsp.calibration.pass_state import STATE_FILE
+from cfsp.calibration.pass_state import STATE_FILE, read_state
 from cfsp.calibration.pass_times import PassTimes
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.memory import default_budget
@@ -78,7 +78,7 @@ def output_workplace(
 
     Raises:
         OutputError: another run works there, or the place is not writable.
-        ResumeError: unfinished work of another number of processes is there.
+        ResumeError: unfinished work of another command or number of processes is there.
     """
     place = out.parent / f"{out.name}.work"
     directory = place / f"process-{process}-of-{processes}"
@@ -90,6 +90,8 @@ def output_workplace(
         raise OutputError(f"cannot write to {directory}: {error.strerror}") from error
     with lock:
         _take(lock, place)
+        for state in directory.glob(f"*/{STATE_FILE}"):
+            read_state(state, identity)
         _remove_unfinished(directory)
         try:
             yield Workplace(directory, _budget(memory_budget), identity)

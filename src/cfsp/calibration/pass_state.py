@@ -42,10 +42,11 @@ class PassState:
         self.directory = directory
         self.next_block = 0
         self.hidden: str | None = None
-        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._identity = identity
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STATE_FILE).is_file():
-            self._read(directory / STATE_FILE)
+            fields = read_state(directory / STATE_FILE, identity)
+            self.next_block, self.hidden = fields["next_block"], fields["hidden"]
 
     def commit(self, next_block: int, hidden: str | None) -> None:
         """Note that all before `next_block` is on disk."""
@@ -55,22 +56,32 @@ class PassState:
             self.directory / STATE_FILE, (json.dumps(fields, indent=2) + "\n").encode()
         )
 
-    def _read(self, path: Path) -> None:
-        place = self.directory.parent.parent
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            saved, self.next_block = fields["identity"], int(fields["next_block"])
-            self.hidden = fields["hidden"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ResumeError(f"{path} is damaged; start over with: rm -r {place}") from error
-        for key in sorted({*saved, *self._identity}):
-            before, now = saved.get(key), self._identity.get(key)
-            if before != now:
-                raise ResumeError(
-                    f"{place} holds unfinished work with another {key} ({before}; now it is "
-                    f"{now}); repeat that command to finish it, or start over with: "
-                    f"rm -r {place}"
-                )
+
+def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return what a state file says, after checking that it belongs to something.
+
+    Args:
+        path: PLACE/PROCESS/PASS/state.json.
+        identity: what must be as it was.
+
+    Raises:
+        ResumeError: it belongs to something else, or is damaged.
+    """
+    place = path.parents[2]
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved: dict[str, Any] = fields["identity"]
+        fields["next_block"] = int(fields["next_block"])
+        _ = fields["hidden"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ResumeError(f"{path} is damaged; start over with: rm -r {place}") from error
+    for key, now in json.loads(json.dumps(identity)).items():
+        if saved.get(key) != now:
+            raise ResumeError(
+                f"{place} holds unfinished work with another {key} ({saved.get(key)}; now it is "
+                f"{now}); repeat that command to finish it, or start over with: rm -r {place}"
+            )
+    return fields
 
 
 class Pace:

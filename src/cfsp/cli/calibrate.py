@@ -47,13 +47,14 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.loading import compute_device
     from cfsp.manifest import Stopwatch
     from cfsp.pipeline import calibrate_source
-    from cfsp.processes import joined
+    from cfsp.processes import joined, take_own_accelerator
     from cfsp.text.tokenizers import load_tokenizer
     from cfsp.workplace import output_workplace
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
     compute = arguments.compute(args)
+    take_own_accelerator(compute.device)
     source = open_checkpoint(args.model, args.revision)
     watch = Stopwatch()
     with (
@@ -81,19 +82,19 @@ def _report(
     args: argparse.Namespace, statistics: Statistics, watch: Stopwatch, place: Workplace
 ) -> None:
     from cfsp.manifest import peak_rss_bytes
-
     from cfsp.planning import LEAST_TOKENS, few_tokens
+
     facts: dict[str, Any] = {
         "out": str(args.out),
         "blocks": len(statistics.blocks),
         "calibration_tokens": statistics.tokens,
         "sources": statistics.record.sources,
-        "processes": process_count(),
         "experts_with_few_tokens": [
             {"block": index, "expert": expert, "tokens": tokens}
             for index, block in enumerate(statistics.blocks)
             for expert, tokens in few_tokens(block).items()
         ],
+        "processes": process_count(),
         "seconds": watch.seconds,
         "passes": place.times_json(),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -108,9 +109,9 @@ def _report(
         f"peak memory {human_bytes(peak_rss_bytes())}"
     )
     print_passes(place.times_json())
-    print(f"written to {args.out}")
     if few := facts["experts_with_few_tokens"]:
         print(
             f"{len(few)} experts saw fewer than {LEAST_TOKENS} tokens: plans will score them by "
             "their weights alone; give more --samples"
         )
+    print(f"written to {args.out}")

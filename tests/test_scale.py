@@ -1,0 +1,71 @@
+"""The benchmark of large models, on the shape of a small one with few blocks."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cfsp.checkpoint.reading import INDEX_FILE, Checkpoint
+from cfsp.text.tokenizers import load_tokenizer
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from make_checkpoint import make_checkpoint
+from scale import measure, sizes_of
+
+SHAPE = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scale") / "dense"
+    nbytes = make_checkpoint(out, SHAPE, blocks=2, shard_gigabytes=0.06)
+    assert nbytes == sum(spec.nbytes for spec in Checkpoint(out).specs.values())
+    return out
+
+
+def test_the_checkpoint_has_the_true_shape(dense: Path) -> None:
+    source = Checkpoint(dense)
+    assert (dense / INDEX_FILE).is_file()
+    assert len(list(dense.glob("*.safetensors"))) > 1
+    assert {spec.dtype for spec in source.specs.values()} == {torch.bfloat16}
+    assert source.specs["model.layers.1.mlp.down_proj.weight"].shape == (576, 1536)
+    assert source.specs["model.embed_tokens.weight"].shape == (49152, 576)
+    assert "lm_head.weight" not in source.specs
+    block = 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576)
+    assert sizes_of(source) == {"block": block, "embeddings": 2 * (49152 * 576 + 576)}
+    weight = source.read("model.layers.1.mlp.down_proj.weight").float()
+    assert weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert not torch.equal(weight, source.read("model.layers.0.mlp.down_proj.weight").float())
+    assert bool((source.read("model.norm.weight") == 1).all())
+
+
+def test_its_tokenizer_gives_bytes(dense: Path) -> None:
+    tokenizer = load_tokenizer(dense)
+    ids = tokenizer("Bytes, ünd more.", add_special_tokens=False)["input_ids"]
+    assert len(ids) == len("Bytes, ünd more.".encode())
+    assert max(ids) < 258
+    assert tokenizer.decode(ids) == "Bytes, ünd more."
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads /proc")
+def test_pruning_is_measured_and_keeps_the_promise(dense: Path, tmp_path: Path) -> None:
+    args = Namespace(
+        directory=tmp_path, data="python-docs", seqlen=64, restore="ridge", memory_budget="1KB"
+    )
+    run = measure(args, dense, windows=3)
+    assert run.blocks == 2
+    assert run.tokens == 192
+    assert run.hidden_bytes == 192 * 576 * 2
+    assert set(run.report["passes"]) == {"coarse pass", "calibrate and restore"}
+    assert 200e6 < run.peak < run.limit
+    # The weights are read, and more than half of them written.
+    weights = sum(spec.nbytes for spec in Checkpoint(dense).specs.values())
+    assert run.io["rchar"] > weights
+    assert run.io["wchar"] > weights / 2
+    assert not list(tmp_path.iterdir())

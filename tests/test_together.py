@@ -1,0 +1,196 @@
+"""Several processes calibrate together: the same bits as one, and no half result if one dies."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from builders import RECORD, random_block_statistics
+from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.together import add_up, windows_of
+from cfsp.cli import main
+from cfsp.errors import UsageError
+from cfsp.processes import Team, joined, take_own_accelerator
+from cfsp.text.windows import Windows
+from command_server import Command, Commands
+from tiny_models import BLOCKS
+
+# Process 1 dies (-9) when its windows have passed the second block.
+DYING = """
+import os, signal, sys
+from cfsp.calibration.block_stream import StreamedBlock
+from cfsp.cli import main
+
+original = StreamedBlock.advance
+
+def advance(block, *args):
+    original(block, *args)
+    if os.environ["RANK"] == "1" and block.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+StreamedBlock.advance = advance
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def text(text_file: Path) -> list[str]:
+    return ["--data", str(text_file), "--samples", "9", "--seqlen", "32", "--batch-windows", "2"]
+
+
+def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes_give_what_one_gives(
+    model: Path, text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["calibrate", str(model), *text]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*argv, "--out", str(one)]) == 0
+    finished = torchrun("-m", "cfsp", *argv, "--out", str(two), "--json")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count('"processes": 2') == 1  # the first process alone prints
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+    alone, together = Statistics.load(one), Statistics.load(two)
+    assert together.record == alone.record
+    for a, b in zip(alone.blocks, together.blocks, strict=True):
+        assert b.tokens == a.tokens == 9 * 32
+        assert b.distance_sums == pytest.approx(a.distance_sums, rel=1e-6)
+        torch.testing.assert_close(b.sum_F, a.sum_F, rtol=1e-6, atol=0)
+        torch.testing.assert_close(b.sum_of_squares_F, a.sum_of_squares_F, rtol=1e-6, atol=0)
+    for statistics in (one, two):
+        plan = ["plan", str(model), "--statistics", str(statistics), "--sparsity", "0.4"]
+        assert main([*plan, "--multiple", "1", "--out", f"{statistics}.json"]) == 0
+    assert Path(f"{one}.json").read_bytes() == Path(f"{two}.json").read_bytes()
+
+
+def test_a_process_that_dies_ends_the_job_and_leaves_no_output(
+    model: Path, text: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    out = tmp_path / "out" / "stats"
+    argv = ["calibrate", str(model), *text, "--out", str(out)]
+    finished = torchrun(str(script), *argv)
+    assert finished.returncode != 0
+    assert not out.exists()
+    # torchrun ended the survivor, or the survivor noticed first; either is said.
+    survivor = [line for line in finished.stderr.splitlines() if "[process 0]" in line]
+    assert len(survivor) == 1, finished.stderr
+    assert "terminated (torchrun" in survivor[0] or "lost another process" in survivor[0]
+
+
+def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
+    model: Path, text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on another machine, where no torchrun sees the death."""
+    argv = ["calibrate", str(model), *text]
+    out = tmp_path / "stats"
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+    def rank(number: int, port: str, *options: str, **death: Any) -> Command:
+        there = {**place, "MASTER_PORT": port, "RANK": str(number)}
+        return Command([*argv, *options, "--out", str(out)], environment=there, **death)
+
+    with Commands() as commands:
+        port = free_port()
+        ended = commands(
+            rank(0, port, "--process-timeout", "0.05"), rank(1, port, dies="after", count=2)
+        )
+        assert [each.status for each in ended] == [2, -signal.SIGKILL], ended
+        lines = ended[0].stderr.splitlines()
+        (line,) = [line for line in lines if line.startswith("cfsp calibrate:")]
+        assert "[process 0] process 0 of 2 lost another process, or waited for it longer" in line
+        assert not out.exists()
+        # One process cannot go on with what two have begun.
+        assert main([*argv, "--out", str(out)]) == 2
+        assert "holds unfinished work of 2 processes, now there are 1" in capsys.readouterr().err
+        port = free_port()
+        ended = commands(rank(0, port), rank(1, port))
+    assert [each.status for each in ended] == [0, 0], ended
+    assert f"going on at block 2 of {BLOCKS}" in ended[1].stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"stats"}
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert out.read_bytes() == (tmp_path / "one").read_bytes()
+
+
+# The parts.
+
+
+def test_windows_are_split_between_batches() -> None:
+    windows = Windows(torch.arange(9)[:, None].expand(9, 4), {"text": 9})
+    parts = [windows_of(windows, Team(rank, 2), 2)[:, 0].tolist() for rank in range(2)]
+    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    parts = [windows_of(windows, Team(rank, 3), 4)[:, 0].tolist() for rank in range(3)]
+    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_more_processes_than_batches_are_refused() -> None:
+    windows = Windows(torch.zeros(9, 4, dtype=torch.int64), {"text": 9})
+    message = r"9 windows in batches of 4 are 3 batches, too few for 4 processes.*batch-windows 2"
+    with pytest.raises(UsageError, match=message):
+        windows_of(windows, Team(0, 4), 4)
+
+
+def test_one_process_adds_up_to_itself() -> None:
+    statistics = Statistics((random_block_statistics(8), random_block_statistics(12)), RECORD)
+    total = add_up(statistics, Team(), torch.device("cpu"))
+    for got, want in zip(total.blocks, statistics.blocks, strict=True):
+        assert got.distance_sums == want.distance_sums
+        assert got.tokens == want.tokens
+        assert torch.equal(got.sum_F, want.sum_F)
+        assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
+
+
+def test_without_torchrun_there_is_a_team_of_one() -> None:
+    with joined(torch.device("cpu"), 1.0) as team:
+        assert team.is_first
+        assert team.size == 1
+
+
+def test_one_accelerator_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_own_accelerator("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    take_own_accelerator("cpu")
+    with pytest.raises(UsageError, match=r"cuda:1 names one accelerator for 2 processes"):
+        take_own_accelerator("cuda:1")
+
+
+def test_prune_under_torchrun_says_what_to_do(
+    model: Path,
+    text: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    argv = ["prune", str(model), *text, "--sparsity", "0.5", "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    message = capsys.readouterr().err
+    assert "cfsp prune: [process 1] prune runs in one process" in message
+    assert "cfsp calibrate MODEL --out FILE" in message
+    assert not list(tmp_path.iterdir())
