@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,23 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3MoeConfig
 
 import cfsp
+from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import BlockStatistics, Statistics
+from cfsp.calibration.together import add_up
 from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError
 from cfsp.families import family_of
 from cfsp.planning import LEAST_TOKENS
+from cfsp.processes import Team
 from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
 from cfsp.recovery.adaptation import target_names
 from cfsp.report.channels import energy_removed, removal_curve
 from cfsp.report.write import write_report
+from cfsp.restoration.restore import restore_blocks
+from cfsp.text.windows import draw_windows
+from cfsp.workplace import Workplace
 from ragged import tiny
 from tiny_models import build_tiny_model
 
@@ -215,6 +222,62 @@ def test_plan_and_statistics_of_experts_survive_their_files(tmp_path: Path) -> N
     uneven = PruningPlan(plan.model, {}, {}, (BlockPlan(5, (0, 1, 2, 6, 12, 13), 0, 0, ffns=3),))
     with pytest.raises(PlanError, match=r"channels are kept, 2 are announced"):
         PruningPlan.from_json(uneven.to_json())
+
+
+def test_sums_of_parts_of_the_text_are_those_of_the_whole(
+    tiny_checkpoint: Callable[[str], Path], tokenizer: Any, text_file: Path
+) -> None:
+    """What several processes rely on: tokens of each expert are sums too."""
+    source = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    windows = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32)
+
+    def observed(tokens_NT: torch.Tensor) -> Statistics:
+        return calibrate(
+            source,
+            replace(windows, tokens_NT=tokens_NT),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            batch_windows=2,
+        )
+
+    whole, *parts = map(observed, (windows.tokens_NT, windows.tokens_NT[:4], windows.tokens_NT[4:]))
+    # A team of one: sums go through the numbers that are exchanged and come back.
+    assert add_up(whole, Team(), torch.device("cpu")).blocks[0].routed_E == whole.blocks[0].routed_E
+    for block, first, second in zip(*(s.blocks for s in (whole, *parts)), strict=True):
+        routed = [a + b for a, b in zip(first.routed_E, second.routed_E, strict=True)]
+        assert list(block.routed_E) == routed
+        assert sum(routed) == 3 * block.tokens == 3 * windows.tokens_NT.numel()
+        torch.testing.assert_close(first.sum_F + second.sum_F, block.sum_F)
+        torch.testing.assert_close(
+            first.sum_of_squares_F + second.sum_of_squares_F, block.sum_of_squares_F
+        )
+
+
+def test_what_a_killed_run_saved_of_restored_experts_is_read_again(
+    lonely: Path, tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    """The second pass finds all blocks done and only reads them."""
+    source = Checkpoint(lonely)
+    tokens_NT = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32).tokens_NT
+    place = Workplace(tmp_path, identity={"command": "test"})
+
+    def choose(block: int, statistics: BlockStatistics) -> list[int]:
+        halves = [range(0, statistics.width, 2)] * statistics.ffns
+        return [ffn * statistics.width + i for ffn, half in enumerate(halves) for i in half]
+
+    def restored(choose: Any) -> list[Any]:
+        return restore_blocks(
+            source, tokens_NT, choose, place, device=torch.device("cpu"), dtype=torch.float32
+        )
+
+    fresh, again = restored(choose), restored(None)
+    for one, other in zip(fresh, again, strict=True):
+        assert one.repairs == other.repairs
+        assert one.kept == other.kept
+        assert one.statistics.routed_E == other.statistics.routed_E
+        assert one.error_after <= one.error_before
+        assert one.file.specs == other.file.specs
+    assert fresh[1].repairs[LONELY].few_tokens
 
 
 def test_statistics_of_one_expert() -> None:

@@ -204,12 +204,13 @@ def _restore(
     block.advance(observed.add, distances.add)
     statistics = statistics_of(block.index, distances, observed.channels)
     kept = tuple(choose(block.index, statistics))
-    family, width = source.family, statistics.width
+    family, kept_width = source.family, len(kept) // block.ffns
     repairs, outgoing = [], []
     for ffn in range(block.ffns):
         name = family.weight_name(block.index, family.down, ffn)
         down_DF = family.turned(source.read(name)).to(observed.device)
-        own = [i - ffn * width for i in kept if i // width == ffn]
+        own_K = kept[ffn * kept_width : (ffn + 1) * kept_width]
+        own = [channel - ffn * statistics.width for channel in own_K]
         # A dense block has as many tokens as the user gave it; of experts some see very few.
         few = block.ffns > 1 and (
             observed.gram_E[ffn].tokens < LEAST_TOKENS
