@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cfsp.allocation import channels_to_keep
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.skeleton import check_complete
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.planning import (
     Criterion,
@@ -93,6 +94,7 @@ def decide(
         CfspError: as calibration, planning and restoration do.
     """
     engine = settings.compute.engine(source)
+    check_complete(source)
     if plan is not None:
         plan.check_fits(source)
     elif statistics is None:

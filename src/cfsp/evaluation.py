@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cfsp.calibration.calibrate import check_vocabulary_size
+from cfsp.calibration.calibrate import check_tokens
 from cfsp.errors import CalibrationError, UsageError
 from cfsp.progress import item_progress
 
@@ -58,7 +58,7 @@ def perplexity(
         CalibrationError: token ids exceed the vocabulary, or the loss is NaN.
         UsageError: the stride is not in [1, T].
     """
-    check_vocabulary_size(int(model.config.vocab_size), windows.tokens_NT, label)
+    check_tokens(model.config, windows.tokens_NT, label)
     count, length = windows.tokens_NT.shape
     spans = scored_spans(count, length, stride)
     stream = windows.tokens_NT.reshape(-1)

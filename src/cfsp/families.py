@@ -58,6 +58,8 @@ class Family:
         default_expansion: channels per hidden unit where the config leaves that key empty.
         ffn_arguments: what the FFN's class is constructed with, as code of the modelling file,
             where `config` has the width of one block and `width` is it.
+        learns_positions: whether there is an embedding of every position, so that no text can be
+            longer than that.
         stale: endings of the names of tensors that old checkpoints store and no model reads.
         experts: how it keeps several FFNs in a block; None if a block has one. `gate`, `up` and
             `down` are then what a checkpoint calls the matrices of one expert.
@@ -75,6 +77,7 @@ class Family:
     width_key: str = "intermediate_size"
     default_expansion: int = 4
     ffn_arguments: str = "config"
+    learns_positions: bool = False
     stale: tuple[str, ...] = (".rotary_emb.inv_freq",)
     experts: Experts | None = None
 
@@ -205,6 +208,7 @@ _TABLE = (
         inputs_first=True,
         width_key="n_inner",
         ffn_arguments="width, config",
+        learns_positions=True,
         stale=(".attn.bias", ".attn.masked_bias"),
     ),
     Family(
@@ -217,6 +221,7 @@ _TABLE = (
         up="fc1",
         down="fc2",
         width_key="ffn_dim",
+        learns_positions=True,
     ),
     Family(
         "mixtral",

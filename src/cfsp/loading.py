@@ -9,7 +9,7 @@ import torch
 
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import model_class
+from cfsp.checkpoint.skeleton import check_complete, model_class
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def load(
     checkpoint = Checkpoint(directory, str(name))
     if isinstance(dtype, str):
         dtype = compute_dtype(checkpoint, dtype)
+    check_complete(checkpoint)
     with library_progress():
         build: Any = model_class(checkpoint.config)
         model: Any = build.from_pretrained(directory, dtype=dtype)
@@ -73,9 +74,12 @@ def compute_device(name: str = "auto") -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"torch cannot use the device {name!r} here: {str(error).splitlines()[0]}"
+            f"torch cannot use the device {name!r} here ({str(error).splitlines()[0]}); "
+            "choose another --device"
         ) from error
     return device

@@ -15,9 +15,12 @@ from cfsp.calibration.block_pass import pass_blocks
 from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
 from cfsp.checkpoint.reading import fingerprint
-from cfsp.errors import CalibrationError
+from cfsp.errors import CalibrationError, UsageError
+from cfsp.families import family_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.text.windows import Windows
     from cfsp.workplace import Workplace
@@ -52,7 +55,7 @@ def calibrate(
         ResumeError: the workplace holds unfinished work of something else.
     """
     record = calibration_record(source, windows, device=device, dtype=dtype, seed=seed)
-    check_vocabulary_size(source.config.vocab_size, windows.tokens_NT, source.label)
+    check_tokens(source.config, windows.tokens_NT, source.label)
     blocks = pass_blocks(
         source,
         windows.tokens_NT,
@@ -138,15 +141,22 @@ def statistics_of(index: int, distances: DistanceSums, channels: ChannelSums) ->
     )
 
 
-def check_vocabulary_size(size: int, tokens_NT: Tensor, label: str) -> None:
-    """Check that every token id has an embedding.
+def check_tokens(config: PreTrainedConfig, tokens_NT: Tensor, label: str) -> None:
+    """Check that every token id, and every position, has an embedding.
 
     Raises:
         CalibrationError: the tokenizer belongs to another model.
+        UsageError: the windows are longer than any text that the model can read.
     """
     highest = int(tokens_NT.max())
-    if highest >= size:
+    if highest >= config.vocab_size:
         raise CalibrationError(
             f"the tokenizer gives token id {highest}, but {label} has a vocabulary of "
-            f"{size}; use the model's own tokenizer"
+            f"{config.vocab_size}; use the model's own tokenizer"
+        )
+    most, length = config.max_position_embeddings, tokens_NT.shape[1]
+    if family_of(config).learns_positions and length > most:
+        raise UsageError(
+            f"{label} has learnt {most} positions, the windows have {length} tokens; "
+            f"give a --seqlen of at most {most}"
         )

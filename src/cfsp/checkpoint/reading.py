@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.expert_tensors import pieces
-from cfsp.checkpoint.modeling_code import auto_map
-from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec, tensor_chunks
-from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.families import Family, check_is_text_only, family_of, family_of_type, intermediate_sizes
+from cfsp.checkpoint.links import check_links
+from cfsp.checkpoint.tensor_file import AGAIN, TensorFile, TensorSpec, tensor_chunks
+from cfsp.errors import CheckpointError
+from cfsp.families import Family, family_of, intermediate_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FINGERPRINT_ELEMENTS = 64
+_LONGEST_NAME = 200
+# What the blocks can compute with; others are quantised, and their scales are tensors of their own.
+_COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSource(Protocol):
@@ -72,7 +76,8 @@ class Checkpoint:
     def __init__(self, directory: Path, label: str | None = None) -> None:
         self.directory = directory
         self.label = label or str(directory)
-        self.config = _read_config(directory)
+        self.config = read_config(directory)
+        check_links(directory)
         self.family = family_of(self.config)
         files = _tensor_files(directory)
         prefix = _missing_prefix((name for file in files for name in file.specs), self.family)
@@ -82,7 +87,9 @@ class Checkpoint:
             for stored in file.specs:
                 name = prefix + stored
                 if name in self._places:
-                    raise CheckpointError(f"{directory}: tensor {stored} is stored in two shards")
+                    raise CheckpointError(
+                        f"{directory}: tensor {stored} is stored in two shards; {AGAIN}"
+                    )
                 if not name.endswith(self.family.stale):
                     self._places[name] = (file, stored)
         check_ffn_shapes(self)
@@ -188,12 +195,20 @@ def check_ffn_shapes(source: WeightSource) -> None:
     family = source.family
     count = family.ffn_count(source.config)
     blocks = source.config.num_hidden_layers
-    for name in source.specs if count > 1 else ():
+    for name, stored in source.specs.items():
         layout = family.layout_of(name)
-        if layout is not None and (layout.ffn >= count or layout.block >= blocks):
+        if layout is None:
+            continue
+        if layout.ffn >= count or layout.block >= blocks:
+            experts = f" of {count} experts" if count > 1 else ""
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "
-                f"{blocks} blocks of {count} experts"
+                f"{blocks} blocks{experts}; {AGAIN}"
+            )
+        if stored.dtype not in _COMPUTABLE:
+            raise CheckpointError(
+                f"{source.label}: {name} is stored as {str(stored.dtype).removeprefix('torch.')}; "
+                "save the model in float32, bfloat16 or float16"
             )
     for block, width in enumerate(intermediate_sizes(source.config)):
         for matrix, ffn in product(family.matrices, range(count)):
@@ -202,14 +217,14 @@ def check_ffn_shapes(source: WeightSource) -> None:
             if spec is None:
                 raise CheckpointError(
                     f"{source.label} has no tensor {name}, which a {family.model_type} model "
-                    f"with {source.config.num_hidden_layers} blocks needs"
+                    f"with {source.config.num_hidden_layers} blocks needs; {AGAIN}"
                 )
             layout = family.layout_of(name)
             assert layout is not None
             if len(spec.shape) != 2 or spec.shape[layout.axis] != layout.parts * width:
                 raise CheckpointError(
                     f"{source.label}: {name} has shape {list(spec.shape)}, but the config says "
-                    f"that block {block} has {width} FFN channels"
+                    f"that block {block} has {width} FFN channels; {AGAIN}"
                 )
 
 
@@ -224,39 +239,6 @@ def _missing_prefix(stored: Iterable[str], family: Family) -> str:
 
 def _elements(spec: TensorSpec) -> int:
     return spec.nbytes // spec.dtype.itemsize
-
-
-def _read_config(directory: Path) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING
-
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        model_type = fields["model_type"]
-        check_is_text_only(fields)
-        family = family_of_type(model_type)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a model config: it names no model_type") from error
-    # Of our own code only the name counts: cfsp builds such a model with its own copy.
-    if not fields.get("auto_map", {}).items() <= auto_map(family).items():
-        raise CheckpointError(
-            f"{directory} brings its own modelling code, which may compute something else than "
-            f"the stock {family.causal_lm}; cfsp prunes stock models and its own output only"
-        )
-    try:
-        # Our own modelling file replaces only the model class: the stock config class fits.
-        config: PreTrainedConfig = CONFIG_MAPPING[family.model_type].from_pretrained(directory)
-        intermediate_sizes(config)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # transformers validates with many exception types
-        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} is not a usable {family.model_type} config: {summary}"
-        ) from error
-    return config
 
 
 def _tensor_files(directory: Path) -> Sequence[TensorFile]:
@@ -274,15 +256,31 @@ def _tensor_files(directory: Path) -> Sequence[TensorFile]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a checkpoint index: no weight_map") from error
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError("file names are not text")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {index}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} is not a checkpoint index: no weight_map; download the model again"
+        ) from error
     for shard in shards:
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names a file outside its directory: {shard}")
-        if not (directory / shard).is_file():
-            raise CheckpointError(f"{index} names {shard}, which is missing; download it again")
+            raise CheckpointError(
+                f"{index} names a file outside its directory: {shard[:_LONGEST_NAME]}; "
+                "download the model again"
+            )
+        if len(shard) > _LONGEST_NAME or not (directory / shard).is_file():
+            raise CheckpointError(
+                f"{index} names {shard[:_LONGEST_NAME]}, which is missing; download it again"
+            )
     files = [TensorFile(directory / shard) for shard in shards]
     stored = {name for file in files for name in file.specs}
     if missing := sorted(set(weight_map) - stored):
-        raise CheckpointError(f"{index} names {missing[0]}, which no shard holds")
+        raise CheckpointError(f"{index} names {missing[0]}, which no shard holds; {AGAIN}")
+    for file in files:
+        if extra := sorted(set(file.specs) - set(weight_map)):
+            raise CheckpointError(
+                f"{file.path} holds {extra[0]}, which {INDEX_FILE} does not name; {AGAIN}"
+            )
     return files

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cfsp.checkpoint.expert_tensors import assemble, pieces
+from cfsp.checkpoint.expert_tensors import Piece, assemble, pieces
 from cfsp.checkpoint.modeling_code import pruned_class
+from cfsp.checkpoint.tensor_file import AGAIN
 from cfsp.errors import CheckpointError
 from cfsp.families import Family, family_of, intermediate_sizes
 
@@ -37,8 +38,15 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     from accelerate import init_empty_weights
 
     build: Any = model_class(config)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = build._from_config(config, dtype=dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = build._from_config(config, dtype=dtype)
+    except Exception as error:  # whatever a config's numbers and names make transformers do
+        raise CheckpointError(
+            f"no {config.model_type} model can be built from the numbers and names in config.json "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}); "
+            "correct it or download it again"
+        ) from error
     return model.eval()
 
 
@@ -77,21 +85,42 @@ def read_tensors(
     """
     tensors = {}
     for name, parameter in module.named_parameters():
-        parts = pieces(source.family, prefix + name, parameter.shape)
-        for part in parts:
-            spec = source.specs.get(part.name)
-            if spec is None:
-                raise CheckpointError(f"{source.label} lacks the tensor {part.name}")
-            expected = parameter[part.place].shape if part.place else parameter.shape
-            if spec.shape != tuple(expected):
-                raise CheckpointError(
-                    f"{source.label}: {part.name} has shape {list(spec.shape)}, "
-                    f"its config asks for {list(expected)}"
-                )
+        parts = _stored_parts(source, prefix + name, parameter)
         tensors[name] = assemble(
             parts, parameter.shape, lambda stored: source.read(stored).to(dtype)
         )
     return tensors
+
+
+def check_complete(source: WeightSource) -> None:
+    """Check that a model's file has every tensor of the model, in its shape.
+
+    Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
+
+    Raises:
+        CheckpointError: the source lacks a tensor or has it in another shape.
+    """
+    model = build_skeleton(source.config, torch.float32)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, parameter in model.named_parameters():
+        if name not in tied:
+            _stored_parts(source, name, parameter)
+
+
+def _stored_parts(source: WeightSource, name: str, parameter: torch.Tensor) -> list[Piece]:
+    """Return what a checkpoint stores of a parameter, after checking that it is there."""
+    parts = pieces(source.family, name, parameter.shape)
+    for part in parts:
+        spec = source.specs.get(part.name)
+        if spec is None:
+            raise CheckpointError(f"{source.label} lacks the tensor {part.name}; {AGAIN}")
+        expected = parameter[part.place].shape if part.place else parameter.shape
+        if spec.shape != tuple(expected):
+            raise CheckpointError(
+                f"{source.label}: {part.name} has shape {list(spec.shape)}, "
+                f"its config asks for {list(expected)}; {AGAIN}"
+            )
+    return parts
 
 
 def fill(module: nn.Module, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

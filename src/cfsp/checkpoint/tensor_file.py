@@ -41,6 +41,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# What cures a damaged file.
+AGAIN = "download or save it again"
+
 _MAX_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 16 << 20
 
@@ -96,9 +99,10 @@ class TensorFile:
                 if name != "__metadata__"
             ]
             entries.sort()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.path} is not a safetensors file: its header is not readable"
+                f"{self.path} is not a safetensors file: its header is not readable; "
+                "download or save it again"
             ) from error
         end = 0
         for start, stop, name, dtype_name, shape in entries:
@@ -108,12 +112,16 @@ class TensorFile:
                     f"expected one of {', '.join(DTYPES)}"
                 )
             if not all(isinstance(n, int) and n >= 0 for n in (start, stop, *shape)):
-                raise CheckpointError(f"{self.path}: tensor {name} has an impossible shape {shape}")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} has an impossible shape {shape}; "
+                    "download or save it again"
+                )
             spec = TensorSpec(DTYPES[dtype_name], shape)
             if start != end or stop - start != spec.nbytes:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} {list(shape)} {dtype_name} needs {spec.nbytes} "
-                    f"bytes from {end}, its header says {start} to {stop}; the file is damaged"
+                    f"bytes from {end}, its header says {start} to {stop}; the file is damaged: "
+                    "download or save it again"
                 )
             end = stop
             self.specs[name] = spec

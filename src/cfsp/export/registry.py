@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cfsp.checkpoint.output import staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import check_complete
 from cfsp.errors import UsageError
 from cfsp.export import gguf, openvino, padded, uniform, vllm
 from cfsp.export.target import ExportOptions, ExportReport, Target
@@ -52,6 +53,7 @@ def export_checkpoint(
         raise UsageError(
             f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"
         )
+    check_complete(source)
     watch = Stopwatch()
     with staged_file(out) if target.suffix else staged_directory(out) as staging:
         with watch.stage("write"):

@@ -27,7 +27,7 @@ from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.calibration.calibrate import (
     StatisticsFiles,
     calibration_record,
-    check_vocabulary_size,
+    check_tokens,
     statistics_of,
 )
 from cfsp.calibration.statistics import BlockStatistics
@@ -147,7 +147,7 @@ def restore_blocks(
             "restoration needs at least 2 windows, one of them held out, found 1; "
             "give more --samples, or --restore none"
         )
-    check_vocabulary_size(source.config.vocab_size, tokens_NT, source.label)
+    check_tokens(source.config, tokens_NT, source.label)
     directory = place.directory_of(PASS_NAME)
     record = calibration_record(source, Windows(tokens_NT, {}), device=device, dtype=dtype, seed=0)
     restored = pass_blocks(

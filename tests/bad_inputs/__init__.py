@@ -1,0 +1,1 @@
+"""A catalogue of bad input: every row is refused with one sentence and leaves nothing behind."""

@@ -1,0 +1,246 @@
+"""The harness of the catalogue: one row is a spoilt input, a command, and what it must answer.
+
+A row passes if the command exits with status 2, prints nothing on standard output and one
+sentence on standard error that names the thing and the cure, changes nothing that it reads, and
+leaves nothing where it works: neither in the directory of the output, nor among temporary files,
+nor in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.cli import main
+
+# The arguments that give a tiny calibration.
+TEXT = "--data {text} --samples 4 --seqlen 32"
+PRUNE = "prune {model} --out {out} --sparsity 0.4 --multiple 4"
+
+
+@dataclass(frozen=True)
+class Originals:
+    """What every case gets copies of; made once."""
+
+    tiny: Callable[[str], Path]
+    sharded: Path
+    pruned: Path
+    text: Path
+    other_plan: Path
+    other_statistics: Path
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one case happens; an input is copied when it is first named.
+
+    Attributes:
+        inputs: all that a command may read; it must not change.
+        work: the current directory, with the output; empty before and after.
+        aside: temporary files and the cache; likewise.
+    """
+
+    originals: Originals
+    root: Path
+
+    def __post_init__(self) -> None:
+        for directory in (self.inputs, self.work, self.temporary, self.cache):
+            directory.mkdir(parents=True)
+
+    @property
+    def inputs(self) -> Path:
+        return self.root / "inputs"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def temporary(self) -> Path:
+        return self.root / "aside" / "temporary"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "aside" / "cache"
+
+    @property
+    def out(self) -> Path:
+        return self.work / "out"
+
+    def _copy(self, source: Path, name: str) -> Path:
+        target = self.inputs / name
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copyfile(source, target)
+        return target
+
+    @cached_property
+    def model(self) -> Path:
+        return self._copy(self.originals.tiny("llama"), "model")
+
+    @cached_property
+    def sharded(self) -> Path:
+        return self._copy(self.originals.sharded, "sharded")
+
+    @cached_property
+    def gpt2(self) -> Path:
+        return self._copy(self.originals.tiny("gpt2"), "gpt2")
+
+    @cached_property
+    def mixtral(self) -> Path:
+        return self._copy(self.originals.tiny("mixtral"), "mixtral")
+
+    @cached_property
+    def pruned(self) -> Path:
+        return self._copy(self.originals.pruned, "pruned")
+
+    @cached_property
+    def text(self) -> Path:
+        return self._copy(self.originals.text, "prose.txt")
+
+    @cached_property
+    def plan(self) -> Path:
+        return self._copy(self.originals.pruned / "cfsp_plan.json", "plan.json")
+
+    @cached_property
+    def statistics(self) -> Path:
+        return self._copy(
+            self.originals.pruned / "cfsp_statistics.safetensors", "statistics.safetensors"
+        )
+
+    @cached_property
+    def other_plan(self) -> Path:
+        return self._copy(self.originals.other_plan, "other-plan.json")
+
+    @cached_property
+    def other_statistics(self) -> Path:
+        return self._copy(self.originals.other_statistics, "other-statistics.safetensors")
+
+    def fill(self, template: str) -> str:
+        """Put paths in the place of names in braces."""
+        return template.format_map(_Names(self))
+
+
+class _Names(dict[str, Path]):
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self._place = place
+
+    def __missing__(self, name: str) -> Path:
+        path: Path = getattr(self._place, name)
+        return path
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """One row.
+
+    Attributes:
+        command: what follows `cfsp`; names in braces are attributes of `Place`.
+        says: what the sentence must contain about the thing; likewise.
+        cure: what it must contain about what to do.
+        spoil: what is done to the inputs before.
+    """
+
+    command: str
+    says: str
+    cure: str
+    spoil: Callable[[Place], object] | None = None
+
+
+Table = dict[str, BadInput]
+
+
+def assert_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    """Run a row and check all of what it must and must not do."""
+    argv = [place.fill(word) for word in shlex.split(case.command)]
+    says = place.fill(case.says)
+    if case.spoil is not None:
+        case.spoil(place)
+    before = digest_of(place.inputs)
+    capfd.readouterr()
+    status = exit_status(argv)
+    out, err = capfd.readouterr()
+    assert status == 2, (status, out, err)
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    assert err.startswith(f"cfsp {argv[0]}: "), err
+    assert "Traceback" not in err
+    assert says in err, err
+    assert case.cure in err, err
+    assert digest_of(place.inputs) == before
+    assert everything_in(place.work) == []
+    assert everything_in(place.temporary) == everything_in(place.cache) == []
+
+
+def exit_status(argv: list[str]) -> int:
+    """Run a command in this process and return its exit status."""
+    try:
+        return main(argv)
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+def everything_in(directory: Path) -> list[str]:
+    """Return the names of everything in a directory, at any depth."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def digest_of(directory: Path) -> str:
+    """Return a digest over the names, kinds and contents of everything in a directory."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        digest.update(f"{path.relative_to(directory)}\0".encode())
+        if path.is_symlink():
+            digest.update(f"link to {path.readlink()}".encode())
+        elif path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+# Ways to spoil a file.
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the fields of a JSON file."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    change(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
+
+
+def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the header of a safetensors file and leave its data."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tensors of a safetensors file and leave its metadata."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def cut(path: Path, nbytes: int) -> None:
+    """Take bytes off the end of a file."""
+    path.write_bytes(path.read_bytes()[:-nbytes])

@@ -1,0 +1,57 @@
+"""Fixtures of the catalogue: originals made once, and a place for each case."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bad_inputs.catalogue import BadInput, Originals, Place, assert_refused
+from cfsp.cli import main
+from tiny_models import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def originals(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Originals:
+    directory = tmp_path_factory.mktemp("originals")
+    llama, other = str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen3"))
+    text = ["--data", str(text_file), "--samples", "4", "--seqlen", "32"]
+    budget = ["--sparsity", "0.4", "--multiple", "4"]
+    sharded = directory / "sharded"
+    shutil.copytree(llama, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_tiny_model("llama", sharded, max_shard_size="50KB")
+    pruned = ["prune", llama, *text, *budget, "--out", str(directory / "pruned")]
+    calibrated = ["calibrate", other, *text, "--out", str(directory / "statistics")]
+    planned = ["plan", other, "--statistics", str(directory / "statistics"), *budget]
+    for argv in (pruned, calibrated, [*planned, "--out", str(directory / "plan.json")]):
+        assert main(argv) == 0
+    return Originals(
+        tiny_checkpoint,
+        sharded,
+        directory / "pruned",
+        text_file,
+        directory / "plan.json",
+        directory / "statistics",
+    )
+
+
+@pytest.fixture
+def place(originals: Originals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    place = Place(originals, tmp_path / "case")
+    monkeypatch.chdir(place.work)
+    monkeypatch.setenv("CFSP_CACHE", str(place.cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(place.temporary))
+    return place
+
+
+@pytest.fixture
+def refused(place: Place, capfd: pytest.CaptureFixture[str]) -> Callable[[BadInput], None]:
+    """Check one row of the catalogue."""
+    return lambda case: assert_refused(case, place, capfd)

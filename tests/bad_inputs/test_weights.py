@@ -1,0 +1,415 @@
+"""Weight files, their index and the config: damaged, lying, pointing elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bad_inputs.catalogue import (
+    PRUNE,
+    TEXT,
+    BadInput,
+    Place,
+    Table,
+    cut,
+    edit_header,
+    edit_json,
+    edit_tensors,
+)
+
+INDEX = "model.safetensors.index.json"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def weights(change: Callable[[Path], object]) -> Callable[[Place], object]:
+    return lambda place: change(place.model / "model.safetensors")
+
+
+def header(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], object]:
+    return weights(lambda path: edit_header(path, change))
+
+
+def tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], object]:
+    return weights(lambda path: edit_tensors(path, change))
+
+
+def config(name: str = "model", **changes: object) -> Callable[[Place], object]:
+    return lambda place: edit_json(
+        getattr(place, name) / "config.json", lambda fields: fields.update(changes)
+    )
+
+
+def index(text: str) -> Callable[[Place], object]:
+    return lambda place: (place.sharded / INDEX).write_text(text)
+
+
+def all_in(shard: object) -> Callable[[Place], object]:
+    """Let the index say that all tensors are in one shard."""
+    return lambda place: edit_json(
+        place.sharded / INDEX,
+        lambda fields: fields.update(weight_map=dict.fromkeys(fields["weight_map"], shard)),
+    )
+
+
+def shard_elsewhere(place: Place) -> None:
+    """Put a shard outside the directory and a link in its place."""
+    shard = sorted(place.sharded.glob("model-*.safetensors"))[0]
+    elsewhere = place.inputs / "elsewhere.safetensors"
+    shard.rename(elsewhere)
+    shard.symlink_to(elsewhere)
+
+
+def tokenizer_elsewhere(place: Place) -> None:
+    """A file that would be copied into the output is a link to a secret."""
+    secret = place.inputs / "secret"
+    secret.write_text("secret")
+    (place.model / "chat_template.jinja").unlink(missing_ok=True)
+    (place.model / "notes.txt").symlink_to(secret)
+
+
+def drop(*names: str) -> Callable[[dict[str, Any]], object]:
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def replace(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Place], object]:
+    return tensors(lambda found: found.update({name: make(found[name])}))
+
+
+def add(name: str, shape: tuple[int, ...]) -> Callable[[Place], object]:
+    return tensors(lambda found: found.update({name: torch.zeros(shape)}))
+
+
+FILES: Table = {
+    "header longer than the file": BadInput(
+        "inspect {model}",
+        "{model}/model.safetensors is not a complete safetensors file",
+        "download or save it again",
+        weights(lambda path: path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")),
+    ),
+    "empty weight file": BadInput(
+        "verify {pruned}",
+        "model.safetensors is not a complete safetensors file: it has 0 bytes",
+        "download or save it again",
+        lambda place: (place.pruned / "model.safetensors").write_bytes(b""),
+    ),
+    "interrupted download": BadInput(
+        f"calibrate {{model}} --out {{out}} {TEXT}",
+        "{model}/model.safetensors is truncated or damaged",
+        "download or save it again",
+        weights(lambda path: cut(path, 5000)),
+    ),
+    "overlapping offsets": BadInput(
+        f"{PRUNE} {TEXT}",
+        f"{{model}}/model.safetensors: tensor {NORM}",
+        "download or save it again",
+        header(lambda h: h[NORM].update(data_offsets=[4, 132])),
+    ),
+    "dtype that nobody knows": BadInput(
+        "export {model} --to padded --out {out}",
+        f"tensor {NORM} has dtype F1",
+        "expected one of F64",
+        header(lambda h: h[NORM].update(dtype="F1")),
+    ),
+    "another dtype than the bytes": BadInput(
+        "eval {model} --data {text} --windows 1 --seqlen 32",
+        f"tensor {NORM} [32] F16",
+        "download or save it again",
+        header(lambda h: h[NORM].update(dtype="F16")),
+    ),
+    "whole numbers as weights": BadInput(
+        f"{PRUNE} {TEXT}",
+        f"{GATE} is stored as int8",
+        "save the model in float32, bfloat16 or float16",
+        replace(GATE, lambda t: t.to(torch.int8)),
+    ),
+    "quantised model": BadInput(
+        f"{PRUNE} {TEXT}",
+        "{model} is quantised (fp8)",
+        "save the model in float32, bfloat16 or float16",
+        config(quantization_config={"quant_method": "fp8"}),
+    ),
+    "header nested too deeply": BadInput(
+        "inspect {model}",
+        "{model}/model.safetensors is not a safetensors file",
+        "download or save it again",
+        weights(lambda path: path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)),
+    ),
+    "weights of a pickle": BadInput(
+        "recover {model} --data {text} --steps 1 --out {out}",
+        "a pickle, which can run code",
+        "save the model as safetensors",
+        weights(lambda path: path.rename(path.with_name("pytorch_model.bin"))),
+    ),
+    "no FFN matrix": BadInput(
+        "recover {pruned} --data {text} --steps 1 --out {out}",
+        f"no tensor {GATE}",
+        "download or save it again",
+        lambda place: edit_tensors(place.pruned / "model.safetensors", drop(GATE)),
+    ),
+    "no norm, to calibrate": BadInput(
+        f"calibrate {{model}} --out {{out}} {TEXT}",
+        f"{{model}} lacks the tensor {NORM}",
+        "download or save it again",
+        tensors(drop(NORM)),
+    ),
+    "no norm, to evaluate": BadInput(
+        "eval {model} --data {text} --windows 1 --seqlen 32",
+        f"{{model}} lacks the tensor {NORM}",
+        "download or save it again",
+        tensors(drop(NORM)),
+    ),
+    "no norm, to export": BadInput(
+        "export {model} --to padded --out {out}",
+        f"{{model}} lacks the tensor {NORM}",
+        "download or save it again",
+        tensors(drop(NORM)),
+    ),
+    "no embeddings": BadInput(
+        "export {model} --to gguf --out {work}/out.gguf",
+        "{model} lacks the tensor model.embed_tokens.weight",
+        "download or save it again",
+        tensors(drop("model.embed_tokens.weight")),
+    ),
+    "norm of another length": BadInput(
+        "eval {model} --data {text} --windows 1 --seqlen 32",
+        f"{NORM} has shape [16], its config asks for [32]",
+        "download or save it again",
+        replace(NORM, lambda t: t[:16].clone()),
+    ),
+    "attention of another width": BadInput(
+        f"{PRUNE} {TEXT}",
+        "q_proj.weight has shape [32, 16], its config asks for [32, 32]",
+        "download or save it again",
+        replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
+    ),
+    "a block more than the config says": BadInput(
+        f"{PRUNE} {TEXT} --restore none",
+        "{model} has a tensor model.layers.3.mlp.up_proj.weight",
+        "download or save it again",
+        add("model.layers.3.mlp.up_proj.weight", (96, 32)),
+    ),
+    "an expert more than the config says": BadInput(
+        f"calibrate {{mixtral}} --out {{out}} {TEXT}",
+        "{mixtral} has a tensor model.layers.0.block_sparse_moe.experts.2",
+        "download or save it again",
+        config("mixtral", num_local_experts=2),
+    ),
+}
+
+INDEXES: Table = {
+    "index that climbs out": BadInput(
+        "inspect {sharded}",
+        f"{{sharded}}/{INDEX} names a file outside its directory: ../elsewhere.safetensors",
+        "download the model again",
+        all_in("../elsewhere.safetensors"),
+    ),
+    "index with an absolute path": BadInput(
+        f"calibrate {{sharded}} --out {{out}} {TEXT}",
+        f"{INDEX} names a file outside its directory: /etc/passwd",
+        "download the model again",
+        all_in("/etc/passwd"),
+    ),
+    "shard that is a link to elsewhere": BadInput(
+        "verify {sharded}",
+        "a link to a file outside the directory",
+        "put the file itself there",
+        shard_elsewhere,
+    ),
+    "link that would be copied into the output": BadInput(
+        f"{PRUNE} {TEXT}",
+        "{model}/notes.txt is a link to a file outside the directory",
+        "put the file itself there",
+        tokenizer_elsewhere,
+    ),
+    "index with numbers for names": BadInput(
+        "eval {sharded} --data {text} --windows 1 --seqlen 32",
+        f"{{sharded}}/{INDEX} is not a checkpoint index",
+        "download the model again",
+        all_in(7),
+    ),
+    "index with an endless name": BadInput(
+        "inspect {sharded}",
+        f"{{sharded}}/{INDEX} names xxxx",
+        "download it again",
+        all_in("x" * 5000),
+    ),
+    "index nested too deeply": BadInput(
+        "inspect {sharded}",
+        f"{{sharded}}/{INDEX} is not a checkpoint index",
+        "download the model again",
+        index("[" * 100_000),
+    ),
+    "index that is binary": BadInput(
+        "export {sharded} --to padded --out {out}",
+        f"{{sharded}}/{INDEX} is not a checkpoint index",
+        "download the model again",
+        lambda place: (place.sharded / INDEX).write_bytes(b"\xff\x00\xfe"),
+    ),
+    "index without one tensor": BadInput(
+        "inspect {sharded}",
+        f"holds {GATE}, which {INDEX} does not name",
+        "download or save it again",
+        lambda place: edit_json(place.sharded / INDEX, lambda f: f["weight_map"].pop(GATE)),
+    ),
+}
+
+CONFIGS: Table = {
+    "config that is no JSON": BadInput(
+        "inspect {model}",
+        "{model}/config.json is not a model config",
+        "download it again",
+        lambda place: (place.model / "config.json").write_text("{"),
+    ),
+    "config that is a list": BadInput(
+        "eval {model} --data {text}",
+        "{model}/config.json is not a model config",
+        "download it again",
+        lambda place: (place.model / "config.json").write_text("[]"),
+    ),
+    "config nested too deeply": BadInput(
+        "inspect {model}",
+        "{model}/config.json is not a model config",
+        "download it again",
+        lambda place: (place.model / "config.json").write_text('{"a":' * 100_000),
+    ),
+    "config with a billion blocks": BadInput(
+        f"{PRUNE} {TEXT}",
+        "num_hidden_layers is 1000000000",
+        "download it again",
+        config(num_hidden_layers=10**9),
+    ),
+    "config with a number beyond all": BadInput(
+        "inspect {model}",
+        "hidden_size is 1",
+        "download it again",
+        config(hidden_size=10**30),
+    ),
+    "config with no blocks": BadInput(
+        f"{PRUNE} {TEXT}",
+        "num_hidden_layers is 0",
+        "download it again",
+        config(num_hidden_layers=0),
+    ),
+    "config with negative width": BadInput(
+        "inspect {model}",
+        "intermediate_size is -96",
+        "download it again",
+        config(intermediate_size=-96),
+    ),
+    "config with no heads": BadInput(
+        f"calibrate {{model}} --out {{out}} {TEXT}",
+        "num_attention_heads is 0",
+        "download it again",
+        config(num_attention_heads=0),
+    ),
+    "config with heads that do not divide": BadInput(
+        f"calibrate {{model}} --out {{out}} {TEXT}",
+        "{model}/config.json",
+        "download it again",
+        config(num_attention_heads=5, num_key_value_heads=3, head_dim=None),
+    ),
+    "config with a width of text": BadInput(
+        "inspect {model}",
+        "intermediate_size is 'wide'",
+        "download it again",
+        config(intermediate_size="wide"),
+    ),
+    "config with a fraction of a block": BadInput(
+        f"{PRUNE} {TEXT}",
+        "num_hidden_layers is 2.5",
+        "download it again",
+        config(num_hidden_layers=2.5),
+    ),
+    "config with an unknown activation": BadInput(
+        f"{PRUNE} {TEXT}",
+        "no llama model can be built from the numbers and names in config.json (KeyError",
+        "download it again",
+        config(hidden_act="magic"),
+    ),
+    "config with a larger vocabulary": BadInput(
+        f"{PRUNE} {TEXT}",
+        "model.embed_tokens.weight has shape [320, 32], its config asks for [640, 32]",
+        "download or save it again",
+        config(vocab_size=640),
+    ),
+    "widths for blocks that are not there": BadInput(
+        f"calibrate {{pruned}} --out {{out}} {TEXT}",
+        "{pruned}/config.json",
+        "download it again",
+        lambda place: edit_json(
+            place.pruned / "config.json",
+            lambda f: f["per_layer_config"].update({"999999999": {"intermediate_size": 8}}),
+        ),
+    ),
+    "width of one block is text": BadInput(
+        "inspect {pruned}",
+        "{pruned}/config.json",
+        "download it again",
+        lambda place: edit_json(
+            place.pruned / "config.json",
+            lambda f: f["per_layer_config"].update({"0": {"intermediate_size": "x"}}),
+        ),
+    ),
+    "modelling code of somebody else": BadInput(
+        "recover {model} --data {text} --steps 1 --out {out}",
+        "{model} brings its own modelling code",
+        "cfsp prunes stock models and its own output only",
+        config(auto_map={"AutoModelForCausalLM": "evil.Model"}),
+    ),
+    "auto_map that is a list": BadInput(
+        "inspect {model}",
+        "{model} brings its own modelling code",
+        "cfsp prunes stock models and its own output only",
+        config(auto_map=["evil.Model"]),
+    ),
+    "more positions than were learnt": BadInput(
+        "calibrate {gpt2} --out {out} --data {text} --samples 4 --seqlen 512",
+        "{gpt2} has learnt 256 positions, the windows have 512 tokens",
+        "give a --seqlen of at most 256",
+    ),
+    "more positions than were learnt, to evaluate": BadInput(
+        "eval {gpt2} --data {text} --windows 1 --seqlen 512",
+        "has learnt 256 positions, the windows have 512 tokens",
+        "give a --seqlen of at most 256",
+    ),
+    "a square of positions": BadInput(
+        f"calibrate {{gpt2}} --out {{out}} {TEXT}",
+        "transformer.wpe.weight has shape [256, 32], its config asks for [1000000, 32]",
+        "download or save it again",
+        config("gpt2", n_positions=1_000_000),
+    ),
+    "family that is not supported": BadInput(
+        "verify {model}",
+        "model type 'bert' is not supported",
+        "supported are: ",
+        config(model_type="bert"),
+    ),
+}
+
+CASES: Table = {**FILES, **INDEXES, **CONFIGS}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
+    refused(CASES[name])
+
+
+def test_links_into_the_cache_of_the_hub_are_followed(place: Place) -> None:
+    """Files of a snapshot are links into the directory of blobs beside it."""
+    from cfsp.checkpoint.reading import Checkpoint
+
+    repository = place.inputs / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "0").mkdir(parents=True)
+    for number, path in enumerate(sorted(place.sharded.iterdir())):
+        path.rename(repository / "blobs" / str(number))
+        link = repository / "snapshots" / "0" / path.name
+        link.symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert Checkpoint(repository / "snapshots" / "0").specs
+    assert json.loads((repository / "snapshots" / "0" / INDEX).read_text())["weight_map"]
