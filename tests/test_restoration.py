@@ -18,7 +18,11 @@ from cfsp.errors import TextError
 from cfsp.manifest import read_manifest
 from cfsp.restoration.gram import GramSums
 from cfsp.restoration.restore import restore_blocks
-from cfsp.restoration.ridge import factor_in_place, restore_down_projection
+from cfsp.restoration.ridge import (
+    factor_in_place,
+    restore_down_projection,
+    solve_in_place,
+)
 from cfsp.workplace import Workplace
 
 
@@ -54,8 +58,12 @@ def test_factor_in_place_is_cholesky(size: int, seed: int) -> None:
     root = torch.randn(size, size, generator=generator, dtype=torch.float64)
     matrix = root @ root.T / size + torch.eye(size, dtype=torch.float64)
     expected = torch.linalg.cholesky(matrix)
+    right = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    solution = torch.linalg.solve(matrix, right)
     assert factor_in_place(matrix)
     assert torch.allclose(torch.tril(matrix), expected, atol=1e-9)
+    solve_in_place(matrix, right)
+    assert torch.allclose(right, solution, atol=1e-8)
 
 
 def test_factor_in_place_refuses_what_is_not_positive_definite() -> None:

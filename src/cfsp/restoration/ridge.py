@@ -135,8 +135,8 @@ def _solve(
         part = slice(start, start + _SOLVE_COLUMNS)
         pruned_CP = down_DF[part].index_select(1, pruned_P).double()
         lost_KC = _times_gram(gram_FF, kept_K, pruned_P, pruned_CP)
-        change_KC = torch.cholesky_solve(lost_KC, system_KK)
-        restored_DK[part] = (plain_DK[part].double() + change_KC.T).to(plain_DK.dtype)
+        solve_in_place(system_KK, lost_KC)
+        restored_DK[part] = (plain_DK[part].double() + lost_KC.T).to(plain_DK.dtype)
     return restored_DK
 
 
@@ -182,3 +182,26 @@ def factor_in_place(matrix_KK: Tensor) -> bool:
             left = matrix_KK[column:, start:stop]
             matrix_KK[column:, column:end] -= left @ matrix_KK[column:end, start:stop].T
     return True
+
+
+def solve_in_place(factor_KK: Tensor, right_KC: Tensor) -> None:
+    """Replace B by the solution X of L L^T X = B, panel by panel.
+
+    torch's `cholesky_solve` copies the whole factor, for every few columns again.
+
+    Args:
+        factor_KK: L, as `factor_in_place` leaves it.
+        right_KC: B, and then X.
+    """
+    size = factor_KK.shape[0]
+    starts = range(0, size, _FACTOR_PANEL)
+    for start in starts:
+        stop = min(start + _FACTOR_PANEL, size)
+        corner, panel_PC = factor_KK[start:stop, start:stop], right_KC[start:stop]
+        panel_PC.copy_(torch.linalg.solve_triangular(corner, panel_PC, upper=False))
+        right_KC[stop:] -= factor_KK[stop:, start:stop] @ panel_PC
+    for start in reversed(starts):
+        stop = min(start + _FACTOR_PANEL, size)
+        corner, panel_PC = factor_KK[start:stop, start:stop], right_KC[start:stop]
+        panel_PC -= factor_KK[stop:, start:stop].T @ right_KC[stop:]
+        panel_PC.copy_(torch.linalg.solve_triangular(corner.T, panel_PC, upper=True))
