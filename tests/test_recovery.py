@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
@@ -31,7 +32,7 @@ from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
 from cfsp.recovery.teacher import TeacherChoice
 from cfsp.recovery.workspace import Workspace
-from cfsp.settings import EvaluationText
+from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
 from tiny_models import TINY_CONFIGS
 
@@ -179,6 +180,31 @@ print(json.dumps({"gap": gap, "ranks": [l.r["default"] for l in layers],
     assert found["ranks"] == ranks
     assert found["scales"] == [2.0] * len(ranks)
     assert not found["cfsp"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_bfloat16_model_is_trained_and_stays_bfloat16(pruned, text_file, tmp_path, method):
+    source = tmp_path / "bfloat16"
+    shutil.copytree(pruned, source)
+    save_file(
+        {k: v.to(torch.bfloat16) for k, v in tensors(pruned).items()},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    report = recover(
+        source,
+        tmp_path / "out",
+        text_file,
+        adaptation=Adaptation(method, rank=2),
+        # As on a machine that multiplies bfloat16 natively.
+        compute=Compute(dtype="bfloat16"),
+        training=training(12, learning_rate=1e-2),
+    )
+    assert {v.dtype for v in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    assert changed(source, tmp_path / "out")
+    assert report.history[-1]["perplexity"] < report.history[0]["perplexity"]
 
 
 def test_same_seed_same_weights_and_another_seed_others(pruned, text_file, tmp_path):

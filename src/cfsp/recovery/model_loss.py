@@ -149,9 +149,11 @@ def multiplies_only(model: PreTrainedModel) -> bool:
     if getattr(head, "bias", None) is not None or model.training:
         return False
     token_BT = torch.tensor([[0, 1]], device=model.device)
+    # Trained tensors are float32 between others in bfloat16, as in training itself.
+    mixed = torch.autocast(model.device.type, torch.bfloat16, model.dtype == torch.bfloat16)
     head.forward = _pass
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mixed:
             passed_BTD = callable_model(input_ids=token_BT, use_cache=False).logits
             hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
     finally:
