@@ -142,7 +142,8 @@ def test_digests_of_the_manifest_are_those_of_the_files(
     )
     manifest = json.loads((out / "cfsp.json").read_text())
     assert manifest["files"] == {
-        "model.safetensors": sha256((out / "model.safetensors").read_bytes()).hexdigest()
+        name: sha256((out / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "modeling_cfsp.py")
     }
     assert manifest["plan_digest"] == sha256((out / "cfsp_plan.json").read_bytes()).hexdigest()
     assert manifest["parameters_after"] == sum(
@@ -184,7 +185,7 @@ def test_failure_in_the_middle_of_surgery_leaves_nothing(
     assert entries(tmp_path) == set()
 
 
-def test_full_disk_is_an_output_error_and_leaves_nothing(
+def test_full_disk_is_an_output_error_that_the_same_command_goes_on_from(
     pruning: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cfsp.checkpoint.tensor_file as tensor_file
@@ -200,10 +201,13 @@ def test_full_disk_is_an_output_error_and_leaves_nothing(
     monkeypatch.setattr(tensor_file, "_write_all", full)
     with pytest.raises(OutputError, match=r"cannot write .*out: No space left on device"):
         pruning(tmp_path / "out")
-    assert entries(tmp_path) == set()
+    assert entries(tmp_path) == {"out.work"}
+    monkeypatch.undo()
+    pruning(tmp_path / "out")
+    assert entries(tmp_path) == {"out"}
 
 
-def test_interrupt_leaves_nothing(
+def test_interrupt_leaves_only_the_work_so_far(
     pruning: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Checkpoint, name: str) -> Any:
@@ -212,7 +216,10 @@ def test_interrupt_leaves_nothing(
     monkeypatch.setattr(Checkpoint, "chunks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pruning(tmp_path / "out")
-    assert entries(tmp_path) == set()
+    assert entries(tmp_path) == {"out.work"}
+    monkeypatch.undo()
+    pruning(tmp_path / "out")
+    assert entries(tmp_path) == {"out"}
 
 
 def test_output_that_is_not_empty_is_refused_and_kept(
