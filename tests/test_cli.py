@@ -450,5 +450,5 @@ def test_interrupt_says_that_nothing_was_written(
 
     monkeypatch.setattr(Checkpoint, "read", interrupt)
     _, err = cli("prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text, status=130)
-    assert "interrupted; no output was written" in err
+    assert "interrupted; nothing is half-written" in err
     assert entries(tmp_path) == set()

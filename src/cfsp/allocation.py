@@ -97,6 +97,9 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
             f"--multiple must be a multiple of {size.grain} for this model, found {multiple}: "
             "experts are multiplied in groups, which takes rows of whole 16 bytes"
         )
+    widest = max(size.width_L)
+    if budget.multiple is not None and multiple > widest:
+        raise UsageError(f"--multiple must be at most {widest} for this model, found {multiple}")
     total = sum(size.width_L)
     least = sum(min(multiple, width) for width in size.width_L)
     if budget.of == "ffn":

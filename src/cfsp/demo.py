@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cfsp.allocation import Budget
 from cfsp.checkpoint.locating import DEMO_NAME, open_checkpoint
+from cfsp.checkpoint.output import check_output_is_free
 from cfsp.manifest import add_to_manifest
 from cfsp.pipeline import PruneReport, prune_checkpoint
 from cfsp.report.write import write_report
@@ -37,11 +38,14 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
         CheckpointError: the package that carries the model is not installed.
         OutputError: `out` exists and is not empty.
     """
+    # Before the model is converted, which takes a while.
+    settings = PruneSettings(Budget(sparsity), text=CalibrationText(("python-docs",), samples=32))
+    check_output_is_free(out)
     source = open_checkpoint(DEMO_NAME)
     report = prune_checkpoint(
         source,
         out,
-        PruneSettings(Budget(sparsity), text=CalibrationText(("python-docs",), samples=32)),
+        settings,
         evaluation=EvaluationText(("python-docs", "python-source"), windows=8),
         command=f"cfsp demo --out {out} --sparsity {sparsity}",
     )

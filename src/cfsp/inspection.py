@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.errors import CheckpointError
 from cfsp.families import intermediate_sizes
-from cfsp.manifest import read_manifest
+from cfsp.manifest import MANIFEST_FILE, read_manifest
 
 _FROM_MANIFEST = (
     "operation",
@@ -22,6 +24,12 @@ _FROM_MANIFEST = (
     "created",
     "versions",
 )
+
+_SHOWN = {
+    "base_model": ("name",),
+    "criterion": ("block_metric", "channel_metric", "multiple"),
+    "calibration": ("sources", "seqlen"),
+}
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -44,5 +52,26 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "pruned": None,
     }
     if manifest is not None:
+        _check(manifest, checkpoint.directory)
         facts["pruned"] = {key: manifest[key] for key in _FROM_MANIFEST if key in manifest}
     return facts
+
+
+def _check(manifest: dict[str, Any], directory: Path) -> None:
+    """Check that the manifest holds what is shown of it.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        float(manifest["ffn_sparsity"]), float(manifest["model_sparsity"])
+        for table, keys in _SHOWN.items():
+            for key in keys:
+                _ = manifest[table][key]
+        for value in manifest["perplexity"].values():
+            float(value["before"]), float(value["after"])
+        dict(manifest["calibration"]["sources"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST_FILE} is damaged ({error!r}); prune the model again"
+        ) from error

@@ -115,7 +115,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = fields["manifest_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged; prune the model again") from error
     if found != MANIFEST_VERSION:
         raise CheckpointError(

@@ -30,7 +30,7 @@ def parse_size(text: str) -> int:
             raise ValueError
         unit = _BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]
         return int(float(match[1]) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
 
 

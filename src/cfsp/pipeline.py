@@ -18,12 +18,16 @@ from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
 from cfsp.checkpoint.modeling_code import code_digests
-from cfsp.checkpoint.output import check_output_is_free, staged_directory
+from cfsp.checkpoint.output import (
+    check_is_outside,
+    check_output_is_free,
+    created_parents,
+    staged_directory,
+)
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.comparison import before_and_after
 from cfsp.decision import Decision, calibrate_windows, decide
-from cfsp.errors import UsageError
 from cfsp.in_memory import build_pruned_model
 from cfsp.manifest import (
     PLAN_FILE,
@@ -154,14 +158,14 @@ def prune_checkpoint(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
+    check_is_outside(out, source.directory)
     check_output_is_free(out)
-    if out.resolve().is_relative_to(source.directory.resolve()):
-        raise UsageError(f"{out} lies inside the source {source.directory}; choose another output")
     if dry_run:
         settings = settings.without_restoration()
     watch = Stopwatch()
     identity = _identity(settings, statistics, plan)
     with (
+        created_parents(out),
         output_workplace(out, identity, settings.compute.memory_budget) as place,
         staged_directory(out) as staging,
     ):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +172,7 @@ class PruningPlan:
         try:
             fields = json.loads(text)
             version = fields["plan_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PlanError(f"{where} is not a pruning plan; make one with: cfsp plan") from error
         if version != PLAN_VERSION:
             raise PlanError(
@@ -179,12 +180,12 @@ class PruningPlan:
             )
         try:
             return cls(
-                model=ModelIdentity(**fields["model"]),
+                model=_checked_identity(ModelIdentity(**fields["model"])),
                 criterion=dict(fields["criterion"]),
-                calibration=dict(fields["calibration"]),
+                calibration=_checked_calibration(dict(fields["calibration"])),
                 blocks=tuple(_block(entry) for entry in fields["blocks"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"{where} is damaged: {error}; make a new plan") from error
 
     def save(self, path: Path) -> None:
@@ -201,7 +202,9 @@ class PruningPlan:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from error
+            raise PlanError(
+                f"cannot read the plan {path}: {error}; make one with: cfsp plan"
+            ) from error
         return cls.from_json(text, str(path))
 
 
@@ -216,6 +219,23 @@ def _experts(block: BlockPlan) -> dict[str, Any]:
     fields: dict[str, Any] = {"experts": block.ffns} if block.ffns > 1 else {}
     if block.few_tokens:
         fields["few_tokens"] = {str(expert): seen for expert, seen in block.few_tokens.items()}
+    return fields
+
+
+def _checked_identity(model: ModelIdentity) -> ModelIdentity:
+    if not all(isinstance(value, str) for value in vars(model).values()):
+        raise TypeError("the model's name, type and fingerprint must be text")
+    return model
+
+
+def _checked_calibration(fields: dict[str, Any]) -> dict[str, Any]:
+    """Check what others than people read of the calibration."""
+    for key in ("windows", "seqlen"):
+        if type(fields[key]) is not int or fields[key] < 1:
+            raise ValueError(f"the calibration has {fields[key]!r} for {key}")
+    sources = fields.get("sources", {})
+    if not isinstance(sources, dict):
+        raise TypeError("the calibration's sources must be a table")
     return fields
 
 
@@ -236,12 +256,15 @@ def _block(entry: dict[str, Any]) -> BlockPlan:
     for kept in set(mask[:total].reshape(ffns, width).sum(axis=1, dtype=int).tolist()):
         if not kept or kept != entry["kept_width"]:
             raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
+    distance, importance = float(entry["distance"]), float(entry["importance"])
+    if not math.isfinite(distance) or not math.isfinite(importance):
+        raise ValueError(f"a block has the distance {distance} and the importance {importance}")
     few = {int(expert): int(seen) for expert, seen in dict(entry.get("few_tokens", {})).items()}
     return BlockPlan(
         width=width,
         kept=tuple(np.flatnonzero(mask).tolist()),
-        distance=float(entry["distance"]),
-        importance=float(entry["importance"]),
+        distance=distance,
+        importance=importance,
         ffns=ffns,
         few_tokens=few,
     )

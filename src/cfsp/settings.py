@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from cfsp.allocation import Budget
+from cfsp.errors import UsageError
 from cfsp.loading import compute_device, compute_dtype
 from cfsp.planning import Criterion
 from cfsp.text.windows import DEFAULT_SEQLEN, Windows, draw_windows
@@ -21,6 +22,9 @@ Restore = Literal["ridge", "none"]
 RESTORE_METHODS: tuple[Restore, ...] = ("ridge", "none")
 DEFAULT_RESTORE: Restore = "ridge"
 
+LONGEST_WINDOW = 1 << 24
+MOST_WINDOWS = 1 << 32
+
 
 @dataclass(frozen=True)
 class CalibrationText:
@@ -30,6 +34,14 @@ class CalibrationText:
     samples: int | None = None
     seqlen: int = DEFAULT_SEQLEN
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed must be in [0, 2^63), found {self.seed}")
+        if self.seqlen > LONGEST_WINDOW:
+            raise UsageError(f"--seqlen must be at most {LONGEST_WINDOW}, found {self.seqlen}")
+        if self.samples is not None and self.samples > MOST_WINDOWS:
+            raise UsageError(f"--samples must be at most {MOST_WINDOWS}, found {self.samples}")
 
     def draw(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Draw the windows."""
@@ -46,6 +58,16 @@ class EvaluationText:
     windows: int | None = 12
     seqlen: int = DEFAULT_SEQLEN
     stride: int | None = None
+
+    def __post_init__(self) -> None:
+        # Now, not after an hour of pruning.
+        if (
+            self.windows is not None and self.windows < 1
+        ) or not 2 <= self.seqlen <= LONGEST_WINDOW:
+            raise UsageError(
+                f"expected at least 1 window of 2 to {LONGEST_WINDOW} tokens to measure on, found "
+                f"{self.windows} windows of {self.seqlen} tokens"
+            )
 
 
 @dataclass(frozen=True)

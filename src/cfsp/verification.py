@@ -73,6 +73,8 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
                 problem = check()
             except CfspError as error:
                 problem = str(error)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                problem = f"{MANIFEST_FILE} is damaged ({error!r})"
             found.append(Check(name, problem))
             bar.update()
     return found

@@ -87,7 +87,9 @@ def output_workplace(
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / "lock").open("w")
     except OSError as error:
-        raise OutputError(f"cannot write to {directory}: {error.strerror}") from error
+        raise OutputError(
+            f"cannot write to {directory}: {error.strerror}; choose another output"
+        ) from error
     with lock:
         _take(lock, place)
         for state in directory.glob(f"*/{STATE_FILE}"):

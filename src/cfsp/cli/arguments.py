@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cfsp.errors import UsageError
 
@@ -20,6 +20,14 @@ CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude", "rando
 RESTORE_METHODS = ("ridge", "none")
 
 Subparsers = Any
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses arguments with one sentence, not with a page about all there are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where to look, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see: {self.prog} --help\n")
 
 
 def command_parser(

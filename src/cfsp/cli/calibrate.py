@@ -43,7 +43,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Calibrate and save."""
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.errors import OutputError
+    from cfsp.checkpoint.output import check_is_outside, created_parents
+    from cfsp.errors import OutputError, UsageError
     from cfsp.loading import compute_device
     from cfsp.manifest import Stopwatch
     from cfsp.pipeline import calibrate_source
@@ -53,11 +54,15 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
+    if not 0 < args.process_timeout < 1e6:
+        raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
     compute = arguments.compute(args)
     take_own_accelerator(compute.device)
     source = open_checkpoint(args.model, args.revision)
+    check_is_outside(args.out, source.directory)
     watch = Stopwatch()
     with (
+        created_parents(args.out),
         joined(compute_device(compute.device), 60 * args.process_timeout) as team,
         output_workplace(
             args.out, {"command": "calibrate"}, compute.memory_budget, team.rank, team.size

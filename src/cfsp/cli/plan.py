@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
 from cfsp.cli.output import print_json, print_table
+from cfsp.errors import OutputError
 
 if TYPE_CHECKING:
     from cfsp.pruning_plan import PruningPlan
@@ -35,11 +36,16 @@ def run(args: argparse.Namespace) -> None:
     """Make and write a plan."""
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.checkpoint.output import check_is_outside
     from cfsp.decision import plan_from_statistics
 
+    if args.out.exists():
+        raise OutputError(f"{args.out} exists already; choose another file")
     budget = arguments.budget(args)
+    source = open_checkpoint(args.model, args.revision)
+    check_is_outside(args.out, source.directory)
     plan = plan_from_statistics(
-        open_checkpoint(args.model, args.revision),
+        source,
         Statistics.load(args.statistics),
         budget,
         arguments.criterion(args),

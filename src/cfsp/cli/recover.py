@@ -221,7 +221,7 @@ def _teacher(args: argparse.Namespace) -> TeacherChoice | None:
     from cfsp.recovery.loss import Distillation
     from cfsp.recovery.teacher import TeacherChoice
 
-    if not 0 <= args.teacher_weight <= 1 or args.temperature <= 0:
+    if not 0 <= args.teacher_weight <= 1 or not 0 < args.temperature < float("inf"):
         raise UsageError(
             "expected --teacher-weight in [0, 1] and a positive --temperature, "
             f"found {args.teacher_weight} and {args.temperature}"

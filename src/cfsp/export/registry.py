@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cfsp.checkpoint.output import staged_directory, staged_file
+from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.errors import UsageError
@@ -53,6 +53,7 @@ def export_checkpoint(
         raise UsageError(
             f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"
         )
+    check_is_outside(out, source.directory)
     check_complete(source)
     watch = Stopwatch()
     with staged_file(out) if target.suffix else staged_directory(out) as staging:

@@ -27,7 +27,7 @@ def allocate_ranks(
     Raises:
         UsageError: the mean rank is below 1, or an importance is not positive.
     """
-    if mean_rank < 1:
+    if not 1 <= mean_rank < 1 << 24:
         raise UsageError(f"--rank must be at least 1, found {mean_rank}")
     if allocation != "uniform" and not all(value > 0 for value in importance_L):
         raise UsageError(

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.checkpoint.output import check_output_is_free, staged_directory
+from cfsp.calibration.calibrate import check_tokens
+from cfsp.checkpoint.output import (
+    check_is_outside,
+    check_output_is_free,
+    created_parents,
+    exclusive,
+    staged_directory,
+)
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.comparison import before_and_after
 from cfsp.errors import PlanError, RecoveryError, UsageError
@@ -108,11 +115,34 @@ def recover_checkpoint(
     Raises:
         CfspError: anything that a user can cause; no output is left behind.
     """
+    check_is_outside(out, source.directory)
+    check_output_is_free(out)
+    workspace = Workspace(out)
+    options = (data, training, adaptation, teacher, evaluation, compute, resume, keep_adapter)
+    if not is_first_process():
+        return _recover(source, out, workspace, *options, command)
+    with created_parents(out), exclusive(workspace.directory), workspace.kept():
+        return _recover(source, out, workspace, *options, command)
+
+
+def _recover(
+    source: Checkpoint,
+    out: Path,
+    workspace: Workspace,
+    data: Sequence[str],
+    training: Training,
+    adaptation: Adaptation | None,
+    teacher: TeacherChoice | None,
+    evaluation: EvaluationText | None,
+    compute: Compute | None,
+    resume: bool,
+    keep_adapter: bool,
+    command: str,
+) -> RecoverReport:
     started = time.monotonic()
     adaptation, compute = adaptation or Adaptation(), compute or Compute()
     training = with_learning_rate(training, adaptation)
     watch = Stopwatch()
-    workspace = Workspace(out)
     importance_L = block_importance(source, adaptation)
     _check_launcher()
     if keep_adapter and adaptation.method == "full":
@@ -120,9 +150,9 @@ def recover_checkpoint(
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
         text = read_text(data, tokenizer, seqlen=training.seqlen)
+    check_tokens(source.config, text.train.token_NT, source.label)
     settings = _settings(source, text, training, adaptation, teacher)
     if is_first_process():
-        check_output_is_free(out)
         workspace.check(settings, resume=resume)
 
     with watch.stage("load"):

@@ -39,8 +39,11 @@ class Limit:
                 "expected exactly one of --steps, --epochs and --max-minutes, "
                 f"found {len(given)} of them"
             )
-        if given[0] <= 0:
-            raise UsageError(f"the length of training must be positive, found {given[0]}")
+        if not 0 < given[0] < ENDLESS_STEPS:
+            raise UsageError(
+                f"the length of training must be positive and below {ENDLESS_STEPS:,}, "
+                f"found {given[0]}"
+            )
 
     def in_steps(self, windows: int, windows_in_step: int) -> int | None:
         """Return the number of optimizer steps; None if only the clock decides.

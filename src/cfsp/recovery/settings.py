@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from cfsp.errors import UsageError
@@ -40,7 +41,10 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("batch_windows", "accumulate", "evaluations"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must be at least 1, found {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 32:
+            raise UsageError(f"--seed must be in [0, 2^32), found {self.seed}")
 
 
 DEFAULT_LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4}
@@ -53,7 +57,7 @@ def with_learning_rate(training: Training, adaptation: Adaptation) -> Training:
         UsageError: the learning rate is not positive.
     """
     if training.learning_rate is not None:
-        if training.learning_rate <= 0:
+        if not 0 < training.learning_rate < math.inf:
             raise UsageError(f"--learning-rate must be positive, found {training.learning_rate}")
         return training
     return replace(training, learning_rate=DEFAULT_LEARNING_RATES[adaptation.method])

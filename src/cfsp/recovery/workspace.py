@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,23 @@ class Workspace:
         """Create the directory and write down the settings that its checkpoints belong to."""
         text = json.dumps(_as_json(settings), indent=2) + "\n"
         write_atomically(self.directory / _SETTINGS_FILE, text.encode())
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Say how to go on after an interruption, or leave nothing."""
+        try:
+            yield
+        except BaseException:
+            there = {path.name for path in self.directory.glob("*")} - {_SETTINGS_FILE}
+            if there:
+                print(
+                    f"the work so far is kept in {self.directory}; the same command with "
+                    "--resume goes on from it",
+                    file=sys.stderr,
+                )
+            else:
+                (self.directory / _SETTINGS_FILE).unlink(missing_ok=True)
+            raise
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint; a killed process may have left half of one.

@@ -174,6 +174,12 @@ def _check_together(facts: RunFacts) -> None:
         ReportError: they do not.
     """
     plan, statistics = facts.plan, facts.statistics
+    base = (facts.manifest.get("base_model") or {}).get("fingerprint")
+    if plan is not None and base is not None and plan.model.fingerprint != base:
+        raise ReportError(
+            f"{facts.directory}: {PLAN_FILE} and {MANIFEST_FILE} speak of different models; "
+            "they are of different runs"
+        )
     widths = [block.width for block in plan.blocks] if plan else None
     kept = plan.kept_widths if plan else None
     said = facts.manifest.get("widths_before", widths), facts.manifest.get("intermediate_sizes")

@@ -109,8 +109,10 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"cannot read the recipe {path}: {error}; a sweep leaves one in its directory"
+        ) from error
     known = {field.name: field for field in fields(Recipe)}
     if unknown := sorted(set(found) - set(known)):
         raise UsageError(

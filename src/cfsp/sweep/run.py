@@ -7,6 +7,7 @@ there is not made again, so a sweep that was interrupted goes on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,15 @@ from typing import Any
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.output import (
+    check_is_outside,
+    created_parents,
+    exclusive,
+    write_atomically,
+)
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.comparison import evaluate_models
-from cfsp.errors import OutputError
+from cfsp.errors import CfspError, OutputError
 from cfsp.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
 from cfsp.methods import method
 from cfsp.pipeline import calibrate_source, prune_checkpoint
@@ -80,6 +86,39 @@ def run_sweep(
         CfspError: anything that a user can cause; models that are finished stay.
     """
     source = open_checkpoint(recipe.model)
+    check_is_outside(out, source.directory)
+    with created_parents(out), exclusive(out), _kept(out, recipe):
+        return _run(recipe, source, out, compute, keep_weights, command)
+
+
+@contextmanager
+def _kept(out: Path, recipe: Recipe) -> Iterator[None]:
+    """Say that an interrupted sweep goes on; leave nothing of one that a mistake ended at once."""
+    is_new = not any(out.iterdir())
+    try:
+        yield
+    except BaseException as error:
+        finished = any((out / point.name).is_dir() for point in recipe.points)
+        if isinstance(error, CfspError) and not error.keeps_work:
+            if is_new and not finished:
+                for name in (RECIPE_FILE, _DENSE_FILE, STATISTICS_FILE):
+                    (out / name).unlink(missing_ok=True)
+        elif (out / RECIPE_FILE).is_file() and not isinstance(error, CfspError):
+            print(
+                f"what is finished is kept in {out}; the same command goes on from it",
+                file=sys.stderr,
+            )
+        raise
+
+
+def _run(
+    recipe: Recipe,
+    source: Checkpoint,
+    out: Path,
+    compute: Compute,
+    keep_weights: bool,
+    command: str,
+) -> list[Row]:
     _claim(out, recipe)
     dense = _dense(recipe, source, out, compute)
     missing = [point for point in recipe.points if not (out / point.name).is_dir()]

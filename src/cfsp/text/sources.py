@@ -118,7 +118,7 @@ def _holds_only_chat(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
             record = json.loads(next(file, ""))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return False  # reading it will say what is wrong
     return isinstance(record, dict) and CHAT_COLUMN in record and "text" not in record
 
@@ -146,8 +146,10 @@ def _json_lines(path: Path, column: str) -> Iterator[Any]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise TextError(f"{path}, line {number}: not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise TextError(
+                f"{path}, line {number}: not JSON: {error}; every line must be one JSON object"
+            ) from error
         yield _field(record, column, f"{path}, line {number}")
 
 
@@ -214,6 +216,13 @@ def _field(record: Any, column: str, where: str) -> Any:
         return _conversation(value, where)
     if not isinstance(value, str):
         raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"{where}: half of a surrogate pair at character {error.start}, which is no text; "
+            "leave that line out"
+        ) from error
     return value
 
 
@@ -234,8 +243,13 @@ def _conversation(value: Any, where: str) -> Conversation:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: byte {error.start} is not valid") from error
+        raise TextError(
+            f"{path} is not UTF-8 text: byte {error.start} is not valid; save it as UTF-8"
+        ) from error
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
+    if "\0" in text:
+        raise TextError(f"{path} is binary: it holds NUL characters; save it as UTF-8 text")
+    return text

@@ -1,0 +1,151 @@
+"""Flags and numbers that no command can obey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bad_inputs.catalogue import PRUNE, TEXT, BadInput, Table
+
+CALIBRATE = f"calibrate {{model}} --out {{out}} {TEXT}"
+RECOVER = "recover {pruned} --data {text} --seqlen 32 --out {out}"
+EVAL = "eval {model} --data {text} --seqlen 32"
+BENCH = "bench --shape llama-2-7b --blocks 1"
+
+FLAGS: Table = {
+    "unknown flag of prune": BadInput(
+        f"{PRUNE} --sparse 0.5", "unknown argument --sparse", "see: cfsp prune --help"
+    ),
+    "unknown flag of families": BadInput(
+        "families --all", "unknown argument --all", "see: cfsp families --help"
+    ),
+    "unknown choice": BadInput(
+        f"{PRUNE} --channel-metric best", "invalid choice: 'best'", "see: cfsp prune --help"
+    ),
+    "number that is none": BadInput(
+        f"{PRUNE} --samples many", "invalid int value: 'many'", "see: cfsp prune --help"
+    ),
+    "no length of training": BadInput(
+        RECOVER, "one of the arguments --steps --epochs --max-minutes is required", "--help"
+    ),
+    "export without a format": BadInput(
+        "export {model} --out {out}", "the following arguments are required: --to", "--help"
+    ),
+    "verify what cfsp did not write": BadInput(
+        "verify {model}", "{model} has no cfsp.json", "cfsp did not write it"
+    ),
+    "inspect what is not there": BadInput(
+        "inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"
+    ),
+    "models and a shape": BadInput(
+        "bench {model} --shape llama-2-7b", "expected models or a --shape", "and not both"
+    ),
+    "nothing to evaluate": BadInput(
+        "eval {model}", "found neither", "expected --data, --tasks or both"
+    ),
+}
+
+NUMBERS: Table = {
+    "seed beyond all": BadInput(
+        f"{CALIBRATE} --seed {10**30}", f"found {10**30}", "--seed must be in [0, 2^63)"
+    ),
+    "negative seed": BadInput(
+        f"{RECOVER} --steps 1 --seed -1", "found -1", "--seed must be in [0, 2^32)"
+    ),
+    "endless windows": BadInput(
+        f"calibrate {{model}} --out {{out}} --data {{text}} --seqlen {10**30}",
+        f"found {10**30}",
+        "--seqlen must be at most",
+    ),
+    "endlessly many windows": BadInput(
+        f"calibrate {{model}} --out {{out}} --data {{text}} --samples {10**30}",
+        f"found {10**30}",
+        "--samples must be at most",
+    ),
+    "windows too long to measure on": BadInput(
+        f"eval {{model}} --data {{text}} --seqlen {10**30}", f"of {10**30} tokens", "expected at"
+    ),
+    "no windows to measure on, before any work": BadInput(
+        f"{PRUNE} {TEXT} --eval {{text}} --eval-windows 0", "found 0 windows", "expected at least 1"
+    ),
+    "no batch": BadInput(
+        f"{CALIBRATE} --batch-windows 0", "found 0", "--batch-windows must be at least 1"
+    ),
+    "infinite memory": BadInput(
+        f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"
+    ),
+    "time that is no number": BadInput(
+        f"{CALIBRATE} --process-timeout nan", "found nan", "--process-timeout must be positive"
+    ),
+    "device that computes nothing": BadInput(
+        f"{CALIBRATE} --device meta", "the device 'meta'", "choose another --device"
+    ),
+    "device that is not there": BadInput(
+        f"{EVAL} --windows 1 --device nonsense", "the device 'nonsense'", "choose another --device"
+    ),
+    "stride of nothing": BadInput(
+        f"{EVAL} --windows 1 --stride 0", "found 0", "--stride must be between 1 and"
+    ),
+    "all is to go": BadInput(
+        "plan {model} --statistics {statistics} --sparsity 1.0 --out {out}",
+        "found 1.0",
+        "sparsity must be in [0, 1)",
+    ),
+    "demo that removes twice of all": BadInput(
+        "demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"
+    ),
+    "multiple of nothing": BadInput(
+        f"{PRUNE} {TEXT} --multiple 0", "found 0", "multiple must be at least 1"
+    ),
+    "multiple wider than any block": BadInput(
+        f"{PRUNE} {TEXT} --multiple {10**30}", f"found {10**30}", "--multiple must be at most 96"
+    ),
+    "minutes that are no number": BadInput(
+        f"{RECOVER} --max-minutes nan", "found nan", "the length of training must be positive"
+    ),
+    "no steps": BadInput(
+        f"{RECOVER} --steps 0", "found 0", "the length of training must be positive"
+    ),
+    "learning rate that is no number": BadInput(
+        f"{RECOVER} --steps 1 --learning-rate nan", "found nan", "--learning-rate must be positive"
+    ),
+    "rank that is no number": BadInput(
+        f"{RECOVER} --steps 1 --rank nan", "found nan", "--rank must be at least 1"
+    ),
+    "temperature that is no number": BadInput(
+        f"{RECOVER} --steps 1 --teacher {{model}} --temperature nan", "and nan", "a positive"
+    ),
+    "nothing to accumulate": BadInput(
+        f"{RECOVER} --steps 1 --accumulate 0", "found 0", "--accumulate must be at least 1"
+    ),
+    "sweep without a fraction": BadInput(
+        f"sweep {{model}} --sparsity nan --eval {{text}} --out {{out}} {TEXT}",
+        "found nan",
+        "sparsity must be in [0, 1)",
+    ),
+    "bench of no prompt": BadInput(f"{BENCH} --prompt 0", "found 0", "--prompt must be at least 1"),
+    "bench of no blocks": BadInput(
+        "bench --shape llama-2-7b --blocks -3", "found -3", "--blocks must be at least 1"
+    ),
+    "bench of a shape that nobody knows": BadInput(
+        "bench --shape llama-9", "no shape 'llama-9' is known", "known are: "
+    ),
+    "bench with no rounds": BadInput(f"{BENCH} --rounds 0", "found 2 and 0", "at least 1 warm-up"),
+    "bench that tolerates less than nothing": BadInput(
+        f"{BENCH} --disturbance nan", "found nan", "--disturbance must be at least 0"
+    ),
+    "tasks with no documents": BadInput(
+        "eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"
+    ),
+    "type of a format that keeps its own": BadInput(
+        "export {model} --to padded --type f16 --out {out}", "--type belongs to", "keeps the"
+    ),
+}
+
+CASES: Table = {**FLAGS, **NUMBERS}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
+    refused(CASES[name])

@@ -1,0 +1,215 @@
+"""Plans and statistics: damaged, of another version, of another model."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bad_inputs.catalogue import BadInput, Place, Table, edit_header, edit_json, edit_tensors
+
+OBEY = "prune {model} --out {out} --restore none --plan {plan}"
+PLAN = "plan {model} --statistics {statistics} --sparsity 0.4 --multiple 4 --out {out}"
+
+
+def plan(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], object]:
+    return lambda place: edit_json(place.plan, change)
+
+
+def kept(*channels: int) -> str:
+    """Return channels as a plan's mask; one beyond 96 makes it longer."""
+    mask = np.zeros(max(96, max(channels) + 1), dtype=bool)
+    mask[list(channels)] = True
+    return base64.b64encode(np.packbits(mask, bitorder="little").tobytes()).decode()
+
+
+def facts(old: str, new: str) -> Callable[[Place], object]:
+    """Change the JSON text in the metadata of the statistics."""
+
+    def change(header: dict[str, Any]) -> None:
+        text = header["__metadata__"]["cfsp_statistics"]
+        assert old in text
+        header["__metadata__"]["cfsp_statistics"] = text.replace(old, new, 1)
+
+    return lambda place: edit_header(place.statistics, change)
+
+
+def sums(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Place], object]:
+    return lambda place: edit_tensors(
+        place.statistics, lambda tensors: tensors.update({name: make(tensors[name])})
+    )
+
+
+def raw(name: str, data: bytes) -> Callable[[Place], object]:
+    def change(place: Place) -> None:
+        path: Path = getattr(place, name)
+        path.write_bytes(data)
+
+    return change
+
+
+PLANS: Table = {
+    "plan for another model": BadInput(
+        OBEY.replace("{plan}", "{other_plan}"),
+        "not for {model} (llama, ",
+        "make a plan for this model",
+    ),
+    "plan of another version": BadInput(
+        OBEY,
+        "plan version 7, expected 1",
+        "make a new plan",
+        plan(lambda f: f.update(plan_version=7)),
+    ),
+    "channels out of range": BadInput(
+        OBEY,
+        "{plan} is damaged: kept channels do not fit a width of 96",
+        "make a new plan",
+        plan(lambda f: f["blocks"][0].update(kept=kept(0, 1, 150), kept_width=3)),
+    ),
+    "fewer channels than announced, as if some came twice": BadInput(
+        OBEY,
+        "{plan} is damaged: 3 channels are kept, 4 are announced",
+        "make a new plan",
+        plan(lambda f: f["blocks"][0].update(kept=kept(0, 1, 2), kept_width=4)),
+    ),
+    "a list of unsorted and repeated channels": BadInput(
+        OBEY,
+        "{plan} is damaged",
+        "make a new plan",
+        plan(lambda f: f["blocks"][0].update(kept=[5, 3, 3], kept_width=3)),
+    ),
+    "a block too few": BadInput(
+        OBEY,
+        "the plan's widths are not those of {model}",
+        "make a new plan",
+        plan(lambda f: f["blocks"].pop()),
+    ),
+    "plan that keeps a trillion channels": BadInput(
+        OBEY,
+        "{plan} is damaged: a block has the impossible width",
+        "make a new plan",
+        plan(lambda f: f["blocks"][0].update(width=10**12)),
+    ),
+    "importance that is no number": BadInput(
+        OBEY,
+        "{plan} is damaged: a block has the distance nan",
+        "make a new plan",
+        plan(lambda f: f["blocks"][1].update(distance=float("nan"))),
+    ),
+    "calibration without windows": BadInput(
+        OBEY,
+        "{plan} is damaged: 'windows'",
+        "make a new plan",
+        plan(lambda f: f["calibration"].pop("windows")),
+    ),
+    "fingerprint that is a list": BadInput(
+        OBEY,
+        "{plan} is damaged: the model's name, type and fingerprint must be text",
+        "make a new plan",
+        plan(lambda f: f["model"].update(fingerprint=[1])),
+    ),
+    "plan nested too deeply": BadInput(
+        OBEY, "{plan} is not a pruning plan", "cfsp plan", raw("plan", b"[" * 100_000)
+    ),
+    "plan that is binary": BadInput(
+        OBEY, "cannot read the plan {plan}", "cfsp plan", raw("plan", b"\xff\xfe\x00")
+    ),
+    "plan that is not there": BadInput(
+        "prune {model} --out {out} --restore none --plan {inputs}/absent.json",
+        "cannot read the plan {inputs}/absent.json",
+        "cfsp plan",
+    ),
+    "plan in the checkpoint is damaged": BadInput(
+        "recover {pruned} --data {text} --steps 1 --seqlen 32 --out {out}",
+        "{pruned}/cfsp_plan.json is damaged",
+        "make a new plan",
+        lambda place: edit_json(
+            place.pruned / "cfsp_plan.json", lambda f: f["blocks"][0].update(importance="high")
+        ),
+    ),
+}
+
+STATISTICS: Table = {
+    "statistics of another model": BadInput(
+        PLAN.replace("{statistics}", "{other_statistics}"),
+        "not for {model} (",
+        "calibrate this model",
+    ),
+    "statistics of another version": BadInput(
+        PLAN,
+        "{statistics} has statistics version 9, expected 2",
+        "calibrate again",
+        facts('"version": 2', '"version": 9'),
+    ),
+    "NaN in a sum": BadInput(
+        PLAN,
+        "{statistics} has NaN, infinite or impossible values in block 1",
+        "calibrate again",
+        sums("blocks.1.sum", lambda t: t * torch.nan),
+    ),
+    "a negative sum of squares": BadInput(
+        "prune {model} --out {out} --restore none --sparsity 0.4 --statistics {statistics}",
+        "{statistics} has NaN, infinite or impossible values in block 2",
+        "calibrate again",
+        sums("blocks.2.sum_of_squares", lambda t: -t),
+    ),
+    "NaN in a distance": BadInput(
+        PLAN,
+        "{statistics} has NaN, infinite or impossible values in block 0",
+        "calibrate again",
+        facts('"distance_sums": {"angular": ', '"distance_sums": {"angular": NaN, "x": '),
+    ),
+    "no tokens": BadInput(
+        PLAN,
+        "{statistics} is damaged: ValueError('block 0 has seen 0 tokens')",
+        "calibrate again",
+        facts('"tokens": 128', '"tokens": 0'),
+    ),
+    "endlessly many tokens": BadInput(
+        PLAN,
+        "{statistics} is damaged: OverflowError",
+        "calibrate again",
+        facts('"tokens": 128', '"tokens": Infinity'),
+    ),
+    "a sum too few": BadInput(
+        PLAN,
+        "{statistics} is damaged: KeyError('blocks.1.sum')",
+        "calibrate again",
+        lambda place: edit_tensors(place.statistics, lambda t: t.pop("blocks.1.sum")),
+    ),
+    "sums of different lengths": BadInput(
+        PLAN,
+        "{statistics} is damaged: ValueError('block 1 has sums of shapes",
+        "calibrate again",
+        sums("blocks.1.sum", lambda t: t[:5].clone()),
+    ),
+    "statistics cut short": BadInput(
+        PLAN,
+        "{statistics} is not a statistics file",
+        "cfsp calibrate MODEL",
+        lambda place: place.statistics.write_bytes(place.statistics.read_bytes()[:-7]),
+    ),
+    "statistics that claim an endless header": BadInput(
+        PLAN,
+        "{statistics} is not a statistics file",
+        "cfsp calibrate MODEL",
+        raw("statistics", (1 << 60).to_bytes(8, "little") + b"{}"),
+    ),
+    "weights instead of statistics": BadInput(
+        "plan {model} --statistics {model}/model.safetensors --sparsity 0.4 --out {out}",
+        "{model}/model.safetensors is not a statistics file",
+        "cfsp calibrate MODEL",
+    ),
+}
+
+CASES: Table = {**PLANS, **STATISTICS}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
+    refused(CASES[name])
