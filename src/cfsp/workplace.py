@@ -149,7 +149,7 @@ def _to_keep(directory: Path, error: BaseException) -> bool:
     """Return whether the same command could get further than it did."""
     if isinstance(error, CfspError) and not error.keeps_work:
         return False
-    return any(directory.glob(f"*/{STATE_FILE}"))
+    return bool(list(directory.glob(f"*/{STATE_FILE}")))
 
 
 def _remove(directory: Path) -> None:
