@@ -20,7 +20,6 @@ from cfsp.importance.fine import (
     strongest_channels,
 )
 
-
 # By formula; `random` has none, and its own test in test_sweep.py.
 FORMULAS = tuple(metric for metric in CHANNEL_METRICS if metric != "random")
 

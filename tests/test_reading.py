@@ -107,7 +107,9 @@ def test_config_that_transformers_refuses(copy: Path) -> None:
 
 def test_unsupported_family_lists_the_supported_ones(copy: Path) -> None:
     edit_config(copy, model_type="bert")
-    with pytest.raises(UnsupportedModelError, match=r"'bert'.*llama, mistral, .*qwen2, qwen2_moe, qwen3"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'bert'.*llama, mistral, .*qwen2, qwen2_moe, qwen3"
+    ):
         Checkpoint(copy)
 
 

@@ -399,6 +399,7 @@ def test_resume_refuses_other_settings(pruned, text_file, tmp_path):
     out = tmp_path / "out"
     work = Workspace(out)
     work.open({"training": {"seed": 1}})
+    (work.directory / "checkpoint-5").mkdir()
     with pytest.raises(RecoveryError, match="resume with the same arguments, or delete it"):
         recover(pruned, out, text_file, resume=True)
     with pytest.raises(OutputError, match="holds an unfinished recovery"):

@@ -26,7 +26,7 @@ def test_exactly_one_limit():
         Limit()
     with pytest.raises(UsageError, match="found 2 of them"):
         Limit(steps=1, minutes=1)
-    with pytest.raises(UsageError, match="must be positive, found -1"):
+    with pytest.raises(UsageError, match="must be positive and below 1,000,000,000, found -1"):
         Limit(steps=-1)
 
 

@@ -100,7 +100,7 @@ def test_page_is_drawn_without_complaint(
         " return seen.map(s => [s.clientWidth, s.clientHeight,"
         "   s.querySelectorAll('.mark').length]);})"
     )
-    assert len(drawn) == 5  # method, strengths, restoration, recovery, what-if
+    assert len(drawn) == 6  # front, method, strengths, restoration, recovery, what-if
     for images in drawn:
         ((wide, high, marks),) = images
         assert 300 < wide <= width and high > 100 and marks >= 3
@@ -250,7 +250,8 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> No
             "const a = document.activeElement; return [a.id, a.className || a.tagName]"
         )
         reached.append(kind)
-        if kind == "plot" and not said:
+        # The second one: the first shows models, not blocks.
+        if kind == "plot" and reached.count("plot") == 2:
             said.append(_readout(browser))
             press(Keys.ARROW_RIGHT)
             said.append(_readout(browser))
@@ -272,7 +273,7 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> No
             press(Keys.ARROW_RIGHT)
             assert "Block 1: would keep" in _readout(browser)
             break
-    assert reached.count("plot") == 5 and reached.count("SUMMARY") == 4
+    assert reached.count("plot") == 6 and reached.count("SUMMARY") == 5
     assert said[0] == said[3] and said[0].startswith("Block 0: distance")
     assert "Block 1: keeps" in said[1] and "Block 2: keeps" in said[2]
 

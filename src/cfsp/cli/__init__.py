@@ -87,12 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown and args.command is not None:
-        print(
+        parser.exit(
+            2,
             f"cfsp {args.command}: error: unknown argument {unknown[0]}; "
-            f"see: cfsp {args.command} --help",
-            file=sys.stderr,
+            f"see: cfsp {args.command} --help\n",
         )
-        return 2
     if args.version:
         from importlib.metadata import version
 
