@@ -31,7 +31,11 @@ from cfsp.errors import UsageError
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """The matrices of one block's FFN, float32; no gate in an FFN that has none."""
+    """The matrices of one block's FFN as they are stored; no gate in an FFN that has none.
+
+    Scores are float32: metrics convert one matrix at a time, because three copies of a wide FFN
+    would be more memory than anything else that a restoring pass needs.
+    """
 
     down_DF: Tensor
     up_FD: Tensor
@@ -44,7 +48,7 @@ def read_ffn_weights(source: WeightSource, block: int, ffn: int = 0) -> FFNWeigh
 
     def read(matrix: str) -> Tensor:
         stored = source.read(family.weight_name(block, matrix, ffn))
-        return family.turned(stored).cpu().float()
+        return family.turned(stored).cpu()
 
     down_DF = read(family.down)
     if family.is_fused:
@@ -71,12 +75,12 @@ def _eq8(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
 
 
 def _wanda(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
-    mean_F: Tensor = weights.down_DF.abs().mean(0)
+    mean_F: Tensor = weights.down_DF.abs().float().mean(0)
     return mean_F * statistics.norm_F.float()
 
 
 def _magnitude(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
-    norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF, dim=0)
+    norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF.float(), dim=0)
     return norm_F
 
 
@@ -90,16 +94,16 @@ def _random(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
 
 def _down_share(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     """Return the share of each channel in every output row, summed over rows."""
-    weighted_DF = weights.down_DF.abs() * statistics.norm_F.float()
-    share_DF: Tensor = weighted_DF / _positive(weighted_DF.sum(1, keepdim=True))
-    return share_DF.sum(0)
+    weighted_DF = weights.down_DF.abs().float().mul_(statistics.norm_F.float())
+    share_F: Tensor = weighted_DF.div_(_positive(weighted_DF.sum(1, keepdim=True))).sum(0)
+    return share_F
 
 
 def _across_channels(input_FD: Tensor) -> Tensor:
     """Return the share of each channel in every input column, summed over columns."""
-    magnitude_FD = input_FD.abs()
-    share_FD: Tensor = magnitude_FD / _positive(magnitude_FD.sum(0, keepdim=True))
-    return share_FD.sum(1)
+    magnitude_FD = input_FD.abs().float()
+    share_F: Tensor = magnitude_FD.div_(_positive(magnitude_FD.sum(0, keepdim=True))).sum(1)
+    return share_F
 
 
 def _positive(sums: Tensor) -> Tensor:
