@@ -92,7 +92,7 @@ def output_workplace(
         ) from error
     with lock:
         _take(lock, place)
-        for state in directory.glob(f"*/{STATE_FILE}"):
+        for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)
         try:
@@ -129,7 +129,8 @@ def _take(lock: IO[str], place: Path) -> None:
 
 
 def _check_processes(place: Path, processes: int) -> None:
-    for state in place.glob(f"process-*/*/{STATE_FILE}"):
+    # Sorted: an iterator that an error leaves half way keeps its directory open.
+    for state in sorted(place.glob(f"process-*/*/{STATE_FILE}")):
         found = state.parent.parent.name.rpartition("-of-")[2]
         if found != str(processes):
             raise ResumeError(
