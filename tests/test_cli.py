@@ -433,9 +433,7 @@ def test_statistics_file_that_exists_is_kept(
 
 
 def test_unknown_argument_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prune", "m", "--out", "o", "--sparse", "0.5"]) == 2
-    assert "unknown argument --sparse" in capsys.readouterr().err
-    for argv in (["purge"], ["prune", "m"]):
+    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], ["prune", "m"]):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
