@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cfsp.calibration.pass_state import STATE_FILE, read_state
 from cfsp.calibration.pass_times import PassTimes
+from cfsp.checkpoint.output import lock_out_others
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.memory import default_budget
 
@@ -91,7 +92,7 @@ def output_workplace(
             f"cannot write to {directory}: {error.strerror}; choose another output"
         ) from error
     with lock:
-        _take(lock, place)
+        lock_out_others(lock.fileno(), place)
         for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)
@@ -113,19 +114,6 @@ def output_workplace(
 
 def _budget(memory_budget: int | None) -> int:
     return default_budget() if memory_budget is None else memory_budget
-
-
-def _take(lock: IO[str], place: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise OutputError(
-            f"another run is working in {place}; wait for it, or choose another output"
-        ) from error
 
 
 def _check_processes(place: Path, processes: int) -> None:

@@ -77,7 +77,7 @@ def exclusive(directory: Path) -> Iterator[None]:
             f"cannot write to {directory}: {error.strerror}; choose another output"
         ) from error
     try:
-        _lock(handle, directory)
+        lock_out_others(handle, directory)
         try:
             yield
         finally:
@@ -87,7 +87,16 @@ def exclusive(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _lock(handle: int, directory: Path) -> None:
+def lock_out_others(handle: int, directory: Path) -> None:
+    """Take the lock of an open file for as long as it stays open.
+
+    Args:
+        handle: the file's descriptor.
+        directory: what to call the place in an error.
+
+    Raises:
+        OutputError: another run holds it.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
