@@ -7,6 +7,8 @@ there is not made again, so a sweep that was interrupted goes on.
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,8 +155,6 @@ def _claim(out: Path, recipe: Recipe) -> None:
 
 
 def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Row:
-    import json
-
     path = out / _DENSE_FILE
     if not path.is_file():
         measured = evaluate_models([source.directory], recipe.evaluation, compute)[0]
@@ -211,8 +211,6 @@ def _make(
 @contextmanager
 def _working_directory(out: Path) -> Iterator[Path]:
     """Give a place for one model, empty even after a kill."""
-    import shutil
-
     working = out / _WORKING
     shutil.rmtree(working, ignore_errors=True)
     try:
