@@ -101,6 +101,11 @@ class PruningPlan:
         return [block.kept_width for block in self.blocks]
 
     @property
+    def kept_channels(self) -> list[tuple[int, ...]]:
+        """Indices of the channels that stay in every block."""
+        return [block.kept for block in self.blocks]
+
+    @property
     def ffn_sparsity(self) -> float:
         """Fraction of all FFN channels that goes."""
         return 1 - sum(self.kept_widths) / sum(block.width for block in self.blocks)
