@@ -18,7 +18,7 @@ from cfsp.allocation import Budget
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.decision import calibrate_windows
-from cfsp.planning import BlockWidths, Criterion, model_size, plan_widths
+from cfsp.planning import BlockWidths, Criterion, plan_widths
 from cfsp.settings import CalibrationText, Compute
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
@@ -39,7 +39,7 @@ def main() -> None:
     engine = Compute().engine(source)
 
     def widths(statistics: Statistics) -> BlockWidths:
-        return plan_widths(model_size(source), statistics, Budget(args.sparsity), Criterion())
+        return plan_widths(source, statistics, Budget(args.sparsity), Criterion())
 
     reference = widths(calibrate_windows(source, windows, engine, 0))
     total = sum(reference.kept_L)

@@ -116,7 +116,7 @@ def test_every_metric_of_the_table_is_computed() -> None:
     statistics = statistics_with_distances({"angular": [0.2, 0.1]})
     for metric in BLOCK_METRICS:
         assert len(block_distances(statistics, metric)) == 2
-    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform"}
+    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform", "global"}
 
 
 def test_unknown_metric_is_refused_with_the_known_ones() -> None:

@@ -36,6 +36,9 @@ def numpy_scores(metric: str, statistics: BlockStatistics, weights: FFNWeights) 
         return np.sqrt((down**2).sum(0))
     if metric == "wanda":
         return down.mean(0) * X
+    if metric == "flap":
+        mean = statistics.sum_F.numpy() / statistics.tokens
+        return (X**2 / statistics.tokens - mean**2) * (down**2).sum(0)
     share = np.zeros(F)
     for j in range(D):
         share += down[j] * X / (down[j] * X).sum()

@@ -30,7 +30,13 @@ from cfsp.planning import (
 )
 from cfsp.progress import item_progress
 from cfsp.pruning_plan import PruningPlan
+from cfsp.restoration.reconstruct import (
+    ReconstructedBlock,
+    check_can_reconstruct,
+    reconstruct_blocks,
+)
 from cfsp.restoration.restore import ChooseChannels, RestoredBlock, restore_blocks
+from cfsp.surgery import PrunedSource
 
 if TYPE_CHECKING:
     from cfsp.allocation import Budget
@@ -52,21 +58,21 @@ class Decision:
         plan: which channels stay.
         statistics: of the calibration; None where a plan was given.
         restored: one entry for each block; empty without restoration.
+        reconstructed: likewise; empty without local reconstruction.
     """
 
     plan: PruningPlan
     statistics: Statistics | None = None
     restored: Sequence[RestoredBlock] = ()
+    reconstructed: Sequence[ReconstructedBlock] = ()
 
     @property
     def repaired_tensors(self) -> Mapping[str, TensorFile]:
         """Repaired tensors by name; blocks that are better left alone are not in it."""
-        return {
-            name: block.file
-            for block in self.restored
-            if block.ridge is not None
-            for name in block.file.specs
-        }
+        files = [block.file for block in self.restored if block.ridge is not None]
+        # Reconstruction went on from what the ridge had repaired.
+        files += [block.file for block in self.reconstructed if block.file is not None]
+        return {name: file for file in files for name in file.specs}
 
 
 def decide(
@@ -94,6 +100,8 @@ def decide(
         CfspError: as calibration, planning and restoration do.
     """
     engine = settings.compute.engine(source)
+    if settings.restore == "local":
+        check_can_reconstruct(source)
     check_complete(source)
     if plan is not None:
         plan.check_fits(source)
@@ -110,18 +118,19 @@ def decide(
             with watch.stage("plan"):
                 plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
         return Decision(plan, statistics)
+    windows = draw()
     if plan is None:
         with watch.stage("calibrate and restore"):
-            return decide_and_restore(source, draw(), settings, engine, place)
-    print(
-        "restoring a plan that was made before: this takes a forward pass of its own "
-        "(--restore none does without)",
-        file=sys.stderr,
-    )
-    kept = [block.kept for block in plan.blocks]
-    with watch.stage("restore"):
-        restored = _restore(source, draw(), engine, place, lambda block, _: kept[block])
-    return Decision(plan, statistics, restored)
+            decision = decide_and_restore(source, windows, settings, engine, place)
+    else:
+        with watch.stage("restore"):
+            decision = Decision(
+                plan, statistics, _restore_plan(source, plan, windows, engine, place)
+            )
+    if settings.restore == "ridge":
+        return decision
+    with watch.stage("reconstruct"):
+        return _reconstruct(source, decision, windows, settings, place)
 
 
 def decide_and_restore(
@@ -135,7 +144,7 @@ def decide_and_restore(
     budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = calibrate_windows(source, few, engine, seed, place, "coarse pass")
-    widths = plan_widths(model_size(source), coarse, budget, criterion)
+    widths = plan_widths(source, coarse, budget, criterion)
     restored = _restore(
         source,
         windows,
@@ -208,3 +217,36 @@ def _restore(
         dtype=engine.dtype,
         batch_windows=engine.batch_windows,
     )
+
+
+def _restore_plan(
+    source: WeightSource, plan: PruningPlan, windows: Windows, engine: Engine, place: Workplace
+) -> list[RestoredBlock]:
+    print(
+        "restoring a plan that was made before: this takes a forward pass of its own "
+        "(--restore none does without)",
+        file=sys.stderr,
+    )
+    kept = [block.kept for block in plan.blocks]
+    return _restore(source, windows, engine, place, lambda block, _: kept[block])
+
+
+def _reconstruct(
+    source: WeightSource,
+    decision: Decision,
+    windows: Windows,
+    settings: PruneSettings,
+    place: Workplace,
+) -> Decision:
+    engine = settings.compute.engine(source)
+    reconstructed = reconstruct_blocks(
+        source,
+        PrunedSource(source, decision.plan, decision.repaired_tensors),
+        windows.tokens_NT,
+        place,
+        settings.local,
+        device=engine.device,
+        dtype=engine.dtype,
+        seed=settings.text.seed,
+    )
+    return replace(decision, reconstructed=reconstructed)

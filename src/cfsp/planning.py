@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from cfsp.allocation import Budget, ModelSize, allocate
+import torch
+from torch import Tensor
+
+from cfsp.allocation import Budget, ModelSize, allocate, channels_to_keep, round_widths
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.checkpoint.reading import (
     WeightSource,
@@ -16,7 +19,8 @@ from cfsp.checkpoint.reading import (
 )
 from cfsp.errors import StatisticsError
 from cfsp.families import intermediate_sizes
-from cfsp.importance.coarse import block_distances, block_importance
+from cfsp.importance.coarse import GLOBAL, block_distances, block_importance
+from cfsp.importance.competition import channels_above_threshold, standardised
 from cfsp.importance.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
 
@@ -64,7 +68,8 @@ class BlockWidths:
 
     Attributes:
         distance_L: coarse distance of every block.
-        importance_L: normalised importance, in (0, 1).
+        importance_L: normalised importance, in (0, 1); with the block metric `global` the share
+            of the block's channels that its scores earn, in (0, 1].
         kept_L: channels that stay.
     """
 
@@ -74,17 +79,49 @@ class BlockWidths:
 
 
 def plan_widths(
-    size: ModelSize, statistics: Statistics, budget: Budget, criterion: Criterion
+    source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
 ) -> BlockWidths:
     """Decide how many channels every block keeps.
 
+    Only the block metric `global` reads weights of the model.
+
     Raises:
         BudgetError: the budget can't be met.
-        UsageError: the block metric is unknown.
+        UsageError: a metric is unknown.
     """
+    size = model_size(source)
     distance_L = block_distances(statistics, criterion.block_metric)
+    if criterion.block_metric == GLOBAL:
+        earned_L = earned_widths(source, statistics, budget, criterion, size)
+        total, multiple = channels_to_keep(budget, size), budget.multiple_for(size.width_L)
+        kept_L = round_widths(earned_L, size.width_L, multiple, total)
+        # An importance is positive, also where no channel is above the threshold.
+        share_L = [max(e, 1.0) / w for e, w in zip(earned_L, size.width_L, strict=True)]
+        return BlockWidths(distance_L, share_L, kept_L)
     importance_L = block_importance(distance_L)
     return BlockWidths(distance_L, importance_L, allocate(importance_L, budget, size))
+
+
+def earned_widths(
+    source: WeightSource,
+    statistics: Statistics,
+    budget: Budget,
+    criterion: Criterion,
+    size: ModelSize,
+) -> list[float]:
+    """Return the widths of all blocks if one threshold over their channel scores decides.
+
+    Scores are standardised in every FFN, because their sizes differ from block to block. The
+    experts of a block earn its width together.
+    """
+    scores = []
+    for block, observed in enumerate(statistics.blocks):
+        ffns = ffn_scores(source, block, observed, criterion)
+        scores.append(torch.cat([standardised(score_F) for score_F in ffns]))
+    ffns_L = [block.ffns for block in statistics.blocks]
+    total = channels_to_keep(budget, size) * sum(map(len, scores)) / sum(size.width_L)
+    counts = channels_above_threshold(scores, round(total))
+    return [count / ffns for count, ffns in zip(counts, ffns_L, strict=True)]
 
 
 def choose_channels(
@@ -109,14 +146,21 @@ def choose_channels(
     Raises:
         UsageError: the channel metric is unknown.
     """
-    few = few_tokens(statistics)
     kept: list[int] = []
+    for ffn, score_F in enumerate(ffn_scores(source, block, statistics, criterion)):
+        kept += [ffn * statistics.width + i for i in strongest_channels(score_F, width)]
+    return tuple(kept)
+
+
+def ffn_scores(
+    source: WeightSource, block: int, statistics: BlockStatistics, criterion: Criterion
+) -> Iterator[Tensor]:
+    """Yield the channel scores of every FFN of a block, as float32 [F]; see `choose_channels`."""
+    few = few_tokens(statistics)
     for ffn in range(statistics.ffns):
         weights = read_ffn_weights(source, block, ffn)
         metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
-        scores_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
-        kept += [ffn * statistics.width + i for i in strongest_channels(scores_F, width)]
-    return tuple(kept)
+        yield channel_scores(metric, statistics.of_ffn(ffn), weights)
 
 
 def warn_of_few_tokens(plan: PruningPlan) -> None:
@@ -161,7 +205,7 @@ def make_plan(
         UsageError: a metric is unknown.
     """
     check_statistics_fit(source, statistics)
-    widths = plan_widths(model_size(source), statistics, budget, criterion)
+    widths = plan_widths(source, statistics, budget, criterion)
     kept = []
     for block, width in enumerate(widths.kept_L):
         kept.append(choose_channels(source, block, statistics.blocks[block], width, criterion))

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from cfsp.settings import CalibrationText, Compute, EvaluationText
 
 # Spelled out here, because their home imports torch; a test compares.
-BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform")
-CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude", "random")
-RESTORE_METHODS = ("ridge", "none")
+BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform", "global")
+CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "flap", "magnitude", "random")
+RESTORE_METHODS = ("ridge", "local", "none")
 
 Subparsers = Any
 
@@ -122,7 +122,8 @@ def add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--block-metric",
         default="angular",
         choices=BLOCK_METRICS,
-        help="distance that makes a block important (default: angular)",
+        help="distance that makes a block important (default: angular); global: no distance, the "
+        "channels of all blocks compete, by scores that are standardised in each block",
     )
     group.add_argument(
         "--channel-metric",

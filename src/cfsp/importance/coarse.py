@@ -13,7 +13,9 @@ from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
 from cfsp.errors import UsageError
 
-BLOCK_METRICS = (*DISTANCES, "uniform")
+# Not a distance: widths follow from the scores of all channels (`cfsp.importance.competition`).
+GLOBAL = "global"
+BLOCK_METRICS = (*DISTANCES, "uniform", GLOBAL)
 
 # The published code sums angular distances over 128 windows of 1024 tokens and divides by 1e4
 # before the sigmoid. With means instead of sums that is this gain, at any calibration size.
@@ -25,7 +27,7 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
 
     `cosine`, `euclidean`, `mse` and `mae` have other units than the angular distance that the
     sigmoid's gain was made for; they are scaled to its mean over the blocks. `uniform` gives
-    every block the same distance.
+    every block the same distance. `global` needs none and gets the angular one, to be told.
 
     Raises:
         UsageError: the metric is unknown.
@@ -35,7 +37,7 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
     angular_L = statistics.distances("angular")
     if metric == "uniform":
         return [fmean(angular_L)] * len(angular_L)
-    if metric == "angular":
+    if metric in ("angular", GLOBAL):
         return angular_L
     distance_L = statistics.distances(metric)
     mean = fmean(distance_L)
