@@ -10,12 +10,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cfsp.allocation import (
+    CLAMPS,
     Budget,
+    Clamp,
     ModelSize,
     allocate,
     channels_to_keep,
     keep_fractions,
     round_widths,
+    water_fill,
 )
 from cfsp.errors import BudgetError, UsageError
 from cfsp.importance.coarse import block_importance
@@ -68,15 +71,68 @@ def test_clamp_bites_at_low_sparsity() -> None:
 
 
 @given(
+    st.lists(st.tuples(st.floats(1e-4, 1.0), st.integers(1, 20000)), min_size=1, max_size=48),
+    st.floats(0.0, 1.0),
+)
+def test_water_filling_meets_the_total_under_caps(
+    blocks: list[tuple[float, int]], keep: float
+) -> None:
+    importance_L, width_L = [b[0] for b in blocks], [b[1] for b in blocks]
+    total = keep * sum(width_L)
+    kept_L = water_fill(importance_L, width_L, total)
+    assert sum(kept_L) == pytest.approx(total, abs=1e-6 * sum(width_L))
+    assert all(0 <= kept <= width for kept, width in zip(kept_L, width_L, strict=True))
+    # Below the cap all have the same c; a capped block would have had more.
+    levels = [k / (s * w) for k, s, w in zip(kept_L, importance_L, width_L, strict=True)]
+    free = [c for c, k, w in zip(levels, kept_L, width_L, strict=True) if k < w]
+    if free:
+        assert max(free) == pytest.approx(min(free))
+        capped = [s for k, s, w in zip(kept_L, importance_L, width_L, strict=True) if k == w]
+        assert all(max(free) * s >= 1 - 1e-9 for s in capped)
+
+
+@given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
+@settings(deadline=None)
+def test_clamps_differ_only_where_a_block_would_overflow(
+    distance_L: list[float], sparsity: float, width: int
+) -> None:
+    size, budget = model_of(width, len(distance_L)), Budget(sparsity, "ffn", 1)
+    importance_L = block_importance(distance_L)
+    highest = max(importance_L) / np.mean(importance_L) * (1 - sparsity)
+    assume(abs(highest - 1) > 1e-6)
+    filled_L = allocate(importance_L, budget, size, "water-fill")
+    published_L = allocate(importance_L, budget, size, "published")
+    assert abs(sum(filled_L) - sum(published_L)) <= 1
+    if highest < 1:
+        # To the channel that goes to whoever lost most, where remainders are equal.
+        assert np.abs(np.array(filled_L) - np.array(published_L)).max() <= 1
+    else:
+        assert max(filled_L) == width
+
+
+def test_water_filling_gives_the_rest_to_the_others() -> None:
+    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], 200) == pytest.approx(
+        [100, 100 * 5 / 6, 100 / 6]
+    )
+    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], 300) == [100, 100, 100]
+
+
+def test_an_unknown_clamp_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown clamp 'hard'; known are: water-fill, published"):
+        allocate([0.5], Budget(0.5), model_of(1536, 1), "hard")  # type: ignore[arg-type]
+
+
+@given(
     distances,
     sparsities,
+    st.sampled_from(CLAMPS),
     st.sampled_from(WIDTHS),
     st.sampled_from(MULTIPLES),
     st.sampled_from(["ffn", "model"]),
 )
 @settings(max_examples=400, deadline=None)
 def test_budget_holds_to_one_multiple(
-    distance_L: list[float], sparsity: float, width: int, multiple: int, of: str
+    distance_L: list[float], sparsity: float, clamp: Clamp, width: int, multiple: int, of: str
 ) -> None:
     size = model_of(width, len(distance_L))
     budget = Budget(sparsity, of, multiple)  # type: ignore[arg-type]
@@ -84,7 +140,7 @@ def test_budget_holds_to_one_multiple(
         wanted = channels_to_keep(budget, size)
     except BudgetError:
         assume(False)
-    kept_L = allocate(block_importance(distance_L), budget, size)
+    kept_L = allocate(block_importance(distance_L), budget, size, clamp)
 
     assert abs(sum(kept_L) - wanted) <= multiple
     assert all(min(multiple, width) <= kept <= width for kept in kept_L)
@@ -131,11 +187,12 @@ def test_same_input_gives_the_same_widths(
     st.lists(st.integers(40, 3000), min_size=2, max_size=40),
     st.data(),
     st.floats(0.05, 0.9),
+    st.sampled_from(CLAMPS),
     st.sampled_from(MULTIPLES),
 )
 @settings(max_examples=200, deadline=None)
 def test_budget_holds_for_a_model_that_was_pruned_before(
-    width_L: list[int], data: st.DataObject, sparsity: float, multiple: int
+    width_L: list[int], data: st.DataObject, sparsity: float, clamp: Clamp, multiple: int
 ) -> None:
     """Blocks of different widths, few of them multiples."""
     distance_L = data.draw(
@@ -147,7 +204,7 @@ def test_budget_holds_for_a_model_that_was_pruned_before(
         wanted = channels_to_keep(budget, size)
     except BudgetError:
         assume(False)
-    kept_L = allocate(block_importance(distance_L), budget, size)
+    kept_L = allocate(block_importance(distance_L), budget, size, clamp)
     assert abs(sum(kept_L) - wanted) <= multiple
     assert all(0 < kept <= width for kept, width in zip(kept_L, width_L, strict=True))
     assert all(

@@ -22,6 +22,9 @@ AUTO_MULTIPLE_NARROW = 32
 _CLAMP_MARGIN = 1.05
 
 BudgetOf = Literal["ffn", "model"]
+Clamp = Literal["water-fill", "published"]
+CLAMPS: tuple[Clamp, ...] = ("water-fill", "published")
+DEFAULT_CLAMP: Clamp = "published"
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,34 @@ def keep_fractions(importance_L: Sequence[float], sparsity: float) -> list[float
     return [s / mean * (1 - sparsity) for s in importance_L]
 
 
+def water_fill(importance_L: Sequence[float], width_L: Sequence[int], total: float) -> list[float]:
+    """Return widths in proportion to importance, none above the present one, that sum to `total`.
+
+        kept_l = F_l min(1, c s_l)
+
+    with c such that the sum is met: what a block that is whole cannot take goes to the others, in
+    proportion to their importance.
+
+    Args:
+        importance_L: normalised importance s of each block, positive.
+        width_L: present widths F.
+        total: what the widths shall sum to, at most the sum of the present ones.
+    """
+    whole: set[int] = set()
+    while True:
+        others = [block for block in range(len(width_L)) if block not in whole]
+        wanted = sum(importance_L[block] * width_L[block] for block in others)
+        left = total - sum(width_L[block] for block in whole)
+        level = left / wanted if others else 0.0
+        full = {block for block in others if level * importance_L[block] >= 1}
+        if not full:
+            return [
+                float(width) if block in whole else level * importance_L[block] * width
+                for block, width in enumerate(width_L)
+            ]
+        whole |= full
+
+
 def round_widths(
     ideal_L: Sequence[float], width_L: Sequence[int], multiple: int, total: float
 ) -> list[int]:
@@ -188,24 +219,34 @@ def round_widths(
         kept_L[chosen] = step(chosen)
 
 
-def allocate(importance_L: Sequence[float], budget: Budget, size: ModelSize) -> list[int]:
+def allocate(
+    importance_L: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp = DEFAULT_CLAMP
+) -> list[int]:
     """Return the number of channels that every block keeps.
 
     Args:
         importance_L: normalised importance of each block, positive.
         budget: how much to remove.
         size: the model's numbers.
+        clamp: what happens where a block would keep more than all: `water-fill` keeps it whole
+            and gives the rest to the others, `published` shrinks all importances.
 
     Raises:
         BudgetError: no widths meet the budget.
+        UsageError: the clamp is unknown.
     """
+    if clamp not in CLAMPS:
+        raise UsageError(f"unknown clamp {clamp!r}; known are: {', '.join(CLAMPS)}")
     total = channels_to_keep(budget, size)
     if budget.sparsity == 0.0:
         return list(size.width_L)
-    fraction_L = keep_fractions(importance_L, 1 - total / sum(size.width_L))
-    ideal_L = [f * width for f, width in zip(fraction_L, size.width_L, strict=True)]
-    # Blocks of different width weigh differently in the mean: meet the total, not the mean.
-    ideal_L = [ideal * total / sum(ideal_L) for ideal in ideal_L]
+    if clamp == "water-fill":
+        ideal_L = water_fill(importance_L, size.width_L, total)
+    else:
+        fraction_L = keep_fractions(importance_L, 1 - total / sum(size.width_L))
+        ideal_L = [f * width for f, width in zip(fraction_L, size.width_L, strict=True)]
+        # Blocks of different width weigh differently in the mean: meet the total, not the mean.
+        ideal_L = [ideal * total / sum(ideal_L) for ideal in ideal_L]
     multiple = budget.multiple_for(size.width_L)
     kept_L = round_widths(ideal_L, size.width_L, multiple, total)
     assert all(0 < kept <= width for kept, width in zip(kept_L, size.width_L, strict=True))
