@@ -1,0 +1,59 @@
+"""How far a changed model's predictions are from the dense model's, on windows without labels.
+
+The Kullback-Leibler divergence of the next-token distribution, KL(dense || changed), in nats per
+token. It is never negative and has far less noise than a difference of losses, so that few
+windows tell small changes apart.
+
+Shapes: B windows, T tokens, P positions in a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Predictions of neighbours are alike: of every few tokens one is compared, which keeps the cost
+# of a large vocabulary small.
+POSITION_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class DensePredictions:
+    """What the dense model predicts on some windows.
+
+    Attributes:
+        tokens_BT: the windows.
+        probability_BPV: next-token probabilities after every `POSITION_STRIDE`-th token, float32.
+        negative_entropy_BP: sum over the vocabulary of p log p, float32.
+    """
+
+    tokens_BT: Tensor
+    probability_BPV: Tensor
+    negative_entropy_BP: Tensor
+
+    def divergence(self, model: PreTrainedModel) -> float:
+        """Return KL(dense || model), the mean over positions, in nats per token."""
+        logits_BPV = _logits(model, self.tokens_BT)
+        expected_BP = torch.linalg.vecdot(self.probability_BPV, logits_BPV)
+        divergence_BP = self.negative_entropy_BP - expected_BP + logits_BPV.logsumexp(-1)
+        return float(divergence_BP.double().mean())
+
+
+def dense_predictions(model: PreTrainedModel, tokens_BT: Tensor) -> DensePredictions:
+    """Return what a model predicts, to compare changed ones with."""
+    probability_BPV = _logits(model, tokens_BT).softmax(-1)
+    negative_entropy_BP = torch.xlogy(probability_BPV, probability_BPV).sum(-1)
+    return DensePredictions(tokens_BT, probability_BPV, negative_entropy_BP)
+
+
+def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    position_P = torch.arange(0, tokens_BT.shape[1], POSITION_STRIDE, device=model.device)
+    output = model(input_ids=tokens_BT.to(model.device), use_cache=False, logits_to_keep=position_P)
+    logits_BPV: Tensor = output.logits.float()
+    return logits_BPV

@@ -1,0 +1,84 @@
+"""Sensitivity: one block masked at a time, from kept hidden states as from the beginning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cfsp.calibration.resumed_forward import hidden_states_entering, resumed_at
+from cfsp.calibration.sensitivity import block_sensitivities
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.divergence import POSITION_STRIDE, dense_predictions
+from cfsp.errors import UnsupportedModelError
+from cfsp.families import family_of
+from cfsp.masking import masked_channels
+from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
+
+KEPT = ((0, 5, 7, 95), tuple(range(WIDTH)), tuple(range(1, WIDTH, 2)))
+
+
+def random_tokens(windows: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (windows, 12), generator=generator)
+
+
+def numpy_divergence(dense_BTV: torch.Tensor, changed_BTV: torch.Tensor) -> float:
+    """KL(dense || changed) after every few tokens."""
+    p, q = (np.exp(x[:, ::POSITION_STRIDE].double().numpy()) for x in (dense_BTV, changed_BTV))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    return float((p * np.log(p / q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_a_resumed_forward_is_the_whole_one(name: str) -> None:
+    model, tokens_BT = build_tiny_model(name), random_tokens(2)
+    blocks = blocks_of(model, family_of(model.config))
+    originals = list(blocks)
+    with torch.inference_mode():
+        with hidden_states_entering(blocks) as entering_L:
+            whole_BTV = model(tokens_BT, use_cache=False).logits
+        assert len(entering_L) == BLOCKS
+        for first in range(BLOCKS):
+            with resumed_at(blocks, first, entering_L[first]):
+                resumed_BTV = model(tokens_BT, use_cache=False).logits
+            assert torch.equal(resumed_BTV, whole_BTV), first
+    assert list(blocks) == originals
+    assert not any(block._forward_pre_hooks for block in blocks)
+
+
+def test_divergence_is_that_of_numpy() -> None:
+    model, tokens_BT = build_tiny_model("llama"), random_tokens(2)
+    with torch.inference_mode():
+        dense_BTV = model(tokens_BT).logits
+        dense = dense_predictions(model, tokens_BT)
+        assert dense.divergence(model) == pytest.approx(0, abs=1e-6)
+        with masked_channels(model, {0: (1, 2, 3)}):
+            changed_BTV = model(tokens_BT).logits
+            found = dense.divergence(model)
+    assert found == pytest.approx(numpy_divergence(dense_BTV, changed_BTV), rel=1e-4)
+    assert found > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt-projected"])
+def test_sensitivity_masks_one_block_at_a_time(name: str) -> None:
+    model, tokens_NT = build_tiny_model(name), random_tokens(3)
+    seen: list[Any] = []
+    found_L = block_sensitivities(model, tokens_NT, KEPT, lambda: seen.append(None))
+    with torch.inference_mode():
+        dense_BTV = model(tokens_NT).logits
+        for block, kept_K in enumerate(KEPT):
+            with masked_channels(model, {block: kept_K}):
+                expected = numpy_divergence(dense_BTV, model(tokens_NT).logits)
+            assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert torch.equal(model(tokens_NT).logits, dense_BTV)
+    assert found_L[1] == pytest.approx(0, abs=1e-6)  # it keeps all
+    assert min(found_L[0], found_L[2]) > 1e-3
+    assert len(seen) == 3 * BLOCKS
+
+
+def test_sensitivity_of_experts_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="mixtures of experts"):
+        block_sensitivities(build_tiny_model("mixtral"), random_tokens(1), KEPT)
