@@ -29,8 +29,8 @@ import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.manifest import peak_rss_bytes, versions
 from cfsp.recovery.adaptation import Adaptation, attach
+from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import WindowData, read_text
-from cfsp.recovery.recover import block_importance
 from cfsp.recovery.run import load_to_train, train, training_arguments
 from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
@@ -80,7 +80,7 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
     if kind == "cfsp":
         model = load_to_train(source, device, "auto")
         adaptation = Adaptation(rank=args.rank)
-        adapted, _ = attach(model, source.family, adaptation, block_importance(source, adaptation))
+        adapted, _ = attach(model, source.family, adaptation, block_weights(source, adaptation))
         train(
             adapted,
             model,

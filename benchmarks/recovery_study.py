@@ -2,12 +2,13 @@
 
     python benchmarks/recovery_study.py PRUNED --data A --data B --eval C --eval D
 
-Compares importance, uniform and inverse rank allocation at equal trainable parameters (the mean
-rank of each is chosen so that the counts agree as nearly as whole ranks allow), and LoRA against
-full training at equal steps and at equal time. Every arm trains with every seed, which changes
-the order of windows and the adapters' start. Runs take turns, so that a machine that slows down
-slows all arms. Prints a Markdown table of perplexity, mean and spread (half the range), and the
-paired difference to uniform allocation, which is what the seeds' own noise cancels out of.
+Compares rank allocations (importance, uniform, inverse, restored error) at equal trainable
+parameters (the mean rank of each is chosen so that the counts agree as nearly as whole ranks
+allow), and LoRA against full training at equal steps and at equal time. Every arm trains with
+every seed, which changes the order of windows and the adapters' start. Runs take turns, so that a
+machine that slows down slows all arms. Prints a Markdown table of perplexity, mean and spread
+(half the range), and the paired difference to uniform allocation, which is what the seeds' own
+noise cancels out of.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.manifest import versions
 from cfsp.recovery.adaptation import Adaptation, attach
+from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.ranks import RANK_ALLOCATIONS
-from cfsp.recovery.recover import block_importance, recover_checkpoint
+from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.run import load_to_train
 from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
@@ -60,8 +62,8 @@ class Result:
 def trainable_parameters(source: Checkpoint, adaptation: Adaptation) -> int:
     """Return how many parameters an adaptation trains."""
     model = load_to_train(source, torch.device("cpu"), "auto")
-    importance_L = block_importance(source, adaptation)
-    return sum(b.parameters for b in attach(model, source.family, adaptation, importance_L)[1])
+    weight_L = block_weights(source, adaptation)
+    return sum(b.parameters for b in attach(model, source.family, adaptation, weight_L)[1])
 
 
 def at_equal_parameters(source: Checkpoint, rank: float) -> Iterator[Adaptation]:

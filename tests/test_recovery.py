@@ -152,7 +152,10 @@ def test_ranks_follow_the_plan_and_the_adapter_attaches_in_a_fresh_process(
         keep_adapter=True,
     )
     plan = PruningPlan.load(pruned / PLAN_FILE)
-    ranks = allocate_ranks([b.importance for b in plan.blocks], 5, allocation)
+    weights = [block.importance for block in plan.blocks]
+    if allocation == "error":
+        weights = [b["error_after"] for b in read_manifest(pruned)["restoration"]["blocks"]]
+    ranks = allocate_ranks(weights, 5, allocation)
     assert [block["rank"] for block in report.blocks] == ranks
     program = """
 import json, sys, torch

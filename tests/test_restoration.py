@@ -16,13 +16,10 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
 from cfsp.manifest import read_manifest
+from cfsp.restoration.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
 from cfsp.restoration.gram import GramSums
 from cfsp.restoration.restore import restore_blocks
-from cfsp.restoration.ridge import (
-    factor_in_place,
-    restore_down_projection,
-    solve_in_place,
-)
+from cfsp.restoration.ridge import restore_down_projection
 from cfsp.workplace import Workplace
 
 
@@ -53,21 +50,31 @@ def test_gram_leaves_the_global_precision_as_it_was() -> None:
 
 @given(size=st.integers(1, 1100), seed=st.integers(0, 5))
 @settings(max_examples=12, deadline=None)
-def test_factor_in_place_is_cholesky(size: int, seed: int) -> None:
+def test_panels_hold_the_lower_triangle_and_factor_and_solve_as_torch_does(
+    size: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    matrix = root @ root.T / size + torch.eye(size, dtype=torch.float64)
-    expected = torch.linalg.cholesky(matrix)
-    right = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    root = torch.randn(size, size, generator=generator)
+    gram = root @ root.T / size
+    kept = torch.randperm(size, generator=generator)[: max(1, size * 2 // 3)].sort().values
+    matrix = gram.double()[kept][:, kept] + 0.5 * torch.eye(len(kept), dtype=torch.float64)
+    right = torch.randn(len(kept), 3, generator=generator, dtype=torch.float64)
     solution = torch.linalg.solve(matrix, right)
-    assert factor_in_place(matrix)
-    assert torch.allclose(torch.tril(matrix), expected, atol=1e-9)
-    solve_in_place(matrix, right)
-    assert torch.allclose(right, solution, atol=1e-8)
+    panels = lower_panels(gram, kept)
+    add_to_diagonal(panels, 0.5)
+    for start, panel in zip(range(0, len(kept), PANEL), panels, strict=True):
+        torch.testing.assert_close(panel, matrix[start:, start : start + PANEL])
+    assert factor(panels)
+    expected = torch.linalg.cholesky(matrix)
+    for start, panel in zip(range(0, len(kept), PANEL), panels, strict=True):
+        lower = expected[start:, start : start + PANEL]
+        torch.testing.assert_close(panel.tril(), lower, rtol=0, atol=1e-9)
+    solve(panels, right)
+    torch.testing.assert_close(right, solution, rtol=0, atol=1e-8)
 
 
-def test_factor_in_place_refuses_what_is_not_positive_definite() -> None:
-    assert not factor_in_place(torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)))
+def test_what_is_not_positive_definite_is_refused() -> None:
+    assert not factor(lower_panels(torch.diag(torch.tensor([1.0, -1.0, 1.0])), torch.arange(3)))
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.1])

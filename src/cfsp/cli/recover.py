@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Spelled out here, because their home imports torch; a test compares.
 METHODS = ("lora", "dora", "full")
 TARGETS = ("mlp", "attention", "all")
-RANK_ALLOCATIONS = ("importance", "uniform", "inverse")
+RANK_ALLOCATIONS = ("importance", "uniform", "inverse", "error")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -79,7 +79,8 @@ def add_what(parser: argparse.ArgumentParser) -> None:
         "--rank-allocation",
         default="importance",
         choices=RANK_ALLOCATIONS,
-        help="how ranks follow the blocks' importance (default: proportionally)",
+        help="ranks follow the blocks' importance (default), are equal, follow its inverse, or the "
+        "error that restoration left",
     )
 
 

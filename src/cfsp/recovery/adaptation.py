@@ -46,7 +46,7 @@ class Adaptation:
             stay as they are.
         rank: mean rank over blocks.
         scale: alpha / r.
-        allocation: how ranks follow the coarse importance.
+        allocation: how ranks follow the coarse importance, or the error that restoration left.
     """
 
     method: Method = "lora"
@@ -96,7 +96,7 @@ def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> li
 
 
 def attach(
-    model: PreTrainedModel, family: Family, adaptation: Adaptation, importance_L: Sequence[float]
+    model: PreTrainedModel, family: Family, adaptation: Adaptation, weight_L: Sequence[float]
 ) -> tuple[nn.Module, list[TrainableBlock]]:
     """Make a model trainable.
 
@@ -106,7 +106,7 @@ def attach(
         model: the pruned model; it is changed in place.
         family: its family.
         adaptation: what to train.
-        importance_L: normalised coarse importance of every block.
+        weight_L: what the blocks' ranks follow (see `allocate_ranks`).
 
     Returns:
         The model to train (a PEFT model, or the same one) and what is trainable in each block.
@@ -127,7 +127,7 @@ def attach(
         import peft
     except ImportError as error:
         raise MissingExtraError("LoRA", "recover") from error
-    ranks_L = allocate_ranks(importance_L, adaptation.rank, adaptation.allocation)
+    ranks_L = allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)
     patterns = [rf"{re.escape(family.blocks)}\.{block}\..*" for block in range(len(ranks_L))]
     largest = max(ranks_L)
     config = peft.LoraConfig(

@@ -10,36 +10,36 @@ from typing import Literal, get_args
 
 from cfsp.errors import UsageError
 
-RankAllocation = Literal["importance", "uniform", "inverse"]
+RankAllocation = Literal["importance", "uniform", "inverse", "error"]
 RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
 
 
 def allocate_ranks(
-    importance_L: Sequence[float], mean_rank: float, allocation: RankAllocation
+    weight_L: Sequence[float], mean_rank: float, allocation: RankAllocation
 ) -> list[int]:
     """Return the rank of every block; they sum to `mean_rank` times the number of blocks.
 
     Args:
-        importance_L: normalised coarse importance of every block, positive.
+        weight_L: what ranks follow, for every block, positive: its normalised coarse importance,
+            or for `error` what its restoration left of the error.
         mean_rank: at least 1; a fraction is allowed, the total is rounded.
-        allocation: proportional to the importance, equal, or proportional to its inverse.
+        allocation: proportional to the weights (`importance`, `error`), equal, or inverse.
 
     Raises:
-        UsageError: the mean rank is below 1, or an importance is not positive.
+        UsageError: the mean rank is below 1, or a weight is not positive.
     """
     if not 1 <= mean_rank < 1 << 24:
         raise UsageError(f"--rank must be at least 1, found {mean_rank}")
-    if allocation != "uniform" and not all(value > 0 for value in importance_L):
+    total = round(mean_rank * len(weight_L))
+    if allocation == "uniform":
+        return _share([1.0] * len(weight_L), total)
+    if not all(value > 0 for value in weight_L):
+        what = "error" if allocation == "error" else "importance"
         raise UsageError(
-            f"--rank-allocation {allocation} needs a positive importance for every block, found "
-            f"{min(importance_L)}; use --rank-allocation uniform"
+            f"--rank-allocation {allocation} needs a positive {what} for every block, found "
+            f"{min(weight_L)}; use --rank-allocation uniform"
         )
-    weights_L = {
-        "importance": list(importance_L),
-        "uniform": [1.0] * len(importance_L),
-        "inverse": [1 / value if value > 0 else 1.0 for value in importance_L],
-    }[allocation]
-    return _share(weights_L, round(mean_rank * len(weights_L)))
+    return _share([1 / w for w in weight_L] if allocation == "inverse" else weight_L, total)
 
 
 def _share(weights_L: Sequence[float], total: int) -> list[int]:

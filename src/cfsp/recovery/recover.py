@@ -26,12 +26,12 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.comparison import before_and_after
-from cfsp.errors import PlanError, RecoveryError, UsageError
+from cfsp.errors import UsageError
 from cfsp.loading import compute_device
-from cfsp.manifest import PLAN_FILE, Stopwatch, peak_rss_bytes, versions
+from cfsp.manifest import Stopwatch, peak_rss_bytes, versions
 from cfsp.processes import is_first_process
-from cfsp.pruning_plan import PruningPlan
 from cfsp.recovery.adaptation import Adaptation, TrainableBlock, attach, merge
+from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.run import TrainingOutcome, load_to_train, train
 from cfsp.recovery.settings import Training, with_learning_rate
@@ -117,49 +117,64 @@ def recover_checkpoint(
     """
     check_is_outside(out, source.directory)
     check_output_is_free(out)
+    adaptation = adaptation or Adaptation()
+    request = _Request(
+        source=source,
+        out=out,
+        data=data,
+        training=with_learning_rate(training, adaptation),
+        adaptation=adaptation,
+        teacher=teacher,
+        evaluation=evaluation,
+        compute=compute or Compute(),
+        resume=resume,
+        keep_adapter=keep_adapter,
+        command=command,
+    )
     workspace = Workspace(out)
-    options = (data, training, adaptation, teacher, evaluation, compute, resume, keep_adapter)
     if not is_first_process():
-        return _recover(source, out, workspace, *options, command)
+        return _recover(request, workspace)
     with created_parents(out), exclusive(workspace.directory), workspace.kept():
-        return _recover(source, out, workspace, *options, command)
+        return _recover(request, workspace)
 
 
-def _recover(
-    source: Checkpoint,
-    out: Path,
-    workspace: Workspace,
-    data: Sequence[str],
-    training: Training,
-    adaptation: Adaptation | None,
-    teacher: TeacherChoice | None,
-    evaluation: EvaluationText | None,
-    compute: Compute | None,
-    resume: bool,
-    keep_adapter: bool,
-    command: str,
-) -> RecoverReport:
-    started = time.monotonic()
-    adaptation, compute = adaptation or Adaptation(), compute or Compute()
-    training = with_learning_rate(training, adaptation)
-    watch = Stopwatch()
-    importance_L = block_importance(source, adaptation)
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `recover_checkpoint`, with defaults filled in."""
+
+    source: Checkpoint
+    out: Path
+    data: Sequence[str]
+    training: Training
+    adaptation: Adaptation
+    teacher: TeacherChoice | None
+    evaluation: EvaluationText | None
+    compute: Compute
+    resume: bool
+    keep_adapter: bool
+    command: str
+
+
+def _recover(request: _Request, workspace: Workspace) -> RecoverReport:
+    started, watch = time.monotonic(), Stopwatch()
+    source, training, teacher = request.source, request.training, request.teacher
+    weight_L = block_weights(source, request.adaptation)
     _check_launcher()
-    if keep_adapter and adaptation.method == "full":
+    if request.keep_adapter and request.adaptation.method == "full":
         raise UsageError("--keep-adapter needs --method lora or dora: full training has no adapter")
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
-        text = read_text(data, tokenizer, seqlen=training.seqlen)
+        text = read_text(request.data, tokenizer, seqlen=training.seqlen)
     check_tokens(source.config, text.train.token_NT, source.label)
-    settings = _settings(source, text, training, adaptation, teacher)
+    settings = _settings(source, text, training, request.adaptation, teacher)
     if is_first_process():
-        workspace.check(settings, resume=resume)
+        workspace.check(settings, resume=request.resume)
 
     with watch.stage("load"):
-        model, dense = _load(source, tokenizer, teacher, compute)
+        model, dense = _load(source, tokenizer, teacher, request.compute)
     torch.manual_seed(training.seed)
-    adapted, blocks = attach(model, source.family, adaptation, importance_L)
-    trained = _trained_tensors(model)
+    adapted, blocks = attach(model, source.family, request.adaptation, weight_L)
+    names = _trained_tensors(model)
     print_trainable(blocks)
 
     if is_first_process():
@@ -176,66 +191,49 @@ def _recover(
             training,
             directory=workspace.directory,
             started=started,
-            resume_from=workspace.last_checkpoint() if resume else None,
+            resume_from=workspace.last_checkpoint() if request.resume else None,
             teacher=dense,
             distillation=teacher.distillation if teacher is not None else None,
         )
     if not is_first_process():
-        return _report(blocks, outcome, {}, watch, out)
+        return _report(blocks, outcome, {}, watch, request.out)
     del dense
-
-    with staged_directory(out) as staging:
+    with staged_directory(request.out) as staging:
         with watch.stage("write"):
-            if keep_adapter:
+            if request.keep_adapter:
                 _save_adapter(adapted, source, staging / ADAPTER_DIRECTORY)
             merged = merge(adapted)
-            digests = write_recovered_weights(source, merged, trained, staging)
+            digests = write_recovered_weights(source, merged, names, staging)
             copy_everything_else(source, staging)
         del adapted, model, merged
         with watch.stage("evaluate"):
             measured = before_and_after(
-                source.directory, staging, evaluation, compute, ("before", "after")
+                source.directory,
+                staging,
+                request.evaluation,
+                request.compute,
+                ("before", "after"),
             )
-        report = _report(blocks, outcome, measured, watch, out)
-        facts = {
-            "command": command,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {**versions(), "accelerate": version("accelerate"), **_peft_version()},
-            "adaptation": asdict(adaptation),
-            "training": asdict(training),
-            "teacher": _teacher_facts(teacher),
-            "data": {"sources": text.sources, "tokens_digest": text.train.digest},
-            "device": str(compute_device(compute.device)),
-            "threads": torch.get_num_threads(),
-            **asdict(report),
-        }
-        write_record(source, staging, facts, digests)
+        report = _report(blocks, outcome, measured, watch, request.out)
+        write_record(source, staging, _facts(request, text, report), digests)
     workspace.remove()
     return report
 
 
-def block_importance(source: Checkpoint, adaptation: Adaptation) -> list[float]:
-    """Return the coarse importance of every block, from the plan in the checkpoint.
-
-    Raises:
-        RecoveryError: cfsp did not prune the checkpoint, and the adaptation asks for importance.
-    """
-    blocks = int(source.config.num_hidden_layers)
-    if adaptation.method == "full" or adaptation.allocation == "uniform":
-        return [1.0] * blocks
-    path = source.directory / PLAN_FILE
-    if not path.is_file():
-        raise RecoveryError(
-            f"{source.label} was not pruned by cfsp: it has no {PLAN_FILE} with the importance of "
-            "its blocks; recover it with --rank-allocation uniform"
-        )
-    plan = PruningPlan.load(path)
-    if len(plan.blocks) != blocks:
-        raise PlanError(
-            f"{path} describes {len(plan.blocks)} blocks, the model has {blocks}; "
-            "recover it with --rank-allocation uniform"
-        )
-    return [block.importance for block in plan.blocks]
+def _facts(request: _Request, text: RecoveryText, report: RecoverReport) -> dict[str, Any]:
+    """Return what the manifest says of the recovery."""
+    return {
+        "command": request.command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {**versions(), "accelerate": version("accelerate"), **_peft_version()},
+        "adaptation": asdict(request.adaptation),
+        "training": asdict(request.training),
+        "teacher": _teacher_facts(request.teacher),
+        "data": {"sources": text.sources, "tokens_digest": text.train.digest},
+        "device": str(compute_device(request.compute.device)),
+        "threads": torch.get_num_threads(),
+        **asdict(report),
+    }
 
 
 def _check_launcher() -> None:

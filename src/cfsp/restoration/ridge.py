@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cfsp.restoration.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
+
 # Relative ridge strengths, to be chosen from on held-out tokens. With some 28,000 tokens of a
 # mixed text most blocks of SmolLM2-135M choose 0.1 or more; more tokens want less.
 LAMBDAS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0)
 
-# The solve is float64; these bound how much of it is in memory at once.
-_FACTOR_PANEL = 512
+# Rows of the down projection that are solved for at once, in float64.
 _SOLVE_COLUMNS = 512
 
 
@@ -125,83 +126,24 @@ def _solve(
     ridge: float,
 ) -> Tensor | None:
     """Return W' for one strength; None if the matrix is not positive definite."""
-    system_KK = _gather(gram_FF, kept_K)
-    diagonal_K = system_KK.diagonal()
-    diagonal_K.add_(ridge * float(diagonal_K.mean()))
-    if not factor_in_place(system_KK):
+    system = lower_panels(gram_FF, kept_K)
+    add_to_diagonal(system, ridge * float(gram_FF.diagonal()[kept_K].double().mean()))
+    if not factor(system):
         return None
     restored_DK = torch.empty_like(plain_DK)
     for start in range(0, down_DF.shape[0], _SOLVE_COLUMNS):
         part = slice(start, start + _SOLVE_COLUMNS)
         pruned_CP = down_DF[part].index_select(1, pruned_P).double()
         lost_KC = _times_gram(gram_FF, kept_K, pruned_P, pruned_CP)
-        solve_in_place(system_KK, lost_KC)
+        solve(system, lost_KC)
         restored_DK[part] = (plain_DK[part].double() + lost_KC.T).to(plain_DK.dtype)
     return restored_DK
-
-
-def _gather(gram_FF: Tensor, index_K: Tensor) -> Tensor:
-    """Return G_KK in float64 without a float32 copy of it beside."""
-    size = len(index_K)
-    result_KK = torch.empty(size, size, dtype=torch.float64, device=gram_FF.device)
-    for start in range(0, size, _FACTOR_PANEL):
-        part = index_K[start : start + _FACTOR_PANEL]
-        result_KK[start : start + len(part)] = gram_FF[part].index_select(1, index_K)
-    return result_KK
 
 
 def _times_gram(gram_FF: Tensor, kept_K: Tensor, pruned_P: Tensor, pruned_CP: Tensor) -> Tensor:
     """Return G_KP W_Pᵀ in float64, one panel of rows at a time."""
     panels = [
         gram_FF[part].index_select(1, pruned_P).double() @ pruned_CP.T
-        for part in torch.split(kept_K, _FACTOR_PANEL)
+        for part in torch.split(kept_K, PANEL)
     ]
     return torch.cat(panels)
-
-
-def factor_in_place(matrix_KK: Tensor) -> bool:
-    """Replace the lower triangle of a symmetric matrix by its Cholesky factor.
-
-    Right-looking and blocked: torch's own needs a second matrix of the same size, which at
-    14336 channels is another 1.6 GB. The upper triangle is left undefined.
-
-    Returns:
-        Whether the matrix is positive definite.
-    """
-    size = matrix_KK.shape[0]
-    for start in range(0, size, _FACTOR_PANEL):
-        stop = min(start + _FACTOR_PANEL, size)
-        corner, info = torch.linalg.cholesky_ex(matrix_KK[start:stop, start:stop])
-        if int(info) != 0 or not bool(torch.isfinite(corner).all()):
-            return False
-        matrix_KK[start:stop, start:stop] = corner
-        below = matrix_KK[stop:, start:stop]
-        below.copy_(torch.linalg.solve_triangular(corner.T, below, upper=True, left=False))
-        for column in range(stop, size, _FACTOR_PANEL):
-            end = min(column + _FACTOR_PANEL, size)
-            left = matrix_KK[column:, start:stop]
-            matrix_KK[column:, column:end] -= left @ matrix_KK[column:end, start:stop].T
-    return True
-
-
-def solve_in_place(factor_KK: Tensor, right_KC: Tensor) -> None:
-    """Replace B by the solution X of L L^T X = B, panel by panel.
-
-    torch's `cholesky_solve` copies the whole factor, for every few columns again.
-
-    Args:
-        factor_KK: L, as `factor_in_place` leaves it.
-        right_KC: B, and then X.
-    """
-    size = factor_KK.shape[0]
-    starts = range(0, size, _FACTOR_PANEL)
-    for start in starts:
-        stop = min(start + _FACTOR_PANEL, size)
-        corner, panel_PC = factor_KK[start:stop, start:stop], right_KC[start:stop]
-        panel_PC.copy_(torch.linalg.solve_triangular(corner, panel_PC, upper=False))
-        right_KC[stop:] -= factor_KK[stop:, start:stop] @ panel_PC
-    for start in reversed(starts):
-        stop = min(start + _FACTOR_PANEL, size)
-        corner, panel_PC = factor_KK[start:stop, start:stop], right_KC[start:stop]
-        panel_PC -= factor_KK[stop:, start:stop].T @ right_KC[stop:]
-        panel_PC.copy_(torch.linalg.solve_triangular(corner.T, panel_PC, upper=True))
