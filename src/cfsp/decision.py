@@ -30,6 +30,7 @@ from cfsp.planning import (
 )
 from cfsp.progress import item_progress
 from cfsp.pruning_plan import PruningPlan
+from cfsp.restoration.bias import check_can_compensate, compensate
 from cfsp.restoration.reconstruct import (
     ReconstructedBlock,
     check_can_reconstruct,
@@ -59,19 +60,22 @@ class Decision:
         statistics: of the calibration; None where a plan was given.
         restored: one entry for each block; empty without restoration.
         reconstructed: likewise; empty without local reconstruction.
+        biases: of the down projections, where they compensate for what was removed.
     """
 
     plan: PruningPlan
     statistics: Statistics | None = None
     restored: Sequence[RestoredBlock] = ()
     reconstructed: Sequence[ReconstructedBlock] = ()
+    biases: TensorFile | None = None
 
     @property
     def repaired_tensors(self) -> Mapping[str, TensorFile]:
-        """Repaired tensors by name; blocks that are better left alone are not in it."""
+        """Repaired and added tensors by name; blocks that are better left alone are not in it."""
         files = [block.file for block in self.restored if block.ridge is not None]
         # Reconstruction went on from what the ridge had repaired.
         files += [block.file for block in self.reconstructed if block.file is not None]
+        files += [self.biases] if self.biases is not None else []
         return {name: file for file in files for name in file.specs}
 
 
@@ -102,6 +106,8 @@ def decide(
     engine = settings.compute.engine(source)
     if settings.restore == "local":
         check_can_reconstruct(source)
+    if settings.restore == "bias":
+        check_can_compensate(source)
     check_complete(source)
     if plan is not None:
         plan.check_fits(source)
@@ -111,13 +117,20 @@ def decide(
     else:
         with watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
-    if settings.restore == "none":
-        if plan is None:
+    if settings.restore in ("none", "bias"):
+        if statistics is None and (plan is None or settings.restore == "bias"):
             with watch.stage("calibrate"):
                 statistics = calibrate_windows(source, draw(), engine, settings.text.seed, place)
+        if plan is None:
+            assert statistics is not None
             with watch.stage("plan"):
                 plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
-        return Decision(plan, statistics)
+        if settings.restore == "none":
+            return Decision(plan, statistics)
+        assert statistics is not None
+        with watch.stage("compensate"):
+            path = place.directory_of("compensate") / "biases.safetensors"
+            return Decision(plan, statistics, biases=compensate(source, plan, statistics, path))
     windows = draw()
     if plan is None:
         with watch.stage("calibrate and restore"):

@@ -150,6 +150,10 @@ class Family:
         path = self.path_in_block(matrix).replace("*", str(ffn))
         return f"{self.block_prefix(block)}{path}.weight"
 
+    def down_bias_name(self, block: int) -> str:
+        """Return the tensor name of the bias of a block's down projection, whether it has one."""
+        return self.weight_name(block, self.down).removesuffix("weight") + "bias"
+
     def turned(self, weight: Tensor) -> Tensor:
         """Return a matrix as stored turned to outputs x inputs, or the other way round."""
         return weight.T if self.inputs_first else weight

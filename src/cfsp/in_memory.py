@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.surgery import pruned_specs, pruned_tensor
+from cfsp.surgery import added_specs, pruned_config, pruned_specs, pruned_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import LoadedModel
     from cfsp.checkpoint.tensor_file import TensorFile
@@ -34,15 +34,16 @@ def build_pruned_model(
         model: the original; stays as it is and shares its unpruned tensors.
         source: the same model as a weight source.
         plan: which channels stay.
-        repaired: tensors that restoration changed, by name, already in pruned shape.
+        repaired: tensors that restoration changed or added, by name, already in pruned shape.
     """
-    config = _with_widths(model.config, source, plan)
+    added = added_specs(source, repaired)
+    config = pruned_config(source, plan, adds_bias=bool(added))
     pruned = build_skeleton(config, model.dtype)
 
     def stored(name: str) -> Tensor:
         return repaired[name].read(name) if name in repaired else pruned_tensor(source, plan, name)
 
-    specs = pruned_specs(source, plan)
+    specs = pruned_specs(source, plan) | added
     tensors, unused = {}, set(specs)
     for name, empty in pruned.state_dict().items():
         parts = pieces(source.family, name, empty.shape)
@@ -57,16 +58,3 @@ def build_pruned_model(
     pruned.to(model.device)
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
-
-
-def _with_widths(
-    config: PreTrainedConfig, source: LoadedModel, plan: PruningPlan
-) -> PreTrainedConfig:
-    key = source.family.width_key
-    widths = plan.kept_widths
-    changed = copy.deepcopy(config)
-    changed.per_layer_config = None
-    setattr(changed, key, max(widths))
-    if len(set(widths)) > 1:
-        changed.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
-    return changed

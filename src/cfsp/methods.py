@@ -8,6 +8,8 @@ All remove FFN channels only, so at one budget their results have the same size.
                     activation's norm alone, widths are multiples of 128, nothing is repaired
     wanda-sp        the same width everywhere, channels by |weight| x activation
                     (Sun et al., arXiv 2306.11695, as others make it structured)
+    flap            the channels of all blocks compete by variance x squared weight, and the mean of
+                    what was removed stays as a bias (An et al., arXiv 2312.11983), FFN only
     magnitude-sp    the same width everywhere, channels by the down projection's column norm
     random          the same width everywhere, channels drawn by chance: what any method must beat
 """
@@ -41,6 +43,7 @@ METHODS: dict[str, Method] = {
     "cfsp-plain": Method(Criterion("angular", "relative"), "none"),
     "cfsp-published": Method(Criterion("angular", "activation"), "none", 128),
     "wanda-sp": Method(Criterion("uniform", "wanda"), "none"),
+    "flap": Method(Criterion("global", "flap"), "bias"),
     "magnitude-sp": Method(Criterion("uniform", "magnitude"), "none"),
     "random": Method(Criterion("uniform", "random"), "none"),
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.pruning_plan import PruningPlan
 
 _LOAD_WITH_CODE = """\
-Blocks have different widths, so the checkpoint brings a small modelling file
-(`modeling_cfsp.py`, 40 lines) that builds the stock model with them:
+Blocks have different widths, or biases that the stock class lacks, so the checkpoint brings a small
+modelling file (`modeling_cfsp.py`, 40 lines) that builds the stock model with them:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 def model_card(manifest: dict[str, Any], plan: PruningPlan) -> str:
     """Return the model card of a checkpoint, from its manifest and plan."""
     base = _inline(plan.model.name)
-    uniform = len(set(plan.kept_widths)) == 1
+    plain = MODELING_FILE not in manifest["files"]
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags:\n- cfsp\n- pruned\n---\n",
@@ -42,7 +43,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan) -> str:
         _size_table(manifest),
         _quality_table(manifest),
         "## How to load\n",
-        _LOAD_PLAIN if uniform else _LOAD_WITH_CODE,
+        _LOAD_PLAIN if plain else _LOAD_WITH_CODE,
         "## How it was made\n",
         f"    {_one_line(manifest['command'])}\n",
         _conditions(manifest, plan),

@@ -42,7 +42,7 @@ from cfsp.planning import model_size
 from cfsp.processes import Team
 from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
-from cfsp.surgery import write_pruned_weights
+from cfsp.surgery import added_specs, write_pruned_weights
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.workplace import Workplace, output_workplace, temporary_workplace
 
@@ -64,7 +64,8 @@ class PruneReport:
         intermediate_sizes: FFN channels of every block.
         calibration_tokens: tokens that the statistics were gathered over.
         restoration: the method and, for each block, its strength and its error before and
-            after (see `RestoredBlock`); empty without restoration.
+            after (see `RestoredBlock`), and under `local` those of the reconstruction (see
+            `ReconstructedBlock`); no blocks under `bias`; empty without restoration.
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them, and was scored by its weights alone.
         perplexity: text -> {"before", "after", "tokens"}, if it was measured.
@@ -218,7 +219,9 @@ def _write_checkpoint(source: Checkpoint, decision: Decision, target: Path) -> d
     if decision.statistics is not None:
         decision.statistics.save(target / STATISTICS_FILE)
     weights = write_pruned_weights(source, decision.plan, target, decision.repaired_tensors)
-    write_config(source.directory, target, source.family, decision.plan.kept_widths)
+    added = added_specs(source, decision.repaired_tensors)
+    widths = decision.plan.kept_widths
+    write_config(source.directory, target, source.family, widths, adds_bias=bool(added))
     copy_travelling_files(source.directory, target)
     return weights.digests | code_digests(target)
 
@@ -233,7 +236,8 @@ def _report(
 ) -> PruneReport:
     plan = decision.plan
     before = parameter_count(source)
-    after = model_size(source).parameters_with(plan.kept_widths)
+    added = added_specs(source, decision.repaired_tensors).values()
+    after = model_size(source).parameters_with(plan.kept_widths) + sum(s.elements for s in added)
     return PruneReport(
         parameters_before=before,
         parameters_after=after,
@@ -259,6 +263,7 @@ def _identity(
     return {
         "command": "prune",
         "--restore": settings.restore,
+        "--local-steps": settings.local.steps if settings.restore == "local" else None,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
         **asdict(settings.budget),
         **asdict(settings.criterion),
@@ -267,6 +272,8 @@ def _identity(
 
 
 def _describe_restoration(decision: Decision) -> dict[str, Any]:
+    if decision.biases is not None:
+        return {"method": "bias", "left_alone": [], "blocks": []}
     if not decision.restored:
         return {}
     blocks = [
@@ -275,7 +282,10 @@ def _describe_restoration(decision: Decision) -> dict[str, Any]:
         for experts in [[_errors(r) | {"few_tokens": r.few_tokens} for r in block.repairs]]
     ]
     left_alone = [i for i, block in enumerate(decision.restored) if block.ridge is None]
-    return {"method": "ridge", "left_alone": left_alone, "blocks": blocks}
+    for fields, block in zip(blocks, decision.reconstructed, strict=False):
+        fields["local"] = block.to_json()
+    method = "local" if decision.reconstructed else "ridge"
+    return {"method": method, "left_alone": left_alone, "blocks": blocks}
 
 
 def _errors(repair: Repair | RestoredBlock) -> dict[str, Any]:

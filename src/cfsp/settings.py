@@ -11,6 +11,7 @@ from cfsp.allocation import Budget
 from cfsp.errors import UsageError
 from cfsp.loading import compute_device, compute_dtype
 from cfsp.planning import Criterion
+from cfsp.restoration.local_training import LocalTraining
 from cfsp.text.windows import DEFAULT_SEQLEN, Windows, draw_windows
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from cfsp.checkpoint.reading import WeightSource
 
-Restore = Literal["ridge", "none"]
-RESTORE_METHODS: tuple[Restore, ...] = ("ridge", "none")
+Restore = Literal["ridge", "local", "bias", "none"]
+RESTORE_METHODS: tuple[Restore, ...] = ("ridge", "local", "bias", "none")
 DEFAULT_RESTORE: Restore = "ridge"
 
 LONGEST_WINDOW = 1 << 24
@@ -112,7 +113,10 @@ class PruneSettings:
         criterion: what counts as important; likewise.
         text: what to calibrate and restore on.
         compute: where and in what.
-        restore: `ridge` repairs the down projections by least squares, `none` does not.
+        restore: `ridge` repairs the down projections by least squares, `local` goes on from there
+            and trains each block alone, `bias` adds the mean of what was removed, `none` does
+            nothing.
+        local: how `local` trains.
     """
 
     budget: Budget
@@ -120,6 +124,7 @@ class PruneSettings:
     text: CalibrationText = field(default_factory=CalibrationText)
     compute: Compute = field(default_factory=Compute)
     restore: Restore = DEFAULT_RESTORE
+    local: LocalTraining = field(default_factory=LocalTraining)
 
     def without_restoration(self) -> PruneSettings:
         """Return the same settings, without repair."""

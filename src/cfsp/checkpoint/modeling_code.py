@@ -3,7 +3,8 @@
 Stock transformers reads `per_layer_config` but builds every block with the same width. The
 file builds the stock model and then replaces only each block's FFN with one of the right
 width. Decoder layers keep the very config object of the model: with copies,
-`set_attn_implementation` would not reach them. When all widths are equal no file is needed.
+`set_attn_implementation` would not reach them. When all widths are equal no file is needed, unless
+restoration gave the down projections a bias that the stock class lacks.
 """
 
 from __future__ import annotations
@@ -17,19 +18,32 @@ from typing import TYPE_CHECKING, Any
 from cfsp.families import FAMILIES, Family
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MODELING_FILE = "modeling_cfsp.py"
+# In config.json of a model whose down projections have a bias that the stock class lacks.
+DOWN_BIAS_KEY = "cfsp_down_bias"
 
 _ABOUT_EXPERTS = """
 # The experts of the stock class are decorated with @use_experts_implementation: transformers
 # looks for that word in the file of a class to learn whether it may choose how experts run.
 """
 
+_BIAS_OF_DOWN_PROJECTION = """\
+    for layer in layers:
+        down = layer.@DOWN@
+        down.bias = type(down.weight)(down.weight.new_zeros(down.weight.shape[0]))
+"""
+
 
 @cache
-def modeling_code(family: Family) -> str:
-    """Return the text of the modelling file for one family."""
+def modeling_code(family: Family, down_bias: bool = False) -> str:
+    """Return the text of the modelling file for one family.
+
+    Args:
+        family: the family.
+        down_bias: whether every down projection gets a bias that the stock class lacks.
+    """
     template = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
     for key, value in {
         "MODEL_TYPE": family.model_type,
@@ -39,6 +53,8 @@ def modeling_code(family: Family) -> str:
         "BLOCKS": family.blocks,
         "REPLACE_FFN": _replacement(family),
         "WIDTH_KEY": family.width_key,
+        "DOWN_BIAS": _BIAS_OF_DOWN_PROJECTION if down_bias else "",
+        "DOWN": family.path_in_block(family.down),
         "EXPERTS": _ABOUT_EXPERTS if family.experts else "",
     }.items():
         template = template.replace(f"@{key}@", value)
@@ -75,12 +91,18 @@ def is_our_modeling_code(directory: Path) -> bool:
         return False
     found = hashlib.sha256(sources[0].read_bytes()).digest()
     return any(
-        hashlib.sha256(modeling_code(family).encode()).digest() == found
+        hashlib.sha256(modeling_code(family, down_bias).encode()).digest() == found
         for family in FAMILIES.values()
+        for down_bias in (False, True)
     )
 
 
-def pruned_class(family: Family) -> type[PreTrainedModel]:
+def has_added_bias(config: PreTrainedConfig) -> bool:
+    """Return whether a config asks for biases of the down projections that stock has not."""
+    return bool(getattr(config, DOWN_BIAS_KEY, False))
+
+
+def pruned_class(family: Family, down_bias: bool = False) -> type[PreTrainedModel]:
     """Return the class of a causal LM whose blocks have the widths of `per_layer_config`.
 
     It is imported in the same way as transformers imports it from a checkpoint, so a model of
@@ -91,9 +113,10 @@ def pruned_class(family: Family) -> type[PreTrainedModel]:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     with tempfile.TemporaryDirectory() as directory:
-        code_directory = Path(directory) / f"cfsp_{family.model_type}"
+        name = f"cfsp_{family.model_type}{'_biased' if down_bias else ''}"
+        code_directory = Path(directory) / name
         code_directory.mkdir()
-        (code_directory / MODELING_FILE).write_text(modeling_code(family))
+        (code_directory / MODELING_FILE).write_text(modeling_code(family, down_bias))
         reference = auto_map(family)["AutoModelForCausalLM"]
         loaded: Any = get_class_from_dynamic_module(reference, str(code_directory))
     loaded.register_for_auto_class("AutoModelForCausalLM")

@@ -117,7 +117,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         OutputError: the target exists and is not empty, or the disk is full or read-only.
     """
     check_output_is_free(target)
-    _remove_abandoned(target)
+    remove_abandoned(target)
     staging = target.parent / f".{target.name}.partial-{os.getpid()}"
     with created_parents(target):
         try:
@@ -140,7 +140,7 @@ def staged_file(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise OutputError(f"{target} exists already; choose another file")
-    _remove_abandoned(target)
+    remove_abandoned(target)
     staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with created_parents(target):
         try:
@@ -161,7 +161,7 @@ def _cannot_write(target: Path, error: OSError) -> OutputError:
     )
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path) -> None:
     """Remove what earlier runs for the same target left behind when they were killed."""
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         owner = leftover.name.rpartition("-")[2]
@@ -193,6 +193,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
         with staging.open("wb") as file:
             file.write(data)
             file.flush()

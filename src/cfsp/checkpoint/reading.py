@@ -169,7 +169,7 @@ def fingerprint(source: WeightSource) -> str:
 
 def parameter_count(source: WeightSource) -> int:
     """Return the number of stored parameters; tied embeddings count once."""
-    return sum(_elements(spec) for spec in source.specs.values())
+    return sum(spec.elements for spec in source.specs.values())
 
 
 def ffn_parameters_per_channel(source: WeightSource, block: int) -> int:
@@ -180,7 +180,7 @@ def ffn_parameters_per_channel(source: WeightSource, block: int) -> int:
     widths = intermediate_sizes(source.config)
     prefix = source.family.block_prefix(block)
     return sum(
-        _elements(spec) // widths[block]
+        spec.elements // widths[block]
         for name, spec in source.specs.items()
         if name.startswith(prefix) and source.family.layout_of(name)
     )
@@ -235,10 +235,6 @@ def _missing_prefix(stored: Iterable[str], family: Family) -> str:
     """
     in_base = f"{family.blocks_in_base_model}.0."
     return f"{family.base_prefix}." if any(name.startswith(in_base) for name in stored) else ""
-
-
-def _elements(spec: TensorSpec) -> int:
-    return spec.nbytes // spec.dtype.itemsize
 
 
 def _tensor_files(directory: Path) -> Sequence[TensorFile]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cfsp.checkpoint.expert_tensors import Piece, assemble, pieces
-from cfsp.checkpoint.modeling_code import pruned_class
+from cfsp.checkpoint.modeling_code import has_added_bias, pruned_class
 from cfsp.checkpoint.tensor_file import AGAIN
 from cfsp.errors import CheckpointError
 from cfsp.families import Family, family_of, intermediate_sizes
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the causal LM class of a config: stock, or ours when widths differ."""
+    """Return the causal LM class of a config: stock, or ours for what stock cannot build."""
     import transformers
 
     family = family_of(config)
-    if len(set(intermediate_sizes(config))) > 1:
-        return pruned_class(family)
+    down_bias = has_added_bias(config)
+    if down_bias or len(set(intermediate_sizes(config))) > 1:
+        return pruned_class(family, down_bias)
     return getattr(transformers, family.causal_lm)  # type: ignore[no-any-return]
 
 

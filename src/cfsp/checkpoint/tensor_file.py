@@ -56,9 +56,14 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size of the raw data in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
     def with_length(self, axis: int, length: int) -> TensorSpec:
         """Return the same spec with another length along one axis."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Spelled out here, because their home imports torch; a test compares.
 BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform", "global")
 CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "flap", "magnitude", "random")
-RESTORE_METHODS = ("ridge", "local", "none")
+RESTORE_METHODS = ("ridge", "local", "bias", "none")
 
 Subparsers = Any
 

@@ -37,7 +37,15 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--restore",
         default="ridge",
         choices=arguments.RESTORE_METHODS,
-        help="repair the down projections by least squares (ridge, default), or not",
+        help="repair the down projections by least squares (ridge, default); then train each block "
+        "by itself towards the dense model's hidden states (local); or add the mean of what was "
+        "removed as a bias of the down projections (bias); or nothing (none)",
+    )
+    group.add_argument(
+        "--local-steps",
+        type=int,
+        metavar="N",
+        help="of --restore local, in each block (default: 300)",
     )
     group.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan")
     group.add_argument(
@@ -86,20 +94,25 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.output import check_output_is_free
     from cfsp.pipeline import prune_checkpoint
     from cfsp.pruning_plan import PruningPlan
+    from cfsp.restoration.local_training import LocalTraining
     from cfsp.settings import CalibrationText, PruneSettings
 
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
     source = open_checkpoint(args.model, args.revision)
-    restores = args.restore != "none" and not args.dry_run
-    needs_text = restores or (plan is None and statistics is None)
+    needs_means = args.restore == "bias" and not args.dry_run
+    passes_text = args.restore in ("ridge", "local") and not args.dry_run
+    needs_text = passes_text or (statistics is None and (plan is None or needs_means))
+    if args.local_steps is not None and args.restore != "local":
+        raise UsageError("--local-steps belongs to --restore local")
     settings = PruneSettings(
         budget=budget,
         criterion=arguments.criterion(args),
         text=arguments.calibration_text(args) if needs_text else CalibrationText(),
         compute=arguments.compute(args),
         restore=args.restore,
+        local=LocalTraining() if args.local_steps is None else LocalTraining(args.local_steps),
     )
     pruned, training = args.out, None
     if args.recover is not None:
@@ -156,12 +169,23 @@ def _recover(
 
 
 def _describe_restoration(restoration: dict[str, Any]) -> str:
+    if restoration["method"] == "bias":
+        return "restored: the down projections have a bias, the mean of what was removed"
     blocks = restoration["blocks"]
     before = fmean(block["error_before"] for block in blocks)
     after = fmean(block["error_after"] for block in blocks)
     text = f"restored: FFN output error on held-out windows {before:.3f} -> {after:.3f}"
     if alone := restoration["left_alone"]:
         text += f"; blocks better left alone: {', '.join(map(str, alone))}"
+    if trained := [block["local"] for block in blocks if "local" in block]:
+        before = fmean(block["error_before"] for block in trained)
+        after = fmean(
+            block["error_after"] if block["is_better"] else block["error_before"]
+            for block in trained
+        )
+        text += (
+            f"\nreconstructed: hidden states' error on held-out windows {before:.3f} -> {after:.3f}"
+        )
     return text
 
 

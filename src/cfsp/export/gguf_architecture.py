@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cfsp.checkpoint.modeling_code import has_added_bias
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.families import intermediate_sizes
@@ -27,7 +28,8 @@ class Architecture:
         ragged: it reads one FFN width a block.
         neighbours: its rotary embedding turns neighbouring elements.
         fused: q, k and v are one matrix.
-        biases: it reads biases.
+        biases: it reads biases of attention.
+        ffn_biases: it reads biases of the FFN.
         tied_only: it has no output matrix of its own.
         frequency_factors: it reads rope_freqs.weight.
     """
@@ -37,12 +39,13 @@ class Architecture:
     neighbours: bool = False
     fused: bool = False
     biases: bool = True
+    ffn_biases: bool = False
     tied_only: bool = False
     frequency_factors: bool = False
 
 
-_LLAMA = Architecture("llama", neighbours=True, frequency_factors=True)
-_DECI = Architecture("deci", ragged=True, neighbours=True, frequency_factors=True)
+_LLAMA = Architecture("llama", neighbours=True, frequency_factors=True, ffn_biases=True)
+_DECI = Architecture("deci", ragged=True, neighbours=True, frequency_factors=True, ffn_biases=True)
 _QWEN2 = Architecture("qwen2")
 _QWEN3 = Architecture("qwen3", biases=False)
 _OPENELM = Architecture("openelm", ragged=True, fused=True, biases=False, tied_only=True)
@@ -83,10 +86,16 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
     if activation != "silu":
         raise ExportError(f"llama.cpp's {name} graph has SiLU, the model {activation}")
     biased = sorted(tensor for tensor in source.specs if tensor.endswith(".bias"))
-    if biased and not architecture.biases:
+    if biased and not architecture.biases and not has_added_bias(source.config):
         raise ExportError(
             f"llama.cpp's {name} graph reads no biases, the model has {biased[0]}; "
             "use --to padded, and export that"
+        )
+    down_bias = source.family.down_bias_name(0)
+    if down_bias in source.specs and not architecture.ffn_biases:
+        raise ExportError(
+            f"llama.cpp's {name} graph reads no FFN biases, the model has {down_bias}; prune with "
+            "--restore ridge, which adds none"
         )
     if architecture.tied_only and not config.tie_word_embeddings:
         raise ExportError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files, pruned_config
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
@@ -52,6 +53,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     widths = intermediate_sizes(source.config)
     fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    fields.pop(DOWN_BIAS_KEY, None)
     stock = pruned_config(fields, source.family, [max(widths)] * len(widths))
     (out / "config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)

@@ -45,6 +45,7 @@ class _Origin:
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Prune the base model again into an existing, empty directory."""
+    padded.check_stock_can_express(source)
     widths = intermediate_sizes(source.config)
     if len(set(widths)) == 1:
         return padded.write(source, out, options)

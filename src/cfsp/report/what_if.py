@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from cfsp.allocation import AUTO_MULTIPLE_NARROW
-from cfsp.importance.coarse import SIGMOID_GAIN
+from cfsp.importance.coarse import GLOBAL, SIGMOID_GAIN
 from cfsp.report.channels import curve_step, energy_removed, removal_curve
 from cfsp.report.run_facts import RunFacts
 
@@ -20,11 +20,11 @@ from cfsp.report.run_facts import RunFacts
 def what_if_data(run: RunFacts) -> dict[str, Any] | None:
     """Return what the page needs to plan this run anew, as JSON types.
 
-    None where plan or parameter counts are missing. Without statistics there are no energy
+    None where plan or parameter counts are missing, or widths do not follow from distances. Without statistics there are no energy
     curves, and the page predicts no error.
     """
     plan, size = run.plan, run.size
-    if plan is None or size is None:
+    if plan is None or size is None or plan.criterion.get("block_metric") == GLOBAL:
         return None
     multiple = int(plan.criterion.get("multiple", AUTO_MULTIPLE_NARROW))
     steps = [curve_step(block.width, multiple) for block in plan.blocks]
