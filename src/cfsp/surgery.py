@@ -69,9 +69,7 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     return specs
 
 
-def added_specs(
-    source: WeightSource, repaired: Mapping[str, TensorFile]
-) -> dict[str, TensorSpec]:
+def added_specs(source: WeightSource, repaired: Mapping[str, TensorFile]) -> dict[str, TensorSpec]:
     """Return the tensors that restoration adds to a model: biases that it did not have."""
     return {n: file.specs[n] for n, file in repaired.items() if n not in source.specs}
 
