@@ -9,7 +9,7 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -53,16 +53,17 @@ class StreamedBlock:
         module: the decoder block.
         ffns: number of its FFNs: 1, or the number of its experts.
         hidden: what enters the block, and after `advance` what leaves it.
+        device: where the block computes.
     """
 
     index: int
     module: nn.Module
     ffns: int
     hidden: HiddenStates
+    device: torch.device
     _family: Family
     _batches: list[slice]
     _calls: dict[int, BlockCall]
-    _device: torch.device
     _on_batch: Callable[[int], None]
     _times: PassTimes
 
@@ -85,7 +86,7 @@ class StreamedBlock:
         with observed_activations(self.module, self._family, on_rows):
             for batch in self._batches:
                 with self._times.part("hidden_states"):
-                    input_BTD = self.hidden.read(batch).to(self._device)
+                    input_BTD = self.hidden.read(batch).to(self.device)
                 call = self._calls[input_BTD.shape[0]]
                 first_window, seqlen = batch.start, input_BTD.shape[1]
                 output_BTD = call(self.module, input_BTD)
@@ -95,6 +96,23 @@ class StreamedBlock:
                 self._on_batch(input_BTD.shape[0] * input_BTD.shape[1])
         self.hidden.turn()
         unload(self.module)
+
+    def call(self, windows: int) -> BlockCall:
+        """Return how the model calls this block with a batch of so many windows."""
+        return self._calls[windows]
+
+    def pass_through(self, module: nn.Module, batches: Iterable[slice]) -> None:
+        """Let some windows pass a module in this block's place; `hidden.turn` ends the block."""
+        for batch in batches:
+            with self._times.part("hidden_states"):
+                input_BTD = self.hidden.read(batch).to(self.device)
+            output_BTD = self._calls[len(input_BTD)](module, input_BTD)
+            with self._times.part("hidden_states"):
+                self.hidden.write(batch, output_BTD)
+
+    def tokens_done(self, tokens: int) -> None:
+        """Report progress where `advance` does not."""
+        self._on_batch(tokens)
 
 
 def windows_in_batch(tokens_NT: Tensor, batch_windows: int | None) -> int:
@@ -155,10 +173,10 @@ def stream_blocks(
                 module=module,
                 ffns=source.family.ffn_count(source.config),
                 hidden=hidden,
+                device=device,
                 _family=source.family,
                 _batches=batches,
                 _calls={windows: call[index] for windows, call in calls.items()},
-                _device=device,
                 _on_batch=on_batch,
                 _times=times,
             )

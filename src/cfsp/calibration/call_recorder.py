@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,6 +28,23 @@ class BlockCall:
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
         return result
+
+    def for_training(self) -> BlockCall:
+        """Return the same call with tensors that autograd accepts, floating ones in float32.
+
+        Those that were recorded in inference mode cannot be saved for a backward pass.
+        """
+        return BlockCall(_trainable(self.args), _trainable(self.kwargs))
+
+
+def _trainable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+    if isinstance(value, dict):
+        return {key: _trainable(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_trainable(item) for item in value)
+    return value
 
 
 @dataclass

@@ -45,6 +45,10 @@ class HiddenStates(ABC):
         """Set the windows of a batch, from any device."""
 
     @abstractmethod
+    def read_written(self, batch: slice) -> Tensor:
+        """Return the windows of a batch as they were written in this block, before `turn`."""
+
+    @abstractmethod
     def turn(self) -> None:
         """Note that all batches have been written: they are what is read from now on."""
 
@@ -90,6 +94,10 @@ class HiddenInMemory(HiddenStates):
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
         """Set the windows of a batch."""
         self._hidden_NTD[batch] = hidden_BTD
+
+    def read_written(self, batch: slice) -> Tensor:
+        """Return the windows of a batch."""
+        return self._hidden_NTD[batch]
 
     def turn(self) -> None:
         """Do nothing: a batch is read before it is written."""
@@ -153,6 +161,10 @@ class HiddenInFile(HiddenStates):
         for name in {self._source, self._target}:
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._maps[name].madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def read_written(self, batch: slice) -> Tensor:
+        """Return the windows of a batch from the file that is written to."""
+        return self._view(self._target)[batch]
 
     def turn(self) -> None:
         """Read from now on what was written."""

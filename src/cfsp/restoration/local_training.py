@@ -91,7 +91,7 @@ def train_block(
         with torch.autocast(input_BTD.device.type, torch.bfloat16, dtype == torch.bfloat16):
             output_BTD = call(module, input_BTD.float())
         loss = token_error(output_BTD, target_BTD)
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(float(loss.detach())):
             module.requires_grad_(False)
             return False
         optimizer.zero_grad(set_to_none=True)

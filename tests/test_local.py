@@ -1,0 +1,240 @@
+"""Local reconstruction: blocks trained alone come closer to the dense model, and never go away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cfsp
+from cfsp.allocation import Budget
+from cfsp.calibration import pass_state
+from cfsp.calibration.call_recorder import BlockCall
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.errors import UsageError
+from cfsp.manifest import read_manifest
+from cfsp.pipeline import prune_model
+from cfsp.restoration import reconstruct
+from cfsp.restoration.local_training import LocalTraining, token_error, train_block
+from cfsp.settings import CalibrationText, PruneSettings
+from cfsp.text.windows import draw_windows
+from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model
+
+Checkpoints = Callable[[str], Path]
+
+
+def test_token_error_is_relative_to_each_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2, 5, 8, generator=generator)
+    target[:, 0] *= 1000  # as the first tokens of a window often are
+    output = target + torch.randn(2, 5, 8, generator=generator)
+    t, o = target.double().numpy(), output.double().numpy()
+    expected = np.mean(((o - t) ** 2).sum(-1) / (t**2).sum(-1))
+    assert float(token_error(output, target)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rate_rises_and_falls_to_zero() -> None:
+    training = LocalTraining(steps=100, rate=2.0, warm_up=10)
+    rates = [training.rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9]
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert training.rate_at(100) == pytest.approx(0.0)
+
+
+def endless(
+    input_BTD: torch.Tensor, target_BTD: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    while True:
+        yield input_BTD, target_BTD
+
+
+def test_training_reaches_a_target_that_can_be_reached() -> None:
+    torch.manual_seed(0)
+    module, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    hidden = torch.randn(2, 16, 8)
+    target = other(hidden).detach()
+    with torch.no_grad():
+        before = float(token_error(module(hidden), target))
+    training = LocalTraining(steps=300, rate=0.1)
+    assert train_block(module, BlockCall((), {}), endless(hidden, target), training, torch.float32)
+    assert float(token_error(module(hidden), target)) < 0.01 * before
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_training_stops_at_a_loss_that_is_no_number() -> None:
+    module, hidden = nn.Linear(4, 4), torch.randn(1, 3, 4)
+    seen = []
+    converged = train_block(
+        module,
+        BlockCall((), {}),
+        endless(hidden, torch.full_like(hidden, torch.nan)),
+        LocalTraining(steps=5),
+        torch.float32,
+        seen.append,
+    )
+    assert not converged
+    assert seen == []
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(UsageError, match="--local-steps must be at least 1, found 0"):
+        LocalTraining(steps=0)
+
+
+@pytest.fixture(scope="module")
+def text(text_file: Path) -> list[str]:
+    return ["--data", str(text_file), "--samples", "65", "--seqlen", "32", "--multiple", "4",
+            "--sparsity", "0.5"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def local(
+    tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("local") / "out"
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "local"]
+    assert main([*argv, "--local-steps", "40", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def ridge(
+    tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("ridge") / "out"
+    assert main(["prune", str(tiny_checkpoint("llama")), *text, "--out", str(out)]) == 0
+    return out
+
+
+def test_it_comes_closer_to_the_dense_model_than_ridge(
+    local: Path, ridge: Path, tiny_checkpoint: Checkpoints, tokenizer: object, text_file: Path
+) -> None:
+    blocks = read_manifest(local)["restoration"]["blocks"]
+    assert len(blocks) == BLOCKS
+    for block in blocks:
+        assert block["local"]["is_better"]
+        assert block["local"]["steps"] == 40
+        assert block["local"]["error_after"] < block["local"]["error_before"]
+    tokens = torch.arange(64)[None] * 7 % 320
+    dense, one, other = (
+        cfsp.load(path)(tokens).logits.detach() for path in (tiny_checkpoint("llama"), local, ridge)
+    )
+    assert (one - dense).square().mean() < (other - dense).square().mean()
+
+
+def test_shapes_and_everything_outside_of_blocks_are_those_of_ridge(
+    local: Path, ridge: Path
+) -> None:
+    trained, plain = Checkpoint(local), Checkpoint(ridge)
+    assert trained.specs == plain.specs
+    assert (local / "cfsp_plan.json").read_bytes() == (ridge / "cfsp_plan.json").read_bytes()
+    same = {name for name in plain.specs if torch.equal(trained.read(name), plain.read(name))}
+    assert {name for name in plain.specs if not name.startswith("model.layers.")} <= same
+    assert not any(
+        name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight")) for name in same
+    )
+
+
+def test_a_block_that_training_worsens_stays_as_it_was(
+    ridge: Path, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(LocalTraining, "rate_at", lambda self, step: 100.0)
+    out = tmp_path / "out"
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "local"]
+    assert main([*argv, "--local-steps", "3", "--out", str(out)]) == 0
+    assert "blocks 0, 1, 2 stay as ridge left them" in capsys.readouterr().err
+    trained, plain = Checkpoint(out), Checkpoint(ridge)
+    assert all(torch.equal(trained.read(name), plain.read(name)) for name in plain.specs)
+
+
+@pytest.mark.parametrize("budget", [[], ["--memory-budget", "1KB"]], ids=["memory", "file"])
+@pytest.mark.parametrize("block", [0, 2])
+def test_interrupted_it_goes_on_and_gives_the_same_bits(
+    local: Path,
+    tiny_checkpoint: Checkpoints,
+    text: list[str],
+    block: int,
+    budget: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *budget, "--restore", "local"]
+    argv += ["--local-steps", "40", "--out", str(out)]
+    calls = iter(range(BLOCKS))
+
+    def interrupted(*args: Any, **kwargs: Any) -> bool:
+        if next(calls) == block:
+            raise KeyboardInterrupt
+        return train_block(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
+        patch.setattr(reconstruct, "train_block", interrupted)
+        assert main(argv) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+    assert main(argv) == 0
+    message = f"reconstruct: going on at block {block} of {BLOCKS}"
+    assert (message in capsys.readouterr().err) == (block > 0)
+    assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
+def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
+    settings = PruneSettings(
+        Budget(0.5, multiple=4),
+        text=CalibrationText((str(text_file),), samples=64, seqlen=32),
+        restore="local",
+        local=LocalTraining(steps=30),
+    )
+    dense = build_tiny_model(name)
+    ridge = prune_model(dense, tokenizer, replace(settings, restore="ridge"))
+    local = prune_model(dense, tokenizer, settings)
+    tokens = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32, seed=7).tokens_NT
+    with torch.inference_mode():
+        target, plain, trained = (model(tokens).logits for model in (dense, ridge, local))
+    assert (trained - target).square().mean() < (plain - target).square().mean()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_trains_models_of_16_bits(
+    dtype: str, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "local", "--dtype", dtype]
+    assert main([*argv, "--local-steps", "40", "--out", str(out)]) == 0
+    blocks = read_manifest(out)["restoration"]["blocks"]
+    assert all(block["local"]["is_better"] for block in blocks)
+
+
+def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
+    tiny_checkpoint: Checkpoints,
+    text: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--restore", "local"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "(mixtral) have experts" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_without_local_are_refused(
+    tiny_checkpoint: Checkpoints,
+    text: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--local-steps", "4"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "--local-steps belongs to --restore local" in capsys.readouterr().err
