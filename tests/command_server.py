@@ -125,7 +125,7 @@ def prepare(dies: str | None, count: int) -> None:
     pass_state.SHARE_OF_TIME = float("inf")
     passed = 0
 
-    def die(*args: object) -> None:
+    def die(*args: object, **options: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def advance(block: Any, on_activations: Any, on_hidden: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +186,28 @@ def test_any_bytes_are_a_file_or_a_checkpoint_error(tmp_path_factory: Any, data:
         assert file.read(name).shape == spec.shape
 
 
-def test_file_that_shrinks_after_opening_is_an_error(tmp_path: Path) -> None:
+def rewrite(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def replace(path: Path, data: bytes) -> None:
+    path.with_name("new").write_bytes(data)
+    path.with_name("new").rename(path)
+
+
+@pytest.mark.parametrize("change", [rewrite, replace])
+@pytest.mark.parametrize("length", [500, None], ids=["shorter", "same size"])
+def test_file_that_changes_after_opening_is_an_error(
+    tmp_path: Path, change: Callable[[Path, bytes], None], length: int | None
+) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"t": torch.zeros(1000)}, path)
+    os.utime(path, ns=(0, 1))  # it was written long ago
     file = TensorFile(path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match="the file changed"):
-        file.read("t")
-    with pytest.raises(CheckpointError, match="the file changed"):
-        list(file.chunks("t"))
+    pieces = file.chunks("t")
+    assert not file.read("t").any()
+    save_file({"t": torch.ones(1000)}, tmp_path / "b.safetensors")
+    change(path, (tmp_path / "b.safetensors").read_bytes()[:length])
+    for read in (lambda: file.read("t"), lambda: file.read_prefix("t", 4), lambda: list(pieces)):
+        with pytest.raises(CheckpointError, match=r"a.safetensors was changed while it was read"):
+            read()

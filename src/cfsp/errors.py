@@ -36,6 +36,13 @@ class CfspError(Exception):
     exit_status = 2
     keeps_work = False
 
+    def __str__(self) -> str:
+        """Return one line; what a file made us quote can't break it or speak to the terminal."""
+        return "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode()
+            for char in super().__str__()
+        )
+
 
 class UsageError(CfspError):
     """An argument is outside its range, or contradicts another one."""

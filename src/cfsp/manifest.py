@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import CheckpointError
 from cfsp.pruning_plan import PruningPlan
 
@@ -85,9 +86,13 @@ def describe_pruning(
 
 
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
-    """Write the manifest into a checkpoint directory."""
+    """Write the manifest into a checkpoint directory, atomically.
+
+    Raises:
+        OutputError: the place is not writable.
+    """
     text = json.dumps({"manifest_version": MANIFEST_VERSION, **fields}, indent=2) + "\n"
-    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    write_atomically(directory / MANIFEST_FILE, text.encode())
 
 
 def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.surgery import added_specs, write_pruned_weights
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.workplace import Workplace, output_workplace, temporary_workplace
+from cfsp.workplace import Workplace, output_workplace, remove_finished_work, temporary_workplace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,6 +160,7 @@ def prune_checkpoint(
         CfspError: anything that a user can cause; nothing is left behind.
     """
     check_is_outside(out, source.directory)
+    remove_finished_work(out)
     check_output_is_free(out)
     if dry_run:
         settings = settings.without_restoration()

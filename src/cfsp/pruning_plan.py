@@ -184,6 +184,8 @@ class PruningPlan:
                 f"{where} has plan version {version}, expected {PLAN_VERSION}; make a new plan"
             )
         try:
+            if not fields["blocks"]:
+                raise ValueError("it describes no block")
             return cls(
                 model=_checked_identity(ModelIdentity(**fields["model"])),
                 criterion=dict(fields["criterion"]),

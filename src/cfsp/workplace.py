@@ -22,6 +22,7 @@ from cfsp.calibration.pass_state import STATE_FILE, read_state
 from cfsp.calibration.pass_times import PassTimes
 from cfsp.checkpoint.output import lock_out_others
 from cfsp.errors import CfspError, OutputError, ResumeError
+from cfsp.manifest import MANIFEST_FILE
 from cfsp.memory import default_budget
 
 
@@ -141,7 +142,25 @@ def _to_keep(directory: Path, error: BaseException) -> bool:
     return bool(list(directory.glob(f"*/{STATE_FILE}")))
 
 
+def remove_finished_work(out: Path) -> None:
+    """Remove the workplace of an output that is there, if its run was killed before it could.
+
+    Args:
+        out: the file or directory that is written whole or not at all.
+    """
+    place = out.parent / f"{out.name}.work"
+    if not place.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
+        return
+    for directory in sorted(place.iterdir()):
+        with contextlib.suppress(OSError, OutputError), (directory / "lock").open("w") as lock:
+            lock_out_others(lock.fileno(), place)
+            _remove(directory)
+
+
 def _remove(directory: Path) -> None:
+    # First what says that there is something to go on from: a kill may come meanwhile.
+    for state in sorted(directory.glob(f"*/{STATE_FILE}")):
+        state.unlink()
     shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # others are still working there
         directory.parent.rmdir()

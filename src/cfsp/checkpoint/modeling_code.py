@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.output import write_atomically
 from cfsp.families import FAMILIES, Family
 
 if TYPE_CHECKING:
@@ -108,16 +109,16 @@ def pruned_class(family: Family, down_bias: bool = False) -> type[PreTrainedMode
     It is imported in the same way as transformers imports it from a checkpoint, so a model of
     this class saves its modelling file with `save_pretrained`.
     """
-    import tempfile
-
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.utils import HF_MODULES_CACHE
 
-    with tempfile.TemporaryDirectory() as directory:
-        name = f"cfsp_{family.model_type}{'_biased' if down_bias else ''}"
-        code_directory = Path(directory) / name
-        code_directory.mkdir()
-        (code_directory / MODELING_FILE).write_text(modeling_code(family, down_bias))
-        reference = auto_map(family)["AutoModelForCausalLM"]
-        loaded: Any = get_class_from_dynamic_module(reference, str(code_directory))
+    # Kept in the cache that it is imported through; a temporary place would outlive a kill.
+    name = f"cfsp_{family.model_type}{'_biased' if down_bias else ''}"
+    path = Path(HF_MODULES_CACHE) / "cfsp_sources" / name / MODELING_FILE
+    code = modeling_code(family, down_bias).encode()
+    if not path.is_file() or path.read_bytes() != code:
+        write_atomically(path, code)
+    reference = auto_map(family)["AutoModelForCausalLM"]
+    loaded: Any = get_class_from_dynamic_module(reference, str(path.parent))
     loaded.register_for_auto_class("AutoModelForCausalLM")
     return loaded  # type: ignore[no-any-return]

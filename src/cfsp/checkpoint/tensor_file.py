@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ AGAIN = "download or save it again"
 
 _MAX_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 16 << 20
+# A product of many larger ones could not even be printed.
+_MOST_BYTES = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class TensorFile:
         self.specs: dict[str, TensorSpec] = {}
         try:
             with path.open("rb") as file:
-                self._read_header(file.read(8), file.read, path.stat().st_size)
+                self._version = _version(file.fileno())
+                self._read_header(file.read(8), file.read, self._version.nbytes)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
@@ -111,12 +115,12 @@ class TensorFile:
             ) from error
         end = 0
         for start, stop, name, dtype_name, shape in entries:
-            if dtype_name not in DTYPES:
+            if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has dtype {dtype_name}, "
                     f"expected one of {', '.join(DTYPES)}"
                 )
-            if not all(isinstance(n, int) and n >= 0 for n in (start, stop, *shape)):
+            if not all(isinstance(n, int) and 0 <= n < _MOST_BYTES for n in (start, stop, *shape)):
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has an impossible shape {shape}; "
                     "download or save it again"
@@ -158,8 +162,9 @@ class TensorFile:
             while left:
                 piece = file.read(min(left, _CHUNK_BYTES))
                 if not piece:
-                    raise self._shrunk(name)
+                    raise self._changed()
                 left -= len(piece)
+                self._check_unchanged(file.fileno())
                 yield memoryview(piece)
 
     def _read_bytes(self, offset: int, nbytes: int) -> Tensor:
@@ -171,14 +176,29 @@ class TensorFile:
             while done < nbytes:
                 count = file.readinto(view[done:])
                 if not count:
-                    raise self._shrunk("a tensor")
+                    raise self._changed()
                 done += count
+            self._check_unchanged(file.fileno())
         return data
 
-    def _shrunk(self, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} ended while {what} was read: the file changed; start again"
-        )
+    def _check_unchanged(self, handle: int) -> None:
+        if _version(handle) != self._version:
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{self.path} was changed while it was read; start again")
+
+
+class _Version(NamedTuple):
+    inode: int
+    nbytes: int
+    changed_ns: int
+
+
+def _version(handle: int) -> _Version:
+    """Return what differs after an open file has been written to or replaced."""
+    found = os.fstat(handle)
+    return _Version(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)

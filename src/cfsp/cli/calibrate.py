@@ -50,8 +50,9 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.text.tokenizers import load_tokenizer
-    from cfsp.workplace import output_workplace
+    from cfsp.workplace import output_workplace, remove_finished_work
 
+    remove_finished_work(args.out)
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
     if not 0 < args.process_timeout < 1e6:

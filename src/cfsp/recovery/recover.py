@@ -116,6 +116,9 @@ def recover_checkpoint(
         CfspError: anything that a user can cause; no output is left behind.
     """
     check_is_outside(out, source.directory)
+    workspace = Workspace(out)
+    if is_first_process():
+        workspace.remove_if_finished()
     check_output_is_free(out)
     adaptation = adaptation or Adaptation()
     request = _Request(
@@ -131,7 +134,6 @@ def recover_checkpoint(
         keep_adapter=keep_adapter,
         command=command,
     )
-    workspace = Workspace(out)
     if not is_first_process():
         return _recover(request, workspace)
     with created_parents(out), exclusive(workspace.directory), workspace.kept():

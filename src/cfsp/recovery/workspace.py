@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.output import exclusive, write_atomically
 from cfsp.errors import OutputError, RecoveryError
+from cfsp.manifest import MANIFEST_FILE
 
 _SETTINGS_FILE = "settings.json"
 _STATE_FILE = "trainer_state.json"
@@ -26,6 +27,7 @@ class Workspace:
     """The work directory of one output directory."""
 
     def __init__(self, out: Path) -> None:
+        self._out = out
         self.directory = out.parent / f"{out.name}.recovery"
 
     def check(self, settings: dict[str, Any], *, resume: bool) -> None:
@@ -79,6 +81,12 @@ class Workspace:
             else:
                 (self.directory / _SETTINGS_FILE).unlink(missing_ok=True)
             raise
+
+    def remove_if_finished(self) -> None:
+        """Delete what a run left that was killed when its output was there already."""
+        if (self._out / MANIFEST_FILE).is_file() and self.directory.is_dir():
+            with exclusive(self.directory):
+                self.remove()
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint; a killed process may have left half of one.

@@ -22,6 +22,7 @@ from cfsp.checkpoint.output import (
     check_is_outside,
     created_parents,
     exclusive,
+    remove_abandoned,
     write_atomically,
 )
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
@@ -34,6 +35,7 @@ from cfsp.progress import item_progress
 from cfsp.settings import Compute, PruneSettings
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.text.tokenizers import load_tokenizer
+from cfsp.workplace import output_workplace, remove_finished_work
 
 RECIPE_FILE = "recipe.toml"
 _DENSE_FILE = "dense.json"
@@ -128,9 +130,11 @@ def _run(
         statistics = _statistics(recipe, source, out, compute)
         with item_progress("sweep", len(missing), "model") as bar:
             for point in missing:
-                _make(recipe, point, source, statistics, out, compute, dense, command)
-                if not keep_weights:
-                    _remove_weights(out / point.name)
+                with _working_directory(out) as working:
+                    _make(recipe, point, source, statistics, working, compute, dense, command)
+                    if not keep_weights:
+                        _remove_weights(working)
+                    working.rename(out / point.name)
                 bar.update()
     return [dense, *(_row(point, out / point.name) for point in recipe.points)]
 
@@ -142,6 +146,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
         OutputError: it is for another one, or holds something else.
     """
     path, text = out / RECIPE_FILE, recipe.to_toml()
+    remove_abandoned(path)
     if path.is_file():
         if path.read_text(encoding="utf-8") != text:
             raise OutputError(
@@ -167,9 +172,11 @@ def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> R
 
 def _statistics(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Statistics:
     path = out / STATISTICS_FILE
+    remove_finished_work(path)
     if not path.is_file():
         tokenizer = load_tokenizer(source.directory)
-        calibrate_source(source, tokenizer, recipe.text, compute).save(path)
+        with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
+            calibrate_source(source, tokenizer, recipe.text, compute, place).save(path)
     return Statistics.load(path)
 
 
@@ -183,29 +190,27 @@ def _make(
     dense: Row,
     command: str,
 ) -> None:
-    """Prune and measure one model; its directory appears when all is measured."""
+    """Prune and measure one model."""
     chosen = method(point.method)
     settings = PruneSettings(
         recipe.budget(point), chosen.criterion, recipe.text, compute, chosen.restore
     )
-    with _working_directory(out) as working:
-        prune_checkpoint(source, working, settings, statistics=statistics, command=command)
-        measured = evaluate_models([working], recipe.evaluation, compute)[0]
-        facts: dict[str, Any] = {
-            "perplexity": {
-                text: {
-                    "before": dense.perplexity[text],
-                    "after": measured["perplexity"][text],
-                    "tokens": measured["tokens"][text],
-                }
-                for text in recipe.eval
-            },
-            "sweep": {"method": point.method, "sparsity": point.sparsity},
-        }
-        if recipe.speed:
-            facts["speed"] = _speed(source.directory, working)
-        add_to_manifest(working, facts)
-        working.rename(out / point.name)
+    prune_checkpoint(source, out, settings, statistics=statistics, command=command)
+    measured = evaluate_models([out], recipe.evaluation, compute)[0]
+    facts: dict[str, Any] = {
+        "perplexity": {
+            text: {
+                "before": dense.perplexity[text],
+                "after": measured["perplexity"][text],
+                "tokens": measured["tokens"][text],
+            }
+            for text in recipe.eval
+        },
+        "sweep": {"method": point.method, "sparsity": point.sparsity},
+    }
+    if recipe.speed:
+        facts["speed"] = _speed(source.directory, out)
+    add_to_manifest(out, facts)
 
 
 @contextmanager

@@ -1,0 +1,227 @@
+"""What is fuzzed: four readers of files that come from elsewhere.
+
+An input is a JSON document that describes the file (header, index, facts), so that a mutation of
+its values is a lie in the right place and not just bytes that no parser takes; an input that is no
+such document is taken as the bytes of the file. Only a `CfspError` of one line may come out, and
+memory may not grow by more than `MEMORY_BYTES`. Needs no fuzzer; `run.py` has one.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from cfsp.calibration.accumulators import DISTANCES
+from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.checkpoint.gguf_header import check_gguf
+from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
+from cfsp.errors import CfspError
+from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+
+MEMORY_BYTES = 256 << 20
+_DATA_BYTES = 1 << 16
+_SHARD = "model-00001-of-00001.safetensors"
+_STATISTICS_KEY = "cfsp_statistics"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader.
+
+    Attributes:
+        read: puts an input into a directory as files and reads them.
+        seeds: inputs that are valid, to begin with.
+    """
+
+    read: Callable[[bytes, Path], object]
+    seeds: Callable[[], list[bytes]]
+
+
+def only_our_errors(read: Callable[[], object]) -> bool:
+    """Read something with bounded memory, and return whether it was accepted.
+
+    Raises:
+        Exception: whatever is not a `CfspError` of one line; `MemoryError` above the bound.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        mapped = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY_BYTES, hard))
+    try:
+        read()
+    except CfspError as error:
+        assert "\n" not in str(error), str(error)
+        return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return True
+
+
+def read_once(target: Target, data: bytes) -> bool:
+    """Give one input to a target, in a directory of its own; return whether it was accepted."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
+        return only_our_errors(lambda: target.read(data, Path(directory)))
+
+
+# Plans.
+
+
+def read_plan(data: bytes, directory: Path) -> object:
+    """Read the input as a plan, and use what was read as others do."""
+    (directory / "plan.json").write_bytes(data)
+    plan = PruningPlan.load(directory / "plan.json")
+    assert all(
+        0 < kept <= block.width for kept, block in zip(plan.kept_widths, plan.blocks, strict=True)
+    )
+    again = PruningPlan.from_json(plan.to_json())
+    assert again.blocks == plan.blocks
+    return plan.ffn_sparsity
+
+
+def plan_seeds() -> list[bytes]:
+    """Return a plan of two blocks, and one with experts."""
+    dense = (BlockPlan(8, (0, 2, 7), 0.25, 0.5), BlockPlan(8, tuple(range(8)), 0.5, 0.75))
+    experts = (BlockPlan(8, (0, 2, 9, 15), 0.25, 0.5, ffns=2, few_tokens={1: 3}),)
+    identity = ModelIdentity("a model", "llama", "0" * 32)
+    criterion = {"block_metric": "angular", "sparsity": 0.5, "multiple": 1}
+    calibration = {"windows": 4, "seqlen": 16, "sources": {"text": 4}}
+    return [
+        PruningPlan(identity, criterion, calibration, blocks).to_json().encode()
+        for blocks in (dense, experts)
+    ]
+
+
+# Statistics.
+
+
+def read_statistics(data: bytes, directory: Path) -> object:
+    """Read statistics that an input describes: {"facts", "tensors": {name: [dtype, shape]}}."""
+    path = directory / "statistics.safetensors"
+    path.write_bytes(_file_from(data, _statistics_header))
+    statistics = Statistics.load(path)
+    statistics.save(directory / "again")
+    return [statistics.distances(metric) for metric in DISTANCES]
+
+
+def _statistics_header(described: dict[str, Any]) -> dict[str, Any]:
+    header, end = {}, 0
+    for name, (dtype, shape) in described["tensors"].items():
+        start = end
+        end += 8 * len(shape) if shape == [] else 8 * int(shape[0])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    return {"__metadata__": {_STATISTICS_KEY: json.dumps(described["facts"])}, **header}
+
+
+def statistics_seeds() -> list[bytes]:
+    """Return statistics of two blocks, and of one with experts."""
+    record = CalibrationRecord(
+        "a model", "0" * 32, {"text": 4}, "1" * 64, 4, 16, 0, "float32", "cpu"
+    )
+    seeds = []
+    with tempfile.TemporaryDirectory() as directory:
+        for routed in ((), (40, 24)):
+            blocks = tuple(_block_statistics(routed) for _ in range(2))
+            path = Path(directory) / f"{len(routed)}"
+            Statistics(blocks, record).save(path)
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()[_STATISTICS_KEY])
+                tensors = {name: ["F64", [8]] for name in file.keys()}  # noqa: SIM118
+            seeds.append(json.dumps({"facts": facts, "tensors": tensors}).encode())
+            seeds.append(path.read_bytes())
+    return seeds
+
+
+def _block_statistics(routed: tuple[int, ...]) -> BlockStatistics:
+    sums = dict.fromkeys(DISTANCES, 6.4)
+    return BlockStatistics(sums, torch.ones(8).double(), torch.ones(8).double(), 64, routed)
+
+
+# Checkpoints: an index and the header of a shard.
+
+
+def read_checkpoint(data: bytes, directory: Path) -> object:
+    """Read weights that the input describes: {"index": ..., "header": ...}."""
+    try:
+        index: Any = json.dumps(json.loads(data)["index"]).encode()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        index = json.dumps({"weight_map": {"weight": _SHARD}}).encode()
+    (directory / INDEX_FILE).write_bytes(index)
+    (directory / _SHARD).write_bytes(_file_from(data, lambda described: described["header"]))
+    return [file.read(name) for file in _tensor_files(directory) for name in file.specs]
+
+
+def checkpoint_seeds() -> list[bytes]:
+    """Return one tensor, several, and a whole file."""
+    tensors = {"weight": torch.ones(2, 3), "bias": torch.ones(3, dtype=torch.bfloat16)}
+    seeds = [save({"weight": torch.ones(2, 3)})]
+    for names in (["weight"], ["weight", "bias"]):
+        whole = save({name: tensors[name] for name in names})
+        length = int.from_bytes(whole[:8], "little")
+        described = {
+            "index": {"metadata": {}, "weight_map": dict.fromkeys(names, _SHARD)},
+            "header": json.loads(whole[8 : 8 + length]),
+        }
+        seeds.append(json.dumps(described).encode())
+    return seeds
+
+
+# GGUF headers.
+
+
+def read_gguf(data: bytes, directory: Path) -> object:
+    """Walk the input as a GGUF file."""
+    (directory / "a.gguf").write_bytes(data)
+    return check_gguf(directory / "a.gguf")
+
+
+def gguf_seeds() -> list[bytes]:
+    """Return a header with values of every kind and one tensor."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    pairs = [
+        text("name") + struct.pack("<I", 8) + text("a model"),
+        text("blocks") + struct.pack("<II", 4, 2),
+        text("rope") + struct.pack("<Id", 12, 1e4),
+        text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b"),
+        text("scores") + struct.pack("<IIQ", 9, 6, 2) + struct.pack("<2f", 0.5, 1.5),
+    ]
+    tensor = text("weight") + struct.pack("<IQQIQ", 2, 4, 4, 0, 0)
+    whole = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs)) + b"".join(pairs) + tensor
+    return [whole + bytes(64), b"GGUF" + struct.pack("<IQQ", 2, 0, 0)]
+
+
+# Common.
+
+
+def _file_from(data: bytes, header_of: Callable[[dict[str, Any]], object]) -> bytes:
+    """Return a safetensors file with the header that an input describes, or the input itself."""
+    try:
+        header = header_of(json.loads(data))
+        entries = header.values() if isinstance(header, dict) else ()
+        end = max((e["data_offsets"][1] for e in entries if "data_offsets" in e), default=0)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + bytes(max(0, min(end, _DATA_BYTES)))
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
+        return data
+
+
+TARGETS = {
+    "plan": Target(read_plan, plan_seeds),
+    "statistics": Target(read_statistics, statistics_seeds),
+    "checkpoint": Target(read_checkpoint, checkpoint_seeds),
+    "gguf": Target(read_gguf, gguf_seeds),
+}
