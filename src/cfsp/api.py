@@ -16,6 +16,7 @@ from cfsp.errors import UsageError
 from cfsp.pipeline import PruneReport, calibrate_source, prune_checkpoint, prune_model
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
 from cfsp.pruning_plan import PruningPlan
+from cfsp.restoration.local_training import DEFAULT_STEPS, LocalTraining
 from cfsp.settings import (
     DEFAULT_RESTORE,
     CalibrationText,
@@ -49,6 +50,7 @@ def prune(
     block_metric: str = ...,
     channel_metric: str = ...,
     restore: Restore = ...,
+    local_steps: int = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PruneReport: ...
@@ -70,6 +72,7 @@ def prune(
     block_metric: str = ...,
     channel_metric: str = ...,
     restore: Restore = ...,
+    local_steps: int = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PreTrainedModel: ...
@@ -90,6 +93,7 @@ def prune(
     block_metric: str = DEFAULT_BLOCK_METRIC,
     channel_metric: str = DEFAULT_CHANNEL_METRIC,
     restore: Restore = DEFAULT_RESTORE,
+    local_steps: int = DEFAULT_STEPS,
     device: str = "auto",
     dtype: str = "auto",
 ) -> PruneReport | PreTrainedModel:
@@ -108,7 +112,9 @@ def prune(
         seed: of the draw of windows.
         block_metric: coarse criterion.
         channel_metric: fine criterion.
-        restore: `ridge` repairs the down projections by least squares, `none` does not.
+        restore: `ridge` repairs the down projections by least squares; `local` then trains each
+            block by itself; `bias` compensates for the mean of what is removed; `none` does not.
+        local_steps: of `local`, in each block.
         device: where to compute; `auto` is an accelerator if there is one.
         dtype: what to compute in; `auto` is the model's own.
 
@@ -124,6 +130,7 @@ def prune(
         text=CalibrationText(tuple(map(str, data)), samples, seqlen, seed),
         compute=Compute(device, dtype),
         restore=restore,
+        local=LocalTraining(local_steps),
     )
     if isinstance(model, str | Path):
         if out is None:
