@@ -1,0 +1,138 @@
+"""A model in memory: calibrated once, pruned by many plans, measured on texts, no files between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfsp.allocation import Budget
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.locating import locate_model
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.decision import decide
+from cfsp.evaluation import perplexity
+from cfsp.in_memory import build_pruned_model
+from cfsp.loading import load
+from cfsp.manifest import Stopwatch
+from cfsp.masking import masked_channels
+from cfsp.pipeline import calibrate_source
+from cfsp.planning import Criterion, choose_channels, make_plan
+from cfsp.pruning_plan import PruningPlan
+from cfsp.settings import CalibrationText, Compute, PruneSettings
+from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import Windows, consecutive_windows
+from cfsp.workplace import temporary_workplace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the texts that it is judged by.
+
+    Attributes:
+        model: the dense model.
+        source: the same as a source of weights.
+        tokenizer: its own.
+        texts: label of each text -> its windows.
+    """
+
+    model: PreTrainedModel
+    source: LoadedModel
+    tokenizer: PreTrainedTokenizerBase
+    texts: dict[str, Windows]
+
+    def calibrate(self, text: CalibrationText) -> Statistics:
+        """Run the calibration text through the model once."""
+        return calibrate_source(self.source, self.tokenizer, text, Compute())
+
+    def on_first(self, windows: int) -> Subject:
+        """Return the same model judged by only the first windows of each text."""
+        few = {
+            text: replace(found, tokens_NT=found.tokens_NT[:windows])
+            for text, found in self.texts.items()
+        }
+        return replace(self, texts=few)
+
+    def pruned(self, plan: PruningPlan) -> PreTrainedModel:
+        """Return the model that a plan describes, without repair."""
+        return build_pruned_model(self.model, self.source, plan, {})
+
+    def quality(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the perplexity on each text."""
+        return {
+            label: round(perplexity(model, windows).value, 4)
+            for label, windows in self.texts.items()
+        }
+
+    def quality_of(self, plan: PruningPlan) -> dict[str, float]:
+        """Return the perplexity on each text of the model that a plan describes."""
+        return self.quality(self.pruned(plan))
+
+    def plan(
+        self, statistics: Statistics, sparsity: float, criterion: Criterion | None = None
+    ) -> PruningPlan:
+        """Return the plan that `cfsp plan` would make."""
+        return make_plan(self.source, statistics, Budget(sparsity), criterion or Criterion())
+
+    def quality_of_some(
+        self, statistics: Statistics, sparsity: float, blocks: Sequence[int]
+    ) -> dict[str, float]:
+        """Return the perplexity on each text when only some blocks lose channels.
+
+        Args:
+            statistics: of the calibration.
+            sparsity: fraction of the channels of these blocks that goes, the weakest.
+            blocks: their indices.
+        """
+        kept = {}
+        for block in blocks:
+            observed = statistics.blocks[block]
+            width = max(1, round(observed.width * (1 - sparsity)))
+            kept[block] = choose_channels(self.source, block, observed, width, Criterion())
+        with masked_channels(self.model, kept):
+            return self.quality(self.model)
+
+    def quality_repaired(self, text: CalibrationText, plan: PruningPlan) -> dict[str, float]:
+        """Return the perplexity on each text after ridge restoration of what a plan leaves."""
+        settings = PruneSettings(Budget(0.0), text=text, restore="ridge")
+        with temporary_workplace() as place:
+            decision = decide(
+                self.source,
+                lambda: text.draw(self.tokenizer),
+                settings,
+                place=place,
+                watch=Stopwatch(),
+                plan=plan,
+            )
+            repaired = decision.repaired_tensors
+            return self.quality(build_pruned_model(self.model, self.source, plan, repaired))
+
+
+def load_subject(name: str | Path, texts: Sequence[str], windows: int, seqlen: int) -> Subject:
+    """Load a model and the first windows of the texts that it is judged by.
+
+    Args:
+        name: of the model, as for `cfsp prune`.
+        texts: as for `--eval`.
+        windows: of each text.
+        seqlen: tokens of a window.
+    """
+    directory = locate_model(name)
+    model, tokenizer = load(directory), load_tokenizer(directory)
+    found = {
+        label(text): consecutive_windows(text, tokenizer, count=windows, seqlen=seqlen)
+        for text in texts
+    }
+    return Subject(model, LoadedModel(model), tokenizer, found)
+
+
+def label(text: str) -> str:
+    """Return a text's name without what is this machine's: the last two parts of a path."""
+    path = Path(text)
+    if not path.exists():
+        return text
+    return "/".join([*path.parts[-2:-1], path.stem])

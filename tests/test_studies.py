@@ -1,0 +1,170 @@
+"""Each study's smallest version runs on a tiny model, and its arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "studies"))
+
+import architectures
+import block_ranking
+import scores
+import sparsity
+import stability
+from cfsp.errors import OutputError
+from cfsp.importance.coarse import BLOCK_METRICS
+from cfsp.importance.fine import CHANNEL_METRICS
+from cfsp.pipeline import calibrate_source
+from cfsp.settings import CalibrationText, Compute
+from damage import loss_increase, rank_correlation
+from results import Results, table
+from subject import label, load_subject
+
+SMALL = ["--seqlen", "32", "--windows", "2"]
+
+
+@pytest.fixture
+def texts(text_file: Path, other_text_file: Path) -> list[str]:
+    return ["--data", str(text_file), "--eval", str(text_file), "--eval", str(other_text_file)]
+
+
+@pytest.fixture
+def run(
+    texts: list[str],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[list[dict[str, Any]], str]]:
+    """Run a study on a tiny Llama; return its rows and what it printed."""
+
+    def run(study: Any, *more: str, samples: int = 4) -> tuple[list[dict[str, Any]], str]:
+        out = tmp_path / "rows.json"
+        model = ["--model", str(tiny_checkpoint("llama"))]
+        study.main([*texts, *model, *SMALL, "--samples", str(samples), "--out", str(out), *more])
+        return json.loads(out.read_text())["rows"], capsys.readouterr().out
+
+    return run
+
+
+def test_block_ranking(run: Callable[..., Any]) -> None:
+    rows, printed = run(block_ranking, "--groups", "1", "--draws", "2", "--alone-windows", "1")
+    groups = [row for row in rows if row["what"] == "group"]
+    assert [row["blocks"] for row in groups] == [
+        "least important",
+        "most important",
+        "random",
+        "random",
+    ]
+    alone = [row for row in rows if row["what"] == "alone"]
+    angular = [row["angular"] for row in alone]
+    assert groups[0]["indices"] == [int(np.argmin(angular))]
+    assert groups[1]["indices"] == [int(np.argmax(angular))]
+    assert "| angular |" in printed
+
+
+def test_scores(run: Callable[..., Any]) -> None:
+    rows, printed = run(scores, "--sparsity", "0.5", "--seeds", "1")
+    assert {row["channels"] for row in rows} == set(CHANNEL_METRICS)
+    assert {row["blocks"] for row in rows} == set(BLOCK_METRICS)
+    assert len(rows) == len(CHANNEL_METRICS) + len(BLOCK_METRICS) - 1
+    assert "study 2" in printed
+    assert "study 3" in printed
+
+
+def test_sparsity(run: Callable[..., Any]) -> None:
+    rows, printed = run(sparsity, "--sparsity", "0.34", "0.67", "--repaired", "0.34")
+    assert [row["restore"] for row in rows] == ["none", "none", "none", "ridge"]
+    assert rows[0]["parameters"] > rows[1]["parameters"] > rows[2]["parameters"]
+    assert rows[1]["parameters"] == rows[3]["parameters"]
+    assert printed.count("| ridge |") == 1
+
+
+def test_stability(run: Callable[..., Any], other_text_file: Path) -> None:
+    rows, _ = run(
+        stability,
+        *("--data", str(other_text_file), "--parts", "1", "--judge-every", "2"),
+        samples=4,
+    )
+    compared = [row for row in rows if row["what"] == "stability"]
+    assert [(row["size"], row["pairs"]) for row in compared] == [(1, 6), (2, 1)] * 2
+    assert all(0 < row["lowest"] <= row["overlap"] <= 1 for row in compared)
+    assert sum(row["what"] == "texts" for row in rows) == 1
+    assert sum(row["what"] == "quality" for row in rows) == 4
+
+
+def test_architectures(
+    texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, models = tmp_path / "rows.json", tmp_path / "models"
+    arguments = [
+        *(*texts, *SMALL, "--samples", "4", "--out", str(out), "--models", str(models)),
+        *("--hidden", "32", "--blocks", "2", "--vocabulary", "300", "--tokens", "4000"),
+        *("--seeds", "1", "--sparsity", "0.5"),
+    ]
+    architectures.main(arguments)
+    rows = json.loads(out.read_text())["rows"]
+    dense = {row["architecture"] for row in rows if row["what"] == "dense"}
+    assert dense == set(architectures.ARCHITECTURES)
+    assert sum(row["what"] == "alone" for row in rows) == 2 * len(dense)
+    printed = capsys.readouterr().out
+    assert "| neox-parallel | left out |" in printed
+
+
+def test_parts_of_a_calibration_add_up(
+    text_file: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    subject = load_subject(tiny_checkpoint("llama"), [str(text_file)], 1, 32)
+    text = CalibrationText((str(text_file),), 4, 32)
+    whole = calibrate_source(subject.source, subject.tokenizer, text, Compute())
+    sums = stability.added(stability.one_by_one(subject, text))
+    for block, expected in zip(sums.blocks, whole.blocks, strict=True):
+        torch.testing.assert_close(block.sum_of_squares_F, expected.sum_of_squares_F)
+        assert block.distances == pytest.approx(expected.distances)
+    plan = subject.plan(whole, 0.5)
+    assert stability.overlap(plan, plan) == 1
+    assert stability.overlap(plan, subject.plan(sums, 0.5)) == 1
+    assert stability.moved(plan, plan) == 0
+
+
+def test_rank_correlation_is_that_of_the_ranks() -> None:
+    first, second = [3.0, 1.0, 4.0, 1.0, 5.0], [2.0, 7.0, 1.0, 8.0, 2.0]
+    ranks = [2, 0.5, 3, 0.5, 4], [1.5, 3, 0, 4, 1.5]
+    assert rank_correlation(first, second) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert rank_correlation(first, first) == pytest.approx(1)
+    assert rank_correlation(first, [1.0] * 5) == 0
+
+
+def test_loss_increase_is_in_nats() -> None:
+    before = {"a": 10.0, "b": 20.0}
+    assert loss_increase({"a": 20.0, "b": 20.0}, before) == pytest.approx(np.log(2) / 2)
+
+
+def test_results_are_measured_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    results = Results(path, {"windows": 2})
+    results.measure({"seed": 0}, lambda: {"value": 1.0})
+    results.measure({"seed": 1}, lambda: {"value": 2.0})
+
+    def never() -> dict[str, float]:
+        raise AssertionError
+
+    again = Results(path, {"windows": 2})
+    assert again.measure({"seed": 1}, never) == {"seed": 1, "value": 2.0}
+    assert table(again.rows, [], ["value"]).splitlines()[-1] == "| 2 | 1.5 (1.0 to 2.0) |"
+    with pytest.raises(OutputError, match="other conditions"):
+        Results(path, {"windows": 3})
+
+
+def test_labels_hide_paths(text_file: Path) -> None:
+    assert label(str(text_file)) == f"{text_file.parent.name}/prose"
+    assert label("wikitext2") == "wikitext2"
