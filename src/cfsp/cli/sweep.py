@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # Spelled out here, because their home imports torch; a test compares.
 METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "flap", "magnitude-sp", "random")
+
+# Models that a command line names one by one.
+_MOST_NAMED = 12
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -85,8 +89,10 @@ def run(args: argparse.Namespace) -> None:
     print_table(columns(rows), cells(rows))
     print("\nthe last column: texts, by number, on which nothing smaller is as good")
     print(f"tables: {', '.join(map(str, written))}")
-    runs = " ".join(str(row.directory) for row in rows if row.directory)
-    print(f"charts: cfsp report {runs}")
+    runs = [shlex.quote(str(row.directory)) for row in rows if row.directory]
+    if len(runs) > _MOST_NAMED:
+        runs = [f"{shlex.quote(str(args.out))}/*/"]
+    print(f"charts: cfsp report {' '.join(runs)}")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -26,6 +26,7 @@ from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.reproduction import reproduction
 from cfsp.report.restoration_chart import restoration_chart
 from cfsp.report.run_facts import RunFacts
+from cfsp.report.selection import runs_in_detail
 from cfsp.report.strength_chart import strength_chart
 from cfsp.report.summary import headlines, summary_rows
 from cfsp.report.what_if import what_if_data
@@ -36,11 +37,25 @@ _SCRIPTS = ("allocation.js", "what_if.js", "charts.js")
 
 @dataclass(frozen=True)
 class ModelGroup:
-    """Runs of one original, side by side, and their charts."""
+    """Runs of one original, and their charts.
+
+    Attributes:
+        base: the original.
+        runs: all of them.
+        detailed: those that charts by block, slider and manifests are of.
+        charts: of both.
+    """
 
     base: str
     runs: Sequence[RunFacts]
+    detailed: Sequence[RunFacts]
     charts: Sequence[Chart]
+
+    @property
+    def brief(self) -> list[RunFacts]:
+        """The runs that are not shown in detail."""
+        shown = {run.name for run in self.detailed}
+        return [run for run in self.runs if run.name not in shown]
 
 
 def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
@@ -48,12 +63,16 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
     by_base: dict[str, list[RunFacts]] = {}
     for run in runs:
         by_base.setdefault(run.base_fingerprint, []).append(run)
-    return [ModelGroup(group[0].base_name, group, _charts(group)) for group in by_base.values()]
+    groups = []
+    for group in by_base.values():
+        detailed = runs_in_detail(group)
+        groups.append(ModelGroup(group[0].base_name, group, detailed, _charts(group, detailed)))
+    return groups
 
 
 def render_page(groups: Sequence[ModelGroup]) -> str:
     """Return the page."""
-    runs = [run for group in groups for run in group.runs]
+    runs = [run for group in groups for run in group.detailed]
     style = "\n".join(map(page_file, _STYLES))
     script = "\n".join(map(page_file, _SCRIPTS))
     environment = Environment(
@@ -75,6 +94,8 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
             {
                 "base": group.base,
                 "runs": group.runs,
+                "detailed": group.detailed,
+                "brief": [(run.name, reproduction(run).commands) for run in group.brief],
                 "charts": group.charts,
                 "headlines": headlines(group.runs[0]) if len(group.runs) == 1 else [],
                 "sections": summary_rows(group.runs),
@@ -99,9 +120,10 @@ def page_file(name: str) -> str:
     return files("cfsp.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _charts(runs: Sequence[RunFacts]) -> list[Chart]:
-    kinds = (pareto_chart, method_chart, strength_chart, restoration_chart, recovery_chart)
-    return [chart for kind in kinds if (chart := kind(runs)) is not None]
+def _charts(runs: Sequence[RunFacts], detailed: Sequence[RunFacts]) -> list[Chart]:
+    kinds = (method_chart, strength_chart, restoration_chart, recovery_chart)
+    charts = [pareto_chart(runs), *(kind(detailed) for kind in kinds)]
+    return [chart for chart in charts if chart is not None]
 
 
 def _what_if(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 /* Allocation, as cfsp/allocation.py does it: from block importance and a budget to widths.
    A test runs both on the same numbers. Arrays ending in L have one entry for each block. */
 
-/* Neumaier's compensated sum: Python's fmean sums exactly, and ties in rounding depend on it. */
+/* Neumaier's compensated sum: Python's fmean and fsum sum exactly, and ties in rounding depend on it. */
 function exactSum(values) {
   let sum = 0, lost = 0;
   for (const value of values) {
@@ -13,14 +13,6 @@ function exactSum(values) {
 }
 
 const mean = (values) => exactSum(values) / values.length;
-
-function blockImportance(run) {
-  const middle = mean(run.distances);
-  return run.distances.map((distance) => {
-    const x = run.gain * (distance - middle);
-    return x >= 0 ? 1 / (1 + Math.exp(-x)) : Math.exp(x) / (1 + Math.exp(x));
-  });
-}
 
 function channelsToKeep(run, sparsity) {
   const total = exactSum(run.widths);
@@ -37,6 +29,28 @@ function keepFractions(importanceL, sparsity) {
     scoreL = importanceL.map((score) => middle + (score - middle) * shrink);
   }
   return scoreL.map((score) => score / middle * (1 - sparsity));
+}
+
+function waterFill(importanceL, widthL, total) {
+  const whole = new Set();
+  for (;;) {
+    const others = widthL.map((_, i) => i).filter((i) => !whole.has(i));
+    const wanted = exactSum(others.map((i) => importanceL[i] * widthL[i]));
+    const left = total - [...whole].reduce((sum, i) => sum + widthL[i], 0);
+    const level = others.length ? left / wanted : 0;
+    const full = others.filter((i) => level * importanceL[i] >= 1);
+    if (!full.length) {
+      return widthL.map((width, i) => whole.has(i) ? width : level * importanceL[i] * width);
+    }
+    full.forEach((i) => whole.add(i));
+  }
+}
+
+function publishedShare(importanceL, widthL, total) {
+  const fractionL = keepFractions(importanceL, 1 - total / exactSum(widthL));
+  const idealL = fractionL.map((fraction, i) => fraction * widthL[i]);
+  const ideal = idealL.reduce((sum, value) => sum + value, 0);
+  return idealL.map((value) => value * total / ideal);
 }
 
 function roundWidths(idealL, widthL, multiple, total) {
@@ -64,11 +78,8 @@ function roundWidths(idealL, widthL, multiple, total) {
 function allocate(run, sparsity) {
   if (sparsity === 0) return [...run.widths];
   const total = channelsToKeep(run, sparsity);
-  const fractionL = keepFractions(blockImportance(run), 1 - total / exactSum(run.widths));
-  const idealL = fractionL.map((fraction, i) => fraction * run.widths[i]);
-  const ideal = idealL.reduce((sum, value) => sum + value, 0);
-  return roundWidths(
-    idealL.map((value) => value * total / ideal), run.widths, run.multiple, total);
+  const share = run.clamp === "published" ? publishedShare : waterFill;
+  return roundWidths(share(run.importances, run.widths, total), run.widths, run.multiple, total);
 }
 
 function parametersWith(run, keptL) {
