@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfsp.importance.coarse import BLOCK_METRICS
+from cfsp.calibration.accumulators import DISTANCES
 from cfsp.importance.fine import CHANNEL_METRICS
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
 from conditions import calibration_text, opened, parser_of_model
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _criteria() -> list[Criterion]:
     """Return all criteria that differ from the default in one half, the default first."""
     found = [Criterion(DEFAULT_BLOCK_METRIC, channels) for channels in CHANNEL_METRICS]
-    found += [Criterion(blocks, DEFAULT_CHANNEL_METRIC) for blocks in BLOCK_METRICS]
+    found += [Criterion(blocks, DEFAULT_CHANNEL_METRIC) for blocks in (*DISTANCES, "uniform")]
     return list(dict.fromkeys(found))
 
 

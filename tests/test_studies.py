@@ -21,8 +21,8 @@ import block_ranking
 import scores
 import sparsity
 import stability
+from cfsp.calibration.accumulators import DISTANCES
 from cfsp.errors import OutputError
-from cfsp.importance.coarse import BLOCK_METRICS
 from cfsp.importance.fine import CHANNEL_METRICS
 from cfsp.pipeline import calibrate_source
 from cfsp.settings import CalibrationText, Compute
@@ -75,8 +75,8 @@ def test_block_ranking(run: Callable[..., Any]) -> None:
 def test_scores(run: Callable[..., Any]) -> None:
     rows, printed = run(scores, "--sparsity", "0.5", "--seeds", "1")
     assert {row["channels"] for row in rows} == set(CHANNEL_METRICS)
-    assert {row["blocks"] for row in rows} == set(BLOCK_METRICS)
-    assert len(rows) == len(CHANNEL_METRICS) + len(BLOCK_METRICS) - 1
+    assert {row["blocks"] for row in rows} == {*DISTANCES, "uniform"}
+    assert len(rows) == len(CHANNEL_METRICS) + len(DISTANCES)
     assert "study 2" in printed
     assert "study 3" in printed
 
