@@ -17,9 +17,12 @@ PACKAGE = REPOSITORY / "src" / "cfsp"
 
 PUBLIC = [
     "CfspError",
+    "MaxLossIncrease",
     "PruneReport",
     "PruningPlan",
     "Statistics",
+    "TargetParameters",
+    "TargetSpeedup",
     "__version__",
     "calibrate",
     "evaluate",

@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from cfsp.loading import load
     from cfsp.pipeline import PruneReport
     from cfsp.pruning_plan import PruningPlan
+    from cfsp.targets.goals import MaxLossIncrease, TargetParameters, TargetSpeedup
 
 __version__ = version("cfsp-llm")
 
 _HOME = {
     "CfspError": "cfsp.errors",
+    "MaxLossIncrease": "cfsp.targets.goals",
     "PruneReport": "cfsp.pipeline",
     "PruningPlan": "cfsp.pruning_plan",
     "Statistics": "cfsp.calibration.statistics",
+    "TargetParameters": "cfsp.targets.goals",
+    "TargetSpeedup": "cfsp.targets.goals",
     "calibrate": "cfsp.api",
     "evaluate": "cfsp.api",
     "load": "cfsp.loading",
@@ -40,9 +44,12 @@ _HOME = {
 
 __all__ = [
     "CfspError",
+    "MaxLossIncrease",
     "PruneReport",
     "PruningPlan",
     "Statistics",
+    "TargetParameters",
+    "TargetSpeedup",
     "__version__",
     "calibrate",
     "evaluate",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from cfsp.allocation import Budget, BudgetOf
+from cfsp.allocation import DEFAULT_CLAMP, Budget, BudgetOf, Clamp
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
@@ -25,6 +25,7 @@ from cfsp.settings import (
     PruneSettings,
     Restore,
 )
+from cfsp.targets.goals import Goal
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN
 
@@ -40,7 +41,8 @@ def prune(
     tokenizer: None = None,
     *,
     out: str | Path,
-    sparsity: float,
+    sparsity: float | None = ...,
+    goal: Goal | None = ...,
     of: BudgetOf = ...,
     multiple: int | None = ...,
     data: Sequence[str | Path] = ...,
@@ -49,6 +51,8 @@ def prune(
     seed: int = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
+    clamp: Clamp = ...,
+    search_rounds: int = ...,
     restore: Restore = ...,
     local_steps: int = ...,
     device: str = ...,
@@ -62,7 +66,8 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     *,
     out: None = None,
-    sparsity: float,
+    sparsity: float | None = ...,
+    goal: Goal | None = ...,
     of: BudgetOf = ...,
     multiple: int | None = ...,
     data: Sequence[str | Path] = ...,
@@ -71,6 +76,8 @@ def prune(
     seed: int = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
+    clamp: Clamp = ...,
+    search_rounds: int = ...,
     restore: Restore = ...,
     local_steps: int = ...,
     device: str = ...,
@@ -83,7 +90,8 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     out: str | Path | None = None,
-    sparsity: float,
+    sparsity: float | None = None,
+    goal: Goal | None = None,
     of: BudgetOf = "ffn",
     multiple: int | None = None,
     data: Sequence[str | Path] = DEFAULT_DATA,
@@ -92,6 +100,8 @@ def prune(
     seed: int = 0,
     block_metric: str = DEFAULT_BLOCK_METRIC,
     channel_metric: str = DEFAULT_CHANNEL_METRIC,
+    clamp: Clamp = DEFAULT_CLAMP,
+    search_rounds: int = 0,
     restore: Restore = DEFAULT_RESTORE,
     local_steps: int = DEFAULT_STEPS,
     device: str = "auto",
@@ -104,7 +114,8 @@ def prune(
         tokenizer: needed for a model in memory, and for nothing else.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
-        of: `ffn` (FFN channels) or `model` (all parameters).
+        goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
+        of: of the sparsity: `ffn` (FFN channels) or `model` (all parameters).
         multiple: widths become multiples of this; None for 128 or, below 4096 channels, 32.
         data: calibration texts (see `cfsp.text.sources`).
         samples: windows in all; None for 128 or what there is.
@@ -112,6 +123,8 @@ def prune(
         seed: of the draw of windows.
         block_metric: coarse criterion.
         channel_metric: fine criterion.
+        clamp: what happens where a block would keep more than all (see `cfsp.allocation`).
+        search_rounds: rounds of the search for better widths (see `cfsp.width_search`).
         restore: `ridge` repairs the down projections by least squares; `local` then trains each
             block by itself; `bias` compensates for the mean of what is removed; `none` does not.
         local_steps: of `local`, in each block.
@@ -124,25 +137,34 @@ def prune(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
+    if (sparsity is None) == (goal is None):
+        raise UsageError(
+            "expected a sparsity or a goal that says how much to remove, found "
+            + ("neither" if goal is None else "both")
+        )
     settings = PruneSettings(
-        budget=Budget(sparsity, of, multiple),
-        criterion=Criterion(block_metric, channel_metric),
+        budget=Budget(sparsity or 0.0, of, multiple),
+        criterion=Criterion(block_metric, channel_metric, clamp),
         text=CalibrationText(tuple(map(str, data)), samples, seqlen, seed),
         compute=Compute(device, dtype),
         restore=restore,
         local=LocalTraining(local_steps),
+        search_rounds=search_rounds,
     )
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
-        command = f"cfsp.prune({str(model)!r}, sparsity={sparsity}, of={of!r}, ...)"
-        return prune_checkpoint(open_checkpoint(model), Path(out), settings, command=command)
+        asked = f"goal={goal}" if goal else f"sparsity={sparsity}, of={of!r}"
+        command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
+        return prune_checkpoint(
+            open_checkpoint(model), Path(out), settings, goal=goal, command=command
+        )
     if tokenizer is None or out is not None:
         raise UsageError(
             "pruning a model in memory needs its tokenizer and no out=; "
             "it returns the new model, which save_pretrained can write"
         )
-    return prune_model(model, tokenizer, settings)
+    return prune_model(model, tokenizer, settings, goal)
 
 
 def calibrate(
@@ -155,10 +177,12 @@ def calibrate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    sensitivity: bool = False,
 ) -> Statistics:
     """Run a text through a model once and return what plans are made from.
 
-    Arguments are those of `prune`.
+    Arguments are those of `prune`; `sensitivity` also measures what pruning each block alone does
+    to the predictions, which takes the whole model in memory.
     """
     source = _source(model)
     if tokenizer is None:
@@ -166,7 +190,8 @@ def calibrate(
             raise UsageError("calibrating a model in memory needs its tokenizer")
         tokenizer = load_tokenizer(source.directory)
     text = CalibrationText(tuple(map(str, data)), samples, seqlen, seed)
-    return calibrate_source(source, tokenizer, text, Compute(device, dtype))
+    compute = Compute(device, dtype)
+    return calibrate_source(source, tokenizer, text, compute, sensitivity=sensitivity)
 
 
 def plan(
@@ -178,12 +203,13 @@ def plan(
     multiple: int | None = None,
     block_metric: str = DEFAULT_BLOCK_METRIC,
     channel_metric: str = DEFAULT_CHANNEL_METRIC,
+    clamp: Clamp = DEFAULT_CLAMP,
 ) -> PruningPlan:
     """Decide from statistics which channels stay; no forward pass.
 
     Arguments are those of `prune`.
     """
-    criterion = Criterion(block_metric, channel_metric)
+    criterion = Criterion(block_metric, channel_metric, clamp)
     budget = Budget(sparsity, of, multiple)
     return plan_from_statistics(_source(model), statistics, budget, criterion)
 

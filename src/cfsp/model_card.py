@@ -47,6 +47,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan) -> str:
         "## How it was made\n",
         f"    {_one_line(manifest['command'])}\n",
         _conditions(manifest, plan),
+        _goal(manifest.get("goal")),
         "## What was removed\n",
         _block_table(plan),
     ]
@@ -87,6 +88,34 @@ def _conditions(manifest: dict[str, Any], plan: PruningPlan) -> str:
         f"- versions: {packages}\n"
         "- `cfsp.json` holds digests and all conditions, `cfsp_plan.json` the exact channels\n"
     )
+
+
+_GOALS = {
+    "target_params": "to keep {asked:g} of all parameters",
+    "max_loss_increase": "a loss of at most {asked:g} nats per token more than the dense model's, "
+    "on held-out text, before restoration",
+    "target_speedup": "to be {asked:g} times faster, as predicted from latencies",
+}
+_VALUES = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
+
+
+def _goal(resolution: dict[str, Any] | None) -> str:
+    """Say what was asked for instead of a sparsity, and what was tried."""
+    if not resolution:
+        return ""
+    name = resolution["goal"]
+    lines = [f"The goal was {_GOALS[name].format(asked=resolution['asked'])}."]
+    if "result" in resolution:
+        lines.append(f"The finished model's loss is {resolution['result']:+.4f} nats higher.")
+    if resolution["tried"]:
+        lines += ["", f"| FFN channels removed | parameters | {_VALUES[name]} | fits |"]
+        lines += ["|---:|---:|---:|---|"]
+        lines += [
+            f"| {entry['sparsity']:.1%} | {entry['parameters']:,} | {entry['value']:.4f} "
+            f"| {'yes' if entry['fits'] else 'no'} |"
+            for entry in resolution["tried"]
+        ]
+    return "\n".join([*lines, ""])
 
 
 def _block_table(plan: PruningPlan) -> str:

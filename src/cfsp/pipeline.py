@@ -9,7 +9,8 @@ smaller one.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ from cfsp.checkpoint.output import (
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.comparison import before_and_after
-from cfsp.decision import Decision, calibrate_windows, decide
+from cfsp.decision import Decision, calibrate_windows, decide, with_sensitivity
+from cfsp.importance.coarse import SENSITIVITY
 from cfsp.in_memory import build_pruned_model
 from cfsp.manifest import (
     PLAN_FILE,
@@ -38,18 +40,23 @@ from cfsp.manifest import (
     write_manifest,
 )
 from cfsp.model_card import model_card
-from cfsp.planning import model_size
+from cfsp.planning import Criterion, model_size
 from cfsp.processes import Team
 from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.surgery import added_specs, write_pruned_weights
+from cfsp.targets.goals import Goal, MaxLossIncrease
+from cfsp.targets.loss import loss_increase_of
+from cfsp.targets.resolve import resolve_goal
 from cfsp.text.tokenizers import load_tokenizer
+from cfsp.whole_model import write_own_text
 from cfsp.workplace import Workplace, output_workplace, remove_finished_work, temporary_workplace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cfsp.restoration.restore import Repair, RestoredBlock
+    from cfsp.text.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,9 @@ class PruneReport:
             `ReconstructedBlock`); no blocks under `bias`; empty without restoration.
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them, and was scored by its weights alone.
+        goal: what was asked for instead of a sparsity, what was tried, and the budget that it came
+            to (see `Resolution`); under `max_loss_increase` also `result`, the increase of the
+            finished model; empty without a goal.
         perplexity: text -> {"before", "after", "tokens"}, if it was measured.
         seconds: stage -> seconds.
         passes: pass over the blocks -> seconds by part, and `ratio`, its time as a multiple of
@@ -85,6 +95,7 @@ class PruneReport:
     calibration_tokens: int
     restoration: dict[str, Any]
     experts_with_few_tokens: list[dict[str, int]]
+    goal: dict[str, Any]
     perplexity: dict[str, dict[str, float]]
     seconds: dict[str, float]
     passes: dict[str, dict[str, float]]
@@ -104,6 +115,8 @@ def calibrate_source(
     compute: Compute,
     place: Workplace | None = None,
     team: Team | None = None,
+    *,
+    sensitivity: bool = False,
 ) -> Statistics:
     """Draw windows and run them through the model once.
 
@@ -114,13 +127,19 @@ def calibrate_source(
         compute: where and in what.
         place: where to spill and to save; None for a temporary one.
         team: the processes that share the windows; None for this one alone.
+        sensitivity: also measure that of every block; in one process only.
     """
     if place is None:
         with temporary_workplace(compute.memory_budget) as temporary:
-            return calibrate_source(source, tokenizer, text, compute, temporary, team)
-    windows, engine = text.draw(tokenizer), compute.engine(source)
+            return calibrate_source(
+                source, tokenizer, text, compute, temporary, team, sensitivity=sensitivity
+            )
+    engine = compute.engine(source)
+    windows = _draw(source, tokenizer, text, compute)
     if team is None or team.size == 1:
-        return calibrate_windows(source, windows, engine, text.seed, place)
+        statistics = calibrate_windows(source, windows, engine, text.seed, place)
+        asked = Criterion(SENSITIVITY) if sensitivity else Criterion()
+        return with_sensitivity(source, statistics, windows, asked, engine)
     return calibrate_together(
         windows,
         lambda part: calibrate_windows(source, part, engine, text.seed, place),
@@ -138,6 +157,7 @@ def prune_checkpoint(
     out: Path,
     settings: PruneSettings,
     *,
+    goal: Goal | None = None,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
     evaluation: EvaluationText | None = None,
@@ -150,8 +170,9 @@ def prune_checkpoint(
         source: the model.
         out: where the smaller model goes; must not exist, or be empty.
         settings: how to prune.
+        goal: gives the budget; of that in the settings only the multiple then counts.
         statistics: of an earlier calibration of this model.
-        plan: an earlier decision for this model.
+        plan: an earlier decision for this model; excludes a goal.
         evaluation: texts to measure perplexity on, before and after.
         dry_run: decide without restoration and write only the plan.
         command: what the user typed, for the manifest.
@@ -165,15 +186,30 @@ def prune_checkpoint(
     if dry_run:
         settings = settings.without_restoration()
     watch = Stopwatch()
-    identity = _identity(settings, statistics, plan)
+    identity = _identity(settings, statistics, plan, goal)
+    facts: dict[str, Any] = {}
     with (
         created_parents(out),
         output_workplace(out, identity, settings.compute.memory_budget) as place,
         staged_directory(out) as staging,
     ):
+        if goal is not None:
+            resolution, statistics = resolve_goal(
+                goal,
+                source,
+                lambda: load_tokenizer(source.directory),
+                settings,
+                place=place,
+                watch=watch,
+                statistics=statistics,
+            )
+            settings = replace(settings, budget=resolution.budget)
+            facts = resolution.to_json()
         decision = decide(
             source,
-            lambda: settings.text.draw(load_tokenizer(source.directory)),
+            lambda: _draw(
+                source, load_tokenizer(source.directory), settings.text, settings.compute
+            ),
             settings,
             place=place,
             watch=watch,
@@ -182,12 +218,14 @@ def prune_checkpoint(
         )
         decision.plan.save(staging / PLAN_FILE)
         if dry_run:
-            return _report(source, decision, {}, watch, place, None)
+            return _report(source, decision, facts, {}, watch, place, None)
         with watch.stage("surgery"):
             digests = _write_checkpoint(source, decision, staging)
         with watch.stage("evaluate"):
             measured = before_and_after(source.directory, staging, evaluation, settings.compute)
-        report = _report(source, decision, measured, watch, place, out)
+            if isinstance(goal, MaxLossIncrease):
+                facts["result"] = loss_increase_of(staging, goal, resolution, settings)
+        report = _report(source, decision, facts, measured, watch, place, out)
         manifest = describe_pruning(decision.plan, report.to_json(), digests, command)
         write_manifest(staging, manifest)
         card = model_card(manifest, decision.plan)
@@ -195,22 +233,48 @@ def prune_checkpoint(
     return report
 
 
+def _draw(
+    source: WeightSource,
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    compute: Compute,
+) -> Windows:
+    """Draw the calibration windows; the model may write some itself."""
+    return text.draw(tokenizer, partial(write_own_text, source, tokenizer, compute.engine(source)))
+
+
 def prune_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PruneSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PruneSettings,
+    goal: Goal | None = None,
 ) -> PreTrainedModel:
     """Prune a model in memory; the original stays as it is.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        settings: how to prune.
+        goal: gives the budget; of that in the settings only the multiple then counts.
 
     Returns:
         A new model that shares every unpruned tensor with the original.
     """
     source = LoadedModel(model)
+    watch, statistics = Stopwatch(), None
     with temporary_workplace(settings.compute.memory_budget) as place:
+        if goal is not None:
+            resolution, statistics = resolve_goal(
+                goal, source, lambda: tokenizer, settings, place=place, watch=watch
+            )
+            settings = replace(settings, budget=resolution.budget)
         decision = decide(
             source,
-            lambda: settings.text.draw(tokenizer),
+            lambda: _draw(source, tokenizer, settings.text, settings.compute),
             settings,
             place=place,
-            watch=Stopwatch(),
+            watch=watch,
+            statistics=statistics,
         )
         return build_pruned_model(model, source, decision.plan, decision.repaired_tensors)
 
@@ -230,6 +294,7 @@ def _write_checkpoint(source: Checkpoint, decision: Decision, target: Path) -> d
 def _report(
     source: WeightSource,
     decision: Decision,
+    goal: dict[str, Any],
     measured: dict[str, dict[str, float]],
     watch: Stopwatch,
     place: Workplace,
@@ -248,6 +313,7 @@ def _report(
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
         restoration=_describe_restoration(decision),
         experts_with_few_tokens=plan.experts_with_few_tokens,
+        goal=goal,
         perplexity=measured,
         seconds=dict(watch.seconds),
         passes=place.times_json(),
@@ -258,7 +324,10 @@ def _report(
 
 
 def _identity(
-    settings: PruneSettings, statistics: Statistics | None, plan: PruningPlan | None
+    settings: PruneSettings,
+    statistics: Statistics | None,
+    plan: PruningPlan | None,
+    goal: Goal | None,
 ) -> dict[str, Any]:
     """Return what the result depends on besides model, text and computing; for resuming."""
     return {
@@ -267,7 +336,9 @@ def _identity(
         "--local-steps": settings.local.steps if settings.restore == "local" else None,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
         **asdict(settings.budget),
+        "goal": [type(goal).__name__, asdict(goal)] if goal else None,
         **asdict(settings.criterion),
+        "--search": settings.search_rounds or None,
         "--statistics": statistics.record.tokens_digest if statistics else None,
     }
 

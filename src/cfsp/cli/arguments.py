@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from cfsp.allocation import CLAMPS, DEFAULT_CLAMP
 from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Spelled out here, because their home imports torch; a test compares.
 BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform", "global")
+SENSITIVITY_METRICS = ("sensitivity", "angular+sensitivity")
 CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "flap", "magnitude", "random")
 RESTORE_METHODS = ("ridge", "local", "bias", "none")
 
@@ -61,7 +63,8 @@ def add_calibration_text(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TEXT",
         help="wikitext2, c4, NAME:CONFIG:SPLIT:COLUMN on the hub, a .txt, .jsonl or .parquet file, "
-        "a saved dataset, python-docs or python-source; repeat it to draw evenly from several "
+        "a saved dataset, python-docs, python-source, or self (text that the model writes, which "
+        "takes the whole model in memory); repeat it to draw evenly from several "
         "texts (default: python-docs)",
     )
     group.add_argument(
@@ -100,12 +103,10 @@ def add_memory_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_budget(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how much to remove and by which criterion."""
     group = parser.add_argument_group("what to remove")
-    group.add_argument(
-        "--sparsity", type=float, required=required, metavar="P", help="fraction, in [0, 1)"
-    )
+    group.add_argument("--sparsity", type=float, metavar="P", help="fraction, in [0, 1)")
     group.add_argument(
         "--of",
         default="ffn",
@@ -121,9 +122,18 @@ def add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group.add_argument(
         "--block-metric",
         default="angular",
-        choices=BLOCK_METRICS,
-        help="distance that makes a block important (default: angular); global: no distance, the "
-        "channels of all blocks compete, by scores that are standardised in each block",
+        choices=(*BLOCK_METRICS, *SENSITIVITY_METRICS),
+        help="what makes a block important: a distance (default: angular); global: the channels "
+        "of all blocks compete, by scores that are standardised in each block; sensitivity, "
+        "angular+sensitivity: what pruning the block alone does to the predictions, which takes "
+        "the whole model in memory",
+    )
+    group.add_argument(
+        "--clamp",
+        default=DEFAULT_CLAMP,
+        choices=CLAMPS,
+        help="a block that would keep more than all: keep it whole and give the rest to the "
+        f"others, or shrink all importances as the published code does (default: {DEFAULT_CLAMP})",
     )
     group.add_argument(
         "--channel-metric",
@@ -167,19 +177,17 @@ def compute(args: argparse.Namespace) -> Compute:
 
 
 def budget(args: argparse.Namespace) -> Budget:
-    """Return how much to remove."""
+    """Return how much to remove; without a sparsity only the multiple counts."""
     from cfsp.allocation import Budget
 
-    if args.sparsity is None:
-        raise UsageError("--sparsity is needed, unless --plan gives a complete decision")
-    return Budget(args.sparsity, args.of, args.multiple)
+    return Budget(args.sparsity or 0.0, args.of, args.multiple)
 
 
 def criterion(args: argparse.Namespace) -> Criterion:
     """Return what counts as important."""
     from cfsp.planning import Criterion
 
-    return Criterion(args.block_metric, args.channel_metric)
+    return Criterion(args.block_metric, args.channel_metric, args.clamp)
 
 
 def evaluation_text(

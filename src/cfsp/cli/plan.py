@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
+from cfsp.cli import goal as goals
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import OutputError
 
@@ -27,7 +28,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--statistics", required=True, type=Path, metavar="FILE", help="from cfsp calibrate"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the plan, JSON")
-    arguments.add_budget(parser, required=True)
+    arguments.add_budget(parser)
+    goals.add_goals(parser, has_text=False)
+    arguments.add_compute(parser)
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -37,19 +40,19 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside
-    from cfsp.decision import plan_from_statistics
+    from cfsp.settings import PruneSettings
+    from cfsp.targets.resolve import plan_for_goal
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
-    budget = arguments.budget(args)
+    goals.check_goal(args)
+    settings = PruneSettings(
+        arguments.budget(args), arguments.criterion(args), compute=arguments.compute(args)
+    )
+    goal = goals.goal(args)
     source = open_checkpoint(args.model, args.revision)
     check_is_outside(args.out, source.directory)
-    plan = plan_from_statistics(
-        source,
-        Statistics.load(args.statistics),
-        budget,
-        arguments.criterion(args),
-    )
+    plan, resolution = plan_for_goal(source, Statistics.load(args.statistics), settings, goal)
     plan.save(args.out)
     if args.json:
         print_json(
@@ -58,9 +61,11 @@ def run(args: argparse.Namespace) -> None:
                 "ffn_sparsity": round(plan.ffn_sparsity, 6),
                 "intermediate_sizes": plan.kept_widths,
                 "experts_with_few_tokens": plan.experts_with_few_tokens,
+                "goal": resolution,
             }
         )
         return
+    goals.print_goal(resolution)
     print_plan(plan)
     print(f"\nwritten to {args.out}")
 

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments, recover
+from cfsp.cli import goal as goals
 from cfsp.cli.output import human_bytes, human_count, print_json, print_passes, print_table
 from cfsp.cli.plan import print_plan
 from cfsp.errors import UsageError
@@ -30,9 +31,19 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
-    arguments.add_budget(parser, required=False)
+    arguments.add_budget(parser)
+    goals.add_goals(parser, has_text=True)
     arguments.add_calibration_text(parser)
     group = parser.add_argument_group("stages")
+    group.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="before repair, shift width between blocks while that brings the predictions nearer "
+        "to the dense model's; a round costs about one forward pass over a few windows for every "
+        "block, with the whole model in memory (default: 0)",
+    )
     group.add_argument(
         "--restore",
         default="ridge",
@@ -83,8 +94,19 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if args.plan and args.sparsity is not None:
-        raise UsageError("--plan and --sparsity exclude each other: a plan has its sparsity")
+    if args.plan and (found := goals.given(args)):
+        raise UsageError(f"--plan and {found[0]} exclude each other: a plan has its sparsity")
+    if not args.plan:
+        goals.check_goal(args)
+    if args.max_loss_increase is not None and args.statistics and not args.held_out:
+        raise UsageError(
+            "--max-loss-increase with --statistics needs a --held-out text: which windows were "
+            "calibrated on before is not known"
+        )
+    if args.search < 0:
+        raise UsageError(f"--search must be 0 or more rounds, found {args.search}")
+    if args.plan and args.search:
+        raise UsageError("--plan and --search exclude each other: a plan has its widths")
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
 
@@ -98,20 +120,26 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.settings import CalibrationText, PruneSettings
 
     budget = Budget(0.0) if args.plan else arguments.budget(args)
+    goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
     source = open_checkpoint(args.model, args.revision)
     needs_means = args.restore == "bias" and not args.dry_run
     passes_text = args.restore in ("ridge", "local") and not args.dry_run
-    needs_text = passes_text or (statistics is None and (plan is None or needs_means))
+    needs_text = (
+        passes_text or args.search > 0 or (statistics is None and (plan is None or needs_means))
+    )
     if args.local_steps is not None and args.restore != "local":
         raise UsageError("--local-steps belongs to --restore local")
     settings = PruneSettings(
         budget=budget,
         criterion=arguments.criterion(args),
-        text=arguments.calibration_text(args) if needs_text else CalibrationText(),
+        text=arguments.calibration_text(args)
+        if needs_text
+        else CalibrationText(seqlen=args.seqlen),
         compute=arguments.compute(args),
         restore=args.restore,
+        search_rounds=args.search,
         local=LocalTraining() if args.local_steps is None else LocalTraining(args.local_steps),
     )
     pruned, training = args.out, None
@@ -123,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
         source,
         pruned,
         settings,
+        goal=goal,
         statistics=statistics,
         plan=plan,
         evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
@@ -133,6 +162,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
         return
+    goals.print_goal(report.goal)
     if args.dry_run:
         print_plan(report.plan)
         print()

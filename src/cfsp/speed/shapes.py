@@ -5,11 +5,14 @@ Numbers are those of the models' published config.json files.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cfsp.allocation import Budget, round_widths
+from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.errors import UsageError
+from cfsp.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -69,6 +72,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UniformModel:
+    """A model with random weights in the shapes of another, with one FFN width in all blocks.
+
+    Attributes:
+        original: config of the other model; stays as it is.
+        width: FFN channels of every block.
+    """
+
+    original: PreTrainedConfig
+    width: int
+
+    def config(self) -> PreTrainedConfig:
+        """Return the config."""
+        config = copy.deepcopy(self.original)
+        config.per_layer_config = None
+        setattr(config, family_of(config).width_key, self.width)
+        setattr(config, DOWN_BIAS_KEY, False)
+        return config
 
 
 @dataclass(frozen=True)

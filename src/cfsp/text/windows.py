@@ -69,17 +69,83 @@ def draw_windows(
         TextError: a text is missing, or holds too few tokens for its share.
         UsageError: samples or seqlen is not positive.
     """
+    drawn: list[Tensor] = []
+    counts: dict[str, int] = {}
+    for pool in _shuffled_pools(names, tokenizer, samples, seqlen, seed):
+        drawn.append(pool.tokens_NT[: pool.share])
+        counts[pool.name] = counts.get(pool.name, 0) + len(drawn[-1])
+    return Windows(torch.cat(drawn), counts)
+
+
+def draw_left_over(
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int | None,
+    seqlen: int,
+    seed: int,
+    count: int,
+) -> Windows:
+    """Draw windows that `draw_windows` with the same arguments does not draw.
+
+    Args:
+        names: as for `draw_windows`.
+        tokenizer: the model's own.
+        samples: as for `draw_windows`.
+        seqlen: tokens in a window.
+        seed: as for `draw_windows`.
+        count: windows in all, as evenly from each text as possible.
+
+    Raises:
+        TextError: the texts have not so many windows left.
+        UsageError: a text is named twice.
+    """
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"windows are left over of texts that are named once, found {', '.join(names)}; "
+            "give a --held-out text"
+        )
+    drawn: list[Tensor] = []
+    counts: dict[str, int] = {}
+    shares = _shares(count, len(names))
+    pools = _shuffled_pools(names, tokenizer, samples, seqlen, seed)
+    for share, pool in zip(shares, pools, strict=True):
+        left_NT = pool.tokens_NT[pool.share :]
+        if len(left_NT) < share:
+            raise TextError(
+                f"{pool.name} holds {len(pool.tokens_NT)} windows of {seqlen} tokens, of which "
+                f"calibration takes {min(pool.share, len(pool.tokens_NT))}; {share} others are "
+                "needed to measure on: give fewer --samples, or a --held-out text"
+            )
+        drawn.append(left_NT[:share])
+        counts[pool.name] = counts.get(pool.name, 0) + share
+    return Windows(torch.cat(drawn), counts)
+
+
+@dataclass(frozen=True)
+class _ShuffledPool:
+    """The windows of one text in the order in which they are drawn, and how many are."""
+
+    name: str
+    tokens_NT: Tensor
+    share: int
+
+
+def _shuffled_pools(
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int | None,
+    seqlen: int,
+    seed: int,
+) -> Iterator[_ShuffledPool]:
     if (samples is not None and samples < len(names)) or seqlen < 2:
         raise UsageError(
             f"expected at least one window for each text and 2 tokens in a window, "
             f"found {samples} windows for {len(names)} texts and {seqlen} tokens"
         )
     wanted = DEFAULT_SAMPLES if samples is None else samples
-    shares = [wanted // len(names) + (i < wanted % len(names)) for i in range(len(names))]
     generator = torch.Generator().manual_seed(seed)
-    drawn: list[Tensor] = []
-    counts: dict[str, int] = {}
-    for name, share in zip(names, shares, strict=True):
+    for name, share in zip(names, _shares(wanted, len(names)), strict=True):
         pool_NT = _pool(TextSource(name, "calibration"), tokenizer, seqlen, _POOL_FACTOR * share)
         have = pool_NT.shape[0]
         if have < share and (samples is not None or have == 0):
@@ -87,10 +153,12 @@ def draw_windows(
                 f"{name} holds {have} windows of {seqlen} tokens, {share} are needed "
                 f"({share * seqlen} tokens); give more text, fewer --samples or a shorter --seqlen"
             )
-        chosen = torch.randperm(have, generator=generator)[:share]
-        drawn.append(pool_NT[chosen])
-        counts[name] = counts.get(name, 0) + len(chosen)
-    return Windows(torch.cat(drawn), counts)
+        yield _ShuffledPool(name, pool_NT[torch.randperm(have, generator=generator)], share)
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    """Share a number out as evenly as possible."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def consecutive_windows(

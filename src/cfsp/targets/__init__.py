@@ -1,0 +1,1 @@
+"""Goals other than a fraction of channels: each is resolved to a budget before anything is cut."""

@@ -1,0 +1,401 @@
+"""Goals other than a fraction: the search, left-over windows, each from command to manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cfsp
+from cfsp.allocation import Budget
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.cli import goal as cli_goal
+from cfsp.cli import main
+from cfsp.errors import BudgetError, TextError, UsageError
+from cfsp.manifest import Stopwatch, read_manifest
+from cfsp.masking import masked_loss
+from cfsp.planning import model_size
+from cfsp.settings import Engine, PruneSettings
+from cfsp.targets import latency, speedup
+from cfsp.targets.goals import PHASES, MaxLossIncrease, TargetParameters, TargetSpeedup
+from cfsp.targets.latency import Latencies, measure_latencies, widths_to_measure
+from cfsp.targets.resolve import resolve_goal
+from cfsp.targets.search import STEPS, highest_step, last_that_holds
+from cfsp.text.windows import draw_left_over, draw_windows
+from cfsp.workplace import Workplace
+from tiny_models import BLOCKS, WIDTH, build_tiny_model
+
+# Half of the width saves a quarter of the time, all of it four tenths.
+LATENCIES = Latencies((8, 48, 96), (0.6, 0.75, 1.0), {"rounds": 0})
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
+    cfsp.calibrate(model, data=[text_file], samples=8, seqlen=32).save(path)
+    return path
+
+
+def prune(model: Path, text: Path, out: Path, *more: object) -> int:
+    return main(
+        ["prune", str(model), "--data", str(text), "--samples", "8", "--seqlen", "32",
+         "--multiple", "8", "--out", str(out), *map(str, more)]
+    )  # fmt: skip
+
+
+# Search.
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_bisection_finds_the_last_step(highest: int, last: int) -> None:
+    asked = []
+
+    def holds(step: int) -> bool:
+        asked.append(step)
+        return step <= last
+
+    assert last_that_holds(highest, holds) == min(last, highest)
+    assert 0 not in asked
+    assert len(asked) == len(set(asked)) <= highest.bit_length() + 1
+
+
+def test_highest_step_leaves_a_multiple(model: Path) -> None:
+    size = model_size(open_checkpoint(model))
+    assert highest_step(size, 24) == STEPS * 3 // 4
+    with pytest.raises(BudgetError, match="choose a smaller --multiple"):
+        highest_step(size, WIDTH)
+
+
+# Windows to measure on.
+
+
+def test_left_over_windows_are_those_that_calibration_does_not_see(
+    tokenizer: Any, text_file: Path, other_text_file: Path
+) -> None:
+    names = [str(text_file), str(other_text_file)]
+    drawn = draw_windows(names, tokenizer, samples=9, seqlen=16, seed=3)
+    left = draw_left_over(names, tokenizer, samples=9, seqlen=16, seed=3, count=7)
+    assert left.sources == {names[0]: 4, names[1]: 3}
+    seen = {tuple(window) for window in drawn.tokens_NT.tolist()}
+    assert not seen & {tuple(window) for window in left.tokens_NT.tolist()}
+    again = draw_left_over(names, tokenizer, samples=9, seqlen=16, seed=3, count=7)
+    assert torch.equal(left.tokens_NT, again.tokens_NT)
+
+
+def test_texts_that_have_no_windows_left(tokenizer: Any, text_file: Path) -> None:
+    name = str(text_file)
+    have = len(draw_windows([name], tokenizer, samples=None, seqlen=512).tokens_NT)
+    with pytest.raises(TextError, match=rf"calibration takes {have}; 2 others.*--held-out"):
+        draw_left_over([name], tokenizer, samples=None, seqlen=512, seed=0, count=2)
+    with pytest.raises(UsageError, match="named once"):
+        draw_left_over([name, name], tokenizer, samples=4, seqlen=16, seed=0, count=2)
+
+
+# --target-params.
+
+
+@pytest.mark.parametrize("restore", ["none", "ridge"])
+def test_target_params(model: Path, text_file: Path, tmp_path: Path, restore: str) -> None:
+    out = tmp_path / "out"
+    assert prune(model, text_file, out, "--target-params", 0.75, "--restore", restore) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    before, after = manifest["parameters_before"], manifest["parameters_after"]
+    multiple = 8 * 3 * 32
+    assert abs(after - 0.75 * before) <= multiple
+    assert manifest["goal"]["goal"] == "target_params"
+    assert manifest["goal"]["asked"] == 0.75
+    assert manifest["goal"]["budget"] == {"sparsity": 0.25, "of": "model", "multiple": 8}
+    assert "keep 0.75 of all parameters" in (out / "README.md").read_text()
+
+
+def test_target_params_of_a_plan_is_one_minus_the_sparsity_of_the_model(
+    model: Path, statistics: Path, tmp_path: Path
+) -> None:
+    common = ["plan", str(model), "--statistics", str(statistics), "--multiple", "8"]
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    assert main([*common, "--target-params", "0.7", "--out", str(first)]) == 0
+    assert main([*common, "--sparsity", "0.3", "--of", "model", "--out", str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
+# --max-loss-increase.
+
+
+def test_max_loss_increase_prunes_as_much_as_fits(
+    model: Path,
+    text_file: Path,
+    other_text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    goal = ("--max-loss-increase", 0.2, "--held-out", other_text_file, "--held-out-windows", 4)
+    capsys.readouterr()
+    assert prune(model, text_file, out, *goal, "--restore", "none", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    resolution = report["goal"]
+    assert resolution == read_manifest(out)["goal"]  # type: ignore[index]
+    fitting = [entry["sparsity"] for entry in resolution["tried"] if entry["fits"]]
+    others = [entry["sparsity"] for entry in resolution["tried"] if not entry["fits"]]
+    chosen = resolution["budget"]["sparsity"]
+    assert 0 < chosen == max(fitting) == pytest.approx(min(others) - 1 / STEPS)
+    assert all((entry["value"] <= 0.2) == entry["fits"] for entry in resolution["tried"])
+    # What was tried with masked channels is what came out.
+    (tried,) = [entry for entry in resolution["tried"] if entry["sparsity"] == chosen]
+    assert resolution["result"] == pytest.approx(tried["value"], abs=1e-4)
+    assert tried["parameters"] == report["parameters_after"]
+    assert report["ffn_sparsity"] == pytest.approx(chosen, abs=8 / WIDTH / BLOCKS)
+    card = (out / "README.md").read_text()
+    assert f"| {chosen:.1%} | {report['parameters_after']:,} |" in card
+
+
+def test_max_loss_increase_prints_what_it_tried(
+    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    goal = ("--max-loss-increase", 0.2, "--held-out-windows", 3, "--restore", "ridge")
+    assert prune(model, text_file, tmp_path / "out", *goal) == 0
+    out = capsys.readouterr().out
+    assert "sparsity  parameters  loss increase  fits" in out
+    assert "at most 0.2 nats per token over" in out
+    assert "(the result: " in out
+    assert "restored:" in out
+
+
+def test_loss_of_a_model_in_memory(tokenizer: Any, text_file: Path) -> None:
+    dense = build_tiny_model("llama")
+    small = cfsp.prune(
+        dense,
+        tokenizer,
+        goal=MaxLossIncrease(0.2, windows=4),
+        multiple=8,
+        data=[text_file],
+        samples=8,
+        seqlen=32,
+        restore="none",
+    )
+    widths = [layer.mlp.down_proj.in_features for layer in small.model.layers]
+    assert 8 * BLOCKS < sum(widths) < WIDTH * BLOCKS
+    windows = draw_left_over([str(text_file)], tokenizer, samples=8, seqlen=32, seed=0, count=4)
+    with torch.inference_mode():
+        loss = {
+            name: model(windows.tokens_NT, labels=windows.tokens_NT).loss.item()
+            for name, model in {"dense": dense, "small": small}.items()
+        }
+    assert loss["small"] - loss["dense"] <= 0.2 + 1e-4
+
+
+def test_a_bound_that_nothing_keeps(
+    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goal = ("--max-loss-increase", 1e-9, "--held-out-windows", 3)
+    # Steps of one channel, so that the smallest step removes something.
+    assert prune(model, text_file, tmp_path / "out", *goal, "--multiple", 1) in (0, 2)
+    error = capsys.readouterr().err
+    if not (tmp_path / "out").exists():
+        assert "already 0.5% of the FFN channels cost" in error
+
+
+# --target-speedup.
+
+
+def test_latencies_are_linear_between_the_measured_widths() -> None:
+    assert [LATENCIES.at(w) for w in (8, 48, 96)] == [0.6, 0.75, 1.0]
+    assert LATENCIES.at(28) == pytest.approx(0.675)
+    assert LATENCIES.at(72) == pytest.approx(0.875)
+    # A model of different widths takes the mean of what they take.
+    assert LATENCIES.speedup([96, 96], [96, 8]) == pytest.approx(1 / 0.8)
+
+
+@given(st.integers(1, 20000), st.sampled_from([1, 8, 32, 128, 256]))
+def test_widths_to_measure(widest: int, multiple: int) -> None:
+    widest = max(widest, multiple)
+    widths = widths_to_measure(widest, multiple)
+    assert widths == sorted(set(widths))
+    assert widths[0] == multiple and widths[-1] == widest
+    assert len(widths) <= 5
+    assert all(width % multiple == 0 for width in widths[:-1])
+
+
+def resolved(
+    model: Path, statistics: Path, goal: TargetSpeedup, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: LATENCIES)
+    source = open_checkpoint(model)
+    settings = PruneSettings(Budget(0.0, "ffn", 8))
+    return speedup.resolve_speedup(goal, source, Statistics.load(statistics), settings)
+
+
+@pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
+def test_target_speedup_is_the_least_that_is_enough(
+    model: Path, statistics: Path, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = resolved(model, statistics, TargetSpeedup(ratio), monkeypatch)
+    chosen = found.budget.sparsity
+    values = {entry.sparsity: entry.value for entry in found.tried}
+    assert values[chosen] >= ratio
+    below = round(chosen - 1 / STEPS, 6)
+    assert all(value < ratio for sparsity, value in values.items() if sparsity <= below)
+    assert any(sparsity == pytest.approx(below) for sparsity in values) or chosen == 1 / STEPS
+
+
+def test_a_speedup_that_attention_forbids(
+    model: Path, statistics: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BudgetError, match=r"cannot become 1\.7 times.*91\.5%.*1\.6\d times"):
+        resolved(model, statistics, TargetSpeedup(1.7), monkeypatch)
+
+
+def test_command_with_a_target_speedup(
+    model: Path,
+    statistics: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: LATENCIES)
+    plan = tmp_path / "plan.json"
+    command = [
+        "plan", str(model), "--statistics", str(statistics), "--multiple", "8",
+        "--target-speedup", "1.3", "--target-speedup-of", "prefill",
+    ]  # fmt: skip
+    assert main([*command, "--out", str(plan)]) == 0
+    out = capsys.readouterr().out
+    assert "predicted speed-up" in out
+    assert "at least 1.3 times faster in prefill" in out
+    kept = cfsp.PruningPlan.load(plan).kept_widths
+    assert LATENCIES.speedup([WIDTH] * BLOCKS, kept) >= 1.3
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "b.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["goal"]["conditions"]["widths"] == [8, 48, 96]
+
+
+def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(latency, "WORKLOAD", latency.Workload(prompt=8, new_tokens=2))
+    source = open_checkpoint(model)
+    engine = Engine(torch.device("cpu"), torch.float32)
+    found = measure_latencies(source.config, model_size(source), 48, "decode", engine)
+    assert found.widths == (48, 96)
+    assert found.relative[-1] == 1.0
+    assert found.relative[0] > 0
+    assert found.conditions["dtype"] == "float32"
+
+
+def test_models_that_do_not_fit_are_not_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "available_bytes", lambda: 10**9)
+    source = open_checkpoint(model)
+    engine = Engine(torch.device("cpu"), torch.float32)
+    with pytest.raises(UsageError, match=r"5 models.*2\.5 GB; 1\.0 GB are available"):
+        measure_latencies(source.config, model_size(source), 8, "decode", engine)
+
+
+def _no_text() -> Any:
+    raise AssertionError("latencies need no text")
+
+
+def test_a_resumed_run_does_not_measure_again(
+    model: Path, statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(*_: object) -> Latencies:
+        measured.append(1)
+        slower = 0.3 * len(measured)
+        return Latencies((8, 96), (slower, 1.0), {})
+
+    monkeypatch.setattr(speedup, "measure_latencies", measure)
+    source = open_checkpoint(model)
+    settings = PruneSettings(Budget(0.0, "ffn", 8))
+
+    def resolve(ratio: float, identity: str) -> Any:
+        place = Workplace(tmp_path, identity={"command": identity})
+        goal = TargetSpeedup(ratio)
+        loaded = Statistics.load(statistics)
+        return resolve_goal(
+            goal, source, _no_text, settings, place=place, watch=Stopwatch(), statistics=loaded
+        )[0]
+
+    first = resolve(1.2, "a")
+    assert resolve(1.2, "a") == first
+    assert len(measured) == 1
+    assert resolve(1.2, "b") != first
+    assert len(measured) == 2
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "exactly one of --sparsity"),
+        (["--sparsity", "0.5", "--target-params", "0.5"], "--sparsity and --target-params"),
+        (["--target-speedup", "1.2", "--max-loss-increase", "1"], "found --max-loss-increase and"),
+        (["--target-params", "0.5", "--of", "model"], "--of belongs to --sparsity"),
+        (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
+        (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
+        (["--sparsity", "0.5", "--target-speedup-of", "decode"], "belongs to --target-speedup"),
+        (["--target-params", "0"], "--target-params must be in (0, 1], found 0.0"),
+        (["--target-params", "1.5"], "--target-params must be in (0, 1]"),
+        (["--target-params", "nan"], "--target-params must be in (0, 1]"),
+        (["--target-speedup", "1"], "--target-speedup must be above 1"),
+        (["--max-loss-increase", "-1"], "--max-loss-increase must be above 0"),
+        (["--max-loss-increase", "nan"], "--max-loss-increase must be above 0"),
+        (["--max-loss-increase", "1", "--held-out-windows", "0"], "must be at least 1"),
+        (["--target-params", "0.01"], "cannot remove 99.0% of the model's parameters"),
+        (["--max-loss-increase", "1", "--statistics", "s"], "needs a --held-out text"),
+        (["--plan", "p.json", "--target-params", "0.5"], "--plan and --target-params exclude"),
+    ],
+)
+def test_impossible_goals_are_one_sentence(
+    model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    capsys.readouterr()
+    assert prune(model, text_file, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_wants_a_sparsity_or_a_goal(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="found neither"):
+        cfsp.prune(model, out=tmp_path / "out")
+    with pytest.raises(UsageError, match="found both"):
+        cfsp.prune(model, out=tmp_path / "out", sparsity=0.5, goal=TargetParameters(0.5))
+
+
+def test_experts_cannot_be_masked(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    goal = ("--max-loss-increase", 0.5, "--held-out-windows", 2)
+    assert prune(tiny_checkpoint("mixtral"), text_file, tmp_path / "out", *goal) == 2
+    assert "mixtures of experts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_parser_knows_the_phases() -> None:
+    assert cli_goal.PHASES == PHASES
+    assert masked_loss.__doc__  # the bound is on what this measures
