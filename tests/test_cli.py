@@ -15,7 +15,7 @@ import torch
 
 from cfsp.allocation import BudgetOf
 from cfsp.cli import _COMMANDS, arguments, build_parser, main
-from cfsp.importance.coarse import BLOCK_METRICS
+from cfsp.importance.coarse import BLOCK_METRICS, SENSITIVITY_METRICS
 from cfsp.importance.fine import CHANNEL_METRICS
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC
 from cfsp.pruning_plan import PruningPlan
@@ -116,6 +116,7 @@ def test_no_command_prints_help_and_fails(cli: Cli) -> None:
 
 def test_choices_spelled_out_are_those_of_their_home() -> None:
     assert arguments.BLOCK_METRICS == BLOCK_METRICS
+    assert arguments.SENSITIVITY_METRICS == SENSITIVITY_METRICS
     assert arguments.CHANNEL_METRICS == CHANNEL_METRICS
     assert arguments.RESTORE_METHODS == RESTORE_METHODS
     args = build_parser().parse_args(["prune", "m", "--out", "o"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,15 @@ from hypothesis import strategies as st
 
 from builders import statistics_with_distances
 from cfsp.calibration.accumulators import DISTANCES, DistanceSums
-from cfsp.errors import UsageError
-from cfsp.importance.coarse import BLOCK_METRICS, block_distances, block_importance
+from cfsp.calibration.statistics import Sensitivity
+from cfsp.errors import StatisticsError, UsageError
+from cfsp.importance.coarse import (
+    BLOCK_METRICS,
+    SENSITIVITY_METRICS,
+    block_distances,
+    block_importance,
+    importance_by,
+)
 
 
 def numpy_distances(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -117,6 +126,38 @@ def test_every_metric_of_the_table_is_computed() -> None:
     for metric in BLOCK_METRICS:
         assert len(block_distances(statistics, metric)) == 2
     assert set(BLOCK_METRICS) == {*DISTANCES, "uniform", "global"}
+
+
+def test_importance_by_sensitivity_is_that_of_numpy() -> None:
+    angular_L, divergence_L = [0.2, 0.1, 0.3], (0.4, 0.01, 0.0)
+    statistics = replace(
+        statistics_with_distances({"angular": angular_L}),
+        sensitivity=Sensitivity(divergence_L, 0.5, 4),
+    )
+    root = np.sqrt(np.maximum(divergence_L, 0.4e-6))
+    angular = np.array(block_importance(angular_L))
+    mixed = angular / angular.mean() + root / root.mean()
+    np.testing.assert_allclose(importance_by(statistics, "sensitivity"), root / root.max())
+    found_L = importance_by(statistics, "angular+sensitivity")
+    np.testing.assert_allclose(found_L, mixed / mixed.max())
+    assert importance_by(statistics, "angular") == block_importance(angular_L)
+    for metric in SENSITIVITY_METRICS:
+        assert block_distances(statistics, metric) == angular_L
+
+
+def test_blocks_that_nothing_depends_on_are_equally_important() -> None:
+    statistics = replace(
+        statistics_with_distances({"angular": [0.2, 0.1]}),
+        sensitivity=Sensitivity((0.0, 0.0), 0.5, 4),
+    )
+    assert importance_by(statistics, "sensitivity") == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("metric", SENSITIVITY_METRICS)
+def test_sensitivity_that_was_not_measured_is_missed(metric: str) -> None:
+    statistics = statistics_with_distances({"angular": [0.2, 0.1]})
+    with pytest.raises(StatisticsError, match="cfsp calibrate --sensitivity"):
+        importance_by(statistics, metric)
 
 
 def test_unknown_metric_is_refused_with_the_known_ones() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.allocation import Budget, allocate
+from cfsp.allocation import CLAMPS, Budget, Clamp, allocate
 from cfsp.importance.coarse import block_importance
 from cfsp.report.channels import energy_removed
 from cfsp.report.run_facts import RunFacts, read_run
@@ -136,12 +136,12 @@ def test_widths_of_the_page_are_widths_of_the_package(
         facts = read_run(directory)
         plan, size = facts.plan, facts.size
         assert plan is not None and size is not None
-        importance_L = block_importance([block.distance for block in plan.blocks])
+        importance_L = [block.importance for block in plan.blocks]
         of, multiple = plan.criterion["of"], plan.criterion["multiple"]
         assert 0.2 < data[index]["most"] < 1
         for percent in range(0, round(100 * data[index]["most"]) + 1, 3):
             budget = Budget(percent / 100, of, multiple)
-            expected = allocate(importance_L, budget, size)
+            expected = allocate(importance_L, budget, size, plan.criterion["clamp"])
             kept, parameters = browser.execute_script(
                 "const r = window.cfspReport, run = r.runs[arguments[0]];"
                 "const kept = r.allocate(run, arguments[1] / 100);"
@@ -155,24 +155,23 @@ def test_widths_of_the_page_are_widths_of_the_package(
     assert compared > 50
 
 
-def test_page_plans_large_models_as_the_package_does(browser: Any, page: str) -> None:
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_page_plans_large_models_as_the_package_does(browser: Any, page: str, clamp: Clamp) -> None:
     """Uneven importances at real widths reach the clamp and ties of rounding."""
     from cfsp.allocation import ModelSize
-    from cfsp.importance.coarse import SIGMOID_GAIN
 
     view(browser, page)
     for width, multiple in ((1536, 32), (11008, 128), (18944, 1), (14336, 256)):
         distances = [0.5, *(0.06 + 0.01 * (i % 5) for i in range(30)), 0.24]
         size = ModelSize((width,) * 32, (3 * 4096,) * 32, 32 * width * 3 * 4096 * 2)
+        importances = block_importance(distances)
         run = {
-            "of": "ffn", "multiple": multiple, "gain": SIGMOID_GAIN, "distances": distances,
+            "of": "ffn", "multiple": multiple, "clamp": clamp, "importances": importances,
             "widths": size.width_L, "parameters": size.parameters,
             "channelParameters": size.channel_parameters_L,
         }  # fmt: skip
         for sparsity in (0.0, 0.05, 0.2, 0.5, 0.75, 0.9):
-            expected = allocate(
-                block_importance(distances), Budget(sparsity, "ffn", multiple), size
-            )
+            expected = allocate(importances, Budget(sparsity, "ffn", multiple), size, clamp)
             kept = browser.execute_script(
                 "return window.cfspReport.allocate(arguments[0], arguments[1])", run, sparsity
             )

@@ -13,7 +13,7 @@ import torch
 import cfsp
 from builders import random_block_statistics, statistics_with_distances
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CalibrationError, StatisticsError
 from cfsp.text.windows import Windows, draw_windows
@@ -102,6 +102,20 @@ def test_statistics_survive_a_file(source: Checkpoint, windows: Windows, tmp_pat
     assert again.read_bytes() == (tmp_path / "deep" / "s.safetensors").read_bytes()
     plans = {cfsp.plan(source.directory, s, sparsity=0.4).to_json() for s in (statistics, loaded)}
     assert len(plans) == 1
+
+
+def test_sensitivity_survives_a_file_and_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    plain = statistics_with_distances({"angular": [0.2, 0.1]})
+    measured = replace(plain, sensitivity=Sensitivity((0.25, 0.0), 0.5, 4))
+    measured.save(path)
+    assert Statistics.load(path).sensitivity == measured.sensitivity
+    plain.save(path)
+    assert Statistics.load(path).sensitivity is None
+    for wrong in ((0.25,), (0.25, -0.1), (0.25, float("nan"))):
+        replace(plain, sensitivity=Sensitivity(wrong, 0.5, 4)).save(path)
+        with pytest.raises(StatisticsError, match="is damaged"):
+            Statistics.load(path)
 
 
 def test_damaged_statistics_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import fsum
 from statistics import fmean
 from typing import Literal
 
@@ -162,7 +163,7 @@ def water_fill(importance_L: Sequence[float], width_L: Sequence[int], total: flo
     whole: set[int] = set()
     while True:
         others = [block for block in range(len(width_L)) if block not in whole]
-        wanted = sum(importance_L[block] * width_L[block] for block in others)
+        wanted = fsum(importance_L[block] * width_L[block] for block in others)
         left = total - sum(width_L[block] for block in whole)
         level = left / wanted if others else 0.0
         full = {block for block in others if level * importance_L[block] >= 1}

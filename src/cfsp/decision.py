@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from cfsp.allocation import channels_to_keep
@@ -19,9 +20,12 @@ from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.checkpoint.tensor_file import TensorFile
+from cfsp.importance.coarse import SENSITIVITY_METRICS
 from cfsp.planning import (
+    BlockWidths,
     Criterion,
     assemble_plan,
+    check_statistics_fit,
     choose_channels,
     make_plan,
     model_size,
@@ -38,6 +42,7 @@ from cfsp.restoration.reconstruct import (
 )
 from cfsp.restoration.restore import ChooseChannels, RestoredBlock, restore_blocks
 from cfsp.surgery import PrunedSource
+from cfsp.whole_model import measure_sensitivity, searched
 
 if TYPE_CHECKING:
     from cfsp.allocation import Budget
@@ -49,6 +54,10 @@ if TYPE_CHECKING:
 
 # Angular distance settles with little text; benchmarks/coarse_windows.py shows how little.
 COARSE_WINDOWS = 8
+
+# The divergence of a pruned block has little noise (LOG.md), and each window costs half a forward
+# pass for every block.
+SENSITIVITY_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def decide(
     Raises:
         CfspError: as calibration, planning and restoration do.
     """
-    engine = settings.compute.engine(source)
+    engine, draw = settings.compute.engine(source), cache(draw)
     if settings.restore == "local":
         check_can_reconstruct(source)
     if settings.restore == "bias":
@@ -116,15 +125,19 @@ def decide(
         channels_to_keep(settings.budget, model_size(source))
     else:
         with watch.stage("plan"):
-            plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+            plan = _plan(source, statistics, draw, settings, engine)
     if settings.restore in ("none", "bias"):
         if statistics is None and (plan is None or settings.restore == "bias"):
             with watch.stage("calibrate"):
                 statistics = calibrate_windows(source, draw(), engine, settings.text.seed, place)
+            if plan is None:
+                statistics = with_sensitivity(
+                    source, statistics, draw(), settings.criterion, engine
+                )
         if plan is None:
             assert statistics is not None
             with watch.stage("plan"):
-                plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+                plan = _plan(source, statistics, draw, settings, engine)
         if settings.restore == "none":
             return Decision(plan, statistics)
         assert statistics is not None
@@ -157,7 +170,9 @@ def decide_and_restore(
     budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = calibrate_windows(source, few, engine, seed, place, "coarse pass")
+    coarse = with_sensitivity(source, coarse, windows, criterion, engine)
     widths = plan_widths(source, coarse, budget, criterion)
+    widths = searched(source, widths, coarse, windows, settings, engine)
     restored = _restore(
         source,
         windows,
@@ -171,18 +186,55 @@ def decide_and_restore(
         source, windows, device=engine.device, dtype=engine.dtype, seed=seed
     )
     kept = [block.kept for block in restored]
-    statistics = Statistics(tuple(block.statistics for block in restored), record)
+    blocks = tuple(block.statistics for block in restored)
+    statistics = Statistics(blocks, record, coarse.sensitivity)
     plan = assemble_plan(source, statistics, budget, criterion, widths, kept)
     warn_of_few_tokens(plan)
     return Decision(plan, statistics, restored)
 
 
-def plan_from_statistics(
-    source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
+def with_sensitivity(
+    source: WeightSource,
+    statistics: Statistics,
+    windows: Windows,
+    criterion: Criterion,
+    engine: Engine,
+) -> Statistics:
+    """Measure the sensitivity of blocks on a few windows, if the criterion takes it."""
+    if criterion.block_metric not in SENSITIVITY_METRICS:
+        return statistics
+    few = few_windows(windows, SENSITIVITY_WINDOWS)
+    found = measure_sensitivity(source, statistics, few, criterion, engine)
+    return replace(statistics, sensitivity=found)
+
+
+def _plan(
+    source: WeightSource,
+    statistics: Statistics,
+    draw: Callable[[], Windows],
+    settings: PruneSettings,
+    engine: Engine,
 ) -> PruningPlan:
-    """Make a plan from statistics, showing progress."""
+    """Make a plan from statistics, after a search for better widths if the settings ask for one."""
+    budget, criterion = settings.budget, settings.criterion
+    if not settings.search_rounds:
+        return plan_from_statistics(source, statistics, budget, criterion)
+    check_statistics_fit(source, statistics)
+    widths = plan_widths(source, statistics, budget, criterion)
+    widths = searched(source, widths, statistics, draw(), settings, engine)
+    return plan_from_statistics(source, statistics, budget, criterion, widths)
+
+
+def plan_from_statistics(
+    source: WeightSource,
+    statistics: Statistics,
+    budget: Budget,
+    criterion: Criterion,
+    widths: BlockWidths | None = None,
+) -> PruningPlan:
+    """Make a plan from statistics, showing progress; see `make_plan`."""
     with item_progress("plan", source.config.num_hidden_layers, "block") as bar:
-        plan = make_plan(source, statistics, budget, criterion, on_block=bar.update)
+        plan = make_plan(source, statistics, budget, criterion, on_block=bar.update, widths=widths)
     warn_of_few_tokens(plan)
     return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from cfsp.checkpoint.skeleton import check_complete, model_class
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 
@@ -46,6 +48,15 @@ def load(
     if device is not None:
         model = model.to(device)
     return model.eval()
+
+
+def cache_argument(module: Module) -> str:
+    """Return what a model's forward calls its key-value cache.
+
+    transformers 5.24 renamed the argument; older ones know only the old name.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:

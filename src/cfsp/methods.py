@@ -41,7 +41,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "cfsp": Method(Criterion("angular", "relative"), "ridge"),
     "cfsp-plain": Method(Criterion("angular", "relative"), "none"),
-    "cfsp-published": Method(Criterion("angular", "activation"), "none", 128),
+    "cfsp-published": Method(Criterion("angular", "activation", "published"), "none", 128),
     "wanda-sp": Method(Criterion("uniform", "wanda"), "none"),
     "flap": Method(Criterion("global", "flap"), "bias"),
     "magnitude-sp": Method(Criterion("uniform", "magnitude"), "none"),

@@ -5,11 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cfsp.allocation import Budget, ModelSize, allocate, channels_to_keep, round_widths
+from cfsp.allocation import (
+    DEFAULT_CLAMP,
+    Budget,
+    Clamp,
+    ModelSize,
+    allocate,
+    channels_to_keep,
+    round_widths,
+)
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.checkpoint.reading import (
     WeightSource,
@@ -19,10 +28,13 @@ from cfsp.checkpoint.reading import (
 )
 from cfsp.errors import StatisticsError
 from cfsp.families import intermediate_sizes
-from cfsp.importance.coarse import GLOBAL, block_distances, block_importance
+from cfsp.importance.coarse import GLOBAL, block_distances, importance_by
 from cfsp.importance.competition import channels_above_threshold, standardised
 from cfsp.importance.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+
+if TYPE_CHECKING:
+    from cfsp.width_search import FoundWidths
 
 DEFAULT_BLOCK_METRIC = "angular"
 DEFAULT_CHANNEL_METRIC = "relative"
@@ -43,10 +55,12 @@ class Criterion:
     Attributes:
         block_metric: one of `cfsp.importance.coarse.BLOCK_METRICS`.
         channel_metric: one of `cfsp.importance.fine.CHANNEL_METRICS`.
+        clamp: what happens where a block would keep more than all; see `cfsp.allocation.allocate`.
     """
 
     block_metric: str = DEFAULT_BLOCK_METRIC
     channel_metric: str = DEFAULT_CHANNEL_METRIC
+    clamp: Clamp = DEFAULT_CLAMP
 
 
 def model_size(source: WeightSource) -> ModelSize:
@@ -71,11 +85,13 @@ class BlockWidths:
         importance_L: normalised importance, in (0, 1); with the block metric `global` the share
             of the block's channels that its scores earn, in (0, 1].
         kept_L: channels that stay.
+        search: how they were found, if allocation was only the start of a search.
     """
 
     distance_L: list[float]
     importance_L: list[float]
     kept_L: list[int]
+    search: FoundWidths | None = None
 
 
 def plan_widths(
@@ -87,6 +103,7 @@ def plan_widths(
 
     Raises:
         BudgetError: the budget can't be met.
+        StatisticsError: the block metric takes a sensitivity, and the statistics have none.
         UsageError: a metric is unknown.
     """
     size = model_size(source)
@@ -98,8 +115,9 @@ def plan_widths(
         # An importance is positive, also where no channel is above the threshold.
         share_L = [max(e, 1.0) / w for e, w in zip(earned_L, size.width_L, strict=True)]
         return BlockWidths(distance_L, share_L, kept_L)
-    importance_L = block_importance(distance_L)
-    return BlockWidths(distance_L, importance_L, allocate(importance_L, budget, size))
+    importance_L = importance_by(statistics, criterion.block_metric)
+    kept_L = allocate(importance_L, budget, size, criterion.clamp)
+    return BlockWidths(distance_L, importance_L, kept_L)
 
 
 def earned_widths(
@@ -189,6 +207,7 @@ def make_plan(
     budget: Budget,
     criterion: Criterion,
     on_block: Callable[[], object] = lambda: None,
+    widths: BlockWidths | None = None,
 ) -> PruningPlan:
     """Decide which channels stay.
 
@@ -198,6 +217,7 @@ def make_plan(
         budget: how much to remove.
         criterion: what counts as important.
         on_block: is called after each block.
+        widths: how many channels every block keeps; None for what `plan_widths` decides.
 
     Raises:
         StatisticsError: the statistics belong to another model.
@@ -205,7 +225,7 @@ def make_plan(
         UsageError: a metric is unknown.
     """
     check_statistics_fit(source, statistics)
-    widths = plan_widths(source, statistics, budget, criterion)
+    widths = widths or plan_widths(source, statistics, budget, criterion)
     kept = []
     for block, width in enumerate(widths.kept_L):
         kept.append(choose_channels(source, block, statistics.blocks[block], width, criterion))
@@ -233,6 +253,7 @@ def assemble_plan(
             "sparsity": budget.sparsity,
             "of": budget.of,
             "multiple": budget.multiple_for(before),
+            **({"search": widths.search.to_json()} if widths.search else {}),
         },
         calibration=asdict(statistics.record),
         blocks=tuple(BlockPlan(*block) for block in blocks),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from cfsp.allocation import Budget
 from cfsp.errors import UsageError
 from cfsp.loading import compute_device, compute_dtype
 from cfsp.planning import Criterion
 from cfsp.restoration.local_training import LocalTraining
-from cfsp.text.windows import DEFAULT_SEQLEN, Windows, draw_windows
+from cfsp.text.own_text import OWN_TEXT
+from cfsp.text.windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, Windows, draw_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +29,20 @@ LONGEST_WINDOW = 1 << 24
 MOST_WINDOWS = 1 << 32
 
 
+class WriteWindows(Protocol):
+    """Lets a model write windows; see `cfsp.text.own_text`."""
+
+    def __call__(self, *, count: int, seqlen: int, seed: int) -> Tensor:
+        """Return `count` windows of `seqlen` tokens, as int64 [N, T]."""
+        ...
+
+
 @dataclass(frozen=True)
 class CalibrationText:
-    """Which text to calibrate on; see `cfsp.text.windows.draw_windows`."""
+    """Which text to calibrate on; see `cfsp.text.windows.draw_windows`.
+
+    The name `self` stands for text that the model writes itself.
+    """
 
     names: tuple[str, ...] = ("python-docs",)
     samples: int | None = None
@@ -44,11 +57,37 @@ class CalibrationText:
         if self.samples is not None and self.samples > MOST_WINDOWS:
             raise UsageError(f"--samples must be at most {MOST_WINDOWS}, found {self.samples}")
 
-    def draw(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
-        """Draw the windows."""
-        return draw_windows(
-            self.names, tokenizer, samples=self.samples, seqlen=self.seqlen, seed=self.seed
-        )
+    def draw(
+        self, tokenizer: PreTrainedTokenizerBase, write: WriteWindows | None = None
+    ) -> Windows:
+        """Draw the windows.
+
+        Args:
+            tokenizer: the model's own.
+            write: gives windows that the model wrote itself, for the text `self`.
+
+        Raises:
+            TextError: a text is missing or too short.
+            UsageError: the model cannot write here.
+        """
+        others = tuple(name for name in self.names if name != OWN_TEXT)
+        if others == self.names:
+            return draw_windows(
+                others, tokenizer, samples=self.samples, seqlen=self.seqlen, seed=self.seed
+            )
+        if write is None:
+            raise UsageError(
+                f"--data {OWN_TEXT} is text that the model writes to be calibrated on by prune and "
+                "calibrate; name another text here"
+            )
+        total = DEFAULT_SAMPLES if self.samples is None else self.samples
+        share = total * len(others) // len(self.names)
+        own_NT = write(count=total - share, seqlen=self.seqlen, seed=self.seed)
+        own = Windows(own_NT, {OWN_TEXT: len(own_NT)})
+        if not others:
+            return own
+        drawn = draw_windows(others, tokenizer, samples=share, seqlen=self.seqlen, seed=self.seed)
+        return Windows(torch.cat([drawn.tokens_NT, own.tokens_NT]), drawn.sources | own.sources)
 
 
 @dataclass(frozen=True)
@@ -117,6 +156,7 @@ class PruneSettings:
             and trains each block alone, `bias` adds the mean of what was removed, `none` does
             nothing.
         local: how `local` trains.
+        search_rounds: rounds of the search for better widths (see `cfsp.width_search`); 0 for none.
     """
 
     budget: Budget
@@ -125,6 +165,7 @@ class PruneSettings:
     compute: Compute = field(default_factory=Compute)
     restore: Restore = DEFAULT_RESTORE
     local: LocalTraining = field(default_factory=LocalTraining)
+    search_rounds: int = 0
 
     def without_restoration(self) -> PruneSettings:
         """Return the same settings, without repair."""

@@ -51,6 +51,10 @@ class FoundWidths:
     after: float
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what a plan records of it: the divergences and the rounds."""
+        return {"before": self.before, "after": self.after, "rounds": self.rounds}
+
 
 @dataclass(frozen=True)
 class Shift:

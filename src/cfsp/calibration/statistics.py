@@ -121,11 +121,34 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What pruning each block alone does to the predictions (`cfsp.calibration.sensitivity`).
+
+    Attributes:
+        divergence_L: KL(dense || that block pruned), in nats per token; 0 or more.
+        sparsity: fraction of the block's channels that was removed.
+        windows: number of windows that it was measured on.
+    """
+
+    divergence_L: tuple[float, ...]
+    sparsity: float
+    windows: int
+
+
+@dataclass(frozen=True)
 class Statistics:
-    """Statistics of every block, and how they were made."""
+    """Statistics of every block, and how they were made.
+
+    Attributes:
+        blocks: sums of each block.
+        record: the conditions.
+        sensitivity: of every block; None if it was not measured: it takes the whole model in
+            memory.
+    """
 
     blocks: tuple[BlockStatistics, ...]
     record: CalibrationRecord
+    sensitivity: Sensitivity | None = None
 
     @property
     def tokens(self) -> int:
@@ -157,6 +180,7 @@ class Statistics:
                 }
                 for block in self.blocks
             ],
+            **({"sensitivity": asdict(self.sensitivity)} if self.sensitivity else {}),
         }
         # One entry only: the library writes several in random order, and the same statistics
         # shall give the same bytes.
@@ -194,6 +218,7 @@ class Statistics:
         try:
             record = _record(facts["record"])
             blocks = tuple(_block(entry, tensors, i) for i, entry in enumerate(facts["blocks"]))
+            sensitivity = _sensitivity(facts.get("sensitivity"), len(blocks))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
@@ -205,7 +230,7 @@ class Statistics:
                 raise StatisticsError(
                     f"{path} has NaN, infinite or impossible values in block {i}; calibrate again"
                 )
-        return cls(blocks, record)
+        return cls(blocks, record, sensitivity)
 
 
 def _record(fields: dict[str, Any]) -> CalibrationRecord:
@@ -215,6 +240,15 @@ def _record(fields: dict[str, Any]) -> CalibrationRecord:
         if type(getattr(record, key)) is not expected:
             raise TypeError(f"{key} is not of type {expected.__name__}")
     return record
+
+
+def _sensitivity(fields: dict[str, Any] | None, blocks: int) -> Sensitivity | None:
+    if fields is None:
+        return None
+    divergence_L = tuple(float(value) for value in fields["divergence_L"])
+    if len(divergence_L) != blocks or not all(0 <= value < math.inf for value in divergence_L):
+        raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}")
+    return Sensitivity(divergence_L, float(fields["sparsity"]), int(fields["windows"]))
 
 
 def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> BlockStatistics:

@@ -119,6 +119,7 @@ class LoadedModel:
     """A transformers model in memory, seen as a weight source; nothing is copied."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.config = model.config
         self.family = family_of(model.config)
         self.label = model.config._name_or_path or type(model).__name__

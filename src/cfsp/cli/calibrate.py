@@ -26,6 +26,12 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="safetensors file")
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="also measure what pruning each block alone does to the predictions, for the block "
+        "metrics sensitivity and angular+sensitivity; this runs the whole model in memory",
+    )
     arguments.add_calibration_text(parser)
     arguments.add_compute(parser)
     arguments.add_memory_budget(parser)
@@ -55,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     remove_finished_work(args.out)
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
+    if args.sensitivity and process_count() > 1:
+        raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
     if not 0 < args.process_timeout < 1e6:
         raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
     compute = arguments.compute(args)
@@ -77,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
                 compute,
                 place,
                 team,
+                sensitivity=args.sensitivity,
             )
         if team.is_first:
             statistics.save(args.out)

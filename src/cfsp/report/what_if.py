@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from cfsp.allocation import AUTO_MULTIPLE_NARROW
-from cfsp.importance.coarse import GLOBAL, SIGMOID_GAIN
+from cfsp.importance.coarse import GLOBAL
 from cfsp.report.channels import curve_step, energy_removed, removal_curve
 from cfsp.report.run_facts import RunFacts
 
@@ -24,7 +24,9 @@ def what_if_data(run: RunFacts) -> dict[str, Any] | None:
     curves, and the page predicts no error.
     """
     plan, size = run.plan, run.size
-    if plan is None or size is None or plan.criterion.get("block_metric") == GLOBAL:
+    if plan is None or size is None:
+        return None
+    if plan.criterion.get("block_metric") == GLOBAL or "search" in plan.criterion:
         return None
     multiple = int(plan.criterion.get("multiple", AUTO_MULTIPLE_NARROW))
     steps = [curve_step(block.width, multiple) for block in plan.blocks]
@@ -41,10 +43,10 @@ def what_if_data(run: RunFacts) -> dict[str, Any] | None:
         "sparsity": float(plan.criterion.get("sparsity", plan.ffn_sparsity)),
         "most": _most(of, multiple, size.width_L, size.channel_parameters_L[0], size.parameters),
         "multiple": multiple,
-        "gain": SIGMOID_GAIN,
+        "clamp": str(plan.criterion.get("clamp", "published")),
         "widths": list(size.width_L),
         "kept": plan.kept_widths,
-        "distances": [block.distance for block in plan.blocks],
+        "importances": [block.importance for block in plan.blocks],
         "channelParameters": list(size.channel_parameters_L),
         "parameters": size.parameters,
         "steps": steps,

@@ -17,6 +17,15 @@ HELD_OUT_WINDOWS = 4
 _LEAST_STRIDE = 8
 
 
+def is_held_out(windows: int) -> Tensor:
+    """Return which of so many windows repair is not fitted to, as a mask [N].
+
+    They are spread, so that every text of a mixture is held out in part.
+    """
+    stride = min(windows, max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS)))
+    return torch.arange(windows) % stride == stride - 1
+
+
 class Observation:
     """Channel sums of all windows; of each FFN the Gram matrix and held-out activations.
 
@@ -30,10 +39,7 @@ class Observation:
         self.channels = ChannelSums(ffns)
         self.gram_E = [GramSums() for _ in range(ffns)]
         self.device = torch.device("cpu")
-        # Spread over the windows, so that every text of a mixture is held out in part.
-        stride = max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS))
-        stride = min(stride, windows)
-        self._is_held_out_N = torch.arange(windows) % stride == stride - 1
+        self._is_held_out_N = is_held_out(windows)
         self._held_out_E: list[list[Tensor]] = [[] for _ in range(ffns)]
 
     def add(self, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:

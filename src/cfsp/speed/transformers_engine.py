@@ -5,7 +5,6 @@ Shapes: B sequences, P prompt tokens.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp.loading import compute_device
+from cfsp.loading import cache_argument, compute_device
 from cfsp.speed.subjects import Footprint, Subject, build_model
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -41,9 +40,7 @@ class TransformersEngine:
         self._forward: Callable[..., Any] = (
             torch.compile(module.forward, dynamic=False) if self._compiled else module
         )
-        # transformers 5.24 renamed the argument; older ones know only the old name.
-        parameters = inspect.signature(module.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_argument = cache_argument(module)
         self.tokens_BN: Tensor | None = None
 
     footprint: Footprint

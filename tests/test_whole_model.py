@@ -1,0 +1,179 @@
+"""What takes the whole model in memory, through the flow: sensitivity, search, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp import whole_model
+from cfsp.allocation import Budget, allocate
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.divergence import dense_predictions
+from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
+from cfsp.importance.coarse import importance_by
+from cfsp.loading import load
+from cfsp.manifest import STATISTICS_FILE
+from cfsp.masking import masked_channels
+from cfsp.pipeline import prune_checkpoint, prune_model
+from cfsp.planning import Criterion, model_size
+from cfsp.restoration.observation import is_held_out
+from cfsp.settings import CalibrationText, Compute, PruneSettings, Restore
+from tiny_models import WIDTH, build_tiny_model
+
+MULTIPLE = 8
+
+
+@pytest.fixture
+def settings(text_file: Path) -> PruneSettings:
+    text = CalibrationText((str(text_file),), samples=16, seqlen=24)
+    return PruneSettings(Budget(0.5, "ffn", MULTIPLE), text=text, restore="none")
+
+
+@pytest.mark.parametrize("restore", ["none", "ridge"])
+@pytest.mark.parametrize("metric", ["sensitivity", "angular+sensitivity"])
+def test_widths_follow_the_measured_sensitivity(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    settings: PruneSettings,
+    metric: str,
+    restore: Restore,
+) -> None:
+    source = Checkpoint(tiny_checkpoint("llama"))
+    settings = replace(settings, criterion=Criterion(metric), restore=restore)
+    report = prune_checkpoint(source, tmp_path / "out", settings)
+    statistics = Statistics.load(tmp_path / "out" / STATISTICS_FILE)
+    found = statistics.sensitivity
+    assert found is not None
+    assert (found.sparsity, found.windows) == (0.5, 4)
+    assert min(found.divergence_L) > 0
+    if restore == "none":  # with repair the distances come from fewer windows
+        expected = allocate(importance_by(statistics, metric), settings.budget, model_size(source))
+        assert report.intermediate_sizes == expected
+    assert abs(sum(report.intermediate_sizes) - 3 * WIDTH / 2) <= MULTIPLE
+    assert report.plan.criterion["block_metric"] == metric
+
+
+@pytest.mark.parametrize("restore", ["none", "ridge"])
+def test_a_search_is_written_down_and_lowers_the_divergence(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    tokenizer: Any,
+    settings: PruneSettings,
+    restore: Restore,
+) -> None:
+    source = Checkpoint(tiny_checkpoint("llama"))
+    settings = replace(settings, restore=restore)
+    plain = prune_checkpoint(source, tmp_path / "plain", settings)
+    settings = replace(settings, search_rounds=3)
+    report = prune_checkpoint(source, tmp_path / "searched", settings)
+    search = report.plan.criterion["search"]
+    assert "search" not in plain.plan.criterion
+    assert search["after"] <= search["before"]
+    assert 1 <= len(search["rounds"]) <= 3
+    assert sum(report.intermediate_sizes) == sum(plain.intermediate_sizes)
+    if restore == "ridge":
+        return  # channels were then chosen again, from all windows
+    windows = settings.text.draw(tokenizer).tokens_NT
+    model = load(source.directory)
+    with torch.inference_mode():
+        held_out = [
+            dense_predictions(model, tokens_T[None])
+            for tokens_T in windows[is_held_out(len(windows))]
+        ]
+        for plan, expected in ((plain.plan, "before"), (report.plan, "after")):
+            with masked_channels(model, dict(enumerate(plan.kept_channels))):
+                divergence = sum(one.divergence(model) for one in held_out) / len(held_out)
+            assert divergence == pytest.approx(search[expected], rel=1e-5)
+
+
+def test_a_model_in_memory_is_searched_as_it_is(tokenizer: Any, settings: PruneSettings) -> None:
+    model = build_tiny_model("qwen2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = replace(settings, criterion=Criterion("angular+sensitivity"), search_rounds=1)
+    pruned = prune_model(model, tokenizer, settings)
+    assert sum(c.intermediate_size for c in pruned.config.per_layer_config) == 3 * WIDTH // 2
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_saved_statistics_without_sensitivity_are_refused(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, settings: PruneSettings
+) -> None:
+    source = Checkpoint(tiny_checkpoint("llama"))
+    prune_checkpoint(source, tmp_path / "plain", settings)
+    statistics = Statistics.load(tmp_path / "plain" / STATISTICS_FILE)
+    settings = replace(settings, criterion=Criterion("sensitivity"))
+    with pytest.raises(StatisticsError, match="cfsp calibrate --sensitivity"):
+        prune_checkpoint(source, tmp_path / "out", settings, statistics=statistics)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"criterion": Criterion("sensitivity")}, {"search_rounds": 1}])
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: PruneSettings,
+    change: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(whole_model, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(whole_model, "load", lambda *args, **kwargs: pytest.fail("it was read"))
+    source = Checkpoint(tiny_checkpoint("llama"))
+    with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
+        prune_checkpoint(source, tmp_path / "out", replace(settings, **change))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"criterion": Criterion("sensitivity")}, {"search_rounds": 1}])
+def test_experts_are_refused(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    settings: PruneSettings,
+    change: dict[str, Any],
+) -> None:
+    source = Checkpoint(tiny_checkpoint("mixtral"))
+    with pytest.raises(UnsupportedModelError, match="mixtures of experts"):
+        prune_checkpoint(source, tmp_path / "out", replace(settings, **change))
+
+
+def test_a_loaded_model_is_itself() -> None:
+    model = build_tiny_model("llama")
+    source = LoadedModel(model)
+    assert whole_model.load_whole(source, Compute().engine(source), "a test") is model
+
+
+def test_a_model_writes_its_own_calibration_text(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, text_file: Path
+) -> None:
+    source = Checkpoint(tiny_checkpoint("llama"))
+    settings = PruneSettings(
+        Budget(0.5, "ffn", MULTIPLE), text=CalibrationText(("self",), samples=8, seqlen=16)
+    )
+    report = prune_checkpoint(source, tmp_path / "own", settings)
+    assert report.plan.calibration["sources"] == {"self": 8}
+    again = prune_checkpoint(source, tmp_path / "again", settings)
+    assert again.plan == report.plan
+    text = CalibrationText((str(text_file), "self"), samples=9, seqlen=16)
+    mixed = prune_checkpoint(source, tmp_path / "mixed", replace(settings, text=text))
+    assert mixed.plan.calibration["sources"] == {str(text_file): 4, "self": 5}
+
+
+def test_own_text_is_refused_where_no_model_writes(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match=r"--data self .* name another text"):
+        CalibrationText(("self",), samples=2, seqlen=8).draw(tokenizer)
+
+
+def test_own_text_is_not_longer_than_what_the_model_reads(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = Checkpoint(tiny_checkpoint("gpt2"))
+    text = CalibrationText(("self",), samples=2, seqlen=300)
+    with pytest.raises(UsageError, match="has learnt 256 positions, the windows have 300"):
+        prune_checkpoint(source, tmp_path / "out", PruneSettings(Budget(0.5), text=text))
