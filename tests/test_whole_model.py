@@ -14,14 +14,16 @@ from cfsp import whole_model
 from cfsp.allocation import Budget, allocate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.cli import main
 from cfsp.divergence import dense_predictions
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
 from cfsp.importance.coarse import importance_by
 from cfsp.loading import load
-from cfsp.manifest import STATISTICS_FILE
+from cfsp.manifest import PLAN_FILE, STATISTICS_FILE
 from cfsp.masking import masked_channels
 from cfsp.pipeline import prune_checkpoint, prune_model
 from cfsp.planning import Criterion, model_size
+from cfsp.pruning_plan import PruningPlan
 from cfsp.restoration.observation import is_held_out
 from cfsp.settings import CalibrationText, Compute, PruneSettings, Restore
 from tiny_models import WIDTH, build_tiny_model
@@ -177,3 +179,34 @@ def test_own_text_is_not_longer_than_what_the_model_reads(
     text = CalibrationText(("self",), samples=2, seqlen=300)
     with pytest.raises(UsageError, match="has learnt 256 positions, the windows have 300"):
         prune_checkpoint(source, tmp_path / "out", PruneSettings(Budget(0.5), text=text))
+
+
+def test_the_command_line_measures_once_and_plans_without_the_model(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, statistics = tiny_checkpoint("llama"), tmp_path / "stats.safetensors"
+
+    def run(*argv: object, status: int = 0) -> str:
+        assert main([str(arg) for arg in argv]) == status
+        return capsys.readouterr().err
+
+    text = ["--data", text_file, "--samples", 8, "--seqlen", 16]
+    run("calibrate", model, *text, "--sensitivity", "--out", statistics)
+    assert Statistics.load(statistics).sensitivity is not None
+    budget = ["--sparsity", 0.5, "--multiple", MULTIPLE, "--block-metric", "angular+sensitivity"]
+    out = tmp_path / "plan.json"
+    run("plan", model, "--statistics", statistics, *budget, "--clamp", "published", "--out", out)
+    plan = PruningPlan.load(out)
+    assert (plan.criterion["block_metric"], plan.criterion["clamp"]) == (budget[-1], "published")
+    out = tmp_path / "out"
+    error = run(
+        "prune", model, "--plan", tmp_path / "plan.json", "--search", 1, "--out", out, status=2
+    )
+    assert "--plan and --search exclude each other" in error
+    error = run("prune", model, *budget, "--search", -1, "--out", out, status=2)
+    assert "--search must be 0 or more rounds, found -1" in error
+    run("prune", model, *budget, *text, "--search", 1, "--dry-run", "--out", out)
+    assert len(PruningPlan.load(out / PLAN_FILE).criterion["search"]["rounds"]) == 1
