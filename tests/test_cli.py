@@ -403,7 +403,7 @@ def test_arguments_that_exclude_each_other(refused: Callable[..., str], model: P
 
 def test_sparsity_is_needed(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
     _, err = cli("prune", model, "--out", tmp_path / "out", *text, status=2)
-    assert "--sparsity is needed" in err
+    assert "exactly one of --sparsity" in err
 
 
 def test_device_that_is_not_there(refused: Callable[..., str], model: Path) -> None:
