@@ -95,8 +95,21 @@ def plan_seeds() -> list[bytes]:
     dense = (BlockPlan(8, (0, 2, 7), 0.25, 0.5), BlockPlan(8, tuple(range(8)), 0.5, 0.75))
     experts = (BlockPlan(8, (0, 2, 9, 15), 0.25, 0.5, ffns=2, few_tokens={1: 3}),)
     identity = ModelIdentity("a model", "llama", "0" * 32)
-    criterion = {"block_metric": "angular", "sparsity": 0.5, "multiple": 1}
-    calibration = {"windows": 4, "seqlen": 16, "sources": {"text": 4}}
+    criterion = {
+        "block_metric": "angular",
+        "channel_metric": "relative",
+        "sparsity": 0.5,
+        "of": "ffn",
+        "multiple": 1,
+    }
+    calibration = {
+        "windows": 4,
+        "seqlen": 16,
+        "sources": {"text": 4},
+        "seed": 0,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     return [
         PruningPlan(identity, criterion, calibration, blocks).to_json().encode()
         for blocks in (dense, experts)

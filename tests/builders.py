@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
@@ -21,6 +22,16 @@ RECORD = CalibrationRecord(
     dtype="float32",
     device="cpu",
 )
+
+# What a plan says of itself besides its blocks.
+CRITERION = {
+    "block_metric": "angular",
+    "channel_metric": "relative",
+    "sparsity": 0.5,
+    "of": "ffn",
+    "multiple": 1,
+}
+CALIBRATION = asdict(RECORD)
 
 
 def random_weights(hidden: int, width: int, seed: int = 0, gate: bool = True) -> FFNWeights:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3MoeConfig
 
 import cfsp
+from builders import CALIBRATION, CRITERION
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.calibration.together import add_up
@@ -209,8 +210,8 @@ def test_plan_and_statistics_of_experts_survive_their_files(tmp_path: Path) -> N
     entry = BlockPlan(5, (0, 4, 5, 6, 12, 13), 0.1, 0.5, ffns=3, few_tokens={2: 7})
     assert [entry.kept_of(ffn) for ffn in range(3)] == [[0, 4], [0, 1], [2, 3]]
     assert entry.kept_width == 2
-    calibration = {"windows": 2, "seqlen": 8}
-    plan = PruningPlan(ModelIdentity("m", "mixtral", "f"), {}, calibration, (entry,))
+    identity = ModelIdentity("m", "mixtral", "f")
+    plan = PruningPlan(identity, CRITERION, CALIBRATION, (entry,))
     text = plan.to_json()
     assert PruningPlan.from_json(text) == plan
     assert plan.experts_with_few_tokens == [{"block": 0, "expert": 2, "tokens": 7}]
@@ -221,7 +222,7 @@ def test_plan_and_statistics_of_experts_survive_their_files(tmp_path: Path) -> N
             PruningPlan.from_json(json.dumps(fields))
     # As many channels in all, but not in each expert.
     block = BlockPlan(5, (0, 1, 2, 6, 12, 13), 0, 0, ffns=3)
-    uneven = PruningPlan(plan.model, {}, calibration, (block,))
+    uneven = PruningPlan(identity, CRITERION, CALIBRATION, (block,))
     with pytest.raises(PlanError, match=r"channels are kept, 2 are announced"):
         PruningPlan.from_json(uneven.to_json())
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
+from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError
 from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
@@ -29,8 +30,8 @@ def blocks(draw: st.DrawFn) -> BlockPlan:
 plans = st.builds(
     PruningPlan,
     model=st.builds(ModelIdentity, st.text(), st.just("llama"), st.just("a" * 32)),
-    criterion=st.just({"block_metric": "angular", "sparsity": 0.5}),
-    calibration=st.just({"windows": 4, "seqlen": 16}),
+    criterion=st.just(CRITERION),
+    calibration=st.just(CALIBRATION),
     blocks=st.lists(blocks(), min_size=1, max_size=6).map(tuple),
 )
 

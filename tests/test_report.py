@@ -424,7 +424,8 @@ def test_many_runs_stay_readable(run: Path, tmp_path: Path) -> None:
     text = rendered(many_runs(run, tmp_path, 60), tmp_path)
     single = rendered([run], tmp_path)
     # Every run is a row and a dot; what is drawn by block is of eight.
-    assert text.count('<th scope="row">run-') > 60
+    assert text.count('<th scope="row">run-') == 60
+    assert text.count('<circle class="hit"') >= 60
     names = re.search(r"no other run beats in size and perplexity: (.*?)\.</p>", text)
     assert names is not None
     detailed = names[1].split(", ")

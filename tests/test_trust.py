@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute
 from cfsp.text.tokenizers import load_tokenizer
 from command_server import Command, Commands
-from conftest import REPOSITORY
+from conftest import REPOSITORY, random_prose
 from tiny_models import save_tiny_model
 
 sys.path.insert(0, str(REPOSITORY / "fuzz"))
@@ -91,6 +92,32 @@ def test_any_plan_file_is_a_plan_or_an_error(tmp_path: Path, data: bytes) -> Non
 def test_any_gguf_header_is_walked_within_the_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + data)
     only_our_errors(lambda: check_gguf(tmp_path / "a.gguf"))
+
+
+# What is quoted.
+
+
+def test_a_message_is_one_printable_line() -> None:
+    error = OutputError("no tensor named\na\x1b[2Jb\ud800 \N{RIGHT-TO-LEFT OVERRIDE}c, größer")
+    assert str(error) == r"no tensor named\na\x1b[2Jb\ud800 \u202ec, größer"
+
+
+def test_a_card_quotes_foreign_text_as_code(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "<script>`[x](y)`|"
+    shutil.copytree(tiny_checkpoint("llama"), model)
+    text = tmp_path / "<b>`text`\n# |.txt"
+    text.write_text(random_prose(2000, seed=3))
+    argv = ["prune", str(model), "--sparsity", "0.4", "--multiple", "4", "--data", str(text)]
+    argv += ["--samples", "4", "--seqlen", "32", "--eval", str(text), "--eval-windows", "1"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    outside_code = re.sub(r"^ {4}.*$", "", re.sub(r"`[^`\n]*`", "", card), flags=re.MULTILINE)
+    for foreign in ("<script>", "<b>", "[x]", "# |"):
+        assert foreign not in outside_code
+    (row,) = [line for line in card.splitlines() if line.startswith("| `")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5  # four cells
 
 
 # Two runs, one output.

@@ -68,7 +68,7 @@ def _quality_table(manifest: dict[str, Any]) -> str:
     if not manifest["perplexity"]:
         return ""
     rows = [
-        f"| {_inline(text)} | {value['before']:.2f} | {value['after']:.2f} | {value['tokens']:,} |"
+        f"| {_cell(text)} | {value['before']:.2f} | {value['after']:.2f} | {value['tokens']:,} |"
         for text, value in manifest["perplexity"].items()
     ]
     head = "| perplexity on | before | after | tokens |\n|---|---:|---:|---:|"
@@ -81,7 +81,8 @@ def _conditions(manifest: dict[str, Any], plan: PruningPlan) -> str:
     packages = ", ".join(f"{name} {v}" for name, v in manifest["versions"].items())
     return (
         f"- calibration text: {texts} of {calibration['seqlen']} tokens, "
-        f"seed {calibration['seed']}, in {calibration['dtype']} on {calibration['device']}\n"
+        f"seed {calibration['seed']}, in {_inline(calibration['dtype'])} "
+        f"on {_inline(calibration['device'])}\n"
         f"- blocks by {plan.criterion['block_metric']} distance, "
         f"channels by {plan.criterion['channel_metric']}, "
         f"widths in multiples of {plan.criterion['multiple']}\n"
@@ -131,6 +132,11 @@ def _block_table(plan: PruningPlan) -> str:
 def _inline(text: str) -> str:
     """Quote foreign text in Markdown so that it can neither format nor script the page."""
     return "`" + _one_line(text).replace("`", "'") + "`"
+
+
+def _cell(text: str) -> str:
+    """Quote foreign text within a table, where a bar ends the cell even in code."""
+    return _inline(text).replace("|", r"\|")
 
 
 def _one_line(text: str) -> str:

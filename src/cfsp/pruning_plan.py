@@ -15,6 +15,7 @@ import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from cfsp.families import intermediate_sizes
 PLAN_VERSION = 1
 _MAX_WIDTH = 1 << 24
 _MAX_EXPERTS = 1 << 12
+# Names of metrics, dtypes and devices; nothing that could format a card.
+_WORD = re.compile(r"[\w.+:-]{1,60}")
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class PruningPlan:
                 raise ValueError("it describes no block")
             return cls(
                 model=_checked_identity(ModelIdentity(**fields["model"])),
-                criterion=dict(fields["criterion"]),
+                criterion=_checked_criterion(dict(fields["criterion"])),
                 calibration=_checked_calibration(dict(fields["calibration"])),
                 blocks=tuple(_block(entry) for entry in fields["blocks"]),
             )
@@ -236,14 +239,36 @@ def _checked_identity(model: ModelIdentity) -> ModelIdentity:
 
 
 def _checked_calibration(fields: dict[str, Any]) -> dict[str, Any]:
-    """Check what others than people read of the calibration."""
-    for key in ("windows", "seqlen"):
-        if type(fields[key]) is not int or fields[key] < 1:
-            raise ValueError(f"the calibration has {fields[key]!r} for {key}")
-    sources = fields.get("sources", {})
-    if not isinstance(sources, dict):
-        raise TypeError("the calibration's sources must be a table")
+    """Check what cards, reports and other commands read of the calibration."""
+    _check_counts(fields, "windows", "seqlen")
+    _check_words(fields, "dtype", "device")
+    if type(fields["seed"]) is not int:
+        raise ValueError(f"the calibration has {fields['seed']!r} for seed")
+    sources = fields["sources"]
+    if not isinstance(sources, dict) or not all(type(n) is int for n in sources.values()):
+        raise TypeError("the calibration's sources must be a table of windows")
     return fields
+
+
+def _checked_criterion(fields: dict[str, Any]) -> dict[str, Any]:
+    """Check what they read of the criterion."""
+    _check_counts(fields, "multiple")
+    _check_words(fields, "block_metric", "channel_metric", "of")
+    if type(fields["sparsity"]) not in (int, float) or not 0 <= fields["sparsity"] <= 1:
+        raise ValueError(f"the criterion has {fields['sparsity']!r} for sparsity")
+    return fields
+
+
+def _check_counts(fields: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if type(fields[key]) is not int or fields[key] < 1:
+            raise ValueError(f"it has {fields[key]!r} for {key}")
+
+
+def _check_words(fields: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if not isinstance(fields[key], str) or not _WORD.fullmatch(fields[key]):
+            raise ValueError(f"it has {fields[key]!r} for {key}")
 
 
 def _block(entry: dict[str, Any]) -> BlockPlan:

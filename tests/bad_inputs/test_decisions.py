@@ -107,6 +107,30 @@ PLANS: Table = {
         "make a new plan",
         plan(lambda f: f["calibration"].pop("windows")),
     ),
+    "criterion without a multiple": BadInput(
+        OBEY,
+        "{plan} is damaged: 'multiple'",
+        "make a new plan",
+        plan(lambda f: f["criterion"].pop("multiple")),
+    ),
+    "metric that is markup": BadInput(
+        OBEY,
+        "{plan} is damaged: it has '<script>' for block_metric",
+        "make a new plan",
+        plan(lambda f: f["criterion"].update(block_metric="<script>")),
+    ),
+    "sparsity that is text": BadInput(
+        OBEY,
+        "{plan} is damaged: the criterion has 'half' for sparsity",
+        "make a new plan",
+        plan(lambda f: f["criterion"].update(sparsity="half")),
+    ),
+    "plan of no blocks": BadInput(
+        OBEY,
+        "{plan} is damaged: it describes no block",
+        "make a new plan",
+        plan(lambda f: f.update(blocks=[])),
+    ),
     "fingerprint that is a list": BadInput(
         OBEY,
         "{plan} is damaged: the model's name, type and fingerprint must be text",

@@ -119,11 +119,15 @@ def recovery_section(recovery: dict[str, Any]) -> str:
     if recovery["perplexity"]:
         lines += ["", "| perplexity on | pruned | recovered | tokens |", "|---|---:|---:|---:|"]
         lines += [
-            f"| {_code(text)} | {value['before']:.2f} | {value['after']:.2f} "
+            f"| {_cell(text)} | {value['before']:.2f} | {value['after']:.2f} "
             f"| {value['tokens']:,} |"
             for text, value in recovery["perplexity"].items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return _code(text).replace("|", r"\|")
 
 
 def _code(text: str) -> str:
