@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
-from conditions import calibration_text, opened, parser_of_model
+from conditions import calibrated, opened, parser_of_model
 from damage import damage_of, rank_correlation
 from results import Results, table
 from subject import Subject
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     subject, results = opened(args, sparsity=SPARSITY, alone_windows=args.alone_windows)
-    statistics = subject.calibrate(calibration_text(args))
+    statistics = calibrated(args, subject)
     texts = list(subject.texts)
     dense = results.measure({"what": "dense"}, lambda: subject.quality(subject.model))
     groups(subject, statistics, results, args.groups, args.draws)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cfsp.calibration.statistics import Statistics
 from cfsp.settings import CalibrationText
 from results import Results
 from subject import Subject, label, load_subject
@@ -36,6 +37,13 @@ def parser_of_model(study: str, description: str) -> argparse.ArgumentParser:
     """Return a parser for a study of one model that is there already."""
     parser = parser_of_texts(study, description)
     parser.add_argument("--model", default="demo", help="as for cfsp prune")
+    parser.add_argument(
+        "--statistics",
+        action="append",
+        default=[],
+        type=Path,
+        help="of cfsp calibrate; taken instead of a calibration on the very same windows",
+    )
     return parser
 
 
@@ -56,6 +64,21 @@ def opened(args: argparse.Namespace, **more: Any) -> tuple[Subject, Results]:
     """Return the model of a study and its results so far."""
     results = Results(args.out, conditions(args, **more))
     return load_subject(args.model, args.eval, args.windows, args.seqlen), results
+
+
+def calibrated(args: argparse.Namespace, subject: Subject, seed: int = 0) -> Statistics:
+    """Return the statistics of a study's calibration text: those that are there, or new ones.
+
+    Raises:
+        StatisticsError: a file of statistics is missing or damaged.
+    """
+    text = calibration_text(args, seed)
+    digest = text.draw(subject.tokenizer).digest
+    for path in args.statistics:
+        found = Statistics.load(path)
+        if found.record.tokens_digest == digest:
+            return found
+    return subject.calibrate(text)
 
 
 def calibration_text(args: argparse.Namespace, seed: int = 0) -> CalibrationText:

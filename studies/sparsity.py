@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfsp.planning import model_size
-from conditions import calibration_text, opened, parser_of_model
+from conditions import calibrated, calibration_text, opened, parser_of_model
 from damage import loss_increase
 from results import Row
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     subject, results = opened(args)
     text, size = calibration_text(args), model_size(subject.source)
-    statistics = subject.calibrate(text)
+    statistics = calibrated(args, subject)
     results.measure(
         {"sparsity": 0.0, "restore": "none"},
         lambda: {"parameters": size.parameters, **subject.quality(subject.model)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +93,14 @@ class Subject:
             observed = statistics.blocks[block]
             width = max(1, round(observed.width * (1 - sparsity)))
             kept[block] = choose_channels(self.source, block, observed, width, Criterion())
+        return self.quality_masked(kept)
+
+    def quality_masked(self, kept: Mapping[int, Sequence[int]]) -> dict[str, float]:
+        """Return the perplexity on each text when blocks have some of their channels only.
+
+        Args:
+            kept: block -> channels that stay; a block that is not named keeps all.
+        """
         with masked_channels(self.model, kept):
             return self.quality(self.model)
 

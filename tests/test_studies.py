@@ -73,10 +73,10 @@ def test_block_ranking(run: Callable[..., Any]) -> None:
 
 
 def test_scores(run: Callable[..., Any]) -> None:
-    rows, printed = run(scores, "--sparsity", "0.5", "--seeds", "1")
+    rows, printed = run(scores, "--sparsity", "0.5", "--seeds", "1", "--draws", "2")
     assert {row["channels"] for row in rows} == set(CHANNEL_METRICS)
     assert {row["blocks"] for row in rows} == {*DISTANCES, "uniform"}
-    assert len(rows) == len(CHANNEL_METRICS) + len(DISTANCES)
+    assert len(rows) == len(CHANNEL_METRICS) + len(DISTANCES) + 1
     assert "study 2" in printed
     assert "study 3" in printed
 
