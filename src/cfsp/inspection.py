@@ -51,7 +51,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }
-    if manifest is not None:
+    # Recovery also takes models that cfsp did not prune.
+    if manifest is not None and (
+        manifest.get("operation") != "recover" or "base_model" in manifest
+    ):
         _check(manifest, checkpoint.directory)
         facts["pruned"] = {key: manifest[key] for key in _FROM_MANIFEST if key in manifest}
     return facts
