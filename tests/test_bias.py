@@ -175,14 +175,47 @@ def test_targets_of_the_stock_class_refuse_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_llama_cpp_reads_the_biases(compensated: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_metric", ["angular", "uniform"])
+def test_llama_cpp_reads_the_biases(
+    block_metric: str,
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    """Its graph `deci` for different widths and `llama` for equal ones; logits are compared."""
     pytest.importorskip("gguf")
-    written = export_checkpoint(Checkpoint(compensated), "gguf", tmp_path / "out.gguf")
-    assert written is not None
+    pruned, out = tmp_path / "pruned", tmp_path / "out.gguf"
+    assert prune(tiny_checkpoint("llama"), pruned, text_file, "--block-metric", block_metric) == 0
+    report = export_checkpoint(Checkpoint(pruned), "gguf", out)
+    assert report.layout.startswith("deci" if block_metric == "angular" else "llama")
     from gguf import GGUFReader
 
-    names = {tensor.name for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
-    assert "blk.0.ffn_down.bias" in names
+    assert "blk.0.ffn_down.bias" in {tensor.name for tensor in GGUFReader(out).tensors}
+
+
+def test_openvino_has_the_biases(compensated: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    export_checkpoint(Checkpoint(compensated), "openvino", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "cfsp_down_bias" not in config
+    assert "auto_map" not in config
+
+
+def test_recovery_keeps_the_biases_and_a_report_is_made(
+    compensated: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code = main(
+        ["recover", str(compensated), "--data", str(text_file), "--rank", "2", "--batch-windows",
+         "4", "--seqlen", "32", "--steps", "2", "--out", str(out)]
+    )  # fmt: skip
+    assert code == 0
+    name = "model.layers.1.mlp.down_proj.bias"
+    assert torch.equal(Checkpoint(out).read(name), Checkpoint(compensated).read(name))
+    assert torch.isfinite(load(out)(TOKENS).logits).all()
+    page = tmp_path / "report.html"
+    assert main(["report", str(compensated), "--out", str(page)]) == 0
+    assert "bias" in page.read_text()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
