@@ -57,6 +57,21 @@ def test_what_is_written_is_read(
         assert torch.equal(read_all(hidden), values(seed, dtype))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_was_written_can_be_read_before_the_block_ends(
+    saved: bool, kind: Callable[..., HiddenStates], tmp_path: Path
+) -> None:
+    """Local reconstruction reads the dense half's outputs and the other half's inputs."""
+    hidden = kind(SHAPE, torch.bfloat16, tmp_path)
+    write_all(hidden, values(0))
+    if saved:
+        hidden.save()
+    hidden.write(BATCHES[0], values(1)[BATCHES[0]])
+    assert torch.equal(hidden.read_written(BATCHES[0]), values(1)[BATCHES[0]])
+    assert torch.equal(hidden.read(BATCHES[1]), values(0)[BATCHES[1]])
+
+
 @pytest.mark.parametrize("later", KINDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_saved_stays_until_the_next_save(

@@ -56,7 +56,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--local-steps",
         type=int,
         metavar="N",
-        help="of --restore local, in each block (default: 300)",
+        help="of --restore local, in each block (default: 100)",
     )
     group.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan")
     group.add_argument(

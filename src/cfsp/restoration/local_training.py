@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from cfsp.calibration.call_recorder import BlockCall
 from cfsp.errors import UsageError
 
-DEFAULT_STEPS = 300
+DEFAULT_STEPS = 100
+
+# Biases of zeros could never move.
+_LEAST_SIZE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class LocalTraining:
 
     Attributes:
         steps: of Adam, in each block.
-        rate: the highest learning rate; it rises over `warm_up` and falls along a cosine to zero.
+        rate: the highest learning rate, as a part of the root mean square of each tensor, because
+            models differ in the size of their weights and Adam's steps do not follow it; it rises
+            over `warm_up` and falls along a cosine to zero.
         warm_up: steps.
         tokens: about how many there are in a batch.
 
@@ -36,7 +41,7 @@ class LocalTraining:
     """
 
     steps: int = DEFAULT_STEPS
-    rate: float = 1e-3
+    rate: float = 0.05
     warm_up: int = 10
     tokens: int = 2048
 
@@ -70,10 +75,10 @@ def train_block(
     dtype: torch.dtype,
     on_step: Callable[[int], object] = lambda step: None,
 ) -> bool:
-    """Train all parameters of a block to give the target hidden states.
+    """Train a block to give the target hidden states.
 
     Args:
-        module: the block, its parameters in float32.
+        module: the block, in float32; parameters that require gradients are trained.
         call: how the model calls it, for training.
         batches: input and target hidden states, BTD, without end.
         training: how.
@@ -83,20 +88,20 @@ def train_block(
     Returns:
         Whether every loss was a number; training stops at one that is not.
     """
-    module.requires_grad_(True)
-    optimizer = torch.optim.Adam(module.parameters(), lr=training.rate, betas=(0.9, 0.99))
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    sizes = [max(_LEAST_SIZE, float(p.detach().square().mean().sqrt())) for p in trained]
+    optimizer = torch.optim.Adam([{"params": [p]} for p in trained], betas=(0.9, 0.99))
     for step in range(training.steps):
         input_BTD, target_BTD = next(batches)
-        optimizer.param_groups[0]["lr"] = training.rate_at(step)
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = training.rate_at(step) * size
         with torch.autocast(input_BTD.device.type, torch.bfloat16, dtype == torch.bfloat16):
             output_BTD = call(module, input_BTD.float())
         loss = token_error(output_BTD, target_BTD)
         if not math.isfinite(float(loss.detach())):
-            module.requires_grad_(False)
             return False
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         on_step(step)
-    module.requires_grad_(False)
     return True

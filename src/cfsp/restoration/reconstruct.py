@@ -216,28 +216,32 @@ class _Reconstruction:
         block.pass_through(block.module, self.streams.dense)
         unload(block.module)
         module = self.modules[block.index]
-        prefix = self.pruned.family.block_prefix(block.index)
-        fill(module, read_tensors(module, prefix, self.pruned, self.dtype), block.device)
+        self._fill(module, block, {})
         before = self._held_out_error(block, module)
         if not math.isfinite(before):
             raise CalibrationError(
                 f"block {block.index} produced NaN or infinite activations; "
                 "prune with --dtype float32 or bfloat16"
             )
-        trained = self._train(block, module, prefix)
-        after = None
+        trained, after, file = self._train(block, module), None, None
         if trained is not None:
-            fill(module, {k: v.to(self.dtype) for k, v in trained.items()}, block.device)
+            self._fill(module, block, trained)
             after = self._held_out_error(block, module)
-        file = None
         if trained is not None and after is not None and after < before:
-            file = _write(_tensor_path(self.directory, block.index), prefix, trained)
+            file = _write(_tensor_path(self.directory, block.index), trained)
         else:
-            fill(module, read_tensors(module, prefix, self.pruned, self.dtype), block.device)
+            self._fill(module, block, {})
         block.pass_through(module, map(self.streams.pruned, self.streams.dense))
         block.hidden.turn()
         unload(module)
         return ReconstructedBlock(before, after, self.training.steps, file)
+
+    def _fill(self, module: nn.Module, block: StreamedBlock, trained: dict[str, Tensor]) -> None:
+        """Make a pruned block compute with its tensors, some of them trained, by stored names."""
+        prefix = self.pruned.family.block_prefix(block.index)
+        tensors = read_tensors(module, prefix, self.pruned, self.dtype)
+        tensors |= {name.removeprefix(prefix): t.to(self.dtype) for name, t in trained.items()}
+        fill(module, tensors, block.device)
 
     def _held_out_error(self, block: StreamedBlock, module: nn.Module) -> float:
         call = block.call(self.streams.batch)
@@ -248,27 +252,40 @@ class _Reconstruction:
             errors.append(float(token_error(call(module, input_BTD), target_BTD)))
         return sum(errors) / len(errors)
 
-    def _train(
-        self, block: StreamedBlock, module: nn.Module, prefix: str
-    ) -> dict[str, Tensor] | None:
-        """Return the trained parameters in their stored dtypes; None if training diverged."""
+    def _train(self, block: StreamedBlock, module: nn.Module) -> dict[str, Tensor] | None:
+        """Return the trained tensors in their stored dtypes; None if training diverged."""
         steps, tokens = self.training.steps, self.streams.tokens
+        prefix = self.pruned.family.block_prefix(block.index)
 
         def on_step(step: int) -> None:
             block.tokens_done(tokens * (step + 1) // steps - tokens * step // steps)
 
         # Passes run in inference mode, whose tensors autograd refuses.
         with torch.inference_mode(mode=False):
-            parameters = read_tensors(module, prefix, self.pruned, torch.float32)
-            fill(module, {k: v.clone() for k, v in parameters.items()}, block.device)
+            tensors = read_tensors(module, prefix, self.pruned, torch.float32)
+            fill(module, {name: tensor.clone() for name, tensor in tensors.items()}, block.device)
+            trained = self._ffn_parameters(module, prefix)
+            for parameter in trained.values():
+                parameter.requires_grad_(True)
             call = block.call(self.streams.batch).for_training()
             batches = self._batches(block)
             if not train_block(module, call, batches, self.training, self.dtype, on_step):
                 return None
             return {
-                name: parameter.detach().to(self.pruned.specs[prefix + name].dtype)
-                for name, parameter in module.named_parameters()
+                name: parameter.detach().to(self.pruned.specs[name].dtype)
+                for name, parameter in trained.items()
             }
+
+    def _ffn_parameters(self, module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+        """Return the FFN's parameters by stored names, the bias of its down projection too."""
+        family = self.pruned.family
+        bias = f"{prefix}{family.path_in_block(family.down)}.bias"
+        parameters = {prefix + name: value for name, value in module.named_parameters()}
+        return {
+            name: value
+            for name, value in parameters.items()
+            if family.layout_of(name) is not None or name == bias
+        }
 
     def _batches(self, block: StreamedBlock) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield input and target of random windows, every window once before any again."""
@@ -307,10 +324,10 @@ def _tensor_path(directory: Path, block: int) -> Path:
     return directory / f"reconstructed-{block:05d}.safetensors"
 
 
-def _write(path: Path, prefix: str, tensors: dict[str, Tensor]) -> TensorFile:
+def _write(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
     def outgoing(name: str, tensor: Tensor) -> OutgoingTensor:
         spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-        return OutgoingTensor(prefix + name, spec, lambda: tensor_chunks(tensor))
+        return OutgoingTensor(name, spec, lambda: tensor_chunks(tensor))
 
     write_tensor_file(path, [outgoing(name, tensor) for name, tensor in tensors.items()])
     return TensorFile(path)
