@@ -66,7 +66,6 @@ def test_training_reaches_a_target_that_can_be_reached() -> None:
     training = LocalTraining(steps=300, rate=0.5)
     assert train_block(module, BlockCall((), {}), endless(hidden, target), training, torch.float32)
     assert float(token_error(module(hidden), target)) < 0.01 * before
-    assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_training_stops_at_a_loss_that_is_no_number() -> None:
