@@ -215,7 +215,8 @@ def test_recovery_keeps_the_biases_and_a_report_is_made(
     assert torch.isfinite(load(out)(TOKENS).logits).all()
     page = tmp_path / "report.html"
     assert main(["report", str(compensated), "--out", str(page)]) == 0
-    assert "bias" in page.read_text()
+    assert "competition of all channels" not in page.read_text()
+    assert "trust_remote_code=True" in page.read_text()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])

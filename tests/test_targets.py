@@ -174,6 +174,9 @@ def test_max_loss_increase_prunes_as_much_as_fits(
     assert resolution["result"] == pytest.approx(tried["value"], abs=1e-4)
     assert tried["parameters"] == report["parameters_after"]
     assert report["ffn_sparsity"] == pytest.approx(chosen, abs=8 / WIDTH / BLOCKS)
+    page = tmp_path / "report.html"
+    assert main(["report", str(out), "--out", str(page)]) == 0
+    assert f"--max-loss-increase 0.2, {len(resolution['tried'])} plans tried" in page.read_text()
     card = (out / "README.md").read_text()
     assert f"| {chosen:.1%} | {report['parameters_after']:,} |" in card
 

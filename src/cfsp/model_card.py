@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.importance.coarse import block_metric_in_words
 from cfsp.pruning_plan import PruningPlan
 
 _LOAD_WITH_CODE = """\
@@ -83,7 +84,7 @@ def _conditions(manifest: dict[str, Any], plan: PruningPlan) -> str:
         f"- calibration text: {texts} of {calibration['seqlen']} tokens, "
         f"seed {calibration['seed']}, in {_inline(calibration['dtype'])} "
         f"on {_inline(calibration['device'])}\n"
-        f"- blocks by {plan.criterion['block_metric']} distance, "
+        f"- blocks by {block_metric_in_words(plan.criterion['block_metric'])}, "
         f"channels by {plan.criterion['channel_metric']}, "
         f"widths in multiples of {plan.criterion['multiple']}\n"
         f"- versions: {packages}\n"

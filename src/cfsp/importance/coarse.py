@@ -29,6 +29,13 @@ SIGMOID_GAIN = 128 * 1024 / 1e4
 _LEAST_SHARE = 1e-3
 
 
+def block_metric_in_words(metric: str) -> str:
+    """Return what makes a block important, for people."""
+    if metric == GLOBAL:
+        return "competition of all channels"
+    return f"{metric} distance" if metric in DISTANCES else metric
+
+
 def block_distances(statistics: Statistics, metric: str) -> list[float]:
     """Return the distance of every block by one metric, on the scale of angular distance.
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.importance.coarse import block_metric_in_words
 from cfsp.report.run_facts import RunFacts
 
 
@@ -46,9 +48,10 @@ def _commands(manifest: dict[str, Any]) -> list[str]:
 
 
 def _load_code(run: RunFacts) -> str:
-    """Return code for a reader in Python; widths that differ need the modelling file."""
+    """Return code for a reader in Python; what stock cannot build needs the modelling file."""
     widths = set(run.manifest.get("intermediate_sizes", []))
-    trust = ", trust_remote_code=True" if len(widths) > 1 else ""
+    has_code = len(widths) > 1 or MODELING_FILE in run.manifest.get("files", {})
+    trust = ", trust_remote_code=True" if has_code else ""
     where = repr(str(run.directory))
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -64,10 +67,13 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         of = {"ffn": "FFN channels", "model": "all parameters"}.get(criterion["of"], "?")
         lines += [
             ("asked for", f"{criterion['sparsity']:.1%} of {of}"),
-            ("blocks by", f"{criterion['block_metric']} distance"),
+            ("blocks by", block_metric_in_words(criterion["block_metric"])),
             ("channels by", str(criterion["channel_metric"])),
             ("widths", f"multiples of {criterion['multiple']}"),
         ]
+    if goal := manifest.get("goal"):
+        name = goal["goal"].replace("_", "-")
+        lines.insert(0, ("goal", f"--{name} {goal['asked']:g}, {len(goal['tried'])} plans tried"))
     calibration = manifest.get("calibration")
     if calibration:
         texts = ", ".join(f"{name} ({n} windows)" for name, n in calibration["sources"].items())
