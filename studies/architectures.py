@@ -28,6 +28,8 @@ from subject import Subject, load_subject
 from training import ARCHITECTURES, Size, trained
 
 ALONE_SPARSITY = 0.5
+# What `cfsp prune` would take for wider models is a coarse step here.
+MULTIPLE = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of_texts("architectures", __doc__.splitlines()[0])
     size = Size()
-    parser.set_defaults(seqlen=size.seqlen, samples=64, windows=24)
+    parser.set_defaults(seqlen=size.seqlen, samples=32, windows=12)
     parser.add_argument("--models", type=Path, required=True, help="where trained models are kept")
     parser.add_argument(
         "--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
@@ -70,7 +72,7 @@ def study(
     dense = {label: found[label] for label in subject.texts}
     for sparsity in args.sparsity:
         for blocks in ("angular", "uniform"):
-            plan = subject.plan(statistics, sparsity, Criterion(blocks))
+            plan = subject.plan(statistics, sparsity, Criterion(blocks), MULTIPLE)
             key = {"what": "pruned", **model, "sparsity": sparsity, "blocks": blocks}
             results.measure(
                 key,

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=3, help="of channels by chance")
     args = parser.parse_args(arguments)
     subject, results = opened(args)
+    results.measure({"what": "dense"}, lambda: subject.quality(subject.model))
     for seed in range(args.seeds):
         statistics = calibrated(args, subject, seed)
         for sparsity in args.sparsity:
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "channels": ("blocks", DEFAULT_BLOCK_METRIC),
             "blocks": ("channels", DEFAULT_CHANNEL_METRIC),
         }[key]
-        rows = [row for row in results.rows if row[other] == default]
+        rows = [row for row in results.rows if row.get(other) == default]
         print(f"\nstudy {study}\n\n{table(rows, ['sparsity', key], list(subject.texts))}")
 
 

@@ -73,10 +73,15 @@ class Subject:
         return self.quality(self.pruned(plan))
 
     def plan(
-        self, statistics: Statistics, sparsity: float, criterion: Criterion | None = None
+        self,
+        statistics: Statistics,
+        sparsity: float,
+        criterion: Criterion | None = None,
+        multiple: int | None = None,
     ) -> PruningPlan:
         """Return the plan that `cfsp plan` would make."""
-        return make_plan(self.source, statistics, Budget(sparsity), criterion or Criterion())
+        budget = Budget(sparsity, multiple=multiple)
+        return make_plan(self.source, statistics, budget, criterion or Criterion())
 
     def quality_of_some(
         self, statistics: Statistics, sparsity: float, blocks: Sequence[int]

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LEARNING_RATE = 3e-3
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 1024
+_HEAD_DIM = 8
 _WARM_UP = 0.1
 
 
@@ -53,23 +54,23 @@ class Size:
     """How large the models are and how long they are trained.
 
     Attributes:
-        hidden: hidden size; a head has 16 dimensions, so there are hidden / 16 heads.
+        hidden: hidden size; a head has 8 dimensions, so there are hidden / 8 heads.
         blocks: number of blocks.
         vocabulary: entries of the byte-level BPE tokenizer, trained on the same text.
         tokens: training tokens; the text is repeated if it is shorter.
         seqlen: tokens of a window.
     """
 
-    hidden: int = 128
-    blocks: int = 6
+    hidden: int = 64
+    blocks: int = 8
     vocabulary: int = 1024
-    tokens: int = 500_000
+    tokens: int = 400_000
     seqlen: int = 256
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.hidden // 16
+        return self.hidden // _HEAD_DIM
 
 
 def _common(size: Size) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _common(size: Size) -> dict[str, Any]:
         "num_hidden_layers": size.blocks,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.heads,
-        "head_dim": 16,
+        "head_dim": _HEAD_DIM,
         "max_position_embeddings": 2 * size.seqlen,
         "tie_word_embeddings": True,
         "bos_token_id": 0,
@@ -104,7 +105,7 @@ ARCHITECTURES: dict[str, Callable[[Size], PreTrainedConfig]] = {
     ),
     "llama-mqa": lambda size: LlamaConfig(**{**_common(size), "num_key_value_heads": 1}),
     "olmo2": lambda size: Olmo2Config(**_common(size)),
-    "gemma2": lambda size: Gemma2Config(**_common(size), query_pre_attn_scalar=16),
+    "gemma2": lambda size: Gemma2Config(**_common(size), query_pre_attn_scalar=_HEAD_DIM),
     "neox-serial": lambda size: _neox(size, parallel=False),
     "neox-parallel": lambda size: _neox(size, parallel=True),
 }

@@ -74,6 +74,7 @@ def test_block_ranking(run: Callable[..., Any]) -> None:
 
 def test_scores(run: Callable[..., Any]) -> None:
     rows, printed = run(scores, "--sparsity", "0.5", "--seeds", "1", "--draws", "2")
+    assert rows.pop(0)["what"] == "dense"
     assert {row["channels"] for row in rows} == set(CHANNEL_METRICS)
     assert {row["blocks"] for row in rows} == {*DISTANCES, "uniform"}
     assert len(rows) == len(CHANNEL_METRICS) + len(DISTANCES) + 1
