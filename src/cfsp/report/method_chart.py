@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from cfsp.pruning_plan import PruningPlan
-from cfsp.report.chart import Chart, Legend, Table
+from cfsp.report.chart import Chart, Legend
 from cfsp.report.drawing import (
     Bands,
     Scale,
@@ -23,6 +23,7 @@ from cfsp.report.panels import (
     Column,
     Panel,
     block_bands,
+    block_table,
     panel_name,
     stack_panels,
 )
@@ -53,34 +54,23 @@ def method_chart(runs: Sequence[RunFacts]) -> Chart | None:
             "hidden state. Below: how many of its FFN channels stay, within the full width.",
         )
 
-    several = len(planned) > 1
-    head = ["block"]
-    for run, _ in planned:
-        prefix = f"{run.name}: " if several else ""
-        head += [f"{prefix}{noun}" for noun in ("distance", "importance", "before", "kept")]
-    rows = [
-        [
-            str(i),
-            *(
-                cell
-                for _, plan in planned
-                for cell in (
-                    f"{plan.blocks[i].distance:.4f}",
-                    f"{plan.blocks[i].importance:.3f}",
-                    f"{plan.blocks[i].width:,}",
-                    f"{plan.blocks[i].kept_width:,}",
-                )
-            ),
+    def cells(run: int, index: int) -> list[str]:
+        block = planned[run][1].blocks[index]
+        return [
+            f"{block.distance:.4f}",
+            f"{block.importance:.3f}",
+            f"{block.width:,}",
+            f"{block.kept_width:,}",
         ]
-        for i in range(count)
-    ]
+
+    nouns = ("distance", "importance", "before", "kept")
     return Chart(
         "blocks",
         "What each block does, and what it keeps",
         "A block that turns the hidden state further is worth more, and keeps more of its "
         "channels. Distance is the mean angle between a block's input and output, in half turns.",
         draw,
-        Table(head, rows),
+        block_table([run for run, _ in planned], nouns, count, cells),
         [Legend("kept", "kept"), Legend("gone", "removed")],
     )
 

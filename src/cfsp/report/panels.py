@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from cfsp.report.chart import Table
 from cfsp.report.drawing import (
     Bands,
     Scale,
@@ -68,6 +69,29 @@ def stack_panels(width: int, bands: Bands, panels: Sequence[Panel], label: str) 
 def panel_name(title: str, run: RunFacts, runs: Sequence[RunFacts]) -> str:
     """Return a panel's heading: with the run's name where there are several."""
     return title if len(runs) == 1 else f"{short_label(run.name)}: {title[0].lower()}{title[1:]}"
+
+
+def block_table(
+    runs: Sequence[RunFacts],
+    nouns: Sequence[str],
+    blocks: int,
+    cells: Callable[[int, int], Sequence[str]],
+) -> Table:
+    """Return the table behind a chart by block: a row for each block, columns for each run.
+
+    Args:
+        runs: what the chart shows.
+        nouns: the columns of one run.
+        blocks: how many there are.
+        cells: gives the cells of a run, by its position in `runs`, and a block.
+    """
+    several = len(runs) > 1
+    head = [f"{run.name}: {noun}" if several else noun for run in runs for noun in nouns]
+    rows = [
+        [str(block), *(cell for run in range(len(runs)) for cell in cells(run, block))]
+        for block in range(blocks)
+    ]
+    return Table(["block", *head], rows)
 
 
 def block_bands(count: int, width: int) -> Bands:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from cfsp.report.channels import energy_removed
-from cfsp.report.chart import Chart, Legend, Table
+from cfsp.report.chart import Chart, Legend
 from cfsp.report.drawing import (
     Bands,
     element,
@@ -19,6 +19,7 @@ from cfsp.report.panels import (
     Column,
     Panel,
     block_bands,
+    block_table,
     panel_name,
     stack_panels,
 )
@@ -58,22 +59,12 @@ def restoration_chart(runs: Sequence[RunFacts]) -> Chart | None:
             "error after repair, joined by a line.",
         )
 
-    several = len(restored) > 1
-    head = ["block"]
-    for run in restored:
-        prefix = f"{run.name}: " if several else ""
-        head += [f"{prefix}{noun}" for noun in ("before", "after", "energy removed", "ridge")]
-    rows = [
-        [
-            str(i),
-            *(
-                cell
-                for run, predicted in zip(restored, predictions, strict=True)
-                for cell in _error_cells(run.restored_blocks[i], predicted[i : i + 1])
-            ),
-        ]
-        for i in range(count)
-    ]
+    def cells(run: int, index: int) -> list[str]:
+        return _error_cells(
+            restored[run].restored_blocks[index], predictions[run][index : index + 1]
+        )
+
+    nouns = ("before", "after", "energy removed", "ridge")
     legend = [Legend("before", "pruned"), Legend("after", "repaired")]
     if any(predictions):
         legend.append(Legend("predicted", "activation energy removed"))
@@ -85,7 +76,7 @@ def restoration_chart(runs: Sequence[RunFacts]) -> Chart | None:
         "The short line is the error that the statistics alone predict: the share of activation "
         "energy that was removed.",
         draw,
-        Table(head, rows),
+        block_table(restored, nouns, count, cells),
         legend,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from cfsp.report.channels import BlockChannels, Distribution, distribution
-from cfsp.report.chart import Chart, Legend, Table
+from cfsp.report.chart import Chart, Legend
 from cfsp.report.drawing import (
     Bands,
     Scale,
@@ -21,6 +21,7 @@ from cfsp.report.panels import (
     Column,
     Panel,
     block_bands,
+    block_table,
     panel_name,
     short,
     stack_panels,
@@ -56,29 +57,16 @@ def strength_chart(runs: Sequence[RunFacts]) -> Chart | None:
             "with that root mean square activation. The part that stays is coloured.",
         )
 
-    several = len(measured) > 1
-    head = ["block"]
-    for run, _ in measured:
-        prefix = f"{run.name}: " if several else ""
-        head += [
-            f"{prefix}{noun}" for noun in ("median", "strongest", "weakest kept", "energy removed")
+    def cells(run: int, index: int) -> list[str]:
+        block = measured[run][1].blocks[index]
+        return [
+            short(block.median),
+            short(block.strongest),
+            short(block.cut),
+            f"{block.energy_removed:.2%}",
         ]
-    rows = [
-        [
-            str(i),
-            *(
-                cell
-                for _, shape in measured
-                for cell in (
-                    short(shape.blocks[i].median),
-                    short(shape.blocks[i].strongest),
-                    short(shape.blocks[i].cut),
-                    f"{shape.blocks[i].energy_removed:.2%}",
-                )
-            ),
-        ]
-        for i in range(count)
-    ]
+
+    nouns = ("median", "strongest", "weakest kept", "energy removed")
     return Chart(
         "strengths",
         "How strong the channels are, and where the cut runs",
@@ -86,7 +74,7 @@ def strength_chart(runs: Sequence[RunFacts]) -> Chart | None:
         "scale; the few beyond an end of the scale count at that end. Where channels were chosen "
         "by activation alone, the cut is a level line.",
         draw,
-        Table(head, rows),
+        block_table([run for run, _ in measured], nouns, count, cells),
         [Legend("kept", "kept"), Legend("gone", "removed")],
     )
 
