@@ -41,7 +41,7 @@ class LocalTraining:
     """
 
     steps: int = DEFAULT_STEPS
-    rate: float = 0.05
+    rate: float = 0.1
     warm_up: int = 10
     tokens: int = 2048
 
