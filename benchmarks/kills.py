@@ -154,12 +154,15 @@ def differences(again: Ended, inputs: Inputs, expected: Contents) -> list[str]:
 
 def what_is_there(inputs: Inputs) -> str:
     """Return a name for the moment of a kill, by what it left."""
-    names = [str(path.relative_to(inputs.place)) for path in inputs.place.rglob("*")]
-    if any(".partial-" in name for name in names):
-        return "while writing"
+    paths = [path.relative_to(inputs.place) for path in inputs.place.rglob("*") if path.is_file()]
+    names = [str(path) for path in paths]
     if (inputs.out / "cfsp.json").is_file() or (inputs.out / "table.json").is_file():
-        return "at the end"
-    return "in between" if len(names) > 1 else "at the start"  # one: the temporary directory
+        return "when the output was there"
+    if any(re.search(r"(\.partial-\d+|\.working)/model.*safetensors$", name) for name in names):
+        return "with weights written"
+    if any(re.search(r"/(state|trainer_state|dense)\.json$", name) for name in names):
+        return "after a save"
+    return "before the first save"
 
 
 def clear(inputs: Inputs) -> None:
