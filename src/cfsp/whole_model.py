@@ -17,7 +17,7 @@ import torch
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.calibration.sensitivity import block_sensitivities
 from cfsp.calibration.statistics import Sensitivity, Statistics
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
 from cfsp.errors import CalibrationError, UsageError
 from cfsp.importance.fine import strongest_channels
 from cfsp.loading import load
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cfsp.checkpoint.reading import Checkpoint, WeightSource
+    from cfsp.checkpoint.reading import WeightSource
     from cfsp.settings import Engine, PruneSettings
     from cfsp.text.windows import Windows
 
@@ -58,7 +58,7 @@ def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrained
     """
     if isinstance(source, LoadedModel):
         return source.model
-    checkpoint: Checkpoint = source  # type: ignore[assignment]
+    assert isinstance(source, Checkpoint)
     needed = int(_ROOM * parameter_count(source) * engine.dtype.itemsize)
     available = available_bytes()
     if needed > available:
@@ -66,7 +66,7 @@ def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrained
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
             f"{available / 1e9:.3g} GB are available: do without, or use a larger machine"
         )
-    return load(checkpoint.directory, dtype=engine.dtype, device=engine.device)
+    return load(source.directory, dtype=engine.dtype, device=engine.device)
 
 
 def measure_sensitivity(
@@ -93,7 +93,7 @@ def measure_sensitivity(
     check_can_be_masked(source.family)
     kept_L = [
         strongest_channels(score_F, max(1, round(len(score_F) * (1 - SENSITIVITY_SPARSITY))))
-        for score_F in dense_scores(source, statistics, criterion)
+        for score_F in _scores(source, statistics, criterion)
     ]
     model = load_whole(source, engine, "measuring the sensitivity of blocks")
     total = len(windows.tokens_NT) * len(kept_L)
@@ -131,7 +131,7 @@ def searched(
     if not settings.search_rounds:
         return widths
     check_can_be_masked(source.family)
-    score_F_of_L = dense_scores(source, statistics, settings.criterion)
+    score_F_of_L = _scores(source, statistics, settings.criterion)
     model = load_whole(source, engine, "--search")
     held_out_NT = windows.tokens_NT[is_held_out(len(windows.tokens_NT))]
     total = settings.search_rounds * len(held_out_NT) * len(score_F_of_L)
@@ -171,9 +171,7 @@ def write_own_text(
     return own_windows(model, first, count=count, seqlen=seqlen, seed=seed)
 
 
-def dense_scores(
-    source: WeightSource, statistics: Statistics, criterion: Criterion
-) -> list[Tensor]:
+def _scores(source: WeightSource, statistics: Statistics, criterion: Criterion) -> list[Tensor]:
     """Return the channel scores of every block of a model without experts."""
     assert source.family.experts is None
     return [
