@@ -72,7 +72,7 @@ def test_the_python_runs(
     assert (tmp_path / "smaller" / "config.json").is_file()
 
 
-def _small_draw(text: CalibrationText, tokenizer: Any) -> Any:
+def _small_draw(text: CalibrationText, tokenizer: Any, *_: Any) -> Any:
     from cfsp.text.windows import draw_windows
 
     return draw_windows(text.names, tokenizer, samples=8, seqlen=64, seed=text.seed)

@@ -33,7 +33,7 @@ from cfsp.workplace import Workplace
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 # Half of the width saves a quarter of the time, all of it four tenths.
-LATENCIES = Latencies((8, 48, 96), (0.6, 0.75, 1.0), {"rounds": 0})
+LATENCIES = Latencies((8, 48, 96), (0.6, 0.75, 1.0), {"disturbance": 0.0})
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +319,14 @@ def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.Monkey
     assert found.conditions["dtype"] == "float32"
 
 
+def test_a_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    speedup.warn_of_disturbance(LATENCIES)
+    assert capsys.readouterr().err == ""
+    speedup.warn_of_disturbance(Latencies((8, 96), (0.5, 1.0), {"disturbance": 0.8}))
+    assert "took 80% of the processors" in capsys.readouterr().err
+
+
 def test_models_that_do_not_fit_are_not_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "available_bytes", lambda: 10**9)
     source = open_checkpoint(model)
@@ -339,7 +347,7 @@ def test_a_resumed_run_does_not_measure_again(
     def measure(*_: object) -> Latencies:
         measured.append(1)
         slower = 0.3 * len(measured)
-        return Latencies((8, 96), (slower, 1.0), {})
+        return Latencies((8, 96), (slower, 1.0), {"disturbance": 0.0})
 
     monkeypatch.setattr(speedup, "measure_latencies", measure)
     source = open_checkpoint(model)
@@ -382,6 +390,7 @@ def test_a_resumed_run_does_not_measure_again(
         (["--max-loss-increase", "1", "--held-out-windows", "0"], "must be at least 1"),
         (["--target-params", "0.01"], "cannot remove 99.0% of the model's parameters"),
         (["--max-loss-increase", "1", "--statistics", "s"], "needs a --held-out text"),
+        (["--max-loss-increase", "1", "--data", "self"], "self needs a --held-out text"),
         (["--plan", "p.json", "--target-params", "0.5"], "--plan and --target-params exclude"),
     ],
 )

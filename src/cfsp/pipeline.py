@@ -10,7 +10,6 @@ smaller one.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +48,13 @@ from cfsp.targets.goals import Goal, MaxLossIncrease
 from cfsp.targets.loss import loss_increase_of
 from cfsp.targets.resolve import resolve_goal
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.whole_model import write_own_text
+from cfsp.whole_model import calibration_windows
 from cfsp.workplace import Workplace, output_workplace, remove_finished_work, temporary_workplace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cfsp.restoration.restore import Repair, RestoredBlock
-    from cfsp.text.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def calibrate_source(
                 source, tokenizer, text, compute, temporary, team, sensitivity=sensitivity
             )
     engine = compute.engine(source)
-    windows = _draw(source, tokenizer, text, compute)
+    windows = calibration_windows(source, tokenizer, text, compute)
     if team is None or team.size == 1:
         statistics = calibrate_windows(source, windows, engine, text.seed, place)
         asked = Criterion(SENSITIVITY) if sensitivity else Criterion()
@@ -207,7 +205,7 @@ def prune_checkpoint(
             facts = resolution.to_json()
         decision = decide(
             source,
-            lambda: _draw(
+            lambda: calibration_windows(
                 source, load_tokenizer(source.directory), settings.text, settings.compute
             ),
             settings,
@@ -231,16 +229,6 @@ def prune_checkpoint(
         card = model_card(manifest, decision.plan)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return report
-
-
-def _draw(
-    source: WeightSource,
-    tokenizer: PreTrainedTokenizerBase,
-    text: CalibrationText,
-    compute: Compute,
-) -> Windows:
-    """Draw the calibration windows; the model may write some itself."""
-    return text.draw(tokenizer, partial(write_own_text, source, tokenizer, compute.engine(source)))
 
 
 def prune_model(
@@ -270,7 +258,7 @@ def prune_model(
             settings = replace(settings, budget=resolution.budget)
         decision = decide(
             source,
-            lambda: _draw(source, tokenizer, settings.text, settings.compute),
+            lambda: calibration_windows(source, tokenizer, settings.text, settings.compute),
             settings,
             place=place,
             watch=watch,

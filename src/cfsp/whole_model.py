@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Engine, PruneSettings
+    from cfsp.settings import CalibrationText, Compute, Engine, PruneSettings
     from cfsp.text.windows import Windows
 
 # Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
@@ -146,6 +147,16 @@ def searched(
             bar.update,
         )
     return replace(widths, kept_L=found.kept_L, search=found)
+
+
+def calibration_windows(
+    source: WeightSource,
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    compute: Compute,
+) -> Windows:
+    """Draw the calibration windows; the model may write some itself."""
+    return text.draw(tokenizer, partial(write_own_text, source, tokenizer, compute.engine(source)))
 
 
 def write_own_text(

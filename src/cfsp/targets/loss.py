@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import BudgetError
+from cfsp.errors import BudgetError, UsageError
 from cfsp.evaluation import perplexity
 from cfsp.masking import check_can_be_masked, masked_loss
 from cfsp.planning import make_plan, model_size
 from cfsp.targets.resolution import Resolution, Try
 from cfsp.targets.search import budget_at, highest_step, last_that_holds
+from cfsp.text.own_text import OWN_TEXT
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, consecutive_windows, draw_left_over
 from cfsp.whole_model import load_whole
@@ -33,8 +34,14 @@ def held_out_windows(
 
     Raises:
         TextError: a text is missing, or calibration takes all of it.
+        UsageError: the calibration text is the model's own.
     """
     if not goal.held_out:
+        if OWN_TEXT in text.names:
+            raise UsageError(
+                f"--max-loss-increase with --data {OWN_TEXT} needs a --held-out text: the loss on "
+                "what the model wrote itself says little"
+            )
         return [
             draw_left_over(
                 text.names,

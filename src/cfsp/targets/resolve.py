@@ -21,7 +21,7 @@ from cfsp.targets.loss import held_out_windows, resolve_loss
 from cfsp.targets.resolution import Resolution
 from cfsp.targets.speedup import resolve_speedup
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.whole_model import load_whole
+from cfsp.whole_model import calibration_windows, load_whole
 from cfsp.workplace import temporary_workplace
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ def resolve_goal(
         # Too little text should be found out before the calibration.
         texts = held_out_windows(goal, settings.text, tokenizer())
     if statistics is None:
-        windows, seed = settings.text.draw(tokenizer()), settings.text.seed
+        windows = calibration_windows(source, tokenizer(), settings.text, settings.compute)
         with watch.stage("calibrate"):
-            statistics = calibrate_windows(source, windows, engine, seed, place)
+            statistics = calibrate_windows(source, windows, engine, settings.text.seed, place)
             statistics = with_sensitivity(source, statistics, windows, settings.criterion, engine)
     check_statistics_fit(source, statistics)
     identity = json.dumps([place.identity, type(goal).__name__, asdict(goal)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from cfsp.errors import BudgetError
 from cfsp.planning import model_size, plan_widths
+from cfsp.speed import Conditions
 from cfsp.targets.latency import Latencies, measure_latencies
 from cfsp.targets.resolution import Resolution, Try
 from cfsp.targets.search import budget_at, highest_step, last_that_holds
@@ -36,7 +38,19 @@ def resolve_speedup(
     multiple = settings.budget.multiple_for(size.width_L)
     engine = settings.compute.engine(source)
     latencies = measure_latencies(source.config, size, multiple, goal.phase, engine)
+    warn_of_disturbance(latencies)
     return choose(goal, source, statistics, settings, latencies)
+
+
+def warn_of_disturbance(latencies: Latencies) -> None:
+    """Tell people that other programs took so much of the machine that little can be predicted."""
+    share = float(latencies.conditions["disturbance"])
+    if share > Conditions.disturbance:
+        print(
+            f"other programs took {share:.0%} of the processors while latencies were measured: the "
+            "prediction is unreliable; repeat it on a quiet machine",
+            file=sys.stderr,
+        )
 
 
 def choose(
