@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.errors import CfspError
     from cfsp.loading import load
-    from cfsp.pipeline import PruneReport
+    from cfsp.prune_report import PruneReport
     from cfsp.pruning_plan import PruningPlan
     from cfsp.targets.goals import MaxLossIncrease, TargetParameters, TargetSpeedup
 
@@ -30,7 +30,7 @@ __version__ = version("cfsp-llm")
 _HOME = {
     "CfspError": "cfsp.errors",
     "MaxLossIncrease": "cfsp.targets.goals",
-    "PruneReport": "cfsp.pipeline",
+    "PruneReport": "cfsp.prune_report",
     "PruningPlan": "cfsp.pruning_plan",
     "Statistics": "cfsp.calibration.statistics",
     "TargetParameters": "cfsp.targets.goals",

@@ -13,8 +13,9 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.comparison import evaluate_models
 from cfsp.decision import plan_from_statistics
 from cfsp.errors import UsageError
-from cfsp.pipeline import PruneReport, calibrate_source, prune_checkpoint, prune_model
+from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
+from cfsp.prune_report import PruneReport
 from cfsp.pruning_plan import PruningPlan
 from cfsp.restoration.local_training import DEFAULT_STEPS, LocalTraining
 from cfsp.settings import (

@@ -15,7 +15,7 @@ from cfsp.errors import UsageError
 from cfsp.processes import process_count
 
 if TYPE_CHECKING:
-    from cfsp.pipeline import PruneReport
+    from cfsp.prune_report import PruneReport
     from cfsp.recovery.recover import RecoverReport
     from cfsp.recovery.settings import Training
     from cfsp.settings import PruneSettings
