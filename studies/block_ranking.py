@@ -5,7 +5,7 @@
         --eval DIR/c4/validation.jsonl
 
 Half of the channels go from a few blocks only: those with the least distance, those with the
-most, or as many drawn by chance. Then each block is pruned alone, and left out alone, and every
+most (with and without the first block), or as many drawn by chance. Then each block is pruned alone, and left out alone, and every
 distance's rank correlation with the rise of the loss is taken. Prints Markdown.
 """
 
@@ -52,6 +52,8 @@ def groups(
     order = sorted(range(len(distance_L)), key=lambda block: distance_L[block])
     for size in sizes:
         chosen = {("least important", 0): order[:size], ("most important", 0): order[-size:]}
+        # The first block turned out to be a case of its own.
+        chosen["most important but the first", 0] = [b for b in order if b > 0][-size:]
         for seed in range(draws):
             chosen["random", seed] = random.Random(seed).sample(order, size)
         for (blocks, seed), indices in chosen.items():

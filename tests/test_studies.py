@@ -62,6 +62,7 @@ def test_block_ranking(run: Callable[..., Any]) -> None:
     assert [row["blocks"] for row in groups] == [
         "least important",
         "most important",
+        "most important but the first",
         "random",
         "random",
     ]
