@@ -5,8 +5,9 @@
         --eval DIR/c4/validation.jsonl
 
 Half of the channels go from a few blocks only: those with the least distance, those with the
-most (with and without the first block), or as many drawn by chance. Then each block is pruned alone, and left out alone, and every
-distance's rank correlation with the rise of the loss is taken. Prints Markdown.
+most (with and without the first block), or as many drawn by chance. Then each block is pruned
+alone, and left out alone, and every distance's rank correlation with the rise of the loss is
+taken. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -79,12 +80,17 @@ def alone(subject: Subject, statistics: Statistics, results: Results) -> None:
 def correlations(results: Results) -> str:
     """Return the rank correlation of every distance with the rise of the loss, as Markdown."""
     rows = [row for row in results.rows if row["what"] == "alone"]
-    damages = ("pruned", "left out")
-    lines = [f"| distance | {' | '.join(damages)} |", "|---|---:|---:|"]
+    columns = {
+        "pruned": ("pruned", rows),
+        "left out": ("left out", rows),
+        "pruned, first block aside": ("pruned", rows[1:]),
+        "left out, first block aside": ("left out", rows[1:]),
+    }
+    lines = [f"| distance | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for distance in DISTANCES:
         found = [
-            rank_correlation([r[distance] for r in rows], [r[damage] for r in rows])
-            for damage in damages
+            rank_correlation([row[distance] for row in chosen], [row[damage] for row in chosen])
+            for damage, chosen in columns.values()
         ]
         lines.append(f"| {distance} | " + " | ".join(f"{value:.2f}" for value in found) + " |")
     return "\n".join(lines)
