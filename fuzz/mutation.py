@@ -20,7 +20,7 @@ def changed_document(data: bytes, generator: random.Random) -> bytes | None:
     try:
         document = json.loads(data)
         return json.dumps(_change(document, generator)).encode()
-    except (ValueError, RecursionError):
+    except (ValueError, OverflowError, RecursionError):
         return None
 
 
