@@ -35,8 +35,8 @@ def add_goals(parser: argparse.ArgumentParser, *, has_text: bool) -> None:
         "--target-speedup",
         type=float,
         metavar="X",
-        help="as little as is predicted to make the model X times faster here, from latencies of "
-        "several FFN widths; keep the machine quiet meanwhile, and needs a few times its memory",
+        help="as little as is predicted to make the model X times faster on this machine, from "
+        "latencies of several FFN widths; takes a quiet machine and a few times the model's memory",
     )
     group.add_argument(
         "--target-speedup-of",
