@@ -55,10 +55,13 @@ def test_widths_follow_the_measured_sensitivity(
     assert (found.sparsity, found.windows) == (0.5, 4)
     assert min(found.divergence_L) > 0
     if restore == "none":  # with repair the distances come from fewer windows
-        expected = allocate(importance_by(statistics, metric), settings.budget, model_size(source))
+        expected = allocate(
+            importance_by(statistics, metric), settings.budget, model_size(source), "water-fill"
+        )
         assert report.intermediate_sizes == expected
     assert abs(sum(report.intermediate_sizes) - 3 * WIDTH / 2) <= MULTIPLE
     assert report.plan.criterion["block_metric"] == metric
+    assert report.plan.criterion["clamp"] == "water-fill"
 
 
 @pytest.mark.parametrize("restore", ["none", "ridge"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from cfsp.allocation import DEFAULT_CLAMP, Budget, BudgetOf, Clamp
+from cfsp.allocation import Budget, BudgetOf, Clamp
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
@@ -52,7 +52,7 @@ def prune(
     seed: int = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
-    clamp: Clamp = ...,
+    clamp: Clamp | None = ...,
     search_rounds: int = ...,
     restore: Restore = ...,
     local_steps: int = ...,
@@ -77,7 +77,7 @@ def prune(
     seed: int = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
-    clamp: Clamp = ...,
+    clamp: Clamp | None = ...,
     search_rounds: int = ...,
     restore: Restore = ...,
     local_steps: int = ...,
@@ -101,7 +101,7 @@ def prune(
     seed: int = 0,
     block_metric: str = DEFAULT_BLOCK_METRIC,
     channel_metric: str = DEFAULT_CHANNEL_METRIC,
-    clamp: Clamp = DEFAULT_CLAMP,
+    clamp: Clamp | None = None,
     search_rounds: int = 0,
     restore: Restore = DEFAULT_RESTORE,
     local_steps: int = DEFAULT_STEPS,
@@ -124,7 +124,8 @@ def prune(
         seed: of the draw of windows.
         block_metric: coarse criterion.
         channel_metric: fine criterion.
-        clamp: what happens where a block would keep more than all (see `cfsp.allocation`).
+        clamp: what happens where a block would keep more than all (see `cfsp.allocation`); None
+            for what measures best with the block metric.
         search_rounds: rounds of the search for better widths (see `cfsp.width_search`).
         restore: `ridge` repairs the down projections by least squares; `local` then trains each
             block by itself; `bias` compensates for the mean of what is removed; `none` does not.
@@ -204,7 +205,7 @@ def plan(
     multiple: int | None = None,
     block_metric: str = DEFAULT_BLOCK_METRIC,
     channel_metric: str = DEFAULT_CHANNEL_METRIC,
-    clamp: Clamp = DEFAULT_CLAMP,
+    clamp: Clamp | None = None,
 ) -> PruningPlan:
     """Decide from statistics which channels stay; no forward pass.
 

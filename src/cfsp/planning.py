@@ -28,7 +28,7 @@ from cfsp.checkpoint.reading import (
 )
 from cfsp.errors import StatisticsError
 from cfsp.families import intermediate_sizes
-from cfsp.importance.coarse import GLOBAL, block_distances, importance_by
+from cfsp.importance.coarse import GLOBAL, SENSITIVITY_METRICS, block_distances, importance_by
 from cfsp.importance.competition import channels_above_threshold, standardised
 from cfsp.importance.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
@@ -55,12 +55,19 @@ class Criterion:
     Attributes:
         block_metric: one of `cfsp.importance.coarse.BLOCK_METRICS`.
         channel_metric: one of `cfsp.importance.fine.CHANNEL_METRICS`.
-        clamp: what happens where a block would keep more than all; see `cfsp.allocation.allocate`.
+        clamp: what happens where a block would keep more than all (see `cfsp.allocation.allocate`);
+            None for what measures best with the block metric.
     """
 
     block_metric: str = DEFAULT_BLOCK_METRIC
     channel_metric: str = DEFAULT_CHANNEL_METRIC
-    clamp: Clamp = DEFAULT_CLAMP
+    clamp: Clamp | None = None
+
+    @property
+    def chosen_clamp(self) -> Clamp:
+        """The clamp, also where none is named: `water-fill` by sensitivity, else `published`."""
+        by_sensitivity = self.block_metric in SENSITIVITY_METRICS
+        return self.clamp or ("water-fill" if by_sensitivity else DEFAULT_CLAMP)
 
 
 def model_size(source: WeightSource) -> ModelSize:
@@ -116,7 +123,7 @@ def plan_widths(
         share_L = [max(e, 1.0) / w for e, w in zip(earned_L, size.width_L, strict=True)]
         return BlockWidths(distance_L, share_L, kept_L)
     importance_L = importance_by(statistics, criterion.block_metric)
-    kept_L = allocate(importance_L, budget, size, criterion.clamp)
+    kept_L = allocate(importance_L, budget, size, criterion.chosen_clamp)
     return BlockWidths(distance_L, importance_L, kept_L)
 
 
@@ -250,6 +257,7 @@ def assemble_plan(
         model=ModelIdentity.of(source),
         criterion={
             **asdict(criterion),
+            "clamp": criterion.chosen_clamp,
             "sparsity": budget.sparsity,
             "of": budget.of,
             "multiple": budget.multiple_for(before),

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cfsp.allocation import CLAMPS, DEFAULT_CLAMP
+from cfsp.allocation import CLAMPS
 from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--clamp",
-        default=DEFAULT_CLAMP,
         choices=CLAMPS,
         help="a block that would keep more than all: keep it whole and give the rest to the "
-        f"others, or shrink all importances as the published code does (default: {DEFAULT_CLAMP})",
+        "others (water-fill, the default by sensitivity), or shrink all importances as the "
+        "published code does (the default otherwise)",
     )
     group.add_argument(
         "--channel-metric",
