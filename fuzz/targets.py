@@ -228,7 +228,7 @@ def _file_from(data: bytes, header_of: Callable[[dict[str, Any]], object]) -> by
         end = max((e["data_offsets"][1] for e in entries if "data_offsets" in e), default=0)
         text = json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + bytes(max(0, min(end, _DATA_BYTES)))
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return data
 
 

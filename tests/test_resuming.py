@@ -12,6 +12,7 @@ import torch
 
 from cfsp.calibration.pass_state import Pace
 from cfsp.cli import main
+from cfsp.recovery.workspace import Workspace
 from command_server import Commands
 from tiny_models import BLOCKS, build_tiny_model
 
@@ -265,6 +266,39 @@ def test_a_state_is_complete_or_not_there(
     assert fields["next_block"] == 2
     assert (state.parent / fields["hidden"]).stat().st_size == 9 * 32 * 32 * 4
     assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2
+
+
+def test_work_beside_a_finished_output_goes(
+    calibrate: list[str],
+    prune: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A kill can come between the output and the removal of what it was made from."""
+    for argv, name in ((calibrate, "stats"), (prune, "out")):
+        assert main(argv) == 0
+        state = tmp_path / f"{name}.work" / "process-0-of-1" / "calibrate" / "state.json"
+        state.parent.mkdir(parents=True)
+        state.write_text("{}")
+        assert main(argv) == 2
+        assert f"{tmp_path / name} exists" in capsys.readouterr().err
+    (tmp_path / "out.recovery" / "checkpoint-5").mkdir(parents=True)
+    Workspace(tmp_path / "out").remove_if_finished()
+    assert names(tmp_path) == {"stats", "out"}
+
+
+def test_a_sweep_that_was_killed_while_it_wrote_its_recipe_begins(
+    model: Path, text: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    abandoned = out / f".recipe.toml.partial-{2**22 + 1}"  # no process has this number
+    abandoned.write_text("model =")
+    argv = ["sweep", str(model), *text[:6], "--sparsity", "0.4", "--multiple", "4"]
+    assert main([*argv, "--eval", text[1], "--eval-windows", "1", "--out", str(out)]) == 0
+    assert not abandoned.exists()
+    assert names(out / "cfsp-0.4") >= {"cfsp.json", "config.json"}
+    assert not list(out.rglob("model*.safetensors"))
 
 
 # How often to save.
