@@ -20,8 +20,8 @@ from cfsp.report.run_facts import RunFacts
 def what_if_data(run: RunFacts) -> dict[str, Any] | None:
     """Return what the page needs to plan this run anew, as JSON types.
 
-    None where plan or parameter counts are missing, or widths do not follow from distances. Without statistics there are no energy
-    curves, and the page predicts no error.
+    None where plan or parameter counts are missing, or widths do not follow from importance.
+    Without statistics there are no energy curves, and the page predicts no error.
     """
     plan, size = run.plan, run.size
     if plan is None or size is None:
