@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,17 +37,30 @@ def test_token_error_is_relative_to_each_token() -> None:
     target[:, 0] *= 1000  # as the first tokens of a window often are
     output = target + torch.randn(2, 5, 8, generator=generator)
     t, o = target.double().numpy(), output.double().numpy()
-    expected = np.mean(((o - t) ** 2).sum(-1) / (t**2).sum(-1))
+    expected = np.mean(np.linalg.norm(o - t, axis=-1) / np.linalg.norm(t, axis=-1))
     assert float(token_error(output, target)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_rate_rises_and_falls_to_zero() -> None:
-    training = LocalTraining(steps=100, rate=2.0, warm_up=10)
-    rates = [training.rate_at(step) for step in range(100)]
+    rates = LocalTraining(steps=100, rate=2.0, warm_up=10).rates(error=math.inf)
+    assert len(rates) == 100
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[9]
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert training.rate_at(100) == pytest.approx(0.0)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_blocks_with_a_small_error_take_small_steps() -> None:
+    training = LocalTraining(rate=0.1, rate_per_error=0.5)
+    small, large = max(training.rates(0.01)), max(training.rates(0.9))
+    assert small == pytest.approx(0.05 * large)
+
+
+def test_no_error_has_a_gradient() -> None:
+    output = torch.ones(1, 2, 3, requires_grad=True)
+    token_error(output, torch.ones(1, 2, 3)).backward()
+    assert output.grad is not None
+    assert torch.equal(output.grad, torch.zeros(1, 2, 3))
 
 
 def endless(
@@ -62,8 +76,8 @@ def test_training_reaches_a_target_that_can_be_reached() -> None:
     hidden = torch.randn(2, 16, 8)
     target = other(hidden).detach()
     before = float(token_error(module(hidden).detach(), target))
-    training = LocalTraining(steps=300, rate=0.5)
-    assert train_block(module, BlockCall((), {}), endless(hidden, target), training, torch.float32)
+    rates = LocalTraining(steps=300, rate=0.5, rate_per_error=1.0).rates(before)
+    assert train_block(module, BlockCall((), {}), endless(hidden, target), rates, torch.float32)
     assert float(token_error(module(hidden).detach(), target)) < 0.01 * before
 
 
@@ -74,7 +88,7 @@ def test_training_stops_at_a_loss_that_is_no_number() -> None:
         module,
         BlockCall((), {}),
         endless(hidden, torch.full_like(hidden, torch.nan)),
-        LocalTraining(steps=5),
+        [0.1] * 5,
         torch.float32,
         seen.append,
     )
@@ -145,7 +159,7 @@ def test_a_block_that_training_worsens_stays_as_it_was(
     ridge: Path, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(LocalTraining, "rate_at", lambda self, step: 100.0)
+    monkeypatch.setattr(LocalTraining, "rates", lambda self, error: [100.0] * self.steps)
     out = tmp_path / "out"
     argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "local"]
     assert main([*argv, "--local-steps", "3", "--out", str(out)]) == 0

@@ -9,7 +9,7 @@ Shapes: B windows in a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ DEFAULT_STEPS = 100
 
 # Biases of zeros could never move.
 _LEAST_SIZE = 1e-3
+# The root of zero has no gradient, and a block that loses no channel may have no error.
+_LEAST_SQUARE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,12 @@ class LocalTraining:
 
     Attributes:
         steps: of Adam, in each block.
-        rate: the highest learning rate, as a part of the root mean square of each tensor, because
-            models differ in the size of their weights and Adam's steps do not follow it; it rises
-            over `warm_up` and falls along a cosine to zero.
-        warm_up: steps.
+        rate: the highest learning rate of any block, as a part of the root mean square of each
+            tensor, because models differ in the size of their weights and Adam's steps do not
+            follow it.
+        rate_per_error: the highest learning rate of a block by its error before. The first
+            blocks of a model have hardly any, and steps as long as those of others only add some.
+        warm_up: steps in which the rate rises; it falls along a cosine to zero.
         tokens: about how many there are in a batch.
 
     Raises:
@@ -41,7 +45,8 @@ class LocalTraining:
     """
 
     steps: int = DEFAULT_STEPS
-    rate: float = 0.1
+    rate: float = 0.05
+    rate_per_error: float = 0.2
     warm_up: int = 10
     tokens: int = 2048
 
@@ -49,14 +54,20 @@ class LocalTraining:
         if self.steps < 1:
             raise UsageError(f"--local-steps must be at least 1, found {self.steps}")
 
-    def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.rate * min(1.0, (step + 1) / self.warm_up) * cosine
+    def rates(self, error: float) -> list[float]:
+        """Return the learning rate of every step, from a block's error before (`token_error`)."""
+        highest = min(self.rate, self.rate_per_error * error)
+        return [
+            highest
+            * min(1.0, (step + 1) / self.warm_up)
+            * 0.5
+            * (1 + math.cos(math.pi * step / self.steps))
+            for step in range(self.steps)
+        ]
 
 
 def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Return |output - target|^2 / |target|^2 of each token, averaged, in float32.
+    """Return |output - target| / |target| of each token, averaged, in float32.
 
     Relative to each token: the first tokens of a window have a thousand times the energy of the
     others and would be all that counts.
@@ -64,14 +75,14 @@ def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     target = target_BTD.float()
     difference = output_BTD.float() - target
     energy = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return (difference.square().sum(-1) / energy).mean()
+    return (difference.square().sum(-1) / energy + _LEAST_SQUARE).sqrt().mean()
 
 
 def train_block(
     module: nn.Module,
     call: BlockCall,
     batches: Iterator[tuple[Tensor, Tensor]],
-    training: LocalTraining,
+    rates: Sequence[float],
     dtype: torch.dtype,
     on_step: Callable[[int], object] = lambda step: None,
 ) -> bool:
@@ -81,7 +92,7 @@ def train_block(
         module: the block, in float32; parameters that require gradients are trained.
         call: how the model calls it, for training.
         batches: input and target hidden states, BTD, without end.
-        training: how.
+        rates: learning rate of each step, as a part of the root mean square of each tensor.
         dtype: what the block will compute in; products are in bfloat16 if this is.
         on_step: is called with the number of each step, from 0.
 
@@ -91,10 +102,10 @@ def train_block(
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     sizes = [max(_LEAST_SIZE, float(p.detach().square().mean().sqrt())) for p in trained]
     optimizer = torch.optim.Adam([{"params": [p]} for p in trained], betas=(0.9, 0.99))
-    for step in range(training.steps):
+    for step, rate in enumerate(rates):
         input_BTD, target_BTD = next(batches)
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"] = training.rate_at(step) * size
+            group["lr"] = rate * size
         with torch.autocast(input_BTD.device.type, torch.bfloat16, dtype == torch.bfloat16):
             output_BTD = call(module, input_BTD.float())
         loss = token_error(output_BTD, target_BTD)

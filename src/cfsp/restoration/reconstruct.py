@@ -223,7 +223,7 @@ class _Reconstruction:
                 f"block {block.index} produced NaN or infinite activations; "
                 "prune with --dtype float32 or bfloat16"
             )
-        trained, after, file = self._train(block, module), None, None
+        trained, after, file = self._train(block, module, self.training.rates(before)), None, None
         if trained is not None:
             self._fill(module, block, trained)
             after = self._held_out_error(block, module)
@@ -252,9 +252,11 @@ class _Reconstruction:
             errors.append(float(token_error(call(module, input_BTD), target_BTD)))
         return sum(errors) / len(errors)
 
-    def _train(self, block: StreamedBlock, module: nn.Module) -> dict[str, Tensor] | None:
+    def _train(
+        self, block: StreamedBlock, module: nn.Module, rates: Sequence[float]
+    ) -> dict[str, Tensor] | None:
         """Return the trained tensors in their stored dtypes; None if training diverged."""
-        steps, tokens = self.training.steps, self.streams.tokens
+        steps, tokens = len(rates), self.streams.tokens
         prefix = self.pruned.family.block_prefix(block.index)
 
         def on_step(step: int) -> None:
@@ -269,7 +271,7 @@ class _Reconstruction:
                 parameter.requires_grad_(True)
             call = block.call(self.streams.batch).for_training()
             batches = self._batches(block)
-            if not train_block(module, call, batches, self.training, self.dtype, on_step):
+            if not train_block(module, call, batches, rates, self.dtype, on_step):
                 return None
             return {
                 name: parameter.detach().to(self.pruned.specs[name].dtype)
