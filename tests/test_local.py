@@ -24,6 +24,7 @@ from cfsp.manifest import read_manifest
 from cfsp.pipeline import prune_model
 from cfsp.restoration import reconstruct
 from cfsp.restoration.local_training import LocalTraining, token_error, train_block
+from cfsp.restoration.two_streams import TwoStreams
 from cfsp.settings import CalibrationText, PruneSettings
 from cfsp.text.windows import draw_windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model
@@ -250,3 +251,16 @@ def test_steps_without_local_are_refused(
     argv = ["prune", str(tiny_checkpoint("llama")), *text, "--local-steps", "4"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert "--local-steps belongs to --restore local" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (64, 2), (65, 8), (33, 5)])
+def test_every_window_is_trained_on_or_held_out(windows: int, asked: int) -> None:
+    streams = TwoStreams.of(torch.zeros(windows, 16, dtype=torch.int64), asked)
+    assert windows - streams.batch < streams.windows <= windows
+    assert streams.held_out
+    assert streams.trained
+    held_out = [i for batch in streams.held_out for i in range(windows)[batch]]
+    assert sorted(held_out + streams.trained) == list(range(streams.windows))
+    pruned = [i for batch in streams.dense for i in range(2 * windows)[streams.pruned(batch)]]
+    assert pruned == list(range(streams.windows, 2 * streams.windows))
+    assert streams.tokens == 2 * streams.windows * 16

@@ -217,6 +217,12 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield data.view(torch.uint8).numpy().data
 
 
+def outgoing_tensor(name: str, tensor: Tensor) -> OutgoingTensor:
+    """Return a tensor in memory as one to be written."""
+    spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+    return OutgoingTensor(name, spec, lambda: tensor_chunks(tensor))
+
+
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
     """Write tensors one after another and return the file's SHA-256 as hex.
 

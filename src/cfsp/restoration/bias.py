@@ -17,13 +17,7 @@ from torch import Tensor
 
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.checkpoint.tensor_file import (
-    OutgoingTensor,
-    TensorFile,
-    TensorSpec,
-    tensor_chunks,
-    write_tensor_file,
-)
+from cfsp.checkpoint.tensor_file import TensorFile, outgoing_tensor, write_tensor_file
 from cfsp.errors import UnsupportedModelError
 from cfsp.pruning_plan import BlockPlan, PruningPlan
 
@@ -62,7 +56,7 @@ def compensate(
             own_D = source.read(name)
             dtype = own_D.dtype
             bias_D = bias_D + own_D.double().cpu()
-        outgoing.append(_outgoing(name, bias_D.to(dtype)))
+        outgoing.append(outgoing_tensor(name, bias_D.to(dtype)))
     write_tensor_file(path, outgoing)
     return TensorFile(path)
 
@@ -73,8 +67,3 @@ def lost_mean(down_DF: Tensor, entry: BlockPlan, statistics: BlockStatistics) ->
     pruned_F[torch.tensor(entry.kept)] = False
     lost_D: Tensor = down_DF[:, pruned_F].double().cpu() @ statistics.mean_F.cpu()[pruned_F]
     return lost_D
-
-
-def _outgoing(name: str, tensor: Tensor) -> OutgoingTensor:
-    spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-    return OutgoingTensor(name, spec, lambda: tensor_chunks(tensor))

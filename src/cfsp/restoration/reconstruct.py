@@ -6,8 +6,7 @@ dense stream holds after this block, so that it also corrects the drift that it 
 memory are both streams, one dense block (and the next, which is read meanwhile) and one pruned
 block with its optimizer. There is no backward pass through more than one block.
 
-Shapes: N windows, B windows in a batch, T tokens, D hidden. Of the 2 N windows of the pass the
-first N are the dense stream, the others the pruned.
+Shapes: N windows, B windows in a batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -27,15 +26,10 @@ from cfsp.calibration.block_pass import pass_blocks
 from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, read_tensors, unload
-from cfsp.checkpoint.tensor_file import (
-    OutgoingTensor,
-    TensorFile,
-    TensorSpec,
-    tensor_chunks,
-    write_tensor_file,
-)
+from cfsp.checkpoint.tensor_file import TensorFile, outgoing_tensor, write_tensor_file
 from cfsp.errors import CalibrationError, TextError, UnsupportedModelError
 from cfsp.restoration.local_training import LocalTraining, token_error, train_block
+from cfsp.restoration.two_streams import TwoStreams
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -44,8 +38,7 @@ if TYPE_CHECKING:
 
 PASS_NAME = "reconstruct"
 
-_HELD_OUT_STRIDE = 8
-_SEED_STRIDE = 1_000_003
+_MOST_SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class ReconstructedBlock:
 
     Attributes:
         error_before: of the block as it was before.
-        error_after: after training; None if training diverged.
+        error_after: after training; None if that was no number.
         steps: of training.
         file: holds the trained tensors under their names in the model; None if the block was no
             better for training and stays as it was.
@@ -72,55 +65,6 @@ class ReconstructedBlock:
         """Return the errors, the steps, and whether the block was better for them."""
         fields = {"error_before": self.error_before, "error_after": self.error_after}
         return {**fields, "steps": self.steps, "is_better": self.file is not None}
-
-
-@dataclass(frozen=True)
-class _Streams:
-    """Which windows of a pass over two streams are what.
-
-    Attributes:
-        windows: N.
-        seqlen: T.
-        batch: B, a divisor of N.
-    """
-
-    windows: int
-    seqlen: int
-    batch: int
-
-    @staticmethod
-    def of(tokens_NT: Tensor, asked: int) -> _Streams:
-        """Return streams of whole batches; the last windows may be left over."""
-        count, seqlen = tokens_NT.shape
-        batch = max(1, min(asked, count // _HELD_OUT_STRIDE))
-        return _Streams(count // batch * batch, seqlen, batch)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of both streams."""
-        return 2 * self.windows * self.seqlen
-
-    @property
-    def dense(self) -> list[slice]:
-        """The batches of the dense stream."""
-        return [slice(i, i + self.batch) for i in range(0, self.windows, self.batch)]
-
-    def pruned(self, dense: slice) -> slice:
-        """Return where the pruned stream has the windows of a batch of the dense stream."""
-        return slice(self.windows + dense.start, self.windows + dense.stop)
-
-    @property
-    def held_out(self) -> list[slice]:
-        """Batches of the dense stream that training does not see: every eighth."""
-        batches = self.dense
-        stride = min(_HELD_OUT_STRIDE, len(batches))
-        return batches[stride - 1 :: stride]
-
-    @property
-    def trained(self) -> list[int]:
-        """Windows of the dense stream that training sees."""
-        held_out = {i for batch in self.held_out for i in range(batch.start, batch.stop)}
-        return [i for i in range(self.windows) if i not in held_out]
 
 
 def check_can_reconstruct(source: WeightSource) -> None:
@@ -172,7 +116,7 @@ def reconstruct_blocks(
             "reconstruction needs at least 2 windows, one of them held out, found 1; "
             "give more --samples, or --restore none"
         )
-    streams = _Streams.of(tokens_NT, max(1, training.tokens // tokens_NT.shape[1]))
+    streams = TwoStreams.of(tokens_NT, max(1, training.tokens // tokens_NT.shape[1]))
     own_NT = tokens_NT[: streams.windows]
     skeleton = build_skeleton(pruned.config, dtype)
     work = _Reconstruction(
@@ -205,7 +149,7 @@ class _Reconstruction:
 
     pruned: PrunedSource
     modules: nn.ModuleList
-    streams: _Streams
+    streams: TwoStreams
     training: LocalTraining
     dtype: torch.dtype
     seed: int
@@ -226,7 +170,8 @@ class _Reconstruction:
         trained, after, file = self._train(block, module, self.training.rates(before)), None, None
         if trained is not None:
             self._fill(module, block, trained)
-            after = self._held_out_error(block, module)
+            error = self._held_out_error(block, module)
+            after = error if math.isfinite(error) else None
         if trained is not None and after is not None and after < before:
             file = _write(_tensor_path(self.directory, block.index), trained)
         else:
@@ -291,7 +236,7 @@ class _Reconstruction:
 
     def _batches(self, block: StreamedBlock) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield input and target of random windows, every window once before any again."""
-        generator = torch.Generator().manual_seed(self.seed * _SEED_STRIDE + block.index)
+        generator = torch.Generator().manual_seed((self.seed + block.index) % _MOST_SEEDS)
         windows = self.streams.trained
         left: list[int] = []
         while True:
@@ -327,11 +272,7 @@ def _tensor_path(directory: Path, block: int) -> Path:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
-    def outgoing(name: str, tensor: Tensor) -> OutgoingTensor:
-        spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-        return OutgoingTensor(name, spec, lambda: tensor_chunks(tensor))
-
-    write_tensor_file(path, [outgoing(name, tensor) for name, tensor in tensors.items()])
+    write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
     return TensorFile(path)
 
 

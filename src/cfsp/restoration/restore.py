@@ -32,13 +32,7 @@ from cfsp.calibration.calibrate import (
 )
 from cfsp.calibration.statistics import BlockStatistics
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.tensor_file import (
-    OutgoingTensor,
-    TensorFile,
-    TensorSpec,
-    tensor_chunks,
-    write_tensor_file,
-)
+from cfsp.checkpoint.tensor_file import TensorFile, outgoing_tensor, write_tensor_file
 from cfsp.errors import TextError
 from cfsp.restoration.observation import Observation
 from cfsp.restoration.ridge import leave_as_it_is, restore_down_projection
@@ -224,7 +218,7 @@ def _restore(
             solution = restore_down_projection(down_DF, own, gram_FF, held_out_RF)
         errors = solution.error_before, solution.error_after
         repairs.append(Repair(solution.ridge, *errors, solution.energy, few))
-        outgoing.append(_outgoing(name, family.turned(solution.down_DK).contiguous()))
+        outgoing.append(outgoing_tensor(name, family.turned(solution.down_DK).contiguous()))
     path = _tensor_path(directory, block.index)
     write_tensor_file(path, outgoing)
     return RestoredBlock(statistics, kept, tuple(repairs), TensorFile(path))
@@ -243,8 +237,3 @@ def warn_of_unrepaired(restored: Sequence[RestoredBlock]) -> None:
             f"{LEAST_HELD_OUT} in the held-out windows: {'; '.join(few)}",
             file=sys.stderr,
         )
-
-
-def _outgoing(name: str, tensor: Tensor) -> OutgoingTensor:
-    spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-    return OutgoingTensor(name, spec, lambda: tensor_chunks(tensor))
