@@ -64,16 +64,13 @@ def test_widths_follow_the_measured_sensitivity(
     assert report.plan.criterion["clamp"] == "water-fill"
 
 
-@pytest.mark.parametrize("restore", ["none", "ridge"])
 def test_a_search_is_written_down_and_lowers_the_divergence(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     tokenizer: Any,
     settings: PruneSettings,
-    restore: Restore,
 ) -> None:
     source = Checkpoint(tiny_checkpoint("llama"))
-    settings = replace(settings, restore=restore)
     plain = prune_checkpoint(source, tmp_path / "plain", settings)
     settings = replace(settings, search_rounds=3)
     report = prune_checkpoint(source, tmp_path / "searched", settings)
@@ -82,8 +79,6 @@ def test_a_search_is_written_down_and_lowers_the_divergence(
     assert search["after"] <= search["before"]
     assert 1 <= len(search["rounds"]) <= 3
     assert sum(report.intermediate_sizes) == sum(plain.intermediate_sizes)
-    if restore == "ridge":
-        return  # channels were then chosen again, from all windows
     windows = settings.text.draw(tokenizer).tokens_NT
     model = load(source.directory)
     with torch.inference_mode():
@@ -95,6 +90,11 @@ def test_a_search_is_written_down_and_lowers_the_divergence(
             with masked_channels(model, dict(enumerate(plan.kept_channels))):
                 divergence = sum(one.divergence(model) for one in held_out) / len(held_out)
             assert divergence == pytest.approx(search[expected], rel=1e-5)
+
+
+def test_a_search_is_refused_with_repair(settings: PruneSettings) -> None:
+    with pytest.raises(UsageError, match="with --restore ridge they measure worse"):
+        replace(settings, search_rounds=1, restore="ridge")
 
 
 def test_a_model_in_memory_is_searched_as_it_is(tokenizer: Any, settings: PruneSettings) -> None:
@@ -211,5 +211,17 @@ def test_the_command_line_measures_once_and_plans_without_the_model(
     assert "--plan and --search exclude each other" in error
     error = run("prune", model, *budget, "--search", -1, "--out", out, status=2)
     assert "--search must be 0 or more rounds, found -1" in error
-    run("prune", model, *budget, *text, "--search", 1, "--dry-run", "--out", out)
+    run(
+        "prune",
+        model,
+        *budget,
+        *text,
+        "--search",
+        1,
+        "--restore",
+        "none",
+        "--dry-run",
+        "--out",
+        out,
+    )
     assert len(PruningPlan.load(out / PLAN_FILE).criterion["search"]["rounds"]) == 1

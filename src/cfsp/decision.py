@@ -172,7 +172,6 @@ def decide_and_restore(
     coarse = calibrate_windows(source, few, engine, seed, place, "coarse pass")
     coarse = with_sensitivity(source, coarse, windows, criterion, engine)
     widths = plan_widths(source, coarse, budget, criterion)
-    widths = searched(source, widths, coarse, windows, settings, engine)
     restored = _restore(
         source,
         windows,

@@ -157,6 +157,7 @@ class PruneSettings:
             nothing.
         local: how `local` trains.
         search_rounds: rounds of the search for better widths (see `cfsp.width_search`); 0 for none.
+            Not with repair: what is best before it is not best after it (LOG.md).
     """
 
     budget: Budget
@@ -166,6 +167,15 @@ class PruneSettings:
     restore: Restore = DEFAULT_RESTORE
     local: LocalTraining = field(default_factory=LocalTraining)
     search_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.search_rounds < 0:
+            raise UsageError(f"--search must be 0 or more rounds, found {self.search_rounds}")
+        if self.search_rounds and self.restore in ("ridge", "local"):
+            raise UsageError(
+                f"--search finds widths for a model that is not repaired, and with --restore "
+                f"{self.restore} they measure worse; give --restore none, or no --search"
+            )
 
     def without_restoration(self) -> PruneSettings:
         """Return the same settings, without repair."""

@@ -40,9 +40,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         type=int,
         default=0,
         metavar="ROUNDS",
-        help="before repair, shift width between blocks while that brings the predictions nearer "
-        "to the dense model's; a round costs about one forward pass over a few windows for every "
-        "block, with the whole model in memory (default: 0)",
+        help="with --restore none or bias: shift width between blocks while that brings the "
+        "predictions nearer to the dense model's; a round costs about one forward pass over a few "
+        "windows for every block, with the whole model in memory (default: 0)",
     )
     group.add_argument(
         "--restore",
@@ -103,8 +103,6 @@ def run(args: argparse.Namespace) -> None:
             "--max-loss-increase with --statistics needs a --held-out text: which windows were "
             "calibrated on before is not known"
         )
-    if args.search < 0:
-        raise UsageError(f"--search must be 0 or more rounds, found {args.search}")
     if args.plan and args.search:
         raise UsageError("--plan and --search exclude each other: a plan has its widths")
     if args.dry_run and args.recover is not None:
