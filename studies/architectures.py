@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of_texts("architectures", __doc__.splitlines()[0])
     size = Size()
-    parser.set_defaults(seqlen=size.seqlen, samples=32, windows=12)
+    parser.set_defaults(seqlen=size.seqlen, samples=64, windows=48)
     parser.add_argument("--models", type=Path, required=True, help="where trained models are kept")
     parser.add_argument(
         "--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
