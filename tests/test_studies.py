@@ -130,7 +130,10 @@ def test_parts_of_a_calibration_add_up(
     whole = calibrate_source(subject.source, subject.tokenizer, text, Compute())
     sums = stability.added(stability.one_by_one(subject, text))
     for block, expected in zip(sums.blocks, whole.blocks, strict=True):
-        torch.testing.assert_close(block.sum_of_squares_F, expected.sum_of_squares_F)
+        # Batches of another size round differently.
+        torch.testing.assert_close(
+            block.sum_of_squares_F, expected.sum_of_squares_F, rtol=1e-5, atol=1e-5
+        )
         assert block.distances == pytest.approx(expected.distances)
     plan = subject.plan(whole, 0.5)
     assert stability.overlap(plan, plan) == 1
