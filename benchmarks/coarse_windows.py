@@ -17,9 +17,9 @@ from statistics import fmean
 from cfsp.allocation import Budget
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.decision import calibrate_windows
 from cfsp.planning import BlockWidths, Criterion, plan_widths
 from cfsp.settings import CalibrationText, Compute
+from cfsp.stages import calibrate_windows
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 

@@ -20,9 +20,9 @@ from itertools import combinations
 from statistics import fmean
 
 from cfsp.calibration.statistics import BlockStatistics, Statistics
-from cfsp.decision import calibrate_windows
 from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute
+from cfsp.stages import calibrate_windows
 from conditions import opened, parser_of_model
 from results import Results, table
 from subject import Subject, label

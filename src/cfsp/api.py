@@ -11,7 +11,6 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.comparison import evaluate_models
-from cfsp.decision import plan_from_statistics
 from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
@@ -26,6 +25,7 @@ from cfsp.settings import (
     PruneSettings,
     Restore,
 )
+from cfsp.stages import plan_from_statistics
 from cfsp.targets.goals import Goal
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN

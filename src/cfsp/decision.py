@@ -16,23 +16,18 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from cfsp.allocation import channels_to_keep
-from cfsp.calibration.calibrate import calibrate, calibration_record
+from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.checkpoint.tensor_file import TensorFile
-from cfsp.importance.coarse import SENSITIVITY_METRICS
 from cfsp.planning import (
-    BlockWidths,
-    Criterion,
     assemble_plan,
     check_statistics_fit,
     choose_channels,
-    make_plan,
     model_size,
     plan_widths,
     warn_of_few_tokens,
 )
-from cfsp.progress import item_progress
 from cfsp.pruning_plan import PruningPlan
 from cfsp.restoration.bias import check_can_compensate, compensate
 from cfsp.restoration.reconstruct import (
@@ -41,11 +36,11 @@ from cfsp.restoration.reconstruct import (
     reconstruct_blocks,
 )
 from cfsp.restoration.restore import ChooseChannels, RestoredBlock, restore_blocks
+from cfsp.stages import calibrate_windows, few_windows, plan_from_statistics, with_sensitivity
 from cfsp.surgery import PrunedSource
-from cfsp.whole_model import measure_sensitivity, searched
+from cfsp.whole_model import searched
 
 if TYPE_CHECKING:
-    from cfsp.allocation import Budget
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.manifest import Stopwatch
     from cfsp.settings import Engine, PruneSettings
@@ -54,10 +49,6 @@ if TYPE_CHECKING:
 
 # Angular distance settles with little text; benchmarks/coarse_windows.py shows how little.
 COARSE_WINDOWS = 8
-
-# The divergence of a pruned block has little noise (LOG.md), and each window costs half a forward
-# pass for every block.
-SENSITIVITY_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -127,23 +118,7 @@ def decide(
         with watch.stage("plan"):
             plan = _plan(source, statistics, draw, settings, engine)
     if settings.restore in ("none", "bias"):
-        if statistics is None and (plan is None or settings.restore == "bias"):
-            with watch.stage("calibrate"):
-                statistics = calibrate_windows(source, draw(), engine, settings.text.seed, place)
-            if plan is None:
-                statistics = with_sensitivity(
-                    source, statistics, draw(), settings.criterion, engine
-                )
-        if plan is None:
-            assert statistics is not None
-            with watch.stage("plan"):
-                plan = _plan(source, statistics, draw, settings, engine)
-        if settings.restore == "none":
-            return Decision(plan, statistics)
-        assert statistics is not None
-        with watch.stage("compensate"):
-            path = place.directory_of("compensate") / "biases.safetensors"
-            return Decision(plan, statistics, biases=compensate(source, plan, statistics, path))
+        return _without_gram(source, draw, settings, place, watch, statistics, plan)
     windows = draw()
     if plan is None:
         with watch.stage("calibrate and restore"):
@@ -157,6 +132,34 @@ def decide(
         return decision
     with watch.stage("reconstruct"):
         return _reconstruct(source, decision, windows, settings, place)
+
+
+def _without_gram(
+    source: WeightSource,
+    draw: Callable[[], Windows],
+    settings: PruneSettings,
+    place: Workplace,
+    watch: Stopwatch,
+    statistics: Statistics | None,
+    plan: PruningPlan | None,
+) -> Decision:
+    """Decide where nothing is repaired, or means at most: statistics say it all."""
+    engine = settings.compute.engine(source)
+    if statistics is None and (plan is None or settings.restore == "bias"):
+        with watch.stage("calibrate"):
+            statistics = calibrate_windows(source, draw(), engine, settings.text.seed, place)
+        if plan is None:
+            statistics = with_sensitivity(source, statistics, draw(), settings.criterion, engine)
+    if plan is None:
+        assert statistics is not None
+        with watch.stage("plan"):
+            plan = _plan(source, statistics, draw, settings, engine)
+    if settings.restore == "none":
+        return Decision(plan, statistics)
+    assert statistics is not None
+    with watch.stage("compensate"):
+        path = place.directory_of("compensate") / "biases.safetensors"
+        return Decision(plan, statistics, biases=compensate(source, plan, statistics, path))
 
 
 def decide_and_restore(
@@ -192,21 +195,6 @@ def decide_and_restore(
     return Decision(plan, statistics, restored)
 
 
-def with_sensitivity(
-    source: WeightSource,
-    statistics: Statistics,
-    windows: Windows,
-    criterion: Criterion,
-    engine: Engine,
-) -> Statistics:
-    """Measure the sensitivity of blocks on a few windows, if the criterion takes it."""
-    if criterion.block_metric not in SENSITIVITY_METRICS:
-        return statistics
-    few = few_windows(windows, SENSITIVITY_WINDOWS)
-    found = measure_sensitivity(source, statistics, few, criterion, engine)
-    return replace(statistics, sensitivity=found)
-
-
 def _plan(
     source: WeightSource,
     statistics: Statistics,
@@ -222,47 +210,6 @@ def _plan(
     widths = plan_widths(source, statistics, budget, criterion)
     widths = searched(source, widths, statistics, draw(), settings, engine)
     return plan_from_statistics(source, statistics, budget, criterion, widths)
-
-
-def plan_from_statistics(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: Budget,
-    criterion: Criterion,
-    widths: BlockWidths | None = None,
-) -> PruningPlan:
-    """Make a plan from statistics, showing progress; see `make_plan`."""
-    with item_progress("plan", source.config.num_hidden_layers, "block") as bar:
-        plan = make_plan(source, statistics, budget, criterion, on_block=bar.update, widths=widths)
-    warn_of_few_tokens(plan)
-    return plan
-
-
-def calibrate_windows(
-    source: WeightSource,
-    windows: Windows,
-    engine: Engine,
-    seed: int,
-    place: Workplace | None = None,
-    name: str = "calibrate",
-) -> Statistics:
-    """Run the windows through the model once; see `calibrate`."""
-    return calibrate(
-        source,
-        windows,
-        device=engine.device,
-        dtype=engine.dtype,
-        seed=seed,
-        batch_windows=engine.batch_windows,
-        place=place,
-        name=name,
-    )
-
-
-def few_windows(windows: Windows, count: int) -> Windows:
-    """Return at most `count` windows, spread over all, so that every text has its share."""
-    stride = max(1, len(windows.tokens_NT) // count)
-    return replace(windows, tokens_NT=windows.tokens_NT[::stride][:count])
 
 
 def _restore(

@@ -27,7 +27,7 @@ from cfsp.checkpoint.output import (
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.comparison import before_and_after
-from cfsp.decision import Decision, calibrate_windows, decide, with_sensitivity
+from cfsp.decision import Decision, decide
 from cfsp.importance.coarse import SENSITIVITY
 from cfsp.in_memory import build_pruned_model
 from cfsp.manifest import (
@@ -43,6 +43,7 @@ from cfsp.processes import Team
 from cfsp.prune_report import PruneReport, prune_report
 from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.stages import calibrate_windows, with_sensitivity
 from cfsp.surgery import added_specs, write_pruned_weights
 from cfsp.targets.goals import Goal, MaxLossIncrease
 from cfsp.targets.loss import loss_increase_of

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.allocation import Budget
 from cfsp.checkpoint.output import write_atomically
-from cfsp.decision import calibrate_windows, plan_from_statistics, with_sensitivity
 from cfsp.manifest import Stopwatch
 from cfsp.planning import check_statistics_fit, model_size
+from cfsp.stages import calibrate_windows, plan_from_statistics, with_sensitivity
 from cfsp.targets.goals import Goal, MaxLossIncrease, TargetParameters
 from cfsp.targets.loss import held_out_windows, resolve_loss
 from cfsp.targets.resolution import Resolution
