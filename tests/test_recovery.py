@@ -27,7 +27,8 @@ from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import Distillation
 from cfsp.recovery.model_loss import multiplies_only
 from cfsp.recovery.ranks import RANK_ALLOCATIONS, allocate_ranks
-from cfsp.recovery.recover import RecoverReport, recover_checkpoint
+from cfsp.recovery.recover import recover_checkpoint
+from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
 from cfsp.recovery.teacher import TeacherChoice

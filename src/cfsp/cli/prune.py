@@ -16,7 +16,7 @@ from cfsp.processes import process_count
 
 if TYPE_CHECKING:
     from cfsp.prune_report import PruneReport
-    from cfsp.recovery.recover import RecoverReport
+    from cfsp.recovery.recover_report import RecoverReport
     from cfsp.recovery.settings import Training
     from cfsp.settings import PruneSettings
 

@@ -11,7 +11,7 @@ from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.processes import is_first_process
 
 if TYPE_CHECKING:
-    from cfsp.recovery.recover import RecoverReport
+    from cfsp.recovery.recover_report import RecoverReport
     from cfsp.recovery.settings import Training
     from cfsp.recovery.teacher import TeacherChoice
 

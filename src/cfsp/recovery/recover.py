@@ -28,12 +28,13 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.comparison import before_and_after
 from cfsp.errors import UsageError
 from cfsp.loading import compute_device
-from cfsp.manifest import Stopwatch, peak_rss_bytes, versions
+from cfsp.manifest import Stopwatch, versions
 from cfsp.processes import is_first_process
-from cfsp.recovery.adaptation import Adaptation, TrainableBlock, attach, merge
+from cfsp.recovery.adaptation import Adaptation, attach, merge
 from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import RecoveryText, read_text
-from cfsp.recovery.run import TrainingOutcome, load_to_train, train
+from cfsp.recovery.recover_report import RecoverReport, print_trainable, recover_report
+from cfsp.recovery.run import load_to_train, train
 from cfsp.recovery.settings import Training, with_learning_rate
 from cfsp.recovery.teacher import TeacherChoice, check_teacher, store_top_tokens
 from cfsp.recovery.workspace import Workspace
@@ -47,37 +48,6 @@ if TYPE_CHECKING:
     from cfsp.settings import EvaluationText
 
 ADAPTER_DIRECTORY = "adapter"
-
-
-@dataclass(frozen=True)
-class RecoverReport:
-    """What recovery did. Everything is also in the manifest.
-
-    Attributes:
-        trainable_parameters: in all.
-        blocks: rank and trainable parameters of each block.
-        steps: optimizer steps.
-        tokens_in_step: tokens of one step, over all processes.
-        tokens_per_second: of training, without evaluations.
-        history: held-out perplexity and loss at each evaluation.
-        best_step: the step whose weights were kept.
-        perplexity: text -> {"before", "after", "tokens"}, if it was measured.
-        seconds: stage -> seconds.
-        peak_rss_bytes: largest resident memory of the process.
-        out: the new checkpoint.
-    """
-
-    trainable_parameters: int
-    blocks: list[dict[str, int | None]]
-    steps: int
-    tokens_in_step: int
-    tokens_per_second: float
-    history: list[dict[str, float]]
-    best_step: int
-    perplexity: dict[str, dict[str, float]]
-    seconds: dict[str, float]
-    peak_rss_bytes: int
-    out: str
 
 
 def recover_checkpoint(
@@ -198,7 +168,7 @@ def _recover(request: _Request, workspace: Workspace) -> RecoverReport:
             distillation=teacher.distillation if teacher is not None else None,
         )
     if not is_first_process():
-        return _report(blocks, outcome, {}, watch, request.out)
+        return recover_report(blocks, outcome, {}, watch, request.out)
     del dense
     with staged_directory(request.out) as staging:
         with watch.stage("write"):
@@ -216,7 +186,7 @@ def _recover(request: _Request, workspace: Workspace) -> RecoverReport:
                 request.compute,
                 ("before", "after"),
             )
-        report = _report(blocks, outcome, measured, watch, request.out)
+        report = recover_report(blocks, outcome, measured, watch, request.out)
         write_record(source, staging, _facts(request, text, report), digests)
     workspace.remove()
     return report
@@ -246,19 +216,6 @@ def _check_launcher() -> None:
             "use DDP (torchrun, or accelerate launch without FSDP), and --method lora with "
             "--gradient-checkpointing if memory is short"
         )
-
-
-def print_trainable(blocks: Sequence[TrainableBlock]) -> None:
-    """Print rank and trainable parameters of every block on standard error."""
-    import sys
-
-    if not is_first_process():
-        return
-    total = sum(block.parameters for block in blocks)
-    for index, block in enumerate(blocks):
-        rank = f"rank {block.rank:3d}, " if block.rank is not None else ""
-        print(f"block {index:3d}: {rank}{block.parameters:12,d} trainable", file=sys.stderr)
-    print(f"all blocks: {total:,d} trainable parameters", file=sys.stderr)
 
 
 def _load(
@@ -335,21 +292,3 @@ def _peft_version() -> dict[str, str]:
         return {"peft": version("peft")}
     except ModuleNotFoundError:
         return {}
-
-
-def _report(
-    blocks: Sequence[TrainableBlock],
-    outcome: TrainingOutcome,
-    measured: dict[str, dict[str, float]],
-    watch: Stopwatch,
-    out: Path,
-) -> RecoverReport:
-    return RecoverReport(
-        trainable_parameters=sum(block.parameters for block in blocks),
-        blocks=[asdict(block) for block in blocks],
-        perplexity=measured,
-        seconds=dict(watch.seconds),
-        peak_rss_bytes=peak_rss_bytes(),
-        out=str(out),
-        **asdict(outcome),
-    )

@@ -1,0 +1,74 @@
+"""What a recovery did, as a value, and what it says of its blocks on the way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cfsp.manifest import Stopwatch, peak_rss_bytes
+from cfsp.processes import is_first_process
+from cfsp.recovery.adaptation import TrainableBlock
+from cfsp.recovery.run import TrainingOutcome
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What recovery did. Everything is also in the manifest.
+
+    Attributes:
+        trainable_parameters: in all.
+        blocks: rank and trainable parameters of each block.
+        steps: optimizer steps.
+        tokens_in_step: tokens of one step, over all processes.
+        tokens_per_second: of training, without evaluations.
+        history: held-out perplexity and loss at each evaluation.
+        best_step: the step whose weights were kept.
+        perplexity: text -> {"before", "after", "tokens"}, if it was measured.
+        seconds: stage -> seconds.
+        peak_rss_bytes: largest resident memory of the process.
+        out: the new checkpoint.
+    """
+
+    trainable_parameters: int
+    blocks: list[dict[str, int | None]]
+    steps: int
+    tokens_in_step: int
+    tokens_per_second: float
+    history: list[dict[str, float]]
+    best_step: int
+    perplexity: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    peak_rss_bytes: int
+    out: str
+
+
+def recover_report(
+    blocks: Sequence[TrainableBlock],
+    outcome: TrainingOutcome,
+    measured: dict[str, dict[str, float]],
+    watch: Stopwatch,
+    out: Path,
+) -> RecoverReport:
+    """Put together what a recovery did."""
+    return RecoverReport(
+        trainable_parameters=sum(block.parameters for block in blocks),
+        blocks=[asdict(block) for block in blocks],
+        perplexity=measured,
+        seconds=dict(watch.seconds),
+        peak_rss_bytes=peak_rss_bytes(),
+        out=str(out),
+        **asdict(outcome),
+    )
+
+
+def print_trainable(blocks: Sequence[TrainableBlock]) -> None:
+    """Print rank and trainable parameters of every block on standard error."""
+    if not is_first_process():
+        return
+    total = sum(block.parameters for block in blocks)
+    for index, block in enumerate(blocks):
+        rank = f"rank {block.rank:3d}, " if block.rank is not None else ""
+        print(f"block {index:3d}: {rank}{block.parameters:12,d} trainable", file=sys.stderr)
+    print(f"all blocks: {total:,d} trainable parameters", file=sys.stderr)
