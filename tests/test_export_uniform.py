@@ -37,7 +37,7 @@ def prune(
     return get
 
 
-@pytest.mark.parametrize("restore", ["none", "ridge"])
+@pytest.mark.parametrize("restore", ["none", "ridge", "local"])
 def test_same_size_equal_widths(
     prune: Callable[[Restore], Checkpoint], tmp_path: Path, restore: Restore
 ) -> None:
@@ -46,6 +46,7 @@ def test_same_size_equal_widths(
     report = export_checkpoint(source, "uniform", tmp_path / "uniform")
     assert report.layout == "LlamaForCausalLM, 3 blocks of 48 channels"
     assert "evaluate it" in report.notes[0]
+    assert len(report.notes) == (2 if restore == "local" else 1), report.notes
     copy = Checkpoint(tmp_path / "uniform")
     assert intermediate_sizes(copy.config) == [48, 48, 48]
     assert parameter_count(copy) == parameter_count(source)
@@ -54,7 +55,7 @@ def test_same_size_equal_widths(
     manifest = json.loads((tmp_path / "uniform" / "cfsp.json").read_text())
     assert manifest["out"] == str(tmp_path / "uniform")
     assert manifest["criterion"]["block_metric"] == "uniform"
-    assert bool(manifest["restoration"]) is (restore == "ridge")
+    assert bool(manifest["restoration"]) is (restore != "none")
     before, after = (
         PruningPlan.load(tmp_path / name / "cfsp_plan.json") for name in ("pruned", "uniform")
     )

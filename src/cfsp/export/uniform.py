@@ -35,12 +35,19 @@ _INSTEAD = "use --to padded, or prune the base model with --block-metric uniform
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a pruned checkpoint was made of."""
+    """What a pruned checkpoint was made of.
+
+    Attributes:
+        base: the model that was pruned.
+        plan: how.
+        statistics: of the calibration.
+        restoration: the method of its repair; None without.
+    """
 
     base: Checkpoint
     plan: PruningPlan
     statistics: Statistics
-    restored: bool
+    restoration: str | None
 
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
@@ -63,7 +70,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             calibration["seqlen"],
             calibration["seed"],
         ),
-        restore="ridge" if origin.restored else "none",
+        restore="none" if origin.restoration is None else "ridge",
     )
     report = prune_checkpoint(
         origin.base, out, settings, statistics=origin.statistics, command=options.command
@@ -75,12 +82,14 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         )
     _say_where_it_lies(out, options.destination)
     before, after = sum(widths), width * len(widths)
+    notes = [
+        f"pruned again from {origin.base.label}: {after:,} channels where {source.label} has "
+        f"{before:,}; it is another model, so evaluate it"
+    ]
+    if origin.restoration == "local":
+        notes.append("repaired by ridge: the local reconstruction of the source was not repeated")
     return Written(
-        f"{source.family.causal_lm}, {len(widths)} blocks of {width} channels",
-        (
-            f"pruned again from {origin.base.label}: {after:,} channels where {source.label} has "
-            f"{before:,}; it is another model, so evaluate it",
-        ),
+        f"{source.family.causal_lm}, {len(widths)} blocks of {width} channels", tuple(notes)
     )
 
 
@@ -137,7 +146,7 @@ def _origin(source: Checkpoint) -> _Origin:
         raise ExportError(
             f"the base model of {source.label} is needed to plan again: {error}; {_INSTEAD}"
         ) from error
-    return _Origin(base, plan, statistics, bool(manifest.get("restoration")))
+    return _Origin(base, plan, statistics, (manifest.get("restoration") or {}).get("method"))
 
 
 def _base_width(base: Checkpoint) -> int:
