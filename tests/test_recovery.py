@@ -399,6 +399,24 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, m
     assert recovery[1]["steps"] == 300
 
 
+def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
+    pruned, text_file, tmp_path, monkeypatch
+):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    expected = recover(pruned, whole, text_file)
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recover(pruned, out, text_file)
+    found = recover(pruned, out, text_file, resume=True)
+    assert (found.steps, found.best_step) == (expected.steps, expected.best_step)
+    assert found.history == expected.history
+    assert changed(whole, out) == set()
+
+
 def test_resume_refuses_other_settings(pruned, text_file, tmp_path):
     out = tmp_path / "out"
     work = Workspace(out)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from cfsp.progress import item_progress
 from cfsp.recovery.schedule import RunClock
@@ -36,6 +36,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self._loss = math.nan
         self._first_step = 0
         self._started = 0.0
+        self._tokens = 0
         self._evaluating = 0.0
 
     @property
@@ -45,15 +46,18 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar, and take up what an interrupted run reported."""
+        self.take_up(state)
+        if self._shown:
+            self._bar = item_progress("recover", _PARTS, "‰")
+
+    def take_up(self, state: TrainerState) -> None:
+        """Take up what an interrupted run reported."""
         self._first_step = state.global_step
         self._started = self._clock.elapsed
-        self._tokens = 0
         for entry in state.log_history:
             self._loss = entry.get("loss", self._loss)
             if "eval_loss" in entry:
                 self._note({**entry, "loss": self._loss})
-        if self._shown:
-            self._bar = item_progress("recover", _PARTS, "‰")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""

@@ -18,6 +18,7 @@ from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.model_loss import loss_inside
 from cfsp.recovery.schedule import ENDLESS_STEPS, RunClock
 from cfsp.recovery.settings import Training
+from cfsp.recovery.workspace import steps_done
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -97,7 +98,11 @@ def train(
             evaluations=training.evaluations,
             callbacks=[reporter, *callbacks],
         )
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if resume_from is not None and steps is not None and steps_done(resume_from) >= steps:
+            trainer.take_up_finished(resume_from)
+            reporter.take_up(trainer.state)
+        else:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return TrainingOutcome(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step or trainer.state.global_step,

@@ -11,18 +11,20 @@ Shapes: B windows, T tokens.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from cfsp.errors import RecoveryError
 from cfsp.recovery.loss import Distillation, TeacherTopK
 from cfsp.recovery.model_loss import ModelLoss
 from cfsp.recovery.schedule import RunClock, rate_factor
 from cfsp.recovery.teacher import LOG_PROB_FIELD, TOKEN_FIELD
+from cfsp.recovery.workspace import STATE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -75,6 +77,14 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._warm_up = warm_up
         self._teacher = teacher
         self._distillation = distillation
+
+    def take_up_finished(self, checkpoint: Path) -> None:
+        """Load the best weights of a run that was stopped after its last step, and its state.
+
+        The Trainer itself would train for one more step.
+        """
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self._load_best_model()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

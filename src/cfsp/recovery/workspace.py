@@ -19,7 +19,7 @@ from cfsp.errors import OutputError, RecoveryError
 from cfsp.manifest import MANIFEST_FILE
 
 _SETTINGS_FILE = "settings.json"
-_STATE_FILE = "trainer_state.json"
+STATE_FILE = "trainer_state.json"
 _PREFIX = "checkpoint-"
 
 
@@ -111,9 +111,15 @@ def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def steps_done(checkpoint: Path) -> int:
+    """Return how many steps a complete checkpoint has behind it."""
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
 def _complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True
