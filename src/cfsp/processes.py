@@ -7,6 +7,7 @@ Importing this does not import torch.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,4 +148,20 @@ def joined(device: torch.device, timeout: float) -> Iterator[Team]:
     try:
         yield team
     finally:
+        dist.destroy_process_group()
+
+
+def leave_processes() -> None:
+    """Leave the process group that a library has opened, before this process ends.
+
+    The threads of a group that is still open when the interpreter ends may abort the process;
+    torchrun then stops the others, which may be writing.
+    """
+    if process_count() == 1:
+        return
+    import torch.distributed as dist
+
+    # A trainer and its wrapped model refer to each other, and to the group.
+    gc.collect()
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
-from cfsp.processes import is_first_process
+from cfsp.processes import is_first_process, leave_processes
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
@@ -169,6 +169,7 @@ def run(args: argparse.Namespace) -> None:
         keep_adapter=args.keep_adapter,
         command=arguments.typed_command(),
     )
+    leave_processes()
     if not is_first_process():
         return
     if args.json:
