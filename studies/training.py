@@ -66,7 +66,7 @@ class Size:
     hidden: int = 64
     blocks: int = 8
     vocabulary: int = 512
-    tokens: int = 400_000
+    tokens: int = 2_000_000
     seqlen: int = 128
 
     @property
