@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.calibration.stand_in import StandIn, hidden_state, replaced
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -59,47 +61,36 @@ class AllBlocksRecordedError(Exception):
     """Stops the model's forward after its last block; nothing else raises it."""
 
 
-class _Recorder(nn.Module):
+class _Recorder(StandIn):
     def __init__(self, original: nn.Module, recording: Recording, is_last: bool) -> None:
-        super().__init__()
-        # Models read attributes off their blocks (attention_type, layer_idx) before calling them.
-        object.__setattr__(self, "_original", original)
+        super().__init__(original)
         self._recording = recording
         self._is_last = is_last
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_original"), name)
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden_BTD = hidden_state(args, kwargs)
         if "hidden_states" in kwargs:
-            hidden_BTD = kwargs.pop("hidden_states")
+            del kwargs["hidden_states"]
         else:
-            hidden_BTD, *rest = args
-            args = tuple(rest)
+            args = args[1:]
         if self._recording.embedded_BTD is None:
             self._recording.embedded_BTD = hidden_BTD
         self._recording.calls.append(BlockCall(args, kwargs))
         if self._is_last:
             raise AllBlocksRecordedError
-        assert isinstance(hidden_BTD, Tensor)
         return hidden_BTD
 
 
 @contextmanager
 def recorded_blocks(blocks: nn.ModuleList) -> Iterator[Recording]:
     """Replace the blocks by recorders; put them back afterwards."""
-    originals = list(blocks)
-    recording = Recording()
-    try:
-        for i, original in enumerate(originals):
-            blocks[i] = _Recorder(original, recording, is_last=i == len(originals) - 1)
+    recording, count = Recording(), len(blocks)
+
+    def recorder(index: int, original: nn.Module) -> nn.Module:
+        return _Recorder(original, recording, is_last=index == count - 1)
+
+    with replaced(blocks, count, recorder):
         yield recording
-    finally:
-        for i, original in enumerate(originals):
-            blocks[i] = original
 
 
 def record_calls(base_model: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor) -> Recording:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cfsp.calibration.stand_in import StandIn, hidden_state, replaced
+
 
 @contextmanager
 def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
@@ -21,7 +23,7 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
     entering_L: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entering_L.append(_hidden_state(args, kwargs))
+        entering_L.append(hidden_state(args, kwargs))
 
     with ExitStack() as stack:
         for block in blocks:
@@ -39,38 +41,20 @@ def resumed_at(blocks: nn.ModuleList, first: int, hidden_BTD: Tensor) -> Iterato
         first: index of the first block that computes.
         hidden_BTD: what enters it; of the tokens that the model is then called with.
     """
-    originals = list(blocks[:first])
-    try:
-        for index, original in enumerate(originals):
-            is_last = index == first - 1
-            blocks[index] = _StandIn(original, hidden_BTD if is_last else None)
+
+    def stand_in(index: int, original: nn.Module) -> nn.Module:
+        return _Given(original, hidden_BTD if index == first - 1 else None)
+
+    with replaced(blocks, first, stand_in):
         yield
-    finally:
-        for index, original in enumerate(originals):
-            blocks[index] = original
 
 
-class _StandIn(nn.Module):
-    """Takes a block's place and returns what is given, or what it is called with."""
+class _Given(StandIn):
+    """Returns what is given, or what it is called with."""
 
     def __init__(self, original: nn.Module, given_BTD: Tensor | None) -> None:
-        super().__init__()
-        # Models read attributes off their blocks (attention_type) before they call them.
-        object.__setattr__(self, "_original", original)
-        object.__setattr__(self, "_given_BTD", given_BTD)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_original"), name)
+        super().__init__(original)
+        self._given_BTD = given_BTD
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given_BTD: Tensor | None = object.__getattribute__(self, "_given_BTD")
-        return _hidden_state(args, kwargs) if given_BTD is None else given_BTD
-
-
-def _hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    assert isinstance(hidden_BTD, Tensor)
-    return hidden_BTD
+        return hidden_state(args, kwargs) if self._given_BTD is None else self._given_BTD

@@ -15,7 +15,10 @@ from cfsp.errors import UsageError
 from cfsp.processes import process_count
 
 if TYPE_CHECKING:
+    from cfsp.allocation import Budget
+    from cfsp.calibration.statistics import Statistics
     from cfsp.prune_report import PruneReport
+    from cfsp.pruning_plan import PruningPlan
     from cfsp.recovery.recover_report import RecoverReport
     from cfsp.recovery.settings import Training
     from cfsp.settings import PruneSettings
@@ -85,8 +88,12 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prune."""
+def check_together(args: argparse.Namespace) -> None:
+    """Check what can be told from the arguments alone.
+
+    Raises:
+        UsageError: some exclude each other, or one needs another.
+    """
     if process_count() > 1:
         raise UsageError(
             "prune runs in one process; under torchrun run `cfsp calibrate MODEL --out FILE`, "
@@ -108,38 +115,24 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
 
+
+def run(args: argparse.Namespace) -> None:
+    """Prune."""
+    check_together(args)
+
     from cfsp.allocation import Budget
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_output_is_free
     from cfsp.pipeline import prune_checkpoint
     from cfsp.pruning_plan import PruningPlan
-    from cfsp.restoration.local_training import LocalTraining
-    from cfsp.settings import CalibrationText, PruneSettings
 
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
     source = open_checkpoint(args.model, args.revision)
-    needs_means = args.restore == "bias" and not args.dry_run
-    passes_text = args.restore in ("ridge", "local") and not args.dry_run
-    needs_text = (
-        passes_text or args.search > 0 or (statistics is None and (plan is None or needs_means))
-    )
-    if args.local_steps is not None and args.restore != "local":
-        raise UsageError("--local-steps belongs to --restore local")
-    settings = PruneSettings(
-        budget=budget,
-        criterion=arguments.criterion(args),
-        text=arguments.calibration_text(args)
-        if needs_text
-        else CalibrationText(seqlen=args.seqlen),
-        compute=arguments.compute(args),
-        restore=args.restore,
-        search_rounds=args.search,
-        local=LocalTraining() if args.local_steps is None else LocalTraining(args.local_steps),
-    )
+    settings = _settings(args, budget, plan, statistics)
     pruned, training = args.out, None
     if args.recover is not None:
         training = _training(args)
@@ -168,6 +161,36 @@ def run(args: argparse.Namespace) -> None:
     if recovery is not None:
         print()
         recover.print_report(recovery)
+
+
+def _settings(
+    args: argparse.Namespace,
+    budget: Budget,
+    plan: PruningPlan | None,
+    statistics: Statistics | None,
+) -> PruneSettings:
+    """Return how to prune; the text is left out where none is needed."""
+    from cfsp.restoration.local_training import LocalTraining
+    from cfsp.settings import CalibrationText, PruneSettings
+
+    needs_means = args.restore == "bias" and not args.dry_run
+    passes_text = args.restore in ("ridge", "local") and not args.dry_run
+    needs_text = (
+        passes_text or args.search > 0 or (statistics is None and (plan is None or needs_means))
+    )
+    if args.local_steps is not None and args.restore != "local":
+        raise UsageError("--local-steps belongs to --restore local")
+    return PruneSettings(
+        budget=budget,
+        criterion=arguments.criterion(args),
+        text=arguments.calibration_text(args)
+        if needs_text
+        else CalibrationText(seqlen=args.seqlen),
+        compute=arguments.compute(args),
+        restore=args.restore,
+        search_rounds=args.search,
+        local=LocalTraining() if args.local_steps is None else LocalTraining(args.local_steps),
+    )
 
 
 def _training(args: argparse.Namespace) -> Training:
