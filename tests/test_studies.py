@@ -83,6 +83,31 @@ def test_scores(run: Callable[..., Any]) -> None:
     assert "study 3" in printed
 
 
+def test_scores_of_some_criteria(run: Callable[..., Any]) -> None:
+    chosen = ["--channels", "eq8", "--blocks", "euclidean", "--sparsity", "0.5", "--seeds", "2"]
+    rows, _ = run(scores, *chosen)
+    assert [(row["blocks"], row["channels"]) for row in rows[1:]] == 2 * [
+        ("angular", "relative"),
+        ("angular", "eq8"),
+        ("euclidean", "relative"),
+    ]
+
+
+def test_differences_are_those_of_the_same_seed() -> None:
+    common = {"sparsity": 0.5, "channels": "relative"}
+    rows = [
+        {**common, "seed": seed, "blocks": blocks, "text": value}
+        for seed, blocks, value in (
+            (0, "angular", 10.0),
+            (1, "angular", 20.0),
+            (0, "euclidean", 11.0),
+            (1, "euclidean", 18.0),
+        )
+    ]
+    found = [row["text"] for row in scores.above_default(rows, ["text"])]
+    assert found == pytest.approx([10.0, -10.0])
+
+
 def test_sparsity(run: Callable[..., Any]) -> None:
     rows, printed = run(sparsity, "--sparsity", "0.34", "0.67", "--repaired", "0.34")
     assert [row["restore"] for row in rows] == ["none", "none", "none", "ridge"]
