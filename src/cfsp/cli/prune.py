@@ -228,7 +228,8 @@ def _describe_restoration(restoration: dict[str, Any]) -> str:
     text = f"restored: FFN output error on held-out windows {before:.3f} -> {after:.3f}"
     if alone := restoration["left_alone"]:
         text += f"; blocks better left alone: {', '.join(map(str, alone))}"
-    if trained := [block["local"] for block in blocks if "local" in block]:
+    # Blocks that train together share one error, so not every block has its own.
+    if trained := [local for block in blocks if (local := block.get("local")) is not None]:
         before = fmean(block["error_before"] for block in trained)
         after = fmean(
             block["error_after"] if block["is_better"] else block["error_before"]

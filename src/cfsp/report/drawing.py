@@ -170,6 +170,24 @@ def mark(say: str, index: int, *parts: Markup) -> Markup:
     return element("g", *parts, class_="mark", data_index=index, data_say=say)
 
 
+def shift(x: float, y_before: float, y_after: float, radius: float) -> Markup:
+    """Return an open circle where a value was and a filled one where it is, joined by a line."""
+    return join(
+        [
+            element("line", class_="stick", x1=x, x2=x, y1=y_before, y2=y_after),
+            element("circle", class_="before", cx=x, cy=y_before, r=radius),
+            element("circle", class_="after", cx=x, cy=y_after, r=radius),
+        ]
+    )
+
+
+def cross(x: float, y: float, reach: float) -> Markup:
+    """Return two crossing lines, the mark of what was left alone."""
+    left, right, top, bottom = x - reach, x + reach, y - reach, y + reach
+    strokes = path([(left, top), (right, bottom)]) + path([(left, bottom), (right, top)])
+    return element("path", class_="alone", d=strokes)
+
+
 def drawing(width: float, height: float, label: str, *parts: Markup) -> Markup:
     """Return an SVG image with its alternative text."""
     return element(

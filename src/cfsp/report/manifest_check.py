@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,46 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
         for text, value in table.items():
             if not _has_numbers(value, "before", "after", "tokens"):
                 yield f"the perplexity on {text!r} lacks a number"
-    for block in (manifest.get("restoration") or {}).get("blocks", []):
+    blocks = (manifest.get("restoration") or {}).get("blocks", [])
+    if not isinstance(blocks, list):
+        yield "restoration's blocks should be a list"
+        return
+    for index, block in enumerate(blocks):
         if not _has_numbers(block, "error_before", "error_after") or "ridge" not in block:
             yield "an entry of restoration lacks a number"
+        elif block.get("local") is not None:
+            yield from _complaints_of_reconstruction(block["local"], index)
     for entry in recovery.get("history", []):
         if not _has_numbers(entry, "step", "perplexity"):
             yield "an entry of recovery's history lacks a number"
 
 
+def _complaints_of_reconstruction(entry: Any, index: int) -> Iterator[str]:
+    """Yield what is wrong with a block's entry under `local` (see `PruneReport`)."""
+    what = f"the local reconstruction of block {index}"
+    if not isinstance(entry, dict):
+        yield f"{what} should be a table"
+        return
+    better, steps = entry.get("is_better"), entry.get("steps", -1)
+    if not isinstance(better, bool):
+        yield f"{what} does not say whether the block is better for it"
+    if not _is_int(steps) or steps < 0:
+        yield f"{what} lacks its number of steps"
+    if not _is_error(entry.get("error_before")):
+        yield f"{what} lacks the error before it"
+    # Null is what training leaves that came to no number; such a block is not better for it.
+    after = entry.get("error_after", "missing")
+    if not _is_error(after) and (after is not None or better):
+        yield f"{what} lacks the error after it"
+
+
 def _has_numbers(entry: Any, *keys: str) -> bool:
     return isinstance(entry, dict) and all(_is_number(entry.get(key)) for key in keys)
+
+
+def _is_error(value: Any) -> bool:
+    """Whether a value can be drawn on a scale from zero; JSON as Python reads it has NaN too."""
+    return _is_number(value) and 0 <= value <= sys.float_info.max
 
 
 def _is_int(value: Any) -> bool:

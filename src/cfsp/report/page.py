@@ -22,6 +22,7 @@ from markupsafe import Markup
 from cfsp.report.chart import Chart
 from cfsp.report.method_chart import method_chart
 from cfsp.report.pareto_chart import pareto_chart
+from cfsp.report.reconstruction_chart import reconstruction_chart
 from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.reproduction import reproduction
 from cfsp.report.restoration_chart import restoration_chart
@@ -121,7 +122,13 @@ def page_file(name: str) -> str:
 
 
 def _charts(runs: Sequence[RunFacts], detailed: Sequence[RunFacts]) -> list[Chart]:
-    kinds = (method_chart, strength_chart, restoration_chart, recovery_chart)
+    kinds = (
+        method_chart,
+        strength_chart,
+        restoration_chart,
+        reconstruction_chart,
+        recovery_chart,
+    )
     charts = [pareto_chart(runs), *(kind(detailed) for kind in kinds)]
     return [chart for chart in charts if chart is not None]
 

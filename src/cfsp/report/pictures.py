@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from cfsp.errors import MissingExtraError
 from cfsp.report.chart import Chart
-from cfsp.report.drawing import WIDE, element, join
+from cfsp.report.drawing import WIDE, cross, element, join
 from cfsp.report.page import page_file
 
 _SCALE = 2.0
@@ -56,6 +56,8 @@ def _swatch(kind: str, x: float, y: float) -> Markup:
         return element("circle", class_=kind, cx=x, cy=y, r=4.5)
     if kind == "predicted":
         return element("line", class_=kind, x1=x - 6, x2=x + 6, y1=y, y2=y)
+    if kind == "alone":
+        return cross(x, y, 4.5)
     return element("rect", class_=kind, x=x - 6, y=y - 6, width=12, height=12, rx=2)
 
 

@@ -8,12 +8,7 @@ from markupsafe import Markup
 
 from cfsp.report.channels import energy_removed
 from cfsp.report.chart import Chart, Legend
-from cfsp.report.drawing import (
-    Bands,
-    element,
-    join,
-    scale_from_zero,
-)
+from cfsp.report.drawing import Bands, element, join, scale_from_zero, shift
 from cfsp.report.panels import (
     TITLE,
     Column,
@@ -91,11 +86,7 @@ def _error_panel(
     for i, block in enumerate(run.restored_blocks):
         before, after = float(block["error_before"]), float(block["error_after"])
         x = bands.middle(i)
-        parts = [
-            element("line", class_="stick", x1=x, x2=x, y1=scale(before), y2=scale(after)),
-            element("circle", class_="before", cx=x, cy=scale(before), r=radius),
-            element("circle", class_="after", cx=x, cy=scale(after), r=radius),
-        ]
+        parts = [shift(x, scale(before), scale(after), radius)]
         say = f"Block {i}: error {before:.4f}, repaired {after:.4f}"
         if block["ridge"] is None:
             say += ", left alone because repair did not help"

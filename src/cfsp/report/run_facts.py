@@ -81,6 +81,14 @@ class RunFacts:
         return blocks
 
     @property
+    def reconstructed_blocks(self) -> list[dict[str, Any] | None]:
+        """How local reconstruction of each block went, as the manifest has it under `local`.
+
+        None for a block that has no error of its own: blocks that train together share one.
+        """
+        return [block.get("local") for block in self.restored_blocks]
+
+    @property
     def recovery_history(self) -> list[dict[str, float]]:
         """Step, held-out perplexity and, where there is one, loss; empty without recovery."""
         history: list[dict[str, float]] = (self.manifest.get("recovery") or {}).get("history", [])
