@@ -16,14 +16,13 @@ from torch import nn
 import cfsp
 from cfsp.allocation import Budget
 from cfsp.calibration import pass_state
-from cfsp.calibration.call_recorder import BlockCall
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.manifest import read_manifest
 from cfsp.pipeline import prune_model
 from cfsp.restoration import reconstruct
-from cfsp.restoration.local_training import LocalTraining, token_error, train_block
+from cfsp.restoration.local_training import LocalTraining, token_error, train_blocks
 from cfsp.restoration.two_streams import TwoStreams
 from cfsp.settings import CalibrationText, PruneSettings
 from cfsp.text.windows import draw_windows
@@ -78,17 +77,19 @@ def test_training_reaches_a_target_that_can_be_reached() -> None:
     target = other(hidden).detach()
     before = float(token_error(module(hidden).detach(), target))
     rates = LocalTraining(steps=300, rate=0.5, rate_per_error=1.0).rates(before)
-    assert train_block(module, BlockCall((), {}), endless(hidden, target), rates, torch.float32)
+    trained = list(module.parameters())
+    assert train_blocks(module, trained, endless(hidden, target), token_error, rates, torch.float32)
     assert float(token_error(module(hidden).detach(), target)) < 0.01 * before
 
 
 def test_training_stops_at_a_loss_that_is_no_number() -> None:
     module, hidden = nn.Linear(4, 4), torch.randn(1, 3, 4)
     seen = []
-    converged = train_block(
+    converged = train_blocks(
         module,
-        BlockCall((), {}),
+        list(module.parameters()),
         endless(hidden, torch.full_like(hidden, torch.nan)),
+        token_error,
         [0.1] * 5,
         torch.float32,
         seen.append,
@@ -100,6 +101,17 @@ def test_training_stops_at_a_loss_that_is_no_number() -> None:
 def test_no_steps_are_refused() -> None:
     with pytest.raises(UsageError, match="--local-steps must be at least 1, found 0"):
         LocalTraining(steps=0)
+    with pytest.raises(UsageError, match="--local-blocks must be at least 1, found 0"):
+        LocalTraining(blocks=0)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 30, 100])
+def test_every_block_is_in_one_group(together: int) -> None:
+    groups = [LocalTraining(blocks=together).group_of(index, 30) for index in range(30)]
+    assert all(index in group for index, group in enumerate(groups))
+    distinct = sorted(set(groups), key=lambda group: group.start)
+    assert [index for group in distinct for index in group] == list(range(30))
+    assert all(len(group) == min(together, 30) for group in distinct[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +120,17 @@ def text(text_file: Path) -> list[str]:
             "--sparsity", "0.5"]  # fmt: skip
 
 
+# Three blocks: two and one.
+LOCAL = ["--restore", "local", "--local-steps", "40", "--local-blocks", "2"]
+
+
 @pytest.fixture(scope="module")
 def local(
     tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("local") / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "local"]
-    assert main([*argv, "--local-steps", "40", "--out", str(out)]) == 0
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--out", str(out)]
+    assert main(argv) == 0
     return out
 
 
@@ -132,10 +148,15 @@ def test_it_comes_closer_to_the_dense_model_than_ridge(
 ) -> None:
     blocks = read_manifest(local)["restoration"]["blocks"]
     assert len(blocks) == BLOCKS
-    for block in blocks:
+    assert ["local" in block for block in blocks] == [False, True, True]
+    assert [block["local"]["blocks"] for block in blocks[1:]] == [2, 1]
+    for block in blocks[1:]:
         assert block["local"]["is_better"]
         assert block["local"]["steps"] == 40
-        assert block["local"]["error_after"] < block["local"]["error_before"]
+    first, last = (block["local"] for block in blocks[1:])
+    assert first["error_after"] < first["error_before"]
+    assert "divergence_after" not in first
+    assert last["divergence_after"] < last["divergence_before"]
     tokens = torch.arange(64)[None] * 7 % 320
     dense, one, other = (
         cfsp.load(path)(tokens).logits.detach() for path in (tiny_checkpoint("llama"), local, ridge)
@@ -162,43 +183,43 @@ def test_a_block_that_training_worsens_stays_as_it_was(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(LocalTraining, "rates", lambda self, error: [100.0] * self.steps)
     out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "local"]
-    assert main([*argv, "--local-steps", "3", "--out", str(out)]) == 0
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--out", str(out)]
+    assert main(argv) == 0
     assert "blocks 0, 1, 2 stay as ridge left them" in capsys.readouterr().err
     trained, plain = Checkpoint(out), Checkpoint(ridge)
     assert all(torch.equal(trained.read(name), plain.read(name)) for name in plain.specs)
 
 
 @pytest.mark.parametrize("budget", [[], ["--memory-budget", "1KB"]], ids=["memory", "file"])
-@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("group", [0, 1])
 def test_interrupted_it_goes_on_and_gives_the_same_bits(
     local: Path,
     tiny_checkpoint: Checkpoints,
     text: list[str],
-    block: int,
+    group: int,
     budget: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, *budget, "--restore", "local"]
-    argv += ["--local-steps", "40", "--out", str(out)]
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *budget, *LOCAL, "--out", str(out)]
     calls = iter(range(BLOCKS))
 
     def interrupted(*args: Any, **kwargs: Any) -> bool:
-        if next(calls) == block:
+        if next(calls) == group:
             raise KeyboardInterrupt
-        return train_block(*args, **kwargs)
+        return train_blocks(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
-        patch.setattr(reconstruct, "train_block", interrupted)
+        patch.setattr(reconstruct, "train_blocks", interrupted)
         assert main(argv) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     assert main(argv) == 0
-    message = f"reconstruct: going on at block {block} of {BLOCKS}"
-    assert (message in capsys.readouterr().err) == (block > 0)
+    # Within a group too: the dense stream has passed its first block, the pruned waits before it.
+    message = f"reconstruct: going on at block {group + 1} of {BLOCKS}"
+    assert message in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 
@@ -224,10 +245,10 @@ def test_it_trains_models_of_16_bits(
     dtype: str, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "local", "--dtype", dtype]
-    assert main([*argv, "--local-steps", "40", "--out", str(out)]) == 0
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--dtype", dtype]
+    assert main([*argv, "--out", str(out)]) == 0
     blocks = read_manifest(out)["restoration"]["blocks"]
-    assert all(block["local"]["is_better"] for block in blocks)
+    assert all(block["local"]["is_better"] for block in blocks[1:])
 
 
 def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
@@ -242,15 +263,17 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
-def test_steps_without_local_are_refused(
+@pytest.mark.parametrize("option", ["--local-steps", "--local-blocks"])
+def test_options_of_local_without_it_are_refused(
+    option: str,
     tiny_checkpoint: Checkpoints,
     text: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--local-steps", "4"]
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, option, "4"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
-    assert "--local-steps belongs to --restore local" in capsys.readouterr().err
+    assert f"{option} belongs to --restore local" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (64, 2), (65, 8), (33, 5)])

@@ -16,7 +16,7 @@ from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
 from cfsp.prune_report import PruneReport
 from cfsp.pruning_plan import PruningPlan
-from cfsp.restoration.local_training import DEFAULT_STEPS, LocalTraining
+from cfsp.restoration.local_training import DEFAULT_BLOCKS, DEFAULT_STEPS, LocalTraining
 from cfsp.settings import (
     DEFAULT_RESTORE,
     CalibrationText,
@@ -56,6 +56,7 @@ def prune(
     search_rounds: int = ...,
     restore: Restore = ...,
     local_steps: int = ...,
+    local_blocks: int = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PruneReport: ...
@@ -81,6 +82,7 @@ def prune(
     search_rounds: int = ...,
     restore: Restore = ...,
     local_steps: int = ...,
+    local_blocks: int = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PreTrainedModel: ...
@@ -105,6 +107,7 @@ def prune(
     search_rounds: int = 0,
     restore: Restore = DEFAULT_RESTORE,
     local_steps: int = DEFAULT_STEPS,
+    local_blocks: int = DEFAULT_BLOCKS,
     device: str = "auto",
     dtype: str = "auto",
 ) -> PruneReport | PreTrainedModel:
@@ -127,9 +130,10 @@ def prune(
         clamp: what happens where a block would keep more than all (see `cfsp.allocation`); None
             for what measures best with the block metric.
         search_rounds: rounds of the search for better widths (see `cfsp.width_search`).
-        restore: `ridge` repairs the down projections by least squares; `local` then trains each
-            block by itself; `bias` compensates for the mean of what is removed; `none` does not.
-        local_steps: of `local`, in each block.
+        restore: `ridge` repairs the down projections by least squares; `local` then trains a few
+            blocks at a time; `bias` compensates for the mean of what is removed; `none` does not.
+        local_steps: of `local`, for each group of blocks.
+        local_blocks: of `local`, how many consecutive blocks train together.
         device: where to compute; `auto` is an accelerator if there is one.
         dtype: what to compute in; `auto` is the model's own.
 
@@ -150,7 +154,7 @@ def prune(
         text=CalibrationText(tuple(map(str, data)), samples, seqlen, seed),
         compute=Compute(device, dtype),
         restore=restore,
-        local=LocalTraining(local_steps),
+        local=LocalTraining(local_steps, local_blocks),
         search_rounds=search_rounds,
     )
     if isinstance(model, str | Path):

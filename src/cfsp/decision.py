@@ -30,11 +30,8 @@ from cfsp.planning import (
 )
 from cfsp.pruning_plan import PruningPlan
 from cfsp.restoration.bias import check_can_compensate, compensate
-from cfsp.restoration.reconstruct import (
-    ReconstructedBlock,
-    check_can_reconstruct,
-    reconstruct_blocks,
-)
+from cfsp.restoration.reconstruct import check_can_reconstruct, reconstruct_blocks
+from cfsp.restoration.reconstructed import ReconstructedBlocks
 from cfsp.restoration.restore import ChooseChannels, RestoredBlock, restore_blocks
 from cfsp.stages import calibrate_windows, few_windows, plan_from_statistics, with_sensitivity
 from cfsp.surgery import PrunedSource
@@ -59,14 +56,14 @@ class Decision:
         plan: which channels stay.
         statistics: of the calibration; None where a plan was given.
         restored: one entry for each block; empty without restoration.
-        reconstructed: likewise; empty without local reconstruction.
+        reconstructed: likewise (see `reconstruct_blocks`); empty without local reconstruction.
         biases: of the down projections, where they compensate for what was removed.
     """
 
     plan: PruningPlan
     statistics: Statistics | None = None
     restored: Sequence[RestoredBlock] = ()
-    reconstructed: Sequence[ReconstructedBlock] = ()
+    reconstructed: Sequence[ReconstructedBlocks | None] = ()
     biases: TensorFile | None = None
 
     @property
@@ -74,7 +71,7 @@ class Decision:
         """Repaired and added tensors by name; blocks that are better left alone are not in it."""
         files = [block.file for block in self.restored if block.ridge is not None]
         # Reconstruction went on from what the ridge had repaired.
-        files += [block.file for block in self.reconstructed if block.file is not None]
+        files += [b.file for b in self.reconstructed if b is not None and b.file is not None]
         files += [self.biases] if self.biases is not None else []
         return {name: file for file in files for name in file.specs}
 

@@ -239,7 +239,7 @@ def _identity(
     return {
         "command": "prune",
         "--restore": settings.restore,
-        "--local-steps": settings.local.steps if settings.restore == "local" else None,
+        "local": asdict(settings.local) if settings.restore == "local" else None,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
         **asdict(settings.budget),
         "goal": [type(goal).__name__, asdict(goal)] if goal else None,

@@ -31,7 +31,7 @@ class PruneReport:
         calibration_tokens: tokens that the statistics were gathered over.
         restoration: the method and, for each block, its strength and its error before and
             after (see `RestoredBlock`), and under `local` those of the reconstruction (see
-            `ReconstructedBlock`); no blocks under `bias`; empty without restoration.
+            `ReconstructedBlocks`); no blocks under `bias`; empty without restoration.
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them, and was scored by its weights alone.
         goal: what was asked for instead of a sparsity, what was tried, and the budget that it came
@@ -122,7 +122,8 @@ def _describe_restoration(decision: Decision) -> dict[str, Any]:
     ]
     left_alone = [i for i, block in enumerate(decision.restored) if block.ridge is None]
     for fields, block in zip(blocks, decision.reconstructed, strict=False):
-        fields["local"] = block.to_json()
+        if block is not None:
+            fields["local"] = block.to_json()
     method = "local" if decision.reconstructed else "ridge"
     return {"method": method, "left_alone": left_alone, "blocks": blocks}
 

@@ -153,8 +153,8 @@ class PruneSettings:
         text: what to calibrate and restore on.
         compute: where and in what.
         restore: `ridge` repairs the down projections by least squares, `local` goes on from there
-            and trains each block alone, `bias` adds the mean of what was removed, `none` does
-            nothing.
+            and trains a few blocks at a time, `bias` adds the mean of what was removed, `none`
+            does nothing.
         local: how `local` trains.
         search_rounds: rounds of the search for better widths (see `cfsp.width_search`); 0 for none.
             Not with repair: what is best before it is not best after it (LOG.md).

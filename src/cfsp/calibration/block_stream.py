@@ -63,7 +63,7 @@ class StreamedBlock:
     device: torch.device
     _family: Family
     _batches: list[slice]
-    _calls: dict[int, BlockCall]
+    _calls: dict[int, list[BlockCall]]
     _on_batch: Callable[[int], None]
     _times: PassTimes
 
@@ -87,7 +87,7 @@ class StreamedBlock:
             for batch in self._batches:
                 with self._times.part("hidden_states"):
                     input_BTD = self.hidden.read(batch).to(self.device)
-                call = self._calls[input_BTD.shape[0]]
+                call = self.call(self.index, input_BTD.shape[0])
                 first_window, seqlen = batch.start, input_BTD.shape[1]
                 output_BTD = call(self.module, input_BTD)
                 on_hidden(input_BTD, output_BTD)
@@ -97,16 +97,16 @@ class StreamedBlock:
         self.hidden.turn()
         unload(self.module)
 
-    def call(self, windows: int) -> BlockCall:
-        """Return how the model calls this block with a batch of so many windows."""
-        return self._calls[windows]
+    def call(self, index: int, windows: int) -> BlockCall:
+        """Return how the model calls one of its blocks with a batch of so many windows."""
+        return self._calls[windows][index]
 
-    def pass_through(self, module: nn.Module, batches: Iterable[slice]) -> None:
-        """Let some windows pass a module in this block's place; `hidden.turn` ends the block."""
+    def pass_through(self, compute: Callable[[Tensor], Tensor], batches: Iterable[slice]) -> None:
+        """Let some windows pass a function in this block's place; `hidden.turn` ends the block."""
         for batch in batches:
             with self._times.part("hidden_states"):
                 input_BTD = self.hidden.read(batch).to(self.device)
-            output_BTD = self._calls[len(input_BTD)](module, input_BTD)
+            output_BTD = compute(input_BTD)
             with self._times.part("hidden_states"):
                 self.hidden.write(batch, output_BTD)
 
@@ -176,7 +176,7 @@ def stream_blocks(
                 device=device,
                 _family=source.family,
                 _batches=batches,
-                _calls={windows: call[index] for windows, call in calls.items()},
+                _calls=calls,
                 _on_batch=on_batch,
                 _times=times,
             )

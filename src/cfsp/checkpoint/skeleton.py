@@ -113,6 +113,30 @@ def check_complete(source: WeightSource) -> None:
         _stored_parts(source, name, parameter)
 
 
+def fill_around_blocks(
+    model: PreTrainedModel, source: WeightSource, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fill all of a skeleton but its decoder blocks, tied weights too.
+
+    Raises:
+        CheckpointError: the source lacks a tensor or has it in another shape.
+    """
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    blocks = f"{source.family.blocks}."
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(blocks) and name not in tied:
+            old = name == _HEAD and _OLD_HEAD in source.specs
+            part = _stored_parts(source, _OLD_HEAD if old else name, parameter)[0]
+            tensors[name] = source.read(part.name).to(dtype)
+    tensors |= {name: tensors[other] for name, other in tied.items()}
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+    model.tie_weights()
+
+
 def _stored_parts(source: WeightSource, name: str, parameter: torch.Tensor) -> list[Piece]:
     """Return what a checkpoint stores of a parameter, after checking that it is there."""
     parts = pieces(source.family, name, parameter.shape)

@@ -1,7 +1,7 @@
-"""Training of one block alone, towards hidden states that are known.
+"""Training of a few consecutive blocks alone, towards hidden states that are known.
 
-There is no backward pass through the model: gradients reach from the block's output to its own
-parameters.
+There is no backward pass through the model: gradients reach from the last block's output to the
+parameters of these blocks.
 
 Shapes: B windows in a batch, T tokens, D hidden.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cfsp.calibration.call_recorder import BlockCall
 from cfsp.errors import UsageError
 
 DEFAULT_STEPS = 100
+DEFAULT_BLOCKS = 3
 
 # Biases of zeros could never move.
 _LEAST_SIZE = 1e-3
@@ -31,20 +31,24 @@ class LocalTraining:
     """How blocks are trained.
 
     Attributes:
-        steps: of Adam, in each block.
-        rate: the highest learning rate of any block, as a part of the root mean square of each
+        steps: of Adam, in each group of blocks.
+        blocks: how many consecutive blocks train together, towards the hidden states after the
+            last of them. More come closer to the dense model, at the same number of steps in the
+            same time; what training holds in memory grows with them.
+        rate: the highest learning rate of any group, as a part of the root mean square of each
             tensor, because models differ in the size of their weights and Adam's steps do not
             follow it.
-        rate_per_error: the highest learning rate of a block by its error before. The first
+        rate_per_error: the highest learning rate of a group by its error before. The first
             blocks of a model have hardly any, and steps as long as those of others only add some.
         warm_up: steps in which the rate rises; it falls along a cosine to zero.
         tokens: about how many there are in a batch.
 
     Raises:
-        UsageError: there are no steps.
+        UsageError: there are no steps, or no blocks in a group.
     """
 
     steps: int = DEFAULT_STEPS
+    blocks: int = DEFAULT_BLOCKS
     rate: float = 0.05
     rate_per_error: float = 0.2
     warm_up: int = 10
@@ -53,9 +57,16 @@ class LocalTraining:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UsageError(f"--local-steps must be at least 1, found {self.steps}")
+        if self.blocks < 1:
+            raise UsageError(f"--local-blocks must be at least 1, found {self.blocks}")
+
+    def group_of(self, index: int, blocks: int) -> range:
+        """Return the blocks that train together with one, of a model with so many."""
+        first = index - index % self.blocks
+        return range(first, min(first + self.blocks, blocks))
 
     def rates(self, error: float) -> list[float]:
-        """Return the learning rate of every step, from a block's error before (`token_error`)."""
+        """Return the learning rate of every step, from a group's error before (`token_error`)."""
         highest = min(self.rate, self.rate_per_error * error)
         return [
             highest
@@ -78,28 +89,29 @@ def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     return (difference.square().sum(-1) / energy + _LEAST_SQUARE).sqrt().mean()
 
 
-def train_block(
-    module: nn.Module,
-    call: BlockCall,
+def train_blocks(
+    compute: Callable[[Tensor], Tensor],
+    trained: Sequence[nn.Parameter],
     batches: Iterator[tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     rates: Sequence[float],
     dtype: torch.dtype,
     on_step: Callable[[int], object] = lambda step: None,
 ) -> bool:
-    """Train a block to give the target hidden states.
+    """Train blocks to give the target hidden states, or what a loss makes of them.
 
     Args:
-        module: the block, in float32; parameters that require gradients are trained.
-        call: how the model calls it, for training.
+        compute: the blocks' function of the hidden states that enter the first, in float32.
+        trained: parameters of it, which require gradients.
         batches: input and target hidden states, BTD, without end.
+        loss_of: loss of output and target hidden states.
         rates: learning rate of each step, as a part of the root mean square of each tensor.
-        dtype: what the block will compute in; products are in bfloat16 if this is.
+        dtype: what the blocks will compute in; products are in bfloat16 if this is.
         on_step: is called with the number of each step, from 0.
 
     Returns:
         Whether every loss was a number; training stops at one that is not.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     sizes = [max(_LEAST_SIZE, float(p.detach().square().mean().sqrt())) for p in trained]
     optimizer = torch.optim.Adam([{"params": [p]} for p in trained], betas=(0.9, 0.99))
     for step, rate in enumerate(rates):
@@ -107,8 +119,8 @@ def train_block(
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
             group["lr"] = rate * size
         with torch.autocast(input_BTD.device.type, torch.bfloat16, dtype == torch.bfloat16):
-            output_BTD = call(module, input_BTD.float())
-        loss = token_error(output_BTD, target_BTD)
+            output_BTD = compute(input_BTD.float())
+        loss = loss_of(output_BTD, target_BTD)
         if not math.isfinite(float(loss.detach())):
             return False
         optimizer.zero_grad(set_to_none=True)
