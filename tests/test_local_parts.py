@@ -1,0 +1,118 @@
+"""The parts of local reconstruction: the divergence at the head, and blocks as one function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cfsp.calibration.call_recorder import record_calls
+from cfsp.calibration.resumed_forward import hidden_states_entering
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
+from cfsp.in_memory import build_pruned_model
+from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.restoration.block_group import BlockGroup
+from cfsp.restoration.head import HeadDivergence
+from cfsp.restoration.reconstructed import HeldOut, ReconstructedBlocks
+from cfsp.surgery import PrunedSource
+from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
+
+CPU = torch.device("cpu")
+
+
+def random_tokens(windows: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(VOCABULARY, (windows, length), generator=generator)
+
+
+def leaving_hidden(model: Any, source: LoadedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """What leaves the last block."""
+    left: list[Any] = []
+    last = blocks_of(model, source.family)[-1]
+    handle = last.register_forward_hook(lambda module, args, output: left.append(output))
+    with torch.no_grad():
+        model(tokens_BT)
+    handle.remove()
+    hidden: torch.Tensor = left[0][0] if isinstance(left[0], tuple) else left[0]
+    return hidden
+
+
+@pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
+def test_divergence_at_the_head_is_that_of_the_whole_models(name: str) -> None:
+    model, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
+    source = LoadedModel(model)
+    head = HeadDivergence(source, CPU, torch.float32)
+    dense_BTD = leaving_hidden(model, source, tokens_BT)
+    with torch.no_grad():
+        dense = model(tokens_BT).logits.double().numpy()
+        # Another text's hidden states are predictions from this model too.
+        other_BT = random_tokens(2, 13)[:, 1:]
+        other = model(other_BT).logits.double().numpy()
+    other_BTD = leaving_hidden(model, source, other_BT).clone().requires_grad_(True)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (dense, other))
+    divergence = head(other_BTD, dense_BTD)
+    expected = float((p * np.log(p / q)).sum(-1).mean())
+    assert float(divergence.detach()) == pytest.approx(expected, rel=1e-4)
+    divergence.backward()
+    assert other_BTD.grad is not None
+    assert float(other_BTD.grad.abs().max()) > 0
+    assert float(head(dense_BTD, dense_BTD)) == 0
+
+
+def test_long_batches_are_compared_at_some_positions() -> None:
+    model, tokens_BT = build_tiny_model("llama"), random_tokens(4, 128)
+    source = LoadedModel(model)
+    head = HeadDivergence(source, CPU, torch.float32)
+    hidden_BTD = leaving_hidden(model, source, tokens_BT)
+    changed_BTD = hidden_BTD.clone()
+    changed_BTD[:, ::2] = 0  # 512 tokens: every second is compared, beginning with the second
+    assert float(head(changed_BTD, hidden_BTD)) == 0
+    assert float(head(changed_BTD[:, 1:], hidden_BTD[:, 1:])) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma3_text"])
+def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
+    dense, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
+    source = LoadedModel(dense)
+    kept = (range(0, WIDTH, 2), range(WIDTH), range(8))
+    entries = tuple(BlockPlan(WIDTH, tuple(channels), 0.1, 0.5) for channels in kept)
+    plan = PruningPlan(ModelIdentity.of(source), {}, {}, entries)
+    model = build_pruned_model(dense, source, plan, {})
+    blocks = blocks_of(model, source.family)
+    with torch.no_grad(), hidden_states_entering(blocks) as entering_L:
+        model(tokens_BT)
+    skeleton = build_skeleton(model.config, torch.float32)
+    base = getattr(model, source.family.base_prefix)
+    calls = record_calls(base, blocks, tokens_BT).calls
+    pruned = PrunedSource(source, plan, {})
+    group = BlockGroup(pruned, blocks_of(skeleton, source.family)[:2], 0, calls[:2], CPU)
+    group.fill(torch.float32, {})
+    with torch.no_grad():
+        assert torch.equal(group(entering_L[0]), entering_L[2])
+    trained = group.fill_for_training()
+    output = group(entering_L[0].clone())
+    torch.testing.assert_close(output.detach(), entering_L[2])
+    output.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in trained.values())
+    matrices = len(source.family.matrices)
+    assert sum(name.endswith("weight") for name in trained) == 2 * matrices
+    changed = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    group.fill(torch.float32, changed)
+    with torch.no_grad():
+        assert not torch.equal(group(entering_L[0]), entering_L[2])
+
+
+@pytest.mark.parametrize("after", [None, HeldOut(0.2, 1.0), HeldOut(0.4, 3.0)])
+def test_facts_survive_json(after: HeldOut | None) -> None:
+    result = ReconstructedBlocks(3, HeldOut(0.3, 2.0), after, 7, None)
+    assert ReconstructedBlocks.from_json(result.to_json(), None) == result  # type: ignore[arg-type]
+
+
+def test_training_lowers_the_divergence_where_there_is_one() -> None:
+    assert HeldOut(0.3).loss == 0.3
+    assert HeldOut(0.3, 2.0).loss == 2.0
+    assert not HeldOut(0.3, float("nan")).is_finite
+    assert not HeldOut(float("inf")).is_finite
