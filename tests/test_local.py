@@ -22,7 +22,7 @@ from cfsp.errors import UsageError
 from cfsp.manifest import read_manifest
 from cfsp.pipeline import prune_model
 from cfsp.restoration import reconstruct
-from cfsp.restoration.local_training import LocalTraining, token_error, train_blocks
+from cfsp.restoration.local_training import LocalTraining, Trained, token_error, train_blocks
 from cfsp.restoration.two_streams import TwoStreams
 from cfsp.settings import CalibrationText, PruneSettings
 from cfsp.text.windows import draw_windows
@@ -42,18 +42,18 @@ def test_token_error_is_relative_to_each_token() -> None:
 
 
 def test_rate_rises_and_falls_to_zero() -> None:
-    rates = LocalTraining(steps=100, rate=2.0, warm_up=10).rates(error=math.inf)
-    assert len(rates) == 100
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == rates[9]
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[-1] == pytest.approx(0.0, abs=1e-3)
+    schedule = LocalTraining(steps=100, warm_up=10).schedule()
+    assert len(schedule) == 100
+    assert schedule[0] == pytest.approx(0.1)
+    assert max(schedule) == schedule[9]
+    assert schedule[9:] == sorted(schedule[9:], reverse=True)
+    assert schedule[-1] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_blocks_with_a_small_error_take_small_steps() -> None:
     training = LocalTraining(rate=0.1, rate_per_error=0.5)
-    small, large = max(training.rates(0.01)), max(training.rates(0.9))
-    assert small == pytest.approx(0.05 * large)
+    assert training.highest_rate(0.9) == training.highest_rate(math.inf) == 0.1
+    assert training.highest_rate(0.01) == pytest.approx(0.005)
 
 
 def test_no_error_has_a_gradient() -> None:
@@ -76,9 +76,10 @@ def test_training_reaches_a_target_that_can_be_reached() -> None:
     hidden = torch.randn(2, 16, 8)
     target = other(hidden).detach()
     before = float(token_error(module(hidden).detach(), target))
-    rates = LocalTraining(steps=300, rate=0.5, rate_per_error=1.0).rates(before)
-    trained = list(module.parameters())
-    assert train_blocks(module, trained, endless(hidden, target), token_error, rates, torch.float32)
+    schedule = LocalTraining(steps=300).schedule()
+    trained = [Trained(list(module.parameters()), 0.5)]
+    batches = endless(hidden, target)
+    assert train_blocks(module, trained, batches, token_error, schedule, torch.float32)
     assert float(token_error(module(hidden).detach(), target)) < 0.01 * before
 
 
@@ -87,10 +88,10 @@ def test_training_stops_at_a_loss_that_is_no_number() -> None:
     seen = []
     converged = train_blocks(
         module,
-        list(module.parameters()),
+        [Trained(list(module.parameters()), 0.1)],
         endless(hidden, torch.full_like(hidden, torch.nan)),
         token_error,
-        [0.1] * 5,
+        [1.0] * 5,
         torch.float32,
         seen.append,
     )
@@ -103,6 +104,23 @@ def test_no_steps_are_refused() -> None:
         LocalTraining(steps=0)
     with pytest.raises(UsageError, match="--local-blocks must be at least 1, found 0"):
         LocalTraining(blocks=0)
+
+
+def test_blocks_that_train_together_take_steps_by_their_own_drift() -> None:
+    torch.manual_seed(0)
+    module, still = nn.Linear(8, 8), nn.Linear(8, 8)
+    before = [parameter.clone() for parameter in still.parameters()]
+    hidden = torch.randn(2, 16, 8)
+    trained = [Trained(list(module.parameters()), 0.1), Trained(list(still.parameters()), 0.0)]
+    batches = endless(hidden, torch.randn(2, 16, 8))
+    size = float(module.weight.detach().square().mean().sqrt())
+    first = module.weight.detach().clone()
+    compute = nn.Sequential(module, still)
+    assert train_blocks(compute, trained, batches, token_error, [1.0], torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(before, still.parameters(), strict=True))
+    # Adam's first step is as long as its rate.
+    moved = (module.weight.detach() - first).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.1 * size), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 30, 100])
@@ -181,7 +199,7 @@ def test_a_block_that_training_worsens_stays_as_it_was(
     ridge: Path, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(LocalTraining, "rates", lambda self, error: [100.0] * self.steps)
+    monkeypatch.setattr(LocalTraining, "highest_rate", lambda self, error: 100.0)
     out = tmp_path / "out"
     argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--out", str(out)]
     assert main(argv) == 0
@@ -217,9 +235,9 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
         assert main(argv) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     assert main(argv) == 0
-    # Within a group too: the dense stream has passed its first block, the pruned waits before it.
-    message = f"reconstruct: going on at block {group + 1} of {BLOCKS}"
-    assert message in capsys.readouterr().err
+    # At the first block of the group that was interrupted.
+    message = f"reconstruct: going on at block 2 of {BLOCKS}"
+    assert (message in capsys.readouterr().err) == (group > 0)
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 

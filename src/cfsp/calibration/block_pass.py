@@ -57,6 +57,7 @@ def pass_blocks(
     dtype: torch.dtype,
     batch_windows: int | None = None,
     place: Workplace | None = None,
+    may_stop_after: Callable[[int], bool] = lambda block: True,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
@@ -70,6 +71,8 @@ def pass_blocks(
         dtype: what they compute in.
         batch_windows: windows that pass together; None for about 4096 tokens.
         place: where to spill and to save; None for neither.
+        may_stop_after: whether hidden states and results are all that a visit of the next block
+            needs; if not, a killed pass goes on further back.
 
     Raises:
         ResumeError: the workplace holds unfinished work of something else.
@@ -108,7 +111,7 @@ def pass_blocks(
             with times.part("visits"):
                 results.append(visit(block))
             progress.block_done()
-            if saver is not None and block.index + 1 < blocks:
+            if saver is not None and block.index + 1 < blocks and may_stop_after(block.index):
                 saver.block_done(block.hidden)
         if saver is not None:
             saver.all_done()

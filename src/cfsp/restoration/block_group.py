@@ -5,7 +5,7 @@ Shapes: B windows in a batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,10 +47,16 @@ class BlockGroup:
         self._recorded_calls = self._calls = list(calls)
         self._device = device
 
-    def __call__(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the last block's output."""
+    def outputs(self, hidden_BTD: Tensor) -> Iterator[Tensor]:
+        """Yield every block's output."""
         for module, call in zip(self._modules, self._calls, strict=True):
             hidden_BTD = call(module, hidden_BTD)
+            yield hidden_BTD
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the last block's output."""
+        for output_BTD in self.outputs(hidden_BTD):
+            hidden_BTD = output_BTD
         return hidden_BTD
 
     def fill(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> None:
@@ -65,22 +71,22 @@ class BlockGroup:
             }
             fill(module, tensors, self._device)
 
-    def fill_for_training(self) -> dict[str, nn.Parameter]:
+    def fill_for_training(self) -> list[dict[str, nn.Parameter]]:
         """Compute in float32 and for autograd.
 
         Returns:
-            What is trained, by stored names: the FFNs' parameters, the bias of a down projection
-            too. Only they require gradients.
+            What is trained in each block, by stored names: the FFN's parameters, the bias of the
+            down projection too. Only they require gradients.
         """
         self._calls = [call.for_training() for call in self._recorded_calls]
-        trained: dict[str, nn.Parameter] = {}
+        trained = []
         for module, prefix in zip(self._modules, self._prefixes, strict=True):
             tensors = read_tensors(module, prefix, self._pruned, torch.float32)
             # Copies, because the tensors of a model in memory are its own.
             fill(module, {name: t.clone() for name, t in tensors.items()}, self._device)
-            trained |= self._ffn_parameters(module, prefix)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
+            trained.append(self._ffn_parameters(module, prefix))
+            for parameter in trained[-1].values():
+                parameter.requires_grad_(True)
         return trained
 
     def _ffn_parameters(self, module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:

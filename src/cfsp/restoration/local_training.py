@@ -35,10 +35,10 @@ class LocalTraining:
         blocks: how many consecutive blocks train together, towards the hidden states after the
             last of them. More come closer to the dense model, at the same number of steps in the
             same time; what training holds in memory grows with them.
-        rate: the highest learning rate of any group, as a part of the root mean square of each
+        rate: the highest learning rate of any block, as a part of the root mean square of each
             tensor, because models differ in the size of their weights and Adam's steps do not
             follow it.
-        rate_per_error: the highest learning rate of a group by its error before. The first
+        rate_per_error: the highest learning rate of a block by its error before. The first
             blocks of a model have hardly any, and steps as long as those of others only add some.
         warm_up: steps in which the rate rises; it falls along a cosine to zero.
         tokens: about how many there are in a batch.
@@ -65,16 +65,29 @@ class LocalTraining:
         first = index - index % self.blocks
         return range(first, min(first + self.blocks, blocks))
 
-    def rates(self, error: float) -> list[float]:
-        """Return the learning rate of every step, from a group's error before (`token_error`)."""
-        highest = min(self.rate, self.rate_per_error * error)
+    def highest_rate(self, error: float) -> float:
+        """Return a block's highest learning rate, from its error before (`token_error`)."""
+        return min(self.rate, self.rate_per_error * error)
+
+    def schedule(self) -> list[float]:
+        """Return the learning rate of every step, as a part of the highest."""
         return [
-            highest
-            * min(1.0, (step + 1) / self.warm_up)
-            * 0.5
-            * (1 + math.cos(math.pi * step / self.steps))
+            min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             for step in range(self.steps)
         ]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Parameters of one block that are trained alike.
+
+    Attributes:
+        parameters: they require gradients.
+        rate: their highest learning rate, as a part of the root mean square of each.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    rate: float
 
 
 def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
@@ -91,10 +104,10 @@ def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
 
 def train_blocks(
     compute: Callable[[Tensor], Tensor],
-    trained: Sequence[nn.Parameter],
+    trained: Sequence[Trained],
     batches: Iterator[tuple[Tensor, Tensor]],
     loss_of: Callable[[Tensor, Tensor], Tensor],
-    rates: Sequence[float],
+    schedule: Sequence[float],
     dtype: torch.dtype,
     on_step: Callable[[int], object] = lambda step: None,
 ) -> bool:
@@ -102,22 +115,27 @@ def train_blocks(
 
     Args:
         compute: the blocks' function of the hidden states that enter the first, in float32.
-        trained: parameters of it, which require gradients.
+        trained: its parameters.
         batches: input and target hidden states, BTD, without end.
         loss_of: loss of output and target hidden states.
-        rates: learning rate of each step, as a part of the root mean square of each tensor.
+        schedule: learning rate of each step, as a part of the highest.
         dtype: what the blocks will compute in; products are in bfloat16 if this is.
         on_step: is called with the number of each step, from 0.
 
     Returns:
         Whether every loss was a number; training stops at one that is not.
     """
-    sizes = [max(_LEAST_SIZE, float(p.detach().square().mean().sqrt())) for p in trained]
-    optimizer = torch.optim.Adam([{"params": [p]} for p in trained], betas=(0.9, 0.99))
-    for step, rate in enumerate(rates):
+    # Before any step: a tensor's size is that of the pruned model.
+    groups = [
+        {"params": [parameter], "highest": block.rate * _size(parameter)}
+        for block in trained
+        for parameter in block.parameters
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    for step, part in enumerate(schedule):
         input_BTD, target_BTD = next(batches)
-        for group, size in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"] = rate * size
+        for group in optimizer.param_groups:
+            group["lr"] = part * group["highest"]
         with torch.autocast(input_BTD.device.type, torch.bfloat16, dtype == torch.bfloat16):
             output_BTD = compute(input_BTD.float())
         loss = loss_of(output_BTD, target_BTD)
@@ -128,3 +146,7 @@ def train_blocks(
         optimizer.step()
         on_step(step)
     return True
+
+
+def _size(parameter: nn.Parameter) -> float:
+    return max(_LEAST_SIZE, float(parameter.detach().square().mean().sqrt()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +30,7 @@ from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
 from cfsp.errors import CalibrationError, TextError, UnsupportedModelError
 from cfsp.restoration.block_group import BlockGroup
 from cfsp.restoration.head import HeadDivergence
-from cfsp.restoration.local_training import LocalTraining, token_error, train_blocks
+from cfsp.restoration.local_training import LocalTraining, Trained, token_error, train_blocks
 from cfsp.restoration.reconstructed import (
     HeldOut,
     ReconstructedBlocks,
@@ -124,6 +124,7 @@ def reconstruct_blocks(
         dtype=dtype,
         batch_windows=streams.batch,
         place=place,
+        may_stop_after=lambda block: block == training.group_of(block, len(work.modules))[-1],
     )
     _say_what_was_left_alone(blocks)
     return blocks
@@ -131,7 +132,11 @@ def reconstruct_blocks(
 
 @dataclass(frozen=True)
 class _Reconstruction:
-    """What stays the same from block to block."""
+    """What stays the same from block to block, and what a group's blocks leave to the last.
+
+    Attributes:
+        passed: what the dense stream's first held-out batch was after each block of the group.
+    """
 
     source: WeightSource
     pruned: PrunedSource
@@ -141,12 +146,14 @@ class _Reconstruction:
     dtype: torch.dtype
     seed: int
     directory: Path
+    passed: list[Tensor] = field(default_factory=list)
 
     def visit(self, block: StreamedBlock) -> ReconstructedBlocks | None:
         """Let the dense stream pass a block, and train if it is the last of its group."""
         dense = block.call(block.index, self.streams.batch)
         block.pass_through(partial(dense, block.module), self.streams.dense)
         unload(block.module)
+        self.passed.append(block.hidden.read_written(self.streams.held_out[0]).clone())
         indices = self.training.group_of(block.index, len(self.modules))
         if block.index == indices[-1]:
             group = BlockGroup(
@@ -159,6 +166,7 @@ class _Reconstruction:
             result = self._reconstruct(block, group, len(indices))
             block.pass_through(group, map(self.streams.pruned, self.streams.dense))
             group.unload()
+            self.passed.clear()
         else:
             result = None
             # It waits before the group.
@@ -180,7 +188,8 @@ class _Reconstruction:
                 f"block {block.index} produced NaN or infinite activations; "
                 "prune with --dtype float32 or bfloat16"
             )
-        trained, after, file = self._train(block, group, count, head, before.error), None, None
+        trained = self._train(block, group, head, self._drifts(block, group))
+        after, file = None, None
         if trained is not None:
             group.fill(self.dtype, trained)
             found = self._held_out(block, group, head)
@@ -203,30 +212,41 @@ class _Reconstruction:
                 divergences.append(float(head(output_BTD, target_BTD)))
         return HeldOut(fmean(errors), fmean(divergences) if divergences else None)
 
+    def _drifts(self, block: StreamedBlock, group: BlockGroup) -> list[float]:
+        """Return how far every block of the group is from the dense stream before training."""
+        batch = self.streams.pruned(self.streams.held_out[0])
+        outputs = group.outputs(block.hidden.read(batch).to(block.device))
+        return [
+            float(token_error(output_BTD, target_BTD.to(block.device)))
+            for output_BTD, target_BTD in zip(outputs, self.passed, strict=True)
+        ]
+
     def _train(
         self,
         block: StreamedBlock,
         group: BlockGroup,
-        count: int,
         head: HeadDivergence | None,
-        error: float,
+        drifts: Sequence[float],
     ) -> dict[str, Tensor] | None:
         """Return the trained tensors in their stored dtypes; None if training diverged."""
-        rates = self.training.rates(error)
-        steps, tokens = len(rates), self.streams.tokens * count
+        schedule = self.training.schedule()
+        steps, tokens = len(schedule), self.streams.tokens * len(drifts)
 
         def on_step(step: int) -> None:
             block.tokens_done(tokens * (step + 1) // steps - tokens * step // steps)
 
         # Passes run in inference mode, whose tensors autograd refuses.
         with torch.inference_mode(mode=False):
-            trained = group.fill_for_training()
+            parameters_L = group.fill_for_training()
             converged = train_blocks(
                 group,
-                list(trained.values()),
+                [
+                    Trained(list(parameters.values()), self.training.highest_rate(drift))
+                    for parameters, drift in zip(parameters_L, drifts, strict=True)
+                ],
                 self._batches(block),
                 token_error if head is None else head,
-                rates,
+                schedule,
                 self.dtype,
                 on_step,
             )
@@ -234,7 +254,8 @@ class _Reconstruction:
                 return None
             return {
                 name: parameter.detach().to(self.pruned.specs[name].dtype)
-                for name, parameter in trained.items()
+                for parameters in parameters_L
+                for name, parameter in parameters.items()
             }
 
     def _batches(self, block: StreamedBlock) -> Iterator[tuple[Tensor, Tensor]]:
