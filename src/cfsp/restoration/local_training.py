@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from cfsp.errors import UsageError
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 DEFAULT_STEPS = 100
 DEFAULT_BLOCKS = 3
 
@@ -49,8 +51,8 @@ class LocalTraining:
 
     steps: int = DEFAULT_STEPS
     blocks: int = DEFAULT_BLOCKS
-    rate: float = 0.05
-    rate_per_error: float = 0.2
+    rate: float = 0.03
+    rate_per_error: float = 0.15
     warm_up: int = 10
     tokens: int = 2048
 
@@ -94,7 +96,7 @@ def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     """Return |output - target| / |target| of each token, averaged, in float32.
 
     Relative to each token: the first tokens of a window have a thousand times the energy of the
-    others and would be all that counts.
+    others, or more, and would be all that counts.
     """
     target = target_BTD.float()
     difference = output_BTD.float() - target
@@ -102,11 +104,24 @@ def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     return (difference.square().sum(-1) / energy + _LEAST_SQUARE).sqrt().mean()
 
 
+def hidden_loss(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
+    """Return the error of each token, averaged, and that of all together, added.
+
+    The second guards the few tokens of huge energy, which attention of other tokens rests on: if
+    they lose it, or others gain it, all later blocks break, and one in a thousand hardly shows in
+    the first.
+    """
+    difference = output_BTD.float() - target_BTD.float()
+    energy = target_BTD.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    whole = (difference.square().sum() / energy + _LEAST_SQUARE).sqrt()
+    return token_error(output_BTD, target_BTD) + whole
+
+
 def train_blocks(
     compute: Callable[[Tensor], Tensor],
     trained: Sequence[Trained],
     batches: Iterator[tuple[Tensor, Tensor]],
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Loss,
     schedule: Sequence[float],
     dtype: torch.dtype,
     on_step: Callable[[int], object] = lambda step: None,

@@ -30,7 +30,14 @@ from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
 from cfsp.errors import CalibrationError, TextError, UnsupportedModelError
 from cfsp.restoration.block_group import BlockGroup
 from cfsp.restoration.head import HeadDivergence
-from cfsp.restoration.local_training import LocalTraining, Trained, token_error, train_blocks
+from cfsp.restoration.local_training import (
+    LocalTraining,
+    Loss,
+    Trained,
+    hidden_loss,
+    token_error,
+    train_blocks,
+)
 from cfsp.restoration.reconstructed import (
     HeldOut,
     ReconstructedBlocks,
@@ -178,21 +185,21 @@ class _Reconstruction:
         self, block: StreamedBlock, group: BlockGroup, count: int
     ) -> ReconstructedBlocks:
         """Train the blocks of a group; leave them with the better of both weights."""
-        head = None
+        loss_of: Loss = hidden_loss
         if block.index + 1 == len(self.modules):
-            head = HeadDivergence(self.source, block.device, self.dtype)
+            loss_of = HeadDivergence(self.source, block.device, self.dtype)
         group.fill(self.dtype, {})
-        before = self._held_out(block, group, head)
+        before = self._held_out(block, group, loss_of)
         if not before.is_finite:
             raise CalibrationError(
                 f"block {block.index} produced NaN or infinite activations; "
                 "prune with --dtype float32 or bfloat16"
             )
-        trained = self._train(block, group, head, self._drifts(block, group))
+        trained = self._train(block, group, loss_of, self._drifts(block, group))
         after, file = None, None
         if trained is not None:
             group.fill(self.dtype, trained)
-            found = self._held_out(block, group, head)
+            found = self._held_out(block, group, loss_of)
             after = found if found.is_finite else None
         if trained is not None and after is not None and after.loss < before.loss:
             file = write_trained(self.directory, block.index, trained)
@@ -200,17 +207,14 @@ class _Reconstruction:
             group.fill(self.dtype, {})
         return ReconstructedBlocks(count, before, after, self.training.steps, file)
 
-    def _held_out(
-        self, block: StreamedBlock, group: BlockGroup, head: HeadDivergence | None
-    ) -> HeldOut:
-        errors, divergences = [], []
+    def _held_out(self, block: StreamedBlock, group: BlockGroup, loss_of: Loss) -> HeldOut:
+        errors, losses = [], []
         for batch in self.streams.held_out:
             output_BTD = group(block.hidden.read(self.streams.pruned(batch)).to(block.device))
             target_BTD = block.hidden.read_written(batch).to(block.device)
             errors.append(float(token_error(output_BTD, target_BTD)))
-            if head is not None:
-                divergences.append(float(head(output_BTD, target_BTD)))
-        return HeldOut(fmean(errors), fmean(divergences) if divergences else None)
+            losses.append(float(loss_of(output_BTD, target_BTD)))
+        return HeldOut(fmean(errors), fmean(losses))
 
     def _drifts(self, block: StreamedBlock, group: BlockGroup) -> list[float]:
         """Return how far every block of the group is from the dense stream before training."""
@@ -225,7 +229,7 @@ class _Reconstruction:
         self,
         block: StreamedBlock,
         group: BlockGroup,
-        head: HeadDivergence | None,
+        loss_of: Loss,
         drifts: Sequence[float],
     ) -> dict[str, Tensor] | None:
         """Return the trained tensors in their stored dtypes; None if training diverged."""
@@ -245,7 +249,7 @@ class _Reconstruction:
                     for parameters, drift in zip(parameters_L, drifts, strict=True)
                 ],
                 self._batches(block),
-                token_error if head is None else head,
+                loss_of,
                 schedule,
                 self.dtype,
                 on_step,

@@ -22,17 +22,12 @@ class HeldOut:
     Attributes:
         error: of the last block's output hidden states, relative to the dense stream (see
             `token_error`).
-        divergence: of what the model predicts from them (see `HeadDivergence`), in nats a token;
-            None before the model's last block.
+        loss: what training lowers: see `hidden_loss`; after the model's last block, see
+            `HeadDivergence`.
     """
 
     error: float
-    divergence: float | None = None
-
-    @property
-    def loss(self) -> float:
-        """What training lowers."""
-        return self.error if self.divergence is None else self.divergence
+    loss: float
 
     @property
     def is_finite(self) -> bool:
@@ -62,27 +57,28 @@ class ReconstructedBlocks:
     def to_json(self) -> dict[str, Any]:
         """Return the errors, the steps, and whether the blocks were better for them."""
         after = self.after
-        fields = {
+        return {
             "blocks": self.blocks,
             "error_before": self.before.error,
             "error_after": None if after is None else after.error,
+            "loss_before": self.before.loss,
+            "loss_after": None if after is None else after.loss,
             "steps": self.steps,
             "is_better": self.file is not None,
         }
-        if self.before.divergence is not None:
-            fields["divergence_before"] = self.before.divergence
-            fields["divergence_after"] = None if after is None else after.divergence
-        return fields
 
     @staticmethod
     def from_json(fields: Mapping[str, Any], file: TensorFile) -> ReconstructedBlocks:
         """Return what `to_json` came from; the file is left out if the blocks were no better."""
-        before = HeldOut(fields["error_before"], fields.get("divergence_before"))
         after = None
         if fields["error_after"] is not None:
-            after = HeldOut(fields["error_after"], fields.get("divergence_after"))
+            after = HeldOut(fields["error_after"], fields["loss_after"])
         return ReconstructedBlocks(
-            fields["blocks"], before, after, fields["steps"], file if fields["is_better"] else None
+            fields["blocks"],
+            HeldOut(fields["error_before"], fields["loss_before"]),
+            after,
+            fields["steps"],
+            file if fields["is_better"] else None,
         )
 
 
