@@ -76,6 +76,7 @@ def test_blocks_with_a_small_error_take_small_steps() -> None:
     training = LocalTraining(rate=0.1, rate_per_error=0.5)
     assert training.highest_rate(0.9) == training.highest_rate(math.inf) == 0.1
     assert training.highest_rate(0.01) == pytest.approx(0.005)
+    assert training.highest_rate(0.9, at_head=True) == training.head_rate < 0.1
 
 
 def test_no_error_has_a_gradient() -> None:
@@ -183,6 +184,16 @@ def ridge(
     return out
 
 
+@pytest.fixture(scope="module")
+def sequential(
+    tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("sequential") / "out"
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "sequential"]
+    assert main([*argv, "--out", str(out)]) == 0
+    return out
+
+
 def test_it_comes_closer_to_the_dense_model_than_ridge(
     local: Path, ridge: Path, tiny_checkpoint: Checkpoints, tokenizer: object, text_file: Path
 ) -> None:
@@ -218,15 +229,15 @@ def test_shapes_and_everything_outside_of_blocks_are_those_of_ridge(
 
 
 def test_a_block_that_training_worsens_stays_as_it_was(
-    ridge: Path, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
+    sequential: Path, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(LocalTraining, "highest_rate", lambda self, error: 100.0)
+    monkeypatch.setattr(LocalTraining, "highest_rate", lambda *args, **kwargs: 100.0)
     out = tmp_path / "out"
     argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--out", str(out)]
     assert main(argv) == 0
-    assert "blocks 0, 1, 2 stay as ridge left them" in capsys.readouterr().err
-    trained, plain = Checkpoint(out), Checkpoint(ridge)
+    assert "blocks 0, 1, 2 stay as they were before" in capsys.readouterr().err
+    trained, plain = Checkpoint(out), Checkpoint(sequential)
     assert all(torch.equal(trained.read(name), plain.read(name)) for name in plain.specs)
 
 

@@ -109,7 +109,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
 @pytest.mark.parametrize("after", [None, HeldOut(0.2, 1.0), HeldOut(0.4, 3.0)])
 def test_facts_survive_json(after: HeldOut | None) -> None:
     result = ReconstructedBlocks(3, HeldOut(0.3, 2.0), after, 7, None)
-    assert ReconstructedBlocks.from_json(result.to_json(), None) == result  # type: ignore[arg-type]
+    assert ReconstructedBlocks.from_json(result.to_json(), None) == result
 
 
 def test_one_number_that_is_none_is_enough_to_see_it() -> None:

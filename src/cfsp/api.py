@@ -130,8 +130,10 @@ def prune(
         clamp: what happens where a block would keep more than all (see `cfsp.allocation`); None
             for what measures best with the block metric.
         search_rounds: rounds of the search for better widths (see `cfsp.width_search`).
-        restore: `ridge` repairs the down projections by least squares; `local` then trains a few
-            blocks at a time; `bias` compensates for the mean of what is removed; `none` does not.
+        restore: `ridge` repairs the down projections by least squares; `sequential` then
+            fits them again on the pruned model's own hidden states; `local` goes on from there and
+            trains a few blocks at a time; `bias` compensates for the mean of what is removed;
+            `none` does not.
         local_steps: of `local`, for each group of blocks.
         local_blocks: of `local`, how many consecutive blocks train together.
         device: where to compute; `auto` is an accelerator if there is one.

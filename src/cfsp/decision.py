@@ -33,6 +33,7 @@ from cfsp.restoration.bias import check_can_compensate, compensate
 from cfsp.restoration.reconstruct import check_can_reconstruct, reconstruct_blocks
 from cfsp.restoration.reconstructed import ReconstructedBlocks
 from cfsp.restoration.restore import ChooseChannels, RestoredBlock, restore_blocks
+from cfsp.restoration.sequential import fit_again
 from cfsp.stages import calibrate_windows, few_windows, plan_from_statistics, with_sensitivity
 from cfsp.surgery import PrunedSource
 from cfsp.whole_model import searched
@@ -56,6 +57,7 @@ class Decision:
         plan: which channels stay.
         statistics: of the calibration; None where a plan was given.
         restored: one entry for each block; empty without restoration.
+        refitted: likewise (see `fit_again`); empty without sequential repair.
         reconstructed: likewise (see `reconstruct_blocks`); empty without local reconstruction.
         biases: of the down projections, where they compensate for what was removed.
     """
@@ -63,6 +65,7 @@ class Decision:
     plan: PruningPlan
     statistics: Statistics | None = None
     restored: Sequence[RestoredBlock] = ()
+    refitted: Sequence[ReconstructedBlocks | None] = ()
     reconstructed: Sequence[ReconstructedBlocks | None] = ()
     biases: TensorFile | None = None
 
@@ -70,8 +73,9 @@ class Decision:
     def repaired_tensors(self) -> Mapping[str, TensorFile]:
         """Repaired and added tensors by name; blocks that are better left alone are not in it."""
         files = [block.file for block in self.restored if block.ridge is not None]
-        # Reconstruction went on from what the ridge had repaired.
-        files += [b.file for b in self.reconstructed if b is not None and b.file is not None]
+        # Each went on from what the one before had repaired.
+        later = (*self.refitted, *self.reconstructed)
+        files += [b.file for b in later if b is not None and b.file is not None]
         files += [self.biases] if self.biases is not None else []
         return {name: file for file in files for name in file.specs}
 
@@ -101,7 +105,7 @@ def decide(
         CfspError: as calibration, planning and restoration do.
     """
     engine, draw = settings.compute.engine(source), cache(draw)
-    if settings.restore == "local":
+    if settings.restore in ("sequential", "local"):
         check_can_reconstruct(source)
     if settings.restore == "bias":
         check_can_compensate(source)
@@ -126,6 +130,10 @@ def decide(
                 plan, statistics, _restore_plan(source, plan, windows, engine, place)
             )
     if settings.restore == "ridge":
+        return decision
+    with watch.stage("sequential"):
+        decision = _fit_again(source, decision, windows, engine, place)
+    if settings.restore == "sequential":
         return decision
     with watch.stage("reconstruct"):
         return _reconstruct(source, decision, windows, settings, place)
@@ -237,6 +245,20 @@ def _restore_plan(
     )
     kept = [block.kept for block in plan.blocks]
     return _restore(source, windows, engine, place, lambda block, _: kept[block])
+
+
+def _fit_again(
+    source: WeightSource, decision: Decision, windows: Windows, engine: Engine, place: Workplace
+) -> Decision:
+    refitted = fit_again(
+        source,
+        PrunedSource(source, decision.plan, decision.repaired_tensors),
+        windows.tokens_NT,
+        place,
+        device=engine.device,
+        dtype=engine.dtype,
+    )
+    return replace(decision, refitted=refitted)
 
 
 def _reconstruct(

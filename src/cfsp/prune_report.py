@@ -30,8 +30,8 @@ class PruneReport:
         intermediate_sizes: FFN channels of every block.
         calibration_tokens: tokens that the statistics were gathered over.
         restoration: the method and, for each block, its strength and its error before and
-            after (see `RestoredBlock`), and under `local` those of the reconstruction (see
-            `ReconstructedBlocks`); no blocks under `bias`; empty without restoration.
+            after (see `RestoredBlock`), and under `sequential` and `local` those of further
+            steps (see `ReconstructedBlocks`); no blocks under `bias`; empty without restoration.
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them, and was scored by its weights alone.
         goal: what was asked for instead of a sparsity, what was tried, and the budget that it came
@@ -121,10 +121,12 @@ def _describe_restoration(decision: Decision) -> dict[str, Any]:
         for experts in [[_errors(r) | {"few_tokens": r.few_tokens} for r in block.repairs]]
     ]
     left_alone = [i for i, block in enumerate(decision.restored) if block.ridge is None]
-    for fields, block in zip(blocks, decision.reconstructed, strict=False):
-        if block is not None:
-            fields["local"] = block.to_json()
-    method = "local" if decision.reconstructed else "ridge"
+    method = "ridge"
+    for name, results in (("sequential", decision.refitted), ("local", decision.reconstructed)):
+        method = name if results else method
+        for fields, block in zip(blocks, results, strict=False):
+            if block is not None:
+                fields[name] = block.to_json()
     return {"method": method, "left_alone": left_alone, "blocks": blocks}
 
 

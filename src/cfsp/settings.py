@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from cfsp.checkpoint.reading import WeightSource
 
-Restore = Literal["ridge", "local", "bias", "none"]
-RESTORE_METHODS: tuple[Restore, ...] = ("ridge", "local", "bias", "none")
+Restore = Literal["ridge", "sequential", "local", "bias", "none"]
+RESTORE_METHODS: tuple[Restore, ...] = ("ridge", "sequential", "local", "bias", "none")
+# They change weights by what they see on the calibration text.
+FITTED: tuple[Restore, ...] = ("ridge", "sequential", "local")
 DEFAULT_RESTORE: Restore = "ridge"
 
 LONGEST_WINDOW = 1 << 24
@@ -152,9 +154,10 @@ class PruneSettings:
         criterion: what counts as important; likewise.
         text: what to calibrate and restore on.
         compute: where and in what.
-        restore: `ridge` repairs the down projections by least squares, `local` goes on from there
-            and trains a few blocks at a time, `bias` adds the mean of what was removed, `none`
-            does nothing.
+        restore: `ridge` repairs the down projections by least squares, `sequential` fits
+            them again on the pruned model's own hidden states, `local` goes on from there and
+            trains a few blocks at a time, `bias` adds the mean of what was removed, `none` does
+            nothing.
         local: how `local` trains.
         search_rounds: rounds of the search for better widths (see `cfsp.width_search`); 0 for none.
             Not with repair: what is best before it is not best after it (LOG.md).
@@ -171,7 +174,7 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if self.search_rounds < 0:
             raise UsageError(f"--search must be 0 or more rounds, found {self.search_rounds}")
-        if self.search_rounds and self.restore in ("ridge", "local"):
+        if self.search_rounds and self.restore in FITTED:
             raise UsageError(
                 f"--search finds widths for a model that is not repaired, and with --restore "
                 f"{self.restore} they measure worse; give --restore none, or no --search"

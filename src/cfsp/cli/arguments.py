@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform", "global")
 SENSITIVITY_METRICS = ("sensitivity", "angular+sensitivity")
 CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "flap", "magnitude", "random")
-RESTORE_METHODS = ("ridge", "local", "bias", "none")
+RESTORE_METHODS = ("ridge", "sequential", "local", "bias", "none")
 
 Subparsers = Any
 

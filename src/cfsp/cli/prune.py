@@ -51,9 +51,10 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--restore",
         default="ridge",
         choices=arguments.RESTORE_METHODS,
-        help="repair the down projections by least squares (ridge, default); then train a few "
-        "blocks at a time towards the dense model's hidden states (local); or add the mean of what "
-        "was removed as a bias of the down projections (bias); or nothing (none)",
+        help="repair the down projections by least squares (ridge, default); then again "
+        "on the pruned model's own hidden states, towards the dense model's (sequential); then "
+        "train a few blocks at a time towards these (local); or add the mean of what was removed "
+        "as a bias of the down projections (bias); or nothing (none)",
     )
     group.add_argument(
         "--local-steps",
@@ -181,7 +182,7 @@ def _settings(
     from cfsp.settings import CalibrationText, PruneSettings
 
     needs_means = args.restore == "bias" and not args.dry_run
-    passes_text = args.restore in ("ridge", "local") and not args.dry_run
+    passes_text = args.restore in ("ridge", "sequential", "local") and not args.dry_run
     needs_text = (
         passes_text or args.search > 0 or (statistics is None and (plan is None or needs_means))
     )
@@ -237,16 +238,17 @@ def _describe_restoration(restoration: dict[str, Any]) -> str:
     text = f"restored: FFN output error on held-out windows {before:.3f} -> {after:.3f}"
     if alone := restoration["left_alone"]:
         text += f"; blocks better left alone: {', '.join(map(str, alone))}"
-    # Blocks that train together share one error, so not every block has its own.
-    if trained := [local for block in blocks if (local := block.get("local")) is not None]:
-        before = fmean(block["error_before"] for block in trained)
-        after = fmean(
-            block["error_after"] if block["is_better"] else block["error_before"]
-            for block in trained
-        )
-        text += (
-            f"\nreconstructed: hidden states' error on held-out windows {before:.3f} -> {after:.3f}"
-        )
+    for key, what in (("sequential", "fitted again"), ("local", "reconstructed")):
+        # Blocks that train together share one error, so not every block has its own.
+        if entries := [entry for block in blocks if (entry := block.get(key)) is not None]:
+            before = fmean(entry["error_before"] for entry in entries)
+            after = fmean(
+                entry["error_after"] if entry["is_better"] else entry["error_before"]
+                for entry in entries
+            )
+            text += (
+                f"\n{what}: hidden states' error on held-out windows {before:.3f} -> {after:.3f}"
+            )
     return text
 
 

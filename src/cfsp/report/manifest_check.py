@@ -52,16 +52,18 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
     for index, block in enumerate(blocks):
         if not _has_numbers(block, "error_before", "error_after") or "ridge" not in block:
             yield "an entry of restoration lacks a number"
-        elif block.get("local") is not None:
-            yield from _complaints_of_reconstruction(block["local"], index)
+            continue
+        for name in ("sequential", "local"):
+            if block.get(name) is not None:
+                yield from _complaints_of_reconstruction(block[name], name, index)
     for entry in recovery.get("history", []):
         if not _has_numbers(entry, "step", "perplexity"):
             yield "an entry of recovery's history lacks a number"
 
 
-def _complaints_of_reconstruction(entry: Any, index: int) -> Iterator[str]:
-    """Yield what is wrong with a block's entry under `local` (see `PruneReport`)."""
-    what = f"the local reconstruction of block {index}"
+def _complaints_of_reconstruction(entry: Any, name: str, index: int) -> Iterator[str]:
+    """Yield what is wrong with a block's entry under a further step (see `PruneReport`)."""
+    what = f"the {name} reconstruction of block {index}"
     if not isinstance(entry, dict):
         yield f"{what} should be a table"
         return

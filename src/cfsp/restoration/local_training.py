@@ -42,6 +42,8 @@ class LocalTraining:
             follow it.
         rate_per_error: the highest learning rate of a block by its error before. The first
             blocks of a model have hardly any, and steps as long as those of others only add some.
+        head_rate: the highest learning rate of the last group, whose loss is the divergence at the
+            head: of few tokens and of many words, it is far noisier.
         warm_up: steps in which the rate rises; it falls along a cosine to zero.
         tokens: about how many there are in a batch.
 
@@ -53,6 +55,7 @@ class LocalTraining:
     blocks: int = DEFAULT_BLOCKS
     rate: float = 0.03
     rate_per_error: float = 0.15
+    head_rate: float = 0.003
     warm_up: int = 10
     tokens: int = 2048
 
@@ -67,9 +70,15 @@ class LocalTraining:
         first = index - index % self.blocks
         return range(first, min(first + self.blocks, blocks))
 
-    def highest_rate(self, error: float) -> float:
-        """Return a block's highest learning rate, from its error before (`token_error`)."""
-        return min(self.rate, self.rate_per_error * error)
+    def highest_rate(self, error: float, *, at_head: bool = False) -> float:
+        """Return a block's highest learning rate.
+
+        Args:
+            error: of the hidden states that leave it, before training (`token_error`).
+            at_head: whether it is in the last group.
+        """
+        highest = self.head_rate if at_head else self.rate
+        return min(highest, self.rate_per_error * error)
 
     def schedule(self) -> list[float]:
         """Return the learning rate of every step, as a part of the highest."""

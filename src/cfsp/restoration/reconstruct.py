@@ -64,9 +64,9 @@ def check_can_reconstruct(source: WeightSource) -> None:
     """
     if source.family.experts is not None:
         raise UnsupportedModelError(
-            f"--restore local trains blocks with one FFN, and those of {source.label} "
-            f"({source.family.model_type}) have experts, each of which sees few tokens; "
-            "use --restore ridge"
+            "--restore sequential and local are for blocks with one FFN, and those of "
+            f"{source.label} ({source.family.model_type}) have experts, each of which sees few "
+            "tokens; use --restore ridge"
         )
 
 
@@ -195,7 +195,12 @@ class _Reconstruction:
                 f"block {block.index} produced NaN or infinite activations; "
                 "prune with --dtype float32 or bfloat16"
             )
-        trained = self._train(block, group, loss_of, self._drifts(block, group))
+        at_head = loss_of is not hidden_loss
+        rates = [
+            self.training.highest_rate(drift, at_head=at_head)
+            for drift in self._drifts(block, group)
+        ]
+        trained = self._train(block, group, loss_of, rates)
         after, file = None, None
         if trained is not None:
             group.fill(self.dtype, trained)
@@ -230,11 +235,11 @@ class _Reconstruction:
         block: StreamedBlock,
         group: BlockGroup,
         loss_of: Loss,
-        drifts: Sequence[float],
+        rates: Sequence[float],
     ) -> dict[str, Tensor] | None:
         """Return the trained tensors in their stored dtypes; None if training diverged."""
         schedule = self.training.schedule()
-        steps, tokens = len(schedule), self.streams.tokens * len(drifts)
+        steps, tokens = len(schedule), self.streams.tokens * len(rates)
 
         def on_step(step: int) -> None:
             block.tokens_done(tokens * (step + 1) // steps - tokens * step // steps)
@@ -245,8 +250,8 @@ class _Reconstruction:
             converged = train_blocks(
                 group,
                 [
-                    Trained(list(parameters.values()), self.training.highest_rate(drift))
-                    for parameters, drift in zip(parameters_L, drifts, strict=True)
+                    Trained(list(parameters.values()), rate)
+                    for parameters, rate in zip(parameters_L, rates, strict=True)
                 ],
                 self._batches(block),
                 loss_of,
@@ -287,7 +292,7 @@ def _say_what_was_left_alone(results: Sequence[ReconstructedBlocks | None]) -> N
     ]
     if alone:
         print(
-            f"blocks {', '.join(alone)} stay as ridge left them: on held-out windows training "
+            f"blocks {', '.join(alone)} stay as they were before: on held-out windows training "
             "did not make them better",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""What local reconstruction did with blocks that it trained together, and where that is kept."""
+"""What repair against the dense stream did with blocks, and where that is kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HeldOut:
     Attributes:
         error: of the last block's output hidden states, relative to the dense stream (see
             `token_error`).
-        loss: what training lowers: see `hidden_loss`; after the model's last block, see
+        loss: what is to become less: see `hidden_loss`; after the model's last block, see
             `HeadDivergence`.
     """
 
@@ -37,15 +37,17 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class ReconstructedBlocks:
-    """How the reconstruction of blocks that were trained together went.
+    """How it went with blocks that were repaired together.
 
     Attributes:
         blocks: how many they are; the last is the one that this stands for.
         before: as they were before.
-        after: after training; None if that was no number.
-        steps: of training.
-        file: holds the trained tensors under their names in the model; None if the blocks were
-            no better for training and stay as they were.
+        after: with the new weights; None if that was no number.
+        steps: of training; 0 of a least-squares fit.
+        file: holds the new tensors under their names in the model; None if the blocks were no
+            better for them and stay as they were.
+        ridge: the strength that was chosen for a least-squares fit; None if none was better, or
+            there was none.
     """
 
     blocks: int
@@ -53,6 +55,7 @@ class ReconstructedBlocks:
     after: HeldOut | None
     steps: int
     file: TensorFile | None
+    ridge: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the errors, the steps, and whether the blocks were better for them."""
@@ -64,12 +67,18 @@ class ReconstructedBlocks:
             "loss_before": self.before.loss,
             "loss_after": None if after is None else after.loss,
             "steps": self.steps,
+            "ridge": self.ridge,
             "is_better": self.file is not None,
         }
 
     @staticmethod
-    def from_json(fields: Mapping[str, Any], file: TensorFile) -> ReconstructedBlocks:
-        """Return what `to_json` came from; the file is left out if the blocks were no better."""
+    def from_json(fields: Mapping[str, Any], file: TensorFile | None) -> ReconstructedBlocks:
+        """Return what `to_json` came from.
+
+        Args:
+            fields: what it returned.
+            file: if the blocks were better for their new tensors.
+        """
         after = None
         if fields["error_after"] is not None:
             after = HeldOut(fields["error_after"], fields["loss_after"])
@@ -78,7 +87,8 @@ class ReconstructedBlocks:
             HeldOut(fields["error_before"], fields["loss_before"]),
             after,
             fields["steps"],
-            file if fields["is_better"] else None,
+            file,
+            fields["ridge"],
         )
 
 
@@ -98,7 +108,8 @@ class ReconstructedFiles:
         facts = json.loads(_facts_path(directory, block).read_text(encoding="utf-8"))
         if facts is None:
             return None
-        return ReconstructedBlocks.from_json(facts, TensorFile(_tensor_path(directory, block)))
+        file = TensorFile(_tensor_path(directory, block)) if facts["is_better"] else None
+        return ReconstructedBlocks.from_json(facts, file)
 
 
 def write_trained(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> TensorFile:
