@@ -18,10 +18,11 @@ from cfsp.prune_report import PruneReport
 from cfsp.pruning_plan import PruningPlan
 from cfsp.report.chart import Chart
 from cfsp.report.pictures import picture_svg
-from cfsp.report.reconstruction_chart import reconstruction_chart
+from cfsp.report.reconstruction_chart import reconstruction_chart, sequential_chart
 from cfsp.report.run_facts import read_run
 from cfsp.report.summary import NOTHING
 from cfsp.report.write import write_report
+from cfsp.settings import Restore
 from report_runs import changed_copy, prune_tiny
 
 Change = Callable[[dict[str, Any]], None]
@@ -54,20 +55,37 @@ def chart_of(*runs: Path) -> Chart:
     return chart
 
 
-def test_a_real_run_with_local_reconstruction(
-    tiny_checkpoint: Any, text_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("restore", "charts", "key", "act"),
+    [
+        ("sequential", [sequential_chart], "sequential", "the fit"),
+        ("local", [sequential_chart, reconstruction_chart], "local", "training"),
+    ],
+)
+def test_a_real_run_has_a_chart_of_every_step(
+    restore: Restore,
+    charts: list[Any],
+    key: str,
+    act: str,
+    tiny_checkpoint: Any,
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     run = prune_tiny(
         tiny_checkpoint("llama"),
         text_file,
         tmp_path / "run",
         budget=Budget(0.5, multiple=8),
-        restore="local",
+        restore=restore,
     )
-    entries = read_run(run).reconstructed_blocks
+    facts = read_run(run)
+    assert [c for c in (sequential_chart, reconstruction_chart) if c([facts])] == charts
+    entries = facts.reconstructed_blocks(key)
     drawn = [entry for entry in entries if entry is not None]
     assert drawn and all(BETTER.keys() <= entry.keys() for entry in drawn)
-    rows = chart_of(run).table.rows
+    chart = charts[-1]([facts])
+    assert chart.legend[0].name == f"before {act}"
+    rows = chart.table.rows
     assert len(rows) == len(entries)
     for row, entry in zip(rows, entries, strict=True):
         assert row[1] == (NOTHING if entry is None else f"{entry['error_before']:.6f}")

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from cfsp.report.chart import Chart
 from cfsp.report.method_chart import method_chart
 from cfsp.report.pareto_chart import pareto_chart
-from cfsp.report.reconstruction_chart import reconstruction_chart
+from cfsp.report.reconstruction_chart import reconstruction_chart, sequential_chart
 from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.reproduction import reproduction
 from cfsp.report.restoration_chart import restoration_chart
@@ -126,6 +126,7 @@ def _charts(runs: Sequence[RunFacts], detailed: Sequence[RunFacts]) -> list[Char
         method_chart,
         strength_chart,
         restoration_chart,
+        sequential_chart,
         reconstruction_chart,
         recovery_chart,
     )

@@ -80,13 +80,12 @@ class RunFacts:
         blocks: list[dict[str, Any]] = (self.manifest.get("restoration") or {}).get("blocks", [])
         return blocks
 
-    @property
-    def reconstructed_blocks(self) -> list[dict[str, Any] | None]:
-        """How local reconstruction of each block went, as the manifest has it under `local`.
+    def reconstructed_blocks(self, step: str) -> list[dict[str, Any] | None]:
+        """How `sequential` or `local` repair of each block went, as the manifest has it.
 
         None for a block that has no error of its own: blocks that train together share one.
         """
-        return [block.get("local") for block in self.restored_blocks]
+        return [block.get(step) for block in self.restored_blocks]
 
     @property
     def recovery_history(self) -> list[dict[str, float]]:
