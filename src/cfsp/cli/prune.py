@@ -66,8 +66,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--local-blocks",
         type=int,
         metavar="N",
-        help="of --restore local, how many consecutive blocks train together; more need more memory "
-        "(default: 3)",
+        help="of --restore local, how many consecutive blocks train together; more need more "
+        "memory (default: 3)",
     )
     group.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan")
     group.add_argument(

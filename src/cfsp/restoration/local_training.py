@@ -35,7 +35,7 @@ class LocalTraining:
     Attributes:
         steps: of Adam, in each group of blocks.
         blocks: how many consecutive blocks train together, towards the hidden states after the
-            last of them. The time hardly depends on it; what training holds in memory grows with it.
+            last of them. The time hardly depends on it; what training holds in memory does.
         rate: the highest learning rate of any block, as a part of the root mean square of each
             tensor, because models differ in the size of their weights and Adam's steps do not
             follow it.
