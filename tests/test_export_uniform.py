@@ -37,7 +37,7 @@ def prune(
     return get
 
 
-@pytest.mark.parametrize("restore", ["none", "ridge", "local"])
+@pytest.mark.parametrize("restore", ["none", "ridge", "sequential", "local"])
 def test_same_size_equal_widths(
     prune: Callable[[Restore], Checkpoint], tmp_path: Path, restore: Restore
 ) -> None:

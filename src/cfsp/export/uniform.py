@@ -27,9 +27,11 @@ from cfsp.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manife
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning import Criterion
 from cfsp.pruning_plan import PruningPlan
-from cfsp.settings import CalibrationText, PruneSettings
+from cfsp.settings import CalibrationText, PruneSettings, Restore
 from cfsp.surgery import pruned_tensor
 
+# How a model is repaired again, by how it was. Others are by ridge; training is not repeated.
+_REPEATED: dict[str | None, Restore] = {None: "none", "sequential": "sequential"}
 _INSTEAD = "use --to padded, or prune the base model with --block-metric uniform"
 
 
@@ -70,7 +72,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             calibration["seqlen"],
             calibration["seed"],
         ),
-        restore="none" if origin.restoration is None else "ridge",
+        restore=_REPEATED.get(origin.restoration, "ridge"),
     )
     report = prune_checkpoint(
         origin.base, out, settings, statistics=origin.statistics, command=options.command
