@@ -112,11 +112,13 @@ class _Sequential:
         call = block.call(block.index, self.streams.batch)
         block.pass_through(partial(call, block.module), self.streams.dense)
         unload(block.module)
+        block.tokens_done(self.streams.tokens // 2)
         module = self.modules[block.index]
         group = BlockGroup(self.pruned, [module], block.index, [call], block.device)
         group.fill(self.dtype, {})
         result = self._refit(block, module, group)
         block.pass_through(group, map(self.streams.pruned, self.streams.dense))
+        block.tokens_done(self.streams.tokens // 2)
         block.hidden.turn()
         group.unload()
         return result
@@ -151,13 +153,14 @@ class _Sequential:
                 best, least = (ridge, new_DK), loss
         after, file, strength = None, None, None
         if best is not None:
-            strength, new_DK = best
+            ridge, new_DK = best
             refitted = {name: family.turned(new_DK).contiguous()}
             group.fill(self.dtype, refitted)
             # Where something follows the down projection, a norm for one, it is not as predicted.
             found = self._measured(block, group)
             if found.is_finite and found.loss < before.loss:
-                after, file = found, write_trained(self.directory, block.index, refitted)
+                after, strength = found, ridge
+                file = write_trained(self.directory, block.index, refitted)
             else:
                 group.fill(self.dtype, {})
         return ReconstructedBlocks(1, before, after or before, 0, file, strength)
