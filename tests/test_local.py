@@ -302,13 +302,15 @@ def test_it_trains_models_of_16_bits(
     assert all(block["local"]["is_better"] for block in blocks[1:])
 
 
+@pytest.mark.parametrize("restore", ["sequential", "local"])
 def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
+    restore: str,
     tiny_checkpoint: Checkpoints,
     text: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--restore", "local"]
+    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--restore", restore]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert "(mixtral) have experts" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -183,15 +183,3 @@ def test_models_of_16_bits(
     entries = [b["sequential"] for b in read_manifest(out)["restoration"]["blocks"]]
     assert all(entry["loss_after"] <= entry["loss_before"] for entry in entries)
     assert any(entry["is_better"] for entry in entries)
-
-
-def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
-    tiny_checkpoint: Checkpoints,
-    text: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--restore", "sequential"]
-    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
-    assert "(mixtral) have experts" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

@@ -179,10 +179,10 @@ def _settings(
 ) -> PruneSettings:
     """Return how to prune; the text is left out where none is needed."""
     from cfsp.restoration.local_training import LocalTraining
-    from cfsp.settings import CalibrationText, PruneSettings
+    from cfsp.settings import FITTED, CalibrationText, PruneSettings
 
     needs_means = args.restore == "bias" and not args.dry_run
-    passes_text = args.restore in ("ridge", "sequential", "local") and not args.dry_run
+    passes_text = args.restore in FITTED and not args.dry_run
     needs_text = (
         passes_text or args.search > 0 or (statistics is None and (plan is None or needs_means))
     )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 PANEL = 512
+# Right-hand sides that are solved for at once, in float64.
+SOLVE_COLUMNS = 512
 
 
 def lower_panels(gram_FF: Tensor, index_K: Tensor) -> list[Tensor]:
@@ -37,6 +39,19 @@ def add_to_diagonal(panels: Sequence[Tensor], value: float) -> None:
     """Add a number to every diagonal element."""
     for panel in panels:
         panel[: panel.shape[1]].diagonal().add_(value)
+
+
+def ridge_factor(gram_FF: Tensor, index_K: Tensor, ridge: float) -> list[Tensor] | None:
+    """Return the factor of G_KK + ridge mean(diag G_KK) I; None if it is not positive definite.
+
+    Args:
+        gram_FF: a complete symmetric matrix.
+        index_K: which rows and columns of it.
+        ridge: relative strength.
+    """
+    system = lower_panels(gram_FF, index_K)
+    add_to_diagonal(system, ridge * float(gram_FF.diagonal()[index_K].double().mean()))
+    return system if factor(system) else None
 
 
 def factor(panels: Sequence[Tensor]) -> bool:

@@ -4,9 +4,9 @@ Two streams of the same windows pass block by block: one through the dense model
 pruned. A few consecutive blocks train together. They see what the pruned blocks before them
 give, and their target is what the dense stream holds after the last of them, so that they also
 correct the drift that they inherit. After the model's last block the target is what the dense
-model predicts. In memory are both streams, one dense block (and the next,
-which is read meanwhile) and the pruned blocks that train, with their optimizer. There is no
-backward pass through more blocks than these.
+model predicts. In memory are both streams, one dense block (and the next, which is read
+meanwhile) and the pruned blocks that train, with their optimizer. There is no backward pass
+through more blocks than these.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden.
 """
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from cfsp.calibration.block_pass import pass_blocks
 from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
-from cfsp.errors import CalibrationError, TextError, UnsupportedModelError
+from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.restoration.block_group import BlockGroup
 from cfsp.restoration.head import HeadDivergence
 from cfsp.restoration.local_training import (
@@ -109,7 +109,6 @@ def reconstruct_blocks(
             "give more --samples, or --restore none"
         )
     streams = TwoStreams.of(tokens_NT, max(1, training.tokens // tokens_NT.shape[1]))
-    own_NT = tokens_NT[: streams.windows]
     skeleton = build_skeleton(pruned.config, dtype)
     work = _Reconstruction(
         source,
@@ -123,7 +122,7 @@ def reconstruct_blocks(
     )
     blocks = pass_blocks(
         source,
-        torch.cat([own_NT, own_NT]),
+        streams.doubled(tokens_NT),
         work.visit,
         ReconstructedFiles(),
         name=PASS_NAME,
@@ -190,11 +189,7 @@ class _Reconstruction:
             loss_of = HeadDivergence(self.source, block.device, self.dtype)
         group.fill(self.dtype, {})
         before = self._held_out(block, group, loss_of)
-        if not before.is_finite:
-            raise CalibrationError(
-                f"block {block.index} produced NaN or infinite activations; "
-                "prune with --dtype float32 or bfloat16"
-            )
+        before.check_finite(block.index)
         at_head = loss_of is not hidden_loss
         rates = [
             self.training.highest_rate(drift, at_head=at_head)

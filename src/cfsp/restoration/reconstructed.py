@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.tensor_file import TensorFile, outgoing_tensor, write_tensor_file
+from cfsp.errors import CalibrationError
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class HeldOut:
     def is_finite(self) -> bool:
         """Whether both are numbers."""
         return math.isfinite(self.error) and math.isfinite(self.loss)
+
+    def check_finite(self, block: int) -> None:
+        """Check that a block computes numbers as it is.
+
+        Raises:
+            CalibrationError: it does not.
+        """
+        if not self.is_finite:
+            raise CalibrationError(
+                f"block {block} produced NaN or infinite activations; "
+                "prune with --dtype float32 or bfloat16"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cfsp.restoration.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
+from cfsp.restoration.cholesky import PANEL, SOLVE_COLUMNS, ridge_factor, solve
 
 # Relative ridge strengths, to be chosen from on held-out tokens. With some 28,000 tokens of a
 # mixed text most blocks of SmolLM2-135M choose 0.1 or more; more tokens want less.
 LAMBDAS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0)
-
-# Rows of the down projection that are solved for at once, in float64.
-_SOLVE_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -126,13 +123,12 @@ def _solve(
     ridge: float,
 ) -> Tensor | None:
     """Return W' for one strength; None if the matrix is not positive definite."""
-    system = lower_panels(gram_FF, kept_K)
-    add_to_diagonal(system, ridge * float(gram_FF.diagonal()[kept_K].double().mean()))
-    if not factor(system):
+    system = ridge_factor(gram_FF, kept_K, ridge)
+    if system is None:
         return None
     restored_DK = torch.empty_like(plain_DK)
-    for start in range(0, down_DF.shape[0], _SOLVE_COLUMNS):
-        part = slice(start, start + _SOLVE_COLUMNS)
+    for start in range(0, down_DF.shape[0], SOLVE_COLUMNS):
+        part = slice(start, start + SOLVE_COLUMNS)
         pruned_CP = down_DF[part].index_select(1, pruned_P).double()
         lost_KC = _times_gram(gram_FF, kept_K, pruned_P, pruned_CP)
         solve(system, lost_KC)

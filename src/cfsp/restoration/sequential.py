@@ -29,9 +29,8 @@ from cfsp.calibration.activations import observed_activations
 from cfsp.calibration.block_pass import pass_blocks
 from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
-from cfsp.errors import CalibrationError
 from cfsp.restoration.block_group import BlockGroup
-from cfsp.restoration.cholesky import add_to_diagonal, factor, lower_panels, solve
+from cfsp.restoration.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.restoration.gram import GramSums
 from cfsp.restoration.local_training import hidden_loss, token_error
 from cfsp.restoration.observation import HELD_OUT_WINDOWS
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
 PASS_NAME = "sequential"
 
 _TOKENS = 4096
-# Columns that are solved for at once, in float64.
-_SOLVE_COLUMNS = 512
 
 
 def fit_again(
@@ -80,13 +77,12 @@ def fit_again(
         ResumeError: the workplace holds unfinished work of something else.
     """
     streams = TwoStreams.of(tokens_NT, max(1, _TOKENS // tokens_NT.shape[1]))
-    own_NT = tokens_NT[: streams.windows]
     skeleton = build_skeleton(pruned.config, dtype)
     modules = blocks_of(skeleton, source.family)
     work = _Sequential(pruned, modules, streams, dtype, place.directory_of(PASS_NAME))
     return pass_blocks(
         source,
-        torch.cat([own_NT, own_NT]),
+        streams.doubled(tokens_NT),
         work.visit,
         ReconstructedFiles(),
         name=PASS_NAME,
@@ -131,11 +127,7 @@ class _Sequential:
         name = family.weight_name(block.index, family.down, 0)
         sums, held_out = self._observe(block, module, group)
         before = held_out.unchanged()
-        if not before.is_finite:
-            raise CalibrationError(
-                f"block {block.index} produced NaN or infinite activations; "
-                "prune with --dtype float32 or bfloat16"
-            )
+        before.check_finite(block.index)
         stored = self.pruned.read(name)
         down_DK = family.turned(stored).to(block.device)
         best: tuple[float, Tensor] | None = None
@@ -255,11 +247,10 @@ class _HeldOutRows:
 def _solve(gram_KK: Tensor, cross_KD: Tensor, ridge: float) -> Tensor | None:
     """Return the change of the down projection; None if the matrix is not positive definite."""
     every_K = torch.arange(len(gram_KK), device=gram_KK.device)
-    system = lower_panels(gram_KK, every_K)
-    add_to_diagonal(system, ridge * float(gram_KK.diagonal().double().mean()))
-    if not factor(system):
+    system = ridge_factor(gram_KK, every_K, ridge)
+    if system is None:
         return None
-    columns = [part_KC.double() for part_KC in torch.split(cross_KD, _SOLVE_COLUMNS, dim=1)]
+    columns = [part_KC.double() for part_KC in torch.split(cross_KD, SOLVE_COLUMNS, dim=1)]
     for column_KC in columns:
         solve(system, column_KC)
     return torch.cat(columns, dim=1).T

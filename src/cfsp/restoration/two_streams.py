@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _HELD_OUT_STRIDE = 8
@@ -40,6 +41,11 @@ class TwoStreams:
         count, seqlen = tokens_NT.shape
         batch = max(1, min(asked, count // _HELD_OUT_STRIDE))
         return TwoStreams(count // batch * batch, seqlen, batch)
+
+    def doubled(self, tokens_NT: Tensor) -> Tensor:
+        """Return the windows of both streams, without those that are left over."""
+        own_NT = tokens_NT[: self.windows]
+        return torch.cat([own_NT, own_NT])
 
     @property
     def tokens(self) -> int:
