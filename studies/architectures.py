@@ -1,109 +1,192 @@
 """Studies 5 and 6: does pruning depend on how attention and the residual stream are built?
 
-    python studies/architectures.py --data DIR/wikitext2/validation.parquet \
-        --data DIR/c4/train.jsonl --eval DIR/wikitext2/test.parquet \
-        --eval DIR/c4/validation.jsonl --models DIR/trained
+    python studies/run.py 5 --texts DIR
+    python studies/run.py 6 --texts DIR
 
 Trains small models on the calibration texts, equal in all but what is studied (`training.py` says
 what they are): heads that share keys and values or do not; normalisation before, after, or on
-both sides; attention and FFN one after the other or side by side. Then each is pruned, with and
-without repair, and each of its blocks is pruned alone and left out alone. Prints Markdown: how the
-loss rises, and how well angular distance ranks the blocks. Models are kept, and not trained again.
+both sides; attention and FFN one after the other or side by side. Then each is pruned by several
+block metrics, with and without repair, and each of its blocks is pruned alone and left out alone.
+Prints Markdown: how the loss rises, which metric is better on the same model, and how well each
+distance ranks the blocks. Models are kept, and not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cfsp.calibration.accumulators import DISTANCES
-from cfsp.planning import Criterion
+from cfsp.calibration.statistics import Statistics
+from cfsp.importance.coarse import SENSITIVITY_METRICS
+from cfsp.planning import DEFAULT_BLOCK_METRIC, Criterion
+from cfsp.settings import Compute
+from cfsp.stages import few_windows
+from cfsp.whole_model import measure_sensitivity
 from conditions import calibration_text, conditions, parser_of_texts
 from damage import damage_of, loss_increase, rank_correlation
 from results import Results, Row, table
-from subject import Subject, load_subject
+from subject import Subject, label, load_subject
 from training import ARCHITECTURES, Size, trained
 
 ALONE_SPARSITY = 0.5
+BLOCK_METRICS = (*DISTANCES, "uniform", *SENSITIVITY_METRICS)
+MODELS = Path(__file__).parent / "trained"
 # What `cfsp prune` would take for wider models is a coarse step here.
 MULTIPLE = 8
+# As many tokens as `cfsp prune` takes: its windows are eight times as long.
+SENSITIVITY_WINDOWS = 32
+RISES = ("plain", "repaired")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure and print."""
-    args = _parser().parse_args(arguments)
-    size = Size(args.hidden, args.blocks, args.vocabulary, args.tokens, args.seqlen)
-    results = Results(args.out, conditions(args, sizes=asdict(size)))
+    args = parser().parse_args(arguments)
+    results = Results(args.out, conditions(args, sizes=asdict(_size(args))))
+    rows: list[Row] = []
     # A seed of all architectures before the next, so that an early end has something of each.
     for seed in range(args.seeds):
         for architecture in args.architectures:
-            place = trained(architecture, seed, args.data, size, args.models)
-            subject = load_subject(place, args.eval, args.windows, args.seqlen)
-            study(args, subject, results, {"architecture": architecture, "seed": seed})
-    print()
-    print_tables(results.rows, args.sparsity)
+            rows += study(SmallModel(args, architecture, seed), results)
+    print_tables(rows, [label(text) for text in args.eval])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = parser_of_texts("architectures", __doc__.splitlines()[0])
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = parser_of_texts("architectures", __doc__.splitlines()[0])
     size = Size()
-    parser.set_defaults(seqlen=size.seqlen, samples=64, windows=48)
-    parser.add_argument("--models", type=Path, required=True, help="where trained models are kept")
-    parser.add_argument(
+    found.set_defaults(seqlen=size.seqlen, samples=64, windows=48)
+    found.add_argument("--models", type=Path, default=MODELS, help="where models are kept")
+    found.add_argument(
         "--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
     )
-    parser.add_argument("--seeds", type=int, default=3, help="models of each architecture")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.5])
+    found.add_argument("--seeds", type=int, default=3, help="models of each architecture")
+    found.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.35, 0.5])
+    found.add_argument(
+        "--blocks-by",
+        nargs="+",
+        choices=BLOCK_METRICS,
+        default=["angular", "euclidean", "angular+sensitivity", "uniform"],
+        help="block metrics",
+    )
     for name in ("hidden", "blocks", "vocabulary", "tokens"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(size, name))
-    return parser
+        found.add_argument(f"--{name}", type=int, default=getattr(size, name))
+    return found
 
 
-def study(
-    args: argparse.Namespace, subject: Subject, results: Results, model: dict[str, Any]
-) -> None:
+def _size(args: argparse.Namespace) -> Size:
+    return Size(args.hidden, args.blocks, args.vocabulary, args.tokens, args.seqlen)
+
+
+class SmallModel:
+    """A small model, trained and calibrated when first needed.
+
+    Attributes:
+        args: the command line.
+        key: what tells its rows from those of other models.
+        text: what it is calibrated on.
+    """
+
+    def __init__(self, args: argparse.Namespace, architecture: str, seed: int) -> None:
+        self.args = args
+        self.key = {"architecture": architecture, "seed": seed}
+        self.text = calibration_text(args)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model itself."""
+        args = self.args
+        place = trained(**self.key, texts=args.data, size=_size(args), directory=args.models)
+        return load_subject(place, args.eval, args.windows, args.seqlen)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Those of its calibration, with the sensitivity of its blocks."""
+        source = self.subject.source
+        found = self.subject.calibrate(self.text)
+        windows = few_windows(self.text.draw(self.subject.tokenizer), SENSITIVITY_WINDOWS)
+        engine = Compute().engine(source)
+        sensitivity = measure_sensitivity(source, found, windows, Criterion(), engine)
+        return replace(found, sensitivity=sensitivity)
+
+    def dense(self) -> dict[str, float]:
+        """Return its perplexity on each text."""
+        return self.subject.quality(self.subject.model)
+
+    def pruned(self, sparsity: float, blocks_by: str, dense: dict[str, float]) -> Row:
+        """Return how the loss rises by pruning, without repair and with it."""
+        subject = self.subject
+        plan = subject.plan(self.statistics, sparsity, Criterion(blocks_by), MULTIPLE)
+        found = subject.quality_of(plan), subject.quality_repaired(self.text, plan)
+        return {
+            name: round(loss_increase(after, dense), 5)
+            for name, after in zip(RISES, found, strict=True)
+        }
+
+    def without(self, block: int, dense: dict[str, float]) -> Row:
+        """Return the distances of a block, and how the loss rises without it."""
+        return damage_of(self.subject, self.statistics, block, ALONE_SPARSITY, dense)
+
+
+def study(model: SmallModel, results: Results) -> list[Row]:
     """Measure one model: dense, pruned, repaired, and block by block."""
-    text = calibration_text(args)
-    statistics = subject.calibrate(text)
-    found = results.measure({"what": "dense", **model}, lambda: subject.quality(subject.model))
-    dense = {label: found[label] for label in subject.texts}
+    args, key = model.args, model.key
+    found = [results.measure({"what": "dense", **key}, model.dense)]
+    dense = {name: found[0][name] for name in map(label, args.eval)}
     for sparsity in args.sparsity:
-        for blocks in ("angular", "uniform"):
-            plan = subject.plan(statistics, sparsity, Criterion(blocks), MULTIPLE)
-            key = {"what": "pruned", **model, "sparsity": sparsity, "blocks": blocks}
-            results.measure(
-                key,
-                lambda plan=plan: {
-                    "plain": _rise(subject.quality_of(plan), dense),
-                    "repaired": _rise(subject.quality_repaired(text, plan), dense),
-                },
-            )
-    for block in range(len(statistics.blocks)):
-        results.measure(
-            {"what": "alone", **model, "block": block},
-            lambda block=block: damage_of(subject, statistics, block, ALONE_SPARSITY, dense),
-        )
+        for blocks in args.blocks_by:
+            of_plan = {"what": "pruned", **key, "sparsity": sparsity, "blocks": blocks}
+            found.append(results.measure(of_plan, model.pruned, sparsity, blocks, dense))
+    for block in range(args.blocks):
+        of_block = {"what": "alone", **key, "block": block}
+        found.append(results.measure(of_block, model.without, block, dense))
+    return found
 
 
-def _rise(after: dict[str, float], dense: dict[str, float]) -> float:
-    return round(loss_increase(after, dense), 5)
-
-
-def print_tables(rows: Sequence[Row], sparsities: Sequence[float]) -> None:
+def print_tables(rows: Sequence[Row], texts: Sequence[str]) -> None:
     """Print the loss of the dense models, its rise by pruning, and the rank correlations."""
     dense = [row for row in rows if row["what"] == "dense"]
-    texts = [key for key in dense[0] if key not in ("what", "architecture", "seed")]
-    print(table(dense, ["architecture"], texts))
+    print(f"\nperplexity of the dense models\n\n{table(dense, ['architecture'], texts)}")
     pruned = [row for row in rows if row["what"] == "pruned"]
-    for sparsity in sparsities:
-        print(f"\nrise of the loss in nats a token, {sparsity:.0%} of FFN channels removed\n")
-        chosen = [row for row in pruned if row["sparsity"] == sparsity]
-        print(table(chosen, ["architecture", "blocks"], ["plain", "repaired"], 3))
+    columns = list(dict.fromkeys(f"{row['sparsity']:.0%}" for row in pruned))
+    by = ["architecture", "blocks"]
+    for rise in RISES:
+        what = f"in nats a token, {rise}"
+        found = by_sparsity(pruned, rise)
+        print(f"\nrise of the loss {what}\n\n{table(found, by, columns, 3)}")
+        above = by_sparsity(above_default(pruned), rise)
+        print(f"\nabove that of the default, {what}\n\n{table(above, by, columns, 3)}")
     print(f"\nrank correlation with the rise of the loss, {ALONE_SPARSITY:.0%} of one block\n")
     print(table(correlations(rows), ["architecture", "damage"], DISTANCES, 2))
+
+
+def above_default(pruned: Sequence[Row]) -> list[Row]:
+    """Return by how much each rise is above the default's on the same model."""
+
+    def plan(row: Row) -> tuple[Any, ...]:
+        return row["architecture"], row["seed"], row["sparsity"]
+
+    default = {plan(row): row for row in pruned if row["blocks"] == DEFAULT_BLOCK_METRIC}
+    pairs = [(row, default[plan(row)]) for row in pruned if plan(row) in default]
+    return [
+        {**row, **{rise: row[rise] - base[rise] for rise in RISES}}
+        for row, base in pairs
+        if row is not base
+    ]
+
+
+def by_sparsity(pruned: Sequence[Row], rise: str) -> list[Row]:
+    """Return one row for each model and block metric, with its rise at every sparsity."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in pruned:
+        key = {name: row[name] for name in ("architecture", "blocks", "seed")}
+        wide = found.setdefault(tuple(key.values()), key)
+        wide[f"{row['sparsity']:.0%}"] = row[rise]
+    return list(found.values())
 
 
 def correlations(rows: Sequence[Row]) -> list[Row]:

@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration.statistics import Statistics
 from cfsp.settings import CalibrationText
-from results import Results
-from subject import Subject, label, load_subject
+from subject import label
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,27 +56,6 @@ def conditions(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
         # A path says nothing elsewhere.
         found["model"] = Path(args.model).name
     return {**found, **more}
-
-
-def opened(args: argparse.Namespace, **more: Any) -> tuple[Subject, Results]:
-    """Return the model of a study and its results so far."""
-    results = Results(args.out, conditions(args, **more))
-    return load_subject(args.model, args.eval, args.windows, args.seqlen), results
-
-
-def calibrated(args: argparse.Namespace, subject: Subject, seed: int = 0) -> Statistics:
-    """Return the statistics of a study's calibration text: those that are there, or new ones.
-
-    Raises:
-        StatisticsError: a file of statistics is missing or damaged.
-    """
-    text = calibration_text(args, seed)
-    digest = text.draw(subject.tokenizer).digest
-    for path in args.statistics:
-        found = Statistics.load(path)
-        if found.record.tokens_digest == digest:
-            return found
-    return subject.calibrate(text)
 
 
 def calibration_text(args: argparse.Namespace, seed: int = 0) -> CalibrationText:

@@ -46,17 +46,20 @@ class Results:
                 )
             self.rows = found["rows"]
 
-    def measure(self, key: Mapping[str, Any], measured: Callable[[], Mapping[str, Any]]) -> Row:
+    def measure(
+        self, key: Mapping[str, Any], measured: Callable[..., Mapping[str, Any]], *arguments: Any
+    ) -> Row:
         """Return the row of this key; measure it if it is not there yet.
 
         Args:
             key: what tells the row from others, as JSON types.
             measured: gives the rest of the row.
+            arguments: of that.
         """
         for row in self.rows:
             if all(name in row and row[name] == value for name, value in key.items()):
                 return row
-        row = {**key, **measured()}
+        row = {**key, **measured(*arguments)}
         self.rows.append(row)
         self._save()
         print(json.dumps(row), flush=True)
@@ -74,11 +77,12 @@ class Results:
 def table(rows: Sequence[Row], by: Sequence[str], values: Sequence[str], digits: int = 1) -> str:
     """Return a Markdown table: the mean of each value over the rows that agree in `by`.
 
-    Several rows that agree give their mean and, in brackets, their lowest and highest value.
+    Several rows that agree give their mean and, in brackets, their lowest and highest value; a
+    value that a row does not have leaves its cell empty.
 
     Args:
         rows: of a study.
-        by: keys that tell one line from another.
+        by: keys that tell one line from another; fractions are shown in percent.
         values: keys of numbers.
         digits: after the point.
     """
@@ -90,14 +94,22 @@ def table(rows: Sequence[Row], by: Sequence[str], values: Sequence[str], digits:
         "|" + "---|" * len(by) + "---:|" * (1 + len(values)),
     ]
     for key, members in groups.items():
-        cells = [*map(str, key), str(len(members))]
-        cells += [_mean_and_spread([row[name] for row in members], digits) for name in values]
+        cells = [*map(_shown, key), str(len(members))]
+        for name in values:
+            known = [row[name] for row in members if name in row]
+            cells.append(_mean_and_spread(known, digits))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _shown(value: Any) -> str:
+    return f"{value:.0%}" if isinstance(value, float) else str(value)
+
+
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{fmean(values):.{digits}f}"
+    if not values:
+        return ""
+    mean = f"{fmean(values):,.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"

@@ -1,8 +1,7 @@
 """Studies 2 and 3: which score of a channel, and which distance of a block, keeps most quality?
 
-    python studies/scores.py --data DIR/wikitext2/validation.parquet \
-        --data DIR/c4/train.jsonl --eval DIR/wikitext2/test.parquet \
-        --eval DIR/c4/validation.jsonl
+    python studies/run.py 2 --texts DIR
+    python studies/run.py 3 --texts DIR
 
 Study 2: every score of channels, and channels drawn by chance, with widths by angular distance.
 Study 3: every distance of blocks, and the same width everywhere, with channels by relative
@@ -12,16 +11,16 @@ Prints Markdown: perplexities, and how they differ from the default's on the sam
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Iterable, Sequence
 
 from cfsp.calibration.accumulators import DISTANCES
-from cfsp.calibration.statistics import Statistics
 from cfsp.importance.fine import CHANNEL_METRICS
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
-from conditions import calibrated, opened, parser_of_model
-from results import Results, Row, table
-from subject import Subject
+from conditions import parser_of_model
+from results import Row, table
+from study import Study
 
 RANDOM = "random"
 BLOCK_METRICS = (*DISTANCES, "uniform")
@@ -29,38 +28,34 @@ BLOCK_METRICS = (*DISTANCES, "uniform")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = parser_of_model("scores", __doc__.splitlines()[0])
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.2])
-    parser.add_argument("--seeds", type=int, default=2, help="draws of calibration windows")
-    parser.add_argument("--draws", type=int, default=3, help="of channels by chance")
-    for name, known in (("channels", CHANNEL_METRICS), ("blocks", BLOCK_METRICS)):
-        parser.add_argument(
-            f"--{name}", nargs="+", choices=known, default=list(known), help="besides the default"
-        )
-    args = parser.parse_args(arguments)
-    subject, results = opened(args)
-    results.measure({"what": "dense"}, lambda: subject.quality(subject.model))
+    args = parser().parse_args(arguments)
+    study = Study(args)
+    dense = study.results.measure(
+        {"what": "dense"}, lambda: study.subject.quality(study.subject.model)
+    )
+    rows: list[Row] = []
     for seed in range(args.seeds):
-        statistics = calibrated(args, subject, seed)
         for sparsity in args.sparsity:
             for criterion in criteria(args.channels, args.blocks):
-                results.measure(
-                    _key(criterion, sparsity, seed),
-                    lambda criterion=criterion, sparsity=sparsity, statistics=statistics: (
-                        subject.quality_of(subject.plan(statistics, sparsity, criterion))
-                    ),
-                )
+                key = _key(criterion, sparsity, seed)
+                rows.append(study.results.measure(key, _pruned, study, criterion, sparsity, seed))
             if RANDOM in args.channels:
-                by_chance(subject, statistics, results, sparsity, seed, args.draws)
-    for study, key in ((2, "channels"), (3, "blocks")):
-        other, default = {
-            "channels": ("blocks", DEFAULT_BLOCK_METRIC),
-            "blocks": ("channels", DEFAULT_CHANNEL_METRIC),
-        }[key]
-        rows = [row for row in results.rows if row.get(other) == default]
-        by, texts = ["sparsity", key], list(subject.texts)
-        print(f"\nstudy {study}\n\n{table(rows, by, texts)}")
-        print(f"\npercent above the default\n\n{table(above_default(rows, texts), by, texts)}")
+                rows += by_chance(study, sparsity, seed)
+    print(f"\ndense: {' / '.join(f'{dense[text]:.1f}' for text in study.texts)}")
+    print_tables(rows, study.texts)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = parser_of_model("scores", __doc__.splitlines()[0])
+    found.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.2])
+    found.add_argument("--seeds", type=int, default=2, help="draws of calibration windows")
+    found.add_argument("--draws", type=int, default=3, help="of channels by chance")
+    for name, known in (("channels", CHANNEL_METRICS), ("blocks", BLOCK_METRICS)):
+        found.add_argument(
+            f"--{name}", nargs="+", choices=known, default=list(known), help="besides the default"
+        )
+    return found
 
 
 def criteria(channels: Iterable[str], blocks: Iterable[str]) -> list[Criterion]:
@@ -69,6 +64,56 @@ def criteria(channels: Iterable[str], blocks: Iterable[str]) -> list[Criterion]:
     found += [Criterion(DEFAULT_BLOCK_METRIC, metric) for metric in channels if metric != RANDOM]
     found += [Criterion(metric, DEFAULT_CHANNEL_METRIC) for metric in blocks]
     return list(dict.fromkeys(found))
+
+
+def _pruned(study: Study, criterion: Criterion, sparsity: float, seed: int) -> dict[str, float]:
+    plan = study.subject.plan(study.statistics(seed), sparsity, criterion)
+    return study.subject.quality_of(plan)
+
+
+def by_chance(study: Study, sparsity: float, seed: int) -> list[Row]:
+    """Prune to the widths of the default, channels drawn by chance."""
+    draws = study.args.draws
+    key = _key(Criterion(DEFAULT_BLOCK_METRIC, RANDOM), sparsity, seed)
+    return [
+        study.results.measure(
+            {**key, "draw": draw}, _drawn, study, sparsity, seed, draws * seed + draw
+        )
+        for draw in range(draws)
+    ]
+
+
+def _drawn(study: Study, sparsity: float, seed: int, seed_of_draw: int) -> dict[str, float]:
+    blocks = study.subject.plan(study.statistics(seed), sparsity).blocks
+    generator = random.Random(seed_of_draw)
+    kept = {
+        index: sorted(generator.sample(range(block.width), block.kept_width))
+        for index, block in enumerate(blocks)
+    }
+    return study.subject.quality_masked(kept)
+
+
+def _key(criterion: Criterion, sparsity: float, seed: int) -> Row:
+    return {
+        "blocks": criterion.block_metric,
+        "channels": criterion.channel_metric,
+        "sparsity": sparsity,
+        "seed": seed,
+    }
+
+
+def print_tables(rows: Sequence[Row], texts: Sequence[str]) -> None:
+    """Print perplexities, and what they are above the default's, for each study that has rows."""
+    for what, fixed, default in (
+        ("channels", "blocks", DEFAULT_BLOCK_METRIC),
+        ("blocks", "channels", DEFAULT_CHANNEL_METRIC),
+    ):
+        chosen = [row for row in rows if row[fixed] == default]
+        if len({row[what] for row in chosen}) < 2:
+            continue
+        by = ["sparsity", what]
+        print(f"\nperplexity\n\n{table(chosen, by, texts)}")
+        print(f"\npercent above the default\n\n{table(above_default(chosen, texts), by, texts)}")
 
 
 def above_default(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
@@ -87,37 +132,6 @@ def above_default(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
         for row, base in pairs
         if row is not base
     ]
-
-
-def by_chance(
-    subject: Subject,
-    statistics: Statistics,
-    results: Results,
-    sparsity: float,
-    seed: int,
-    draws: int,
-) -> None:
-    """Prune to the widths of the default, channels drawn by chance."""
-    blocks = subject.plan(statistics, sparsity).blocks
-    for draw in range(draws):
-        generator = random.Random(draws * seed + draw)
-        kept = {
-            index: sorted(generator.sample(range(block.width), block.kept_width))
-            for index, block in enumerate(blocks)
-        }
-        results.measure(
-            {**_key(Criterion(DEFAULT_BLOCK_METRIC, RANDOM), sparsity, seed), "draw": draw},
-            lambda kept=kept: subject.quality_masked(kept),
-        )
-
-
-def _key(criterion: Criterion, sparsity: float, seed: int) -> Row:
-    return {
-        "blocks": criterion.block_metric,
-        "channels": criterion.channel_metric,
-        "sparsity": sparsity,
-        "seed": seed,
-    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Study 7: how much calibration text is enough, which text, and how stable is the plan?
 
-    python studies/stability.py --data DIR/wikitext2/validation.parquet \
-        --data DIR/c4/train.jsonl --data python-docs --eval DIR/wikitext2/test.parquet \
-        --eval DIR/c4/validation.jsonl --samples 128
+    python studies/run.py 7 --texts DIR
 
 Of each text `--samples` windows pass the model once. Statistics are sums over windows, so any
 part of them is a calibration of its own: disjoint parts of 1, 2, 4, ... windows are what other
@@ -16,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import combinations
 from statistics import fmean
 
@@ -23,8 +22,9 @@ from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.pruning_plan import PruningPlan
 from cfsp.settings import CalibrationText, Compute
 from cfsp.stages import calibrate_windows
-from conditions import opened, parser_of_model
-from results import Results, table
+from conditions import parser_of_model
+from results import Row, table
+from study import Study
 from subject import Subject, label
 
 # Pairs of plans are compared, so this many parts of one size are enough.
@@ -33,23 +33,56 @@ MOST_PARTS = 8
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = parser_of_model("stability", __doc__.splitlines()[0])
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--parts", type=int, default=2, help="parts of each size to prune by")
-    parser.add_argument(
-        "--judge-every", type=int, default=4, help="prune by 1 window, so many, its square, ..."
+    args = parser().parse_args(arguments)
+    study = Study(args, sparsity=args.sparsity)
+    texts = [Text(study, name) for name in args.data]
+    for text in texts:
+        stability(study, text)
+    between_texts(study, texts)
+    quality(study, texts)
+    print_tables(study)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = parser_of_model("stability", __doc__.splitlines()[0])
+    found.add_argument("--sparsity", type=float, default=0.5)
+    found.add_argument("--parts", type=int, default=2, help="parts of each size to prune by")
+    found.add_argument(
+        "--judge-every",
+        type=int,
+        default=4,
+        help="prune by 1 window, so many, its square, ..., and by half of all",
     )
-    args = parser.parse_args(arguments)
-    subject, results = opened(args, sparsity=args.sparsity)
-    of_text = {}
-    for name in args.data:
-        windows = one_by_one(subject, CalibrationText((name,), args.samples, args.seqlen))
-        plans = plans_by_size(subject, windows, args.sparsity)
-        of_text[label(name)] = plans
-        stability(results, label(name), plans)
-    between_texts(results, of_text)
-    quality(args, subject, results, of_text)
-    print_tables(results, list(subject.texts))
+    return found
+
+
+class Text:
+    """A calibration text, whose windows pass the model when first needed.
+
+    Attributes:
+        label: its name.
+    """
+
+    def __init__(self, study: Study, name: str) -> None:
+        self.label = label(name)
+        self._study, self._name = study, name
+
+    @cached_property
+    def plans(self) -> dict[int, list[PruningPlan]]:
+        """The plans of disjoint parts of the windows, by the number of windows of a part."""
+        args, subject = self._study.args, self._study.subject
+        text = CalibrationText((self._name,), args.samples, args.seqlen)
+        windows = one_by_one(subject, text)
+        return {
+            size: plans_of_parts(subject, windows, size, args.sparsity)
+            for size in sizes(args.samples)
+        }
+
+
+def sizes(samples: int) -> list[int]:
+    """Return how many windows a part can have, so that there are two: 1, 2, 4, ..."""
+    return [1 << power for power in range((samples // 2).bit_length())]
 
 
 def one_by_one(subject: Subject, text: CalibrationText) -> list[Statistics]:
@@ -64,18 +97,13 @@ def one_by_one(subject: Subject, text: CalibrationText) -> list[Statistics]:
     ]
 
 
-def plans_by_size(
-    subject: Subject, windows: Sequence[Statistics], sparsity: float
-) -> dict[int, list[PruningPlan]]:
-    """Return the plans of disjoint parts of the windows, by the number of windows of a part."""
-    plans: dict[int, list[PruningPlan]] = {}
-    size = 1
-    while 2 * size <= len(windows):
-        starts = range(0, len(windows) - size + 1, size)[:MOST_PARTS]
-        parts = [added(windows[start : start + size]) for start in starts]
-        plans[size] = [subject.plan(part, sparsity) for part in parts]
-        size *= 2
-    return plans
+def plans_of_parts(
+    subject: Subject, windows: Sequence[Statistics], size: int, sparsity: float
+) -> list[PruningPlan]:
+    """Return the plans of disjoint parts of some windows each."""
+    starts = range(0, len(windows) - size + 1, size)[:MOST_PARTS]
+    parts = [added(windows[start : start + size]) for start in starts]
+    return [subject.plan(part, sparsity) for part in parts]
 
 
 def added(parts: Sequence[Statistics]) -> Statistics:
@@ -109,68 +137,72 @@ def moved(first: PruningPlan, second: PruningPlan) -> float:
     return sum(abs(a - b) for a, b in pairs) / 2 / sum(first.kept_widths)
 
 
-def stability(results: Results, text: str, plans: dict[int, list[PruningPlan]]) -> None:
+def stability(study: Study, text: Text) -> None:
     """Compare the plans of disjoint parts of the same size."""
-    for size, of_size in plans.items():
-        pairs = list(combinations(of_size, 2))
-        overlaps = [overlap(*pair) for pair in pairs]
-        results.measure(
-            {"what": "stability", "text": text, "size": size},
-            lambda pairs=pairs, overlaps=overlaps: {
-                "pairs": len(pairs),
-                "overlap": round(fmean(overlaps), 4),
-                "lowest": round(min(overlaps), 4),
-                "widths": round(fmean(moved(*pair) for pair in pairs), 4),
-            },
+    for size in sizes(study.args.samples):
+        study.results.measure(
+            {"what": "stability", "text": text.label, "size": size}, _compared, text, size
         )
 
 
-def between_texts(results: Results, of_text: dict[str, dict[int, list[PruningPlan]]]) -> None:
+def _compared(text: Text, size: int) -> Row:
+    pairs = list(combinations(text.plans[size], 2))
+    overlaps = [overlap(*pair) for pair in pairs]
+    return {
+        "pairs": len(pairs),
+        "overlap": round(fmean(overlaps), 4),
+        "lowest": round(min(overlaps), 4),
+        "widths": round(fmean(moved(*pair) for pair in pairs), 4),
+    }
+
+
+def between_texts(study: Study, texts: Sequence[Text]) -> None:
     """Compare the plans of different texts, at the largest size."""
-    for (first, plans), (second, others) in combinations(of_text.items(), 2):
-        size = max(plans)
-        pairs = [(a, b) for a in plans[size] for b in others[size]]
-        results.measure(
-            {"what": "texts", "first": first, "second": second, "size": size},
-            lambda pairs=pairs: {
-                "overlap": round(fmean(overlap(*pair) for pair in pairs), 4),
-                "widths": round(fmean(moved(*pair) for pair in pairs), 4),
-            },
-        )
+    size = sizes(study.args.samples)[-1]
+    for first, second in combinations(texts, 2):
+        key = {"what": "texts", "first": first.label, "second": second.label, "size": size}
+        study.results.measure(key, _across, first, second, size)
 
 
-def quality(
-    args: argparse.Namespace,
-    subject: Subject,
-    results: Results,
-    of_text: dict[str, dict[int, list[PruningPlan]]],
-) -> None:
+def _across(first: Text, second: Text, size: int) -> Row:
+    pairs = [(a, b) for a in first.plans[size] for b in second.plans[size]]
+    return {
+        "overlap": round(fmean(overlap(*pair) for pair in pairs), 4),
+        "widths": round(fmean(moved(*pair) for pair in pairs), 4),
+    }
+
+
+def quality(study: Study, texts: Sequence[Text]) -> None:
     """Measure what the plans of some sizes leave of the model."""
-    for part in range(args.parts):
-        for text, plans in of_text.items():
-            for size in _judged(max(plans), args.judge_every):
-                plan = plans[size][part]
-                results.measure(
-                    {"what": "quality", "text": text, "size": size, "part": part},
-                    lambda plan=plan: subject.quality_of(plan),
-                )
+    largest = sizes(study.args.samples)[-1]
+    for part in range(study.args.parts):
+        for text in texts:
+            for size in judged(largest, study.args.judge_every):
+                key = {"what": "quality", "text": text.label, "size": size, "part": part}
+                study.results.measure(key, _pruned, study, text, size, part)
 
 
-def _judged(largest: int, factor: int) -> Iterator[int]:
+def _pruned(study: Study, text: Text, size: int, part: int) -> dict[str, float]:
+    return study.subject.quality_of(text.plans[size][part])
+
+
+def judged(largest: int, factor: int) -> Iterator[int]:
+    """Give 1, the factor, its square, ..., and the largest."""
     size = 1
-    while size <= largest:
+    while size < largest:
         yield size
         size *= factor
+    yield largest
 
 
-def print_tables(results: Results, texts: Sequence[str]) -> None:
+def print_tables(study: Study) -> None:
     """Print stability, the overlap between texts, and quality."""
     for what, by, values, digits in (
-        ("stability", ["text", "size"], ["overlap", "lowest", "widths"], 3),
+        ("stability", ["text", "size", "pairs"], ["overlap", "lowest", "widths"], 3),
         ("texts", ["first", "second", "size"], ["overlap", "widths"], 3),
-        ("quality", ["text", "size"], texts, 1),
+        ("quality", ["text", "size"], study.texts, 1),
     ):
-        rows = [row for row in results.rows if row["what"] == what]
+        rows = [row for row in study.results.rows if row["what"] == what]
         print(f"\n{what}\n\n{table(rows, by, values, digits)}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(REPOSITORY / "studies"))
 
 import architectures
 import block_ranking
+import run as runner
 import scores
 import sparsity
 import stability
@@ -27,6 +29,7 @@ from cfsp.importance.fine import CHANNEL_METRICS
 from cfsp.pipeline import calibrate_source
 from cfsp.settings import CalibrationText, Compute
 from damage import loss_increase, rank_correlation
+from recipe import Recipe, read_recipes, recipe_of
 from results import Results, table
 from subject import label, load_subject
 
@@ -66,6 +69,7 @@ def test_block_ranking(run: Callable[..., Any]) -> None:
         "random",
         "random",
     ]
+    assert [row["size"] for row in rows if row["what"] == "group"] == [1] * 5
     alone = [row for row in rows if row["what"] == "alone"]
     angular = [row["angular"] for row in alone]
     assert groups[0]["indices"] == [int(np.argmin(angular))]
@@ -79,8 +83,7 @@ def test_scores(run: Callable[..., Any]) -> None:
     assert {row["channels"] for row in rows} == set(CHANNEL_METRICS)
     assert {row["blocks"] for row in rows} == {*DISTANCES, "uniform"}
     assert len(rows) == len(CHANNEL_METRICS) + len(DISTANCES) + 1
-    assert "study 2" in printed
-    assert "study 3" in printed
+    assert printed.count("percent above the default") == 2
 
 
 def test_scores_of_some_criteria(run: Callable[..., Any]) -> None:
@@ -136,15 +139,33 @@ def test_architectures(
     arguments = [
         *(*texts, *SMALL, "--samples", "4", "--out", str(out), "--models", str(models)),
         *("--hidden", "32", "--blocks", "2", "--vocabulary", "300", "--tokens", "4000"),
-        *("--seeds", "1", "--sparsity", "0.5"),
+        *("--seeds", "1", "--sparsity", "0.5", "--blocks-by", "angular", "angular+sensitivity"),
     ]
     architectures.main(arguments)
     rows = json.loads(out.read_text())["rows"]
     dense = {row["architecture"] for row in rows if row["what"] == "dense"}
     assert dense == set(architectures.ARCHITECTURES)
     assert sum(row["what"] == "alone" for row in rows) == 2 * len(dense)
+    assert sum(row["what"] == "pruned" for row in rows) == 2 * len(dense)
     printed = capsys.readouterr().out
     assert "| neox-parallel | left out |" in printed
+
+
+def test_rises_are_compared_on_the_same_model() -> None:
+    rows = [
+        {"architecture": "llama", "seed": seed, "sparsity": sparsity, "blocks": blocks}
+        | {"plain": value, "repaired": value / 2}
+        for seed, sparsity, blocks, value in (
+            (0, 0.2, "angular", 1.0),
+            (1, 0.2, "angular", 2.0),
+            (0, 0.2, "uniform", 1.5),
+            (1, 0.2, "uniform", 1.5),
+            (1, 0.5, "uniform", 3.0),
+        )
+    ]
+    found = architectures.by_sparsity(architectures.above_default(rows), "plain")
+    assert [row["20%"] for row in found] == [0.5, -0.5]
+    assert not any("50%" in row for row in found)
 
 
 def test_parts_of_a_calibration_add_up(
@@ -160,6 +181,8 @@ def test_parts_of_a_calibration_add_up(
             block.sum_of_squares_F, expected.sum_of_squares_F, rtol=1e-5, atol=1e-5
         )
         assert block.distances == pytest.approx(expected.distances)
+    assert stability.sizes(9) == [1, 2, 4]
+    assert list(stability.judged(32, 4)) == [1, 4, 16, 32]
     plan = subject.plan(whole, 0.5)
     assert stability.overlap(plan, plan) == 1
     assert stability.overlap(plan, subject.plan(sums, 0.5)) == 1
@@ -179,6 +202,75 @@ def test_loss_increase_is_in_nats() -> None:
     assert loss_increase({"a": 20.0, "b": 20.0}, before) == pytest.approx(np.log(2) / 2)
 
 
+@pytest.fixture
+def directory_of_texts(tmp_path: Path) -> Path:
+    """A directory that has the files that recipes name; nobody reads them."""
+    for recipe in read_recipes():
+        for name in recipe.files:
+            path = tmp_path / "texts" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return tmp_path / "texts"
+
+
+class OpenedError(Exception):
+    """Results were opened, and something is to be measured."""
+
+
+@pytest.mark.parametrize("recipe", read_recipes(), ids=lambda recipe: recipe.study)
+def test_recipe_belongs_to_published_rows(
+    recipe: Recipe, directory_of_texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(results: Results, *_: Any) -> None:
+        assert results.rows
+        raise OpenedError
+
+    monkeypatch.setattr(Results, "measure", opened)
+    # The program's own parser takes it, and the conditions are those of the file.
+    with pytest.raises(OpenedError):
+        runner.main([recipe.study, "--texts", str(directory_of_texts)])
+    command = f"python studies/run.py {recipe.study} --texts DIR"
+    for place in ("docs/STUDIES.md", "studies/README.md", f"studies/{recipe.program}.py"):
+        assert command in (REPOSITORY / place).read_text(), place
+
+
+def test_a_recipe_runs(
+    text_file: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (f"DIR/{text_file.name}",)
+    recipe = replace(recipe_of("3"), data=text, eval=text)
+    monkeypatch.setattr(runner, "recipe_of", lambda _: recipe)
+    out = tmp_path / "rows.json"
+    small = ["--model", str(tiny_checkpoint("llama")), *SMALL, "--samples", "4", "--seeds", "1"]
+    command = ["3", "--texts", str(text_file.parent), "--out", str(out), *small]
+    assert runner.main(command) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["blocks"] for row in rows[1:]} == {"angular", *recipe.options["blocks"]}
+    assert "| 50% | euclidean | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ("8", "there is no study '8'; known are: 1, 2, 3, 4, 5, 6, 7"),
+        ("3", "wikitext2/validation.parquet, which is not there; --texts is a directory with"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(
+    study: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.main([study, "--texts", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("studies/run.py: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert not shown.out
+
+
 def test_results_are_measured_once(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     results = Results(path, {"windows": 2})
@@ -191,6 +283,7 @@ def test_results_are_measured_once(tmp_path: Path) -> None:
     again = Results(path, {"windows": 2})
     assert again.measure({"seed": 1}, never) == {"seed": 1, "value": 2.0}
     assert table(again.rows, [], ["value"]).splitlines()[-1] == "| 2 | 1.5 (1.0 to 2.0) |"
+    assert table(again.rows, [], ["other"]).splitlines()[-1] == "| 2 |  |"
     with pytest.raises(OutputError, match="other conditions"):
         Results(path, {"windows": 3})
 
