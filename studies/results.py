@@ -77,8 +77,8 @@ class Results:
 def table(rows: Sequence[Row], by: Sequence[str], values: Sequence[str], digits: int = 1) -> str:
     """Return a Markdown table: the mean of each value over the rows that agree in `by`.
 
-    Several rows that agree give their mean and, in brackets, their lowest and highest value; a
-    value that a row does not have leaves its cell empty.
+    Several rows that agree give their mean and, in brackets, their lowest and highest value, and
+    a column says how many they are. A value that a row does not have leaves its cell empty.
 
     Args:
         rows: of a study.
@@ -89,12 +89,14 @@ def table(rows: Sequence[Row], by: Sequence[str], values: Sequence[str], digits:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    several = any(len(members) > 1 for members in groups.values())
+    runs = ["runs"] if several else []
     lines = [
-        "| " + " | ".join([*by, "runs", *values]) + " |",
-        "|" + "---|" * len(by) + "---:|" * (1 + len(values)),
+        "| " + " | ".join([*by, *runs, *values]) + " |",
+        "|" + "---|" * len(by) + "---:|" * (len(runs) + len(values)),
     ]
     for key, members in groups.items():
-        cells = [*map(_shown, key), str(len(members))]
+        cells = [*map(_shown, key), *([str(len(members))] if several else [])]
         for name in values:
             known = [row[name] for row in members if name in row]
             cells.append(_mean_and_spread(known, digits))
