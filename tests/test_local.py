@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cfsp.manifest import read_manifest
 from cfsp.pipeline import prune_model
 from cfsp.restoration import reconstruct
 from cfsp.restoration.local_training import (
+    Batch,
     LocalTraining,
     Trained,
     hidden_loss,
@@ -70,6 +72,7 @@ def test_rate_rises_and_falls_to_zero() -> None:
     assert max(schedule) == schedule[9]
     assert schedule[9:] == sorted(schedule[9:], reverse=True)
     assert schedule[-1] == pytest.approx(0.0, abs=1e-3)
+    assert len(LocalTraining(steps=100).schedule(at_head=True)) == 200
 
 
 def test_blocks_with_a_small_error_take_small_steps() -> None:
@@ -86,11 +89,12 @@ def test_no_error_has_a_gradient() -> None:
     assert torch.equal(output.grad, torch.zeros(1, 2, 3))
 
 
-def endless(
-    input_BTD: torch.Tensor, target_BTD: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    while True:
-        yield input_BTD, target_BTD
+def endless(input_BTD: torch.Tensor, target_BTD: torch.Tensor) -> Iterator[Batch]:
+    return repeat(Batch(input_BTD, target_BTD, torch.empty(0), 0))
+
+
+def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return token_error(output_BTD, batch.target_BTD)
 
 
 def test_training_reaches_a_target_that_can_be_reached() -> None:
@@ -102,7 +106,7 @@ def test_training_reaches_a_target_that_can_be_reached() -> None:
     schedule = LocalTraining(steps=300).schedule()
     trained = [Trained(list(module.parameters()), 0.5)]
     batches = endless(hidden, target)
-    assert train_blocks(module, trained, batches, token_error, schedule, torch.float32)
+    assert train_blocks(module, trained, batches, error, schedule, torch.float32)
     assert float(token_error(module(hidden).detach(), target)) < 0.01 * before
 
 
@@ -113,7 +117,7 @@ def test_training_stops_at_a_loss_that_is_no_number() -> None:
         module,
         [Trained(list(module.parameters()), 0.1)],
         endless(hidden, torch.full_like(hidden, torch.nan)),
-        token_error,
+        error,
         [1.0] * 5,
         torch.float32,
         seen.append,
@@ -127,6 +131,8 @@ def test_no_steps_are_refused() -> None:
         LocalTraining(steps=0)
     with pytest.raises(UsageError, match="--local-blocks must be at least 1, found 0"):
         LocalTraining(blocks=0)
+    with pytest.raises(UsageError, match="--local-text must be from 0 to 1, found 2"):
+        LocalTraining(text=2)
 
 
 def test_blocks_that_train_together_take_steps_by_their_own_drift() -> None:
@@ -139,7 +145,7 @@ def test_blocks_that_train_together_take_steps_by_their_own_drift() -> None:
     size = float(module.weight.detach().square().mean().sqrt())
     first = module.weight.detach().clone()
     compute = nn.Sequential(module, still)
-    assert train_blocks(compute, trained, batches, token_error, [1.0], torch.float32)
+    assert train_blocks(compute, trained, batches, error, [1.0], torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(before, still.parameters(), strict=True))
     # Adam's first step is as long as its rate.
     moved = (module.weight.detach() - first).abs()
@@ -152,7 +158,8 @@ def test_every_block_is_in_one_group(together: int) -> None:
     assert all(index in group for index, group in enumerate(groups))
     distinct = sorted(set(groups), key=lambda group: group.start)
     assert [index for group in distinct for index in group] == list(range(30))
-    assert all(len(group) == min(together, 30) for group in distinct[:-1])
+    assert len(distinct[-1]) == min(2 * together, 30)
+    assert all(len(group) == together for group in distinct[:-2])
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +168,8 @@ def text(text_file: Path) -> list[str]:
             "--sparsity", "0.5"]  # fmt: skip
 
 
-# Three blocks: two and one.
-LOCAL = ["--restore", "local", "--local-steps", "40", "--local-blocks", "2"]
+# Three blocks: one, and the last two. A random model has nothing to do with the text.
+LOCAL = ["--restore", "local", "--local-steps", "40", "--local-blocks", "1", "--local-text", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -199,12 +206,12 @@ def test_it_comes_closer_to_the_dense_model_than_ridge(
 ) -> None:
     blocks = read_manifest(local)["restoration"]["blocks"]
     assert len(blocks) == BLOCKS
-    assert ["local" in block for block in blocks] == [False, True, True]
-    assert [block["local"]["blocks"] for block in blocks[1:]] == [2, 1]
-    for block in blocks[1:]:
-        assert block["local"]["is_better"]
-        assert block["local"]["steps"] == 40
-    first, last = (block["local"] for block in blocks[1:])
+    assert ["local" in block for block in blocks] == [True, False, True]
+    first, last = (block["local"] for block in blocks if "local" in block)
+    assert (first["blocks"], last["blocks"]) == (1, 2)
+    assert (first["steps"], last["steps"]) == (40, 80)
+    assert first["is_better"]
+    assert last["is_better"]
     assert first["error_after"] < first["error_before"]
     assert first["loss_after"] < first["loss_before"]
     assert last["loss_after"] < last["loss_before"]
@@ -269,7 +276,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     assert main(argv) == 0
     # At the first block of the group that was interrupted.
-    message = f"reconstruct: going on at block 2 of {BLOCKS}"
+    message = f"reconstruct: going on at block 1 of {BLOCKS}"
     assert (message in capsys.readouterr().err) == (group > 0)
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
@@ -280,7 +287,7 @@ def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=64, seqlen=32),
         restore="local",
-        local=LocalTraining(steps=30),
+        local=LocalTraining(steps=30, text=0),
     )
     dense = build_tiny_model(name)
     ridge = prune_model(dense, tokenizer, replace(settings, restore="ridge"))
@@ -291,6 +298,17 @@ def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
     assert (trained - target).square().mean() < (plain - target).square().mean()
 
 
+def test_text_in_the_loss_makes_the_text_more_likely(
+    local: Path, tiny_checkpoint: Checkpoints, text: list[str], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL[:-1], "1", "--out", str(out)]
+    assert main(argv) == 0
+    found = cfsp.evaluate([out, local], [text_file], windows=8, seqlen=32)
+    with_text, without = (model["perplexity"][str(text_file)] for model in found)
+    assert with_text < 0.9 * without
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_trains_models_of_16_bits(
     dtype: str, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path
@@ -299,7 +317,7 @@ def test_it_trains_models_of_16_bits(
     argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--dtype", dtype]
     assert main([*argv, "--out", str(out)]) == 0
     blocks = read_manifest(out)["restoration"]["blocks"]
-    assert all(block["local"]["is_better"] for block in blocks[1:])
+    assert all(block["local"]["is_better"] for block in blocks if "local" in block)
 
 
 @pytest.mark.parametrize("restore", ["sequential", "local"])
@@ -316,7 +334,7 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--local-steps", "--local-blocks"])
+@pytest.mark.parametrize("option", ["--local-steps", "--local-blocks", "--local-text"])
 def test_options_of_local_without_it_are_refused(
     option: str,
     tiny_checkpoint: Checkpoints,

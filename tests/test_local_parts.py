@@ -16,7 +16,8 @@ from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.in_memory import build_pruned_model
 from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
 from cfsp.restoration.block_group import BlockGroup
-from cfsp.restoration.head import HeadDivergence
+from cfsp.restoration.head import HeadLoss
+from cfsp.restoration.local_training import Batch
 from cfsp.restoration.reconstructed import HeldOut, ReconstructedBlocks
 from cfsp.surgery import PrunedSource
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
@@ -41,11 +42,16 @@ def leaving_hidden(model: Any, source: LoadedModel, tokens_BT: torch.Tensor) -> 
     return hidden
 
 
+def batch_of(target_BTD: torch.Tensor, tokens_BT: torch.Tensor, turn: int = 0) -> Batch:
+    return Batch(torch.empty(0), target_BTD, tokens_BT, turn)
+
+
+@pytest.mark.parametrize("text", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
-def test_divergence_at_the_head_is_that_of_the_whole_models(name: str) -> None:
+def test_loss_at_the_head_is_that_of_the_whole_models(name: str, text: float) -> None:
     model, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
     source = LoadedModel(model)
-    head = HeadDivergence(source, CPU, torch.float32)
+    loss_of = HeadLoss(source, CPU, torch.float32, text)
     dense_BTD = leaving_hidden(model, source, tokens_BT)
     with torch.no_grad():
         dense = model(tokens_BT).logits.double().numpy()
@@ -54,24 +60,36 @@ def test_divergence_at_the_head_is_that_of_the_whole_models(name: str) -> None:
         other = model(other_BT).logits.double().numpy()
     other_BTD = leaving_hidden(model, source, other_BT).clone().requires_grad_(True)
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (dense, other))
-    divergence = head(other_BTD, dense_BTD)
-    expected = float((p * np.log(p / q)).sum(-1).mean())
-    assert float(divergence.detach()) == pytest.approx(expected, rel=1e-4)
-    divergence.backward()
+    loss = loss_of(other_BTD, batch_of(dense_BTD, tokens_BT))
+    divergence = (p * np.log(p / q)).sum(-1)[:, :-1].mean()
+    following = np.take_along_axis(q[:, :-1], tokens_BT[:, 1:, None].numpy(), -1)
+    expected = (1 - text) * divergence - text * np.log(following).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+    loss.backward()
     assert other_BTD.grad is not None
     assert float(other_BTD.grad.abs().max()) > 0
-    assert float(head(dense_BTD, dense_BTD)) == 0
 
 
-def test_long_batches_are_compared_at_some_positions() -> None:
+def test_predictions_that_are_the_dense_models_have_no_divergence() -> None:
+    model, tokens_BT = build_tiny_model("llama"), random_tokens(2, 12)
+    source = LoadedModel(model)
+    dense_BTD = leaving_hidden(model, source, tokens_BT)
+    loss_of = HeadLoss(source, CPU, torch.float32, 0.0)
+    assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
+
+
+def test_every_turn_is_judged_at_other_positions() -> None:
     model, tokens_BT = build_tiny_model("llama"), random_tokens(4, 128)
     source = LoadedModel(model)
-    head = HeadDivergence(source, CPU, torch.float32)
+    loss_of = HeadLoss(source, CPU, torch.float32, 0.0)
     hidden_BTD = leaving_hidden(model, source, tokens_BT)
     changed_BTD = hidden_BTD.clone()
-    changed_BTD[:, ::2] = 0  # 512 tokens: every second is compared, beginning with the second
-    assert float(head(changed_BTD, hidden_BTD)) == 0
-    assert float(head(changed_BTD[:, 1:], hidden_BTD[:, 1:])) > 0
+    changed_BTD[:, ::2] = 0  # 512 tokens: every second is judged, first those that changed
+    losses = [
+        float(loss_of(changed_BTD, batch_of(hidden_BTD, tokens_BT, turn))) for turn in range(4)
+    ]
+    assert losses[1] == losses[3] == 0
+    assert losses[0] == losses[2] > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma3_text"])

@@ -16,7 +16,12 @@ from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
 from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
 from cfsp.prune_report import PruneReport
 from cfsp.pruning_plan import PruningPlan
-from cfsp.restoration.local_training import DEFAULT_BLOCKS, DEFAULT_STEPS, LocalTraining
+from cfsp.restoration.local_training import (
+    DEFAULT_BLOCKS,
+    DEFAULT_STEPS,
+    DEFAULT_TEXT,
+    LocalTraining,
+)
 from cfsp.settings import (
     DEFAULT_RESTORE,
     CalibrationText,
@@ -57,6 +62,7 @@ def prune(
     restore: Restore = ...,
     local_steps: int = ...,
     local_blocks: int = ...,
+    local_text: float = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PruneReport: ...
@@ -83,6 +89,7 @@ def prune(
     restore: Restore = ...,
     local_steps: int = ...,
     local_blocks: int = ...,
+    local_text: float = ...,
     device: str = ...,
     dtype: str = ...,
 ) -> PreTrainedModel: ...
@@ -108,6 +115,7 @@ def prune(
     restore: Restore = DEFAULT_RESTORE,
     local_steps: int = DEFAULT_STEPS,
     local_blocks: int = DEFAULT_BLOCKS,
+    local_text: float = DEFAULT_TEXT,
     device: str = "auto",
     dtype: str = "auto",
 ) -> PruneReport | PreTrainedModel:
@@ -136,6 +144,7 @@ def prune(
             `none` does not.
         local_steps: of `local`, for each group of blocks.
         local_blocks: of `local`, how many consecutive blocks train together.
+        local_text: of `local`, the part of the text in the loss of the last blocks.
         device: where to compute; `auto` is an accelerator if there is one.
         dtype: what to compute in; `auto` is the model's own.
 
@@ -156,7 +165,7 @@ def prune(
         text=CalibrationText(tuple(map(str, data)), samples, seqlen, seed),
         compute=Compute(device, dtype),
         restore=restore,
-        local=LocalTraining(local_steps, local_blocks),
+        local=LocalTraining(local_steps, local_blocks, local_text),
         search_rounds=search_rounds,
     )
     if isinstance(model, str | Path):

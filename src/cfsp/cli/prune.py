@@ -66,8 +66,15 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--local-blocks",
         type=int,
         metavar="N",
-        help="of --restore local, how many consecutive blocks train together; more need more "
-        "memory (default: 3)",
+        help="of --restore local, how many consecutive blocks train together, twice as many at the "
+        "model's end; more need more memory (default: 3)",
+    )
+    group.add_argument(
+        "--local-text",
+        type=float,
+        metavar="F",
+        help="of --restore local, the part of the text itself in the loss of the last blocks, from "
+        "0 to 1; the rest is the divergence from the dense model (default: 0.5)",
     )
     group.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan")
     group.add_argument(
@@ -186,7 +193,11 @@ def _settings(
     needs_text = (
         passes_text or args.search > 0 or (statistics is None and (plan is None or needs_means))
     )
-    local = {"steps": args.local_steps, "blocks": args.local_blocks}
+    local = {
+        "steps": args.local_steps,
+        "blocks": args.local_blocks,
+        "text": args.local_text,
+    }
     given = {name: value for name, value in local.items() if value is not None}
     if given and args.restore != "local":
         raise UsageError(f"--local-{next(iter(given))} belongs to --restore local")

@@ -1,4 +1,4 @@
-"""What a model's predictions make of the hidden states that leave its last block.
+"""What a model predicts from the hidden states that leave its last block, and the loss of that.
 
 The model's own forward runs with its blocks left out, so that no family's last norm, scaling or
 head needs to be known.
@@ -18,47 +18,62 @@ from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill_around_bloc
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.restoration.local_training import Batch
 
-# Predictions that are compared in a batch, at least. Neighbours are alike, and the head is a large
-# part of a small model's arithmetic.
+# Predictions that count in a batch, at least. The head is a large part of a small model's
+# arithmetic.
 _PREDICTIONS = 256
 
 
-class HeadDivergence:
-    """How far predictions from some hidden states are from those of the dense model's.
+class HeadLoss:
+    """How far predictions are from those of the dense model, and from the text.
 
     Args:
-        source: the model; what lies around its blocks is read.
+        source: the dense model; what lies around its blocks is read.
         device: where to compute.
-        dtype: what the head computes in; the divergence is in float32.
+        dtype: what the head computes in; the loss is in float32.
+        text: the part of the text in the loss, from 0 to 1.
     """
 
-    def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: WeightSource, device: torch.device, dtype: torch.dtype, text: float
+    ) -> None:
         # Autograd refuses the tensors of inference mode, which passes run in.
         with torch.inference_mode(mode=False):
             self._model = build_skeleton(source.config, dtype)
             fill_around_blocks(self._model, source, dtype, device)
         self._blocks = blocks_of(self._model, source.family)
         self._dtype = dtype
+        self._text = text
 
-    def __call__(self, output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-        """Return KL(target || output) of the next token, the mean over some positions, in nats.
+    def __call__(self, output_BTD: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of the next token's predictions, the mean over some positions, in nats.
+
+            (1 - text) KL(dense || output) - text log p(next token)
+
+        Neighbours are alike, so that every batch is judged at a few positions, others in each
+        turn.
 
         Args:
             output_BTD: hidden states after the last block; gradients reach them.
-            target_BTD: those of the dense model.
+            batch: with the text and the hidden states of the dense model.
         """
+        windows, length = batch.tokens_BT.shape
+        # What follows the last token is not known.
+        stride = min(length - 1, max(1, windows * length // _PREDICTIONS))
+        first = batch.turn % stride
+        position_P = torch.arange(first, length - 1, stride, device=output_BTD.device)
+        log_probability_BPV = self._log_probabilities(output_BTD, position_P)
         with torch.no_grad():
-            expected_BPV = self._log_probabilities(target_BTD)
-        log_probability_BPV = self._log_probabilities(output_BTD)
+            expected_BPV = self._log_probabilities(batch.target_BTD, position_P)
         divergence_BP = torch.linalg.vecdot(expected_BPV.exp(), expected_BPV - log_probability_BPV)
-        divergence: Tensor = divergence_BP.mean()
-        return divergence
+        next_BP1 = batch.tokens_BT[:, position_P + 1].unsqueeze(-1)
+        text_BP = -log_probability_BPV.gather(-1, next_BP1).squeeze(-1)
+        loss_BP = (1 - self._text) * divergence_BP + self._text * text_BP
+        loss: Tensor = loss_BP.mean()
+        return loss
 
-    def _log_probabilities(self, hidden_BTD: Tensor) -> Tensor:
-        windows, length = hidden_BTD.shape[:2]
-        stride = min(length, max(1, windows * length // _PREDICTIONS))
-        position_P = torch.arange(stride - 1, length, stride, device=hidden_BTD.device)
+    def _log_probabilities(self, hidden_BTD: Tensor, position_P: Tensor) -> Tensor:
         hidden_BTD = hidden_BTD.to(self._dtype)
         device = hidden_BTD.device.type
         # Which tokens they are does not matter any more.

@@ -13,10 +13,10 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -29,8 +29,9 @@ from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.restoration.block_group import BlockGroup
-from cfsp.restoration.head import HeadDivergence
+from cfsp.restoration.head import HeadLoss
 from cfsp.restoration.local_training import (
+    Batch,
     LocalTraining,
     Loss,
     Trained,
@@ -42,6 +43,7 @@ from cfsp.restoration.reconstructed import (
     HeldOut,
     ReconstructedBlocks,
     ReconstructedFiles,
+    say_what_was_left_alone,
     write_trained,
 )
 from cfsp.restoration.two_streams import TwoStreams
@@ -114,6 +116,7 @@ def reconstruct_blocks(
         source,
         pruned,
         blocks_of(skeleton, source.family),
+        tokens_NT,
         streams,
         training,
         dtype,
@@ -132,7 +135,7 @@ def reconstruct_blocks(
         place=place,
         may_stop_after=lambda block: block == training.group_of(block, len(work.modules))[-1],
     )
-    _say_what_was_left_alone(blocks)
+    say_what_was_left_alone(blocks)
     return blocks
 
 
@@ -147,6 +150,7 @@ class _Reconstruction:
     source: WeightSource
     pruned: PrunedSource
     modules: nn.ModuleList
+    tokens_NT: Tensor
     streams: TwoStreams
     training: LocalTraining
     dtype: torch.dtype
@@ -184,18 +188,19 @@ class _Reconstruction:
         self, block: StreamedBlock, group: BlockGroup, count: int
     ) -> ReconstructedBlocks:
         """Train the blocks of a group; leave them with the better of both weights."""
-        loss_of: Loss = hidden_loss
-        if block.index + 1 == len(self.modules):
-            loss_of = HeadDivergence(self.source, block.device, self.dtype)
+        at_head = block.index + 1 == len(self.modules)
+        loss_of: Loss = _hidden_loss
+        if at_head:
+            loss_of = HeadLoss(self.source, block.device, self.dtype, self.training.text)
         group.fill(self.dtype, {})
         before = self._held_out(block, group, loss_of)
         before.check_finite(block.index)
-        at_head = loss_of is not hidden_loss
         rates = [
             self.training.highest_rate(drift, at_head=at_head)
             for drift in self._drifts(block, group)
         ]
-        trained = self._train(block, group, loss_of, rates)
+        schedule = self.training.schedule(at_head=at_head)
+        trained = self._train(block, group, loss_of, rates, schedule)
         after, file = None, None
         if trained is not None:
             group.fill(self.dtype, trained)
@@ -205,15 +210,15 @@ class _Reconstruction:
             file = write_trained(self.directory, block.index, trained)
         else:
             group.fill(self.dtype, {})
-        return ReconstructedBlocks(count, before, after, self.training.steps, file)
+        return ReconstructedBlocks(count, before, after, len(schedule), file)
 
     def _held_out(self, block: StreamedBlock, group: BlockGroup, loss_of: Loss) -> HeldOut:
         errors, losses = [], []
-        for batch in self.streams.held_out:
-            output_BTD = group(block.hidden.read(self.streams.pruned(batch)).to(block.device))
-            target_BTD = block.hidden.read_written(batch).to(block.device)
-            errors.append(float(token_error(output_BTD, target_BTD)))
-            losses.append(float(loss_of(output_BTD, target_BTD)))
+        for turn, windows in enumerate(self.streams.held_out):
+            batch = self._batch(block, [windows], turn)
+            output_BTD = group(batch.input_BTD)
+            errors.append(float(token_error(output_BTD, batch.target_BTD)))
+            losses.append(float(loss_of(output_BTD, batch)))
         return HeldOut(fmean(errors), fmean(losses))
 
     def _drifts(self, block: StreamedBlock, group: BlockGroup) -> list[float]:
@@ -231,9 +236,9 @@ class _Reconstruction:
         group: BlockGroup,
         loss_of: Loss,
         rates: Sequence[float],
+        schedule: Sequence[float],
     ) -> dict[str, Tensor] | None:
         """Return the trained tensors in their stored dtypes; None if training diverged."""
-        schedule = self.training.schedule()
         steps, tokens = len(schedule), self.streams.tokens * len(rates)
 
         def on_step(step: int) -> None:
@@ -262,32 +267,28 @@ class _Reconstruction:
                 for name, parameter in parameters.items()
             }
 
-    def _batches(self, block: StreamedBlock) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield input and target of random windows, every window once before any again."""
+    def _batches(self, block: StreamedBlock) -> Iterator[Batch]:
+        """Yield batches of random windows without end, every window once before any again."""
         generator = torch.Generator().manual_seed((self.seed + block.index) % _MOST_SEEDS)
         windows = self.streams.trained
         left: list[int] = []
-        while True:
+        for turn in count():
             while len(left) < self.streams.batch:
                 order = torch.randperm(len(windows), generator=generator)
                 left += [windows[i] for i in order.tolist()]
             chosen, left = left[: self.streams.batch], left[self.streams.batch :]
-            one = [slice(i, i + 1) for i in chosen]
-            input_BTD = torch.cat([block.hidden.read(self.streams.pruned(i)) for i in one])
-            target_BTD = torch.cat([block.hidden.read_written(i) for i in one])
-            yield input_BTD.to(block.device), target_BTD.to(block.device)
+            yield self._batch(block, [slice(i, i + 1) for i in chosen], turn)
 
-
-def _say_what_was_left_alone(results: Sequence[ReconstructedBlocks | None]) -> None:
-    alone = [
-        str(block)
-        for last, result in enumerate(results)
-        if result is not None and result.file is None
-        for block in range(last - result.blocks + 1, last + 1)
-    ]
-    if alone:
-        print(
-            f"blocks {', '.join(alone)} stay as they were before: on held-out windows training "
-            "did not make them better",
-            file=sys.stderr,
+    def _batch(self, block: StreamedBlock, windows: Sequence[slice], turn: int) -> Batch:
+        """Return some windows of both streams before and after a group of blocks."""
+        hidden, device = block.hidden, block.device
+        return Batch(
+            torch.cat([hidden.read(self.streams.pruned(part)) for part in windows]).to(device),
+            torch.cat([hidden.read_written(part) for part in windows]).to(device),
+            torch.cat([self.tokens_NT[part] for part in windows]).to(device),
+            turn,
         )
+
+
+def _hidden_loss(output_BTD: Tensor, batch: Batch) -> Tensor:
+    return hidden_loss(output_BTD, batch.target_BTD)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class HeldOut:
         error: of the last block's output hidden states, relative to the dense stream (see
             `token_error`).
         loss: what is to become less: see `hidden_loss`; after the model's last block, see
-            `HeadDivergence`.
+            `HeadLoss`.
     """
 
     error: float
@@ -130,6 +131,22 @@ def write_trained(directory: Path, block: int, tensors: Mapping[str, Tensor]) ->
     path = _tensor_path(directory, block)
     write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
     return TensorFile(path)
+
+
+def say_what_was_left_alone(results: Sequence[ReconstructedBlocks | None]) -> None:
+    """Name the blocks that stay as they were."""
+    alone = [
+        str(block)
+        for last, result in enumerate(results)
+        if result is not None and result.file is None
+        for block in range(last - result.blocks + 1, last + 1)
+    ]
+    if alone:
+        print(
+            f"blocks {', '.join(alone)} stay as they were before: on held-out windows training "
+            "did not make them better",
+            file=sys.stderr,
+        )
 
 
 def _facts_path(directory: Path, block: int) -> Path:
