@@ -152,14 +152,12 @@ def print_tables(rows: Sequence[Row], texts: Sequence[str]) -> None:
     dense = [row for row in rows if row["what"] == "dense"]
     print(f"\nperplexity of the dense models\n\n{table(dense, ['architecture'], texts)}")
     pruned = [row for row in rows if row["what"] == "pruned"]
-    columns = list(dict.fromkeys(f"{row['sparsity']:.0%}" for row in pruned))
-    by = ["architecture", "blocks"]
-    for rise in RISES:
-        what = f"in nats a token, {rise}"
-        found = by_sparsity(pruned, rise)
-        print(f"\nrise of the loss {what}\n\n{table(found, by, columns, 3)}")
-        above = by_sparsity(above_default(pruned), rise)
-        print(f"\nabove that of the default, {what}\n\n{table(above, by, columns, 3)}")
+    columns = list(dict.fromkeys(_column(r["sparsity"], rise) for r in pruned for rise in RISES))
+    for what, chosen in (
+        ("rise of the loss in nats a token", pruned),
+        ("above that of the default on the same model", above_default(pruned)),
+    ):
+        print(f"\n{what}\n\n{table(by_sparsity(chosen), ['architecture', 'blocks'], columns, 3)}")
     print(f"\nrank correlation with the rise of the loss, {ALONE_SPARSITY:.0%} of one block\n")
     print(table(correlations(rows), ["architecture", "damage"], DISTANCES, 2))
 
@@ -179,14 +177,18 @@ def above_default(pruned: Sequence[Row]) -> list[Row]:
     ]
 
 
-def by_sparsity(pruned: Sequence[Row], rise: str) -> list[Row]:
-    """Return one row for each model and block metric, with its rise at every sparsity."""
+def by_sparsity(pruned: Sequence[Row]) -> list[Row]:
+    """Return one row for each model and block metric, with its rises at every sparsity."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in pruned:
         key = {name: row[name] for name in ("architecture", "blocks", "seed")}
         wide = found.setdefault(tuple(key.values()), key)
-        wide[f"{row['sparsity']:.0%}"] = row[rise]
+        wide |= {_column(row["sparsity"], rise): row[rise] for rise in RISES}
     return list(found.values())
+
+
+def _column(sparsity: float, rise: str) -> str:
+    return f"{sparsity:.0%}" if rise == "plain" else f"{sparsity:.0%}, {rise}"
 
 
 def correlations(rows: Sequence[Row]) -> list[Row]:

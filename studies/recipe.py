@@ -25,7 +25,7 @@ class Recipe:
         program: the module that measures it.
         data: calibration texts; one that begins with `DIR/` is a file of the directory of texts.
         eval: texts to measure on, likewise.
-        options: of the program, without their dashes.
+        runs: options of each run of the program, without their dashes.
     """
 
     study: str
@@ -33,7 +33,7 @@ class Recipe:
     program: str
     data: tuple[str, ...]
     eval: tuple[str, ...]
-    options: Mapping[str, Any]
+    runs: tuple[Mapping[str, Any], ...]
 
     @property
     def files(self) -> list[str]:
@@ -41,20 +41,25 @@ class Recipe:
         names = (*self.data, *self.eval)
         return [n.removeprefix(_DIRECTORY) for n in names if n.startswith(_DIRECTORY)]
 
-    def arguments(self, texts: Path) -> list[str]:
-        """Return the command line of the program.
+    def commands(self, texts: Path) -> list[list[str]]:
+        """Return the command line of each run of the program.
 
         Args:
             texts: the directory of texts.
         """
-        found = []
+        common = []
         for option, names in (("--data", self.data), ("--eval", self.eval)):
             for name in names:
-                found += [option, name.replace(_DIRECTORY, f"{texts}/", 1)]
-        for option, value in self.options.items():
-            values = value if isinstance(value, list) else [value]
-            found += [f"--{option}", *map(str, values)]
-        return found
+                common += [option, name.replace(_DIRECTORY, f"{texts}/", 1)]
+        return [[*common, *_arguments(options)] for options in self.runs]
+
+
+def _arguments(options: Mapping[str, Any]) -> list[str]:
+    found = []
+    for option, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        found += [f"--{option}", *map(str, values)]
+    return found
 
 
 def read_recipes() -> list[Recipe]:
@@ -90,5 +95,5 @@ def check_texts(recipe: Recipe, texts: Path) -> None:
 
 def _read(path: Path) -> Recipe:
     found = tomllib.loads(path.read_text(encoding="utf-8"))
-    texts = {name: tuple(found.pop(name)) for name in ("data", "eval")}
-    return Recipe(study=path.name.split("-")[0], **found, **texts)
+    lists = {name: tuple(found.pop(name)) for name in ("data", "eval", "runs")}
+    return Recipe(study=path.name.split("-")[0], **found, **lists)

@@ -111,7 +111,7 @@ def _shown(value: Any) -> str:
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
     if not values:
         return ""
-    mean = f"{fmean(values):,.{digits}f}"
+    mean = f"{fmean(values):z,.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    return f"{mean} ({min(values):z,.{digits}f} to {max(values):z,.{digits}f})"

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_texts(recipe, args.texts)
         print(f"{recipe.study}. {recipe.question}", flush=True)
         program = importlib.import_module(recipe.program)
-        program.main([*recipe.arguments(args.texts), *more])
+        for command in recipe.commands(args.texts):
+            program.main([*command, *more])
     except CfspError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status

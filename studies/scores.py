@@ -113,7 +113,10 @@ def print_tables(rows: Sequence[Row], texts: Sequence[str]) -> None:
             continue
         by = ["sparsity", what]
         print(f"\nperplexity\n\n{table(chosen, by, texts)}")
-        print(f"\npercent above the default\n\n{table(above_default(chosen, texts), by, texts)}")
+        if len({row["seed"] for row in chosen}) > 1:
+            print(
+                f"\npercent above the default\n\n{table(above_default(chosen, texts), by, texts)}"
+            )
 
 
 def above_default(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
