@@ -76,8 +76,8 @@ class LocalTraining:
     steps: int = DEFAULT_STEPS
     blocks: int = DEFAULT_BLOCKS
     text: float = DEFAULT_TEXT
-    rate: float = 0.03
-    rate_per_error: float = 0.15
+    rate: float = 0.012
+    rate_per_error: float = 0.04
     head_rate: float = 0.003
     warm_up: int = 10
     tokens: int = 2048
