@@ -4,9 +4,9 @@ Two streams of the same windows pass block by block: one through the dense model
 pruned. A few consecutive blocks train together. They see what the pruned blocks before them
 give, and their target is what the dense stream holds after the last of them, so that they also
 correct the drift that they inherit. After the model's last block the target is what the dense
-model predicts, and the text itself. In memory are both streams, one dense block (and the next, which is read
-meanwhile) and the pruned blocks that train, with their optimizer. There is no backward pass
-through more blocks than these.
+model predicts, and the text itself. In memory are both streams, one dense block (and the next,
+which is read meanwhile) and the pruned blocks that train, with their optimizer. There is no
+backward pass through more blocks than these.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden.
 """
