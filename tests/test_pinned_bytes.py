@@ -1,0 +1,168 @@
+"""What pruning writes, byte for byte, on tiny models of five families.
+
+A change that only moves or renames code must leave these digests as they are. Channels, files of
+configuration and code are pinned everywhere; numbers that arithmetic gives (repaired and trained
+weights) only on a machine that computes as the one that pinned them did.
+
+To pin anew after a change that is meant to change results:
+
+    CFSP_PIN=1 python -m pytest tests/test_pinned_bytes.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+import cfsp
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.export.registry import export_checkpoint
+from cfsp.manifest import PLAN_FILE
+from cfsp.pruning_plan import PruningPlan
+from cfsp.recovery.adaptation import Adaptation
+from cfsp.recovery.recover import recover_checkpoint
+from cfsp.recovery.schedule import Limit
+from cfsp.recovery.settings import Training
+
+PINNED = Path(__file__).parent / "pinned_bytes.json"
+
+# A family that stores its FFN in a way of its own, and a repair.
+CASES = {
+    "llama": "ridge",
+    "gpt2": "sequential",
+    "phi3": "none",
+    "mixtral": "ridge",
+    "gemma3_text": "local",
+}
+
+
+def arithmetic() -> dict[str, str]:
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+    }
+
+
+def digest(content: bytes) -> str:
+    return sha256(content).hexdigest()[:16]
+
+
+def weights_digest(directory: Path) -> str:
+    whole = sha256()
+    for file in sorted(directory.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(opened.keys()):
+                tensor = opened.get_tensor(name).contiguous()
+                whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                whole.update(tensor.view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def settings_digests(directory: Path) -> dict[str, str]:
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("transformers_version", None)
+    code = sorted(directory.glob("*.py"))
+    return {
+        "config": digest(json.dumps(config, sort_keys=True).encode()),
+        "code": digest(b"".join(file.read_bytes() for file in code)),
+    }
+
+
+def channels_digest(plan: PruningPlan) -> str:
+    return digest(json.dumps([list(block.kept) for block in plan.blocks]).encode())
+
+
+def compare(name: str, everywhere: dict[str, str], here: dict[str, str]) -> None:
+    pinned: dict[str, Any] = json.loads(PINNED.read_text()) if PINNED.is_file() else {}
+    if os.environ.get("CFSP_PIN"):
+        pinned["arithmetic"] = arithmetic()
+        pinned[name] = {"everywhere": everywhere, "arithmetic": here}
+        PINNED.write_text(json.dumps(pinned, indent=1, sort_keys=True) + "\n")
+    assert everywhere == pinned[name]["everywhere"]
+    if pinned["arithmetic"] == arithmetic():
+        assert here == pinned[name]["arithmetic"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prune(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path, name: str
+) -> None:
+    out = tmp_path / "pruned"
+    repair: Any = CASES[name]
+    cfsp.prune(
+        tiny_checkpoint(name),
+        out=out,
+        sparsity=0.4,
+        multiple=8,
+        data=[str(text_file)],
+        samples=16,
+        seqlen=32,
+        restore=repair,
+        local_steps=3,
+        device="cpu",
+    )
+    plan = PruningPlan.load(out / PLAN_FILE)
+    compare(
+        f"prune {name} {repair}",
+        {"channels": channels_digest(plan), **settings_digests(out)},
+        {"weights": weights_digest(out)},
+    )
+
+
+def test_calibrate_plan_and_export(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    statistics = cfsp.calibrate(source, data=[str(text_file)], samples=8, seqlen=32, device="cpu")
+    plan = cfsp.plan(source, statistics, sparsity=0.5, multiple=8)
+    pruned = tmp_path / "pruned"
+    cfsp.prune(
+        source,
+        out=pruned,
+        sparsity=0.5,
+        multiple=8,
+        data=[str(text_file)],
+        samples=8,
+        seqlen=32,
+        restore="none",
+        device="cpu",
+    )
+    found = {"plan": channels_digest(plan), "weights": weights_digest(pruned)}
+    for target in ("padded", "vllm"):
+        export_checkpoint(open_checkpoint(pruned), target, tmp_path / target)
+        found[target] = weights_digest(tmp_path / target)
+        found[f"{target} config"] = settings_digests(tmp_path / target)["config"]
+    compare("plan and export", found, {})
+
+
+def test_recover(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path) -> None:
+    pruned, out = tmp_path / "pruned", tmp_path / "recovered"
+    cfsp.prune(
+        tiny_checkpoint("llama"),
+        out=pruned,
+        sparsity=0.5,
+        multiple=8,
+        data=[str(text_file)],
+        samples=8,
+        seqlen=32,
+        restore="none",
+        device="cpu",
+    )
+    recover_checkpoint(
+        open_checkpoint(pruned),
+        out,
+        data=[str(text_file)],
+        training=Training(Limit(steps=4), batch_windows=2, seqlen=32, evaluations=2),
+        adaptation=Adaptation(rank=2),
+    )
+    compare("recover", settings_digests(out), {"weights": weights_digest(out)})
