@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 from statistics import fmean
 
-from cfsp.allocation import Budget
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.planning import BlockWidths, Criterion, plan_widths
+from cfsp.planning.allocation import Budget
+from cfsp.planning.make import BlockWidths, Criterion, plan_widths
+from cfsp.repair.stages import calibrate_windows
 from cfsp.settings import CalibrationText, Compute
-from cfsp.stages import calibrate_windows
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
-from cfsp.families import family_of
 from cfsp.speed.shapes import SHAPES, ShapedModel
 
 ALIASES = {"llama-3-1b": "llama-3.2-1b"}

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.manifest import peak_rss_bytes, versions
 from cfsp.recovery.adaptation import Adaptation, attach
 from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import WindowData, read_text
 from cfsp.recovery.run import load_to_train, train, training_arguments
 from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
+from cfsp.result.manifest import peak_rss_bytes, versions
 from cfsp.text.tokenizers import load_tokenizer
 
 _WARM_UP_STEPS = 2
@@ -66,7 +66,7 @@ class Meter(TrainerCallback):
 def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, float]:
     """Train a few steps and return seconds per step and peak bytes."""
     source = open_checkpoint(args.model)
-    device = cfsp.loading.compute_device("auto")
+    device = cfsp.checkpoint.loading.compute_device("auto")
     text = read_text(args.data, load_tokenizer(source.directory), seqlen=args.seqlen)
     training = Training(
         Limit(steps=args.steps + 1),

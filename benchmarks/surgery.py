@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
-from cfsp.surgery import write_pruned_weights
+from cfsp.cut.surgery import write_pruned_weights
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
 
 HIDDEN, FFN = 2048, 8192
 

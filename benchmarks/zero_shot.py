@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from cfsp.comparison import evaluate_models
+from cfsp.quality.evaluate import evaluate_models
+from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import Compute, EvaluationText
-from cfsp.tasks.harness import TaskRunner
-from cfsp.tasks.selection import TaskSelection
 
 TASKS = "piqa,arc_easy,arc_challenge,openbookqa,boolq"
 

@@ -26,7 +26,7 @@ from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Stat
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.errors import CfspError
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
 
 MEMORY_BYTES = 256 << 20
 _DATA_BYTES = 1 << 16

@@ -16,8 +16,8 @@ import random
 from collections.abc import Iterable, Sequence
 
 from cfsp.calibration.accumulators import DISTANCES
-from cfsp.importance.fine import CHANNEL_METRICS
-from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
+from cfsp.planning.fine import CHANNEL_METRICS
+from cfsp.planning.make import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
 from conditions import parser_of_model
 from results import Row, table
 from study import Study

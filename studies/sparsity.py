@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from cfsp.planning import model_size
+from cfsp.planning.make import model_size
 from conditions import calibration_text, parser_of_model
 from damage import loss_increase
 from results import Row

@@ -19,9 +19,9 @@ from itertools import combinations
 from statistics import fmean
 
 from cfsp.calibration.statistics import BlockStatistics, Statistics
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.repair.stages import calibrate_windows
 from cfsp.settings import CalibrationText, Compute
-from cfsp.stages import calibrate_windows
 from conditions import parser_of_model
 from results import Row, table
 from study import Study

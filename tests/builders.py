@@ -9,7 +9,7 @@ import torch
 
 from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
-from cfsp.importance.fine import FFNWeights
+from cfsp.planning.fine import FFNWeights
 
 RECORD = CalibrationRecord(
     model="tiny",

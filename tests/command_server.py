@@ -117,10 +117,10 @@ def start(job: dict[str, Any], log: Path) -> int:
 
 def prepare(dies: str | None, count: int) -> None:
     """Make this process save after every block and die where it is to."""
-    import cfsp.calibration.block_pass as block_pass
-    import cfsp.calibration.pass_state as pass_state
+    import cfsp.engine.block_pass as block_pass
+    import cfsp.engine.pass_state as pass_state
     import cfsp.pipeline as pipeline
-    from cfsp.calibration.block_stream import StreamedBlock
+    from cfsp.engine.block_stream import StreamedBlock
 
     pass_state.SHARE_OF_TIME = float("inf")
     passed = 0

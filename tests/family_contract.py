@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from cfsp.calibration.calibrate import calibrate
+from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, projection_of
-from cfsp.families import family_of
-from cfsp.prune_report import PruneReport
+from cfsp.result.prune_report import PruneReport
 from cfsp.text.windows import Windows, draw_windows
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 

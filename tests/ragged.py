@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
-from cfsp.families import intermediate_sizes
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
-from cfsp.surgery import write_pruned_weights
+from cfsp.cut.surgery import write_pruned_weights
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
 
 WIDTHS = (64, 32, 96)
 
@@ -77,8 +77,8 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
 
 def half_of(source: Checkpoint, out: Path) -> Checkpoint:
     """Return half of a model by the quickest pruning there is: two windows, no restoration."""
-    from cfsp.allocation import Budget
     from cfsp.pipeline import prune_checkpoint
+    from cfsp.planning.allocation import Budget
     from cfsp.settings import CalibrationText, PruneSettings
 
     text = CalibrationText(samples=2, seqlen=128)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cfsp.allocation import Budget
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning import Criterion
+from cfsp.planning.allocation import Budget
+from cfsp.planning.make import Criterion
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings, Restore
 
 HISTORY = [

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cfsp.allocation import (
+from cfsp.errors import BudgetError, UsageError
+from cfsp.planning.allocation import (
     CLAMPS,
     Budget,
     Clamp,
@@ -20,8 +21,7 @@ from cfsp.allocation import (
     round_widths,
     water_fill,
 )
-from cfsp.errors import BudgetError, UsageError
-from cfsp.importance.coarse import block_importance
+from cfsp.planning.coarse import block_importance
 
 WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)
 MULTIPLES = (1, 32, 64, 128, 256)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.cli import bench, main
 from cfsp.errors import CfspError, CheckpointError, UsageError
-from cfsp.loading import load
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.process import model_process
 from cfsp.speed.shapes import SHAPES, ShapedModel
@@ -354,7 +354,7 @@ def test_llama_cpp_outlives_the_engine_that_used_it(
     pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
     import gc
 
-    from cfsp.export.llama_cpp import LlamaCpp
+    from cfsp.exports.llama_cpp import LlamaCpp
     from cfsp.speed.llama_cpp_engine import LlamaCppEngine
 
     file = tmp_path / "tiny.gguf"

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import cfsp
+from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import CfspError, ExportError
-from cfsp.export.registry import export_checkpoint
-from cfsp.loading import load
-from cfsp.manifest import read_manifest
+from cfsp.exports.registry import export_checkpoint
+from cfsp.result.manifest import read_manifest
 from tiny_models import DENSE_CONFIGS, WIDTH, build_tiny_model
 
 TOKENS = torch.arange(24)[None] * 7 % 320

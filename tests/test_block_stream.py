@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cfsp.calibration.block_stream import stream_blocks
-from cfsp.calibration.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
+from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
+from cfsp.engine.block_stream import stream_blocks
+from cfsp.engine.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
 from cfsp.errors import CalibrationError, CheckpointError
-from cfsp.families import family_of
 from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model, save_tiny_model
 
 TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(0))

@@ -13,12 +13,12 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from cfsp.allocation import BudgetOf
 from cfsp.cli import _COMMANDS, arguments, build_parser, main
-from cfsp.importance.coarse import BLOCK_METRICS, SENSITIVITY_METRICS
-from cfsp.importance.fine import CHANNEL_METRICS
-from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.allocation import BudgetOf
+from cfsp.planning.coarse import BLOCK_METRICS, SENSITIVITY_METRICS
+from cfsp.planning.fine import CHANNEL_METRICS
+from cfsp.planning.make import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import DEFAULT_RESTORE, RESTORE_METHODS
 from tiny_models import build_tiny_model, save_tiny_model
 
@@ -320,7 +320,7 @@ def test_no_config(refused: Callable[..., str], copy: Path) -> None:
 
 
 def test_unsupported_family(refused: Callable[..., str], copy: Path) -> None:
-    from cfsp.families import FAMILIES
+    from cfsp.checkpoint.families import FAMILIES
 
     (copy / "config.json").write_text('{"model_type": "bert"}')
     message = refused(copy)

@@ -14,7 +14,7 @@ from builders import statistics_with_distances
 from cfsp.calibration.accumulators import DISTANCES, DistanceSums
 from cfsp.calibration.statistics import Sensitivity
 from cfsp.errors import StatisticsError, UsageError
-from cfsp.importance.coarse import (
+from cfsp.planning.coarse import (
     BLOCK_METRICS,
     SENSITIVITY_METRICS,
     block_distances,

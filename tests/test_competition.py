@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.allocation import Budget
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.importance.competition import channels_above_threshold, standardised
-from cfsp.importance.fine import read_ffn_weights
 from cfsp.pipeline import calibrate_source
-from cfsp.planning import Criterion, make_plan
+from cfsp.planning.allocation import Budget
+from cfsp.planning.competition import channels_above_threshold, standardised
+from cfsp.planning.fine import read_ffn_weights
+from cfsp.planning.make import Criterion, make_plan
 from cfsp.settings import CalibrationText, Compute
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 

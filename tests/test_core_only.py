@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.plan_file import PruningPlan
 from conftest import REPOSITORY
 
 EXTRAS = ("datasets", "pyarrow", "gguf", "peft", "lm_eval", "openvino", "llama_cpp_py_sync")

@@ -19,19 +19,19 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.calibration.together import add_up
 from cfsp.checkpoint.expert_tensors import assemble, pieces
+from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
+from cfsp.engine.workplace import Workplace
 from cfsp.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError
-from cfsp.families import family_of
-from cfsp.planning import LEAST_TOKENS
+from cfsp.planning.make import LEAST_TOKENS
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
 from cfsp.processes import Team
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
 from cfsp.recovery.adaptation import target_names
+from cfsp.repair.fused import restore_blocks
 from cfsp.report.channels import energy_removed, removal_curve
 from cfsp.report.write import write_report
-from cfsp.restoration.restore import restore_blocks
 from cfsp.text.windows import draw_windows
-from cfsp.workplace import Workplace
 from ragged import tiny
 from tiny_models import build_tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 
 from cfsp.cli import main
 from cfsp.cli.export import TARGETS
-from cfsp.export import registry
+from cfsp.exports import registry
 from ragged import cut
 from tiny_models import build_tiny_model
 

@@ -11,9 +11,9 @@ import torch
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
-from cfsp.export.registry import export_checkpoint
-from cfsp.export.target import ExportOptions
-from cfsp.export.verification import greedy_after, logits_of, reference_model
+from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.target import ExportOptions
+from cfsp.exports.verification import greedy_after, logits_of, reference_model
 from ragged import cut, half_of, tiny
 from tiny_models import build_tiny_model
 
@@ -58,7 +58,7 @@ def types_of(path: Path) -> dict[str, str]:
 def test_llama_cpp_computes_the_same(
     tmp_path: Path, tokenizer: Any, name: str, widths: tuple[int, ...], architecture: str
 ) -> None:
-    from cfsp.export.llama_cpp import LlamaCpp
+    from cfsp.exports.llama_cpp import LlamaCpp
 
     # Windows as long as the context: these graphs have none, which another test is about.
     model = tiny(name, sliding_window=None, use_sliding_window=False)
@@ -227,7 +227,7 @@ def test_a_wrong_copy_is_noticed_and_not_kept(
 ) -> None:
     source = cut(tiny("llama"), tokenizer, tmp_path)
     monkeypatch.setattr(
-        "cfsp.export.gguf_tensors.neighbours_together", lambda tensor, heads: tensor
+        "cfsp.exports.gguf_tensors.neighbours_together", lambda tensor, heads: tensor
     )
     with pytest.raises(ExportError, match="computes something else: relative error"):
         export(source, tmp_path / "m.gguf")
@@ -237,7 +237,7 @@ def test_a_wrong_copy_is_noticed_and_not_kept(
 def test_without_llama_cpp_the_weights_are_compared(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cfsp.export.gguf_verification.has_llama_cpp", lambda: False)
+    monkeypatch.setattr("cfsp.exports.gguf_verification.has_llama_cpp", lambda: False)
     source = cut(tiny("qwen3"), tokenizer, tmp_path)
     report = export(source, tmp_path / "m.gguf")
     assert "no llama.cpp" in report.verification.reader
@@ -247,7 +247,7 @@ def test_without_llama_cpp_the_weights_are_compared(
 
 
 def test_rows_of_q_and_k_are_reordered_head_by_head() -> None:
-    from cfsp.export.gguf_tensors import neighbours_together
+    from cfsp.exports.gguf_tensors import neighbours_together
 
     heads, size, hidden = 3, 8, 5
     weight = np.arange(heads * size * hidden, dtype=np.float32).reshape(heads * size, hidden)
@@ -273,7 +273,7 @@ def test_bad_requests(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.real
 def test_the_real_model(tmp_path: Path, demo: Checkpoint) -> None:
-    from cfsp.export.llama_cpp import LlamaCpp
+    from cfsp.exports.llama_cpp import LlamaCpp
 
     source = half_of(demo, tmp_path / "half")
     report = export(source, tmp_path / "m.gguf", "f32")

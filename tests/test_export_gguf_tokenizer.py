@@ -12,9 +12,9 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from cfsp.errors import ExportError
-from cfsp.export.gguf_tokenizer import _PRE_TOKENIZERS
-from cfsp.export.registry import export_checkpoint
-from cfsp.export.target import ExportOptions
+from cfsp.exports.gguf_tokenizer import _PRE_TOKENIZERS
+from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.target import ExportOptions
 from conftest import random_prose
 from ragged import cut, tiny
 
@@ -80,7 +80,7 @@ def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]
     """Export a model with this tokenizer, compare tokens, and return the file's fields."""
     from gguf import GGUFReader
 
-    from cfsp.export.llama_cpp import LlamaCpp
+    from cfsp.exports.llama_cpp import LlamaCpp
     from cfsp.text.tokenizers import load_tokenizer
 
     source = cut(tiny("llama"), tokenizer, directory)

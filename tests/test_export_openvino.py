@@ -11,9 +11,9 @@ import torch
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, UsageError
-from cfsp.export.registry import export_checkpoint
-from cfsp.export.target import ExportOptions
-from cfsp.export.verification import greedy_after, logits_of, reference_model
+from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.target import ExportOptions
+from cfsp.exports.verification import greedy_after, logits_of, reference_model
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
@@ -33,7 +33,7 @@ def decode(runtime: Any, tokens: list[int], steps: int) -> list[int]:
 # Sliding windows of 16 and 8 tokens are left behind within these steps.
 @pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
 def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str) -> None:
-    from cfsp.export.openvino import OpenVinoRuntime
+    from cfsp.exports.openvino import OpenVinoRuntime
 
     source = cut(build_tiny_model(name), tokenizer, tmp_path)
     report = export_checkpoint(source, "openvino", tmp_path / "ov")
@@ -112,7 +112,7 @@ def test_half_precision(tmp_path: Path, tokenizer: Any) -> None:
 def test_attention_that_it_cannot_express_is_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cfsp.export import openvino_model
+    from cfsp.exports import openvino_model
 
     attend = openvino_model._Attention.__call__
 

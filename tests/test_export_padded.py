@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
-from cfsp.export import padded
-from cfsp.export.registry import export_checkpoint
-from cfsp.export.target import ExportOptions
-from cfsp.export.verification import logits_of, reference_model
+from cfsp.exports import padded
+from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.target import ExportOptions
+from cfsp.exports.verification import logits_of, reference_model
 from ragged import cut
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
@@ -67,7 +67,7 @@ def test_weights_in_the_padding_are_noticed_and_nothing_is_kept(
         shape[layout.axis] = width - tensor.shape[layout.axis]
         return torch.cat([tensor, tensor.new_ones(shape)], dim=layout.axis)
 
-    monkeypatch.setattr("cfsp.channel_layout.ChannelLayout.pad", ones)
+    monkeypatch.setattr("cfsp.checkpoint.channel_layout.ChannelLayout.pad", ones)
     with pytest.raises(ExportError, match="weights in the padding; nothing was kept"):
         export_checkpoint(source, "padded", tmp_path / "padded")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}

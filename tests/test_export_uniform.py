@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cfsp.allocation import Budget
+from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import ExportError
-from cfsp.export.registry import export_checkpoint
-from cfsp.export.uniform import uniform_width
-from cfsp.families import intermediate_sizes
+from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.uniform import uniform_width
 from cfsp.pipeline import prune_checkpoint
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.allocation import Budget
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import CalibrationText, PruneSettings, Restore
 
 

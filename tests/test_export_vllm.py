@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.export.registry import export_checkpoint
-from cfsp.export.verification import greedy_after, reference_model
+from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.verification import greedy_after, reference_model
 from ragged import WIDTHS, cut, tiny
 from tiny_models import build_tiny_model
 
@@ -92,7 +92,7 @@ def test_what_is_no_llama_is_refused(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_config_that_describes_other_tensors_is_noticed(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cfsp.export import vllm
+    from cfsp.exports import vllm
 
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
     written = vllm.decilm_config

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 import cfsp
-from cfsp.channel_layout import ChannelLayout
+from cfsp.checkpoint.channel_layout import ChannelLayout
+from cfsp.checkpoint.families import FAMILIES, family_of, family_of_type
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
-from cfsp.families import FAMILIES, family_of, family_of_type
 from family_contract import FamilyContract
 from tiny_models import TINY_CONFIGS
 

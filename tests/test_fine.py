@@ -12,7 +12,7 @@ from builders import random_block_statistics, random_weights
 from cfsp.calibration.accumulators import ChannelSums
 from cfsp.calibration.statistics import BlockStatistics
 from cfsp.errors import UsageError
-from cfsp.importance.fine import (
+from cfsp.planning.fine import (
     CHANNEL_METRICS,
     FFNWeights,
     channel_scores,

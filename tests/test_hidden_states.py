@@ -16,15 +16,15 @@ import torch
 
 from cfsp import memory
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
-from cfsp.calibration.read_ahead import read_ahead
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.engine.memory import parse_size
+from cfsp.engine.read_ahead import read_ahead
+from cfsp.engine.workplace import Workplace
 from cfsp.errors import OutputError, UsageError
-from cfsp.memory import parse_size
 from cfsp.text.windows import Windows, draw_windows
-from cfsp.workplace import Workplace
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -111,7 +111,7 @@ def test_hidden_states_in_a_file_take_no_memory(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from cfsp.calibration.hidden_states import HiddenInFile\n"
+        "from cfsp.engine.hidden_states import HiddenInFile\n"
         "def resident():\n"
         "    text = Path('/proc/self/status').read_text()\n"
         "    return int(text.split('VmRSS:')[1].split()[0]) * 1024\n"
@@ -170,7 +170,7 @@ def test_spilling_changes_no_bit(
     message = capsys.readouterr().err
     assert "exceed the memory budget of 1e-06 GB; they go to a file in" in message
     # Saved after every block, the two files take turns.
-    monkeypatch.setattr("cfsp.calibration.pass_state.SHARE_OF_TIME", float("inf"))
+    monkeypatch.setattr("cfsp.engine.pass_state.SHARE_OF_TIME", float("inf"))
     gather(source, windows, 1000, tmp_path / "c").save(tmp_path / "turns")
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "file").read_bytes()
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "turns").read_bytes()

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 import cfsp
-from cfsp.allocation import Budget
 from cfsp.calibration import pass_state
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import UsageError
-from cfsp.manifest import read_manifest
 from cfsp.pipeline import prune_model
-from cfsp.restoration import reconstruct
-from cfsp.restoration.local_training import (
+from cfsp.planning.allocation import Budget
+from cfsp.repair import reconstruct
+from cfsp.repair.local_training import (
     Batch,
     LocalTraining,
     Trained,
@@ -31,7 +31,7 @@ from cfsp.restoration.local_training import (
     token_error,
     train_blocks,
 )
-from cfsp.restoration.two_streams import TwoStreams
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import CalibrationText, PruneSettings
 from cfsp.text.windows import draw_windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from cfsp.calibration.call_recorder import record_calls
-from cfsp.calibration.resumed_forward import hidden_states_entering
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
-from cfsp.in_memory import build_pruned_model
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
-from cfsp.restoration.block_group import BlockGroup
-from cfsp.restoration.head import HeadLoss
-from cfsp.restoration.local_training import Batch
-from cfsp.restoration.reconstructed import HeldOut, ReconstructedBlocks
-from cfsp.surgery import PrunedSource
+from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import PrunedSource
+from cfsp.engine.block_group import BlockGroup
+from cfsp.engine.call_recorder import record_calls
+from cfsp.engine.resumed_forward import hidden_states_entering
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.repair.head import HeadLoss
+from cfsp.repair.local_training import Batch
+from cfsp.repair.reconstructed import HeldOut, ReconstructedBlocks
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 CPU = torch.device("cpu")

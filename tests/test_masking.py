@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from cfsp.checkpoint.reading import LoadedModel
+from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import UnsupportedModelError
-from cfsp.evaluation import perplexity
-from cfsp.in_memory import build_pruned_model
-from cfsp.masking import masked_channels, masked_loss
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.quality.perplexity import perplexity
 from cfsp.text.windows import Windows
+from cfsp.whole_model.masks import masked_channels, masked_loss
 from tiny_models import DENSE_CONFIGS, VOCABULARY, build_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cfsp.errors import CalibrationError, TextError
-from cfsp.text.own_text import first_token, own_windows
+from cfsp.whole_model.own_text import first_token, own_windows
 from tiny_models import TINY_CONFIGS, VOCABULARY, build_tiny_model
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import cfsp
 from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cut.surgery import write_pruned_weights
 from cfsp.errors import PlanError
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
-from cfsp.surgery import write_pruned_weights
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
 
 
 @st.composite

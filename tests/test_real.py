@@ -17,9 +17,9 @@ import torch
 
 import cfsp
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.families import intermediate_sizes
 
 pytestmark = pytest.mark.real
 

@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.errors import CfspError, OutputError, RecoveryError, TextError, UsageError
-from cfsp.evaluation import perplexity
-from cfsp.manifest import PLAN_FILE, read_manifest
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.quality.perplexity import perplexity
 from cfsp.recovery.adaptation import METHODS, TARGETS, Adaptation
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import Distillation
@@ -33,6 +32,7 @@ from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
 from cfsp.recovery.teacher import TeacherChoice
 from cfsp.recovery.workspace import Workspace
+from cfsp.result.manifest import PLAN_FILE, read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
 from tiny_models import TINY_CONFIGS

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cfsp.allocation import CLAMPS, Budget, Clamp, allocate
-from cfsp.importance.coarse import block_importance
+from cfsp.planning.allocation import CLAMPS, Budget, Clamp, allocate
+from cfsp.planning.coarse import block_importance
 from cfsp.report.channels import energy_removed
 from cfsp.report.run_facts import RunFacts, read_run
 from cfsp.report.write import write_report
@@ -158,7 +158,7 @@ def test_widths_of_the_page_are_widths_of_the_package(
 @pytest.mark.parametrize("clamp", CLAMPS)
 def test_page_plans_large_models_as_the_package_does(browser: Any, page: str, clamp: Clamp) -> None:
     """Uneven importances at real widths reach the clamp and ties of rounding."""
-    from cfsp.allocation import ModelSize
+    from cfsp.planning.allocation import ModelSize
 
     view(browser, page)
     for width, multiple in ((1536, 32), (11008, 128), (18944, 1), (14336, 256)):

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from cfsp.allocation import Budget
 from cfsp.cli.prune import print_report
 from cfsp.errors import ReportError
-from cfsp.prune_report import PruneReport
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.allocation import Budget
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.chart import Chart
 from cfsp.report.pictures import picture_svg
 from cfsp.report.reconstruction_chart import reconstruction_chart, sequential_chart
 from cfsp.report.run_facts import read_run
 from cfsp.report.summary import NOTHING
 from cfsp.report.write import write_report
+from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Restore
 from report_runs import changed_copy, prune_tiny
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.engine.workplace import Workplace
 from cfsp.errors import TextError
-from cfsp.manifest import read_manifest
-from cfsp.restoration.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
-from cfsp.restoration.gram import GramSums
-from cfsp.restoration.restore import restore_blocks
-from cfsp.restoration.ridge import restore_down_projection
-from cfsp.workplace import Workplace
+from cfsp.repair.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
+from cfsp.repair.fused import restore_blocks
+from cfsp.repair.gram import GramSums
+from cfsp.repair.ridge import restore_down_projection
+from cfsp.result.manifest import read_manifest
 
 
 def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:

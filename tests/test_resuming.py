@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfsp.calibration.pass_state import Pace
 from cfsp.cli import main
+from cfsp.engine.pass_state import Pace
 from cfsp.recovery.workspace import Workspace
 from command_server import Commands
 from tiny_models import BLOCKS, build_tiny_model
@@ -233,7 +233,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cfsp.calibration.block_stream import StreamedBlock
+    from cfsp.engine.block_stream import StreamedBlock
 
     original = StreamedBlock.advance
 
@@ -243,7 +243,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(
         original(block, *args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.calibration.pass_state.SHARE_OF_TIME", float("inf"))
+        patch.setattr("cfsp.engine.pass_state.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", interrupted)
         if stop is KeyboardInterrupt:
             assert main(calibrate) == 130

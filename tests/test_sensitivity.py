@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cfsp.calibration.resumed_forward import hidden_states_entering, resumed_at
-from cfsp.calibration.sensitivity import block_sensitivities
+from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.divergence import POSITION_STRIDE, dense_predictions
+from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.errors import UnsupportedModelError
-from cfsp.families import family_of
-from cfsp.masking import masked_channels
+from cfsp.whole_model.divergence import POSITION_STRIDE, dense_predictions
+from cfsp.whole_model.masks import masked_channels
+from cfsp.whole_model.sensitivity import block_sensitivities
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(WIDTH)), tuple(range(1, WIDTH, 2)))

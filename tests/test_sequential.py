@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.allocation import Budget
 from cfsp.calibration import pass_state
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.manifest import read_manifest
+from cfsp.engine.two_streams import TwoStreams
 from cfsp.pipeline import prune_model
-from cfsp.restoration import sequential
-from cfsp.restoration.two_streams import TwoStreams
+from cfsp.planning.allocation import Budget
+from cfsp.repair import sequential
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import CalibrationText, PruneSettings
 from cfsp.text.windows import draw_windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model

@@ -26,8 +26,8 @@ import stability
 import study
 from cfsp.calibration.accumulators import DISTANCES
 from cfsp.errors import OutputError
-from cfsp.importance.fine import CHANNEL_METRICS
 from cfsp.pipeline import calibrate_source
+from cfsp.planning.fine import CHANNEL_METRICS
 from cfsp.settings import CalibrationText, Compute
 from damage import loss_increase, rank_correlation
 from recipe import Recipe, read_recipes, recipe_of

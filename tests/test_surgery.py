@@ -18,9 +18,9 @@ from cfsp.checkpoint import output
 from cfsp.checkpoint.output import staged_directory, write_atomically
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.tensor_file import TensorFile
+from cfsp.cut.surgery import pruned_specs, write_pruned_weights
 from cfsp.errors import CfspError, CheckpointError, OutputError
-from cfsp.pruning_plan import BlockPlan, ModelIdentity, PruningPlan
-from cfsp.surgery import pruned_specs, write_pruned_weights
+from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
 from tiny_models import build_tiny_model, save_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))

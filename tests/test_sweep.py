@@ -14,12 +14,12 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli import main
 from cfsp.cli.sweep import METHODS as CLI_METHODS
 from cfsp.errors import UsageError
-from cfsp.importance.fine import channel_scores, read_ffn_weights
-from cfsp.methods import METHODS
 from cfsp.pipeline import calibrate_source
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.fine import channel_scores, read_ffn_weights
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import CalibrationText, Compute
 from cfsp.sweep.front import pareto_front
+from cfsp.sweep.methods import METHODS
 from cfsp.sweep.recipe import Recipe, read_recipe
 from cfsp.text.tokenizers import load_tokenizer
 

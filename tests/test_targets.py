@@ -13,23 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cfsp
-from cfsp.allocation import Budget
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli import goal as cli_goal
 from cfsp.cli import main
+from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError, TextError, UsageError
-from cfsp.manifest import Stopwatch, read_manifest
-from cfsp.masking import masked_loss
-from cfsp.planning import model_size
+from cfsp.goals import latency, loss, speedup
+from cfsp.goals.goal import PHASES, MaxLossIncrease, TargetParameters, TargetSpeedup
+from cfsp.goals.latency import Latencies, measure_latencies, widths_to_measure
+from cfsp.goals.resolve import resolve_goal
+from cfsp.goals.search import STEPS, highest_step, last_that_holds
+from cfsp.planning.allocation import Budget
+from cfsp.planning.make import model_size
+from cfsp.result.manifest import Stopwatch, read_manifest
 from cfsp.settings import Engine, PruneSettings
-from cfsp.targets import latency, loss, speedup
-from cfsp.targets.goals import PHASES, MaxLossIncrease, TargetParameters, TargetSpeedup
-from cfsp.targets.latency import Latencies, measure_latencies, widths_to_measure
-from cfsp.targets.resolve import resolve_goal
-from cfsp.targets.search import STEPS, highest_step, last_that_holds
 from cfsp.text.windows import draw_left_over, draw_windows
-from cfsp.workplace import Workplace
+from cfsp.whole_model.masks import masked_loss
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 # Half of the width saves a quarter of the time, all of it four tenths.

@@ -16,14 +16,14 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from cfsp.checkpoint.loading import load
 from cfsp.cli import main
-from cfsp.comparison import evaluate_models
 from cfsp.errors import TaskError, UsageError
-from cfsp.loading import load
+from cfsp.quality.evaluate import evaluate_models
+from cfsp.quality.tasks.documents import read_documents
+from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.selection import PAPER_SUITE, TaskSelection, jsonl_task_directory
 from cfsp.settings import Compute, EvaluationText
-from cfsp.tasks.documents import read_documents
-from cfsp.tasks.harness import TaskRunner
-from cfsp.tasks.selection import PAPER_SUITE, TaskSelection, jsonl_task_directory
 
 FILES = {
     "piqa": "piqa.jsonl",

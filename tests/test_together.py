@@ -26,7 +26,7 @@ from tiny_models import BLOCKS
 # Process 1 dies (-9) when its windows have passed the second block.
 DYING = """
 import os, signal, sys
-from cfsp.calibration.block_stream import StreamedBlock
+from cfsp.engine.block_stream import StreamedBlock
 from cfsp.cli import main
 
 original = StreamedBlock.advance

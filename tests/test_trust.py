@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import cfsp
 from builders import statistics_with_distances
-from cfsp.allocation import Budget
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.locating import open_checkpoint
@@ -24,8 +23,9 @@ from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.cli import main
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source
-from cfsp.planning import Criterion, make_plan
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.allocation import Budget
+from cfsp.planning.make import Criterion, make_plan
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import CalibrationText, Compute
 from cfsp.text.tokenizers import load_tokenizer
 from command_server import Command, Commands

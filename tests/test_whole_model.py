@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from cfsp import whole_model
-from cfsp.allocation import Budget, allocate
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
-from cfsp.divergence import dense_predictions
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
-from cfsp.importance.coarse import importance_by
-from cfsp.loading import load
-from cfsp.manifest import PLAN_FILE, STATISTICS_FILE
-from cfsp.masking import masked_channels
 from cfsp.pipeline import prune_checkpoint, prune_model
-from cfsp.planning import Criterion, model_size
-from cfsp.pruning_plan import PruningPlan
-from cfsp.restoration.observation import is_held_out
+from cfsp.planning.allocation import Budget, allocate
+from cfsp.planning.coarse import importance_by
+from cfsp.planning.make import Criterion, model_size
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.repair.observation import is_held_out
+from cfsp.result.manifest import PLAN_FILE, STATISTICS_FILE
 from cfsp.settings import CalibrationText, Compute, PruneSettings, Restore
+from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.masks import masked_channels
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.divergence import dense_predictions
 from cfsp.errors import UnsupportedModelError
-from cfsp.masking import masked_channels
-from cfsp.width_search import promising_shifts, search_widths, shifted
+from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.masks import masked_channels
+from cfsp.whole_model.width_search import promising_shifts, search_widths, shifted
 from tiny_models import VOCABULARY, WIDTH, build_tiny_model
 
 MULTIPLE = 8

@@ -38,7 +38,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from cfsp.families import FAMILIES
+from cfsp.checkpoint.families import FAMILIES
 
 BLOCKS = 3
 WIDTH = 96

@@ -19,25 +19,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cfsp.api import calibrate, evaluate, plan, prune
     from cfsp.calibration.statistics import Statistics
+    from cfsp.checkpoint.loading import load
     from cfsp.errors import CfspError
-    from cfsp.loading import load
-    from cfsp.prune_report import PruneReport
-    from cfsp.pruning_plan import PruningPlan
-    from cfsp.targets.goals import MaxLossIncrease, TargetParameters, TargetSpeedup
+    from cfsp.goals.goal import MaxLossIncrease, TargetParameters, TargetSpeedup
+    from cfsp.planning.plan_file import PruningPlan
+    from cfsp.result.prune_report import PruneReport
 
 __version__ = version("cfsp-llm")
 
 _HOME = {
     "CfspError": "cfsp.errors",
-    "MaxLossIncrease": "cfsp.targets.goals",
-    "PruneReport": "cfsp.prune_report",
-    "PruningPlan": "cfsp.pruning_plan",
+    "MaxLossIncrease": "cfsp.goals.goal",
+    "PruneReport": "cfsp.result.prune_report",
+    "PruningPlan": "cfsp.planning.plan_file",
     "Statistics": "cfsp.calibration.statistics",
-    "TargetParameters": "cfsp.targets.goals",
-    "TargetSpeedup": "cfsp.targets.goals",
+    "TargetParameters": "cfsp.goals.goal",
+    "TargetSpeedup": "cfsp.goals.goal",
     "calibrate": "cfsp.api",
     "evaluate": "cfsp.api",
-    "load": "cfsp.loading",
+    "load": "cfsp.checkpoint.loading",
     "plan": "cfsp.api",
     "prune": "cfsp.api",
 }

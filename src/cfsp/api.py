@@ -6,22 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from cfsp.allocation import Budget, BudgetOf, Clamp
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
-from cfsp.comparison import evaluate_models
 from cfsp.errors import UsageError
+from cfsp.goals.goal import Goal
 from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
-from cfsp.planning import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
-from cfsp.prune_report import PruneReport
-from cfsp.pruning_plan import PruningPlan
-from cfsp.restoration.local_training import (
+from cfsp.planning.allocation import Budget, BudgetOf, Clamp
+from cfsp.planning.make import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.quality.evaluate import evaluate_models
+from cfsp.repair.local_training import (
     DEFAULT_BLOCKS,
     DEFAULT_STEPS,
     DEFAULT_TEXT,
     LocalTraining,
 )
+from cfsp.repair.stages import plan_from_statistics
+from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
     DEFAULT_RESTORE,
     CalibrationText,
@@ -30,8 +32,6 @@ from cfsp.settings import (
     PruneSettings,
     Restore,
 )
-from cfsp.stages import plan_from_statistics
-from cfsp.targets.goals import Goal
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN
 
@@ -135,9 +135,9 @@ def prune(
         seed: of the draw of windows.
         block_metric: coarse criterion.
         channel_metric: fine criterion.
-        clamp: what happens where a block would keep more than all (see `cfsp.allocation`); None
+        clamp: what happens where a block would keep more than all (see `cfsp.planning.allocation`); None
             for what measures best with the block metric.
-        search_rounds: rounds of the search for better widths (see `cfsp.width_search`).
+        search_rounds: rounds of the search for better widths (see `cfsp.whole_model.width_search`).
         restore: `ridge` repairs the down projections by least squares; `sequential` then
             fits them again on the pruned model's own hidden states; `local` goes on from there and
             trains a few blocks at a time; `bias` compensates for the mean of what is removed;

@@ -26,31 +26,36 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
-from cfsp.comparison import before_and_after
-from cfsp.decision import Decision, decide
-from cfsp.importance.coarse import SENSITIVITY
-from cfsp.in_memory import build_pruned_model
-from cfsp.manifest import (
+from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import added_specs, write_pruned_weights
+from cfsp.engine.workplace import (
+    Workplace,
+    output_workplace,
+    remove_finished_work,
+    temporary_workplace,
+)
+from cfsp.goals.goal import Goal, MaxLossIncrease
+from cfsp.goals.loss import loss_increase_of
+from cfsp.goals.resolve import resolve_goal
+from cfsp.planning.coarse import SENSITIVITY
+from cfsp.planning.make import Criterion
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.processes import Team
+from cfsp.quality.evaluate import before_and_after
+from cfsp.repair.decision import Decision, decide
+from cfsp.repair.stages import calibrate_windows, with_sensitivity
+from cfsp.result.card import model_card
+from cfsp.result.manifest import (
     PLAN_FILE,
     STATISTICS_FILE,
     Stopwatch,
     describe_pruning,
     write_manifest,
 )
-from cfsp.model_card import model_card
-from cfsp.planning import Criterion
-from cfsp.processes import Team
-from cfsp.prune_report import PruneReport, prune_report
-from cfsp.pruning_plan import PruningPlan
+from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
-from cfsp.stages import calibrate_windows, with_sensitivity
-from cfsp.surgery import added_specs, write_pruned_weights
-from cfsp.targets.goals import Goal, MaxLossIncrease
-from cfsp.targets.loss import loss_increase_of
-from cfsp.targets.resolve import resolve_goal
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.whole_model import calibration_windows
-from cfsp.workplace import Workplace, output_workplace, remove_finished_work, temporary_workplace
+from cfsp.whole_model.load import calibration_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from cfsp.allocation import Budget
+from cfsp.checkpoint.loading import compute_device, compute_dtype
 from cfsp.errors import UsageError
-from cfsp.loading import compute_device, compute_dtype
-from cfsp.planning import Criterion
-from cfsp.restoration.local_training import LocalTraining
-from cfsp.text.own_text import OWN_TEXT
+from cfsp.planning.allocation import Budget
+from cfsp.planning.make import Criterion
+from cfsp.repair.local_training import LocalTraining
 from cfsp.text.windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, Windows, draw_windows
+from cfsp.whole_model.own_text import OWN_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ MOST_WINDOWS = 1 << 32
 
 
 class WriteWindows(Protocol):
-    """Lets a model write windows; see `cfsp.text.own_text`."""
+    """Lets a model write windows; see `cfsp.whole_model.own_text`."""
 
     def __call__(self, *, count: int, seqlen: int, seed: int) -> Tensor:
         """Return `count` windows of `seqlen` tokens, as int64 [N, T]."""
@@ -159,7 +159,7 @@ class PruneSettings:
             trains a few blocks at a time, `bias` adds the mean of what was removed, `none` does
             nothing.
         local: how `local` trains.
-        search_rounds: rounds of the search for better widths (see `cfsp.width_search`); 0 for none.
+        search_rounds: rounds of the search for better widths (see `cfsp.whole_model.width_search`); 0 for none.
             Not with repair: what is best before it is not best after it (LOG.md).
     """
 

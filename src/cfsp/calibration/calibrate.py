@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums, DistanceSums
-from cfsp.calibration.block_pass import pass_blocks
-from cfsp.calibration.block_stream import StreamedBlock
 from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import fingerprint
+from cfsp.engine.block_pass import pass_blocks
+from cfsp.engine.block_stream import StreamedBlock
 from cfsp.errors import CalibrationError, UsageError
-from cfsp.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.workplace import Workplace
     from cfsp.text.windows import Windows
-    from cfsp.workplace import Workplace
 
 
 def calibrate(

@@ -122,7 +122,7 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What pruning each block alone does to the predictions (`cfsp.calibration.sensitivity`).
+    """What pruning each block alone does to the predictions (`cfsp.whole_model.sensitivity`).
 
     Attributes:
         divergence_L: KL(dense || that block pruned), in nats per token; 0 or more.

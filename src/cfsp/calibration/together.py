@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp.calibration.block_stream import windows_in_batch
 from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.engine.block_stream import windows_in_batch
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.text.windows import Windows

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.families import Family, check_is_text_only, family_of_type, intermediate_sizes
 from cfsp.checkpoint.modeling_code import auto_map
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.families import Family, check_is_text_only, family_of_type, intermediate_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfsp.families import Family
+from cfsp.checkpoint.families import Family
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.families import FAMILIES, Family
 from cfsp.checkpoint.output import write_atomically
-from cfsp.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

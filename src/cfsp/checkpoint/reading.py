@@ -19,10 +19,10 @@ from torch import Tensor
 
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.expert_tensors import pieces
+from cfsp.checkpoint.families import Family, family_of, intermediate_sizes
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.tensor_file import AGAIN, TensorFile, TensorSpec, tensor_chunks
 from cfsp.errors import CheckpointError
-from cfsp.families import Family, family_of, intermediate_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

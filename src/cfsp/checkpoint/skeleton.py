@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from cfsp.checkpoint.expert_tensors import Piece, assemble, pieces
+from cfsp.checkpoint.families import Family, family_of, intermediate_sizes
 from cfsp.checkpoint.modeling_code import has_added_bias, pruned_class
 from cfsp.checkpoint.tensor_file import AGAIN
 from cfsp.errors import CheckpointError
-from cfsp.families import Family, family_of, intermediate_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

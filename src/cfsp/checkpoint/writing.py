@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.families import Family
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY, MODELING_FILE, auto_map, modeling_code
-from cfsp.families import Family
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")

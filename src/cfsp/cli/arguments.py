@@ -7,12 +7,12 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cfsp.allocation import CLAMPS
 from cfsp.errors import UsageError
+from cfsp.planning.allocation import CLAMPS
 
 if TYPE_CHECKING:
-    from cfsp.allocation import Budget
-    from cfsp.planning import Criterion
+    from cfsp.planning.allocation import Budget
+    from cfsp.planning.make import Criterion
     from cfsp.settings import CalibrationText, Compute, EvaluationText
 
 # Spelled out here, because their home imports torch; a test compares.
@@ -166,7 +166,7 @@ def calibration_text(args: argparse.Namespace) -> CalibrationText:
 
 def compute(args: argparse.Namespace) -> Compute:
     """Return where to compute and in what."""
-    from cfsp.memory import parse_size
+    from cfsp.engine.memory import parse_size
     from cfsp.settings import Compute
 
     if args.batch_windows is not None and args.batch_windows < 1:
@@ -178,14 +178,14 @@ def compute(args: argparse.Namespace) -> Compute:
 
 def budget(args: argparse.Namespace) -> Budget:
     """Return how much to remove; without a sparsity only the multiple counts."""
-    from cfsp.allocation import Budget
+    from cfsp.planning.allocation import Budget
 
     return Budget(args.sparsity or 0.0, args.of, args.multiple)
 
 
 def criterion(args: argparse.Namespace) -> Criterion:
     """Return what counts as important."""
-    from cfsp.planning import Criterion
+    from cfsp.planning.make import Criterion
 
     return Criterion(args.block_metric, args.channel_metric, args.clamp)
 

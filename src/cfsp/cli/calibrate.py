@@ -12,8 +12,8 @@ from cfsp.processes import process_count
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
-    from cfsp.manifest import Stopwatch
-    from cfsp.workplace import Workplace
+    from cfsp.engine.workplace import Workplace
+    from cfsp.result.manifest import Stopwatch
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -48,15 +48,15 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate and save."""
+    from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside, created_parents
+    from cfsp.engine.workplace import output_workplace, remove_finished_work
     from cfsp.errors import OutputError, UsageError
-    from cfsp.loading import compute_device
-    from cfsp.manifest import Stopwatch
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
+    from cfsp.result.manifest import Stopwatch
     from cfsp.text.tokenizers import load_tokenizer
-    from cfsp.workplace import output_workplace, remove_finished_work
 
     remove_finished_work(args.out)
     if args.out.exists():
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
 def _report(
     args: argparse.Namespace, statistics: Statistics, watch: Stopwatch, place: Workplace
 ) -> None:
-    from cfsp.manifest import peak_rss_bytes
-    from cfsp.planning import LEAST_TOKENS, few_tokens
+    from cfsp.planning.make import LEAST_TOKENS, few_tokens
+    from cfsp.result.manifest import peak_rss_bytes
 
     facts: dict[str, Any] = {
         "out": str(args.out),

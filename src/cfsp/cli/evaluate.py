@@ -61,7 +61,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
-    from cfsp.tasks.selection import DEFAULT_BATCH, TaskSelection
+    from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 
     if not args.data and not args.tasks:
         raise UsageError("expected --data, --tasks or both, found neither")
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
         batch = args.batch_windows or DEFAULT_BATCH
         selection = TaskSelection(tuple(names), args.limit, args.shots, args.task_data, batch)
 
-    from cfsp.comparison import evaluate_models
-    from cfsp.tasks.harness import TaskRunner
+    from cfsp.quality.evaluate import evaluate_models
+    from cfsp.quality.tasks.harness import TaskRunner
 
     texts = arguments.evaluation_text(args.data, args.windows, args.seqlen, args.stride)
     runner = TaskRunner.of(selection) if selection else None

@@ -11,7 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, print_json
 
 if TYPE_CHECKING:
-    from cfsp.export.target import ExportReport
+    from cfsp.exports.target import ExportReport
 
 # Spelled out here, because their home imports torch; a test compares.
 TARGETS = ("gguf", "vllm", "openvino", "padded", "uniform")
@@ -53,8 +53,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Export."""
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.export.registry import export_checkpoint
-    from cfsp.export.target import ExportOptions
+    from cfsp.exports.registry import export_checkpoint
+    from cfsp.exports.target import ExportOptions
 
     report = export_checkpoint(
         open_checkpoint(args.model, args.revision),

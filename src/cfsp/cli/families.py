@@ -22,7 +22,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the family table."""
-    from cfsp.families import FAMILIES
+    from cfsp.checkpoint.families import FAMILIES
 
     families = sorted(FAMILIES.values(), key=lambda family: family.model_type)
     if args.json:

@@ -9,7 +9,7 @@ from cfsp.cli.output import human_count, print_table
 from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
-    from cfsp.targets.goals import Goal
+    from cfsp.goals.goal import Goal
 
 # Spelled out here, because their home is beside what imports torch; a test compares.
 PHASES = ("decode", "prefill")
@@ -102,7 +102,7 @@ def check_goal(args: argparse.Namespace) -> None:
 
 def goal(args: argparse.Namespace) -> Goal | None:
     """Return the goal; None if a sparsity was given."""
-    from cfsp.targets.goals import (
+    from cfsp.goals.goal import (
         DEFAULT_WINDOWS,
         MaxLossIncrease,
         TargetParameters,

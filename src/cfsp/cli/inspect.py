@@ -24,7 +24,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Inspect and print."""
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.inspection import inspect_checkpoint
+    from cfsp.result.inspect import inspect_checkpoint
 
     facts = inspect_checkpoint(open_checkpoint(args.model, args.revision))
     if args.json:

@@ -12,7 +12,7 @@ from cfsp.cli.output import print_json, print_table
 from cfsp.errors import OutputError
 
 if TYPE_CHECKING:
-    from cfsp.pruning_plan import PruningPlan
+    from cfsp.planning.plan_file import PruningPlan
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside
+    from cfsp.goals.resolve import plan_for_goal
     from cfsp.settings import PruneSettings
-    from cfsp.targets.resolve import plan_for_goal
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")

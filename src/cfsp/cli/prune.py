@@ -15,12 +15,12 @@ from cfsp.errors import UsageError
 from cfsp.processes import process_count
 
 if TYPE_CHECKING:
-    from cfsp.allocation import Budget
     from cfsp.calibration.statistics import Statistics
-    from cfsp.prune_report import PruneReport
-    from cfsp.pruning_plan import PruningPlan
+    from cfsp.planning.allocation import Budget
+    from cfsp.planning.plan_file import PruningPlan
     from cfsp.recovery.recover_report import RecoverReport
     from cfsp.recovery.settings import Training
+    from cfsp.result.prune_report import PruneReport
     from cfsp.settings import PruneSettings
 
 
@@ -135,12 +135,12 @@ def run(args: argparse.Namespace) -> None:
     """Prune."""
     check_together(args)
 
-    from cfsp.allocation import Budget
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_output_is_free
     from cfsp.pipeline import prune_checkpoint
-    from cfsp.pruning_plan import PruningPlan
+    from cfsp.planning.allocation import Budget
+    from cfsp.planning.plan_file import PruningPlan
 
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     goal = goals.goal(args)
@@ -185,7 +185,7 @@ def _settings(
     statistics: Statistics | None,
 ) -> PruneSettings:
     """Return how to prune; the text is left out where none is needed."""
-    from cfsp.restoration.local_training import LocalTraining
+    from cfsp.repair.local_training import LocalTraining
     from cfsp.settings import FITTED, CalibrationText, PruneSettings
 
     needs_means = args.restore == "bias" and not args.dry_run

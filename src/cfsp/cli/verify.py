@@ -26,7 +26,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Verify and print."""
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.verification import verify_checkpoint
+    from cfsp.result.verify import verify_checkpoint
 
     source = open_checkpoint(args.model, args.revision)
     checks = verify_checkpoint(source, arguments.compute(args))

@@ -24,7 +24,7 @@ from cfsp.recovery.ranks import RankAllocation, allocate_ranks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.families import Family
+    from cfsp.checkpoint.families import Family
 
 Method = Literal["lora", "dora", "full"]
 Targets = Literal["mlp", "attention", "all"]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, RecoveryError
-from cfsp.manifest import PLAN_FILE, read_manifest
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.adaptation import Adaptation
+from cfsp.result.manifest import PLAN_FILE, read_manifest
 
 
 def block_weights(source: Checkpoint, adaptation: Adaptation) -> list[float]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import (
     check_is_outside,
     check_output_is_free,
@@ -25,11 +26,9 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.comparison import before_and_after
 from cfsp.errors import UsageError
-from cfsp.loading import compute_device
-from cfsp.manifest import Stopwatch, versions
 from cfsp.processes import is_first_process
+from cfsp.quality.evaluate import before_and_after
 from cfsp.recovery.adaptation import Adaptation, attach, merge
 from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import RecoveryText, read_text
@@ -39,6 +38,7 @@ from cfsp.recovery.settings import Training, with_learning_rate
 from cfsp.recovery.teacher import TeacherChoice, check_teacher, store_top_tokens
 from cfsp.recovery.workspace import Workspace
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
+from cfsp.result.manifest import Stopwatch, versions
 from cfsp.settings import Compute
 from cfsp.text.tokenizers import load_tokenizer
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.loading import load
 from cfsp.processes import is_first_process, process_count
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.model_loss import loss_inside

@@ -16,7 +16,7 @@ from typing import Any
 
 from cfsp.checkpoint.output import exclusive, write_atomically
 from cfsp.errors import OutputError, RecoveryError
-from cfsp.manifest import MANIFEST_FILE
+from cfsp.result.manifest import MANIFEST_FILE
 
 _SETTINGS_FILE = "settings.json"
 STATE_FILE = "trainer_state.json"

@@ -13,7 +13,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor
 from cfsp.checkpoint.writing import copy_travelling_files
-from cfsp.manifest import PLAN_FILE, read_manifest, write_manifest
+from cfsp.result.manifest import PLAN_FILE, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.calibration.statistics import BlockStatistics, Statistics
-from cfsp.pruning_plan import BlockPlan, PruningPlan
+from cfsp.planning.plan_file import BlockPlan, PruningPlan
 
 Floats = npt.NDArray[np.float64]
 

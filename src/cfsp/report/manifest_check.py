@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import ReportError
-from cfsp.manifest import MANIFEST_FILE
+from cfsp.result.manifest import MANIFEST_FILE
 
 _NUMBERS = ("parameters_before", "parameters_after", "model_sparsity", "ffn_sparsity")
 _WIDTHS = ("widths_before", "intermediate_sizes")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.chart import Chart, Legend
 from cfsp.report.drawing import (
     Bands,

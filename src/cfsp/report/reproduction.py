@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE
-from cfsp.importance.coarse import block_metric_in_words
+from cfsp.planning.coarse import block_metric_in_words
 from cfsp.report.run_facts import RunFacts
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.allocation import ModelSize
 from cfsp.calibration.statistics import Statistics
 from cfsp.errors import ReportError
-from cfsp.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
-from cfsp.pruning_plan import PruningPlan
+from cfsp.planning.allocation import ModelSize
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.manifest_check import check_manifest
+from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
 
 
 @dataclass(frozen=True)

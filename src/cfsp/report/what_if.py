@@ -1,7 +1,7 @@
 """What the slider computes with: the numbers that allocation needs, and energy curves.
 
 The page does the allocation itself (`assets/what_if.js`), so that a reader can try any sparsity
-without cfsp. A test compares its widths with `cfsp.allocation`.
+without cfsp. A test compares its widths with `cfsp.planning.allocation`.
 
 Shapes: L blocks.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cfsp.allocation import AUTO_MULTIPLE_NARROW
-from cfsp.importance.coarse import GLOBAL
+from cfsp.planning.allocation import AUTO_MULTIPLE_NARROW
+from cfsp.planning.coarse import GLOBAL
 from cfsp.report.channels import curve_step, energy_removed, removal_curve
 from cfsp.report.run_facts import RunFacts
 

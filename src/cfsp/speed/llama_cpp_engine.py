@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cfsp.errors import CheckpointError
-from cfsp.llama_cpp_library import llama_cpp_library
+from cfsp.exports.llama_cpp_library import llama_cpp_library
 from cfsp.speed.gguf_footprint import gguf_footprint
 from cfsp.speed.subjects import Subject
 from cfsp.speed.workload import Conditions, Timing, Workload

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CfspError
-from cfsp.manifest import peak_rss_bytes
+from cfsp.result.manifest import peak_rss_bytes
 from cfsp.speed.disturbance import busy_seconds, share_of_others
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload

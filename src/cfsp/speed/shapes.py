@@ -9,10 +9,10 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cfsp.allocation import Budget, round_widths
+from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.errors import UsageError
-from cfsp.families import family_of
+from cfsp.planning.allocation import Budget, round_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -60,9 +60,9 @@ def build_model(
     """
     if isinstance(subject.model, ShapedModel | UniformModel):
         return _random_model(subject, subject.model, dtype_name, device)
+    from cfsp.checkpoint.loading import compute_dtype, load
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.reading import parameter_count
-    from cfsp.loading import compute_dtype, load
 
     checkpoint = open_checkpoint(subject.model)
     dtype = compute_dtype(checkpoint, dtype_name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp.loading import cache_argument, compute_device
+from cfsp.checkpoint.loading import cache_argument, compute_device
 from cfsp.speed.subjects import Footprint, Subject, build_model
 from cfsp.speed.workload import Conditions, Timing, Workload
 

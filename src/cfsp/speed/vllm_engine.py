@@ -33,10 +33,10 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise MissingExtraError("the engine vllm", "vllm") from error
+        from cfsp.checkpoint.loading import compute_dtype
         from cfsp.checkpoint.locating import open_checkpoint
         from cfsp.checkpoint.modeling_code import is_our_modeling_code
         from cfsp.checkpoint.reading import parameter_count
-        from cfsp.loading import compute_dtype
         from cfsp.speed.subjects import Footprint
 
         checkpoint = open_checkpoint(str(subject.model))

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cfsp.allocation import Budget
 from cfsp.errors import UsageError
-from cfsp.methods import Method, method
+from cfsp.planning.allocation import Budget
 from cfsp.settings import CalibrationText, EvaluationText
+from cfsp.sweep.methods import Method, method
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Recipe:
     Attributes:
         model: the model, as for prune.
         sparsity: fractions to remove.
-        methods: names of `cfsp.methods.METHODS`.
+        methods: names of `cfsp.sweep.methods.METHODS`.
         of: what the fractions are of, as for prune.
         multiple: widths become multiples of this, whatever the method; None for its own choice.
         data: calibration texts.

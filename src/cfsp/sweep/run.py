@@ -26,16 +26,16 @@ from cfsp.checkpoint.output import (
     write_atomically,
 )
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
-from cfsp.comparison import evaluate_models
+from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
-from cfsp.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
-from cfsp.methods import method
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
+from cfsp.quality.evaluate import evaluate_models
+from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
 from cfsp.settings import Compute, PruneSettings
+from cfsp.sweep.methods import method
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.workplace import output_workplace, remove_finished_work
 
 RECIPE_FILE = "recipe.toml"
 _DENSE_FILE = "dense.json"

@@ -9,7 +9,7 @@ What `--data` takes:
     PATH.txt, .jsonl, .parquet   local files (PATH:COLUMN for another column than `text`)
     DIRECTORY                    written by `datasets.Dataset.save_to_disk`
 
-and, to calibrate on, `self`: text that the model writes (`cfsp.text.own_text`).
+and, to calibrate on, `self`: text that the model writes (`cfsp.whole_model.own_text`).
 
 The column `messages` holds conversations: lists of {"role", "content"}. Only recovery reads them;
 of a local file it need not be named where there is no `text`.

@@ -1,0 +1,60 @@
+"""A pruned model built from one in memory, without going through files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cfsp.checkpoint.expert_tensors import assemble, pieces
+from cfsp.checkpoint.skeleton import build_skeleton
+from cfsp.cut.surgery import added_specs, pruned_config, pruned_specs, pruned_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cfsp.checkpoint.reading import LoadedModel
+    from cfsp.checkpoint.tensor_file import TensorFile
+    from cfsp.planning.plan_file import PruningPlan
+
+
+def build_pruned_model(
+    model: PreTrainedModel,
+    source: LoadedModel,
+    plan: PruningPlan,
+    repaired: Mapping[str, TensorFile],
+) -> PreTrainedModel:
+    """Return the pruned model that a plan describes.
+
+    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes a
+    checkpoint that loads.
+
+    Args:
+        model: the original; stays as it is and shares its unpruned tensors.
+        source: the same model as a weight source.
+        plan: which channels stay.
+        repaired: tensors that restoration changed or added, by name, already in pruned shape.
+    """
+    added = added_specs(source, repaired)
+    config = pruned_config(source, plan, adds_bias=bool(added))
+    pruned = build_skeleton(config, model.dtype)
+
+    def stored(name: str) -> Tensor:
+        return repaired[name].read(name) if name in repaired else pruned_tensor(source, plan, name)
+
+    specs = pruned_specs(source, plan) | added
+    tensors, unused = {}, set(specs)
+    for name, empty in pruned.state_dict().items():
+        parts = pieces(source.family, name, empty.shape)
+        if parts[0].name in specs:  # tied weights are not
+            tensors[name] = assemble(parts, empty.shape, stored)
+            unused.difference_update(part.name for part in parts)
+    assert not unused, unused
+    pruned.load_state_dict(tensors, strict=False, assign=True)
+    pruned.tie_weights()
+    still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
+    assert not still_empty, still_empty
+    pruned.to(model.device)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned

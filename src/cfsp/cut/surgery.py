@@ -1,0 +1,151 @@
+"""Surgery: obeys a plan, tensor by tensor.
+
+FFN tensors lose rows or columns, and the biases of removed channels; everything else is copied
+byte for byte. Tensors stream from the source to the new shards: one is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
+from cfsp.checkpoint.tensor_file import (
+    OutgoingTensor,
+    TensorFile,
+    TensorSpec,
+    tensor_chunks,
+)
+from cfsp.planning.plan_file import PruningPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def pruned_config(
+    source: WeightSource, plan: PruningPlan, *, adds_bias: bool = False
+) -> PreTrainedConfig:
+    """Return the config of the pruned model, of the class that the source's config has."""
+    key, widths = source.family.width_key, plan.kept_widths
+    changed = copy.deepcopy(source.config)
+    changed.per_layer_config = None
+    setattr(changed, key, max(widths))
+    if len(set(widths)) > 1:
+        changed.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
+    if adds_bias:
+        setattr(changed, DOWN_BIAS_KEY, True)
+    return changed
+
+
+def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
+    """Return one tensor of the pruned model, in the source's dtype."""
+    tensor = source.read(name)
+    layout = source.family.layout_of(name)
+    if layout is None:
+        return tensor
+    entry = plan.blocks[layout.block]
+    if entry.kept_width == entry.width:
+        return tensor
+    pruned = layout.select(tensor, entry.kept_of(layout.ffn))
+    assert layout.width(tensor.shape) == entry.width
+    assert layout.width(pruned.shape) == entry.kept_width
+    return pruned
+
+
+def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpec]:
+    """Return dtype and shape of every tensor of the pruned model, in the source's order."""
+    specs = {}
+    for name, spec in source.specs.items():
+        layout = source.family.layout_of(name)
+        if layout is not None:
+            spec = layout.resized(spec, plan.blocks[layout.block].kept_width)
+        specs[name] = spec
+    return specs
+
+
+def added_specs(source: WeightSource, repaired: Mapping[str, TensorFile]) -> dict[str, TensorSpec]:
+    """Return the tensors that restoration adds to a model: biases that it did not have."""
+    return {n: file.specs[n] for n, file in repaired.items() if n not in source.specs}
+
+
+class PrunedSource:
+    """A model as surgery would leave it, seen as a weight source; nothing is written.
+
+    Args:
+        source: the model.
+        plan: which channels stay.
+        repaired: tensors that restoration changed, by name, already in pruned shape.
+    """
+
+    def __init__(
+        self, source: WeightSource, plan: PruningPlan, repaired: Mapping[str, TensorFile]
+    ) -> None:
+        self.config = pruned_config(source, plan)
+        self.family = source.family
+        self.label = source.label
+        self.specs = pruned_specs(source, plan)
+        self._source, self._plan, self._repaired = source, plan, repaired
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its own dtype."""
+        if name in self._repaired:
+            return self._repaired[name].read(name)
+        return pruned_tensor(self._source, self._plan, name)
+
+    def read_prefix(self, name: str, elements: int) -> Tensor:
+        """Return the first elements of one tensor, flattened."""
+        return self.read(name).reshape(-1)[:elements].cpu()
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the raw bytes of one tensor."""
+        return tensor_chunks(self.read(name))
+
+
+def write_pruned_weights(
+    source: WeightSource,
+    plan: PruningPlan,
+    directory: Path,
+    repaired: Mapping[str, TensorFile] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> WrittenWeights:
+    """Write the pruned model's tensors as one or more safetensors files.
+
+    Args:
+        source: the model.
+        plan: which channels stay; must fit the source.
+        directory: an existing directory.
+        repaired: tensors that restoration changed or added, by name, already in pruned shape.
+        max_shard_bytes: size of a shard; a larger single tensor gets a shard of its own.
+
+    Raises:
+        OSError: the disk is full or not writable.
+        CheckpointError: the source ended or changed.
+    """
+    specs = pruned_specs(source, plan) | added_specs(source, repaired or {})
+    outgoing = [_outgoing(source, plan, name, spec, repaired or {}) for name, spec in specs.items()]
+    return write_shards(directory, outgoing, max_shard_bytes)
+
+
+def _outgoing(
+    source: WeightSource,
+    plan: PruningPlan,
+    name: str,
+    spec: TensorSpec,
+    repaired: Mapping[str, TensorFile],
+) -> OutgoingTensor:
+    if name in repaired:
+        assert repaired[name].specs[name] == spec, name
+        return OutgoingTensor(name, spec, lambda: repaired[name].chunks(name))
+    if spec == source.specs[name]:
+        return OutgoingTensor(name, spec, lambda: source.chunks(name))
+
+    def cut() -> Iterator[memoryview]:
+        return tensor_chunks(pruned_tensor(source, plan, name))
+
+    return OutgoingTensor(name, spec, cut)

@@ -1,0 +1,105 @@
+"""Consecutive blocks of a pruned model as one function of the hidden states.
+
+Shapes: B windows in a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.checkpoint.skeleton import fill, read_tensors, unload
+from cfsp.engine.call_recorder import BlockCall
+
+if TYPE_CHECKING:
+    from cfsp.cut.surgery import PrunedSource
+
+
+class BlockGroup:
+    """Some blocks of a pruned model, which compute one after the other.
+
+    They have no weights before the first `fill` and after `unload`.
+
+    Args:
+        pruned: where their tensors come from.
+        modules: the blocks.
+        first: index of the first of them in the model.
+        calls: how the model calls each of them.
+        device: where they compute.
+    """
+
+    def __init__(
+        self,
+        pruned: PrunedSource,
+        modules: Sequence[nn.Module],
+        first: int,
+        calls: Sequence[BlockCall],
+        device: torch.device,
+    ) -> None:
+        self._pruned = pruned
+        self._modules = list(modules)
+        self._prefixes = [
+            pruned.family.block_prefix(first + position) for position in range(len(modules))
+        ]
+        self._recorded_calls = self._calls = list(calls)
+        self._device = device
+
+    def outputs(self, hidden_BTD: Tensor) -> Iterator[Tensor]:
+        """Yield every block's output."""
+        for module, call in zip(self._modules, self._calls, strict=True):
+            hidden_BTD = call(module, hidden_BTD)
+            yield hidden_BTD
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the last block's output."""
+        for output_BTD in self.outputs(hidden_BTD):
+            hidden_BTD = output_BTD
+        return hidden_BTD
+
+    def fill(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> None:
+        """Compute with the pruned model's tensors in a dtype, but for some trained ones."""
+        self._calls = self._recorded_calls
+        for module, prefix in zip(self._modules, self._prefixes, strict=True):
+            tensors = read_tensors(module, prefix, self._pruned, dtype)
+            tensors |= {
+                name.removeprefix(prefix): tensor.to(dtype)
+                for name, tensor in trained.items()
+                if name.startswith(prefix)
+            }
+            fill(module, tensors, self._device)
+
+    def fill_for_training(self) -> list[dict[str, nn.Parameter]]:
+        """Compute in float32 and for autograd.
+
+        Returns:
+            What is trained in each block, by stored names: the FFN's parameters, the bias of the
+            down projection too. Only they require gradients.
+        """
+        self._calls = [call.for_training() for call in self._recorded_calls]
+        trained = []
+        for module, prefix in zip(self._modules, self._prefixes, strict=True):
+            tensors = read_tensors(module, prefix, self._pruned, torch.float32)
+            # Copies, because the tensors of a model in memory are its own.
+            fill(module, {name: t.clone() for name, t in tensors.items()}, self._device)
+            trained.append(self._ffn_parameters(module, prefix))
+            for parameter in trained[-1].values():
+                parameter.requires_grad_(True)
+        return trained
+
+    def _ffn_parameters(self, module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+        family = self._pruned.family
+        bias = f"{prefix}{family.path_in_block(family.down)}.bias"
+        parameters = {prefix + name: value for name, value in module.named_parameters()}
+        return {
+            name: value
+            for name, value in parameters.items()
+            if family.layout_of(name) is not None or name == bias
+        }
+
+    def unload(self) -> None:
+        """Drop the weights."""
+        for module in self._modules:
+            unload(module)

@@ -1,0 +1,187 @@
+"""One pass over all blocks: what calibration and restoration have in common.
+
+A visit does what it likes with each block and gives a result. The pass spills hidden states,
+saves as it goes, resumes what was killed, shows progress and takes the time.
+
+Shapes: N windows, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.reading import fingerprint
+from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
+from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.engine.pass_state import Pace, PassState
+from cfsp.engine.pass_times import PassTimes
+from cfsp.progress import token_progress
+from cfsp.result.manifest import versions
+from cfsp.text.windows import Windows
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.workplace import Workplace
+
+T = TypeVar("T")
+
+
+class ResultFiles(Protocol[T]):
+    """How the result of a block is put on disk and read again, the same bit for bit."""
+
+    def save(self, result: T, directory: Path, block: int) -> None:
+        """Write the result of one block; it is complete on disk when this returns."""
+        ...
+
+    def load(self, directory: Path, block: int) -> T:
+        """Read what `save` wrote."""
+        ...
+
+
+def pass_blocks(
+    source: WeightSource,
+    tokens_NT: Tensor,
+    visit: Callable[[StreamedBlock], T],
+    files: ResultFiles[T],
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_windows: int | None = None,
+    place: Workplace | None = None,
+    may_stop_after: Callable[[int], bool] = lambda block: True,
+) -> list[T]:
+    """Let all windows pass all blocks, or those that a killed run left; return all results.
+
+    Args:
+        source: the model.
+        tokens_NT: windows without padding.
+        visit: advances a block and returns its result.
+        files: puts results on disk.
+        name: of the pass: its directory in the workplace, and what its progress bar says.
+        device: where blocks compute.
+        dtype: what they compute in.
+        batch_windows: windows that pass together; None for about 4096 tokens.
+        place: where to spill and to save; None for neither.
+        may_stop_after: whether hidden states and results are all that a visit of the next block
+            needs; if not, a killed pass goes on further back.
+
+    Raises:
+        ResumeError: the workplace holds unfinished work of something else.
+        OutputError: the disk is full.
+    """
+    blocks = source.config.num_hidden_layers
+    state = None
+    if place is not None and place.identity is not None:
+        batch = windows_in_batch(tokens_NT, batch_windows)
+        identity = _identity(source, tokens_NT, device, dtype, batch)
+        state = PassState(place.directory / name, {**identity, **place.identity})
+    results: list[T] = []
+    if state is not None and state.next_block:
+        results = [files.load(state.directory, block) for block in range(state.next_block)]
+        print(f"{name}: going on at block {len(results)} of {blocks}", file=sys.stderr)
+    if len(results) == blocks:
+        return results
+    times = PassTimes() if place is None else place.times.setdefault(name, PassTimes())
+    saver = None if state is None else _Saver(state, files, results, times)
+    with (
+        times.part("total"),
+        token_progress(name, blocks, tokens_NT.numel() * blocks) as progress,
+    ):
+        progress.tokens(tokens_NT.numel() * len(results))
+        for block in stream_blocks(
+            source,
+            tokens_NT,
+            device=device,
+            dtype=dtype,
+            batch_windows=batch_windows,
+            on_batch=progress.tokens,
+            open_hidden=_hidden_opener(name, state, place),
+            first_block=len(results),
+            times=times,
+        ):
+            with times.part("visits"):
+                results.append(visit(block))
+            progress.block_done()
+            if saver is not None and block.index + 1 < blocks and may_stop_after(block.index):
+                saver.block_done(block.hidden)
+        if saver is not None:
+            saver.all_done()
+    return results
+
+
+class _Saver:
+    """Saves results and hidden states, as often as costs little."""
+
+    def __init__(
+        self, state: PassState, files: ResultFiles[Any], results: list[Any], times: PassTimes
+    ) -> None:
+        self._state, self._files, self._results, self._times = state, files, results, times
+        self._pace: Pace | None = None
+
+    def block_done(self, hidden: HiddenStates) -> None:
+        self._pace = self._pace or Pace(hidden.nbytes)
+        if not self._pace.due():
+            return
+        start = time.monotonic()
+        with self._times.part("saving"):
+            self._save_results()
+            self._state.commit(len(self._results), hidden.save())
+        self._pace.saved(time.monotonic() - start)
+
+    def all_done(self) -> None:
+        """Save the results; hidden states are no longer needed."""
+        with self._times.part("saving"):
+            self._save_results()
+            self._state.commit(len(self._results), None)
+            for file in self._state.directory.glob("hidden-*.bin"):
+                file.unlink()
+
+    def _save_results(self) -> None:
+        for block in range(self._state.next_block, len(self._results)):
+            self._files.save(self._results[block], self._state.directory, block)
+
+
+def _hidden_opener(
+    name: str, state: PassState | None, place: Workplace | None
+) -> Callable[[tuple[int, ...], torch.dtype], HiddenStates]:
+    """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
+
+    def open_hidden(shape_NTD: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
+        if place is None:
+            return HiddenInMemory(shape_NTD, dtype)
+        directory, saved = place.directory_of(name), state.hidden if state else None
+        nbytes = math.prod(shape_NTD) * dtype.itemsize
+        if nbytes <= place.memory_budget:
+            return HiddenInMemory(shape_NTD, dtype, directory, saved)
+        print(
+            f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
+            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}",
+            file=sys.stderr,
+        )
+        return HiddenInFile(shape_NTD, dtype, directory, saved)
+
+    return open_hidden
+
+
+def _identity(
+    source: WeightSource, tokens_NT: Tensor, device: torch.device, dtype: torch.dtype, batch: int
+) -> dict[str, Any]:
+    """Return what the results of any pass depend on."""
+    return {
+        "model": source.label,
+        "model fingerprint": fingerprint(source),
+        "calibration text": Windows(tokens_NT, {}).digest,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch of windows": batch,
+        "version": {k: versions()[k] for k in ("cfsp-llm", "torch", "transformers")},
+    }

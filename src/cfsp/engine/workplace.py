@@ -1,0 +1,166 @@
+"""The work directory beside an output: what does not fit into memory, what a killed run left.
+
+    OUT.work/process-0-of-1/coarse/state.json, hidden-0.bin, ...
+
+It is gone when the output is there. After a kill it stays, and the same command goes on from
+it; another command is refused. Nobody else works in it meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cfsp.checkpoint.output import lock_out_others
+from cfsp.engine.memory import default_budget
+from cfsp.engine.pass_state import STATE_FILE, read_state
+from cfsp.engine.pass_times import PassTimes
+from cfsp.errors import CfspError, OutputError, ResumeError
+from cfsp.result.manifest import MANIFEST_FILE
+
+
+@dataclass
+class Workplace:
+    """Where one command works.
+
+    Attributes:
+        directory: exists as long as the command runs.
+        memory_budget: bytes of hidden states above which they go to a file.
+        identity: what the results depend on besides model and text, as JSON types; None if a
+            later run is not to resume.
+        times: of each pass, by its name.
+    """
+
+    directory: Path
+    memory_budget: int = field(default_factory=default_budget)
+    identity: dict[str, Any] | None = None
+    times: dict[str, PassTimes] = field(default_factory=dict)
+
+    def directory_of(self, name: str) -> Path:
+        """Return the directory of one pass; it exists."""
+        directory = self.directory / name
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def times_json(self) -> dict[str, dict[str, float]]:
+        """Return the times of all passes."""
+        return {name: times.to_json() for name, times in self.times.items()}
+
+
+@contextmanager
+def temporary_workplace(memory_budget: int | None = None) -> Iterator[Workplace]:
+    """Give a workplace that nothing resumes from."""
+    with tempfile.TemporaryDirectory(prefix="cfsp-") as directory:
+        yield Workplace(Path(directory), _budget(memory_budget))
+
+
+@contextmanager
+def output_workplace(
+    out: Path,
+    identity: dict[str, Any],
+    memory_budget: int | None = None,
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[Workplace]:
+    """Give the workplace of an output; remove it when all is done.
+
+    Args:
+        out: the file or directory that will be written.
+        identity: see `Workplace`.
+        memory_budget: see `Workplace`; None for a share of the available memory.
+        process: number of this process among those that work on this output.
+        processes: how many there are.
+
+    Raises:
+        OutputError: another run works there, or the place is not writable.
+        ResumeError: unfinished work of another command or number of processes is there.
+    """
+    place = out.parent / f"{out.name}.work"
+    directory = place / f"process-{process}-of-{processes}"
+    _check_processes(place, processes)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("w")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {directory}: {error.strerror}; choose another output"
+        ) from error
+    with lock:
+        lock_out_others(lock.fileno(), place)
+        for state in sorted(directory.glob(f"*/{STATE_FILE}")):
+            read_state(state, identity)
+        _remove_unfinished(directory)
+        try:
+            yield Workplace(directory, _budget(memory_budget), identity)
+        except ResumeError:
+            raise
+        except BaseException as error:
+            if _to_keep(directory, error):
+                print(
+                    f"the work so far is kept in {place}; the same command goes on from it",
+                    file=sys.stderr,
+                )
+            else:
+                _remove(directory)
+            raise
+        _remove(directory)
+
+
+def _budget(memory_budget: int | None) -> int:
+    return default_budget() if memory_budget is None else memory_budget
+
+
+def _check_processes(place: Path, processes: int) -> None:
+    # Sorted: an iterator that an error leaves half way keeps its directory open.
+    for state in sorted(place.glob(f"process-*/*/{STATE_FILE}")):
+        found = state.parent.parent.name.rpartition("-of-")[2]
+        if found != str(processes):
+            raise ResumeError(
+                f"{place} holds unfinished work of {found} processes, now there are {processes}; "
+                f"repeat that command to finish it, or start over with: rm -r {place}"
+            )
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Remove what a killed run cannot be resumed from."""
+    for leftover in directory.iterdir():
+        if leftover.is_dir() and not (leftover / STATE_FILE).is_file():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _to_keep(directory: Path, error: BaseException) -> bool:
+    """Return whether the same command could get further than it did."""
+    if isinstance(error, CfspError) and not error.keeps_work:
+        return False
+    return bool(list(directory.glob(f"*/{STATE_FILE}")))
+
+
+def remove_finished_work(out: Path) -> None:
+    """Remove the workplace of an output that is there, if its run was killed before it could.
+
+    Args:
+        out: the file or directory that is written whole or not at all.
+    """
+    place = out.parent / f"{out.name}.work"
+    if not place.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
+        return
+    for directory in sorted(place.iterdir()):
+        with contextlib.suppress(OSError, OutputError), (directory / "lock").open("w") as lock:
+            lock_out_others(lock.fileno(), place)
+            _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    # First what says that there is something to go on from: a kill may come meanwhile.
+    for state in sorted(directory.glob(f"*/{STATE_FILE}")):
+        state.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others are still working there
+        directory.parent.rmdir()

@@ -1,0 +1,200 @@
+"""Target `gguf`: one file for llama.cpp and everything built on it, blocks at their own widths.
+
+The file is written by the package `gguf`, tensor by tensor. Types that it can't make (K-quants
+and the like) come from llama.cpp's own quantiser, from a temporary file in the checkpoint's type.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.checkpoint.families import intermediate_sizes
+from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import MissingExtraError, UsageError
+from cfsp.exports.context import context_limit
+from cfsp.exports.gguf_architecture import (
+    Architecture,
+    architecture_of,
+    head_size,
+)
+from cfsp.exports.gguf_rope import Rope, rope_of
+from cfsp.exports.gguf_tensors import GgufTensor, fallbacks, gguf_tensors
+from cfsp.exports.gguf_tokenizer import GgufTokenizer, read_tokenizer
+from cfsp.exports.gguf_verification import verify
+from cfsp.exports.llama_cpp import quantise
+from cfsp.exports.target import ExportOptions, Target, Written
+from cfsp.progress import item_progress
+from cfsp.text.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_OWN_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")
+BY_LLAMA_CPP = (
+    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+    "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+)  # fmt: skip
+
+
+def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+    """Write the file."""
+    try:
+        from gguf import LlamaFileType
+    except ImportError as error:
+        raise MissingExtraError("gguf export", "export") from error
+    own = _OWN_TYPES.get(compute_dtype(source), "bf16")
+    name = (options.weight_type or own).lower()
+    if name not in WRITTEN_HERE + BY_LLAMA_CPP:
+        raise UsageError(
+            f"unknown --type {options.weight_type}; expected one of "
+            f"{', '.join(WRITTEN_HERE + BY_LLAMA_CPP)}"
+        )
+    architecture = architecture_of(source)
+    rope = rope_of(source.config, architecture)
+    tokenizer = read_tokenizer(
+        load_tokenizer(source.directory), source.config.vocab_size, options.pre_tokenizer
+    )
+    _, limited = context_limit(source.config)
+    notes = [limited] if limited else []
+    if name in WRITTEN_HERE:
+        tensors = _write_file(source, out, architecture, rope, tokenizer, name)
+        notes += _fallback_notes(tensors, name)
+    else:
+        full = out.with_name(out.name + ".full")
+        try:
+            _write_file(source, full, architecture, rope, tokenizer, own)
+            quantise(full, out, int(LlamaFileType[f"MOSTLY_{name.upper()}"]))
+        finally:
+            full.unlink(missing_ok=True)
+        notes += _mixture_notes(out, name)
+    return Written(f"{architecture.name} in {name}", tuple(notes))
+
+
+def _write_file(
+    source: Checkpoint,
+    out: Path,
+    architecture: Architecture,
+    rope: Rope,
+    tokenizer: GgufTokenizer,
+    type_name: str,
+) -> list[GgufTensor]:
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    kind = GGMLQuantizationType[type_name.upper()]
+    tensors = gguf_tensors(source, architecture, kind)
+    if rope.factors_R is not None:
+        factors = torch.from_numpy(rope.factors_R)
+        tensors.append(
+            GgufTensor(
+                "rope_freqs.weight",
+                tuple(factors.shape),
+                GGMLQuantizationType.F32,
+                lambda: factors,
+            )
+        )
+    writer = GGUFWriter(out, architecture.name)
+    try:
+        _add_fields(writer, source, architecture, rope, type_name)
+        tokenizer.write(writer)
+        for tensor in tensors:
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with item_progress("gguf", len(tensors), "tensor") as bar:
+            for tensor in tensors:
+                writer.write_tensor_data(quantize(tensor.read().numpy(), tensor.kind))
+                bar.update()
+    finally:
+        writer.close()
+    return tensors
+
+
+def _add_fields(
+    writer: GGUFWriter, source: Checkpoint, architecture: Architecture, rope: Rope, type_name: str
+) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
+
+    config: Any = source.config
+    widths = intermediate_sizes(config)
+    blocks = len(widths)
+    prefix = "ALL" if type_name == "f32" else "MOSTLY"
+    writer.add_name(Path(source.label).name)
+    writer.add_file_type(LlamaFileType[f"{prefix}_{type_name.upper()}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_block_count(blocks)
+    writer.add_context_length(context_limit(config)[0])
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    if architecture.ragged:
+        writer.add_feed_forward_length(widths)
+        writer.add_head_count([config.num_attention_heads] * blocks)
+        writer.add_head_count_kv([config.num_key_value_heads] * blocks)
+    else:
+        writer.add_feed_forward_length(widths[0])
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_rope_dimension_count(head_size(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope.base)
+    if rope.scaling is not None:
+        writer.add_rope_scaling_type(RopeScalingType(rope.scaling))
+    for value, add in (
+        (rope.factor, writer.add_rope_scaling_factor),
+        (rope.original_context, writer.add_rope_scaling_orig_ctx_len),
+        (rope.attention_factor, writer.add_rope_scaling_attn_factors),
+        (rope.beta_fast, writer.add_rope_scaling_yarn_beta_fast),
+        (rope.beta_slow, writer.add_rope_scaling_yarn_beta_slow),
+    ):
+        if value is not None:
+            add(value)
+
+
+def _fallback_notes(tensors: list[GgufTensor], name: str) -> list[str]:
+    from gguf import GGMLQuantizationType
+
+    kept = fallbacks(tensors, GGMLQuantizationType[name.upper()])
+    if not kept:
+        return []
+    lengths = sorted({tensor.shape[-1] for tensor in kept})
+    return [
+        f"{len(kept)} matrices are stored in f16, because their rows of "
+        f"{_some(lengths)} do not divide into blocks of {name} (32 weights); "
+        "prune with --multiple 32 to avoid it"
+    ]
+
+
+def _mixture_notes(path: Path, name: str) -> list[str]:
+    """Say which types llama.cpp chose: rows that 256 doesn't divide can't be K-quants."""
+    from gguf import GGUFReader
+
+    tensors = [tensor for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1]
+    counts = Counter(tensor.tensor_type.name.lower() for tensor in tensors)
+    notes = [f"{name} as llama.cpp mixes it: {', '.join(f'{n} {t}' for t, n in counts.items())}"]
+    odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % 256})
+    if odd and "_k" in name:
+        notes.append(
+            f"rows of {_some(odd)} weights do not divide into blocks of 256, so llama.cpp stores "
+            "them in a larger type; prune with --multiple 256 to avoid it in the FFN"
+        )
+    return notes
+
+
+def _some(numbers: list[int], most: int = 6) -> str:
+    shown = ", ".join(str(n) for n in numbers[:most])
+    return shown if len(numbers) <= most else f"{shown}, ..."
+
+
+TARGET = Target("gguf", ".gguf", write, verify)

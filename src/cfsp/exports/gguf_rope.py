@@ -1,0 +1,100 @@
+"""Rotary position embedding in GGUF's terms: base, scaling, and per-frequency factors.
+
+Shapes: R half the elements of a head, one for each frequency.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cfsp.errors import ExportError
+from cfsp.exports.gguf_architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What a file says about positions.
+
+    Attributes:
+        base: the base of the frequencies (rope theta).
+        scaling: GGUF's name of the scaling; None for none.
+        factor: by how much the context was stretched.
+        original_context: tokens before it was stretched.
+        attention_factor: correction of GGUF's own YaRN attention factor; None for none.
+        beta_fast: YaRN's; None for the default.
+        beta_slow: YaRN's; None for the default.
+        factors_R: by how much each frequency is divided; None for not at all.
+    """
+
+    base: float
+    scaling: str | None = None
+    factor: float | None = None
+    original_context: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    factors_R: NDArray[np.float32] | None = None
+
+
+def rope_of(config: Any, architecture: Architecture) -> Rope:
+    """Translate a config's rope parameters.
+
+    Raises:
+        ExportError: llama.cpp has nothing that computes the same.
+    """
+    parameters = dict(config.rope_parameters)
+    kind = parameters.get("rope_type", "default")
+    if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError("rotary embeddings of a part of the head or by layer are not supported")
+    base = float(parameters["rope_theta"])
+    if kind == "default":
+        return Rope(base)
+    if kind == "linear":
+        return Rope(base, "linear", float(parameters["factor"]))
+    if kind == "yarn":
+        return _yarn(base, parameters)
+    if kind == "llama3":
+        if not architecture.frequency_factors:
+            raise ExportError(
+                f"llama.cpp's {architecture.name} graph reads no factors for single frequencies, "
+                "which llama3 scaling needs; use --to vllm or --to openvino"
+            )
+        return Rope(base, factors_R=_llama3_factors(config, base))
+    raise ExportError(
+        f"gguf export of rope scaling {kind!r} is not supported; supported are: "
+        "default, linear, llama3, yarn"
+    )
+
+
+def _yarn(base: float, parameters: dict[str, Any]) -> Rope:
+    if parameters.get("truncate") is False or parameters.get("mscale"):
+        raise ExportError("llama.cpp has no YaRN without truncation or with mscale")
+    factor = float(parameters["factor"])
+    attention = parameters.get("attention_factor")
+    if attention is not None:
+        # llama.cpp multiplies by 0.1 ln(factor) + 1 (YaRN, arXiv 2309.00071, eq. 22) itself.
+        attention = float(attention) / (0.1 * math.log(factor) + 1.0)
+    return Rope(
+        base,
+        "yarn",
+        factor,
+        int(parameters["original_max_position_embeddings"]),
+        attention,
+        parameters.get("beta_fast"),
+        parameters.get("beta_slow"),
+    )
+
+
+def _llama3_factors(config: Any, base: float) -> NDArray[np.float32]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled_R, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    count = len(scaled_R)
+    plain_R = base ** (-np.arange(count, dtype=np.float64) / count)
+    factors_R: NDArray[np.float32] = (plain_R / scaled_R.double().numpy()).astype(np.float32)
+    return factors_R

@@ -1,0 +1,129 @@
+"""llama.cpp itself, through the bindings of llama-cpp-py-sync: read, compute, quantise.
+
+Its C interface is called directly, because the package's own class gives no logits.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfsp.errors import ExportError
+from cfsp.exports.llama_cpp_library import last_error, llama_cpp_library, llama_cpp_version
+
+_F32 = 0  # ggml_type
+
+
+class LlamaCpp:
+    """A .gguf file, loaded for one sequence; keys and values are kept in float32.
+
+    Use it as a context manager: memory belongs to the library and is freed at the end.
+
+    Args:
+        path: the file.
+        context: tokens that fit, prompt and continuation together.
+
+    Raises:
+        MissingExtraError: no llama.cpp is installed.
+        ExportError: llama.cpp refuses the file.
+    """
+
+    def __init__(self, path: Path, context: int = 512) -> None:
+        self._ffi, self._lib = llama_cpp_library("running llama.cpp", "export")
+        model_settings = self._lib.llama_model_default_params()
+        model_settings.n_gpu_layers = 0
+        self._model = self._lib.llama_model_load_from_file(str(path).encode(), model_settings)
+        if self._model == self._ffi.NULL:
+            raise ExportError(f"{llama_cpp_version()} cannot load {path.name}: {last_error()}")
+        settings = self._lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
+        settings.type_k = settings.type_v = _F32
+        settings.flash_attn_type = 0
+        self._context = self._lib.llama_init_from_model(self._model, settings)
+        if self._context == self._ffi.NULL:
+            self._lib.llama_model_free(self._model)
+            raise ExportError(f"{llama_cpp_version()} cannot run {path.name}: {last_error()}")
+        self._vocabulary = self._lib.llama_model_get_vocab(self._model)
+        self._past = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def forget(self) -> None:
+        """Start a new sequence."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._past = 0
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Read more tokens of the sequence and return logits_TV after each of them."""
+        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i] = token
+                batch.pos[i] = self._past + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = 1
+            status = self._lib.llama_decode(self._context, batch)
+        finally:
+            self._lib.llama_batch_free(batch)
+        if status != 0:
+            raise ExportError(f"{llama_cpp_version()} failed with status {status}")
+        self._past += len(tokens)
+        width = self._lib.llama_vocab_n_tokens(self._vocabulary)
+        pointer = self._lib.llama_get_logits(self._context)
+        data = self._ffi.buffer(pointer, len(tokens) * width * 4)
+        logits = np.frombuffer(data, dtype=np.float32).reshape(len(tokens), width)
+        return torch.from_numpy(logits.copy())
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text, with those that the model wants around it."""
+        data = text.encode()
+        room = len(data) + 16
+        tokens = self._ffi.new("llama_token[]", room)
+        count = self._lib.llama_tokenize(
+            self._vocabulary, data, len(data), tokens, room, True, True
+        )
+        assert count >= 0, count
+        return [int(tokens[i]) for i in range(count)]
+
+
+def quantise(source: Path, target: Path, file_type: int) -> None:
+    """Write a quantised copy of a .gguf file.
+
+    Args:
+        source: a file in float32, float16 or bfloat16.
+        target: the new file.
+        file_type: number in llama.cpp's enum llama_ftype.
+
+    Raises:
+        MissingExtraError: no llama.cpp is installed.
+        ExportError: llama.cpp refuses.
+    """
+    ffi, lib = llama_cpp_library("running llama.cpp", "export")
+    settings = ffi.new("llama_model_quantize_params *")
+    settings[0] = lib.llama_model_quantize_default_params()
+    settings.ftype = file_type
+    status = lib.llama_model_quantize(str(source).encode(), str(target).encode(), settings)
+    if status != 0:
+        raise ExportError(f"{llama_cpp_version()} cannot quantise the model: {last_error()}")

@@ -1,0 +1,162 @@
+"""Target `openvino`: an OpenVINO model with its own cache, for OpenVINO GenAI or optimum-intel.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.families import intermediate_sizes
+from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.writing import copy_travelling_files, pruned_config
+from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
+from cfsp.exports.openvino_model import convert
+from cfsp.exports.target import ExportOptions, Target, Written
+from cfsp.exports.verification import (
+    GREEDY_STEPS,
+    Verification,
+    compare_logits,
+    greedy_after,
+    greedy_by,
+    logits_of,
+    probe_lengths,
+    probe_tokens,
+    reference_model,
+)
+from cfsp.text.tokenizers import load_tokenizer
+
+MODEL_FILE = "openvino_model.xml"
+_TOLERANCES = {"f32": 1e-4, "f16": 0.02}
+
+
+def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+    """Write the model, its config and tokenizer into an existing directory."""
+    if source.family.experts is not None:
+        raise ExportError(
+            f"openvino export of {source.family.model_type} models is not supported: which experts "
+            "run depends on the text, and a traced model cannot choose; use --to padded"
+        )
+    openvino = _openvino()
+    kind = _weight_type(source, options)
+    model = _convert(source)
+    openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=kind == "f16")
+    # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
+    widths = intermediate_sizes(source.config)
+    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    fields.pop(DOWN_BIAS_KEY, None)
+    stock = pruned_config(fields, source.family, [max(widths)] * len(widths))
+    (out / "config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
+    copy_travelling_files(source.directory, out)
+    return Written(f"stateful OpenVINO model in {kind}", tuple(_write_tokenizer(source, out)))
+
+
+def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
+    """Compare logits, and in float32 greedy decoding, with transformers'."""
+    openvino = _openvino()
+    kind = _weight_type(source, options)
+    count, steps = probe_lengths(int(getattr(source.config, "max_position_embeddings", 4096)))
+    tokens = probe_tokens(source, count)
+    runtime = OpenVinoRuntime(out)
+    model = reference_model(source)
+    found_TV = runtime.feed(tokens)
+    greedy = None
+    if kind == "f32":
+        runtime.forget()
+        found = greedy_by(lambda new: runtime.feed(new)[-1], tokens, min(steps, GREEDY_STEPS))
+        greedy = (greedy_after(model, tokens, found), found)
+    reader = f"OpenVINO {openvino.get_version().split('-')[0]}"
+    return compare_logits(reader, logits_of(model, tokens), found_TV, _TOLERANCES[kind], greedy)
+
+
+class OpenVinoRuntime:
+    """An exported model, compiled for this CPU at full precision, reading one sequence.
+
+    Args:
+        directory: what the target wrote.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        compiled = _openvino().Core().compile_model(directory / MODEL_FILE, "CPU", settings)
+        self._request = compiled.create_infer_request()
+        self._past = 0
+
+    def forget(self) -> None:
+        """Start a new sequence."""
+        self._request.reset_state()
+        self._past = 0
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Read more tokens of the sequence and return logits_TV after each of them."""
+        import numpy as np
+
+        end = self._past + len(tokens)
+        results = self._request.infer(
+            {
+                "input_ids": np.array([tokens], dtype=np.int64),
+                "attention_mask": np.ones((1, end), dtype=np.int64),
+                "position_ids": np.arange(self._past, end, dtype=np.int64)[None],
+                "beam_idx": np.zeros(1, dtype=np.int32),
+            }
+        )
+        self._past = end
+        return torch.from_numpy(results["logits"][0].copy())
+
+
+def _convert(source: Checkpoint) -> Any:
+    try:
+        return convert(reference_model(source))
+    except CfspError:
+        raise
+    except Exception as error:  # tracing fails in as many ways as there are models
+        summary = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(
+            f"OpenVINO cannot trace {source.family.causal_lm}: {summary[0]}; use --to padded"
+        ) from error
+
+
+def _write_tokenizer(source: Checkpoint, out: Path) -> list[str]:
+    """Convert the tokenizer too, which OpenVINO GenAI needs, if its converter is installed."""
+    if find_spec("openvino_tokenizers") is None:
+        return [
+            "openvino-tokenizers is not installed, so the tokenizer stays as it is: optimum-intel "
+            "reads it, OpenVINO GenAI needs it converted (convert_tokenizer)"
+        ]
+    from openvino_tokenizers import convert_tokenizer
+
+    models = convert_tokenizer(load_tokenizer(source.directory), with_detokenizer=True)
+    for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
+        _openvino().save_model(model, out / f"openvino_{name}.xml")
+    return []
+
+
+def _weight_type(source: Checkpoint, options: ExportOptions) -> str:
+    own = "f32" if compute_dtype(source) == torch.float32 else "f16"
+    kind = (options.weight_type or own).lower()
+    if kind not in _TOLERANCES:
+        raise UsageError(
+            f"unknown --type {options.weight_type} for openvino; expected f32 or f16 "
+            "(quantise further with nncf)"
+        )
+    return kind
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("openvino export", "openvino") from error
+    return openvino
+
+
+TARGET = Target("openvino", "", write, verify)

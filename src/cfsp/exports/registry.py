@@ -1,0 +1,74 @@
+"""The targets by name, and the one way through all of them: write aside, verify, put in place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import check_complete
+from cfsp.errors import UsageError
+from cfsp.exports import gguf, openvino, padded, uniform, vllm
+from cfsp.exports.target import ExportOptions, ExportReport, Target
+from cfsp.result.manifest import Stopwatch
+
+TARGETS: dict[str, Target] = {
+    module.TARGET.name: module.TARGET for module in (gguf, vllm, openvino, padded, uniform)
+}
+
+_TYPED = ("gguf", "openvino")
+
+
+def export_checkpoint(
+    source: Checkpoint,
+    to: str,
+    out: Path,
+    options: ExportOptions | None = None,
+    *,
+    verify: bool = True,
+) -> ExportReport:
+    """Write a checkpoint in another format.
+
+    Args:
+        source: the checkpoint, pruned or not.
+        to: a name in `TARGETS`.
+        out: the new directory, or the new file for `gguf`.
+        options: what the format leaves open.
+        verify: read the copy back and compare its logits with the checkpoint's.
+
+    Raises:
+        ExportError: the format cannot express the model, or the copy computes something else.
+        OutputError: the output exists or is not writable.
+        MissingExtraError: the format needs a package that is not installed.
+        UsageError: an unknown target or option.
+    """
+    target = TARGETS.get(to)
+    if target is None:
+        raise UsageError(f"unknown target {to!r}; expected one of {', '.join(TARGETS)}")
+    if target.suffix and out.suffix != target.suffix:
+        raise UsageError(f"{to} writes one file: expected a name in {target.suffix}, found {out}")
+    options = replace(options or ExportOptions(), destination=str(out))
+    if options.weight_type is not None and to not in _TYPED:
+        raise UsageError(
+            f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"
+        )
+    check_is_outside(out, source.directory)
+    check_complete(source)
+    watch = Stopwatch()
+    with staged_file(out) if target.suffix else staged_directory(out) as staging:
+        with watch.stage("write"):
+            written = target.write(source, staging, options)
+        verification = None
+        if verify:
+            with watch.stage("verify"):
+                verification = target.verify(source, staging, options)
+        nbytes = _bytes_on_disk(staging)
+    return ExportReport(
+        to, str(out), written.layout, nbytes, written.notes, verification, dict(watch.seconds)
+    )
+
+
+def _bytes_on_disk(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

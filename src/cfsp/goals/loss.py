@@ -1,0 +1,135 @@
+"""Prune as much as fits into a loss: plans from one calibration, tried with channels masked."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import BudgetError, UsageError
+from cfsp.goals.resolution import Resolution, Try
+from cfsp.goals.search import budget_at, highest_step, last_that_holds
+from cfsp.planning.make import make_plan, model_size
+from cfsp.quality.perplexity import perplexity
+from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import Windows, consecutive_windows, draw_left_over
+from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.masks import check_can_be_masked, masked_loss
+from cfsp.whole_model.own_text import OWN_TEXT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cfsp.calibration.statistics import Statistics
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.goals.goal import MaxLossIncrease
+    from cfsp.settings import CalibrationText, PruneSettings
+
+
+def held_out_windows(
+    goal: MaxLossIncrease, text: CalibrationText, tokenizer: PreTrainedTokenizerBase
+) -> list[Windows]:
+    """Return the windows that a loss is bounded on, text by text; calibration has none of them.
+
+    Raises:
+        TextError: a text is missing, or calibration takes all of it.
+        UsageError: the calibration text is the model's own.
+    """
+    if not goal.held_out:
+        if OWN_TEXT in text.names:
+            raise UsageError(
+                f"--max-loss-increase with --data {OWN_TEXT} needs a --held-out text: the loss on "
+                "what the model wrote itself says little"
+            )
+        return [
+            draw_left_over(
+                text.names,
+                tokenizer,
+                samples=text.samples,
+                seqlen=text.seqlen,
+                seed=text.seed,
+                count=goal.windows,
+            )
+        ]
+    return [
+        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen)
+        for name in goal.held_out
+    ]
+
+
+def loss_of(model: PreTrainedModel, texts: list[Windows], label: str) -> float:
+    """Return the loss of a model in nats per token, the mean over texts."""
+    losses = [math.log(perplexity(model, windows, label).value) for windows in texts]
+    return sum(losses) / len(losses)
+
+
+def loss_increase_of(
+    directory: Path, goal: MaxLossIncrease, resolution: Resolution, settings: PruneSettings
+) -> float:
+    """Return how much the loss of a finished checkpoint has risen on the windows of the bound."""
+    texts = held_out_windows(goal, settings.text, load_tokenizer(directory))
+    result = Checkpoint(directory)
+    model = load_whole(result, settings.compute.engine(result), "measuring the loss")
+    return loss_of(model, texts, "result") - float(resolution.conditions["dense_loss"])
+
+
+def resolve_loss(
+    goal: MaxLossIncrease,
+    source: WeightSource,
+    model: PreTrainedModel,
+    texts: list[Windows],
+    statistics: Statistics,
+    settings: PruneSettings,
+) -> Resolution:
+    """Return the largest sparsity whose loss, before restoration, stays within the bound.
+
+    Args:
+        goal: the bound.
+        source: the model.
+        model: the same in memory.
+        texts: windows to measure on.
+        statistics: of the calibration.
+        settings: what counts as important, and the multiple.
+
+    Raises:
+        BudgetError: not even the smallest step fits.
+        UnsupportedModelError: the channels of this family cannot be masked.
+    """
+    check_can_be_masked(source.family)
+    size, multiple = model_size(source), settings.budget.multiple
+    dense = loss_of(model, texts, "dense")
+    tried: list[Try] = []
+
+    def holds(step: int) -> bool:
+        budget = budget_at(step, multiple)
+        plan = make_plan(source, statistics, budget, settings.criterion)
+        label = f"{budget.sparsity:.1%} pruned"
+        losses = [masked_loss(model, plan, windows, label) for windows in texts]
+        increase = sum(losses) / len(losses) - dense
+        parameters = size.parameters_with(plan.kept_widths)
+        tried.append(Try(budget.sparsity, parameters, increase, increase <= goal.nats))
+        return tried[-1].fits
+
+    highest = highest_step(size, settings.budget.multiple_for(size.width_L))
+    chosen = last_that_holds(highest, holds)
+    if chosen == 0:
+        least = min(tried, key=lambda entry: entry.sparsity)
+        raise BudgetError(
+            f"the loss cannot stay within {goal.nats:g} nats per token of the dense model's "
+            f"{dense:.3f}: already {least.sparsity:.1%} of the FFN channels cost "
+            f"{least.value:.3f}; allow more, "
+            "or calibrate on text like that it is measured on"
+        )
+    return Resolution(
+        budget_at(chosen, multiple),
+        "max_loss_increase",
+        goal.nats,
+        tuple(tried),
+        {
+            "dense_loss": round(dense, 6),
+            "held_out": {name: n for windows in texts for name, n in windows.sources.items()},
+            "tokens_digests": [windows.digest for windows in texts],
+            "restoration": "measured before any",
+        },
+    )

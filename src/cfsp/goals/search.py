@@ -1,0 +1,52 @@
+"""Bisection over sparsities, in steps that are small against what a measurement can tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from cfsp.errors import BudgetError
+from cfsp.planning.allocation import Budget, ModelSize
+
+# Half a percent of the FFN channels.
+STEPS = 200
+
+
+def highest_step(size: ModelSize, multiple: int) -> int:
+    """Return the number of steps up to the highest sparsity that leaves every block a multiple.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    least = sum(min(multiple, width) for width in size.width_L)
+    highest = math.floor(STEPS * (1 - least / sum(size.width_L)))
+    if highest < 1:
+        raise BudgetError(
+            f"nothing can be removed: with at least {multiple} channels left in every block, "
+            f"less than {1 / STEPS:.1%} of them could go; choose a smaller --multiple"
+        )
+    return highest
+
+
+def budget_at(step: int, multiple: int | None) -> Budget:
+    """Return the budget at one step."""
+    return Budget(step / STEPS, "ffn", multiple)
+
+
+def last_that_holds(highest: int, holds: Callable[[int], bool]) -> int:
+    """Return the last step in [0, highest] where a condition holds that fails from some step on.
+
+    It is taken to hold at 0, where nothing is pruned, and asked about log2(highest) times.
+
+    Args:
+        highest: the last step of all.
+        holds: the condition.
+    """
+    low, high = 0, highest + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low

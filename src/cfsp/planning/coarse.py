@@ -1,0 +1,113 @@
+"""Coarse importance: how much each block matters, from how far it moves the hidden state.
+
+Shapes: L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from cfsp.calibration.accumulators import DISTANCES
+from cfsp.calibration.statistics import Statistics
+from cfsp.errors import StatisticsError, UsageError
+
+# Not a distance: widths follow from the scores of all channels (`cfsp.planning.competition`).
+GLOBAL = "global"
+BLOCK_METRICS = (*DISTANCES, "uniform", GLOBAL)
+
+# By pruning each block (`cfsp.whole_model.sensitivity`), alone or with the angular importance.
+# Not every calibration measures that: the whole model must be in memory.
+SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
+SENSITIVITY_METRICS = (SENSITIVITY, ANGULAR_AND_SENSITIVITY)
+
+# The published code sums angular distances over 128 windows of 1024 tokens and divides by 1e4
+# before the sigmoid. With means instead of sums that is this gain, at any calibration size.
+SIGMOID_GAIN = 128 * 1024 / 1e4
+
+_LEAST_SHARE = 1e-3
+
+
+def block_metric_in_words(metric: str) -> str:
+    """Return what makes a block important, for people."""
+    if metric == GLOBAL:
+        return "competition of all channels"
+    return f"{metric} distance" if metric in DISTANCES else metric
+
+
+def block_distances(statistics: Statistics, metric: str) -> list[float]:
+    """Return the distance of every block by one metric, on the scale of angular distance.
+
+    `cosine`, `euclidean`, `mse` and `mae` have other units than the angular distance that the
+    sigmoid's gain was made for; they are scaled to its mean over the blocks. `uniform` gives
+    every block the same distance. `global` and the metrics by sensitivity need none and get the
+    angular one, to be told.
+
+    Raises:
+        UsageError: the metric is unknown.
+    """
+    known = (*BLOCK_METRICS, *SENSITIVITY_METRICS)
+    if metric not in known:
+        raise UsageError(f"unknown block metric {metric!r}; known are: {', '.join(known)}")
+    angular_L = statistics.distances("angular")
+    if metric == "uniform":
+        return [fmean(angular_L)] * len(angular_L)
+    if metric in ("angular", GLOBAL, *SENSITIVITY_METRICS):
+        return angular_L
+    distance_L = statistics.distances(metric)
+    mean = fmean(distance_L)
+    scale = fmean(angular_L) / mean if mean > 0 else 0.0
+    return [distance * scale for distance in distance_L]
+
+
+def block_importance(distance_L: Sequence[float]) -> list[float]:
+    """Return the normalised importance of every block, in (0, 1).
+
+        s_l = sigmoid(g * (d_l - mean d)),  g = 13.1072   (CFSP Eq. 4, published code)
+
+    Args:
+        distance_L: distances on the scale of angular distance.
+    """
+    mean = fmean(distance_L)
+    return [_sigmoid(SIGMOID_GAIN * (distance - mean)) for distance in distance_L]
+
+
+def importance_by(statistics: Statistics, metric: str) -> list[float]:
+    """Return the normalised importance of every block by one metric, in (0, 1].
+
+        sensitivity           s_l = sqrt(KL_l)
+        angular+sensitivity   the mean of that and the angular importance, each divided by its mean
+
+    both divided by the largest. If removing a share 1 - k of a block costs KL_l (1/k - 1), widths
+    in proportion to sqrt(KL_l) cost least: hence the root.
+
+    Raises:
+        StatisticsError: the metric takes a sensitivity, and the statistics have none.
+        UsageError: the metric is unknown.
+    """
+    importance_L = block_importance(block_distances(statistics, metric))
+    if metric not in SENSITIVITY_METRICS:
+        return importance_L
+    if statistics.sensitivity is None:
+        raise StatisticsError(
+            f"the block metric {metric} needs the blocks' sensitivity, which these statistics do "
+            "not have; make them with: cfsp calibrate --sensitivity"
+        )
+    root_L = [math.sqrt(divergence) for divergence in statistics.sensitivity.divergence_L]
+    # A block that nothing depends on still counts a little: importance is positive.
+    least = max(root_L) * _LEAST_SHARE or 1.0
+    mixed_L = _over_mean([max(root, least) for root in root_L])
+    if metric == ANGULAR_AND_SENSITIVITY:
+        mixed_L = [a + s for a, s in zip(_over_mean(importance_L), mixed_L, strict=True)]
+    return [value / max(mixed_L) for value in mixed_L]
+
+
+def _over_mean(value_L: Sequence[float]) -> list[float]:
+    mean = fmean(value_L)
+    return [value / mean for value in value_L]
+
+
+def _sigmoid(x: float) -> float:
+    # Both branches keep the exponent negative: no overflow at any distance.
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

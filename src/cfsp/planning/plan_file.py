@@ -1,0 +1,302 @@
+"""The plan: a complete decision, as a value that can be saved, read and inspected.
+
+Surgery only obeys it. On disk it is JSON; the kept channels of a block are a bit mask, lowest
+channel first, in base64, so that a plan of a large model stays below a megabyte.
+
+A block has one FFN, or several of the same width (experts), of which each keeps as many channels
+of its own. The channels of all of them are numbered through, expert after expert.
+
+Shapes: F FFN channels, L blocks, K kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfsp.checkpoint.families import intermediate_sizes
+from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.reading import WeightSource, fingerprint
+from cfsp.errors import PlanError
+
+PLAN_VERSION = 1
+_MAX_WIDTH = 1 << 24
+_MAX_EXPERTS = 1 << 12
+# Names of metrics, dtypes and devices; nothing that could format a card.
+_WORD = re.compile(r"[\w.+:-]{1,60}")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What happens to one block.
+
+    Attributes:
+        width: channels of an FFN before.
+        kept: indices of the channels that stay, ascending; channel i of expert e is
+            e * width + i.
+        distance: the block's coarse distance.
+        importance: its normalised importance, in (0, 1).
+        ffns: number of FFNs: 1, or the number of experts.
+        few_tokens: expert -> calibration tokens that it saw, of those that saw too few to be
+            scored by; they are scored by their weights alone.
+    """
+
+    width: int
+    kept: tuple[int, ...]
+    distance: float
+    importance: float
+    ffns: int = 1
+    few_tokens: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def kept_width(self) -> int:
+        """Number of channels that each FFN keeps."""
+        return len(self.kept) // self.ffns
+
+    def kept_of(self, ffn: int) -> list[int]:
+        """Return the channels that stay in one FFN, numbered within it."""
+        kept_K = self.kept[ffn * self.kept_width : (ffn + 1) * self.kept_width]
+        return [channel - ffn * self.width for channel in kept_K]
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a plan was made for."""
+
+    name: str
+    model_type: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, source: WeightSource) -> ModelIdentity:
+        """Return the identity of a model."""
+        return cls(source.label, source.config.model_type, fingerprint(source))
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which channels of which model stay.
+
+    Attributes:
+        model: the model it was made for.
+        criterion: block metric, channel metric, sparsity and what it is of, multiple.
+        calibration: the conditions of the calibration (see `CalibrationRecord`).
+        blocks: one entry for each block.
+    """
+
+    model: ModelIdentity
+    criterion: dict[str, Any]
+    calibration: dict[str, Any]
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def kept_widths(self) -> list[int]:
+        """Number of channels that every block (each of its experts) keeps."""
+        return [block.kept_width for block in self.blocks]
+
+    @property
+    def kept_channels(self) -> list[tuple[int, ...]]:
+        """Indices of the channels that stay in every block."""
+        return [block.kept for block in self.blocks]
+
+    @property
+    def ffn_sparsity(self) -> float:
+        """Fraction of all FFN channels that goes."""
+        return 1 - sum(self.kept_widths) / sum(block.width for block in self.blocks)
+
+    @property
+    def experts_with_few_tokens(self) -> list[dict[str, int]]:
+        """Block, expert and tokens of every expert that is scored by its weights alone."""
+        return [
+            {"block": index, "expert": expert, "tokens": tokens}
+            for index, block in enumerate(self.blocks)
+            for expert, tokens in block.few_tokens.items()
+        ]
+
+    def check_fits(self, source: WeightSource) -> None:
+        """Check that the plan was made for this model.
+
+        Raises:
+            PlanError: it was made for another one.
+        """
+        found = ModelIdentity.of(source)
+        if (found.model_type, found.fingerprint) != (self.model.model_type, self.model.fingerprint):
+            raise PlanError(
+                f"the plan was made for {self.model.name} ({self.model.model_type}, "
+                f"{self.model.fingerprint}), not for {source.label} ({found.model_type}, "
+                f"{found.fingerprint}); make a plan for this model"
+            )
+        if [block.width for block in self.blocks] != intermediate_sizes(source.config):
+            raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
+        if {block.ffns for block in self.blocks} != {source.family.ffn_count(source.config)}:
+            raise PlanError(f"the plan's experts are not those of {source.label}; make a new plan")
+
+    def to_json(self) -> str:
+        """Return the plan as JSON; the same plan gives the same bytes."""
+        return (
+            json.dumps(
+                {
+                    "plan_version": PLAN_VERSION,
+                    "model": vars(self.model),
+                    "criterion": self.criterion,
+                    "calibration": self.calibration,
+                    "blocks": [
+                        {
+                            "width": block.width,
+                            "kept_width": block.kept_width,
+                            "distance": block.distance,
+                            "importance": block.importance,
+                            **_experts(block),
+                            "kept": _mask_text(block.kept, block.ffns * block.width),
+                        }
+                        for block in self.blocks
+                    ],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the plan") -> PruningPlan:
+        """Return the plan that `to_json` wrote.
+
+        Args:
+            text: JSON.
+            where: what to call it in an error.
+
+        Raises:
+            PlanError: it is damaged or of another version.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields["plan_version"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PlanError(f"{where} is not a pruning plan; make one with: cfsp plan") from error
+        if version != PLAN_VERSION:
+            raise PlanError(
+                f"{where} has plan version {version}, expected {PLAN_VERSION}; make a new plan"
+            )
+        try:
+            if not fields["blocks"]:
+                raise ValueError("it describes no block")
+            return cls(
+                model=_checked_identity(ModelIdentity(**fields["model"])),
+                criterion=_checked_criterion(dict(fields["criterion"])),
+                calibration=_checked_calibration(dict(fields["calibration"])),
+                blocks=tuple(_block(entry) for entry in fields["blocks"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise PlanError(f"{where} is damaged: {error}; make a new plan") from error
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, atomically."""
+        write_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> PruningPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is missing, damaged or of another version.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(
+                f"cannot read the plan {path}: {error}; make one with: cfsp plan"
+            ) from error
+        return cls.from_json(text, str(path))
+
+
+def _mask_text(kept: Sequence[int], width: int) -> str:
+    mask_F = np.zeros(width, dtype=bool)
+    mask_F[list(kept)] = True
+    return base64.b64encode(np.packbits(mask_F, bitorder="little").tobytes()).decode()
+
+
+def _experts(block: BlockPlan) -> dict[str, Any]:
+    """Return what is written of a block with several FFNs only."""
+    fields: dict[str, Any] = {"experts": block.ffns} if block.ffns > 1 else {}
+    if block.few_tokens:
+        fields["few_tokens"] = {str(expert): seen for expert, seen in block.few_tokens.items()}
+    return fields
+
+
+def _checked_identity(model: ModelIdentity) -> ModelIdentity:
+    if not all(isinstance(value, str) for value in vars(model).values()):
+        raise TypeError("the model's name, type and fingerprint must be text")
+    return model
+
+
+def _checked_calibration(fields: dict[str, Any]) -> dict[str, Any]:
+    """Check what cards, reports and other commands read of the calibration."""
+    _check_counts(fields, "windows", "seqlen")
+    _check_words(fields, "dtype", "device")
+    if type(fields["seed"]) is not int:
+        raise ValueError(f"the calibration has {fields['seed']!r} for seed")
+    sources = fields["sources"]
+    if not isinstance(sources, dict) or not all(type(n) is int for n in sources.values()):
+        raise TypeError("the calibration's sources must be a table of windows")
+    return fields
+
+
+def _checked_criterion(fields: dict[str, Any]) -> dict[str, Any]:
+    """Check what they read of the criterion."""
+    _check_counts(fields, "multiple")
+    _check_words(fields, "block_metric", "channel_metric", "of")
+    if type(fields["sparsity"]) not in (int, float) or not 0 <= fields["sparsity"] <= 1:
+        raise ValueError(f"the criterion has {fields['sparsity']!r} for sparsity")
+    return fields
+
+
+def _check_counts(fields: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if type(fields[key]) is not int or fields[key] < 1:
+            raise ValueError(f"it has {fields[key]!r} for {key}")
+
+
+def _check_words(fields: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if not isinstance(fields[key], str) or not _WORD.fullmatch(fields[key]):
+            raise ValueError(f"it has {fields[key]!r} for {key}")
+
+
+def _block(entry: dict[str, Any]) -> BlockPlan:
+    width, ffns = entry["width"], entry.get("experts", 1)
+    if not isinstance(width, int) or not 0 < width <= _MAX_WIDTH:
+        raise ValueError(f"a block has the impossible width {width}")
+    if not isinstance(ffns, int) or not 0 < ffns <= _MAX_EXPERTS:
+        raise ValueError(f"a block has the impossible number of experts {ffns}")
+    total = ffns * width
+    try:
+        packed = np.frombuffer(base64.b64decode(entry["kept"], validate=True), dtype=np.uint8)
+    except binascii.Error as error:
+        raise ValueError(f"kept channels are not base64: {error}") from error
+    mask = np.unpackbits(packed, bitorder="little")
+    if len(mask) < total or len(mask) - total >= 8 or mask[total:].any():
+        raise ValueError(f"kept channels do not fit a width of {width}")
+    for kept in set(mask[:total].reshape(ffns, width).sum(axis=1, dtype=int).tolist()):
+        if not kept or kept != entry["kept_width"]:
+            raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
+    distance, importance = float(entry["distance"]), float(entry["importance"])
+    if not math.isfinite(distance) or not math.isfinite(importance):
+        raise ValueError(f"a block has the distance {distance} and the importance {importance}")
+    few = {int(expert): int(seen) for expert, seen in dict(entry.get("few_tokens", {})).items()}
+    return BlockPlan(
+        width=width,
+        kept=tuple(np.flatnonzero(mask).tolist()),
+        distance=distance,
+        importance=importance,
+        ffns=ffns,
+        few_tokens=few,
+    )

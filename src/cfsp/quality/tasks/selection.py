@@ -1,0 +1,78 @@
+"""Which tasks to run, and how. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from cfsp.errors import TaskError, UsageError
+
+# The tasks of the paper's tables, by their names in the harness.
+PAPER_SUITE = (
+    "hellaswag",
+    "piqa",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "boolq",
+    "mmlu",
+)
+SUITES = {"cfsp-paper": PAPER_SUITE}
+DEFAULT_BATCH = 8
+
+
+@dataclass(frozen=True)
+class TaskSelection:
+    """Tasks and how to run them.
+
+    Attributes:
+        names: task, group or tag names of the harness, or a suite of `SUITES`.
+        limit: documents of each task; None for all.
+        shots: solved examples before each question; None for what the task says (mostly 0).
+        data: directory of JSONL files; None to let the harness get its own data from the hub.
+        batch: requests that pass together.
+    """
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    shots: int | None = None
+    data: Path | None = None
+    batch: int = DEFAULT_BATCH
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise UsageError("expected at least one task, found none; give --tasks piqa,arc_easy")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit must be at least 1, found {self.limit}")
+        if self.shots is not None and self.shots < 0:
+            raise UsageError(f"--shots must be at least 0, found {self.shots}")
+        if self.data is not None and not self.data.is_dir():
+            raise TaskError(f"the task directory {self.data} does not exist")
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names with suites replaced by their tasks, each once, in the order given."""
+        names = [task for name in self.names for task in SUITES.get(name, (name,))]
+        return list(dict.fromkeys(names))
+
+
+def jsonl_task_directory() -> Path:
+    """Return the directory of the harness tasks that read JSONL files."""
+    return Path(str(resources.files("cfsp.quality.tasks").joinpath("jsonl")))
+
+
+def check_known(names: list[str], known: list[str], where: str) -> None:
+    """Check that every task is known.
+
+    Raises:
+        TaskError: one is not; the message has names that look alike.
+    """
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=5) or known[:12]
+            raise TaskError(
+                f"{where} has no task {name!r}; it has, for example: {', '.join(close)}"
+            )

@@ -1,0 +1,87 @@
+"""What a model predicts from the hidden states that leave its last block, and the loss of that.
+
+The model's own forward runs with its blocks left out, so that no family's last norm, scaling or
+head needs to be known.
+
+Shapes: B windows in a batch, T tokens, P positions in a window, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill_around_blocks
+from cfsp.engine.resumed_forward import resumed_at
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.repair.local_training import Batch
+
+# Predictions that count in a batch, at least. The head is a large part of a small model's
+# arithmetic.
+_PREDICTIONS = 256
+
+
+class HeadLoss:
+    """How far predictions are from those of the dense model, and from the text.
+
+    Args:
+        source: the dense model; what lies around its blocks is read.
+        device: where to compute.
+        dtype: what the head computes in; the loss is in float32.
+        text: the part of the text in the loss, from 0 to 1.
+    """
+
+    def __init__(
+        self, source: WeightSource, device: torch.device, dtype: torch.dtype, text: float
+    ) -> None:
+        # Autograd refuses the tensors of inference mode, which passes run in.
+        with torch.inference_mode(mode=False):
+            self._model = build_skeleton(source.config, dtype)
+            fill_around_blocks(self._model, source, dtype, device)
+        self._blocks = blocks_of(self._model, source.family)
+        self._dtype = dtype
+        self._text = text
+
+    def __call__(self, output_BTD: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of the next token's predictions, the mean over some positions, in nats.
+
+            (1 - text) KL(dense || output) - text log p(next token)
+
+        Neighbours are alike, so that every batch is judged at a few positions, others in each
+        turn.
+
+        Args:
+            output_BTD: hidden states after the last block; gradients reach them.
+            batch: with the text and the hidden states of the dense model.
+        """
+        windows, length = batch.tokens_BT.shape
+        # What follows the last token is not known.
+        stride = min(length - 1, max(1, windows * length // _PREDICTIONS))
+        first = batch.turn % stride
+        position_P = torch.arange(first, length - 1, stride, device=output_BTD.device)
+        log_probability_BPV = self._log_probabilities(output_BTD, position_P)
+        with torch.no_grad():
+            expected_BPV = self._log_probabilities(batch.target_BTD, position_P)
+        divergence_BP = torch.linalg.vecdot(expected_BPV.exp(), expected_BPV - log_probability_BPV)
+        next_BP1 = batch.tokens_BT[:, position_P + 1].unsqueeze(-1)
+        text_BP = -log_probability_BPV.gather(-1, next_BP1).squeeze(-1)
+        loss_BP = (1 - self._text) * divergence_BP + self._text * text_BP
+        loss: Tensor = loss_BP.mean()
+        return loss
+
+    def _log_probabilities(self, hidden_BTD: Tensor, position_P: Tensor) -> Tensor:
+        hidden_BTD = hidden_BTD.to(self._dtype)
+        device = hidden_BTD.device.type
+        # Which tokens they are does not matter any more.
+        tokens_BT = position_P.new_zeros(hidden_BTD.shape[:2])
+        with (
+            torch.autocast(device, enabled=False),
+            resumed_at(self._blocks, len(self._blocks), hidden_BTD),
+        ):
+            output = self._model(input_ids=tokens_BT, use_cache=False, logits_to_keep=position_P)
+        log_probability_BPV: Tensor = output.logits.float().log_softmax(-1)
+        return log_probability_BPV

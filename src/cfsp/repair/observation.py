@@ -1,0 +1,66 @@
+"""What the repair of a block needs of its windows: sums of all, Gram matrices of most, a few whole.
+
+Shapes: E FFNs of the block (1, or its experts), R rows (tokens), F FFN channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cfsp.calibration.accumulators import ChannelSums
+from cfsp.repair.gram import GramSums
+
+HELD_OUT_WINDOWS = 4
+_LEAST_STRIDE = 8
+
+
+def is_held_out(windows: int) -> Tensor:
+    """Return which of so many windows repair is not fitted to, as a mask [N].
+
+    They are spread, so that every text of a mixture is held out in part.
+    """
+    stride = min(windows, max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS)))
+    return torch.arange(windows) % stride == stride - 1
+
+
+class Observation:
+    """Channel sums of all windows; of each FFN the Gram matrix and held-out activations.
+
+    Attributes:
+        channels: sums over all windows.
+        gram_E: sums over the windows that are not held out.
+        device: where the activations are.
+    """
+
+    def __init__(self, windows: int, ffns: int) -> None:
+        self.channels = ChannelSums(ffns)
+        self.gram_E = [GramSums() for _ in range(ffns)]
+        self.device = torch.device("cpu")
+        self._is_held_out_N = is_held_out(windows)
+        self._held_out_E: list[list[Tensor]] = [[] for _ in range(ffns)]
+
+    def add(self, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
+        """Add rows of one FFN's activations, and which window each is of."""
+        self.device = act_RF.device
+        self._is_held_out_N = self._is_held_out_N.to(act_RF.device)
+        self.channels.add(act_RF, ffn)
+        held_out_R = self._is_held_out_N[window_R]
+        if bool(held_out_R.any()):
+            self._held_out_E[ffn].append(act_RF[held_out_R])
+            act_RF = act_RF[~held_out_R]
+        if act_RF.shape[0]:
+            self.gram_E[ffn].add(act_RF)
+
+    def held_out_rows(self, ffn: int) -> int:
+        """Return how many held-out tokens one FFN saw."""
+        return sum(len(part) for part in self._held_out_E[ffn])
+
+    def held_out_RF(self, ffn: int) -> Tensor:
+        """Return the held-out activations of one FFN; no rows if there are none."""
+        assert self.channels.sum_F is not None
+        width = len(self.channels.sum_F) // len(self.gram_E)
+        none = torch.zeros(0, width, device=self.device)
+        return torch.cat(self._held_out_E[ffn] or [none])

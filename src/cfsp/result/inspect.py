@@ -1,0 +1,80 @@
+"""What a checkpoint is: family, blocks, widths, parameters, and how it was pruned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cfsp.checkpoint.families import intermediate_sizes
+from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.errors import CheckpointError
+from cfsp.result.manifest import MANIFEST_FILE, read_manifest
+
+_FROM_MANIFEST = (
+    "operation",
+    "base_model",
+    "criterion",
+    "calibration",
+    "ffn_sparsity",
+    "model_sparsity",
+    "parameters_before",
+    "perplexity",
+    "command",
+    "created",
+    "versions",
+)
+
+_SHOWN = {
+    "base_model": ("name",),
+    "criterion": ("block_metric", "channel_metric", "multiple"),
+    "calibration": ("sources", "seqlen"),
+}
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the facts about a checkpoint; nothing but its headers is read."""
+    widths = intermediate_sizes(checkpoint.config)
+    manifest = read_manifest(checkpoint.directory)
+    dtypes = Counter(str(s.dtype).removeprefix("torch.") for s in checkpoint.specs.values())
+    facts: dict[str, Any] = {
+        "model": checkpoint.label,
+        "directory": str(checkpoint.directory),
+        "family": checkpoint.family.model_type,
+        "blocks": checkpoint.config.num_hidden_layers,
+        "hidden_size": checkpoint.config.hidden_size,
+        "experts": checkpoint.family.ffn_count(checkpoint.config),
+        "intermediate_sizes": widths,
+        "uniform": len(set(widths)) == 1,
+        "parameters": parameter_count(checkpoint),
+        "bytes": sum(spec.nbytes for spec in checkpoint.specs.values()),
+        "dtype": dtypes.most_common(1)[0][0],
+        "pruned": None,
+    }
+    # Recovery also takes models that cfsp did not prune.
+    if manifest is not None and (
+        manifest.get("operation") != "recover" or "base_model" in manifest
+    ):
+        _check(manifest, checkpoint.directory)
+        facts["pruned"] = {key: manifest[key] for key in _FROM_MANIFEST if key in manifest}
+    return facts
+
+
+def _check(manifest: dict[str, Any], directory: Path) -> None:
+    """Check that the manifest holds what is shown of it.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        float(manifest["ffn_sparsity"]), float(manifest["model_sparsity"])
+        for table, keys in _SHOWN.items():
+            for key in keys:
+                _ = manifest[table][key]
+        for value in manifest["perplexity"].values():
+            float(value["before"]), float(value["after"])
+        dict(manifest["calibration"]["sources"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST_FILE} is damaged ({error!r}); prune the model again"
+        ) from error

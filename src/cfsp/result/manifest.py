@@ -1,0 +1,132 @@
+"""The manifest `cfsp.json` of a checkpoint: what made it, from what, and under which conditions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import CheckpointError
+from cfsp.planning.plan_file import PruningPlan
+
+MANIFEST_FILE = "cfsp.json"
+PLAN_FILE = "cfsp_plan.json"
+STATISTICS_FILE = "cfsp_statistics.safetensors"
+MANIFEST_VERSION = 1
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a block of code to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that computes."""
+    packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def describe_pruning(
+    plan: PruningPlan, report: dict[str, Any], digests: dict[str, str], command: str
+) -> dict[str, Any]:
+    """Return the manifest of a pruned checkpoint.
+
+    Args:
+        plan: which channels stay.
+        report: what pruning did, as JSON types.
+        digests: SHA-256 of every weight file and of the modelling file.
+        command: what the user typed.
+    """
+    return {
+        "operation": "prune",
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "base_model": asdict(plan.model),
+        "criterion": plan.criterion,
+        "calibration": plan.calibration,
+        "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
+        "files": digests,
+        "widths_before": [block.width for block in plan.blocks],
+        **report,
+    }
+
+
+def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
+    """Write the manifest into a checkpoint directory, atomically.
+
+    Raises:
+        OutputError: the place is not writable.
+    """
+    text = json.dumps({"manifest_version": MANIFEST_VERSION, **fields}, indent=2) + "\n"
+    write_atomically(directory / MANIFEST_FILE, text.encode())
+
+
+def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
+    """Add facts that were learnt after a checkpoint was written to its manifest.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise CheckpointError(f"{directory} has no {MANIFEST_FILE}")
+    del manifest["manifest_version"]
+    write_manifest(directory, {**manifest, **fields})
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint; None if cfsp did not write the checkpoint.
+
+    Raises:
+        CheckpointError: there is one, but it is damaged or of another version.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = fields["manifest_version"]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged; prune the model again") from error
+    if found != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path} has manifest version {found}, expected {MANIFEST_VERSION}; "
+            "use the version of cfsp that wrote it"
+        )
+    return fields

@@ -1,0 +1,152 @@
+"""Is a checkpoint what its manifest says? Files, plan, shapes, and a forward pass.
+
+Everything is read once and the forward pass goes block by block, so a checkpoint that is larger
+than memory can be verified too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.calibration.calibrate import calibrate
+from cfsp.checkpoint.families import intermediate_sizes
+from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.errors import CfspError, CheckpointError
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.progress import item_progress
+from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, read_manifest
+from cfsp.settings import Compute
+from cfsp.text.windows import Windows
+
+_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise of the manifest and whether it is kept.
+
+    Attributes:
+        name: what is checked.
+        problem: what is wrong, in one sentence; None if nothing is.
+    """
+
+    name: str
+    problem: str | None
+
+
+def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
+    """Check a checkpoint that cfsp wrote against its manifest.
+
+    Args:
+        source: the checkpoint; that it opens means that its shards are whole and its config is
+            one that cfsp knows.
+        compute: where and in what the forward pass computes.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
+    manifest = read_manifest(source.directory)
+    if manifest is None:
+        raise CheckpointError(
+            f"{source.label} has no {MANIFEST_FILE}: cfsp did not write it, so there is nothing to "
+            "verify it against"
+        )
+    checks: list[tuple[str, Callable[[], str | None]]] = [
+        ("weight files are those that were written", lambda: _files(source.directory, manifest)),
+        ("the plan is the one that was obeyed", lambda: _plan(source.directory, manifest)),
+        ("widths are those of the plan", lambda: _widths(source, manifest)),
+        ("the number of parameters is right", lambda: _parameters(source, manifest)),
+        ("the modelling file is the one written", lambda: _code(source.directory, manifest)),
+        ("weights and activations are finite", lambda: _forward(source, compute)),
+    ]
+    found = []
+    with item_progress("verify", len(checks), "check") as bar:
+        for name, check in checks:
+            try:
+                problem = check()
+            except CfspError as error:
+                problem = str(error)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                problem = f"{MANIFEST_FILE} is damaged ({error!r})"
+            found.append(Check(name, problem))
+            bar.update()
+    return found
+
+
+def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
+    promised: dict[str, str] = manifest.get("files", {})
+    weights = {name for name in promised if name.endswith(".safetensors")}
+    if not weights:
+        return f"{MANIFEST_FILE} names no weight files"
+    there = {path.name for path in directory.glob("model*.safetensors")}
+    if missing := sorted(weights - there):
+        return f"{missing[0]} is missing"
+    if extra := sorted(there - weights):
+        return f"{extra[0]} is not in {MANIFEST_FILE}"
+    changed = [name for name in sorted(weights) if _digest(directory / name) != promised[name]]
+    return f"{changed[0]} has changed since it was written" if changed else None
+
+
+def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
+    if not (directory / PLAN_FILE).is_file():
+        return f"{PLAN_FILE} is missing"
+    text = PruningPlan.load(directory / PLAN_FILE).to_json()
+    found = hashlib.sha256(text.encode()).hexdigest()
+    return None if found == manifest.get("plan_digest") else f"{PLAN_FILE} has changed"
+
+
+def _widths(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
+    widths = intermediate_sizes(source.config)
+    planned = PruningPlan.load(source.directory / PLAN_FILE).kept_widths
+    for name, found in (("config.json", widths), (MANIFEST_FILE, manifest["intermediate_sizes"])):
+        different = [
+            i for i, pair in enumerate(zip(found, planned, strict=False)) if len(set(pair)) > 1
+        ]
+        if len(found) != len(planned):
+            return f"{name} tells of {len(found)} blocks, the plan of {len(planned)}"
+        if different:
+            block = different[0]
+            return f"block {block} is {found[block]} wide in {name}, {planned[block]} in the plan"
+    return None
+
+
+def _parameters(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
+    found, expected = parameter_count(source), manifest["parameters_after"]
+    return None if found == expected else f"{found:,} were found, {expected:,} were promised"
+
+
+def _code(directory: Path, manifest: dict[str, Any]) -> str | None:
+    sources = {path.name for path in directory.glob("*.py")}
+    if extra := sorted(sources - {MODELING_FILE}):
+        return f"{extra[0]} is code that cfsp did not write"
+    promised = manifest.get("files", {}).get(MODELING_FILE)
+    if promised is None:
+        return f"{MODELING_FILE} is not in {MANIFEST_FILE}" if sources else None
+    if not sources:
+        return f"{MODELING_FILE} is missing"
+    changed = _digest(directory / MODELING_FILE) != promised
+    return f"{MODELING_FILE} has changed since it was written" if changed else None
+
+
+def _forward(source: Checkpoint, compute: Compute) -> str | None:
+    engine = compute.engine(source)
+    # Any tokens do: what is asked is whether numbers come out.
+    generator = torch.Generator().manual_seed(0)
+    token_NT = torch.randint(source.config.vocab_size, (1, _TOKENS), generator=generator)
+    calibrate(source, Windows(token_NT, {}), device=engine.device, dtype=engine.dtype)
+    return None
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""What takes the whole model in memory, where all else reads one block at a time."""

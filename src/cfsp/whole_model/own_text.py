@@ -1,0 +1,89 @@
+"""Text that the model writes itself: calibration without any data set.
+
+Every window is sampled at temperature 1 after the token that begins a text, so that it is drawn
+from the model's own distribution. The whole model must be in memory.
+
+Shapes: B windows in a batch, N windows, T tokens in a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.loading import cache_argument
+from cfsp.errors import CalibrationError, TextError
+from cfsp.progress import item_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What `--data` calls it.
+OWN_TEXT = "self"
+
+# Windows that are written together; part of what a seed means.
+_WINDOWS_IN_BATCH = 16
+
+
+def first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that a text begins after: BOS, or EOS for models that know no BOS.
+
+    Raises:
+        TextError: the model knows neither.
+    """
+    known = (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id)
+    for token in known:
+        if isinstance(token, int):
+            return token
+    raise TextError(
+        "the model can't write text for --data self: its tokenizer has no token that a text begins "
+        "or ends with (BOS, EOS); give another --data"
+    )
+
+
+def own_windows(
+    model: PreTrainedModel, first: int, *, count: int, seqlen: int, seed: int
+) -> Tensor:
+    """Return windows that the model wrote, as int64 [N, T]; the first token is not part of them.
+
+    Where the model ends a text it goes on with what it thinks comes next. The same seed gives the
+    same windows on one machine; elsewhere rounding may change a token, and then all after it.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        first: the token that a text begins after.
+        count: windows N.
+        seqlen: tokens T in a window.
+        seed: of the sampling.
+
+    Raises:
+        CalibrationError: the model predicts NaN.
+    """
+    from transformers import DynamicCache
+
+    generator = torch.Generator().manual_seed(seed)
+    written = []
+    with torch.inference_mode(), item_progress("writing text", count * seqlen, "tok") as bar:
+        for start in range(0, count, _WINDOWS_IN_BATCH):
+            size = min(_WINDOWS_IN_BATCH, count - start)
+            token_B1 = torch.full((size, 1), first)
+            cache: dict[str, Any] = {cache_argument(model): DynamicCache(config=model.config)}
+            tokens: list[Tensor] = []
+            while len(tokens) < seqlen:
+                tokens_B1 = token_B1.to(model.device)
+                output = model(input_ids=tokens_B1, use_cache=True, logits_to_keep=1, **cache)
+                token_B1 = _sample(output.logits[:, -1], generator)
+                tokens.append(token_B1)
+                bar.update(size)
+            written.append(torch.cat(tokens, dim=1))
+    return torch.cat(written)
+
+
+def _sample(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+    # On the CPU, whose generator is the same everywhere.
+    probability_BV = logits_BV.float().softmax(-1).cpu()
+    if not bool(torch.isfinite(probability_BV).all()):
+        raise CalibrationError("the model predicts NaN; write its text with --dtype float32")
+    return torch.multinomial(probability_BV, 1, generator=generator)
