@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli import main
-from cfsp.cli.sweep import METHODS as CLI_METHODS
 from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.fine import channel_scores, read_ffn_weights
+from cfsp.planning.make import Criterion
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import CalibrationText, Compute
+from cfsp.result.manifest import read_manifest
+from cfsp.settings import DEFAULT_RESTORE, CalibrationText, Compute
 from cfsp.sweep.front import pareto_front
-from cfsp.sweep.methods import METHODS
+from cfsp.sweep.methods import METHODS, Method
 from cfsp.sweep.recipe import Recipe, read_recipe
+from cfsp.sweep.run import Row
+from cfsp.sweep.table import loss_rise, tables
 from cfsp.text.tokenizers import load_tokenizer
 
 
@@ -57,23 +64,32 @@ def test_every_method_makes_every_sparsity_at_the_same_size(
         plan = PruningPlan.load(directory / "cfsp_plan.json")
         assert plan.ffn_sparsity == pytest.approx(row["sparsity"], abs=0.05)
         assert not list(directory.glob("model*.safetensors"))
-        assert row["perplexity"][str(text_file)] > 1
+        measured = row["perplexity"][str(text_file)]
+        assert measured.pop("value") > 1
+        assert measured.items() <= rows[0]["perplexity"][str(text_file)].items()
+        assert measured["windows"] == 2
+        assert measured["tokens"] == 62
+        compared = read_manifest(directory)["perplexity"][str(text_file)]
+        assert set(compared) == {"before", "after", *measured}
     kept = [
         PruningPlan.load(out / f"{name}-0.5" / "cfsp_plan.json").blocks[0].kept
         for name in ("cfsp", "random")
     ]
     assert kept[0] != kept[1]
-    head, rule, *lines = (out / "table.md").read_text().splitlines()
-    assert head.startswith("| model | sparsity | parameters |")
+    caption, _, head, rule, *lines = (out / "table.md").read_text().splitlines()
+    assert "2 windows of 32 tokens" in caption
+    assert head.startswith("| method | sparsity | parameters removed |")
     assert rule.count("|") == head.count("|")
-    assert len(lines) == len((out / "table.csv").read_text().splitlines()) - 1 == 5
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "dense",
+        *2 * ["cfsp"],
+        *2 * ["random"],
+    ]
 
 
 def test_a_sweep_goes_on_where_it_stopped(
     sweep: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     arguments, out = sweep
     before = (out / "table.json").read_bytes()
     untouched = (out / "cfsp-0.25" / "cfsp.json").stat().st_mtime_ns
@@ -115,6 +131,7 @@ def test_report_shows_the_front(sweep: tuple[list[str], Path], tmp_path: Path) -
     assert "Quality against size and speed" not in single.read_text()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_front_holds_exactly_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     front = pareto_front(points)
@@ -143,15 +160,72 @@ def test_random_is_the_same_for_the_same_calibration(
     assert scores[0] != scores[4]
 
 
-def test_parser_knows_every_method() -> None:
-    assert tuple(METHODS) == CLI_METHODS
+def test_a_method_without_more_is_what_prune_does() -> None:
+    method = Method("a")
+    assert Criterion(method.block_metric, method.channel_metric, method.clamp) == Criterion()
+    assert method.repair == DEFAULT_RESTORE
 
 
-def test_recipe_survives_its_file(tmp_path: Path) -> None:
-    recipe = Recipe('a "b" ü', (0.1, 0.5), ("cfsp", "random"), eval=("x", "y"), speed=True)
-    path = tmp_path / "recipe.toml"
-    path.write_text(recipe.to_toml(), encoding="utf-8")
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="./\\", min_codepoint=32),
+    min_size=1,
+    max_size=8,
+)
+FRACTIONS = st.lists(st.floats(0, 0.99), min_size=1, max_size=3, unique_by=lambda p: f"{p:.4g}")
+OWN_METHODS = st.builds(
+    Method,
+    NAMES.map("own {}".format),
+    st.sampled_from(["angular", "mse", "angular+sensitivity"]),
+    st.sampled_from(["relative", "wanda"]),
+    st.none() | st.just("water-fill"),
+    st.sampled_from(["ridge", "local", "none"]),
+    st.none() | st.integers(1, 512),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.builds(
+        Recipe,
+        model=st.text(),
+        sparsity=FRACTIONS.map(tuple),
+        methods=st.lists(
+            OWN_METHODS | st.sampled_from(list(METHODS.values())),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda method: method.name,
+        ).map(tuple),
+        data=st.lists(st.text(), min_size=1, max_size=2).map(tuple),
+        samples=st.none() | st.integers(1, 1 << 20),
+        seed=st.lists(st.integers(0, 1 << 40), min_size=1, max_size=2, unique=True).map(tuple),
+        eval=st.lists(st.text(), min_size=1, max_size=2).map(tuple),
+        speed=st.booleans(),
+    )
+)
+def test_recipe_survives_its_file(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
+    path = tmp_path_factory.getbasetemp() / "recipe.toml"
+    path.write_bytes(recipe.to_toml().encode())
     assert read_recipe(path) == recipe
+
+
+def test_an_emoji_in_a_name_survives_the_file(tmp_path: Path) -> None:
+    recipe = Recipe("\U0001f600", (0.5,), eval=("\U0001f600.txt",))
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(recipe.to_toml().encode())
+    assert read_recipe(path) == recipe
+
+
+def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'model = "m"\nsparsity = [0.5]\neval = ["t"]\nseed = [0, 1]\n'
+        'methods = ["random", {name = "by mse", block_metric = "mse", repair = "none"}]'
+    )
+    recipe = read_recipe(path)
+    assert recipe.methods == (METHODS["random"], Method("by mse", "mse", repair="none"))
+    assert [point.name for point in recipe.points] == [
+        "random-0.5-seed0", "random-0.5-seed1", "by mse-0.5-seed0", "by mse-0.5-seed1",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -160,13 +234,29 @@ def test_recipe_survives_its_file(tmp_path: Path) -> None:
         ('model = "m"', "has no sparsity"),
         ("model", "cannot read the recipe"),
         ('model = "m"\nsparsity = [0.1]\nspeling = 1', "unknown keys: speling"),
-        ('model = "m"\nsparsity = ["a"]', "sparsity must be a list of numbers"),
-        ('model = "m"\nsparsity = 0.5', "sparsity must be a list of numbers"),
+        ('model = "m"\nsparsity = ["a"]', "sparsity must be of type float, found 'a'"),
+        ('model = "m"\nsparsity = 0.5', "sparsity must be a list, found 0.5"),
         ('model = 3\nsparsity = [0.5]\neval = ["t"]', "model must be of type str"),
         ('model = "m"\nsparsity = [0.5]', "give --eval"),
         ('model = "m"\nsparsity = [1.5]\neval = ["t"]', r"must be in \[0, 1\)"),
-        ('model = "m"\nsparsity = [0.5, 0.5]\neval = ["t"]', "every sparsity once"),
+        ('model = "m"\nsparsity = [0.5, 0.5]\neval = ["t"]', "every sparsity and every seed"),
         ('model = "m"\nsparsity = [0.5]\neval = ["t"]\nmethods = ["x"]', "unknown method 'x'"),
+        *(
+            (f'model = "m"\nsparsity = [0.5]\neval = ["t"]\nmethods = [{{{method}}}]', message)
+            for method, message in (
+                ('name = "cfsp", repair = "none"', "cfsp has a meaning of its own"),
+                ('name = "a/b"', "must do as that of a directory"),
+                ('name = ".working"', "must do as that of a directory"),
+                (
+                    'name = "a", block_metric = "x"',
+                    "a: unknown block_metric 'x'; known are: angular",
+                ),
+                ('name = "a", repair = "x"', "a: unknown repair 'x'; known are: ridge"),
+                ('name = "a", multiple = 0', "multiple must be at least 1"),
+                ('name = "a", of = "x"', "unknown keys: of"),
+                ('repair = "none"', "has no name"),
+            )
+        ),
     ],
 )
 def test_a_bad_recipe_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -180,6 +270,153 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = str(tmp_path / "out")
     assert main(["sweep", "--out", out]) == 2
     assert "expected a model or a --recipe" in capsys.readouterr().err
-    assert main(["sweep", "m", "--recipe", "r.toml", "--out", out]) == 2
-    assert "--recipe says it all" in capsys.readouterr().err
+    assert main(["sweep", "m", "--eval", "t", "--data", "d", "--out", out]) == 2
+    assert "at least one --sparsity" in capsys.readouterr().err
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["m"], ["--samples", "4"], ["--seqlen", "1024"], ["--seed", "0"], ["--of", "ffn"],
+        ["--method", "cfsp"], ["--multiple", "4"], ["--data", "t"], ["--sparsity", "0.5"],
+        ["--eval", "t"], ["--eval-windows", "12"], ["--speed"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_nothing_that_a_recipe_decides_is_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    assert main(["sweep", *more, "--recipe", "r.toml", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "r.toml decides" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--eval", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
+        (["--data", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
+        (["--data", "nothing.txt", "--data", "self"], "nothing.txt is neither a file"),
+        (["--eval-windows", "9999"], "9999 are needed"),
+        (["--sparsity", "0.99"], "can be removed"),
+        (["--device", "nowhere"], "nowhere"),
+        (["--samples", "0"], "expected at least one window"),
+    ],
+)
+def test_all_that_is_named_is_checked_before_anything_is_computed(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was run")
+
+    for name in ("evaluate_models", "calibrate_source", "prune_checkpoint"):
+        monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
+    out = tmp_path / "made" / "out"
+    arguments = [
+        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4",
+        "--seqlen", "32", "--data", str(text_file), "--eval", str(text_file), "--out", str(out),
+    ]  # fmt: skip
+    assert main([*arguments, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.parent.exists()
+
+
+@pytest.fixture(scope="module")
+def drawn(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[list[str], Path]:
+    """The arguments of a sweep of two methods by two draws, and its directory."""
+    directory = tmp_path_factory.mktemp("drawn")
+    method = Method("by sensitivity", "angular+sensitivity", "wanda", repair="none")
+    recipe = Recipe(
+        str(tiny_checkpoint("llama")), (0.5,), (METHODS["cfsp-plain"], method), multiple=4,
+        data=(str(text_file),), samples=4, seqlen=32, seed=(0, 1), eval=(str(text_file),),
+        eval_windows=2,
+    )  # fmt: skip
+    (directory / "recipe.toml").write_text(recipe.to_toml())
+    arguments = [
+        *("sweep", "--recipe", str(directory / "recipe.toml")),
+        *("--out", str(directory / "out"), "--keep-weights"),
+    ]
+    assert main(arguments) == 0
+    return arguments, directory / "out"
+
+
+def test_every_seed_is_a_calibration_of_its_own(
+    drawn: tuple[list[str], Path], text_file: Path
+) -> None:
+    _, out = drawn
+    plans = [
+        PruningPlan.load(out / f"by sensitivity-0.5-seed{seed}" / "cfsp_plan.json")
+        for seed in (0, 1)
+    ]
+    assert [plan.calibration["seed"] for plan in plans] == [0, 1]
+    assert plans[0].criterion["channel_metric"] == "wanda"
+    quality, difference = (out / "table.md").read_text().split("\n\n|")[1:]
+    assert "| by sensitivity | 50% | 2 |" in quality
+    assert "percent above that of cfsp-plain by the same draw" in quality
+    assert "| by sensitivity | 50% | 2 |" in difference
+    assert "cfsp-plain" not in difference
+
+
+def test_weights_that_were_not_kept_are_made_again(
+    drawn: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = drawn
+    weights = out / "cfsp-plain-0.5-seed1" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    assert main(arguments[:-1]) == 0
+    assert not weights.exists()
+    assert main(arguments) == 0
+    assert weights.read_bytes() == before
+
+
+def test_only_what_was_measured_alike_is_compared(
+    drawn: tuple[list[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = drawn
+    assert main([*arguments, "--dtype", "bfloat16"]) == 2
+    assert "give --dtype float32 or another --out" in capsys.readouterr().err
+    path = out / "cfsp-plain-0.5-seed0" / "cfsp.json"
+    whole = path.read_text()
+    manifest = json.loads(whole)
+    manifest["perplexity"][str(text_file)]["bos"] = True
+    path.write_text(json.dumps(manifest))
+    assert main(arguments) == 2
+    assert "was not measured as the dense model" in capsys.readouterr().err
+    path.write_text(whole)
+
+
+def row(method: str | None, seed: int | None, value: float) -> Row:
+    conditions = {"windows": 2, "seqlen": 32, "bos": False}
+    parameters = 50 if method else 100
+    return Row(
+        "name", method, 0.5, seed, parameters, {"text": {"value": value, **conditions}}, {}, None
+    )
+
+
+def test_differences_are_those_of_the_same_draw() -> None:
+    dense = replace(row(None, None, 5.0), sparsity=0.0)
+    rows = [row("a", 0, 10.0), row("a", 1, 20.0), row("b", 0, 11.0), row("b", 1, 18.0)]
+    quality, difference = tables([dense, *rows])
+    assert quality.rows[1][:5] == ["a", "50%", "2", "50.0%", "15.00 (10.00 to 20.00)"]
+    assert difference.rows == [["b", "50%", "2", "0.00 (-10.00 to 10.00)"]]
+    assert len(tables([dense, rows[0], rows[2]])) == 1
+
+
+def test_loss_rise_is_in_nats() -> None:
+    before = {"a": 10.0, "b": 20.0}
+    assert loss_rise({"a": 20.0, "b": 20.0}, before) == pytest.approx(math.log(2) / 2)

@@ -155,13 +155,18 @@ def calibration_text(args: argparse.Namespace) -> CalibrationText:
     from cfsp.settings import CalibrationText
 
     if not args.data:
-        print(
-            "calibrating on python-docs, the text that needs no download; a text like the "
-            "model's later use does better (--data)",
-            file=sys.stderr,
-        )
+        tell_of_the_default_text()
     names = tuple(args.data or ("python-docs",))
     return CalibrationText(names, args.samples, args.seqlen, args.seed)
+
+
+def tell_of_the_default_text() -> None:
+    """Say that the text is the offline one."""
+    print(
+        "calibrating on python-docs, the text that needs no download; a text like the "
+        "model's later use does better (--data)",
+        file=sys.stderr,
+    )
 
 
 def compute(args: argparse.Namespace) -> Compute:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError
+from cfsp.sweep.methods import METHODS
 
 if TYPE_CHECKING:
     from cfsp.sweep.recipe import Recipe
-
-# Spelled out here, because their home imports torch; a test compares.
-METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "flap", "magnitude-sp", "random")
-
-# Models that a command line names one by one.
-_MOST_NAMED = 12
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -30,12 +26,29 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "cfsp sweep MODEL --sparsity 0.1 0.2 0.3 0.4 0.5 --method cfsp wanda-sp --data wikitext2 "
         "--data c4 --eval wikitext2 --out sweep",
     )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="as for prune; or it is in the recipe"
-    )
+    _add_recipe(parser)
+    # None for what was not given: defaults are the recipe's, and beside --recipe nothing is.
+    names = vars(parser.parse_args([]))
+    parser.set_defaults(run=run, in_recipe=tuple(names), **dict.fromkeys(names))
     parser.add_argument("--out", required=True, type=Path, help="directory; a sweep there goes on")
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="all that follows, as TOML; --out has one"
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="model, texts, methods and all that is measured, as TOML, as --out has one; a method "
+        "is a table there: name, block_metric, channel_metric, clamp, repair, multiple",
+    )
+    parser.add_argument(
+        "--keep-weights", action="store_true", help="keep the pruned models, not only their plans"
+    )
+    arguments.add_compute(parser)
+    arguments.add_json(parser)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add what a recipe decides; each is a field of `Recipe`."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="as for prune; or it is in the recipe"
     )
     parser.add_argument(
         "--sparsity", nargs="+", type=float, metavar="P", help="fractions to remove"
@@ -43,36 +56,28 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.add_argument(
         "--method",
         nargs="+",
+        dest="methods",
         choices=METHODS,
         metavar="NAME",
-        default=["cfsp"],
         help=f"of {', '.join(METHODS)} (default: cfsp)",
     )
-    parser.add_argument(
-        "--of", default="ffn", choices=("ffn", "model"), help="as for prune (default: ffn)"
-    )
+    parser.add_argument("--of", choices=("ffn", "model"), help="as for prune (default: ffn)")
     parser.add_argument("--multiple", type=int, metavar="N", help="as for prune")
     arguments.add_calibration_text(parser)
     measured = parser.add_argument_group("measuring")
     measured.add_argument(
         "--eval", action="append", metavar="TEXT", help="perplexity on this text; repeatable"
     )
-    measured.add_argument("--eval-windows", type=int, default=12, metavar="N", help="(default: 12)")
+    measured.add_argument("--eval-windows", type=int, metavar="N", help="(default: 12)")
     measured.add_argument(
         "--speed", action="store_true", help="time each model against the dense one, in turns"
     )
-    parser.add_argument(
-        "--keep-weights", action="store_true", help="keep the pruned models, not only their plans"
-    )
-    arguments.add_compute(parser)
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Sweep."""
     from cfsp.sweep.run import run_sweep
-    from cfsp.sweep.table import cells, columns, write_tables
+    from cfsp.sweep.table import tables, write_tables
 
     recipe = _recipe(args)
     rows = run_sweep(
@@ -84,38 +89,34 @@ def run(args: argparse.Namespace) -> None:
     )
     written = write_tables(rows, args.out)
     if args.json:
-        print_json({"models": [row.to_json() for row in rows], "tables": [str(p) for p in written]})
+        print_json({"models": [asdict(row) for row in rows], "tables": [str(p) for p in written]})
         return
-    print_table(columns(rows), cells(rows))
-    print("\nthe last column: texts, by number, on which nothing smaller is as good")
+    for table in tables(rows):
+        print_table(table.head, table.rows)
+        print(f"\n{table.caption}\n")
     print(f"tables: {', '.join(map(str, written))}")
-    runs = [shlex.quote(str(row.directory)) for row in rows if row.directory]
-    if len(runs) > _MOST_NAMED:
-        runs = [f"{shlex.quote(str(args.out))}/*/"]
-    print(f"charts: cfsp report {' '.join(runs)}")
+    print(f"charts: cfsp report {shlex.quote(str(args.out))}")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from cfsp.sweep.recipe import Recipe, read_recipe
 
+    given = {name: getattr(args, name) for name in args.in_recipe}
+    given = {name: value for name, value in given.items() if value is not None}
     if args.recipe:
-        if args.model or args.sparsity or args.data or args.eval:
-            raise UsageError("--recipe says it all: give no model, --sparsity, --data or --eval")
+        if given:
+            raise UsageError(
+                f"{args.recipe} decides {', '.join(given)} as well; change it there, or leave out "
+                "--recipe"
+            )
         return read_recipe(args.recipe)
-    if not args.model:
+    if "model" not in given:
         raise UsageError("expected a model or a --recipe, found neither")
-    text = arguments.calibration_text(args)
-    return Recipe(
-        model=args.model,
-        sparsity=tuple(args.sparsity or ()),
-        methods=tuple(args.method),
-        of=args.of,
-        multiple=args.multiple,
-        data=text.names,
-        samples=text.samples,
-        seqlen=text.seqlen,
-        seed=text.seed,
-        eval=tuple(args.eval or ()),
-        eval_windows=args.eval_windows,
-        speed=args.speed,
-    )
+    if "data" not in given:
+        arguments.tell_of_the_default_text()
+    if "methods" in given:
+        given["methods"] = [METHODS[name] for name in given["methods"]]
+    if "seed" in given:
+        given["seed"] = [given["seed"]]
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return Recipe(**{"sparsity": (), **given})

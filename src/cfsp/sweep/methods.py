@@ -1,6 +1,7 @@
-"""Methods by name: what makes a block and a channel important, whether to repair, and rounding.
+"""Methods: what makes a block and a channel important, the repair, and how widths are rounded.
 
-All remove FFN channels only, so at one budget their results have the same size.
+All remove FFN channels only, so at one budget their results have the same size. A recipe can name
+others; these have a name of their own:
 
     cfsp            ours: blocks by angular distance, channels by relative importance, repaired
     cfsp-plain      the same without repair
@@ -8,8 +9,6 @@ All remove FFN channels only, so at one budget their results have the same size.
                     activation's norm alone, widths are multiples of 128, nothing is repaired
     wanda-sp        the same width everywhere, channels by |weight| x activation
                     (Sun et al., arXiv 2306.11695, as others make it structured)
-    flap            the channels of all blocks compete by variance x squared weight, and the mean of
-                    what was removed stays as a bias (An et al., arXiv 2312.11983), FFN only
     magnitude-sp    the same width everywhere, channels by the down projection's column norm
     random          the same width everywhere, channels drawn by chance: what any method must beat
 """
@@ -18,43 +17,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cfsp.errors import UsageError
-from cfsp.planning.make import Criterion
-from cfsp.settings import Restore
-
 
 @dataclass(frozen=True)
 class Method:
-    """A way to prune.
+    """A way to prune. Without more than a name it is what `cfsp prune` does.
 
     Attributes:
-        criterion: what makes a block and a channel important.
-        restore: how what is left is repaired.
+        name: of its directories and of its line in the table.
+        block_metric: as for prune.
+        channel_metric: as for prune.
+        clamp: as for prune; None for what suits the block metric.
+        repair: as for prune.
         multiple: widths become multiples of this; None for what suits the model.
     """
 
-    criterion: Criterion
-    restore: Restore
+    # No defaults from where they are at home: that imports torch. A test compares.
+    name: str
+    block_metric: str = "angular"
+    channel_metric: str = "relative"
+    clamp: str | None = None
+    repair: str = "ridge"
     multiple: int | None = None
 
 
-METHODS: dict[str, Method] = {
-    "cfsp": Method(Criterion("angular", "relative"), "ridge"),
-    "cfsp-plain": Method(Criterion("angular", "relative"), "none"),
-    "cfsp-published": Method(Criterion("angular", "activation", "published"), "none", 128),
-    "wanda-sp": Method(Criterion("uniform", "wanda"), "none"),
-    "flap": Method(Criterion("global", "flap"), "bias"),
-    "magnitude-sp": Method(Criterion("uniform", "magnitude"), "none"),
-    "random": Method(Criterion("uniform", "random"), "none"),
+METHODS = {
+    method.name: method
+    for method in (
+        Method("cfsp"),
+        Method("cfsp-plain", repair="none"),
+        Method("cfsp-published", "angular", "activation", "published", "none", 128),
+        Method("wanda-sp", "uniform", "wanda", repair="none"),
+        Method("magnitude-sp", "uniform", "magnitude", repair="none"),
+        Method("random", "uniform", "random", repair="none"),
+    )
 }
-
-
-def method(name: str) -> Method:
-    """Return a method by its name.
-
-    Raises:
-        UsageError: it is unknown.
-    """
-    if name not in METHODS:
-        raise UsageError(f"unknown method {name!r}; known are: {', '.join(METHODS)}")
-    return METHODS[name]

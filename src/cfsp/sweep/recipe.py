@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-import json
+import re
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import tomli_w
 
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import Budget
-from cfsp.settings import CalibrationText, EvaluationText
-from cfsp.sweep.methods import Method, method
+from cfsp.planning.allocation import CLAMPS, Budget
+from cfsp.planning.coarse import BLOCK_METRICS, SENSITIVITY_METRICS
+from cfsp.planning.fine import CHANNEL_METRICS
+from cfsp.planning.make import Criterion
+from cfsp.settings import (
+    RESTORE_METHODS,
+    CalibrationText,
+    Compute,
+    EvaluationText,
+    PruneSettings,
+)
+from cfsp.sweep.methods import METHODS, Method
+
+_KNOWN: dict[str, Sequence[str | None]] = {
+    "block_metric": (*BLOCK_METRICS, *SENSITIVITY_METRICS),
+    "channel_metric": CHANNEL_METRICS,
+    "clamp": (None, *CLAMPS),
+    "repair": RESTORE_METHODS,
+}
+# A method's name begins that of a directory.
+_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model of a sweep: a method at a sparsity."""
+    """One model of a sweep.
 
-    method: str
+    Attributes:
+        name: of its directory.
+        method: how it is pruned.
+        sparsity: fraction to remove.
+        seed: of the draw of its calibration windows.
+    """
+
+    name: str
+    method: Method
     sparsity: float
-
-    @property
-    def name(self) -> str:
-        """Name of its directory."""
-        return f"{self.method}-{self.sparsity:.4g}"
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -34,13 +60,14 @@ class Recipe:
     Attributes:
         model: the model, as for prune.
         sparsity: fractions to remove.
-        methods: names of `cfsp.sweep.methods.METHODS`.
+        methods: how to prune; in a file each is a name of `cfsp.sweep.methods.METHODS` or a table
+            with the keys of `Method`.
         of: what the fractions are of, as for prune.
         multiple: widths become multiples of this, whatever the method; None for its own choice.
         data: calibration texts.
         samples: calibration windows in all.
         seqlen: tokens of a window.
-        seed: of the draw of windows.
+        seed: of the draws of windows; each is a calibration of its own.
         eval: texts to measure perplexity on.
         eval_windows: windows of each.
         speed: also time each model against the dense one.
@@ -48,57 +75,77 @@ class Recipe:
 
     model: str
     sparsity: tuple[float, ...]
-    methods: tuple[str, ...] = ("cfsp",)
+    methods: tuple[Method, ...] = (METHODS["cfsp"],)
     of: str = "ffn"
     multiple: int | None = None
     data: tuple[str, ...] = ("python-docs",)
     samples: int | None = None
     seqlen: int = 1024
-    seed: int = 0
+    seed: tuple[int, ...] = (0,)
     eval: tuple[str, ...] = ()
     eval_windows: int = 12
     speed: bool = False
 
     def __post_init__(self) -> None:
+        for what, values in (("method", self.methods), ("--data", self.data), ("seed", self.seed)):
+            if not values:
+                raise UsageError(f"a sweep needs at least one {what}")
         if not self.sparsity:
             raise UsageError("a sweep needs at least one --sparsity")
         if not self.eval:
             raise UsageError("a sweep needs a text to measure perplexity on; give --eval")
-        for point in self.points:
-            self.budget(point)
+        for method in self.methods:
+            _check_method(method)
         names = [point.name for point in self.points]
         if len(set(names)) < len(names):
-            raise UsageError("a sweep has every method and every sparsity once")
+            raise UsageError("a sweep has every method, every sparsity and every seed once")
+        for point in self.points:
+            self.settings(point, Compute())
+        assert self.evaluation
 
     @property
     def points(self) -> list[Point]:
         """All models, in the order in which they are made."""
-        return [Point(name, sparsity) for name in self.methods for sparsity in self.sparsity]
-
-    @property
-    def text(self) -> CalibrationText:
-        """What to calibrate on."""
-        return CalibrationText(self.data, self.samples, self.seqlen, self.seed)
+        several = len(self.seed) > 1
+        return [
+            Point(
+                f"{method.name}-{sparsity:.4g}{f'-seed{seed}' if several else ''}",
+                method,
+                sparsity,
+                seed,
+            )
+            for method in self.methods
+            for sparsity in self.sparsity
+            for seed in self.seed
+        ]
 
     @property
     def evaluation(self) -> EvaluationText:
         """What to measure on."""
         return EvaluationText(self.eval, self.eval_windows, self.seqlen)
 
-    def budget(self, point: Point) -> Budget:
-        """Return how much a point removes.
+    def text(self, seed: int) -> CalibrationText:
+        """Return what to calibrate on."""
+        return CalibrationText(self.data, self.samples, self.seqlen, seed)
+
+    def settings(self, point: Point, compute: Compute) -> PruneSettings:
+        """Return how to prune one model.
 
         Raises:
-            UsageError: it is no fraction, or the method is unknown.
+            UsageError: a value is outside its range.
         """
-        chosen: Method = method(point.method)
-        return Budget(point.sparsity, self.of, self.multiple or chosen.multiple)  # type: ignore[arg-type]
+        method = point.method
+        return PruneSettings(
+            Budget(point.sparsity, self.of, self.multiple or method.multiple),  # type: ignore[arg-type]
+            Criterion(method.block_metric, method.channel_metric, method.clamp),  # type: ignore[arg-type]
+            self.text(point.seed),
+            compute,
+            method.repair,  # type: ignore[arg-type]
+        )
 
     def to_toml(self) -> str:
         """Return the file's text; what is None is left out."""
-        # JSON's strings, numbers, booleans and flat lists are TOML's too.
-        lines = [f"{k} = {json.dumps(v)}" for k, v in asdict(self).items() if v is not None]
-        return "\n".join(lines) + "\n"
+        return tomli_w.dumps(_without_none(asdict(self)))
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -108,43 +155,71 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: the file is missing, no TOML, or has other keys or types.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"cannot read the recipe {path}: {error}; a sweep leaves one in its directory"
         ) from error
-    known = {field.name: field for field in fields(Recipe)}
+    return Recipe(**_values(str(path), found, Recipe))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _check_method(method: Method) -> None:
+    if not _NAME.fullmatch(method.name):
+        raise UsageError(
+            f"the name of a method must do as that of a directory, with at most 64 characters, "
+            f"found {method.name!r}"
+        )
+    if METHODS.get(method.name, method) != method:
+        raise UsageError(f"{method.name} has a meaning of its own; give the method another name")
+    for key, known in _KNOWN.items():
+        if (value := getattr(method, key)) not in known:
+            names = ", ".join(each for each in known if each)
+            raise UsageError(f"{method.name}: unknown {key} {value!r}; known are: {names}")
+
+
+# From TOML to the types that the fields have.
+
+
+def _values(where: str, found: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return the fields of a dataclass, checked."""
+    known = {field.name: field for field in fields(kind)}
     if unknown := sorted(set(found) - set(known)):
         raise UsageError(
-            f"{path} has unknown keys: {', '.join(unknown)}; known are: {', '.join(known)}"
+            f"{where} has unknown keys: {', '.join(unknown)}; known are: {', '.join(known)}"
         )
-    if missing := {"model", "sparsity"} - set(found):
-        raise UsageError(f"{path} has no {' and no '.join(sorted(missing))}")
-    return Recipe(**{key: _checked(path, key, value) for key, value in found.items()})
+    required = [name for name, field in known.items() if field.default is MISSING]
+    if missing := [name for name in required if name not in found]:
+        raise UsageError(f"{where} has no {' and no '.join(missing)}")
+    types = get_type_hints(kind)
+    return {key: _value(f"{where}: {key}", value, types[key]) for key, value in found.items()}
 
 
-_STRINGS, _NUMBERS = {"methods", "data", "eval"}, {"sparsity"}
-_TYPES = {
-    "model": str,
-    "of": str,
-    "multiple": int,
-    "samples": int,
-    "seqlen": int,
-    "seed": int,
-    "eval_windows": int,
-    "speed": bool,
-}
-
-
-def _checked(path: Path, key: str, value: Any) -> Any:
-    if key in _STRINGS or key in _NUMBERS:
-        expected: Any = str if key in _STRINGS else (int, float)
-        if isinstance(value, list) and all(
-            isinstance(item, expected) and not isinstance(item, bool) for item in value
-        ):
-            return tuple(value if key in _STRINGS else map(float, value))
-        what = "strings" if key in _STRINGS else "numbers"
-        raise UsageError(f"{path}: {key} must be a list of {what}, found {value!r}")
-    if type(value) is not _TYPES[key]:
-        raise UsageError(f"{path}: {key} must be of type {_TYPES[key].__name__}, found {value!r}")
+def _value(where: str, value: Any, expected: Any) -> Any:
+    if expected is Method:
+        return _method(where, value)
+    if get_origin(expected) is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where} must be a list, found {value!r}")
+        return tuple(_value(where, each, get_args(expected)[0]) for each in value)
+    kinds = [kind for kind in get_args(expected) or (expected,) if kind is not NoneType]
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in kinds:
+        raise UsageError(f"{where} must be of type {kinds[0].__name__}, found {value!r}")
     return value
+
+
+def _method(where: str, value: Any) -> Method:
+    """Return the method that a name or a table stands for."""
+    if isinstance(value, dict):
+        given = _values(where, value, Method)
+        return replace(METHODS.get(given["name"], Method(given["name"])), **given)
+    if value not in list(METHODS):
+        raise UsageError(f"{where}: unknown method {value!r}; known are: {', '.join(METHODS)}")
+    return METHODS[value]

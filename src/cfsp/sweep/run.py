@@ -1,18 +1,18 @@
-"""The flow of a sweep: one calibration -> many plans -> each pruned, measured, compared.
+"""The flow of a sweep: calibrate once a seed -> many plans -> each pruned, measured, compared.
 
-A sweep's directory holds `recipe.toml`, the statistics, and a directory for each model: what
-`cfsp prune` writes, without the weights unless they are to be kept. A model whose directory is
-there is not made again, so a sweep that was interrupted goes on.
+A sweep's directory holds `recipe.toml`, the statistics of each seed, and a directory for each
+model: what `cfsp prune` writes, without the weights unless they are to be kept. A model whose
+directory is there is not made again, so a sweep that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,26 @@ from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
+from cfsp.planning.allocation import channels_to_keep
+from cfsp.planning.coarse import SENSITIVITY_METRICS
+from cfsp.planning.make import model_size
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
-from cfsp.settings import Compute, PruneSettings
-from cfsp.sweep.methods import method
+from cfsp.settings import Compute, EvaluationText
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import consecutive_windows
+from cfsp.whole_model.own_text import OWN_TEXT
+
+logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.toml"
 _DENSE_FILE = "dense.json"
 _WORKING = ".working"
+
+# By text: {"value", "tokens", "windows", "seqlen", "stride", "bos"}, as `cfsp eval --json` has it.
+Perplexities = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,11 @@ class Row:
 
     Attributes:
         name: what it is called.
-        method: how it was pruned; None for the dense model.
+        method: name of how it was pruned; None for the dense model.
         sparsity: fraction that was asked for.
+        seed: of its calibration; None for the dense model.
         parameters: of the model.
-        perplexity: by text.
+        perplexity: by text, with its conditions.
         speed: phase -> ratio to the dense model; empty if it was not timed.
         directory: what `cfsp report` reads; None for the dense model.
     """
@@ -59,14 +69,16 @@ class Row:
     name: str
     method: str | None
     sparsity: float
+    seed: int | None
     parameters: int
-    perplexity: dict[str, float]
+    perplexity: Perplexities
     speed: dict[str, float]
-    directory: Path | None
+    directory: str | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON types."""
-        return {**vars(self), "directory": str(self.directory) if self.directory else None}
+    @property
+    def values(self) -> dict[str, float]:
+        """Perplexity by text."""
+        return {text: float(found["value"]) for text, found in self.perplexity.items()}
 
 
 def run_sweep(
@@ -92,7 +104,19 @@ def run_sweep(
     source = open_checkpoint(recipe.model)
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
-        return _run(recipe, source, out, compute, keep_weights, command)
+        _claim(out, recipe)
+        missing = [p for p in recipe.points if not _is_finished(out / p.name, keep_weights)]
+        if missing:
+            _check(recipe, source, compute)
+        dense = _dense(recipe, source, out, compute)
+        if missing:
+            with item_progress("sweep", len(missing), "model") as bar:
+                for point in missing:
+                    _make(recipe, point, source, out, compute, dense, keep_weights, command)
+                    bar.update()
+        rows = [dense, *(_row(point, out / point.name) for point in recipe.points)]
+        _check_conditions(rows, out)
+        return rows
 
 
 @contextmanager
@@ -105,38 +129,11 @@ def _kept(out: Path, recipe: Recipe) -> Iterator[None]:
         finished = any((out / point.name).is_dir() for point in recipe.points)
         if isinstance(error, CfspError) and not error.keeps_work:
             if is_new and not finished:
-                for name in (RECIPE_FILE, _DENSE_FILE, STATISTICS_FILE):
-                    (out / name).unlink(missing_ok=True)
+                for path in (out / RECIPE_FILE, out / _DENSE_FILE, *_statistics_files(out)):
+                    path.unlink(missing_ok=True)
         elif (out / RECIPE_FILE).is_file() and not isinstance(error, CfspError):
-            print(
-                f"what is finished is kept in {out}; the same command goes on from it",
-                file=sys.stderr,
-            )
+            logger.info("what is finished is kept in %s; the same command goes on from it", out)
         raise
-
-
-def _run(
-    recipe: Recipe,
-    source: Checkpoint,
-    out: Path,
-    compute: Compute,
-    keep_weights: bool,
-    command: str,
-) -> list[Row]:
-    _claim(out, recipe)
-    dense = _dense(recipe, source, out, compute)
-    missing = [point for point in recipe.points if not (out / point.name).is_dir()]
-    if missing:
-        statistics = _statistics(recipe, source, out, compute)
-        with item_progress("sweep", len(missing), "model") as bar:
-            for point in missing:
-                with _working_directory(out) as working:
-                    _make(recipe, point, source, statistics, working, compute, dense, command)
-                    if not keep_weights:
-                        _remove_weights(working)
-                    working.rename(out / point.name)
-                bar.update()
-    return [dense, *(_row(point, out / point.name) for point in recipe.points)]
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
@@ -159,24 +156,75 @@ def _claim(out: Path, recipe: Recipe) -> None:
     write_atomically(path, text.encode())
 
 
+def _check(recipe: Recipe, source: Checkpoint, compute: Compute) -> None:
+    """Check all that the recipe names before the first forward pass.
+
+    Raises:
+        CfspError: a text is missing or too short, no plan meets a budget, or there is no such
+            device.
+    """
+    compute.engine(source)
+    size, tokenizer = model_size(source), load_tokenizer(source.directory)
+    for point in recipe.points:
+        channels_to_keep(recipe.settings(point, compute).budget, size)
+    for name in recipe.eval:
+        consecutive_windows(name, tokenizer, count=recipe.eval_windows, seqlen=recipe.seqlen)
+    text = recipe.text(recipe.seed[0])
+    others = tuple(name for name in text.names if name != OWN_TEXT)
+    if others == text.names:
+        text.draw(tokenizer)
+    elif others:  # what the model is to write is not there yet
+        replace(text, names=others).draw(tokenizer)
+
+
 def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Row:
-    path = out / _DENSE_FILE
+    path, dtype = out / _DENSE_FILE, str(compute.engine(source).dtype).removeprefix("torch.")
     if not path.is_file():
-        measured = evaluate_models([source.directory], recipe.evaluation, compute)[0]
-        facts = {"perplexity": measured["perplexity"], "tokens": measured["tokens"]}
+        perplexity = _perplexities(source.directory, recipe.evaluation, compute)
+        facts = {"perplexity": perplexity, "dtype": dtype}
         write_atomically(path, json.dumps(facts, indent=2).encode())
     found = json.loads(path.read_text(encoding="utf-8"))
+    if found["dtype"] != dtype:
+        raise OutputError(
+            f"{out} holds a sweep that computes in {found['dtype']}, this one computes in {dtype}; "
+            f"give --dtype {found['dtype']} or another --out"
+        )
     speed = {"prefill": 1.0, "decode": 1.0} if recipe.speed else {}
-    return Row("dense", None, 0.0, parameter_count(source), found["perplexity"], speed, None)
+    return Row("dense", None, 0.0, None, parameter_count(source), found["perplexity"], speed, None)
 
 
-def _statistics(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Statistics:
-    path = out / STATISTICS_FILE
+def _perplexities(model: Path, texts: EvaluationText, compute: Compute) -> Perplexities:
+    measured = evaluate_models([model], texts, compute)[0]
+    tokens = measured["tokens"]
+    return {
+        text: {
+            "value": value,
+            "tokens": tokens[text],
+            "windows": tokens[text] // (texts.seqlen - 1),
+            "seqlen": texts.seqlen,
+            "stride": None,
+            "bos": False,
+        }
+        for text, value in measured["perplexity"].items()
+    }
+
+
+def _statistics_files(out: Path) -> list[Path]:
+    return list(out.glob("statistics-seed*.safetensors"))
+
+
+def _statistics(
+    recipe: Recipe, seed: int, source: Checkpoint, out: Path, compute: Compute
+) -> Statistics:
+    path = out / f"statistics-seed{seed}.safetensors"
     remove_finished_work(path)
     if not path.is_file():
-        tokenizer = load_tokenizer(source.directory)
+        tokenizer, text = load_tokenizer(source.directory), recipe.text(seed)
+        sensitivity = any(m.block_metric in SENSITIVITY_METRICS for m in recipe.methods)
         with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
-            calibrate_source(source, tokenizer, recipe.text, compute, place).save(path)
+            calibrate_source(source, tokenizer, text, compute, place, sensitivity=sensitivity).save(
+                path
+            )
     return Statistics.load(path)
 
 
@@ -184,33 +232,41 @@ def _make(
     recipe: Recipe,
     point: Point,
     source: Checkpoint,
-    statistics: Statistics,
     out: Path,
     compute: Compute,
     dense: Row,
+    keep_weights: bool,
     command: str,
 ) -> None:
     """Prune and measure one model."""
-    chosen = method(point.method)
-    settings = PruneSettings(
-        recipe.budget(point), chosen.criterion, recipe.text, compute, chosen.restore
-    )
-    prune_checkpoint(source, out, settings, statistics=statistics, command=command)
-    measured = evaluate_models([out], recipe.evaluation, compute)[0]
-    facts: dict[str, Any] = {
-        "perplexity": {
-            text: {
-                "before": dense.perplexity[text],
-                "after": measured["perplexity"][text],
-                "tokens": measured["tokens"][text],
-            }
-            for text in recipe.eval
-        },
-        "sweep": {"method": point.method, "sparsity": point.sparsity},
-    }
-    if recipe.speed:
-        facts["speed"] = _speed(source.directory, out)
-    add_to_manifest(out, facts)
+    statistics = _statistics(recipe, point.seed, source, out, compute)
+    with _working_directory(out) as working:
+        settings = recipe.settings(point, compute)
+        prune_checkpoint(source, working, settings, statistics=statistics, command=command)
+        after = _perplexities(working, recipe.evaluation, compute)
+        before = dense.values
+        facts: dict[str, Any] = {
+            "perplexity": {text: _compared(before[text], after[text]) for text in recipe.eval},
+            "sweep": {
+                "method": point.method.name,
+                "sparsity": point.sparsity,
+                "seed": point.seed,
+            },
+        }
+        if recipe.speed:
+            facts["speed"] = _speed(source.directory, working)
+        add_to_manifest(working, facts)
+        if not keep_weights:
+            for path in _weights(working):
+                path.unlink()
+        shutil.rmtree(out / point.name, ignore_errors=True)  # one that kept no weights
+        working.rename(out / point.name)
+
+
+def _compared(before: float, after: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of the manifest's `perplexity`."""
+    conditions = {name: value for name, value in after.items() if name != "value"}
+    return {"before": before, "after": after["value"], **conditions}
 
 
 @contextmanager
@@ -225,6 +281,7 @@ def _working_directory(out: Path) -> Iterator[Path]:
 
 
 def _speed(dense: Path, pruned: Path) -> dict[str, Any]:
+    """Time both in turns: what disturbs the machine disturbs both."""
     from cfsp.speed import Conditions, Workload, compare_speed
     from cfsp.speed.subjects import Subject
 
@@ -232,10 +289,12 @@ def _speed(dense: Path, pruned: Path) -> dict[str, Any]:
     return compare_speed(subjects, [Workload(prompt=128)], Conditions(rounds=5)).to_json()
 
 
-def _remove_weights(directory: Path) -> None:
-    for path in directory.glob("*.safetensors"):
-        if path.name != STATISTICS_FILE:
-            path.unlink()
+def _weights(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("*.safetensors") if path.name != STATISTICS_FILE]
+
+
+def _is_finished(directory: Path, keep_weights: bool) -> bool:
+    return directory.is_dir() and (not keep_weights or bool(_weights(directory)))
 
 
 def _row(point: Point, directory: Path) -> Row:
@@ -246,12 +305,37 @@ def _row(point: Point, directory: Path) -> Row:
     if "speed" in manifest:
         workload = manifest["speed"]["models"][1]["workloads"][0]
         speed = {phase: workload[phase]["ratio"] for phase in ("prefill", "decode")}
+    perplexity = {
+        text: {"value": found["after"]}
+        | {name: found[name] for name in found if name not in ("before", "after")}
+        for text, found in manifest["perplexity"].items()
+    }
+    parameters = int(manifest["parameters_after"])
     return Row(
         point.name,
-        point.method,
+        point.method.name,
         point.sparsity,
-        int(manifest["parameters_after"]),
-        {text: value["after"] for text, value in manifest["perplexity"].items()},
+        point.seed,
+        parameters,
+        perplexity,
         speed,
-        directory,
+        str(directory),
     )
+
+
+def _check_conditions(rows: list[Row], out: Path) -> None:
+    """Check that all models were measured alike.
+
+    Raises:
+        OutputError: one was not.
+    """
+
+    def conditions(row: Row) -> Perplexities:
+        return {text: {**found, "value": None} for text, found in row.perplexity.items()}
+
+    for row in rows:
+        if conditions(row) != conditions(rows[0]):
+            raise OutputError(
+                f"{out / row.name} was not measured as the dense model of its sweep was, perhaps "
+                "by another version; delete it and run the sweep again"
+            )

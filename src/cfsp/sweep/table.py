@@ -1,65 +1,154 @@
-"""The table of a sweep, as text, Markdown, CSV and JSON, and who is on the Pareto front."""
+"""The tables of a sweep: what every method leaves, and how methods differ on the same windows."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.sweep.front import pareto_front
 from cfsp.sweep.run import Row
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the table's columns."""
-    speed = [f"{phase} speed-up" for phase in rows[0].speed]
-    texts = [f"perplexity, {text}" for text in rows[0].perplexity]
-    return ["model", "sparsity", "parameters", *texts, *speed, "on the front of"]
+@dataclass(frozen=True)
+class Table:
+    """A table for people.
 
-
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the table's rows as text.
-
-    The last column names the texts on which the model is on the front of perplexity against
-    parameters, by their number in the order of the columns.
+    Attributes:
+        caption: what it shows.
+        head: names of the columns.
+        rows: cells.
     """
-    texts = list(rows[0].perplexity)
-    fronts = [
-        pareto_front([(row.parameters, row.perplexity[text]) for row in rows]) for text in texts
-    ]
-    return [
-        [
-            row.name,
-            f"{row.sparsity:.4g}",
-            str(row.parameters),
-            *(f"{row.perplexity[text]:.2f}" for text in texts),
-            *(f"{ratio:.3f}" for ratio in row.speed.values()),
-            " ".join(str(i + 1) for i, front in enumerate(fronts) if front[number]) or "-",
-        ]
-        for number, row in enumerate(rows)
-    ]
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def to_markdown(self) -> str:
+        """Return it as Markdown."""
+        lines = [self.head, ["---"] + ["---:"] * (len(self.head) - 1), *self.rows]
+        return "\n".join([self.caption, "", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return the tables of a sweep; with several seeds and methods, how methods differ too.
+
+    Args:
+        rows: of the sweep, the dense model first.
+    """
+    found = [_qualities(rows)]
+    methods, seeds = ({getattr(row, name) for row in rows[1:]} for name in ("method", "seed"))
+    return [*found, _differences(rows[1:])] if min(len(methods), len(seeds)) > 1 else found
+
+
+def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
+    """Return by how many nats a token the loss rises, in the mean over the texts.
+
+    Args:
+        after: perplexity by text.
+        before: the same of another model.
+    """
+    return fmean(math.log(after[text] / before[text]) for text in before)
 
 
 def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Write table.md, table.csv and table.json."""
-    head, body = columns(rows), cells(rows)
-    markdown = "\n".join(
-        [
-            "| " + " | ".join(head) + " |",
-            "|---" + "|---:" * (len(head) - 1) + "|",
-            *("| " + " | ".join(row) + " |" for row in body),
-        ]
-    )
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([head, *body])
+    """Write table.md and, with a line for each model, table.json."""
     texts = {
-        "table.md": markdown + "\n",
-        "table.csv": buffer.getvalue(),
-        "table.json": json.dumps([row.to_json() for row in rows], indent=2) + "\n",
+        "table.md": "\n".join(table.to_markdown() for table in tables(rows)),
+        "table.json": json.dumps([asdict(row) for row in rows], indent=2) + "\n",
     }
     for name, text in texts.items():
         write_atomically(directory / name, text.encode())
     return [directory / name for name in texts]
+
+
+def _qualities(rows: Sequence[Row]) -> Table:
+    dense, texts = rows[0], list(rows[0].perplexity)
+    groups = _alike(rows)
+    size = [fmean(row.parameters for row in group) for group in groups]
+    fronts = []
+    for text in texts:
+        loss = [fmean(row.values[text] for row in group) for group in groups]
+        fronts.append(pareto_front(list(zip(size, loss, strict=True))))
+    several = max(map(len, groups)) > 1
+    body = [
+        [
+            *_names(group[0]),
+            *([str(len(group))] if several else []),
+            f"{1 - parameters / dense.parameters:.1%}",
+            *_text_cells(group, texts, lambda row, text: row.values[text]),
+            _spread([loss_rise(row.values, dense.values) for row in group]),
+            *(_spread([row.speed[phase] for row in group]) for phase in dense.speed),
+            " ".join(str(i + 1) for i, front in enumerate(fronts) if front[number]) or "-",
+        ]
+        for number, (group, parameters) in enumerate(zip(groups, size, strict=True))
+    ]
+    head = [
+        *("method", "sparsity", *(["draws"] if several else []), "parameters removed"),
+        *(*texts, "loss rise", *(f"{phase} speed-up" for phase in dense.speed), "front"),
+    ]
+    counts = {
+        f"{found['windows']} windows of {found['seqlen']} tokens"
+        + (", each after BOS" if found["bos"] else "")
+        for found in dense.perplexity.values()
+    }
+    caption = (
+        f"Perplexity on {' or '.join(sorted(counts))} of each text; loss rise in nats a token, "
+        "mean of the texts; front: texts, by number, on which nothing smaller is as good."
+    )
+    return Table(caption + (_OF_SEVERAL if several else ""), head, body)
+
+
+_OF_SEVERAL = " Mean (lowest to highest) of several draws of calibration windows."
+
+
+def _differences(rows: Sequence[Row]) -> Table:
+    """Return by how many percent each perplexity is above the first method's of the same draw.
+
+    Models of one draw saw the same windows, so that what the windows do to all of them cancels.
+    """
+    first, texts = rows[0].method, list(rows[0].perplexity)
+    base = {(row.sparsity, row.seed): row.values for row in rows if row.method == first}
+    body = [
+        [
+            *_names(group[0]),
+            str(len(group)),
+            *_text_cells(
+                group,
+                texts,
+                lambda row, text: 100 * (row.values[text] / base[row.sparsity, row.seed][text] - 1),
+            ),
+        ]
+        for group in _alike([row for row in rows if row.method != first])
+    ]
+    caption = f"Perplexity in percent above that of {first} by the same draw." + _OF_SEVERAL
+    return Table(caption, ["method", "sparsity", "draws", *texts], body)
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows that differ in nothing but the seed, together."""
+    found: dict[tuple[str | None, float], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.method, row.sparsity), []).append(row)
+    return list(found.values())
+
+
+def _names(row: Row) -> list[str]:
+    return [row.method or row.name, f"{100 * row.sparsity:.4g}%"]
+
+
+def _text_cells(
+    group: Sequence[Row], texts: Sequence[str], value: Callable[[Row, str], float]
+) -> list[str]:
+    return [_spread([value(row, text) for row in group]) for text in texts]
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{fmean(values):z,.2f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):z,.2f} to {max(values):z,.2f})"
