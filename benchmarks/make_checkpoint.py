@@ -26,7 +26,6 @@ from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
 from cfsp.speed.shapes import SHAPES, ShapedModel
 
-ALIASES = {"llama-3-1b": "llama-3.2-1b"}
 DEVIATION = 0.02
 _CHUNK = 4 << 20
 
@@ -34,7 +33,7 @@ _CHUNK = 4 << 20
 def main() -> None:
     """Write one checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", required=True, choices=(*SHAPES, *ALIASES))
+    parser.add_argument("--shape", required=True, choices=tuple(SHAPES))
     parser.add_argument("--blocks", type=int, help="how many blocks (default: all)")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--shard-gigabytes", type=float, default=2.0)
@@ -55,12 +54,12 @@ def make_checkpoint(
 
     Args:
         out: a new directory.
-        shape: a name in `SHAPES`, or an alias.
+        shape: a name in `SHAPES`.
         blocks: how many; None for as many as the model has.
         shard_gigabytes: size of a shard.
         seed: of the weights.
     """
-    config = ShapedModel(ALIASES.get(shape, shape), blocks).config()
+    config = ShapedModel(shape, blocks).config()
     skeleton = build_skeleton(config, torch.bfloat16)
     tied = set(skeleton.all_tied_weights_keys)
     outgoing = []

@@ -29,7 +29,7 @@ from typing import Any
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.result.manifest import versions
 from cfsp.speed.shapes import SHAPES
-from make_checkpoint import ALIASES, make_checkpoint
+from make_checkpoint import make_checkpoint
 
 # Runs a command and adds what the system knows of the process.
 _CHILD = """
@@ -77,7 +77,7 @@ class Run:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="llama-3.2-1b", choices=(*SHAPES, *ALIASES))
+    parser.add_argument("--shape", default="llama-3.2-1b", choices=tuple(SHAPES))
     parser.add_argument("--blocks", type=int, help="how many blocks (default: all)")
     parser.add_argument("--checkpoint", type=Path, help="use this one, and leave it there")
     parser.add_argument("--data", default="python-docs")

@@ -26,9 +26,10 @@ from cfsp.planning.coarse import SENSITIVITY_METRICS
 from cfsp.planning.make import DEFAULT_BLOCK_METRIC, Criterion
 from cfsp.repair.stages import few_windows
 from cfsp.settings import Compute
+from cfsp.sweep.table import loss_rise
 from cfsp.whole_model.load import measure_sensitivity
 from conditions import calibration_text, conditions, parser_of_texts
-from damage import damage_of, loss_increase, rank_correlation
+from damage import damage_of, rank_correlation
 from results import Results, Row, table
 from subject import Subject, label, load_subject
 from training import ARCHITECTURES, Size, trained
@@ -123,7 +124,7 @@ class SmallModel:
         plan = subject.plan(self.statistics, sparsity, Criterion(blocks_by), MULTIPLE)
         found = subject.quality_of(plan), subject.quality_repaired(self.text, plan)
         return {
-            name: round(loss_increase(after, dense), 5)
+            name: round(loss_rise(after, dense), 5)
             for name, after in zip(RISES, found, strict=True)
         }
 

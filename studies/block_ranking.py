@@ -64,8 +64,8 @@ def groups(study: Study) -> None:
 
 
 def _pruned_group(study: Study, size: int, blocks: str, seed: int) -> dict[str, Any]:
-    indices = group(study.statistics().distances("angular"), size, blocks, seed)
-    found = study.subject.quality_of_some(study.statistics(), SPARSITY, indices)
+    indices = group(study.statistics.distances("angular"), size, blocks, seed)
+    found = study.subject.quality_of_some(study.statistics, SPARSITY, indices)
     return {"indices": sorted(indices), **found}
 
 
@@ -95,7 +95,7 @@ def alone(study: Study, blocks: int) -> None:
     for block in range(blocks):
         study.results.measure(
             {"what": "alone", "block": block},
-            lambda block=block: damage_of(few(), study.statistics(), block, SPARSITY, before()),
+            lambda block=block: damage_of(few(), study.statistics, block, SPARSITY, before()),
         )
 
 

@@ -35,13 +35,6 @@ def parser_of_model(study: str, description: str) -> argparse.ArgumentParser:
     """Return a parser for a study of one model that is there already."""
     parser = parser_of_texts(study, description)
     parser.add_argument("--model", default="demo", help="as for cfsp prune")
-    parser.add_argument(
-        "--statistics",
-        action="append",
-        default=[],
-        type=Path,
-        help="of cfsp calibrate; taken instead of a calibration on the very same windows",
-    )
     return parser
 
 
@@ -58,6 +51,6 @@ def conditions(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     return {**found, **more}
 
 
-def calibration_text(args: argparse.Namespace, seed: int = 0) -> CalibrationText:
+def calibration_text(args: argparse.Namespace) -> CalibrationText:
     """Return what to calibrate on."""
-    return CalibrationText(tuple(args.data), args.samples, args.seqlen, seed)
+    return CalibrationText(tuple(args.data), args.samples, args.seqlen)

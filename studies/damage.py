@@ -16,6 +16,7 @@ from torch import nn
 from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.sweep.table import loss_rise
 from subject import Subject
 
 
@@ -41,8 +42,8 @@ def damage_of(
     pruned = subject.quality_of_some(statistics, sparsity, [block])
     return {
         **{name: round(statistics.distances(name)[block], 6) for name in DISTANCES},
-        "pruned": round(loss_increase(pruned, before), 5),
-        "left out": round(loss_increase(_left_out(subject, block), before), 5),
+        "pruned": round(loss_rise(pruned, before), 5),
+        "left out": round(loss_rise(_left_out(subject, block), before), 5),
     }
 
 
@@ -63,11 +64,6 @@ def _skipped(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def loss_increase(after: dict[str, float], before: dict[str, float]) -> float:
-    """Return by how many nats a token the loss rises, in the mean over the texts."""
-    return fmean(math.log(after[text] / before[text]) for text in before)
 
 
 def rank_correlation(first_L: Sequence[float], second_L: Sequence[float]) -> float:

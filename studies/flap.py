@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _pruned(study: Study, sparsity: float) -> dict[str, float]:
-    subject, statistics = study.subject, study.statistics()
+    subject, statistics = study.subject, study.statistics
     plan = plan_of(subject, statistics, Budget(sparsity))
     return subject.quality(with_biases(subject, statistics, plan))
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError
+from cfsp.sweep.table import spread
 
 Row = dict[str, Any]
 
@@ -99,19 +99,10 @@ def table(rows: Sequence[Row], by: Sequence[str], values: Sequence[str], digits:
         cells = [*map(_shown, key), *([str(len(members))] if several else [])]
         for name in values:
             known = [row[name] for row in members if name in row]
-            cells.append(_mean_and_spread(known, digits))
+            cells.append(spread(known, digits) if known else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:
     return f"{value:.0%}" if isinstance(value, float) else str(value)
-
-
-def _mean_and_spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return ""
-    mean = f"{fmean(values):z,.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):z,.{digits}f} to {max(values):z,.{digits}f})"

@@ -37,7 +37,6 @@ class Study:
         self.args = args
         self.texts = [label(text) for text in args.eval]
         self.results = Results(args.out, conditions(args, **more))
-        self._statistics: dict[int, Statistics] = {}
 
     @cached_property
     def subject(self) -> Subject:
@@ -45,21 +44,7 @@ class Study:
         args = self.args
         return load_subject(args.model, args.eval, args.windows, args.seqlen)
 
-    def statistics(self, seed: int = 0) -> Statistics:
-        """Return the statistics of a draw of the calibration text.
-
-        Raises:
-            StatisticsError: a file of statistics is missing or damaged.
-        """
-        if seed not in self._statistics:
-            self._statistics[seed] = self._calibrated(seed)
-        return self._statistics[seed]
-
-    def _calibrated(self, seed: int) -> Statistics:
-        text = calibration_text(self.args, seed)
-        digest = text.draw(self.subject.tokenizer).digest
-        for path in self.args.statistics:
-            found = Statistics.load(path)
-            if found.record.tokens_digest == digest:
-                return found
-        return self.subject.calibrate(text)
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The statistics of the calibration text."""
+        return self.subject.calibrate(calibration_text(self.args))

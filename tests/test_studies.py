@@ -19,17 +19,19 @@ sys.path.insert(0, str(REPOSITORY / "studies"))
 
 import architectures
 import block_ranking
+import flap
 import run as runner
-import scores
-import sparsity
 import stability
 import study
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.fine import CHANNEL_METRICS
+from cfsp.planning.allocation import Budget
 from cfsp.settings import CalibrationText, Compute
-from damage import loss_increase, rank_correlation
+from cfsp.sweep.measured import Row
+from cfsp.sweep.recipe import read_recipe
+from cfsp.sweep.run import run_sweep
+from cfsp.sweep.table import tables
+from damage import rank_correlation
 from recipe import Recipe, read_recipes, recipe_of
 from results import Results, table
 from subject import label, load_subject
@@ -78,47 +80,33 @@ def test_block_ranking(run: Callable[..., Any]) -> None:
     assert "| angular |" in printed
 
 
-def test_scores(run: Callable[..., Any]) -> None:
-    rows, printed = run(scores, "--sparsity", "0.5", "--seeds", "1", "--draws", "2")
-    assert rows.pop(0)["what"] == "dense"
-    assert {row["channels"] for row in rows} == set(CHANNEL_METRICS)
-    assert {row["blocks"] for row in rows} == {*DISTANCES, "uniform"}
-    assert len(rows) == len(CHANNEL_METRICS) + len(DISTANCES) + 1
-    assert printed.count("perplexity") == 2
+def test_flap(run: Callable[..., Any]) -> None:
+    rows, printed = run(flap, "--sparsity", "0.34", "0.67")
+    assert [row["sparsity"] for row in rows] == [0.34, 0.67]
+    assert "| flap | 67% |" in printed
 
 
-def test_scores_of_some_criteria(run: Callable[..., Any]) -> None:
-    chosen = ["--channels", "eq8", "--blocks", "euclidean", "--sparsity", "0.5", "--seeds", "2"]
-    rows, printed = run(scores, *chosen)
-    assert printed.count("percent above the default") == 2
-    assert [(row["blocks"], row["channels"]) for row in rows[1:]] == 2 * [
-        ("angular", "relative"),
-        ("angular", "eq8"),
-        ("euclidean", "relative"),
+def test_flap_keeps_the_best_of_all_blocks_and_the_mean_of_the_rest(
+    text_file: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    subject = load_subject(tiny_checkpoint("llama"), [str(text_file)], 1, 32)
+    statistics = subject.calibrate(CalibrationText((str(text_file),), 4, 32))
+    plan = flap.plan_of(subject, statistics, Budget(0.5, multiple=1))
+    score_LF = []
+    for index, block in enumerate(statistics.blocks):
+        down = subject.source.read(f"model.layers.{index}.mlp.down_proj.weight").double().numpy()
+        score = block.variance_F.numpy() * (down**2).sum(0)
+        score_LF.append((score - score.mean()) / score.std())
+    threshold = np.median(np.concatenate(score_LF))
+    assert plan.kept_channels == [
+        tuple(np.flatnonzero(score > threshold).tolist()) for score in score_LF
     ]
-
-
-def test_differences_are_those_of_the_same_seed() -> None:
-    common = {"sparsity": 0.5, "channels": "relative"}
-    rows = [
-        {**common, "seed": seed, "blocks": blocks, "text": value}
-        for seed, blocks, value in (
-            (0, "angular", 10.0),
-            (1, "angular", 20.0),
-            (0, "euclidean", 11.0),
-            (1, "euclidean", 18.0),
-        )
-    ]
-    found = [row["text"] for row in scores.above_default(rows, ["text"])]
-    assert found == pytest.approx([10.0, -10.0])
-
-
-def test_sparsity(run: Callable[..., Any]) -> None:
-    rows, printed = run(sparsity, "--sparsity", "0.34", "0.67", "--repaired", "0.34")
-    assert [row["restore"] for row in rows] == ["none", "none", "none", "ridge"]
-    assert rows[0]["parameters"] > rows[1]["parameters"] > rows[2]["parameters"]
-    assert rows[1]["parameters"] == rows[3]["parameters"]
-    assert printed.count("| ridge |") == 1
+    pruned = flap.with_biases(subject, statistics, plan)
+    entry = plan.blocks[-1]
+    gone = np.setdiff1d(np.arange(entry.width), entry.kept)
+    expected = down[:, gone] @ statistics.blocks[-1].mean_F.numpy()[gone]
+    bias = pruned.model.layers[-1].mlp.down_proj.bias.detach().numpy()
+    np.testing.assert_allclose(bias, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_stability(run: Callable[..., Any], other_text_file: Path) -> None:
@@ -201,11 +189,6 @@ def test_rank_correlation_is_that_of_the_ranks() -> None:
     assert rank_correlation(first, [1.0] * 5) == 0
 
 
-def test_loss_increase_is_in_nats() -> None:
-    before = {"a": 10.0, "b": 20.0}
-    assert loss_increase({"a": 20.0, "b": 20.0}, before) == pytest.approx(np.log(2) / 2)
-
-
 @pytest.fixture
 def directory_of_texts(tmp_path: Path) -> Path:
     """A directory that has the files that recipes name; nobody reads them."""
@@ -240,6 +223,49 @@ def test_recipe_prints_what_is_published(
         assert command in (REPOSITORY / place).read_text(), place
 
 
+SWEEPS = sorted((REPOSITORY / "studies/sweeps").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_what_is_published_is_what_the_sweep_makes(path: Path) -> None:
+    recipe = read_recipe(path)
+    stored = json.loads((REPOSITORY / f"studies/results/{path.stem}.json").read_text())
+    dense, *rows = [Row(**row) for row in stored]
+    assert [(row.name, row.seed) for row in rows] == [(p.name, p.seed) for p in recipe.points]
+    assert {len(row.perplexity) for row in rows} == {len(recipe.eval)}
+    for row in [dense, *rows]:
+        for text, found in row.perplexity.items():
+            assert text in recipe.eval
+            assert found["windows"] == recipe.eval_windows
+            assert found["seqlen"] == recipe.seqlen
+    published = (REPOSITORY / "docs/STUDIES.md").read_text()
+    for each in tables([dense, *rows]):
+        assert each.to_markdown().partition("\n\n")[2] in published
+    for place in ("docs/STUDIES.md", "studies/README.md"):
+        assert f"sweeps/{path.name}" in (REPOSITORY / place).read_text(), place
+
+
+def test_the_recipe_of_the_benchmarks_is_one() -> None:
+    assert len(read_recipe(REPOSITORY / "benchmarks/criteria.toml").points) == 12
+
+
+def test_a_published_sweep_runs(
+    text_file: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = replace(
+        read_recipe(SWEEPS[0]),
+        model=str(tiny_checkpoint("llama")),
+        data=(str(text_file),),
+        eval=(str(text_file),),
+        seqlen=32,
+        samples=4,
+        eval_windows=2,
+        multiple=4,
+    )
+    rows = run_sweep(recipe, tmp_path / "out", Compute())
+    assert [row.method for row in rows] == [None, "relative", "magnitude", "by chance"]
+
+
 def test_a_recipe_runs(
     text_file: Path,
     tiny_checkpoint: Callable[[str], Path],
@@ -248,23 +274,21 @@ def test_a_recipe_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = (f"DIR/{text_file.name}",)
-    recipe = recipe_of("3")
-    recipe = replace(recipe, data=text, eval=text, runs=recipe.runs[:1])
+    recipe = replace(recipe_of("8"), data=text, eval=text)
     monkeypatch.setattr(runner, "recipe_of", lambda _: recipe)
     out = tmp_path / "rows.json"
-    small = ["--model", str(tiny_checkpoint("llama")), *SMALL, "--samples", "4", "--seeds", "1"]
-    command = ["3", "--texts", str(text_file.parent), "--out", str(out), *small]
-    assert runner.main(command) == 0
-    rows = json.loads(out.read_text())["rows"]
-    assert {row["blocks"] for row in rows[1:]} == {*DISTANCES, "uniform"}
-    assert "| 50% | euclidean |" in capsys.readouterr().out
+    small = ["--model", str(tiny_checkpoint("llama")), *SMALL, "--samples", "4"]
+    command = ["8", "--texts", str(text_file.parent), "--out", str(out), *small]
+    assert runner.main([*command, "--sparsity", "0.34"]) == 0
+    assert [row["sparsity"] for row in json.loads(out.read_text())["rows"]] == [0.34]
+    assert "| flap | 34% |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ("8", "there is no study '8'; known are: 1, 2, 3, 4, 5, 6, 7"),
-        ("3", "wikitext2/validation.parquet, which is not there; --texts is a directory with"),
+        ("2", "there is no study '2'; known are: 1, 5, 6, 7, 8"),
+        ("7", "wikitext2/validation.parquet, which is not there; --texts is a directory with"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(

@@ -24,9 +24,9 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import DEFAULT_RESTORE, CalibrationText, Compute
 from cfsp.sweep.front import pareto_front
+from cfsp.sweep.measured import Row
 from cfsp.sweep.methods import METHODS, Method
 from cfsp.sweep.recipe import Recipe, read_recipe
-from cfsp.sweep.run import Row
 from cfsp.sweep.table import loss_rise, tables
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -244,7 +244,11 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
         *(
             (f'model = "m"\nsparsity = [0.5]\neval = ["t"]\nmethods = [{{{method}}}]', message)
             for method, message in (
-                ('name = "cfsp", repair = "none"', "cfsp has a meaning of its own"),
+                (
+                    'name = "cfsp", repair = "none"',
+                    "cfsp is another method than the one of that name",
+                ),
+                ('name = "wanda-sp"', "or the name alone, as a string"),
                 ('name = "a/b"', "must do as that of a directory"),
                 ('name = ".working"', "must do as that of a directory"),
                 (
@@ -317,7 +321,7 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
-    for name in ("evaluate_models", "calibrate_source", "prune_checkpoint"):
+    for name in ("measure_perplexity", "calibrate_source", "prune_checkpoint"):
         monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
     out = tmp_path / "made" / "out"
     arguments = [

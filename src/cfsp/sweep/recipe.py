@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -176,7 +176,10 @@ def _check_method(method: Method) -> None:
             f"found {method.name!r}"
         )
     if METHODS.get(method.name, method) != method:
-        raise UsageError(f"{method.name} has a meaning of its own; give the method another name")
+        raise UsageError(
+            f"{method.name} is another method than the one of that name; give it another name, or "
+            "the name alone, as a string"
+        )
     for key, known in _KNOWN.items():
         if (value := getattr(method, key)) not in known:
             names = ", ".join(each for each in known if each)
@@ -218,8 +221,7 @@ def _value(where: str, value: Any, expected: Any) -> Any:
 def _method(where: str, value: Any) -> Method:
     """Return the method that a name or a table stands for."""
     if isinstance(value, dict):
-        given = _values(where, value, Method)
-        return replace(METHODS.get(given["name"], Method(given["name"])), **given)
+        return Method(**_values(where, value, Method))
     if value not in list(METHODS):
         raise UsageError(f"{where}: unknown method {value!r}; known are: {', '.join(METHODS)}")
     return METHODS[value]

@@ -33,9 +33,16 @@ from cfsp.planning.allocation import channels_to_keep
 from cfsp.planning.coarse import SENSITIVITY_METRICS
 from cfsp.planning.make import model_size
 from cfsp.progress import item_progress
-from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
-from cfsp.settings import Compute, EvaluationText
+from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest
+from cfsp.settings import Compute
+from cfsp.sweep.measured import (
+    Row,
+    check_conditions,
+    compared,
+    measure_perplexity,
+    measure_speed,
+    read_row,
+)
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import consecutive_windows
@@ -47,38 +54,22 @@ RECIPE_FILE = "recipe.toml"
 _DENSE_FILE = "dense.json"
 _WORKING = ".working"
 
-# By text: {"value", "tokens", "windows", "seqlen", "stride", "bos"}, as `cfsp eval --json` has it.
-Perplexities = dict[str, dict[str, Any]]
-
 
 @dataclass(frozen=True)
-class Row:
-    """One model of a finished sweep; the first of a table is the dense one.
+class _Sweep:
+    """What a sweep is made of; see `run_sweep`."""
 
-    Attributes:
-        name: what it is called.
-        method: name of how it was pruned; None for the dense model.
-        sparsity: fraction that was asked for.
-        seed: of its calibration; None for the dense model.
-        parameters: of the model.
-        perplexity: by text, with its conditions.
-        speed: phase -> ratio to the dense model; empty if it was not timed.
-        directory: what `cfsp report` reads; None for the dense model.
-    """
+    recipe: Recipe
+    source: Checkpoint
+    out: Path
+    compute: Compute
+    keep_weights: bool
+    command: str
 
-    name: str
-    method: str | None
-    sparsity: float
-    seed: int | None
-    parameters: int
-    perplexity: Perplexities
-    speed: dict[str, float]
-    directory: str | None
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Perplexity by text."""
-        return {text: float(found["value"]) for text, found in self.perplexity.items()}
+    def is_finished(self, point: Point) -> bool:
+        """Return whether a model is there, with its weights if they are to be kept."""
+        directory = self.out / point.name
+        return directory.is_dir() and (not self.keep_weights or bool(_weights(directory)))
 
 
 def run_sweep(
@@ -105,17 +96,18 @@ def run_sweep(
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
         _claim(out, recipe)
-        missing = [p for p in recipe.points if not _is_finished(out / p.name, keep_weights)]
+        sweep = _Sweep(recipe, source, out, compute, keep_weights, command)
+        missing = [point for point in recipe.points if not sweep.is_finished(point)]
         if missing:
-            _check(recipe, source, compute)
-        dense = _dense(recipe, source, out, compute)
+            _check(sweep)
+        dense = _dense(sweep)
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
-                    _make(recipe, point, source, out, compute, dense, keep_weights, command)
+                    _make(sweep, point, dense)
                     bar.update()
-        rows = [dense, *(_row(point, out / point.name) for point in recipe.points)]
-        _check_conditions(rows, out)
+        rows = [dense, *(read_row(point, out / point.name) for point in recipe.points)]
+        check_conditions(rows, out)
         return rows
 
 
@@ -156,17 +148,18 @@ def _claim(out: Path, recipe: Recipe) -> None:
     write_atomically(path, text.encode())
 
 
-def _check(recipe: Recipe, source: Checkpoint, compute: Compute) -> None:
+def _check(sweep: _Sweep) -> None:
     """Check all that the recipe names before the first forward pass.
 
     Raises:
         CfspError: a text is missing or too short, no plan meets a budget, or there is no such
             device.
     """
-    compute.engine(source)
+    recipe, source = sweep.recipe, sweep.source
+    sweep.compute.engine(source)
     size, tokenizer = model_size(source), load_tokenizer(source.directory)
     for point in recipe.points:
-        channels_to_keep(recipe.settings(point, compute).budget, size)
+        channels_to_keep(recipe.settings(point, sweep.compute).budget, size)
     for name in recipe.eval:
         consecutive_windows(name, tokenizer, count=recipe.eval_windows, seqlen=recipe.seqlen)
     text = recipe.text(recipe.seed[0])
@@ -177,76 +170,57 @@ def _check(recipe: Recipe, source: Checkpoint, compute: Compute) -> None:
         replace(text, names=others).draw(tokenizer)
 
 
-def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Row:
-    path, dtype = out / _DENSE_FILE, str(compute.engine(source).dtype).removeprefix("torch.")
+def _dense(sweep: _Sweep) -> Row:
+    path, dtype = sweep.out / _DENSE_FILE, str(sweep.compute.engine(sweep.source).dtype)
     if not path.is_file():
-        perplexity = _perplexities(source.directory, recipe.evaluation, compute)
+        texts = sweep.recipe.evaluation
+        perplexity = measure_perplexity(sweep.source.directory, texts, sweep.compute)
         facts = {"perplexity": perplexity, "dtype": dtype}
         write_atomically(path, json.dumps(facts, indent=2).encode())
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["dtype"] != dtype:
+        before, now = (name.removeprefix("torch.") for name in (found["dtype"], dtype))
         raise OutputError(
-            f"{out} holds a sweep that computes in {found['dtype']}, this one computes in {dtype}; "
-            f"give --dtype {found['dtype']} or another --out"
+            f"{sweep.out} holds a sweep that computes in {before}, this one computes in {now}; "
+            f"give --dtype {before} or another --out"
         )
-    speed = {"prefill": 1.0, "decode": 1.0} if recipe.speed else {}
-    return Row("dense", None, 0.0, None, parameter_count(source), found["perplexity"], speed, None)
-
-
-def _perplexities(model: Path, texts: EvaluationText, compute: Compute) -> Perplexities:
-    measured = evaluate_models([model], texts, compute)[0]
-    tokens = measured["tokens"]
-    return {
-        text: {
-            "value": value,
-            "tokens": tokens[text],
-            "windows": tokens[text] // (texts.seqlen - 1),
-            "seqlen": texts.seqlen,
-            "stride": None,
-            "bos": False,
-        }
-        for text, value in measured["perplexity"].items()
-    }
+    speed = {"prefill": 1.0, "decode": 1.0} if sweep.recipe.speed else {}
+    parameters = parameter_count(sweep.source)
+    return Row("dense", None, 0.0, None, parameters, found["perplexity"], speed, None)
 
 
 def _statistics_files(out: Path) -> list[Path]:
     return list(out.glob("statistics-seed*.safetensors"))
 
 
-def _statistics(
-    recipe: Recipe, seed: int, source: Checkpoint, out: Path, compute: Compute
-) -> Statistics:
-    path = out / f"statistics-seed{seed}.safetensors"
+def _statistics(sweep: _Sweep, seed: int) -> Statistics:
+    path, source, compute = (
+        sweep.out / f"statistics-seed{seed}.safetensors",
+        sweep.source,
+        sweep.compute,
+    )
     remove_finished_work(path)
     if not path.is_file():
-        tokenizer, text = load_tokenizer(source.directory), recipe.text(seed)
-        sensitivity = any(m.block_metric in SENSITIVITY_METRICS for m in recipe.methods)
+        tokenizer, text = load_tokenizer(source.directory), sweep.recipe.text(seed)
+        sensitivity = any(m.block_metric in SENSITIVITY_METRICS for m in sweep.recipe.methods)
         with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
-            calibrate_source(source, tokenizer, text, compute, place, sensitivity=sensitivity).save(
-                path
+            found = calibrate_source(
+                source, tokenizer, text, compute, place, sensitivity=sensitivity
             )
+            found.save(path)
     return Statistics.load(path)
 
 
-def _make(
-    recipe: Recipe,
-    point: Point,
-    source: Checkpoint,
-    out: Path,
-    compute: Compute,
-    dense: Row,
-    keep_weights: bool,
-    command: str,
-) -> None:
+def _make(sweep: _Sweep, point: Point, dense: Row) -> None:
     """Prune and measure one model."""
-    statistics = _statistics(recipe, point.seed, source, out, compute)
-    with _working_directory(out) as working:
+    recipe, source, compute = sweep.recipe, sweep.source, sweep.compute
+    statistics = _statistics(sweep, point.seed)
+    with _working_directory(sweep.out) as working:
         settings = recipe.settings(point, compute)
-        prune_checkpoint(source, working, settings, statistics=statistics, command=command)
-        after = _perplexities(working, recipe.evaluation, compute)
-        before = dense.values
+        prune_checkpoint(source, working, settings, statistics=statistics, command=sweep.command)
+        before, after = dense.values, measure_perplexity(working, recipe.evaluation, compute)
         facts: dict[str, Any] = {
-            "perplexity": {text: _compared(before[text], after[text]) for text in recipe.eval},
+            "perplexity": {text: compared(before[text], after[text]) for text in recipe.eval},
             "sweep": {
                 "method": point.method.name,
                 "sparsity": point.sparsity,
@@ -254,19 +228,14 @@ def _make(
             },
         }
         if recipe.speed:
-            facts["speed"] = _speed(source.directory, working)
+            facts["speed"] = measure_speed(source.directory, working)
         add_to_manifest(working, facts)
-        if not keep_weights:
+        if not sweep.keep_weights:
             for path in _weights(working):
                 path.unlink()
-        shutil.rmtree(out / point.name, ignore_errors=True)  # one that kept no weights
-        working.rename(out / point.name)
-
-
-def _compared(before: float, after: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry of the manifest's `perplexity`."""
-    conditions = {name: value for name, value in after.items() if name != "value"}
-    return {"before": before, "after": after["value"], **conditions}
+        finished = sweep.out / point.name
+        shutil.rmtree(finished, ignore_errors=True)  # one that kept no weights
+        working.rename(finished)
 
 
 @contextmanager
@@ -280,62 +249,5 @@ def _working_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _speed(dense: Path, pruned: Path) -> dict[str, Any]:
-    """Time both in turns: what disturbs the machine disturbs both."""
-    from cfsp.speed import Conditions, Workload, compare_speed
-    from cfsp.speed.subjects import Subject
-
-    subjects = [Subject(dense, "dense"), Subject(pruned, "pruned")]
-    return compare_speed(subjects, [Workload(prompt=128)], Conditions(rounds=5)).to_json()
-
-
 def _weights(directory: Path) -> list[Path]:
     return [path for path in directory.glob("*.safetensors") if path.name != STATISTICS_FILE]
-
-
-def _is_finished(directory: Path, keep_weights: bool) -> bool:
-    return directory.is_dir() and (not keep_weights or bool(_weights(directory)))
-
-
-def _row(point: Point, directory: Path) -> Row:
-    manifest = read_manifest(directory)
-    if manifest is None or "sweep" not in manifest:
-        raise OutputError(f"{directory} is no model of a sweep; delete it and run the sweep again")
-    speed: dict[str, float] = {}
-    if "speed" in manifest:
-        workload = manifest["speed"]["models"][1]["workloads"][0]
-        speed = {phase: workload[phase]["ratio"] for phase in ("prefill", "decode")}
-    perplexity = {
-        text: {"value": found["after"]}
-        | {name: found[name] for name in found if name not in ("before", "after")}
-        for text, found in manifest["perplexity"].items()
-    }
-    parameters = int(manifest["parameters_after"])
-    return Row(
-        point.name,
-        point.method.name,
-        point.sparsity,
-        point.seed,
-        parameters,
-        perplexity,
-        speed,
-        str(directory),
-    )
-
-
-def _check_conditions(rows: list[Row], out: Path) -> None:
-    """Check that all models were measured alike.
-
-    Raises:
-        OutputError: one was not.
-    """
-
-    def conditions(row: Row) -> Perplexities:
-        return {text: {**found, "value": None} for text, found in row.perplexity.items()}
-
-    for row in rows:
-        if conditions(row) != conditions(rows[0]):
-            raise OutputError(
-                f"{out / row.name} was not measured as the dense model of its sweep was, perhaps "
-                "by another version; delete it and run the sweep again"
-            )

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.sweep.front import pareto_front
-from cfsp.sweep.run import Row
+from cfsp.sweep.measured import Row
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
     return fmean(math.log(after[text] / before[text]) for text in before)
 
 
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return the mean and, of several, in brackets the lowest and the highest."""
+    mean = f"{fmean(values):z,.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):z,.{digits}f} to {max(values):z,.{digits}f})"
+
+
 def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Write table.md and, with a line for each model, table.json."""
     texts = {
@@ -81,8 +89,8 @@ def _qualities(rows: Sequence[Row]) -> Table:
             *([str(len(group))] if several else []),
             f"{1 - parameters / dense.parameters:.1%}",
             *_text_cells(group, texts, lambda row, text: row.values[text]),
-            _spread([loss_rise(row.values, dense.values) for row in group]),
-            *(_spread([row.speed[phase] for row in group]) for phase in dense.speed),
+            spread([loss_rise(row.values, dense.values) for row in group]),
+            *(spread([row.speed[phase] for row in group]) for phase in dense.speed),
             " ".join(str(i + 1) for i, front in enumerate(fronts) if front[number]) or "-",
         ]
         for number, (group, parameters) in enumerate(zip(groups, size, strict=True))
@@ -144,11 +152,4 @@ def _names(row: Row) -> list[str]:
 def _text_cells(
     group: Sequence[Row], texts: Sequence[str], value: Callable[[Row, str], float]
 ) -> list[str]:
-    return [_spread([value(row, text) for row in group]) for text in texts]
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{fmean(values):z,.2f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):z,.2f} to {max(values):z,.2f})"
+    return [spread([value(row, text) for row in group]) for text in texts]
