@@ -335,6 +335,23 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     assert not out.parent.exists()
 
 
+@pytest.mark.parametrize("option", ["--data", "--eval"])
+def test_a_missing_text_is_told_before_a_model_is_converted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr("cfsp.sweep.run.open_checkpoint", never)
+    out = str(tmp_path / "out")
+    texts = ["--data", "python-docs", "--eval", "python-docs", option, "nothing.txt"]
+    assert main(["sweep", "demo", "--sparsity", "0.5", *texts, "--out", out]) == 2
+    assert "nothing.txt is neither a file nor a known text" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def drawn(
     tiny_checkpoint: Callable[[str], Path],
@@ -408,14 +425,17 @@ def row(method: str | None, seed: int | None, value: float) -> Row:
     conditions = {"windows": 2, "seqlen": 32, "bos": False}
     parameters = 50 if method else 100
     return Row(
-        "name", method, 0.5, seed, parameters, {"text": {"value": value, **conditions}}, {}, None
-    )
+        "name", method, 0.5, seed, parameters, {"text": {"value": value, **conditions}},
+        {"decode": 1.5 if method else 1.0}, None,
+    )  # fmt: skip
 
 
 def test_differences_are_those_of_the_same_draw() -> None:
     dense = replace(row(None, None, 5.0), sparsity=0.0)
     rows = [row("a", 0, 10.0), row("a", 1, 20.0), row("b", 0, 11.0), row("b", 1, 18.0)]
     quality, difference = tables([dense, *rows])
+    assert quality.head[-2:] == ["decode speed-up", "front"]
+    assert [line[-2] for line in quality.rows[:2]] == ["1.00", "1.50 (1.50 to 1.50)"]
     assert quality.rows[1][:5] == ["a", "50%", "2", "50.0%", "15.00 (10.00 to 20.00)"]
     assert difference.rows == [["b", "50%", "2", "0.00 (-10.00 to 10.00)"]]
     assert len(tables([dense, rows[0], rows[2]])) == 1

@@ -44,6 +44,7 @@ from cfsp.sweep.measured import (
     read_row,
 )
 from cfsp.sweep.recipe import Point, Recipe
+from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import consecutive_windows
 from cfsp.whole_model.own_text import OWN_TEXT
@@ -92,6 +93,7 @@ def run_sweep(
     Raises:
         CfspError: anything that a user can cause; models that are finished stay.
     """
+    _open_texts(recipe)
     source = open_checkpoint(recipe.model)
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
@@ -148,12 +150,24 @@ def _claim(out: Path, recipe: Recipe) -> None:
     write_atomically(path, text.encode())
 
 
+def _open_texts(recipe: Recipe) -> None:
+    """Open every text, before a model is downloaded or converted.
+
+    Raises:
+        TextError: one is missing.
+    """
+    for name in recipe.eval:
+        TextSource(name, "evaluation").documents()
+    for name in recipe.data:
+        if name != OWN_TEXT:
+            TextSource(name, "calibration").documents()
+
+
 def _check(sweep: _Sweep) -> None:
     """Check all that the recipe names before the first forward pass.
 
     Raises:
-        CfspError: a text is missing or too short, no plan meets a budget, or there is no such
-            device.
+        CfspError: a text is too short, no plan meets a budget, or there is no such device.
     """
     recipe, source = sweep.recipe, sweep.source
     sweep.compute.engine(source)
