@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 from statistics import fmean
 
+from cfsp.repair.stages import calibrate_windows
+
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import BlockWidths, Criterion, plan_widths
-from cfsp.repair.stages import calibrate_windows
-from cfsp.settings import CalibrationText, Compute
+from cfsp.engine.compute import engine_of
+from cfsp.planning.make import BlockWidths, plan_widths
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -36,7 +37,7 @@ def main() -> None:
     source = open_checkpoint(args.model)
     text = CalibrationText(tuple(args.data or ["python-docs"]), args.samples)
     windows = text.draw(load_tokenizer(source.directory))
-    engine = Compute().engine(source)
+    engine = engine_of(Compute(), source)
 
     def widths(statistics: Statistics) -> BlockWidths:
         return plan_widths(source, statistics, Budget(args.sparsity), Criterion())

@@ -18,9 +18,10 @@ from functools import cached_property
 from itertools import combinations
 from statistics import fmean
 
+from cfsp.repair.stages import calibrate_windows
+
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.stages import calibrate_windows
 from cfsp.settings import CalibrationText, Compute
 from conditions import parser_of_model
 from results import Row, table

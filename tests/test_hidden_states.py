@@ -20,10 +20,10 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
-from cfsp.engine.memory import parse_size
 from cfsp.engine.read_ahead import read_ahead
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import OutputError, UsageError
+from cfsp.settings import parse_size
 from cfsp.text.windows import Windows, draw_windows
 
 SHAPE = (5, 7, 3)

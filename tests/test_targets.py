@@ -17,17 +17,23 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli import goal as cli_goal
 from cfsp.cli import main
+from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError, TextError, UsageError
 from cfsp.goals import latency, loss, speedup
-from cfsp.goals.goal import PHASES, MaxLossIncrease, TargetParameters, TargetSpeedup
 from cfsp.goals.latency import Latencies, measure_latencies, widths_to_measure
 from cfsp.goals.resolve import resolve_goal
 from cfsp.goals.search import STEPS, highest_step, last_that_holds
-from cfsp.planning.allocation import Budget
 from cfsp.planning.make import model_size
 from cfsp.result.manifest import Stopwatch, read_manifest
-from cfsp.settings import Engine, PruneSettings
+from cfsp.settings import (
+    PHASES,
+    Budget,
+    MaxLossIncrease,
+    PruneSettings,
+    TargetParameters,
+    TargetSpeedup,
+)
 from cfsp.text.windows import draw_left_over, draw_windows
 from cfsp.whole_model.masks import masked_loss
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
@@ -123,10 +129,10 @@ def test_texts_that_have_no_windows_left(tokenizer: Any, text_file: Path) -> Non
 # --target-params.
 
 
-@pytest.mark.parametrize("restore", ["none", "ridge"])
-def test_target_params(model: Path, text_file: Path, tmp_path: Path, restore: str) -> None:
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_target_params(model: Path, text_file: Path, tmp_path: Path, repair: str) -> None:
     out = tmp_path / "out"
-    assert prune(model, text_file, out, "--target-params", 0.75, "--restore", restore) == 0
+    assert prune(model, text_file, out, "--target-params", 0.75, "--repair", repair) == 0
     manifest = read_manifest(out)
     assert manifest is not None
     before, after = manifest["parameters_before"], manifest["parameters_after"]
@@ -160,7 +166,7 @@ def test_max_loss_increase_prunes_as_much_as_fits(
     out = tmp_path / "out"
     goal = ("--max-loss-increase", 0.2, "--held-out", text_file, "--held-out-windows", 4)
     capsys.readouterr()
-    assert prune(trained, text_file, out, *goal, "--restore", "none", "--json") == 0
+    assert prune(trained, text_file, out, *goal, "--repair", "none", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     resolution = report["goal"]
     assert resolution == read_manifest(out)["goal"]  # type: ignore[index]
@@ -185,13 +191,13 @@ def test_max_loss_increase_prints_what_it_tried(
     trained: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    goal = ("--max-loss-increase", 0.2, "--held-out-windows", 3, "--restore", "ridge")
+    goal = ("--max-loss-increase", 0.2, "--held-out-windows", 3, "--repair", "ridge")
     assert prune(trained, text_file, tmp_path / "out", *goal) == 0
     out = capsys.readouterr().out
     assert "sparsity  parameters  loss increase  fits" in out
     assert "at most 0.2 nats per token over" in out
     assert "(the result: " in out
-    assert "restored:" in out
+    assert "repaired by least squares" in out
 
 
 def test_loss_of_a_model_in_memory(trained: Path, tokenizer: Any, text_file: Path) -> None:
@@ -204,7 +210,7 @@ def test_loss_of_a_model_in_memory(trained: Path, tokenizer: Any, text_file: Pat
         data=[text_file],
         samples=8,
         seqlen=32,
-        restore="none",
+        repair="none",
     )
     widths = [layer.mlp.down_proj.in_features for layer in small.model.layers]
     assert 8 * BLOCKS < sum(widths) < WIDTH * BLOCKS

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import load
     from cfsp.errors import CfspError
-    from cfsp.goals.goal import MaxLossIncrease, TargetParameters, TargetSpeedup
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.result.prune_report import PruneReport
+    from cfsp.settings import MaxLossIncrease, TargetParameters, TargetSpeedup
 
 __version__ = version("cfsp-llm")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cfsp.sweep.recipe import Recipe
 
 # Spelled out here, because their home imports torch; a test compares.
-METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "flap", "magnitude-sp", "random")
+METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "magnitude-sp", "random")
 
 # Models that a command line names one by one.
 _MOST_NAMED = 12

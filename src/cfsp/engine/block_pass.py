@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -57,6 +57,7 @@ def pass_blocks(
     dtype: torch.dtype,
     batch_windows: int | None = None,
     place: Workplace | None = None,
+    more_batch_sizes: Iterable[int] = (),
     may_stop_after: Callable[[int], bool] = lambda block: True,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
@@ -71,6 +72,7 @@ def pass_blocks(
         dtype: what they compute in.
         batch_windows: windows that pass together; None for about 4096 tokens.
         place: where to spill and to save; None for neither.
+        more_batch_sizes: see `stream_blocks`.
         may_stop_after: whether hidden states and results are all that a visit of the next block
             needs; if not, a killed pass goes on further back.
 
@@ -106,6 +108,7 @@ def pass_blocks(
             on_batch=progress.tokens,
             open_hidden=_hidden_opener(name, state, place),
             first_block=len(results),
+            more_batch_sizes=more_batch_sizes,
             times=times,
         ):
             with times.part("visits"):

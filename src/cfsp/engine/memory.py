@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-
-from cfsp.errors import UsageError
-
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 # The rest is for two blocks, the embeddings and what the computation needs.
 _SHARE_OF_AVAILABLE = 0.5
 _UNKNOWN_AVAILABLE = 8 << 30
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def parse_size(text: str) -> int:
-    """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means.
-
-    Raises:
-        UsageError: it means none.
-    """
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    try:
-        if match is None or (match[3] and not match[2]):
-            raise ValueError
-        unit = _BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]
-        return int(float(match[1]) * unit)
-    except (ValueError, OverflowError):
-        raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
 
 
 def default_budget() -> int:

@@ -24,14 +24,12 @@ from cfsp.exports import padded
 from cfsp.exports.target import ExportOptions, Target, Written
 from cfsp.exports.verification import Verification, logits_of, probe_tokens, reference_model
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
-from cfsp.settings import CalibrationText, PruneSettings, Restore
+from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
 
 # How a model is repaired again, by how it was. Others are by ridge; training is not repeated.
-_REPEATED: dict[str | None, Restore] = {None: "none", "sequential": "sequential"}
+_REPEATED: dict[str | None, Repair] = {None: "none", "sequential": "sequential"}
 _INSTEAD = "use --to padded, or prune the base model with --block-metric uniform"
 
 
@@ -72,7 +70,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             calibration["seqlen"],
             calibration["seed"],
         ),
-        restore=_REPEATED.get(origin.restoration, "ridge"),
+        repair=_REPEATED.get(origin.restoration, "ridge"),
     )
     report = prune_checkpoint(
         origin.base, out, settings, statistics=origin.statistics, command=options.command

@@ -26,9 +26,9 @@ from cfsp.speed.subjects import Subject
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from cfsp.goals.goal import Phase
+    from cfsp.engine.compute import Engine
     from cfsp.planning.allocation import ModelSize
-    from cfsp.settings import Engine
+    from cfsp.settings import Phase
 
 WORKLOAD = Workload()
 ROUNDS = 5

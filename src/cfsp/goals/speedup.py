@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from cfsp.engine.compute import engine_of
 from cfsp.errors import BudgetError
 from cfsp.goals.latency import Latencies, measure_latencies
 from cfsp.goals.resolution import Resolution, Try
@@ -15,8 +16,7 @@ from cfsp.speed import Conditions
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.goals.goal import TargetSpeedup
-    from cfsp.settings import PruneSettings
+    from cfsp.settings import PruneSettings, TargetSpeedup
 
 
 def resolve_speedup(
@@ -36,7 +36,7 @@ def resolve_speedup(
     """
     size = model_size(source)
     multiple = settings.budget.multiple_for(size.width_L)
-    engine = settings.compute.engine(source)
+    engine = engine_of(settings.compute, source)
     latencies = measure_latencies(source.config, size, multiple, goal.phase, engine)
     warn_of_disturbance(latencies)
     return choose(goal, source, statistics, settings, latencies)

@@ -6,10 +6,7 @@ import json
 import platform
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -26,23 +23,6 @@ MANIFEST_FILE = "cfsp.json"
 PLAN_FILE = "cfsp_plan.json"
 STATISTICS_FILE = "cfsp_statistics.safetensors"
 MANIFEST_VERSION = 1
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in each named stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block of code to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
 
 def peak_rss_bytes() -> int:

@@ -18,6 +18,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
@@ -136,11 +137,11 @@ def _code(directory: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def _forward(source: Checkpoint, compute: Compute) -> str | None:
-    engine = compute.engine(source)
+    engine = engine_of(compute, source)
     # Any tokens do: what is asked is whether numbers come out.
     generator = torch.Generator().manual_seed(0)
     token_NT = torch.randint(source.config.vocab_size, (1, _TOKENS), generator=generator)
-    calibrate(source, Windows(token_NT, {}), device=engine.device, dtype=engine.dtype)
+    calibrate(source, Windows(token_NT, {}), engine)
     return None
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import Budget
-from cfsp.settings import CalibrationText, EvaluationText
+from cfsp.settings import Budget, CalibrationText, EvaluationText
 from cfsp.sweep.methods import Method, method
 
 
