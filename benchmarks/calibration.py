@@ -24,11 +24,11 @@ from transformers import PreTrainedModel
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.engine.block_stream import TOKENS_IN_BATCH
+from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
 from cfsp.planning.allocation import Budget
 from cfsp.repair.decision import decide_and_restore
 from cfsp.repair.stages import calibrate_windows
-from cfsp.result.manifest import versions
 from cfsp.settings import CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN, Windows

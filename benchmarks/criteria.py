@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.engine.versions import versions
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning.allocation import Budget
 from cfsp.planning.fine import CHANNEL_METRICS
 from cfsp.planning.make import Criterion
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import versions
 from cfsp.settings import RESTORE_METHODS, CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.result.manifest import versions
+from cfsp.engine.versions import versions
 from cfsp.speed.shapes import SHAPES
 from make_checkpoint import ALIASES, make_checkpoint
 

@@ -17,6 +17,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli import goal as cli_goal
 from cfsp.cli import main
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError, TextError, UsageError
 from cfsp.goals import latency, loss, speedup
@@ -26,7 +27,7 @@ from cfsp.goals.resolve import resolve_goal
 from cfsp.goals.search import STEPS, highest_step, last_that_holds
 from cfsp.planning.allocation import Budget
 from cfsp.planning.make import model_size
-from cfsp.result.manifest import Stopwatch, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import Engine, PruneSettings
 from cfsp.text.windows import draw_left_over, draw_windows
 from cfsp.whole_model.masks import masked_loss

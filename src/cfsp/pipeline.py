@@ -24,10 +24,12 @@ from cfsp.checkpoint.output import (
     created_parents,
     staged_directory,
 )
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import added_specs, write_pruned_weights
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import (
     Workplace,
     output_workplace,
@@ -45,13 +47,7 @@ from cfsp.quality.evaluate import before_and_after
 from cfsp.repair.decision import Decision, decide
 from cfsp.repair.stages import calibrate_windows, with_sensitivity
 from cfsp.result.card import model_card
-from cfsp.result.manifest import (
-    PLAN_FILE,
-    STATISTICS_FILE,
-    Stopwatch,
-    describe_pruning,
-    write_manifest,
-)
+from cfsp.result.manifest import describe_pruning, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer

@@ -12,8 +12,8 @@ from cfsp.processes import process_count
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
+    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import Workplace
-    from cfsp.result.manifest import Stopwatch
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside, created_parents
+    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import output_workplace, remove_finished_work
     from cfsp.errors import OutputError, UsageError
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
-    from cfsp.result.manifest import Stopwatch
     from cfsp.text.tokenizers import load_tokenizer
 
     remove_finished_work(args.out)

@@ -1,1 +1,1 @@
-"""The forward pass, block by block: windows stream through a model that need not fit into memory."""
+"""The forward pass: windows stream block by block through a model that may exceed memory."""

@@ -1,4 +1,4 @@
-"""Consecutive blocks of a pruned model as one function of the hidden states.
+"""Consecutive blocks of a model as one function of the hidden states.
 
 Shapes: B windows in a batch, T tokens, D hidden.
 """
@@ -15,16 +15,16 @@ from cfsp.checkpoint.skeleton import fill, read_tensors, unload
 from cfsp.engine.call_recorder import BlockCall
 
 if TYPE_CHECKING:
-    from cfsp.cut.surgery import PrunedSource
+    from cfsp.checkpoint.reading import WeightSource
 
 
 class BlockGroup:
-    """Some blocks of a pruned model, which compute one after the other.
+    """Some blocks of a model, which compute one after the other.
 
     They have no weights before the first `fill` and after `unload`.
 
     Args:
-        pruned: where their tensors come from.
+        source: where their tensors come from.
         modules: the blocks.
         first: index of the first of them in the model.
         calls: how the model calls each of them.
@@ -33,16 +33,16 @@ class BlockGroup:
 
     def __init__(
         self,
-        pruned: PrunedSource,
+        source: WeightSource,
         modules: Sequence[nn.Module],
         first: int,
         calls: Sequence[BlockCall],
         device: torch.device,
     ) -> None:
-        self._pruned = pruned
+        self._source = source
         self._modules = list(modules)
         self._prefixes = [
-            pruned.family.block_prefix(first + position) for position in range(len(modules))
+            source.family.block_prefix(first + position) for position in range(len(modules))
         ]
         self._recorded_calls = self._calls = list(calls)
         self._device = device
@@ -60,10 +60,10 @@ class BlockGroup:
         return hidden_BTD
 
     def fill(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> None:
-        """Compute with the pruned model's tensors in a dtype, but for some trained ones."""
+        """Compute with the source's tensors in a dtype, but for some trained ones."""
         self._calls = self._recorded_calls
         for module, prefix in zip(self._modules, self._prefixes, strict=True):
-            tensors = read_tensors(module, prefix, self._pruned, dtype)
+            tensors = read_tensors(module, prefix, self._source, dtype)
             tensors |= {
                 name.removeprefix(prefix): tensor.to(dtype)
                 for name, tensor in trained.items()
@@ -81,7 +81,7 @@ class BlockGroup:
         self._calls = [call.for_training() for call in self._recorded_calls]
         trained = []
         for module, prefix in zip(self._modules, self._prefixes, strict=True):
-            tensors = read_tensors(module, prefix, self._pruned, torch.float32)
+            tensors = read_tensors(module, prefix, self._source, torch.float32)
             # Copies, because the tensors of a model in memory are its own.
             fill(module, {name: t.clone() for name, t in tensors.items()}, self._device)
             trained.append(self._ffn_parameters(module, prefix))
@@ -90,7 +90,7 @@ class BlockGroup:
         return trained
 
     def _ffn_parameters(self, module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-        family = self._pruned.family
+        family = self._source.family
         bias = f"{prefix}{family.path_in_block(family.down)}.bias"
         parameters = {prefix + name: value for name, value in module.named_parameters()}
         return {

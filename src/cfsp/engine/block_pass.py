@@ -23,8 +23,8 @@ from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_ba
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.pass_state import Pace, PassState
 from cfsp.engine.pass_times import PassTimes
+from cfsp.engine.versions import versions
 from cfsp.progress import token_progress
-from cfsp.result.manifest import versions
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import lock_out_others
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.memory import default_budget
 from cfsp.engine.pass_state import STATE_FILE, read_state
 from cfsp.engine.pass_times import PassTimes
 from cfsp.errors import CfspError, OutputError, ResumeError
-from cfsp.result.manifest import MANIFEST_FILE
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.output import write_atomically
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.goals.goal import Goal, MaxLossIncrease, TargetParameters
 from cfsp.goals.loss import held_out_windows, resolve_loss
@@ -20,7 +21,6 @@ from cfsp.goals.speedup import resolve_speedup
 from cfsp.planning.allocation import Budget
 from cfsp.planning.make import check_statistics_fit, model_size
 from cfsp.repair.stages import calibrate_windows, plan_from_statistics, with_sensitivity
-from cfsp.result.manifest import Stopwatch
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import calibration_windows, load_whole
 

@@ -45,8 +45,8 @@ from cfsp.whole_model.load import searched
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import Workplace
-    from cfsp.result.manifest import Stopwatch
     from cfsp.settings import Engine, PruneSettings
     from cfsp.text.windows import Windows
 
