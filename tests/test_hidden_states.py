@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp import memory
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.engine import memory
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.memory import parse_size
 from cfsp.engine.read_ahead import read_ahead

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -20,13 +18,6 @@ from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 
 MANIFEST_VERSION = 1
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe_pruning(

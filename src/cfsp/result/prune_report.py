@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.reading import WeightSource, parameter_count
 from cfsp.cut.surgery import added_specs
+from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.decision import Decision
-from cfsp.result.manifest import peak_rss_bytes
 
 if TYPE_CHECKING:
     from cfsp.repair.fused import Repair, RestoredBlock
