@@ -56,6 +56,19 @@ ALLOWED_FOR_NOW = {
 
 MOST_MODULES = 9
 
+# Not yet through logging; the list only becomes shorter.
+PRINTS_FOR_NOW = {
+    "planning/make.py",
+    "recovery/adaptation.py",
+    "recovery/recover_report.py",
+    "recovery/reporting.py",
+    "recovery/workspace.py",
+    "repair/decision.py",
+    "repair/fused.py",
+    "repair/reconstructed.py",
+    "sweep/run.py",
+}
+
 
 def node_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
@@ -107,3 +120,15 @@ def test_imports_go_down_only() -> None:
 
 def test_few_modules_lie_beside_the_packages() -> None:
     assert len(list(SOURCE.glob("*.py"))) <= MOST_MODULES
+
+
+def test_only_the_command_line_prints() -> None:
+    prints = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if node_of(path) != "cli"
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("print", "tqdm.write")
+    }
+    assert prints - PRINTS_FOR_NOW == set(), "use logging.getLogger(__name__)"
+    assert PRINTS_FOR_NOW - prints == set(), "no longer needed: take it off the list"

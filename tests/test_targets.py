@@ -320,12 +320,11 @@ def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.Monkey
     assert found.conditions["dtype"] == "float32"
 
 
-def test_a_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
+def test_a_busy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
     speedup.warn_of_disturbance(LATENCIES)
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     speedup.warn_of_disturbance(Latencies((8, 96), (0.5, 1.0), {"disturbance": 0.8}))
-    assert "took 80% of the processors" in capsys.readouterr().err
+    assert "took 80% of the processors" in caplog.text
 
 
 def test_models_that_do_not_fit_are_not_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ Shapes: N windows, T tokens, D hidden.
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +30,8 @@ from cfsp.text.windows import Windows
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.workplace import Workplace
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -87,7 +89,7 @@ def pass_blocks(
     results: list[T] = []
     if state is not None and state.next_block:
         results = [files.load(state.directory, block) for block in range(state.next_block)]
-        print(f"{name}: going on at block {len(results)} of {blocks}", file=sys.stderr)
+        logger.info("%s: going on at block %d of %d", name, len(results), blocks)
     if len(results) == blocks:
         return results
     times = PassTimes() if place is None else place.times.setdefault(name, PassTimes())
@@ -162,10 +164,9 @@ def _hidden_opener(
         nbytes = math.prod(shape_NTD) * dtype.itemsize
         if nbytes <= place.memory_budget:
             return HiddenInMemory(shape_NTD, dtype, directory, saved)
-        print(
+        logger.info(
             f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
-            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}",
-            file=sys.stderr,
+            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
         )
         return HiddenInFile(shape_NTD, dtype, directory, saved)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from typing import TYPE_CHECKING
 
 from cfsp.errors import BudgetError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.goals.goal import TargetSpeedup
     from cfsp.settings import PruneSettings
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_speedup(
@@ -46,10 +48,9 @@ def warn_of_disturbance(latencies: Latencies) -> None:
     """Tell people that other programs took so much of the machine that little can be predicted."""
     share = float(latencies.conditions["disturbance"])
     if share > Conditions.disturbance:
-        print(
+        logger.warning(
             f"other programs took {share:.0%} of the processors while latencies were measured: the "
-            "prediction is unreliable; repeat it on a quiet machine",
-            file=sys.stderr,
+            "prediction is unreliable; repeat it on a quiet machine"
         )
 
 
