@@ -96,9 +96,8 @@ def pass_blocks(
     saver = None if state is None else _Saver(state, files, results, times)
     with (
         times.part("total"),
-        token_progress(name, blocks, tokens_NT.numel() * blocks) as progress,
+        token_progress(name, blocks, tokens_NT.numel() * blocks, len(results)) as progress,
     ):
-        progress.tokens(tokens_NT.numel() * len(results))
         for block in stream_blocks(
             source,
             tokens_NT,
