@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.output import write_atomically
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
-from cfsp.goals.goal import Goal, MaxLossIncrease, TargetParameters
+from cfsp.goals.goal import Goal, MaxLossIncrease, TargetParameters, TargetSpeedup
 from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
-from cfsp.goals.speedup import resolve_speedup
+from cfsp.goals.speedup import check_possible, resolve_speedup
 from cfsp.planning.allocation import Budget
 from cfsp.planning.make import check_statistics_fit, model_size
 from cfsp.repair.stages import calibrate_windows, plan_from_statistics, with_sensitivity
@@ -72,6 +72,8 @@ def resolve_goal(
     """
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
+    if isinstance(goal, TargetSpeedup):
+        check_possible(goal, source, settings)
     engine = settings.compute.engine(source)
     texts = []
     if isinstance(goal, MaxLossIncrease):

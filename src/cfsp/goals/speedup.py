@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from cfsp.errors import BudgetError
-from cfsp.goals.latency import Latencies, measure_latencies
+from cfsp.goals.latency import Latencies, measure_latencies, most_speedup
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.make import model_size, plan_widths
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
     from cfsp.settings import PruneSettings
 
 logger = logging.getLogger(__name__)
+
+
+def check_possible(goal: TargetSpeedup, source: WeightSource, settings: PruneSettings) -> None:
+    """Check, before anything is timed, that pruning could make a model so much faster at all.
+
+    Raises:
+        BudgetError: not even in proportion to the work that would be left.
+    """
+    width_L = model_size(source).width_L
+    least = min(settings.budget.multiple_for(width_L), *width_L)
+    most = most_speedup(source, least, goal.phase, settings.compute.engine(source))
+    if goal.ratio > most:
+        raise BudgetError(
+            f"{goal.phase} cannot become {goal.ratio:g} times faster by pruning the FFN: attention, "
+            f"head and at least {least} channels of every block stay, and without all else it "
+            f"would be {most:.2f} times faster at best; ask for less"
+        )
 
 
 def resolve_speedup(
