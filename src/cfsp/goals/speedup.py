@@ -32,9 +32,9 @@ def check_possible(goal: TargetSpeedup, source: WeightSource, settings: PruneSet
     most = most_speedup(source, least, goal.phase, settings.compute.engine(source))
     if goal.ratio > most:
         raise BudgetError(
-            f"{goal.phase} cannot become {goal.ratio:g} times faster by pruning the FFN: attention, "
-            f"head and at least {least} channels of every block stay, and without all else it "
-            f"would be {most:.2f} times faster at best; ask for less"
+            f"{goal.phase} cannot become {goal.ratio:g} times faster by pruning the FFN: "
+            f"attention, head and at least {least} channels of every block stay, and without all "
+            f"else it would be {most:.2f} times faster at best; ask for less"
         )
 
 
