@@ -27,8 +27,8 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.engine.block_stream import TOKENS_IN_BATCH
 from cfsp.engine.compute import engine_of
+from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
-from cfsp.result.manifest import versions
 from cfsp.settings import DEFAULT_SEQLEN, Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows

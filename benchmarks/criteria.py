@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.engine.versions import versions
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import versions
 from cfsp.settings import (
     CHANNEL_METRICS,
     REPAIRS,

@@ -14,12 +14,12 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.make import choose_channels, make_plan
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
-from cfsp.result.manifest import Stopwatch
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, consecutive_windows

@@ -137,14 +137,22 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         assert len(long) > len(short)
 
 
-def test_advanced_options_are_set_by_name(cli: Cli, tmp_path: Path) -> None:
-    prune = ("prune", "demo", "--out", tmp_path / "o", "--sparsity", 0.2)
-    _, error = cli(*prune, "--set", "block_metrik=cosine", status=2)
-    assert "unknown argument --block-metrik=cosine; did you mean --block-metric?" in error
-    _, error = cli(*prune, "--set", "block_metric=cosin", status=2)
-    assert "found 'cosin'; did you mean cosine?" in error
-    _, error = cli(*prune, "--set", "multiple", status=2)
-    assert "--set needs NAME=VALUE, found 'multiple'" in error
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("block_metrik=x", "unknown argument --block-metrik=x; did you mean --block-metric?"),
+        ("block_metric=cosin", "found 'cosin'; did you mean cosine?"),
+        ("multiple", "--set needs NAME=VALUE, found 'multiple'"),
+        ("memory_budget=much", "expected a size such as 2GB or 512MiB, found 'much'"),
+    ],
+)
+def test_advanced_options_are_checked_as_others_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", "demo", "--out", str(tmp_path / "o"), "--sparsity", "0.2", "--set", typed])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_effort_and_repair_are_one_choice(cli: Cli, tmp_path: Path) -> None:

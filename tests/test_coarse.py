@@ -120,7 +120,7 @@ def test_every_metric_of_the_table_is_computed() -> None:
     statistics = statistics_with_distances({"angular": [0.2, 0.1]})
     for metric in BLOCK_METRICS:
         assert len(block_distances(statistics, metric)) == 2
-    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform", "global"}
+    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform"}
 
 
 def test_importance_by_sensitivity_is_that_of_numpy() -> None:

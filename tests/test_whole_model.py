@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cfsp import whole_model
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.engine.compute import engine_of
@@ -20,9 +20,9 @@ from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.manifest import STATISTICS_FILE
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.text.windows import draw_text
+from cfsp.whole_model import load as whole_model
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8

@@ -28,6 +28,7 @@ from cfsp.cli import (
     verify,
 )
 from cfsp.cli.options import Parser, expand_sets
+from cfsp.cli.output import show_messages
 from cfsp.errors import CfspError, UsageError, did_you_mean
 from cfsp.processes import process_count
 
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         # A polite kill must clean up as Ctrl-C does.
         signal.signal(signal.SIGTERM, _stop)
+    show_messages()
     try:
         args.run(args)
     except CfspError as error:

@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> None:
 def _report(
     args: argparse.Namespace, statistics: Statistics, watch: Stopwatch, place: Workplace
 ) -> None:
+    from cfsp.engine.memory import peak_rss_bytes
     from cfsp.planning.make import LEAST_TOKENS, few_tokens
-    from cfsp.result.manifest import peak_rss_bytes
 
     facts: dict[str, Any] = {
         "out": str(args.out),

@@ -8,8 +8,8 @@ Shapes: N windows, T tokens, D hidden.
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,13 +23,15 @@ from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_ba
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.pass_state import Pace, PassState
 from cfsp.engine.pass_times import PassTimes
+from cfsp.engine.versions import versions
 from cfsp.progress import token_progress
-from cfsp.result.manifest import versions
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.workplace import Workplace
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -89,16 +91,15 @@ def pass_blocks(
     results: list[T] = []
     if state is not None and state.next_block:
         results = [files.load(state.directory, block) for block in range(state.next_block)]
-        print(f"{name}: going on at block {len(results)} of {blocks}", file=sys.stderr)
+        logger.info("%s: going on at block %d of %d", name, len(results), blocks)
     if len(results) == blocks:
         return results
     times = PassTimes() if place is None else place.times.setdefault(name, PassTimes())
     saver = None if state is None else _Saver(state, files, results, times)
     with (
         times.part("total"),
-        token_progress(name, blocks, tokens_NT.numel() * blocks) as progress,
+        token_progress(name, blocks, tokens_NT.numel() * blocks, len(results)) as progress,
     ):
-        progress.tokens(tokens_NT.numel() * len(results))
         for block in stream_blocks(
             source,
             tokens_NT,
@@ -165,10 +166,9 @@ def _hidden_opener(
         nbytes = math.prod(shape_NTD) * dtype.itemsize
         if nbytes <= place.memory_budget:
             return HiddenInMemory(shape_NTD, dtype, directory, saved)
-        print(
+        logger.info(
             f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
-            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}",
-            file=sys.stderr,
+            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
         )
         return HiddenInFile(shape_NTD, dtype, directory, saved)
 

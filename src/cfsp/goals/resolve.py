@@ -18,9 +18,9 @@ from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
-from cfsp.goals.speedup import resolve_speedup
+from cfsp.goals.speedup import check_possible, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
-from cfsp.settings import Budget, Goal, MaxLossIncrease, TargetParameters
+from cfsp.settings import Budget, Goal, MaxLossIncrease, TargetParameters, TargetSpeedup
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.sensitivity import with_sensitivity
@@ -76,6 +76,8 @@ def resolve_goal(
     """
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
+    if isinstance(goal, TargetSpeedup):
+        check_possible(goal, source, settings)
     engine = engine_of(settings.compute, source)
     texts = []
     if isinstance(goal, MaxLossIncrease):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.reading import WeightSource, parameter_count
+from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.repaired import Repaired
-from cfsp.result.manifest import peak_rss_bytes
 
 
 @dataclass(frozen=True)

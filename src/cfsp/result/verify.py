@@ -17,12 +17,13 @@ import torch
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
-from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute
 from cfsp.text.windows import Windows
 

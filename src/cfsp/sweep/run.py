@@ -25,13 +25,14 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
+from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import Compute, PruneSettings
 from cfsp.sweep.methods import method
 from cfsp.sweep.recipe import Point, Recipe
