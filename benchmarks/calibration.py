@@ -4,7 +4,7 @@
 
 Plain is transformers' own forward of the loaded base model (no language-model head: calibration
 needs none), without gradients, in batches of as many tokens. Calibration reads the weights from
-disk, and restoration solves and writes the repaired matrices; both are counted. Runs take turns;
+disk, and repair solves and writes the repaired matrices; both are counted. Runs take turns;
 the figure is the median of the ratios within a round.
 """
 
@@ -21,17 +21,18 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.engine.block_stream import TOKENS_IN_BATCH
+from cfsp.engine.compute import engine_of
+from cfsp.engine.stopwatch import Stopwatch
+from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
-from cfsp.planning.allocation import Budget
-from cfsp.repair.decision import decide_and_restore
-from cfsp.repair.stages import calibrate_windows
-from cfsp.result.manifest import versions
-from cfsp.settings import CalibrationText, Compute, PruneSettings
+from cfsp.repair.ladder import plan_and_repair
+from cfsp.settings import DEFAULT_SEQLEN, Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import DEFAULT_SEQLEN, Windows
+from cfsp.text.windows import Windows, draw_text
 
 
 def main() -> None:
@@ -49,19 +50,20 @@ def main() -> None:
     source = open_checkpoint(args.model)
     text = CalibrationText(tuple(args.data or ["python-docs"]), args.samples, args.seqlen)
     compute = Compute(dtype=args.dtype)
-    engine = compute.engine(source)
-    windows = text.draw(load_tokenizer(source.directory))
+    engine = engine_of(compute, source)
+    windows = draw_text(text, load_tokenizer(source.directory))
     model = load(args.model, dtype=engine.dtype, device=engine.device)
     settings = PruneSettings(Budget(args.sparsity), text=text, compute=compute)
 
-    def restore() -> None:
+    def repair() -> None:
         with tempfile.TemporaryDirectory() as work:
-            decide_and_restore(source, windows, settings, engine, Workplace(Path(work)))
+            place, watch = Workplace(Path(work)), Stopwatch()
+            plan_and_repair(source, lambda: windows, settings, engine, place=place, watch=watch)
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),
-        "calibrate": lambda: calibrate_windows(source, windows, engine, text.seed),
-        "calibrate and restore": restore,
+        "calibrate": lambda: calibrate(source, windows, engine, seed=text.seed),
+        "calibrate and repair": repair,
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     plain_forward(model, Windows(windows.tokens_NT[:4], {}))

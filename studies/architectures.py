@@ -20,14 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
-from cfsp.planning.coarse import SENSITIVITY_METRICS
-from cfsp.planning.make import DEFAULT_BLOCK_METRIC, Criterion
-from cfsp.repair.stages import few_windows
-from cfsp.settings import Compute
+from cfsp.engine.compute import engine_of
+from cfsp.settings import DISTANCES, SENSITIVITY_METRICS, Compute, Criterion
 from cfsp.sweep.table import loss_rise
-from cfsp.whole_model.load import measure_sensitivity
+from cfsp.text.windows import draw_text, few_windows
+from cfsp.whole_model.sensitivity import measure_sensitivity
 from conditions import calibration_text, conditions, parser_of_texts
 from damage import damage_of, rank_correlation
 from results import Results, Row, table
@@ -109,8 +107,8 @@ class SmallModel:
         """Those of its calibration, with the sensitivity of its blocks."""
         source = self.subject.source
         found = self.subject.calibrate(self.text)
-        windows = few_windows(self.text.draw(self.subject.tokenizer), SENSITIVITY_WINDOWS)
-        engine = Compute().engine(source)
+        windows = few_windows(draw_text(self.text, self.subject.tokenizer), SENSITIVITY_WINDOWS)
+        engine = engine_of(Compute(), source)
         sensitivity = measure_sensitivity(source, found, windows, Criterion(), engine)
         return replace(found, sensitivity=sensitivity)
 
@@ -169,7 +167,7 @@ def above_default(pruned: Sequence[Row]) -> list[Row]:
     def plan(row: Row) -> tuple[Any, ...]:
         return row["architecture"], row["seed"], row["sparsity"]
 
-    default = {plan(row): row for row in pruned if row["blocks"] == DEFAULT_BLOCK_METRIC}
+    default = {plan(row): row for row in pruned if row["blocks"] == Criterion.block_metric}
     pairs = [(row, default[plan(row)]) for row in pruned if plan(row) in default]
     return [
         {**row, **{rise: row[rise] - base[rise] for rise in RISES}}

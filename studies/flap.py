@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.skeleton import blocks_of, projection_of
-from cfsp.planning.allocation import Budget, channels_to_keep, round_widths
+from cfsp.planning.allocation import channels_to_keep, round_widths
 from cfsp.planning.fine import read_ffn_weights, strongest_channels
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.settings import Budget
 from conditions import parser_of_model
 from results import table
 from study import Study

@@ -18,10 +18,12 @@ from functools import cached_property
 from itertools import combinations
 from statistics import fmean
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import BlockStatistics, Statistics
+from cfsp.engine.compute import engine_of
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.stages import calibrate_windows
 from cfsp.settings import CalibrationText, Compute
+from cfsp.text.windows import draw_text
 from conditions import parser_of_model
 from results import Row, table
 from study import Study
@@ -87,11 +89,11 @@ def sizes(samples: int) -> list[int]:
 
 def one_by_one(subject: Subject, text: CalibrationText) -> list[Statistics]:
     """Return the statistics of each window alone."""
-    windows = text.draw(subject.tokenizer)
-    engine = Compute().engine(subject.source)
+    windows = draw_text(text, subject.tokenizer)
+    engine = engine_of(Compute(), subject.source)
     return [
-        calibrate_windows(
-            subject.source, replace(windows, tokens_NT=window_T[None]), engine, text.seed
+        calibrate(
+            subject.source, replace(windows, tokens_NT=window_T[None]), engine, seed=text.seed
         )
         for window_T in windows.tokens_NT
     ]

@@ -12,17 +12,17 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
+from cfsp.engine.compute import engine_of
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion, choose_channels, make_plan
+from cfsp.planning.make import choose_channels, make_plan
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
-from cfsp.repair.decision import decide
-from cfsp.result.manifest import Stopwatch
-from cfsp.settings import CalibrationText, Compute, PruneSettings
+from cfsp.repair.ladder import plan_and_repair
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, consecutive_windows
+from cfsp.text.windows import Windows, consecutive_windows, draw_text
 from cfsp.whole_model.masks import masked_channels
 
 if TYPE_CHECKING:
@@ -110,19 +110,20 @@ class Subject:
             return self.quality(self.model)
 
     def quality_repaired(self, text: CalibrationText, plan: PruningPlan) -> dict[str, float]:
-        """Return the perplexity on each text after ridge restoration of what a plan leaves."""
-        settings = PruneSettings(Budget(0.0), text=text, restore="ridge")
+        """Return the perplexity on each text after ridge repair of what a plan leaves."""
+        settings = PruneSettings(Budget(0.0), text=text, repair="ridge")
         with temporary_workplace() as place:
-            decision = decide(
+            repaired = plan_and_repair(
                 self.source,
-                lambda: text.draw(self.tokenizer),
+                lambda: draw_text(text, self.tokenizer),
                 settings,
+                engine_of(settings.compute, self.source),
                 place=place,
                 watch=Stopwatch(),
                 plan=plan,
             )
-            repaired = decision.repaired_tensors
-            return self.quality(build_pruned_model(self.model, self.source, plan, repaired))
+            pruned = build_pruned_model(self.model, self.source, plan, repaired.tensors)
+            return self.quality(pruned)
 
 
 def load_subject(name: str | Path, texts: Sequence[str], windows: int, seqlen: int) -> Subject:

@@ -16,20 +16,19 @@ from cfsp.errors import ExportError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.uniform import uniform_width
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.allocation import Budget
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import CalibrationText, PruneSettings, Restore
+from cfsp.settings import Budget, CalibrationText, PruneSettings, Repair
 
 
 @pytest.fixture
 def prune(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> Callable[[Restore], Checkpoint]:
-    def get(restore: Restore) -> Checkpoint:
+) -> Callable[[Repair], Checkpoint]:
+    def get(restore: Repair) -> Checkpoint:
         settings = PruneSettings(
             Budget(0.5, multiple=8),
             text=CalibrationText((str(text_file),), samples=6, seqlen=32),
-            restore=restore,
+            repair=restore,
         )
         prune_checkpoint(Checkpoint(tiny_checkpoint("llama")), tmp_path / "pruned", settings)
         return Checkpoint(tmp_path / "pruned")
@@ -39,7 +38,7 @@ def prune(
 
 @pytest.mark.parametrize("restore", ["none", "ridge", "sequential", "local"])
 def test_same_size_equal_widths(
-    prune: Callable[[Restore], Checkpoint], tmp_path: Path, restore: Restore
+    prune: Callable[[Repair], Checkpoint], tmp_path: Path, restore: Repair
 ) -> None:
     source = prune(restore)
     assert len(set(intermediate_sizes(source.config))) > 1
@@ -91,7 +90,7 @@ def test_widths() -> None:
     ],
 )
 def test_refusals(
-    prune: Callable[[Restore], Checkpoint], tmp_path: Path, change: str, message: str
+    prune: Callable[[Repair], Checkpoint], tmp_path: Path, change: str, message: str
 ) -> None:
     source = prune("none")
     manifest = source.directory / "cfsp.json"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.errors import CfspError, OutputError, RecoveryError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
@@ -32,7 +33,7 @@ from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
 from cfsp.recovery.teacher import TeacherChoice
 from cfsp.recovery.workspace import Workspace
-from cfsp.result.manifest import PLAN_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
 from tiny_models import TINY_CONFIGS

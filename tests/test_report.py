@@ -16,7 +16,6 @@ import torch
 from cfsp.calibration.statistics import BlockStatistics
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, ReportError
-from cfsp.planning.allocation import Budget
 from cfsp.report.channels import curve_step, distribution, energy_removed, removal_curve
 from cfsp.report.drawing import Scale, element, round_scale, scale_from_zero
 from cfsp.report.page import script_json
@@ -24,6 +23,7 @@ from cfsp.report.run_facts import RunFacts, read_run, read_runs
 from cfsp.report.summary import short_names, summary_rows
 from cfsp.report.write import write_report
 from cfsp.result.manifest import add_to_manifest
+from cfsp.settings import Budget
 from report_runs import HISTORY, changed_copy, prune_tiny, recovered
 
 HOSTILE = '"></script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from cfsp.planning.allocation import CLAMPS, Budget, Clamp, allocate
+from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import block_importance
 from cfsp.report.channels import energy_removed
 from cfsp.report.run_facts import RunFacts, read_run
 from cfsp.report.write import write_report
+from cfsp.settings import CLAMPS, Budget, Clamp
 from report_runs import changed_copy, prune_tiny, recovered
 
 _FLAGS = (

@@ -13,7 +13,6 @@ import pytest
 
 from cfsp.cli.prune import print_report
 from cfsp.errors import ReportError
-from cfsp.planning.allocation import Budget
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.chart import Chart
 from cfsp.report.pictures import picture_svg
@@ -22,7 +21,7 @@ from cfsp.report.run_facts import read_run
 from cfsp.report.summary import NOTHING
 from cfsp.report.write import write_report
 from cfsp.result.prune_report import PruneReport
-from cfsp.settings import Restore
+from cfsp.settings import Budget, Repair
 from report_runs import changed_copy, prune_tiny
 
 Change = Callable[[dict[str, Any]], None]
@@ -63,7 +62,7 @@ def chart_of(*runs: Path) -> Chart:
     ],
 )
 def test_a_real_run_has_a_chart_of_every_step(
-    restore: Restore,
+    restore: Repair,
     charts: list[Any],
     key: str,
     act: str,

@@ -99,9 +99,9 @@ def test_it_may_be_killed_again_and_resume_with_another_budget(
     ("where", "block", "pass_name", "done"),
     [
         ("within", 2, "coarse pass", 1),
-        ("within", BLOCKS + 1, "calibrate and restore", 0),
-        ("within", BLOCKS + 3, "calibrate and restore", 2),
-        ("writing", 0, "calibrate and restore", BLOCKS),
+        ("within", BLOCKS + 1, "ridge", 0),
+        ("within", BLOCKS + 3, "ridge", 2),
+        ("writing", 0, "ridge", BLOCKS),
     ],
 )
 def test_pruning_killed_at_a_block_resumes_there(
@@ -135,7 +135,7 @@ def test_pruning_killed_at_a_block_resumes_there(
     ("change", "key"),
     [
         (["--sparsity", "0.4"], "sparsity"),
-        (["--restore", "none"], "--restore"),
+        (["--repair", "none"], "--repair"),
         (["--channel-metric", "wanda"], "channel_metric"),
     ],
 )

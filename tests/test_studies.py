@@ -25,8 +25,7 @@ import stability
 import study
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.allocation import Budget
-from cfsp.settings import CalibrationText, Compute
+from cfsp.settings import Budget, CalibrationText, Compute
 from cfsp.sweep.measured import Row
 from cfsp.sweep.recipe import read_recipe
 from cfsp.sweep.run import run_sweep

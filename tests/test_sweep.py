@@ -19,10 +19,9 @@ from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.fine import channel_scores, read_ffn_weights
-from cfsp.planning.make import Criterion
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import DEFAULT_RESTORE, CalibrationText, Compute
+from cfsp.settings import CalibrationText, Compute
 from cfsp.sweep.front import pareto_front
 from cfsp.sweep.measured import Row
 from cfsp.sweep.methods import METHODS, Method
@@ -160,12 +159,6 @@ def test_random_is_the_same_for_the_same_calibration(
     assert scores[0] != scores[4]
 
 
-def test_a_method_without_more_is_what_prune_does() -> None:
-    method = Method("a")
-    assert Criterion(method.block_metric, method.channel_metric, method.clamp) == Criterion()
-    assert method.repair == DEFAULT_RESTORE
-
-
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_characters="./\\", min_codepoint=32),
     min_size=1,
@@ -255,7 +248,7 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
                     'name = "a", block_metric = "x"',
                     "a: unknown block_metric 'x'; known are: angular",
                 ),
-                ('name = "a", repair = "x"', "a: unknown repair 'x'; known are: ridge"),
+                ('name = "a", repair = "x"', "a: unknown repair 'x'; known are: none, ridge"),
                 ('name = "a", multiple = 0', "multiple must be at least 1"),
                 ('name = "a", of = "x"', "unknown keys: of"),
                 ('repair = "none"', "has no name"),

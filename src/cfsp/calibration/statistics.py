@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
+from cfsp.settings import DISTANCES
 
 # Version 1 held means of distances where version 2 holds sums; it is still read.
 STATISTICS_VERSION = 2

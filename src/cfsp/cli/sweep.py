@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
+from cfsp.cli.options import Parser, add_options
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError
+from cfsp.settings import Budget
 from cfsp.sweep.methods import METHODS
 
 if TYPE_CHECKING:
@@ -26,10 +28,11 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "cfsp sweep MODEL --sparsity 0.1 0.2 0.3 0.4 0.5 --method cfsp wanda-sp --data wikitext2 "
         "--data c4 --eval wikitext2 --out sweep",
     )
+    others = vars(parser.parse_args([]))
     _add_recipe(parser)
     # None for what was not given: defaults are the recipe's, and beside --recipe nothing is.
-    names = vars(parser.parse_args([]))
-    parser.set_defaults(run=run, in_recipe=tuple(names), **dict.fromkeys(names))
+    names = [name for name in vars(parser.parse_args([])) if name not in others]
+    parser.set_defaults(run=run, in_recipe=names, **dict.fromkeys(names))
     parser.add_argument("--out", required=True, type=Path, help="directory; a sweep there goes on")
     parser.add_argument(
         "--recipe",
@@ -45,7 +48,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     arguments.add_json(parser)
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: Parser) -> None:
     """Add what a recipe decides; each is a field of `Recipe`."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="as for prune; or it is in the recipe"
@@ -61,8 +64,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"of {', '.join(METHODS)} (default: cfsp)",
     )
-    parser.add_argument("--of", choices=("ffn", "model"), help="as for prune (default: ffn)")
-    parser.add_argument("--multiple", type=int, metavar="N", help="as for prune")
+    add_options(parser, parser, Budget, fields=("of", "multiple"))
     arguments.add_calibration_text(parser)
     measured = parser.add_argument_group("measuring")
     measured.add_argument(

@@ -9,8 +9,8 @@ it; another command is refused. Nobody else works in it meanwhile.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import lock_out_others
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.memory import default_budget
 from cfsp.engine.pass_state import STATE_FILE, read_state
 from cfsp.engine.pass_times import PassTimes
 from cfsp.errors import CfspError, OutputError, ResumeError
-from cfsp.result.manifest import MANIFEST_FILE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,9 +105,8 @@ def output_workplace(
             raise
         except BaseException as error:
             if _to_keep(directory, error):
-                print(
-                    f"the work so far is kept in {place}; the same command goes on from it",
-                    file=sys.stderr,
+                logger.warning(
+                    "the work so far is kept in %s; the same command goes on from it", place
                 )
             else:
                 _remove(directory)

@@ -8,10 +8,10 @@ from pathlib import Path
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import UsageError
 from cfsp.exports import gguf, openvino, padded, uniform, vllm
 from cfsp.exports.target import ExportOptions, ExportReport, Target
-from cfsp.result.manifest import Stopwatch
 
 TARGETS: dict[str, Target] = {
     module.TARGET.name: module.TARGET for module in (gguf, vllm, openvino, padded, uniform)

@@ -17,6 +17,7 @@ import torch
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cut.surgery import pruned_tensor
 from cfsp.errors import CheckpointError, ExportError, StatisticsError
@@ -24,14 +25,12 @@ from cfsp.exports import padded
 from cfsp.exports.target import ExportOptions, Target, Written
 from cfsp.exports.verification import Verification, logits_of, probe_tokens, reference_model
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
-from cfsp.settings import CalibrationText, PruneSettings, Restore
+from cfsp.result.manifest import read_manifest
+from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
 
 # How a model is repaired again, by how it was. Others are by ridge; training is not repeated.
-_REPEATED: dict[str | None, Restore] = {None: "none", "sequential": "sequential"}
+_REPEATED: dict[str | None, Repair] = {None: "none", "sequential": "sequential"}
 _INSTEAD = "use --to padded, or prune the base model with --block-metric uniform"
 
 
@@ -72,7 +71,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             calibration["seqlen"],
             calibration["seed"],
         ),
-        restore=_REPEATED.get(origin.restoration, "ridge"),
+        repair=_REPEATED.get(origin.restoration, "ridge"),
     )
     report = prune_checkpoint(
         origin.base, out, settings, statistics=origin.statistics, command=options.command

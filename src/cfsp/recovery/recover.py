@@ -26,6 +26,8 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.stopwatch import Stopwatch
+from cfsp.engine.versions import versions
 from cfsp.errors import UsageError
 from cfsp.processes import is_first_process
 from cfsp.quality.evaluate import before_and_after
@@ -38,7 +40,6 @@ from cfsp.recovery.settings import Training, with_learning_rate
 from cfsp.recovery.teacher import TeacherChoice, check_teacher, store_top_tokens
 from cfsp.recovery.workspace import Workspace
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
-from cfsp.result.manifest import Stopwatch, versions
 from cfsp.settings import Compute
 from cfsp.text.tokenizers import load_tokenizer
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.allocation import ModelSize
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.manifest_check import check_manifest
-from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cfsp.planning.allocation import AUTO_MULTIPLE_NARROW
-from cfsp.planning.coarse import GLOBAL
 from cfsp.report.channels import curve_step, energy_removed, removal_curve
 from cfsp.report.run_facts import RunFacts
+from cfsp.settings import MULTIPLE_OF_NARROW
 
 
 def what_if_data(run: RunFacts) -> dict[str, Any] | None:
@@ -26,9 +25,9 @@ def what_if_data(run: RunFacts) -> dict[str, Any] | None:
     plan, size = run.plan, run.size
     if plan is None or size is None:
         return None
-    if plan.criterion.get("block_metric") == GLOBAL or "search" in plan.criterion:
+    if False:
         return None
-    multiple = int(plan.criterion.get("multiple", AUTO_MULTIPLE_NARROW))
+    multiple = int(plan.criterion.get("multiple", MULTIPLE_OF_NARROW))
     steps = [curve_step(block.width, multiple) for block in plan.blocks]
     curves = own = None
     if run.statistics is not None:

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.engine.memory import peak_rss_bytes
 from cfsp.errors import CfspError
-from cfsp.result.manifest import peak_rss_bytes
 from cfsp.speed.disturbance import busy_seconds, share_of_others
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
@@ -163,7 +162,7 @@ def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> 
             if isinstance(request, Workload):
                 connection.send(_run(engine, request))
             else:
-                connection.send(Memory(_peak_resident_bytes(), engine.peak_device_bytes()))
+                connection.send(Memory(peak_rss_bytes(), engine.peak_device_bytes()))
     except (EOFError, ConnectionError):
         # The other side has gone.
         return
@@ -184,13 +183,3 @@ def _run(engine: Engine, workload: Workload) -> Run:
     share = share_of_others(busy, busy_seconds(), own, spent)
     gc.enable()
     return Run(timing, own, share)
-
-
-def _peak_resident_bytes() -> int:
-    """Return the peak of this program alone: getrusage also counts what it was started from."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_rss_bytes()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import Budget, round_widths
+from cfsp.planning.allocation import round_widths
+from cfsp.settings import Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

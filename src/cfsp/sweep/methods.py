@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cfsp.settings import DEFAULT_REPAIR, Clamp, Criterion, Repair
+
 
 @dataclass(frozen=True)
 class Method:
@@ -31,12 +33,11 @@ class Method:
         multiple: widths become multiples of this; None for what suits the model.
     """
 
-    # No defaults from where they are at home: that imports torch. A test compares.
     name: str
-    block_metric: str = "angular"
-    channel_metric: str = "relative"
-    clamp: str | None = None
-    repair: str = "ridge"
+    block_metric: str = Criterion.block_metric
+    channel_metric: str = Criterion.channel_metric
+    clamp: Clamp | None = None
+    repair: Repair = DEFAULT_REPAIR
     multiple: int | None = None
 
 

@@ -7,20 +7,23 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import CLAMPS, Budget
-from cfsp.planning.coarse import BLOCK_METRICS, SENSITIVITY_METRICS
-from cfsp.planning.fine import CHANNEL_METRICS
-from cfsp.planning.make import Criterion
 from cfsp.settings import (
-    RESTORE_METHODS,
+    BLOCK_METRICS,
+    CHANNEL_METRICS,
+    CLAMPS,
+    REPAIRS,
+    SENSITIVITY_METRICS,
+    Budget,
+    BudgetOf,
     CalibrationText,
     Compute,
+    Criterion,
     EvaluationText,
     PruneSettings,
 )
@@ -30,7 +33,7 @@ _KNOWN: dict[str, Sequence[str | None]] = {
     "block_metric": (*BLOCK_METRICS, *SENSITIVITY_METRICS),
     "channel_metric": CHANNEL_METRICS,
     "clamp": (None, *CLAMPS),
-    "repair": RESTORE_METHODS,
+    "repair": REPAIRS,
 }
 # A method's name begins that of a directory.
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")
@@ -76,14 +79,14 @@ class Recipe:
     model: str
     sparsity: tuple[float, ...]
     methods: tuple[Method, ...] = (METHODS["cfsp"],)
-    of: str = "ffn"
+    of: BudgetOf = Budget.of
     multiple: int | None = None
-    data: tuple[str, ...] = ("python-docs",)
+    data: tuple[str, ...] = CalibrationText.names
     samples: int | None = None
-    seqlen: int = 1024
-    seed: tuple[int, ...] = (0,)
+    seqlen: int = CalibrationText.seqlen
+    seed: tuple[int, ...] = (CalibrationText.seed,)
     eval: tuple[str, ...] = ()
-    eval_windows: int = 12
+    eval_windows: int | None = EvaluationText.windows
     speed: bool = False
 
     def __post_init__(self) -> None:
@@ -136,11 +139,11 @@ class Recipe:
         """
         method = point.method
         return PruneSettings(
-            Budget(point.sparsity, self.of, self.multiple or method.multiple),  # type: ignore[arg-type]
-            Criterion(method.block_metric, method.channel_metric, method.clamp),  # type: ignore[arg-type]
+            Budget(point.sparsity, self.of, self.multiple or method.multiple),
+            Criterion(method.block_metric, method.channel_metric, method.clamp),
             self.text(point.seed),
             compute,
-            method.repair,  # type: ignore[arg-type]
+            method.repair,
         )
 
     def to_toml(self) -> str:
@@ -210,11 +213,14 @@ def _value(where: str, value: Any, expected: Any) -> Any:
         if not isinstance(value, list):
             raise UsageError(f"{where} must be a list, found {value!r}")
         return tuple(_value(where, each, get_args(expected)[0]) for each in value)
-    kinds = [kind for kind in get_args(expected) or (expected,) if kind is not NoneType]
-    if float in kinds and type(value) is int:
+    if get_origin(expected) in (UnionType, Union):  # or None, which a file leaves out
+        expected = get_args(expected)[0]
+    if get_origin(expected) is Literal:
+        expected = str
+    if expected is float and type(value) is int:
         return float(value)
-    if type(value) not in kinds:
-        raise UsageError(f"{where} must be of type {kinds[0].__name__}, found {value!r}")
+    if type(value) is not expected:
+        raise UsageError(f"{where} must be of type {expected.__name__}, found {value!r}")
     return value
 
 

@@ -25,16 +25,17 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.engine.compute import engine_of
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning.allocation import channels_to_keep
-from cfsp.planning.coarse import SENSITIVITY_METRICS
 from cfsp.planning.make import model_size
 from cfsp.progress import item_progress
-from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest
-from cfsp.settings import Compute
+from cfsp.result.manifest import add_to_manifest
+from cfsp.settings import OWN_TEXT, SENSITIVITY_METRICS, Compute
 from cfsp.sweep.measured import (
     Row,
     check_conditions,
@@ -46,8 +47,7 @@ from cfsp.sweep.measured import (
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import consecutive_windows
-from cfsp.whole_model.own_text import OWN_TEXT
+from cfsp.text.windows import consecutive_windows, draw_text
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def _check(sweep: _Sweep) -> None:
         CfspError: a text is too short, no plan meets a budget, or there is no such device.
     """
     recipe, source = sweep.recipe, sweep.source
-    sweep.compute.engine(source)
+    engine_of(sweep.compute, source)
     size, tokenizer = model_size(source), load_tokenizer(source.directory)
     for point in recipe.points:
         channels_to_keep(recipe.settings(point, sweep.compute).budget, size)
@@ -179,13 +179,13 @@ def _check(sweep: _Sweep) -> None:
     text = recipe.text(recipe.seed[0])
     others = tuple(name for name in text.names if name != OWN_TEXT)
     if others == text.names:
-        text.draw(tokenizer)
+        draw_text(text, tokenizer)
     elif others:  # what the model is to write is not there yet
-        replace(text, names=others).draw(tokenizer)
+        draw_text(replace(text, names=others), tokenizer)
 
 
 def _dense(sweep: _Sweep) -> Row:
-    path, dtype = sweep.out / _DENSE_FILE, str(sweep.compute.engine(sweep.source).dtype)
+    path, dtype = sweep.out / _DENSE_FILE, str(engine_of(sweep.compute, sweep.source).dtype)
     if not path.is_file():
         texts = sweep.recipe.evaluation
         perplexity = measure_perplexity(sweep.source.directory, texts, sweep.compute)

@@ -8,20 +8,22 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from cfsp.errors import TextError, UsageError
+from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT
+from cfsp.text.hold_out import is_held_out
 from cfsp.text.sources import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_SAMPLES = 128
-DEFAULT_SEQLEN = 1024
+    from cfsp.settings import CalibrationText
+
 _SEPARATOR = "\n\n"
 _CHUNK_CHARACTERS = 4_000_000
 # How much more text than needed windows are drawn from, where a source is that long.
@@ -39,6 +41,13 @@ class Windows:
 
     tokens_NT: Tensor
     sources: dict[str, int]
+
+    @property
+    def held_out_N(self) -> Tensor:
+        """Which windows repair is judged by instead of fitted to; see `is_held_out`."""
+        parts = tuple(self.sources.values())
+        whole = (len(self.tokens_NT),)
+        return is_held_out(parts if sum(parts) == sum(whole) else whole)
 
     @property
     def digest(self) -> str:
@@ -75,6 +84,56 @@ def draw_windows(
         drawn.append(pool.tokens_NT[: pool.share])
         counts[pool.name] = counts.get(pool.name, 0) + len(drawn[-1])
     return Windows(torch.cat(drawn), counts)
+
+
+class WriteWindows(Protocol):
+    """Lets a model write windows; see `cfsp.whole_model.own_text`."""
+
+    def __call__(self, *, count: int, seqlen: int, seed: int) -> Tensor:
+        """Return `count` windows of `seqlen` tokens, as int64 [N, T]."""
+        ...
+
+
+def draw_text(
+    text: CalibrationText,
+    tokenizer: PreTrainedTokenizerBase,
+    write: WriteWindows | None = None,
+) -> Windows:
+    """Draw the windows of a calibration text.
+
+    Args:
+        text: what to draw.
+        tokenizer: the model's own.
+        write: gives windows that the model wrote itself, for the text `self`.
+
+    Raises:
+        TextError: a text is missing or too short.
+        UsageError: the model cannot write here.
+    """
+    others = tuple(name for name in text.names if name != OWN_TEXT)
+    if others == text.names:
+        return draw_windows(
+            others, tokenizer, samples=text.samples, seqlen=text.seqlen, seed=text.seed
+        )
+    if write is None:
+        raise UsageError(
+            f"--data {OWN_TEXT} is text that the model writes to be calibrated on by prune and "
+            "calibrate; name another text here"
+        )
+    total = DEFAULT_SAMPLES if text.samples is None else text.samples
+    share = total * len(others) // len(text.names)
+    own_NT = write(count=total - share, seqlen=text.seqlen, seed=text.seed)
+    own = Windows(own_NT, {OWN_TEXT: len(own_NT)})
+    if not others:
+        return own
+    drawn = draw_windows(others, tokenizer, samples=share, seqlen=text.seqlen, seed=text.seed)
+    return Windows(torch.cat([drawn.tokens_NT, own.tokens_NT]), drawn.sources | own.sources)
+
+
+def few_windows(windows: Windows, count: int) -> Windows:
+    """Return at most `count` windows, spread over all, so that every text has its share."""
+    stride = max(1, len(windows.tokens_NT) // count)
+    return replace(windows, tokens_NT=windows.tokens_NT[::stride][:count])
 
 
 def draw_left_over(
