@@ -268,7 +268,7 @@ def make_inputs(scratch: Path) -> Inputs:
     inputs.text.write_text("\n\n".join(topics[name] for name in sorted(topics)[:12])[:40_000])
     in_child(lambda: make_model(inputs.model))
     clear(inputs)
-    ended = run([*command_line("prune", inputs), "--restore", "none"], inputs)
+    ended = run([*command_line("prune", inputs), "--repair", "none"], inputs)
     if ended.status:
         raise SystemExit(f"cannot prune:\n{ended.stderr}")
     inputs.out.rename(scratch / "pruned")

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="over depth and tokens")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--restore", default="ridge", choices=("ridge", "none"))
+    parser.add_argument("--repair", default="ridge", choices=("ridge", "none"))
     parser.add_argument("--memory-budget", help="as for cfsp prune")
     parser.add_argument("--directory", type=Path, help="for the checkpoints; needs room for both")
     parser.add_argument("--json", type=Path, help="write all numbers there")
@@ -129,7 +129,7 @@ def measure(args: argparse.Namespace, source: Path, windows: int) -> Run:
     with tempfile.TemporaryDirectory(dir=args.directory, prefix="cfsp-scale-") as scratch:
         argv = ["prune", str(source), "--sparsity", "0.5", "--data", args.data]
         argv += ["--samples", str(windows), "--seqlen", str(args.seqlen)]
-        argv += ["--restore", args.restore, "--out", f"{scratch}/out", "--json"]
+        argv += ["--repair", args.repair, "--out", f"{scratch}/out", "--json"]
         if args.memory_budget:
             argv += ["--memory-budget", args.memory_budget]
         start = time.perf_counter()
@@ -171,7 +171,7 @@ def sizes_of(checkpoint: Checkpoint) -> dict[str, int]:
 def _print(args: argparse.Namespace, runs: list[Run]) -> None:
     print(
         f"{args.shape} (random bfloat16 weights), half of the FFN channels removed, "
-        f"--restore {args.restore}, windows of {args.seqlen} tokens; "
+        f"--repair {args.repair}, windows of {args.seqlen} tokens; "
         f"{os.cpu_count()} CPUs, {platform.machine()}, {versions()}\n"
     )
     passes = list(runs[0].report["passes"])

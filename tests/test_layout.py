@@ -56,7 +56,6 @@ PRINTS_FOR_NOW = {
     "recovery/recover_report.py",
     "recovery/reporting.py",
     "recovery/workspace.py",
-    "sweep/run.py",
 }
 
 
