@@ -24,8 +24,8 @@ from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
 from cfsp.planning.coarse import SENSITIVITY_METRICS
 from cfsp.planning.make import DEFAULT_BLOCK_METRIC, Criterion
-from cfsp.repair.stages import few_windows
 from cfsp.settings import Compute
+from cfsp.text.windows import few_windows
 from cfsp.whole_model.load import measure_sensitivity
 from conditions import calibration_text, conditions, parser_of_texts
 from damage import damage_of, loss_increase, rank_correlation

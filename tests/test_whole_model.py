@@ -21,9 +21,9 @@ from cfsp.planning.allocation import Budget, allocate
 from cfsp.planning.coarse import importance_by
 from cfsp.planning.make import Criterion, model_size
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.observation import is_held_out
 from cfsp.result.manifest import PLAN_FILE, STATISTICS_FILE
 from cfsp.settings import CalibrationText, Compute, PruneSettings, Restore
+from cfsp.text.hold_out import is_held_out
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.masks import masked_channels
 from tiny_models import WIDTH, build_tiny_model

@@ -37,10 +37,10 @@ from cfsp.repair.reconstructed import ReconstructedBlocks
 from cfsp.repair.sequential import fit_again
 from cfsp.repair.stages import (
     calibrate_windows,
-    few_windows,
     plan_from_statistics,
     with_sensitivity,
 )
+from cfsp.text.windows import few_windows
 from cfsp.whole_model.load import searched
 
 if TYPE_CHECKING:

@@ -5,25 +5,12 @@ Shapes: E FFNs of the block (1, or its experts), R rows (tokens), F FFN channels
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums
 from cfsp.repair.gram import GramSums
-
-HELD_OUT_WINDOWS = 4
-_LEAST_STRIDE = 8
-
-
-def is_held_out(windows: int) -> Tensor:
-    """Return which of so many windows repair is not fitted to, as a mask [N].
-
-    They are spread, so that every text of a mixture is held out in part.
-    """
-    stride = min(windows, max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS)))
-    return torch.arange(windows) % stride == stride - 1
+from cfsp.text.hold_out import is_held_out
 
 
 class Observation:

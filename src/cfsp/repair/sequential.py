@@ -34,7 +34,6 @@ from cfsp.engine.two_streams import TwoStreams
 from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.gram import GramSums
 from cfsp.repair.local_training import hidden_loss, token_error
-from cfsp.repair.observation import HELD_OUT_WINDOWS
 from cfsp.repair.reconstructed import (
     HeldOut,
     ReconstructedBlocks,
@@ -42,6 +41,7 @@ from cfsp.repair.reconstructed import (
     write_trained,
 )
 from cfsp.repair.ridge import LAMBDAS
+from cfsp.text.hold_out import HELD_OUT_WINDOWS
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource

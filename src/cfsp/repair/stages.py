@@ -12,6 +12,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.planning.coarse import SENSITIVITY_METRICS
 from cfsp.planning.make import BlockWidths, Criterion, make_plan, warn_of_few_tokens
 from cfsp.progress import item_progress
+from cfsp.text.windows import few_windows
 from cfsp.whole_model.load import measure_sensitivity
 
 if TYPE_CHECKING:
@@ -47,12 +48,6 @@ def calibrate_windows(
         place=place,
         name=name,
     )
-
-
-def few_windows(windows: Windows, count: int) -> Windows:
-    """Return at most `count` windows, spread over all, so that every text has its share."""
-    stride = max(1, len(windows.tokens_NT) // count)
-    return replace(windows, tokens_NT=windows.tokens_NT[::stride][:count])
 
 
 def with_sensitivity(

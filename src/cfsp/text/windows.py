@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +46,12 @@ class Windows:
         digest = hashlib.sha256(str(tuple(self.tokens_NT.shape)).encode())
         digest.update(self.tokens_NT.to(torch.int64).contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def few_windows(windows: Windows, count: int) -> Windows:
+    """Return at most `count` windows, spread over all, so that every text has its share."""
+    stride = max(1, len(windows.tokens_NT) // count)
+    return replace(windows, tokens_NT=windows.tokens_NT[::stride][:count])
 
 
 def draw_windows(

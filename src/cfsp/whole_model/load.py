@@ -24,7 +24,7 @@ from cfsp.errors import CalibrationError, UsageError
 from cfsp.planning.fine import strongest_channels
 from cfsp.planning.make import BlockWidths, Criterion, ffn_scores
 from cfsp.progress import item_progress
-from cfsp.repair.observation import is_held_out
+from cfsp.text.hold_out import is_held_out
 from cfsp.whole_model.masks import check_can_be_masked
 from cfsp.whole_model.own_text import first_token, own_windows
 from cfsp.whole_model.sensitivity import block_sensitivities
