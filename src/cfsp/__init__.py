@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cfsp.goals.goal import MaxLossIncrease, TargetParameters, TargetSpeedup
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.result.prune_report import PruneReport
+    from cfsp.text.sources import Text
 
 __version__ = version("cfsp-llm")
 
@@ -35,6 +36,7 @@ _HOME = {
     "Statistics": "cfsp.calibration.statistics",
     "TargetParameters": "cfsp.goals.goal",
     "TargetSpeedup": "cfsp.goals.goal",
+    "Text": "cfsp.text.sources",
     "calibrate": "cfsp.api",
     "evaluate": "cfsp.api",
     "load": "cfsp.checkpoint.loading",
@@ -50,6 +52,7 @@ __all__ = [
     "Statistics",
     "TargetParameters",
     "TargetSpeedup",
+    "Text",
     "__version__",
     "calibrate",
     "evaluate",

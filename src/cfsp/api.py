@@ -11,7 +11,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.errors import UsageError
 from cfsp.goals.goal import Goal
-from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
+from cfsp.pipeline import calibrate_source, check_all_texts, prune_checkpoint, prune_model
 from cfsp.planning.allocation import Budget, BudgetOf, Clamp
 from cfsp.planning.make import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
 from cfsp.planning.plan_file import PruningPlan
@@ -32,12 +32,15 @@ from cfsp.settings import (
     PruneSettings,
     Restore,
 )
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.sources import Text
+from cfsp.text.tokenizers import Bos, load_tokenizer
 from cfsp.text.windows import DEFAULT_SEQLEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# One text or several: names, or texts themselves.
+Data = str | Path | Text | Sequence[str | Path | Text]
 DEFAULT_DATA = ("python-docs",)
 
 
@@ -51,10 +54,11 @@ def prune(
     goal: Goal | None = ...,
     of: BudgetOf = ...,
     multiple: int | None = ...,
-    data: Sequence[str | Path] = ...,
+    data: Data = ...,
     samples: int | None = ...,
     seqlen: int = ...,
     seed: int = ...,
+    bos: Bos = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
     clamp: Clamp | None = ...,
@@ -78,10 +82,11 @@ def prune(
     goal: Goal | None = ...,
     of: BudgetOf = ...,
     multiple: int | None = ...,
-    data: Sequence[str | Path] = ...,
+    data: Data = ...,
     samples: int | None = ...,
     seqlen: int = ...,
     seed: int = ...,
+    bos: Bos = ...,
     block_metric: str = ...,
     channel_metric: str = ...,
     clamp: Clamp | None = ...,
@@ -104,10 +109,11 @@ def prune(
     goal: Goal | None = None,
     of: BudgetOf = "ffn",
     multiple: int | None = None,
-    data: Sequence[str | Path] = DEFAULT_DATA,
+    data: Data = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     seed: int = 0,
+    bos: Bos = "auto",
     block_metric: str = DEFAULT_BLOCK_METRIC,
     channel_metric: str = DEFAULT_CHANNEL_METRIC,
     clamp: Clamp | None = None,
@@ -129,10 +135,13 @@ def prune(
         goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
         of: of the sparsity: `ffn` (FFN channels) or `model` (all parameters).
         multiple: widths become multiples of this; None for 128 or, below 4096 channels, 32.
-        data: calibration texts (see `cfsp.text.sources`).
+        data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
+            themselves.
         samples: windows in all; None for 128 or what there is.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
         seed: of the draw of windows.
+        bos: whether windows begin with BOS: `yes`, `no`, or `auto`, as the tokenizer begins an
+            input.
         block_metric: coarse criterion.
         channel_metric: fine criterion.
         clamp: what happens where a block would keep more than all (see `cfsp.planning.allocation`); None
@@ -162,7 +171,7 @@ def prune(
     settings = PruneSettings(
         budget=Budget(sparsity or 0.0, of, multiple),
         criterion=Criterion(block_metric, channel_metric, clamp),
-        text=CalibrationText(tuple(map(str, data)), samples, seqlen, seed),
+        text=CalibrationText(_texts(data), samples, seqlen, seed, bos),
         compute=Compute(device, dtype),
         restore=restore,
         local=LocalTraining(local_steps, local_blocks, local_text),
@@ -171,6 +180,8 @@ def prune(
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
+        # Before a model is downloaded or converted.
+        check_all_texts(settings.text, goal=goal)
         asked = f"goal={goal}" if goal else f"sparsity={sparsity}, of={of!r}"
         command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
         return prune_checkpoint(
@@ -188,10 +199,11 @@ def calibrate(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    data: Sequence[str | Path] = DEFAULT_DATA,
+    data: Data = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     seed: int = 0,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
     sensitivity: bool = False,
@@ -201,12 +213,13 @@ def calibrate(
     Arguments are those of `prune`; `sensitivity` also measures what pruning each block alone does
     to the predictions, which takes the whole model in memory.
     """
+    text = CalibrationText(_texts(data), samples, seqlen, seed, bos)
+    text.check()
     source = _source(model)
     if tokenizer is None:
         if not isinstance(source, Checkpoint):
             raise UsageError("calibrating a model in memory needs its tokenizer")
         tokenizer = load_tokenizer(source.directory)
-    text = CalibrationText(tuple(map(str, data)), samples, seqlen, seed)
     compute = Compute(device, dtype)
     return calibrate_source(source, tokenizer, text, compute, sensitivity=sensitivity)
 
@@ -233,10 +246,11 @@ def plan(
 
 def evaluate(
     models: Sequence[str | Path],
-    data: Sequence[str | Path],
+    data: Data,
     *,
     windows: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[dict[str, Any]]:
@@ -244,14 +258,24 @@ def evaluate(
 
     Args:
         models: directories, hub ids, .gguf files or `demo`.
-        data: texts (see `cfsp.text.sources`).
+        data: texts, as for `prune`.
         windows: consecutive windows from the beginning of each text; None for all.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
+        bos: as for `prune`.
         device: where to compute.
         dtype: what to compute in.
     """
-    texts = EvaluationText(tuple(map(str, data)), windows, seqlen)
+    texts = EvaluationText(_texts(data), windows, seqlen, bos=bos)
+    if not texts.names:
+        raise UsageError(
+            "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
+        )
     return evaluate_models([str(model) for model in models], texts, Compute(device, dtype))
+
+
+def _texts(data: Data) -> tuple[str | Text, ...]:
+    given = (data,) if isinstance(data, str | Path | Text) else data
+    return tuple(text if isinstance(text, Text) else str(text) for text in given)
 
 
 def _source(model: str | Path | PreTrainedModel) -> WeightSource:

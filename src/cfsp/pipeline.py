@@ -54,6 +54,7 @@ from cfsp.result.manifest import (
 )
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import calibration_windows
 
@@ -105,6 +106,21 @@ def calibrate_source(
     )
 
 
+def check_all_texts(
+    text: CalibrationText, evaluation: EvaluationText | None = None, goal: Goal | None = None
+) -> None:
+    """Open every text that pruning will read, before any work is done.
+
+    Raises:
+        TextError: one is missing or not readable.
+    """
+    text.check()
+    if evaluation is not None:
+        evaluation.check()
+    if isinstance(goal, MaxLossIncrease):
+        check_texts(goal.held_out, "evaluation")
+
+
 def prune_checkpoint(
     source: Checkpoint,
     out: Path,
@@ -133,6 +149,7 @@ def prune_checkpoint(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
+    check_all_texts(settings.text, evaluation, goal)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
@@ -203,6 +220,7 @@ def prune_model(
     Returns:
         A new model that shares every unpruned tensor with the original.
     """
+    check_all_texts(settings.text, goal=goal)
     source = LoadedModel(model)
     watch, statistics = Stopwatch(), None
     with temporary_workplace(settings.compute.memory_budget) as place:
@@ -249,6 +267,7 @@ def _identity(
         **asdict(settings.budget),
         "goal": [type(goal).__name__, asdict(goal)] if goal else None,
         **asdict(settings.criterion),
+        "--bos": settings.text.bos,
         "--search": settings.search_rounds or None,
         "--statistics": statistics.record.tokens_digest if statistics else None,
     }

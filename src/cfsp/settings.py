@@ -13,8 +13,9 @@ from cfsp.errors import UsageError
 from cfsp.planning.allocation import Budget
 from cfsp.planning.make import Criterion
 from cfsp.repair.local_training import LocalTraining
-from cfsp.text.windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, Windows, draw_windows
-from cfsp.whole_model.own_text import OWN_TEXT
+from cfsp.text.sources import OWN_TEXT, Text, check_texts
+from cfsp.text.tokenizers import Bos, beginning, check_bos
+from cfsp.text.windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, Windows, begun, draw_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,20 +45,42 @@ class CalibrationText:
     """Which text to calibrate on; see `cfsp.text.windows.draw_windows`.
 
     The name `self` stands for text that the model writes itself.
+
+    Attributes:
+        names: of texts, or texts themselves.
+        samples: windows in all; None for 128 or what there is.
+        seqlen: tokens in a window, BOS included.
+        seed: of the draw.
+        bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
     """
 
-    names: tuple[str, ...] = ("python-docs",)
+    names: tuple[str | Text, ...] = ("python-docs",)
     samples: int | None = None
     seqlen: int = DEFAULT_SEQLEN
     seed: int = 0
+    bos: Bos = "auto"
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
+        if not self.names:
+            raise UsageError(
+                "there is no text to calibrate on; give one or several: wikitext2, c4, "
+                "python-docs, a .txt, .jsonl or .parquet file, or Text(name, documents)"
+            )
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed must be in [0, 2^63), found {self.seed}")
         if self.seqlen > LONGEST_WINDOW:
             raise UsageError(f"--seqlen must be at most {LONGEST_WINDOW}, found {self.seqlen}")
         if self.samples is not None and self.samples > MOST_WINDOWS:
             raise UsageError(f"--samples must be at most {MOST_WINDOWS}, found {self.samples}")
+
+    def check(self) -> None:
+        """Open every text, before any work is done.
+
+        Raises:
+            TextError: one is missing or not readable.
+        """
+        check_texts(self.names, "calibration")
 
     def draw(
         self, tokenizer: PreTrainedTokenizerBase, write: WriteWindows | None = None
@@ -75,7 +98,12 @@ class CalibrationText:
         others = tuple(name for name in self.names if name != OWN_TEXT)
         if others == self.names:
             return draw_windows(
-                others, tokenizer, samples=self.samples, seqlen=self.seqlen, seed=self.seed
+                others,
+                tokenizer,
+                samples=self.samples,
+                seqlen=self.seqlen,
+                seed=self.seed,
+                bos=self.bos,
             )
         if write is None:
             raise UsageError(
@@ -84,24 +112,39 @@ class CalibrationText:
             )
         total = DEFAULT_SAMPLES if self.samples is None else self.samples
         share = total * len(others) // len(self.names)
-        own_NT = write(count=total - share, seqlen=self.seqlen, seed=self.seed)
-        own = Windows(own_NT, {OWN_TEXT: len(own_NT)})
+        begins_with = beginning(tokenizer, self.bos)
+        length = self.seqlen - len(begins_with)
+        own_NT = begun(write(count=total - share, seqlen=length, seed=self.seed), begins_with)
+        own = Windows(own_NT, {OWN_TEXT: len(own_NT)}, begins_with)
         if not others:
             return own
-        drawn = draw_windows(others, tokenizer, samples=share, seqlen=self.seqlen, seed=self.seed)
-        return Windows(torch.cat([drawn.tokens_NT, own.tokens_NT]), drawn.sources | own.sources)
+        drawn = draw_windows(
+            others, tokenizer, samples=share, seqlen=self.seqlen, seed=self.seed, bos=self.bos
+        )
+        tokens_NT = torch.cat([drawn.tokens_NT, own.tokens_NT])
+        return Windows(tokens_NT, drawn.sources | own.sources, begins_with)
 
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Which texts to measure perplexity on: the first windows of each."""
+    """Which texts to measure perplexity on: the first windows of each.
 
-    names: tuple[str, ...] = ()
+    Attributes:
+        names: of texts, or texts themselves.
+        windows: of each text; None for all.
+        seqlen: tokens in a window, BOS included.
+        stride: tokens from one window's start to the next one's; None for no overlap.
+        bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
+    """
+
+    names: tuple[str | Text, ...] = ()
     windows: int | None = 12
     seqlen: int = DEFAULT_SEQLEN
     stride: int | None = None
+    bos: Bos = "auto"
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
         # Now, not after an hour of pruning.
         if (
             self.windows is not None and self.windows < 1
@@ -110,6 +153,14 @@ class EvaluationText:
                 f"expected at least 1 window of 2 to {LONGEST_WINDOW} tokens to measure on, found "
                 f"{self.windows} windows of {self.seqlen} tokens"
             )
+
+    def check(self) -> None:
+        """Open every text, before any work is done.
+
+        Raises:
+            TextError: one is missing or not readable.
+        """
+        check_texts(self.names, "evaluation")
 
 
 @dataclass(frozen=True)

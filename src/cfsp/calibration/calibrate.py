@@ -103,6 +103,7 @@ def calibration_record(
         seed=seed,
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
+        bos=windows.bos,
     )
 
 

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from cfsp.planning.allocation import Budget
     from cfsp.planning.make import Criterion
     from cfsp.settings import CalibrationText, Compute, EvaluationText
+    from cfsp.text.tokenizers import Bos
 
 # Spelled out here, because their home imports torch; a test compares.
 BLOCK_METRICS = ("angular", "cosine", "euclidean", "mse", "mae", "uniform", "global")
 SENSITIVITY_METRICS = ("sensitivity", "angular+sensitivity")
 CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "flap", "magnitude", "random")
+BOS_CHOICES = ("auto", "yes", "no")
 RESTORE_METHODS = ("ridge", "sequential", "local", "bias", "none")
 
 Subparsers = Any
@@ -62,8 +64,8 @@ def add_calibration_text(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="TEXT",
-        help="wikitext2, c4, NAME:CONFIG:SPLIT:COLUMN on the hub, a .txt, .jsonl or .parquet file, "
-        "a saved dataset, python-docs, python-source, or self (text that the model writes, which "
+        help="wikitext2, c4, NAME:CONFIG:SPLIT:COLUMN on the hub, a .txt, .jsonl or .parquet file "
+        "(of conversations: column `messages`), a saved dataset, python-docs, python-source, or self (text that the model writes, which "
         "takes the whole model in memory); repeat it to draw evenly from several "
         "texts (default: python-docs)",
     )
@@ -74,6 +76,18 @@ def add_calibration_text(parser: argparse.ArgumentParser) -> None:
         "--seqlen", type=int, default=1024, metavar="T", help="tokens in a window (default: 1024)"
     )
     group.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: 0)")
+    add_bos(group)
+
+
+def add_bos(group: argparse._ArgumentGroup) -> None:
+    """Add --bos."""
+    group.add_argument(
+        "--bos",
+        default="auto",
+        choices=BOS_CHOICES,
+        help="whether windows begin with the BOS token (default: auto, as the model's own "
+        "tokenizer begins an input)",
+    )
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +175,7 @@ def calibration_text(args: argparse.Namespace) -> CalibrationText:
             file=sys.stderr,
         )
     names = tuple(args.data or ("python-docs",))
-    return CalibrationText(names, args.samples, args.seqlen, args.seed)
+    return CalibrationText(names, args.samples, args.seqlen, args.seed, args.bos)
 
 
 def compute(args: argparse.Namespace) -> Compute:
@@ -191,12 +205,16 @@ def criterion(args: argparse.Namespace) -> Criterion:
 
 
 def evaluation_text(
-    names: list[str] | None, windows: int | None, seqlen: int, stride: int | None = None
+    names: list[str] | None,
+    windows: int | None,
+    seqlen: int,
+    stride: int | None = None,
+    bos: Bos = "auto",
 ) -> EvaluationText:
     """Return which texts to measure perplexity on."""
     from cfsp.settings import EvaluationText
 
-    return EvaluationText(tuple(names or ()), windows, seqlen, stride)
+    return EvaluationText(tuple(names or ()), windows, seqlen, stride, bos)
 
 
 def typed_command() -> str:

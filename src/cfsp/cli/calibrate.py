@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.process_timeout < 1e6:
         raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
     compute = arguments.compute(args)
+    text = arguments.calibration_text(args)
+    text.check()
     take_own_accelerator(compute.device)
     source = open_checkpoint(args.model, args.revision)
     check_is_outside(args.out, source.directory)
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             statistics = calibrate_source(
                 source,
                 load_tokenizer(source.directory),
-                arguments.calibration_text(args),
+                text,
                 compute,
                 place,
                 team,

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_output_is_free
-    from cfsp.pipeline import prune_checkpoint
+    from cfsp.pipeline import check_all_texts, prune_checkpoint
     from cfsp.planning.allocation import Budget
     from cfsp.planning.plan_file import PruningPlan
 
@@ -146,8 +146,11 @@ def run(args: argparse.Namespace) -> None:
     goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
-    source = open_checkpoint(args.model, args.revision)
     settings = _settings(args, budget, plan, statistics)
+    evaluation = arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen, bos=args.bos)
+    # Before a model is downloaded or converted.
+    check_all_texts(settings.text, evaluation, goal)
+    source = open_checkpoint(args.model, args.revision)
     pruned, training = args.out, None
     if args.recover is not None:
         training = _training(args)
@@ -160,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
         goal=goal,
         statistics=statistics,
         plan=plan,
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
+        evaluation=evaluation,
         dry_run=args.dry_run,
         command=arguments.typed_command(),
     )
@@ -206,7 +209,7 @@ def _settings(
         criterion=arguments.criterion(args),
         text=arguments.calibration_text(args)
         if needs_text
-        else CalibrationText(seqlen=args.seqlen),
+        else CalibrationText(seqlen=args.seqlen, bos=args.bos),
         compute=arguments.compute(args),
         restore=args.restore,
         search_rounds=args.search,
@@ -219,7 +222,7 @@ def _training(args: argparse.Namespace) -> Training:
     from cfsp.recovery.settings import Training
 
     limit = Limit(minutes=args.recover)
-    return Training(limit, seqlen=min(args.seqlen, Training.seqlen), seed=args.seed)
+    return Training(limit, seqlen=min(args.seqlen, Training.seqlen), seed=args.seed, bos=args.bos)
 
 
 def _recover(
@@ -234,7 +237,9 @@ def _recover(
         args.out,
         data=settings.text.names,
         training=training,
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
+        evaluation=arguments.evaluation_text(
+            args.eval, args.eval_windows, args.seqlen, bos=args.bos
+        ),
         compute=Compute(args.device, args.dtype if args.dtype != "float16" else "auto"),
         command=arguments.typed_command(),
     )

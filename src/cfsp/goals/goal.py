@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cfsp.errors import UsageError
+from cfsp.text.sources import Text
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -41,7 +42,7 @@ class MaxLossIncrease:
     """
 
     nats: float
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[str | Text, ...] = ()
     windows: int = DEFAULT_WINDOWS
 
     def __post_init__(self) -> None:

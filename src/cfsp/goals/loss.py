@@ -12,11 +12,11 @@ from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.make import make_plan, model_size
 from cfsp.quality.perplexity import perplexity
+from cfsp.text.sources import OWN_TEXT
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, consecutive_windows, draw_left_over
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.masks import check_can_be_masked, masked_loss
-from cfsp.whole_model.own_text import OWN_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,10 +50,11 @@ def held_out_windows(
                 seqlen=text.seqlen,
                 seed=text.seed,
                 count=goal.windows,
+                bos=text.bos,
             )
         ]
     return [
-        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen)
+        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen, bos=text.bos)
         for name in goal.held_out
     ]
 

@@ -20,9 +20,6 @@ from cfsp.progress import item_progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What `--data` calls it.
-OWN_TEXT = "self"
-
 # Windows that are written together; part of what a seed means.
 _WINDOWS_IN_BATCH = 16
 
