@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cfsp.errors import UsageError
@@ -162,6 +163,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on standard output"
     )
+
+
+def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = None) -> None:
+    """Open every text, before anything that is slow: imports, downloads, conversions.
+
+    Args:
+        data: what is calibrated on or trained on.
+        evaluation: what is measured on.
+
+    Raises:
+        TextError: one is missing or not readable.
+    """
+    from cfsp.text import sources
+
+    sources.check_texts(data or (), "calibration")
+    sources.check_texts(evaluation or (), "evaluation")
 
 
 def calibration_text(args: argparse.Namespace) -> CalibrationText:

@@ -48,6 +48,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate and save."""
+    arguments.check_texts(args.data)
+
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside, created_parents
@@ -66,8 +68,6 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.process_timeout < 1e6:
         raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
     compute = arguments.compute(args)
-    text = arguments.calibration_text(args)
-    text.check()
     take_own_accelerator(compute.device)
     source = open_checkpoint(args.model, args.revision)
     check_is_outside(args.out, source.directory)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             statistics = calibrate_source(
                 source,
                 load_tokenizer(source.directory),
-                text,
+                arguments.calibration_text(args),
                 compute,
                 place,
                 team,

@@ -62,10 +62,12 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
-    from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
-
     if not args.data and not args.tasks:
         raise UsageError("expected --data, --tasks or both, found neither")
+    arguments.check_texts(None, args.data)
+
+    from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
+
     selection = None
     if args.tasks:
         names = [name.strip() for each in args.tasks for name in each.split(",") if name.strip()]

@@ -134,11 +134,12 @@ def check_together(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prune."""
     check_together(args)
+    arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_output_is_free
-    from cfsp.pipeline import check_all_texts, prune_checkpoint
+    from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.allocation import Budget
     from cfsp.planning.plan_file import PruningPlan
 
@@ -146,11 +147,8 @@ def run(args: argparse.Namespace) -> None:
     goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
-    settings = _settings(args, budget, plan, statistics)
-    evaluation = arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen, bos=args.bos)
-    # Before a model is downloaded or converted.
-    check_all_texts(settings.text, evaluation, goal)
     source = open_checkpoint(args.model, args.revision)
+    settings = _settings(args, budget, plan, statistics)
     pruned, training = args.out, None
     if args.recover is not None:
         training = _training(args)
@@ -163,7 +161,9 @@ def run(args: argparse.Namespace) -> None:
         goal=goal,
         statistics=statistics,
         plan=plan,
-        evaluation=evaluation,
+        evaluation=arguments.evaluation_text(
+            args.eval, args.eval_windows, args.seqlen, bos=args.bos
+        ),
         dry_run=args.dry_run,
         command=arguments.typed_command(),
     )

@@ -149,6 +149,8 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Recover."""
+    arguments.check_texts(args.data, args.eval)
+
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.adaptation import Adaptation
     from cfsp.recovery.recover import recover_checkpoint

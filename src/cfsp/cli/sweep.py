@@ -71,6 +71,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Sweep."""
+    arguments.check_texts(args.data, args.eval)
+
     from cfsp.sweep.run import run_sweep
     from cfsp.sweep.table import cells, columns, write_tables
 
