@@ -42,8 +42,10 @@ def refused(name: str, purpose: Any = "calibration") -> str:
 
 def test_a_text_that_is_not_there_says_which_is_meant(tmp_path: Path) -> None:
     message = refused(ABSENT)
-    assert message.startswith("nothing.txt is neither a file nor a known text (known are python-")
-    assert "a data set on the hub is NAME:CONFIG:SPLIT:COLUMN" in message
+    assert message == (
+        "nothing.txt is neither a file nor a known text; known are: python-docs, python-source, "
+        "wikitext2, c4, or NAME:CONFIG:SPLIT:COLUMN on the hub"
+    )
     assert "did you mean wikitext2?" in refused("wikitext")
     assert "did you mean python-docs?" in refused("python_docs", "evaluation")
     (tmp_path / "prose.txt").write_text("a river")
@@ -55,6 +57,9 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path: Path) -> None:
     (tmp_path / "late.jsonl").write_text('{"text": "fine"}\n{"text": ')
     good = [tmp_path / "a.txt", tmp_path / "late.jsonl", "python-docs", "python-source"]
     check_texts([*map(str, good), Text("mine", "a river")], "calibration")
+    (tmp_path / "late.jsonl").write_bytes(b'{"text": "fine"}\n' * 99 + b"\xff")
+    with pytest.raises(TextError, match=r"late.jsonl, line 100 is not UTF-8 text: byte 0"):
+        list(TextSource(str(tmp_path / "late.jsonl"), "calibration").documents())
     (tmp_path / "bad.jsonl").write_text("[1]")
     assert "line 1: no column 'text'" in refused(str(tmp_path / "bad.jsonl"))
     (tmp_path / "chat.jsonl").write_text('{"messages": "hello"}')

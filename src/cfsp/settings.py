@@ -114,6 +114,8 @@ class CalibrationText:
         share = total * len(others) // len(self.names)
         begins_with = beginning(tokenizer, self.bos)
         length = self.seqlen - len(begins_with)
+        if length < 1:
+            raise UsageError(f"--seqlen must be at least 2, found {self.seqlen}")
         own_NT = begun(write(count=total - share, seqlen=length, seed=self.seed), begins_with)
         own = Windows(own_NT, {OWN_TEXT: len(own_NT)}, begins_with)
         if not others:

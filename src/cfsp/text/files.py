@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,26 @@ def _text_file(path: Path, column: str) -> Iterator[Any]:
 
 
 def _json_lines(path: Path, column: str) -> Iterator[Any]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            record = json.loads(_checked(line.decode, where))
         except (ValueError, RecursionError) as error:
             raise TextError(
-                f"{path}, line {number}: not JSON: {error}; every line must be one JSON object"
+                f"{where}: not JSON: {error}; every line must be one JSON object"
             ) from error
-        yield field(record, column, f"{path}, line {number}")
+        yield field(record, column, where)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        # As bytes, because only Python takes other characters for line ends as well.
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:
@@ -121,13 +131,23 @@ def field(record: Any, column: str, where: str) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{path} is not UTF-8 text: byte {error.start} is not valid; save it as UTF-8"
-        ) from error
+        return _checked(lambda: path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _checked(decode: Callable[[], str], where: str) -> str:
+    """Return the text that a function decodes.
+
+    Raises:
+        TextError: it is none.
+    """
+    try:
+        text = decode()
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{where} is not UTF-8 text: byte {error.start} is not valid; save it as UTF-8"
+        ) from error
     if "\0" in text:
-        raise TextError(f"{path} is binary: it holds NUL characters; save it as UTF-8 text")
+        raise TextError(f"{where} is binary: it holds NUL characters; save it as UTF-8 text")
     return text

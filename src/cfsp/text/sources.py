@@ -203,13 +203,13 @@ def _hub_place(text: str, purpose: Purpose) -> tuple[str, str, str, str] | None:
 def _not_found(name: str) -> str:
     known = [*_OFFLINE, *_HUB]
     path = _split_column(name)[0]
-    beside = path.parent if path.parent.is_dir() else None
-    files = [str(path.with_name(file.name)) for file in beside.iterdir()] if beside else []
-    near = difflib.get_close_matches(name, [*known, *files], n=1)
+    files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(name, known, n=1)
+    near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
+    meant = f" did you mean {near[0]}?" if near else ""
     return (
-        f"{name} is neither a file nor a known text"
-        + (f"; did you mean {near[0]}?" if near else "")
-        + f" (known are {', '.join(known)}; a data set on the hub is NAME:CONFIG:SPLIT:COLUMN)"
+        f"{name} is neither a file nor a known text;{meant} known are: {', '.join(known)}, or "
+        "NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
 
 
