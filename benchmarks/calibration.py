@@ -20,9 +20,9 @@ from statistics import median
 
 import torch
 from cfsp.repair.decision import decide_and_restore
-from cfsp.repair.stages import calibrate_windows
 from transformers import PreTrainedModel
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.engine.block_stream import TOKENS_IN_BATCH
@@ -60,7 +60,7 @@ def main() -> None:
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),
-        "calibrate": lambda: calibrate_windows(source, windows, engine, text.seed),
+        "calibrate": lambda: calibrate(source, windows, engine, text.seed),
         "calibrate and restore": restore,
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -20,11 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cfsp.repair.stages import few_windows
-
 from cfsp.calibration.statistics import Statistics
 from cfsp.engine.compute import engine_of
 from cfsp.settings import DEFAULT_BLOCK_METRIC, DISTANCES, SENSITIVITY_METRICS, Compute, Criterion
+from cfsp.text.windows import few_windows
 from cfsp.whole_model.load import measure_sensitivity
 from conditions import calibration_text, conditions, parser_of_texts
 from damage import damage_of, loss_increase, rank_correlation

@@ -59,6 +59,7 @@ from cfsp.settings import (
     MaxLossIncrease,
     PruneSettings,
 )
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 from cfsp.whole_model.own_text import calibration_windows
@@ -96,6 +97,7 @@ def prune_checkpoint(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
+    check_all_texts(settings.text, evaluation, goal)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
@@ -147,11 +149,27 @@ def prune_model(
     Returns:
         A new model that shares every unpruned tensor with the original.
     """
+    check_all_texts(settings.text, goal=goal)
     source = LoadedModel(model)
     with temporary_workplace(settings.compute.memory_budget) as place:
         inputs = _Inputs.of(source, lambda: tokenizer, settings)
         decided = _decide(inputs, settings, goal, None, None, place, Stopwatch())
         return build_pruned_model(model, source, decided.repaired.plan, decided.repaired.tensors)
+
+
+def check_all_texts(
+    text: CalibrationText, evaluation: EvaluationText | None = None, goal: Goal | None = None
+) -> None:
+    """Open every text that pruning will read, before any work is done.
+
+    Raises:
+        TextError: one is missing or not readable.
+    """
+    check_texts(text.names, "calibration")
+    if evaluation is not None:
+        check_texts(evaluation.names, "evaluation")
+    if isinstance(goal, MaxLossIncrease):
+        check_texts(goal.held_out, "evaluation")
 
 
 def calibrate_source(
@@ -279,6 +297,7 @@ def _identity(
     """Return what the result depends on besides model, text and computing; for resuming."""
     return {
         "command": "prune",
+        "--bos": settings.text.bos,
         "--repair": settings.repair,
         "local": asdict(settings.local) if settings.repair == "local" else None,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,

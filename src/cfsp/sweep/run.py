@@ -36,6 +36,7 @@ from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import Compute, PruneSettings
 from cfsp.sweep.methods import method
 from cfsp.sweep.recipe import Point, Recipe
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
 RECIPE_FILE = "recipe.toml"
@@ -90,6 +91,8 @@ def run_sweep(
     Raises:
         CfspError: anything that a user can cause; models that are finished stay.
     """
+    check_texts(recipe.text.names, "calibration")
+    check_texts(recipe.evaluation.names, "evaluation")
     source = open_checkpoint(recipe.model)
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
