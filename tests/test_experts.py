@@ -65,11 +65,11 @@ def expected_alone(statistics: Statistics) -> list[dict[str, int]]:
 
 
 def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
-    lonely: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lonely: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     report = cfsp.prune(lonely, out=out, data=[str(text_file)], **SETTINGS)
-    said = capsys.readouterr().err
+    said = caplog.text
     statistics = Statistics.load(out / "cfsp_statistics.safetensors")
     alone = expected_alone(statistics)
     assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
@@ -86,9 +86,9 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     norms_F = torch.linalg.vector_norm(before[name], dim=0)
     strongest = norms_F.topk(entry.kept_width).indices.sort().values.tolist()
     assert entry.kept_of(LONELY) == strongest
-    repairs = report.restoration["blocks"][1]["experts"]
+    repairs = report.repair["steps"][0]["blocks"][1]["experts"]
     assert repairs[LONELY]["few_tokens"]
-    assert repairs[LONELY]["ridge"] is None
+    assert repairs[LONELY]["strength"] is None
     assert not all(repair["few_tokens"] for repair in repairs)
     assert "not repaired" in said
     after = load_file(out / "model.safetensors")
@@ -239,9 +239,7 @@ def test_sums_of_parts_of_the_text_are_those_of_the_whole(
         return calibrate(
             source,
             replace(windows, tokens_NT=tokens_NT),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            batch_windows=2,
+            Engine(torch.device("cpu"), torch.float32, 2),
         )
 
     whole, *parts = map(observed, (windows.tokens_NT, windows.tokens_NT[:4], windows.tokens_NT[4:]))

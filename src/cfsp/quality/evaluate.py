@@ -10,8 +10,7 @@ from cfsp.checkpoint.loading import compute_device, load
 from cfsp.checkpoint.locating import locate_model
 from cfsp.quality.perplexity import Perplexity, perplexity
 from cfsp.settings import Compute, EvaluationText
-from cfsp.text.sources import name_of
-from cfsp.text.sources import check_texts
+from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import consecutive_windows
 
