@@ -13,15 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cfsp.recovery.evaluation
 import pytest
 import torch
+from cfsp.recovery.saved import last_checkpoint
 from safetensors.torch import load_file, save_file
 
 import cfsp
-import cfsp.recovery.evaluation
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.cli import build_parser, main
 from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.cli import build_parser, main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
@@ -31,7 +32,6 @@ from cfsp.recovery.model_loss import multiplies_only
 from cfsp.recovery.ranks import allocate_ranks
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
-from cfsp.recovery.saved import last_checkpoint
 from cfsp.recovery.settings import (
     METHODS,
     RANK_ALLOCATIONS,
