@@ -78,7 +78,6 @@ def write_record(
         "pruned": pruned,
         "recovery": {key: value for key, value in recovery.items() if key not in top},
     }
-    manifest.pop("manifest_version", None)
     write_manifest(directory, manifest)
     card = source.directory / _CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {directory.name}\n"
