@@ -8,17 +8,11 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from cfsp.report.channels import BlockChannels, Distribution, distribution
-from cfsp.report.chart import Chart, Legend
-from cfsp.report.drawing import (
-    Bands,
-    Scale,
-    element,
-    join,
-    path,
-)
-from cfsp.report.panels import (
+from cfsp.report.chart import (
     TITLE,
+    Chart,
     Column,
+    Legend,
     Panel,
     block_bands,
     block_table,
@@ -26,7 +20,8 @@ from cfsp.report.panels import (
     short,
     stack_panels,
 )
-from cfsp.report.run_facts import RunFacts
+from cfsp.report.drawing import Bands, Scale, element, join, path
+from cfsp.report.runs import RunFacts
 
 # Half the breadth of a single channel, so that it can be seen.
 _LEAST_REACH = 0.7
