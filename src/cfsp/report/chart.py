@@ -143,8 +143,3 @@ def block_table(
 def block_bands(count: int, width: int) -> Bands:
     """Return the columns of `count` blocks in a drawing of this width."""
     return Bands(count, LEFT, width - RIGHT)
-
-
-def short(value: float) -> str:
-    """Return a value with three digits."""
-    return f"{value:.3g}"

@@ -12,7 +12,6 @@ from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.repair_chart import repair_chart
 from cfsp.report.runs import RunFacts
 from cfsp.report.slider import Slider, slider
-from cfsp.report.strength_chart import strength_chart
 from cfsp.report.summary import measured_conditions
 from cfsp.result.conditions import Conditions
 from cfsp.sweep.front import pareto_front
@@ -54,7 +53,7 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
     groups = []
     for group in by_base.values():
         detailed = runs_in_detail(group)
-        by_block = (block_chart, strength_chart, repair_chart, recovery_chart)
+        by_block = (block_chart, repair_chart, recovery_chart)
         charts = [pareto_chart(group), *(kind(detailed) for kind in by_block)]
         shown = [chart for chart in charts if chart is not None]
         groups.append(ModelGroup(group[0].base_name, group, detailed, slider(group), shown))

@@ -86,6 +86,13 @@ def _complaints_of_entry(entry: Any, what: str, index: int) -> Iterator[str]:
     after = entry.get("error_after", "missing")
     if not _is_error(after) and (after is not None or kept):
         yield f"{what} lacks the error after it"
+    if not all(_is_number(entry.get(key) or 0) for key in ("strength", "training_steps")):
+        yield f"{what} has a strength or training steps that are no number"
+    experts = entry.get("experts", [])
+    if not isinstance(experts, list) or not all(
+        isinstance(expert, dict) and isinstance(expert.get("kept"), bool) for expert in experts
+    ):
+        yield f"{what} does not say which experts' new weights were kept"
 
 
 def _has_numbers(entry: Any, *keys: str) -> bool:

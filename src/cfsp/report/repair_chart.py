@@ -132,6 +132,9 @@ def _words(index: int, entries: dict[int, dict[str, Any]], step: str) -> str:
     entry = entries[index]
     before, after = f"{entry['error_before']:.4f}", _number(entry["error_after"], 4)
     say = f"Block {index}, {step}: error {before} before, {after} after"
+    experts = entry.get("experts", [])
+    if rejected := sum(not expert["kept"] for expert in experts):
+        return f"{say}, rejected in {rejected} of {len(experts)} experts"
     return say if entry["kept"] else f"{say}, rejected"
 
 

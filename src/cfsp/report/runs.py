@@ -1,7 +1,7 @@
 """All that a report says about one run, read from its directory: no model is loaded.
 
-A run is a directory that cfsp wrote. Its manifest must be there; plan and statistics may be
-missing, and the page then leaves out what they would have shown. The directory of a sweep stands
+A run is a directory that cfsp wrote. Its manifest must be there; the plan may be missing, and
+the page then leaves out what it would have shown. The directory of a sweep stands
 for its runs.
 """
 
@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration.statistics import Statistics
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.manifest_check import check_manifest
 from cfsp.result.conditions import Conditions
-from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
+from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, read_manifest
 from cfsp.result.repair_steps import Step, repair_steps
 from cfsp.sweep.run import RECIPE_FILE
 
@@ -48,7 +47,6 @@ class RunFacts:
         manifest: its `cfsp.json`.
         weight_bytes: size of its weight files on disk.
         plan: which channels stayed, if the file is there.
-        statistics: of its calibration, if the file is there.
         measured: quality and speed.
     """
 
@@ -57,7 +55,6 @@ class RunFacts:
     manifest: dict[str, Any]
     weight_bytes: int
     plan: PruningPlan | None = None
-    statistics: Statistics | None = None
     measured: Measured = field(default_factory=Measured)
 
     def side_of(self, model: str) -> str | None:
@@ -113,14 +110,13 @@ def read_run(directory: Path) -> RunFacts:
             "cfsp recover or cfsp sweep wrote"
         )
     check_manifest(manifest, directory)
-    plan, statistics = directory / PLAN_FILE, directory / STATISTICS_FILE
+    plan = directory / PLAN_FILE
     facts = RunFacts(
         name=directory.resolve().name,
         directory=directory,
         manifest=manifest,
         weight_bytes=sum(file.stat().st_size for file in directory.glob("model*.safetensors")),
         plan=PruningPlan.load(plan) if plan.is_file() else None,
-        statistics=Statistics.load(statistics) if statistics.is_file() else None,
         measured=Measured(perplexity=_perplexity(manifest)),
     )
     _check_together(facts)
@@ -171,12 +167,12 @@ def _perplexity(manifest: dict[str, Any]) -> dict[Conditions, dict[str, float]]:
 
 
 def _check_together(facts: RunFacts) -> None:
-    """Check that manifest, plan and statistics speak of the same blocks.
+    """Check that manifest and plan speak of the same blocks.
 
     Raises:
         ReportError: they do not.
     """
-    plan, statistics = facts.plan, facts.statistics
+    plan = facts.plan
     base = (facts.manifest.get("base_model") or {}).get("fingerprint")
     if plan is not None and base is not None and plan.model.fingerprint != base:
         raise ReportError(
@@ -191,13 +187,6 @@ def _check_together(facts: RunFacts) -> None:
             f"{facts.directory}: {PLAN_FILE} and {MANIFEST_FILE} give different widths; "
             "they are of different runs"
         )
-    if statistics is not None and widths is not None:
-        measured = [block.width for block in statistics.blocks]
-        if measured != widths:
-            raise ReportError(
-                f"{facts.directory}: {STATISTICS_FILE} and {PLAN_FILE} give different widths; "
-                "they are of different runs"
-            )
     for step in facts.repair_steps:
         if widths is not None and step["blocks"] and len(step["blocks"]) != len(widths):
             raise ReportError(

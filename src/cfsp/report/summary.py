@@ -171,7 +171,7 @@ def _perplexity(runs: Sequence[RunFacts]) -> list[Row]:
             cells.append(_NOTHING if value is None else Cell(f"{value:.2f}", note))
         detail = str(conditions)
         if conditions.text in seen:
-            detail += "; other parts of this text were calibrated on"
+            detail += "; calibrated on other parts of it"
         hint = f"{conditions.text}, {conditions.tokens:,} predicted tokens"
         rows.append(Row(names[conditions.text], cells, hint, detail))
     return rows
