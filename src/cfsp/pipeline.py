@@ -52,7 +52,9 @@ from cfsp.result.manifest import (
     describe_pruning,
     write_manifest,
 )
+from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
+from cfsp.result.version_1 import as_version_2
 from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import calibration_windows
@@ -181,8 +183,8 @@ def prune_checkpoint(
         report = prune_report(source, decision, facts, measured, watch, place, out)
         manifest = describe_pruning(decision.plan, report.to_json(), digests, command)
         write_manifest(staging, manifest)
-        card = model_card(manifest, decision.plan)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        card = model_card(as_version_2(manifest), decision.plan, origin_of(source))
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")
     return report
 
 

@@ -37,6 +37,11 @@ def rejected_blocks(step: Step) -> list[int]:
     ]
 
 
+def changed_weights(step: Step) -> bool:
+    """Return whether a step's weights were kept in any block."""
+    return not step["blocks"] or len(rejected_blocks(step)) < len(step["blocks"])
+
+
 def steps_in_words(steps: Sequence[Step]) -> str:
     """Return the steps and what each rejected: `ridge (rejected in block 0), sequential`."""
     return ", ".join(_in_words(step) for step in steps) or "none"
@@ -46,7 +51,7 @@ def _in_words(step: Step) -> str:
     rejected = rejected_blocks(step)
     if not rejected:
         return str(step["name"])
-    if len(rejected) == len(step["blocks"]):
+    if not changed_weights(step):
         return f"{step['name']} (rejected in every block)"
     noun = "block" if len(rejected) == 1 else "blocks"
     return f"{step['name']} (rejected in {noun} {', '.join(map(str, rejected))})"
