@@ -148,7 +148,7 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, text_file, tmp_path)
     assert recovery["training"]["learning_rate"] == 1e-3
     assert [entry["step"] for entry in recovery["history"]] == [3, 6]
     card = (out / "README.md").read_text()
-    assert card.startswith((pruned / "README.md").read_text().rstrip())
+    assert "## How it was pruned" in card
     assert "## How it was recovered" in card
     assert f"{report.trainable_parameters:,} trainable parameters" in card
 

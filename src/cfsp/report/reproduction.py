@@ -8,7 +8,8 @@ from typing import Any
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.coarse import block_metric_in_words
-from cfsp.report.run_facts import RunFacts
+from cfsp.report.runs import RunFacts
+from cfsp.result.repair_steps import repair_steps, steps_in_words
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,8 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{calibration['seed']}, {calibration['dtype']} on {calibration['device']}",
             ),
         ]
-    restoration = manifest.get("restoration")
-    if restoration:
-        alone = len(restoration.get("left_alone", []))
-        note = f", {alone} blocks left alone" if alone else ""
-        lines.append(("restoration", f"{restoration['method']}{note}"))
+    if "repair" in manifest:
+        lines.append(("repair", steps_in_words(repair_steps(manifest))))
     recovery = manifest.get("recovery")
     if recovery:
         how = recovery["adaptation"]
@@ -109,7 +107,9 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("time", times))
     if "peak_rss_bytes" in manifest:
         threads = f", {manifest['threads']} threads" if "threads" in manifest else ""
-        lines.append(("memory", f"{manifest['peak_rss_bytes'] / 2**30:.2f} GiB at most{threads}"))
+        lines.append(
+            ("memory", f"{manifest['peak_rss_bytes'] / 2**30:.2f} GiB at its peak{threads}")
+        )
     if "versions" in manifest:
         versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
         lines.append(("versions", versions))

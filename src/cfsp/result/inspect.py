@@ -20,6 +20,8 @@ _FROM_MANIFEST = (
     "ffn_sparsity",
     "model_sparsity",
     "parameters_before",
+    "repair",
+    "recovery",
     "perplexity",
     "command",
     "created",
