@@ -166,7 +166,7 @@ def test_experts_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("target", ["padded", "uniform", "vllm"])
+@pytest.mark.parametrize("target", ["padded", "vllm"])
 def test_targets_of_the_stock_class_refuse_by_name(
     target: str, compensated: Path, tmp_path: Path
 ) -> None:
