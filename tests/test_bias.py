@@ -46,7 +46,7 @@ def test_bias_is_the_mean_contribution_of_what_was_removed(
 ) -> None:
     dense, pruned = Checkpoint(tiny_checkpoint("llama")), Checkpoint(compensated)
     plan = cfsp.PruningPlan.load(compensated / "cfsp_plan.json")
-    statistics = cfsp.Statistics.load(compensated / "cfsp_statistics.safetensors")
+    statistics = cfsp.Statistics.load(compensated / "cfsp.statistics")
     for i, entry in enumerate(plan.blocks):
         down = dense.read(f"model.layers.{i}.mlp.down_proj.weight").double().numpy()
         mean = statistics.blocks[i].sum_F.numpy() / statistics.tokens
@@ -70,7 +70,7 @@ def test_logits_are_those_of_pruned_channels_at_their_mean(
 ) -> None:
     dense = load(tiny_checkpoint("llama"))
     plan = cfsp.PruningPlan.load(compensated / "cfsp_plan.json")
-    statistics = cfsp.Statistics.load(compensated / "cfsp_statistics.safetensors")
+    statistics = cfsp.Statistics.load(compensated / "cfsp.statistics")
     for layer, entry, block in zip(dense.model.layers, plan.blocks, statistics.blocks, strict=True):
         is_kept_F = torch.zeros(WIDTH, dtype=torch.bool)
         is_kept_F[list(entry.kept)] = True

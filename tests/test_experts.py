@@ -69,7 +69,7 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     out = tmp_path / "out"
     report = cfsp.prune(lonely, out=out, data=[str(text_file)], **SETTINGS)
     said = capsys.readouterr().err
-    statistics = Statistics.load(out / "cfsp_statistics.safetensors")
+    statistics = Statistics.load(out / "cfsp.statistics")
     alone = expected_alone(statistics)
     assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
     assert report.experts_with_few_tokens == alone
@@ -195,7 +195,7 @@ def test_report_of_a_mixture_of_experts(
     report = cfsp.prune(tiny_checkpoint("mixtral"), out=out, data=[str(text_file)], **SETTINGS)
     write_report([out], tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    statistics = Statistics.load(out / "cfsp_statistics.safetensors")
+    statistics = Statistics.load(out / "cfsp.statistics")
     for block, entry in zip(statistics.blocks, report.plan.blocks, strict=True):
         assert (energy_removed(block, entry.kept) > 0) == (entry.kept_width < entry.width)
         curve = removal_curve(block, 1)

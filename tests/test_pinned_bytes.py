@@ -24,6 +24,7 @@ import transformers
 from safetensors import safe_open
 
 import cfsp
+from cfsp.checkpoint.file_names import PLAN_FILE
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.plan_file import PruningPlan
@@ -31,7 +32,6 @@ from cfsp.recovery.adaptation import Adaptation
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
-from cfsp.result.manifest import PLAN_FILE
 
 PINNED = Path(__file__).parent / "pinned_bytes.json"
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cfsp
+from cfsp.checkpoint.file_names import PLAN_FILE
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.errors import CfspError, OutputError, RecoveryError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -32,7 +33,7 @@ from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
 from cfsp.recovery.teacher import TeacherChoice
 from cfsp.recovery.workspace import Workspace
-from cfsp.result.manifest import PLAN_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
 from tiny_models import TINY_CONFIGS
@@ -91,7 +92,7 @@ def test_training_helps_and_the_result_has_the_same_layout(
         adaptation=Adaptation(method, rank=4),
         evaluation=EvaluationText((str(text_file),), 4, 64),
     )
-    kept = {p.name for p in pruned.iterdir()} - {"cfsp_statistics.safetensors"}
+    kept = {p.name for p in pruned.iterdir()} - {"cfsp.statistics"}
     assert {p.name for p in out.iterdir()} == kept
     for name in ("config.json", "modeling_cfsp.py", PLAN_FILE, "tokenizer.json"):
         assert (out / name).read_bytes() == (pruned / name).read_bytes()

@@ -178,7 +178,7 @@ def test_runs_of_different_models_get_tables_of_their_own(
 
 def test_page_without_statistics_leaves_out_what_they_show(run: Path, tmp_path: Path) -> None:
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
-    (copy / "cfsp_statistics.safetensors").unlink()
+    (copy / "cfsp.statistics").unlink()
     text = rendered([copy], tmp_path)
     assert "How strong the channels are" not in text
     assert "What each block does" in text

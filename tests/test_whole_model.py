@@ -12,6 +12,7 @@ import torch
 
 from cfsp import whole_model
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.file_names import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
@@ -22,7 +23,6 @@ from cfsp.planning.coarse import importance_by
 from cfsp.planning.make import Criterion, model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.observation import is_held_out
-from cfsp.result.manifest import PLAN_FILE, STATISTICS_FILE
 from cfsp.settings import CalibrationText, Compute, PruneSettings, Restore
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.masks import masked_channels

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
+from cfsp.checkpoint.file_names import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.modeling_code import code_digests
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -46,8 +47,6 @@ from cfsp.repair.decision import Decision, decide
 from cfsp.repair.stages import calibrate_windows, with_sensitivity
 from cfsp.result.card import model_card
 from cfsp.result.manifest import (
-    PLAN_FILE,
-    STATISTICS_FILE,
     Stopwatch,
     describe_pruning,
     write_manifest,

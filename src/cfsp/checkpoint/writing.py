@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.families import Family
+from cfsp.checkpoint.file_names import CARD_FILE, MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY, MODELING_FILE, auto_map, modeling_code
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-_OURS = {"config.json", "cfsp.json", "cfsp_plan.json", "README.md"}
+_OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
 def pruned_config(
@@ -57,9 +59,9 @@ def write_config(
     adds_bias: bool = False,
 ) -> None:
     """Write config.json of the pruned model, and its modelling file if it needs one."""
-    fields = json.loads((source_directory / "config.json").read_text(encoding="utf-8"))
+    fields = json.loads((source_directory / CONFIG_FILE).read_text(encoding="utf-8"))
     pruned = pruned_config(fields, family, widths, adds_bias=adds_bias)
-    (target / "config.json").write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
+    (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     if "auto_map" in pruned:
         code = modeling_code(family, bool(pruned.get(DOWN_BIAS_KEY)))
         (target / MODELING_FILE).write_text(code, encoding="utf-8")

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.file_names import MANIFEST_FILE
 from cfsp.checkpoint.output import exclusive, write_atomically
 from cfsp.errors import OutputError, RecoveryError
-from cfsp.result.manifest import MANIFEST_FILE
 
 _SETTINGS_FILE = "settings.json"
 STATE_FILE = "trainer_state.json"

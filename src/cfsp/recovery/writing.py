@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.file_names import PLAN_FILE
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor
 from cfsp.checkpoint.writing import copy_travelling_files
-from cfsp.result.manifest import PLAN_FILE, read_manifest, write_manifest
+from cfsp.result.manifest import read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

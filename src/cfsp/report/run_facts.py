@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.file_names import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, statistics_in
 from cfsp.errors import ReportError
 from cfsp.planning.allocation import ModelSize
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.manifest_check import check_manifest
-from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,14 @@ def read_run(directory: Path) -> RunFacts:
             "or cfsp recover wrote"
         )
     check_manifest(manifest, directory)
-    plan, statistics = directory / PLAN_FILE, directory / STATISTICS_FILE
+    plan, statistics = directory / PLAN_FILE, statistics_in(directory)
     facts = RunFacts(
         name=directory.resolve().name,
         directory=directory,
         manifest=manifest,
         weight_bytes=sum(file.stat().st_size for file in directory.glob("model*.safetensors")),
         plan=PruningPlan.load(plan) if plan.is_file() else None,
-        statistics=Statistics.load(statistics) if statistics.is_file() else None,
+        statistics=Statistics.load(statistics) if statistics else None,
         measured=Measured(perplexity=_perplexity(manifest)),
     )
     _check_together(facts)

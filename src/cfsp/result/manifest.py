@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 
+from cfsp.checkpoint.file_names import MANIFEST_FILE
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 
-MANIFEST_FILE = "cfsp.json"
-PLAN_FILE = "cfsp_plan.json"
-STATISTICS_FILE = "cfsp_statistics.safetensors"
 MANIFEST_VERSION = 1
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.file_names import STATISTICS_FILE, statistics_in
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -31,7 +32,7 @@ from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
+from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import Compute, PruneSettings
 from cfsp.sweep.methods import method
 from cfsp.sweep.recipe import Point, Recipe
@@ -171,7 +172,7 @@ def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> R
 
 
 def _statistics(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Statistics:
-    path = out / STATISTICS_FILE
+    path = statistics_in(out) or out / STATISTICS_FILE
     remove_finished_work(path)
     if not path.is_file():
         tokenizer = load_tokenizer(source.directory)
@@ -234,8 +235,7 @@ def _speed(dense: Path, pruned: Path) -> dict[str, Any]:
 
 def _remove_weights(directory: Path) -> None:
     for path in directory.glob("*.safetensors"):
-        if path.name != STATISTICS_FILE:
-            path.unlink()
+        path.unlink()
 
 
 def _row(point: Point, directory: Path) -> Row:
