@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cfsp
-from cfsp.checkpoint.file_names import OLD_STATISTICS_FILE, STATISTICS_FILE, statistics_in
+from cfsp.checkpoint.own_files import OLD_STATISTICS_FILE, STATISTICS_FILE, statistics_in
 from cfsp.cli import main
 from cfsp.report.run_facts import read_run
 

@@ -24,8 +24,8 @@ import transformers
 from safetensors import safe_open
 
 import cfsp
-from cfsp.checkpoint.file_names import PLAN_FILE
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.adaptation import Adaptation

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cfsp
-from cfsp.checkpoint.file_names import PLAN_FILE
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.errors import CfspError, OutputError, RecoveryError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity

@@ -12,8 +12,8 @@ import torch
 
 from cfsp import whole_model
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.file_names import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError

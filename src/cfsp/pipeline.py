@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
-from cfsp.checkpoint.file_names import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.modeling_code import code_digests
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -25,6 +24,7 @@ from cfsp.checkpoint.output import (
     created_parents,
     staged_directory,
 )
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.in_memory import build_pruned_model

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from cfsp.checkpoint.file_names import STATISTICS_FILE
 from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 

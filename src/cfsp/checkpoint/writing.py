@@ -10,8 +10,8 @@ from typing import Any
 
 from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.families import Family
-from cfsp.checkpoint.file_names import CARD_FILE, MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY, MODELING_FILE, auto_map, modeling_code
+from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from cfsp.cli import (
     arguments,
     bench,
+    cache,
     calibrate,
     demo,
     evaluate,
@@ -44,6 +45,7 @@ _COMMANDS = (
     report,
     sweep,
     verify,
+    cache,
     demo,
 )
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.file_names import MANIFEST_FILE
 from cfsp.checkpoint.output import lock_out_others
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.memory import default_budget
 from cfsp.engine.pass_state import STATE_FILE, read_state
 from cfsp.engine.pass_times import PassTimes

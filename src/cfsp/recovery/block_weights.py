@@ -5,7 +5,7 @@ Shapes: L blocks.
 
 from __future__ import annotations
 
-from cfsp.checkpoint.file_names import PLAN_FILE
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, RecoveryError
 from cfsp.planning.plan_file import PruningPlan

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.file_names import MANIFEST_FILE
 from cfsp.checkpoint.output import exclusive, write_atomically
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import OutputError, RecoveryError
 
 _SETTINGS_FILE = "settings.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.file_names import MANIFEST_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import ReportError
 
 _NUMBERS = ("parameters_before", "parameters_after", "model_sparsity", "ffn_sparsity")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.file_names import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, statistics_in
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE, statistics_in
 from cfsp.errors import ReportError
 from cfsp.planning.allocation import ModelSize
 from cfsp.planning.plan_file import PruningPlan

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.families import intermediate_sizes
-from cfsp.checkpoint.file_names import MANIFEST_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import CheckpointError
 from cfsp.result.manifest import read_manifest

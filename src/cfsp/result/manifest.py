@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from cfsp.checkpoint.file_names import MANIFEST_FILE
 from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 

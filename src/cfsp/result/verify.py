@@ -16,8 +16,8 @@ import torch
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.families import intermediate_sizes
-from cfsp.checkpoint.file_names import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan

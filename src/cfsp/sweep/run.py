@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.file_names import STATISTICS_FILE, statistics_in
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -26,6 +25,7 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
+from cfsp.checkpoint.own_files import STATISTICS_FILE, statistics_in
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
