@@ -88,9 +88,8 @@ class UniformModel:
 
     def config(self) -> PreTrainedConfig:
         """Return the config."""
-        config = copy.deepcopy(self.original)
-        config.per_layer_config = None
-        setattr(config, family_of(config).width_key, self.width)
+        blocks = self.original.num_hidden_layers
+        config = config_with_widths(self.original, [self.width] * blocks)
         setattr(config, DOWN_BIAS_KEY, False)
         return config
 
@@ -152,8 +151,4 @@ class ShapedModel:
         widths = self.widths()
         fields.update(num_hidden_layers=len(widths), intermediate_size=max(widths))
         config: PreTrainedConfig = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-        if len(set(widths)) > 1:
-            config.per_layer_config = {
-                block: {"intermediate_size": width} for block, width in enumerate(widths)
-            }
-        return config
+        return config_with_widths(config, widths)
