@@ -330,7 +330,7 @@ def test_missing_engine_names_the_extra(
     if engine == "llama.cpp":
         model = tmp_path / "model.gguf"
     extra = engine.replace(".", "")
-    with pytest.raises(MissingExtraError, match=rf"pip install 'cfsp-llm\[{extra}\]'"):
+    with pytest.raises(MissingExtraError, match=rf"pip install '\.\[{extra}\]' in the clone"):
         start_engine(Subject(model, "m"), Conditions(engine=engine))
 
 

@@ -69,7 +69,7 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     out = tmp_path / "out"
     report = cfsp.prune(lonely, out=out, data=[str(text_file)], **SETTINGS)
     said = caplog.text
-    statistics = Statistics.load(out / "cfsp_statistics.safetensors")
+    statistics = Statistics.load(out / "cfsp.statistics")
     alone = expected_alone(statistics)
     assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
     assert report.experts_with_few_tokens == alone

@@ -32,6 +32,7 @@ from cfsp.recovery.model_loss import multiplies_only
 from cfsp.recovery.ranks import allocate_ranks
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
+from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import (
     METHODS,
     RANK_ALLOCATIONS,
@@ -42,6 +43,7 @@ from cfsp.recovery.settings import (
     TeacherChoice,
     Training,
 )
+from cfsp.recovery.teacher import TeacherChoice
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
@@ -111,7 +113,7 @@ def test_training_helps_and_the_result_has_the_same_layout(
         adaptation=Adaptation(method, rank=4),
         evaluation=EvaluationText((str(text_file),), 4, 64),
     )
-    kept = {p.name for p in pruned.iterdir()} - {"cfsp_statistics.safetensors"}
+    kept = {p.name for p in pruned.iterdir()} - {"cfsp.statistics"}
     assert {p.name for p in out.iterdir()} == kept
     for name in ("config.json", "modeling_cfsp.py", PLAN_FILE, "tokenizer.json"):
         assert (out / name).read_bytes() == (pruned / name).read_bytes()

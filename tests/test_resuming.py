@@ -57,7 +57,7 @@ def whole(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory
     argv = ["prune", str(model), *text, "--sparsity", "0.5", "--multiple", "4"]
     assert main([*argv, "--out", str(directory / "out")]) == 0
     files = {"stats": (directory / "stats").read_bytes()}
-    for name in ("model.safetensors", "cfsp_plan.json", "cfsp_statistics.safetensors"):
+    for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
         files[name] = (directory / "out" / name).read_bytes()
     assert names(directory) == {"stats", "out"}
     return files

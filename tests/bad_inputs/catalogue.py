@@ -114,9 +114,7 @@ class Place:
 
     @cached_property
     def statistics(self) -> Path:
-        return self._copy(
-            self.originals.pruned / "cfsp_statistics.safetensors", "statistics.safetensors"
-        )
+        return self._copy(self.originals.pruned / "cfsp.statistics", "statistics.safetensors")
 
     @cached_property
     def other_plan(self) -> Path:

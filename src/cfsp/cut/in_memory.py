@@ -6,9 +6,10 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.cut.surgery import pruned_config, pruned_specs, pruned_tensor
+from cfsp.cut.surgery import pruned_specs, pruned_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ def build_pruned_model(
         plan: which channels stay.
         repaired: tensors that repair changed, by name, already in pruned shape.
     """
-    config = pruned_config(source, plan)
+    config = config_with_widths(source.config, plan.kept_widths)
     pruned = build_skeleton(config, model.dtype)
 
     def stored(name: str) -> Tensor:

@@ -25,7 +25,7 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
-from cfsp.checkpoint.own_files import STATISTICS_FILE
+from cfsp.checkpoint.own_files import STATISTICS_FILE, statistics_in
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
@@ -175,7 +175,7 @@ def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> R
 
 
 def _statistics(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Statistics:
-    path = out / STATISTICS_FILE
+    path = statistics_in(out) or out / STATISTICS_FILE
     remove_finished_work(path)
     if not path.is_file():
         tokenizer = load_tokenizer(source.directory)
@@ -238,8 +238,7 @@ def _speed(dense: Path, pruned: Path) -> dict[str, Any]:
 
 def _remove_weights(directory: Path) -> None:
     for path in directory.glob("*.safetensors"):
-        if path.name != STATISTICS_FILE:
-            path.unlink()
+        path.unlink()
 
 
 def _row(point: Point, directory: Path) -> Row:
