@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 # Spelled out here, because their home imports torch; a test compares.
 METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "magnitude-sp", "random")
 
-# Models that a command line names one by one.
-_MOST_NAMED = 12
-
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
@@ -91,10 +88,7 @@ def run(args: argparse.Namespace) -> None:
     print_table(columns(rows), cells(rows))
     print("\nthe last column: texts, by number, on which nothing smaller is as good")
     print(f"tables: {', '.join(map(str, written))}")
-    runs = [shlex.quote(str(row.directory)) for row in rows if row.directory]
-    if len(runs) > _MOST_NAMED:
-        runs = [f"{shlex.quote(str(args.out))}/*/"]
-    print(f"charts: cfsp report {' '.join(runs)}")
+    print(f"charts: cfsp report {shlex.quote(str(args.out))}")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Any
 
@@ -30,7 +31,7 @@ def card_metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
         pipeline_tag=metadata.pop("pipeline_tag", "text-generation"),
         tags=list(dict.fromkeys(tags)),
         # The name belongs to the results: without them it is no key that the hub knows.
-        model_name=f"{name.rpartition('/')[2]}-pruned" if results else None,
+        model_name=f"{_plain(name.rpartition('/')[2])}-pruned" if results else None,
         eval_results=results or None,
         **metadata,
     )
@@ -47,7 +48,7 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
     for text, value in table.items():
         conditions = Conditions.of(text, value)
         # A path on the maker's machine says nothing to others.
-        name = PurePath(text).name if PurePath(text).is_absolute() else text
+        name = _plain(PurePath(text).name if PurePath(text).is_absolute() else text)
         how = {
             "windows": conditions.windows,
             "seqlen": conditions.seqlen,
@@ -67,3 +68,8 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
             )
         )
     return results
+
+
+def _plain(name: str) -> str:
+    """Return a name with only such characters as names on the hub have."""
+    return re.sub(r"[^\w./:-]+", "_", name)
