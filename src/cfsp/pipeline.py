@@ -41,7 +41,7 @@ from cfsp.planning.coarse import SENSITIVITY
 from cfsp.planning.make import Criterion
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
-from cfsp.quality.evaluate import before_and_after
+from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.repair.decision import Decision, decide
 from cfsp.repair.stages import calibrate_windows, with_sensitivity
 from cfsp.result.card import model_card
@@ -139,6 +139,7 @@ def prune_checkpoint(
     if dry_run:
         settings = settings.without_restoration()
     watch = Stopwatch()
+    measured_on = evaluation_windows(evaluation, source)
     identity = _identity(settings, statistics, plan, goal)
     facts: dict[str, Any] = {}
     with (
@@ -175,7 +176,8 @@ def prune_checkpoint(
         with watch.stage("surgery"):
             digests = _write_checkpoint(source, decision, staging)
         with watch.stage("evaluate"):
-            measured = before_and_after(source.directory, staging, evaluation, settings.compute)
+            pruned = Checkpoint(staging, "the pruned model")
+            measured = before_and_after(source, pruned, measured_on, settings.compute, place)
             if isinstance(goal, MaxLossIncrease):
                 facts["result"] = loss_increase_of(staging, goal, resolution, settings)
         report = prune_report(source, decision, facts, measured, watch, place, out)

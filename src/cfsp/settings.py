@@ -28,6 +28,7 @@ FITTED: tuple[Restore, ...] = ("ridge", "sequential", "local")
 DEFAULT_RESTORE: Restore = "ridge"
 
 LONGEST_WINDOW = 1 << 24
+DEFAULT_EVALUATION_WINDOWS = 12
 MOST_WINDOWS = 1 << 32
 
 
@@ -94,21 +95,28 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Which texts to measure perplexity on: the first windows of each."""
+    """Which texts to measure perplexity on: the first windows of each.
+
+    Attributes:
+        names: of texts.
+        windows: of each text; None for all.
+        seqlen: tokens in a window; None for 1024, or what the model can read if that is less.
+        stride: tokens from one window's start to the next one's; None for no overlap.
+    """
 
     names: tuple[str, ...] = ()
-    windows: int | None = 12
-    seqlen: int = DEFAULT_SEQLEN
+    windows: int | None = DEFAULT_EVALUATION_WINDOWS
+    seqlen: int | None = None
     stride: int | None = None
 
     def __post_init__(self) -> None:
         # Now, not after an hour of pruning.
-        if (
-            self.windows is not None and self.windows < 1
-        ) or not 2 <= self.seqlen <= LONGEST_WINDOW:
+        if self.windows is not None and self.windows < 1:
+            raise UsageError(f"expected at least 1 window to measure on, found {self.windows}")
+        if self.seqlen is not None and not 2 <= self.seqlen <= LONGEST_WINDOW:
             raise UsageError(
-                f"expected at least 1 window of 2 to {LONGEST_WINDOW} tokens to measure on, found "
-                f"{self.windows} windows of {self.seqlen} tokens"
+                f"expected windows of 2 to {LONGEST_WINDOW} tokens to measure on, found "
+                f"{self.seqlen}"
             )
 
 

@@ -191,7 +191,10 @@ def criterion(args: argparse.Namespace) -> Criterion:
 
 
 def evaluation_text(
-    names: list[str] | None, windows: int | None, seqlen: int, stride: int | None = None
+    names: list[str] | None,
+    windows: int | None,
+    seqlen: int | None = None,
+    stride: int | None = None,
 ) -> EvaluationText:
     """Return which texts to measure perplexity on."""
     from cfsp.settings import EvaluationText

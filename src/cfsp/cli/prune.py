@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         goal=goal,
         statistics=statistics,
         plan=plan,
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
+        evaluation=arguments.evaluation_text(args.eval, args.eval_windows),
         dry_run=args.dry_run,
         command=arguments.typed_command(),
     )
@@ -234,7 +234,7 @@ def _recover(
         args.out,
         data=settings.text.names,
         training=training,
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
+        evaluation=arguments.evaluation_text(args.eval, args.eval_windows),
         compute=Compute(args.device, args.dtype if args.dtype != "float16" else "auto"),
         command=arguments.typed_command(),
     )

@@ -18,9 +18,9 @@ import torch
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.loading import load
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
-from cfsp.engine.memory import available_bytes
-from cfsp.errors import CalibrationError, UsageError
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.engine.whole import check_fits
+from cfsp.errors import CalibrationError
 from cfsp.planning.fine import strongest_channels
 from cfsp.planning.make import BlockWidths, Criterion, ffn_scores
 from cfsp.progress import item_progress
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 # that one measurement serves every budget.
 SENSITIVITY_SPARSITY = 0.5
 
-# The model's weights need this much beside them: logits, activations, hidden states.
-_ROOM = 1.2
-
 
 def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrainedModel:
     """Return the whole model of a source, ready to run; one in memory is itself.
@@ -60,13 +57,7 @@ def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrained
     if isinstance(source, LoadedModel):
         return source.model
     assert isinstance(source, Checkpoint)
-    needed = int(_ROOM * parameter_count(source) * engine.dtype.itemsize)
-    available = available_bytes()
-    if needed > available:
-        raise UsageError(
-            f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
-            f"{available / 1e9:.3g} GB are available: do without, or use a larger machine"
-        )
+    check_fits(source, engine.dtype, purpose)
     return load(source.directory, dtype=engine.dtype, device=engine.device)
 
 
