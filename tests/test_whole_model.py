@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp import whole_model
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -25,6 +24,7 @@ from cfsp.repair.observation import is_held_out
 from cfsp.result.manifest import PLAN_FILE, STATISTICS_FILE
 from cfsp.settings import CalibrationText, Compute, PruneSettings, Restore
 from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.masks import masked_channels
 from tiny_models import WIDTH, build_tiny_model
 
@@ -128,8 +128,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     settings: PruneSettings,
     change: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(whole_model, "available_bytes", lambda: 1000)
-    monkeypatch.setattr(whole_model, "load", lambda *args, **kwargs: pytest.fail("it was read"))
+    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr(
+        "cfsp.whole_model.load.load", lambda *args, **kwargs: pytest.fail("it was read")
+    )
     source = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
         prune_checkpoint(source, tmp_path / "out", replace(settings, **change))
@@ -151,7 +153,7 @@ def test_experts_are_refused(
 def test_a_loaded_model_is_itself() -> None:
     model = build_tiny_model("llama")
     source = LoadedModel(model)
-    assert whole_model.load_whole(source, Compute().engine(source), "a test") is model
+    assert load_whole(source, Compute().engine(source), "a test") is model
 
 
 def test_a_model_writes_its_own_calibration_text(
