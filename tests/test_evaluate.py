@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
+from cfsp.pipeline import prune_checkpoint
+from cfsp.planning.allocation import Budget
 from cfsp.quality import evaluate
 from cfsp.quality.evaluate import before_and_after, evaluate_models, evaluation_windows
 from cfsp.quality.perplexity import perplexity
+from cfsp.quality.streaming import streamed_perplexity
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import Compute, EvaluationText
+from cfsp.result.prune_report import PruneReport
+from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import consecutive_windows
 
@@ -142,10 +147,6 @@ def test_pruning_reads_its_evaluation_texts_first(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("cfsp.pipeline.decide", lambda *_, **__: pytest.fail("too late"))
-    from cfsp.pipeline import prune_checkpoint
-    from cfsp.planning.allocation import Budget
-    from cfsp.settings import PruneSettings
-
     with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
         prune_checkpoint(
             Checkpoint(tiny_checkpoint("llama")),
@@ -162,8 +163,6 @@ def test_models_with_other_tokens_are_told_apart(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    import shutil
-
     first = tiny_checkpoint("llama")
     other = tmp_path / "other"
     shutil.copytree(first, other)
@@ -186,3 +185,36 @@ def test_python_gives_what_the_command_prints(
     (found,) = cfsp.evaluate([tiny_checkpoint("llama")], [text_file], windows=2, seqlen=24)
     assert found["perplexity"][str(text_file)]["windows"] == 2
     assert torch.isfinite(torch.tensor(found["perplexity"][str(text_file)]["value"]))
+
+
+def test_a_killed_evaluation_of_pruning_goes_on(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, text = Checkpoint(tiny_checkpoint("llama")), str(text_file)
+    settings = PruneSettings(
+        Budget(0.5, multiple=8),
+        text=CalibrationText((text,), samples=4, seqlen=16),
+        compute=Compute(dtype="float32"),
+    )
+    evaluation = EvaluationText((text,), 2, 24)
+
+    def prune(out: Path) -> PruneReport:
+        return prune_checkpoint(source, out, settings, evaluation=evaluation)
+
+    def killed(source: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["label"].startswith("pruned"):
+            raise KeyboardInterrupt
+        return streamed_perplexity(source, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "streamed_perplexity", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path / "out")
+    report, whole = prune(tmp_path / "out"), prune(tmp_path / "whole")
+    assert report.perplexity == whole.perplexity
+    passes = {f"dense on {text}", f"pruned on {text}"}
+    assert passes & set(whole.passes) == passes
+    assert passes & set(report.passes) == {f"pruned on {text}"}
