@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
             args.method, args.targets, args.rank, allocation=args.rank_allocation
         ),
         teacher=_teacher(args),
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, 1024, bos=args.bos),
+        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, bos=args.bos),
         compute=Compute(args.device, args.dtype),
         resume=args.resume,
         keep_adapter=args.keep_adapter,

@@ -30,7 +30,7 @@ from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.versions import versions
 from cfsp.errors import UsageError
 from cfsp.processes import is_first_process
-from cfsp.quality.evaluate import before_and_after
+from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.recovery.adaptation import Adaptation, attach, merge
 from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import RecoveryText, read_text
@@ -142,6 +142,7 @@ def _recover(request: _Request, workspace: Workspace) -> RecoverReport:
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
         text = read_text(request.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
+        measured_on = evaluation_windows(request.evaluation, source)
     check_tokens(source.config, text.train.token_NT, source.label)
     settings = _settings(source, text, training, request.adaptation, teacher)
     if is_first_process():
@@ -185,11 +186,11 @@ def _recover(request: _Request, workspace: Workspace) -> RecoverReport:
         del adapted, model, merged
         with watch.stage("evaluate"):
             measured = before_and_after(
-                source.directory,
-                staging,
-                request.evaluation,
+                source,
+                Checkpoint(staging),
+                measured_on,
                 request.compute,
-                ("before", "after"),
+                labels=("before", "after"),
             )
         report = recover_report(blocks, outcome, measured, watch, request.out)
         write_record(source, staging, _facts(request, text, report), digests)
