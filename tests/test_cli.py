@@ -198,7 +198,7 @@ def test_prune_reports_all_that_the_readme_promises(
     out = tmp_path / "out"
     report = cli.json(
         "prune", model, "--out", out, "--sparsity", 0.4, "--multiple", 4, *text,
-        "--eval", text_file, "--eval-windows", 2, "--set", "eval_seqlen=32",
+        "--eval", text_file, "--eval-windows", 2,
     )  # fmt: skip
     before = sum(p.numel() for p in build_tiny_model("llama").parameters())
     removed = 3 * 96 - sum(report["intermediate_sizes"])
