@@ -49,6 +49,7 @@ from cfsp.result.card import model_card
 from cfsp.result.manifest import (
     Stopwatch,
     describe_pruning,
+    facts_for_config,
     write_manifest,
 )
 from cfsp.result.prune_report import PruneReport, prune_report
@@ -204,12 +205,14 @@ def prune_model(
     """
     source = LoadedModel(model)
     watch, statistics = Stopwatch(), None
+    facts: dict[str, Any] = {}
     with temporary_workplace(settings.compute.memory_budget) as place:
         if goal is not None:
             resolution, statistics = resolve_goal(
                 goal, source, lambda: tokenizer, settings, place=place, watch=watch
             )
             settings = replace(settings, budget=resolution.budget)
+            facts = resolution.to_json()
         decision = decide(
             source,
             lambda: calibration_windows(source, tokenizer, settings.text, settings.compute),
@@ -218,7 +221,11 @@ def prune_model(
             watch=watch,
             statistics=statistics,
         )
-        return build_pruned_model(model, source, decision.plan, decision.repaired_tensors)
+        report = prune_report(source, decision, facts, {}, watch, place, None)
+        manifest = describe_pruning(decision.plan, report.to_json(), {}, "cfsp.prune")
+        return build_pruned_model(
+            model, source, decision.plan, decision.repaired_tensors, facts_for_config(manifest)
+        )
 
 
 def _write_checkpoint(source: Checkpoint, decision: Decision, target: Path) -> dict[str, str]:

@@ -5,11 +5,10 @@ Numbers are those of the models' published config.json files.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import Budget, round_widths
