@@ -139,9 +139,13 @@ def _tie_again(model: PreTrainedModel, path: Path) -> None:
 def _relative_difference(one_VD: Tensor, other_VD: Tensor) -> float:
     """Return the root mean square of the difference, relative to that of the first."""
     difference = size = 0.0
-    for one, other in zip(one_VD.split(_ROWS_AT_ONCE), other_VD.split(_ROWS_AT_ONCE), strict=True):
-        difference += float((one.detach().double() - other.detach().double()).square().sum())
-        size += float(one.detach().double().square().sum())
+    for start in range(0, len(one_VD), _ROWS_AT_ONCE):
+        one, other = (
+            matrix_VD.detach()[start : start + _ROWS_AT_ONCE].double()
+            for matrix_VD in (one_VD, other_VD)
+        )
+        difference += float((one - other).square().sum())
+        size += float(one.square().sum())
     return (difference / size) ** 0.5 if size else float("inf")
 
 
