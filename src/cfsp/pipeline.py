@@ -47,7 +47,7 @@ from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.result.card import model_card
-from cfsp.result.manifest import describe_pruning, write_manifest
+from cfsp.result.manifest import describe_pruning, facts_for_config, write_manifest
 from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
@@ -156,8 +156,13 @@ def prune_model(
     source = LoadedModel(model)
     with temporary_workplace(settings.compute.memory_budget) as place:
         inputs = _Inputs.of(source, lambda: tokenizer, settings)
-        decided = _decide(inputs, settings, goal, None, None, place, Stopwatch())
-        return build_pruned_model(model, source, decided.repaired.plan, decided.repaired.tensors)
+        watch = Stopwatch()
+        decided = _decide(inputs, settings, goal, None, None, place, watch)
+        repaired = decided.repaired
+        report = prune_report(source, repaired, decided.goal, {}, watch, place, None)
+        manifest = describe_pruning(repaired.plan, report.to_json(), {}, "cfsp.prune")
+        facts = facts_for_config(manifest)
+        return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
 
 
 def check_all_texts(
