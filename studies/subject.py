@@ -59,7 +59,7 @@ class Subject:
 
     def pruned(self, plan: PruningPlan) -> PreTrainedModel:
         """Return the model that a plan describes, without repair."""
-        return build_pruned_model(self.model, self.source, plan, {})
+        return build_pruned_model(self.model, self.source, plan, {}, {})
 
     def quality(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the perplexity on each text."""
@@ -122,7 +122,7 @@ class Subject:
                 watch=Stopwatch(),
                 plan=plan,
             )
-            pruned = build_pruned_model(self.model, self.source, plan, repaired.tensors)
+            pruned = build_pruned_model(self.model, self.source, plan, repaired.tensors, {})
             return self.quality(pruned)
 
 

@@ -186,7 +186,7 @@ def test_prune_with_a_small_budget_gives_the_same_checkpoint(
     assert main([*argv, "--out", str(tmp_path / "memory")]) == 0
     assert main([*argv, "--out", str(tmp_path / "file"), "--memory-budget", "1KB"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"memory", "file"}
-    for name in ("model.safetensors", "cfsp_plan.json", "cfsp_statistics.safetensors"):
+    for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
         assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
 
 

@@ -193,9 +193,9 @@ def test_a_plan_made_before_is_restored_by_a_pass_of_its_own(
 
 
 def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
-    statistics = cfsp.Statistics.load(repaired_model / "cfsp_statistics.safetensors")
+    statistics = cfsp.Statistics.load(repaired_model / "cfsp.statistics")
     widths = [len(block.sum_F) for block in statistics.blocks]
-    stored = (repaired_model / "cfsp_statistics.safetensors").stat().st_size
+    stored = (repaired_model / "cfsp.statistics").stat().st_size
     # Two float64 vectors for each block, and a header.
     assert stored < 2 * 8 * sum(widths) + 8192
 

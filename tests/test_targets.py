@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import cfsp
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.cli import goal as cli_goal
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
 from cfsp.engine.stopwatch import Stopwatch
@@ -38,7 +37,6 @@ from cfsp.settings import (
 )
 from cfsp.speed.work import work_of
 from cfsp.text.windows import draw_left_over, draw_windows
-from cfsp.whole_model.masks import masked_loss
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 # Half of the width saves a quarter of the time, all of it four tenths.
@@ -305,7 +303,7 @@ def test_a_speedup_beyond_all_sizes_is_refused_before_any_work(
         raise AssertionError("nothing needs to be timed or calibrated")
 
     monkeypatch.setattr(speedup, "measure_latencies", work)
-    monkeypatch.setattr(resolve, "calibrate_windows", work)
+    monkeypatch.setattr(resolve, "calibrate", work)
     arguments = ["--target-speedup", "50", "--target-speedup-of", phase]
     assert prune(model, text_file, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -400,7 +398,14 @@ def test_a_resumed_run_does_not_measure_again(
         goal = TargetSpeedup(ratio)
         loaded = Statistics.load(statistics)
         return resolve_goal(
-            goal, source, _no_text, settings, place=place, watch=Stopwatch(), statistics=loaded
+            goal,
+            source,
+            _no_text,
+            _no_text,
+            settings,
+            place=place,
+            watch=Stopwatch(),
+            statistics=loaded,
         )[0]
 
     first = resolve(1.2, "a")
@@ -418,7 +423,7 @@ def test_a_resumed_run_does_not_measure_again(
     [
         ([], "exactly one of --sparsity"),
         (["--sparsity", "0.5", "--target-params", "0.5"], "--sparsity and --target-params"),
-        (["--target-speedup", "1.2", "--max-loss-increase", "1"], "found --max-loss-increase and"),
+        (["--target-speedup", "1.2", "--max-loss-increase", "1"], "found --target-speedup and"),
         (["--target-params", "0.5", "--of", "model"], "--of belongs to --sparsity"),
         (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
         (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
@@ -469,8 +474,3 @@ def test_experts_cannot_be_masked(
     assert prune(tiny_checkpoint("mixtral"), text_file, tmp_path / "out", *goal) == 2
     assert "mixtures of experts" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_parser_knows_the_phases() -> None:
-    assert cli_goal.PHASES == PHASES
-    assert masked_loss.__doc__  # the bound is on what this measures

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cfsp.errors import CfspError
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.result.prune_report import PruneReport
-    from cfsp.settings import MaxLossIncrease, TargetParameters, TargetSpeedup
+    from cfsp.settings import MaxLossIncrease, TargetParameters, TargetSpeedup, Text
 
     __version__: str
 
@@ -34,6 +34,7 @@ _HOME = {
     "Statistics": "cfsp.calibration.statistics",
     "TargetParameters": "cfsp.goals.goal",
     "TargetSpeedup": "cfsp.goals.goal",
+    "Text": "cfsp.text.sources",
     "calibrate": "cfsp.api",
     "evaluate": "cfsp.api",
     "load": "cfsp.checkpoint.loading",
@@ -49,6 +50,7 @@ __all__ = [
     "Statistics",
     "TargetParameters",
     "TargetSpeedup",
+    "Text",
     "__version__",
     "calibrate",
     "evaluate",

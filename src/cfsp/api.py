@@ -10,7 +10,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
+from cfsp.pipeline import calibrate_source, check_all_texts, prune_checkpoint, prune_model
 from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.evaluate import evaluate_models
@@ -19,6 +19,7 @@ from cfsp.settings import (
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
     EFFORTS,
+    Bos,
     Budget,
     CalibrationText,
     Compute,
@@ -28,15 +29,19 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     Repair,
+    Text,
     from_names,
     name_of,
     options_of,
 )
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# One text or several: names, or texts themselves.
+Data = str | Path | Text | Sequence[str | Path | Text]
 DEFAULT_DATA = (DEFAULT_TEXT,)
 
 
@@ -48,10 +53,10 @@ def prune(
     out: str | Path,
     sparsity: float | None = ...,
     goal: Goal | None = ...,
-    data: Sequence[str | Path] = ...,
+    data: Data = ...,
     samples: int | None = ...,
     seqlen: int = ...,
-    eval: Sequence[str | Path] = ...,
+    eval: Data = ...,
     effort: str = ...,
     repair: Repair | None = ...,
     device: str = ...,
@@ -67,10 +72,10 @@ def prune(
     out: None = None,
     sparsity: float | None = ...,
     goal: Goal | None = ...,
-    data: Sequence[str | Path] = ...,
+    data: Data = ...,
     samples: int | None = ...,
     seqlen: int = ...,
-    eval: Sequence[str | Path] = ...,
+    eval: Data = ...,
     effort: str = ...,
     repair: Repair | None = ...,
     device: str = ...,
@@ -85,10 +90,10 @@ def prune(
     out: str | Path | None = None,
     sparsity: float | None = None,
     goal: Goal | None = None,
-    data: Sequence[str | Path] = DEFAULT_DATA,
+    data: Data = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
-    eval: Sequence[str | Path] = (),
+    eval: Data = (),
     effort: str = "standard",
     repair: Repair | None = None,
     device: str = "auto",
@@ -102,7 +107,8 @@ def prune(
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
         goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
-        data: calibration texts (see `cfsp.text.sources`).
+        data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
+            themselves.
         samples: windows in all; None for 128 or what there is.
         seqlen: tokens in a window.
         eval: texts to measure perplexity on, before and after; of a path only.
@@ -131,7 +137,7 @@ def prune(
         budget=from_names(Budget, advanced, sparsity=sparsity or 0.0),
         criterion=from_names(Criterion, advanced),
         text=from_names(
-            CalibrationText, advanced, names=tuple(map(str, data)), samples=samples, seqlen=seqlen
+            CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen
         ),
         compute=from_names(Compute, advanced, device=device),
         repair=repair or EFFORTS[effort],
@@ -142,12 +148,15 @@ def prune(
             raise UsageError("pruning a path needs out=, the new directory")
         asked = f"goal={goal}" if goal else f"sparsity={sparsity}"
         command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
+        evaluation = from_names(EvaluationText, advanced, names=_texts(eval))
+        # Before a model is downloaded or converted.
+        check_all_texts(settings.text, evaluation, goal)
         return prune_checkpoint(
             open_checkpoint(model),
             Path(out),
             settings,
             goal=goal,
-            evaluation=from_names(EvaluationText, advanced, names=tuple(map(str, eval))),
+            evaluation=evaluation,
             command=command,
         )
     if tokenizer is None or out is not None or eval:
@@ -162,7 +171,7 @@ def calibrate(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    data: Sequence[str | Path] = DEFAULT_DATA,
+    data: Data = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     device: str = "auto",
@@ -175,14 +184,13 @@ def calibrate(
     to the predictions, which takes the whole model in memory.
     """
     check_names(advanced, CalibrationText, Compute)
+    text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
+    check_texts(text.names, "calibration")
     source = _source(model)
     if tokenizer is None:
         if not isinstance(source, Checkpoint):
             raise UsageError("calibrating a model in memory needs its tokenizer")
         tokenizer = load_tokenizer(source.directory)
-    text = from_names(
-        CalibrationText, advanced, names=tuple(map(str, data)), samples=samples, seqlen=seqlen
-    )
     compute = from_names(Compute, advanced, device=device)
     return calibrate_source(source, tokenizer, text, compute, sensitivity=sensitivity)
 
@@ -203,10 +211,11 @@ def plan(
 
 def evaluate(
     models: Sequence[str | Path],
-    data: Sequence[str | Path],
+    data: Data,
     *,
     windows: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[dict[str, Any]]:
@@ -214,14 +223,25 @@ def evaluate(
 
     Args:
         models: directories, hub ids, .gguf files or `demo`.
-        data: texts (see `cfsp.text.sources`).
+        data: texts, as for `prune`.
         windows: consecutive windows from the beginning of each text; None for all.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
+        bos: whether windows begin with BOS: `yes`, `no`, or `auto`, as the tokenizer begins an
+            input.
         device: where to compute.
         dtype: what to compute in.
     """
-    texts = EvaluationText(tuple(map(str, data)), windows, seqlen)
+    texts = EvaluationText(_texts(data), windows, seqlen, bos=bos)
+    if not texts.names:
+        raise UsageError(
+            "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
+        )
     return evaluate_models([str(model) for model in models], texts, Compute(device, dtype))
+
+
+def _texts(data: Data) -> tuple[str | Text, ...]:
+    given = (data,) if isinstance(data, str | Path | Text) else data
+    return tuple(text if isinstance(text, Text) else str(text) for text in given)
 
 
 def _source(model: str | Path | PreTrainedModel) -> WeightSource:

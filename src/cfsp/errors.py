@@ -119,7 +119,7 @@ class MissingExtraError(CfspError):
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs packages that are not installed; "
-            f"install them with: pip install 'cfsp-llm[{extra}]'"
+            f"install them with: pip install '.[{extra}]' in the clone of cfsp"
         )
 
 

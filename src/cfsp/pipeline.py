@@ -43,11 +43,12 @@ from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
-from cfsp.quality.evaluate import before_and_after
+from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.result.card import model_card
-from cfsp.result.manifest import describe_pruning, write_manifest
+from cfsp.result.manifest import describe_pruning, facts_for_config, write_manifest
+from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
     SENSITIVITY,
@@ -59,6 +60,7 @@ from cfsp.settings import (
     MaxLossIncrease,
     PruneSettings,
 )
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 from cfsp.whole_model.own_text import calibration_windows
@@ -96,6 +98,7 @@ def prune_checkpoint(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
+    check_all_texts(settings.text, evaluation, goal)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
@@ -103,6 +106,7 @@ def prune_checkpoint(
         settings = settings.without_repair()
     check_can_be_repaired(source, settings)
     watch = Stopwatch()
+    measured_on = evaluation_windows(evaluation, source)
     identity = _identity(settings, statistics, plan, goal)
     with (
         created_parents(out),
@@ -118,15 +122,16 @@ def prune_checkpoint(
         with watch.stage("cut"):
             digests = _write_checkpoint(source, repaired, staging)
         with watch.stage("evaluate"):
-            measured = before_and_after(source.directory, staging, evaluation, settings.compute)
+            pruned = Checkpoint(staging, "the pruned model")
+            measured = before_and_after(source, pruned, measured_on, settings.compute, place)
             if isinstance(goal, MaxLossIncrease):
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, goal, dense, settings)
         report = prune_report(source, repaired, facts, measured, watch, place, out)
         manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
         write_manifest(staging, manifest)
-        card = model_card(manifest, repaired.plan)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        card = model_card(manifest, repaired.plan, origin_of(source))
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")
     return report
 
 
@@ -147,11 +152,32 @@ def prune_model(
     Returns:
         A new model that shares every unpruned tensor with the original.
     """
+    check_all_texts(settings.text, goal=goal)
     source = LoadedModel(model)
     with temporary_workplace(settings.compute.memory_budget) as place:
         inputs = _Inputs.of(source, lambda: tokenizer, settings)
-        decided = _decide(inputs, settings, goal, None, None, place, Stopwatch())
-        return build_pruned_model(model, source, decided.repaired.plan, decided.repaired.tensors)
+        watch = Stopwatch()
+        decided = _decide(inputs, settings, goal, None, None, place, watch)
+        repaired = decided.repaired
+        report = prune_report(source, repaired, decided.goal, {}, watch, place, None)
+        manifest = describe_pruning(repaired.plan, report.to_json(), {}, "cfsp.prune")
+        facts = facts_for_config(manifest)
+        return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
+
+
+def check_all_texts(
+    text: CalibrationText, evaluation: EvaluationText | None = None, goal: Goal | None = None
+) -> None:
+    """Open every text that pruning will read, before any work is done.
+
+    Raises:
+        TextError: one is missing or not readable.
+    """
+    check_texts(text.names, "calibration")
+    if evaluation is not None:
+        check_texts(evaluation.names, "evaluation")
+    if isinstance(goal, MaxLossIncrease):
+        check_texts(goal.held_out, "evaluation")
 
 
 def calibrate_source(
@@ -279,6 +305,7 @@ def _identity(
     """Return what the result depends on besides model, text and computing; for resuming."""
     return {
         "command": "prune",
+        "--bos": settings.text.bos,
         "--repair": settings.repair,
         "local": asdict(settings.local) if settings.repair == "local" else None,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,

@@ -100,6 +100,7 @@ def calibration_record(
         seed=seed,
         dtype=str(engine.dtype).removeprefix("torch."),
         device=engine.device.type,
+        bos=windows.bos,
     )
 
 

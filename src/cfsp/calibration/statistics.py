@@ -107,6 +107,7 @@ class CalibrationRecord:
         seed: seed of the draw.
         dtype: what the blocks computed in.
         device: where they computed.
+        bos: whether every window begins with BOS.
     """
 
     model: str
@@ -118,6 +119,7 @@ class CalibrationRecord:
     seed: int
     dtype: str
     device: str
+    bos: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class Statistics:
 def _record(fields: dict[str, Any]) -> CalibrationRecord:
     record = CalibrationRecord(**fields)
     for key, kind in CalibrationRecord.__annotations__.items():
-        expected = {"str": str, "int": int}.get(kind, dict)
+        expected = {"str": str, "int": int, "bool": bool}.get(kind, dict)
         if type(getattr(record, key)) is not expected:
             raise TypeError(f"{key} is not of type {expected.__name__}")
     return record

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from cfsp.cli import (
     bench,
+    cache,
     calibrate,
     demo,
     evaluate,
@@ -45,6 +46,7 @@ COMMANDS = (
     report,
     sweep,
     verify,
+    cache,
     demo,
 )
 

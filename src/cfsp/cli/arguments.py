@@ -6,11 +6,14 @@ import argparse
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from cfsp.cli.options import Parser, add_advanced, add_options, command_parser, settings_from
 from cfsp.settings import (
+    BOS,
     DEFAULT_TEXT,
+    Bos,
     Budget,
     CalibrationText,
     Compute,
@@ -56,6 +59,29 @@ def add_json(parser: Parser) -> None:
     )
 
 
+def add_bos(group: Any) -> None:
+    """Add --bos."""
+    group.add_argument(
+        "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
+    )
+
+
+def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = None) -> None:
+    """Open every text, before anything that is slow: imports, downloads, conversions.
+
+    Args:
+        data: what is calibrated on or trained on.
+        evaluation: what is measured on.
+
+    Raises:
+        TextError: one is missing or not readable.
+    """
+    from cfsp.text import sources
+
+    sources.check_texts(data or (), "calibration")
+    sources.check_texts(evaluation or (), "evaluation")
+
+
 def calibration_text(args: argparse.Namespace) -> CalibrationText:
     """Return the calibration text that was asked for; say so if it is the default."""
     if not args.data:
@@ -88,10 +114,14 @@ def criterion(args: argparse.Namespace) -> Criterion:
 
 
 def evaluation_text(
-    names: list[str] | None, windows: int | None, seqlen: int, stride: int | None = None
+    names: list[str] | None,
+    windows: int | None,
+    seqlen: int | None = None,
+    stride: int | None = None,
+    bos: Bos = "auto",
 ) -> EvaluationText:
     """Return which texts to measure perplexity on."""
-    return EvaluationText(tuple(names or ()), windows, seqlen, stride)
+    return EvaluationText(tuple(names or ()), windows, seqlen, stride, bos)
 
 
 def typed_command() -> str:

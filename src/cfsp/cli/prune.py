@@ -128,6 +128,7 @@ def check_together(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prune."""
     check_together(args)
+    arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
 
-    evaluation = settings_from(args, EvaluationText)
+    evaluation = settings_from(args, EvaluationText, bos=args.bos or "auto")
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
@@ -207,7 +208,7 @@ def _training(args: argparse.Namespace) -> Training:
     from cfsp.recovery.settings import Training
 
     limit, text = Limit(minutes=args.recover), settings_from(args, CalibrationText)
-    return Training(limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed)
+    return Training(limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed, bos=text.bos)
 
 
 def _recover(

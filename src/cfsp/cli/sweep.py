@@ -78,10 +78,12 @@ def _add_recipe(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Sweep."""
+    recipe = _recipe(args)
+    arguments.check_texts(recipe.data, recipe.eval)
+
     from cfsp.sweep.run import run_sweep
     from cfsp.sweep.table import tables, write_tables
 
-    recipe = _recipe(args)
     rows = run_sweep(
         recipe,
         args.out,

@@ -6,13 +6,12 @@ byte for byte. Tensors stream from the source to the new shards: one is in memor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
 from cfsp.checkpoint.tensor_file import (
@@ -22,20 +21,6 @@ from cfsp.checkpoint.tensor_file import (
     tensor_chunks,
 )
 from cfsp.planning.plan_file import PruningPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
-def pruned_config(source: WeightSource, plan: PruningPlan) -> PreTrainedConfig:
-    """Return the config of the pruned model, of the class that the source's config has."""
-    key, widths = source.family.width_key, plan.kept_widths
-    changed = copy.deepcopy(source.config)
-    changed.per_layer_config = None
-    setattr(changed, key, max(widths))
-    if len(set(widths)) > 1:
-        changed.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
-    return changed
 
 
 def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
@@ -76,7 +61,7 @@ class PrunedSource:
     def __init__(
         self, source: WeightSource, plan: PruningPlan, repaired: Mapping[str, TensorFile]
     ) -> None:
-        self.config = pruned_config(source, plan)
+        self.config = config_with_widths(source.config, plan.kept_widths)
         self.family = source.family
         self.label = source.label
         self.specs = pruned_specs(source, plan)

@@ -89,13 +89,11 @@ def output_workplace(
     _check_processes(place, processes)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("w")
     except OSError as error:
         raise OutputError(
             f"cannot write to {directory}: {error.strerror}; choose another output"
         ) from error
-    with lock:
-        lock_out_others(lock.fileno(), place)
+    with lock_out_others(directory / "lock", place):
         for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)
@@ -153,8 +151,10 @@ def remove_finished_work(out: Path) -> None:
     if not place.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
         return
     for directory in sorted(place.iterdir()):
-        with contextlib.suppress(OSError, OutputError), (directory / "lock").open("w") as lock:
-            lock_out_others(lock.fileno(), place)
+        with (
+            contextlib.suppress(OSError, OutputError),
+            lock_out_others(directory / "lock", place),
+        ):
             _remove(directory)
 
 

@@ -50,10 +50,11 @@ def held_out_windows(
                 seqlen=text.seqlen,
                 seed=text.seed,
                 count=goal.windows,
+                bos=text.bos,
             )
         ]
     return [
-        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen)
+        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen, bos=text.bos)
         for name in goal.held_out
     ]
 

@@ -11,6 +11,7 @@ from cfsp.errors import PlanError, RecoveryError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.adaptation import Adaptation
 from cfsp.result.manifest import read_manifest
+from cfsp.result.repair_steps import repair_steps
 
 
 def block_weights(source: Checkpoint, adaptation: Adaptation) -> list[float]:
@@ -47,8 +48,12 @@ def _importances(source: Checkpoint, blocks: int) -> list[float]:
 
 def _restored_errors(source: Checkpoint, blocks: int) -> list[float]:
     """Return what restoration left of the error of every block's FFN, from the manifest."""
-    restoration = (read_manifest(source.directory) or {}).get("restoration") or {}
-    errors_L = [float(block["error_after"]) for block in restoration.get("blocks", ())]
+    steps = repair_steps(read_manifest(source.directory) or {})
+    errors_L = [
+        float(block["error_after" if block["kept"] else "error_before"])
+        for step in steps[:1]
+        for block in step["blocks"]
+    ]
     if len(errors_L) != blocks:
         raise RecoveryError(
             f"{source.label} was not restored by cfsp: its manifest has the restored error of "

@@ -16,8 +16,9 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.versions import versions
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.version_1 import as_version_2
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 def describe_pruning(
@@ -47,12 +48,25 @@ def describe_pruning(
     }
 
 
+# What a model that was pruned in memory says of it, in its config.
+_IN_CONFIG = (
+    "operation", "created", "versions", "base_model", "criterion", "calibration", "ffn_sparsity",
+    "model_sparsity", "parameters_before", "perplexity", "command",
+)  # fmt: skip
+
+
+def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a manifest that travels in the config of a model in memory."""
+    return {key: manifest[key] for key in _IN_CONFIG}
+
+
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
     """Write the manifest into a checkpoint directory, atomically.
 
     Raises:
         OutputError: the place is not writable.
     """
+    # Facts that were read have their version with them.
     text = json.dumps({"manifest_version": MANIFEST_VERSION, **fields}, indent=2) + "\n"
     write_atomically(directory / MANIFEST_FILE, text.encode())
 
@@ -66,12 +80,11 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
     manifest = read_manifest(directory)
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}")
-    del manifest["manifest_version"]
     write_manifest(directory, {**manifest, **fields})
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint; None if cfsp did not write the checkpoint.
+    """Return the manifest of a checkpoint, as version 2; None if cfsp did not write the checkpoint.
 
     Raises:
         CheckpointError: there is one, but it is damaged or of another version.
@@ -82,13 +95,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = fields["manifest_version"]
+        if found == 1:
+            return as_version_2(fields)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged; prune the model again") from error
-    if found != MANIFEST_VERSION:
+    if found != 2:
         raise CheckpointError(
-            f"{path} has manifest version {found}, expected {MANIFEST_VERSION}; "
+            f"{path} has manifest version {found}, expected 1 or 2; "
             "use the version of cfsp that wrote it"
         )
     return fields

@@ -17,7 +17,7 @@ import torch
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.modeling_code import MODELING_FILE
-from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
@@ -87,7 +87,8 @@ def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
     weights = {name for name in promised if name.endswith(".safetensors")}
     if not weights:
         return f"{MANIFEST_FILE} names no weight files"
-    there = {path.name for path in directory.glob("model*.safetensors")}
+    # Loaders read them all; old directories had their statistics among them.
+    there = {path.name for path in directory.glob("*.safetensors")} - {OLD_STATISTICS_FILE}
     if missing := sorted(weights - there):
         return f"{missing[0]} is missing"
     if extra := sorted(there - weights):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,8 @@ from cfsp.speed.workload import Conditions, Timing, Workload
 if TYPE_CHECKING:
     from cfsp.speed.engine import Engine
 
-_STOP_SECONDS = 30
+_STOP_SECONDS = 30.0
+_INTERRUPTED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,41 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
     ours, theirs = context.Pipe()
     # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
     process = context.Process(target=_serve, args=(theirs, subject, conditions))
-    process.start()
+    with _interrupts_held_back():
+        process.start()
     theirs.close()
+    patience = _STOP_SECONDS
     try:
         loaded: Loaded = _receive(ours)
         yield ModelProcess(ours, loaded)
+    except BaseException:
+        patience = _INTERRUPTED_SECONDS
+        raise
     finally:
         ours.close()
-        process.join(_STOP_SECONDS)
+        process.join(patience)
         if process.is_alive():
             process.kill()
             process.join()
         process.close()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let what is started meanwhile never see Ctrl-C, which goes to all processes of a terminal.
+
+    It would only add a traceback: this process ends the others. Here a Ctrl-C comes afterwards.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    # Starting this helper of multiprocessing would let signals through again.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _ask(connection: Connection, request: Workload | None) -> Any:

@@ -49,19 +49,8 @@ class Row:
 
 def measure_perplexity(model: Path, texts: EvaluationText, compute: Compute) -> Perplexities:
     """Return the perplexity of a model on each text."""
-    measured = evaluate_models([model], texts, compute)[0]
-    tokens = measured["tokens"]
-    return {
-        text: {
-            "value": value,
-            "tokens": tokens[text],
-            "windows": tokens[text] // (texts.seqlen - 1),
-            "seqlen": texts.seqlen,
-            "stride": None,
-            "bos": False,
-        }
-        for text, value in measured["perplexity"].items()
-    }
+    found: Perplexities = evaluate_models([model], texts, compute)[0]["perplexity"]
+    return found
 
 
 def compared(before: float, after: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from cfsp.settings import (
     BLOCK_METRICS,
     CHANNEL_METRICS,
     CLAMPS,
+    DEFAULT_TEXT,
     REPAIRS,
     SENSITIVITY_METRICS,
+    Bos,
     Budget,
     BudgetOf,
     CalibrationText,
@@ -69,8 +71,9 @@ class Recipe:
         multiple: widths become multiples of this, whatever the method; None for its own choice.
         data: calibration texts.
         samples: calibration windows in all.
-        seqlen: tokens of a window.
+        seqlen: tokens of a window, BOS included.
         seed: of the draws of windows; each is a calibration of its own.
+        bos: whether windows begin with BOS, as for prune.
         eval: texts to measure perplexity on.
         eval_windows: windows of each.
         speed: also time each model against the dense one.
@@ -81,10 +84,11 @@ class Recipe:
     methods: tuple[Method, ...] = (METHODS["cfsp"],)
     of: BudgetOf = Budget.of
     multiple: int | None = None
-    data: tuple[str, ...] = CalibrationText.names
+    data: tuple[str, ...] = (DEFAULT_TEXT,)
     samples: int | None = None
     seqlen: int = CalibrationText.seqlen
     seed: tuple[int, ...] = (CalibrationText.seed,)
+    bos: Bos = CalibrationText.bos
     eval: tuple[str, ...] = ()
     eval_windows: int | None = EvaluationText.windows
     speed: bool = False
@@ -125,11 +129,11 @@ class Recipe:
     @property
     def evaluation(self) -> EvaluationText:
         """What to measure on."""
-        return EvaluationText(self.eval, self.eval_windows, self.seqlen)
+        return EvaluationText(self.eval, self.eval_windows, self.seqlen, bos=self.bos)
 
     def text(self, seed: int) -> CalibrationText:
         """Return what to calibrate on."""
-        return CalibrationText(self.data, self.samples, self.seqlen, seed)
+        return CalibrationText(self.data, self.samples, self.seqlen, seed, self.bos)
 
     def settings(self, point: Point, compute: Compute) -> PruneSettings:
         """Return how to prune one model.

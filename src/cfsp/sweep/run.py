@@ -25,7 +25,6 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
-from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.compute import engine_of
 from cfsp.engine.workplace import output_workplace, remove_finished_work
@@ -34,6 +33,7 @@ from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning.allocation import channels_to_keep
 from cfsp.planning.make import model_size
 from cfsp.progress import item_progress
+from cfsp.quality.evaluate import evaluation_windows
 from cfsp.result.manifest import add_to_manifest
 from cfsp.settings import OWN_TEXT, SENSITIVITY_METRICS, Compute
 from cfsp.sweep.measured import (
@@ -45,9 +45,9 @@ from cfsp.sweep.measured import (
     read_row,
 )
 from cfsp.sweep.recipe import Point, Recipe
-from cfsp.text.sources import TextSource
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import consecutive_windows, draw_text
+from cfsp.text.windows import draw_text
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ def run_sweep(
     Raises:
         CfspError: anything that a user can cause; models that are finished stay.
     """
-    _open_texts(recipe)
+    check_texts(recipe.data, "calibration")
+    check_texts(recipe.eval, "evaluation")
     source = open_checkpoint(recipe.model)
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
@@ -150,19 +151,6 @@ def _claim(out: Path, recipe: Recipe) -> None:
     write_atomically(path, text.encode())
 
 
-def _open_texts(recipe: Recipe) -> None:
-    """Open every text, before a model is downloaded or converted.
-
-    Raises:
-        TextError: one is missing.
-    """
-    for name in recipe.eval:
-        TextSource(name, "evaluation").documents()
-    for name in recipe.data:
-        if name != OWN_TEXT:
-            TextSource(name, "calibration").documents()
-
-
 def _check(sweep: _Sweep) -> None:
     """Check all that the recipe names before the first forward pass.
 
@@ -174,8 +162,7 @@ def _check(sweep: _Sweep) -> None:
     size, tokenizer = model_size(source), load_tokenizer(source.directory)
     for point in recipe.points:
         channels_to_keep(recipe.settings(point, sweep.compute).budget, size)
-    for name in recipe.eval:
-        consecutive_windows(name, tokenizer, count=recipe.eval_windows, seqlen=recipe.seqlen)
+    evaluation_windows(recipe.evaluation, source)
     text = recipe.text(recipe.seed[0])
     others = tuple(name for name in text.names if name != OWN_TEXT)
     if others == text.names:
@@ -204,12 +191,12 @@ def _dense(sweep: _Sweep) -> Row:
 
 
 def _statistics_files(out: Path) -> list[Path]:
-    return list(out.glob("statistics-seed*.safetensors"))
+    return list(out.glob("seed-*.statistics"))
 
 
 def _statistics(sweep: _Sweep, seed: int) -> Statistics:
     path, source, compute = (
-        sweep.out / f"statistics-seed{seed}.safetensors",
+        sweep.out / f"seed-{seed}.statistics",
         sweep.source,
         sweep.compute,
     )
@@ -264,4 +251,4 @@ def _working_directory(out: Path) -> Iterator[Path]:
 
 
 def _weights(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("*.safetensors") if path.name != STATISTICS_FILE]
+    return list(directory.glob("*.safetensors"))

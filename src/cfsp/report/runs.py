@@ -1,25 +1,26 @@
 """All that a report says about one run, read from its directory: no model is loaded.
 
-A run is a directory that cfsp wrote. Its manifest must be there; plan and statistics may be
-missing, and the page then leaves out what they would have shown.
-
-Shapes: L blocks.
+A run is a directory that cfsp wrote. Its manifest must be there; the plan may be missing, and
+the page then leaves out what it would have shown. The directory of a sweep stands
+for its runs.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.errors import ReportError
-from cfsp.planning.allocation import ModelSize
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.report.manifest_check import check_manifest
+from cfsp.result.conditions import Conditions
 from cfsp.result.manifest import read_manifest
+from cfsp.result.repair_steps import Step, repair_steps
+from cfsp.sweep.run import RECIPE_FILE
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class Measured:
     """Quality and speed; `before` is the original, `after` the run. Either may be missing.
 
     Attributes:
-        perplexity: text -> {"before", "after", "tokens"}.
+        perplexity: conditions -> {"before", "after"}; numbers under one key compare.
         tasks: task -> {"before", "after"} -> scores as `cfsp eval --json` gives them.
         speed: phase and workload -> {"before", "after"} in tokens per second, {"ratio", "ideal"}.
     """
 
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity: dict[Conditions, dict[str, float]] = field(default_factory=dict)
     tasks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     speed: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -47,7 +48,6 @@ class RunFacts:
         manifest: its `cfsp.json`.
         weight_bytes: size of its weight files on disk.
         plan: which channels stayed, if the file is there.
-        statistics: of its calibration, if the file is there.
         measured: quality and speed.
     """
 
@@ -56,7 +56,6 @@ class RunFacts:
     manifest: dict[str, Any]
     weight_bytes: int
     plan: PruningPlan | None = None
-    statistics: Statistics | None = None
     measured: Measured = field(default_factory=Measured)
 
     def side_of(self, model: str) -> str | None:
@@ -76,42 +75,22 @@ class RunFacts:
         return str(self.manifest.get("base_model", {}).get("fingerprint", self.base_name))
 
     @property
-    def restored_blocks(self) -> list[dict[str, Any]]:
-        """One entry for each block; empty without restoration."""
-        blocks: list[dict[str, Any]] = (self.manifest.get("restoration") or {}).get("blocks", [])
-        return blocks
+    def repair_steps(self) -> list[Step]:
+        """The steps of repair; empty without repair."""
+        return repair_steps(self.manifest)
 
-    def reconstructed_blocks(self, step: str) -> list[dict[str, Any] | None]:
-        """How `sequential` or `local` repair of each block went, as the manifest has it.
-
-        None for a block that has no error of its own: blocks that train together share one.
-        """
-        return [block.get(step) for block in self.restored_blocks]
+    @property
+    def calibration_texts(self) -> set[str]:
+        """Names of the texts that it was calibrated, repaired or trained on."""
+        tables = [self.manifest.get("calibration") or {}]
+        tables.append((self.manifest.get("recovery") or {}).get("data") or {})
+        return {name for table in tables for name in table.get("sources", {})}
 
     @property
     def recovery_history(self) -> list[dict[str, float]]:
         """Step, held-out perplexity and, where there is one, loss; empty without recovery."""
         history: list[dict[str, float]] = (self.manifest.get("recovery") or {}).get("history", [])
         return history
-
-    @property
-    def size(self) -> ModelSize | None:
-        """The numbers that a budget is about; None if the manifest cannot tell.
-
-        What one channel owns follows from parameters and channels before and after. That it is
-        the same in every block holds for all known families.
-        """
-        try:
-            before = list(self.manifest["widths_before"])
-            after = list(self.manifest["intermediate_sizes"])
-            parameters = int(self.manifest["parameters_before"])
-            removed = parameters - int(self.manifest["parameters_after"])
-        except KeyError:
-            return None
-        channels = sum(before) - sum(after)
-        if channels == 0 or removed % channels:
-            return None
-        return ModelSize(tuple(before), (removed // channels,) * len(before), parameters)
 
 
 def read_run(directory: Path) -> RunFacts:
@@ -122,22 +101,23 @@ def read_run(directory: Path) -> RunFacts:
         CfspError: a file in it is damaged.
     """
     if not directory.is_dir():
-        raise ReportError(f"{directory} is not a directory; expected one that cfsp prune wrote")
+        raise ReportError(
+            f"{directory} is not a directory; expected one that cfsp prune or cfsp sweep wrote"
+        )
     manifest = read_manifest(directory)
     if manifest is None:
         raise ReportError(
-            f"{directory} has no {MANIFEST_FILE}; a report needs a directory that cfsp prune "
-            "or cfsp recover wrote"
+            f"{directory} has no {MANIFEST_FILE}; a report needs a directory that cfsp prune, "
+            "cfsp recover or cfsp sweep wrote"
         )
     check_manifest(manifest, directory)
-    plan, statistics = directory / PLAN_FILE, directory / STATISTICS_FILE
+    plan = directory / PLAN_FILE
     facts = RunFacts(
         name=directory.resolve().name,
         directory=directory,
         manifest=manifest,
         weight_bytes=sum(file.stat().st_size for file in directory.glob("model*.safetensors")),
         plan=PruningPlan.load(plan) if plan.is_file() else None,
-        statistics=Statistics.load(statistics) if statistics.is_file() else None,
         measured=Measured(perplexity=_perplexity(manifest)),
     )
     _check_together(facts)
@@ -145,43 +125,55 @@ def read_run(directory: Path) -> RunFacts:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
-    """Read several runs and give each a name of its own.
+    """Read several runs and give each a name of its own; a sweep stands for its runs.
 
     Raises:
         CfspError: as `read_run`.
     """
-    runs = [read_run(directory) for directory in directories]
+    runs = [read_run(each) for directory in directories for each in _runs_in(directory)]
     names = [run.name for run in runs]
     return [
         run if names.count(run.name) == 1 else replace(run, name=str(run.directory)) for run in runs
     ]
 
 
-def _perplexity(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _runs_in(directory: Path) -> list[Path]:
+    """Return the finished runs of a sweep's directory; another directory is a run itself."""
+    if not (directory / RECIPE_FILE).is_file() or (directory / MANIFEST_FILE).is_file():
+        return [directory]
+    found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_FILE}"))
+    runs = [run for run in found if not run.name.startswith(".")]
+    if not runs:
+        raise ReportError(
+            f"the sweep in {directory} has no finished model yet; run it on: "
+            f"cfsp sweep --recipe {directory / RECIPE_FILE} --out {directory}"
+        )
+    return runs
+
+
+def _perplexity(manifest: dict[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return perplexities of the original and of this run.
 
     A recovered run's manifest keeps what was measured when it was pruned; the run itself is
-    what recovery measured, and compares with the original where the tokens are the same.
+    what recovery measured, and compares with the original where the conditions are the same.
     """
-    pruned: dict[str, dict[str, float]] = dict(manifest.get("perplexity") or {})
-    if "recovery" not in manifest:
-        return pruned
-    found = {}
-    for text, value in (manifest["recovery"].get("perplexity") or {}).items():
-        earlier = pruned.get(text, {})
-        found[text] = {"after": value["after"], "tokens": value["tokens"]}
-        if earlier.get("tokens") == value["tokens"]:
-            found[text]["before"] = earlier["before"]
-    return found
+    found: dict[Conditions, dict[str, float]] = defaultdict(dict)
+    recovery = manifest.get("recovery")
+    for text, value in (manifest.get("perplexity") or {}).items():
+        sides = ("before",) if recovery else ("before", "after")
+        found[Conditions.of(text, value)] |= {side: value[side] for side in sides}
+    for text, value in (recovery or {}).get("perplexity", {}).items():
+        found[Conditions.of(text, value)]["after"] = value["after"]
+    return {key: sides for key, sides in found.items() if "after" in sides}
 
 
 def _check_together(facts: RunFacts) -> None:
-    """Check that manifest, plan and statistics speak of the same blocks.
+    """Check that manifest and plan speak of the same blocks.
 
     Raises:
         ReportError: they do not.
     """
-    plan, statistics = facts.plan, facts.statistics
+    plan = facts.plan
     base = (facts.manifest.get("base_model") or {}).get("fingerprint")
     if plan is not None and base is not None and plan.model.fingerprint != base:
         raise ReportError(
@@ -196,16 +188,9 @@ def _check_together(facts: RunFacts) -> None:
             f"{facts.directory}: {PLAN_FILE} and {MANIFEST_FILE} give different widths; "
             "they are of different runs"
         )
-    if statistics is not None and widths is not None:
-        measured = [block.width for block in statistics.blocks]
-        if measured != widths:
+    for step in facts.repair_steps:
+        if widths is not None and step["blocks"] and len(step["blocks"]) != len(widths):
             raise ReportError(
-                f"{facts.directory}: {STATISTICS_FILE} and {PLAN_FILE} give different widths; "
-                "they are of different runs"
+                f"{facts.directory}: {MANIFEST_FILE} tells of {len(step['blocks'])} blocks that "
+                f"{step['name']} repaired, the plan of {len(widths)}; they are of different runs"
             )
-    restored = facts.restored_blocks
-    if restored and widths is not None and len(restored) != len(widths):
-        raise ReportError(
-            f"{facts.directory}: {MANIFEST_FILE} tells of {len(restored)} restored blocks, "
-            f"the plan of {len(widths)}; they are of different runs"
-        )

@@ -1,4 +1,4 @@
-"""The picture of the method: how far each block turns the hidden state, and what it keeps.
+"""What each block does and what it keeps: its distance, and its width before and after.
 
 Several runs of one model stand under each other and share the horizontal axis.
 """
@@ -10,30 +10,25 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.report.chart import Chart, Legend
-from cfsp.report.drawing import (
-    Bands,
-    Scale,
-    element,
-    join,
-    scale_from_zero,
-)
-from cfsp.report.panels import (
+from cfsp.report.chart import (
     TITLE,
+    Chart,
     Column,
+    Legend,
     Panel,
     block_bands,
     block_table,
     panel_name,
     stack_panels,
 )
-from cfsp.report.run_facts import RunFacts
+from cfsp.report.drawing import Bands, Scale, element, join, scale_from_zero
+from cfsp.report.runs import RunFacts
 
 _BAR = 0.72
 
 
-def method_chart(runs: Sequence[RunFacts]) -> Chart | None:
-    """Return the picture of the method: how far blocks move, and what they keep."""
+def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
+    """Return how far blocks turn the hidden state, and how many channels they keep."""
     planned = [(run, run.plan) for run in runs if run.plan is not None]
     if not planned:
         return None
@@ -43,7 +38,12 @@ def method_chart(runs: Sequence[RunFacts]) -> Chart | None:
         bands = block_bands(count, width)
         panels = [_distance_panel([plan for _, plan in planned], bands)]
         panels += [
-            _width_panel(panel_name("Channels that stay", run, runs), plan, bands)
+            width_panel(
+                panel_name("Channels that stay", run, runs),
+                [block.width for block in plan.blocks],
+                plan.kept_widths,
+                bands,
+            )
             for run, plan in planned
         ]
         return stack_panels(
@@ -95,21 +95,18 @@ def _distance_panel(plans: Sequence[PruningPlan], bands: Bands) -> Panel:
     return Panel("Angular distance between input and output", height, scale, labels, columns)
 
 
-def _width_panel(title: str, plan: PruningPlan, bands: Bands) -> Panel:
+def width_panel(title: str, before_L: Sequence[int], after_L: Sequence[int], bands: Bands) -> Panel:
+    """Return a panel of the channels that blocks keep, within those that they had."""
     height = 170.0
-    highest = max(block.width for block in plan.blocks)
+    highest = max(before_L)
     scale = Scale(0.0, float(highest), TITLE + height, TITLE)
     columns = []
-    for i, block in enumerate(plan.blocks):
-        kept = block.kept_width
+    for i, (before, after) in enumerate(zip(before_L, after_L, strict=True)):
         bar = bands.width * _BAR
         x = bands.middle(i) - bar / 2
-        full = _column(x, scale(block.width), bar, scale(0.0), "gone")
-        stays = _column(x, scale(kept), bar, scale(0.0), "kept")
-        say = (
-            f"Block {i}: keeps {kept:,} of {block.width:,} channels "
-            f"({kept / block.width:.0%}), importance {block.importance:.3f}"
-        )
+        full = _column(x, scale(before), bar, scale(0.0), "gone")
+        stays = _column(x, scale(after), bar, scale(0.0), "kept")
+        say = f"Block {i}: keeps {after:,} of {before:,} channels ({after / before:.0%})"
         columns.append(Column(say, join([full, stays])))
     marks = [0.0, highest / 4, highest / 2, highest * 3 / 4, float(highest)]
     return Panel(title, height, scale, {value: f"{value:,.0f}" for value in marks}, columns)
