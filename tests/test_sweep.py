@@ -39,7 +39,7 @@ def sweep(
     """The arguments of a sweep of two methods at two sparsities, and its directory."""
     out = tmp_path_factory.mktemp("sweep") / "out"
     arguments = [
-        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "0.25", "0.5",
+        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "0.5",
         "--method", "cfsp", "random", "--multiple", "4", "--data", str(text_file),
         "--samples", "8", "--seqlen", "32", "--eval", str(text_file), "--eval-windows", "2",
         "--out", str(out),

@@ -12,7 +12,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_options
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError
-from cfsp.settings import Budget
+from cfsp.settings import Budget, fraction
 from cfsp.sweep.methods import METHODS
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _add_recipe(parser: Parser) -> None:
         "model", nargs="?", metavar="MODEL", help="as for prune; or it is in the recipe"
     )
     parser.add_argument(
-        "--sparsity", nargs="+", type=float, metavar="P", help="fractions to remove"
+        "--sparsity", nargs="+", type=fraction, metavar="P", help="fractions, such as 0.2 or 20%%"
     )
     parser.add_argument(
         "--method",
