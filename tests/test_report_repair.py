@@ -120,6 +120,14 @@ def test_blocks_that_changed_together_share_a_mark(ridge: Path, tmp_path: Path) 
     assert "share one error, measured after the last of them" in chart.caption
 
 
+def test_an_error_that_grew_and_was_kept_is_explained(ridge: Path, tmp_path: Path) -> None:
+    grew = BETTER | {"error_after": 0.75}
+    run = changed_copy(ridge, tmp_path / "run", repaired(BETTER, BETTER, grew))
+    assert "judged by the model's predictions" in chart_of(run).caption
+    other = changed_copy(ridge, tmp_path / "other", repaired(BETTER, BETTER, WORSE))
+    assert "predictions" not in chart_of(other).caption
+
+
 def test_blocks_after_the_last_error(ridge: Path, tmp_path: Path) -> None:
     run = changed_copy(ridge, tmp_path / "run", repaired(BETTER, BETTER, None))
     assert "Block 2, local: no error of its own" in chart_of(run).draw(400)
