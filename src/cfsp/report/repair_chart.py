@@ -34,8 +34,8 @@ _TOGETHER = (
     "over them."
 )
 _GREW = (
-    " Where an error grew and yet the step was kept, it was judged by the model's predictions, which "
-    "became better: so it is with the last blocks."
+    " Where an error grew and yet the step was kept, it was judged by the model's predictions, "
+    "which became better: so it is with the last blocks."
 )
 
 
