@@ -17,13 +17,19 @@ from pathlib import Path
 import torch
 
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.engine.versions import versions
 from cfsp.pipeline import calibrate_source, prune_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.fine import CHANNEL_METRICS
-from cfsp.planning.make import Criterion
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import versions
-from cfsp.settings import RESTORE_METHODS, CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.settings import (
+    CHANNEL_METRICS,
+    REPAIRS,
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    EvaluationText,
+    PruneSettings,
+)
 from cfsp.text.tokenizers import load_tokenizer
 
 
@@ -38,7 +44,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--channel-metrics", nargs="+", default=list(CHANNEL_METRICS))
-    parser.add_argument("--restore", default="none", choices=RESTORE_METHODS)
+    parser.add_argument("--restore", default="none", choices=REPAIRS)
     args = parser.parse_args()
 
     texts = EvaluationText(tuple(args.eval), args.windows)
@@ -55,7 +61,8 @@ def main() -> None:
     print("| FFN sparsity | block metric | channel metric | " + " | ".join(args.eval) + " |")
     print("|---|---|---|" + "---:|" * len(args.eval))
     dense = evaluate_models([args.model], texts, compute)[0]["perplexity"]
-    print("| 0% | | dense | " + " | ".join(f"{v:.1f}" for v in dense.values()) + " |", flush=True)
+    cells = " | ".join(f"{v['value']:.1f}" for v in dense.values())
+    print(f"| 0% | | dense | {cells} |", flush=True)
     for sparsity in args.sparsity:
         criteria = [Criterion("angular", metric) for metric in args.channel_metrics]
         criteria.append(Criterion("uniform", "activation"))
@@ -74,7 +81,7 @@ def main() -> None:
                     statistics=statistics,
                 )
                 result = evaluate_models([str(report.out)], texts, compute)[0]["perplexity"]
-            cells = " | ".join(f"{value:.1f}" for value in result.values())
+            cells = " | ".join(f"{v['value']:.1f}" for v in result.values())
             print(
                 f"| {sparsity:.0%} | {criterion.block_metric} | {criterion.channel_metric} "
                 f"| {cells} |",

@@ -99,7 +99,7 @@ def command_line(name: str, inputs: Inputs) -> list[str]:
         "prune": ["prune", str(inputs.model), *drawn, "--sparsity", "0.5", "--multiple", "4",
                   "--eval", str(inputs.text), "--eval-windows", "2", *out],
         "recover": ["recover", str(inputs.scratch / "pruned"), *data, "--seqlen", "32",
-                    "--steps", "12", "--evaluations", "4", "--resume", *out],
+                    "--steps", "12", "--evaluations", "4", *out],
         "sweep": ["sweep", str(inputs.model), *drawn, "--sparsity", "0.3", "0.5", "--method",
                   "cfsp", "wanda-sp", "--multiple", "4", "--eval", str(inputs.text),
                   "--eval-windows", "2", *out],
@@ -197,8 +197,8 @@ def become_command(argv: Sequence[str], temporary: Path, log: Path) -> None:
         os.dup2(handle, 2)
         os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
         sys.argv = ["cfsp", *argv]
-        from cfsp.calibration import pass_state
         from cfsp.cli import main as cfsp_main
+        from cfsp.engine import pass_state
 
         pass_state.SHARE_OF_TIME = float("inf")
         status = cfsp_main(argv)
@@ -248,13 +248,13 @@ def without_clock(value: Any) -> Any:
 def import_everything() -> None:
     """Import what the commands import; a fork has it then."""
     import accelerate
+    import cfsp.recovery.trainer
     import peft  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama
 
     import cfsp.recovery.recover
     import cfsp.recovery.reporting
-    import cfsp.recovery.training
     import cfsp.sweep.run
     import cfsp.sweep.table  # noqa: F401
 

@@ -27,13 +27,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.engine.memory import peak_rss_bytes
+from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import Adaptation, attach
 from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import WindowData, read_text
 from cfsp.recovery.run import load_to_train, train, training_arguments
 from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
-from cfsp.result.manifest import peak_rss_bytes, versions
 from cfsp.text.tokenizers import load_tokenizer
 
 _WARM_UP_STEPS = 2

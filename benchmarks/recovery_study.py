@@ -26,6 +26,7 @@ import torch
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import Adaptation, attach
 from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.ranks import RANK_ALLOCATIONS
@@ -33,7 +34,6 @@ from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.run import load_to_train
 from cfsp.recovery.schedule import Limit
 from cfsp.recovery.settings import Training
-from cfsp.result.manifest import versions
 from cfsp.settings import EvaluationText
 
 

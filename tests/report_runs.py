@@ -10,10 +10,16 @@ from typing import Any
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings, Restore
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    EvaluationText,
+    PruneSettings,
+    Repair,
+)
 
 HISTORY = [
     {"step": 0, "perplexity": 41.5},
@@ -28,7 +34,7 @@ def prune_tiny(
     out: Path,
     *,
     budget: Budget,
-    restore: Restore = "ridge",
+    repair: Repair = "ridge",
     channel_metric: str = "activation",
 ) -> Path:
     """Prune a tiny model with everything that a report shows."""
@@ -40,7 +46,7 @@ def prune_tiny(
             Criterion(channel_metric=channel_metric),
             CalibrationText((str(text),), samples=8, seqlen=32),
             Compute("cpu", "float32"),
-            restore,
+            repair=repair,
         ),
         evaluation=EvaluationText((str(text),), windows=2, seqlen=32),
         command=f"cfsp prune {model} --sparsity {budget.sparsity} --out {out}",

@@ -14,7 +14,6 @@ import pytest
 
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, ReportError
-from cfsp.planning.allocation import Budget
 from cfsp.report.drawing import Scale, element, round_scale, scale_from_zero
 from cfsp.report.page import script_json
 from cfsp.report.pareto_chart import pareto_chart
@@ -22,6 +21,7 @@ from cfsp.report.runs import RunFacts, read_run, read_runs
 from cfsp.report.summary import NOTHING, headlines, short_names, summary_rows
 from cfsp.report.write import write_report
 from cfsp.result.manifest import add_to_manifest
+from cfsp.settings import Budget
 from report_runs import HISTORY, changed_copy, measured, prune_tiny, recovered
 
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cfsp.planning.allocation import Budget
 from cfsp.report.runs import read_run
 from cfsp.report.write import write_report
+from cfsp.settings import Budget
 from report_runs import changed_copy, measured, prune_tiny, recovered
 
 _FLAGS = (

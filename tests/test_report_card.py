@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.planning.allocation import Budget
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest
 from cfsp.result.origin import Origin, is_hub_id, origin_of
+from cfsp.settings import Budget
 from report_runs import measured, prune_tiny
 
 CARD = """\

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from cfsp.errors import ReportError
-from cfsp.planning.allocation import Budget
 from cfsp.report.chart import Chart
 from cfsp.report.pictures import picture_svg
 from cfsp.report.repair_chart import repair_chart
@@ -19,7 +18,7 @@ from cfsp.report.reproduction import reproduction
 from cfsp.report.runs import read_run
 from cfsp.report.summary import NOTHING
 from cfsp.report.write import write_report
-from cfsp.settings import Restore
+from cfsp.settings import Budget, Repair
 from report_runs import changed_copy, prune_tiny
 
 Change = Callable[[dict[str, Any]], None]
@@ -54,7 +53,7 @@ def chart_of(*runs: Path) -> Chart:
     [("sequential", ["ridge", "sequential"]), ("local", ["ridge", "sequential", "local"])],
 )
 def test_a_real_run_has_a_panel_for_every_step(
-    restore: Restore, steps: list[str], tiny_checkpoint: Any, text_file: Path, tmp_path: Path
+    restore: Repair, steps: list[str], tiny_checkpoint: Any, text_file: Path, tmp_path: Path
 ) -> None:
     run = prune_tiny(
         tiny_checkpoint("llama"),

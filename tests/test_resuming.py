@@ -12,7 +12,6 @@ import torch
 
 from cfsp.cli import main
 from cfsp.engine.pass_state import Pace
-from cfsp.recovery.workspace import Workspace
 from command_server import Commands
 from tiny_models import BLOCKS, build_tiny_model
 
@@ -58,7 +57,7 @@ def whole(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory
     argv = ["prune", str(model), *text, "--sparsity", "0.5", "--multiple", "4"]
     assert main([*argv, "--out", str(directory / "out")]) == 0
     files = {"stats": (directory / "stats").read_bytes()}
-    for name in ("model.safetensors", "cfsp_plan.json", "cfsp_statistics.safetensors"):
+    for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
         files[name] = (directory / "out" / name).read_bytes()
     assert names(directory) == {"stats", "out"}
     return files
@@ -99,9 +98,9 @@ def test_it_may_be_killed_again_and_resume_with_another_budget(
     ("where", "block", "pass_name", "done"),
     [
         ("within", 2, "coarse pass", 1),
-        ("within", BLOCKS + 1, "calibrate and restore", 0),
-        ("within", BLOCKS + 3, "calibrate and restore", 2),
-        ("writing", 0, "calibrate and restore", BLOCKS),
+        ("within", BLOCKS + 1, "ridge", 0),
+        ("within", BLOCKS + 3, "ridge", 2),
+        ("writing", 0, "ridge", BLOCKS),
     ],
 )
 def test_pruning_killed_at_a_block_resumes_there(
@@ -135,7 +134,7 @@ def test_pruning_killed_at_a_block_resumes_there(
     ("change", "key"),
     [
         (["--sparsity", "0.4"], "sparsity"),
-        (["--restore", "none"], "--restore"),
+        (["--repair", "none"], "--repair"),
         (["--channel-metric", "wanda"], "channel_metric"),
     ],
 )
@@ -282,8 +281,6 @@ def test_work_beside_a_finished_output_goes(
         state.write_text("{}")
         assert main(argv) == 2
         assert f"{tmp_path / name} exists" in capsys.readouterr().err
-    (tmp_path / "out.recovery" / "checkpoint-5").mkdir(parents=True)
-    Workspace(tmp_path / "out").remove_if_finished()
     assert names(tmp_path) == {"stats", "out"}
 
 

@@ -120,6 +120,7 @@ def add_how(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
     )
     group.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    arguments.add_bos(group)
 
 
 def add_teacher(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +149,8 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Recover."""
+    arguments.check_texts(args.data, args.eval)
+
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.adaptation import Adaptation
     from cfsp.recovery.recover import recover_checkpoint
@@ -163,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
             args.method, args.targets, args.rank, allocation=args.rank_allocation
         ),
         teacher=_teacher(args),
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, 1024),
+        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, bos=args.bos),
         compute=Compute(args.device, args.dtype),
         resume=args.resume,
         keep_adapter=args.keep_adapter,
@@ -215,6 +218,7 @@ def _training(args: argparse.Namespace) -> Training:
         evaluations=args.evaluations,
         gradient_checkpointing=args.gradient_checkpointing,
         seed=args.seed,
+        bos=args.bos,
     )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cfsp.sweep.recipe import Recipe
 
 # Spelled out here, because their home imports torch; a test compares.
-METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "flap", "magnitude-sp", "random")
+METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "magnitude-sp", "random")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -68,6 +68,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Sweep."""
+    arguments.check_texts(args.data, args.eval)
+
     from cfsp.sweep.run import run_sweep
     from cfsp.sweep.table import cells, columns, write_tables
 
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from cfsp.sweep.recipe import Recipe, read_recipe
+    from cfsp.text.sources import name_of
 
     if args.recipe:
         if args.model or args.sparsity or args.data or args.eval:
@@ -105,10 +108,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         methods=tuple(args.method),
         of=args.of,
         multiple=args.multiple,
-        data=text.names,
+        data=tuple(map(name_of, text.names)),
         samples=text.samples,
         seqlen=text.seqlen,
         seed=text.seed,
+        bos=text.bos,
         eval=tuple(args.eval or ()),
         eval_windows=args.eval_windows,
         speed=args.speed,

@@ -5,11 +5,12 @@ Shapes: L blocks.
 
 from __future__ import annotations
 
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, RecoveryError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.adaptation import Adaptation
-from cfsp.result.manifest import PLAN_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.result.repair_steps import repair_steps
 
 

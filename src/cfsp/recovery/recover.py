@@ -26,9 +26,11 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.stopwatch import Stopwatch
+from cfsp.engine.versions import versions
 from cfsp.errors import UsageError
 from cfsp.processes import is_first_process
-from cfsp.quality.evaluate import before_and_after
+from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.recovery.adaptation import Adaptation, attach, merge
 from cfsp.recovery.block_weights import block_weights
 from cfsp.recovery.data import RecoveryText, read_text
@@ -38,14 +40,14 @@ from cfsp.recovery.settings import Training, with_learning_rate
 from cfsp.recovery.teacher import TeacherChoice, check_teacher, store_top_tokens
 from cfsp.recovery.workspace import Workspace
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
-from cfsp.result.manifest import Stopwatch, versions
 from cfsp.settings import Compute
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cfsp.settings import EvaluationText
+    from cfsp.settings import EvaluationText, Text
 
 ADAPTER_DIRECTORY = "adapter"
 
@@ -54,7 +56,7 @@ def recover_checkpoint(
     source: Checkpoint,
     out: Path,
     *,
-    data: Sequence[str],
+    data: Sequence[str | Text],
     training: Training,
     adaptation: Adaptation | None = None,
     teacher: TeacherChoice | None = None,
@@ -85,6 +87,9 @@ def recover_checkpoint(
     Raises:
         CfspError: anything that a user can cause; no output is left behind.
     """
+    check_texts(data, "calibration")
+    if evaluation is not None:
+        check_texts(evaluation.names, "evaluation")
     check_is_outside(out, source.directory)
     workspace = Workspace(out)
     if is_first_process():
@@ -116,7 +121,7 @@ class _Request:
 
     source: Checkpoint
     out: Path
-    data: Sequence[str]
+    data: Sequence[str | Text]
     training: Training
     adaptation: Adaptation
     teacher: TeacherChoice | None
@@ -136,7 +141,8 @@ def _recover(request: _Request, workspace: Workspace) -> RecoverReport:
         raise UsageError("--keep-adapter needs --method lora or dora: full training has no adapter")
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
-        text = read_text(request.data, tokenizer, seqlen=training.seqlen)
+        text = read_text(request.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
+        measured_on = evaluation_windows(request.evaluation, source)
     check_tokens(source.config, text.train.token_NT, source.label)
     settings = _settings(source, text, training, request.adaptation, teacher)
     if is_first_process():
@@ -180,11 +186,11 @@ def _recover(request: _Request, workspace: Workspace) -> RecoverReport:
         del adapted, model, merged
         with watch.stage("evaluate"):
             measured = before_and_after(
-                source.directory,
-                staging,
-                request.evaluation,
+                source,
+                Checkpoint(staging),
+                measured_on,
                 request.compute,
-                ("before", "after"),
+                labels=("before", "after"),
             )
         report = recover_report(blocks, outcome, measured, watch, request.out)
         write_record(source, staging, _facts(request, text, report), digests)
@@ -201,7 +207,11 @@ def _facts(request: _Request, text: RecoveryText, report: RecoverReport) -> dict
         "adaptation": asdict(request.adaptation),
         "training": asdict(request.training),
         "teacher": _teacher_facts(request.teacher),
-        "data": {"sources": text.sources, "tokens_digest": text.train.digest},
+        "data": {
+            "sources": text.sources,
+            "tokens_digest": text.train.digest,
+            "bos": text.bos,
+        },
         "device": str(compute_device(request.compute.device)),
         "threads": torch.get_num_threads(),
         **asdict(report),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cfsp.errors import UsageError
 from cfsp.recovery.adaptation import Adaptation
 from cfsp.recovery.schedule import Limit
+from cfsp.settings import Bos, check_bos
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,13 @@ class Training:
         learning_rate: at its peak; None for what suits the method.
         batch_windows: windows that pass together, on each process.
         accumulate: batches in an optimizer step.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
         warm_up: part of the run in which the learning rate rises.
         weight_decay: of AdamW.
         evaluations: how often to evaluate and save.
         gradient_checkpointing: recompute activations: less memory, a third more time.
         seed: of the order of windows and of the adapters' start.
+        bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
     """
 
     limit: Limit
@@ -37,8 +39,10 @@ class Training:
     evaluations: int = 10
     gradient_checkpointing: bool = False
     seed: int = 0
+    bos: Bos = "auto"
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
         for name in ("batch_windows", "accumulate", "evaluations"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import exclusive, write_atomically
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import OutputError, RecoveryError
-from cfsp.result.manifest import MANIFEST_FILE
 
 _SETTINGS_FILE = "settings.json"
 STATE_FILE = "trainer_state.json"

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import model_card
-from cfsp.result.manifest import PLAN_FILE, read_manifest, write_manifest
+from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.result.origin import CARD_FILE, origin_of
 
 if TYPE_CHECKING:

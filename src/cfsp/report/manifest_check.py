@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import ReportError
-from cfsp.result.manifest import MANIFEST_FILE
 
 _NUMBERS = ("parameters_before", "parameters_after", "model_sparsity", "ffn_sparsity")
 _WIDTHS = ("widths_before", "intermediate_sizes")

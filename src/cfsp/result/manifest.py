@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.own_files import MANIFEST_FILE
+from cfsp.engine.versions import versions
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.version_1 import as_version_2
 
-MANIFEST_FILE = "cfsp.json"
-PLAN_FILE = "cfsp_plan.json"
-STATISTICS_FILE = "cfsp_statistics.safetensors"
-MANIFEST_VERSION = 1
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in each named stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block of code to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that computes."""
-    packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+MANIFEST_VERSION = 2
 
 
 def describe_pruning(
@@ -84,6 +46,18 @@ def describe_pruning(
         "widths_before": [block.width for block in plan.blocks],
         **report,
     }
+
+
+# What a model that was pruned in memory says of it, in its config.
+_IN_CONFIG = (
+    "operation", "created", "versions", "base_model", "criterion", "calibration", "ffn_sparsity",
+    "model_sparsity", "parameters_before", "perplexity", "command",
+)  # fmt: skip
+
+
+def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a manifest that travels in the config of a model in memory."""
+    return {key: manifest[key] for key in _IN_CONFIG}
 
 
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:

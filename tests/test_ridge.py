@@ -1,4 +1,4 @@
-"""Restoration: the Gram matrix and the solve against NumPy, never worse, the same in one pass."""
+"""Ridge repair: the Gram matrix and the solve against NumPy, never worse, the same in one pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.engine.workplace import Workplace
 from cfsp.errors import TextError
 from cfsp.repair.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
-from cfsp.repair.fused import restore_blocks
 from cfsp.repair.gram import GramSums
-from cfsp.repair.ridge import restore_down_projection
+from cfsp.repair.ridge import repair_down_projection
 from cfsp.result.manifest import read_manifest
 
 
@@ -84,7 +82,7 @@ def test_solution_is_the_formula(ridge: float) -> None:
     down = torch.randn(10, 24, generator=torch.Generator().manual_seed(2))
     kept = list(range(0, 24, 2))
     gram = act.T @ act / len(act)
-    solution = restore_down_projection(down, kept, gram, correlated(400, 24, 1), (ridge,))
+    solution = repair_down_projection(down, kept, gram, correlated(400, 24, 1), (ridge,))
 
     # W' = W_K + W_P G_PK (G_KK + lambda mean(diag G_KK) I)^-1, in NumPy
     g, w, k = gram.double().numpy(), down.double().numpy(), np.array(kept)
@@ -101,7 +99,7 @@ def test_solution_is_the_formula(ridge: float) -> None:
 def test_errors_are_relative_squared_errors_of_the_output() -> None:
     act, down = correlated(50, 12, seed=3), torch.randn(4, 12)
     kept = [0, 3, 4, 8, 11]
-    solution = restore_down_projection(down, kept, act.T @ act / 50, act, (0.01,))
+    solution = repair_down_projection(down, kept, act.T @ act / 50, act, (0.01,))
     target = act @ down.T
     for weights, error in (
         (down[:, kept], solution.error_before),
@@ -119,7 +117,7 @@ def test_never_worse_on_held_out_tokens(seed: int, keep: int) -> None:
     held_out = torch.randn(20, 16, generator=torch.Generator().manual_seed(seed + 1))
     down = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed + 2)).bfloat16()
     kept = list(range(keep))
-    solution = restore_down_projection(down, kept, fitted.T @ fitted / 20, held_out)
+    solution = repair_down_projection(down, kept, fitted.T @ fitted / 20, held_out)
     assert solution.error_after <= solution.error_before
     assert solution.down_DK.dtype == down.dtype
     if solution.ridge is None:
@@ -129,18 +127,18 @@ def test_never_worse_on_held_out_tokens(seed: int, keep: int) -> None:
 
 def test_nothing_to_repair_when_all_channels_stay() -> None:
     act, down = correlated(50, 8, seed=4), torch.randn(4, 8)
-    solution = restore_down_projection(down, range(8), act.T @ act / 50, act)
+    solution = repair_down_projection(down, range(8), act.T @ act / 50, act)
     assert solution.ridge is None
     assert torch.equal(solution.down_DK, down)
 
 
 @pytest.fixture(scope="module")
-def restored(
+def repaired_model(
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    out = tmp_path_factory.mktemp("restored") / "out"
+    out = tmp_path_factory.mktemp("repaired") / "out"
     cfsp.prune(
         tiny_checkpoint("llama"),
         out=out,
@@ -154,13 +152,13 @@ def restored(
 
 
 def test_only_down_projections_change(
-    restored: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    repaired_model: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     plain = tmp_path / "plain"
-    plan = restored / "cfsp_plan.json"
-    arguments = ["prune", str(tiny_checkpoint("llama")), "--plan", str(plan), "--restore", "none"]
+    plan = repaired_model / "cfsp_plan.json"
+    arguments = ["prune", str(tiny_checkpoint("llama")), "--plan", str(plan), "--repair", "none"]
     assert main([*arguments, "--out", str(plain)]) == 0
-    with_repair, without = Checkpoint(restored), Checkpoint(plain)
+    with_repair, without = Checkpoint(repaired_model), Checkpoint(plain)
     assert with_repair.specs == without.specs
     repaired = {
         name
@@ -169,13 +167,16 @@ def test_only_down_projections_change(
     }
     assert repaired
     assert all(name.endswith("mlp.down_proj.weight") for name in repaired)
-    blocks = read_manifest(restored)["restoration"]["blocks"]
-    assert len(repaired) == sum(block["ridge"] is not None for block in blocks)
+    (step,) = read_manifest(repaired_model)["repair"]["steps"]
+    assert step["name"] == "ridge"
+    blocks = step["blocks"]
+    assert len(repaired) == sum(block["kept"] for block in blocks)
+    assert all((block["strength"] is not None) == block["kept"] for block in blocks)
     assert all(block["error_after"] <= block["error_before"] for block in blocks)
 
 
 def test_a_plan_made_before_is_restored_by_a_pass_of_its_own(
-    restored: Path,
+    repaired_model: Path,
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,
     tmp_path: Path,
@@ -183,31 +184,33 @@ def test_a_plan_made_before_is_restored_by_a_pass_of_its_own(
 ) -> None:
     out = tmp_path / "out"
     text = ["--data", str(text_file), "--samples", "16", "--seqlen", "64"]
-    plan = str(restored / "cfsp_plan.json")
+    plan = str(repaired_model / "cfsp_plan.json")
     model = str(tiny_checkpoint("llama"))
     assert main(["prune", model, "--plan", plan, *text, "--out", str(out)]) == 0
     assert "a forward pass of its own" in capsys.readouterr().err
-    first, second = Checkpoint(restored), Checkpoint(out)
+    first, second = Checkpoint(repaired_model), Checkpoint(out)
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.specs)
 
 
-def test_saved_statistics_hold_no_gram_matrices(restored: Path) -> None:
-    statistics = cfsp.Statistics.load(restored / "cfsp_statistics.safetensors")
+def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
+    statistics = cfsp.Statistics.load(repaired_model / "cfsp.statistics")
     widths = [len(block.sum_F) for block in statistics.blocks]
-    stored = (restored / "cfsp_statistics.safetensors").stat().st_size
+    stored = (repaired_model / "cfsp.statistics").stat().st_size
     # Two float64 vectors for each block, and a header.
     assert stored < 2 * 8 * sum(widths) + 8192
 
 
-def test_one_window_is_too_little(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_one_window_is_too_little(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
     with pytest.raises(TextError, match="at least 2 windows"):
-        restore_blocks(
-            Checkpoint(tiny_checkpoint("llama")),
-            torch.zeros(1, 16, dtype=torch.int64),
-            lambda block, statistics: range(4),
-            Workplace(tmp_path),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
+        cfsp.prune(
+            tiny_checkpoint("llama"),
+            out=tmp_path / "out",
+            sparsity=0.4,
+            data=[str(text_file)],
+            samples=1,
+            seqlen=16,
         )
 
 
