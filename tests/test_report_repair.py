@@ -49,18 +49,18 @@ def chart_of(*runs: Path) -> Chart:
 
 
 @pytest.mark.parametrize(
-    ("restore", "steps"),
+    ("repair", "steps"),
     [("sequential", ["ridge", "sequential"]), ("local", ["ridge", "sequential", "local"])],
 )
 def test_a_real_run_has_a_panel_for_every_step(
-    restore: Repair, steps: list[str], tiny_checkpoint: Any, text_file: Path, tmp_path: Path
+    repair: Repair, steps: list[str], tiny_checkpoint: Any, text_file: Path, tmp_path: Path
 ) -> None:
     run = prune_tiny(
         tiny_checkpoint("llama"),
         text_file,
         tmp_path / "run",
         budget=Budget(0.5, multiple=8),
-        restore=restore,
+        repair=repair,
     )
     facts = read_run(run)
     assert [step["name"] for step in facts.repair_steps] == steps
