@@ -99,7 +99,7 @@ def command_line(name: str, inputs: Inputs) -> list[str]:
         "prune": ["prune", str(inputs.model), *drawn, "--sparsity", "0.5", "--multiple", "4",
                   "--eval", str(inputs.text), "--eval-windows", "2", *out],
         "recover": ["recover", str(inputs.scratch / "pruned"), *data, "--seqlen", "32",
-                    "--steps", "12", "--evaluations", "4", "--resume", *out],
+                    "--steps", "12", "--evaluations", "4", *out],
         "sweep": ["sweep", str(inputs.model), *drawn, "--sparsity", "0.3", "0.5", "--method",
                   "cfsp", "wanda-sp", "--multiple", "4", "--eval", str(inputs.text),
                   "--eval-windows", "2", *out],
@@ -254,7 +254,7 @@ def import_everything() -> None:
 
     import cfsp.recovery.recover
     import cfsp.recovery.reporting
-    import cfsp.recovery.training
+    import cfsp.recovery.trainer
     import cfsp.sweep.run
     import cfsp.sweep.table  # noqa: F401
 

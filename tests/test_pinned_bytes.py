@@ -29,7 +29,7 @@ from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.adaptation import Adaptation
 from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.schedule import Limit
+from cfsp.recovery.settings import Limit
 from cfsp.recovery.settings import Training
 from cfsp.result.manifest import PLAN_FILE
 

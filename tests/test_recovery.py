@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -17,21 +18,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cfsp
+import cfsp.recovery.evaluation
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.errors import CfspError, OutputError, RecoveryError, TextError, UsageError
+from cfsp.cli import build_parser, main
+from cfsp.errors import CfspError, RecoveryError, ResumeError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
-from cfsp.recovery.adaptation import METHODS, TARGETS, Adaptation
+from cfsp.recovery import api
 from cfsp.recovery.data import read_text
-from cfsp.recovery.loss import Distillation
 from cfsp.recovery.model_loss import multiplies_only
-from cfsp.recovery.ranks import RANK_ALLOCATIONS, allocate_ranks
+from cfsp.recovery.ranks import allocate_ranks
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
-from cfsp.recovery.schedule import Limit
-from cfsp.recovery.settings import Training
-from cfsp.recovery.teacher import TeacherChoice
-from cfsp.recovery.workspace import Workspace
+from cfsp.recovery.saved import last_checkpoint
+from cfsp.recovery.settings import (
+    METHODS,
+    RANK_ALLOCATIONS,
+    TARGETS,
+    Adaptation,
+    Distillation,
+    Limit,
+    TeacherChoice,
+    Training,
+)
 from cfsp.result.manifest import PLAN_FILE, read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
@@ -64,6 +73,16 @@ def training(steps: int = 6, **changes: Any) -> Training:
 def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverReport:
     options = {"training": training(), "adaptation": Adaptation(rank=2)} | options
     return recover_checkpoint(open_checkpoint(source), out, data=[str(text)], **options)
+
+
+def work_of(out: Path) -> Path:
+    """Where a recovery works, beside its output."""
+    return out.parent / f"{out.name}.work"
+
+
+def checkpoints_of(out: Path) -> Path:
+    """Where its checkpoints lie."""
+    return work_of(out) / "process-0-of-1" / "train"
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +119,15 @@ def test_training_helps_and_the_result_has_the_same_layout(
     model = cfsp.load(out)
     windows = consecutive_windows(str(text_file), tokenizer, count=4, seqlen=64)
     assert perplexity(model, windows).value == pytest.approx(measured["after"], rel=1e-4)
-    assert not Workspace(out).directory.exists()
+    assert measured == {
+        **measured,
+        "windows": 4,
+        "seqlen": 64,
+        "tokens": 4 * 63,
+        "stride": None,
+        "bos": False,
+    }
+    assert not work_of(out).exists()
 
 
 def test_manifest_and_card_say_how_it_was_recovered(pruned, text_file, tmp_path):
@@ -154,8 +181,6 @@ def test_ranks_follow_the_plan_and_the_adapter_attaches_in_a_fresh_process(
     )
     plan = PruningPlan.load(pruned / PLAN_FILE)
     weights = [block.importance for block in plan.blocks]
-    if allocation == "error":
-        weights = [b["error_after"] for b in read_manifest(pruned)["restoration"]["blocks"]]
     ranks = allocate_ranks(weights, 5, allocation)
     assert [block["rank"] for block in report.blocks] == ranks
     program = """
@@ -279,30 +304,16 @@ def build_capped() -> Any:
     return Gemma2ForCausalLM(config).eval()
 
 
-def test_a_teacher_in_memory_and_its_likeliest_tokens_on_disk(
-    pruned, text_file, tiny_checkpoint, tmp_path
-):
+def test_a_teacher_is_learnt_from(pruned, text_file, tiny_checkpoint, tmp_path):
     dense = str(tiny_checkpoint("llama"))
-    how = Distillation(0.7, 2.0)
-    histories = {}
-    for name, top_k in (("memory", None), ("disk", 319), ("few", 16)):
-        report = recover(
-            pruned,
-            tmp_path / name,
-            text_file,
-            teacher=TeacherChoice(dense, how, top_k),
-            training=training(12, learning_rate=3e-3),
-        )
-        histories[name] = report.history
-    for a, b in zip(histories["memory"], histories["disk"], strict=True):
-        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=2e-3)
-    plain = recover(
-        pruned, tmp_path / "plain", text_file, training=training(12, learning_rate=3e-3)
-    )
-    assert histories["few"] != histories["memory"] != plain.history
-    manifest = read_manifest(tmp_path / "few")
-    assert manifest is not None
-    assert manifest["recovery"]["teacher"]["top_k"] == 16
+    how = training(12, learning_rate=3e-3)
+    plain = recover(pruned, tmp_path / "plain", text_file, training=how)
+    teacher = TeacherChoice(dense, Distillation(0.7, 2.0))
+    taught = recover(pruned, tmp_path / "taught", text_file, teacher=teacher, training=how)
+    assert taught.history[-1]["perplexity"] < taught.history[0]["perplexity"]
+    assert taught.history != plain.history
+    facts = read_manifest(tmp_path / "taught")["recovery"]["teacher"]
+    assert facts == {"name": dense, "weight": 0.7, "temperature": 2.0}
 
 
 def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):
@@ -332,7 +343,7 @@ def test_epochs(pruned, text_file, tmp_path):
 
 
 def test_the_best_weights_are_kept(pruned, text_file, tokenizer, tmp_path, monkeypatch):
-    from cfsp.recovery import training as module
+    from cfsp.recovery import trainer as module
 
     # From half way on, training goes uphill.
     monkeypatch.setattr(
@@ -372,7 +383,6 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, m
     assert cfsp_main(command(pruned, text_file, whole, *options)) == 0
 
     out = tmp_path / "killed"
-    work = Workspace(out).directory
     process = subprocess.Popen(
         [sys.executable, "-m", "cfsp", *command(pruned, text_file, out, *options)],
         env=processes_environment(),
@@ -380,19 +390,21 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, m
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not list(work.glob("checkpoint-1?0/trainer_state.json")):
+    while not list(checkpoints_of(out).glob("checkpoint-1?0/trainer_state.json")):
         assert process.poll() is None, "finished before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    reached = Workspace(out).last_checkpoint()
-    assert reached is not None
+    assert last_checkpoint(checkpoints_of(out)) is not None
 
-    # Not by accident: without --resume the unfinished run is not touched.
-    assert cfsp_main(command(pruned, text_file, out, *options)) == 2
-    assert cfsp_main(command(pruned, text_file, out, *options, "--resume")) == 0
+    # Not by accident: another command leaves the unfinished run as it is.
+    assert cfsp_main(command(pruned, text_file, out, *options, "--seed", "1")) == 2
+    # The word that was needed once is taken still.
+    again = ["--resume"] if method == "lora" else []
+    assert cfsp_main(command(pruned, text_file, out, *options, *again)) == 0
+    assert not work_of(out).exists()
     assert changed(whole, out) == set()
     recovery = [read_manifest(directory)["recovery"] for directory in (whole, out)]
     assert recovery[0]["history"] == recovery[1]["history"]
@@ -411,38 +423,60 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("cfsp.recovery.recover.merge", stop)
         recover(pruned, out, text_file)
-    found = recover(pruned, out, text_file, resume=True)
+    found = recover(pruned, out, text_file)
     assert (found.steps, found.best_step) == (expected.steps, expected.best_step)
     assert found.history == expected.history
     assert changed(whole, out) == set()
 
 
-def test_resume_refuses_other_settings(pruned, text_file, tmp_path):
+def test_other_arguments_are_refused_and_the_work_stays(pruned, text_file, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    work = Workspace(out)
-    work.open({"training": {"seed": 1}})
-    (work.directory / "checkpoint-5").mkdir()
-    with pytest.raises(RecoveryError, match="resume with the same arguments, or delete it"):
-        recover(pruned, out, text_file, resume=True)
-    with pytest.raises(OutputError, match="holds an unfinished recovery"):
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    evaluation = EvaluationText((str(text_file),), 2, 32)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recover(pruned, out, text_file, evaluation=evaluation)
+    before = sorted(work_of(out).rglob("*"))
+    other = r"another learning_rate \(0\.001; now it is 0\.02\); repeat that .* rm -r .*out\.work"
+    with pytest.raises(ResumeError, match=other):
+        recover(
+            pruned,
+            out,
+            text_file,
+            evaluation=evaluation,
+            training=training(learning_rate=0.02),
+        )
+    with pytest.raises(ResumeError, match="another eval"):
         recover(pruned, out, text_file)
-    assert not out.exists()
+    assert sorted(work_of(out).rglob("*")) == before
+    # What was measured before training is not measured again.
+    measured = []
+    sound = cfsp.recovery.evaluation.measure
+
+    def measure(directory: Path, *args: Any) -> Any:
+        measured.append(directory)
+        return sound(directory, *args)
+
+    monkeypatch.setattr("cfsp.recovery.evaluation.measure", measure)
+    report = recover(pruned, out, text_file, evaluation=evaluation)
+    assert pruned not in measured
+    assert len(measured) == 1
+    assert report.perplexity[str(text_file)]["before"] > 1
 
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):
-    work = Workspace(tmp_path / "out")
     for name, state in (("checkpoint-5", '{"a": 1}'), ("checkpoint-10", '{"a":'), ("x", "{}")):
-        (work.directory / name).mkdir(parents=True)
-        (work.directory / name / "trainer_state.json").write_text(state)
-    (work.directory / "checkpoint-20").mkdir()
-    assert work.last_checkpoint() == work.directory / "checkpoint-5"
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-20").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["labels", "stored teacher"])
-def test_two_processes_reach_the_loss_of_one(pruned, text_file, tiny_checkpoint, tmp_path, stored):
+def test_two_processes_reach_the_loss_of_one(pruned, text_file, tmp_path):
     options = ("--steps", "8", "--evaluations", "4", "--learning-rate", "3e-3")
-    if stored:
-        options += ("--teacher", str(tiny_checkpoint("llama")), "--teacher-top-k", "16")
     one, two = tmp_path / "one", tmp_path / "two"
     assert cfsp_main(command(pruned, text_file, one, *options)) == 0
     launched = subprocess.run(
@@ -466,7 +500,7 @@ def test_two_processes_reach_the_loss_of_one(pruned, text_file, tiny_checkpoint,
         assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-3)
 
 
-def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
+def test_a_loss_that_is_nan_stops_and_a_lower_rate_begins_anew(
     pruned, text_file, tmp_path, monkeypatch
 ):
     from cfsp.recovery import model_loss as module
@@ -480,14 +514,13 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
         steps += torch.is_grad_enabled()
         return sound(*args) * (float("nan") if steps >= 8 else 1.0)
 
-    monkeypatch.setattr(module, "language_model_loss", breaking)
     out = tmp_path / "out"
-    with pytest.raises(RecoveryError, match=r"the loss is not a number at step 8; .*checkpoint-6"):
-        recover(pruned, out, text_file, training=training(20, evaluations=10))
-    assert not out.exists()
-    kept = Workspace(out).last_checkpoint()
-    assert kept is not None
-    assert kept.name == "checkpoint-6"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "language_model_loss", breaking)
+        with pytest.raises(RecoveryError, match=r"the loss is NaN or infinite at step 8; .*lower"):
+            recover(pruned, out, text_file, training=training(20, evaluations=10))
+    assert list(tmp_path.iterdir()) == []
+    recover(pruned, out, text_file, training=training(1, learning_rate=1e-5))
 
 
 def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_path):
@@ -500,7 +533,39 @@ def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_pa
     assert "## How it was recovered" in (out / "README.md").read_text()
 
 
-def test_a_teacher_of_another_vocabulary(pruned, text_file, tiny_checkpoint, tmp_path, tokenizer):
+def must_not_load(*args: Any) -> Any:
+    """Stand in for what comes after all names are checked."""
+    raise AssertionError("a model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ["no_such.txt"]}, "no_such.txt"),
+        ({"eval": ["no_such.txt"]}, "no_such.txt"),
+        ({"teacher": "/no/such"}, "/no/such does not exist"),
+        ({"eval": ["{text}"], "eval_windows": 10**6}, "1000000 are needed"),
+        ({"data": ["{text}"], "method": "best"}, "--method must be one of lora, dora, full"),
+    ],
+)
+def test_a_wrong_name_is_told_before_any_work(
+    pruned, text_file, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
+    monkeypatch.setattr("cfsp.recovery.evaluation.measure", must_not_load)
+    if "no_such" in message:  # not even the model is opened, which may be a download
+        monkeypatch.setattr("cfsp.recovery.api.open_checkpoint", must_not_load)
+    given: dict[str, Any] = {"data": ["{text}"], **options}
+    for key in ("data", "eval"):
+        given[key] = [name.replace("{text}", str(text_file)) for name in given.get(key, ())]
+    with pytest.raises(CfspError, match=message):
+        api.recover(pruned, out=tmp_path / "out", steps=1, seqlen=32, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_another_vocabulary(
+    pruned, text_file, tiny_checkpoint, tmp_path, tokenizer, monkeypatch
+):
     other = tmp_path / "other"
     cfsp.load(tiny_checkpoint("llama")).save_pretrained(other)
     tokenizer.__class__.from_pretrained(tiny_checkpoint("llama")).save_pretrained(other)
@@ -511,6 +576,7 @@ def test_a_teacher_of_another_vocabulary(pruned, text_file, tiny_checkpoint, tmp
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     path.write_text(json.dumps(fields))
     out = tmp_path / "out"
+    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
     with pytest.raises(RecoveryError, match="the teacher must be the dense model"):
         recover(pruned, out, text_file, teacher=TeacherChoice(str(other)))
     assert not out.exists()
@@ -521,8 +587,6 @@ def test_a_teacher_of_another_vocabulary(pruned, text_file, tiny_checkpoint, tmp
     [
         ({"data": []}, TextError, "give --data"),
         ({"adaptation": Adaptation("full"), "keep_adapter": True}, UsageError, "has no adapter"),
-        ({"adaptation": Adaptation(rank=0)}, UsageError, "--rank must be at least 1, found 0"),
-        ({"training": training(learning_rate=-1.0)}, UsageError, "positive, found -1.0"),
     ],
 )
 def test_bad_input(pruned, text_file, tmp_path, options, kind: type[CfspError], message):
@@ -531,7 +595,22 @@ def test_bad_input(pruned, text_file, tmp_path, options, kind: type[CfspError], 
     with pytest.raises(kind, match=message):
         recover_checkpoint(open_checkpoint(pruned), out, **options)
     assert not out.exists()
-    assert not (Workspace(out).directory / "settings.json").exists()
+    assert not work_of(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Adaptation(rank=0), "--rank must be at least 1, found 0"),
+        (lambda: training(learning_rate=-1.0), "positive, found -1.0"),
+        (lambda: training(seqlen=4), "--seqlen must be at least 8, found 4"),
+        (lambda: training(evaluations=0), "--evaluations must be at least 1, found 0"),
+        (lambda: Adaptation(allocation="error"), "importance, uniform, inverse, found 'error'"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
 
 
 def test_sharded_training_is_refused(pruned, text_file, tmp_path, monkeypatch):
@@ -554,15 +633,24 @@ def test_bad_input_leaves_nothing_and_exits_with_2(pruned, text_file, tmp_path, 
     assert list(tmp_path.iterdir()) == [tmp_path / "full"]
 
 
-def test_the_command_line_lists_what_the_package_knows():
-    from cfsp.cli import recover as cli
+def test_python_and_the_command_line_have_the_same_names_and_defaults():
+    parser = build_parser()
+    args = vars(parser.parse_args(["recover", "m", "--out", "o", "--data", "d", "--steps", "1"]))
+    shown = inspect.signature(api.recover).parameters
+    assert set(shown) <= set(args)
+    for name, parameter in shown.items():
+        if parameter.default is not inspect.Parameter.empty and name not in ("steps", "command"):
+            assert (args[name] or None) == (parameter.default or None), name
 
-    assert cli.METHODS == METHODS
-    assert cli.TARGETS == TARGETS
-    assert cli.RANK_ALLOCATIONS == RANK_ALLOCATIONS
+
+def test_the_help_fits_a_screen_and_shows_an_example(capsys):
+    with pytest.raises(SystemExit):
+        cfsp_main(["recover", "--help"])
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 55
+    assert "--rank-allocation" not in shown
+    assert "--max-minutes 30 --out recovered" in shown
 
 
 def cfsp_main(arguments: list[str]) -> int:
-    from cfsp.cli import main
-
     return main(arguments)

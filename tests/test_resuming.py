@@ -12,7 +12,6 @@ import torch
 
 from cfsp.cli import main
 from cfsp.engine.pass_state import Pace
-from cfsp.recovery.workspace import Workspace
 from command_server import Commands
 from tiny_models import BLOCKS, build_tiny_model
 
@@ -282,8 +281,6 @@ def test_work_beside_a_finished_output_goes(
         state.write_text("{}")
         assert main(argv) == 2
         assert f"{tmp_path / name} exists" in capsys.readouterr().err
-    (tmp_path / "out.recovery" / "checkpoint-5").mkdir(parents=True)
-    Workspace(tmp_path / "out").remove_if_finished()
     assert names(tmp_path) == {"stats", "out"}
 
 

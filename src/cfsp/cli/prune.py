@@ -215,8 +215,7 @@ def _settings(
 
 
 def _training(args: argparse.Namespace) -> Training:
-    from cfsp.recovery.schedule import Limit
-    from cfsp.recovery.settings import Training
+    from cfsp.recovery.settings import Limit, Training
 
     limit = Limit(minutes=args.recover)
     return Training(limit, seqlen=min(args.seqlen, Training.seqlen), seed=args.seed)
