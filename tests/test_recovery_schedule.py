@@ -222,7 +222,7 @@ def test_fewer_windows_where_half_of_the_minutes_is_too_short(caplog):
     found, before = baseline(2, loading=3, window=6)
     assert 1 < found.windows < 12
     assert before + found.seconds <= 60
-    assert f"measures on {found.windows} windows of each text instead of 12" in caplog.text
+    assert f"measures on {found.windows} of 12 windows of each text" in caplog.text
 
 
 def test_not_one_window_fits():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Recover."""
+    # Importing torch is a part of what the user waits for.
+    started = time.monotonic()
     from cfsp.recovery.api import recover
 
     if args.resume:
@@ -167,6 +170,7 @@ def run(args: argparse.Namespace) -> None:
         keep_adapter=args.keep_adapter,
         device=args.device,
         command=arguments.typed_command(),
+        started=started,
         **{name: getattr(args, name) for name in RESEARCH},
     )
     leave_processes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def recover(
     weight_decay: float = Training.weight_decay,
     revision: str | None = None,
     command: str | None = None,
+    started: float | None = None,
 ) -> RecoverReport:
     """Train a pruned checkpoint into a new directory of the same layout.
 
@@ -94,6 +96,7 @@ def recover(
         weight_decay: of AdamW.
         revision: branch, tag or commit of a hub id.
         command: what the manifest gives as the command; None for this call.
+        started: when `max_minutes` began, in seconds of `time.monotonic()`; None for now.
 
     Returns:
         What training did and what it brought.
@@ -101,6 +104,7 @@ def recover(
     Raises:
         CfspError: anything that a user can cause; no output is left behind.
     """
+    started = time.monotonic() if started is None else started
     texts = tuple(map(str, data))
     evaluation = EvaluationText(tuple(map(str, eval)), eval_windows, EVAL_SEQLEN)
     adaptation = Adaptation(method, targets, rank, scale, rank_allocation)
@@ -130,5 +134,6 @@ def recover(
         evaluation=evaluation,
         compute=Compute(device, dtype),
         keep_adapter=keep_adapter,
+        started=started,
         command=f"cfsp.recover({str(model)!r}, ...)" if command is None else command,
     )

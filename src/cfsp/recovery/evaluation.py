@@ -139,8 +139,8 @@ def measure_before(
         fit = _how_many(allowed - (now() - begin), a_window, loading)
     if fit < windows and found.windows < windows:
         logger.warning(
-            f"--eval measures on {max(fit, found.windows)} windows of each text instead of "
-            f"{windows}: more would take over half of --max-minutes {seconds / 60:g}"
+            f"--eval measures on {max(fit, found.windows)} of {windows} windows of each text: more "
+            f"would take over half of --max-minutes {seconds / 60:g}"
         )
     count = min(max(fit, found.windows), windows)
     return found if count == found.windows else timed(count)

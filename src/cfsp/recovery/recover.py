@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cfsp.checkpoint.loading import compute_device
-from cfsp.checkpoint.output import created_parents, staged_directory
+from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.pass_state import STATE_FILE, PassState
 from cfsp.engine.workplace import (
@@ -57,6 +57,7 @@ def recover_checkpoint(
     compute: Compute | None = None,
     keep_adapter: bool = False,
     command: str = "",
+    started: float | None = None,
 ) -> RecoverReport:
     """Train a pruned checkpoint and write the result as a plain checkpoint of the same layout.
 
@@ -75,11 +76,13 @@ def recover_checkpoint(
             trained.
         keep_adapter: also write the adapter, into `out/adapter`.
         command: what the user typed, for the manifest.
+        started: when the minutes of `training` began, in seconds of `time.monotonic()`; None for
+            now.
 
     Raises:
         CfspError: anything that a user can cause; no output is left behind.
     """
-    started, watch = time.monotonic(), Stopwatch()
+    started, watch = time.monotonic() if started is None else started, Stopwatch()
     adaptation = adaptation or Adaptation()
     request = Request(
         source=source,
@@ -100,12 +103,13 @@ def recover_checkpoint(
     if not is_first_process():
         return _recover(request, prepared, watch, None)
     with created_parents(out), output_workplace(out, prepared.identity) as place:
+        check_output_is_free(out)  # another run may have been at work meanwhile
         report = _recover(request, prepared, watch, place)
     limit = request.training.limit.seconds
     if limit is not None and (took := time.monotonic() - started) > limit:
         logger.warning(
-            f"recovery took {took / 60:.1f} minutes, more than --max-minutes {limit / 60:g}: "
-            "loading, one training step and writing need so long here"
+            f"recovery took {took / 60:.1f} minutes, more than --max-minutes {limit / 60:g}; it "
+            f"made {report.steps} training steps: give it more, or smaller --batch-windows"
         )
     return report
 
