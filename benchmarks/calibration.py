@@ -19,19 +19,19 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from cfsp.repair.decision import decide_and_restore
 from transformers import PreTrainedModel
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.engine.block_stream import TOKENS_IN_BATCH
+from cfsp.engine.compute import engine_of
+from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
-from cfsp.planning.allocation import Budget
-from cfsp.repair.decision import decide_and_restore
-from cfsp.repair.stages import calibrate_windows
-from cfsp.result.manifest import versions
-from cfsp.settings import CalibrationText, Compute, PruneSettings
+from cfsp.settings import DEFAULT_SEQLEN, Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import DEFAULT_SEQLEN, Windows
+from cfsp.text.windows import Windows
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     source = open_checkpoint(args.model)
     text = CalibrationText(tuple(args.data or ["python-docs"]), args.samples, args.seqlen)
     compute = Compute(dtype=args.dtype)
-    engine = compute.engine(source)
+    engine = engine_of(compute, source)
     windows = text.draw(load_tokenizer(source.directory))
     model = load(args.model, dtype=engine.dtype, device=engine.device)
     settings = PruneSettings(Budget(args.sparsity), text=text, compute=compute)
@@ -60,7 +60,7 @@ def main() -> None:
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),
-        "calibrate": lambda: calibrate_windows(source, windows, engine, text.seed),
+        "calibrate": lambda: calibrate(source, windows, engine, text.seed),
         "calibrate and restore": restore,
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 from statistics import fmean
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import BlockWidths, Criterion, plan_widths
-from cfsp.repair.stages import calibrate_windows
-from cfsp.settings import CalibrationText, Compute
+from cfsp.engine.compute import engine_of
+from cfsp.planning.make import BlockWidths, plan_widths
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -36,12 +36,12 @@ def main() -> None:
     source = open_checkpoint(args.model)
     text = CalibrationText(tuple(args.data or ["python-docs"]), args.samples)
     windows = text.draw(load_tokenizer(source.directory))
-    engine = Compute().engine(source)
+    engine = engine_of(Compute(), source)
 
     def widths(statistics: Statistics) -> BlockWidths:
         return plan_widths(source, statistics, Budget(args.sparsity), Criterion())
 
-    reference = widths(calibrate_windows(source, windows, engine, 0))
+    reference = widths(calibrate(source, windows, engine, 0))
     total = sum(reference.kept_L)
     print(f"{args.model}, reference {args.samples} windows of 1024, sparsity {args.sparsity}\n")
     print("| windows | largest relative change of a distance | blocks that differ | channels |")
@@ -54,7 +54,7 @@ def main() -> None:
             stride = len(windows.tokens_NT) // size
             offset = subset * (stride // args.subsets)
             part = Windows(windows.tokens_NT[offset::stride][:size], {})
-            found = widths(calibrate_windows(source, part, engine, 0))
+            found = widths(calibrate(source, part, engine, 0))
             pairs = list(zip(found.distance_L, reference.distance_L, strict=True))
             changes.append(max(abs(a - b) / b for a, b in pairs))
             gaps = [abs(a - b) for a, b in zip(found.kept_L, reference.kept_L, strict=True)]

@@ -17,13 +17,19 @@ from pathlib import Path
 import torch
 
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.engine.versions import versions
 from cfsp.pipeline import calibrate_source, prune_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.fine import CHANNEL_METRICS
-from cfsp.planning.make import Criterion
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import versions
-from cfsp.settings import RESTORE_METHODS, CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.settings import (
+    CHANNEL_METRICS,
+    REPAIRS,
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    EvaluationText,
+    PruneSettings,
+)
 from cfsp.text.tokenizers import load_tokenizer
 
 
@@ -38,7 +44,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--channel-metrics", nargs="+", default=list(CHANNEL_METRICS))
-    parser.add_argument("--restore", default="none", choices=RESTORE_METHODS)
+    parser.add_argument("--restore", default="none", choices=REPAIRS)
     args = parser.parse_args()
 
     texts = EvaluationText(tuple(args.eval), args.windows)

@@ -26,12 +26,12 @@ import torch
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import attach
 from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import RANK_ALLOCATIONS, Adaptation, Limit, Training
 from cfsp.recovery.training import load_to_train
-from cfsp.result.manifest import versions
 from cfsp.settings import EvaluationText
 
 

@@ -6,7 +6,7 @@
 Makes a checkpoint of the shape with random weights (`make_checkpoint.py`; an existing one is used
 with --checkpoint), prunes half of its FFN channels in a process of its own, and removes all of it
 again. The sweep does so for several depths at the same text and for several amounts of text at
-the same depth. Memory is the peak of the pruning process's resident set (VmHWM); bytes are what
+the same depth. Memory is the peak of the pruning process's resident set; bytes are what
 it read and wrote through the system (page cache included) and, in brackets, what the disk saw.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.result.manifest import versions
+from cfsp.engine.versions import versions
 from cfsp.speed.shapes import SHAPES
 from make_checkpoint import ALIASES, make_checkpoint
 
@@ -35,13 +35,11 @@ from make_checkpoint import ALIASES, make_checkpoint
 _CHILD = """
 import json, pathlib, sys
 from cfsp.cli import main
+from cfsp.engine.memory import peak_rss_bytes
 status = main(sys.argv[1:])
-def fields(name):
-    lines = pathlib.Path("/proc/self", name).read_text().splitlines()
-    pairs = (line.partition(":") for line in lines)
-    return {key: value.split()[0] for key, _, value in pairs if value.strip()}
-io = {key: int(value) for key, value in fields("io").items()}
-print(json.dumps({"io": io, "peak": int(fields("status")["VmHWM"]) * 1024}), file=sys.stderr)
+pairs = (line.partition(":") for line in pathlib.Path("/proc/self/io").read_text().splitlines())
+io = {key: int(value) for key, _, value in pairs}
+print(json.dumps({"io": io, "peak": peak_rss_bytes()}), file=sys.stderr)
 sys.exit(status)
 """
 

@@ -21,12 +21,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.errors import CfspError
 from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.settings import DISTANCES
 
 MEMORY_BYTES = 256 << 20
 _DATA_BYTES = 1 << 16

@@ -20,12 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
-from cfsp.planning.coarse import SENSITIVITY_METRICS
-from cfsp.planning.make import DEFAULT_BLOCK_METRIC, Criterion
-from cfsp.repair.stages import few_windows
-from cfsp.settings import Compute
+from cfsp.engine.compute import engine_of
+from cfsp.settings import DEFAULT_BLOCK_METRIC, DISTANCES, SENSITIVITY_METRICS, Compute, Criterion
+from cfsp.text.windows import few_windows
 from cfsp.whole_model.load import measure_sensitivity
 from conditions import calibration_text, conditions, parser_of_texts
 from damage import damage_of, loss_increase, rank_correlation
@@ -109,7 +107,7 @@ class SmallModel:
         source = self.subject.source
         found = self.subject.calibrate(self.text)
         windows = few_windows(self.text.draw(self.subject.tokenizer), SENSITIVITY_WINDOWS)
-        engine = Compute().engine(source)
+        engine = engine_of(Compute(), source)
         sensitivity = measure_sensitivity(source, found, windows, Criterion(), engine)
         return replace(found, sensitivity=sensitivity)
 

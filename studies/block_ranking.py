@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from cfsp.calibration.accumulators import DISTANCES
+from cfsp.settings import DISTANCES
 from conditions import parser_of_model
 from damage import damage_of, rank_correlation
 from results import Row, table

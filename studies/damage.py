@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.settings import DISTANCES
 from subject import Subject
 
 

@@ -15,9 +15,13 @@ import argparse
 import random
 from collections.abc import Iterable, Sequence
 
-from cfsp.calibration.accumulators import DISTANCES
-from cfsp.planning.fine import CHANNEL_METRICS
-from cfsp.planning.make import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
+from cfsp.settings import (
+    CHANNEL_METRICS,
+    DEFAULT_BLOCK_METRIC,
+    DEFAULT_CHANNEL_METRIC,
+    DISTANCES,
+    Criterion,
+)
 from conditions import parser_of_model
 from results import Row, table
 from study import Study

@@ -18,9 +18,9 @@ from functools import cached_property
 from itertools import combinations
 from statistics import fmean
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.stages import calibrate_windows
 from cfsp.settings import CalibrationText, Compute
 from conditions import parser_of_model
 from results import Row, table
@@ -90,9 +90,7 @@ def one_by_one(subject: Subject, text: CalibrationText) -> list[Statistics]:
     windows = text.draw(subject.tokenizer)
     engine = Compute().engine(subject.source)
     return [
-        calibrate_windows(
-            subject.source, replace(windows, tokens_NT=window_T[None]), engine, text.seed
-        )
+        calibrate(subject.source, replace(windows, tokens_NT=window_T[None]), engine, text.seed)
         for window_T in windows.tokens_NT
     ]
 

@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfsp.repair.decision import decide
+
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion, choose_channels, make_plan
+from cfsp.planning.make import choose_channels, make_plan
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
-from cfsp.repair.decision import decide
-from cfsp.result.manifest import Stopwatch
-from cfsp.settings import CalibrationText, Compute, PruneSettings
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, consecutive_windows
 from cfsp.whole_model.masks import masked_channels

@@ -137,7 +137,7 @@ def trained(
         model = AutoModelForCausalLM.from_config(
             ARCHITECTURES[architecture](size), dtype=torch.float32
         )
-        parts = [all_windows(text, tokenizer, seqlen=size.seqlen) for text in texts]
+        parts = [all_windows(text, tokenizer, seqlen=size.seqlen).tokens_NT for text in texts]
         train(model, torch.cat(parts), size.tokens, seed, name)
         tokenizer.save_pretrained(place)
         model.save_pretrained(place)

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import torch
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
 from cfsp.planning.fine import FFNWeights
+from cfsp.settings import DISTANCES
 
 RECORD = CalibrationRecord(
     model="tiny",

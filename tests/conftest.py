@@ -98,6 +98,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
+    """The same tokenizer, but one that begins an input with BOS, as Llama's and Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("bos-tokenizer")
+    tokenizer.save_pretrained(directory)
+    changed = PreTrainedTokenizerFast.from_pretrained(directory)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", changed.bos_token_id)]
+    )
+    changed.save_pretrained(directory)
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Any
 ) -> Callable[[str], Path]:

@@ -27,7 +27,7 @@ from cfsp.text.windows import Windows, draw_windows
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
 # Without restoration, which changes weights: it has tests of its own.
-SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "restore": "none"}
+SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "repair": "none"}
 SUBPROCESS = Path(__file__).with_name("stock_process.py")
 
 
@@ -319,12 +319,12 @@ class FamilyContract:
         )
         assert stock["lora_parameters"] == expected
 
-    # Restoration, whatever way round a family stores its matrices.
+    # Repair, whatever way round a family stores its matrices.
 
-    def test_restored_down_projection_is_the_ridge_solution(
+    def test_repaired_down_projection_is_the_ridge_solution(
         self, case: Case, tmp_path: Path
     ) -> None:
-        settings = {**SETTINGS, "restore": "ridge"}
+        settings = {**SETTINGS, "repair": "ridge"}
         report = cfsp.prune(
             case.source,
             out=tmp_path / "out",
@@ -338,23 +338,23 @@ class FamilyContract:
         seen = _observe_with_hooks(case.dense, windows)
         before = load_file(case.source / "model.safetensors")
         after = load_file(tmp_path / "out" / "model.safetensors")
-        entries = zip(report.restoration["blocks"], report.plan.blocks, seen, strict=True)
+        entries = zip(report.repair["steps"][0]["blocks"], report.plan.blocks, seen, strict=True)
         changed = 0
-        for block, (restored, entry, (_, _, acts)) in enumerate(entries):
-            assert restored["error_after"] <= restored["error_before"]
-            for ffn, repair in enumerate(restored.get("experts", [restored])):
-                if repair["ridge"] is None:
+        for block, (repaired, entry, (_, _, acts)) in enumerate(entries):
+            assert repaired["error_after"] <= repaired["error_before"]
+            for ffn, repair in enumerate(repaired.get("experts", [repaired])):
+                if repair["strength"] is None:
                     continue
                 changed += 1
-                # The sixth and last window is held out.
+                # The last of the three windows of each text is held out.
                 act_RF, window_R = acts[ffn]
-                fitted_RF = act_RF[window_R < 5].double()
+                fitted_RF = act_RF[window_R % 3 < 2].double()
                 gram_FF = fitted_RF.T @ fitted_RF / len(fitted_RF)
                 kept = entry.kept_of(ffn)
                 mask_F = torch.zeros(entry.width, dtype=torch.bool)
                 mask_F[kept] = True
                 gram_KK = gram_FF[mask_F][:, mask_F]
-                ridge_KK = repair["ridge"] * gram_KK.diagonal().mean() * torch.eye(len(kept))
+                ridge_KK = repair["strength"] * gram_KK.diagonal().mean() * torch.eye(len(kept))
                 name = family.weight_name(block, family.down, ffn)
                 down_DF = family.turned(before[name]).double()
                 lost_DK = down_DF[:, ~mask_F] @ gram_FF[~mask_F][:, mask_F]

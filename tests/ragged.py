@@ -78,9 +78,8 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
 def half_of(source: Checkpoint, out: Path) -> Checkpoint:
     """Return half of a model by the quickest pruning there is: two windows, no restoration."""
     from cfsp.pipeline import prune_checkpoint
-    from cfsp.planning.allocation import Budget
-    from cfsp.settings import CalibrationText, PruneSettings
+    from cfsp.settings import Budget, CalibrationText, PruneSettings
 
     text = CalibrationText(samples=2, seqlen=128)
-    prune_checkpoint(source, out, PruneSettings(Budget(0.5), text=text, restore="none"))
+    prune_checkpoint(source, out, PruneSettings(Budget(0.5), text=text, repair="none"))
     return Checkpoint(out)

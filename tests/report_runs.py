@@ -10,9 +10,16 @@ from typing import Any
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion
-from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings, Restore
+from cfsp.result.manifest import read_manifest
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    EvaluationText,
+    PruneSettings,
+    Repair,
+)
 
 HISTORY = [
     {"step": 0, "perplexity": 41.5},
@@ -27,7 +34,7 @@ def prune_tiny(
     out: Path,
     *,
     budget: Budget,
-    restore: Restore = "ridge",
+    repair: Repair = "ridge",
     channel_metric: str = "activation",
 ) -> Path:
     """Prune a tiny model with everything that a report shows."""
@@ -39,7 +46,7 @@ def prune_tiny(
             Criterion(channel_metric=channel_metric),
             CalibrationText((str(text),), samples=8, seqlen=32),
             Compute("cpu", "float32"),
-            restore,
+            repair=repair,
         ),
         evaluation=EvaluationText((str(text),), windows=2, seqlen=32),
         command=f"cfsp prune {model} --sparsity {budget.sparsity} --out {out}",
@@ -48,13 +55,20 @@ def prune_tiny(
 
 
 def changed_copy(run: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """Copy a run and change its manifest."""
+    """Copy a run and change its manifest, which is one of version 2."""
     shutil.copytree(run, out)
-    file = out / "cfsp.json"
-    manifest = json.loads(file.read_text())
+    manifest = read_manifest(out)
+    assert manifest is not None
     change(manifest)
-    file.write_text(json.dumps(manifest))
+    (out / "cfsp.json").write_text(json.dumps(manifest))
     return out
+
+
+def measured(text: str, before: float, after: float, **conditions: Any) -> dict[str, Any]:
+    """Return a manifest's perplexity, on 12 windows of 512 tokens unless told otherwise."""
+    common = {"windows": 12, "seqlen": 512, "stride": None, "bos": False, **conditions}
+    tokens = common["windows"] * (common["seqlen"] - 1)
+    return {text: {"before": before, "after": after, "tokens": tokens, **common}}
 
 
 def recovered(manifest: dict[str, Any]) -> None:
@@ -71,8 +85,6 @@ def recovered(manifest: dict[str, Any]) -> None:
             "tokens_in_step": 512,
             "tokens_per_second": 300.0,
             "history": HISTORY,
-            "perplexity": {
-                text: {"before": value["after"], "after": 123.25, "tokens": value["tokens"]}
-            },
+            "perplexity": {text: {**value, "before": value["after"], "after": 123.25}},
         },
     }

@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.allocation import (
-    CLAMPS,
-    Budget,
-    Clamp,
     ModelSize,
     allocate,
     channels_to_keep,
@@ -22,6 +19,7 @@ from cfsp.planning.allocation import (
     water_fill,
 )
 from cfsp.planning.coarse import block_importance
+from cfsp.settings import CLAMPS, Budget, Clamp
 
 WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)
 MULTIPLES = (1, 32, 64, 128, 256)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.cli import bench, main
+from cfsp.cli import bench as bench_command
+from cfsp.cli import main
 from cfsp.errors import CfspError, CheckpointError, UsageError
 from cfsp.speed import Conditions, Workload, compare_speed
+from cfsp.speed.bench import bench
 from cfsp.speed.process import model_process
 from cfsp.speed.shapes import SHAPES, ShapedModel
 from cfsp.speed.subjects import Subject, build_model
@@ -251,12 +255,60 @@ def test_errors_in_a_model_process_reach_the_user_as_they_are(
     assert "absent does not exist" in capsys.readouterr().err
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What would be timed: nothing is."""
+    calls: list[Any] = []
+    monkeypatch.setattr("cfsp.speed.bench.compare_speed", lambda *values: calls.append(values))
+    return calls
+
+
+def test_bench_times_every_combination(
+    asked: list[Any], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    model = tiny_checkpoint("llama")
+    bench([model, ShapedModel("llama-2-7b", 4)], batch=[1, 2], prompt=4, engine="compile")
+    subjects, workloads, conditions = asked[0]
+    assert subjects[0] == Subject(model, model.name, head=True)
+    assert subjects[1] == Subject(ShapedModel("llama-2-7b", 4), "llama-2-7b", head=False)
+    assert workloads == [Workload(1, 4, 32), Workload(2, 4, 32)]
+    assert conditions == Conditions("compile", warmups=3)
+    bench([model, model.parent / "." / model.name], warmups=1)
+    assert [s.label for s in asked[1][0]] == [str(model)] * 2
+    assert asked[1][2].warmups == 1
+
+
+def test_bench_knows_before_it_starts_what_it_cannot_time(
+    asked: list[Any], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tiny_checkpoint("llama")
+    with pytest.raises(CheckpointError, match="absent does not exist"):
+        bench([model, tmp_path / "absent"])
+    with pytest.raises(UsageError, match=r"llama\.cpp cannot run .*llama"):
+        bench([tmp_path / "a.gguf", model], engine="llama.cpp")
+    with pytest.raises(UsageError, match="at least one model"):
+        bench([])
+    assert asked == []
+
+
+def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert len([line for line in lines if line.startswith("  -")]) <= 16
+
+
 def test_process_that_dies_is_one_sentence(tiny_checkpoint: Callable[[str], Path]) -> None:
     subject = Subject(tiny_checkpoint("llama"), "tiny")
     with model_process(subject, Conditions()) as process:
         import multiprocessing
 
         for child in multiprocessing.active_children():
+            assert child.pid is not None
+            # Ctrl-C at a terminal reaches it too; it is ended by us, without a traceback.
+            os.kill(child.pid, signal.SIGINT)
+            assert process.run(WORKLOAD).timing.prefill > 0
             child.kill()
             child.join()
         with pytest.raises(CfspError, match="ended without an answer"):
@@ -278,7 +330,7 @@ def test_missing_engine_names_the_extra(
     if engine == "llama.cpp":
         model = tmp_path / "model.gguf"
     extra = engine.replace(".", "")
-    with pytest.raises(MissingExtraError, match=rf"pip install 'cfsp-llm\[{extra}\]'"):
+    with pytest.raises(MissingExtraError, match=rf"pip install '\.\[{extra}\]' in the clone"):
         start_engine(Subject(model, "m"), Conditions(engine=engine))
 
 
@@ -307,7 +359,7 @@ def test_wrong_arguments_are_one_sentence(
 
 
 def test_parser_knows_every_engine() -> None:
-    assert bench.ENGINES == ENGINES
+    assert bench_command.ENGINES == ENGINES
     with pytest.raises(UsageError, match="found 'tgi'"):
         Conditions(engine="tgi")
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
-from cfsp.cli import _COMMANDS, arguments, build_parser, main
-from cfsp.planning.allocation import BudgetOf
-from cfsp.planning.coarse import BLOCK_METRICS, SENSITIVITY_METRICS
-from cfsp.planning.fine import CHANNEL_METRICS
-from cfsp.planning.make import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC
+from cfsp.cli import COMMANDS, build_parser, main
+from cfsp.cli.options import expand_sets, settings_from
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import DEFAULT_RESTORE, RESTORE_METHODS
+from cfsp.settings import Budget, CalibrationText, Criterion
 from tiny_models import build_tiny_model, save_tiny_model
 
 
@@ -87,7 +85,7 @@ def test_help_does_not_import_torch(argv: list[str]) -> None:
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(commands()) == len(_COMMANDS)
+    assert len(commands()) == len(COMMANDS)
     for command in commands():
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
@@ -114,17 +112,53 @@ def test_no_command_prints_help_and_fails(cli: Cli) -> None:
     assert "COMMAND" in out
 
 
-def test_choices_spelled_out_are_those_of_their_home() -> None:
-    assert arguments.BLOCK_METRICS == BLOCK_METRICS
-    assert arguments.SENSITIVITY_METRICS == SENSITIVITY_METRICS
-    assert arguments.CHANNEL_METRICS == CHANNEL_METRICS
-    assert arguments.RESTORE_METHODS == RESTORE_METHODS
-    args = build_parser().parse_args(["prune", "m", "--out", "o"])
-    assert args.block_metric == DEFAULT_BLOCK_METRIC
-    assert args.channel_metric == DEFAULT_CHANNEL_METRIC
-    assert args.restore == DEFAULT_RESTORE
-    for of in get_args(BudgetOf):
-        assert build_parser().parse_args(["prune", "m", "--out", "o", "--of", of]).of == of
+def test_what_is_typed_becomes_settings_and_the_rest_is_theirs() -> None:
+    argv = ["prune", "m", "--out", "o", "--sparsity", "20%", "--data", "a", "--data", "b"]
+    args = build_parser().parse_args(expand_sets([*argv, "--set", "multiple=8"]))
+    assert settings_from(args, Budget) == Budget(0.2, multiple=8)
+    assert settings_from(args, CalibrationText) == CalibrationText(("a", "b"))
+    assert settings_from(args, Criterion) == Criterion()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_fits_a_screen_and_help_all_names_the_rest(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    texts = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, option])
+        assert ended.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, long = texts
+    assert "example:" in short
+    assert len(re.findall(r"^  --", short, re.MULTILINE)) <= 16
+    if "--set" in short:
+        assert len(long) > len(short)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("block_metrik=x", "unknown argument --block-metrik=x; did you mean --block-metric?"),
+        ("block_metric=cosin", "found 'cosin'; did you mean cosine?"),
+        ("multiple", "--set needs NAME=VALUE, found 'multiple'"),
+        ("memory_budget=much", "expected a size such as 2GB or 512MiB, found 'much'"),
+    ],
+)
+def test_advanced_options_are_checked_as_others_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", "demo", "--out", str(tmp_path / "o"), "--sparsity", "0.2", "--set", typed])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_effort_and_repair_are_one_choice(cli: Cli, tmp_path: Path) -> None:
+    prune = ("prune", "demo", "--out", tmp_path / "o", "--sparsity", 0.2)
+    _, error = cli(*prune, "--effort", "fast", "--repair", "ridge", status=2)
+    assert "--effort fast is --repair none; give one of the two" in error
 
 
 # The flow.
@@ -150,7 +184,7 @@ def test_calibrate_plan_prune_is_prune_in_three_steps(
     }
     weights = set()
     for name, options in outs.items():
-        report = cli.json("prune", model, "--out", tmp_path / name, "--restore", "none", *options)
+        report = cli.json("prune", model, "--out", tmp_path / name, "--repair", "none", *options)
         assert report["intermediate_sizes"] == planned["intermediate_sizes"]
         assert report["calibration_tokens"] == 6 * 32
         weights.add((tmp_path / name / "model.safetensors").read_bytes())
@@ -164,7 +198,7 @@ def test_prune_reports_all_that_the_readme_promises(
     out = tmp_path / "out"
     report = cli.json(
         "prune", model, "--out", out, "--sparsity", 0.4, "--multiple", 4, *text,
-        "--eval", text_file, "--eval-windows", 2,
+        "--eval", text_file, "--eval-windows", 2, "--set", "eval_seqlen=32",
     )  # fmt: skip
     before = sum(p.numel() for p in build_tiny_model("llama").parameters())
     removed = 3 * 96 - sum(report["intermediate_sizes"])
@@ -207,12 +241,12 @@ def test_model_card_says_what_was_done(
         assert str(width) in card
 
 
-@pytest.mark.parametrize("restore", ["none", "ridge"])
+@pytest.mark.parametrize("repair", ["none", "ridge"])
 def test_dry_run_writes_only_the_plan(
-    cli: Cli, model: Path, text: list[object], tmp_path: Path, restore: str
+    cli: Cli, model: Path, text: list[object], tmp_path: Path, repair: str
 ) -> None:
     argv = ["prune", model, "--out", tmp_path / "dry", "--sparsity", 0.4, "--dry-run",
-            "--restore", restore, *text]  # fmt: skip
+            "--repair", repair, *text]  # fmt: skip
     out, _ = cli(*argv)
     assert entries(tmp_path / "dry") == {"cfsp_plan.json"}
     plan = PruningPlan.load(tmp_path / "dry" / "cfsp_plan.json")

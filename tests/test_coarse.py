@@ -11,16 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import statistics_with_distances
-from cfsp.calibration.accumulators import DISTANCES, DistanceSums
+from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.statistics import Sensitivity
 from cfsp.errors import StatisticsError, UsageError
-from cfsp.planning.coarse import (
-    BLOCK_METRICS,
-    SENSITIVITY_METRICS,
-    block_distances,
-    block_importance,
-    importance_by,
-)
+from cfsp.planning.coarse import block_distances, block_importance, importance_by
+from cfsp.settings import BLOCK_METRICS, DISTANCES, SENSITIVITY_METRICS
 
 
 def numpy_distances(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -125,7 +120,7 @@ def test_every_metric_of_the_table_is_computed() -> None:
     statistics = statistics_with_distances({"angular": [0.2, 0.1]})
     for metric in BLOCK_METRICS:
         assert len(block_distances(statistics, metric)) == 2
-    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform", "global"}
+    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform"}
 
 
 def test_importance_by_sensitivity_is_that_of_numpy() -> None:

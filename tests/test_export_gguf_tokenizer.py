@@ -18,8 +18,8 @@ from cfsp.exports.target import ExportOptions
 from conftest import random_prose
 from ragged import cut, tiny
 
-pytest.importorskip("gguf", reason="gguf is not installed: pip install 'cfsp-llm[export]'")
-pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install 'cfsp-llm[export]'")
+pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
+pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[export]'")
 
 TEXTS = [
     "It's 12345 o'clock; we'll see -- THEY'LL see!\n\n\n  def f(x):\n\treturn x**2 # 7",

@@ -17,9 +17,7 @@ from cfsp.exports.verification import greedy_after, logits_of, reference_model
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
-pytest.importorskip(
-    "openvino", reason="openvino is not installed: pip install 'cfsp-llm[openvino]'"
-)
+pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[openvino]'")
 
 
 def decode(runtime: Any, tokens: list[int], steps: int) -> list[int]:

@@ -12,13 +12,8 @@ from builders import random_block_statistics, random_weights
 from cfsp.calibration.accumulators import ChannelSums
 from cfsp.calibration.statistics import BlockStatistics
 from cfsp.errors import UsageError
-from cfsp.planning.fine import (
-    CHANNEL_METRICS,
-    FFNWeights,
-    channel_scores,
-    read_ffn_weights,
-    strongest_channels,
-)
+from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
+from cfsp.settings import CHANNEL_METRICS
 
 # By formula; `random` has none, and its own test in test_sweep.py.
 FORMULAS = tuple(metric for metric in CHANNEL_METRICS if metric != "random")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -14,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp import memory
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.engine import memory
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
-from cfsp.engine.memory import parse_size
 from cfsp.engine.read_ahead import read_ahead
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import OutputError, UsageError
+from cfsp.settings import parse_size
 from cfsp.text.windows import Windows, draw_windows
 
 SHAPE = (5, 7, 3)
@@ -161,14 +162,14 @@ def test_spilling_changes_no_bit(
     source: Checkpoint,
     windows: Windows,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level(logging.INFO, "cfsp")
     gather(source, windows, 1 << 30, tmp_path / "a").save(tmp_path / "memory")
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     gather(source, windows, 1000, tmp_path / "b").save(tmp_path / "file")
-    message = capsys.readouterr().err
-    assert "exceed the memory budget of 1e-06 GB; they go to a file in" in message
+    assert "exceed the memory budget of 1e-06 GB; they go to a file in" in caplog.text
     # Saved after every block, the two files take turns.
     monkeypatch.setattr("cfsp.engine.pass_state.SHARE_OF_TIME", float("inf"))
     gather(source, windows, 1000, tmp_path / "c").save(tmp_path / "turns")
@@ -185,7 +186,7 @@ def test_prune_with_a_small_budget_gives_the_same_checkpoint(
     assert main([*argv, "--out", str(tmp_path / "memory")]) == 0
     assert main([*argv, "--out", str(tmp_path / "file"), "--memory-budget", "1KB"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"memory", "file"}
-    for name in ("model.safetensors", "cfsp_plan.json", "cfsp_statistics.safetensors"):
+    for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
         assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Local reconstruction: blocks trained alone come closer to the dense model, and never go away."""
+"""Local repair: blocks trained alone come closer to the dense model, and never go away."""
 
 from __future__ import annotations
 
@@ -15,25 +15,18 @@ import torch
 from torch import nn
 
 import cfsp
-from cfsp.calibration import pass_state
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.engine.two_streams import TwoStreams
+from cfsp.engine import pass_state
+from cfsp.engine.judge import hidden_loss, token_error
+from cfsp.engine.two_streams import Batch, TwoStreams
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
-from cfsp.planning.allocation import Budget
-from cfsp.repair import reconstruct
-from cfsp.repair.local_training import (
-    Batch,
-    LocalTraining,
-    Trained,
-    hidden_loss,
-    token_error,
-    train_blocks,
-)
+from cfsp.repair import local as local_repair
+from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import CalibrationText, PruneSettings
-from cfsp.text.windows import draw_windows
+from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
+from cfsp.text.windows import Windows, draw_windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model
 
 Checkpoints = Callable[[str], Path]
@@ -66,20 +59,20 @@ def test_hidden_loss_adds_the_error_of_all_tokens_together() -> None:
 
 
 def test_rate_rises_and_falls_to_zero() -> None:
-    schedule = LocalTraining(steps=100, warm_up=10).schedule()
-    assert len(schedule) == 100
-    assert schedule[0] == pytest.approx(0.1)
-    assert max(schedule) == schedule[9]
-    assert schedule[9:] == sorted(schedule[9:], reverse=True)
-    assert schedule[-1] == pytest.approx(0.0, abs=1e-3)
-    assert len(LocalTraining(steps=100).schedule(at_head=True)) == 200
+    parts = schedule(LocalTraining(steps=100, warm_up=10))
+    assert len(parts) == 100
+    assert parts[0] == pytest.approx(0.1)
+    assert max(parts) == parts[9]
+    assert parts[9:] == sorted(parts[9:], reverse=True)
+    assert parts[-1] == pytest.approx(0.0, abs=1e-3)
+    assert len(schedule(LocalTraining(steps=100), at_head=True)) == 200
 
 
 def test_blocks_with_a_small_error_take_small_steps() -> None:
     training = LocalTraining(rate=0.1, rate_per_error=0.5)
-    assert training.highest_rate(0.9) == training.highest_rate(math.inf) == 0.1
-    assert training.highest_rate(0.01) == pytest.approx(0.005)
-    assert training.highest_rate(0.9, at_head=True) == training.head_rate < 0.1
+    assert highest_rate(training, 0.9) == highest_rate(training, math.inf) == 0.1
+    assert highest_rate(training, 0.01) == pytest.approx(0.005)
+    assert highest_rate(training, 0.9, at_head=True) == training.head_rate < 0.1
 
 
 def test_no_error_has_a_gradient() -> None:
@@ -94,7 +87,7 @@ def endless(input_BTD: torch.Tensor, target_BTD: torch.Tensor) -> Iterator[Batch
 
 
 def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return token_error(output_BTD, batch.target_BTD)
+    return token_error(output_BTD, batch.dense_BTD)
 
 
 def test_training_reaches_a_target_that_can_be_reached() -> None:
@@ -103,10 +96,10 @@ def test_training_reaches_a_target_that_can_be_reached() -> None:
     hidden = torch.randn(2, 16, 8)
     target = other(hidden).detach()
     before = float(token_error(module(hidden).detach(), target))
-    schedule = LocalTraining(steps=300).schedule()
+    parts = schedule(LocalTraining(steps=300))
     trained = [Trained(list(module.parameters()), 0.5)]
     batches = endless(hidden, target)
-    assert train_blocks(module, trained, batches, error, schedule, torch.float32)
+    assert train_blocks(module, trained, batches, error, parts, torch.float32)
     assert float(token_error(module(hidden).detach(), target)) < 0.01 * before
 
 
@@ -154,7 +147,7 @@ def test_blocks_that_train_together_take_steps_by_their_own_drift() -> None:
 
 @pytest.mark.parametrize("together", [1, 2, 3, 30, 100])
 def test_every_block_is_in_one_group(together: int) -> None:
-    groups = [LocalTraining(blocks=together).group_of(index, 30) for index in range(30)]
+    groups = [group_of(LocalTraining(blocks=together), index, 30) for index in range(30)]
     assert all(index in group for index, group in enumerate(groups))
     distinct = sorted(set(groups), key=lambda group: group.start)
     assert [index for group in distinct for index in group] == list(range(30))
@@ -169,7 +162,7 @@ def text(text_file: Path) -> list[str]:
 
 
 # Three blocks: one, and the last two. A random model has nothing to do with the text.
-LOCAL = ["--restore", "local", "--local-steps", "40", "--local-blocks", "1", "--local-text", "0"]
+LOCAL = ["--repair", "local", "--local-steps", "40", "--local-blocks", "1", "--local-text", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +189,7 @@ def sequential(
     tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("sequential") / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "sequential"]
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--repair", "sequential"]
     assert main([*argv, "--out", str(out)]) == 0
     return out
 
@@ -204,14 +197,16 @@ def sequential(
 def test_it_comes_closer_to_the_dense_model_than_ridge(
     local: Path, ridge: Path, tiny_checkpoint: Checkpoints, tokenizer: object, text_file: Path
 ) -> None:
-    blocks = read_manifest(local)["restoration"]["blocks"]
+    steps = read_manifest(local)["repair"]["steps"]
+    assert [step["name"] for step in steps] == ["ridge", "sequential", "local"]
+    blocks = steps[-1]["blocks"]
     assert len(blocks) == BLOCKS
-    assert ["local" in block for block in blocks] == [True, False, True]
-    first, last = (block["local"] for block in blocks if "local" in block)
+    assert blocks[1] is None  # the last block speaks for it
+    first, _, last = blocks
     assert (first["blocks"], last["blocks"]) == (1, 2)
-    assert (first["steps"], last["steps"]) == (40, 80)
-    assert first["is_better"]
-    assert last["is_better"]
+    assert (first["training_steps"], last["training_steps"]) == (40, 80)
+    assert first["kept"]
+    assert last["kept"]
     assert first["error_after"] < first["error_before"]
     assert first["loss_after"] < first["loss_before"]
     assert last["loss_after"] < last["loss_before"]
@@ -239,11 +234,11 @@ def test_a_block_that_training_worsens_stays_as_it_was(
     sequential: Path, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(LocalTraining, "highest_rate", lambda *args, **kwargs: 100.0)
+    monkeypatch.setattr(local_repair, "highest_rate", lambda *args, **kwargs: 100.0)
     out = tmp_path / "out"
     argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--out", str(out)]
     assert main(argv) == 0
-    assert "blocks 0, 1, 2 stay as they were before" in capsys.readouterr().err
+    assert "training was rejected for blocks 0, 1, 2" in capsys.readouterr().err
     trained, plain = Checkpoint(out), Checkpoint(sequential)
     assert all(torch.equal(trained.read(name), plain.read(name)) for name in plain.specs)
 
@@ -271,12 +266,12 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
-        patch.setattr(reconstruct, "train_blocks", interrupted)
+        patch.setattr(local_repair, "train_blocks", interrupted)
         assert main(argv) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     assert main(argv) == 0
     # At the first block of the group that was interrupted.
-    message = f"reconstruct: going on at block 1 of {BLOCKS}"
+    message = f"local: going on at block 1 of {BLOCKS}"
     assert (message in capsys.readouterr().err) == (group > 0)
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
@@ -286,11 +281,11 @@ def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
     settings = PruneSettings(
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=64, seqlen=32),
-        restore="local",
+        repair="local",
         local=LocalTraining(steps=30, text=0),
     )
     dense = build_tiny_model(name)
-    ridge = prune_model(dense, tokenizer, replace(settings, restore="ridge"))
+    ridge = prune_model(dense, tokenizer, replace(settings, repair="ridge"))
     local = prune_model(dense, tokenizer, settings)
     tokens = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32, seed=7).tokens_NT
     with torch.inference_mode():
@@ -316,19 +311,19 @@ def test_it_trains_models_of_16_bits(
     out = tmp_path / "out"
     argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--dtype", dtype]
     assert main([*argv, "--out", str(out)]) == 0
-    blocks = read_manifest(out)["restoration"]["blocks"]
-    assert all(block["local"]["is_better"] for block in blocks if "local" in block)
+    blocks = read_manifest(out)["repair"]["steps"][-1]["blocks"]
+    assert all(block["kept"] for block in blocks if block is not None)
 
 
-@pytest.mark.parametrize("restore", ["sequential", "local"])
+@pytest.mark.parametrize("repair", ["sequential", "local"])
 def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
-    restore: str,
+    repair: str,
     tiny_checkpoint: Checkpoints,
     text: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--restore", restore]
+    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--repair", repair]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert "(mixtral) have experts" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -344,17 +339,22 @@ def test_options_of_local_without_it_are_refused(
 ) -> None:
     argv = ["prune", str(tiny_checkpoint("llama")), *text, option, "4"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
-    assert f"{option} belongs to --restore local" in capsys.readouterr().err
+    assert f"{option} belongs to --repair local" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (64, 2), (65, 8), (33, 5)])
-def test_every_window_is_trained_on_or_held_out(windows: int, asked: int) -> None:
-    streams = TwoStreams.of(torch.zeros(windows, 16, dtype=torch.int64), asked)
-    assert windows - streams.batch < streams.windows <= windows
-    assert streams.held_out
-    assert streams.trained
-    held_out = [i for batch in streams.held_out for i in range(windows)[batch]]
-    assert sorted(held_out + streams.trained) == list(range(streams.windows))
+def test_every_window_is_fitted_to_or_held_out(windows: int, asked: int) -> None:
+    tokens_NT = torch.zeros(windows, 16, dtype=torch.int64)
+    streams = TwoStreams.of(
+        Windows(tokens_NT, {"one": windows // 2, "two": -(-windows // 2)}), 16 * asked
+    )
+    assert streams.windows == windows
+    assert streams.fitted
+    assert sorted([*streams.held_out, *streams.fitted]) == list(range(windows))
+    if windows >= 4:  # some of both texts
+        assert min(streams.held_out) < windows // 2 <= max(streams.held_out)
+    dense = [i for batch in streams.dense for i in range(2 * windows)[batch]]
     pruned = [i for batch in streams.dense for i in range(2 * windows)[streams.pruned(batch)]]
-    assert pruned == list(range(streams.windows, 2 * streams.windows))
-    assert streams.tokens == 2 * streams.windows * 16
+    assert dense + pruned == list(range(2 * windows))
+    assert [i for batch in streams.judged for i in batch] == list(streams.held_out)
+    assert {len(batch) for batch in streams.judged} <= streams.batch_sizes

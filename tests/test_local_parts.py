@@ -1,8 +1,8 @@
-"""The parts of local reconstruction: the divergence at the head, and blocks as one function."""
+"""The parts of local repair: the divergence at the head, and blocks as one function."""
 
 from __future__ import annotations
 
-import math
+import json
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.block_group import BlockGroup
 from cfsp.engine.call_recorder import record_calls
 from cfsp.engine.resumed_forward import hidden_states_entering
+from cfsp.engine.two_streams import Batch
 from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
 from cfsp.repair.head import HeadLoss
-from cfsp.repair.local_training import Batch
-from cfsp.repair.reconstructed import HeldOut, ReconstructedBlocks
+from cfsp.repair.repaired import BlockRepair, ExpertRepair
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     base = getattr(model, source.family.base_prefix)
     calls = record_calls(base, blocks, tokens_BT).calls
     pruned = PrunedSource(source, plan, {})
-    group = BlockGroup(pruned, blocks_of(skeleton, source.family)[:2], 0, calls[:2], CPU)
+    group = BlockGroup(pruned, blocks_of(skeleton, source.family)[:2], 0, {2: calls[:2]}, CPU)
     group.fill(torch.float32, {})
     with torch.no_grad():
         assert torch.equal(group(entering_L[0]), entering_L[2])
@@ -124,13 +124,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
         assert not torch.equal(group(entering_L[0]), entering_L[2])
 
 
-@pytest.mark.parametrize("after", [None, HeldOut(0.2, 1.0), HeldOut(0.4, 3.0)])
-def test_facts_survive_json(after: HeldOut | None) -> None:
-    result = ReconstructedBlocks(3, HeldOut(0.3, 2.0), after, 7, None)
-    assert ReconstructedBlocks.from_json(result.to_json(), None) == result
-
-
-def test_one_number_that_is_none_is_enough_to_see_it() -> None:
-    assert HeldOut(0.3, 2.0).is_finite
-    assert not HeldOut(0.3, math.nan).is_finite
-    assert not HeldOut(math.inf, 0.1).is_finite
+@pytest.mark.parametrize("experts", [(), (ExpertRepair(0.3, 0.2, True, 0.1, False),)])
+def test_facts_survive_json(experts: tuple[ExpertRepair, ...]) -> None:
+    result = BlockRepair(3, 0.3, 0.2, True, training_steps=7, experts=experts)
+    assert BlockRepair.from_json(json.loads(json.dumps(result.to_json()))) == result

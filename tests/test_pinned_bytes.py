@@ -25,13 +25,13 @@ from safetensors import safe_open
 
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.adaptation import Adaptation
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Limit
 from cfsp.recovery.settings import Training
-from cfsp.result.manifest import PLAN_FILE
 
 PINNED = Path(__file__).parent / "pinned_bytes.json"
 
@@ -107,7 +107,7 @@ def test_prune(
         data=[str(text_file)],
         samples=16,
         seqlen=32,
-        restore=repair,
+        repair=repair,
         local_steps=3,
         device="cpu",
     )
@@ -134,7 +134,7 @@ def test_calibrate_plan_and_export(
         data=[str(text_file)],
         samples=8,
         seqlen=32,
-        restore="none",
+        repair="none",
         device="cpu",
     )
     found = {"plan": channels_digest(plan), "weights": weights_digest(pruned)}
@@ -155,7 +155,7 @@ def test_recover(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_fi
         data=[str(text_file)],
         samples=8,
         seqlen=32,
-        restore="none",
+        repair="none",
         device="cpu",
     )
     recover_checkpoint(

@@ -160,7 +160,7 @@ def test_pruned_model_refuses_the_plan_that_made_it(
         data=data,
         samples=4,
         seqlen=32,
-        restore="none",
+        repair="none",
     )
     assert PruningPlan.load(out / "cfsp_plan.json").kept_widths == plan.kept_widths
     with pytest.raises(PlanError):

@@ -23,6 +23,7 @@ PUBLIC = [
     "Statistics",
     "TargetParameters",
     "TargetSpeedup",
+    "Text",
     "__version__",
     "calibrate",
     "evaluate",

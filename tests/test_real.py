@@ -82,7 +82,7 @@ def prune(
         argv: list[Any] = [
             "prune", "demo", "--out", out, "--statistics", statistics[1], "--sparsity", sparsity,
             "--block-metric", block_metric, "--channel-metric", "activation",
-            "--restore", "none",
+            "--repair", "none",
         ]  # fmt: skip
         status = main([str(argument) for argument in argv])
         assert status == 0, capsys.readouterr().err

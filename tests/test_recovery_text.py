@@ -79,7 +79,7 @@ def test_a_chat_file_is_packed_and_is_no_text(chat_tokenizer, tmp_path):
     assert bool((label_NT != IGNORED).any(dim=1).all())
     share = float((label_NT != IGNORED).float().mean())
     assert 0.1 < share < 0.6
-    with pytest.raises(TextError, match="only cfsp recover reads those"):
+    with pytest.raises(TextError, match="which need a model's chat template"):
         TextSource(str(path), "calibration").documents()
     named = read_text([f"{path}:messages"], chat_tokenizer, seqlen=64)
     assert named.train.digest == text.train.digest

@@ -11,21 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from cfsp.calibration.statistics import BlockStatistics
 from cfsp.cli import main
-from cfsp.errors import CheckpointError, ReportError
-from cfsp.planning.allocation import Budget
-from cfsp.report.channels import curve_step, distribution, energy_removed, removal_curve
+from cfsp.errors import CheckpointError, OutputError, ReportError
 from cfsp.report.drawing import Scale, element, round_scale, scale_from_zero
 from cfsp.report.page import script_json
-from cfsp.report.run_facts import RunFacts, read_run, read_runs
-from cfsp.report.summary import short_names, summary_rows
+from cfsp.report.pareto_chart import pareto_chart
+from cfsp.report.runs import RunFacts, read_run, read_runs
+from cfsp.report.summary import NOTHING, headlines, short_names, summary_rows
 from cfsp.report.write import write_report
 from cfsp.result.manifest import add_to_manifest
-from report_runs import HISTORY, changed_copy, prune_tiny, recovered
+from cfsp.settings import Budget
+from report_runs import HISTORY, changed_copy, measured, prune_tiny, recovered
 
+TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 HOSTILE = '"></script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'
 
 
@@ -75,12 +74,12 @@ def test_every_chart_has_words_and_a_table(run: Path, tmp_path: Path) -> None:
     text = rendered([run], tmp_path)
     page = _Page(text)
     plots = [attrs for tag, attrs in page.tags if attrs.get("class") == "plot"]
-    assert len(plots) == 4  # method, strengths, restoration, what-if
+    assert len(plots) == 2  # blocks, repair
     assert all(plot["tabindex"] == "0" and plot["aria-label"] for plot in plots)
     images = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(images) == 6
+    assert len(images) == 4
     assert all(image["role"] == "img" and len(image["aria-label"] or "") > 40 for image in images)
-    assert text.count("<figure>") == text.count("<details>") - 1 == 4  # and the manifest's
+    assert text.count("<figure>") == text.count("<details>") - 1 == 2  # and the manifest's
 
 
 def test_numbers_of_the_manifest_are_in_the_summary(facts: RunFacts, text_file: Path) -> None:
@@ -97,47 +96,6 @@ def test_numbers_of_the_manifest_are_in_the_summary(facts: RunFacts, text_file: 
         f"{measured['before']:.2f}",
         f"{measured['after']:.2f}",
     ]
-
-
-def test_parameters_of_a_channel_follow_from_the_manifest(facts: RunFacts) -> None:
-    assert facts.size is not None
-    assert set(facts.size.channel_parameters_L) == {3 * 32}
-    kept = facts.manifest["intermediate_sizes"]
-    assert facts.size.parameters_with(kept) == facts.manifest["parameters_after"]
-
-
-def test_distribution_counts_every_channel_on_its_side_of_the_cut(facts: RunFacts) -> None:
-    assert facts.statistics is not None and facts.plan is not None
-    shape = distribution(facts.statistics, facts.plan)
-    for block, plan, statistics in zip(
-        shape.blocks, facts.plan.blocks, facts.statistics.blocks, strict=True
-    ):
-        assert sum(block.kept_N) == len(plan.kept)
-        assert sum(block.removed_N) == plan.width - len(plan.kept)
-        energy_F = statistics.sum_of_squares_F.numpy()
-        gone = np.setdiff1d(np.arange(plan.width), plan.kept)
-        assert block.energy_removed == pytest.approx(energy_F[gone].sum() / energy_F.sum())
-        assert block.energy_removed == pytest.approx(energy_removed(statistics, plan.kept))
-        # Chosen by activation: no bin above the cut's own has a removed channel.
-        highest_removed = max(i for i, count in enumerate(block.removed_N) if count)
-        lowest_kept = min(i for i, count in enumerate(block.kept_N) if count)
-        assert highest_removed <= lowest_kept
-        assert block.cut <= block.strongest
-
-
-def test_removal_curve_is_the_energy_beyond_the_strongest() -> None:
-    energy_F = torch.tensor([1.0, 16.0, 4.0, 9.0, 0.0], dtype=torch.float64)
-    block = BlockStatistics({}, energy_F, energy_F, 10)
-    assert removal_curve(block, 1) == pytest.approx([1.0, 14 / 30, 5 / 30, 1 / 30, 0, 0], abs=1e-5)
-    assert removal_curve(block, 2) == pytest.approx([1.0, 5 / 30, 0.0, 0.0], abs=1e-5)
-    dead = BlockStatistics({}, energy_F * 0, energy_F * 0, 10)
-    assert removal_curve(dead, 2)[-1] == 0.0 and energy_removed(dead, [0]) == 0.0
-
-
-@pytest.mark.parametrize(("width", "multiple", "step"), [(1536, 32, 32), (18944, 1, 74)])
-def test_curves_stay_short_at_any_width(width: int, multiple: int, step: int) -> None:
-    assert curve_step(width, multiple) == step
-    assert width / step <= 256
 
 
 def test_recovered_run_shows_its_own_perplexity_and_curve(run: Path, tmp_path: Path) -> None:
@@ -173,22 +131,17 @@ def test_runs_of_different_models_get_tables_of_their_own(
     text = rendered([run, other], tmp_path)
     assert text.count("What went in and what came out:") == 2
     assert text.count('class="section"') == 4
-    assert [each["name"] for each in _what_if(text)] == ["run", "other"]
+    assert _stops(text) == []  # nothing of one model in two sizes
 
 
-def test_page_without_statistics_leaves_out_what_they_show(run: Path, tmp_path: Path) -> None:
+def test_page_without_a_plan_leaves_out_what_it_shows(run: Path, tmp_path: Path) -> None:
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
-    (copy / "cfsp_statistics.safetensors").unlink()
-    text = rendered([copy], tmp_path)
-    assert "How strong the channels are" not in text
-    assert "What each block does" in text
-    assert [each["removed"] for each in _what_if(text)] == [None]
+    assert "What each block does" in rendered([copy], tmp_path)
     (copy / "cfsp_plan.json").unlink()
-    text = rendered([copy], tmp_path)
-    assert "What each block does" not in text and _what_if(text) == []
+    assert "What each block does" not in rendered([copy], tmp_path)
 
 
-@pytest.mark.parametrize("key", ["name", "command", "text", "version", "method"])
+@pytest.mark.parametrize("key", ["name", "command", "text", "version", "step"])
 def test_foreign_text_cannot_become_markup(run: Path, tmp_path: Path, key: str) -> None:
     def poison(manifest: dict[str, Any]) -> None:
         match key:
@@ -197,26 +150,27 @@ def test_foreign_text_cannot_become_markup(run: Path, tmp_path: Path, key: str) 
             case "command":
                 manifest["command"] = HOSTILE
             case "text":
-                manifest["perplexity"] = {HOSTILE: {"before": 1.0, "after": 2.0, "tokens": 3}}
+                manifest["perplexity"] = measured(HOSTILE, 1.0, 2.0)
             case "version":
                 manifest["versions"][HOSTILE] = HOSTILE
-            case "method":
-                manifest["restoration"]["method"] = HOSTILE
+            case "step":
+                manifest["repair"]["steps"][0]["name"] = HOSTILE
 
     copy = changed_copy(run, tmp_path / "copy", poison)
     clean, dirty = _Page(rendered([run], tmp_path)), _Page(rendered([copy], tmp_path))
     assert "hacked" in (tmp_path / "report.html").read_text()
     assert [tag for tag, _ in dirty.tags].count("img") == 0
     scripts = [tag for tag, _ in clean.tags].count("script")
-    assert [tag for tag, _ in dirty.tags].count("script") == scripts == 2
+    assert [tag for tag, _ in dirty.tags].count("script") == scripts == 1
     assert not [name for _, attrs in dirty.tags for name in attrs if name.startswith("on")]
 
 
-def test_hostile_directory_name(run: Path, tmp_path: Path) -> None:
+def test_hostile_directory_name(run: Path, sizes: list[Path], tmp_path: Path) -> None:
     name = HOSTILE.replace("/", "")
     copy = changed_copy(run, tmp_path / name, lambda manifest: None)
-    text = rendered([copy], tmp_path)
-    assert [each["name"] for each in _what_if(text)] == [name]
+    text = rendered([copy, *sizes], tmp_path)
+    (series,) = _stops(text)
+    assert name in [stop["name"] for stops in series.values() for stop in stops]
     assert [tag for tag, _ in _Page(text).tags].count("img") == 0
 
 
@@ -256,7 +210,11 @@ def test_short_names_stay_apart() -> None:
     assert short_names(["python-docs"]) == {"python-docs": "python-docs"}
 
 
-def test_results_of_eval_and_bench_are_added(run: Path, facts: RunFacts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_results_of_eval_and_bench_are_added(
+    run: Path, facts: RunFacts, tmp_path: Path, version: int
+) -> None:
+    how = {"tokens": 100, "windows": 2, "seqlen": 51, "stride": None, "bos": True}
     scores = {"acc": 0.61, "acc_stderr": 0.011, "documents": 100}
     models = [facts.base_name, str(run)]
     evaluation = tmp_path / "eval.json"
@@ -266,8 +224,16 @@ def test_results_of_eval_and_bench_are_added(run: Path, facts: RunFacts, tmp_pat
                 "models": [
                     {
                         "model": name,
-                        "perplexity": {"news": 20.0 + 5 * i},
-                        "tokens": {"news": 100},
+                        **(
+                            {"perplexity": {"news": {"value": 20.0 + 5 * i, **how}}}
+                            if version == 2
+                            else {
+                                "perplexity": {"news": 20.0 + 5 * i},
+                                "tokens": {"news": 100},
+                                "seqlen": 51,
+                                "stride": None,
+                            }
+                        ),
                         "tasks": {"piqa": {**scores, "acc": 0.61 - 0.1 * i}},
                     }
                     for i, name in enumerate(models)
@@ -295,7 +261,10 @@ def test_results_of_eval_and_bench_are_added(run: Path, facts: RunFacts, tmp_pat
     )
     text = rendered([run], tmp_path, results=[evaluation, bench])
     cells = re.sub(r"<[^>]+>", " ", text)
-    assert re.search(r"news\s+20\.00\s+25\.00\s+. 1\.25", cells)
+    said = (
+        "2 windows of 51 tokens, with BOS" if version == 2 else "windows of 51 tokens, without BOS"
+    )
+    assert re.search(rf"news\s+{said}\s+20\.00\s+25\.00\s+. 1\.25", cells)
     assert re.search(r"piqa, acc\s+61\.0\s+51\.0\s+. 1\.1", cells)
     assert re.search(r"decode, batch 1, prompt 64\s+10\.0\s+20\.0\s+. 1\.90", cells)
 
@@ -351,8 +320,14 @@ def _drop(key: str) -> Callable[[dict[str, Any]], None]:
         (_drop("widths_before"), ReportError, "only parameters_before"),
         (lambda m: m.update(parameters_after="many"), ReportError, "'many'"),
         (lambda m: m.update(intermediate_sizes=[8, 8, 8]), ReportError, "different widths"),
-        (lambda m: m["restoration"]["blocks"].pop(), ReportError, "2 restored blocks"),
-        (lambda m: m["restoration"]["blocks"][0].pop("ridge"), ReportError, "restoration"),
+        (lambda m: m["repair"]["steps"][0]["blocks"].pop(), ReportError, "2 blocks that ridge"),
+        (
+            lambda m: m.update(
+                perplexity=measured("x", 1, 2) | {"y": {**measured("x", 1, 2)["x"], "seqlen": "?"}}
+            ),
+            ReportError,
+            "'y' has windows",
+        ),
         (lambda m: m.update(perplexity={"x": {"before": 1}}), ReportError, "'x' lacks"),
         (lambda m: m.update(speed={"models": [{}]}), ReportError, "speed in the manifest"),
         (lambda m: m.update(manifest_version=99), CheckpointError, "version 99"),
@@ -375,7 +350,7 @@ def test_command_writes_page_and_pictures(
     assert main(["report", str(run), "--out", str(out), "--png", str(pictures), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["out"] == str(out) and out.read_text().startswith("<!doctype html>")
-    names = ["blocks.png", "strengths.png", "restoration.png"]
+    names = ["blocks.png", "repair.png"]
     assert said["png"] == [str(pictures / name) for name in names]
     for name in names:
         data = (pictures / name).read_bytes()
@@ -394,11 +369,173 @@ def test_command_refuses_what_is_no_run(
     assert (run / "model.safetensors").stat().st_size > 10_000
 
 
-def _what_if(text: str) -> list[dict[str, Any]]:
-    found = re.search(r'id="what-if-data">(.*?)</script>', text)
-    assert found is not None
-    data: list[dict[str, Any]] = json.loads(found[1])
-    return data
+def _stops(text: str) -> list[dict[str, Any]]:
+    """Return what the sliders of a page move over."""
+    return [json.loads(each) for each in re.findall(r'class="stops">(.*?)</script>', text)]
+
+
+# Perplexities under different conditions.
+
+
+def test_only_equal_conditions_are_compared(run: Path, tmp_path: Path) -> None:
+    """The dense model at 512 tokens and a recovered one at 1024 stand in rows of their own."""
+
+    def recovered_at_1024(manifest: dict[str, Any]) -> None:
+        manifest["perplexity"] = measured("news", 79.19, 111.86)
+        recovered(manifest)
+        manifest["recovery"]["perplexity"] = measured("news", 50.0, 34.21, seqlen=1024)
+
+    pruned = changed_copy(
+        run, tmp_path / "pruned", lambda m: m.update(perplexity=measured("news", 79.19, 111.86))
+    )
+    other = changed_copy(run, tmp_path / "recovered", recovered_at_1024)
+    runs = [read_run(pruned), read_run(other)]
+    rows = summary_rows(runs)["Perplexity"]
+    assert [[cell.value for cell in row.cells] for row in rows] == [
+        ["79.19", "111.86", NOTHING],
+        [NOTHING, NOTHING, "34.21"],
+    ]
+    assert [[cell.note for cell in row.cells] for row in rows] == [
+        ["", f"{TIMES} 1.41", ""],
+        [""] * 3,
+    ]
+    assert [row.detail for row in rows] == [
+        "12 windows of 512 tokens, without BOS; calibrated on other parts of it",
+        "12 windows of 1,024 tokens, without BOS; calibrated on other parts of it",
+    ]
+    assert pareto_chart(runs) is None
+    assert not [line for line in headlines(runs[1]) if line.noun == "perplexity"]
+    (line,) = [line for line in headlines(runs[0]) if line.noun == "perplexity"]
+    assert line.detail == "79.19 to 111.86 on news, 12 windows of 512 tokens, without BOS"
+    cells = re.sub(r"<[^>]+>", " ", rendered([pruned, other], tmp_path))
+    assert f"{TIMES} 0.43" not in cells and "beaten" not in cells
+
+
+@pytest.mark.parametrize(
+    "other", [{"windows": 13}, {"seqlen": 1024}, {"stride": 256}, {"bos": True}]
+)
+def test_every_condition_tells_numbers_apart(
+    run: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    def change(**conditions: Any) -> Callable[[dict[str, Any]], None]:
+        return lambda manifest: manifest.update(perplexity=measured("news", 3, 4, **conditions))
+
+    runs = [
+        read_run(changed_copy(run, tmp_path / name, change(**conditions)))
+        for name, conditions in (("one", {}), ("same", {}), ("other", other))
+    ]
+    assert len(summary_rows(runs[:2])["Perplexity"]) == 1
+    assert len(summary_rows(runs[1:])["Perplexity"]) == 2
+    assert pareto_chart(runs[:2]) is not None and pareto_chart(runs[1:]) is None
+
+
+def test_a_text_that_was_calibrated_on_is_named(run: Path, text_file: Path) -> None:
+    (row,) = summary_rows([read_run(run)])["Perplexity"]
+    assert row.hint.startswith(str(text_file))
+    assert row.detail.endswith("; calibrated on other parts of it")
+
+
+# The slider.
+
+
+@pytest.fixture(scope="module")
+def sizes(run: Path, tiny_checkpoint: Any, text_file: Path, tmp_path_factory: Any) -> list[Path]:
+    """Runs at two other sparsities."""
+    directory = tmp_path_factory.mktemp("sizes")
+    return [
+        prune_tiny(
+            tiny_checkpoint("llama"),
+            text_file,
+            directory / f"at-{sparsity}",
+            budget=Budget(sparsity, multiple=8),
+        )
+        for sparsity in (0.25, 0.75)
+    ]
+
+
+def test_slider_moves_over_what_was_measured(
+    run: Path, sizes: list[Path], text_file: Path, tmp_path: Path
+) -> None:
+    (series,) = _stops(rendered([*sizes, run], tmp_path))
+    (stops,) = series.values()
+    assert [stop["name"] for stop in stops] == ["the original", "at-0.25", "run", "at-0.75"]
+    manifests = [read_run(each).manifest for each in (sizes[0], run, sizes[1])]
+    dense = manifests[0]["perplexity"][str(text_file)]["before"]
+    assert stops[0]["widths"] == [96, 96, 96]
+    assert [value for value, _ in stops[0]["cells"]] == [
+        f"{manifests[0]['parameters_before']:,}", "288", f"{dense:.2f}",
+    ]  # fmt: skip
+    for stop, manifest in zip(stops[1:], manifests, strict=True):
+        after = manifest["perplexity"][str(text_file)]["after"]
+        kept = manifest["intermediate_sizes"]
+        assert stop["widths"] == kept
+        assert stop["cells"] == [
+            [f"{manifest['parameters_after']:,}", f"{MINUS}{manifest['model_sparsity']:.1%}"],
+            [str(sum(kept)), f"{MINUS}{manifest['ffn_sparsity']:.1%}"],
+            [f"{after:.2f}", f"{TIMES} {after / dense:.2f}"],
+        ]
+
+
+def test_slider_has_a_series_for_each_way_to_prune(
+    run: Path, sizes: list[Path], tmp_path: Path
+) -> None:
+    plain = [
+        changed_copy(
+            each, tmp_path / f"plain-{each.name}", lambda m: m.update(repair={"steps": []})
+        )
+        for each in sizes
+    ]
+    alone = changed_copy(run, tmp_path / "recovered", recovered)
+    (series,) = _stops(rendered([*sizes, *plain, alone], tmp_path))
+    assert {way: len(stops) for way, stops in series.items()} == {
+        "angular and activation; repair: ridge": 3,
+        "angular and activation; repair: none": 3,
+    }
+    assert _stops(rendered([run, plain[0]], tmp_path)) == []
+
+
+# Sweeps.
+
+
+def test_a_sweep_stands_for_its_runs(
+    run: Path, sizes: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "recipe.toml").write_text("")
+    page = tmp_path / "page.html"
+    argv = ["report", str(sweep), "--out", str(page)]
+    assert main(argv) == 2
+    assert "has no finished model yet; run it on: cfsp sweep --recipe" in capsys.readouterr().err
+    for name in ("cfsp-0.25", "wanda-sp-0.5", ".working"):
+        copy = changed_copy(
+            sizes[0], sweep / name, lambda m: m.update(sweep={"method": "cfsp", "sparsity": 0.25})
+        )
+        for weights in copy.glob("*.safetensors"):
+            weights.unlink()
+    assert main(argv) == 0
+    assert [each.name for each in read_runs([sweep, run])] == ["cfsp-0.25", "wanda-sp-0.5", "run"]
+    text = page.read_text()
+    assert "Its weights were not kept" in text and "from_pretrained" not in text
+    assert "wanda-sp-0.5" in text and ".working" not in text and "weights on disk" not in text
+
+
+# What is there already.
+
+
+def test_an_older_report_is_replaced_and_no_other_file(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    rendered([run], tmp_path)
+    out.write_text(out.read_text().replace("<h1>", "<h1>older "))
+    assert "<h1>older" not in rendered([run], tmp_path)
+    for other in ("<!doctype html><title>mine</title>", ""):
+        out.write_text(other)
+        with pytest.raises(OutputError, match="is no report of cfsp; delete it or choose another"):
+            rendered([run], tmp_path)
+        assert out.read_text() == other
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(OutputError, match="cannot replace"):
+        write_report([run], tmp_path / "page.html")
 
 
 # Many runs.
@@ -423,8 +560,8 @@ def many_runs(run: Path, place: Path, count: int) -> list[Path]:
 def test_many_runs_stay_readable(run: Path, tmp_path: Path) -> None:
     text = rendered(many_runs(run, tmp_path, 60), tmp_path)
     single = rendered([run], tmp_path)
-    # Every run is a row and a dot; what is drawn by block is of eight.
-    assert text.count('<th scope="row">run-') == 60
+    # Every run is a row, a stop of the slider and a dot; what is drawn by block is of eight.
+    assert text.count('<th scope="row">run-') == 2 * 60
     assert text.count('<circle class="hit"') >= 60
     names = re.search(r"no other run beats in size and perplexity: (.*?)\.</p>", text)
     assert names is not None

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-from cfsp.planning.allocation import CLAMPS, Budget, Clamp, allocate
-from cfsp.planning.coarse import block_importance
-from cfsp.report.channels import energy_removed
-from cfsp.report.run_facts import RunFacts, read_run
+from cfsp.report.runs import read_run
 from cfsp.report.write import write_report
-from report_runs import changed_copy, prune_tiny, recovered
+from cfsp.settings import Budget
+from report_runs import changed_copy, measured, prune_tiny, recovered
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -47,18 +45,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def runs(
     tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
+    """Two sizes of one series, one of them alone in another, and a recovered one."""
     directory = tmp_path_factory.mktemp("runs")
     llama = tiny_checkpoint("llama")
-    half = prune_tiny(llama, text_file, directory / "half", budget=Budget(0.5, multiple=8))
-    model = prune_tiny(
-        llama,
-        text_file,
-        directory / "of-model",
-        budget=Budget(0.1, "model", multiple=4),
-        restore="none",
-        channel_metric="relative",
+    half, quarter = (
+        prune_tiny(llama, text_file, directory / name, budget=Budget(sparsity, multiple=8))
+        for name, sparsity in (("half", 0.5), ("quarter", 0.25))
     )
-    return [half, model, changed_copy(half, directory / "recovered", recovered)]
+    plain = [
+        changed_copy(run, directory / f"plain-{run.name}", lambda m: m.update(repair={"steps": []}))
+        for run in (half, quarter)
+    ]
+    return [half, quarter, *plain, changed_copy(half, directory / "recovered", recovered)]
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +78,25 @@ def text_of(browser: Any, identifier: str) -> str:
     return str(browser.find_element("id", identifier).text)
 
 
-def slide_to(browser: Any, percent: int) -> None:
+def slide_to(browser: Any, stop: int) -> None:
     browser.execute_script(
-        "const s = document.getElementById('what-if-sparsity'); s.value = arguments[0];"
+        "const s = document.getElementById('stop-1'); s.value = arguments[0];"
         "s.dispatchEvent(new Event('input'))",
-        percent,
+        stop,
     )
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def shown(browser: Any) -> tuple[str, list[str], list[str]]:
+    """The name of the slider's model, its values and their notes."""
+    name, *columns = browser.execute_script(
+        "const s = document.querySelector('section.slider');"
+        "const all = (what) => [...s.querySelectorAll('.answers ' + what)].map(e => e.textContent);"
+        "return [s.querySelector('.name').textContent, all('.value'), all('.note')]"
+    )
+    return name, *columns
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light")])
 def test_page_is_drawn_without_complaint(
     browser: Any, page: str, tmp_path: Path, width: int, scheme: str
 ) -> None:
@@ -100,7 +108,7 @@ def test_page_is_drawn_without_complaint(
         " return seen.map(s => [s.clientWidth, s.clientHeight,"
         "   s.querySelectorAll('.mark').length]);})"
     )
-    assert len(drawn) == 6  # front, method, strengths, restoration, recovery, what-if
+    assert len(drawn) == 5  # slider, front, blocks, repair, recovery
     for images in drawn:
         ((wide, high, marks),) = images
         assert 300 < wide <= width and high > 100 and marks >= 3
@@ -126,111 +134,64 @@ def test_dark_page_is_dark_and_light_page_is_light(browser: Any, page: str) -> N
     assert brightness[0] < 150 < 700 < brightness[1]
 
 
-def test_widths_of_the_page_are_widths_of_the_package(
+def test_slider_shows_what_was_measured_and_nothing_else(
     browser: Any, page: str, runs: list[Path]
 ) -> None:
     view(browser, page)
-    data = browser.execute_script("return window.cfspReport.runs")
-    compared = 0
-    for index, directory in enumerate(runs):
-        facts = read_run(directory)
-        plan, size = facts.plan, facts.size
-        assert plan is not None and size is not None
-        importance_L = [block.importance for block in plan.blocks]
-        of, multiple = plan.criterion["of"], plan.criterion["multiple"]
-        assert 0.2 < data[index]["most"] < 1
-        for percent in range(0, round(100 * data[index]["most"]) + 1, 3):
-            budget = Budget(percent / 100, of, multiple)
-            expected = allocate(importance_L, budget, size, plan.criterion["clamp"])
-            kept, parameters = browser.execute_script(
-                "const r = window.cfspReport, run = r.runs[arguments[0]];"
-                "const kept = r.allocate(run, arguments[1] / 100);"
-                "return [kept, r.parametersWith(run, kept)]",
-                index,
-                percent,
+    half, quarter = (read_run(run).manifest for run in runs[:2])
+    expected = [
+        ("the original", half["parameters_before"], [96, 96, 96]),
+        ("quarter", quarter["parameters_after"], quarter["intermediate_sizes"]),
+        ("half", half["parameters_after"], half["intermediate_sizes"]),
+    ]
+    assert shown(browser)[0] == "quarter"
+    last = browser.execute_script("return document.getElementById('stop-1').max")
+    assert int(last) == len(expected) - 1
+    for stop, (name, parameters, widths) in enumerate(expected):
+        slide_to(browser, stop)
+        said, values, notes = shown(browser)
+        assert said == name
+        assert values[:2] == [f"{parameters:,}", str(sum(widths))]
+        assert len(values) == len(notes) == 3
+        for size in ("wide", "narrow"):
+            bars = browser.execute_script(
+                "return [...document.querySelectorAll(arguments[0])].map(mark => ['.gone', '.kept']"
+                ".map(bar => mark.querySelector(bar)).map(bar => ['y', 'height']"
+                ".map(key => Number(bar.getAttribute(key)))))",
+                f"section.slider svg.{size} .mark",
             )
-            assert kept == expected, (directory.name, percent)
-            assert parameters == size.parameters_with(expected)
-            compared += 1
-    assert compared > 50
+            for (full, kept), width in zip(bars, widths, strict=True):
+                assert abs(kept[1] / full[1] - width / 96) < 1e-3
+                assert abs(sum(kept) - sum(full)) < 1e-3  # both stand on the axis
 
 
-@pytest.mark.parametrize("clamp", CLAMPS)
-def test_page_plans_large_models_as_the_package_does(browser: Any, page: str, clamp: Clamp) -> None:
-    """Uneven importances at real widths reach the clamp and ties of rounding."""
-    from cfsp.planning.allocation import ModelSize
-
+def test_another_method_has_its_own_stops(browser: Any, page: str, runs: list[Path]) -> None:
     view(browser, page)
-    for width, multiple in ((1536, 32), (11008, 128), (18944, 1), (14336, 256)):
-        distances = [0.5, *(0.06 + 0.01 * (i % 5) for i in range(30)), 0.24]
-        size = ModelSize((width,) * 32, (3 * 4096,) * 32, 32 * width * 3 * 4096 * 2)
-        importances = block_importance(distances)
-        run = {
-            "of": "ffn", "multiple": multiple, "clamp": clamp, "importances": importances,
-            "widths": size.width_L, "parameters": size.parameters,
-            "channelParameters": size.channel_parameters_L,
-        }  # fmt: skip
-        for sparsity in (0.0, 0.05, 0.2, 0.5, 0.75, 0.9):
-            expected = allocate(importances, Budget(sparsity, "ffn", multiple), size, clamp)
-            kept = browser.execute_script(
-                "return window.cfspReport.allocate(arguments[0], arguments[1])", run, sparsity
-            )
-            assert kept == expected, (width, sparsity)
-
-
-def test_page_starts_at_the_run_and_predicts_its_energy(
-    browser: Any, page: str, runs: list[Path]
-) -> None:
-    view(browser, page)
-    facts = read_run(runs[0])
-    assert facts.plan is not None and facts.statistics is not None
-    assert text_of(browser, "what-if-asked") == "50% of the FFN channels"
-    assert text_of(browser, "what-if-parameters") == f"{facts.manifest['parameters_after']:,}"
-    assert text_of(browser, "what-if-channels") == f"{sum(facts.plan.kept_widths):,}"
-    pairs = zip(facts.statistics.blocks, facts.plan.blocks, strict=True)
-    removed = [energy_removed(statistics, block.kept) for statistics, block in pairs]
-    assert text_of(browser, "what-if-error") == f"{100 * sum(removed) / len(removed):.1f}%"
-
-
-def test_slider_changes_numbers_bars_and_table(browser: Any, page: str, runs: list[Path]) -> None:
-    view(browser, page)
-    seen: list[tuple[int, int, float, list[float]]] = []
-    for percent in (0, 30, 60):
-        slide_to(browser, percent)
-        heights = browser.execute_script(
-            "return [...document.querySelectorAll('#what-if-plot .kept')]"
-            ".map(bar => Number(bar.getAttribute('height')))"
-        )
-        seen.append(
-            (
-                int(text_of(browser, "what-if-channels").replace(",", "")),
-                int(text_of(browser, "what-if-parameters").replace(",", "")),
-                float(text_of(browser, "what-if-error")[:-1]),
-                heights,
-            )
-        )
-    channels, parameters, errors, heights = zip(*seen, strict=True)
-    assert channels[0] == 288 > channels[1] > channels[2]
-    assert parameters[0] == facts_of(runs).manifest["parameters_before"]
-    assert parameters[0] > parameters[1] > parameters[2]
-    assert errors[0] == 0 < errors[1] < errors[2] < 100
-    assert sum(heights[0]) > sum(heights[1]) > sum(heights[2])
-    cells = browser.execute_script(
-        "return [...document.querySelectorAll('#what-if-table tr')]"
-        ".map(row => Number(row.children[3].textContent))"
-    )
-    assert sum(cells) == channels[2]
-
-
-def test_choosing_a_run_without_activation_ranking_says_so(browser: Any, page: str) -> None:
-    view(browser, page)
-    assert not browser.find_element("id", "what-if-ranking").is_displayed()
+    slide_to(browser, 2)
     browser.execute_script(
-        "const s = document.getElementById('what-if-run'); s.value = '1';"
+        "const s = document.getElementById('series-1'); s.selectedIndex = 1;"
         "s.dispatchEvent(new Event('change'))"
     )
-    assert text_of(browser, "what-if-asked") == "10% of all parameters"
-    assert "chose its channels by “relative”" in text_of(browser, "what-if-ranking")
+    assert shown(browser)[0] == "plain-half"
+    slide_to(browser, 0)
+    assert shown(browser)[0] == "the original"
+
+
+def test_size_table_fits_a_phone(browser: Any, runs: list[Path], tmp_path: Path) -> None:
+    """Numbers of a model of 8 billion parameters, with a name and a text as long as real ones."""
+
+    def large(manifest: dict[str, Any]) -> None:
+        manifest["base_model"]["name"] = "meta-llama/Llama-3.1-8B-Instruct"
+        manifest["parameters_before"], manifest["parameters_after"] = 8_030_261_248, 6_878_000_128
+        manifest["perplexity"] = measured("/data/texts/wikitext2/test.parquet", 10.5, 12.25)
+
+    copy = changed_copy(runs[0], tmp_path / "Llama-3.1-8B-Instruct-20", large)
+    write_report([copy], tmp_path / "report.html")
+    view(browser, (tmp_path / "report.html").as_uri(), 360)
+    assert browser.execute_script(
+        "const box = document.querySelector('.summary');"
+        "return [box.scrollWidth, document.documentElement.scrollWidth]"
+    ) == [328, 360]
 
 
 def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> None:
@@ -248,9 +209,11 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> No
         name, kind = browser.execute_script(
             "const a = document.activeElement; return [a.id, a.className || a.tagName]"
         )
-        reached.append(kind)
-        # The second one: the first shows models, not blocks.
-        if kind == "plot" and reached.count("plot") == 2:
+        if name == "stop-1" and name in reached:
+            break  # once around
+        reached += [kind, name]
+        # The third one: those before it show the slider's model, and models instead of blocks.
+        if kind == "plot" and reached.count("plot") == 3:
             said.append(_readout(browser))
             press(Keys.ARROW_RIGHT)
             said.append(_readout(browser))
@@ -262,17 +225,12 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> No
             press(Keys.ENTER)
             assert browser.execute_script("return document.activeElement.parentElement.open")
             press(Keys.ENTER)
-        if name == "what-if-sparsity":
-            before = text_of(browser, "what-if-channels")
-            for _ in range(12):
-                press(Keys.ARROW_LEFT)
-            assert text_of(browser, "what-if-channels") != before
-            assert "38% of the FFN channels" in text_of(browser, "what-if-asked")
-        if name == "what-if-plot":
+        if name == "stop-1":
             press(Keys.ARROW_RIGHT)
-            assert "Block 1: would keep" in _readout(browser)
-            break
-    assert reached.count("plot") == 6 and reached.count("SUMMARY") == 5
+            assert shown(browser)[0] == "half"
+            press(Keys.HOME)
+            assert shown(browser)[0] == "the original"
+    assert reached.count("plot") == 5 and reached.count("SUMMARY") == 10
     assert said[0] == said[3] and said[0].startswith("Block 0: distance")
     assert "Block 1: keeps" in said[1] and "Block 2: keeps" in said[2]
 
@@ -326,7 +284,3 @@ def _readout(browser: Any) -> str:
             "return [...r.children].map(line => line.textContent).join('\\n')"
         )
     )
-
-
-def facts_of(runs: list[Path]) -> RunFacts:
-    return read_run(runs[0])

@@ -57,7 +57,7 @@ def whole(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory
     argv = ["prune", str(model), *text, "--sparsity", "0.5", "--multiple", "4"]
     assert main([*argv, "--out", str(directory / "out")]) == 0
     files = {"stats": (directory / "stats").read_bytes()}
-    for name in ("model.safetensors", "cfsp_plan.json", "cfsp_statistics.safetensors"):
+    for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
         files[name] = (directory / "out" / name).read_bytes()
     assert names(directory) == {"stats", "out"}
     return files
@@ -98,9 +98,9 @@ def test_it_may_be_killed_again_and_resume_with_another_budget(
     ("where", "block", "pass_name", "done"),
     [
         ("within", 2, "coarse pass", 1),
-        ("within", BLOCKS + 1, "calibrate and restore", 0),
-        ("within", BLOCKS + 3, "calibrate and restore", 2),
-        ("writing", 0, "calibrate and restore", BLOCKS),
+        ("within", BLOCKS + 1, "ridge", 0),
+        ("within", BLOCKS + 3, "ridge", 2),
+        ("writing", 0, "ridge", BLOCKS),
     ],
 )
 def test_pruning_killed_at_a_block_resumes_there(
@@ -134,7 +134,7 @@ def test_pruning_killed_at_a_block_resumes_there(
     ("change", "key"),
     [
         (["--sparsity", "0.4"], "sparsity"),
-        (["--restore", "none"], "--restore"),
+        (["--repair", "none"], "--repair"),
         (["--channel-metric", "wanda"], "channel_metric"),
     ],
 )

@@ -56,13 +56,13 @@ def test_its_tokenizer_gives_bytes(dense: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads /proc")
 def test_pruning_is_measured_and_keeps_the_promise(dense: Path, tmp_path: Path) -> None:
     args = Namespace(
-        directory=tmp_path, data="python-docs", seqlen=64, restore="ridge", memory_budget="1KB"
+        directory=tmp_path, data="python-docs", seqlen=64, repair="ridge", memory_budget="1KB"
     )
     run = measure(args, dense, windows=3)
     assert run.blocks == 2
     assert run.tokens == 192
     assert run.hidden_bytes == 192 * 576 * 2
-    assert set(run.report["passes"]) == {"coarse pass", "calibrate and restore"}
+    assert set(run.report["passes"]) == {"coarse pass", "ridge"}
     assert 200e6 < run.peak < run.limit
     # The weights are read, and more than half of them written.
     weights = sum(spec.nbytes for spec in Checkpoint(dense).specs.values())

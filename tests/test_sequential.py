@@ -12,15 +12,13 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.calibration import pass_state
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.engine.two_streams import TwoStreams
+from cfsp.engine import pass_state
 from cfsp.pipeline import prune_model
-from cfsp.planning.allocation import Budget
 from cfsp.repair import sequential
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import CalibrationText, PruneSettings
+from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.windows import draw_windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model
 
@@ -35,9 +33,9 @@ def text(text_file: Path) -> list[str]:
             "--sparsity", "0.5"]  # fmt: skip
 
 
-def prune(checkpoint: Path, text: list[str], restore: str, factory: pytest.TempPathFactory) -> Path:
-    out = factory.mktemp(restore) / "out"
-    assert main(["prune", str(checkpoint), *text, "--restore", restore, "--out", str(out)]) == 0
+def prune(checkpoint: Path, text: list[str], repair: str, factory: pytest.TempPathFactory) -> Path:
+    out = factory.mktemp(repair) / "out"
+    assert main(["prune", str(checkpoint), *text, "--repair", repair, "--out", str(out)]) == 0
     return out
 
 
@@ -72,12 +70,11 @@ def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
 def test_weights_are_the_ridge_solution_for_the_drift(
     fitted: Path, ridge: Path, tiny_checkpoint: Checkpoints, tokenizer: Any, text_file: Path
 ) -> None:
-    entries = [b["sequential"] for b in read_manifest(fitted)["restoration"]["blocks"]]
-    block = max(i for i, entry in enumerate(entries) if entry["is_better"])
+    entries = read_manifest(fitted)["repair"]["steps"][-1]["blocks"]
+    block = max(i for i, entry in enumerate(entries) if entry["kept"])
     assert block > 0  # it is entered by what blocks give after their repair
-    windows = draw_windows([str(text_file)], tokenizer, samples=65, seqlen=32, seed=0).tokens_NT
-    streams = TwoStreams.of(windows, 4096 // 32)
-    tokens = windows[torch.tensor(streams.trained)]
+    windows = draw_windows([str(text_file)], tokenizer, samples=65, seqlen=32, seed=0)
+    tokens = windows.tokens_NT[~windows.held_out_N]
     dense, before, after = (cfsp.load(p) for p in (tiny_checkpoint("llama"), ridge, fitted))
     target, _ = seen(dense, block, tokens)
     # That block with the ridge's weights, on the stream of the repaired blocks before it.
@@ -86,7 +83,7 @@ def test_weights_are_the_ridge_solution_for_the_drift(
     left, x = seen(before, block, tokens)
     d = target - left
     gram = x.T @ x / len(x)
-    gram += entries[block]["ridge"] * np.diag(gram).mean() * np.eye(len(gram))
+    gram += entries[block]["strength"] * np.diag(gram).mean() * np.eye(len(gram))
     change = np.linalg.solve(gram, x.T @ d / len(x)).T
     name = f"model.layers.{block}.mlp.down_proj.weight"
     expected = Checkpoint(ridge).read(name).double().numpy() + change
@@ -101,13 +98,12 @@ def test_only_down_projections_change_and_the_model_comes_closer(
     changed = {name for name in old.specs if not torch.equal(new.read(name), old.read(name))}
     assert changed
     assert all(name.endswith("down_proj.weight") for name in changed)
-    restoration = read_manifest(fitted)["restoration"]
-    assert restoration["method"] == "sequential"
-    for block in restoration["blocks"]:
-        entry = block["sequential"]
-        assert entry["steps"] == 0
-        assert (entry["ridge"] is not None) == entry["is_better"]
-        if entry["is_better"]:
+    steps = read_manifest(fitted)["repair"]["steps"]
+    assert [step["name"] for step in steps] == ["ridge", "sequential"]
+    for entry in steps[-1]["blocks"]:
+        assert entry["training_steps"] == 0
+        assert (entry["strength"] is not None) == entry["kept"]
+        if entry["kept"]:
             assert entry["loss_after"] < entry["loss_before"]
     tokens = torch.arange(64)[None] * 7 % 320
     dense, one, other = (
@@ -128,18 +124,18 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, *budget, "--restore", "sequential"]
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *budget, "--repair", "sequential"]
     argv += ["--out", str(out)]
-    refit = sequential._Sequential._refit
+    repair = sequential._repair
 
-    def interrupted(self: Any, block: Any, *args: Any) -> Any:
-        if block.index == 2:
+    def interrupted(pruned: Any, directory: Any, work: Any) -> Any:
+        if work.last == 2:
             raise KeyboardInterrupt
-        return refit(self, block, *args)
+        return repair(pruned, directory, work)
 
     with monkeypatch.context() as patch:
         patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
-        patch.setattr(sequential._Sequential, "_refit", interrupted)
+        patch.setattr(sequential, "_repair", interrupted)
         assert main(argv) == 130
     assert main(argv) == 0
     assert f"sequential: going on at block 2 of {BLOCKS}" in capsys.readouterr().err
@@ -150,7 +146,7 @@ def test_with_all_channels_no_bit_changes(
     tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path
 ) -> None:
     out, source = tmp_path / "out", tiny_checkpoint("llama")
-    argv = ["prune", str(source), *text[:-2], "--sparsity", "0", "--restore", "sequential"]
+    argv = ["prune", str(source), *text[:-2], "--sparsity", "0", "--repair", "sequential"]
     assert main([*argv, "--out", str(out)]) == 0
     new, old = Checkpoint(out), Checkpoint(source)
     assert all(torch.equal(new.read(name), old.read(name)) for name in old.specs)
@@ -161,10 +157,10 @@ def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
     settings = PruneSettings(
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=64, seqlen=32),
-        restore="sequential",
+        repair="sequential",
     )
     dense = build_tiny_model(name)
-    ridge = prune_model(dense, tokenizer, replace(settings, restore="ridge"))
+    ridge = prune_model(dense, tokenizer, replace(settings, repair="ridge"))
     fitted = prune_model(dense, tokenizer, settings)
     tokens = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32, seed=7).tokens_NT
     with torch.inference_mode():
@@ -178,8 +174,8 @@ def test_models_of_16_bits(
     dtype: str, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--restore", "sequential"]
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--repair", "sequential"]
     assert main([*argv, "--dtype", dtype, "--out", str(out)]) == 0
-    entries = [b["sequential"] for b in read_manifest(out)["restoration"]["blocks"]]
+    entries = read_manifest(out)["repair"]["steps"][-1]["blocks"]
     assert all(entry["loss_after"] <= entry["loss_before"] for entry in entries)
-    assert any(entry["is_better"] for entry in entries)
+    assert any(entry["kept"] for entry in entries)

@@ -24,11 +24,9 @@ import scores
 import sparsity
 import stability
 import study
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.fine import CHANNEL_METRICS
-from cfsp.settings import CalibrationText, Compute
+from cfsp.settings import CHANNEL_METRICS, DISTANCES, CalibrationText, Compute
 from damage import loss_increase, rank_correlation
 from recipe import Recipe, read_recipes, recipe_of
 from results import Results, table

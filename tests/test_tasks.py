@@ -317,5 +317,5 @@ def test_stride_outside_the_window_is_an_error(
     tiny_checkpoint: Callable[[str], Path], text_file: Path
 ) -> None:
     texts = EvaluationText((str(text_file),), windows=2, seqlen=16, stride=17)
-    with pytest.raises(UsageError, match="between 1 and the window's 16 tokens, found 17"):
+    with pytest.raises(UsageError, match="between 1 and the window's 16 tokens of text, found 17"):
         evaluate_models([tiny_checkpoint("llama")], texts, Compute())

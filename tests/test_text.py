@@ -236,7 +236,7 @@ def test_text_longer_than_a_chunk_is_joined_by_empty_lines(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokenising in pieces must lose no document and no separator."""
-    import cfsp.text.windows as module
+    import cfsp.text.stream as module
 
     path = write_jsonl(tmp_path / "a.jsonl")
     whole = consecutive_windows(str(path), tokenizer, count=None, seqlen=2).tokens_NT.flatten()

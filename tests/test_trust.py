@@ -23,10 +23,9 @@ from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.cli import main
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion, make_plan
+from cfsp.planning.make import make_plan
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import CalibrationText, Compute
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion
 from cfsp.text.tokenizers import load_tokenizer
 from command_server import Command, Commands
 from conftest import REPOSITORY, random_prose

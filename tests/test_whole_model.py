@@ -1,4 +1,4 @@
-"""What takes the whole model in memory, through the flow: sensitivity, search, refusals."""
+"""What takes the whole model in memory, through the flow: sensitivity, own text, refusals."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from cfsp import whole_model
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
+from cfsp.engine.compute import engine_of
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
-from cfsp.pipeline import prune_checkpoint, prune_model
-from cfsp.planning.allocation import Budget, allocate
+from cfsp.pipeline import prune_checkpoint
+from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
-from cfsp.planning.make import Criterion, model_size
+from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.observation import is_held_out
-from cfsp.result.manifest import PLAN_FILE, STATISTICS_FILE
-from cfsp.settings import CalibrationText, Compute, PruneSettings, Restore
-from cfsp.whole_model.divergence import dense_predictions
-from cfsp.whole_model.masks import masked_channels
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
+from cfsp.text.windows import draw_text
+from cfsp.whole_model import load as whole_model
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8
@@ -34,27 +31,27 @@ MULTIPLE = 8
 @pytest.fixture
 def settings(text_file: Path) -> PruneSettings:
     text = CalibrationText((str(text_file),), samples=16, seqlen=24)
-    return PruneSettings(Budget(0.5, "ffn", MULTIPLE), text=text, restore="none")
+    return PruneSettings(Budget(0.5, "ffn", MULTIPLE), text=text, repair="none")
 
 
-@pytest.mark.parametrize("restore", ["none", "ridge"])
+@pytest.mark.parametrize("repair", ["none", "ridge"])
 @pytest.mark.parametrize("metric", ["sensitivity", "angular+sensitivity"])
 def test_widths_follow_the_measured_sensitivity(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     settings: PruneSettings,
     metric: str,
-    restore: Restore,
+    repair: Repair,
 ) -> None:
     source = Checkpoint(tiny_checkpoint("llama"))
-    settings = replace(settings, criterion=Criterion(metric), restore=restore)
+    settings = replace(settings, criterion=Criterion(metric), repair=repair)
     report = prune_checkpoint(source, tmp_path / "out", settings)
     statistics = Statistics.load(tmp_path / "out" / STATISTICS_FILE)
     found = statistics.sensitivity
     assert found is not None
     assert (found.sparsity, found.windows) == (0.5, 4)
     assert min(found.divergence_L) > 0
-    if restore == "none":  # with repair the distances come from fewer windows
+    if repair == "none":  # with repair the distances come from fewer windows
         expected = allocate(
             importance_by(statistics, metric), settings.budget, model_size(source), "water-fill"
         )
@@ -64,48 +61,8 @@ def test_widths_follow_the_measured_sensitivity(
     assert report.plan.criterion["clamp"] == "water-fill"
 
 
-def test_a_search_is_written_down_and_lowers_the_divergence(
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    tokenizer: Any,
-    settings: PruneSettings,
-) -> None:
-    source = Checkpoint(tiny_checkpoint("llama"))
-    plain = prune_checkpoint(source, tmp_path / "plain", settings)
-    settings = replace(settings, search_rounds=3)
-    report = prune_checkpoint(source, tmp_path / "searched", settings)
-    search = report.plan.criterion["search"]
-    assert "search" not in plain.plan.criterion
-    assert search["after"] <= search["before"]
-    assert 1 <= len(search["rounds"]) <= 3
-    assert sum(report.intermediate_sizes) == sum(plain.intermediate_sizes)
-    windows = settings.text.draw(tokenizer).tokens_NT
-    model = load(source.directory)
-    with torch.inference_mode():
-        held_out = [
-            dense_predictions(model, tokens_T[None])
-            for tokens_T in windows[is_held_out(len(windows))]
-        ]
-        for plan, expected in ((plain.plan, "before"), (report.plan, "after")):
-            with masked_channels(model, dict(enumerate(plan.kept_channels))):
-                divergence = sum(one.divergence(model) for one in held_out) / len(held_out)
-            assert divergence == pytest.approx(search[expected], rel=1e-5)
-
-
-def test_a_search_is_refused_with_repair(settings: PruneSettings) -> None:
-    with pytest.raises(UsageError, match="with --restore ridge they measure worse"):
-        replace(settings, search_rounds=1, restore="ridge")
-
-
-def test_a_model_in_memory_is_searched_as_it_is(tokenizer: Any, settings: PruneSettings) -> None:
-    model = build_tiny_model("qwen2")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = replace(settings, criterion=Criterion("angular+sensitivity"), search_rounds=1)
-    pruned = prune_model(model, tokenizer, settings)
-    assert sum(c.intermediate_size for c in pruned.config.per_layer_config) == 3 * WIDTH // 2
-    after = model.state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert not any(m._forward_pre_hooks for m in model.modules())
+def by_sensitivity(settings: PruneSettings) -> PruneSettings:
+    return replace(settings, criterion=Criterion("sensitivity"))
 
 
 def test_saved_statistics_without_sensitivity_are_refused(
@@ -120,38 +77,38 @@ def test_saved_statistics_without_sensitivity_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"criterion": Criterion("sensitivity")}, {"search_rounds": 1}])
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     settings: PruneSettings,
-    change: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(whole_model, "available_bytes", lambda: 1000)
     monkeypatch.setattr(whole_model, "load", lambda *args, **kwargs: pytest.fail("it was read"))
     source = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
-        prune_checkpoint(source, tmp_path / "out", replace(settings, **change))
+        prune_checkpoint(
+            source, tmp_path / "out", replace(settings, criterion=Criterion("sensitivity"))
+        )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"criterion": Criterion("sensitivity")}, {"search_rounds": 1}])
 def test_experts_are_refused(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     settings: PruneSettings,
-    change: dict[str, Any],
 ) -> None:
     source = Checkpoint(tiny_checkpoint("mixtral"))
     with pytest.raises(UnsupportedModelError, match="mixtures of experts"):
-        prune_checkpoint(source, tmp_path / "out", replace(settings, **change))
+        prune_checkpoint(
+            source, tmp_path / "out", replace(settings, criterion=Criterion("sensitivity"))
+        )
 
 
 def test_a_loaded_model_is_itself() -> None:
     model = build_tiny_model("llama")
     source = LoadedModel(model)
-    assert whole_model.load_whole(source, Compute().engine(source), "a test") is model
+    assert whole_model.load_whole(source, engine_of(Compute(), source), "a test") is model
 
 
 def test_a_model_writes_its_own_calibration_text(
@@ -172,7 +129,7 @@ def test_a_model_writes_its_own_calibration_text(
 
 def test_own_text_is_refused_where_no_model_writes(tokenizer: Any) -> None:
     with pytest.raises(UsageError, match=r"--data self .* name another text"):
-        CalibrationText(("self",), samples=2, seqlen=8).draw(tokenizer)
+        draw_text(CalibrationText(("self",), samples=2, seqlen=8), tokenizer)
 
 
 def test_own_text_is_not_longer_than_what_the_model_reads(
@@ -204,24 +161,3 @@ def test_the_command_line_measures_once_and_plans_without_the_model(
     run("plan", model, "--statistics", statistics, *budget, "--clamp", "published", "--out", out)
     plan = PruningPlan.load(out)
     assert (plan.criterion["block_metric"], plan.criterion["clamp"]) == (budget[-1], "published")
-    out = tmp_path / "out"
-    error = run(
-        "prune", model, "--plan", tmp_path / "plan.json", "--search", 1, "--out", out, status=2
-    )
-    assert "--plan and --search exclude each other" in error
-    error = run("prune", model, *budget, "--search", -1, "--out", out, status=2)
-    assert "--search must be 0 or more rounds, found -1" in error
-    run(
-        "prune",
-        model,
-        *budget,
-        *text,
-        "--search",
-        1,
-        "--restore",
-        "none",
-        "--dry-run",
-        "--out",
-        out,
-    )
-    assert len(PruningPlan.load(out / PLAN_FILE).criterion["search"]["rounds"]) == 1

@@ -13,7 +13,6 @@ Method: CFSP, arXiv 2409.13199. Importing this package does not import torch.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import load
     from cfsp.errors import CfspError
-    from cfsp.goals.goal import MaxLossIncrease, TargetParameters, TargetSpeedup
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.result.prune_report import PruneReport
+    from cfsp.settings import MaxLossIncrease, TargetParameters, TargetSpeedup, Text
 
-__version__ = version("cfsp-llm")
+    __version__: str
 
 _HOME = {
     "CfspError": "cfsp.errors",
@@ -35,6 +34,7 @@ _HOME = {
     "Statistics": "cfsp.calibration.statistics",
     "TargetParameters": "cfsp.goals.goal",
     "TargetSpeedup": "cfsp.goals.goal",
+    "Text": "cfsp.text.sources",
     "calibrate": "cfsp.api",
     "evaluate": "cfsp.api",
     "load": "cfsp.checkpoint.loading",
@@ -50,6 +50,7 @@ __all__ = [
     "Statistics",
     "TargetParameters",
     "TargetSpeedup",
+    "Text",
     "__version__",
     "calibrate",
     "evaluate",
@@ -60,6 +61,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("cfsp-llm")
     if name not in _HOME:
         raise AttributeError(f"module 'cfsp' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

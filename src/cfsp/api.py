@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
-from cfsp.errors import UsageError
-from cfsp.goals.goal import Goal
-from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
-from cfsp.planning.allocation import Budget, BudgetOf, Clamp
-from cfsp.planning.make import DEFAULT_BLOCK_METRIC, DEFAULT_CHANNEL_METRIC, Criterion
+from cfsp.errors import UsageError, did_you_mean
+from cfsp.pipeline import calibrate_source, check_all_texts, prune_checkpoint, prune_model
+from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.repair.local_training import (
-    DEFAULT_BLOCKS,
-    DEFAULT_STEPS,
-    DEFAULT_TEXT,
-    LocalTraining,
-)
-from cfsp.repair.stages import plan_from_statistics
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
-    DEFAULT_RESTORE,
+    DEFAULT_SEQLEN,
+    DEFAULT_TEXT,
+    EFFORTS,
+    Bos,
+    Budget,
     CalibrationText,
     Compute,
+    Criterion,
     EvaluationText,
+    Goal,
+    LocalTraining,
     PruneSettings,
-    Restore,
+    Repair,
+    Text,
+    from_names,
+    name_of,
+    options_of,
 )
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import DEFAULT_SEQLEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_DATA = ("python-docs",)
+# One text or several: names, or texts themselves.
+Data = str | Path | Text | Sequence[str | Path | Text]
+DEFAULT_DATA = (DEFAULT_TEXT,)
 
 
 @overload
@@ -49,22 +53,14 @@ def prune(
     out: str | Path,
     sparsity: float | None = ...,
     goal: Goal | None = ...,
-    of: BudgetOf = ...,
-    multiple: int | None = ...,
-    data: Sequence[str | Path] = ...,
+    data: Data = ...,
     samples: int | None = ...,
     seqlen: int = ...,
-    seed: int = ...,
-    block_metric: str = ...,
-    channel_metric: str = ...,
-    clamp: Clamp | None = ...,
-    search_rounds: int = ...,
-    restore: Restore = ...,
-    local_steps: int = ...,
-    local_blocks: int = ...,
-    local_text: float = ...,
+    eval: Data = ...,
+    effort: str = ...,
+    repair: Repair | None = ...,
     device: str = ...,
-    dtype: str = ...,
+    **advanced: Any,
 ) -> PruneReport: ...
 
 
@@ -76,22 +72,14 @@ def prune(
     out: None = None,
     sparsity: float | None = ...,
     goal: Goal | None = ...,
-    of: BudgetOf = ...,
-    multiple: int | None = ...,
-    data: Sequence[str | Path] = ...,
+    data: Data = ...,
     samples: int | None = ...,
     seqlen: int = ...,
-    seed: int = ...,
-    block_metric: str = ...,
-    channel_metric: str = ...,
-    clamp: Clamp | None = ...,
-    search_rounds: int = ...,
-    restore: Restore = ...,
-    local_steps: int = ...,
-    local_blocks: int = ...,
-    local_text: float = ...,
+    eval: Data = ...,
+    effort: str = ...,
+    repair: Repair | None = ...,
     device: str = ...,
-    dtype: str = ...,
+    **advanced: Any,
 ) -> PreTrainedModel: ...
 
 
@@ -102,22 +90,14 @@ def prune(
     out: str | Path | None = None,
     sparsity: float | None = None,
     goal: Goal | None = None,
-    of: BudgetOf = "ffn",
-    multiple: int | None = None,
-    data: Sequence[str | Path] = DEFAULT_DATA,
+    data: Data = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
-    seed: int = 0,
-    block_metric: str = DEFAULT_BLOCK_METRIC,
-    channel_metric: str = DEFAULT_CHANNEL_METRIC,
-    clamp: Clamp | None = None,
-    search_rounds: int = 0,
-    restore: Restore = DEFAULT_RESTORE,
-    local_steps: int = DEFAULT_STEPS,
-    local_blocks: int = DEFAULT_BLOCKS,
-    local_text: float = DEFAULT_TEXT,
+    eval: Data = (),
+    effort: str = "standard",
+    repair: Repair | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    **advanced: Any,
 ) -> PruneReport | PreTrainedModel:
     """Prune a model: a path into a new directory, or a model in memory into a smaller one.
 
@@ -127,26 +107,16 @@ def prune(
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
         goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
-        of: of the sparsity: `ffn` (FFN channels) or `model` (all parameters).
-        multiple: widths become multiples of this; None for 128 or, below 4096 channels, 32.
-        data: calibration texts (see `cfsp.text.sources`).
+        data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
+            themselves.
         samples: windows in all; None for 128 or what there is.
         seqlen: tokens in a window.
-        seed: of the draw of windows.
-        block_metric: coarse criterion.
-        channel_metric: fine criterion.
-        clamp: what happens where a block would keep more than all (see `cfsp.planning.allocation`); None
-            for what measures best with the block metric.
-        search_rounds: rounds of the search for better widths (see `cfsp.whole_model.width_search`).
-        restore: `ridge` repairs the down projections by least squares; `sequential` then
-            fits them again on the pruned model's own hidden states; `local` goes on from there and
-            trains a few blocks at a time; `bias` compensates for the mean of what is removed;
-            `none` does not.
-        local_steps: of `local`, for each group of blocks.
-        local_blocks: of `local`, how many consecutive blocks train together.
-        local_text: of `local`, the part of the text in the loss of the last blocks.
+        eval: texts to measure perplexity on, before and after; of a path only.
+        effort: `fast` repairs nothing, `standard` by least squares, `best` also by training a few
+            blocks at a time.
+        repair: the repair by its name instead: `none`, `ridge`, `sequential` or `local`.
         device: where to compute; `auto` is an accelerator if there is one.
-        dtype: what to compute in; `auto` is the model's own.
+        **advanced: what `cfsp prune --help-all` lists, by the same names.
 
     Returns:
         A report for a path; a new model, sharing the unpruned tensors, for one in memory.
@@ -159,26 +129,39 @@ def prune(
             "expected a sparsity or a goal that says how much to remove, found "
             + ("neither" if goal is None else "both")
         )
+    if effort not in EFFORTS:
+        raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
+    known = (Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining)
+    check_names(advanced, *known)
     settings = PruneSettings(
-        budget=Budget(sparsity or 0.0, of, multiple),
-        criterion=Criterion(block_metric, channel_metric, clamp),
-        text=CalibrationText(tuple(map(str, data)), samples, seqlen, seed),
-        compute=Compute(device, dtype),
-        restore=restore,
-        local=LocalTraining(local_steps, local_blocks, local_text),
-        search_rounds=search_rounds,
+        budget=from_names(Budget, advanced, sparsity=sparsity or 0.0),
+        criterion=from_names(Criterion, advanced),
+        text=from_names(
+            CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen
+        ),
+        compute=from_names(Compute, advanced, device=device),
+        repair=repair or EFFORTS[effort],
+        local=from_names(LocalTraining, advanced),
     )
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
-        asked = f"goal={goal}" if goal else f"sparsity={sparsity}, of={of!r}"
+        asked = f"goal={goal}" if goal else f"sparsity={sparsity}"
         command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
+        evaluation = from_names(EvaluationText, advanced, names=_texts(eval))
+        # Before a model is downloaded or converted.
+        check_all_texts(settings.text, evaluation, goal)
         return prune_checkpoint(
-            open_checkpoint(model), Path(out), settings, goal=goal, command=command
+            open_checkpoint(model),
+            Path(out),
+            settings,
+            goal=goal,
+            evaluation=evaluation,
+            command=command,
         )
-    if tokenizer is None or out is not None:
+    if tokenizer is None or out is not None or eval:
         raise UsageError(
-            "pruning a model in memory needs its tokenizer and no out=; "
+            "pruning a model in memory needs its tokenizer, no out= and no eval=; "
             "it returns the new model, which save_pretrained can write"
         )
     return prune_model(model, tokenizer, settings, goal)
@@ -188,26 +171,27 @@ def calibrate(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    data: Sequence[str | Path] = DEFAULT_DATA,
+    data: Data = DEFAULT_DATA,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
-    seed: int = 0,
     device: str = "auto",
-    dtype: str = "auto",
     sensitivity: bool = False,
+    **advanced: Any,
 ) -> Statistics:
     """Run a text through a model once and return what plans are made from.
 
     Arguments are those of `prune`; `sensitivity` also measures what pruning each block alone does
     to the predictions, which takes the whole model in memory.
     """
+    check_names(advanced, CalibrationText, Compute)
+    text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
+    check_texts(text.names, "calibration")
     source = _source(model)
     if tokenizer is None:
         if not isinstance(source, Checkpoint):
             raise UsageError("calibrating a model in memory needs its tokenizer")
         tokenizer = load_tokenizer(source.directory)
-    text = CalibrationText(tuple(map(str, data)), samples, seqlen, seed)
-    compute = Compute(device, dtype)
+    compute = from_names(Compute, advanced, device=device)
     return calibrate_source(source, tokenizer, text, compute, sensitivity=sensitivity)
 
 
@@ -216,27 +200,22 @@ def plan(
     statistics: Statistics,
     *,
     sparsity: float,
-    of: BudgetOf = "ffn",
-    multiple: int | None = None,
-    block_metric: str = DEFAULT_BLOCK_METRIC,
-    channel_metric: str = DEFAULT_CHANNEL_METRIC,
-    clamp: Clamp | None = None,
+    **advanced: Any,
 ) -> PruningPlan:
-    """Decide from statistics which channels stay; no forward pass.
-
-    Arguments are those of `prune`.
-    """
-    criterion = Criterion(block_metric, channel_metric, clamp)
-    budget = Budget(sparsity, of, multiple)
+    """Decide from statistics which channels stay; arguments are those of `prune`."""
+    check_names(advanced, Budget, Criterion)
+    budget = from_names(Budget, advanced, sparsity=sparsity)
+    criterion = from_names(Criterion, advanced)
     return plan_from_statistics(_source(model), statistics, budget, criterion)
 
 
 def evaluate(
     models: Sequence[str | Path],
-    data: Sequence[str | Path],
+    data: Data,
     *,
     windows: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[dict[str, Any]]:
@@ -244,15 +223,44 @@ def evaluate(
 
     Args:
         models: directories, hub ids, .gguf files or `demo`.
-        data: texts (see `cfsp.text.sources`).
+        data: texts, as for `prune`.
         windows: consecutive windows from the beginning of each text; None for all.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
+        bos: whether windows begin with BOS: `yes`, `no`, or `auto`, as the tokenizer begins an
+            input.
         device: where to compute.
         dtype: what to compute in.
     """
-    texts = EvaluationText(tuple(map(str, data)), windows, seqlen)
+    texts = EvaluationText(_texts(data), windows, seqlen, bos=bos)
+    if not texts.names:
+        raise UsageError(
+            "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
+        )
     return evaluate_models([str(model) for model in models], texts, Compute(device, dtype))
+
+
+def _texts(data: Data) -> tuple[str | Text, ...]:
+    given = (data,) if isinstance(data, str | Path | Text) else data
+    return tuple(text if isinstance(text, Text) else str(text) for text in given)
 
 
 def _source(model: str | Path | PreTrainedModel) -> WeightSource:
     return open_checkpoint(model) if isinstance(model, str | Path) else LoadedModel(model)
+
+
+def check_names(advanced: Mapping[str, Any], *known: type[Any]) -> None:
+    """Check that every keyword is the name of an option.
+
+    Raises:
+        UsageError: one is not.
+    """
+    names = [
+        name_of(field, option)
+        for settings in known
+        for field, option in options_of(settings).items()
+    ]
+    for name in advanced:
+        if name not in names:
+            raise UsageError(
+                f"unknown argument {name}{did_you_mean(name, names)}; known are: {', '.join(names)}"
+            )

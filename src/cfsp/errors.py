@@ -24,6 +24,9 @@ A message says what was expected, what was found, and what to do. Anything that 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CfspError(Exception):
     """Base of all errors that a user can cause and cure.
@@ -116,5 +119,11 @@ class MissingExtraError(CfspError):
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs packages that are not installed; "
-            f"install them with: pip install 'cfsp-llm[{extra}]'"
+            f"install them with: pip install '.[{extra}]' in the clone of cfsp"
         )
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` if something known is like what was found, else nothing."""
+    close = difflib.get_close_matches(found, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,7 +1,7 @@
 """The whole flow, one line a stage.
 
     text -> windows -> CALIBRATE -> Statistics -> PLAN -> PruningPlan
-         -> SURGERY (+ RESTORATION) -> checkpoint directory
+         -> REPAIR -> Repaired -> CUT -> checkpoint directory
 
 `prune_checkpoint` goes from directory to directory, `prune_model` from a model in memory to a
 smaller one.
@@ -9,12 +9,14 @@ smaller one.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.calibration.calibrate import calibration_record
+from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
 from cfsp.checkpoint.modeling_code import code_digests
@@ -24,41 +26,151 @@ from cfsp.checkpoint.output import (
     created_parents,
     staged_directory,
 )
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.cut.surgery import added_specs, write_pruned_weights
+from cfsp.cut.surgery import write_pruned_weights
+from cfsp.engine.compute import Engine, engine_of
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import (
     Workplace,
     output_workplace,
     remove_finished_work,
     temporary_workplace,
 )
-from cfsp.goals.goal import Goal, MaxLossIncrease
 from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
-from cfsp.planning.coarse import SENSITIVITY
-from cfsp.planning.make import Criterion
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import before_and_after
-from cfsp.repair.decision import Decision, decide
-from cfsp.repair.stages import calibrate_windows, with_sensitivity
+from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
+from cfsp.repair.repaired import Repaired
 from cfsp.result.card import model_card
-from cfsp.result.manifest import (
-    PLAN_FILE,
-    STATISTICS_FILE,
-    Stopwatch,
-    describe_pruning,
-    write_manifest,
-)
+from cfsp.result.manifest import describe_pruning, write_manifest
+from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
-from cfsp.settings import CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.settings import (
+    SENSITIVITY,
+    CalibrationText,
+    Compute,
+    Criterion,
+    EvaluationText,
+    Goal,
+    MaxLossIncrease,
+    PruneSettings,
+)
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.whole_model.load import calibration_windows
+from cfsp.text.windows import Windows
+from cfsp.whole_model.own_text import calibration_windows
+from cfsp.whole_model.sensitivity import with_sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prune_checkpoint(
+    source: Checkpoint,
+    out: Path,
+    settings: PruneSettings,
+    *,
+    goal: Goal | None = None,
+    statistics: Statistics | None = None,
+    plan: PruningPlan | None = None,
+    evaluation: EvaluationText | None = None,
+    dry_run: bool = False,
+    command: str = "",
+) -> PruneReport:
+    """Prune a checkpoint into a new directory.
+
+    Args:
+        source: the model.
+        out: where the smaller model goes; must not exist, or be empty.
+        settings: how to prune.
+        goal: gives the budget; of that in the settings only the multiple then counts.
+        statistics: of an earlier calibration of this model.
+        plan: an earlier decision for this model; excludes a goal.
+        evaluation: texts to measure perplexity on, before and after.
+        dry_run: decide without repair and write only the plan.
+        command: what the user typed, for the manifest.
+
+    Raises:
+        CfspError: anything that a user can cause; nothing is left behind.
+    """
+    check_all_texts(settings.text, evaluation, goal)
+    check_is_outside(out, source.directory)
+    remove_finished_work(out)
+    check_output_is_free(out)
+    if dry_run:
+        settings = settings.without_repair()
+    check_can_be_repaired(source, settings)
+    watch = Stopwatch()
+    identity = _identity(settings, statistics, plan, goal)
+    with (
+        created_parents(out),
+        output_workplace(out, identity, settings.compute.memory_budget) as place,
+        staged_directory(out) as staging,
+    ):
+        inputs = _Inputs.of(source, lambda: load_tokenizer(source.directory), settings)
+        decided = _decide(inputs, settings, goal, statistics, plan, place, watch)
+        repaired, facts = decided.repaired, decided.goal
+        repaired.plan.save(staging / PLAN_FILE)
+        if dry_run:
+            return prune_report(source, repaired, facts, {}, watch, place, None)
+        with watch.stage("cut"):
+            digests = _write_checkpoint(source, repaired, staging)
+        with watch.stage("evaluate"):
+            measured = before_and_after(source.directory, staging, evaluation, settings.compute)
+            if isinstance(goal, MaxLossIncrease):
+                dense = float(facts["conditions"]["dense_loss"])
+                facts["result"] = loss_increase_of(staging, goal, dense, settings)
+        report = prune_report(source, repaired, facts, measured, watch, place, out)
+        manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
+        write_manifest(staging, manifest)
+        card = model_card(manifest, repaired.plan, origin_of(source))
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")
+    return report
+
+
+def prune_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PruneSettings,
+    goal: Goal | None = None,
+) -> PreTrainedModel:
+    """Prune a model in memory; the original stays as it is.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        settings: how to prune.
+        goal: gives the budget; of that in the settings only the multiple then counts.
+
+    Returns:
+        A new model that shares every unpruned tensor with the original.
+    """
+    check_all_texts(settings.text, goal=goal)
+    source = LoadedModel(model)
+    with temporary_workplace(settings.compute.memory_budget) as place:
+        inputs = _Inputs.of(source, lambda: tokenizer, settings)
+        decided = _decide(inputs, settings, goal, None, None, place, Stopwatch())
+        return build_pruned_model(model, source, decided.repaired.plan, decided.repaired.tensors)
+
+
+def check_all_texts(
+    text: CalibrationText, evaluation: EvaluationText | None = None, goal: Goal | None = None
+) -> None:
+    """Open every text that pruning will read, before any work is done.
+
+    Raises:
+        TextError: one is missing or not readable.
+    """
+    check_texts(text.names, "calibration")
+    if evaluation is not None:
+        check_texts(evaluation.names, "evaluation")
+    if isinstance(goal, MaxLossIncrease):
+        check_texts(goal.held_out, "evaluation")
 
 
 def calibrate_source(
@@ -87,149 +199,92 @@ def calibrate_source(
             return calibrate_source(
                 source, tokenizer, text, compute, temporary, team, sensitivity=sensitivity
             )
-    engine = compute.engine(source)
-    windows = calibration_windows(source, tokenizer, text, compute)
+    engine = engine_of(compute, source)
+    windows = calibration_windows(source, tokenizer, text, engine)
     if team is None or team.size == 1:
-        statistics = calibrate_windows(source, windows, engine, text.seed, place)
+        statistics = calibrate(source, windows, engine, seed=text.seed, place=place)
         asked = Criterion(SENSITIVITY) if sensitivity else Criterion()
         return with_sensitivity(source, statistics, windows, asked, engine)
     return calibrate_together(
         windows,
-        lambda part: calibrate_windows(source, part, engine, text.seed, place),
-        calibration_record(
-            source, windows, device=engine.device, dtype=engine.dtype, seed=text.seed
-        ),
+        lambda part: calibrate(source, part, engine, seed=text.seed, place=place),
+        calibration_record(source, windows, engine, seed=text.seed),
         team,
         batch_windows=engine.batch_windows,
         device=engine.device,
     )
 
 
-def prune_checkpoint(
-    source: Checkpoint,
-    out: Path,
+@dataclass(frozen=True)
+class _Inputs:
+    """A model and its text; windows are drawn once, and only if something needs them."""
+
+    source: WeightSource
+    engine: Engine
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    draw: Callable[[], Windows]
+
+    @staticmethod
+    def of(
+        source: WeightSource,
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+        settings: PruneSettings,
+    ) -> _Inputs:
+        engine, tokenizer = engine_of(settings.compute, source), cache(tokenizer)
+        draw = cache(lambda: calibration_windows(source, tokenizer(), settings.text, engine))
+        return _Inputs(source, engine, tokenizer, draw)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A complete decision, and what a goal came to, as JSON types."""
+
+    repaired: Repaired
+    goal: dict[str, Any]
+
+
+def _decide(
+    inputs: _Inputs,
     settings: PruneSettings,
-    *,
-    goal: Goal | None = None,
-    statistics: Statistics | None = None,
-    plan: PruningPlan | None = None,
-    evaluation: EvaluationText | None = None,
-    dry_run: bool = False,
-    command: str = "",
-) -> PruneReport:
-    """Prune a checkpoint into a new directory.
-
-    Args:
-        source: the model.
-        out: where the smaller model goes; must not exist, or be empty.
-        settings: how to prune.
-        goal: gives the budget; of that in the settings only the multiple then counts.
-        statistics: of an earlier calibration of this model.
-        plan: an earlier decision for this model; excludes a goal.
-        evaluation: texts to measure perplexity on, before and after.
-        dry_run: decide without restoration and write only the plan.
-        command: what the user typed, for the manifest.
-
-    Raises:
-        CfspError: anything that a user can cause; nothing is left behind.
-    """
-    check_is_outside(out, source.directory)
-    remove_finished_work(out)
-    check_output_is_free(out)
-    if dry_run:
-        settings = settings.without_restoration()
-    watch = Stopwatch()
-    identity = _identity(settings, statistics, plan, goal)
+    goal: Goal | None,
+    statistics: Statistics | None,
+    plan: PruningPlan | None,
+    place: Workplace,
+    watch: Stopwatch,
+) -> _Decided:
+    """Turn a goal into a budget, then decide what goes and repair what is left."""
     facts: dict[str, Any] = {}
-    with (
-        created_parents(out),
-        output_workplace(out, identity, settings.compute.memory_budget) as place,
-        staged_directory(out) as staging,
-    ):
-        if goal is not None:
-            resolution, statistics = resolve_goal(
-                goal,
-                source,
-                lambda: load_tokenizer(source.directory),
-                settings,
-                place=place,
-                watch=watch,
-                statistics=statistics,
-            )
-            settings = replace(settings, budget=resolution.budget)
-            facts = resolution.to_json()
-        decision = decide(
-            source,
-            lambda: calibration_windows(
-                source, load_tokenizer(source.directory), settings.text, settings.compute
-            ),
-            settings,
-            place=place,
-            watch=watch,
-            statistics=statistics,
-            plan=plan,
-        )
-        decision.plan.save(staging / PLAN_FILE)
-        if dry_run:
-            return prune_report(source, decision, facts, {}, watch, place, None)
-        with watch.stage("surgery"):
-            digests = _write_checkpoint(source, decision, staging)
-        with watch.stage("evaluate"):
-            measured = before_and_after(source.directory, staging, evaluation, settings.compute)
-            if isinstance(goal, MaxLossIncrease):
-                facts["result"] = loss_increase_of(staging, goal, resolution, settings)
-        report = prune_report(source, decision, facts, measured, watch, place, out)
-        manifest = describe_pruning(decision.plan, report.to_json(), digests, command)
-        write_manifest(staging, manifest)
-        card = model_card(manifest, decision.plan)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-    return report
-
-
-def prune_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: PruneSettings,
-    goal: Goal | None = None,
-) -> PreTrainedModel:
-    """Prune a model in memory; the original stays as it is.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: its own.
-        settings: how to prune.
-        goal: gives the budget; of that in the settings only the multiple then counts.
-
-    Returns:
-        A new model that shares every unpruned tensor with the original.
-    """
-    source = LoadedModel(model)
-    watch, statistics = Stopwatch(), None
-    with temporary_workplace(settings.compute.memory_budget) as place:
-        if goal is not None:
-            resolution, statistics = resolve_goal(
-                goal, source, lambda: tokenizer, settings, place=place, watch=watch
-            )
-            settings = replace(settings, budget=resolution.budget)
-        decision = decide(
-            source,
-            lambda: calibration_windows(source, tokenizer, settings.text, settings.compute),
+    if goal is not None:
+        resolution, statistics = resolve_goal(
+            goal,
+            inputs.source,
+            inputs.tokenizer,
+            inputs.draw,
             settings,
             place=place,
             watch=watch,
             statistics=statistics,
         )
-        return build_pruned_model(model, source, decision.plan, decision.repaired_tensors)
+        settings, facts = replace(settings, budget=resolution.budget), resolution.to_json()
+    repaired = plan_and_repair(
+        inputs.source,
+        inputs.draw,
+        settings,
+        inputs.engine,
+        place=place,
+        watch=watch,
+        statistics=statistics,
+        plan=plan,
+    )
+    return _Decided(repaired, facts)
 
 
-def _write_checkpoint(source: Checkpoint, decision: Decision, target: Path) -> dict[str, str]:
+def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> dict[str, str]:
     """Write all but manifest and model card; return the digests of weights and code."""
-    if decision.statistics is not None:
-        decision.statistics.save(target / STATISTICS_FILE)
-    weights = write_pruned_weights(source, decision.plan, target, decision.repaired_tensors)
-    added = added_specs(source, decision.repaired_tensors)
-    widths = decision.plan.kept_widths
-    write_config(source.directory, target, source.family, widths, adds_bias=bool(added))
+    if repaired.statistics is not None:
+        repaired.statistics.save(target / STATISTICS_FILE)
+    weights = write_pruned_weights(source, repaired.plan, target, repaired.tensors)
+    write_config(source.directory, target, source.family, repaired.plan.kept_widths)
     copy_travelling_files(source.directory, target)
     return weights.digests | code_digests(target)
 
@@ -243,12 +298,12 @@ def _identity(
     """Return what the result depends on besides model, text and computing; for resuming."""
     return {
         "command": "prune",
-        "--restore": settings.restore,
-        "local": asdict(settings.local) if settings.restore == "local" else None,
+        "--bos": settings.text.bos,
+        "--repair": settings.repair,
+        "local": asdict(settings.local) if settings.repair == "local" else None,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
         **asdict(settings.budget),
         "goal": [type(goal).__name__, asdict(goal)] if goal else None,
         **asdict(settings.criterion),
-        "--search": settings.search_rounds or None,
         "--statistics": statistics.record.tokens_digest if statistics else None,
     }

@@ -1,24 +1,70 @@
-"""Progress bars for long work; they stay quiet when standard error is not a terminal."""
+"""How far long work is: a bar on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from time import monotonic
+from typing import Any
 
 from tqdm import tqdm
 
 from cfsp.processes import is_first_process
 
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30.0
+# Shorter work says nothing.
+_QUIET_SECONDS = 10.0
+
+
+class _Lines:
+    """A file for bars where there is no terminal; what they write becomes a line now and then.
+
+    All bars share one, so that work within work does not speak more often.
+    """
+
+    def __init__(self) -> None:
+        self._last = monotonic()
+
+    def write(self, text: str) -> None:
+        """Pass a bar on as one message, unless the last one was a moment ago."""
+        line = text.strip()
+        if line and monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = monotonic()
+            logger.info(line)
+
+    def flush(self) -> None:
+        """Do nothing: a message is out when it is written."""
+
+
+_LINES = _Lines()
+
+
+def _bar(label: str, total: int, unit: str, **options: Any) -> tqdm:  # type: ignore[type-arg]
+    """Return a bar; of several processes only the first shows it."""
+    if not sys.stderr.isatty():
+        options |= {
+            "file": _LINES,
+            "bar_format": "{desc}: {percentage:.0f}%{postfix}, {remaining} left",
+            "delay": _QUIET_SECONDS,
+            "position": 0,  # tqdm would move the cursor for a second bar
+        }
+    return tqdm(
+        desc=label, total=total, unit=unit, disable=not is_first_process(), leave=False, **options
+    )
+
 
 class TokenProgress:
     """A bar over blocks and tokens."""
 
-    def __init__(self, bar: tqdm, blocks: int) -> None:  # type: ignore[type-arg]
+    def __init__(self, bar: tqdm, blocks: int, done: int) -> None:  # type: ignore[type-arg]
         self._bar = bar
         self._blocks = blocks
-        self._done = 0
+        self._done = done
 
     def tokens(self, count: int) -> None:
         """Note that tokens have passed a block."""
@@ -27,23 +73,29 @@ class TokenProgress:
     def block_done(self) -> None:
         """Note that a block is finished."""
         self._done += 1
-        self._bar.set_postfix_str(f"block {self._done}/{self._blocks}")
+        self._bar.set_postfix_str(f"block {self._done} of {self._blocks}", refresh=False)
 
 
 @contextmanager
-def token_progress(label: str, blocks: int, token_passes: int) -> Iterator[TokenProgress]:
-    """Show progress over `blocks` blocks and `token_passes` tokens (all blocks together)."""
-    # Of several processes one shows its bar; None hides it where there is no terminal.
-    disable = None if is_first_process() else True
-    with tqdm(
-        desc=label, total=token_passes, unit="tok", unit_scale=True, disable=disable, leave=False
-    ) as bar:
-        yield TokenProgress(bar, blocks)
+def token_progress(
+    label: str, blocks: int, token_passes: int, blocks_done: int = 0
+) -> Iterator[TokenProgress]:
+    """Show progress over blocks and tokens.
+
+    Args:
+        label: names the work.
+        blocks: how many there are.
+        token_passes: tokens that pass each block, all blocks together.
+        blocks_done: blocks that an earlier run has finished.
+    """
+    initial = token_passes * blocks_done // blocks
+    with _bar(label, token_passes, "tok", unit_scale=True, initial=initial) as bar:
+        yield TokenProgress(bar, blocks, blocks_done)
 
 
 def item_progress(label: str, total: int, unit: str) -> tqdm:  # type: ignore[type-arg]
     """Return a bar over `total` items of a named unit."""
-    return tqdm(desc=label, total=total, unit=unit, disable=None, leave=False)
+    return _bar(label, total, unit)
 
 
 @contextmanager

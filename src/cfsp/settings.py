@@ -1,57 +1,413 @@
-"""What a user can set, as values: text, computing, and how to prune."""
+"""Every choice that a user has, with its default and its help, once; the CLI is made from it.
+
+    PruneSettings(Budget(0.2), text=CalibrationText(("wikitext2", "c4")))
+
+A field that is declared with `option` is a command-line option: its flag, its type, its default and
+its help are written here and nowhere else. Advanced ones are what only a researcher sets: the CLI
+takes them as `--set name=value`. Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args
 
-import torch
-from torch import Tensor
+from cfsp.errors import TextError, UsageError
 
-from cfsp.checkpoint.loading import compute_device, compute_dtype
-from cfsp.errors import UsageError
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import Criterion
-from cfsp.repair.local_training import LocalTraining
-from cfsp.text.windows import DEFAULT_SAMPLES, DEFAULT_SEQLEN, Windows, draw_windows
-from cfsp.whole_model.own_text import OWN_TEXT
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from cfsp.checkpoint.reading import WeightSource
-
-Restore = Literal["ridge", "sequential", "local", "bias", "none"]
-RESTORE_METHODS: tuple[Restore, ...] = ("ridge", "sequential", "local", "bias", "none")
-# They change weights by what they see on the calibration text.
-FITTED: tuple[Restore, ...] = ("ridge", "sequential", "local")
-DEFAULT_RESTORE: Restore = "ridge"
+T = TypeVar("T")
 
 LONGEST_WINDOW = 1 << 24
 MOST_WINDOWS = 1 << 32
 
+DEFAULT_TEXT = "python-docs"
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQLEN = 1024
+# What `--data` calls text that the model writes itself.
+OWN_TEXT = "self"
 
-class WriteWindows(Protocol):
-    """Lets a model write windows; see `cfsp.whole_model.own_text`."""
 
-    def __call__(self, *, count: int, seqlen: int, seed: int) -> Tensor:
-        """Return `count` windows of `seqlen` tokens, as int64 [N, T]."""
-        ...
+@dataclass(frozen=True)
+class Option:
+    """How a field is set on a command line.
+
+    Attributes:
+        help: what it does; the CLI adds the default.
+        kind: makes the value of what was typed.
+        flag: `--flag`; None for the field's name.
+        choices: the only values there are.
+        metavar: what the help calls the value.
+        default: what the help calls the default, where its value does not say it; empty for none.
+        repeats: whether it is given once for each of several values.
+        advanced: whether only a researcher sets it.
+    """
+
+    help: str
+    kind: Callable[[str], Any] = str
+    flag: str | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    default: str | None = None
+    repeats: bool = False
+    advanced: bool = False
+
+
+def option(value: Any, help: str, **facts: Any) -> Any:
+    """Return a dataclass field that is an option; see `Option`."""
+    return field(default=value, metadata={"option": Option(help, **facts)})
+
+
+def options_of(settings: type[Any]) -> dict[str, Option]:
+    """Return the options of a class of settings, by field, each with its default in words."""
+    found = {}
+    for each in fields(settings):
+        if (known := each.metadata.get("option")) is not None:
+            default = str(each.default) if known.default is None else known.default
+            found[each.name] = replace(known, default=default)
+    return found
+
+
+def name_of(field: str, known: Option) -> str:
+    """Return what an option is called in Python and by `--set`."""
+    return (known.flag or field).replace("-", "_")
+
+
+def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:
+    """Return settings with some values by the names of their options; the rest has its default.
+
+    Args:
+        settings: a class of settings.
+        values: by name; those that belong to other classes are passed over.
+        others: values of fields that are no options, or were decided otherwise.
+    """
+    found = {}
+    for each, known in options_of(settings).items():
+        if (name := name_of(each, known)) in values:
+            value = values[name]
+            found[each] = tuple(value) if known.repeats else value
+    return settings(**{**found, **others})
+
+
+def fraction(text: str) -> float:
+    """Return the number that `0.2` or `20%` means."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+# How much to remove.
+
+BudgetOf = Literal["ffn", "model"]
+BUDGET_OF: tuple[BudgetOf, ...] = get_args(BudgetOf)
+
+# (least width of the FFN, multiple), widest first. llama.cpp's K-quants work on rows of 256, and
+# tensor cores on tiles of 128 or 64; docs/RESULTS.md has the measurements. Where 256 would be a
+# coarse step, a smaller one is taken: widths that follow importance matter more there.
+_MULTIPLES = ((8192, 256), (4096, 128))
+MULTIPLE_OF_NARROW = 32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove.
+
+    Attributes:
+        sparsity: fraction to remove, in [0, 1).
+        of: `ffn`, the fraction of all FFN channels (the paper's sparsity), or `model`, the
+            fraction of all parameters.
+        multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
+            wide, 128 from 4096 on, else 32.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    sparsity: float = option(
+        0.0,
+        "fraction of the FFN channels to remove, such as 0.2 or 20%",
+        kind=fraction,
+        metavar="P",
+        default="",
+    )
+    of: BudgetOf = option(
+        "ffn",
+        "whether --sparsity is a fraction of the FFN channels or of all parameters of the model",
+        choices=BUDGET_OF,
+        advanced=True,
+    )
+    multiple: int | None = option(
+        None,
+        "FFN widths become multiples of N",
+        kind=int,
+        metavar="N",
+        default="256; 128 below 8192 channels; 32 below 4096",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity < 1.0:
+            raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
+        if self.of not in BUDGET_OF:
+            raise UsageError(f"a budget is of 'ffn' or of 'model', found {self.of!r}")
+        if self.multiple is not None and self.multiple < 1:
+            raise UsageError(f"multiple must be at least 1, found {self.multiple}")
+
+    def multiple_for(self, width_L: Sequence[int]) -> int:
+        """Return the multiple that the widths of a model are rounded to."""
+        if self.multiple is not None:
+            return self.multiple
+        widest = max(width_L)
+        fitting = (multiple for least, multiple in _MULTIPLES if widest >= least)
+        return next(fitting, MULTIPLE_OF_NARROW)
+
+
+Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True)
+class TargetParameters:
+    """The goal to keep a fraction of the whole model's parameters.
+
+    Attributes:
+        fraction: of all parameters that stays, in (0, 1].
+    """
+
+    fraction: float = option(
+        1.0,
+        "fraction of all parameters that stays",
+        kind=fraction,
+        flag="target-params",
+        metavar="F",
+        default="",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"--target-params must be in (0, 1], found {self.fraction}")
+
+
+@dataclass(frozen=True)
+class TargetSpeedup:
+    """The goal to prune as little as makes the model this much faster on this machine.
+
+    Attributes:
+        ratio: tokens per second over those of the model as it is, above 1.
+        phase: what shall be faster.
+    """
+
+    ratio: float = option(
+        2.0,
+        "as little as is predicted to make the model X times faster on this machine, which must be "
+        "quiet",
+        kind=float,
+        flag="target-speedup",
+        metavar="X",
+        default="",
+    )
+    phase: Phase = option(
+        "decode",
+        "what --target-speedup is about",
+        flag="target-speedup-of",
+        choices=PHASES,
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 < self.ratio < float("inf"):
+            raise UsageError(f"--target-speedup must be above 1, found {self.ratio}")
+        if self.phase not in PHASES:
+            raise UsageError(
+                f"--target-speedup-of must be one of {', '.join(PHASES)}, found {self.phase!r}"
+            )
+
+
+@dataclass(frozen=True)
+class MaxLossIncrease:
+    """The goal to prune as much as keeps the loss within a bound.
+
+    The bound holds for the pruned model before repair, on text that calibration has not seen.
+
+    Attributes:
+        nats: by how much the mean negative log-likelihood of a token may rise.
+        held_out: texts to measure it on; none for windows of the calibration texts that
+            calibration leaves over.
+        windows: how many windows in all, or of each text in `held_out`.
+    """
+
+    nats: float = option(
+        0.1,
+        "as much as keeps the loss on held-out text within so many nats per token of the dense "
+        "model's, before repair; the model must fit into memory",
+        kind=float,
+        flag="max-loss-increase",
+        metavar="NATS",
+        default="",
+    )
+    held_out: tuple[str | Text, ...] = option(
+        (),
+        "text for --max-loss-increase",
+        flag="held-out",
+        metavar="TEXT",
+        default="windows of --data that calibration leaves over",
+        repeats=True,
+        advanced=True,
+    )
+    windows: int = option(
+        12,
+        "windows in all, or of each --held-out text",
+        kind=int,
+        flag="held-out-windows",
+        metavar="N",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.nats < float("inf"):
+            raise UsageError(f"--max-loss-increase must be above 0 nats, found {self.nats}")
+        if self.windows < 1:
+            raise UsageError(f"--held-out-windows must be at least 1, found {self.windows}")
+
+
+Goal = TargetParameters | MaxLossIncrease | TargetSpeedup
+
+
+# What counts as important.
+
+DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
+BLOCK_METRICS = (*DISTANCES, "uniform")
+# By pruning each block (`cfsp.whole_model.sensitivity`), alone or with the angular importance.
+# Not every calibration measures that: the whole model must be in memory.
+SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
+SENSITIVITY_METRICS = (SENSITIVITY, ANGULAR_AND_SENSITIVITY)
+CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude", "random")
+
+Clamp = Literal["water-fill", "published"]
+CLAMPS: tuple[Clamp, ...] = get_args(Clamp)
+DEFAULT_CLAMP: Clamp = "published"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What makes a block and a channel important.
+
+    Attributes:
+        block_metric: one of `BLOCK_METRICS` or `SENSITIVITY_METRICS`; see `cfsp.planning.coarse`.
+        channel_metric: one of `CHANNEL_METRICS`; see `cfsp.planning.fine`.
+        clamp: what happens where a block would keep more than all (see
+            `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
+    """
+
+    block_metric: str = option(
+        "angular",
+        "what makes a block important: a distance between its input and output, or sensitivity, "
+        "what pruning the block alone does to the predictions, which takes the whole model in "
+        "memory",
+        choices=(*BLOCK_METRICS, *SENSITIVITY_METRICS),
+        advanced=True,
+    )
+    channel_metric: str = option(
+        "relative",
+        "score that makes a channel important",
+        choices=CHANNEL_METRICS,
+        advanced=True,
+    )
+    clamp: Clamp | None = option(
+        None,
+        "a block that would keep more than all: keep it whole and give the rest to the others "
+        "(water-fill), or shrink all importances as the published code does",
+        choices=CLAMPS,
+        default="water-fill by sensitivity, else published",
+        advanced=True,
+    )
+
+    @property
+    def chosen_clamp(self) -> Clamp:
+        """The clamp, also where none is named: `water-fill` by sensitivity, else `published`."""
+        by_sensitivity = self.block_metric in SENSITIVITY_METRICS
+        return self.clamp or ("water-fill" if by_sensitivity else DEFAULT_CLAMP)
+
+
+# Text.
+
+# Whether windows begin with BOS: as the tokenizer begins an input, always, never.
+Bos = Literal["auto", "yes", "no"]
+BOS: tuple[Bos, ...] = get_args(Bos)
+_BOS_HELP = "whether windows begin with BOS; auto: as the model's own tokenizer begins an input"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text itself, where otherwise the name of one is given.
+
+    Attributes:
+        name: what manifests and tables call it.
+        documents: one string, or several.
+
+    Raises:
+        TextError: there is no text in it.
+    """
+
+    name: str
+    documents: Sequence[str]
+
+    def __post_init__(self) -> None:
+        documents = (self.documents,) if isinstance(self.documents, str) else self.documents
+        if not self.name or not all(isinstance(part, str) for part in (self.name, *documents)):
+            raise TextError(
+                f"Text(name, documents) needs a name and strings, found {self.name!r} and "
+                f"{str(self.documents)[:60]!r}"
+            )
+        if not any(document.strip() for document in documents):
+            raise TextError(f"the text {self.name!r} is empty")
+        object.__setattr__(self, "documents", tuple(documents))
+
+
+def check_bos(bos: str) -> None:
+    """Check that a choice is one of those there are."""
+    if bos not in BOS:
+        raise UsageError(f"--bos must be one of {', '.join(BOS)}, found {bos!r}")
 
 
 @dataclass(frozen=True)
 class CalibrationText:
     """Which text to calibrate on; see `cfsp.text.windows.draw_windows`.
 
-    The name `self` stands for text that the model writes itself.
+    Attributes:
+        names: of texts, or texts themselves; `self` stands for text that the model writes.
+        samples: windows in all; None for 128, or all that there are if that is less.
+        seqlen: tokens in a window, BOS included.
+        seed: of the draw of windows.
+        bos: whether windows begin with BOS.
     """
 
-    names: tuple[str, ...] = ("python-docs",)
-    samples: int | None = None
-    seqlen: int = DEFAULT_SEQLEN
-    seed: int = 0
+    names: tuple[str | Text, ...] = option(
+        (DEFAULT_TEXT,),
+        "text to calibrate on: wikitext2, c4, a hub data set as NAME:CONFIG:SPLIT:COLUMN, a .txt, "
+        ".jsonl or .parquet file (also of conversations), python-docs, or self (the model writes "
+        "it); repeat it to mix",
+        flag="data",
+        metavar="TEXT",
+        default=DEFAULT_TEXT,
+        repeats=True,
+    )
+    samples: int | None = option(
+        None,
+        "windows of text in all",
+        kind=int,
+        metavar="N",
+        default="128, or all there are",
+    )
+    seqlen: int = option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T")
+    seed: int = option(0, "of the draw of windows", kind=int, advanced=True)
+    bos: Bos = option("auto", _BOS_HELP, choices=BOS, advanced=True)
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
+        if not self.names:
+            raise UsageError(
+                "there is no text to calibrate on; give one or several: wikitext2, c4, "
+                "python-docs, a .txt, .jsonl or .parquet file, or Text(name, documents)"
+            )
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed must be in [0, 2^63), found {self.seed}")
         if self.seqlen > LONGEST_WINDOW:
@@ -59,49 +415,43 @@ class CalibrationText:
         if self.samples is not None and self.samples > MOST_WINDOWS:
             raise UsageError(f"--samples must be at most {MOST_WINDOWS}, found {self.samples}")
 
-    def draw(
-        self, tokenizer: PreTrainedTokenizerBase, write: WriteWindows | None = None
-    ) -> Windows:
-        """Draw the windows.
-
-        Args:
-            tokenizer: the model's own.
-            write: gives windows that the model wrote itself, for the text `self`.
-
-        Raises:
-            TextError: a text is missing or too short.
-            UsageError: the model cannot write here.
-        """
-        others = tuple(name for name in self.names if name != OWN_TEXT)
-        if others == self.names:
-            return draw_windows(
-                others, tokenizer, samples=self.samples, seqlen=self.seqlen, seed=self.seed
-            )
-        if write is None:
-            raise UsageError(
-                f"--data {OWN_TEXT} is text that the model writes to be calibrated on by prune and "
-                "calibrate; name another text here"
-            )
-        total = DEFAULT_SAMPLES if self.samples is None else self.samples
-        share = total * len(others) // len(self.names)
-        own_NT = write(count=total - share, seqlen=self.seqlen, seed=self.seed)
-        own = Windows(own_NT, {OWN_TEXT: len(own_NT)})
-        if not others:
-            return own
-        drawn = draw_windows(others, tokenizer, samples=share, seqlen=self.seqlen, seed=self.seed)
-        return Windows(torch.cat([drawn.tokens_NT, own.tokens_NT]), drawn.sources | own.sources)
-
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Which texts to measure perplexity on: the first windows of each."""
+    """Which texts to measure perplexity on: the first windows of each.
 
-    names: tuple[str, ...] = ()
-    windows: int | None = 12
-    seqlen: int = DEFAULT_SEQLEN
+    Attributes:
+        names: of texts, or texts themselves.
+        windows: of each text; None for all.
+        seqlen: tokens in a window, BOS included.
+        stride: tokens between the starts of windows; None for windows that stand on their own.
+        bos: whether windows begin with BOS.
+    """
+
+    names: tuple[str | Text, ...] = option(
+        (),
+        "text to measure perplexity on, before and after",
+        flag="eval",
+        metavar="TEXT",
+        default="none",
+        repeats=True,
+    )
+    windows: int | None = option(
+        12, "windows of each --eval text", kind=int, flag="eval-windows", metavar="N", advanced=True
+    )
+    seqlen: int = option(
+        DEFAULT_SEQLEN,
+        "tokens in a window of an --eval text",
+        kind=int,
+        flag="eval-seqlen",
+        metavar="T",
+        advanced=True,
+    )
     stride: int | None = None
+    bos: Bos = "auto"
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
         # Now, not after an hour of pruning.
         if (
             self.windows is not None and self.windows < 1
@@ -112,18 +462,14 @@ class EvaluationText:
             )
 
 
-@dataclass(frozen=True)
-class Engine:
-    """Where and how blocks compute, resolved for one model on this machine."""
+# Where and in what to compute.
 
-    device: torch.device
-    dtype: torch.dtype
-    batch_windows: int | None = None
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where to compute and in what; `auto` is resolved for the model and machine at hand.
+    """Where to compute and in what; `cfsp.engine.compute.resolve` makes `auto` definite.
 
     Attributes:
         device: `auto` or a device that torch knows.
@@ -133,16 +479,128 @@ class Compute:
             of the available memory.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_windows: int | None = None
-    memory_budget: int | None = None
+    device: str = option(
+        "auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator if there is one"
+    )
+    dtype: str = option(
+        "auto", "what to compute in", choices=DTYPES, default="the model's own", advanced=True
+    )
+    batch_windows: int | None = option(
+        None,
+        "windows that pass a block together",
+        kind=int,
+        metavar="N",
+        default="about 4096 tokens",
+        advanced=True,
+    )
+    memory_budget: int | None = option(
+        None,
+        "hidden states above this size (2GB, 512MiB) go to a file beside the output",
+        kind=lambda text: parse_size(text),
+        metavar="SIZE",
+        default="half of the available memory",
+        advanced=True,
+    )
 
-    def engine(self, source: WeightSource) -> Engine:
-        """Resolve `auto`."""
-        return Engine(
-            compute_device(self.device), compute_dtype(source, self.dtype), self.batch_windows
-        )
+    def __post_init__(self) -> None:
+        if self.batch_windows is not None and self.batch_windows < 1:
+            raise UsageError(f"--batch-windows must be at least 1, found {self.batch_windows}")
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means.
+
+    Raises:
+        UsageError: it means none.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    try:
+        if match is None or (match[3] and not match[2]):
+            raise ValueError
+        unit = _BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]
+        return int(float(match[1]) * unit)
+    except (ValueError, OverflowError):
+        raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
+
+
+# How much effort repair takes.
+
+Repair = Literal["none", "ridge", "sequential", "local"]
+# Each is a step beyond the one before it.
+REPAIRS: tuple[Repair, ...] = get_args(Repair)
+DEFAULT_REPAIR: Repair = "ridge"
+
+EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "local"}
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How local repair trains blocks; see `cfsp.repair.local`.
+
+    Attributes:
+        steps: of Adam, in each group of blocks; twice as many in the last group.
+        blocks: how many consecutive blocks train together, towards the hidden states after the
+            last of them. The time hardly depends on it; what training holds in memory does. The
+            model's last group, whose loss is what counts in the end, is twice as large.
+        text: the part of the text itself in the last group's loss, from 0 to 1; the rest is the
+            divergence from the dense model's predictions.
+        rate: the highest learning rate of any block, as a part of the root mean square of each
+            tensor, because models differ in the size of their weights and Adam's steps do not
+            follow it.
+        rate_per_error: the highest learning rate of a block by its error before. The first
+            blocks of a model have hardly any, and steps as long as those of others only add some.
+        head_rate: the highest learning rate of the last group, whose loss at the head, of few
+            tokens and of many words, is far noisier.
+        warm_up: steps in which the rate rises; it falls along a cosine to zero.
+        tokens: about how many there are in a batch.
+
+    Raises:
+        UsageError: there are no steps, no blocks in a group, or no such part of the text.
+    """
+
+    steps: int = option(
+        100,
+        "of local repair: training steps for each group of blocks",
+        kind=int,
+        flag="local-steps",
+        metavar="N",
+        advanced=True,
+    )
+    blocks: int = option(
+        3,
+        "of local repair: how many consecutive blocks train together, twice as many at the model's "
+        "end; more need more memory",
+        kind=int,
+        flag="local-blocks",
+        metavar="N",
+        advanced=True,
+    )
+    text: float = option(
+        0.5,
+        "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
+        "the rest is the divergence from the dense model",
+        kind=float,
+        flag="local-text",
+        metavar="F",
+        advanced=True,
+    )
+    rate: float = 0.012
+    rate_per_error: float = 0.04
+    head_rate: float = 0.003
+    warm_up: int = 10
+    tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"--local-steps must be at least 1, found {self.steps}")
+        if self.blocks < 1:
+            raise UsageError(f"--local-blocks must be at least 1, found {self.blocks}")
+        if not 0 <= self.text <= 1:
+            raise UsageError(f"--local-text must be from 0 to 1, found {self.text}")
 
 
 @dataclass(frozen=True)
@@ -152,34 +610,25 @@ class PruneSettings:
     Attributes:
         budget: how much to remove; without meaning when a plan is given.
         criterion: what counts as important; likewise.
-        text: what to calibrate and restore on.
+        text: what to calibrate and repair on.
         compute: where and in what.
-        restore: `ridge` repairs the down projections by least squares, `sequential` fits
-            them again on the pruned model's own hidden states, `local` goes on from there and
-            trains a few blocks at a time, `bias` adds the mean of what was removed, `none` does
-            nothing.
+        repair: how far up the ladder to go: `none`; `ridge` repairs the down projections by least
+            squares; `sequential` then repairs them on the pruned model's own hidden states;
+            `local` goes on from there and trains a few blocks at a time.
         local: how `local` trains.
-        search_rounds: rounds of the search for better widths (see `cfsp.whole_model.width_search`); 0 for none.
-            Not with repair: what is best before it is not best after it (LOG.md).
     """
 
     budget: Budget
     criterion: Criterion = field(default_factory=Criterion)
     text: CalibrationText = field(default_factory=CalibrationText)
     compute: Compute = field(default_factory=Compute)
-    restore: Restore = DEFAULT_RESTORE
+    repair: Repair = DEFAULT_REPAIR
     local: LocalTraining = field(default_factory=LocalTraining)
-    search_rounds: int = 0
 
     def __post_init__(self) -> None:
-        if self.search_rounds < 0:
-            raise UsageError(f"--search must be 0 or more rounds, found {self.search_rounds}")
-        if self.search_rounds and self.restore in FITTED:
-            raise UsageError(
-                f"--search finds widths for a model that is not repaired, and with --restore "
-                f"{self.restore} they measure worse; give --restore none, or no --search"
-            )
+        if self.repair not in REPAIRS:
+            raise UsageError(f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}")
 
-    def without_restoration(self) -> PruneSettings:
+    def without_repair(self) -> PruneSettings:
         """Return the same settings, without repair."""
-        return replace(self, restore="none")
+        return replace(self, repair="none")

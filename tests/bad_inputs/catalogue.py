@@ -114,9 +114,7 @@ class Place:
 
     @cached_property
     def statistics(self) -> Path:
-        return self._copy(
-            self.originals.pruned / "cfsp_statistics.safetensors", "statistics.safetensors"
-        )
+        return self._copy(self.originals.pruned / "cfsp.statistics", "statistics.safetensors")
 
     @cached_property
     def other_plan(self) -> Path:
@@ -179,7 +177,7 @@ def assert_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[st
     assert err.startswith(f"cfsp {argv[0]}: "), err
     assert "Traceback" not in err
     assert says in err, err
-    assert case.cure in err, err
+    assert place.fill(case.cure) in err, err
     assert digest_of(place.inputs) == before
     assert everything_in(place.work) == []
     assert everything_in(place.temporary) == everything_in(place.cache) == []

@@ -13,7 +13,7 @@ import torch
 
 from bad_inputs.catalogue import BadInput, Place, Table, edit_header, edit_json, edit_tensors
 
-OBEY = "prune {model} --out {out} --restore none --plan {plan}"
+OBEY = "prune {model} --out {out} --repair none --plan {plan}"
 PLAN = "plan {model} --statistics {statistics} --sparsity 0.4 --multiple 4 --out {out}"
 
 
@@ -144,7 +144,7 @@ PLANS: Table = {
         OBEY, "cannot read the plan {plan}", "cfsp plan", raw("plan", b"\xff\xfe\x00")
     ),
     "plan that is not there": BadInput(
-        "prune {model} --out {out} --restore none --plan {inputs}/absent.json",
+        "prune {model} --out {out} --repair none --plan {inputs}/absent.json",
         "cannot read the plan {inputs}/absent.json",
         "cfsp plan",
     ),
@@ -177,7 +177,7 @@ STATISTICS: Table = {
         sums("blocks.1.sum", lambda t: t * torch.nan),
     ),
     "a negative sum of squares": BadInput(
-        "prune {model} --out {out} --restore none --sparsity 0.4 --statistics {statistics}",
+        "prune {model} --out {out} --repair none --sparsity 0.4 --statistics {statistics}",
         "{statistics} has NaN, infinite or impossible values in block 2",
         "calibrate again",
         sums("blocks.2.sum_of_squares", lambda t: -t),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,14 @@ def larger_vocabulary(directory: Path) -> None:
     for path in directory.glob("tokenizer*"):
         path.unlink()
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(directory)
+
+
+def without_bos(directory: Path) -> None:
+    """Take the BOS token from a model's tokenizer."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["bos_token"]
+    path.write_text(json.dumps(settings))
 
 
 TEXTS: Table = {
@@ -95,6 +104,18 @@ TEXTS: Table = {
         "sweep {model} --sparsity 0.4 --out {out} --eval {inputs}/absent.txt --data {text}",
         "{inputs}/absent.txt is neither a file nor a known text",
         "known are: ",
+    ),
+    "text to measure on that is not there": BadInput(
+        "prune no-model --sparsity 0.4 --out {out} --eval {inputs}/absent.txt",
+        "{inputs}/absent.txt is neither a file nor a known text",
+        "did you mean {inputs}/absent.jsonl?",
+        file("absent.jsonl", b'{"text": "here"}'),
+    ),
+    "BOS that a tokenizer does not have": BadInput(
+        f"{PRUNE} {{text}} --bos yes",
+        "--bos yes needs a tokenizer with a BOS token",
+        "this one has none",
+        lambda place: without_bos(place.model),
     ),
     "text of the calibration that is not there, in a sweep": BadInput(
         "sweep {model} --sparsity 0.4 --out {out} --eval {text} --eval-windows 1 --seqlen 32 "

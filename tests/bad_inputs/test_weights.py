@@ -189,7 +189,7 @@ FILES: Table = {
         replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
     ),
     "a block more than the config says": BadInput(
-        f"{PRUNE} {TEXT} --restore none",
+        f"{PRUNE} {TEXT} --repair none",
         "{model} has a tensor model.layers.3.mlp.up_proj.weight",
         "download or save it again",
         add("model.layers.3.mlp.up_proj.weight", (96, 32)),

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
+from cfsp.settings import DISTANCES
 
 # Rows of activations that are summed at once: their float32 copy should stay in the cache.
 _ROWS = 256

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
     from cfsp.text.windows import Windows
 
@@ -29,11 +30,9 @@ if TYPE_CHECKING:
 def calibrate(
     source: WeightSource,
     windows: Windows,
+    engine: Engine,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     seed: int = 0,
-    batch_windows: int | None = None,
     place: Workplace | None = None,
     name: str = "calibrate",
 ) -> Statistics:
@@ -42,10 +41,8 @@ def calibrate(
     Args:
         source: the model.
         windows: the calibration text.
-        device: where blocks compute.
-        dtype: what they compute in.
+        engine: where and in what blocks compute.
         seed: the seed that the windows were drawn by, for the record.
-        batch_windows: windows that pass together; None for about 4096 tokens.
         place: where to spill and to save; None for neither.
         name: of the pass, in its workplace and its progress bar.
 
@@ -54,7 +51,7 @@ def calibrate(
         CheckpointError: a tensor is missing or truncated.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    record = calibration_record(source, windows, device=device, dtype=dtype, seed=seed)
+    record = calibration_record(source, windows, engine, seed=seed)
     check_tokens(source.config, windows.tokens_NT, source.label)
     blocks = pass_blocks(
         source,
@@ -62,9 +59,9 @@ def calibrate(
         observe,
         StatisticsFiles(record),
         name=name,
-        device=device,
-        dtype=dtype,
-        batch_windows=batch_windows,
+        device=engine.device,
+        dtype=engine.dtype,
+        batch_windows=engine.batch_windows,
         place=place,
     )
     return Statistics(tuple(blocks), record)
@@ -90,7 +87,7 @@ class StatisticsFiles:
 
 
 def calibration_record(
-    source: WeightSource, windows: Windows, *, device: torch.device, dtype: torch.dtype, seed: int
+    source: WeightSource, windows: Windows, engine: Engine, *, seed: int
 ) -> CalibrationRecord:
     """Return the conditions of a calibration, for its statistics and plans."""
     return CalibrationRecord(
@@ -101,8 +98,9 @@ def calibration_record(
         windows=windows.tokens_NT.shape[0],
         seqlen=windows.tokens_NT.shape[1],
         seed=seed,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
+        dtype=str(engine.dtype).removeprefix("torch."),
+        device=engine.device.type,
+        bos=windows.bos,
     )
 
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
+from cfsp.settings import DISTANCES
 
 # Version 1 held means of distances where version 2 holds sums; it is still read.
 STATISTICS_VERSION = 2
@@ -107,6 +107,7 @@ class CalibrationRecord:
         seed: seed of the draw.
         dtype: what the blocks computed in.
         device: where they computed.
+        bos: whether every window begins with BOS.
     """
 
     model: str
@@ -118,6 +119,7 @@ class CalibrationRecord:
     seed: int
     dtype: str
     device: str
+    bos: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class Statistics:
 def _record(fields: dict[str, Any]) -> CalibrationRecord:
     record = CalibrationRecord(**fields)
     for key, kind in CalibrationRecord.__annotations__.items():
-        expected = {"str": str, "int": int}.get(kind, dict)
+        expected = {"str": str, "int": int, "bool": bool}.get(kind, dict)
         if type(getattr(record, key)) is not expected:
             raise TypeError(f"{key} is not of type {expected.__name__}")
     return record

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from cfsp.checkpoint.cache import converted_directory, directory_bytes
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.output import staged_directory
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def cache_directory() -> Path:
-    """Return where converted models are kept: $CFSP_CACHE, or cfsp in the user's cache."""
-    if explicit := os.environ.get("CFSP_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfsp"
+
+_logger = logging.getLogger(__name__)
+
+# Part of the name of a converted model: one that was converted in another way is not the same.
+_CONVERSION = 2
+# Quantising the same matrix twice gives copies that differ by some percent (Q4_K by 4%); a head
+# that was trained by itself has nothing of the embedding.
+_SAME_MATRIX = 0.2
+_ROWS_AT_ONCE = 4096
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
 def import_gguf(path: Path) -> Path:
@@ -37,10 +47,15 @@ def import_gguf(path: Path) -> Path:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    target = cache_directory() / "gguf" / f"{path.stem}-{digest[:16]}"
+    target = converted_directory() / f"{path.stem}-{digest[:16]}-v{_CONVERSION}"
     if not (target / "config.json").is_file():
         check_gguf(path)
         dtype = _stored_dtype(path)
+        _logger.info(
+            "converting %s (%.2f GB) to safetensors; this takes a minute or more, once",
+            path.name,
+            path.stat().st_size / 1e9,
+        )
         try:
             with staged_directory(target) as staging, library_progress():
                 _convert(path, dtype, staging)
@@ -48,6 +63,11 @@ def import_gguf(path: Path) -> Path:
             # Another process may have converted the same file meanwhile.
             if not (target / "config.json").is_file():
                 raise
+        _logger.info(
+            "the converted model takes %.2f GB in %s (see: cfsp cache)",
+            directory_bytes(target) / 1e9,
+            target,
+        )
     return target
 
 
@@ -88,5 +108,46 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
+    _tie_again(model, path)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _tie_again(model: PreTrainedModel, path: Path) -> None:
+    """Make the head the embedding again where both are copies of one matrix, quantised twice."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding is head or not model._tied_weights_keys or embedding.shape != head.shape:
+        return
+    apart = _relative_difference(embedding, head)
+    if apart > _SAME_MATRIX:
+        return
+    bits = _bits_per_weight(path)
+    if bits.get(_HEAD, 0) > bits.get(_EMBEDDING, 0):
+        embedding.data.copy_(head.data)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    _logger.info(
+        "%s stores the embedding twice, as embedding and as head (%.1f%% apart): they are tied "
+        "again, which leaves %.1fM parameters instead of %.1fM",
+        path.name,
+        100 * apart,
+        model.num_parameters() / 1e6,
+        (model.num_parameters() + head.numel()) / 1e6,
+    )
+
+
+def _relative_difference(one_VD: Tensor, other_VD: Tensor) -> float:
+    """Return the root mean square of the difference, relative to that of the first."""
+    difference = size = 0.0
+    parts = (torch.split(tensor, _ROWS_AT_ONCE) for tensor in (one_VD, other_VD))
+    for one, other in zip(*parts, strict=True):
+        difference += float((one.detach().double() - other.detach().double()).square().sum())
+        size += float(one.detach().double().square().sum())
+    return (difference / size) ** 0.5 if size else float("inf")
+
+
+def _bits_per_weight(path: Path) -> dict[str, float]:
+    """Return by tensor how many bits the file spends on a weight."""
+    from gguf import GGUFReader
+
+    return {t.name: 8 * int(t.n_bytes) / int(t.n_elements) for t in GGUFReader(path).tensors}

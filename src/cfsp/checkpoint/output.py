@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from cfsp.errors import OutputError, UsageError
 
 
@@ -66,49 +68,51 @@ def created_parents(target: Path) -> Iterator[None]:
 def exclusive(directory: Path) -> Iterator[None]:
     """Keep other runs out of a directory; it is created, and removed if it is empty at the end.
 
+    The lock lies beside it, so that an empty directory stays one.
+
     Raises:
         OutputError: another run is working there, or the place is not writable.
     """
+    lock_file = directory.absolute().with_name(f".{directory.absolute().name}.lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
-        raise OutputError(
-            f"cannot write to {directory}: {error.strerror}; choose another output"
-        ) from error
-    try:
-        lock_out_others(handle, directory)
+        raise _cannot_write(directory, error) from error
+    with lock_out_others(lock_file, directory):
         try:
             yield
         finally:
             with contextlib.suppress(OSError):  # there is something in it, or it is gone
                 directory.rmdir()
-    finally:
-        os.close(handle)
+            # While it is held: whoever has opened it meanwhile sees that it is gone.
+            with contextlib.suppress(OSError):  # Windows removes it when it is released
+                lock_file.unlink()
 
 
-def lock_out_others(handle: int, directory: Path) -> None:
-    """Take the lock of an open file for as long as it stays open.
+@contextmanager
+def lock_out_others(lock_file: Path, place: Path) -> Iterator[None]:
+    """Hold a lock; the system gives it back when the process ends, however that happens.
 
     Args:
-        handle: the file's descriptor.
-        directory: what to call the place in an error.
+        lock_file: is created, and stays.
+        place: what to call the place in an error.
 
     Raises:
-        OutputError: another run holds it.
+        OutputError: another run holds it, or it cannot be created.
     """
+    lock = FileLock(lock_file, timeout=0)
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_nlink == 0:  # its owner has just removed it
-            raise BlockingIOError
-    except OSError as error:
+        lock.acquire()
+    except Timeout as error:
         raise OutputError(
-            f"another run is working in {directory}; wait for it, or choose another output"
+            f"another run is working in {place}; wait for it, or choose another output"
         ) from error
+    except OSError as error:
+        raise _cannot_write(lock_file, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

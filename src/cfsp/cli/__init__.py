@@ -13,8 +13,8 @@ import threading
 from collections.abc import Sequence
 
 from cfsp.cli import (
-    arguments,
     bench,
+    cache,
     calibrate,
     demo,
     evaluate,
@@ -28,10 +28,12 @@ from cfsp.cli import (
     sweep,
     verify,
 )
-from cfsp.errors import CfspError
+from cfsp.cli.options import Parser, expand_sets
+from cfsp.cli.output import show_messages
+from cfsp.errors import CfspError, UsageError, did_you_mean
 from cfsp.processes import process_count
 
-_COMMANDS = (
+COMMANDS = (
     prune,
     recover,
     calibrate,
@@ -44,6 +46,7 @@ _COMMANDS = (
     report,
     sweep,
     verify,
+    cache,
     demo,
 )
 
@@ -64,7 +67,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all subcommands."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="cfsp",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -73,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in _COMMANDS:
+    for command in COMMANDS:
         command.add_parser(subparsers)
     return parser
 
@@ -85,12 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted. Bugs keep their traceback.
     """
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
+    try:
+        typed = expand_sets(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        parser.error(str(error))
+    args, unknown = parser.parse_known_args(typed)
     if unknown and args.command is not None:
-        parser.exit(
-            2,
-            f"cfsp {args.command}: error: unknown argument {unknown[0]}; "
-            f"see: cfsp {args.command} --help\n",
+        args.parser.error(
+            f"unknown argument {unknown[0]}"
+            + did_you_mean(unknown[0].partition("=")[0], args.parser.known_flags())
         )
     if args.version:
         from importlib.metadata import version
@@ -103,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         # A polite kill must clean up as Ctrl-C does.
         signal.signal(signal.SIGTERM, _stop)
+    show_messages()
     try:
         args.run(args)
     except CfspError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import PurePath
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
@@ -12,7 +12,7 @@ from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
     from cfsp.speed import Comparison, Workload
-    from cfsp.speed.subjects import Subject
+    from cfsp.speed.shapes import ShapedModel
 
 # Spelled out here, because their home is imported with torch; a test compares.
 ENGINES = ("transformers", "compile", "llama.cpp", "openvino", "vllm")
@@ -27,6 +27,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "cfsp bench MODEL smaller --prompt 512 --new-tokens 32\n"
         "  cfsp bench --shape llama-2-7b --blocks 4 --sparsity 0.5 --dtype bfloat16",
     )
+    parser.usage = (
+        "cfsp bench MODEL [MODEL ...] [options]\n       cfsp bench --shape NAME [options]"
+    )
     parser.add_argument(
         "models",
         nargs="*",
@@ -34,26 +37,18 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="as for prune, or a .gguf file for llama.cpp; ratios are to the first",
     )
     shape = parser.add_argument_group("true shapes with random weights, instead of models")
-    shape.add_argument("--shape", help="llama-2-7b, llama-3-8b, qwen2.5-7b, ...")
-    shape.add_argument("--blocks", type=int, metavar="N", help="how many blocks (default: all)")
+    shape.add_argument("--shape", metavar="NAME", help="llama-2-7b, llama-3-8b, qwen2.5-7b, ...")
+    shape.add_argument(
+        "--blocks", type=int, metavar="N", help="fewer blocks, then without head (default: all)"
+    )
     shape.add_argument(
         "--sparsity",
         type=float,
         nargs="+",
         metavar="P",
-        help="fractions of FFN channels to leave out, against the dense shape",
+        help="FFN channels to leave out, against the dense shape",
     )
-    shape.add_argument("--multiple", type=int, metavar="N", help="as for prune")
-    shape.add_argument(
-        "--width", type=int, nargs="+", metavar="F", help="exact FFN widths instead of --sparsity"
-    )
-    shape.add_argument(
-        "--head",
-        choices=("with", "without"),
-        help="time the language-model head (default: with, but without for a shape with fewer "
-        "blocks than the model has); the ideal ratio counts it in the same way",
-    )
-    work = parser.add_argument_group("what to time")
+    work = parser.add_argument_group("what to time; several are timed one after the other")
     for name, default, what in (
         ("batch", 1, "sequences at once"),
         ("prompt", 512, "prompt tokens of each"),
@@ -65,26 +60,19 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
             nargs="+",
             default=[default],
             metavar="N",
-            help=f"{what}; several are timed one after the other (default: {default})",
+            help=f"{what} (default: {default})",
         )
     group = parser.add_argument_group("how")
     group.add_argument(
         "--engine",
         default="transformers",
         choices=ENGINES,
-        help="transformers eager (default), torch.compile with a static cache, or a runtime",
+        metavar="NAME",
+        help=f"{', '.join(ENGINES)}",
     )
-    group.add_argument("--rounds", type=int, default=7, help="timed runs of each (default: 7)")
+    group.add_argument("--rounds", type=int, metavar="N", default=7, help="(default: 7)")
     group.add_argument(
-        "--warmups", type=int, default=2, help="untimed runs of each (default: 2; compile: 3)"
-    )
-    group.add_argument(
-        "--disturbance",
-        type=float,
-        default=0.05,
-        metavar="F",
-        help="measure a round again while other programs take more than this fraction of the "
-        "processors (default: 0.05)",
+        "--warmups", type=int, metavar="N", help="untimed runs (default: 2; compile: 3)"
     )
     group.add_argument("--threads", type=int, metavar="N", help="(default: the engine's own)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
@@ -92,7 +80,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="(default: the model's own; bfloat16 for a shape)",
+        metavar="NAME",
+        help="auto (the model's own), float32, bfloat16, float16",
     )
     arguments.add_json(parser)
     parser.set_defaults(run=run)
@@ -100,52 +89,37 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Time and print."""
-    from itertools import product
+    from cfsp.speed.bench import bench
 
-    from cfsp.speed import Conditions, Workload, compare_speed
-
-    subjects = _subjects(args)
-    workloads = [Workload(*values) for values in product(args.batch, args.prompt, args.new_tokens)]
-    # With a static cache the second run compiles once more: the cache then exists already.
-    warmups = max(args.warmups, 3) if args.engine == "compile" else args.warmups
-    conditions = Conditions(
-        args.engine,
-        warmups,
-        args.rounds,
-        args.disturbance,
-        args.device,
-        args.dtype,
-        args.threads,
+    comparison = bench(
+        _models(args),
+        batch=args.batch,
+        prompt=args.prompt,
+        new_tokens=args.new_tokens,
+        engine=args.engine,
+        rounds=args.rounds,
+        warmups=args.warmups,
+        threads=args.threads,
+        device=args.device,
+        dtype=args.dtype,
     )
-    comparison = compare_speed(subjects, workloads, conditions)
     if args.json:
         print_json(comparison.to_json())
     else:
         print_comparison(comparison)
 
 
-def _subjects(args: argparse.Namespace) -> list[Subject]:
+def _models(args: argparse.Namespace) -> Sequence[str | ShapedModel]:
     from cfsp.speed.shapes import ShapedModel
-    from cfsp.speed.subjects import Subject
 
     if bool(args.models) == bool(args.shape):
         raise UsageError("expected models or a --shape, and not both")
-    if args.models:
-        if args.blocks or args.sparsity or args.width or args.multiple:
-            raise UsageError("--blocks, --sparsity, --width and --multiple go with --shape only")
-        # The last part of a path is enough, unless two are alike.
-        short = [PurePath(name).name for name in args.models]
-        labels = short if len(set(short)) == len(short) else args.models
-        pairs = zip(args.models, labels, strict=True)
-        return [Subject(name, label, head=args.head != "without") for name, label in pairs]
-    dense = ShapedModel(args.shape, args.blocks)
-    shaped = [
-        dense,
-        *(ShapedModel(args.shape, args.blocks, p, args.multiple) for p in args.sparsity or ()),
-        *(ShapedModel(args.shape, args.blocks, width=width) for width in args.width or ()),
-    ]
-    head = args.head == "with" or (args.head is None and dense.whole)
-    return [Subject(each, each.label, head) for each in shaped]
+    if not args.shape:
+        if args.blocks or args.sparsity:
+            raise UsageError("--blocks and --sparsity go with --shape only")
+        models: list[str] = args.models
+        return models
+    return [ShapedModel(args.shape, args.blocks, p) for p in (0.0, *(args.sparsity or ()))]
 
 
 def print_comparison(comparison: Comparison) -> None:

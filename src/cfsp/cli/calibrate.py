@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
+from cfsp.cli.options import add_advanced
 from cfsp.cli.output import human_bytes, print_json, print_passes
 from cfsp.processes import process_count
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
+    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import Workplace
-    from cfsp.result.manifest import Stopwatch
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -35,7 +36,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     arguments.add_calibration_text(parser)
     arguments.add_compute(parser)
     arguments.add_memory_budget(parser)
-    parser.add_argument(
+    add_advanced(
+        parser,
         "--process-timeout",
         type=float,
         default=30.0,
@@ -48,14 +50,16 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate and save."""
+    arguments.check_texts(args.data)
+
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside, created_parents
+    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import output_workplace, remove_finished_work
     from cfsp.errors import OutputError, UsageError
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
-    from cfsp.result.manifest import Stopwatch
     from cfsp.text.tokenizers import load_tokenizer
 
     remove_finished_work(args.out)
@@ -96,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
 def _report(
     args: argparse.Namespace, statistics: Statistics, watch: Stopwatch, place: Workplace
 ) -> None:
+    from cfsp.engine.memory import peak_rss_bytes
     from cfsp.planning.make import LEAST_TOKENS, few_tokens
-    from cfsp.result.manifest import peak_rss_bytes
 
     facts: dict[str, Any] = {
         "out": str(args.out),

@@ -35,6 +35,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="let windows of the same text overlap: each begins S tokens after the last one and "
         "counts only tokens not counted yet (default: no overlap)",
     )
+    arguments.add_bos(text)
     tasks = parser.add_argument_group("tasks, scored by lm-evaluation-harness")
     tasks.add_argument(
         "--tasks",
@@ -61,10 +62,12 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
-    from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
-
     if not args.data and not args.tasks:
         raise UsageError("expected --data, --tasks or both, found neither")
+    arguments.check_texts(None, args.data)
+
+    from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
+
     selection = None
     if args.tasks:
         names = [name.strip() for each in args.tasks for name in each.split(",") if name.strip()]
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.quality.evaluate import evaluate_models
     from cfsp.quality.tasks.harness import TaskRunner
 
-    texts = arguments.evaluation_text(args.data, args.windows, args.seqlen, args.stride)
+    texts = arguments.evaluation_text(args.data, args.windows, args.seqlen, args.stride, args.bos)
     runner = TaskRunner.of(selection) if selection else None
     results = evaluate_models(args.models, texts, arguments.compute(args), runner)
     conditions = {"tasks": runner.conditions()} if runner else {}
@@ -101,7 +104,11 @@ def _print_perplexity(results: list[dict[str, Any]], args: argparse.Namespace) -
     print_table(("perplexity", "parameters", *args.data), rows)
     counts = ", ".join(f"{count:,} of {text}" for text, count in results[0]["tokens"].items())
     stride = f", stride {args.stride}" if args.stride else ""
-    print(f"\npredicted tokens: {counts}; windows of {args.seqlen}{stride}; {results[0]['dtype']}")
+    bos = ", beginning with BOS" if results[0]["bos"] else ""
+    print(
+        f"\npredicted tokens: {counts}; windows of {args.seqlen}{stride}{bos}; "
+        f"{results[0]['dtype']}"
+    )
 
 
 def _print_tasks(results: list[dict[str, Any]], conditions: dict[str, Any]) -> None:

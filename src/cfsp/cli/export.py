@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cfsp.exports.target import ExportReport
 
 # Spelled out here, because their home imports torch; a test compares.
-TARGETS = ("gguf", "vllm", "openvino", "padded", "uniform")
+TARGETS = ("gguf", "vllm", "openvino", "padded")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         open_checkpoint(args.model, args.revision),
         args.to,
         args.out,
-        ExportOptions(args.type, args.pre_tokenizer, arguments.typed_command()),
+        ExportOptions(args.type, args.pre_tokenizer),
         verify=not args.no_verify,
     )
     for note in report.notes:

@@ -1,79 +1,55 @@
-"""Arguments that say how much to remove by another measure than a fraction, and what was tried."""
+"""Options that say how much to remove, of which a command takes one; and what a goal came to."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cfsp.cli.options import Parser, add_options, given, settings_from
 from cfsp.cli.output import human_count, print_table
 from cfsp.errors import UsageError
+from cfsp.settings import (
+    Budget,
+    Criterion,
+    Goal,
+    MaxLossIncrease,
+    TargetParameters,
+    TargetSpeedup,
+    options_of,
+)
 
-if TYPE_CHECKING:
-    from cfsp.goals.goal import Goal
-
-# Spelled out here, because their home is beside what imports torch; a test compares.
-PHASES = ("decode", "prefill")
-
+# The field of each that is the goal itself; the others belong to it.
+_GOALS: tuple[tuple[type[Any], str], ...] = (
+    (TargetParameters, "fraction"),
+    (TargetSpeedup, "ratio"),
+    (MaxLossIncrease, "nats"),
+)
 _NOUNS = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
 
 
-def add_goals(parser: argparse.ArgumentParser, *, has_text: bool) -> None:
-    """Add the goals that exclude --sparsity.
+def add_goals(parser: Parser, *, has_text: bool) -> Any:
+    """Add what says how much to remove and by which criterion; return the help's group.
 
     Args:
         parser: of the command.
         has_text: whether the command has calibration text, of which some can be held out.
     """
-    group = parser.add_argument_group("instead of --sparsity, one of")
-    group.add_argument(
-        "--target-params",
-        type=float,
-        metavar="F",
-        help="fraction of all parameters that stays, in (0, 1]: 1 - P of --sparsity P --of model",
-    )
-    group.add_argument(
-        "--target-speedup",
-        type=float,
-        metavar="X",
-        help="as little as is predicted to make the model X times faster on this machine, from "
-        "latencies of several FFN widths; takes a quiet machine and a few times the model's memory",
-    )
-    group.add_argument(
-        "--target-speedup-of",
-        choices=PHASES,
-        metavar="PHASE",
-        help=f"what shall be faster, of {' or '.join(PHASES)} (default: decode)",
-    )
-    if not has_text:
-        return
-    group.add_argument(
-        "--max-loss-increase",
-        type=float,
-        metavar="NATS",
-        help="as much as keeps the loss per token on held-out text within so many nats of the "
-        "dense model's; measured before restoration, which mostly lowers it further; needs the "
-        "model in memory",
-    )
-    group.add_argument(
-        "--held-out",
-        action="append",
-        metavar="TEXT",
-        help="text for --max-loss-increase; repeatable (default: windows of --data that "
-        "calibration leaves over)",
-    )
-    group.add_argument(
-        "--held-out-windows",
-        type=int,
-        metavar="N",
-        help="windows in all, or of each --held-out text (default: 12)",
-    )
+    group = parser.add_argument_group("what to remove (one of)")
+    add_options(parser, group, Budget)
+    for goal, _ in _GOALS:
+        if has_text or goal is not MaxLossIncrease:
+            add_options(parser, group, goal)
+    add_options(parser, group, Criterion)
+    return group
 
 
-def given(args: argparse.Namespace) -> list[str]:
+def asked(args: argparse.Namespace) -> list[str]:
     """Return which of the options that say how much to remove were given."""
-    options = ("sparsity", "target_params", "max_loss_increase", "target_speedup")
-    named = [option for option in options if getattr(args, option, None) is not None]
-    return [f"--{option.replace('_', '-')}" for option in named]
+    found = ["--sparsity"] if args.sparsity is not None else []
+    for goal, field in _GOALS:
+        if field in given(args, goal):
+            found.append(f"--{options_of(goal)[field].flag}")
+    return found
 
 
 def check_goal(args: argparse.Namespace) -> None:
@@ -82,40 +58,29 @@ def check_goal(args: argparse.Namespace) -> None:
     Raises:
         UsageError: none or several do, or one that belongs to another is given without it.
     """
-    found = given(args)
+    found = asked(args)
     if len(found) != 1:
         raise UsageError(
             "exactly one of --sparsity, --target-params, --max-loss-increase and --target-speedup "
             f"says how much to remove (or --plan, a complete decision); found "
             f"{' and '.join(found) or 'none'}"
         )
-    if args.of == "model" and found != ["--sparsity"]:
+    if args.of is not None and found != ["--sparsity"]:
         raise UsageError(f"--of belongs to --sparsity, found it with {found[0]}")
-    for option, owner in (
-        ("target_speedup_of", "--target-speedup"),
-        ("held_out", "--max-loss-increase"),
-        ("held_out_windows", "--max-loss-increase"),
-    ):
-        if getattr(args, option, None) is not None and found != [owner]:
-            raise UsageError(f"--{option.replace('_', '-')} belongs to {owner}")
+    for goal, field in _GOALS:
+        options = options_of(goal)
+        owner = f"--{options[field].flag}"
+        for other in given(args, goal):
+            if other != field and found != [owner]:
+                raise UsageError(f"--{options[other].flag} belongs to {owner}")
 
 
 def goal(args: argparse.Namespace) -> Goal | None:
     """Return the goal; None if a sparsity was given."""
-    from cfsp.goals.goal import (
-        DEFAULT_WINDOWS,
-        MaxLossIncrease,
-        TargetParameters,
-        TargetSpeedup,
-    )
-
-    if args.target_params is not None:
-        return TargetParameters(args.target_params)
-    if args.target_speedup is not None:
-        return TargetSpeedup(args.target_speedup, args.target_speedup_of or "decode")
-    if getattr(args, "max_loss_increase", None) is not None:
-        windows = DEFAULT_WINDOWS if args.held_out_windows is None else args.held_out_windows
-        return MaxLossIncrease(args.max_loss_increase, tuple(args.held_out or ()), windows)
+    for kind, field in _GOALS:
+        if field in given(args, kind):
+            value: Goal = settings_from(args, kind)
+            return value
     return None
 
 
@@ -135,14 +100,14 @@ def print_goal(resolution: dict[str, Any]) -> None:
     ]
     print_table(("sparsity", "parameters", noun, "fits"), rows)
     chosen = f"{resolution['budget']['sparsity']:.1%} of the FFN channels go"
-    print(f"\n{_asked(resolution)}: {chosen}\n")
+    print(f"\n{_in_words(resolution)}: {chosen}\n")
 
 
-def _asked(resolution: dict[str, Any]) -> str:
+def _in_words(resolution: dict[str, Any]) -> str:
     asked, conditions = resolution["asked"], resolution["conditions"]
     if resolution["goal"] == "target_speedup":
         return f"at least {asked:g} times faster in {conditions['phase']}"
-    text = f"at most {asked:g} nats per token over {conditions['dense_loss']:.3f}, unrestored"
+    text = f"at most {asked:g} nats per token over {conditions['dense_loss']:.3f}, before repair"
     if "result" in resolution:
         text += f" (the result: {resolution['result']:+.3f})"
     return text

@@ -24,7 +24,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Inspect and print."""
     from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.result.conditions import Conditions
     from cfsp.result.inspect import inspect_checkpoint
+    from cfsp.result.repair_steps import repair_steps, steps_in_words
 
     facts = inspect_checkpoint(open_checkpoint(args.model, args.revision))
     if args.json:
@@ -54,6 +56,13 @@ def run(args: argparse.Namespace) -> None:
     )
     texts = ", ".join(f"{name} ({count})" for name, count in calibration["sources"].items())
     print(f"calibration        {texts} windows of {calibration['seqlen']}")
+    print(f"repair             {steps_in_words(repair_steps(pruned))}")
     for text, value in pruned["perplexity"].items():
-        print(f"perplexity         {text}: {value['before']:.2f} -> {value['after']:.2f}")
+        change = f"{value['before']:.2f} -> {value['after']:.2f}"
+        print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
+    if "recovery" in pruned:
+        print(f"recovery           {pruned['recovery']['steps']:,} steps of training")
+        for text, value in pruned["recovery"].get("perplexity", {}).items():
+            change = f"{value['before']:.2f} -> {value['after']:.2f}"
+            print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
     print(f"command            {pruned['command']}")

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+class _PlainLines(logging.Handler):
+    """Shows a message as it is, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line to standard error, as it is at that moment."""
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_messages() -> None:
+    """Let people see what the library has to say: plain lines on standard error."""
+    logger = logging.getLogger("cfsp")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _PlainLines) for handler in logger.handlers):
+        logger.addHandler(_PlainLines())
 
 
 def print_json(value: Any) -> None:

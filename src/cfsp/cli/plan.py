@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli import goal as goals
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import OutputError
+from cfsp.settings import PruneSettings
 
 if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
@@ -28,7 +30,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--statistics", required=True, type=Path, metavar="FILE", help="from cfsp calibrate"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the plan, JSON")
-    arguments.add_budget(parser)
     goals.add_goals(parser, has_text=False)
     arguments.add_compute(parser)
     arguments.add_json(parser)
@@ -41,7 +42,6 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside
     from cfsp.goals.resolve import plan_for_goal
-    from cfsp.settings import PruneSettings
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
         return
     goals.print_goal(resolution)
     print_plan(plan)
-    print(f"\nwritten to {args.out}")
+    print(f"\nwritten to {args.out}; obey it with:")
+    print(shlex.join(["cfsp", "prune", args.model, "--plan", str(args.out), "--out", "OUT"]))
 
 
 def print_plan(plan: PruningPlan) -> None:

@@ -9,19 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments, recover
 from cfsp.cli import goal as goals
+from cfsp.cli.options import Parser, add_advanced, add_options, given, settings_from
 from cfsp.cli.output import human_bytes, human_count, print_json, print_passes, print_table
 from cfsp.cli.plan import print_plan
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
+from cfsp.settings import (
+    DEFAULT_REPAIR,
+    EFFORTS,
+    REPAIRS,
+    Budget,
+    CalibrationText,
+    Compute,
+    EvaluationText,
+    LocalTraining,
+    PruneSettings,
+    Repair,
+)
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
-    from cfsp.planning.allocation import Budget
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.recovery.recover_report import RecoverReport
     from cfsp.recovery.settings import Training
     from cfsp.result.prune_report import PruneReport
-    from cfsp.settings import PruneSettings
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -34,60 +45,41 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
-    arguments.add_budget(parser)
-    goals.add_goals(parser, has_text=True)
-    arguments.add_calibration_text(parser)
-    group = parser.add_argument_group("stages")
-    group.add_argument(
-        "--search",
-        type=int,
-        default=0,
-        metavar="ROUNDS",
-        help="with --restore none or bias: shift width between blocks while that brings the "
-        "predictions nearer to the dense model's; a round costs about one forward pass over a few "
-        "windows for every block, with the whole model in memory (default: 0)",
-    )
-    group.add_argument(
-        "--restore",
-        default="ridge",
-        choices=arguments.RESTORE_METHODS,
-        help="repair the down projections by least squares (ridge, default); then again "
-        "on the pruned model's own hidden states, towards the dense model's (sequential); then "
-        "train a few blocks at a time towards these (local); or add the mean of what was removed "
-        "as a bias of the down projections (bias); or nothing (none)",
-    )
-    group.add_argument(
-        "--local-steps",
-        type=int,
-        metavar="N",
-        help="of --restore local, for each group of blocks (default: 100)",
-    )
-    group.add_argument(
-        "--local-blocks",
-        type=int,
-        metavar="N",
-        help="of --restore local, how many consecutive blocks train together, twice as many at the "
-        "model's end; more need more memory (default: 3)",
-    )
-    group.add_argument(
-        "--local-text",
-        type=float,
-        metavar="F",
-        help="of --restore local, the part of the text itself in the loss of the last blocks, from "
-        "0 to 1; the rest is the divergence from the dense model (default: 0.5)",
-    )
-    group.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan")
-    group.add_argument(
-        "--statistics", type=Path, metavar="FILE", help="plan from these, without a forward pass"
-    )
-    group.add_argument(
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write only it into --out"
     )
+    arguments.add_json(parser)
+    removed = goals.add_goals(parser, has_text=True)
+    removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
+    text = parser.add_argument_group("text")
+    add_options(parser, text, CalibrationText)
+    add_options(parser, text, EvaluationText)
+    _add_effort(parser)
+    add_options(parser, parser, LocalTraining)
+    add_advanced(
+        parser,
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="plan from these (cfsp calibrate made them), without a forward pass",
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_effort(parser: Parser) -> None:
+    group = parser.add_argument_group("how much effort")
     group.add_argument(
-        "--eval",
-        action="append",
-        metavar="TEXT",
-        help="measure perplexity on this text, before and after",
+        "--effort",
+        choices=tuple(EFFORTS),
+        help="fast: no repair, one forward pass. standard (default): a least-squares repair, two "
+        "to four times that; lower perplexity. best: two more repairs, the last by training a few "
+        "blocks at a time, half an hour of one core for 135M parameters; lowest perplexity on text "
+        "like --data, while tasks hardly gain",
+    )
+    group.add_argument(
+        "--repair",
+        choices=REPAIRS,
+        help="the repair by its name, instead of --effort: each includes those before it",
     )
     group.add_argument(
         "--recover",
@@ -96,11 +88,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="then train for so long on the same texts with LoRA by importance; the pruned model "
         "stays in OUT-pruned (`cfsp recover` has all options)",
     )
-    group.add_argument("--eval-windows", type=int, default=12, metavar="N", help="(default: 12)")
-    arguments.add_compute(parser)
-    arguments.add_memory_budget(parser)
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
+    # How it was called before.
+    group.add_argument("--restore", dest="repair", choices=REPAIRS, help=argparse.SUPPRESS)
+    add_options(parser, group, Compute)
 
 
 def check_together(args: argparse.Namespace) -> None:
@@ -112,11 +102,11 @@ def check_together(args: argparse.Namespace) -> None:
     if process_count() > 1:
         raise UsageError(
             "prune runs in one process; under torchrun run `cfsp calibrate MODEL --out FILE`, "
-            "then here `cfsp prune MODEL --statistics FILE` without torchrun"
+            "then here `cfsp prune MODEL --set statistics=FILE` without torchrun"
         )
     if args.plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if args.plan and (found := goals.given(args)):
+    if args.plan and (found := goals.asked(args)):
         raise UsageError(f"--plan and {found[0]} exclude each other: a plan has its sparsity")
     if not args.plan:
         goals.check_goal(args)
@@ -125,23 +115,28 @@ def check_together(args: argparse.Namespace) -> None:
             "--max-loss-increase with --statistics needs a --held-out text: which windows were "
             "calibrated on before is not known"
         )
-    if args.plan and args.search:
-        raise UsageError("--plan and --search exclude each other: a plan has its widths")
+    if args.effort and args.repair:
+        raise UsageError(
+            f"--effort {args.effort} is --repair {EFFORTS[args.effort]}; give one of the two"
+        )
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
+    if (local := given(args, LocalTraining)) and _repair(args) != "local":
+        raise UsageError(f"--local-{next(iter(local))} belongs to --repair local")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prune."""
     check_together(args)
+    arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_output_is_free
     from cfsp.pipeline import prune_checkpoint
-    from cfsp.planning.allocation import Budget
     from cfsp.planning.plan_file import PruningPlan
 
+    evaluation = settings_from(args, EvaluationText, bos=args.bos or "auto")
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
@@ -160,11 +155,13 @@ def run(args: argparse.Namespace) -> None:
         goal=goal,
         statistics=statistics,
         plan=plan,
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
+        evaluation=evaluation,
         dry_run=args.dry_run,
         command=arguments.typed_command(),
     )
-    recovery = _recover(args, pruned, settings, training) if training is not None else None
+    recovery = None
+    if training is not None:
+        recovery = _recover(args, pruned, settings, training, evaluation)
     if args.json:
         print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
         return
@@ -178,6 +175,12 @@ def run(args: argparse.Namespace) -> None:
         recover.print_report(recovery)
 
 
+def _repair(args: argparse.Namespace) -> Repair:
+    if args.effort:
+        return EFFORTS[args.effort]
+    return args.repair or DEFAULT_REPAIR
+
+
 def _settings(
     args: argparse.Namespace,
     budget: Budget,
@@ -185,81 +188,67 @@ def _settings(
     statistics: Statistics | None,
 ) -> PruneSettings:
     """Return how to prune; the text is left out where none is needed."""
-    from cfsp.repair.local_training import LocalTraining
-    from cfsp.settings import FITTED, CalibrationText, PruneSettings
-
-    needs_means = args.restore == "bias" and not args.dry_run
-    passes_text = args.restore in FITTED and not args.dry_run
-    needs_text = (
-        passes_text or args.search > 0 or (statistics is None and (plan is None or needs_means))
-    )
-    local = {
-        "steps": args.local_steps,
-        "blocks": args.local_blocks,
-        "text": args.local_text,
-    }
-    given = {name: value for name, value in local.items() if value is not None}
-    if given and args.restore != "local":
-        raise UsageError(f"--local-{next(iter(given))} belongs to --restore local")
+    repair = _repair(args)
+    repairs = repair != "none" and not args.dry_run
+    needs_text = repairs or (statistics is None and plan is None)
     return PruneSettings(
         budget=budget,
         criterion=arguments.criterion(args),
         text=arguments.calibration_text(args)
         if needs_text
-        else CalibrationText(seqlen=args.seqlen),
+        else settings_from(args, CalibrationText),
         compute=arguments.compute(args),
-        restore=args.restore,
-        search_rounds=args.search,
-        local=LocalTraining(**given),
+        repair=repair,
+        local=settings_from(args, LocalTraining),
     )
 
 
 def _training(args: argparse.Namespace) -> Training:
     from cfsp.recovery.settings import Limit, Training
 
-    limit = Limit(minutes=args.recover)
-    return Training(limit, seqlen=min(args.seqlen, Training.seqlen), seed=args.seed)
+    limit, text = Limit(minutes=args.recover), settings_from(args, CalibrationText)
+    return Training(limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed, bos=text.bos)
 
 
 def _recover(
-    args: argparse.Namespace, pruned: Path, settings: PruneSettings, training: Training
+    args: argparse.Namespace,
+    pruned: Path,
+    settings: PruneSettings,
+    training: Training,
+    evaluation: EvaluationText,
 ) -> RecoverReport:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.recover import recover_checkpoint
-    from cfsp.settings import Compute
 
+    compute = settings.compute
     return recover_checkpoint(
         open_checkpoint(pruned),
         args.out,
         data=settings.text.names,
         training=training,
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, args.seqlen),
-        compute=Compute(args.device, args.dtype if args.dtype != "float16" else "auto"),
+        evaluation=evaluation,
+        compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
         command=arguments.typed_command(),
     )
 
 
-def _describe_restoration(restoration: dict[str, Any]) -> str:
-    if restoration["method"] == "bias":
-        return "restored: the down projections have a bias, the mean of what was removed"
-    blocks = restoration["blocks"]
+_REPAIRS_IN_WORDS = {
+    "ridge": "least squares: error of the FFN output",
+    "sequential": "least squares on the pruned stream: error of hidden states",
+    "local": "training of a few blocks at a time: error of hidden states",
+}
+
+
+def _describe_step(step: dict[str, Any]) -> str:
+    # Blocks that change together share one error, so not every block has its own.
+    blocks = [block for block in step["blocks"] if block is not None]
     before = fmean(block["error_before"] for block in blocks)
-    after = fmean(block["error_after"] for block in blocks)
-    text = f"restored: FFN output error on held-out windows {before:.3f} -> {after:.3f}"
-    if alone := restoration["left_alone"]:
-        text += f"; blocks better left alone: {', '.join(map(str, alone))}"
-    for key, what in (("sequential", "fitted again"), ("local", "reconstructed")):
-        # Blocks that train together share one error, so not every block has its own.
-        if entries := [entry for block in blocks if (entry := block.get(key)) is not None]:
-            before = fmean(entry["error_before"] for entry in entries)
-            after = fmean(
-                entry["error_after"] if entry["is_better"] else entry["error_before"]
-                for entry in entries
-            )
-            text += (
-                f"\n{what}: hidden states' error on held-out windows {before:.3f} -> {after:.3f}"
-            )
-    return text
+    after = fmean(
+        block["error_after"] if block["kept"] else block["error_before"] for block in blocks
+    )
+    rejected = sum(not block["kept"] for block in blocks)
+    text = f"{_REPAIRS_IN_WORDS[step['name']]} on held-out windows {before:.3f} -> {after:.3f}"
+    return text + (f"; rejected in {rejected} of {len(blocks)} blocks" if rejected else "")
 
 
 def print_report(report: PruneReport) -> None:
@@ -282,9 +271,9 @@ def print_report(report: PruneReport) -> None:
             (f"perplexity, {text}", f"{value['before']:.2f}", f"{value['after']:.2f}", change)
         )
     print_table(("", "before", "after", "change"), rows)
-    if report.restoration:
-        print(f"\n{_describe_restoration(report.restoration)}")
     print()
+    for step in report.repair["steps"]:
+        print(f"repaired by {_describe_step(step)}")
     print_passes(report.passes)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     print(f"{stages}; peak memory {human_bytes(report.peak_rss_bytes)}")

@@ -21,6 +21,7 @@ from cfsp.recovery.settings import (
     Distillation,
     Training,
 )
+from cfsp.settings import BOS
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
@@ -40,6 +41,7 @@ RESEARCH: dict[str, dict[str, Any]] = {
     "weight_decay": {"type": float, "default": Training.weight_decay},
     "eval_windows": {"type": int, "default": EVAL_WINDOWS},
     "seed": {"type": int, "default": Training.seed},
+    "bos": {"choices": BOS, "default": Training.bos},
     "dtype": {"choices": ("auto", "float32", "bfloat16"), "default": "auto"},
 }
 
@@ -147,6 +149,8 @@ def run(args: argparse.Namespace) -> None:
     """Recover."""
     # Importing torch is a part of what the user waits for.
     started = time.monotonic()
+    arguments.check_texts(args.data, args.eval)
+
     from cfsp.recovery.api import recover
 
     if args.resume:

@@ -14,14 +14,22 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser = arguments.command_parser(
         subparsers,
         "report",
-        "show one run, or several side by side, on a self-contained web page",
+        "show one run, several side by side, or a sweep, on a self-contained web page",
         "cfsp report smaller smallest --out report.html --png charts",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="directory that prune or recover wrote"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="directory that prune, recover or sweep wrote",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page; replaces an older report, but no other file (default: report.html)",
     )
     parser.add_argument(
         "--results",
@@ -33,7 +41,10 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "original; repeatable",
     )
     parser.add_argument(
-        "--png", type=Path, metavar="DIR", help="also write the charts as pictures (extra report)"
+        "--png",
+        type=Path,
+        metavar="DIR",
+        help="also write the charts as pictures, in place of older ones (extra report)",
     )
     arguments.add_json(parser)
     parser.set_defaults(run=run)

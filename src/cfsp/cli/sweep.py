@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from cfsp.sweep.recipe import Recipe
 
 # Spelled out here, because their home imports torch; a test compares.
-METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "flap", "magnitude-sp", "random")
-
-# Models that a command line names one by one.
-_MOST_NAMED = 12
+METHODS = ("cfsp", "cfsp-plain", "cfsp-published", "wanda-sp", "magnitude-sp", "random")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -71,6 +68,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Sweep."""
+    arguments.check_texts(args.data, args.eval)
+
     from cfsp.sweep.run import run_sweep
     from cfsp.sweep.table import cells, columns, write_tables
 
@@ -89,14 +88,12 @@ def run(args: argparse.Namespace) -> None:
     print_table(columns(rows), cells(rows))
     print("\nthe last column: texts, by number, on which nothing smaller is as good")
     print(f"tables: {', '.join(map(str, written))}")
-    runs = [shlex.quote(str(row.directory)) for row in rows if row.directory]
-    if len(runs) > _MOST_NAMED:
-        runs = [f"{shlex.quote(str(args.out))}/*/"]
-    print(f"charts: cfsp report {' '.join(runs)}")
+    print(f"charts: cfsp report {shlex.quote(str(args.out))}")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from cfsp.sweep.recipe import Recipe, read_recipe
+    from cfsp.text.sources import name_of
 
     if args.recipe:
         if args.model or args.sparsity or args.data or args.eval:
@@ -111,10 +108,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         methods=tuple(args.method),
         of=args.of,
         multiple=args.multiple,
-        data=text.names,
+        data=tuple(map(name_of, text.names)),
         samples=text.samples,
         seqlen=text.seqlen,
         seed=text.seed,
+        bos=text.bos,
         eval=tuple(args.eval or ()),
         eval_windows=args.eval_windows,
         speed=args.speed,

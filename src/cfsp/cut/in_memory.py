@@ -6,9 +6,10 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.cut.surgery import added_specs, pruned_config, pruned_specs, pruned_tensor
+from cfsp.cut.surgery import pruned_specs, pruned_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,16 +35,15 @@ def build_pruned_model(
         model: the original; stays as it is and shares its unpruned tensors.
         source: the same model as a weight source.
         plan: which channels stay.
-        repaired: tensors that restoration changed or added, by name, already in pruned shape.
+        repaired: tensors that repair changed, by name, already in pruned shape.
     """
-    added = added_specs(source, repaired)
-    config = pruned_config(source, plan, adds_bias=bool(added))
+    config = config_with_widths(source.config, plan.kept_widths)
     pruned = build_skeleton(config, model.dtype)
 
     def stored(name: str) -> Tensor:
         return repaired[name].read(name) if name in repaired else pruned_tensor(source, plan, name)
 
-    specs = pruned_specs(source, plan) | added
+    specs = pruned_specs(source, plan)
     tensors, unused = {}, set(specs)
     for name, empty in pruned.state_dict().items():
         parts = pieces(source.family, name, empty.shape)

@@ -6,14 +6,12 @@ byte for byte. Tensors stream from the source to the new shards: one is in memor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
 from cfsp.checkpoint.tensor_file import (
@@ -23,24 +21,6 @@ from cfsp.checkpoint.tensor_file import (
     tensor_chunks,
 )
 from cfsp.planning.plan_file import PruningPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
-def pruned_config(
-    source: WeightSource, plan: PruningPlan, *, adds_bias: bool = False
-) -> PreTrainedConfig:
-    """Return the config of the pruned model, of the class that the source's config has."""
-    key, widths = source.family.width_key, plan.kept_widths
-    changed = copy.deepcopy(source.config)
-    changed.per_layer_config = None
-    setattr(changed, key, max(widths))
-    if len(set(widths)) > 1:
-        changed.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
-    if adds_bias:
-        setattr(changed, DOWN_BIAS_KEY, True)
-    return changed
 
 
 def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
@@ -69,24 +49,19 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     return specs
 
 
-def added_specs(source: WeightSource, repaired: Mapping[str, TensorFile]) -> dict[str, TensorSpec]:
-    """Return the tensors that restoration adds to a model: biases that it did not have."""
-    return {n: file.specs[n] for n, file in repaired.items() if n not in source.specs}
-
-
 class PrunedSource:
     """A model as surgery would leave it, seen as a weight source; nothing is written.
 
     Args:
         source: the model.
         plan: which channels stay.
-        repaired: tensors that restoration changed, by name, already in pruned shape.
+        repaired: tensors that repair changed, by name, already in pruned shape.
     """
 
     def __init__(
         self, source: WeightSource, plan: PruningPlan, repaired: Mapping[str, TensorFile]
     ) -> None:
-        self.config = pruned_config(source, plan)
+        self.config = config_with_widths(source.config, plan.kept_widths)
         self.family = source.family
         self.label = source.label
         self.specs = pruned_specs(source, plan)
@@ -120,14 +95,14 @@ def write_pruned_weights(
         source: the model.
         plan: which channels stay; must fit the source.
         directory: an existing directory.
-        repaired: tensors that restoration changed or added, by name, already in pruned shape.
+        repaired: tensors that repair changed, by name, already in pruned shape.
         max_shard_bytes: size of a shard; a larger single tensor gets a shard of its own.
 
     Raises:
         OSError: the disk is full or not writable.
         CheckpointError: the source ended or changed.
     """
-    specs = pruned_specs(source, plan) | added_specs(source, repaired or {})
+    specs = pruned_specs(source, plan)
     outgoing = [_outgoing(source, plan, name, spec, repaired or {}) for name, spec in specs.items()]
     return write_shards(directory, outgoing, max_shard_bytes)
 

@@ -1,1 +1,1 @@
-"""The forward pass, block by block: windows stream through a model that need not fit into memory."""
+"""The forward pass by blocks: windows stream through a model that need not fit into memory."""

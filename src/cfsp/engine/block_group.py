@@ -1,4 +1,4 @@
-"""Consecutive blocks of a pruned model as one function of the hidden states.
+"""Consecutive blocks of a model as one function of the hidden states.
 
 Shapes: B windows in a batch, T tokens, D hidden.
 """
@@ -15,41 +15,44 @@ from cfsp.checkpoint.skeleton import fill, read_tensors, unload
 from cfsp.engine.call_recorder import BlockCall
 
 if TYPE_CHECKING:
-    from cfsp.cut.surgery import PrunedSource
+    from cfsp.checkpoint.reading import WeightSource
 
 
 class BlockGroup:
-    """Some blocks of a pruned model, which compute one after the other.
+    """Some blocks of a model, which compute one after the other.
 
     They have no weights before the first `fill` and after `unload`.
 
     Args:
-        pruned: where their tensors come from.
+        source: where their tensors come from.
         modules: the blocks.
         first: index of the first of them in the model.
-        calls: how the model calls each of them.
+        calls: how the model calls each of them, by the number of windows in a batch.
         device: where they compute.
+
+    Attributes:
+        modules: the blocks.
     """
 
     def __init__(
         self,
-        pruned: PrunedSource,
+        source: WeightSource,
         modules: Sequence[nn.Module],
         first: int,
-        calls: Sequence[BlockCall],
+        calls: Mapping[int, Sequence[BlockCall]],
         device: torch.device,
     ) -> None:
-        self._pruned = pruned
-        self._modules = list(modules)
+        self._source = source
+        self.modules = list(modules)
         self._prefixes = [
-            pruned.family.block_prefix(first + position) for position in range(len(modules))
+            source.family.block_prefix(first + position) for position in range(len(modules))
         ]
-        self._recorded_calls = self._calls = list(calls)
+        self._recorded_calls = self._calls = calls
         self._device = device
 
     def outputs(self, hidden_BTD: Tensor) -> Iterator[Tensor]:
         """Yield every block's output."""
-        for module, call in zip(self._modules, self._calls, strict=True):
+        for module, call in zip(self.modules, self._calls[len(hidden_BTD)], strict=True):
             hidden_BTD = call(module, hidden_BTD)
             yield hidden_BTD
 
@@ -60,10 +63,10 @@ class BlockGroup:
         return hidden_BTD
 
     def fill(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> None:
-        """Compute with the pruned model's tensors in a dtype, but for some trained ones."""
+        """Compute with the source's tensors in a dtype, but for some trained ones."""
         self._calls = self._recorded_calls
-        for module, prefix in zip(self._modules, self._prefixes, strict=True):
-            tensors = read_tensors(module, prefix, self._pruned, dtype)
+        for module, prefix in zip(self.modules, self._prefixes, strict=True):
+            tensors = read_tensors(module, prefix, self._source, dtype)
             tensors |= {
                 name.removeprefix(prefix): tensor.to(dtype)
                 for name, tensor in trained.items()
@@ -78,10 +81,13 @@ class BlockGroup:
             What is trained in each block, by stored names: the FFN's parameters, the bias of the
             down projection too. Only they require gradients.
         """
-        self._calls = [call.for_training() for call in self._recorded_calls]
+        self._calls = {
+            size: [call.for_training() for call in calls]
+            for size, calls in self._recorded_calls.items()
+        }
         trained = []
-        for module, prefix in zip(self._modules, self._prefixes, strict=True):
-            tensors = read_tensors(module, prefix, self._pruned, torch.float32)
+        for module, prefix in zip(self.modules, self._prefixes, strict=True):
+            tensors = read_tensors(module, prefix, self._source, torch.float32)
             # Copies, because the tensors of a model in memory are its own.
             fill(module, {name: t.clone() for name, t in tensors.items()}, self._device)
             trained.append(self._ffn_parameters(module, prefix))
@@ -90,7 +96,7 @@ class BlockGroup:
         return trained
 
     def _ffn_parameters(self, module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-        family = self._pruned.family
+        family = self._source.family
         bias = f"{prefix}{family.path_in_block(family.down)}.bias"
         parameters = {prefix + name: value for name, value in module.named_parameters()}
         return {
@@ -101,5 +107,5 @@ class BlockGroup:
 
     def unload(self) -> None:
         """Drop the weights."""
-        for module in self._modules:
+        for module in self.modules:
             unload(module)

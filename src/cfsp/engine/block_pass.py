@@ -8,10 +8,10 @@ Shapes: N windows, T tokens, D hidden.
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -23,13 +23,15 @@ from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_ba
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.pass_state import Pace, PassState
 from cfsp.engine.pass_times import PassTimes
+from cfsp.engine.versions import versions
 from cfsp.progress import token_progress
-from cfsp.result.manifest import versions
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.workplace import Workplace
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ def pass_blocks(
     dtype: torch.dtype,
     batch_windows: int | None = None,
     place: Workplace | None = None,
+    more_batch_sizes: Iterable[int] = (),
     may_stop_after: Callable[[int], bool] = lambda block: True,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
@@ -71,6 +74,7 @@ def pass_blocks(
         dtype: what they compute in.
         batch_windows: windows that pass together; None for about 4096 tokens.
         place: where to spill and to save; None for neither.
+        more_batch_sizes: see `stream_blocks`.
         may_stop_after: whether hidden states and results are all that a visit of the next block
             needs; if not, a killed pass goes on further back.
 
@@ -87,16 +91,15 @@ def pass_blocks(
     results: list[T] = []
     if state is not None and state.next_block:
         results = [files.load(state.directory, block) for block in range(state.next_block)]
-        print(f"{name}: going on at block {len(results)} of {blocks}", file=sys.stderr)
+        logger.info("%s: going on at block %d of %d", name, len(results), blocks)
     if len(results) == blocks:
         return results
     times = PassTimes() if place is None else place.times.setdefault(name, PassTimes())
     saver = None if state is None else _Saver(state, files, results, times)
     with (
         times.part("total"),
-        token_progress(name, blocks, tokens_NT.numel() * blocks) as progress,
+        token_progress(name, blocks, tokens_NT.numel() * blocks, len(results)) as progress,
     ):
-        progress.tokens(tokens_NT.numel() * len(results))
         for block in stream_blocks(
             source,
             tokens_NT,
@@ -106,6 +109,7 @@ def pass_blocks(
             on_batch=progress.tokens,
             open_hidden=_hidden_opener(name, state, place),
             first_block=len(results),
+            more_batch_sizes=more_batch_sizes,
             times=times,
         ):
             with times.part("visits"):
@@ -162,10 +166,9 @@ def _hidden_opener(
         nbytes = math.prod(shape_NTD) * dtype.itemsize
         if nbytes <= place.memory_budget:
             return HiddenInMemory(shape_NTD, dtype, directory, saved)
-        print(
+        logger.info(
             f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
-            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}",
-            file=sys.stderr,
+            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
         )
         return HiddenInFile(shape_NTD, dtype, directory, saved)
 

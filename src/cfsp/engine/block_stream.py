@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from cfsp.checkpoint.skeleton import (
     unload,
 )
 from cfsp.engine.activations import observed_activations
-from cfsp.engine.call_recorder import BlockCall, record_calls
+from cfsp.engine.call_recorder import BlockCall, Recording, record_calls
 from cfsp.engine.hidden_states import HiddenInMemory, HiddenStates
 from cfsp.engine.pass_times import PassTimes
 from cfsp.engine.read_ahead import read_ahead
@@ -130,6 +130,7 @@ def stream_blocks(
     on_batch: Callable[[int], None] = lambda tokens: None,
     open_hidden: OpenHidden = HiddenInMemory,
     first_block: int = 0,
+    more_batch_sizes: Iterable[int] = (),
     times: PassTimes | None = None,
 ) -> Iterator[StreamedBlock]:
     """Yield every block in turn; the caller must `advance` each before it asks for the next.
@@ -144,6 +145,7 @@ def stream_blocks(
         open_hidden: makes room for the hidden states, from their shape NTD and dtype.
         first_block: the block to begin with; if it is not 0, `open_hidden` gives the states
             that enter it.
+        more_batch_sizes: numbers of windows that blocks are called with besides those of batches.
         times: is told what the time went into.
 
     Raises:
@@ -160,9 +162,12 @@ def stream_blocks(
         return read_tensors(blocks[index], source.family.block_prefix(index), source, dtype)
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(blocks))) as ahead:
-        embedding = _Embedding(skeleton, blocks, source, device, dtype)
-        hidden, calls = embedding.embed(tokens_NT, batches, open_hidden, resumed=first_block > 0)
-        del embedding
+        with _Embedding(skeleton, blocks, source, device, dtype) as embedding:
+            hidden, calls = embedding.embed(
+                tokens_NT, batches, open_hidden, resumed=first_block > 0
+            )
+            for windows in set(more_batch_sizes) - calls.keys():
+                calls[windows] = embedding.calls_for(tokens_NT[:windows])
         for index in range(first_block, len(blocks)):
             module = blocks[index]
             with times.part("weights"):
@@ -206,32 +211,45 @@ class _Embedding:
         Windows are never padded, so the calls depend on a batch's shape only. A resumed pass
         has its hidden states already and needs one batch of every shape.
         """
-        family = self.source.family
-        base_model: nn.Module = getattr(self.skeleton, family.base_prefix)
-        # Everything of the base model but its blocks: they are the only large part.
-        with _without_blocks(base_model, family.blocks_in_base_model):
-            prefix = f"{family.base_prefix}."
-            tensors = read_tensors(base_model, prefix, self.source, self.dtype)
-            fill(base_model, tensors, self.device)
-
         hidden: HiddenStates | None = None
         calls: dict[int, list[BlockCall]] = {}
         for batch in batches:
             if resumed and batch.stop - batch.start in calls:
                 continue
-            tokens_BT = tokens_NT[batch].to(self.device)
-            recording = record_calls(base_model, self.blocks, tokens_BT)
+            recording = self._record(tokens_NT[batch])
             embedded_BTD = recording.embedded_BTD
             assert embedded_BTD is not None
             if hidden is None:
                 hidden = open_hidden((*tokens_NT.shape, embedded_BTD.shape[-1]), self.dtype)
             if not resumed:
                 hidden.write(batch, embedded_BTD)
-            calls.setdefault(tokens_BT.shape[0], recording.calls)
+            calls.setdefault(len(embedded_BTD), recording.calls)
         assert hidden is not None
-        with _without_blocks(base_model, family.blocks_in_base_model):
-            unload(base_model)
         return hidden, calls
+
+    def calls_for(self, tokens_BT: Tensor) -> list[BlockCall]:
+        """Return the block calls for a batch of this shape."""
+        return self._record(tokens_BT).calls
+
+    def _record(self, tokens_BT: Tensor) -> Recording:
+        return record_calls(self._base_model, self.blocks, tokens_BT.to(self.device))
+
+    @property
+    def _base_model(self) -> nn.Module:
+        model: nn.Module = getattr(self.skeleton, self.source.family.base_prefix)
+        return model
+
+    def __enter__(self) -> Self:
+        """Read everything of the base model but its blocks: they are the only large part."""
+        family, base_model = self.source.family, self._base_model
+        with _without_blocks(base_model, family.blocks_in_base_model):
+            prefix = f"{family.base_prefix}."
+            fill(base_model, read_tensors(base_model, prefix, self.source, self.dtype), self.device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with _without_blocks(self._base_model, self.source.family.blocks_in_base_model):
+            unload(self._base_model)
 
 
 @contextmanager

@@ -1,37 +1,17 @@
-"""How much memory there is, and how much of it hidden states may take."""
+"""How much memory there is, how much this process took, and how much hidden states may take."""
 
 from __future__ import annotations
 
 import os
-import re
+import sys
 from pathlib import Path
 
-from cfsp.errors import UsageError
-
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+import psutil
 
 # The rest is for two blocks, the embeddings and what the computation needs.
 _SHARE_OF_AVAILABLE = 0.5
-_UNKNOWN_AVAILABLE = 8 << 30
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def parse_size(text: str) -> int:
-    """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means.
-
-    Raises:
-        UsageError: it means none.
-    """
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    try:
-        if match is None or (match[3] and not match[2]):
-            raise ValueError
-        unit = _BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]
-        return int(float(match[1]) * unit)
-    except (ValueError, OverflowError):
-        raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
 
 
 def default_budget() -> int:
@@ -43,10 +23,28 @@ def default_budget() -> int:
     return int(available_bytes() * _SHARE_OF_AVAILABLE / processes)
 
 
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process since its program began.
+
+    Libraries and weights mapped from files count; processes that it started do not.
+    """
+    if sys.platform == "linux":
+        # Not getrusage: its peak outlives exec, so a program inherits that of who started it.
+        peak = _field(Path("/proc/self/status"), "VmHWM")
+        if peak is not None:
+            return peak * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, the others in KiB.
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
 def available_bytes() -> int:
     """Return the memory that can be had without swapping, within the limits of a container."""
-    available = _field(Path("/proc/meminfo"), "MemAvailable")
-    total = available * 1024 if available is not None else _UNKNOWN_AVAILABLE
+    total = psutil.virtual_memory().available
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
     if limit is not None and used is not None:
         # Cached file pages count as used, but give way.
@@ -61,9 +59,9 @@ def _field(path: Path, name: str) -> int | None:
     except OSError:
         return None
     for line in lines:
-        key, _, value = line.partition(" ")
-        if key.rstrip(":") == name:
-            return int(value.split()[0])
+        words = line.replace(":", " ").split()
+        if len(words) > 1 and words[0] == name:
+            return int(words[1])
     return None
 
 

@@ -1,19 +1,58 @@
-"""The windows of a pass that carries two streams: through a dense model, and through a pruned one.
+"""One pass that carries two streams of the same windows: through a dense model, and a pruned one.
 
-The pass has every window twice. Of its 2 N windows the first N are the dense stream, the others
-the pruned. Some batches are held out from training.
+The dense stream passes a block. Where a group of blocks ends, something may be done to the pruned
+blocks, which see both streams; then the pruned stream passes them. The pass has every window
+twice: of its 2 N windows the first N are the dense stream, the others the pruned.
 
-Shapes: N windows, B windows in a batch, T tokens.
+Shapes: N windows, B windows in a batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_HELD_OUT_STRIDE = 8
+from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
+from cfsp.engine.block_group import BlockGroup
+from cfsp.engine.block_pass import ResultFiles, pass_blocks
+from cfsp.engine.block_stream import StreamedBlock
+from cfsp.engine.judge import Judgement, token_error
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.engine.workplace import Workplace
+    from cfsp.text.windows import Windows
+
+T = TypeVar("T")
+
+# So few batches there are at least, so that they differ.
+_LEAST_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows of both streams at a group of blocks.
+
+    Attributes:
+        input_BTD: hidden states of the pruned stream that enter the first of the blocks.
+        dense_BTD: those of the dense stream that leave the last of them.
+        tokens_BT: the text.
+        turn: number of the batch among those of its kind, from 0.
+    """
+
+    input_BTD: Tensor
+    dense_BTD: Tensor
+    tokens_BT: Tensor
+    turn: int
+
+
+# Of the hidden states that the blocks give for a batch, BTD.
+Loss = Callable[[Tensor, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,53 +62,255 @@ class TwoStreams:
     Attributes:
         windows: N.
         seqlen: T.
-        batch: B, a divisor of N.
+        batch: windows that pass together, at most.
+        held_out: windows that nothing is fitted to.
     """
 
     windows: int
     seqlen: int
     batch: int
+    held_out: tuple[int, ...]
 
     @staticmethod
-    def of(tokens_NT: Tensor, asked: int) -> TwoStreams:
-        """Return streams of whole batches; the last windows may be left over.
-
-        Args:
-            tokens_NT: the windows.
-            asked: windows in a batch; fewer where too few batches would be left.
-        """
-        count, seqlen = tokens_NT.shape
-        batch = max(1, min(asked, count // _HELD_OUT_STRIDE))
-        return TwoStreams(count // batch * batch, seqlen, batch)
-
-    def doubled(self, tokens_NT: Tensor) -> Tensor:
-        """Return the windows of both streams, without those that are left over."""
-        own_NT = tokens_NT[: self.windows]
-        return torch.cat([own_NT, own_NT])
+    def of(windows: Windows, tokens_in_batch: int) -> TwoStreams:
+        """Return the streams of some windows, with about so many tokens in a batch."""
+        count, seqlen = windows.tokens_NT.shape
+        batch = max(1, min(tokens_in_batch // seqlen, count // _LEAST_BATCHES))
+        held_out = windows.held_out_N.nonzero().flatten().tolist()
+        return TwoStreams(count, seqlen, batch, tuple(held_out))
 
     @property
-    def tokens(self) -> int:
-        """Tokens of both streams."""
-        return 2 * self.windows * self.seqlen
+    def fitted(self) -> list[int]:
+        """Windows that are not held out."""
+        held_out = set(self.held_out)
+        return [window for window in range(self.windows) if window not in held_out]
 
     @property
     def dense(self) -> list[slice]:
-        """The batches of the dense stream."""
-        return [slice(i, i + self.batch) for i in range(0, self.windows, self.batch)]
+        """The batches of the dense stream; the last may be smaller."""
+        starts = range(0, self.windows, self.batch)
+        return [slice(i, min(i + self.batch, self.windows)) for i in starts]
 
     def pruned(self, dense: slice) -> slice:
-        """Return where the pruned stream has the windows of a batch of the dense stream."""
+        """Return where the pruned stream has the windows of a part of the dense stream."""
         return slice(self.windows + dense.start, self.windows + dense.stop)
 
     @property
-    def held_out(self) -> list[slice]:
-        """Batches of the dense stream that training does not see: every eighth."""
-        batches = self.dense
-        stride = min(_HELD_OUT_STRIDE, len(batches))
-        return batches[stride - 1 :: stride]
+    def judged(self) -> list[tuple[int, ...]]:
+        """The held-out windows in batches."""
+        starts = range(0, len(self.held_out), self.batch)
+        return [self.held_out[i : i + self.batch] for i in starts]
 
     @property
-    def trained(self) -> list[int]:
-        """Windows of the dense stream that training sees."""
-        held_out = {i for batch in self.held_out for i in range(batch.start, batch.stop)}
-        return [i for i in range(self.windows) if i not in held_out]
+    def batch_sizes(self) -> set[int]:
+        """All numbers of windows that blocks are ever called with."""
+        sizes = {part.stop - part.start for part in self.dense}
+        return sizes | {len(part) for part in self.judged} | {self.batch}
+
+
+@dataclass(frozen=True)
+class GroupAtWork:
+    """A group of pruned blocks between the streams: what enters them, what they should give.
+
+    Attributes:
+        last: index of the last of the blocks.
+        group: the blocks, with their weights.
+        streams: which windows are what.
+        dtype: what blocks compute in.
+    """
+
+    last: int
+    group: BlockGroup
+    streams: TwoStreams
+    dtype: torch.dtype
+    _block: StreamedBlock
+    _tokens_NT: Tensor
+    _dense_after: Sequence[Tensor]
+    _reported: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks compute."""
+        return self._block.device
+
+    def batch(self, windows: Sequence[int], turn: int = 0) -> Batch:
+        """Return some windows of both streams."""
+        hidden, device = self._block.hidden, self.device
+        parts = [slice(window, window + 1) for window in windows]
+        pruned = [hidden.read(self.streams.pruned(part)) for part in parts]
+        return Batch(
+            torch.cat(pruned).to(device),
+            torch.cat([hidden.read_written(part) for part in parts]).to(device),
+            self._tokens_NT[list(windows)].to(device),
+            turn,
+        )
+
+    def all_batches(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield every window of both streams once, with which of each batch are held out, [B]."""
+        held_out = set(self.streams.held_out)
+        for part in self.streams.dense:
+            windows = range(part.start, part.stop)
+            yield self.batch(windows), torch.tensor([window in held_out for window in windows])
+
+    def judge(self, loss_of: Loss) -> Judgement:
+        """Return how far the group is from the dense stream on the held-out windows."""
+        error = loss = 0.0
+        for turn, windows in enumerate(self.streams.judged):
+            batch = self.batch(windows, turn)
+            output_BTD = self.group(batch.input_BTD)
+            share = len(windows) / len(self.streams.held_out)
+            error += share * float(token_error(output_BTD, batch.dense_BTD))
+            loss += share * float(loss_of(output_BTD, batch))
+        return Judgement(error, loss)
+
+    def errors(self) -> list[float]:
+        """Return the error of every block of the group on the held-out windows."""
+        error_L = [0.0] * len(self._dense_after)
+        done = 0
+        for windows in self.streams.judged:
+            outputs = self.group.outputs(self.batch(windows).input_BTD)
+            rows = slice(done, done + len(windows))
+            share = len(windows) / len(self.streams.held_out)
+            for position, (output_BTD, dense_BTD) in enumerate(
+                zip(outputs, self._dense_after, strict=True)
+            ):
+                dense = dense_BTD[rows].to(self.device)
+                error_L[position] += share * float(token_error(output_BTD, dense))
+            done += len(windows)
+        return error_L
+
+    def accept(
+        self, before: Judgement, tensors: Mapping[str, Tensor], loss_of: Loss
+    ) -> Judgement | None:
+        """Leave the group with new tensors if it is better for them on the held-out windows.
+
+        Args:
+            before: how far it is without them.
+            tensors: by their names in the model.
+            loss_of: decides.
+
+        Returns:
+            How far it is with them; None if the group stays as it was.
+        """
+        self.group.fill(self.dtype, tensors)
+        after = self.judge(loss_of)
+        if after.is_finite and after.loss < before.loss:
+            return after
+        self.group.fill(self.dtype, {})
+        return None
+
+    def progress(self, done: float) -> None:
+        """Report which part of the work on the group is done, from 0 to 1."""
+        tokens = round(done * self.streams.windows * self.streams.seqlen * len(self._dense_after))
+        self._block.tokens_done(tokens - self._reported[0])
+        self._reported[0] = tokens
+
+
+def pass_two_streams(
+    source: WeightSource,
+    pruned: WeightSource,
+    windows: Windows,
+    work: Callable[[GroupAtWork], T],
+    files: ResultFiles[T | None],
+    engine: Engine,
+    place: Workplace,
+    *,
+    name: str,
+    tokens_in_batch: int,
+    group_of: Callable[[int], range] = lambda block: range(block, block + 1),
+) -> list[T | None]:
+    """Let both streams pass all blocks; do something to each group of pruned blocks on the way.
+
+    Args:
+        source: the dense model.
+        pruned: what the cut makes of it, earlier repairs included.
+        windows: two or more.
+        work: is given each group when the dense stream has passed it, and leaves it with the
+            weights that the pruned stream goes through.
+        files: puts results on disk.
+        engine: where and in what to compute.
+        place: where to spill and to save.
+        name: of the pass.
+        tokens_in_batch: about how many pass together.
+        group_of: gives the blocks that are one group, from the index of any of them.
+
+    Returns:
+        What `work` returned, at the last block of each group; None at the others.
+
+    Raises:
+        CalibrationError: a weight or an activation is NaN or infinite.
+        ResumeError: the workplace holds unfinished work of something else.
+    """
+    streams = TwoStreams.of(windows, tokens_in_batch)
+    modules = blocks_of(build_skeleton(pruned.config, engine.dtype), source.family)
+    visits = _Visits(pruned, modules, windows.tokens_NT, streams, engine.dtype, work, group_of)
+    return pass_blocks(
+        source,
+        torch.cat([windows.tokens_NT, windows.tokens_NT]),
+        visits.visit,
+        files,
+        name=name,
+        device=engine.device,
+        dtype=engine.dtype,
+        batch_windows=streams.batch,
+        place=place,
+        more_batch_sizes=streams.batch_sizes,
+        may_stop_after=lambda block: block == group_of(block)[-1],
+    )
+
+
+@dataclass(frozen=True)
+class _Visits(Generic[T]):
+    """What stays the same from block to block, and what a group's blocks leave to the last.
+
+    Attributes:
+        dense_after: the dense stream's held-out windows after each block of the group so far.
+    """
+
+    pruned: WeightSource
+    modules: nn.ModuleList
+    tokens_NT: Tensor
+    streams: TwoStreams
+    dtype: torch.dtype
+    work: Callable[[GroupAtWork], T]
+    group_of: Callable[[int], range]
+    dense_after: list[Tensor] = field(default_factory=list)
+
+    def visit(self, block: StreamedBlock) -> T | None:
+        """Let the dense stream pass a block, and the pruned one the group that ends with it."""
+        streams, hidden = self.streams, block.hidden
+        block.pass_through(
+            lambda hidden_BTD: block.call(block.index, len(hidden_BTD))(block.module, hidden_BTD),
+            streams.dense,
+        )
+        unload(block.module)
+        held_out = [hidden.read_written(slice(i, i + 1)) for i in streams.held_out]
+        self.dense_after.append(torch.cat(held_out))
+        block.tokens_done(streams.windows * streams.seqlen)
+        indices = self.group_of(block.index)
+        waiting = map(streams.pruned, streams.dense)
+        result = None
+        if block.index != indices[-1]:
+            block.pass_through(lambda hidden_BTD: hidden_BTD, waiting)
+        else:
+            group = BlockGroup(
+                self.pruned,
+                [self.modules[index] for index in indices],
+                indices[0],
+                {
+                    size: [block.call(index, size) for index in indices]
+                    for size in streams.batch_sizes
+                },
+                block.device,
+            )
+            group.fill(self.dtype, {})
+            at_work = GroupAtWork(
+                block.index, group, streams, self.dtype, block, self.tokens_NT, self.dense_after
+            )
+            result = self.work(at_work)
+            block.pass_through(group, waiting)
+            at_work.progress(1.0)
+            group.unload()
+            self.dense_after.clear()
+        hidden.turn()
+        return result

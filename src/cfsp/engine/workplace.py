@@ -9,8 +9,8 @@ it; another command is refused. Nobody else works in it meanwhile.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import lock_out_others
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.memory import default_budget
 from cfsp.engine.pass_state import STATE_FILE, read_state
 from cfsp.engine.pass_times import PassTimes
 from cfsp.errors import CfspError, OutputError, ResumeError
-from cfsp.result.manifest import MANIFEST_FILE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,13 +89,11 @@ def output_workplace(
     _check_processes(place, processes)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("w")
     except OSError as error:
         raise OutputError(
             f"cannot write to {directory}: {error.strerror}; choose another output"
         ) from error
-    with lock:
-        lock_out_others(lock.fileno(), place)
+    with lock_out_others(directory / "lock", place):
         for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)
@@ -103,9 +103,8 @@ def output_workplace(
             raise
         except BaseException as error:
             if _to_keep(directory, error):
-                print(
-                    f"the work so far is kept in {place}; the same command goes on from it",
-                    file=sys.stderr,
+                logger.warning(
+                    "the work so far is kept in %s; the same command goes on from it", place
                 )
             else:
                 _remove(directory)
@@ -157,8 +156,10 @@ def remove_finished_work(out: Path) -> None:
     if not place.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
         return
     for directory in sorted(place.iterdir()):
-        with contextlib.suppress(OSError, OutputError), (directory / "lock").open("w") as lock:
-            lock_out_others(lock.fileno(), place)
+        with (
+            contextlib.suppress(OSError, OutputError),
+            lock_out_others(directory / "lock", place),
+        ):
             _remove(directory)
 
 

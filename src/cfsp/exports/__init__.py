@@ -1,4 +1,4 @@
 """Pruned checkpoints in the layouts that other software reads.
 
-One module a target: `padded`, `uniform`, `gguf`, `vllm`, `openvino`; `registry` lists them.
+One module a target: `padded`, `gguf`, `vllm`, `openvino`; `registry` lists them.
 """

@@ -58,7 +58,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, Architecture]] = {
     "qwen3": (_QWEN3, _OPENELM),
 }
 
-_INSTEAD = "use --to uniform or --to padded, and export that"
+_INSTEAD = "use --to padded and export that, or prune with --block-metric uniform"
 
 
 def architecture_of(source: Checkpoint) -> Architecture:

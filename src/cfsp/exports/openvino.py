@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.writing import copy_travelling_files, pruned_config
+from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.openvino_model import convert
 from cfsp.exports.target import ExportOptions, Target, Written
@@ -54,7 +55,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     widths = intermediate_sizes(source.config)
     fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     fields.pop(DOWN_BIAS_KEY, None)
-    stock = pruned_config(fields, source.family, [max(widths)] * len(widths))
+    stock = fields_with_widths(fields, source.family, [max(widths)] * len(widths))
     (out / "config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)
     return Written(f"stateful OpenVINO model in {kind}", tuple(_write_tokenizer(source, out)))

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.modeling_code import has_added_bias
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
-from cfsp.checkpoint.writing import copy_travelling_files, pruned_config
+from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
 from cfsp.exports.target import ExportOptions, Target, Written
 from cfsp.exports.verification import (
@@ -57,7 +58,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     outgoing = [_outgoing(source, name, spec, widest) for name, spec in source.specs.items()]
     write_shards(out, outgoing)
     fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    config = pruned_config(fields, source.family, [widest] * len(widths))
+    config = fields_with_widths(fields, source.family, [widest] * len(widths))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)
     padding = widest * len(widths) - sum(widths)

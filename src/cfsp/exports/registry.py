@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import UsageError
-from cfsp.exports import gguf, openvino, padded, uniform, vllm
+from cfsp.exports import gguf, openvino, padded, vllm
 from cfsp.exports.target import ExportOptions, ExportReport, Target
-from cfsp.result.manifest import Stopwatch
 
 TARGETS: dict[str, Target] = {
-    module.TARGET.name: module.TARGET for module in (gguf, vllm, openvino, padded, uniform)
+    module.TARGET.name: module.TARGET for module in (gguf, vllm, openvino, padded)
 }
 
 _TYPED = ("gguf", "openvino")
@@ -48,7 +47,7 @@ def export_checkpoint(
         raise UsageError(f"unknown target {to!r}; expected one of {', '.join(TARGETS)}")
     if target.suffix and out.suffix != target.suffix:
         raise UsageError(f"{to} writes one file: expected a name in {target.suffix}, found {out}")
-    options = replace(options or ExportOptions(), destination=str(out))
+    options = options or ExportOptions()
     if options.weight_type is not None and to not in _TYPED:
         raise UsageError(
             f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"

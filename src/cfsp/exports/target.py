@@ -18,14 +18,10 @@ class ExportOptions:
     Attributes:
         weight_type: how gguf stores matrices; None for the checkpoint's own type.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, where it can't be told.
-        command: what the user typed, for a manifest.
-        destination: where the copy will lie in the end, for a manifest.
     """
 
     weight_type: str | None = None
     pre_tokenizer: str | None = None
-    command: str = ""
-    destination: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,22 @@ from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.engine.memory import available_bytes
 from cfsp.errors import UsageError
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.shapes import UniformModel
 from cfsp.speed.subjects import Subject
+from cfsp.speed.work import work_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from cfsp.goals.goal import Phase
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
     from cfsp.planning.allocation import ModelSize
-    from cfsp.settings import Engine
+    from cfsp.settings import Phase
 
 WORKLOAD = Workload()
 ROUNDS = 5
@@ -68,6 +72,27 @@ def widths_to_measure(widest: int, multiple: int) -> list[int]:
     """Return the least width that a block may have, the widest, and some between, ascending."""
     between = {round(f * widest / multiple) * multiple for f in _FRACTIONS}
     return sorted({multiple, *(w for w in between if multiple < w < widest), widest})
+
+
+def most_speedup(source: WeightSource, width: int, phase: Phase, engine: Engine) -> float:
+    """Return the ratio of work between a model and the smallest one that pruning could leave.
+
+    Work is the FLOPs of a prefill, and the bytes that a decoding step reads.
+
+    Args:
+        source: the model; only its config and shapes are read.
+        width: channels that stay in every block.
+        phase: what is to be faster.
+        engine: in what it computes.
+    """
+    smallest = build_skeleton(UniformModel(source.config, width).config(), engine.dtype)
+    before, after = (
+        work_of(each, head=True, itemsize=engine.dtype.itemsize)
+        for each in (source, LoadedModel(smallest))
+    )
+    if phase == "decode":
+        return before.decode_bytes(WORKLOAD) / after.decode_bytes(WORKLOAD)
+    return before.prefill_flops(WORKLOAD) / after.prefill_flops(WORKLOAD)
 
 
 def measure_latencies(

@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.compute import engine_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.make import make_plan, model_size
 from cfsp.quality.perplexity import perplexity
+from cfsp.settings import OWN_TEXT
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, consecutive_windows, draw_left_over
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.masks import check_can_be_masked, masked_loss
-from cfsp.whole_model.own_text import OWN_TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.goals.goal import MaxLossIncrease
-    from cfsp.settings import CalibrationText, PruneSettings
+    from cfsp.settings import CalibrationText, MaxLossIncrease, PruneSettings
 
 
 def held_out_windows(
@@ -50,10 +50,11 @@ def held_out_windows(
                 seqlen=text.seqlen,
                 seed=text.seed,
                 count=goal.windows,
+                bos=text.bos,
             )
         ]
     return [
-        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen)
+        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen, bos=text.bos)
         for name in goal.held_out
     ]
 
@@ -65,13 +66,16 @@ def loss_of(model: PreTrainedModel, texts: list[Windows], label: str) -> float:
 
 
 def loss_increase_of(
-    directory: Path, goal: MaxLossIncrease, resolution: Resolution, settings: PruneSettings
+    directory: Path, goal: MaxLossIncrease, dense: float, settings: PruneSettings
 ) -> float:
-    """Return how much the loss of a finished checkpoint has risen on the windows of the bound."""
+    """Return how much the loss of a finished checkpoint is above the dense model's.
+
+    It is measured on the windows of the bound, in nats per token.
+    """
     texts = held_out_windows(goal, settings.text, load_tokenizer(directory))
     result = Checkpoint(directory)
-    model = load_whole(result, settings.compute.engine(result), "measuring the loss")
-    return loss_of(model, texts, "result") - float(resolution.conditions["dense_loss"])
+    model = load_whole(result, engine_of(settings.compute, result), "measuring the loss")
+    return loss_of(model, texts, "result") - dense
 
 
 def resolve_loss(
@@ -82,7 +86,7 @@ def resolve_loss(
     statistics: Statistics,
     settings: PruneSettings,
 ) -> Resolution:
-    """Return the largest sparsity whose loss, before restoration, stays within the bound.
+    """Return the largest sparsity whose loss, before repair, stays within the bound.
 
     Args:
         goal: the bound.
@@ -130,6 +134,6 @@ def resolve_loss(
             "dense_loss": round(dense, 6),
             "held_out": {name: n for windows in texts for name, n in windows.sources.items()},
             "tokens_digests": [windows.digest for windows in texts],
-            "restoration": "measured before any",
+            "repair": "measured before any",
         },
     )

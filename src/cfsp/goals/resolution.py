@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cfsp.planning.allocation import Budget
+from cfsp.settings import Budget
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,19 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.output import write_atomically
+from cfsp.engine.compute import engine_of
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
-from cfsp.goals.goal import Goal, MaxLossIncrease, TargetParameters
 from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
-from cfsp.goals.speedup import resolve_speedup
-from cfsp.planning.allocation import Budget
-from cfsp.planning.make import check_statistics_fit, model_size
-from cfsp.repair.stages import calibrate_windows, plan_from_statistics, with_sensitivity
-from cfsp.result.manifest import Stopwatch
+from cfsp.goals.speedup import check_possible, resolve_speedup
+from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
+from cfsp.settings import Budget, Goal, MaxLossIncrease, TargetParameters, TargetSpeedup
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.whole_model.load import calibration_windows, load_whole
+from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.sensitivity import with_sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.settings import PruneSettings
+    from cfsp.text.windows import Windows
 
 _FILE = "goal.json"
 
@@ -50,6 +52,7 @@ def resolve_goal(
     goal: Goal,
     source: WeightSource,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
+    draw: Callable[[], Windows],
     settings: PruneSettings,
     *,
     place: Workplace,
@@ -62,6 +65,7 @@ def resolve_goal(
         goal: the goal.
         source: the model.
         tokenizer: gives its tokenizer; called only if there is text to read.
+        draw: gives the calibration windows; called only if they are needed.
         settings: how to prune; of its budget only the multiple counts.
         place: where to work.
         watch: is told the time of each stage.
@@ -72,15 +76,17 @@ def resolve_goal(
     """
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
-    engine = settings.compute.engine(source)
+    if isinstance(goal, TargetSpeedup):
+        check_possible(goal, source, settings)
+    engine = engine_of(settings.compute, source)
     texts = []
     if isinstance(goal, MaxLossIncrease):
         # Too little text should be found out before the calibration.
         texts = held_out_windows(goal, settings.text, tokenizer())
     if statistics is None:
-        windows = calibration_windows(source, tokenizer(), settings.text, settings.compute)
+        windows = draw()
         with watch.stage("calibrate"):
-            statistics = calibrate_windows(source, windows, engine, settings.text.seed, place)
+            statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
             statistics = with_sensitivity(source, statistics, windows, settings.criterion, engine)
     check_statistics_fit(source, statistics)
     identity = json.dumps([place.identity, type(goal).__name__, asdict(goal)])
@@ -112,6 +118,7 @@ def plan_for_goal(
                 goal,
                 source,
                 lambda: load_tokenizer(source.directory),
+                _never,
                 settings,
                 place=place,
                 watch=Stopwatch(),
@@ -120,6 +127,10 @@ def plan_for_goal(
         settings, facts = replace(settings, budget=resolution.budget), resolution.to_json()
     plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     return plan, facts
+
+
+def _never() -> Windows:
+    raise AssertionError("statistics are there, so no text is drawn")
 
 
 def _read(place: Workplace, identity: str) -> Resolution | None:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 from cfsp.errors import BudgetError
-from cfsp.planning.allocation import Budget, ModelSize
+from cfsp.planning.allocation import ModelSize
+from cfsp.settings import Budget
 
 # Half a percent of the FFN channels.
 STEPS = 200

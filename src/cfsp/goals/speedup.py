@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from typing import TYPE_CHECKING
 
+from cfsp.engine.compute import engine_of
 from cfsp.errors import BudgetError
-from cfsp.goals.latency import Latencies, measure_latencies
+from cfsp.goals.latency import Latencies, measure_latencies, most_speedup
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.make import model_size, plan_widths
@@ -15,8 +16,26 @@ from cfsp.speed import Conditions
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.goals.goal import TargetSpeedup
-    from cfsp.settings import PruneSettings
+    from cfsp.settings import PruneSettings, TargetSpeedup
+
+logger = logging.getLogger(__name__)
+
+
+def check_possible(goal: TargetSpeedup, source: WeightSource, settings: PruneSettings) -> None:
+    """Check, before anything is timed, that pruning could make a model so much faster at all.
+
+    Raises:
+        BudgetError: not even in proportion to the work that would be left.
+    """
+    width_L = model_size(source).width_L
+    least = min(settings.budget.multiple_for(width_L), *width_L)
+    most = most_speedup(source, least, goal.phase, engine_of(settings.compute, source))
+    if goal.ratio > most:
+        raise BudgetError(
+            f"{goal.phase} cannot become {goal.ratio:g} times faster by pruning the FFN: "
+            f"attention, head and at least {least} channels of every block stay, and without all "
+            f"else it would be {most:.2f} times faster at best; ask for less"
+        )
 
 
 def resolve_speedup(
@@ -36,7 +55,7 @@ def resolve_speedup(
     """
     size = model_size(source)
     multiple = settings.budget.multiple_for(size.width_L)
-    engine = settings.compute.engine(source)
+    engine = engine_of(settings.compute, source)
     latencies = measure_latencies(source.config, size, multiple, goal.phase, engine)
     warn_of_disturbance(latencies)
     return choose(goal, source, statistics, settings, latencies)
@@ -46,10 +65,9 @@ def warn_of_disturbance(latencies: Latencies) -> None:
     """Tell people that other programs took so much of the machine that little can be predicted."""
     share = float(latencies.conditions["disturbance"])
     if share > Conditions.disturbance:
-        print(
+        logger.warning(
             f"other programs took {share:.0%} of the processors while latencies were measured: the "
-            "prediction is unreliable; repeat it on a quiet machine",
-            file=sys.stderr,
+            "prediction is unreliable; repeat it on a quiet machine"
         )
 
 

@@ -9,56 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 from statistics import fmean
-from typing import Literal
 
 from cfsp.errors import BudgetError, UsageError
-
-# (least width of the FFN, multiple), widest first. llama.cpp's K-quants work on rows of 256, and
-# tensor cores on tiles of 128 or 64; docs/RESULTS.md has the measurements. Where 256 would be a
-# coarse step, a smaller one is taken: widths that follow importance matter more there.
-_AUTO_MULTIPLES = ((8192, 256), (4096, 128))
-AUTO_MULTIPLE_NARROW = 32
+from cfsp.settings import CLAMPS, DEFAULT_CLAMP, Budget, Clamp
 
 # The published code stops short of keeping a block whole.
 _CLAMP_MARGIN = 1.05
-
-BudgetOf = Literal["ffn", "model"]
-Clamp = Literal["water-fill", "published"]
-CLAMPS: tuple[Clamp, ...] = ("water-fill", "published")
-DEFAULT_CLAMP: Clamp = "published"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much to remove.
-
-    Attributes:
-        sparsity: fraction to remove, in [0, 1).
-        of: `ffn`, the fraction of all FFN channels (the paper's sparsity), or `model`, the
-            fraction of all parameters.
-        multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
-            wide, 128 from 4096 on, else 32.
-    """
-
-    sparsity: float
-    of: BudgetOf = "ffn"
-    multiple: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.sparsity < 1.0:
-            raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
-        if self.of not in ("ffn", "model"):
-            raise UsageError(f"a budget is of 'ffn' or of 'model', found {self.of!r}")
-        if self.multiple is not None and self.multiple < 1:
-            raise UsageError(f"multiple must be at least 1, found {self.multiple}")
-
-    def multiple_for(self, width_L: Sequence[int]) -> int:
-        """Return the multiple that widths are rounded to."""
-        if self.multiple is not None:
-            return self.multiple
-        widest = max(width_L)
-        fitting = (multiple for least, multiple in _AUTO_MULTIPLES if widest >= least)
-        return next(fitting, AUTO_MULTIPLE_NARROW)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from cfsp.calibration.accumulators import DISTANCES
 from cfsp.calibration.statistics import Statistics
 from cfsp.errors import StatisticsError, UsageError
-
-# Not a distance: widths follow from the scores of all channels (`cfsp.planning.competition`).
-GLOBAL = "global"
-BLOCK_METRICS = (*DISTANCES, "uniform", GLOBAL)
-
-# By pruning each block (`cfsp.whole_model.sensitivity`), alone or with the angular importance.
-# Not every calibration measures that: the whole model must be in memory.
-SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
-SENSITIVITY_METRICS = (SENSITIVITY, ANGULAR_AND_SENSITIVITY)
+from cfsp.settings import ANGULAR_AND_SENSITIVITY, BLOCK_METRICS, DISTANCES, SENSITIVITY_METRICS
 
 # The published code sums angular distances over 128 windows of 1024 tokens and divides by 1e4
 # before the sigmoid. With means instead of sums that is this gain, at any calibration size.
@@ -31,8 +22,6 @@ _LEAST_SHARE = 1e-3
 
 def block_metric_in_words(metric: str) -> str:
     """Return what makes a block important, for people."""
-    if metric == GLOBAL:
-        return "competition of all channels"
     return f"{metric} distance" if metric in DISTANCES else metric
 
 
@@ -41,8 +30,8 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
 
     `cosine`, `euclidean`, `mse` and `mae` have other units than the angular distance that the
     sigmoid's gain was made for; they are scaled to its mean over the blocks. `uniform` gives
-    every block the same distance. `global` and the metrics by sensitivity need none and get the
-    angular one, to be told.
+    every block the same distance. The metrics by sensitivity need none and get the angular one,
+    to be told.
 
     Raises:
         UsageError: the metric is unknown.
@@ -53,7 +42,7 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
     angular_L = statistics.distances("angular")
     if metric == "uniform":
         return [fmean(angular_L)] * len(angular_L)
-    if metric in ("angular", GLOBAL, *SENSITIVITY_METRICS):
+    if metric in ("angular", *SENSITIVITY_METRICS):
         return angular_L
     distance_L = statistics.distances(metric)
     mean = fmean(distance_L)

@@ -11,8 +11,6 @@ calibration tokens (`BlockStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
     eq8         X_i * (down_i + 1 + 1): the paper's Eq. 8 as others cite it, which normalises
                 up and gate within a channel, where they are constant.
     wanda       mean_j |Wd_ji| * X_i                              (Sun et al. 2306.11695)
-    flap        var(x_i) |Wd_.i|^2, the variance over tokens times the squared column norm: what is
-                lost if the channel's mean stays as a bias            (An et al. 2312.11983, WIFV)
     magnitude   |Wd_.i|, the L2 norm of a column of the down projection
     random      drawn by chance, again alike for the same calibration: what any other must beat
 """
@@ -29,6 +27,7 @@ from torch import Tensor
 from cfsp.calibration.statistics import BlockStatistics
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import UsageError
+from cfsp.settings import CHANNEL_METRICS
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,6 @@ def _wanda(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     return mean_F * statistics.norm_F.float()
 
 
-def _flap(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
-    # The published code updates its running mean before it takes the deviation from the old one,
-    # so its variance is none. From sums over all tokens there is nothing to update.
-    norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF.float(), dim=0)
-    return statistics.variance_F.float() * norm_F.square()
-
-
 def _magnitude(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF.float(), dim=0)
     return norm_F
@@ -125,12 +117,10 @@ _METRICS: dict[str, Callable[[BlockStatistics, FFNWeights], Tensor]] = {
     "eq8": _eq8,
     "activation": _activation,
     "wanda": _wanda,
-    "flap": _flap,
     "magnitude": _magnitude,
     "random": _random,
 }
-
-CHANNEL_METRICS = tuple(_METRICS)
+assert tuple(_METRICS) == CHANNEL_METRICS
 
 
 def channel_scores(metric: str, statistics: BlockStatistics, weights: FFNWeights) -> Tensor:

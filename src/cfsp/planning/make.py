@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from cfsp.calibration.statistics import BlockStatistics, Statistics
@@ -19,25 +17,12 @@ from cfsp.checkpoint.reading import (
     parameter_count,
 )
 from cfsp.errors import StatisticsError
-from cfsp.planning.allocation import (
-    DEFAULT_CLAMP,
-    Budget,
-    Clamp,
-    ModelSize,
-    allocate,
-    channels_to_keep,
-    round_widths,
-)
-from cfsp.planning.coarse import GLOBAL, SENSITIVITY_METRICS, block_distances, importance_by
-from cfsp.planning.competition import channels_above_threshold, standardised
+from cfsp.planning.allocation import ModelSize, allocate
+from cfsp.planning.coarse import block_distances, importance_by
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
-
-if TYPE_CHECKING:
-    from cfsp.whole_model.width_search import FoundWidths
-
-DEFAULT_BLOCK_METRIC = "angular"
-DEFAULT_CHANNEL_METRIC = "relative"
+from cfsp.progress import item_progress
+from cfsp.settings import Budget, Criterion
 
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
 LEAST_TOKENS = 32
@@ -47,27 +32,7 @@ WEIGHTS_ALONE = "magnitude"
 EXPERTS_GRAIN = 8
 _MOST_NAMED = 8
 
-
-@dataclass(frozen=True)
-class Criterion:
-    """What makes a block and a channel important.
-
-    Attributes:
-        block_metric: one of `cfsp.planning.coarse.BLOCK_METRICS`.
-        channel_metric: one of `cfsp.planning.fine.CHANNEL_METRICS`.
-        clamp: what happens where a block would keep more than all (see `cfsp.planning.allocation.allocate`);
-            None for what measures best with the block metric.
-    """
-
-    block_metric: str = DEFAULT_BLOCK_METRIC
-    channel_metric: str = DEFAULT_CHANNEL_METRIC
-    clamp: Clamp | None = None
-
-    @property
-    def chosen_clamp(self) -> Clamp:
-        """The clamp, also where none is named: `water-fill` by sensitivity, else `published`."""
-        by_sensitivity = self.block_metric in SENSITIVITY_METRICS
-        return self.clamp or ("water-fill" if by_sensitivity else DEFAULT_CLAMP)
+log = logging.getLogger(__name__)
 
 
 def model_size(source: WeightSource) -> ModelSize:
@@ -89,24 +54,19 @@ class BlockWidths:
 
     Attributes:
         distance_L: coarse distance of every block.
-        importance_L: normalised importance, in (0, 1); with the block metric `global` the share
-            of the block's channels that its scores earn, in (0, 1].
+        importance_L: normalised importance, in (0, 1).
         kept_L: channels that stay.
-        search: how they were found, if allocation was only the start of a search.
     """
 
     distance_L: list[float]
     importance_L: list[float]
     kept_L: list[int]
-    search: FoundWidths | None = None
 
 
 def plan_widths(
     source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
 ) -> BlockWidths:
     """Decide how many channels every block keeps.
-
-    Only the block metric `global` reads weights of the model.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -115,38 +75,9 @@ def plan_widths(
     """
     size = model_size(source)
     distance_L = block_distances(statistics, criterion.block_metric)
-    if criterion.block_metric == GLOBAL:
-        earned_L = earned_widths(source, statistics, budget, criterion, size)
-        total, multiple = channels_to_keep(budget, size), budget.multiple_for(size.width_L)
-        kept_L = round_widths(earned_L, size.width_L, multiple, total)
-        # An importance is positive, also where no channel is above the threshold.
-        share_L = [max(e, 1.0) / w for e, w in zip(earned_L, size.width_L, strict=True)]
-        return BlockWidths(distance_L, share_L, kept_L)
     importance_L = importance_by(statistics, criterion.block_metric)
     kept_L = allocate(importance_L, budget, size, criterion.chosen_clamp)
     return BlockWidths(distance_L, importance_L, kept_L)
-
-
-def earned_widths(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: Budget,
-    criterion: Criterion,
-    size: ModelSize,
-) -> list[float]:
-    """Return the widths of all blocks if one threshold over their channel scores decides.
-
-    Scores are standardised in every FFN, because their sizes differ from block to block. The
-    experts of a block earn its width together.
-    """
-    scores = []
-    for block, observed in enumerate(statistics.blocks):
-        ffns = ffn_scores(source, block, observed, criterion)
-        scores.append(torch.cat([standardised(score_F) for score_F in ffns]))
-    ffns_L = [block.ffns for block in statistics.blocks]
-    total = channels_to_keep(budget, size) * sum(map(len, scores)) / sum(size.width_L)
-    counts = channels_above_threshold(scores, round(total))
-    return [count / ffns for count, ffns in zip(counts, ffns_L, strict=True)]
 
 
 def choose_channels(
@@ -195,11 +126,15 @@ def warn_of_few_tokens(plan: PruningPlan) -> None:
         return
     named = [f"block {e['block']} expert {e['expert']} ({e['tokens']})" for e in few[:_MOST_NAMED]]
     more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
-    print(
-        f"{len(few)} of {sum(block.ffns for block in plan.blocks)} experts saw fewer than "
-        f"{LEAST_TOKENS} calibration tokens, so their channels are chosen by their weights alone "
-        f"({WEIGHTS_ALONE}): {', '.join(named)}{more}; give more --samples",
-        file=sys.stderr,
+    log.warning(
+        "%d of %d experts saw fewer than %d calibration tokens, so their channels are chosen by "
+        "their weights alone (%s): %s%s; give more --samples",
+        len(few),
+        sum(block.ffns for block in plan.blocks),
+        LEAST_TOKENS,
+        WEIGHTS_ALONE,
+        ", ".join(named),
+        more,
     )
 
 
@@ -214,7 +149,6 @@ def make_plan(
     budget: Budget,
     criterion: Criterion,
     on_block: Callable[[], object] = lambda: None,
-    widths: BlockWidths | None = None,
 ) -> PruningPlan:
     """Decide which channels stay.
 
@@ -224,7 +158,6 @@ def make_plan(
         budget: how much to remove.
         criterion: what counts as important.
         on_block: is called after each block.
-        widths: how many channels every block keeps; None for what `plan_widths` decides.
 
     Raises:
         StatisticsError: the statistics belong to another model.
@@ -232,7 +165,7 @@ def make_plan(
         UsageError: a metric is unknown.
     """
     check_statistics_fit(source, statistics)
-    widths = widths or plan_widths(source, statistics, budget, criterion)
+    widths = plan_widths(source, statistics, budget, criterion)
     kept = []
     for block, width in enumerate(widths.kept_L):
         kept.append(choose_channels(source, block, statistics.blocks[block], width, criterion))
@@ -261,7 +194,6 @@ def assemble_plan(
             "sparsity": budget.sparsity,
             "of": budget.of,
             "multiple": budget.multiple_for(before),
-            **({"search": widths.search.to_json()} if widths.search else {}),
         },
         calibration=asdict(statistics.record),
         blocks=tuple(BlockPlan(*block) for block in blocks),
@@ -284,3 +216,13 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
             f"({statistics.record.fingerprint}), not for {source.label} ({found}); "
             "calibrate this model"
         )
+
+
+def plan_from_statistics(
+    source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
+) -> PruningPlan:
+    """Make a plan from statistics, showing progress; see `make_plan`."""
+    with item_progress("plan", source.config.num_hidden_layers, "block") as bar:
+        plan = make_plan(source, statistics, budget, criterion, on_block=bar.update)
+    warn_of_few_tokens(plan)
+    return plan

@@ -10,6 +10,7 @@ from cfsp.checkpoint.loading import compute_device, load
 from cfsp.checkpoint.locating import locate_model
 from cfsp.quality.perplexity import Perplexity, perplexity
 from cfsp.settings import Compute, EvaluationText
+from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import consecutive_windows
 
@@ -27,8 +28,10 @@ def evaluate_models(
 
     Returns:
         For each model: its name, parameters, dtype, perplexity by text, predicted tokens by
-        text, window length and stride, and scores by task (see `TaskRunner.score`).
+        text, window length, stride and whether windows begin with BOS, and scores by task (see
+        `TaskRunner.score`).
     """
+    check_texts(texts.names, "evaluation")
     return [_evaluate(name, str(name), texts, compute, tasks) for name in names]
 
 
@@ -60,7 +63,7 @@ def before_and_after(
             "after": second["perplexity"][text],
             "tokens": first["tokens"][text],
         }
-        for text in texts.names
+        for text in map(name_of, texts.names)
     }
 
 
@@ -74,9 +77,18 @@ def _evaluate(
     model = load(name, dtype=compute.dtype, device=compute_device(compute.device))
     tokenizer = load_tokenizer(locate_model(name))
     results: dict[str, Perplexity] = {}
+    bos = False
     for text in texts.names:
-        windows = consecutive_windows(text, tokenizer, count=texts.windows, seqlen=texts.seqlen)
-        results[text] = perplexity(model, windows, f"{label} on {text}", texts.stride)
+        windows = consecutive_windows(
+            text,
+            tokenizer,
+            count=texts.windows,
+            seqlen=texts.seqlen,
+            stride=texts.stride,
+            bos=texts.bos,
+        )
+        bos = windows.bos
+        results[name_of(text)] = perplexity(model, windows, f"{label} on {name_of(text)}")
     return {
         "model": label,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -85,5 +97,6 @@ def _evaluate(
         "tokens": {text: result.tokens for text, result in results.items()},
         "seqlen": texts.seqlen,
         "stride": texts.stride,
+        "bos": bos,
         **({"tasks": tasks.score(model, tokenizer)} if tasks else {}),
     }

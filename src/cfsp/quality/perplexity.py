@@ -1,8 +1,7 @@
 """Perplexity of whole models on text.
 
-Windows stand each on their own, or overlap: with a stride the same tokens are read as one
-stream, each window begins `stride` tokens after the last one, and only tokens that no earlier
-window predicted are counted, so that all but the first have much context.
+Windows stand each on their own, or overlap (see `cfsp.text.cutting`): then only tokens that no
+earlier window predicted are counted, so that all but the first have much context.
 
 Shapes: N windows, T tokens in a window, V vocabulary.
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cfsp.calibration.calibrate import check_tokens
-from cfsp.errors import CalibrationError, UsageError
+from cfsp.errors import CalibrationError
 from cfsp.progress import item_progress
 
 if TYPE_CHECKING:
@@ -33,92 +32,38 @@ class Perplexity:
 
     Attributes:
         value: exp of the mean negative log-likelihood.
-        tokens: how many tokens were predicted; the first of each window is not.
+        tokens: how many tokens were predicted; BOS, or the first of each window, is not.
     """
 
     value: float
     tokens: int
 
 
-def perplexity(
-    model: PreTrainedModel, windows: Windows, label: str = "eval", stride: int | None = None
-) -> Perplexity:
+def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") -> Perplexity:
     """Measure perplexity over windows, one window at a time.
 
     Log-likelihoods are taken in float32 whatever the model computes in.
 
     Args:
         model: a causal LM in evaluation mode.
-        windows: token windows without padding.
+        windows: token windows without padding; they say which of their tokens are counted.
         label: what the progress bar says.
-        stride: tokens from one window's start to the next one's; None for windows that each
-            stand on their own. The windows must then be consecutive text.
 
     Raises:
         CalibrationError: token ids exceed the vocabulary, or the loss is NaN.
-        UsageError: the stride is not in [1, T].
     """
     check_tokens(model.config, windows.tokens_NT, label)
-    count, length = windows.tokens_NT.shape
-    spans = scored_spans(count, length, stride)
-    stream = windows.tokens_NT.reshape(-1)
+    scored_N = windows.scored_N.tolist()
     total = torch.zeros((), dtype=torch.float64)
-    with torch.inference_mode(), item_progress(label, len(spans), "window") as bar:
-        for span in spans:
-            tokens_T = stream[span.begin : span.end].to(model.device)
-            total += _negative_log_likelihood(model, tokens_T, span.scored).cpu()
+    with torch.inference_mode(), item_progress(label, len(scored_N), "window") as bar:
+        for tokens_T, scored in zip(windows.tokens_NT, scored_N, strict=True):
+            total += _negative_log_likelihood(model, tokens_T.to(model.device), scored).cpu()
             bar.update()
-    predicted = sum(span.scored for span in spans)
+    predicted = sum(scored_N)
     mean = float(total) / predicted
     if math.isnan(mean):
         raise CalibrationError(f"{label}: the loss is NaN; evaluate with --dtype float32")
     return Perplexity(math.exp(min(mean, 700.0)), predicted)
-
-
-@dataclass(frozen=True)
-class Span:
-    """One window as a part of the token stream.
-
-    Attributes:
-        begin: first token.
-        end: one past the last token.
-        scored: how many tokens at the end are predicted and counted.
-    """
-
-    begin: int
-    end: int
-    scored: int
-
-
-def scored_spans(count: int, length: int, stride: int | None = None) -> list[Span]:
-    """Return the windows of a stream of `count` x `length` tokens.
-
-    With a stride shorter than the window, every token but the very first is scored exactly
-    once. The last window ends with the stream and so may advance by less than the stride.
-
-    Args:
-        count: windows N that the stream would fill without overlap.
-        length: tokens T in a window.
-        stride: tokens between starts; None for T.
-
-    Raises:
-        UsageError: the stride is not in [1, T].
-    """
-    stride = length if stride is None else stride
-    if not 1 <= stride <= length:
-        raise UsageError(
-            f"--stride must be between 1 and the window's {length} tokens, found {stride}"
-        )
-    last = (count - 1) * length
-    begins = [*range(0, last, stride), last]
-    spans: list[Span] = []
-    done = 0
-    for begin in begins:
-        # The first token of a window has no context in it.
-        first = max(done, begin + 1)
-        spans.append(Span(begin, begin + length, begin + length - first))
-        done = begin + length
-    return spans
 
 
 def _negative_log_likelihood(model: PreTrainedModel, tokens_T: Tensor, scored: int) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.recovery.data import check_texts
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.settings import (
@@ -22,14 +21,15 @@ from cfsp.recovery.settings import (
     TeacherChoice,
     Training,
 )
-from cfsp.settings import Compute, EvaluationText
+from cfsp.settings import Bos, Compute, EvaluationText, Text
+from cfsp.text.sources import check_texts
 
 
 def recover(
     model: str | Path,
     *,
     out: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path | Text],
     method: Method = Adaptation.method,
     rank: float = Adaptation.rank,
     learning_rate: float | None = Training.learning_rate,
@@ -38,12 +38,13 @@ def recover(
     max_minutes: float | None = None,
     teacher: str | Path | None = None,
     teacher_weight: float = Distillation.weight,
-    eval: Sequence[str | Path] = (),
+    eval: Sequence[str | Path | Text] = (),
     eval_windows: int = EVAL_WINDOWS,
     seqlen: int = Training.seqlen,
     batch_windows: int = Training.batch_windows,
     gradient_checkpointing: bool = Training.gradient_checkpointing,
     seed: int = Training.seed,
+    bos: Bos = Training.bos,
     keep_adapter: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -83,6 +84,7 @@ def recover(
         batch_windows: windows that pass together, on each process.
         gradient_checkpointing: less memory, more time.
         seed: of the order of windows and of the adapters' start.
+        bos: whether windows begin with BOS: `auto` (as the tokenizer begins an input), `yes`, `no`.
         keep_adapter: also write the PEFT adapter, into `out/adapter`.
         device: where to train; `auto` is an accelerator if there is one.
         dtype: of the arithmetic; `auto` is the model's own, and float32 where bfloat16 is emulated.
@@ -105,8 +107,8 @@ def recover(
         CfspError: anything that a user can cause; no output is left behind.
     """
     started = time.monotonic() if started is None else started
-    texts = tuple(map(str, data))
-    evaluation = EvaluationText(tuple(map(str, eval)), eval_windows, EVAL_SEQLEN)
+    texts = tuple(map(_text, data))
+    evaluation = EvaluationText(tuple(map(_text, eval)), eval_windows, EVAL_SEQLEN, bos=bos)
     adaptation = Adaptation(method, targets, rank, scale, rank_allocation)
     training = Training(
         Limit(steps, epochs, max_minutes),
@@ -119,6 +121,7 @@ def recover(
         evaluations=evaluations,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
+        bos=bos,
     )
     distillation = Distillation(teacher_weight, temperature)
     # Before the model: it may have to be downloaded or converted.
@@ -137,3 +140,7 @@ def recover(
         started=started,
         command=f"cfsp.recover({str(model)!r}, ...)" if command is None else command,
     )
+
+
+def _text(given: str | Path | Text) -> str | Text:
+    return str(given) if isinstance(given, Path) else given

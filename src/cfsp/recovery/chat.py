@@ -7,19 +7,21 @@ an answer. Tokens are made from the whole text at once, and belong to an answer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cfsp.errors import TextError
 from cfsp.recovery.loss import IGNORED
+from cfsp.text.chats import check_has_template, templated
+from cfsp.text.cutting import gather, spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cfsp.text.sources import Conversation
+    from cfsp.text.chats import Conversation
 
 
 def chat_windows(
@@ -28,6 +30,7 @@ def chat_windows(
     *,
     seqlen: int,
     limit: int | None = None,
+    begins_with: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return conversations one after another, cut into windows: token ids and labels, [N, T].
 
@@ -39,12 +42,12 @@ def chat_windows(
         tokenizer: with a chat template.
         seqlen: tokens in a window.
         limit: windows to read at most.
+        begins_with: token ids that every window begins with; they are no labels.
 
     Raises:
         TextError: the tokenizer has no chat template, or a conversation does not fit it.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise TextError("the model's tokenizer has no chat template, which chat data needs")
+    check_has_template(tokenizer)
     tokens: list[int] = []
     labels: list[int] = []
     for number, conversation in enumerate(conversations, start=1):
@@ -53,9 +56,10 @@ def chat_windows(
         labels += [i if keep else IGNORED for i, keep in zip(ids, answer, strict=True)]
         if limit is not None and len(tokens) >= limit * seqlen:
             break
-    whole = len(tokens) // seqlen
-    token_NT = torch.tensor(tokens[: whole * seqlen], dtype=torch.int64).view(whole, seqlen)
-    label_NT = torch.tensor(labels[: whole * seqlen], dtype=torch.int64).view(whole, seqlen)
+    token_R, label_R = torch.tensor([tokens, labels], dtype=torch.int64)
+    cut = spans(token_R, seqlen, begins_with)
+    token_NT = gather(token_R, cut, seqlen, begins_with)
+    label_NT = gather(label_R, cut, seqlen, [IGNORED] * len(begins_with))
     useful_N = (label_NT[:, 1:] != IGNORED).any(dim=1)
     return token_NT[useful_N], label_NT[useful_N]
 
@@ -74,26 +78,20 @@ def answer_tokens(
         TextError: the template refuses the conversation, or writes earlier messages differently
             once later ones follow.
     """
-    template: Any = tokenizer.apply_chat_template
-    spans: list[tuple[int, int]] = []
-    try:
-        whole = template(conversation, tokenize=False)
-        for index, message in enumerate(conversation):
-            if message["role"] == "assistant":
-                before = template(conversation[:index], tokenize=False, add_generation_prompt=True)
-                after = template(conversation[: index + 1], tokenize=False)
-                if not (whole.startswith(after) and after.startswith(before)):
-                    raise TextError(
-                        f"conversation {number}: the chat template changes earlier messages when "
-                        "later ones follow, so answers cannot be told from the rest"
-                    )
-                spans.append((len(before), len(after)))
-    except TextError:
-        raise
-    except Exception as error:  # templates raise what they like
-        raise TextError(f"conversation {number} does not fit the chat template: {error}") from error
+    answers: list[tuple[int, int]] = []
+    whole = templated(conversation, tokenizer, number)
+    for index, message in enumerate(conversation):
+        if message["role"] == "assistant":
+            before = templated(conversation[:index], tokenizer, number, add_generation_prompt=True)
+            after = templated(conversation[: index + 1], tokenizer, number)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise TextError(
+                    f"conversation {number}: the chat template changes earlier messages when "
+                    "later ones follow, so answers cannot be told from the rest"
+                )
+            answers.append((len(before), len(after)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     # A token that begins with the space before an answer belongs to the answer.
-    return ids, [any(max(start, a) < min(stop, b) for a, b in spans) for start, stop in offsets]
+    return ids, [any(max(start, a) < min(stop, b) for a, b in answers) for start, stop in offsets]

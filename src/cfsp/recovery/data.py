@@ -8,7 +8,7 @@ Shapes: N windows, T tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,9 @@ from torch.utils.data import Dataset
 from cfsp.errors import TextError
 from cfsp.recovery.chat import chat_windows
 from cfsp.recovery.loss import IGNORED
-from cfsp.text.sources import Purpose, TextSource
+from cfsp.settings import Bos, Text
+from cfsp.text.sources import TextSource, name_of
+from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows, all_windows
 
 if TYPE_CHECKING:
@@ -61,35 +63,32 @@ class WindowData(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class RecoveryText:
-    """Training windows, held-out windows, and how many training windows each text gave."""
+    """Training windows, held-out windows, and how many training windows each text gave.
+
+    Attributes:
+        bos: whether every window begins with BOS.
+    """
 
     train: WindowData
     held_out: WindowData
     sources: dict[str, int]
-
-
-def check_texts(names: Iterable[str], purpose: Purpose) -> None:
-    """Open every text and read its beginning, before any work is done.
-
-    Raises:
-        TextError: one is missing or unreadable.
-    """
-    for name in names:
-        source = TextSource(name, purpose)
-        is_chat = source.is_chat and purpose == "calibration"
-        values: Iterator[object] = source.conversations() if is_chat else source.documents()
-        next(values, None)
+    bos: bool
 
 
 def read_text(
-    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, seqlen: int
+    names: Sequence[str | Text],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    bos: Bos = "auto",
 ) -> RecoveryText:
     """Read texts and conversations and hold out the end of each.
 
     Args:
         names: see `cfsp.text.sources`.
         tokenizer: the model's own.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
+        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
 
     Raises:
         TextError: there is no text, or one is missing or shorter than two windows.
@@ -100,27 +99,36 @@ def read_text(
     held_out: list[tuple[Tensor, Tensor]] = []
     sources: dict[str, int] = {}
     for name in names:
-        token_NT, label_NT = _windows(name, tokenizer, seqlen)
+        token_NT, label_NT = _windows(name, tokenizer, seqlen, bos)
         have = len(token_NT)
         if have < 2:
             raise TextError(
-                f"{name} holds {have} windows of {seqlen} tokens to learn from, 2 are needed: one "
-                "to train on and one to hold out; give more text or a shorter --seqlen"
+                f"{name_of(name)} holds {have} windows of {seqlen} tokens to learn from, 2 are "
+                "needed: one to train on and one to hold out; give more text or a shorter --seqlen"
             )
         held = min(round(have * _HELD_OUT_SHARE), _MAX_HELD_OUT_TOKENS // seqlen)
         cut = have - max(1, held)
         train.append((token_NT[:cut], label_NT[:cut]))
         held_out.append((token_NT[cut:], label_NT[cut:]))
-        sources[name] = sources.get(name, 0) + cut
-    return RecoveryText(_joined(train), _joined(held_out), sources)
+        sources[name_of(name)] = sources.get(name_of(name), 0) + cut
+    begins_with_bos = bool(beginning(tokenizer, bos))
+    return RecoveryText(_joined(train), _joined(held_out), sources, begins_with_bos)
 
 
-def _windows(name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> tuple[Tensor, Tensor]:
+def _windows(
+    name: str | Text, tokenizer: PreTrainedTokenizerBase, seqlen: int, bos: Bos
+) -> tuple[Tensor, Tensor]:
     limit = _MAX_TOKENS_OF_A_TEXT // seqlen
     source = TextSource(name, "calibration")
     if source.is_chat:
-        return chat_windows(source.conversations(), tokenizer, seqlen=seqlen, limit=limit)
-    token_NT = all_windows(name, tokenizer, seqlen=seqlen, limit=limit)
+        return chat_windows(
+            source.conversations(),
+            tokenizer,
+            seqlen=seqlen,
+            limit=limit,
+            begins_with=beginning(tokenizer, bos),
+        )
+    token_NT = all_windows(name, tokenizer, seqlen=seqlen, limit=limit, bos=bos).tokens_NT
     return token_NT, token_NT
 
 

@@ -16,6 +16,7 @@ from cfsp.engine.pass_state import STATE_FILE, PassState
 from cfsp.errors import UsageError
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.settings import Compute, EvaluationText
+from cfsp.text.sources import name_of
 
 logger = logging.getLogger(__name__)
 # Of the minutes, for measuring before and after together; training is what they are for.
@@ -60,9 +61,9 @@ def measure(directory: Path, texts: EvaluationText, compute: Compute) -> Perplex
             "windows": texts.windows,
             "seqlen": texts.seqlen,
             "stride": texts.stride,
-            "bos": False,
+            "bos": found["bos"],
         }
-        for text in texts.names
+        for text in map(name_of, texts.names)
     }
 
 

@@ -13,15 +13,16 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import TextError, UsageError
 from cfsp.processes import process_count
 from cfsp.recovery.adaptation import check_installed
-from cfsp.recovery.data import RecoveryText, check_texts, read_text
+from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
 from cfsp.recovery.teacher import check_teacher
-from cfsp.result.manifest import Stopwatch
-from cfsp.settings import Compute, EvaluationText
+from cfsp.settings import Compute, EvaluationText, Text
+from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import consecutive_windows
 
@@ -35,7 +36,7 @@ class Request:
 
     source: Checkpoint
     out: Path
-    data: Sequence[str]
+    data: Sequence[str | Text]
     training: Training
     adaptation: Adaptation
     teacher: TeacherChoice | None
@@ -82,6 +83,8 @@ def prepare(request: Request, watch: Stopwatch) -> Prepared:
     check_installed(request.adaptation.method)
     compute_device(request.compute.device)
     check_texts(request.data, "calibration")
+    if evaluation is not None:
+        check_texts(evaluation.names, "evaluation")
     rank_L = ranks_of(source, request.adaptation)
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
@@ -91,7 +94,9 @@ def prepare(request: Request, watch: Stopwatch) -> Prepared:
         if request.teacher is not None:
             teacher = open_checkpoint(request.teacher.name)
             check_teacher(source, tokenizer, teacher)
-        text = read_text(request.data, tokenizer, seqlen=request.training.seqlen)
+        text = read_text(
+            request.data, tokenizer, seqlen=request.training.seqlen, bos=request.training.bos
+        )
     check_tokens(source.config, text.train.token_NT, source.label)
     return Prepared(text, rank_L, teacher, evaluation, _identity(request, text))
 
@@ -110,18 +115,18 @@ def _with_windows_counted(
     texts: EvaluationText, tokenizer: PreTrainedTokenizerBase
 ) -> EvaluationText:
     """Return the texts with a number of windows that each of them holds."""
-    counts = [
-        len(
-            consecutive_windows(name, tokenizer, count=texts.windows, seqlen=texts.seqlen).tokens_NT
+    read = [
+        consecutive_windows(
+            text, tokenizer, count=texts.windows, seqlen=texts.seqlen, bos=texts.bos
         )
-        for name in texts.names
+        for text in texts.names
     ]
-    return replace(texts, windows=min(counts))
+    return replace(texts, windows=min(len(windows.tokens_NT) for windows in read))
 
 
 def _identity(request: Request, text: RecoveryText) -> dict[str, Any]:
     """Return everything that must be the same for a killed run to go on, as JSON types."""
-    training = asdict(request.training)
+    training, evaluation = asdict(request.training), request.evaluation
     return {
         "command": "recover",
         "model": fingerprint(request.source),
@@ -130,7 +135,8 @@ def _identity(request: Request, text: RecoveryText) -> dict[str, Any]:
         **training.pop("limit"),
         **training,
         "teacher": asdict(request.teacher) if request.teacher else None,
-        "eval": asdict(request.evaluation) if request.evaluation else None,
+        "eval": [name_of(text) for text in evaluation.names] if evaluation else None,
+        "eval_windows": evaluation.windows if evaluation else None,
         "dtype": request.compute.dtype,
         "processes": process_count(),
     }

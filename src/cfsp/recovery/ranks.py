@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, RecoveryError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.settings import Adaptation, RankAllocation
-from cfsp.result.manifest import PLAN_FILE
 
 
 def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int] | None:

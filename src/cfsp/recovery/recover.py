@@ -16,6 +16,7 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.pass_state import STATE_FILE, PassState
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import (
     Workplace,
     directory_of_process,
@@ -36,8 +37,7 @@ from cfsp.recovery.writing import (
     write_record,
     write_recovered_weights,
 )
-from cfsp.result.manifest import Stopwatch
-from cfsp.settings import Compute, EvaluationText
+from cfsp.settings import Compute, EvaluationText, Text
 
 logger = logging.getLogger(__name__)
 ADAPTER_DIRECTORY = "adapter"
@@ -49,7 +49,7 @@ def recover_checkpoint(
     source: Checkpoint,
     out: Path,
     *,
-    data: Sequence[str],
+    data: Sequence[str | Text],
     training: Training,
     adaptation: Adaptation | None = None,
     teacher: TeacherChoice | None = None,

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cfsp.engine.memory import peak_rss_bytes
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.processes import is_first_process
 from cfsp.recovery.adaptation import TrainableBlock
 from cfsp.recovery.evaluation import Perplexities
 from cfsp.recovery.training import TrainingOutcome
-from cfsp.result.manifest import Stopwatch, peak_rss_bytes
 
 logger = logging.getLogger(__name__)
 

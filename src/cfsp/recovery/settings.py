@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
+from cfsp.settings import Bos, check_bos
 
 Method = Literal["lora", "dora", "full"]
 Targets = Literal["mlp", "attention", "all"]
@@ -113,12 +114,13 @@ class Training:
         learning_rate: at its peak; None for what suits the method.
         batch_windows: windows that pass together, on each process.
         accumulate: batches in an optimizer step.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
         warm_up: part of the run in which the learning rate rises.
         weight_decay: of AdamW.
         evaluations: how often to evaluate and save, at most.
         gradient_checkpointing: recompute activations: less memory, a third more time.
         seed: of the order of windows and of the adapters' start.
+        bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
 
     Raises:
         UsageError: a number is out of range.
@@ -134,8 +136,10 @@ class Training:
     evaluations: int = 10
     gradient_checkpointing: bool = False
     seed: int = 0
+    bos: Bos = "auto"
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
         for name in ("batch_windows", "accumulate", "evaluations"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")

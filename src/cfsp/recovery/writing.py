@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor
 from cfsp.checkpoint.writing import copy_travelling_files
+from cfsp.engine.versions import versions
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
-from cfsp.result.manifest import PLAN_FILE, read_manifest, versions, write_manifest
+from cfsp.result.card import model_card
+from cfsp.result.manifest import read_manifest, write_manifest
+from cfsp.result.origin import CARD_FILE, origin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CARD = "README.md"
 
 
 def write_recovered_weights(
@@ -84,7 +87,11 @@ def recovery_facts(
         "adaptation": asdict(adaptation),
         "training": asdict(training),
         "teacher": {"name": teacher.name, **asdict(teacher.distillation)} if teacher else None,
-        "data": {"sources": text.sources, "tokens_digest": text.train.digest},
+        "data": {
+            "sources": text.sources,
+            "tokens_digest": text.train.digest,
+            "bos": text.bos,
+        },
         "device": str(device),
         "threads": torch.get_num_threads(),
         **asdict(report),
@@ -112,57 +119,9 @@ def write_record(
         "pruned": pruned,
         "recovery": {key: value for key, value in recovery.items() if key not in top},
     }
-    manifest.pop("manifest_version", None)
     write_manifest(directory, manifest)
-    card = source.directory / _CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {directory.name}\n"
-    (directory / _CARD).write_text(
-        f"{text.rstrip()}\n\n{recovery_section(recovery)}", encoding="utf-8"
+    plan = directory / PLAN_FILE
+    card = model_card(
+        manifest, PruningPlan.load(plan) if plan.is_file() else None, origin_of(source)
     )
-
-
-def recovery_section(recovery: dict[str, Any]) -> str:
-    """Return the model card's section on recovery."""
-    training = recovery["training"]
-    adaptation = recovery["adaptation"]
-    how = (
-        "all weights of the targeted projections"
-        if adaptation["method"] == "full"
-        else f"{adaptation['method']} of mean rank {adaptation['rank']:g}, "
-        f"ranks by {adaptation['allocation']}, merged into the weights"
-    )
-    teacher = recovery["teacher"]
-    texts = ", ".join(
-        f"{_code(name)} ({count} windows)" for name, count in recovery["data"]["sources"].items()
-    )
-    lines = [
-        "## How it was recovered\n",
-        f"    {' '.join(recovery['command'].split())}\n",
-        f"- trained: {how}; targets: {adaptation['targets']}; "
-        f"{recovery['trainable_parameters']:,} trainable parameters",
-        f"- text: {texts} of {training['seqlen']} tokens",
-        f"- {recovery['steps']} steps of {recovery['tokens_in_step']:,} tokens in "
-        f"{recovery['seconds']['train'] / 60:.1f} minutes, peak learning rate "
-        f"{training['learning_rate']:g}, seed {training['seed']}",
-    ]
-    if teacher is not None:
-        lines.append(
-            f"- distilled from {_code(teacher['name'])}, weight {teacher['weight']:g}, "
-            f"temperature {teacher['temperature']:g}"
-        )
-    if recovery["perplexity"]:
-        lines += ["", "| perplexity on | pruned | recovered | tokens |", "|---|---:|---:|---:|"]
-        lines += [
-            f"| {_cell(text)} | {value['before']:.2f} | {value['after']:.2f} "
-            f"| {value['tokens']:,} |"
-            for text, value in recovery["perplexity"].items()
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return _code(text).replace("|", r"\|")
-
-
-def _code(text: str) -> str:
-    return "`" + " ".join(text.split()).replace("`", "'") + "`"
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Restoration: closed-form repair of the down projections after channels are removed."""
+"""Repair of what is left after channels go, without end-to-end training: a ladder of steps."""

@@ -18,7 +18,7 @@ from cfsp.engine.resumed_forward import resumed_at
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.repair.local_training import Batch
+    from cfsp.engine.two_streams import Batch
 
 # Predictions that count in a batch, at least. The head is a large part of a small model's
 # arithmetic.
@@ -65,7 +65,7 @@ class HeadLoss:
         position_P = torch.arange(first, length - 1, stride, device=output_BTD.device)
         log_probability_BPV = self._log_probabilities(output_BTD, position_P)
         with torch.no_grad():
-            expected_BPV = self._log_probabilities(batch.target_BTD, position_P)
+            expected_BPV = self._log_probabilities(batch.dense_BTD, position_P)
         divergence_BP = torch.linalg.vecdot(expected_BPV.exp(), expected_BPV - log_probability_BPV)
         next_BP1 = batch.tokens_BT[:, position_P + 1].unsqueeze(-1)
         text_BP = -log_probability_BPV.gather(-1, next_BP1).squeeze(-1)

@@ -5,25 +5,11 @@ Shapes: E FFNs of the block (1, or its experts), R rows (tokens), F FFN channels
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums
 from cfsp.repair.gram import GramSums
-
-HELD_OUT_WINDOWS = 4
-_LEAST_STRIDE = 8
-
-
-def is_held_out(windows: int) -> Tensor:
-    """Return which of so many windows repair is not fitted to, as a mask [N].
-
-    They are spread, so that every text of a mixture is held out in part.
-    """
-    stride = min(windows, max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS)))
-    return torch.arange(windows) % stride == stride - 1
 
 
 class Observation:
@@ -35,11 +21,11 @@ class Observation:
         device: where the activations are.
     """
 
-    def __init__(self, windows: int, ffns: int) -> None:
+    def __init__(self, is_held_out_N: Tensor, ffns: int) -> None:
         self.channels = ChannelSums(ffns)
         self.gram_E = [GramSums() for _ in range(ffns)]
         self.device = torch.device("cpu")
-        self._is_held_out_N = is_held_out(windows)
+        self._is_held_out_N = is_held_out_N
         self._held_out_E: list[list[Tensor]] = [[] for _ in range(ffns)]
 
     def add(self, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:

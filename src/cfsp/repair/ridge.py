@@ -1,4 +1,4 @@
-"""Ridge restoration: the kept columns of a down projection take over what the pruned did.
+"""Ridge repair: the kept columns of a down projection take over what the pruned did.
 
     W' = W_K + W_P G_PK (G_KK + lambda mean(diag G_KK) I)^-1
 
@@ -58,7 +58,7 @@ def _unrepaired(
     return RidgeSolution(plain_DK, None, error, error, error_of.energy), error_of
 
 
-def restore_down_projection(
+def repair_down_projection(
     down_DF: Tensor,
     kept: Sequence[int],
     gram_FF: Tensor,
@@ -126,14 +126,14 @@ def _solve(
     system = ridge_factor(gram_FF, kept_K, ridge)
     if system is None:
         return None
-    restored_DK = torch.empty_like(plain_DK)
+    repaired_DK = torch.empty_like(plain_DK)
     for start in range(0, down_DF.shape[0], SOLVE_COLUMNS):
         part = slice(start, start + SOLVE_COLUMNS)
         pruned_CP = down_DF[part].index_select(1, pruned_P).double()
         lost_KC = _times_gram(gram_FF, kept_K, pruned_P, pruned_CP)
         solve(system, lost_KC)
-        restored_DK[part] = (plain_DK[part].double() + lost_KC.T).to(plain_DK.dtype)
-    return restored_DK
+        repaired_DK[part] = (plain_DK[part].double() + lost_KC.T).to(plain_DK.dtype)
+    return repaired_DK
 
 
 def _times_gram(gram_FF: Tensor, kept_K: Tensor, pruned_P: Tensor, pruned_CP: Tensor) -> Tensor:

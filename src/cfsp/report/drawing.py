@@ -182,10 +182,10 @@ def shift(x: float, y_before: float, y_after: float, radius: float) -> Markup:
 
 
 def cross(x: float, y: float, reach: float) -> Markup:
-    """Return two crossing lines, the mark of what was left alone."""
+    """Return two crossing lines, the mark of what was rejected."""
     left, right, top, bottom = x - reach, x + reach, y - reach, y + reach
     strokes = path([(left, top), (right, bottom)]) + path([(left, bottom), (right, top)])
-    return element("path", class_="alone", d=strokes)
+    return element("path", class_="rejected", d=strokes)
 
 
 def drawing(width: float, height: float, label: str, *parts: Markup) -> Markup:

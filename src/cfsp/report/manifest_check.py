@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import ReportError
-from cfsp.result.manifest import MANIFEST_FILE
 
 _NUMBERS = ("parameters_before", "parameters_after", "model_sparsity", "ffn_sparsity")
 _WIDTHS = ("widths_before", "intermediate_sizes")
@@ -35,7 +35,7 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
             yield f"{key} should be a number and is {value!r}"
         if key in _WIDTHS and not (isinstance(value, list) and value and all(map(_is_int, value))):
             yield f"{key} should be a list of whole numbers"
-    for key in ("base_model", "criterion", "calibration", "restoration", "perplexity", "recovery",
+    for key in ("base_model", "criterion", "calibration", "repair", "perplexity", "recovery",
                 "seconds", "versions", "speed", "pruned"):  # fmt: skip
         if not isinstance(manifest.get(key) or {}, dict):
             yield f"{key} should be a table"
@@ -45,39 +45,54 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
         for text, value in table.items():
             if not _has_numbers(value, "before", "after", "tokens"):
                 yield f"the perplexity on {text!r} lacks a number"
-    blocks = (manifest.get("restoration") or {}).get("blocks", [])
-    if not isinstance(blocks, list):
-        yield "restoration's blocks should be a list"
+            elif any(not _is_int(value.get(key) or 0) for key in ("windows", "seqlen", "stride")):
+                yield f"the perplexity on {text!r} has windows that are no whole numbers"
+    steps = (manifest.get("repair") or {}).get("steps", [])
+    if not isinstance(steps, list):
+        yield "the steps of repair should be a list"
         return
-    for index, block in enumerate(blocks):
-        if not _has_numbers(block, "error_before", "error_after") or "ridge" not in block:
-            yield "an entry of restoration lacks a number"
-            continue
-        for name in ("sequential", "local"):
-            if block.get(name) is not None:
-                yield from _complaints_of_reconstruction(block[name], name, index)
+    for step in steps:
+        yield from _complaints_of_step(step)
     for entry in recovery.get("history", []):
         if not _has_numbers(entry, "step", "perplexity"):
             yield "an entry of recovery's history lacks a number"
 
 
-def _complaints_of_reconstruction(entry: Any, name: str, index: int) -> Iterator[str]:
-    """Yield what is wrong with a block's entry under a further step (see `PruneReport`)."""
-    what = f"the {name} reconstruction of block {index}"
+def _complaints_of_step(step: Any) -> Iterator[str]:
+    """Yield what is wrong with a step of repair (see `cfsp.result.repair_steps`)."""
+    if not isinstance(step, dict) or not isinstance(step.get("name"), str):
+        yield "a step of repair has no name"
+        return
+    if not isinstance(step.get("blocks"), list):
+        yield f"the blocks of {step['name']} should be a list"
+        return
+    for index, entry in enumerate(step["blocks"]):
+        if entry is not None:
+            yield from _complaints_of_entry(entry, f"{step['name']}, block {index}", index)
+
+
+def _complaints_of_entry(entry: Any, what: str, index: int) -> Iterator[str]:
     if not isinstance(entry, dict):
         yield f"{what} should be a table"
         return
-    better, steps = entry.get("is_better"), entry.get("steps", -1)
-    if not isinstance(better, bool):
-        yield f"{what} does not say whether the block is better for it"
-    if not _is_int(steps) or steps < 0:
-        yield f"{what} lacks its number of steps"
+    kept, together = entry.get("kept"), entry.get("blocks", 0)
+    if not isinstance(kept, bool):
+        yield f"{what} does not say whether the new weights were kept"
+    if not _is_int(together) or not 1 <= together <= index + 1:
+        yield f"{what} does not say how many blocks changed together"
     if not _is_error(entry.get("error_before")):
         yield f"{what} lacks the error before it"
-    # Null is what training leaves that came to no number; such a block is not better for it.
+    # Null is what training leaves whose error is NaN; such weights are rejected.
     after = entry.get("error_after", "missing")
-    if not _is_error(after) and (after is not None or better):
+    if not _is_error(after) and (after is not None or kept):
         yield f"{what} lacks the error after it"
+    if not all(_is_number(entry.get(key) or 0) for key in ("strength", "training_steps")):
+        yield f"{what} has a strength or training steps that are no number"
+    experts = entry.get("experts", [])
+    if not isinstance(experts, list) or not all(
+        isinstance(expert, dict) and isinstance(expert.get("kept"), bool) for expert in experts
+    ):
+        yield f"{what} does not say which experts' new weights were kept"
 
 
 def _has_numbers(entry: Any, *keys: str) -> bool:

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from cfsp.errors import ReportError
-from cfsp.report.run_facts import Measured, RunFacts
+from cfsp.report.runs import Measured, RunFacts
+from cfsp.result.conditions import Conditions
 
 _PHASES = ("prefill", "decode")
 
@@ -63,23 +64,27 @@ def with_own_speed(run: RunFacts) -> RunFacts:
 
 
 def _add_scores(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:
-    perplexity = {text: dict(values) for text, values in measured.perplexity.items()}
+    perplexity = {conditions: dict(sides) for conditions, sides in measured.perplexity.items()}
     tasks = {task: dict(scores) for task, scores in measured.tasks.items()}
     for model in models:
         side = side_of(str(model["model"]))
         if side is None:
             continue
-        for text, value in model["perplexity"].items():
-            tokens = int(model["tokens"][text])
-            known = perplexity.setdefault(text, {"tokens": tokens})
-            if known["tokens"] != tokens:
-                # Numbers over other tokens do not compare: the newer ones replace the older.
-                known.clear()
-                known["tokens"] = tokens
-            known[side] = float(value)
+        for text in model["perplexity"]:
+            entry = _entry(model, text)
+            perplexity.setdefault(Conditions.of(text, entry), {})[side] = float(entry["value"])
         for task, scores in model.get("tasks", {}).items():
             tasks.setdefault(task, {})[side] = dict(scores)
     return replace(measured, perplexity=perplexity, tasks=tasks)
+
+
+def _entry(model: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return a perplexity with its conditions; cfsp 0.1 kept them beside it, and had no BOS."""
+    entry = model["perplexity"][text]
+    if isinstance(entry, dict):
+        return entry
+    common = {"seqlen": model.get("seqlen"), "stride": model.get("stride")}
+    return {"value": entry, "tokens": model["tokens"][text], **common}
 
 
 def _add_speed(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:

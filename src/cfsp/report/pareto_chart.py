@@ -1,7 +1,7 @@
 """Quality against size: which runs are not beaten by a smaller or a better one.
 
-One panel for each text on which two runs or more were measured; a second axis of the same kind
-for measured speed, where there is one.
+One panel for each text on which two runs or more were measured in the same way; a second axis of
+the same kind for measured speed, where there is one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from cfsp.report.drawing import (
     short_label,
     value_axis,
 )
-from cfsp.report.run_facts import RunFacts
-from cfsp.report.summary import NOTHING
+from cfsp.report.runs import RunFacts
+from cfsp.report.summary import NOTHING, measured_conditions, perplexity_of_original
+from cfsp.result.conditions import Conditions
 from cfsp.sweep.front import pareto_front
 
 _LEFT, _RIGHT, _TITLE, _HEIGHT, _FOOT, _GAP = 52.0, 20.0, 26.0, 240.0, 40.0, 20.0
@@ -94,8 +95,8 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
 
 def _by_size(runs: Sequence[RunFacts]) -> list[_Plane]:
     planes = []
-    for text in _texts(runs):
-        measured = [run for run in runs if "after" in run.measured.perplexity.get(text, {})]
+    for conditions, name in _titles(runs).items():
+        measured = [run for run in runs if "after" in run.measured.perplexity.get(conditions, {})]
         measured = [run for run in measured if "parameters_before" in run.manifest]
         if len(measured) < 2:
             continue
@@ -103,25 +104,25 @@ def _by_size(runs: Sequence[RunFacts]) -> list[_Plane]:
             _Dot(
                 run.name,
                 100 * run.manifest["parameters_after"] / run.manifest["parameters_before"],
-                run.measured.perplexity[text]["after"],
+                run.measured.perplexity[conditions]["after"],
             )
             for run in measured
         ]
-        if (dense := measured[0].measured.perplexity[text].get("before")) is not None:
+        if (dense := perplexity_of_original(runs, conditions)) is not None:
             dots.append(_Dot("the original", 100.0, dense))
-        planes.append(_Plane(f"Perplexity on {short_label(text)}", "% of parameters", dots))
+        planes.append(_Plane(f"Perplexity on {name}", "% of parameters", dots))
     return planes
 
 
 def _by_speed(runs: Sequence[RunFacts]) -> list[_Plane]:
     planes = []
-    for text in _texts(runs):
+    for conditions, name in _titles(runs).items():
         for phase in sorted({phase for run in runs for phase in run.measured.speed}):
             measured = [
                 run
                 for run in runs
                 if "ratio" in run.measured.speed.get(phase, {})
-                and "after" in run.measured.perplexity.get(text, {})
+                and "after" in run.measured.perplexity.get(conditions, {})
             ]
             if len(measured) < 2:
                 continue
@@ -129,17 +130,23 @@ def _by_speed(runs: Sequence[RunFacts]) -> list[_Plane]:
                 _Dot(
                     run.name,
                     run.measured.speed[phase]["ratio"],
-                    run.measured.perplexity[text]["after"],
+                    run.measured.perplexity[conditions]["after"],
                 )
                 for run in measured
             ]
-            title = f"Perplexity on {short_label(text)}, {phase}"
+            title = f"Perplexity on {name}, {phase}"
             planes.append(_Plane(title, "times the original's speed", dots, more_is_better=True))
     return planes
 
 
-def _texts(runs: Sequence[RunFacts]) -> list[str]:
-    return list(dict.fromkeys(text for run in runs for text in run.measured.perplexity))
+def _titles(runs: Sequence[RunFacts]) -> dict[Conditions, str]:
+    """Return what panels call conditions: the text, with all else where that alone is not clear."""
+    every = measured_conditions(runs)
+    texts = [each.text for each in every]
+    return {
+        each: short_label(each.text) + (f", {each}" if texts.count(each.text) > 1 else "")
+        for each in every
+    }
 
 
 def _word(on_front: bool) -> str:

@@ -54,9 +54,7 @@ def _legend(chart: Chart) -> Markup:
 def _swatch(kind: str, x: float, y: float) -> Markup:
     if kind in ("before", "after"):
         return element("circle", class_=kind, cx=x, cy=y, r=4.5)
-    if kind == "predicted":
-        return element("line", class_=kind, x1=x - 6, x2=x + 6, y1=y, y2=y)
-    if kind == "alone":
+    if kind == "rejected":
         return cross(x, y, 4.5)
     return element("rect", class_=kind, x=x - 6, y=y - 6, width=12, height=12, rx=2)
 

@@ -19,7 +19,7 @@ from cfsp.report.drawing import (
     short_label,
     value_axis,
 )
-from cfsp.report.run_facts import RunFacts
+from cfsp.report.runs import RunFacts
 from cfsp.report.summary import NOTHING
 
 _LEFT, _RIGHT, _TITLE, _HEIGHT, _FOOT, _GAP = 52.0, 16.0, 26.0, 200.0, 40.0, 36.0

@@ -8,7 +8,8 @@ from typing import Any
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.coarse import block_metric_in_words
-from cfsp.report.run_facts import RunFacts
+from cfsp.report.runs import RunFacts
+from cfsp.result.repair_steps import repair_steps, steps_in_words
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Reproduction:
     Attributes:
         name: the run.
         commands: what the user typed, in this order.
-        load: Python that loads the result.
+        load: Python that loads the result; empty where its weights were not kept.
         conditions: name and value.
         manifest: the manifest, indented JSON.
     """
@@ -48,7 +49,9 @@ def _commands(manifest: dict[str, Any]) -> list[str]:
 
 
 def _load_code(run: RunFacts) -> str:
-    """Return code for a reader in Python; what stock cannot build needs the modelling file."""
+    """Return Python that loads a run; what stock cannot build needs the modelling file."""
+    if not run.weight_bytes:
+        return ""
     widths = set(run.manifest.get("intermediate_sizes", []))
     has_code = len(widths) > 1 or MODELING_FILE in run.manifest.get("files", {})
     trust = ", trust_remote_code=True" if has_code else ""
@@ -85,11 +88,8 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{calibration['seed']}, {calibration['dtype']} on {calibration['device']}",
             ),
         ]
-    restoration = manifest.get("restoration")
-    if restoration:
-        alone = len(restoration.get("left_alone", []))
-        note = f", {alone} blocks left alone" if alone else ""
-        lines.append(("restoration", f"{restoration['method']}{note}"))
+    if "repair" in manifest:
+        lines.append(("repair", steps_in_words(repair_steps(manifest))))
     recovery = manifest.get("recovery")
     if recovery:
         how = recovery["adaptation"]
@@ -108,8 +108,11 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         times = ", ".join(f"{stage} {value:.1f} s" for stage, value in manifest["seconds"].items())
         lines.append(("time", times))
     if "peak_rss_bytes" in manifest:
-        threads = f", {manifest['threads']} threads" if "threads" in manifest else ""
-        lines.append(("memory", f"{manifest['peak_rss_bytes'] / 2**30:.2f} GiB at most{threads}"))
+        count = manifest.get("threads", 0)
+        threads = f", {count} {'thread' if count == 1 else 'threads'}" if count else ""
+        lines.append(
+            ("memory", f"{manifest['peak_rss_bytes'] / 2**30:.2f} GiB at its peak{threads}")
+        )
     if "versions" in manifest:
         versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
         lines.append(("versions", versions))

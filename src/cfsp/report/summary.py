@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from cfsp.report.run_facts import RunFacts
+from cfsp.report.runs import RunFacts
+from cfsp.result.conditions import Conditions
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Row:
         name: what is measured.
         cells: the original first.
         hint: the full name where `name` is shortened, or how it was measured.
+        detail: the conditions, in small letters.
     """
 
     name: str
     cells: Sequence[Cell]
     hint: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def headlines(run: RunFacts) -> list[Headline]:
     if "model_sparsity" in manifest:
         lines.append(
             Headline(
-                _percent_less(manifest["model_sparsity"]),
+                percent_less(manifest["model_sparsity"]),
                 "parameters",
                 f"{count(manifest['parameters_before'])} to {count(manifest['parameters_after'])}",
             )
@@ -75,15 +78,18 @@ def headlines(run: RunFacts) -> list[Headline]:
         before, after = sum(manifest["widths_before"]), sum(manifest["intermediate_sizes"])
         lines.append(
             Headline(
-                _percent_less(manifest["ffn_sparsity"]), "FFN channels", f"{before:,} to {after:,}"
+                percent_less(manifest["ffn_sparsity"]), "FFN channels", f"{before:,} to {after:,}"
             )
         )
-    names = short_names(run.measured.perplexity)
-    for text, value in list(run.measured.perplexity.items())[:2]:
-        if "before" in value and "after" in value:
-            ratio = value["after"] / value["before"]
-            detail = f"{value['before']:.2f} to {value['after']:.2f}, {names[text]}"
-            lines.append(Headline(f"{_TIMES} {ratio:.2f}", "perplexity", detail))
+    names = short_names(each.text for each in run.measured.perplexity)
+    compared = {k: v for k, v in run.measured.perplexity.items() if len(v) == 2}
+    for conditions, value in list(compared.items())[:2]:
+        detail = (
+            f"{value['before']:.2f} to {value['after']:.2f} on {names[conditions.text]}, "
+            f"{conditions}"
+        )
+        ratio = value["after"] / value["before"]
+        lines.append(Headline(f"{_TIMES} {ratio:.2f}", "perplexity", detail))
     for phase, speed in run.measured.speed.items():
         if phase.startswith("decode") and "ratio" in speed:
             detail = f"{speed['before']:.1f} to {speed['after']:.1f} tokens/s"
@@ -105,7 +111,7 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
                 *(
                     Cell(
                         f"{run.manifest['parameters_after']:,}",
-                        _percent_less(run.manifest["model_sparsity"]),
+                        percent_less(run.manifest["model_sparsity"]),
                     )
                     if run in known
                     else _NOTHING
@@ -120,7 +126,7 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
                 *(
                     Cell(
                         f"{sum(run.manifest['intermediate_sizes']):,}",
-                        _percent_less(run.manifest["ffn_sparsity"]),
+                        percent_less(run.manifest["ffn_sparsity"]),
                     )
                     if run in known
                     else _NOTHING
@@ -138,23 +144,36 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
     return [*rows, Row("weights on disk", disk, hint)]
 
 
+def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:
+    """Return all conditions of perplexities, those of one text one after the other."""
+    found = dict.fromkeys(each for run in runs for each in run.measured.perplexity)
+    texts = list(dict.fromkeys(each.text for each in found))
+    return sorted(found, key=lambda each: texts.index(each.text))
+
+
+def perplexity_of_original(runs: Sequence[RunFacts], conditions: Conditions) -> float | None:
+    """Return the original's perplexity under the same conditions; None if it was not measured."""
+    sides = (run.measured.perplexity.get(conditions, {}) for run in runs)
+    return next((each["before"] for each in sides if "before" in each), None)
+
+
 def _perplexity(runs: Sequence[RunFacts]) -> list[Row]:
-    texts = _ordered(text for run in runs for text in run.measured.perplexity)
-    names = short_names(texts)
+    every = measured_conditions(runs)
+    names = short_names(each.text for each in every)
+    seen = {text for run in runs for text in run.calibration_texts}
     rows = []
-    for text in texts:
-        values = [run.measured.perplexity.get(text, {}) for run in runs]
-        dense = next((value["before"] for value in values if "before" in value), None)
-        tokens = next((value["tokens"] for value in values if "tokens" in value), None)
+    for conditions in every:
+        dense = perplexity_of_original(runs, conditions)
         cells = [_NOTHING if dense is None else Cell(f"{dense:.2f}")]
-        for value in values:
-            if "after" not in value:
-                cells.append(_NOTHING)
-                continue
-            note = "" if dense is None else f"{_TIMES} {value['after'] / dense:.2f}"
-            cells.append(Cell(f"{value['after']:.2f}", note))
-        hint = text if tokens is None else f"{text}, {tokens:,.0f} predicted tokens"
-        rows.append(Row(names[text], cells, hint))
+        for run in runs:
+            value = run.measured.perplexity.get(conditions, {}).get("after")
+            note = f"{_TIMES} {value / dense:.2f}" if value is not None and dense else ""
+            cells.append(_NOTHING if value is None else Cell(f"{value:.2f}", note))
+        detail = str(conditions)
+        if conditions.text in seen:
+            detail += "; calibrated on other parts of it"
+        hint = f"{conditions.text}, {conditions.tokens:,} predicted tokens"
+        rows.append(Row(names[conditions.text], cells, hint, detail))
     return rows
 
 
@@ -191,7 +210,8 @@ def _speed(runs: Sequence[RunFacts]) -> list[Row]:
     return rows
 
 
-def _percent_less(share: float) -> str:
+def percent_less(share: float) -> str:
+    """Return how much less something is: −20.1%."""
     return f"{_MINUS}{share:.1%}" if share > 0 else f"{-share:.1%}"
 
 
@@ -213,11 +233,11 @@ def megabytes(number: float) -> str:
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Return the last parts of paths, as many as keep the names apart, at least two."""
-    names = list(names)
+    names = list(dict.fromkeys(names))
     longest = max((len(PurePath(name).parts) for name in names), default=0)
     for parts in range(2, longest + 1):
         short = ["/".join(PurePath(name).parts[-parts:]) for name in names]
-        if len(set(short)) == len(set(names)):
+        if len(set(short)) == len(names):
             return dict(zip(names, short, strict=True))
     return {name: name for name in names}
 

@@ -1,1 +1,1 @@
-"""What is written beside the weights, and what a checkpoint can be asked: manifest, card, verify, inspect."""
+"""What is written beside the weights, and what a checkpoint can be asked."""

@@ -1,61 +1,137 @@
-"""The README.md of a pruned checkpoint."""
+"""The model card (README.md) of a checkpoint: metadata for the hub, and plain words for people."""
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.coarse import block_metric_in_words
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.card_metadata import card_metadata
+from cfsp.result.conditions import Conditions
+from cfsp.result.origin import Origin
+from cfsp.result.repair_steps import changed_weights, repair_steps, steps_in_words
 
-_LOAD_WITH_CODE = """\
-Blocks have different widths, or biases that the stock class lacks, so the checkpoint brings a small
-modelling file (`modeling_cfsp.py`, 40 lines) that builds the stock model with them:
+_PAPER = "[CFSP, arXiv 2409.13199](https://arxiv.org/abs/2409.13199)"
 
-```python
+_LOAD = """\
+## How to load it
+
+{why}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("."{trust})
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
+
+`"."` is this directory; a path to it, or its name on the hub, does as well.
+"""
+_WHY_CODE = f"""\
+Blocks have different widths, or biases that the stock class lacks, so the checkpoint brings a
+small file of code, `{MODELING_FILE}`, that builds the stock model with them.
+`trust_remote_code=True` runs that file: read it first.
+
 """
 
-_LOAD_PLAIN = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+_VERIFY = """\
+## How to verify it
 
-model = AutoModelForCausalLM.from_pretrained(".")
-tokenizer = AutoTokenizer.from_pretrained(".")
-```
+    cfsp verify .
+
+checks weights and code against the digests in `cfsp.json`, widths and parameters against the plan
+in `cfsp_plan.json`, and that a forward pass gives finite numbers. `cfsp inspect .` shows how
+the model was made.
 """
 
+_LIMITS = """\
+## Limits
 
-def model_card(manifest: dict[str, Any], plan: PruningPlan) -> str:
-    """Return the model card of a checkpoint, from its manifest and plan."""
-    base = _inline(plan.model.name)
-    plain = MODELING_FILE not in manifest["files"]
+- What the removed channels knew is gone. On text and tasks that are unlike the calibration text,
+  the model may have lost more than the numbers here show: measure it on what you use it for.
+- Nothing was measured about safety or about following instructions; what holds for the original
+  need not hold for this model.
+- Only FFN channels were removed. Attention and the KV cache are as large as the original's.
+- A perplexity compares only with one of the same text, windows and first token.
+{license}"""
+
+
+def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origin) -> str:
+    """Return the model card of a checkpoint.
+
+    Args:
+        manifest: of version 2.
+        plan: which channels were removed; None if cfsp removed none.
+        origin: the model that it was made from.
+    """
+    # A pruned model that is pruned again is not made from the original of both.
+    made_from = manifest.get("base_model", {}).get("name", origin.name)
+    hub_id = origin.hub_id if made_from == origin.name else None
+    name = hub_id or _last_part(made_from)
     sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags:\n- cfsp\n- pruned\n---\n",
-        f"# {base}, pruned by CFSP\n",
-        f"Made from {base} by structured pruning of FFN channels "
-        "([CFSP, arXiv 2409.13199](https://arxiv.org/abs/2409.13199)): the weakest channels were "
-        "removed, so the model is smaller and an ordinary dense checkpoint.\n",
+        f"---\n{card_metadata(manifest, origin, name)}\n---\n",
+        _what_it_is(manifest, name, hub_id, origin.base_model),
         _size_table(manifest),
-        _quality_table(manifest),
-        "## How to load\n",
-        _LOAD_PLAIN if plain else _LOAD_WITH_CODE,
-        "## How it was made\n",
-        f"    {_one_line(manifest['command'])}\n",
-        _conditions(manifest, plan),
-        _goal(manifest.get("goal")),
-        "## What was removed\n",
-        _block_table(plan),
+        _quality(manifest),
+        _how_to_load(manifest),
+        _VERIFY if plan else "",
+        _how_it_was_pruned(manifest, plan) if plan else "",
+        _how_it_was_recovered(manifest),
+        _LIMITS.format(license=_license(origin)),
+        f"## What was removed\n\n{_block_table(plan)}" if plan else "",
     ]
     return "\n".join(section for section in sections if section)
 
 
+def _what_it_is(
+    manifest: dict[str, Any], name: str, hub_id: str | None, base_model: str | None
+) -> str:
+    link = _link(hub_id) if hub_id else _inline(name)
+    if base_model not in (None, hub_id):
+        link += f" (which was made from {_link(str(base_model))})"
+    acts = [
+        act for key, act in (("criterion", "pruned"), ("recovery", "recovered")) if key in manifest
+    ]
+    lines = [f"# {_plain(name)}, {' and '.join(acts)}", ""]
+    if "ffn_sparsity" in manifest:
+        lines += [
+            f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN channels, which are "
+            f"{manifest['model_sparsity']:.1%} of all parameters. cfsp removed the weakest of them "
+            f"({_PAPER}); what is left is an ordinary dense checkpoint.",
+            "",
+        ]
+    else:
+        lines += [f"This is {link}, trained further by cfsp.", ""]
+    return "\n".join([*lines, *_on_which_text(manifest)])
+
+
+def _on_which_text(manifest: dict[str, Any]) -> list[str]:
+    """Say what text made the model, and that its perplexity there flatters it."""
+    lines = []
+    calibrated = _sources(manifest.get("calibration"))
+    if calibrated:
+        lines.append(f"- Calibrated on {calibrated}: that text decided which channels stay.")
+    steps = [step for step in repair_steps(manifest) if changed_weights(step)]
+    if steps:
+        names = ", ".join(step["name"] for step in steps)
+        lines.append(
+            f"- Repaired on the same text ({names}): the weights that stay were changed so that "
+            "blocks compute there what they did before."
+        )
+    recovery = manifest.get("recovery")
+    if recovery:
+        lines.append(f"- Recovered: trained on {_sources(recovery['data'])}.")
+    if lines:
+        lines.append(
+            "- So its perplexity on these texts, and on text like them, is **flattering**. Judge "
+            "it by text of another kind."
+        )
+    return [*lines, ""] if lines else []
+
+
 def _size_table(manifest: dict[str, Any]) -> str:
+    if "parameters_before" not in manifest:
+        return ""
     return (
         "| | before | after | removed |\n|---|---:|---:|---:|\n"
         f"| parameters | {manifest['parameters_before']:,} | {manifest['parameters_after']:,} "
@@ -65,37 +141,67 @@ def _size_table(manifest: dict[str, Any]) -> str:
     )
 
 
-def _quality_table(manifest: dict[str, Any]) -> str:
-    if not manifest["perplexity"]:
+def _quality(manifest: dict[str, Any]) -> str:
+    """Return a row for each text and way to measure; only numbers in one row compare."""
+    recovery = manifest.get("recovery") or {}
+    rows: dict[Conditions, list[str]] = {}
+    for column, table in ((0, manifest), (1, recovery)):
+        for text, value in (table.get("perplexity") or {}).items():
+            cells = rows.setdefault(Conditions.of(text, value), ["", "", ""])
+            cells[column], cells[column + 1] = f"{value['before']:.2f}", f"{value['after']:.2f}"
+    if not rows:
         return ""
-    rows = [
-        f"| {_cell(text)} | {value['before']:.2f} | {value['after']:.2f} | {value['tokens']:,} |"
-        for text, value in manifest["perplexity"].items()
+    names = ["dense", "pruned", "recovered"][: 3 if recovery else 2]
+    seen = {
+        text
+        for table in (manifest.get("calibration"), recovery.get("data"))
+        for text in (table or {}).get("sources", {})
+    }
+    lines = [
+        "| perplexity on | " + " | ".join(names) + " | measured on |",
+        "|---|" + "---:|" * len(names) + "---|",
     ]
-    head = "| perplexity on | before | after | tokens |\n|---|---:|---:|---:|"
-    return "\n".join([head, *rows, ""])
+    for conditions, cells in rows.items():
+        note = "; other parts of this text made the model" if conditions.text in seen else ""
+        numbers = " | ".join(cells[: len(names)])
+        lines.append(f"| {_cell(conditions.text)} | {numbers} | {conditions}{note} |")
+    return "\n".join([*lines, ""])
 
 
-def _conditions(manifest: dict[str, Any], plan: PruningPlan) -> str:
+def _how_to_load(manifest: dict[str, Any]) -> str:
+    needs_code = MODELING_FILE in manifest.get("files", {})
+    trust = ", trust_remote_code=True" if needs_code else ""
+    return _LOAD.format(why=_WHY_CODE if needs_code else "", trust=trust)
+
+
+def _how_it_was_pruned(manifest: dict[str, Any], plan: PruningPlan) -> str:
+    made = manifest.get("pruned") or manifest
     calibration = plan.calibration
-    texts = ", ".join(f"{_inline(n)} ({c} windows)" for n, c in calibration["sources"].items())
-    packages = ", ".join(f"{name} {v}" for name, v in manifest["versions"].items())
-    return (
-        f"- calibration text: {texts} of {calibration['seqlen']} tokens, "
+    packages = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
+    lines = [
+        "## How it was pruned",
+        "",
+        f"    {_one_line(made['command'])}",
+        "",
+        f"- calibration text: {_sources(calibration)} of {calibration['seqlen']} tokens, "
         f"seed {calibration['seed']}, in {_inline(calibration['dtype'])} "
-        f"on {_inline(calibration['device'])}\n"
+        f"on {_inline(calibration['device'])}",
         f"- blocks by {block_metric_in_words(plan.criterion['block_metric'])}, "
         f"channels by {plan.criterion['channel_metric']}, "
-        f"widths in multiples of {plan.criterion['multiple']}\n"
-        f"- versions: {packages}\n"
-        "- `cfsp.json` holds digests and all conditions, `cfsp_plan.json` the exact channels\n"
-    )
+        f"widths in multiples of {plan.criterion['multiple']}",
+        f"- repair: {_plain(steps_in_words(repair_steps(manifest)))}",
+        f"- versions: {packages}",
+        "- `cfsp.json` holds digests and all conditions, `cfsp_plan.json` the exact channels",
+        "",
+    ]
+    goal = _goal(manifest.get("goal"))
+    return "\n".join([*lines, goal] if goal else lines)
 
 
 _GOALS = {
     "target_params": "to keep {asked:g} of all parameters",
     "max_loss_increase": "a loss of at most {asked:g} nats per token more than the dense model's, "
-    "on held-out text, before restoration",
+    "on held-out text, before repair",
     "target_speedup": "to be {asked:g} times faster, as predicted from latencies",
 }
 _VALUES = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
@@ -120,6 +226,43 @@ def _goal(resolution: dict[str, Any] | None) -> str:
     return "\n".join([*lines, ""])
 
 
+def _how_it_was_recovered(manifest: dict[str, Any]) -> str:
+    recovery = manifest.get("recovery")
+    if not recovery:
+        return ""
+    training, adaptation, teacher = (recovery[key] for key in ("training", "adaptation", "teacher"))
+    how = (
+        "all weights of the targeted projections"
+        if adaptation["method"] == "full"
+        else f"{adaptation['method']} of mean rank {adaptation['rank']:g}, "
+        f"ranks by {adaptation['allocation']}, merged into the weights"
+    )
+    lines = [
+        "## How it was recovered",
+        "",
+        f"    {_one_line(manifest['command'])}",
+        "",
+        f"- trained: {how}; targets: {adaptation['targets']}; "
+        f"{recovery['trainable_parameters']:,} trainable parameters",
+        f"- text: {_sources(recovery['data'])} of {training['seqlen']} tokens",
+        f"- {recovery['steps']} steps of {recovery['tokens_in_step']:,} tokens in "
+        f"{recovery['seconds']['train'] / 60:.1f} minutes, peak learning rate "
+        f"{training['learning_rate']:g}, seed {training['seed']}",
+    ]
+    if teacher is not None:
+        lines.append(
+            f"- distilled from {_inline(teacher['name'])}, weight {teacher['weight']:g}, "
+            f"temperature {teacher['temperature']:g}"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _license(origin: Origin) -> str:
+    name = origin.metadata.get("license")
+    known = f" ({_inline(str(name))})" if name else ""
+    return f"- It is made from another model, so the license of that model{known} applies.\n"
+
+
 def _block_table(plan: PruningPlan) -> str:
     rows = [
         f"| {i} | {block.distance:.4f} | {block.importance:.3f} | {block.width} "
@@ -130,9 +273,28 @@ def _block_table(plan: PruningPlan) -> str:
     return "\n".join([head, *rows, ""])
 
 
+def _sources(table: dict[str, Any] | None) -> str:
+    sources: dict[str, int] = (table or {}).get("sources", {})
+    return ", ".join(f"{_inline(name)} ({count} windows)" for name, count in sources.items())
+
+
+def _last_part(name: str) -> str:
+    """Return the last part of a path: what stands before it is nobody else's business."""
+    return PurePath(name).name or name
+
+
+def _link(hub_id: str) -> str:
+    return f"[{hub_id}](https://huggingface.co/{hub_id})"
+
+
 def _inline(text: str) -> str:
     """Quote foreign text in Markdown so that it can neither format nor script the page."""
     return "`" + _one_line(text).replace("`", "'") + "`"
+
+
+def _plain(text: str) -> str:
+    """Return foreign text without what Markdown and HTML would read as more than text."""
+    return "".join(c if c.isalnum() or c in " ./-_,()" else "?" for c in _one_line(text))
 
 
 def _cell(text: str) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.families import intermediate_sizes
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import CheckpointError
-from cfsp.result.manifest import MANIFEST_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 
 _FROM_MANIFEST = (
     "operation",
@@ -19,6 +20,8 @@ _FROM_MANIFEST = (
     "ffn_sparsity",
     "model_sparsity",
     "parameters_before",
+    "repair",
+    "recovery",
     "perplexity",
     "command",
     "created",

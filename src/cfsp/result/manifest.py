@@ -3,59 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.own_files import MANIFEST_FILE
+from cfsp.engine.versions import versions
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.version_1 import as_version_2
 
-MANIFEST_FILE = "cfsp.json"
-PLAN_FILE = "cfsp_plan.json"
-STATISTICS_FILE = "cfsp_statistics.safetensors"
-MANIFEST_VERSION = 1
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in each named stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block of code to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that computes."""
-    packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+MANIFEST_VERSION = 2
 
 
 def describe_pruning(
@@ -91,6 +54,7 @@ def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
     Raises:
         OutputError: the place is not writable.
     """
+    # Facts that were read have their version with them.
     text = json.dumps({"manifest_version": MANIFEST_VERSION, **fields}, indent=2) + "\n"
     write_atomically(directory / MANIFEST_FILE, text.encode())
 
@@ -104,12 +68,11 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
     manifest = read_manifest(directory)
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}")
-    del manifest["manifest_version"]
     write_manifest(directory, {**manifest, **fields})
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint; None if cfsp did not write the checkpoint.
+    """Return the manifest of a checkpoint, as version 2; None if cfsp did not write the checkpoint.
 
     Raises:
         CheckpointError: there is one, but it is damaged or of another version.
@@ -120,13 +83,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = fields["manifest_version"]
+        if found == 1:
+            return as_version_2(fields)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged; prune the model again") from error
-    if found != MANIFEST_VERSION:
+    if found != 2:
         raise CheckpointError(
-            f"{path} has manifest version {found}, expected {MANIFEST_VERSION}; "
+            f"{path} has manifest version {found}, expected 1 or 2; "
             "use the version of cfsp that wrote it"
         )
     return fields

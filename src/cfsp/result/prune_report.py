@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.checkpoint.reading import WeightSource, parameter_count
-from cfsp.cut.surgery import added_specs
+from cfsp.engine.memory import peak_rss_bytes
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.decision import Decision
-from cfsp.result.manifest import Stopwatch, peak_rss_bytes
-
-if TYPE_CHECKING:
-    from cfsp.repair.fused import Repair, RestoredBlock
+from cfsp.repair.repaired import Repaired
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,7 @@ class PruneReport:
         model_sparsity: fraction of all parameters removed.
         intermediate_sizes: FFN channels of every block.
         calibration_tokens: tokens that the statistics were gathered over.
-        restoration: the method and, for each block, its strength and its error before and
-            after (see `RestoredBlock`), and under `sequential` and `local` those of further
-            steps (see `ReconstructedBlocks`); no blocks under `bias`; empty without restoration.
+        repair: what each step of repair did with each block (see `Repaired.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them, and was scored by its weights alone.
         goal: what was asked for instead of a sparsity, what was tried, and the budget that it came
@@ -52,7 +47,7 @@ class PruneReport:
     model_sparsity: float
     intermediate_sizes: list[int]
     calibration_tokens: int
-    restoration: dict[str, Any]
+    repair: dict[str, Any]
     experts_with_few_tokens: list[dict[str, int]]
     goal: dict[str, Any]
     perplexity: dict[str, dict[str, float]]
@@ -69,7 +64,7 @@ class PruneReport:
 
 def prune_report(
     source: WeightSource,
-    decision: Decision,
+    repaired: Repaired,
     goal: dict[str, Any],
     measured: dict[str, dict[str, float]],
     watch: Stopwatch,
@@ -80,17 +75,16 @@ def prune_report(
 
     Args:
         source: the model.
-        decision: what was decided and repaired.
+        repaired: what was decided and repaired.
         goal: what a goal came to, as JSON types; empty without one.
         measured: perplexities (see `before_and_after`).
         watch: has the time of every stage.
         place: has the times of every pass.
         out: the new checkpoint; None if none was written.
     """
-    plan = decision.plan
+    plan = repaired.plan
     before = parameter_count(source)
-    added = added_specs(source, decision.repaired_tensors).values()
-    after = model_size(source).parameters_with(plan.kept_widths) + sum(s.elements for s in added)
+    after = model_size(source).parameters_with(plan.kept_widths)
     return PruneReport(
         parameters_before=before,
         parameters_after=after,
@@ -98,7 +92,7 @@ def prune_report(
         model_sparsity=round(1 - after / before, 6),
         intermediate_sizes=plan.kept_widths,
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
-        restoration=_describe_restoration(decision),
+        repair=repaired.to_json(),
         experts_with_few_tokens=plan.experts_with_few_tokens,
         goal=goal,
         perplexity=measured,
@@ -108,31 +102,3 @@ def prune_report(
         out=str(out) if out else None,
         plan=plan,
     )
-
-
-def _describe_restoration(decision: Decision) -> dict[str, Any]:
-    if decision.biases is not None:
-        return {"method": "bias", "left_alone": [], "blocks": []}
-    if not decision.restored:
-        return {}
-    blocks = [
-        {**_errors(block), **({"experts": experts} if len(experts) > 1 else {})}
-        for block in decision.restored
-        for experts in [[_errors(r) | {"few_tokens": r.few_tokens} for r in block.repairs]]
-    ]
-    left_alone = [i for i, block in enumerate(decision.restored) if block.ridge is None]
-    method = "ridge"
-    for name, results in (("sequential", decision.refitted), ("local", decision.reconstructed)):
-        method = name if results else method
-        for fields, block in zip(blocks, results, strict=False):
-            if block is not None:
-                fields[name] = block.to_json()
-    return {"method": method, "left_alone": left_alone, "blocks": blocks}
-
-
-def _errors(repair: Repair | RestoredBlock) -> dict[str, Any]:
-    return {
-        "ridge": repair.ridge,
-        "error_before": round(repair.error_before, 6),
-        "error_after": round(repair.error_after, 6),
-    }

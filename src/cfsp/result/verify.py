@@ -17,11 +17,13 @@ import torch
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
-from cfsp.result.manifest import MANIFEST_FILE, PLAN_FILE, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute
 from cfsp.text.windows import Windows
 
@@ -85,7 +87,8 @@ def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
     weights = {name for name in promised if name.endswith(".safetensors")}
     if not weights:
         return f"{MANIFEST_FILE} names no weight files"
-    there = {path.name for path in directory.glob("model*.safetensors")}
+    # Loaders read them all; old directories had their statistics among them.
+    there = {path.name for path in directory.glob("*.safetensors")} - {OLD_STATISTICS_FILE}
     if missing := sorted(weights - there):
         return f"{missing[0]} is missing"
     if extra := sorted(there - weights):
@@ -136,11 +139,11 @@ def _code(directory: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def _forward(source: Checkpoint, compute: Compute) -> str | None:
-    engine = compute.engine(source)
+    engine = engine_of(compute, source)
     # Any tokens do: what is asked is whether numbers come out.
     generator = torch.Generator().manual_seed(0)
     token_NT = torch.randint(source.config.vocab_size, (1, _TOKENS), generator=generator)
-    calibrate(source, Windows(token_NT, {}), device=engine.device, dtype=engine.dtype)
+    calibrate(source, Windows(token_NT, {}), engine)
     return None
 
 

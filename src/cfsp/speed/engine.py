@@ -27,6 +27,19 @@ class Engine(Protocol):
         ...
 
 
+def check_engine_reads(model: object, label: str, engine: str) -> None:
+    """Check that an engine can run a kind of model.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if str(model).endswith(".gguf") != (engine == "llama.cpp"):
+        raise UsageError(
+            f"the engine {engine} cannot run {label}: llama.cpp runs .gguf "
+            "files (make one with: cfsp export DIR --to gguf), the others run model directories"
+        )
+
+
 def start_engine(subject: Subject, conditions: Conditions) -> Engine:
     """Load a subject into an engine.
 
@@ -34,12 +47,7 @@ def start_engine(subject: Subject, conditions: Conditions) -> Engine:
         MissingExtraError: the engine is not installed.
         CheckpointError: the model is missing, damaged, or nothing that the engine reads.
     """
-    is_gguf = str(subject.model).endswith(".gguf")
-    if is_gguf != (conditions.engine == "llama.cpp"):
-        raise UsageError(
-            f"the engine {conditions.engine} cannot run {subject.label}: llama.cpp runs .gguf "
-            "files (make one with: cfsp export DIR --to gguf), the others run model directories"
-        )
+    check_engine_reads(subject.model, subject.label, conditions.engine)
     if conditions.engine in ("transformers", "compile"):
         from cfsp.speed.transformers_engine import TransformersEngine
 

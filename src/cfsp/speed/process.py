@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.engine.memory import peak_rss_bytes
 from cfsp.errors import CfspError
-from cfsp.result.manifest import peak_rss_bytes
 from cfsp.speed.disturbance import busy_seconds, share_of_others
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
@@ -23,7 +25,8 @@ from cfsp.speed.workload import Conditions, Timing, Workload
 if TYPE_CHECKING:
     from cfsp.speed.engine import Engine
 
-_STOP_SECONDS = 30
+_STOP_SECONDS = 30.0
+_INTERRUPTED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,18 +115,41 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
     ours, theirs = context.Pipe()
     # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
     process = context.Process(target=_serve, args=(theirs, subject, conditions))
-    process.start()
+    with _interrupts_held_back():
+        process.start()
     theirs.close()
+    patience = _STOP_SECONDS
     try:
         loaded: Loaded = _receive(ours)
         yield ModelProcess(ours, loaded)
+    except BaseException:
+        patience = _INTERRUPTED_SECONDS
+        raise
     finally:
         ours.close()
-        process.join(_STOP_SECONDS)
+        process.join(patience)
         if process.is_alive():
             process.kill()
             process.join()
         process.close()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let what is started meanwhile never see Ctrl-C, which goes to all processes of a terminal.
+
+    It would only add a traceback: this process ends the others. Here a Ctrl-C comes afterwards.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    # Starting this helper of multiprocessing would let signals through again.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _ask(connection: Connection, request: Workload | None) -> Any:
@@ -163,7 +189,7 @@ def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> 
             if isinstance(request, Workload):
                 connection.send(_run(engine, request))
             else:
-                connection.send(Memory(_peak_resident_bytes(), engine.peak_device_bytes()))
+                connection.send(Memory(peak_rss_bytes(), engine.peak_device_bytes()))
     except (EOFError, ConnectionError):
         # The other side has gone.
         return
@@ -184,13 +210,3 @@ def _run(engine: Engine, workload: Workload) -> Run:
     share = share_of_others(busy, busy_seconds(), own, spent)
     gc.enable()
     return Run(timing, own, share)
-
-
-def _peak_resident_bytes() -> int:
-    """Return the peak of this program alone: getrusage also counts what it was started from."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_rss_bytes()

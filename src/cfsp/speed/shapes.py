@@ -5,14 +5,14 @@ Numbers are those of the models' published config.json files.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import Budget, round_widths
+from cfsp.planning.allocation import round_widths
+from cfsp.settings import Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -88,9 +88,8 @@ class UniformModel:
 
     def config(self) -> PreTrainedConfig:
         """Return the config."""
-        config = copy.deepcopy(self.original)
-        config.per_layer_config = None
-        setattr(config, family_of(config).width_key, self.width)
+        blocks = self.original.num_hidden_layers
+        config = config_with_widths(self.original, [self.width] * blocks)
         setattr(config, DOWN_BIAS_KEY, False)
         return config
 
@@ -152,8 +151,4 @@ class ShapedModel:
         widths = self.widths()
         fields.update(num_hidden_layers=len(widths), intermediate_size=max(widths))
         config: PreTrainedConfig = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-        if len(set(widths)) > 1:
-            config.per_layer_config = {
-                block: {"intermediate_size": width} for block, width in enumerate(widths)
-            }
-        return config
+        return config_with_widths(config, widths)

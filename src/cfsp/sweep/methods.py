@@ -8,8 +8,6 @@ All remove FFN channels only, so at one budget their results have the same size.
                     activation's norm alone, widths are multiples of 128, nothing is repaired
     wanda-sp        the same width everywhere, channels by |weight| x activation
                     (Sun et al., arXiv 2306.11695, as others make it structured)
-    flap            the channels of all blocks compete by variance x squared weight, and the mean of
-                    what was removed stays as a bias (An et al., arXiv 2312.11983), FFN only
     magnitude-sp    the same width everywhere, channels by the down projection's column norm
     random          the same width everywhere, channels drawn by chance: what any method must beat
 """
@@ -19,8 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cfsp.errors import UsageError
-from cfsp.planning.make import Criterion
-from cfsp.settings import Restore
+from cfsp.settings import Criterion, Repair
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Method:
     """
 
     criterion: Criterion
-    restore: Restore
+    restore: Repair
     multiple: int | None = None
 
 
@@ -43,7 +40,6 @@ METHODS: dict[str, Method] = {
     "cfsp-plain": Method(Criterion("angular", "relative"), "none"),
     "cfsp-published": Method(Criterion("angular", "activation", "published"), "none", 128),
     "wanda-sp": Method(Criterion("uniform", "wanda"), "none"),
-    "flap": Method(Criterion("global", "flap"), "bias"),
     "magnitude-sp": Method(Criterion("uniform", "magnitude"), "none"),
     "random": Method(Criterion("uniform", "random"), "none"),
 }

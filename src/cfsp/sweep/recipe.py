@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import Budget
-from cfsp.settings import CalibrationText, EvaluationText
+from cfsp.settings import Bos, Budget, CalibrationText, EvaluationText, check_bos
 from cfsp.sweep.methods import Method, method
 
 
@@ -39,8 +38,9 @@ class Recipe:
         multiple: widths become multiples of this, whatever the method; None for its own choice.
         data: calibration texts.
         samples: calibration windows in all.
-        seqlen: tokens of a window.
+        seqlen: tokens of a window, BOS included.
         seed: of the draw of windows.
+        bos: whether windows begin with BOS, as for prune.
         eval: texts to measure perplexity on.
         eval_windows: windows of each.
         speed: also time each model against the dense one.
@@ -55,6 +55,7 @@ class Recipe:
     samples: int | None = None
     seqlen: int = 1024
     seed: int = 0
+    bos: Bos = "auto"
     eval: tuple[str, ...] = ()
     eval_windows: int = 12
     speed: bool = False
@@ -64,6 +65,7 @@ class Recipe:
             raise UsageError("a sweep needs at least one --sparsity")
         if not self.eval:
             raise UsageError("a sweep needs a text to measure perplexity on; give --eval")
+        check_bos(self.bos)
         for point in self.points:
             self.budget(point)
         names = [point.name for point in self.points]
@@ -78,12 +80,12 @@ class Recipe:
     @property
     def text(self) -> CalibrationText:
         """What to calibrate on."""
-        return CalibrationText(self.data, self.samples, self.seqlen, self.seed)
+        return CalibrationText(self.data, self.samples, self.seqlen, self.seed, self.bos)
 
     @property
     def evaluation(self) -> EvaluationText:
         """What to measure on."""
-        return EvaluationText(self.eval, self.eval_windows, self.seqlen)
+        return EvaluationText(self.eval, self.eval_windows, self.seqlen, bos=self.bos)
 
     def budget(self, point: Point) -> Budget:
         """Return how much a point removes.
@@ -131,6 +133,7 @@ _TYPES = {
     "samples": int,
     "seqlen": int,
     "seed": int,
+    "bos": str,
     "eval_windows": int,
     "speed": bool,
 }

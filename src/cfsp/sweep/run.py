@@ -25,16 +25,18 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
+from cfsp.checkpoint.own_files import STATISTICS_FILE, statistics_in
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.result.manifest import STATISTICS_FILE, add_to_manifest, read_manifest
+from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import Compute, PruneSettings
 from cfsp.sweep.methods import method
 from cfsp.sweep.recipe import Point, Recipe
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
 RECIPE_FILE = "recipe.toml"
@@ -89,6 +91,8 @@ def run_sweep(
     Raises:
         CfspError: anything that a user can cause; models that are finished stay.
     """
+    check_texts(recipe.text.names, "calibration")
+    check_texts(recipe.evaluation.names, "evaluation")
     source = open_checkpoint(recipe.model)
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
@@ -171,7 +175,7 @@ def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> R
 
 
 def _statistics(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> Statistics:
-    path = out / STATISTICS_FILE
+    path = statistics_in(out) or out / STATISTICS_FILE
     remove_finished_work(path)
     if not path.is_file():
         tokenizer = load_tokenizer(source.directory)
@@ -234,8 +238,7 @@ def _speed(dense: Path, pruned: Path) -> dict[str, Any]:
 
 def _remove_weights(directory: Path) -> None:
     for path in directory.glob("*.safetensors"):
-        if path.name != STATISTICS_FILE:
-            path.unlink()
+        path.unlink()
 
 
 def _row(point: Point, directory: Path) -> Row:

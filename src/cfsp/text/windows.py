@@ -1,29 +1,33 @@
 """Token windows: equally long, never padded, the same for the same seed.
 
+They begin as the model's own tokenizer begins an input: with BOS where it adds one.
+
 Shapes: N windows, T tokens in a window.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from cfsp.errors import TextError, UsageError
-from cfsp.text.sources import TextSource
+from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
+from cfsp.text.cutting import gather, overlapping_spans, spans
+from cfsp.text.hold_out import is_held_out
+from cfsp.text.sources import TextSource, name_of
+from cfsp.text.stream import token_stream
+from cfsp.text.tokenizers import beginning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_SAMPLES = 128
-DEFAULT_SEQLEN = 1024
-_SEPARATOR = "\n\n"
-_CHUNK_CHARACTERS = 4_000_000
+    from cfsp.settings import CalibrationText
+
 # How much more text than needed windows are drawn from, where a source is that long.
 _POOL_FACTOR = 16
 
@@ -35,10 +39,36 @@ class Windows:
     Attributes:
         tokens_NT: token ids, int64.
         sources: name of each source and how many windows it gave.
+        begins_with: token ids that every window begins with: BOS, or none.
+        counted_N: of windows that overlap, how many tokens at the end of each no earlier one
+            has; None for windows that each stand on their own.
     """
 
     tokens_NT: Tensor
     sources: dict[str, int]
+    begins_with: tuple[int, ...] = ()
+    counted_N: Tensor | None = None
+
+    @property
+    def bos(self) -> bool:
+        """Whether every window begins with BOS."""
+        return bool(self.begins_with)
+
+    @property
+    def scored_N(self) -> Tensor:
+        """How many tokens at the end of each window are predicted and counted, int64."""
+        if self.counted_N is not None:
+            return self.counted_N
+        count, length = self.tokens_NT.shape
+        # The first token has no context.
+        return torch.full((count,), length - max(1, len(self.begins_with)))
+
+    @property
+    def held_out_N(self) -> Tensor:
+        """Which windows repair is judged by instead of fitted to; see `is_held_out`."""
+        parts = tuple(self.sources.values())
+        whole = (len(self.tokens_NT),)
+        return is_held_out(parts if sum(parts) == sum(whole) else whole)
 
     @property
     def digest(self) -> str:
@@ -48,67 +78,138 @@ class Windows:
         return digest.hexdigest()
 
 
+def few_windows(windows: Windows, count: int) -> Windows:
+    """Return at most `count` windows, spread over all, so that every text has its share."""
+    stride = max(1, len(windows.tokens_NT) // count)
+    return replace(windows, tokens_NT=windows.tokens_NT[::stride][:count])
+
+
+def begun(tokens_NT: Tensor, begins_with: Sequence[int]) -> Tensor:
+    """Return windows with what they begin with before them."""
+    begin_P = torch.tensor(begins_with, dtype=tokens_NT.dtype)
+    return torch.cat([begin_P.expand(len(tokens_NT), -1), tokens_NT], dim=1)
+
+
 def draw_windows(
-    names: Sequence[str],
+    texts: Sequence[str | Text],
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     seed: int = 0,
+    bos: Bos = "auto",
 ) -> Windows:
     """Draw calibration windows evenly from each text, without overlap, by seed.
 
     Args:
-        names: what to draw from; see `cfsp.text.sources`.
+        texts: what to draw from; see `cfsp.text.sources`.
         tokenizer: the model's own.
         samples: windows in all; None for 128, or all that there are if that is less.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
         seed: the same seed draws the same windows from the same text.
+        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
 
     Raises:
         TextError: a text is missing, or holds too few tokens for its share.
-        UsageError: samples or seqlen is not positive.
+        UsageError: samples or seqlen is not positive, or there is no BOS.
     """
+    begins_with = beginning(tokenizer, bos)
     drawn: list[Tensor] = []
     counts: dict[str, int] = {}
-    for pool in _shuffled_pools(names, tokenizer, samples, seqlen, seed):
+    for pool in _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with):
         drawn.append(pool.tokens_NT[: pool.share])
         counts[pool.name] = counts.get(pool.name, 0) + len(drawn[-1])
-    return Windows(torch.cat(drawn), counts)
+    return Windows(torch.cat(drawn), counts, begins_with)
+
+
+class WriteWindows(Protocol):
+    """Lets a model write windows; see `cfsp.whole_model.own_text`."""
+
+    def __call__(self, *, count: int, seqlen: int, seed: int) -> Tensor:
+        """Return `count` windows of `seqlen` tokens, as int64 [N, T]."""
+        ...
+
+
+def draw_text(
+    text: CalibrationText,
+    tokenizer: PreTrainedTokenizerBase,
+    write: WriteWindows | None = None,
+) -> Windows:
+    """Draw the windows of a calibration text.
+
+    Args:
+        text: what to draw.
+        tokenizer: the model's own.
+        write: gives windows that the model wrote itself, for the text `self`.
+
+    Raises:
+        TextError: a text is missing or too short.
+        UsageError: the model cannot write here.
+    """
+
+    def drawn_from(texts: Sequence[str | Text], samples: int | None) -> Windows:
+        return draw_windows(
+            texts, tokenizer, samples=samples, seqlen=text.seqlen, seed=text.seed, bos=text.bos
+        )
+
+    others = tuple(name for name in text.names if name != OWN_TEXT)
+    if others == text.names:
+        return drawn_from(others, text.samples)
+    if write is None:
+        raise UsageError(
+            f"--data {OWN_TEXT} is text that the model writes to be calibrated on by prune and "
+            "calibrate; name another text here"
+        )
+    total = DEFAULT_SAMPLES if text.samples is None else text.samples
+    share = total * len(others) // len(text.names)
+    begins_with = beginning(tokenizer, text.bos)
+    length = text.seqlen - len(begins_with)
+    if length < 1:
+        raise UsageError(f"--seqlen must be at least 2, found {text.seqlen}")
+    own_NT = begun(write(count=total - share, seqlen=length, seed=text.seed), begins_with)
+    own = Windows(own_NT, {OWN_TEXT: len(own_NT)}, begins_with)
+    if not others:
+        return own
+    drawn = drawn_from(others, share)
+    tokens_NT = torch.cat([drawn.tokens_NT, own.tokens_NT])
+    return Windows(tokens_NT, drawn.sources | own.sources, begins_with)
 
 
 def draw_left_over(
-    names: Sequence[str],
+    texts: Sequence[str | Text],
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int | None,
     seqlen: int,
     seed: int,
     count: int,
+    bos: Bos = "auto",
 ) -> Windows:
     """Draw windows that `draw_windows` with the same arguments does not draw.
 
     Args:
-        names: as for `draw_windows`.
+        texts: as for `draw_windows`.
         tokenizer: the model's own.
         samples: as for `draw_windows`.
         seqlen: tokens in a window.
         seed: as for `draw_windows`.
         count: windows in all, as evenly from each text as possible.
+        bos: as for `draw_windows`.
 
     Raises:
         TextError: the texts have not so many windows left.
         UsageError: a text is named twice.
     """
-    if len(set(names)) < len(names):
+    if len(set(texts)) < len(texts):
         raise UsageError(
-            f"windows are left over of texts that are named once, found {', '.join(names)}; "
-            "give a --held-out text"
+            "windows are left over of texts that are named once, found "
+            f"{', '.join(map(name_of, texts))}; give a --held-out text"
         )
+    begins_with = beginning(tokenizer, bos)
     drawn: list[Tensor] = []
     counts: dict[str, int] = {}
-    shares = _shares(count, len(names))
-    pools = _shuffled_pools(names, tokenizer, samples, seqlen, seed)
+    shares = _shares(count, len(texts))
+    pools = _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with)
     for share, pool in zip(shares, pools, strict=True):
         left_NT = pool.tokens_NT[pool.share :]
         if len(left_NT) < share:
@@ -119,7 +220,7 @@ def draw_left_over(
             )
         drawn.append(left_NT[:share])
         counts[pool.name] = counts.get(pool.name, 0) + share
-    return Windows(torch.cat(drawn), counts)
+    return Windows(torch.cat(drawn), counts, begins_with)
 
 
 @dataclass(frozen=True)
@@ -132,28 +233,31 @@ class _ShuffledPool:
 
 
 def _shuffled_pools(
-    names: Sequence[str],
+    texts: Sequence[str | Text],
     tokenizer: PreTrainedTokenizerBase,
     samples: int | None,
     seqlen: int,
     seed: int,
+    begins_with: tuple[int, ...],
 ) -> Iterator[_ShuffledPool]:
-    if (samples is not None and samples < len(names)) or seqlen < 2:
+    if (samples is not None and samples < len(texts)) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
             f"expected at least one window for each text and 2 tokens in a window, "
-            f"found {samples} windows for {len(names)} texts and {seqlen} tokens"
+            f"found {samples} windows for {len(texts)} texts and {seqlen} tokens"
         )
     wanted = DEFAULT_SAMPLES if samples is None else samples
     generator = torch.Generator().manual_seed(seed)
-    for name, share in zip(names, _shares(wanted, len(names)), strict=True):
-        pool_NT = _pool(TextSource(name, "calibration"), tokenizer, seqlen, _POOL_FACTOR * share)
+    for text, share in zip(texts, _shares(wanted, len(texts)), strict=True):
+        source = TextSource(text, "calibration")
+        pool_NT = _pool(source, tokenizer, seqlen, _POOL_FACTOR * share, begins_with)
         have = pool_NT.shape[0]
         if have < share and (samples is not None or have == 0):
             raise TextError(
-                f"{name} holds {have} windows of {seqlen} tokens, {share} are needed "
-                f"({share * seqlen} tokens); give more text, fewer --samples or a shorter --seqlen"
+                f"{source.name} holds {have} windows of {seqlen} tokens, {share} are needed "
+                f"({share * (seqlen - len(begins_with))} tokens); give more text, fewer --samples "
+                "or a shorter --seqlen"
             )
-        yield _ShuffledPool(name, pool_NT[torch.randperm(have, generator=generator)], share)
+        yield _ShuffledPool(source.name, pool_NT[torch.randperm(have, generator=generator)], share)
 
 
 def _shares(total: int, parts: int) -> list[int]:
@@ -162,72 +266,87 @@ def _shares(total: int, parts: int) -> list[int]:
 
 
 def consecutive_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, *, count: int | None, seqlen: int
+    text: str | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int | None,
+    seqlen: int,
+    stride: int | None = None,
+    bos: Bos = "auto",
 ) -> Windows:
-    """Return the first `count` windows of a text's evaluation part (None: all).
+    """Return the first `count` windows of a text's evaluation part.
+
+    Args:
+        text: see `cfsp.text.sources`.
+        tokenizer: the model's own.
+        count: windows N; None for all. With a stride, what N windows have without overlap.
+        seqlen: tokens in a window, BOS included.
+        stride: tokens from one window's start to the next one's; None for windows that do not
+            overlap.
+        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
 
     Raises:
         TextError: the text is missing or too short.
-        UsageError: count or seqlen is not positive.
+        UsageError: count, seqlen or stride is out of range, or there is no BOS.
     """
-    if (count is not None and count < 1) or seqlen < 2:
+    begins_with = beginning(tokenizer, bos)
+    if (count is not None and count < 1) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
             f"expected at least 1 window of 2 tokens, found {count} windows of {seqlen} tokens"
         )
-    pool_NT = _pool(TextSource(name, "evaluation"), tokenizer, seqlen, count)
-    have = pool_NT.shape[0]
-    if have < (count or 1):
+    source = TextSource(text, "evaluation")
+    stream_R = token_stream(source, tokenizer, None if count is None else count * seqlen)
+    whole = spans(stream_R, seqlen, begins_with, count)
+    have, needed = len(whole), count or 1
+    if have < needed:
         raise TextError(
-            f"{name} holds {have} windows of {seqlen} tokens, {count or 1} are needed "
-            f"({(count or 1) * seqlen} tokens); give more text, fewer windows or a shorter --seqlen"
+            f"{source.name} holds {have} windows of {seqlen} tokens, {needed} are needed "
+            f"({needed * (seqlen - len(begins_with))} tokens); give more text, fewer windows or a "
+            "shorter --seqlen"
         )
-    return Windows(pool_NT[:count], {name: min(have, count or have)})
+    counts = {source.name: have}
+    if stride is None:
+        return Windows(gather(stream_R, whole, seqlen, begins_with), counts, begins_with)
+    stream_R = stream_R[: whole[-1].end]
+    overlapping = overlapping_spans(stream_R, seqlen, stride, begins_with)
+    return Windows(
+        gather(stream_R, overlapping, seqlen, begins_with),
+        counts,
+        begins_with,
+        torch.tensor([span.scored for span in overlapping]),
+    )
 
 
 def all_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, limit: int | None = None
-) -> Tensor:
-    """Return the calibration part of a text as consecutive windows, as int64 [N, T].
+    text: str | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    limit: int | None = None,
+    bos: Bos = "auto",
+) -> Windows:
+    """Return the calibration part of a text as consecutive windows.
 
     Args:
-        name: see `cfsp.text.sources`.
+        text: see `cfsp.text.sources`.
         tokenizer: the model's own.
-        seqlen: tokens in a window.
+        seqlen: tokens in a window, BOS included.
         limit: about how many windows to read; None for the whole text.
+        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
     """
-    return _pool(TextSource(name, "calibration"), tokenizer, seqlen, limit)[:limit]
+    begins_with = beginning(tokenizer, bos)
+    source = TextSource(text, "calibration")
+    tokens_NT = _pool(source, tokenizer, seqlen, limit, begins_with)[:limit]
+    return Windows(tokens_NT, {source.name: len(tokens_NT)}, begins_with)
 
 
 def _pool(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, seqlen: int, limit: int | None
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    limit: int | None,
+    begins_with: tuple[int, ...],
 ) -> Tensor:
     """Return the text as consecutive windows, at least `limit` of them if it is that long."""
-    pieces: list[Tensor] = []
-    total = 0
-    for chunk in _chunks(source.documents()):
-        with warnings.catch_warnings():
-            # "sequence longer than the model's maximum": it is cut into windows below.
-            warnings.simplefilter("ignore")
-            ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces.append(torch.tensor(ids, dtype=torch.int64))
-        total += len(ids)
-        if limit is not None and total >= limit * seqlen:
-            break
-    if not pieces:
-        return torch.empty((0, seqlen), dtype=torch.int64)
-    whole = total // seqlen
-    return torch.cat(pieces)[: whole * seqlen].view(whole, seqlen)
-
-
-def _chunks(documents: Iterator[str]) -> Iterator[str]:
-    """Join documents by an empty line, into strings of about 4 million characters."""
-    held: list[str] = []
-    size = 0
-    for document in documents:
-        held.append(document)
-        size += len(document)
-        if size >= _CHUNK_CHARACTERS:
-            yield _SEPARATOR.join(held) + _SEPARATOR
-            held, size = [], 0
-    if held:
-        yield _SEPARATOR.join(held)
+    stream_R = token_stream(source, tokenizer, None if limit is None else limit * seqlen)
+    return gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)

@@ -8,20 +8,26 @@ Shapes: B windows in a batch, N windows, T tokens in a window, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import cache_argument
 from cfsp.errors import CalibrationError, TextError
 from cfsp.progress import item_progress
+from cfsp.text.windows import draw_text
+from cfsp.whole_model.load import load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What `--data` calls it.
-OWN_TEXT = "self"
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.settings import CalibrationText
+    from cfsp.text.windows import Windows
 
 # Windows that are written together; part of what a seed means.
 _WINDOWS_IN_BATCH = 16
@@ -87,3 +93,36 @@ def _sample(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
     if not bool(torch.isfinite(probability_BV).all()):
         raise CalibrationError("the model predicts NaN; write its text with --dtype float32")
     return torch.multinomial(probability_BV, 1, generator=generator)
+
+
+def calibration_windows(
+    source: WeightSource,
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    engine: Engine,
+) -> Windows:
+    """Draw the calibration windows; the model may write some itself."""
+    return draw_text(text, tokenizer, partial(write_own_text, source, tokenizer, engine))
+
+
+def write_own_text(
+    source: WeightSource,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    *,
+    count: int,
+    seqlen: int,
+    seed: int,
+) -> Tensor:
+    """Let the model write windows of text; see `cfsp.whole_model.own_text`.
+
+    Raises:
+        UsageError: the model does not fit into memory.
+        TextError: the model has no token that a text begins after.
+        CalibrationError: the model predicts NaN.
+    """
+    # Before anything is written: can the model read texts so long?
+    check_tokens(source.config, torch.zeros(1, seqlen, dtype=torch.int64), source.label)
+    model = load_whole(source, engine, "--data self")
+    first = first_token(model, tokenizer)
+    return own_windows(model, first, count=count, seqlen=seqlen, seed=seed)

@@ -1,0 +1,73 @@
+"""The folder where models that were converted from .gguf files are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfsp.errors import OutputError
+
+# The name of the file and the beginning of its SHA-256; since there are several ways to convert,
+# the number of the way.
+_NAME = re.compile(r".+-[0-9a-f]{16}(-v\d+)?")
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A converted model.
+
+    Attributes:
+        directory: where it lies.
+        nbytes: bytes on disk.
+    """
+
+    directory: Path
+    nbytes: int
+
+
+def cache_directory() -> Path:
+    """Return where converted models are kept: $CFSP_CACHE, or cfsp in the user's cache."""
+    if explicit := os.environ.get("CFSP_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfsp"
+
+
+def converted_directory() -> Path:
+    """Return the folder in which every converted model has a directory of its own."""
+    return cache_directory() / "gguf"
+
+
+def cached_models() -> list[CachedModel]:
+    """Return what is in the cache, by name."""
+    folder = converted_directory()
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [
+        CachedModel(path, directory_bytes(path))
+        for path in found
+        if path.is_dir() and _NAME.fullmatch(path.name) and (path / "config.json").is_file()
+    ]
+
+
+def clear_cache() -> list[CachedModel]:
+    """Delete the converted models, and nothing else that may lie there; return what they were.
+
+    Raises:
+        OutputError: one cannot be deleted.
+    """
+    models = cached_models()
+    for model in models:
+        try:
+            shutil.rmtree(model.directory)
+        except OSError as error:
+            raise OutputError(
+                f"cannot delete {error.filename}: {error.strerror}; delete it yourself"
+            ) from error
+    return models
+
+
+def directory_bytes(directory: Path) -> int:
+    """Return the bytes of all files in a directory and its folders."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -1,0 +1,25 @@
+"""Whether the hub can be reached: its own client tries for half a minute where there is none."""
+
+from __future__ import annotations
+
+_SECONDS = 5.0
+
+
+def is_told_to_stay_offline() -> bool:
+    """Return whether the user set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode()
+
+
+def hub_is_reachable() -> bool:
+    """Ask the hub for anything, once; False also where the user set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants, get_session
+
+    if is_told_to_stay_offline():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # of the HTTP library, whichever the client uses
+        return False
+    return True

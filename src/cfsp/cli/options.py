@@ -1,0 +1,199 @@
+"""A thin layer over argparse: options are made from settings, and settings from what was typed.
+
+    add_options(parser.add_argument_group("text"), CalibrationText)
+    ...
+    text = settings_from(args, CalibrationText)
+
+An option that only a researcher sets is not in `--help`; `--help-all` lists it, and
+`--set name=value` sets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from cfsp.errors import CfspError, UsageError, did_you_mean
+from cfsp.settings import Option, from_names, name_of, options_of
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses arguments with one sentence, and shows advanced options only if asked to."""
+
+    def __init__(self, *args: Any, **facts: Any) -> None:
+        super().__init__(*args, **facts)
+        self._advanced: list[tuple[argparse.Action, str]] = []
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where to look, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see: {self.prog} --help\n")
+
+    def hide(self, action: argparse.Action) -> None:
+        """Make an option an advanced one."""
+        self._advanced.append((action, action.help or ""))
+        action.help = argparse.SUPPRESS
+
+    def format_usage(self) -> str:
+        """Return one line: the options are listed below it."""
+        words = [action.metavar or action.dest for action in self._get_positional_actions()]
+        return f"usage: {' '.join([self.prog, '[options]', *map(str, words)])}\n"
+
+    def format_help(self) -> str:
+        """Return the help, with a line on how to reach the rest."""
+        # argparse would name every option in the usage, too.
+        self.usage = self.format_usage().removeprefix("usage: ").rstrip()
+        text = super().format_help()
+        if not self._advanced or self._advanced[0][0].help is not argparse.SUPPRESS:
+            return text
+        return f"{text}\n--set NAME=VALUE sets what else there is; --help-all lists it\n"
+
+    def format_advanced(self) -> str:
+        """Return the help of the advanced options, as `--set` takes them."""
+        lines = ["", "what only a researcher sets (--set NAME=VALUE):"]
+        formatter = self._get_formatter()
+        for action, help_text in self._advanced:
+            name = action.dest
+            values = f"={{{','.join(map(str, action.choices))}}}" if action.choices else "=..."
+            shown = argparse.Action([], dest=name, metavar=f"{name}{values}", help=help_text)
+            formatter.add_argument(shown)
+        return "\n".join(lines) + "\n" + formatter.format_help()
+
+    def known_flags(self) -> list[str]:
+        """Return all flags, the advanced ones too."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = None if action.choices is None else list(map(str, action.choices))
+        if choices is not None and str(value) not in choices:
+            raise argparse.ArgumentError(
+                action,
+                f"expected one of {', '.join(choices)}, found {value!r}"
+                + did_you_mean(str(value), choices),
+            )
+
+
+class HelpAll(argparse.Action):
+    """Print all options and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print them."""
+        assert isinstance(parser, Parser)
+        print(parser.format_help().rpartition("\n--set NAME")[0] or parser.format_help(), end="")
+        print(parser.format_advanced(), end="")
+        parser.exit()
+
+
+def command_parser(subparsers: Any, name: str, summary: str, example: str) -> Parser:
+    """Add a subcommand whose help ends with an example."""
+    parser: Parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser)
+    parser.add_argument("--help-all", nargs=0, action=HelpAll, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_options(
+    parser: Parser,
+    group: Any,
+    settings: type[Any],
+    *,
+    fields: Sequence[str] | None = None,
+) -> None:
+    """Add the options of a class of settings.
+
+    Args:
+        parser: of the command.
+        group: where in its help they go.
+        settings: the class.
+        fields: which of its fields; None for all that are options.
+    """
+    for name, option in options_of(settings).items():
+        if fields is not None and name not in fields:
+            continue
+        action = _add(group, name_of(name, option).replace("_", "-"), option)
+        if option.advanced:
+            parser.hide(action)
+
+
+def add_advanced(parser: Parser, *flags: str, **facts: Any) -> None:
+    """Add an option of a command itself that only `--help-all` shows."""
+    parser.hide(parser.add_argument(*flags, **facts))
+
+
+def settings_from(args: argparse.Namespace, settings: type[T], **others: Any) -> T:
+    """Return settings as they were typed; what was not typed has its default.
+
+    Args:
+        args: what was typed.
+        settings: the class.
+        others: values of fields that are no options, or were decided otherwise.
+    """
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    return from_names(settings, typed, **others)
+
+
+def given(args: argparse.Namespace, settings: type[Any]) -> list[str]:
+    """Return which options of a class of settings were typed, by field."""
+    return [
+        field
+        for field, option in options_of(settings).items()
+        if getattr(args, name_of(field, option), None) is not None
+    ]
+
+
+def expand_sets(argv: Sequence[str]) -> list[str]:
+    """Return arguments with every `--set name=value` turned into `--name=value`.
+
+    Raises:
+        UsageError: one is not of that form.
+    """
+    expanded, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--set":
+            word = f"--set={rest.pop(0) if rest else ''}"
+        if word.startswith("--set="):
+            name, equals, value = word.removeprefix("--set=").partition("=")
+            if not name or not equals:
+                raise UsageError(
+                    f"--set needs NAME=VALUE, found {name!r}; `cfsp COMMAND --help-all` lists the "
+                    "names"
+                )
+            word = f"--{name.replace('_', '-')}={value}"
+        expanded.append(word)
+    return expanded
+
+
+def _add(group: Any, flag: str, option: Option) -> argparse.Action:
+    default = f" (default: {option.default})" if option.default else ""
+    facts: dict[str, Any] = {"help": f"{option.help}{default}".replace("%", "%%")}
+    if option.metavar:
+        facts["metavar"] = option.metavar
+    if option.choices:
+        facts["choices"] = option.choices
+    if option.repeats:
+        facts["action"] = "append"
+    elif not option.choices:
+        facts["type"] = _kind(option)
+    action: argparse.Action = group.add_argument(f"--{flag}", **facts)
+    return action
+
+
+def _kind(option: Option) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return option.kind(text)
+        except CfspError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parse.__name__ = getattr(option.kind, "__name__", "value")
+    return parse

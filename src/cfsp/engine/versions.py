@@ -1,0 +1,12 @@
+"""The versions of everything that computes: results hold for them."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that compute, by name."""
+    packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,195 @@
+"""From a model and a text to all that the cut needs: which channels stay, and repaired weights.
+
+    none -> ridge -> sequential -> local
+
+Without repair: calibrate, then plan. With it, either the plan is there already and the pass of the
+ridge obeys it, or widths come from a coarse pass over a few windows and everything else from one
+pass over all. Each further step goes on from what the one before it gave.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from cfsp.calibration.calibrate import calibrate, calibration_record
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.skeleton import check_complete
+from cfsp.errors import TextError, UnsupportedModelError
+from cfsp.planning.allocation import channels_to_keep
+from cfsp.planning.make import (
+    assemble_plan,
+    choose_channels,
+    model_size,
+    plan_from_statistics,
+    plan_widths,
+    warn_of_few_tokens,
+)
+from cfsp.repair import ridge_pass
+from cfsp.repair.local import repair_locally
+from cfsp.repair.repaired import Repaired, add_step
+from cfsp.repair.ridge_pass import ChosenBlock, choose_and_repair
+from cfsp.repair.sequential import repair_sequentially
+from cfsp.settings import REPAIRS
+from cfsp.text.windows import few_windows
+from cfsp.whole_model.sensitivity import with_sensitivity
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.engine.stopwatch import Stopwatch
+    from cfsp.engine.workplace import Workplace
+    from cfsp.planning.plan_file import PruningPlan
+    from cfsp.settings import PruneSettings
+    from cfsp.text.windows import Windows
+
+# Angular distance settles with little text; benchmarks/coarse_windows.py shows how little.
+COARSE_WINDOWS = 8
+
+log = logging.getLogger(__name__)
+
+
+def plan_and_repair(
+    source: WeightSource,
+    draw: Callable[[], Windows],
+    settings: PruneSettings,
+    engine: Engine,
+    *,
+    place: Workplace,
+    watch: Stopwatch,
+    statistics: Statistics | None = None,
+    plan: PruningPlan | None = None,
+) -> Repaired:
+    """Decide which channels stay, and repair what is left as far as the settings ask for.
+
+    Args:
+        source: the model.
+        draw: gives the calibration windows; called only if they are needed.
+        settings: how to prune.
+        engine: where and in what to compute.
+        place: where to work; must outlive the result, which has its repaired tensors there.
+        watch: is told the time of each stage.
+        statistics: of an earlier calibration of this model.
+        plan: an earlier decision for this model.
+
+    Raises:
+        CfspError: as calibration, planning and repair do.
+    """
+    check_can_be_repaired(source, settings)
+    check_complete(source)
+    if plan is not None:
+        plan.check_fits(source)
+    elif statistics is None:
+        # An impossible budget should be refused before it has cost a forward pass.
+        channels_to_keep(settings.budget, model_size(source))
+    else:
+        with watch.stage("plan"):
+            plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+    steps = REPAIRS[1 : REPAIRS.index(settings.repair) + 1]
+    if not steps:
+        if plan is not None:
+            return Repaired(plan, statistics)
+        return _calibrate_and_plan(source, draw(), settings, engine, place, watch)
+    windows = draw()
+    if len(windows.tokens_NT) < 2:
+        raise TextError(
+            "repair needs at least 2 windows, one of them held out, found 1; give more --samples, "
+            "or --repair none"
+        )
+    with watch.stage("ridge"):
+        if plan is None:
+            repaired = _choose_and_repair(source, windows, settings, engine, place)
+        else:
+            repaired = _obey_and_repair(source, plan, statistics, windows, engine, place)
+    if "sequential" in steps:
+        with watch.stage("sequential"):
+            repaired = repair_sequentially(source, repaired, windows, engine, place)
+    if "local" in steps:
+        with watch.stage("local"):
+            repaired = repair_locally(
+                source, repaired, windows, engine, place, settings.local, settings.text.seed
+            )
+    return repaired
+
+
+def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None:
+    """Check that a model's blocks can be repaired as the settings ask for.
+
+    Raises:
+        UnsupportedModelError: they are mixtures of experts, and more than the ridge is asked for.
+    """
+    if settings.repair in ("sequential", "local") and source.family.experts is not None:
+        raise UnsupportedModelError(
+            f"--repair {settings.repair} is for blocks with one FFN, and those of {source.label} "
+            f"({source.family.model_type}) have experts, each of which sees few tokens; use "
+            "--effort standard (--repair ridge)"
+        )
+
+
+def _calibrate_and_plan(
+    source: WeightSource,
+    windows: Windows,
+    settings: PruneSettings,
+    engine: Engine,
+    place: Workplace,
+    watch: Stopwatch,
+) -> Repaired:
+    with watch.stage("calibrate"):
+        statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
+        statistics = with_sensitivity(source, statistics, windows, settings.criterion, engine)
+    with watch.stage("plan"):
+        plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+    return Repaired(plan, statistics)
+
+
+def _choose_and_repair(
+    source: WeightSource,
+    windows: Windows,
+    settings: PruneSettings,
+    engine: Engine,
+    place: Workplace,
+) -> Repaired:
+    """Fix the widths from a few windows, then choose and repair in one pass over all."""
+    budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
+    few = few_windows(windows, COARSE_WINDOWS)
+    coarse = calibrate(source, few, engine, seed=seed, place=place, name="coarse pass")
+    coarse = with_sensitivity(source, coarse, windows, criterion, engine)
+    widths = plan_widths(source, coarse, budget, criterion)
+    chosen = choose_and_repair(
+        source,
+        windows,
+        lambda block, observed: choose_channels(
+            source, block, observed, widths.kept_L[block], criterion
+        ),
+        engine,
+        place,
+        seed=seed,
+    )
+    record = calibration_record(source, windows, engine, seed=seed)
+    statistics = Statistics(tuple(block.statistics for block in chosen), record, coarse.sensitivity)
+    kept = [block.kept for block in chosen]
+    plan = assemble_plan(source, statistics, budget, criterion, widths, kept)
+    warn_of_few_tokens(plan)
+    return _with_ridge(Repaired(plan, statistics), chosen)
+
+
+def _obey_and_repair(
+    source: WeightSource,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    windows: Windows,
+    engine: Engine,
+    place: Workplace,
+) -> Repaired:
+    log.warning(
+        "repairing by a plan that was made before: this takes a forward pass of its own "
+        "(--repair none does without)"
+    )
+    kept = [block.kept for block in plan.blocks]
+    chosen = choose_and_repair(source, windows, lambda block, _: kept[block], engine, place)
+    return _with_ridge(Repaired(plan, statistics), chosen)
+
+
+def _with_ridge(repaired: Repaired, chosen: Sequence[ChosenBlock]) -> Repaired:
+    return add_step(repaired, ridge_pass.NAME, [block.repaired for block in chosen])

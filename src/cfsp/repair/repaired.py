@@ -1,0 +1,222 @@
+"""A decision with its repairs, as a value, and what each repair did.
+
+    none -> ridge -> sequential -> local
+
+Each step of the ladder takes a `Repaired` and returns one with a step more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.tensor_file import TensorFile, outgoing_tensor, write_tensor_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.calibration.statistics import Statistics
+    from cfsp.engine.judge import Judgement
+    from cfsp.planning.plan_file import PruningPlan
+
+
+@dataclass(frozen=True)
+class ExpertRepair:
+    """What a step did with one expert of a block.
+
+    Attributes:
+        error_before: relative squared error of its output on held-out tokens.
+        error_after: the same after the repair; never larger.
+        kept: whether the new weights were kept.
+        strength: the ridge that was chosen; None if the expert stays as it was.
+        few_tokens: whether it stays as it was because it saw too few tokens.
+    """
+
+    error_before: float
+    error_after: float
+    kept: bool
+    strength: float | None
+    few_tokens: bool
+
+
+@dataclass(frozen=True)
+class BlockRepair:
+    """What a step did with a block, or with blocks that changed together.
+
+    Attributes:
+        blocks: how many they are; the last is the one that this stands for.
+        error_before: how far they were from the dense model on held-out windows: of `ridge` the
+            relative squared error of the FFN's output, else the relative error of hidden states.
+        error_after: the same with the new weights.
+        kept: whether the new weights were kept: they are rejected where held-out windows are no
+            better for them.
+        strength: the ridge that was chosen, of experts the median; None if none was.
+        training_steps: 0 of a least-squares fit.
+        loss_before: what held-out windows were judged by, where that is not the error.
+        loss_after: the same with the new weights.
+        experts: of a block that has experts, what was done with each.
+    """
+
+    blocks: int
+    error_before: float
+    error_after: float
+    kept: bool
+    strength: float | None = None
+    training_steps: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    experts: tuple[ExpertRepair, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        fields = asdict(self)
+        experts = fields.pop("experts")
+        return fields | ({"experts": list(experts)} if experts else {})
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> BlockRepair:
+        """Return what `to_json` made."""
+        experts = tuple(ExpertRepair(**expert) for expert in fields.get("experts", ()))
+        return BlockRepair(**{**fields, "experts": experts})
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of the ladder did.
+
+    Attributes:
+        name: of the step.
+        blocks: what it did with each block; None where a later block speaks for it.
+    """
+
+    name: str
+    blocks: tuple[BlockRepair | None, ...]
+
+    @property
+    def rejected(self) -> list[int]:
+        """The blocks that stay as they were before this step."""
+        return [
+            block
+            for last, repair in enumerate(self.blocks)
+            if repair is not None and not repair.kept
+            for block in range(last - repair.blocks + 1, last + 1)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        blocks = [None if block is None else block.to_json() for block in self.blocks]
+        return {"name": self.name, "blocks": blocks}
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """All that the cut needs.
+
+    Attributes:
+        plan: which channels stay.
+        statistics: of the calibration; None where a plan was given.
+        tensors: the files with repaired tensors, by the tensors' names.
+        steps: what repaired them, in order.
+    """
+
+    plan: PruningPlan
+    statistics: Statistics | None = None
+    tensors: Mapping[str, TensorFile] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the steps did, for the manifest."""
+        return {"steps": [step.to_json() for step in self.steps]}
+
+
+@dataclass(frozen=True)
+class RepairedBlock:
+    """What a pass did with a block, and the file with its new tensors; None if it has none."""
+
+    repair: BlockRepair
+    file: TensorFile | None
+
+
+def block_repair(
+    blocks: int,
+    before: Judgement,
+    after: Judgement | None,
+    *,
+    strength: float | None = None,
+    training_steps: int = 0,
+) -> BlockRepair:
+    """Return what a step on the pruned stream did with some blocks.
+
+    Args:
+        blocks: how many changed together.
+        before: how far they were from the dense model.
+        after: how far they are; None if the new weights were rejected.
+        strength: of a ridge.
+        training_steps: of training.
+    """
+    left = before if after is None else after
+    return BlockRepair(
+        blocks,
+        before.error,
+        left.error,
+        after is not None,
+        strength,
+        training_steps,
+        before.loss,
+        left.loss,
+    )
+
+
+class RepairFiles:
+    """Keeps what a pass did with a block beside the new tensors, which are there already.
+
+    A block that a later one speaks for has nothing to keep.
+    """
+
+    def save(self, result: RepairedBlock | None, directory: Path, block: int) -> None:
+        """Write the facts of one block."""
+        facts = None
+        if result is not None:
+            facts = {"repair": result.repair.to_json(), "has_file": result.file is not None}
+        write_atomically(_facts_path(directory, block), json.dumps(facts).encode())
+
+    def load(self, directory: Path, block: int) -> RepairedBlock | None:
+        """Read the facts of one block."""
+        facts = json.loads(_facts_path(directory, block).read_text(encoding="utf-8"))
+        if facts is None:
+            return None
+        file = TensorFile(tensors_path(directory, block)) if facts["has_file"] else None
+        return RepairedBlock(BlockRepair.from_json(facts["repair"]), file)
+
+
+def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> TensorFile:
+    """Write new tensors of a block, or of blocks of which it is the last."""
+    path = tensors_path(directory, block)
+    write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
+    return TensorFile(path)
+
+
+def tensors_path(directory: Path, block: int) -> Path:
+    """Return where a pass keeps the new tensors of a block."""
+    return directory / f"repaired-{block:05d}.safetensors"
+
+
+def add_step(repaired: Repaired, name: str, blocks: Sequence[RepairedBlock | None]) -> Repaired:
+    """Return what a step makes of what was there before it."""
+    files = [block.file for block in blocks if block is not None and block.file is not None]
+    tensors = {tensor: file for file in files for tensor in file.specs}
+    step = Step(name, tuple(None if block is None else block.repair for block in blocks))
+    return Repaired(
+        repaired.plan,
+        repaired.statistics,
+        {**repaired.tensors, **tensors},
+        (*repaired.steps, step),
+    )
+
+
+def _facts_path(directory: Path, block: int) -> Path:
+    return directory / f"repaired-{block:05d}.json"

@@ -1,0 +1,92 @@
+"""Runs of one original, shown together: which of them in detail, their charts, and the slider."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cfsp.report.block_chart import block_chart
+from cfsp.report.chart import Chart
+from cfsp.report.pareto_chart import pareto_chart
+from cfsp.report.recovery_chart import recovery_chart
+from cfsp.report.repair_chart import repair_chart
+from cfsp.report.runs import RunFacts
+from cfsp.report.slider import Slider, slider
+from cfsp.report.summary import measured_conditions
+from cfsp.result.conditions import Conditions
+from cfsp.sweep.front import pareto_front
+
+# More are neither columns side by side nor drawings under each other that anybody would read.
+MOST_IN_DETAIL = 8
+
+
+@dataclass(frozen=True)
+class ModelGroup:
+    """Runs of one original, and their charts.
+
+    Attributes:
+        base: the original.
+        runs: all of them.
+        detailed: those that charts by block and manifests are of.
+        slider: over all runs, where they differ in size.
+        charts: of both.
+    """
+
+    base: str
+    runs: Sequence[RunFacts]
+    detailed: Sequence[RunFacts]
+    slider: Slider | None
+    charts: Sequence[Chart]
+
+    @property
+    def brief(self) -> list[RunFacts]:
+        """The runs that are not shown in detail."""
+        shown = {run.name for run in self.detailed}
+        return [run for run in self.runs if run.name not in shown]
+
+
+def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
+    """Put runs of the same original together, and draw each group's charts."""
+    by_base: dict[str, list[RunFacts]] = {}
+    for run in runs:
+        by_base.setdefault(run.base_fingerprint, []).append(run)
+    groups = []
+    for group in by_base.values():
+        detailed = runs_in_detail(group)
+        by_block = (block_chart, repair_chart, recovery_chart)
+        charts = [pareto_chart(group), *(kind(detailed) for kind in by_block)]
+        shown = [chart for chart in charts if chart is not None]
+        groups.append(ModelGroup(group[0].base_name, group, detailed, slider(group), shown))
+    return groups
+
+
+def runs_in_detail(runs: Sequence[RunFacts]) -> list[RunFacts]:
+    """Return all runs, or `MOST_IN_DETAIL` of them, from the smallest to the largest.
+
+    Those come from the runs that no other beats in size and in perplexity under some conditions;
+    where nothing was measured, from all.
+    """
+    if len(runs) <= MOST_IN_DETAIL:
+        return list(runs)
+    best = {index for each in measured_conditions(runs) for index in _front(runs, each)}
+    chosen = [runs[index] for index in sorted(best)] or list(runs)
+    chosen.sort(key=_parameters)
+    last = len(chosen) - 1
+    count = min(MOST_IN_DETAIL, len(chosen))
+    return [chosen[round(step * last / max(1, count - 1))] for step in range(count)]
+
+
+def _front(runs: Sequence[RunFacts], conditions: Conditions) -> list[int]:
+    """Return the numbers of the runs on the front under some conditions."""
+    loss = {
+        index: run.measured.perplexity[conditions]["after"]
+        for index, run in enumerate(runs)
+        if "after" in run.measured.perplexity.get(conditions, {})
+        and "parameters_after" in run.manifest
+    }
+    front = pareto_front([(_parameters(runs[index]), value) for index, value in loss.items()])
+    return [index for index, best in zip(loss, front, strict=True) if best]
+
+
+def _parameters(run: RunFacts) -> float:
+    return float(run.manifest.get("parameters_after", 0))

@@ -1,0 +1,166 @@
+"""The error of every block before and after each step of repair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from cfsp.report.chart import (
+    TITLE,
+    Chart,
+    Column,
+    Legend,
+    Panel,
+    Table,
+    block_bands,
+    panel_name,
+    stack_panels,
+)
+from cfsp.report.drawing import Bands, Scale, cross, element, join, scale_from_zero, shift
+from cfsp.report.runs import RunFacts
+from cfsp.report.summary import NOTHING
+from cfsp.result.repair_steps import Step, error_name
+
+_CAPTION = (
+    "Each step of repair is judged on windows that were held out from it; what did not help is "
+    "rejected, and the block stays as it was. Errors of hidden states are relative to the dense "
+    "model's and grow from block to block, because a block gets what the pruned blocks before it "
+    "give."
+)
+_TOGETHER = (
+    " Blocks that changed together share one error, measured after the last of them; a line goes "
+    "over them."
+)
+
+
+def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
+    """Return a panel for every step of every run; None if no run has errors of a step."""
+    shown = [
+        (run, step) for run in runs for step in run.repair_steps if any(_entries(step).values())
+    ]
+    if not shown:
+        return None
+    entries = [entry for _, step in shown for entry in _entries(step).values()]
+
+    def draw(width: int) -> Markup:
+        bands = block_bands(max(len(step["blocks"]) for _, step in shown), width)
+        panels = [
+            _panel(panel_name(_title(step), run, runs), step, _highest(shown, step["name"]), bands)
+            for run, step in shown
+        ]
+        return stack_panels(
+            width,
+            bands,
+            panels,
+            "For each block an open circle, the error before a step of repair, and a filled one, "
+            "the error after it, joined by a line; a cross over the open circle where the step was "
+            "rejected.",
+        )
+
+    legend = [Legend("before", "before the step"), Legend("after", "after it")]
+    if not all(entry["kept"] for entry in entries):
+        legend.append(Legend("rejected", "rejected"))
+    together = any(entry["blocks"] > 1 for entry in entries)
+    return Chart(
+        "repair",
+        "What repair won back, block by block",
+        _CAPTION + _TOGETHER if together else _CAPTION,
+        draw,
+        _table(shown, len(runs) > 1),
+        legend,
+    )
+
+
+def _title(step: Step) -> str:
+    return f"{step['name'].capitalize()}: {error_name(step['name'])}"
+
+
+def _entries(step: Step) -> dict[int, dict[str, Any]]:
+    return {index: entry for index, entry in enumerate(step["blocks"]) if entry is not None}
+
+
+def _highest(shown: Sequence[tuple[RunFacts, Step]], name: str) -> float:
+    """Return the largest error that is drawn for a step, over all runs."""
+    return max(
+        # The error of rejected weights is not drawn: it may be of any size.
+        max(float(entry["error_before"]), float(entry["error_after"]) if entry["kept"] else 0.0)
+        for _, step in shown
+        if step["name"] == name
+        for entry in _entries(step).values()
+    )
+
+
+def _panel(title: str, step: Step, highest: float, bands: Bands) -> Panel:
+    height = 170.0
+    scale = scale_from_zero(highest, TITLE + height, TITLE)
+    entries = _entries(step)
+    columns = [
+        Column(
+            _words(index, entries, step["name"]),
+            _marks(entries[index], index, scale, bands) if index in entries else Markup(""),
+        )
+        for index in range(len(step["blocks"]))
+    ]
+    labels = {value: f"{value:g}" for value in scale.ticks(4)}
+    return Panel(title, height, scale, labels, columns)
+
+
+def _marks(entry: dict[str, Any], index: int, scale: Scale, bands: Bands) -> Markup:
+    x, y = bands.middle(index), scale(entry["error_before"])
+    radius = 4.0 if bands.width > 14 else 3.0
+    if entry["kept"]:
+        y_after = scale(entry["error_after"])
+        marks = shift(x, y, y_after, radius)
+    else:
+        y_after = y
+        circle = element("circle", class_="before", cx=x, cy=y, r=radius)
+        marks = join([circle, cross(x, y, radius + 1.5)])
+    if entry["blocks"] == 1:
+        return marks
+    start = bands.middle(index + 1 - entry["blocks"])
+    over = element("line", class_="stick", x1=start, x2=x, y1=y_after, y2=y_after)
+    return join([over, marks])
+
+
+def _words(index: int, entries: dict[int, dict[str, Any]], step: str) -> str:
+    if index not in entries:
+        last = min((other for other in entries if other > index), default=None)
+        shares = "no error of its own" if last is None else f"shares the error of block {last}"
+        return f"Block {index}, {step}: {shares}"
+    entry = entries[index]
+    before, after = f"{entry['error_before']:.4f}", _number(entry["error_after"], 4)
+    say = f"Block {index}, {step}: error {before} before, {after} after"
+    experts = entry.get("experts", [])
+    if rejected := sum(not expert["kept"] for expert in experts):
+        return f"{say}, rejected in {rejected} of {len(experts)} experts"
+    return say if entry["kept"] else f"{say}, rejected"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "NaN" if value is None else f"{value:.{digits}f}"
+
+
+def _table(shown: Sequence[tuple[RunFacts, Step]], several: bool) -> Table:
+    head = ["block"]
+    for run, step in shown:
+        name = f"{run.name}: {step['name']}" if several else str(step["name"])
+        head += [f"{name}, before", "after", "outcome"]
+    blocks = max(len(step["blocks"]) for _, step in shown)
+    rows = []
+    for index in range(blocks):
+        entries = [_entries(step).get(index) for _, step in shown]
+        rows.append([str(index), *(cell for entry in entries for cell in _cells(entry))])
+    return Table(head, rows)
+
+
+def _cells(entry: dict[str, Any] | None) -> list[str]:
+    if entry is None:
+        return [NOTHING] * 3
+    outcome = "kept" if entry["kept"] else "rejected"
+    if entry.get("training_steps"):
+        outcome += f", {entry['training_steps']:,} training steps"
+    elif entry["kept"] and entry.get("strength") is not None:
+        outcome += f", strength {entry['strength']:g}"
+    return [f"{entry['error_before']:.6f}", _number(entry["error_after"], 6), outcome]

@@ -1,0 +1,86 @@
+"""Time models by name against each other: what `cfsp bench` and `cfsp.bench` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from cfsp.checkpoint.locating import locate_model
+from cfsp.errors import UsageError
+from cfsp.speed.engine import check_engine_reads
+from cfsp.speed.measuring import Comparison, compare_speed
+from cfsp.speed.shapes import ShapedModel
+from cfsp.speed.subjects import Subject
+from cfsp.speed.workload import Conditions, Workload
+
+# With a static cache the second run compiles once more: the cache then exists already.
+_WARMUPS = {"compile": 3}
+
+
+def bench(
+    models: Sequence[str | Path | ShapedModel],
+    *,
+    batch: int | Sequence[int] = 1,
+    prompt: int | Sequence[int] = 512,
+    new_tokens: int | Sequence[int] = 32,
+    engine: str = "transformers",
+    rounds: int = Conditions.rounds,
+    warmups: int | None = None,
+    disturbance: float = Conditions.disturbance,
+    threads: int | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> Comparison:
+    """Time models against each other, in turns, each in a process of its own.
+
+    Args:
+        models: as for prune, .gguf files for llama.cpp, or shapes (`ShapedModel`); ratios are to
+            the first.
+        batch: sequences at once; several are timed one after the other.
+        prompt: prompt tokens of each; likewise.
+        new_tokens: tokens generated for each; likewise.
+        engine: transformers, compile, llama.cpp, openvino or vllm.
+        rounds: timed runs of each model.
+        warmups: untimed runs before them; None for 2, or 3 where they compile.
+        disturbance: a round is measured again while other programs take more than this fraction
+            of the processors.
+        threads: of each process; None for the engine's own choice.
+        device: cpu, cuda, mps or auto.
+        dtype: auto for the model's own, or bfloat16 for a shape.
+
+    Returns:
+        Sizes, speeds with their ratios round by round, and peak memory; `to_json()` for a file.
+
+    Raises:
+        UsageError: a number is out of range, or the engine does not read such models.
+        CheckpointError: there is no such model, or it is damaged.
+        MissingExtraError: the engine is not installed.
+    """
+    if not models:
+        raise UsageError("expected at least one model to time")
+    axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
+    workloads = [Workload(*values) for values in product(*axes)]
+    if warmups is None:
+        warmups = _WARMUPS.get(engine, Conditions.warmups)
+    conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
+    for model, label in zip(models, labels(models), strict=True):
+        check_engine_reads(model, label, engine)
+    subjects = [_subject(*pair) for pair in zip(models, labels(models), strict=True)]
+    return compare_speed(subjects, workloads, conditions)
+
+
+def labels(models: Sequence[str | Path | ShapedModel]) -> list[str]:
+    """Return what to call each: the last part of a path is enough, unless two are alike."""
+    short = [m.label if isinstance(m, ShapedModel) else Path(m).name for m in models]
+    if len(set(short)) == len(short):
+        return short
+    return [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
+
+
+def _subject(model: str | Path | ShapedModel, label: str) -> Subject:
+    if isinstance(model, ShapedModel):
+        # The head would weigh more beside a few blocks than it does in the whole model.
+        return Subject(model, label, head=model.whole)
+    # llama.cpp reads the file itself; for the others it was converted once, before any starts.
+    return Subject(model if str(model).endswith(".gguf") else locate_model(model), label)

@@ -1,0 +1,64 @@
+"""A text as one stream of tokens.
+
+Shapes: R tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cfsp.text.sources import TextSource
+
+# Between documents; conversations have what their template puts there.
+_SEPARATOR = "\n\n"
+_CHUNK_CHARACTERS = 4_000_000
+
+
+def token_stream(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> Tensor:
+    """Return the tokens of a text, as int64 [R].
+
+    Args:
+        source: the text.
+        tokenizer: the model's own.
+        limit: tokens after which no more is read; None for the whole text.
+
+    Raises:
+        TextError: the text is missing or not readable.
+    """
+    pieces: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+    total = 0
+    separator = "" if source.is_chat else _SEPARATOR
+    for chunk in _chunks(source.documents(tokenizer), separator):
+        with warnings.catch_warnings():
+            # "sequence longer than the model's maximum": it is cut into windows later.
+            warnings.simplefilter("ignore")
+            ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces.append(torch.tensor(ids, dtype=torch.int64))
+        total += len(ids)
+        if limit is not None and total >= limit:
+            break
+    return torch.cat(pieces)
+
+
+def _chunks(documents: Iterator[str], separator: str) -> Iterator[str]:
+    """Join documents into strings of about 4 million characters."""
+    held: list[str] = []
+    size = 0
+    for document in documents:
+        held.append(document)
+        size += len(document)
+        if size >= _CHUNK_CHARACTERS:
+            yield separator.join(held) + separator
+            held, size = [], 0
+    if held:
+        yield separator.join(held)

@@ -1,0 +1,258 @@
+"""Windows begin as the model's own tokenizer begins an input."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
+
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
+from cfsp.cli import main
+from cfsp.errors import UsageError
+from cfsp.goals.loss import held_out_windows
+from cfsp.quality.evaluate import evaluate_models
+from cfsp.recovery.data import read_text
+from cfsp.recovery.loss import IGNORED
+from cfsp.result.manifest import read_manifest
+from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
+from cfsp.text.tokenizers import beginning
+from cfsp.text.windows import Windows, all_windows, consecutive_windows, draw_windows
+from tiny_models import save_tiny_model
+
+BOS = 0
+
+
+def with_template(tokenizer: Any, single: str) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return changed
+
+
+@pytest.fixture(scope="module")
+def bos_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, bos_tokenizer: Any
+) -> Callable[[str], Path]:
+    """Give a tiny model whose tokenizer adds BOS."""
+
+    def get(name: str) -> Path:
+        directory = tmp_path_factory.mktemp(f"bos-{name}")
+        save_tiny_model(name, directory)
+        bos_tokenizer.save_pretrained(directory)
+        return directory
+
+    return get
+
+
+def test_the_tokenizer_says_what_a_window_begins_with(tokenizer: Any, bos_tokenizer: Any) -> None:
+    assert beginning(tokenizer) == ()
+    assert beginning(tokenizer, "yes") == (BOS,)
+    assert beginning(bos_tokenizer) == beginning(bos_tokenizer, "yes") == (BOS,)
+    assert beginning(bos_tokenizer, "no") == ()
+    # What it puts after a text is not what a text begins with.
+    assert beginning(with_template(tokenizer, "<s> $A </s>")) == (BOS,)
+    assert beginning(with_template(tokenizer, "$A </s>")) == ()
+    # Some models begin with two tokens, some with EOS.
+    assert beginning(with_template(tokenizer, "</s> <s> $A")) == (1, 0)
+    assert beginning(with_template(tokenizer, "</s> $A")) == (1,)
+
+
+def test_bos_that_is_not_there_cannot_be_asked_for(tokenizer: Any) -> None:
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = None
+    assert beginning(without) == ()
+    with pytest.raises(UsageError, match="--bos yes needs a tokenizer with a BOS token"):
+        beginning(without, "yes")
+    with pytest.raises(UsageError, match="--bos must be one of auto, yes, no, found 'maybe'"):
+        CalibrationText(bos="maybe")  # type: ignore[arg-type]
+
+
+def every_kind(name: str, tokenizer: Any, bos: Any) -> dict[str, Windows]:
+    goal = MaxLossIncrease(1.0, windows=3)
+    text = CalibrationText((name,), samples=4, seqlen=16, bos=bos)
+    named = MaxLossIncrease(1.0, (name,), windows=3)
+    return {
+        "calibration": text.draw(tokenizer),
+        "evaluation": consecutive_windows(name, tokenizer, count=3, seqlen=16, bos=bos),
+        "recovery": all_windows(name, tokenizer, seqlen=16, limit=5, bos=bos),
+        "left over": held_out_windows(goal, text, tokenizer)[0],
+        "held out": held_out_windows(named, text, tokenizer)[0],
+    }
+
+
+def test_every_kind_of_window_begins_with_bos(text_file: Path, bos_tokenizer: Any) -> None:
+    ids = bos_tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    pieces = {tuple(ids[i : i + 15]) for i in range(0, len(ids), 15)}
+    for kind, windows in every_kind(str(text_file), bos_tokenizer, "auto").items():
+        assert windows.bos, kind
+        assert windows.tokens_NT.shape[1] == 16, kind
+        assert windows.tokens_NT[:, 0].tolist() == [BOS] * len(windows.tokens_NT), kind
+        assert {tuple(row) for row in windows.tokens_NT[:, 1:].tolist()} <= pieces, kind
+        assert set(windows.scored_N.tolist()) == {15}, kind
+    consecutive = all_windows(str(text_file), bos_tokenizer, seqlen=16).tokens_NT
+    assert consecutive[:, 1:].flatten().tolist() == ids[: len(ids) // 15 * 15]
+
+
+def test_without_bos_nothing_changes(text_file: Path, tokenizer: Any, bos_tokenizer: Any) -> None:
+    plain = every_kind(str(text_file), tokenizer, "auto")
+    refused = every_kind(str(text_file), bos_tokenizer, "no")
+    asked = every_kind(str(text_file), tokenizer, "yes")
+    added = every_kind(str(text_file), bos_tokenizer, "auto")
+    for kind in plain:
+        assert not plain[kind].bos
+        assert plain[kind].digest == refused[kind].digest
+        assert asked[kind].digest == added[kind].digest != plain[kind].digest
+
+
+def test_a_text_that_begins_with_bos_is_not_begun_twice(bos_tokenizer: Any) -> None:
+    text = Text("marked", "<s>" + "the river " * 40)
+    tokens_NT = consecutive_windows(text, bos_tokenizer, count=3, seqlen=16).tokens_NT
+    assert (tokens_NT == BOS).sum(dim=1).tolist() == [1, 1, 1]
+    ids = bos_tokenizer(text.documents[0], add_special_tokens=False)["input_ids"]
+    assert tokens_NT[0].tolist() == ids[:16]
+    assert tokens_NT[1].tolist() == [BOS, *ids[16:31]]
+    strided = consecutive_windows(text, bos_tokenizer, count=3, seqlen=16, stride=5)
+    assert (strided.tokens_NT == BOS).sum(dim=1).tolist() == [1] * len(strided.tokens_NT)
+    assert int(strided.scored_N.sum()) == 45
+
+
+def test_two_tokens_at_the_beginning_leave_two_less(text_file: Path, tokenizer: Any) -> None:
+    changed = with_template(tokenizer, "</s> <s> $A")
+    windows = draw_windows([str(text_file)], changed, samples=4, seqlen=16)
+    assert windows.tokens_NT[:, :2].tolist() == [[1, 0]] * 4
+    assert windows.scored_N.tolist() == [14] * 4
+    with pytest.raises(UsageError, match="found 4 windows for 1 texts and 2 tokens"):
+        draw_windows([str(text_file)], changed, samples=4, seqlen=2)
+
+
+def test_text_that_the_model_writes_begins_with_bos(
+    text_file: Path, tokenizer: Any, bos_tokenizer: Any
+) -> None:
+    def write(*, count: int, seqlen: int, seed: int) -> torch.Tensor:
+        return torch.full((count, seqlen), 7)
+
+    text = CalibrationText((str(text_file), "self"), samples=5, seqlen=16)
+    windows = text.draw(bos_tokenizer, write)
+    assert windows.bos and tuple(windows.tokens_NT.shape) == (5, 16)
+    assert windows.tokens_NT[-1].tolist() == [BOS] + [7] * 15
+    assert windows.tokens_NT[:, 0].tolist() == [BOS] * 5
+    assert text.draw(tokenizer, write).tokens_NT[-1].tolist() == [7] * 16
+
+
+@pytest.mark.parametrize("stride", [None, 15, 6, 1])
+def test_perplexity_with_bos_equals_token_by_token(
+    stride: int | None, bos_checkpoint: Callable[[str], Path], text_file: Path, bos_tokenizer: Any
+) -> None:
+    directory, length = bos_checkpoint("llama"), 15
+    texts = EvaluationText((str(text_file),), windows=3, seqlen=length + 1, stride=stride)
+    (result,) = evaluate_models([directory], texts, Compute(dtype="float32"))
+
+    ids = bos_tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    stream = torch.tensor(ids[: 3 * length])
+    model = load(directory, dtype="float32")
+    losses = []
+    last = len(stream) - length
+    starts = [*range(0, last, stride or length), last]
+    for position in range(len(stream)):
+        # The first window that holds the token; BOS stands before its part of the text.
+        start = next(s for s in starts if s <= position < s + length)
+        context = torch.cat([torch.tensor([BOS]), stream[start:position]])
+        with torch.no_grad():
+            logits = model(input_ids=context[None]).logits[0, -1].double()
+        losses.append(-torch.log_softmax(logits, -1)[stream[position]])
+    assert result["tokens"][str(text_file)] == len(losses) == 45
+    expected = float(torch.stack(losses).mean().exp())
+    assert result["perplexity"][str(text_file)] == pytest.approx(expected, rel=1e-4)
+    assert result["bos"]
+
+
+def test_a_stride_has_no_room_for_bos(bos_tokenizer: Any, text_file: Path) -> None:
+    with pytest.raises(UsageError, match="between 1 and the window's 15 tokens of text, found 16"):
+        consecutive_windows(str(text_file), bos_tokenizer, count=2, seqlen=16, stride=16)
+
+
+def test_recovery_windows_begin_with_bos(text_file: Path, bos_tokenizer: Any) -> None:
+    text = read_text([str(text_file)], bos_tokenizer, seqlen=16)
+    assert text.bos and not read_text([str(text_file)], bos_tokenizer, seqlen=16, bos="no").bos
+    for data in (text.train, text.held_out):
+        assert data.token_NT[:, 0].tolist() == [BOS] * len(data)
+        assert data.label_NT[:, 0].tolist() == [IGNORED] * len(data)
+        assert torch.equal(data.label_NT[:, 1:], data.token_NT[:, 1:])
+
+
+def test_recovery_windows_of_chats_begin_with_bos_once(bos_tokenizer: Any, tmp_path: Path) -> None:
+    chatty = copy.deepcopy(bos_tokenizer)
+    chatty.chat_template = (
+        "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "river"}, {"role": "assistant", "content": "green stone"}]
+    path.write_text("\n".join([json.dumps({"messages": turns})] * 30))
+    text = read_text([str(path)], chatty, seqlen=64)
+    token_NT, label_NT = text.train.token_NT, text.train.label_NT
+    assert token_NT[:, 0].tolist() == [BOS] * len(token_NT)
+    assert not bool((token_NT[:, 1] == BOS).any())
+    assert bool((label_NT[token_NT == BOS] == IGNORED).all())
+    trained = label_NT != IGNORED
+    assert torch.equal(label_NT[trained], token_NT[trained])
+    assert chatty.decode(label_NT[0][trained[0]][:8].tolist()).startswith(" green stone")
+
+
+def test_the_record_says_whether_windows_begin_with_bos(
+    bos_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model, data = str(bos_checkpoint("llama")), ["--data", str(text_file), "--seqlen", "32"]
+    for bos, expected in (("auto", True), ("no", False)):
+        out = tmp_path / bos
+        command = ["prune", model, "--out", str(out), "--sparsity", "0.2", "--samples", "8", *data]
+        assert main([*command, "--bos", bos]) == 0
+        manifest = read_manifest(out)
+        assert manifest is not None
+        assert manifest["calibration"]["bos"] is expected
+        assert Statistics.load(out / STATISTICS_FILE).record.bos is expected
+        assert json.loads((out / PLAN_FILE).read_text())["calibration"]["bos"] is expected
+
+
+def test_statistics_of_before_have_no_bos(
+    bos_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model, path = str(bos_checkpoint("llama")), tmp_path / "statistics.safetensors"
+    command = ["calibrate", model, "--out", str(path), "--data", str(text_file)]
+    assert main([*command, "--samples", "4", "--seqlen", "16"]) == 0
+    assert Statistics.load(path).record.bos
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["cfsp_statistics"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del facts["record"]["bos"]
+    save_file(tensors, path, metadata={"cfsp_statistics": json.dumps(facts)})
+    assert Statistics.load(path).record.bos is False
+
+
+def test_commands_take_bos(
+    bos_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = str(bos_checkpoint("llama"))
+    text = ["--data", str(text_file), "--seqlen", "16"]
+    capsys.readouterr()
+    found = {}
+    for bos in ("auto", "yes", "no"):
+        assert main(["eval", model, *text, "--windows", "3", "--bos", bos, "--json"]) == 0
+        (result,) = json.loads(capsys.readouterr().out)["models"]
+        found[bos] = (result["bos"], result["perplexity"])
+    assert found["auto"] == found["yes"] != found["no"]
+    assert [found[bos][0] for bos in ("auto", "no")] == [True, False]

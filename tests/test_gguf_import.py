@@ -1,0 +1,118 @@
+"""Reading a .gguf file: what is said, what is kept and where, and a head that is the embedding."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp.checkpoint.cache import cached_models
+from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.exports.gguf import write
+from cfsp.exports.target import ExportOptions
+from ragged import tiny
+
+pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def make_gguf(tmp_path: Path, tokenizer: Any) -> Any:
+    """Give a file of a tiny Qwen2 whose head is the embedding times 1 and a bit of noise."""
+
+    def make(noise: float, kind: str = "f32") -> Path:
+        model = tiny("qwen2", tie_word_embeddings=False)
+        embedding = model.get_input_embeddings().weight
+        with torch.no_grad():
+            apart = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
+            model.get_output_embeddings().weight.copy_(embedding * (1 + noise * apart))
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        path = tmp_path / "tiny.gguf"
+        write(Checkpoint(tmp_path / "model"), path, ExportOptions(kind))
+        return path
+
+    return make
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what cfsp said; the package gguf has warnings of its own."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("cfsp.")]
+
+
+def test_it_says_what_it_does_and_where_the_result_is(
+    make_gguf: Any,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make_gguf(1.0)
+    caplog.set_level(logging.INFO, "cfsp")
+    directory = import_gguf(path)
+    before, after = messages(caplog)
+    assert before.startswith("converting tiny.gguf (0.00 GB) to safetensors")
+    assert str(directory) in after and "cfsp cache" in after
+    caplog.clear()
+    assert import_gguf(path) == directory
+    assert not messages(caplog)
+
+    capsys.readouterr()
+    (cache / "gguf" / "notes of mine").mkdir()
+    assert main(["cache", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["directory"] == str(cache / "gguf")
+    assert [model["name"] for model in shown["models"]] == [directory.name]
+    assert shown["bytes"] == sum(f.stat().st_size for f in directory.rglob("*"))
+    assert main(["cache"]) == 0
+    assert f"kept in {cache / 'gguf'}" in capsys.readouterr().out
+
+    assert main(["cache", "--clear"]) == 0
+    assert f"deleted from {cache / 'gguf'}" in capsys.readouterr().out
+    assert cached_models() == []
+    assert [path.name for path in (cache / "gguf").iterdir()] == ["notes of mine"]
+    assert main(["cache"]) == 0
+    assert "nothing is kept in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_a_head_that_is_the_embedding_is_tied_again(
+    make_gguf: Any, cache: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    path = make_gguf(0.04, kind)
+    caplog.set_level(logging.INFO, "cfsp")
+    checkpoint = Checkpoint(import_gguf(path))
+    assert checkpoint.config.tie_word_embeddings
+    assert "lm_head.weight" not in checkpoint.specs
+    (note,) = [message for message in messages(caplog) if "tied" in message]
+    assert "4.0% apart" in note or "4.1% apart" in note
+
+
+def test_the_more_precise_copy_stays(
+    make_gguf: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cfsp.checkpoint import gguf_import
+
+    monkeypatch.setattr(
+        gguf_import, "_bits_per_weight", lambda path: {"token_embd.weight": 5, "output.weight": 8}
+    )
+    path = make_gguf(0.04)
+    head = Checkpoint(path.parent / "model").read("lm_head.weight")
+    found = Checkpoint(import_gguf(path)).read("model.embed_tokens.weight")
+    assert torch.equal(found, head)
+
+
+def test_a_head_of_its_own_stays(make_gguf: Any, cache: Path) -> None:
+    checkpoint = Checkpoint(import_gguf(make_gguf(1.0)))
+    assert not checkpoint.config.tie_word_embeddings
+    assert "lm_head.weight" in checkpoint.specs

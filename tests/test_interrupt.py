@@ -1,0 +1,48 @@
+"""Ctrl-C before a command has begun: one line and status 130."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import cfsp.__main__
+import cfsp.cli
+
+# Ctrl-C while the last command's module is imported.
+PROGRAM = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "cfsp.cli.verify":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from cfsp.__main__ import main
+sys.exit(main())
+"""
+
+LINE = "cfsp: interrupted before any work was done"
+
+
+def test_while_modules_are_imported() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr.split("\n")) == (130, ["", LINE, ""])
+
+
+def test_while_the_command_line_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cfsp.cli, "build_parser", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    assert cfsp.__main__.main() == 130
+    assert capsys.readouterr().err == f"\n{LINE}\n"
+    assert signal.getsignal(signal.SIGINT) is before

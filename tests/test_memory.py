@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cfsp
+from cfsp.engine.memory import peak_rss_bytes
+
+# Modules that some systems lack: whoever needs one imports it where it is needed.
+NOT_EVERYWHERE = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "winreg"}
+
+PRINT_PEAK = "from cfsp.engine.memory import peak_rss_bytes; print(peak_rss_bytes())"
+
+
+def test_the_peak_stays_when_memory_is_given_back() -> None:
+    before = peak_rss_bytes()
+    block = b"x" * 400_000_000
+    assert len(block) == 400_000_000
+    del block
+    assert peak_rss_bytes() > min(before, 1 << 30)
+    assert peak_rss_bytes() >= 400_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process inherits differs elsewhere")
+def test_the_peak_is_not_that_of_the_program_it_was_started_from() -> None:
+    # A process between, whose memory is large when it starts the one that is asked.
+    program = (
+        "import subprocess, sys; block = b'x' * 400_000_000; "
+        f"print(subprocess.check_output([sys.executable, '-c', {PRINT_PEAK!r}], text=True))"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert 5_000_000 < int(printed) < 300_000_000
+
+
+def test_nothing_at_import_time_excludes_an_operating_system() -> None:
+    source = Path(cfsp.__file__).parent
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            names: set[str] = set()
+            if isinstance(statement, ast.Import):
+                names = {alias.name.partition(".")[0] for alias in statement.names}
+            elif isinstance(statement, ast.ImportFrom):
+                names = {(statement.module or "").partition(".")[0]}
+            found += [f"{path.relative_to(source)}: {name}" for name in names & NOT_EVERYWHERE]
+    assert found == []

@@ -1,0 +1,85 @@
+"""Progress where there is no terminal: a plain line now and then, none for short work."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from cfsp import progress
+from cfsp.progress import item_progress, token_progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
+    clock = Clock()
+    caplog.set_level(logging.INFO, "cfsp.progress")
+    monkeypatch.setattr(progress, "monotonic", clock)
+    monkeypatch.setattr("tqdm.std.time", clock)
+    monkeypatch.setattr(progress, "_LINES", progress._Lines())
+    return clock
+
+
+def test_blocks_tell_how_far_they_are(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with token_progress("calibrate", 10, 1000) as bar:
+        for _ in range(10):
+            clock.seconds += 20
+            bar.tokens(100)
+            bar.block_done()
+    assert caplog.messages == [
+        "calibrate: 20%, block 1 of 10, 02:40 left",
+        "calibrate: 40%, block 3 of 10, 02:00 left",
+        "calibrate: 60%, block 5 of 10, 01:20 left",
+        "calibrate: 80%, block 7 of 10, 00:40 left",
+        "calibrate: 100%, block 9 of 10, 00:00 left",
+    ]
+
+
+def test_work_that_goes_on_counts_from_where_it_was(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with token_progress("calibrate", 10, 1000, blocks_done=8) as bar:
+        bar.block_done()
+        clock.seconds += 40
+        bar.tokens(100)
+    assert caplog.messages == ["calibrate: 90%, block 9 of 10, 00:40 left"]
+
+
+def test_work_within_work_speaks_no_oftener(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with item_progress("sweep", 2, "model") as outer:
+        for _ in range(2):
+            with item_progress("plan", 30, "block") as inner:
+                for _ in range(30):
+                    clock.seconds += 5
+                    inner.update()
+            outer.update()
+    times = 2 * 30 * 5 / progress.SECONDS_BETWEEN_LINES
+    assert times - 2 <= len(caplog.messages) <= times
+    assert caplog.messages[0].startswith("plan: 20%, ")
+
+
+def test_short_work_is_quiet(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    clock.seconds += 3600
+    with item_progress("plan", 8, "block") as bar:
+        for _ in range(8):
+            clock.seconds += 1
+            bar.update()
+    assert caplog.messages == []
+
+
+def test_of_several_processes_one_speaks(
+    clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with item_progress("plan", 8, "block") as bar:
+        clock.seconds += 3600
+        bar.update()
+    assert caplog.messages == []

@@ -1,0 +1,229 @@
+"""Ridge repair: the Gram matrix and the solve against NumPy, never worse, the same in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cfsp
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.errors import TextError
+from cfsp.repair.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
+from cfsp.repair.gram import GramSums
+from cfsp.repair.ridge import repair_down_projection
+from cfsp.result.manifest import read_manifest
+
+
+def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:
+    """Activations of which some can be predicted from others."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, channels // 2, generator=generator)
+    mixing = torch.randn(channels // 2, channels, generator=generator)
+    return hidden @ mixing + 0.3 * torch.randn(rows, channels, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [1, 7, 50, 64])
+def test_gram_is_the_mean_of_outer_products(dtype: torch.dtype, channels: int) -> None:
+    act_RF = torch.randn(40, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums = GramSums()
+    sums.add(act_RF[:13])
+    sums.add(act_RF[13:])
+    exact = act_RF.double().numpy()
+    np.testing.assert_allclose(sums.mean().numpy(), exact.T @ exact / 40, rtol=1e-5, atol=1e-5)
+
+
+def test_gram_leaves_the_global_precision_as_it_was() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    GramSums().add(torch.ones(4, 8, dtype=torch.bfloat16))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@given(size=st.integers(1, 1100), seed=st.integers(0, 5))
+@settings(max_examples=12, deadline=None)
+def test_panels_hold_the_lower_triangle_and_factor_and_solve_as_torch_does(
+    size: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, size, generator=generator)
+    gram = root @ root.T / size
+    gram = gram.triu() + gram.triu(1).T  # a product need not be symmetric to the last bit
+    kept = torch.randperm(size, generator=generator)[: max(1, size * 2 // 3)].sort().values
+    matrix = gram.double()[kept][:, kept] + 0.5 * torch.eye(len(kept), dtype=torch.float64)
+    right = torch.randn(len(kept), 3, generator=generator, dtype=torch.float64)
+    solution = torch.linalg.solve(matrix, right)
+    panels = lower_panels(gram, kept)
+    add_to_diagonal(panels, 0.5)
+    for start, panel in zip(range(0, len(kept), PANEL), panels, strict=True):
+        torch.testing.assert_close(panel, matrix[start:, start : start + PANEL])
+    assert factor(panels)
+    expected = torch.linalg.cholesky(matrix)
+    for start, panel in zip(range(0, len(kept), PANEL), panels, strict=True):
+        lower = expected[start:, start : start + PANEL]
+        torch.testing.assert_close(panel.tril(), lower, rtol=0, atol=1e-9)
+    solve(panels, right)
+    torch.testing.assert_close(right, solution, rtol=0, atol=1e-8)
+
+
+def test_what_is_not_positive_definite_is_refused() -> None:
+    assert not factor(lower_panels(torch.diag(torch.tensor([1.0, -1.0, 1.0])), torch.arange(3)))
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_solution_is_the_formula(ridge: float) -> None:
+    act = correlated(400, 24, seed=1)
+    down = torch.randn(10, 24, generator=torch.Generator().manual_seed(2))
+    kept = list(range(0, 24, 2))
+    gram = act.T @ act / len(act)
+    solution = repair_down_projection(down, kept, gram, correlated(400, 24, 1), (ridge,))
+
+    # W' = W_K + W_P G_PK (G_KK + lambda mean(diag G_KK) I)^-1, in NumPy
+    g, w, k = gram.double().numpy(), down.double().numpy(), np.array(kept)
+    p = np.setdiff1d(np.arange(24), k)
+    system = g[np.ix_(k, k)]
+    system = system + ridge * system.diagonal().mean() * np.eye(len(k))
+    expected = w[:, k] + w[:, p] @ g[np.ix_(p, k)] @ np.linalg.inv(system)
+
+    assert solution.ridge == ridge
+    np.testing.assert_allclose(solution.down_DK.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert solution.error_after < 0.5 * solution.error_before
+
+
+def test_errors_are_relative_squared_errors_of_the_output() -> None:
+    act, down = correlated(50, 12, seed=3), torch.randn(4, 12)
+    kept = [0, 3, 4, 8, 11]
+    solution = repair_down_projection(down, kept, act.T @ act / 50, act, (0.01,))
+    target = act @ down.T
+    for weights, error in (
+        (down[:, kept], solution.error_before),
+        (solution.down_DK, solution.error_after),
+    ):
+        lost = (act[:, kept] @ weights.T - target).square().sum() / target.square().sum()
+        assert error == pytest.approx(float(lost), rel=1e-4)
+
+
+@given(seed=st.integers(0, 1000), keep=st.integers(1, 16))
+@settings(max_examples=30, deadline=None)
+def test_never_worse_on_held_out_tokens(seed: int, keep: int) -> None:
+    # Unrelated held-out activations: what was fitted cannot help there.
+    fitted = torch.randn(20, 16, generator=torch.Generator().manual_seed(seed))
+    held_out = torch.randn(20, 16, generator=torch.Generator().manual_seed(seed + 1))
+    down = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed + 2)).bfloat16()
+    kept = list(range(keep))
+    solution = repair_down_projection(down, kept, fitted.T @ fitted / 20, held_out)
+    assert solution.error_after <= solution.error_before
+    assert solution.down_DK.dtype == down.dtype
+    if solution.ridge is None:
+        assert torch.equal(solution.down_DK, down[:, kept])
+        assert solution.error_after == solution.error_before
+
+
+def test_nothing_to_repair_when_all_channels_stay() -> None:
+    act, down = correlated(50, 8, seed=4), torch.randn(4, 8)
+    solution = repair_down_projection(down, range(8), act.T @ act / 50, act)
+    assert solution.ridge is None
+    assert torch.equal(solution.down_DK, down)
+
+
+@pytest.fixture(scope="module")
+def repaired_model(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    out = tmp_path_factory.mktemp("repaired") / "out"
+    cfsp.prune(
+        tiny_checkpoint("llama"),
+        out=out,
+        sparsity=0.5,
+        multiple=4,
+        data=[str(text_file)],
+        samples=16,
+        seqlen=64,
+    )
+    return out
+
+
+def test_only_down_projections_change(
+    repaired_model: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    plan = repaired_model / "cfsp_plan.json"
+    arguments = ["prune", str(tiny_checkpoint("llama")), "--plan", str(plan), "--repair", "none"]
+    assert main([*arguments, "--out", str(plain)]) == 0
+    with_repair, without = Checkpoint(repaired_model), Checkpoint(plain)
+    assert with_repair.specs == without.specs
+    repaired = {
+        name
+        for name in with_repair.specs
+        if not torch.equal(with_repair.read(name), without.read(name))
+    }
+    assert repaired
+    assert all(name.endswith("mlp.down_proj.weight") for name in repaired)
+    (step,) = read_manifest(repaired_model)["repair"]["steps"]
+    assert step["name"] == "ridge"
+    blocks = step["blocks"]
+    assert len(repaired) == sum(block["kept"] for block in blocks)
+    assert all((block["strength"] is not None) == block["kept"] for block in blocks)
+    assert all(block["error_after"] <= block["error_before"] for block in blocks)
+
+
+def test_a_plan_made_before_is_restored_by_a_pass_of_its_own(
+    repaired_model: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    text = ["--data", str(text_file), "--samples", "16", "--seqlen", "64"]
+    plan = str(repaired_model / "cfsp_plan.json")
+    model = str(tiny_checkpoint("llama"))
+    assert main(["prune", model, "--plan", plan, *text, "--out", str(out)]) == 0
+    assert "a forward pass of its own" in capsys.readouterr().err
+    first, second = Checkpoint(repaired_model), Checkpoint(out)
+    assert all(torch.equal(first.read(name), second.read(name)) for name in first.specs)
+
+
+def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
+    statistics = cfsp.Statistics.load(repaired_model / "cfsp.statistics")
+    widths = [len(block.sum_F) for block in statistics.blocks]
+    stored = (repaired_model / "cfsp.statistics").stat().st_size
+    # Two float64 vectors for each block, and a header.
+    assert stored < 2 * 8 * sum(widths) + 8192
+
+
+def test_one_window_is_too_little(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TextError, match="at least 2 windows"):
+        cfsp.prune(
+            tiny_checkpoint("llama"),
+            out=tmp_path / "out",
+            sparsity=0.4,
+            data=[str(text_file)],
+            samples=1,
+            seqlen=16,
+        )
+
+
+def test_prune_and_recover_in_one(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4"]
+    arguments += ["--data", str(text_file), "--samples", "8", "--seqlen", "64"]
+    assert main([*arguments, "--recover", "0.03", "--out", str(out), "--json"]) == 0
+    assert '"recovery"' in capsys.readouterr().out
+    assert read_manifest(out)["operation"] == "recover"
+    assert read_manifest(tmp_path / "out-pruned")["operation"] == "prune"

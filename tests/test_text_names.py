@@ -1,0 +1,278 @@
+"""Every text is opened before any work; texts themselves; a hub that is not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+import cfsp
+from cfsp.checkpoint.hub import hub_is_reachable
+from cfsp.checkpoint.locating import locate_model, open_checkpoint
+from cfsp.cli import main
+from cfsp.errors import CheckpointError, TextError, UsageError
+from cfsp.pipeline import prune_checkpoint
+from cfsp.quality.evaluate import evaluate_models
+from cfsp.recovery.recover import recover_checkpoint
+from cfsp.recovery.schedule import Limit
+from cfsp.recovery.settings import Training
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    Compute,
+    EvaluationText,
+    MaxLossIncrease,
+    PruneSettings,
+    Text,
+)
+from cfsp.text import hub, sources
+from cfsp.text.sources import TextSource, check_texts
+from cfsp.text.windows import draw_windows
+
+ABSENT = "nothing.txt"
+
+
+def refused(name: str, purpose: Any = "calibration") -> str:
+    with pytest.raises(TextError) as caught:
+        check_texts([name], purpose)
+    return str(caught.value)
+
+
+def test_a_text_that_is_not_there_says_which_is_meant(tmp_path: Path) -> None:
+    message = refused(ABSENT)
+    assert message == (
+        "nothing.txt is neither a file nor a known text; known are: python-docs, python-source, "
+        "wikitext2, c4, or NAME:CONFIG:SPLIT:COLUMN on the hub"
+    )
+    assert "did you mean wikitext2?" in refused("wikitext")
+    assert "did you mean python-docs?" in refused("python_docs", "evaluation")
+    (tmp_path / "prose.txt").write_text("a river")
+    assert f"did you mean {tmp_path / 'prose.txt'}?" in refused(str(tmp_path / "prosa.txt"))
+
+
+def test_texts_are_opened_but_not_read_to_the_end(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a river")
+    (tmp_path / "late.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    good = [tmp_path / "a.txt", tmp_path / "late.jsonl", "python-docs", "python-source"]
+    check_texts([*map(str, good), Text("mine", "a river")], "calibration")
+    (tmp_path / "late.jsonl").write_bytes(b'{"text": "fine"}\n' * 99 + b"\xff")
+    with pytest.raises(TextError, match=r"late.jsonl, line 100 is not UTF-8 text: byte 0"):
+        list(TextSource(str(tmp_path / "late.jsonl"), "calibration").documents())
+    (tmp_path / "bad.jsonl").write_text("[1]")
+    assert "line 1: no column 'text'" in refused(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "chat.jsonl").write_text('{"messages": "hello"}')
+    assert "must be a list of messages" in refused(str(tmp_path / "chat.jsonl"))
+
+
+def test_the_models_own_text_is_for_calibration_only() -> None:
+    check_texts(["self"], "calibration")
+    assert "self is neither a file nor a known text" in refused("self", "evaluation")
+
+
+def test_a_text_on_the_hub_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def documents(*place: str) -> Iterator[str]:
+        opened.append(place)
+        yield "a river"
+
+    sources._open_on_hub.cache_clear()
+    monkeypatch.setattr(sources, "hub_documents", documents)
+    for _ in range(2):
+        check_texts(["c4", "someone/texts:default:train:body"], "calibration")
+    check_texts(["c4"], "evaluation")
+    sources._open_on_hub.cache_clear()
+    assert opened == [
+        ("allenai/c4", "en", "train", "text"),
+        ("someone/texts", "default", "train", "body"),
+        ("allenai/c4", "en", "validation", "text"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--eval", ABSENT],
+        ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--data", ABSENT],
+        ["prune", "MODEL", "--max-loss-increase", "1", "--held-out", ABSENT, "--out", "OUT"],
+        ["calibrate", "MODEL", "--out", "OUT", "--data", ABSENT],
+        ["eval", "MODEL", "--data", ABSENT],
+        ["sweep", "MODEL", "--sparsity", "0.2", "--eval", ABSENT, "--out", "OUT"],
+        ["recover", "MODEL", "--steps", "1", "--data", ABSENT, "--out", "OUT"],
+        ["recover", "MODEL", "--steps", "1", "--data", "c4", "--eval", ABSENT, "--out", "OUT"],
+    ],
+)
+def test_commands_refuse_a_text_before_they_look_for_the_model(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sources, "hub_documents", lambda *place: iter(["a river"]))
+    places = {"MODEL": str(tmp_path / "no-model"), "OUT": str(tmp_path / "out")}
+    assert main([places.get(word, word) for word in arguments]) == 2
+    assert f"{ABSENT} is neither a file nor a known text" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    sources._open_on_hub.cache_clear()
+
+
+def test_a_text_is_refused_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from cfsp.cli import main; "
+        f"status = main(['prune', 'demo', '--sparsity', '0.2', '--out', 'x', '--eval', '{ABSENT}'])"
+        "; assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("cfsp prune: nothing.txt is neither a file")
+
+
+def test_functions_refuse_a_text_before_any_work(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*args: Any, **options: Any) -> None:
+        raise AssertionError("worked before the texts were opened")
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", no_work)
+    source = open_checkpoint(tiny_checkpoint("llama"))
+    settings, out = PruneSettings(Budget(0.2)), tmp_path / "out"
+    absent = CalibrationText((ABSENT,))
+    evaluation = EvaluationText((ABSENT,))
+    goal = MaxLossIncrease(1.0, (ABSENT,))
+    training = Training(Limit(steps=1))
+    refusals: list[Callable[[], object]] = [
+        lambda: cfsp.prune("no-model", out=out, sparsity=0.2, data=[ABSENT]),
+        lambda: cfsp.prune("no-model", out=out, goal=goal),
+        lambda: cfsp.calibrate("no-model", data=[ABSENT]),
+        lambda: cfsp.evaluate(["no-model"], [ABSENT]),
+        lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), text=absent)),
+        lambda: prune_checkpoint(source, out, settings, evaluation=evaluation),
+        lambda: prune_checkpoint(source, out, settings, goal=goal),
+        lambda: recover_checkpoint(source, out, data=[ABSENT], training=training),
+        lambda: recover_checkpoint(
+            source, out, data=["python-docs"], training=training, evaluation=evaluation
+        ),
+        lambda: evaluate_models(["no-model"], evaluation, Compute()),
+    ]
+    for refusal in refusals:
+        with pytest.raises(TextError, match=f"{ABSENT} is neither"):
+            refusal()
+        assert not out.exists()
+
+
+# Texts themselves.
+
+
+def test_a_text_itself_is_a_source(tokenizer: Any, text_file: Path) -> None:
+    text = Text("mine", [text_file.read_text()])
+    drawn = draw_windows([text], tokenizer, samples=6, seqlen=16)
+    assert drawn.sources == {"mine": 6}
+    from_file = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=16)
+    assert torch.equal(drawn.tokens_NT, from_file.tokens_NT)
+    assert list(TextSource(Text("mine", "one"), "evaluation").documents()) == ["one"]
+    assert not TextSource(Text("a:messages", "one"), "calibration").is_chat
+
+
+def test_no_text_is_no_text() -> None:
+    for documents in ((), "", "  \n", ["", " "]):
+        with pytest.raises(TextError, match="the text 'mine' is empty"):
+            Text("mine", documents)
+    with pytest.raises(TextError, match="needs a name and strings, found '' and"):
+        Text("", "a river")
+    with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):
+        Text("mine", [3])  # type: ignore[list-item]
+
+
+def test_a_model_is_pruned_on_a_text_itself(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, text_file: Path
+) -> None:
+    model, text = tiny_checkpoint("llama"), Text("mine", text_file.read_text())
+    report = cfsp.prune(
+        model, out=tmp_path / "out", sparsity=0.25, multiple=8, data=text, samples=8, seqlen=32
+    )
+    assert report.plan.calibration["sources"] == {"mine": 8}
+    (measured,) = cfsp.evaluate([tmp_path / "out"], text, windows=2, seqlen=32)
+    assert list(measured["perplexity"]) == ["mine"]
+    # One name may stand alone as well.
+    statistics = cfsp.calibrate(model, data=str(text_file), samples=4, seqlen=16)
+    assert statistics.record.sources == {str(text_file): 4}
+
+
+def test_an_empty_list_of_texts_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no text to calibrate on; give one or several: wikitext2"):
+        cfsp.prune("no-model", out=tmp_path / "out", sparsity=0.2, data=[])
+    with pytest.raises(UsageError, match="no text to calibrate on"):
+        cfsp.calibrate("no-model", data=[])
+    with pytest.raises(UsageError, match="no text to measure on"):
+        cfsp.evaluate(["no-model"], [])
+
+
+# The hub.
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network without a hub: nothing listens on the port for discarding."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(*args: Any, **options: Any) -> list[Any]:
+            asked.append(args)
+            return []
+
+    monkeypatch.setattr(hub, "import_datasets", lambda: Datasets)
+    assert not hub_is_reachable()
+    message = refused("wikitext2")
+    assert message.startswith("the hub, which has Salesforce/wikitext, cannot be reached from here")
+    assert not asked
+    with pytest.raises(CheckpointError, match="and the hub cannot be reached from here"):
+        locate_model("no-one/nothing")
+
+
+def test_whoever_stays_offline_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Datasets:
+        @staticmethod
+        def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
+            return [{"text": "from the cache"}]
+
+    monkeypatch.setattr(hub, "import_datasets", lambda: Datasets)
+    assert list(TextSource("wikitext2", "evaluation").documents()) == ["from the cache"]
+    with pytest.raises(CheckpointError, match="its cache has no copy either"):
+        locate_model("no-one/nothing")
+
+
+def test_a_hub_that_answers_anything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        try:
+            assert hub_is_reachable()
+        finally:
+            server.shutdown()
+            thread.join()
