@@ -61,7 +61,8 @@ def main() -> None:
     print("| FFN sparsity | block metric | channel metric | " + " | ".join(args.eval) + " |")
     print("|---|---|---|" + "---:|" * len(args.eval))
     dense = evaluate_models([args.model], texts, compute)[0]["perplexity"]
-    print("| 0% | | dense | " + " | ".join(f"{v:.1f}" for v in dense.values()) + " |", flush=True)
+    cells = " | ".join(f"{v['value']:.1f}" for v in dense.values())
+    print(f"| 0% | | dense | {cells} |", flush=True)
     for sparsity in args.sparsity:
         criteria = [Criterion("angular", metric) for metric in args.channel_metrics]
         criteria.append(Criterion("uniform", "activation"))
@@ -80,7 +81,7 @@ def main() -> None:
                     statistics=statistics,
                 )
                 result = evaluate_models([str(report.out)], texts, compute)[0]["perplexity"]
-            cells = " | ".join(f"{value:.1f}" for value in result.values())
+            cells = " | ".join(f"{v['value']:.1f}" for v in result.values())
             print(
                 f"| {sparsity:.0%} | {criterion.block_metric} | {criterion.channel_metric} "
                 f"| {cells} |",

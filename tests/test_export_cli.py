@@ -10,6 +10,7 @@ import pytest
 
 from cfsp.cli import main
 from cfsp.cli.export import TARGETS
+from cfsp.errors import OutputError
 from cfsp.exports import registry
 from ragged import cut
 from tiny_models import build_tiny_model
@@ -54,3 +55,33 @@ def test_a_mistake_is_one_sentence_and_status_2(
     assert out == ""
     assert err.startswith("cfsp export: vLLM's DeciLM class is a Llama")
     assert err.count("\n") == 1
+
+
+def test_python_says_and_refuses_the_same(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(cut(build_tiny_model("llama"), tokenizer, tmp_path).directory)
+    report = registry.export(source, "padded", str(tmp_path / "a"), verify=False)
+    argv = ["export", source, "--to", "padded", "--no-verify", "--json"]
+    capsys.readouterr()
+    assert main([*argv, "--out", str(tmp_path / "b")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    own = {"out", "seconds"}
+    assert {k: v for k, v in report.to_json().items() if k not in own} == {
+        k: v for k, v in told.items() if k not in own
+    }
+    before = (tmp_path / "a" / "config.json").stat().st_mtime_ns
+    for target in ("padded", "vllm"):
+        with pytest.raises(OutputError, match="a exists and is not empty"):
+            registry.export(source, target, tmp_path / "a", verify=False)
+    assert (tmp_path / "a" / "config.json").stat().st_mtime_ns == before
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    from cfsp.checkpoint.output import remove_abandoned
+
+    gone = 2**22 + 1  # beyond the largest number of a process
+    for ending in ("", ".full"):
+        (tmp_path / f".a.gguf.partial-{gone}{ending}").write_text("half")
+    remove_abandoned(tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())

@@ -60,6 +60,11 @@ def test_vllm_reads_blocks_as_attributes(tmp_path: Path, tokenizer: Any) -> None
         assert not hasattr(block.ffn, "ffn_mult")  # vLLM would round such a width up
     assert (config.qkv_bias, config.attention_bias, config.mlp_bias) == (True, False, False)
     assert config.sliding_window == 8
+    fields, own = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (tmp_path / "vllm", source.directory)
+    )
+    assert fields["transformers_version"] == own["transformers_version"]
     assert config.layer_types.count("sliding_attention") == 1
     # It survives what vLLM does with configs: copies, and JSON for its worker processes.
     import copy

@@ -1,14 +1,14 @@
-"""The real SmolLM2-135M: what pruning costs in perplexity, against measured reference values.
+"""The real SmolLM2-135M: floors for what every repair gains, on text that every CPython carries.
 
-One calibration (32 windows x 1024 tokens of WikiText-2 validation, bf16) serves all plans.
-Perplexity is on the first 12 windows x 1024 tokens of WikiText-2 test and of C4 validation.
-About three minutes on two cores; needs the data directory (see conftest.py).
+16 windows of 256 tokens of Python's reference topics calibrate; perplexity is on 8 windows of other
+topics (`python-docs`), and of source code (`python-source`), which nothing was fitted to. Few
+windows and few steps, so that it takes two minutes; what more of both gives is in docs/RESULTS.md.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,26 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
+from cfsp.settings import REPAIRS
 
 pytestmark = pytest.mark.real
 
-SEQLEN = 1024
-WINDOWS = 12
+DOCS, SOURCE = "python-docs", "python-source"
+TEXT: dict[str, Any] = {"data": [DOCS], "samples": 16, "seqlen": 256}
+SPARSITY = 0.3
 
-# Dense perplexity on this text, as measured when the method was chosen.
-DENSE = {"wikitext2": 26.4, "c4": 33.4}
+# Perplexity on the two texts, at most: what was measured, and 3% for other processors.
+FLOORS = {
+    "dense": (0.0, 0.0),
+    "none": (0.0, 0.0),
+    "ridge": (0.0, 0.0),
+    "sequential": (0.0, 0.0),
+    "local": (0.0, 0.0),
+}
+
+Perplexities = dict[str, tuple[float, float]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,100 +47,78 @@ def all_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def texts(data_directory: Path) -> dict[str, str]:
-    return {
-        "wikitext2": str(data_directory / "wikitext2" / "test.parquet"),
-        "c4": str(data_directory / "c4" / "validation.jsonl"),
-    }
+def statistics(demo: Checkpoint) -> cfsp.Statistics:
+    return cfsp.calibrate("demo", **TEXT)
 
 
 @pytest.fixture(scope="module")
-def statistics(
-    demo: Checkpoint, data_directory: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Statistics, Path]:
-    text = str(data_directory / "wikitext2" / "validation.parquet")
-    gathered = cfsp.calibrate("demo", data=[text], samples=32, seqlen=SEQLEN)
-    path = tmp_path_factory.mktemp("statistics") / "wikitext2.safetensors"
-    gathered.save(path)
-    return gathered, path
+def pruned(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model by every repair."""
+    directory = tmp_path_factory.mktemp("real")
+    for repair in REPAIRS:
+        cfsp.prune(
+            "demo",
+            out=directory / repair,
+            sparsity=SPARSITY,
+            repair=repair,
+            **TEXT,
+            **({"local_steps": 5} if repair == "local" else {}),
+        )
+    return {repair: directory / repair for repair in REPAIRS}
 
 
 @pytest.fixture(scope="module")
-def perplexity(texts: dict[str, str]) -> Callable[[str | Path, str], float]:
-    """Measure a model on a text by name."""
-
-    def measure(model: str | Path, text: str) -> float:
-        entry = cfsp.evaluate([model], [texts[text]], windows=WINDOWS, seqlen=SEQLEN)[0]
+def perplexities(pruned: dict[str, Path]) -> Perplexities:
+    models = {"dense": "demo", **pruned}
+    found = cfsp.evaluate(list(models.values()), [DOCS, SOURCE], windows=8, seqlen=256)
+    for entry in found:
         assert entry["dtype"] == "bfloat16"
-        assert entry["tokens"] == {texts[text]: WINDOWS * (SEQLEN - 1)}
-        value: float = entry["perplexity"][texts[text]]
-        return value
-
-    return measure
+        assert entry["perplexity"][DOCS]["tokens"] == 8 * 255
+    values = [tuple(e["perplexity"][text]["value"] for text in (DOCS, SOURCE)) for e in found]
+    return dict(zip(models, values, strict=True))
 
 
-@pytest.fixture
-def prune(
-    statistics: tuple[Statistics, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Path]:
-    """Prune without restoration by the published channel score, from the one calibration."""
-
-    def run(sparsity: float, block_metric: str) -> Path:
-        out = tmp_path / "pruned"
-        argv: list[Any] = [
-            "prune", "demo", "--out", out, "--statistics", statistics[1], "--sparsity", sparsity,
-            "--block-metric", block_metric, "--channel-metric", "activation",
-            "--repair", "none",
-        ]  # fmt: skip
-        status = main([str(argument) for argument in argv])
-        assert status == 0, capsys.readouterr().err
-        return out
-
-    return run
-
-
-def test_statistics_of_a_trained_model(statistics: tuple[Statistics, Path]) -> None:
-    gathered, _ = statistics
-    assert len(gathered.blocks) == 30
-    assert gathered.tokens == 32 * SEQLEN
-    angular_L = gathered.distances("angular")
-    # The first block turns the embeddings into something else; no later one moves so far.
+def test_statistics_of_a_trained_model(statistics: cfsp.Statistics) -> None:
+    assert len(statistics.blocks) == 30
+    assert statistics.tokens == 16 * 256
+    angular_L = statistics.distances("angular")
+    # The first block makes something else of the embeddings; no later one moves so far.
     assert max(angular_L) == angular_L[0]
     assert all(0 < distance < 1 for distance in angular_L)
 
 
-@pytest.mark.parametrize("text", DENSE)
-def test_dense_perplexity(perplexity: Callable[[str | Path, str], float], text: str) -> None:
-    assert perplexity("demo", text) == pytest.approx(DENSE[text], rel=0.01)
+@pytest.mark.parametrize("model", FLOORS)
+def test_perplexity_is_within_its_floor(perplexities: Perplexities, model: str) -> None:
+    docs, source = perplexities[model]
+    assert docs <= FLOORS[model][0]
+    assert source <= FLOORS[model][1]
 
 
-def test_a_fifth_of_the_channels_goes(
-    prune: Callable[..., Path], perplexity: Callable[[str | Path, str], float]
+def test_every_repair_gains_on_text_like_that_it_saw(perplexities: Perplexities) -> None:
+    ladder = [perplexities[repair][0] for repair in REPAIRS]
+    assert ladder == sorted(ladder, reverse=True)
+
+
+def test_widths_that_follow_the_blocks_beat_equal_ones(
+    statistics: cfsp.Statistics, perplexities: Perplexities, tmp_path: Path
 ) -> None:
-    out = prune(0.2, "angular")
-    assert perplexity(out, "wikitext2") <= 36.5
-    assert perplexity(out, "c4") <= 56
-    kept = sum(intermediate_sizes(Checkpoint(out).config))
-    assert abs(kept - 0.8 * 30 * 1536) <= 32
+    plan = cfsp.plan("demo", statistics, sparsity=SPARSITY, block_metric="uniform")
+    plan.save(tmp_path / "plan.json")
+    from cfsp.cli import main
+
+    argv = ["prune", "demo", "--plan", str(tmp_path / "plan.json"), "--effort", "fast"]
+    assert main([*argv, "--out", str(tmp_path / "equal")]) == 0
+    (equal,) = cfsp.evaluate([tmp_path / "equal"], [DOCS], windows=8, seqlen=256)
+    assert equal["perplexity"][DOCS]["value"] > 1.05 * perplexities["none"][0]
 
 
-def test_half_of_the_channels_goes(
-    prune: Callable[..., Path], perplexity: Callable[[str | Path, str], float]
-) -> None:
-    assert perplexity(prune(0.5, "angular"), "wikitext2") <= 82
-
-
-def test_uniform_allocation_is_clearly_worse(
-    prune: Callable[..., Path], perplexity: Callable[[str | Path, str], float]
-) -> None:
-    assert perplexity(prune(0.5, "uniform"), "wikitext2") > 100
-
-
-def test_pruned_model_writes_english(prune: Callable[..., Path]) -> None:
+def test_pruned_model_writes_english(pruned: dict[str, Path]) -> None:
     """It generates with plain transformers calls, and not just one token over and over."""
     from cfsp.text.tokenizers import load_tokenizer
 
-    out = prune(0.2, "angular")
+    out = pruned["ridge"]
+    kept = sum(intermediate_sizes(Checkpoint(out).config))
+    assert abs(kept - (1 - SPARSITY) * 30 * 1536) <= 64
     model, tokenizer = cfsp.load(out), load_tokenizer(out)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     generated = model.generate(**prompt, max_new_tokens=24, do_sample=False)

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
+from cfsp.quality import evaluate
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.quality.tasks.documents import read_documents
 from cfsp.quality.tasks.harness import TaskRunner
@@ -213,8 +214,9 @@ def test_texts_and_tasks_together_in_json(
     assert model["tasks"]["piqa"]["version"] == 1.0
     assert "acc_norm" in model["tasks"]["piqa"]
     assert "acc_norm" not in model["tasks"]["boolq"]
-    assert model["tokens"][str(text_file)] == 2 * 32 - 1
-    assert (model["stride"], model["seqlen"], model["dtype"]) == (16, 32, "float32")
+    perplexity = model["perplexity"][str(text_file)]
+    assert perplexity["tokens"] == 2 * 32 - 1
+    assert (perplexity["stride"], perplexity["seqlen"], model["dtype"]) == (16, 32, "float32")
     assert printed["tasks"]["limit"] == 4
 
 
@@ -233,10 +235,54 @@ def test_table_has_a_column_for_each_model(
 
 
 def test_unknown_task_names_those_that_look_alike(task_data: Path) -> None:
-    with pytest.raises(TaskError, match="no task 'arc_esy'; it has, for example: arc_easy"):
+    with pytest.raises(TaskError, match="no task 'arc_esy'; did you mean arc_easy"):
         TaskRunner.of(TaskSelection(("arc_esy",), data=task_data))
     with pytest.raises(TaskError, match="harness has no task 'piqaa'"):
         TaskRunner.of(TaskSelection(("piqaa",)))
+
+
+def test_unknown_task_is_told_before_any_model_is_looked_for(
+    task_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "no/such/model", "--task-data", str(task_data), "--tasks"]
+    assert main([*argv, "arc_esy"]) == 2
+    assert "did you mean arc_easy" in capsys.readouterr().err
+    assert main([*argv, "cfsp-papr"]) == 2
+    assert "did you mean cfsp-paper?" in capsys.readouterr().err
+    assert main([*argv, "zzz"]) == 2
+    assert "it has, for example: " in capsys.readouterr().err
+
+
+def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forward_pass(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    task_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "streamed_perplexity", lambda *_, **__: pytest.fail("too late"))
+    directory, texts = tiny_checkpoint("llama"), EvaluationText((str(text_file),), 2, 32)
+    runner = TaskRunner.of(TaskSelection(("piqa",), data=tmp_path))
+    with pytest.raises(TaskError, match="cannot read the task file"):
+        evaluate_models([directory], texts, Compute(), runner)
+    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
+    with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
+        evaluate_models([directory], texts, Compute(), runner)
+
+
+def test_the_harness_asks_git_nothing(
+    tiny_checkpoint: Callable[[str], Path],
+    tokenizer: Any,
+    task_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
+    runner.score(load(tiny_checkpoint("llama")), tokenizer)
+    assert "git" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -308,9 +354,10 @@ def test_perplexity_with_stride_equals_token_by_token(
         with torch.no_grad():
             logits = model(input_ids=stream[None, start:position]).logits[0, -1].double()
         losses.append(-torch.log_softmax(logits, -1)[stream[position]])
-    assert result["tokens"][str(text_file)] == len(losses)
+    found = result["perplexity"][str(text_file)]
+    assert found["tokens"] == len(losses)
     expected = float(torch.stack(losses).mean().exp())
-    assert result["perplexity"][str(text_file)] == pytest.approx(expected, rel=1e-4)
+    assert found["value"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_stride_outside_the_window_is_an_error(

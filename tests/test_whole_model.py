@@ -22,7 +22,7 @@ from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.text.windows import draw_text
-from cfsp.whole_model import load as whole_model
+from cfsp.whole_model.load import load_whole
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8
@@ -83,8 +83,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
     settings: PruneSettings,
 ) -> None:
-    monkeypatch.setattr(whole_model, "available_bytes", lambda: 1000)
-    monkeypatch.setattr(whole_model, "load", lambda *args, **kwargs: pytest.fail("it was read"))
+    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr(
+        "cfsp.whole_model.load.load", lambda *args, **kwargs: pytest.fail("it was read")
+    )
     source = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
         prune_checkpoint(
@@ -108,7 +110,7 @@ def test_experts_are_refused(
 def test_a_loaded_model_is_itself() -> None:
     model = build_tiny_model("llama")
     source = LoadedModel(model)
-    assert whole_model.load_whole(source, engine_of(Compute(), source), "a test") is model
+    assert load_whole(source, engine_of(Compute(), source), "a test") is model
 
 
 def test_a_model_writes_its_own_calibration_text(

@@ -43,11 +43,11 @@ from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
-from cfsp.quality.evaluate import before_and_after
+from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.result.card import model_card
-from cfsp.result.manifest import describe_pruning, write_manifest
+from cfsp.result.manifest import describe_pruning, facts_for_config, write_manifest
 from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
@@ -106,6 +106,7 @@ def prune_checkpoint(
         settings = settings.without_repair()
     check_can_be_repaired(source, settings)
     watch = Stopwatch()
+    measured_on = evaluation_windows(evaluation, source)
     identity = _identity(settings, statistics, plan, goal)
     with (
         created_parents(out),
@@ -121,7 +122,8 @@ def prune_checkpoint(
         with watch.stage("cut"):
             digests = _write_checkpoint(source, repaired, staging)
         with watch.stage("evaluate"):
-            measured = before_and_after(source.directory, staging, evaluation, settings.compute)
+            pruned = Checkpoint(staging, "the pruned model")
+            measured = before_and_after(source, pruned, measured_on, settings.compute, place)
             if isinstance(goal, MaxLossIncrease):
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, goal, dense, settings)
@@ -154,8 +156,13 @@ def prune_model(
     source = LoadedModel(model)
     with temporary_workplace(settings.compute.memory_budget) as place:
         inputs = _Inputs.of(source, lambda: tokenizer, settings)
-        decided = _decide(inputs, settings, goal, None, None, place, Stopwatch())
-        return build_pruned_model(model, source, decided.repaired.plan, decided.repaired.tensors)
+        watch = Stopwatch()
+        decided = _decide(inputs, settings, goal, None, None, place, watch)
+        repaired = decided.repaired
+        report = prune_report(source, repaired, decided.goal, {}, watch, place, None)
+        manifest = describe_pruning(repaired.plan, report.to_json(), {}, "cfsp.prune")
+        facts = facts_for_config(manifest)
+        return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
 
 
 def check_all_texts(

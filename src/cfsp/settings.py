@@ -19,6 +19,7 @@ from cfsp.errors import TextError, UsageError
 T = TypeVar("T")
 
 LONGEST_WINDOW = 1 << 24
+DEFAULT_EVALUATION_WINDOWS = 12
 MOST_WINDOWS = 1 << 32
 
 DEFAULT_TEXT = "python-docs"
@@ -423,7 +424,8 @@ class EvaluationText:
     Attributes:
         names: of texts, or texts themselves.
         windows: of each text; None for all.
-        seqlen: tokens in a window, BOS included.
+        seqlen: tokens in a window, BOS included; None for 1024, or what the model can read if that
+            is less.
         stride: tokens between the starts of windows; None for windows that stand on their own.
         bos: whether windows begin with BOS.
     """
@@ -439,12 +441,13 @@ class EvaluationText:
     windows: int | None = option(
         12, "windows of each --eval text", kind=int, flag="eval-windows", metavar="N", advanced=True
     )
-    seqlen: int = option(
-        DEFAULT_SEQLEN,
+    seqlen: int | None = option(
+        None,
         "tokens in a window of an --eval text",
         kind=int,
         flag="eval-seqlen",
         metavar="T",
+        default="1024, or what the model can read",
         advanced=True,
     )
     stride: int | None = None
@@ -453,12 +456,12 @@ class EvaluationText:
     def __post_init__(self) -> None:
         check_bos(self.bos)
         # Now, not after an hour of pruning.
-        if (
-            self.windows is not None and self.windows < 1
-        ) or not 2 <= self.seqlen <= LONGEST_WINDOW:
+        if self.windows is not None and self.windows < 1:
+            raise UsageError(f"expected at least 1 window to measure on, found {self.windows}")
+        if self.seqlen is not None and not 2 <= self.seqlen <= LONGEST_WINDOW:
             raise UsageError(
-                f"expected at least 1 window of 2 to {LONGEST_WINDOW} tokens to measure on, found "
-                f"{self.windows} windows of {self.seqlen} tokens"
+                f"expected windows of 2 to {LONGEST_WINDOW} tokens to measure on, found "
+                f"{self.seqlen}"
             )
 
 

@@ -132,9 +132,6 @@ NUMBERS: Table = {
         "bench --shape llama-9", "no shape 'llama-9' is known", "known are: "
     ),
     "bench with no rounds": BadInput(f"{BENCH} --rounds 0", "found 2 and 0", "at least 1 warm-up"),
-    "bench that tolerates less than nothing": BadInput(
-        f"{BENCH} --disturbance nan", "found nan", "--disturbance must be at least 0"
-    ),
     "tasks with no documents": BadInput(
         "eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"
     ),

@@ -170,7 +170,8 @@ def _cannot_write(target: Path, error: OSError) -> OutputError:
 def remove_abandoned(target: Path) -> None:
     """Remove what earlier runs for the same target left behind when they were killed."""
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        owner = leftover.name.rpartition("-")[2]
+        # An exporter adds an ending to its staging file for a second one.
+        owner = leftover.name.rpartition("-")[2].partition(".")[0]
         if owner.isdigit() and not _is_running(int(owner)):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)

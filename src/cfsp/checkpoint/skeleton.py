@@ -113,18 +113,21 @@ def check_complete(source: WeightSource) -> None:
         _stored_parts(source, name, parameter)
 
 
-def fill_around_blocks(
+def fill_head(
     model: PreTrainedModel, source: WeightSource, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Fill all of a skeleton but its decoder blocks, tied weights too.
+    """Fill all of a skeleton but its decoder blocks, and its embeddings unless the head is tied.
 
     Raises:
         CheckpointError: the source lacks a tensor or has it in another shape.
     """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     blocks = f"{source.family.blocks}."
+    embedding = model.get_input_embeddings().weight
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
+        if parameter is embedding and name not in tied.values():
+            continue
         if not name.startswith(blocks) and name not in tied:
             old = name == _HEAD and _OLD_HEAD in source.specs
             part = _stored_parts(source, _OLD_HEAD if old else name, parameter)[0]

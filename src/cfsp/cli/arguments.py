@@ -111,7 +111,7 @@ def criterion(args: argparse.Namespace) -> Criterion:
 def evaluation_text(
     names: list[str] | None,
     windows: int | None,
-    seqlen: int,
+    seqlen: int | None = None,
     stride: int | None = None,
     bos: Bos = "auto",
 ) -> EvaluationText:

@@ -23,10 +23,17 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data", action="append", metavar="TEXT", help="as for prune; repeatable")
     text.add_argument(
-        "--windows", type=int, metavar="N", help="first N windows of each text (default: all)"
+        "--windows",
+        type=_windows,
+        default=12,
+        metavar="N",
+        help="first N windows of each text, or all (default: 12)",
     )
     text.add_argument(
-        "--seqlen", type=int, default=1024, metavar="T", help="tokens in a window (default: 1024)"
+        "--seqlen",
+        type=int,
+        metavar="T",
+        help="tokens in a window (default: 1024, or what the models can read if that is less)",
     )
     text.add_argument(
         "--stride",
@@ -85,30 +92,60 @@ def run(args: argparse.Namespace) -> None:
         print_json({"models": results, **conditions})
         return
     if args.data:
-        _print_perplexity(results, args)
+        _print_perplexity(results)
     if args.data and runner:
         print()
     if runner:
         _print_tasks(results, runner.conditions())
 
 
-def _print_perplexity(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def _windows(text: str) -> int | None:
+    """Return a number of windows; None for all."""
+    if text == "all":
+        return None
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of windows from 1, or all, found {text!r}"
+        )
+    return count
+
+
+def _print_perplexity(results: list[dict[str, Any]]) -> None:
+    """Print a row for each model and a column for each text, and under what they were measured."""
+    texts = list(results[0]["perplexity"])
     rows = [
         (
             result["model"],
             human_count(result["parameters"]),
-            *(f"{value:.2f}" for value in result["perplexity"].values()),
+            *(f"{value['value']:.2f}" for value in result["perplexity"].values()),
         )
         for result in results
     ]
-    print_table(("perplexity", "parameters", *args.data), rows)
-    counts = ", ".join(f"{count:,} of {text}" for text, count in results[0]["tokens"].items())
-    stride = f", stride {args.stride}" if args.stride else ""
-    bos = ", beginning with BOS" if results[0]["bos"] else ""
-    print(
-        f"\npredicted tokens: {counts}; windows of {args.seqlen}{stride}{bos}; "
-        f"{results[0]['dtype']}"
-    )
+    print_table(("perplexity", "parameters", *texts), rows)
+    print()
+    for text, value in results[0]["perplexity"].items():
+        stride = f", stride {value['stride']}" if value["stride"] else ""
+        print(
+            f"{text}: {value['windows']} windows of {value['seqlen']} tokens{stride}, "
+            f"{value['tokens']:,} predicted; {_beginnings(results, text)}"
+        )
+    print(f"computed in {_dtypes(results)}")
+
+
+def _beginnings(results: list[dict[str, Any]], text: str) -> str:
+    """Return which models' windows begin with BOS."""
+    begin = [result["model"] for result in results if result["perplexity"][text]["bos"]]
+    if 0 < len(begin) < len(results):
+        return f"BOS first: {', '.join(begin)}"
+    return "BOS first" if begin else "no BOS"
+
+
+def _dtypes(results: list[dict[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(result["dtype"] for result in results))
 
 
 def _print_tasks(results: list[dict[str, Any]], conditions: dict[str, Any]) -> None:
@@ -126,7 +163,7 @@ def _print_tasks(results: list[dict[str, Any]], conditions: dict[str, Any]) -> N
     )
     print(
         f"\npercent, with standard errors; {conditions['harness']}; {versions}; "
-        f"data: {conditions['task_data']}; {results[0]['dtype']}, batches of {conditions['batch']}"
+        f"data: {conditions['task_data']}; {_dtypes(results)}, batches of {conditions['batch']}"
     )
 
 

@@ -52,16 +52,16 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export."""
-    from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.exports.registry import export_checkpoint
-    from cfsp.exports.target import ExportOptions
+    from cfsp.exports.registry import export
 
-    report = export_checkpoint(
-        open_checkpoint(args.model, args.revision),
+    report = export(
+        args.model,
         args.to,
         args.out,
-        ExportOptions(args.type, args.pre_tokenizer),
+        weight_type=args.type,
+        pre_tokenizer=args.pre_tokenizer,
         verify=not args.no_verify,
+        revision=args.revision,
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)

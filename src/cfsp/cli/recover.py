@@ -12,7 +12,6 @@ from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.processes import is_first_process, leave_processes
 from cfsp.recovery.settings import (
-    EVAL_WINDOWS,
     LEARNING_RATES,
     METHODS,
     RANK_ALLOCATIONS,
@@ -21,7 +20,7 @@ from cfsp.recovery.settings import (
     Distillation,
     Training,
 )
-from cfsp.settings import BOS
+from cfsp.settings import BOS, EvaluationText
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
@@ -39,7 +38,7 @@ RESEARCH: dict[str, dict[str, Any]] = {
     "evaluations": {"type": int, "default": Training.evaluations},
     "warm_up": {"type": float, "default": Training.warm_up},
     "weight_decay": {"type": float, "default": Training.weight_decay},
-    "eval_windows": {"type": int, "default": EVAL_WINDOWS},
+    "eval_windows": {"type": int, "default": EvaluationText.windows},
     "seed": {"type": int, "default": Training.seed},
     "bos": {"choices": BOS, "default": Training.bos},
     "dtype": {"choices": ("auto", "float32", "bfloat16"), "default": "auto"},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.config_widths import config_with_widths
+from cfsp.checkpoint.config_widths import PRUNED_KEY, config_with_widths
 from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.cut.surgery import pruned_specs, pruned_tensor
@@ -25,19 +25,23 @@ def build_pruned_model(
     source: LoadedModel,
     plan: PruningPlan,
     repaired: Mapping[str, TensorFile],
+    facts: dict[str, Any],
 ) -> PreTrainedModel:
     """Return the pruned model that a plan describes.
 
-    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes a
-    checkpoint that loads.
+    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes what
+    `cfsp prune` writes but for the files that only cfsp reads. What `cfsp inspect` tells of those
+    travels in the config, as `cfsp`.
 
     Args:
         model: the original; stays as it is and shares its unpruned tensors.
         source: the same model as a weight source.
         plan: which channels stay.
         repaired: tensors that repair changed, by name, already in pruned shape.
+        facts: how it was pruned, as JSON types.
     """
     config = config_with_widths(source.config, plan.kept_widths)
+    setattr(config, PRUNED_KEY, facts)
     pruned = build_skeleton(config, model.dtype)
 
     def stored(name: str) -> Tensor:

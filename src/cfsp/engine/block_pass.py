@@ -61,6 +61,8 @@ def pass_blocks(
     place: Workplace | None = None,
     more_batch_sizes: Iterable[int] = (),
     may_stop_after: Callable[[int], bool] = lambda block: True,
+    label: str | None = None,
+    more_tokens: int = 0,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
@@ -69,7 +71,7 @@ def pass_blocks(
         tokens_NT: windows without padding.
         visit: advances a block and returns its result.
         files: puts results on disk.
-        name: of the pass: its directory in the workplace, and what its progress bar says.
+        name: of the pass: its directory in the workplace.
         device: where blocks compute.
         dtype: what they compute in.
         batch_windows: windows that pass together; None for about 4096 tokens.
@@ -77,11 +79,14 @@ def pass_blocks(
         more_batch_sizes: see `stream_blocks`.
         may_stop_after: whether hidden states and results are all that a visit of the next block
             needs; if not, a killed pass goes on further back.
+        label: what people read of the pass; None for its name.
+        more_tokens: that visits report beyond those that pass the blocks.
 
     Raises:
         ResumeError: the workplace holds unfinished work of something else.
         OutputError: the disk is full.
     """
+    label = label or name
     blocks = source.config.num_hidden_layers
     state = None
     if place is not None and place.identity is not None:
@@ -91,14 +96,16 @@ def pass_blocks(
     results: list[T] = []
     if state is not None and state.next_block:
         results = [files.load(state.directory, block) for block in range(state.next_block)]
-        logger.info("%s: going on at block %d of %d", name, len(results), blocks)
+        logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
         return results
-    times = PassTimes() if place is None else place.times.setdefault(name, PassTimes())
+    times = PassTimes() if place is None else place.times.setdefault(label, PassTimes())
     saver = None if state is None else _Saver(state, files, results, times)
     with (
         times.part("total"),
-        token_progress(name, blocks, tokens_NT.numel() * blocks, len(results)) as progress,
+        token_progress(
+            label, blocks, tokens_NT.numel() * blocks + more_tokens, len(results)
+        ) as progress,
     ):
         for block in stream_blocks(
             source,

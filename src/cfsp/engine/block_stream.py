@@ -10,7 +10,7 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Self
@@ -67,7 +67,11 @@ class StreamedBlock:
     _on_batch: Callable[[int], None]
     _times: PassTimes
 
-    def advance(self, on_activations: OnActivations, on_hidden: OnHidden) -> None:
+    def advance(
+        self,
+        on_activations: OnActivations | None = None,
+        on_hidden: OnHidden = lambda input_BTD, output_BTD: None,
+    ) -> None:
         """Let all windows pass the block; the hidden states become its outputs.
 
         The block's weights are dropped then: what comes after may need the memory.
@@ -75,15 +79,20 @@ class StreamedBlock:
         Args:
             on_activations: is given the index of an FFN of the block, rows of the input of its
                 down projection (act_RF, see `observed_activations`), and which window each row
-                is of.
+                is of; None where nobody looks.
             on_hidden: is given the block's input and output hidden states, both BTD.
         """
         first_window, seqlen = 0, 1
 
         def on_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+            assert on_activations is not None
             on_activations(ffn, act_RF, first_window + token_R // seqlen)
 
-        with observed_activations(self.module, self._family, on_rows):
+        with (
+            nullcontext()
+            if on_activations is None
+            else observed_activations(self.module, self._family, on_rows)
+        ):
             for batch in self._batches:
                 with self._times.part("hidden_states"):
                     input_BTD = self.hidden.read(batch).to(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
@@ -17,6 +18,42 @@ TARGETS: dict[str, Target] = {
 }
 
 _TYPED = ("gguf", "openvino")
+
+
+def export(
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    weight_type: str | None = None,
+    pre_tokenizer: str | None = None,
+    verify: bool = True,
+    revision: str | None = None,
+) -> ExportReport:
+    """Write a model in the layout that other software reads, and check the copy.
+
+        cfsp.export("smaller", "gguf", "smaller.gguf", weight_type="q8_0")
+
+    Args:
+        model: a directory, hub id, .gguf file, or `demo`; pruned or not.
+        to: `gguf`, `vllm`, `openvino` or `padded` (see docs/export.md).
+        out: the new directory, or the new .gguf file; must not exist.
+        weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
+            model's own.
+        pre_tokenizer: gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told.
+        verify: read the copy back and compare its logits with the model's, in float32.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CfspError: anything that a user can cause; nothing is left behind.
+    """
+    return export_checkpoint(
+        open_checkpoint(model, revision),
+        to,
+        Path(out),
+        ExportOptions(weight_type, pre_tokenizer),
+        verify=verify,
+    )
 
 
 def export_checkpoint(

@@ -98,6 +98,8 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{CONFIG_FILE.removesuffix('.py')}.DeciLMConfig"},
         "dtype": _dtype(source),
+        # Loaders look at it to know how old the words of a config are.
+        "transformers_version": _transformers_version(source),
         **fields,
         "intermediate_size": max(widths),
         "attention_bias": biased["o"],
@@ -163,6 +165,13 @@ def _copied(source: Checkpoint, name: str, spec: TensorSpec) -> OutgoingTensor:
 
 def _config_code() -> str:
     return resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
+
+
+def _transformers_version(source: Checkpoint) -> str:
+    """Return the version that wrote the source's config; ours if that does not say."""
+    import transformers
+
+    return str(getattr(source.config, "transformers_version", None) or transformers.__version__)
 
 
 def _dtype(source: Checkpoint) -> str:

@@ -10,8 +10,6 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.settings import (
-    EVAL_SEQLEN,
-    EVAL_WINDOWS,
     Adaptation,
     Distillation,
     Limit,
@@ -39,7 +37,7 @@ def recover(
     teacher: str | Path | None = None,
     teacher_weight: float = Distillation.weight,
     eval: Sequence[str | Path | Text] = (),
-    eval_windows: int = EVAL_WINDOWS,
+    eval_windows: int | None = EvaluationText.windows,
     seqlen: int = Training.seqlen,
     batch_windows: int = Training.batch_windows,
     gradient_checkpointing: bool = Training.gradient_checkpointing,
@@ -79,7 +77,7 @@ def recover(
             same time.
         teacher_weight: of the teacher against the text, in [0, 1].
         eval: texts to measure perplexity on, before and after.
-        eval_windows: of each of them; fewer where `max_minutes` is too short.
+        eval_windows: of each of them, None for all; fewer where `max_minutes` is too short.
         seqlen: tokens in a window to train on.
         batch_windows: windows that pass together, on each process.
         gradient_checkpointing: less memory, more time.
@@ -108,7 +106,7 @@ def recover(
     """
     started = time.monotonic() if started is None else started
     texts = tuple(map(_text, data))
-    evaluation = EvaluationText(tuple(map(_text, eval)), eval_windows, EVAL_SEQLEN, bos=bos)
+    evaluation = EvaluationText(tuple(map(_text, eval)), eval_windows, bos=bos)
     adaptation = Adaptation(method, targets, rank, scale, rank_allocation)
     training = Training(
         Limit(steps, epochs, max_minutes),

@@ -16,7 +16,6 @@ from cfsp.engine.pass_state import STATE_FILE, PassState
 from cfsp.errors import UsageError
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.settings import Compute, EvaluationText
-from cfsp.text.sources import name_of
 
 logger = logging.getLogger(__name__)
 # Of the minutes, for measuring before and after together; training is what they are for.
@@ -54,17 +53,8 @@ class Baseline:
 def measure(directory: Path, texts: EvaluationText, compute: Compute) -> Perplexities:
     """Return text -> {"value", "tokens", "windows", "seqlen", "stride", "bos"} of a checkpoint."""
     (found,) = evaluate_models([directory], texts, compute)
-    return {
-        text: {
-            "value": found["perplexity"][text],
-            "tokens": found["tokens"][text],
-            "windows": texts.windows,
-            "seqlen": texts.seqlen,
-            "stride": texts.stride,
-            "bos": found["bos"],
-        }
-        for text in map(name_of, texts.names)
-    }
+    perplexity: Perplexities = found["perplexity"]
+    return perplexity
 
 
 def baseline_of(

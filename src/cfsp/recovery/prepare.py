@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import compute_device
@@ -16,6 +16,7 @@ from cfsp.checkpoint.reading import Checkpoint, fingerprint
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import TextError, UsageError
 from cfsp.processes import process_count
+from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.ranks import ranks_of
@@ -24,10 +25,6 @@ from cfsp.recovery.teacher import check_teacher
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import consecutive_windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def prepare(request: Request, watch: Stopwatch) -> Prepared:
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
         if evaluation is not None:
-            evaluation = _with_windows_counted(evaluation, tokenizer)
+            evaluation = _with_windows_counted(evaluation, source)
         teacher = None
         if request.teacher is not None:
             teacher = open_checkpoint(request.teacher.name)
@@ -111,16 +108,9 @@ def _check_launcher() -> None:
         )
 
 
-def _with_windows_counted(
-    texts: EvaluationText, tokenizer: PreTrainedTokenizerBase
-) -> EvaluationText:
+def _with_windows_counted(texts: EvaluationText, source: Checkpoint) -> EvaluationText:
     """Return the texts with a number of windows that each of them holds."""
-    read = [
-        consecutive_windows(
-            text, tokenizer, count=texts.windows, seqlen=texts.seqlen, bos=texts.bos
-        )
-        for text in texts.names
-    ]
+    read = evaluation_windows(texts, source).values()
     return replace(texts, windows=min(len(windows.tokens_NT) for windows in read))
 
 

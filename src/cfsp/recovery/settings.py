@@ -17,10 +17,6 @@ TARGETS: tuple[Targets, ...] = get_args(Targets)
 RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
 LEARNING_RATES: dict[Method, float] = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4}
 
-# Of each text that perplexity is measured on, before and after.
-EVAL_WINDOWS = 12
-EVAL_SEQLEN = 1024
-
 # Far beyond any run; what a run that the clock ends reports to the Trainer as its steps.
 ENDLESS_STEPS = 1_000_000_000
 _MOST_RANKS = 1 << 24

@@ -1,7 +1,4 @@
-"""What a model predicts from the hidden states that leave its last block, and the loss of that.
-
-The model's own forward runs with its blocks left out, so that no family's last norm, scaling or
-head needs to be known.
+"""The loss of what a model predicts from the hidden states that leave its last block.
 
 Shapes: B windows in a batch, T tokens, P positions in a window, D hidden, V vocabulary.
 """
@@ -13,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill_around_blocks
-from cfsp.engine.resumed_forward import resumed_at
+from cfsp.engine.head import Head
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -38,12 +34,7 @@ class HeadLoss:
     def __init__(
         self, source: WeightSource, device: torch.device, dtype: torch.dtype, text: float
     ) -> None:
-        # Autograd refuses the tensors of inference mode, which passes run in.
-        with torch.inference_mode(mode=False):
-            self._model = build_skeleton(source.config, dtype)
-            fill_around_blocks(self._model, source, dtype, device)
-        self._blocks = blocks_of(self._model, source.family)
-        self._dtype = dtype
+        self._head = Head(source, device, dtype)
         self._text = text
 
     def __call__(self, output_BTD: Tensor, batch: Batch) -> Tensor:
@@ -74,14 +65,6 @@ class HeadLoss:
         return loss
 
     def _log_probabilities(self, hidden_BTD: Tensor, position_P: Tensor) -> Tensor:
-        hidden_BTD = hidden_BTD.to(self._dtype)
-        device = hidden_BTD.device.type
-        # Which tokens they are does not matter any more.
-        tokens_BT = position_P.new_zeros(hidden_BTD.shape[:2])
-        with (
-            torch.autocast(device, enabled=False),
-            resumed_at(self._blocks, len(self._blocks), hidden_BTD),
-        ):
-            output = self._model(input_ids=tokens_BT, use_cache=False, logits_to_keep=position_P)
-        log_probability_BPV: Tensor = output.logits.float().log_softmax(-1)
-        return log_probability_BPV
+        hidden_BPD = hidden_BTD[:, position_P]
+        logits_RV = self._head.logits(hidden_BPD.flatten(0, 1))  # all positions of the batch
+        return logits_RV.float().log_softmax(-1).view(*hidden_BPD.shape[:2], -1)

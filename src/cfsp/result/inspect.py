@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.config_widths import PRUNED_KEY
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
@@ -39,6 +40,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
     widths = intermediate_sizes(checkpoint.config)
     manifest = read_manifest(checkpoint.directory)
+    if manifest is None:  # it was pruned in memory and saved by transformers
+        manifest = getattr(checkpoint.config, PRUNED_KEY, None)
     dtypes = Counter(str(s.dtype).removeprefix("torch.") for s in checkpoint.specs.values())
     facts: dict[str, Any] = {
         "model": checkpoint.label,

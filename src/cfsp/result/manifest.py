@@ -48,6 +48,18 @@ def describe_pruning(
     }
 
 
+# What a model that was pruned in memory says of it, in its config.
+_IN_CONFIG = (
+    "operation", "created", "versions", "base_model", "criterion", "calibration", "ffn_sparsity",
+    "model_sparsity", "parameters_before", "perplexity", "command",
+)  # fmt: skip
+
+
+def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a manifest that travels in the config of a model in memory."""
+    return {key: manifest[key] for key in _IN_CONFIG}
+
+
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
     """Write the manifest into a checkpoint directory, atomically.
 

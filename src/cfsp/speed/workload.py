@@ -70,7 +70,7 @@ class Conditions:
                 f"expected at least 1 warm-up and 1 round, found {self.warmups} and {self.rounds}"
             )
         if not self.disturbance >= 0:
-            raise UsageError(f"--disturbance must be at least 0, found {self.disturbance}")
+            raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads must be at least 1, found {self.threads}")
 

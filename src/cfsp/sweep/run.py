@@ -167,8 +167,8 @@ def _dense(recipe: Recipe, source: Checkpoint, out: Path, compute: Compute) -> R
     path = out / _DENSE_FILE
     if not path.is_file():
         measured = evaluate_models([source.directory], recipe.evaluation, compute)[0]
-        facts = {"perplexity": measured["perplexity"], "tokens": measured["tokens"]}
-        write_atomically(path, json.dumps(facts, indent=2).encode())
+        perplexity = {text: found["value"] for text, found in measured["perplexity"].items()}
+        write_atomically(path, json.dumps({"perplexity": perplexity}, indent=2).encode())
     found = json.loads(path.read_text(encoding="utf-8"))
     speed = {"prefill": 1.0, "decode": 1.0} if recipe.speed else {}
     return Row("dense", None, 0.0, parameter_count(source), found["perplexity"], speed, None)
@@ -205,10 +205,10 @@ def _make(
         "perplexity": {
             text: {
                 "before": dense.perplexity[text],
-                "after": measured["perplexity"][text],
-                "tokens": measured["tokens"][text],
+                "after": found["value"],
+                **{name: value for name, value in found.items() if name != "value"},
             }
-            for text in recipe.eval
+            for text, found in measured["perplexity"].items()
         },
         "sweep": {"method": point.method, "sparsity": point.sparsity},
     }

@@ -42,12 +42,14 @@ class Windows:
         begins_with: token ids that every window begins with: BOS, or none.
         counted_N: of windows that overlap, how many tokens at the end of each no earlier one
             has; None for windows that each stand on their own.
+        stride: tokens from one window's start to the next one's; likewise.
     """
 
     tokens_NT: Tensor
     sources: dict[str, int]
     begins_with: tuple[int, ...] = ()
     counted_N: Tensor | None = None
+    stride: int | None = None
 
     @property
     def bos(self) -> bool:
@@ -314,6 +316,7 @@ def consecutive_windows(
         counts,
         begins_with,
         torch.tensor([span.scored for span in overlapping]),
+        stride,
     )
 
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.loading import load
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
-from cfsp.engine.memory import available_bytes
-from cfsp.errors import UsageError
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.engine.whole import check_fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
-
-# The model's weights need this much beside them: logits, activations, hidden states.
-_ROOM = 1.2
 
 
 def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrainedModel:
@@ -33,11 +29,5 @@ def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrained
     if isinstance(source, LoadedModel):
         return source.model
     assert isinstance(source, Checkpoint)
-    needed = int(_ROOM * parameter_count(source) * engine.dtype.itemsize)
-    available = available_bytes()
-    if needed > available:
-        raise UsageError(
-            f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
-            f"{available / 1e9:.3g} GB are available: do without, or use a larger machine"
-        )
+    check_fits(source, engine.dtype, purpose)
     return load(source.directory, dtype=engine.dtype, device=engine.device)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("acc", "acc_norm")
+# That of the harness's own command.
+_FEWSHOT_SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,22 @@ class TaskRunner:
         Raises:
             TaskError: the harness cannot get a task's data.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         with _quiet():
             loaded = {name: self._load(name) for name in self.selection.task_names}
-            results = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.selection.batch),
-                tasks=[item for tasks in loaded.values() for item in tasks.roots],
-                num_fewshot=self.selection.shots,
+            everything = self.manager.load(
+                [item for tasks in loaded.values() for item in tasks.roots]
+            )
+            for task in everything["tasks"].values():
+                self._set_shots(task)
+            # Not simple_evaluate: it also asks git and every package for versions, for reports
+            # of its own, and git complains where there is no repository.
+            results = evaluate(
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.selection.batch),
+                task_dict=everything,
                 limit=self.selection.limit,
-                task_manager=self.manager,
                 log_samples=False,
             )
         return {
@@ -85,6 +92,16 @@ class TaskRunner:
             for name, tasks in loaded.items()
             for entry, members in tasks.entries(name, results["results"])
         }
+
+    def read_data(self) -> None:
+        """Read the data of every task once, before any model is loaded.
+
+        Raises:
+            TaskError: the harness cannot get it.
+        """
+        with _quiet():
+            for name in self.selection.task_names:
+                self._load(name)
 
     def conditions(self) -> dict[str, Any]:
         """Return what holds for all tasks, as JSON types."""
@@ -97,6 +114,13 @@ class TaskRunner:
             "batch": self.selection.batch,
             "task_data": "JSONL files" if self.selection.data else "the harness's own",
         }
+
+    def _set_shots(self, task: Any) -> None:
+        """Set the solved examples before each question, as the harness's own command does."""
+        of_task = task.get_config("num_fewshot")
+        if of_task is None or (self.selection.shots is not None and of_task != 0):
+            task.set_config(key="num_fewshot", value=self.selection.shots or 0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
     def _load(self, name: str) -> _LoadedTasks:
         """Load one name's data anew: the harness keeps a run's requests in its task objects."""

@@ -1,0 +1,219 @@
+"""Perplexities of several models, and of one before and after, carry their conditions."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cfsp
+from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.errors import TextError, UsageError
+from cfsp.pipeline import prune_checkpoint
+from cfsp.quality import evaluate
+from cfsp.quality.evaluate import before_and_after, evaluate_models, evaluation_windows
+from cfsp.quality.perplexity import perplexity
+from cfsp.quality.streaming import streamed_perplexity
+from cfsp.result.manifest import read_manifest
+from cfsp.result.prune_report import PruneReport
+from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import consecutive_windows
+
+CONDITIONS = {"tokens", "windows", "seqlen", "stride", "bos"}
+
+
+def test_each_value_says_how_it_was_measured(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    other_text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = tiny_checkpoint("qwen2")
+    texts = EvaluationText((str(text_file), str(other_text_file)), 3, 24)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+        (found,) = evaluate_models([directory], texts, Compute(dtype="float32"))
+    assert set(found) == {"model", "parameters", "dtype", "perplexity"}
+    model = load(directory, dtype="float32")
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    tokenizer = load_tokenizer(directory)
+    for text, value in found["perplexity"].items():
+        assert set(value) == {"value", *CONDITIONS}
+        windows = consecutive_windows(text, tokenizer, count=3, seqlen=24)
+        assert value["value"] == pytest.approx(perplexity(model, windows).value, rel=1e-5)
+        assert (value["tokens"], value["windows"], value["seqlen"]) == (3 * 23, 3, 24)
+        assert (value["stride"], value["bos"]) == (None, False)
+    assert list(found["perplexity"]) == list(texts.names)
+
+
+def test_before_and_after_is_what_the_manifest_has(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path
+) -> None:
+    before, after = (Checkpoint(tiny_checkpoint(name)) for name in ("llama", "qwen3"))
+    compute, texts = Compute(dtype="float32"), EvaluationText((str(text_file),), 2, 24)
+    windows = evaluation_windows(texts, before)
+    found = before_and_after(before, after, windows, compute)
+    single = evaluate_models([before.directory, after.directory], texts, compute)
+    (value,) = found.values()
+    assert set(value) == {"before", "after", *CONDITIONS}
+    assert [value["before"], value["after"]] == [
+        model["perplexity"][str(text_file)]["value"] for model in single
+    ]
+    assert before_and_after(before, after, evaluation_windows(None, before), compute) == {}
+
+
+def test_pruning_measures_in_windows_of_its_own_length(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, out = tiny_checkpoint("gpt2"), tmp_path / "pruned"
+    argv = ["prune", model, "--sparsity", 0.5, "--data", text_file, "--samples", 4]
+    argv += ["--seqlen", 16, "--eval", text_file, "--eval-windows", 2, "--out", out]
+    assert main([*map(str, argv)]) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    value = manifest["perplexity"][str(text_file)]
+    # As many tokens as the model can read, for that is less than 1024.
+    assert (value["seqlen"], value["windows"], value["tokens"]) == (256, 2, 2 * 255)
+    capsys.readouterr()
+    argv = ["eval", model, out, "--data", text_file, "--windows", 2, "--json"]
+    assert main([*map(str, argv)]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    for side, found in zip(("before", "after"), models, strict=True):
+        again = found["perplexity"][str(text_file)]
+        assert again.pop("value") == value[side]
+        assert again.items() <= value.items()
+
+
+def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_checkpoint("llama"))
+    argv = ["eval", model, "--data", str(text_file), "--seqlen", "16"]
+
+    def windows(*more: str) -> int:
+        assert main([*argv, "--json", *more]) == 0
+        (found,) = json.loads(capsys.readouterr().out)["models"]
+        return int(found["perplexity"][str(text_file)]["windows"])
+
+    assert windows() == 12
+    every = consecutive_windows(str(text_file), load_tokenizer(Path(model)), count=None, seqlen=16)
+    assert windows("--windows", "all") == len(every.tokens_NT) > 100
+    with pytest.raises(SystemExit):
+        main([*argv, "--windows", "0"])
+    assert "expected a number of windows from 1, or all, found '0'" in capsys.readouterr().err
+
+
+def test_the_table_says_how_it_was_measured(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [str(tiny_checkpoint(name)) for name in ("llama", "gpt2")]
+    argv = ["eval", *models, "--data", str(text_file), "--windows", "3", "--stride", "200"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["perplexity", "parameters", str(text_file)]
+    assert [line.split()[0] for line in lines[2:4]] == models
+    assert math.isfinite(float(lines[2].split()[-1]))
+    assert lines[5] == (f"{text_file}: 3 windows of 256 tokens, stride 200, 767 predicted; no BOS")
+    assert lines[6] == "computed in float32"
+
+
+def test_a_mistaken_text_is_told_before_the_model_is_looked_for(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TextError, match="no_such"):
+        evaluate_models(["no/such/model"], EvaluationText(("no_such.txt",)), Compute())
+    monkeypatch.setattr(evaluate, "streamed_perplexity", lambda *_, **__: pytest.fail("too late"))
+    models, compute = [tiny_checkpoint("llama"), tiny_checkpoint("gpt2")], Compute()
+    with pytest.raises(UsageError, match="has learnt 256 positions"):
+        evaluate_models(models, EvaluationText((str(text_file),), 2, 300), compute)
+    with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
+        evaluate_models(models, EvaluationText((str(text_file),), 1000), compute)
+
+
+def test_pruning_reads_its_evaluation_texts_first(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("cfsp.pipeline.plan_and_repair", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
+        prune_checkpoint(
+            Checkpoint(tiny_checkpoint("llama")),
+            tmp_path / "out",
+            PruneSettings(Budget(0.5)),
+            evaluation=EvaluationText((str(text_file),), 1000),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_with_other_tokens_are_told_apart(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first = tiny_checkpoint("llama")
+    other = tmp_path / "other"
+    shutil.copytree(first, other)
+    file = other / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["model"]["merges"] = []
+    file.write_text(json.dumps(fields))
+    texts = EvaluationText((str(text_file),), 2, 24)
+    evaluate_models([first, first], texts, Compute())
+    assert not caplog.messages
+    evaluate_models([first, other], texts, Compute())
+    assert caplog.messages == [
+        f"{other} cuts text into other tokens than {first}: their perplexities do not compare"
+    ]
+
+
+def test_python_gives_what_the_command_prints(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path
+) -> None:
+    (found,) = cfsp.evaluate([tiny_checkpoint("llama")], [text_file], windows=2, seqlen=24)
+    assert found["perplexity"][str(text_file)]["windows"] == 2
+    assert torch.isfinite(torch.tensor(found["perplexity"][str(text_file)]["value"]))
+
+
+def test_a_killed_evaluation_of_pruning_goes_on(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, text = Checkpoint(tiny_checkpoint("llama")), str(text_file)
+    settings = PruneSettings(
+        Budget(0.5, multiple=8),
+        text=CalibrationText((text,), samples=4, seqlen=16),
+        compute=Compute(dtype="float32"),
+    )
+    evaluation = EvaluationText((text,), 2, 24)
+
+    def prune(out: Path) -> PruneReport:
+        return prune_checkpoint(source, out, settings, evaluation=evaluation)
+
+    def killed(source: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["label"].startswith("pruned"):
+            raise KeyboardInterrupt
+        return streamed_perplexity(source, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "streamed_perplexity", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path / "out")
+    report, whole = prune(tmp_path / "out"), prune(tmp_path / "whole")
+    assert report.perplexity == whole.perplexity
+    passes = {f"dense on {text}", f"pruned on {text}"}
+    assert passes & set(whole.passes) == passes
+    assert passes & set(report.passes) == {f"pruned on {text}"}
