@@ -248,13 +248,13 @@ def without_clock(value: Any) -> Any:
 def import_everything() -> None:
     """Import what the commands import; a fork has it then."""
     import accelerate
-    import cfsp.recovery.trainer
     import peft  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama
 
     import cfsp.recovery.recover
     import cfsp.recovery.reporting
+    import cfsp.recovery.trainer
     import cfsp.sweep.run
     import cfsp.sweep.table  # noqa: F401
 

@@ -29,12 +29,11 @@ import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.versions import versions
-from cfsp.recovery.adaptation import Adaptation, attach
-from cfsp.recovery.block_weights import block_weights
+from cfsp.recovery.adaptation import attach
 from cfsp.recovery.data import WindowData, read_text
-from cfsp.recovery.run import load_to_train, train, training_arguments
-from cfsp.recovery.schedule import Limit
-from cfsp.recovery.settings import Training
+from cfsp.recovery.ranks import ranks_of
+from cfsp.recovery.settings import Adaptation, Limit, Training
+from cfsp.recovery.training import load_to_train, train, training_arguments
 from cfsp.text.tokenizers import load_tokenizer
 
 _WARM_UP_STEPS = 2
@@ -81,7 +80,7 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
     if kind == "cfsp":
         model = load_to_train(source, device, "auto")
         adaptation = Adaptation(rank=args.rank)
-        adapted, _ = attach(model, source.family, adaptation, block_weights(source, adaptation))
+        adapted, _ = attach(model, source.family, adaptation, ranks_of(source, adaptation))
         train(
             adapted,
             model,

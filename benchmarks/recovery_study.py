@@ -2,7 +2,7 @@
 
     python benchmarks/recovery_study.py PRUNED --data A --data B --eval C --eval D
 
-Compares rank allocations (importance, uniform, inverse, restored error) at equal trainable
+Compares rank allocations (importance, uniform, inverse) at equal trainable
 parameters (the mean rank of each is chosen so that the counts agree as nearly as whole ranks
 allow), and LoRA against full training at equal steps and at equal time. Every arm trains with
 every seed, which changes the order of windows and the adapters' start. Runs take turns, so that a
@@ -27,13 +27,11 @@ import torch
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.versions import versions
-from cfsp.recovery.adaptation import Adaptation, attach
-from cfsp.recovery.block_weights import block_weights
-from cfsp.recovery.ranks import RANK_ALLOCATIONS
+from cfsp.recovery.adaptation import attach
+from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.run import load_to_train
-from cfsp.recovery.schedule import Limit
-from cfsp.recovery.settings import Training
+from cfsp.recovery.settings import RANK_ALLOCATIONS, Adaptation, Limit, Training
+from cfsp.recovery.training import load_to_train
 from cfsp.settings import EvaluationText
 
 
@@ -62,8 +60,8 @@ class Result:
 def trainable_parameters(source: Checkpoint, adaptation: Adaptation) -> int:
     """Return how many parameters an adaptation trains."""
     model = load_to_train(source, torch.device("cpu"), "auto")
-    weight_L = block_weights(source, adaptation)
-    return sum(b.parameters for b in attach(model, source.family, adaptation, weight_L)[1])
+    rank_L = ranks_of(source, adaptation)
+    return sum(b.parameters for b in attach(model, source.family, adaptation, rank_L)[1])
 
 
 def at_equal_parameters(source: Checkpoint, rank: float) -> Iterator[Adaptation]:

@@ -33,7 +33,7 @@ def test_save_pretrained_writes_what_prune_writes(
     block_metric: str,
 ) -> None:
     asked: dict[str, Any] = {
-        "sparsity": 0.5, "multiple": 8, "data": [text_file], "samples": 4, "seqlen": 32, "restore": "none",
+        "sparsity": 0.5, "multiple": 8, "data": [text_file], "samples": 4, "seqlen": 32, "repair": "none",
         "device": "cpu", "block_metric": block_metric,
     }  # fmt: skip
     cfsp.prune(tiny_checkpoint(name), out=tmp_path / "files", **asked)
@@ -72,7 +72,12 @@ def test_a_model_that_is_pruned_again_says_nothing_of_the_first_time(
     tiny_checkpoint: Callable[[str], Path], tokenizer: Any, text_file: Path, tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {
-        "data": [text_file], "samples": 4, "seqlen": 32, "restore": "none", "device": "cpu", "multiple": 8
+        "data": [text_file],
+        "samples": 4,
+        "seqlen": 32,
+        "repair": "none",
+        "device": "cpu",
+        "multiple": 8,
     }
     model = cfsp.prune(cfsp.load(tiny_checkpoint("llama")), tokenizer, sparsity=0.25, **asked)
     model.save_pretrained(tmp_path / "first")

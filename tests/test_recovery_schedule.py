@@ -1,14 +1,31 @@
+"""Schedules of recovery: learning rates, and a budget of time under a clock that we move."""
+
 from __future__ import annotations
 
-import time
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cfsp.errors import UsageError
-from cfsp.recovery.schedule import Limit, RunClock, rate_factor
+from cfsp.recovery.evaluation import Baseline, Perplexities, measure_before
+from cfsp.recovery.schedule import StepSchedule, TimeSchedule, rate_factor
+from cfsp.recovery.settings import Limit
 
 CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that stands still unless it is told to move."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
 
 
 def test_the_rate_rises_then_falls_to_zero():
@@ -36,23 +53,189 @@ def test_epochs_become_steps():
     assert Limit(minutes=1).in_steps(100, 8) is None
 
 
-def test_a_clock_of_steps_does_not_depend_on_time():
-    clock = RunClock(40, None, time.monotonic() - 1000)
-    clock.update(10, CPU)
-    assert clock.fraction == 0.25
-    assert clock.seconds_left == pytest.approx(3000, rel=0.01)
+def test_steps_do_not_depend_on_time():
+    clock = Clock()
+    schedule = StepSchedule(40, 4, 0.0, clock)
+    clock.seconds = 1000.0
+    schedule.step_done(10, CPU)
+    assert schedule.fraction == 0.25
+    assert schedule.evaluates
+    assert schedule.seconds_left == pytest.approx(3000)
+    schedule.step_done(11, CPU)
+    assert not schedule.evaluates
+    schedule.step_done(40, CPU)
+    assert schedule.evaluates
+    assert schedule.is_over
 
 
-def test_a_clock_of_seconds_leaves_time_for_the_last_evaluation_and_never_runs_back():
-    clock = RunClock(None, 100.0, time.monotonic() - 40)
-    clock.update(1, CPU)
-    assert clock.fraction == pytest.approx(0.4, abs=0.01)
-    clock.reserved_seconds = 20
-    clock.update(2, CPU)
-    assert clock.fraction == pytest.approx(0.5, abs=0.01)
-    clock.reserved_seconds = 0
-    clock.update(3, CPU)
-    assert clock.fraction >= 0.5
-    clock.continue_from(70)
-    clock.update(4, CPU)
-    assert clock.fraction == 1.0
+def run(
+    seconds: float,
+    *,
+    step: float,
+    evaluation: float,
+    load: float = 0.0,
+    after: float = 0.0,
+    save: float = 0.0,
+    held_out_steps: float = 1.0,
+    most: int = 10,
+    first_step: float | None = None,
+) -> tuple[float, Counter[str], list[float]]:
+    """Play a whole recovery; return seconds, what was done how often, and the fractions."""
+    clock = Clock()
+    schedule = TimeSchedule(
+        seconds,
+        most,
+        0.0,
+        after_training=after,
+        held_out_steps=held_out_steps,
+        save_seconds=save,
+        now=clock,
+    )
+    clock.seconds += load
+    done: Counter[str] = Counter()
+    fractions = []
+    schedule.training_begins()
+    while not schedule.is_over:
+        if schedule.evaluates:
+            schedule.evaluated()
+        clock.seconds += first_step if first_step and not done["steps"] else step
+        done["steps"] += 1
+        schedule.step_done(done["steps"], CPU)
+        fractions.append(schedule.fraction)
+        if schedule.evaluates:
+            clock.seconds += evaluation + save
+            done["evaluations"] += 1
+        elif schedule.is_over:
+            clock.seconds += save
+    clock.seconds += after
+    return clock.seconds, done, fractions
+
+
+def test_a_quick_machine_evaluates_as_often_as_asked():
+    seconds, done, fractions = run(600, step=1, evaluation=2, load=20, after=30, save=1)
+    assert 590 <= seconds <= 600
+    assert done["evaluations"] == 10
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+
+
+def test_two_minutes_with_slow_steps_and_slow_evaluations():
+    """As with a vocabulary of 262k: 2 steps, and 569 s instead of 120 before."""
+    seconds, done, _ = run(120, step=11, evaluation=60, load=8, after=20, held_out_steps=16)
+    assert seconds <= 120
+    assert done["evaluations"] == 0
+    assert done["steps"] == 8
+
+
+def test_evaluations_take_a_quarter_at_most():
+    seconds, done, _ = run(1000, step=4, evaluation=60, held_out_steps=16, after=100)
+    assert seconds <= 1000
+    assert 1 <= done["evaluations"] <= 4
+
+
+def test_the_first_step_is_always_made():
+    seconds, done, _ = run(10, step=30, evaluation=5, load=20, after=5)
+    assert done["steps"] == 1
+    assert seconds <= 20 + 30 + 5 + 5
+
+
+def test_a_slow_first_step_is_forgotten():
+    _, done, _ = run(300, step=1, evaluation=1, first_step=60)
+    assert done["steps"] > 200
+
+
+@given(
+    step=st.floats(0.1, 60),
+    ratio=st.floats(0.1, 1.0),
+    held_out_steps=st.floats(0.1, 60),
+    load=st.floats(0, 40),
+    after=st.floats(0, 40),
+    save=st.floats(0, 20),
+    most=st.integers(1, 20),
+)
+def test_the_budget_holds(step, ratio, held_out_steps, load, after, save, most):
+    """An evaluation of as many windows takes half of a step at most."""
+    seconds, done, fractions = run(
+        300,
+        step=step,
+        evaluation=0.5 * step * ratio * held_out_steps,
+        load=load,
+        after=after,
+        save=save,
+        held_out_steps=held_out_steps,
+        most=most,
+    )
+    assert seconds <= 300 + 1e-6 or done["steps"] == 1
+    assert done["evaluations"] <= most
+    assert fractions == sorted(fractions)
+
+
+def test_a_killed_run_has_only_what_is_left():
+    clock = Clock()
+    schedule = TimeSchedule(
+        100, 1, 0.0, after_training=0, held_out_steps=1, save_seconds=0, now=clock
+    )
+    clock.seconds = 5.0
+    schedule.training_begins()
+    schedule.go_on_from(80.0, 0.7)
+    assert schedule.seconds_left == pytest.approx(15)
+    clock.seconds = 9.0
+    schedule.step_done(1, CPU)
+    assert 0.7 < schedule.fraction < 1
+    for step in (2, 3):
+        assert not schedule.is_over
+        clock.seconds += 4.0
+        schedule.step_done(step, CPU)
+    assert schedule.is_over
+    assert schedule.evaluates
+
+
+# Perplexity before and after.
+
+
+def baseline(
+    minutes: float, *, loading: float, window: float, wanted: int = 12
+) -> tuple[Baseline, float]:
+    """Measure with a clock that we move; return it and the seconds that measuring took."""
+    clock = Clock()
+
+    def measure(windows: int) -> Perplexities:
+        clock.seconds += loading + windows * window
+        return {"text": {"value": 1.0, "windows": windows}}
+
+    return measure_before(measure, wanted, minutes * 60, clock), clock.seconds
+
+
+def test_all_windows_where_time_is_plenty():
+    found, _ = baseline(30, loading=5, window=1)
+    assert found.windows == 12
+    assert found.perplexity["text"]["windows"] == 12
+    assert found.seconds == 17
+
+
+def test_loading_is_not_taken_for_windows():
+    found, _ = baseline(2, loading=2.3, window=0.3)
+    assert found.windows == 12
+
+
+def test_fewer_windows_where_half_of_the_minutes_is_too_short(caplog):
+    found, before = baseline(2, loading=3, window=6)
+    assert 1 < found.windows < 12
+    assert before + found.seconds <= 60
+    assert f"measures on {found.windows} of 12 windows of each text" in caplog.text
+
+
+def test_not_one_window_fits():
+    with pytest.raises(UsageError, match=r"takes 80 s .* give --max-minutes 3 or more, or no"):
+        baseline(1, loading=10, window=30)
+
+
+@given(st.floats(0, 30), st.floats(0.01, 10), st.integers(1, 40), st.floats(1, 10))
+def test_measuring_takes_half_at_most(loading: Any, window: Any, wanted: Any, minutes: Any):
+    try:
+        found, before = baseline(minutes, loading=loading, window=window, wanted=wanted)
+    except UsageError:
+        assert 2 * (loading + window) > minutes * 30
+        return
+    assert 1 <= found.windows <= wanted
+    assert before + found.seconds <= minutes * 30 + 1e-6

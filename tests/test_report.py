@@ -125,7 +125,7 @@ def test_runs_of_different_models_get_tables_of_their_own(
         text_file,
         tmp_path / "other",
         budget=Budget(0.25, multiple=8),
-        restore="none",
+        repair="none",
         channel_metric="relative",
     )
     text = rendered([run, other], tmp_path)

@@ -49,18 +49,18 @@ def chart_of(*runs: Path) -> Chart:
 
 
 @pytest.mark.parametrize(
-    ("restore", "steps"),
+    ("repair", "steps"),
     [("sequential", ["ridge", "sequential"]), ("local", ["ridge", "sequential", "local"])],
 )
 def test_a_real_run_has_a_panel_for_every_step(
-    restore: Repair, steps: list[str], tiny_checkpoint: Any, text_file: Path, tmp_path: Path
+    repair: Repair, steps: list[str], tiny_checkpoint: Any, text_file: Path, tmp_path: Path
 ) -> None:
     run = prune_tiny(
         tiny_checkpoint("llama"),
         text_file,
         tmp_path / "run",
         budget=Budget(0.5, multiple=8),
-        restore=restore,
+        repair=repair,
     )
     facts = read_run(run)
     assert [step["name"] for step in facts.repair_steps] == steps
@@ -117,6 +117,14 @@ def test_blocks_that_changed_together_share_a_mark(ridge: Path, tmp_path: Path) 
     assert drawing.count("shares the error of block 2") == 2
     assert drawing.count('class="stick"') == 2
     assert "share one error, measured after the last of them" in chart.caption
+
+
+def test_an_error_that_grew_and_was_kept_is_explained(ridge: Path, tmp_path: Path) -> None:
+    grew = BETTER | {"error_after": 0.75}
+    run = changed_copy(ridge, tmp_path / "run", repaired(BETTER, BETTER, grew))
+    assert "judged by the model's predictions" in chart_of(run).caption
+    other = changed_copy(ridge, tmp_path / "other", repaired(BETTER, BETTER, WORSE))
+    assert "predictions" not in chart_of(other).caption
 
 
 def test_blocks_after_the_last_error(ridge: Path, tmp_path: Path) -> None:

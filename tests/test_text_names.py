@@ -22,8 +22,7 @@ from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.schedule import Limit
-from cfsp.recovery.settings import Training
+from cfsp.recovery.settings import Limit, Training
 from cfsp.settings import (
     Budget,
     CalibrationText,

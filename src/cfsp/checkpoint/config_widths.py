@@ -1,8 +1,7 @@
 """The one rule for widths in a config: of config.json, and of a config object in memory.
 
-Equal widths without an added bias give the plain stock config. Different widths give
-`per_layer_config`, the schema that transformers reads from 5.15 on, and point at the modelling
-file; so does an added bias.
+Equal widths give the plain stock config. Different widths give `per_layer_config`, the schema that
+transformers reads from 5.15 on, and point at the modelling file.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.families import Family, family_of
-from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY, auto_map
+from cfsp.checkpoint.modeling_code import auto_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,7 +21,7 @@ PRUNED_KEY = "cfsp"
 
 
 def fields_with_widths(
-    fields: dict[str, Any], family: Family, widths: Sequence[int], *, adds_bias: bool = False
+    fields: dict[str, Any], family: Family, widths: Sequence[int]
 ) -> dict[str, Any]:
     """Return config.json of the pruned model, made from that of its source.
 
@@ -30,28 +29,22 @@ def fields_with_widths(
         fields: the source's config.json; stays as it is.
         family: its family.
         widths: FFN channels of every block.
-        adds_bias: whether the down projections get a bias that the source has not.
     """
-    has_bias = adds_bias or bool(fields.get(DOWN_BIAS_KEY))
-    changes = _changes(family, widths, has_bias)
+    changes = _changes(family, widths)
     # First without: the order of what stays is that of the source.
     kept = {k: v for k, v in fields.items() if changes.get(k, v) is not None or v is None}
     return kept | {key: value for key, value in changes.items() if value is not None}
 
 
-def config_with_widths(
-    config: PreTrainedConfig, widths: Sequence[int], *, adds_bias: bool = False
-) -> PreTrainedConfig:
+def config_with_widths(config: PreTrainedConfig, widths: Sequence[int]) -> PreTrainedConfig:
     """Return the config of the pruned model, of the class that the source's config has.
 
     Args:
         config: the source's; stays as it is.
         widths: FFN channels of every block.
-        adds_bias: whether the down projections get a bias that the source has not.
     """
     changed = copy.deepcopy(config)
-    has_bias = adds_bias or bool(getattr(config, DOWN_BIAS_KEY, False))
-    changes = _changes(family_of(config), widths, has_bias)
+    changes = _changes(family_of(config), widths)
     # Last of all: it makes a config for every block out of the whole.
     per_layer = changes.pop("per_layer_config")
     changed.per_layer_config = None
@@ -64,21 +57,19 @@ def config_with_widths(
     return changed
 
 
-def _changes(family: Family, widths: Sequence[int], has_bias: bool) -> dict[str, Any]:
+def _changes(family: Family, widths: Sequence[int]) -> dict[str, Any]:
     """Return what the widths say of each key of a config; None where it must not be there."""
     differ = len(set(widths)) > 1
     digits = len(str(len(widths) - 1))
-    stock = not differ and not has_bias
     return {
         family.width_key: max(widths),
-        "architectures": [family.causal_lm if stock else f"Pruned{family.causal_lm}"],
+        "architectures": [f"Pruned{family.causal_lm}" if differ else family.causal_lm],
         "per_layer_config": {
             str(block).zfill(digits): {family.width_key: width}
             for block, width in enumerate(widths)
         }
         if differ
         else None,
-        DOWN_BIAS_KEY: True if has_bias else None,
-        "auto_map": None if stock else auto_map(family),
+        "auto_map": auto_map(family) if differ else None,
         PRUNED_KEY: None,
     }

@@ -3,8 +3,7 @@
 Stock transformers reads `per_layer_config` but builds every block with the same width. The
 file builds the stock model and then replaces only each block's FFN with one of the right
 width. Decoder layers keep the very config object of the model: with copies,
-`set_attn_implementation` would not reach them. When all widths are equal no file is needed, unless
-restoration gave the down projections a bias that the stock class lacks.
+`set_attn_implementation` would not reach them. When all widths are equal no file is needed.
 """
 
 from __future__ import annotations
@@ -19,32 +18,19 @@ from cfsp.checkpoint.families import FAMILIES, Family
 from cfsp.checkpoint.output import write_atomically
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 MODELING_FILE = "modeling_cfsp.py"
-# In config.json of a model whose down projections have a bias that the stock class lacks.
-DOWN_BIAS_KEY = "cfsp_down_bias"
 
 _ABOUT_EXPERTS = """
 # The experts of the stock class are decorated with @use_experts_implementation: transformers
 # looks for that word in the file of a class to learn whether it may choose how experts run.
 """
 
-_BIAS_OF_DOWN_PROJECTION = """\
-    for layer in layers:
-        down = layer.@DOWN@
-        down.bias = type(down.weight)(down.weight.new_zeros(down.weight.shape[0]))
-"""
-
 
 @cache
-def modeling_code(family: Family, down_bias: bool = False) -> str:
-    """Return the text of the modelling file for one family.
-
-    Args:
-        family: the family.
-        down_bias: whether every down projection gets a bias that the stock class lacks.
-    """
+def modeling_code(family: Family) -> str:
+    """Return the text of the modelling file for one family."""
     template = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
     for key, value in {
         "MODEL_TYPE": family.model_type,
@@ -54,8 +40,6 @@ def modeling_code(family: Family, down_bias: bool = False) -> str:
         "BLOCKS": family.blocks,
         "REPLACE_FFN": _replacement(family),
         "WIDTH_KEY": family.width_key,
-        "DOWN_BIAS": _BIAS_OF_DOWN_PROJECTION if down_bias else "",
-        "DOWN": family.path_in_block(family.down),
         "EXPERTS": _ABOUT_EXPERTS if family.experts else "",
     }.items():
         template = template.replace(f"@{key}@", value)
@@ -92,18 +76,12 @@ def is_our_modeling_code(directory: Path) -> bool:
         return False
     found = hashlib.sha256(sources[0].read_bytes()).digest()
     return any(
-        hashlib.sha256(modeling_code(family, down_bias).encode()).digest() == found
+        hashlib.sha256(modeling_code(family).encode()).digest() == found
         for family in FAMILIES.values()
-        for down_bias in (False, True)
     )
 
 
-def has_added_bias(config: PreTrainedConfig) -> bool:
-    """Return whether a config asks for biases of the down projections that stock has not."""
-    return bool(getattr(config, DOWN_BIAS_KEY, False))
-
-
-def pruned_class(family: Family, down_bias: bool = False) -> type[PreTrainedModel]:
+def pruned_class(family: Family) -> type[PreTrainedModel]:
     """Return the class of a causal LM whose blocks have the widths of `per_layer_config`.
 
     It is imported in the same way as transformers imports it from a checkpoint, so a model of
@@ -113,9 +91,9 @@ def pruned_class(family: Family, down_bias: bool = False) -> type[PreTrainedMode
     from transformers.utils import HF_MODULES_CACHE
 
     # Kept in the cache that it is imported through; a temporary place would outlive a kill.
-    name = f"cfsp_{family.model_type}{'_biased' if down_bias else ''}"
+    name = f"cfsp_{family.model_type}"
     path = Path(HF_MODULES_CACHE) / "cfsp_sources" / name / MODELING_FILE
-    code = modeling_code(family, down_bias).encode()
+    code = modeling_code(family).encode()
     if not path.is_file() or path.read_bytes() != code:
         write_atomically(path, code)
     reference = auto_map(family)["AutoModelForCausalLM"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from cfsp.checkpoint.expert_tensors import Piece, assemble, pieces
 from cfsp.checkpoint.families import Family, family_of, intermediate_sizes
-from cfsp.checkpoint.modeling_code import has_added_bias, pruned_class
+from cfsp.checkpoint.modeling_code import pruned_class
 from cfsp.checkpoint.tensor_file import AGAIN
 from cfsp.errors import CheckpointError
 
@@ -25,9 +25,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     import transformers
 
     family = family_of(config)
-    down_bias = has_added_bias(config)
-    if down_bias or len(set(intermediate_sizes(config))) > 1:
-        return pruned_class(family, down_bias)
+    if len(set(intermediate_sizes(config))) > 1:
+        return pruned_class(family)
     return getattr(transformers, family.causal_lm)  # type: ignore[no-any-return]
 
 

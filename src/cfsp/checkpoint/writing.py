@@ -10,7 +10,7 @@ from pathlib import Path
 from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.families import Family
-from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY, MODELING_FILE, modeling_code
+from cfsp.checkpoint.modeling_code import MODELING_FILE, modeling_code
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -23,15 +23,13 @@ def write_config(
     target: Path,
     family: Family,
     widths: Sequence[int],
-    *,
-    adds_bias: bool = False,
 ) -> None:
     """Write config.json of the pruned model, and its modelling file if it needs one."""
     fields = json.loads((source_directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    pruned = fields_with_widths(fields, family, widths, adds_bias=adds_bias)
+    pruned = fields_with_widths(fields, family, widths)
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     if "auto_map" in pruned:
-        code = modeling_code(family, bool(pruned.get(DOWN_BIAS_KEY)))
+        code = modeling_code(family)
         (target / MODELING_FILE).write_text(code, encoding="utf-8")
 
 

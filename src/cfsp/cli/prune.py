@@ -204,8 +204,7 @@ def _settings(
 
 
 def _training(args: argparse.Namespace) -> Training:
-    from cfsp.recovery.schedule import Limit
-    from cfsp.recovery.settings import Training
+    from cfsp.recovery.settings import Limit, Training
 
     limit, text = Limit(minutes=args.recover), settings_from(args, CalibrationText)
     return Training(limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed, bos=text.bos)

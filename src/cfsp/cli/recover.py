@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.processes import is_first_process, leave_processes
+from cfsp.recovery.settings import (
+    LEARNING_RATES,
+    METHODS,
+    RANK_ALLOCATIONS,
+    TARGETS,
+    Adaptation,
+    Distillation,
+    Training,
+)
+from cfsp.settings import BOS, EvaluationText
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
-    from cfsp.recovery.settings import Training
-    from cfsp.recovery.teacher import TeacherChoice
 
-# Spelled out here, because their home imports torch; a test compares.
-METHODS = ("lora", "dora", "full")
-TARGETS = ("mlp", "attention", "all")
-RANK_ALLOCATIONS = ("importance", "uniform", "inverse", "error")
+logger = logging.getLogger(__name__)
+
+# What only a researcher sets: keyword of `cfsp.recover` -> its argument. Not in the help.
+RESEARCH: dict[str, dict[str, Any]] = {
+    "targets": {"choices": TARGETS, "default": Adaptation.targets},
+    "rank_allocation": {"choices": RANK_ALLOCATIONS, "default": Adaptation.allocation},
+    "scale": {"type": float, "default": Adaptation.scale},
+    "teacher_weight": {"type": float, "default": Distillation.weight},
+    "temperature": {"type": float, "default": Distillation.temperature},
+    "accumulate": {"type": int, "default": Training.accumulate},
+    "evaluations": {"type": int, "default": Training.evaluations},
+    "warm_up": {"type": float, "default": Training.warm_up},
+    "weight_decay": {"type": float, "default": Training.weight_decay},
+    "eval_windows": {"type": int, "default": EvaluationText.windows},
+    "seed": {"type": int, "default": Training.seed},
+    "bos": {"choices": BOS, "default": Training.bos},
+    "dtype": {"choices": ("auto", "float32", "bfloat16"), "default": "auto"},
+}
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -27,150 +51,130 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         subparsers,
         "recover",
         "train a pruned checkpoint to win back quality and write it in the same layout",
-        "cfsp recover smaller --data wikitext2 --data c4 --max-minutes 30 --out recovered",
+        "cfsp recover smaller --data wikitext2 --data c4 --max-minutes 30 --out recovered\n\n"
+        "After a kill the same command goes on where it was.",
     )
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
-    add_what(parser)
-    add_length(parser)
-    add_how(parser)
-    add_teacher(parser)
-    group = parser.add_argument_group("stages")
+    arguments.add_json(parser)
+    _add_text(parser)
+    _add_length(parser)
+    _add_training(parser)
+    for name, argument in RESEARCH.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS, **argument)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
     group.add_argument(
-        "--resume", action="store_true", help="continue after a kill, with the same arguments"
+        "--data",
+        action="append",
+        metavar="TEXT",
+        help="to train on: as for prune, or conversations (column `messages`, of which answers "
+        "are learnt); repeatable",
     )
     group.add_argument(
-        "--keep-adapter", action="store_true", help="also write the PEFT adapter, into OUT/adapter"
+        "--seqlen",
+        type=int,
+        default=Training.seqlen,
+        metavar="T",
+        help="tokens in a window (default: %(default)s)",
     )
     group.add_argument(
         "--eval",
         action="append",
         metavar="TEXT",
-        help="measure perplexity on this text, before and after",
-    )
-    group.add_argument("--eval-windows", type=int, default=12, metavar="N", help="(default: 12)")
-    group.add_argument("--device", default="auto", help="(default: an accelerator if any)")
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="of the arithmetic (default: the model's own; float32 where bfloat16 is not native)",
-    )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
-
-
-def add_what(parser: argparse.ArgumentParser) -> None:
-    """Add what is trained."""
-    group = parser.add_argument_group("what is trained")
-    group.add_argument(
-        "--method",
-        default="lora",
-        choices=METHODS,
-        help="low-rank adapters (default), the same with lengths, or the projections themselves",
-    )
-    group.add_argument(
-        "--targets", default="all", choices=TARGETS, help="projections to train (default: all)"
-    )
-    group.add_argument(
-        "--rank", type=float, default=8, metavar="R", help="mean over blocks (default: 8)"
-    )
-    group.add_argument(
-        "--rank-allocation",
-        default="importance",
-        choices=RANK_ALLOCATIONS,
-        help="ranks follow the blocks' importance (default), are equal, follow its inverse, or the "
-        "error that restoration left",
+        help="measure perplexity on this text, before and after; repeatable",
     )
 
 
-def add_length(parser: argparse.ArgumentParser) -> None:
-    """Add how long training lasts."""
+def _add_length(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how long (one of these)")
     only = group.add_mutually_exclusive_group(required=True)
+    only.add_argument(
+        "--max-minutes",
+        type=float,
+        metavar="M",
+        help="for everything: loading, training, measuring, writing",
+    )
     only.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
     only.add_argument("--epochs", type=float, metavar="N", help="passes over the text")
-    only.add_argument("--max-minutes", type=float, metavar="M", help="minutes, all included")
 
 
-def add_how(parser: argparse.ArgumentParser) -> None:
-    """Add text and training arguments."""
+def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--data",
-        action="append",
-        metavar="TEXT",
-        help="text as for prune, or conversations (column `messages`, trained on answers only); "
-        "repeatable",
-    )
-    group.add_argument("--learning-rate", type=float, metavar="LR", help="at its peak")
-    group.add_argument(
-        "--batch-windows", type=int, default=4, metavar="N", help="on each process (default: 4)"
+        "--method",
+        default=Adaptation.method,
+        choices=METHODS,
+        help="low-rank adapters (lora, default), the same with trained lengths (dora), or all "
+        "projections in full: better in the same time, and needs 16 bytes for each parameter",
     )
     group.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="batches in a step (default: 1)"
+        "--rank",
+        type=float,
+        default=Adaptation.rank,
+        metavar="R",
+        help="of the adapters, mean over blocks (default: %(default)g)",
+    )
+    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
+    group.add_argument(
+        "--learning-rate", type=float, metavar="LR", help=f"at its peak (default: {rates})"
     )
     group.add_argument(
-        "--seqlen", type=int, default=512, metavar="T", help="tokens in a window (default: 512)"
+        "--batch-windows",
+        type=int,
+        default=Training.batch_windows,
+        metavar="N",
+        help="windows in a step, on each process (default: %(default)s)",
     )
     group.add_argument(
-        "--evaluations", type=int, default=10, metavar="N", help="in the run (default: 10)"
+        "--gradient-checkpointing", action="store_true", help="less memory, a third more time"
     )
-    group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, more time"
-    )
-    group.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    arguments.add_bos(group)
-
-
-def add_teacher(parser: argparse.ArgumentParser) -> None:
-    """Add distillation."""
-    group = parser.add_argument_group("distillation")
     group.add_argument(
         "--teacher",
         metavar="MODEL",
-        help="the dense model that was pruned (default: none; in the same time, text alone wins)",
+        help="distil from the dense model (default: none; in the same time, text alone wins)",
     )
     group.add_argument(
-        "--teacher-weight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="of the teacher against the text, in [0, 1] (default: 1)",
+        "--keep-adapter", action="store_true", help="also write the PEFT adapter, into OUT/adapter"
     )
-    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: 1)")
-    group.add_argument(
-        "--teacher-top-k",
-        type=int,
-        metavar="K",
-        help="store the teacher's K likeliest tokens on disk once, instead of keeping it in memory",
-    )
+    group.add_argument("--device", default="auto", help="(default: an accelerator if any)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Recover."""
+    # Importing torch is a part of what the user waits for.
+    started = time.monotonic()
     arguments.check_texts(args.data, args.eval)
 
-    from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.recovery.adaptation import Adaptation
-    from cfsp.recovery.recover import recover_checkpoint
-    from cfsp.settings import Compute
+    from cfsp.recovery.api import recover
 
-    training = _training(args)
-    report = recover_checkpoint(
-        open_checkpoint(args.model, args.revision),
-        args.out,
+    if args.resume:
+        logger.info("--resume is not needed: the same command goes on where a killed one was")
+    report = recover(
+        args.model,
+        revision=args.revision,
+        out=args.out,
         data=args.data or (),
-        training=training,
-        adaptation=Adaptation(
-            args.method, args.targets, args.rank, allocation=args.rank_allocation
-        ),
-        teacher=_teacher(args),
-        evaluation=arguments.evaluation_text(args.eval, args.eval_windows, bos=args.bos),
-        compute=Compute(args.device, args.dtype),
-        resume=args.resume,
+        method=args.method,
+        rank=args.rank,
+        learning_rate=args.learning_rate,
+        steps=args.steps,
+        epochs=args.epochs,
+        max_minutes=args.max_minutes,
+        teacher=args.teacher,
+        eval=args.eval or (),
+        seqlen=args.seqlen,
+        batch_windows=args.batch_windows,
+        gradient_checkpointing=args.gradient_checkpointing,
         keep_adapter=args.keep_adapter,
+        device=args.device,
         command=arguments.typed_command(),
+        started=started,
+        **{name: getattr(args, name) for name in RESEARCH},
     )
     leave_processes()
     if not is_first_process():
@@ -202,40 +206,4 @@ def print_report(report: RecoverReport) -> None:
         f"{human_count(report.trainable_parameters)} parameters trained; "
         f"kept the weights of step {report.best_step}\n"
         f"{stages}; peak memory {human_bytes(report.peak_rss_bytes)}\nwritten to {report.out}"
-    )
-
-
-def _training(args: argparse.Namespace) -> Training:
-    from cfsp.recovery.schedule import Limit
-    from cfsp.recovery.settings import Training
-
-    return Training(
-        Limit(args.steps, args.epochs, args.max_minutes),
-        learning_rate=args.learning_rate,
-        batch_windows=args.batch_windows,
-        accumulate=args.accumulate,
-        seqlen=args.seqlen,
-        evaluations=args.evaluations,
-        gradient_checkpointing=args.gradient_checkpointing,
-        seed=args.seed,
-        bos=args.bos,
-    )
-
-
-def _teacher(args: argparse.Namespace) -> TeacherChoice | None:
-    from cfsp.errors import UsageError
-    from cfsp.recovery.loss import Distillation
-    from cfsp.recovery.teacher import TeacherChoice
-
-    if not 0 <= args.teacher_weight <= 1 or not 0 < args.temperature < float("inf"):
-        raise UsageError(
-            "expected --teacher-weight in [0, 1] and a positive --temperature, "
-            f"found {args.teacher_weight} and {args.temperature}"
-        )
-    if args.teacher is None:
-        if args.teacher_top_k is not None:
-            raise UsageError("--teacher-top-k needs --teacher")
-        return None
-    return TeacherChoice(
-        args.teacher, Distillation(args.teacher_weight, args.temperature), args.teacher_top_k
     )

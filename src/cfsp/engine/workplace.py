@@ -84,8 +84,8 @@ def output_workplace(
         OutputError: another run works there, or the place is not writable.
         ResumeError: unfinished work of another command or number of processes is there.
     """
-    place = out.parent / f"{out.name}.work"
-    directory = place / f"process-{process}-of-{processes}"
+    directory = directory_of_process(out, process, processes)
+    place = directory.parent
     _check_processes(place, processes)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,11 @@ def output_workplace(
                 _remove(directory)
             raise
         _remove(directory)
+
+
+def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Path:
+    """Return where one process works on an output; see `output_workplace`."""
+    return out.parent / f"{out.name}.work" / f"process-{process}-of-{processes}"
 
 
 def _budget(memory_budget: int | None) -> int:

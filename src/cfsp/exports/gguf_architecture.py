@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.checkpoint.families import intermediate_sizes
-from cfsp.checkpoint.modeling_code import has_added_bias
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 
@@ -86,7 +85,7 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
     if activation != "silu":
         raise ExportError(f"llama.cpp's {name} graph has SiLU, the model {activation}")
     biased = sorted(tensor for tensor in source.specs if tensor.endswith(".bias"))
-    if biased and not architecture.biases and not has_added_bias(source.config):
+    if biased and not architecture.biases:
         raise ExportError(
             f"llama.cpp's {name} graph reads no biases, the model has {biased[0]}; "
             "use --to padded, and export that"
@@ -94,8 +93,8 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
     down_bias = source.family.down_bias_name(0)
     if down_bias in source.specs and not architecture.ffn_biases:
         raise ExportError(
-            f"llama.cpp's {name} graph reads no FFN biases, the model has {down_bias}; prune with "
-            "--restore ridge, which adds none"
+            f"llama.cpp's {name} graph reads no FFN biases, the model has {down_bias}; "
+            "use --to padded, and export that"
         )
     if architecture.tied_only and not config.tie_word_embeddings:
         raise ExportError(

@@ -17,7 +17,6 @@ from torch import Tensor
 from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.loading import compute_dtype
-from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
@@ -54,7 +53,6 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     widths = intermediate_sizes(source.config)
     fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    fields.pop(DOWN_BIAS_KEY, None)
     stock = fields_with_widths(fields, source.family, [max(widths)] * len(widths))
     (out / "config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.families import intermediate_sizes
-from cfsp.checkpoint.modeling_code import has_added_bias
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
@@ -36,23 +35,8 @@ from cfsp.exports.verification import (
 TOLERANCE = 1e-5
 
 
-def check_stock_can_express(source: Checkpoint) -> None:
-    """Check that the stock class has a place for every tensor.
-
-    Raises:
-        ExportError: restoration added biases that it lacks.
-    """
-    if has_added_bias(source.config):
-        raise ExportError(
-            f"{source.label} has a bias of the down projections (--restore bias), for which "
-            f"{source.family.causal_lm} has no place; use --to gguf or openvino, or prune with "
-            "--restore ridge"
-        )
-
-
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the padded checkpoint into an existing directory."""
-    check_stock_can_express(source)
     widths = intermediate_sizes(source.config)
     widest = max(widths)
     outgoing = [_outgoing(source, name, spec, widest) for name, spec in source.specs.items()]

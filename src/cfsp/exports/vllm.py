@@ -54,7 +54,6 @@ _SHARED = (
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the checkpoint into an existing directory."""
-    padded.check_stock_can_express(source)
     widths = intermediate_sizes(source.config)
     if len(set(widths)) == 1:
         plain = padded.write(source, out, options)

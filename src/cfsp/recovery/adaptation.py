@@ -7,53 +7,31 @@ a trained length for every row (arXiv 2402.09353).
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import MissingExtraError, UsageError
-from cfsp.recovery.ranks import RankAllocation, allocate_ranks
+from cfsp.recovery.settings import Adaptation, Method, Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.families import Family
 
-Method = Literal["lora", "dora", "full"]
-Targets = Literal["mlp", "attention", "all"]
-METHODS: tuple[Method, ...] = get_args(Method)
-TARGETS: tuple[Targets, ...] = get_args(Targets)
-
-
+logger = logging.getLogger(__name__)
 # GPT-2 keeps its matrices transposed, in a class of its own.
 _MATRICES = (nn.Linear, Conv1D)
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What is trained.
-
-    Attributes:
-        method: `lora`, `dora`, or `full` (the projections themselves).
-        targets: projections of the FFN, of the attention, or both. Embeddings, norms and head
-            stay as they are.
-        rank: mean rank over blocks.
-        scale: alpha / r.
-        allocation: how ranks follow the coarse importance, or the error that restoration left.
-    """
-
-    method: Method = "lora"
-    targets: Targets = "all"
-    rank: float = 8.0
-    scale: float = 2.0
-    allocation: RankAllocation = "importance"
 
 
 @dataclass(frozen=True)
@@ -62,6 +40,17 @@ class TrainableBlock:
 
     rank: int | None
     parameters: int
+
+
+def check_installed(method: Method) -> None:
+    """Check that the libraries that a method trains with are there.
+
+    Raises:
+        MissingExtraError: one is not.
+    """
+    needed = ["accelerate"] if method == "full" else ["accelerate", "peft"]
+    if not all(importlib.util.find_spec(name) for name in needed):
+        raise MissingExtraError("recovery" if method == "full" else "LoRA", "recover")
 
 
 def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> list[list[str]]:
@@ -91,12 +80,15 @@ def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> li
             "use --targets attention"
         )
     if family.experts is not None:
-        print("experts stay as they are, everything else is trained", file=sys.stderr)
+        logger.info("experts stay as they are, everything else is trained")
     return names
 
 
 def attach(
-    model: PreTrainedModel, family: Family, adaptation: Adaptation, weight_L: Sequence[float]
+    model: PreTrainedModel,
+    family: Family,
+    adaptation: Adaptation,
+    rank_L: Sequence[int] | None,
 ) -> tuple[nn.Module, list[TrainableBlock]]:
     """Make a model trainable.
 
@@ -106,39 +98,34 @@ def attach(
         model: the pruned model; it is changed in place.
         family: its family.
         adaptation: what to train.
-        weight_L: what the blocks' ranks follow (see `allocate_ranks`).
+        rank_L: of every block; None for full training.
 
     Returns:
         The model to train (a PEFT model, or the same one) and what is trainable in each block.
 
     Raises:
-        MissingExtraError: PEFT is not installed and is needed.
-        UsageError: the rank is below 1.
+        UsageError: there is nothing to train.
     """
     names = target_names(model, family, adaptation.targets)
     model.requires_grad_(False)
-    if adaptation.method == "full":
+    if rank_L is None:
         for name in (name for block in names for name in block):
             for parameter in model.get_submodule(name).parameters():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         return model, _trainable(model, family, [None] * len(names))
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingExtraError("LoRA", "recover") from error
-    ranks_L = allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)
-    patterns = [rf"{re.escape(family.blocks)}\.{block}\..*" for block in range(len(ranks_L))]
-    largest = max(ranks_L)
+    import peft
+
+    patterns = [rf"{re.escape(family.blocks)}\.{block}\..*" for block in range(len(rank_L))]
+    largest = max(rank_L)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=largest,
         lora_alpha=adaptation.scale * largest,
         target_modules=[name for block in names for name in block],
-        rank_pattern=dict(zip(patterns, ranks_L, strict=True)),
+        rank_pattern=dict(zip(patterns, rank_L, strict=True)),
         alpha_pattern={
-            pattern: adaptation.scale * rank
-            for pattern, rank in zip(patterns, ranks_L, strict=True)
+            pattern: adaptation.scale * rank for pattern, rank in zip(patterns, rank_L, strict=True)
         },
         use_dora=adaptation.method == "dora",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
@@ -147,7 +134,26 @@ def attach(
         # PEFT asks transformers for an attribute whose name is going away.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted: Any = peft.get_peft_model(model, config)
-    return adapted, _trainable(model, family, ranks_L)
+    return adapted, _trainable(model, family, rank_L)
+
+
+def trained_tensors(model: PreTrainedModel) -> list[str]:
+    """Return the names, in the plain model, of the tensors that training will change.
+
+    Args:
+        model: the plain model inside, after `attach`.
+    """
+    adapted = [name for name, _ in model.named_modules() if name.endswith(".base_layer")]
+    if adapted:
+        return [f"{name.removesuffix('.base_layer')}.weight" for name in adapted]
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def save_adapter(adapted: Any, source: Checkpoint, directory: Path) -> None:
+    """Write the adapters of a PEFT model, to be put onto the pruned checkpoint."""
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = str(source.directory)
+    adapted.save_pretrained(str(directory))
 
 
 def merge(model: nn.Module) -> PreTrainedModel:
@@ -159,9 +165,9 @@ def merge(model: nn.Module) -> PreTrainedModel:
 
 
 def _trainable(
-    model: PreTrainedModel, family: Family, ranks_L: Sequence[int | None]
+    model: PreTrainedModel, family: Family, rank_L: Sequence[int | None]
 ) -> list[TrainableBlock]:
     return [
         TrainableBlock(rank, sum(p.numel() for p in block.parameters() if p.requires_grad))
-        for rank, block in zip(ranks_L, blocks_of(model, family), strict=True)
+        for rank, block in zip(rank_L, blocks_of(model, family), strict=True)
     ]

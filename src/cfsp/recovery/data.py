@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cfsp.errors import TextError, UsageError
+from cfsp.errors import TextError
 from cfsp.recovery.chat import chat_windows
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
@@ -33,35 +33,27 @@ _HELD_OUT_SHARE = 0.03
 _MAX_HELD_OUT_TOKENS = 16_384
 
 
-class WindowData(Dataset[dict[str, Any]]):
-    """Windows with labels, and what a teacher thinks of them if that is stored.
+class WindowData(Dataset[dict[str, Tensor]]):
+    """Windows with labels.
 
     Args:
         token_NT: token ids.
         label_NT: token ids where they count, `IGNORED` elsewhere and at the first position,
             which nothing predicts.
-        stored: one entry for each name and window, handed out along with the window.
     """
 
-    def __init__(self, token_NT: Tensor, label_NT: Tensor, stored: dict[str, Any] | None = None):
+    def __init__(self, token_NT: Tensor, label_NT: Tensor) -> None:
         assert token_NT.shape == label_NT.shape
         self.token_NT = token_NT
         self.label_NT = label_NT.clone()
         # Then every count of labels, shifted or not, is the count of predictions.
         self.label_NT[:, 0] = IGNORED
-        self._stored = stored or {}
 
     def __len__(self) -> int:
         return len(self.token_NT)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"input_ids": self.token_NT[index], "labels": self.label_NT[index]}
-        item.update({k: torch.from_numpy(v[index].copy()) for k, v in self._stored.items()})
-        return item
-
-    def with_stored(self, stored: dict[str, Any]) -> WindowData:
-        """Return the same windows with arrays, [N, ...] each, beside them."""
-        return WindowData(self.token_NT, self.label_NT, stored)
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.token_NT[index], "labels": self.label_NT[index]}
 
     @property
     def digest(self) -> str:
@@ -100,12 +92,9 @@ def read_text(
 
     Raises:
         TextError: there is no text, or one is missing or shorter than two windows.
-        UsageError: the windows are too short to learn from.
     """
     if not names:
         raise TextError("recovery needs text to train on; give --data")
-    if seqlen < 8:
-        raise UsageError(f"--seqlen must be at least 8, found {seqlen}")
     train: list[tuple[Tensor, Tensor]] = []
     held_out: list[tuple[Tensor, Tensor]] = []
     sources: dict[str, int] = {}

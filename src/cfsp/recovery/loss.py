@@ -10,39 +10,24 @@ forward pass: nothing of vocabulary size outlives its slice, and nothing is comp
     T^2 KL(teacher, model)  dL/dz = T (p_T - q_T)          p_T = softmax(z / T), q_T the teacher's
 
 (Hinton, Vinyals and Dean, arXiv 1503.02531, give the second one and the factor T^2.)
-A teacher known only by its k likeliest tokens has its remaining probability spread over the
-others in the model's own proportions, which is the gradient of a KL with one bucket for the rest.
 
-Shapes: N predicted tokens, C tokens of a slice, D hidden size, V vocabulary, K likeliest tokens.
+Shapes: N predicted tokens, C tokens of a slice, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from cfsp.recovery.settings import Distillation
+
 IGNORED = -100
 # Elements of one slice of logits: 24 MB in float32.
 _SLICE_ELEMENTS = 6 << 20
-# Probability below which what is left over counts as nothing.
-_TINY = 1e-6
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How much the teacher counts.
-
-    Attributes:
-        weight: of the teacher's term, in [0, 1]; the labels' term gets the rest.
-        temperature: logits of both are divided by it.
-    """
-
-    weight: float = 1.0
-    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -77,24 +62,7 @@ class TeacherLogits:
         return TeacherLogits(self.logit_NV[rows])
 
 
-@dataclass(frozen=True)
-class TeacherTopK:
-    """A teacher's likeliest tokens.
-
-    Attributes:
-        token_NK: their ids.
-        log_prob_NK: their log-probabilities at the distillation's temperature.
-    """
-
-    token_NK: Tensor
-    log_prob_NK: Tensor
-
-    def rows(self, rows: Tensor | slice) -> TeacherTopK:
-        """Return the same for some tokens."""
-        return TeacherTopK(self.token_NK[rows], self.log_prob_NK[rows])
-
-
-Teacher = TeacherHidden | TeacherLogits | TeacherTopK
+Teacher = TeacherHidden | TeacherLogits
 
 
 def language_model_loss(
@@ -148,12 +116,9 @@ def whole_logits_loss(
     teacher = teacher.rows(counted_N)
     temperature = distillation.temperature
     own_NV = log_softmax(logit_NV / temperature, 1)
-    if isinstance(teacher, TeacherTopK):
-        divergence, _ = _top_divergence(own_NV, teacher)
-    else:
-        assert isinstance(teacher, TeacherLogits)
-        target_NV = log_softmax(teacher.logit_NV.float() / temperature, 1)
-        divergence = kl_div(own_NV, target_NV, reduction="sum", log_target=True)
+    assert isinstance(teacher, TeacherLogits)
+    target_NV = log_softmax(teacher.logit_NV.float() / temperature, 1)
+    divergence = kl_div(own_NV, target_NV, reduction="sum", log_target=True)
     weight = distillation.weight
     return weight * temperature**2 * divergence + (1 - weight) * labels
 
@@ -268,42 +233,14 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     spare_CV = memory.wide("spare", len(logit_CV))
     log_prob_CV = _log_softmax_(_cool_(logit_CV, temperature), spare_CV)
-    if isinstance(teacher, TeacherTopK):
-        loss, slope_CV = _divergence_from_top(log_prob_CV, teacher)
-    else:
-        assert isinstance(teacher, TeacherHidden)
-        target_CV = memory.teacher_logits(teacher.hidden_ND, teacher.head_VD)
-        target_CV = _log_softmax_(_cool_(target_CV, temperature), spare_CV)
-        torch.sub(target_CV, log_prob_CV, out=spare_CV)
-        target_CV = target_CV.exp_()
-        loss = torch.dot(target_CV.view(-1), spare_CV.view(-1))
-        slope_CV = log_prob_CV.exp_().sub_(target_CV)
+    assert isinstance(teacher, TeacherHidden)
+    target_CV = memory.teacher_logits(teacher.hidden_ND, teacher.head_VD)
+    target_CV = _log_softmax_(_cool_(target_CV, temperature), spare_CV)
+    torch.sub(target_CV, log_prob_CV, out=spare_CV)
+    target_CV = target_CV.exp_()
+    loss = torch.dot(target_CV.view(-1), spare_CV.view(-1))
+    slope_CV = log_prob_CV.exp_().sub_(target_CV)
     return loss * temperature**2, _cool_(slope_CV, 1 / temperature)
-
-
-def _divergence_from_top(log_prob_CV: Tensor, teacher: TeacherTopK) -> tuple[Tensor, Tensor]:
-    loss, parts = _top_divergence(log_prob_CV, teacher)
-    slope_CV = log_prob_CV.exp_().mul_((1 - parts.rest_C / parts.own_rest_C)[:, None])
-    return loss, slope_CV.scatter_(1, teacher.token_NK, parts.own_CK - parts.known_CK)
-
-
-class _TopParts(NamedTuple):
-    known_CK: Tensor
-    own_CK: Tensor
-    rest_C: Tensor
-    own_rest_C: Tensor
-
-
-def _top_divergence(log_prob_CV: Tensor, teacher: TeacherTopK) -> tuple[Tensor, _TopParts]:
-    """Return the divergence over the likeliest tokens and one bucket, and its probabilities."""
-    target_CK = teacher.log_prob_NK.float()
-    chosen_CK = log_prob_CV.gather(1, teacher.token_NK)
-    known_CK, own_CK = target_CK.exp(), chosen_CK.exp()
-    rest_C = (1 - known_CK.sum(1)).clamp_min(_TINY)
-    own_rest_C = (1 - own_CK.sum(1)).clamp_min(_TINY)
-    loss = (known_CK * (target_CK - chosen_CK)).sum()
-    loss = loss + (rest_C * (rest_C.log() - own_rest_C.log())).sum()
-    return loss, _TopParts(known_CK, own_CK, rest_C, own_rest_C)
 
 
 def _cool_(value_CV: Tensor, temperature: float) -> Tensor:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.recovery.loss import (
-    Distillation,
     Teacher,
     TeacherHidden,
     TeacherLogits,
     language_model_loss,
     whole_logits_loss,
 )
+from cfsp.recovery.settings import Distillation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,17 +1,50 @@
 """How many trainable dimensions each block gets (CFSP, Eq. 9: r_l proportional to s_l).
 
-Pure functions on numbers. Shapes: L blocks.
+Shapes: L blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
-from cfsp.errors import UsageError
+from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import PlanError, RecoveryError, UsageError
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.recovery.settings import Adaptation, RankAllocation
 
-RankAllocation = Literal["importance", "uniform", "inverse", "error"]
-RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
+
+def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int] | None:
+    """Return the rank of every block; None for full training, which has none.
+
+    Raises:
+        RecoveryError: ranks follow the importance, and the checkpoint does not hold it.
+        PlanError: its plan is for another number of blocks.
+        UsageError: an importance is not positive.
+    """
+    if adaptation.method == "full":
+        return None
+    uniform = adaptation.allocation == "uniform"
+    weight_L = [1.0] * int(source.config.num_hidden_layers) if uniform else _importances(source)
+    return allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)
+
+
+def _importances(source: Checkpoint) -> list[float]:
+    """Return the normalised coarse importance of every block, from the plan."""
+    path = source.directory / PLAN_FILE
+    blocks = int(source.config.num_hidden_layers)
+    if not path.is_file():
+        raise RecoveryError(
+            f"{source.label} was not pruned by cfsp: it has no {PLAN_FILE} with the importance of "
+            "its blocks; recover it with --rank-allocation uniform"
+        )
+    plan = PruningPlan.load(path)
+    if len(plan.blocks) != blocks:
+        raise PlanError(
+            f"{path} describes {len(plan.blocks)} blocks, the model has {blocks}; "
+            "recover it with --rank-allocation uniform"
+        )
+    return [block.importance for block in plan.blocks]
 
 
 def allocate_ranks(
@@ -20,23 +53,19 @@ def allocate_ranks(
     """Return the rank of every block; they sum to `mean_rank` times the number of blocks.
 
     Args:
-        weight_L: what ranks follow, for every block, positive: its normalised coarse importance,
-            or for `error` what its restoration left of the error.
+        weight_L: the normalised coarse importance of every block, positive.
         mean_rank: at least 1; a fraction is allowed, the total is rounded.
-        allocation: proportional to the weights (`importance`, `error`), equal, or inverse.
+        allocation: proportional to the weights, equal, or inverse.
 
     Raises:
-        UsageError: the mean rank is below 1, or a weight is not positive.
+        UsageError: a weight is not positive.
     """
-    if not 1 <= mean_rank < 1 << 24:
-        raise UsageError(f"--rank must be at least 1, found {mean_rank}")
     total = round(mean_rank * len(weight_L))
     if allocation == "uniform":
         return _share([1.0] * len(weight_L), total)
     if not all(value > 0 for value in weight_L):
-        what = "error" if allocation == "error" else "importance"
         raise UsageError(
-            f"--rank-allocation {allocation} needs a positive {what} for every block, found "
+            f"--rank-allocation {allocation} needs a positive importance for every block, found "
             f"{min(weight_L)}; use --rank-allocation uniform"
         )
     return _share([1 / w for w in weight_L] if allocation == "inverse" else weight_L, total)

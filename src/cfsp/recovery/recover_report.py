@@ -1,8 +1,8 @@
-"""What a recovery did, as a value, and what it says of its blocks on the way."""
+"""What a recovery did, as a value."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,10 @@ from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.processes import is_first_process
 from cfsp.recovery.adaptation import TrainableBlock
-from cfsp.recovery.run import TrainingOutcome
+from cfsp.recovery.evaluation import Perplexities
+from cfsp.recovery.training import TrainingOutcome
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class RecoverReport:
         tokens_per_second: of training, without evaluations.
         history: held-out perplexity and loss at each evaluation.
         best_step: the step whose weights were kept.
-        perplexity: text -> {"before", "after", "tokens"}, if it was measured.
+        perplexity: text -> {"before", "after", "tokens", "windows", "seqlen", "stride", "bos"}, if
+            it was measured.
         seconds: stage -> seconds.
         peak_rss_bytes: largest resident memory of the process.
         out: the new checkpoint.
@@ -39,7 +43,7 @@ class RecoverReport:
     tokens_per_second: float
     history: list[dict[str, float]]
     best_step: int
-    perplexity: dict[str, dict[str, float]]
+    perplexity: Perplexities
     seconds: dict[str, float]
     peak_rss_bytes: int
     out: str
@@ -48,7 +52,7 @@ class RecoverReport:
 def recover_report(
     blocks: Sequence[TrainableBlock],
     outcome: TrainingOutcome,
-    measured: dict[str, dict[str, float]],
+    measured: Perplexities,
     watch: Stopwatch,
     out: Path,
 ) -> RecoverReport:
@@ -64,12 +68,11 @@ def recover_report(
     )
 
 
-def print_trainable(blocks: Sequence[TrainableBlock]) -> None:
-    """Print rank and trainable parameters of every block on standard error."""
+def log_trainable(blocks: Sequence[TrainableBlock]) -> None:
+    """Say rank and trainable parameters of every block."""
     if not is_first_process():
         return
-    total = sum(block.parameters for block in blocks)
     for index, block in enumerate(blocks):
         rank = f"rank {block.rank:3d}, " if block.rank is not None else ""
-        print(f"block {index:3d}: {rank}{block.parameters:12,d} trainable", file=sys.stderr)
-    print(f"all blocks: {total:,d} trainable parameters", file=sys.stderr)
+        logger.info(f"block {index:3d}: {rank}{block.parameters:12,d} trainable")
+    logger.info(f"all blocks: {sum(b.parameters for b in blocks):,d} trainable parameters")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
 from cfsp.progress import item_progress
-from cfsp.recovery.schedule import RunClock
+from cfsp.recovery.schedule import Schedule
 
+logger = logging.getLogger(__name__)
 _PARTS = 1000
 
 
@@ -19,7 +20,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     """Shows loss, tokens per second, time left and held-out perplexity.
 
     Args:
-        clock: of the run.
+        schedule: of the run.
         tokens_in_step: tokens that an optimizer step trains on, over all processes.
         shown: whether this process speaks.
 
@@ -27,9 +28,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         history: one entry for each evaluation.
     """
 
-    def __init__(self, clock: RunClock, tokens_in_step: int, shown: bool) -> None:
+    def __init__(self, schedule: Schedule, tokens_in_step: int, shown: bool) -> None:
         self.history: list[dict[str, float]] = []
-        self._clock = clock
+        self._schedule = schedule
         self._tokens_in_step = tokens_in_step
         self._shown = shown
         self._bar: tqdm | None = None  # type: ignore[type-arg]
@@ -42,7 +43,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     @property
     def tokens_per_second(self) -> float:
         """Rate of training in this process's part of the run, without evaluations."""
-        return self._tokens / max(self._clock.elapsed - self._started - self._evaluating, 1e-6)
+        return self._tokens / max(self._schedule.elapsed - self._started - self._evaluating, 1e-6)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar, and take up what an interrupted run reported."""
@@ -53,7 +54,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     def take_up(self, state: TrainerState) -> None:
         """Take up what an interrupted run reported."""
         self._first_step = state.global_step
-        self._started = self._clock.elapsed
+        self._started = self._schedule.elapsed
         for entry in state.log_history:
             self._loss = entry.get("loss", self._loss)
             if "eval_loss" in entry:
@@ -63,10 +64,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         """Move the bar."""
         self._tokens = (state.global_step - self._first_step) * self._tokens_in_step
         if self._bar is not None:
-            self._bar.update(round(self._clock.fraction * _PARTS) - self._bar.n)
+            self._bar.update(round(self._schedule.fraction * _PARTS) - self._bar.n)
             self._bar.set_postfix_str(
                 f"step {state.global_step}, loss {self._loss:.3f}, "
-                f"{self.tokens_per_second:,.0f} tok/s, {_minutes(self._clock.seconds_left)} left"
+                f"{self.tokens_per_second:,.0f} tok/s, {_minutes(self._schedule.seconds_left)} left"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -76,16 +77,17 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Print a line."""
+        """Say where the run is."""
         self._evaluating += metrics.get("eval_runtime", 0.0)
         entry = self._note({**metrics, "step": state.global_step, "loss": self._loss})
         if self._shown:
-            tqdm.write(
-                f"step {state.global_step}, {self._clock.fraction:.0%}: "
+            if self._bar is not None:
+                self._bar.clear()
+            logger.info(
+                f"step {state.global_step}, {self._schedule.fraction:.0%}: "
                 f"loss {self._loss:.3f}, held-out perplexity {entry['perplexity']:.2f}, "
                 f"{self.tokens_per_second:,.0f} tokens/s, "
-                f"{_minutes(self._clock.seconds_left)} left",
-                file=sys.stderr,
+                f"{_minutes(self._schedule.seconds_left)} left"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,14 +1,104 @@
-"""How to train, as a value."""
+"""Every choice of a recovery and its default, as values; importing this does not import torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.recovery.adaptation import Adaptation
-from cfsp.recovery.schedule import Limit
 from cfsp.settings import Bos, check_bos
+
+Method = Literal["lora", "dora", "full"]
+Targets = Literal["mlp", "attention", "all"]
+RankAllocation = Literal["importance", "uniform", "inverse"]
+METHODS: tuple[Method, ...] = get_args(Method)
+TARGETS: tuple[Targets, ...] = get_args(Targets)
+RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
+LEARNING_RATES: dict[Method, float] = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4}
+
+# Far beyond any run; what a run that the clock ends reports to the Trainer as its steps.
+ENDLESS_STEPS = 1_000_000_000
+_MOST_RANKS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is trained.
+
+    Attributes:
+        method: `lora`, `dora`, or `full` (the projections themselves).
+        targets: projections of the FFN, of the attention, or both. Embeddings, norms and head
+            stay as they are.
+        rank: mean rank over blocks.
+        scale: alpha / r.
+        allocation: ranks follow the coarse importance, are equal, or follow its inverse.
+
+    Raises:
+        UsageError: the rank or the scale is out of range.
+    """
+
+    method: Method = "lora"
+    targets: Targets = "all"
+    rank: float = 8.0
+    scale: float = 2.0
+    allocation: RankAllocation = "importance"
+
+    def __post_init__(self) -> None:
+        _check_choice("--method", self.method, METHODS)
+        _check_choice("--targets", self.targets, TARGETS)
+        _check_choice("--rank-allocation", self.allocation, RANK_ALLOCATIONS)
+        if not 1 <= self.rank < _MOST_RANKS:
+            raise UsageError(f"--rank must be at least 1, found {self.rank}")
+        if not 0 < self.scale < math.inf:
+            raise UsageError(f"the scale of adapters must be positive, found {self.scale}")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """When training ends: exactly one of the three.
+
+    Attributes:
+        steps: optimizer steps.
+        epochs: passes over the text.
+        minutes: of the whole recovery, from opening the text to the written output.
+
+    Raises:
+        UsageError: none or several are given, or one is not positive.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.steps, self.epochs, self.minutes) if v is not None]
+        if len(given) != 1:
+            raise UsageError(
+                "expected exactly one of --steps, --epochs and --max-minutes, "
+                f"found {len(given)} of them"
+            )
+        if not 0 < given[0] < ENDLESS_STEPS:
+            raise UsageError(
+                f"the length of training must be positive and below {ENDLESS_STEPS:,}, "
+                f"found {given[0]}"
+            )
+
+    @property
+    def seconds(self) -> float | None:
+        """The minutes in seconds."""
+        return None if self.minutes is None else self.minutes * 60
+
+    def in_steps(self, windows: int, windows_in_step: int) -> int | None:
+        """Return the number of optimizer steps; None if only the clock decides.
+
+        Args:
+            windows: training windows in an epoch.
+            windows_in_step: windows in a step, over all processes.
+        """
+        if self.epochs is not None:
+            return max(1, round(self.epochs * windows / windows_in_step))
+        return self.steps
 
 
 @dataclass(frozen=True)
@@ -23,10 +113,13 @@ class Training:
         seqlen: tokens in a window, BOS included.
         warm_up: part of the run in which the learning rate rises.
         weight_decay: of AdamW.
-        evaluations: how often to evaluate and save.
+        evaluations: how often to evaluate and save, at most.
         gradient_checkpointing: recompute activations: less memory, a third more time.
         seed: of the order of windows and of the adapters' start.
         bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
+
+    Raises:
+        UsageError: a number is out of range.
     """
 
     limit: Limit
@@ -47,21 +140,58 @@ class Training:
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} must be at least 1, found {getattr(self, name)}")
+        if self.seqlen < 8:
+            raise UsageError(f"--seqlen must be at least 8, found {self.seqlen}")
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"--seed must be in [0, 2^32), found {self.seed}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"--learning-rate must be positive, found {self.learning_rate}")
+        if not 0 <= self.warm_up < 1:
+            raise UsageError(f"the warm-up must be a part in [0, 1), found {self.warm_up}")
+
+    def with_rate_for(self, method: Method) -> Training:
+        """Return the same with the learning rate that suits a method, if none is given."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=LEARNING_RATES[method])
 
 
-DEFAULT_LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4}
+@dataclass(frozen=True)
+class Distillation:
+    """How much a teacher counts.
 
-
-def with_learning_rate(training: Training, adaptation: Adaptation) -> Training:
-    """Return the settings with the learning rate that suits the method, if none is given.
+    Attributes:
+        weight: of the teacher's term in the loss, in [0, 1]; the text's term gets the rest.
+        temperature: logits of both models are divided by it.
 
     Raises:
-        UsageError: the learning rate is not positive.
+        UsageError: one is out of range.
     """
-    if training.learning_rate is not None:
-        if not 0 < training.learning_rate < math.inf:
-            raise UsageError(f"--learning-rate must be positive, found {training.learning_rate}")
-        return training
-    return replace(training, learning_rate=DEFAULT_LEARNING_RATES[adaptation.method])
+
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1 or not 0 < self.temperature < math.inf:
+            raise UsageError(
+                "expected --teacher-weight in [0, 1] and a positive --temperature, "
+                f"found {self.weight} and {self.temperature}"
+            )
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """Which teacher, and how much it counts.
+
+    Attributes:
+        name: the dense model, as for prune.
+        distillation: weight and temperature.
+    """
+
+    name: str
+    distillation: Distillation = Distillation()
+
+
+def _check_choice(option: str, found: str, choices: tuple[str, ...]) -> None:
+    if found not in choices:
+        raise UsageError(f"{option} must be one of {', '.join(choices)}, found {found!r}")

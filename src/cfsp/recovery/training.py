@@ -1,184 +1,234 @@
-"""Training, through transformers' Trainer: what differs from its defaults, and nothing else.
-
-- The model's loss function is ours (`model_loss.py`).
-- The schedule follows a `RunClock`, which may count minutes.
-- Checkpoints are written at evaluations, a fixed number of times in a run.
-- A loss that is not finite stops the run.
-
-Shapes: B windows, T tokens.
-"""
+"""One training run: from an adapted model and windows to trained weights."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from torch import nn
 
-from cfsp.errors import RecoveryError
-from cfsp.recovery.loss import Distillation, TeacherTopK
-from cfsp.recovery.model_loss import ModelLoss
-from cfsp.recovery.schedule import RunClock, rate_factor
-from cfsp.recovery.teacher import LOG_PROB_FIELD, TOKEN_FIELD
-from cfsp.recovery.workspace import STATE_FILE
+from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.processes import is_first_process, process_count
+from cfsp.recovery.data import RecoveryText
+from cfsp.recovery.model_loss import loss_inside
+from cfsp.recovery.saved import is_finished
+from cfsp.recovery.schedule import Schedule, StepSchedule, TimeSchedule
+from cfsp.recovery.settings import ENDLESS_STEPS, Distillation, Training
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-    from cfsp.recovery.data import RecoveryText
+# A slow disk writes so much; better is measured as soon as something is written.
+BYTES_PER_SECOND = 200e6
 
 
-class RecoveryTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer with our loss, schedule and stop.
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What training did.
 
-    Args:
-        model: what to train: a causal LM or a PEFT model of one.
-        args: as for Trainer.
-        text: training and held-out windows.
-        clock: how long the run lasts.
-        loss: the loss function that the model was given.
-        warm_up: part of the run in which the learning rate rises.
-        teacher: a dense model in memory.
-        distillation: how to distil, from the teacher or from what the windows carry of one.
-        evaluations: how often in the run to evaluate and save.
-        callbacks: more of them.
+    Attributes:
+        steps: optimizer steps, those before an interruption included.
+        best_step: the step with the lowest held-out loss; the model has its weights.
+        tokens_in_step: tokens of one step, over all processes.
+        tokens_per_second: without evaluations.
+        history: step, held-out perplexity and loss at each evaluation.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: TrainingArguments,
-        text: RecoveryText,
-        *,
-        clock: RunClock,
-        loss: ModelLoss,
-        warm_up: float,
-        teacher: PreTrainedModel | None,
-        distillation: Distillation | None,
-        evaluations: int,
-        callbacks: list[TrainerCallback],
-    ) -> None:
-        super().__init__(
-            model,
-            args,
-            train_dataset=text.train,
-            eval_dataset=text.held_out,
-            data_collator=_stack,
-            callbacks=[_Pace(clock, evaluations), *callbacks],
-        )
-        # Our reporter prints instead.
-        self.remove_callback(PrinterCallback)
-        self._clock = clock
-        self._loss = loss
-        self._warm_up = warm_up
-        self._teacher = teacher
-        self._distillation = distillation
-
-    def take_up_finished(self, checkpoint: Path) -> None:
-        """Load the best weights of a run that was stopped after its last step, and its state.
-
-        The Trainer itself would train for one more step.
-        """
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-        self._load_best_model()
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LambdaLR:
-        """Return a schedule that follows the clock."""
-        schedule = LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: rate_factor(self._clock.fraction, self._warm_up),
-        )
-        self.lr_scheduler = schedule
-        # As in the Trainer's own method: a later train() makes a new one.
-        self._created_lr_scheduler = True
-        return schedule
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss; the teacher counts in training only."""
-        stored = {k: inputs.pop(k, None) for k in (TOKEN_FIELD, LOG_PROB_FIELD)}
-        self._loss.distillation = self._distillation
-        self._loss.teacher = None
-        if model.training and self._distillation is not None:
-            if self._teacher is not None:
-                self._loss.teacher = self._loss.ask(self._teacher, inputs["input_ids"])
-            else:
-                self._loss.teacher = TeacherTopK(
-                    stored[TOKEN_FIELD].flatten(0, 1).long(),
-                    stored[LOG_PROB_FIELD].flatten(0, 1),
-                )
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one batch, and stop if the loss is not a number."""
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if not math.isfinite(float(loss)):
-            raise _diverged(self.state, self.args, "the loss")
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record how long the run has lasted, which an interrupted run continues from."""
-        if not math.isfinite(logs.get("eval_loss", 0.0)):
-            raise _diverged(self.state, self.args, "the held-out loss")
-        super().log({**logs, "elapsed_seconds": round(self._clock.elapsed, 3)}, start_time)
+    steps: int
+    best_step: int
+    tokens_in_step: int
+    tokens_per_second: float
+    history: list[dict[str, float]]
 
 
-class _Pace(TrainerCallback):  # type: ignore[misc]
-    """Evaluates, saves and stops when the clock says so."""
+def train(
+    adapted: nn.Module,
+    model: PreTrainedModel,
+    text: RecoveryText,
+    training: Training,
+    *,
+    directory: Path,
+    started: float,
+    after_training: float = 0.0,
+    resume_from: Path | None = None,
+    teacher: PreTrainedModel | None = None,
+    distillation: Distillation | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingOutcome:
+    """Train, and leave the model with the weights of its best evaluation.
 
-    def __init__(self, clock: RunClock, evaluations: int) -> None:
-        self._clock = clock
-        self._evaluations = evaluations
-        self._before = 0.0
+    Args:
+        adapted: what is trained: the model itself or a PEFT model around it.
+        model: the causal LM inside.
+        text: training and held-out windows.
+        training: how; with a learning rate.
+        directory: where the Trainer's checkpoints go.
+        started: `time.monotonic()` at the start of the work, which minutes count from.
+        after_training: seconds of the limit that are needed after it.
+        resume_from: a checkpoint of the same run.
+        teacher: a dense model in memory.
+        distillation: how much it counts; needed with a teacher.
+        callbacks: more of them.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up an interrupted run."""
-        if state.global_step:
-            seconds = [entry.get("elapsed_seconds", 0.0) for entry in state.log_history]
-            self._clock.continue_from(max(seconds, default=0.0))
-            self._clock.update(state.global_step, args.device)
+    Raises:
+        RecoveryError: the loss is NaN or infinite.
+    """
+    from cfsp.recovery.reporting import Reporter
+    from cfsp.recovery.trainer import RecoveryTrainer
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the step; the schedule reads the clock next."""
-        self._before = self._clock.fraction
-        # The Trainer counts the step after this.
-        self._clock.update(state.global_step + 1, args.device)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for what is due."""
-        over = self._clock.fraction >= 1
-        due = [math.floor(f * self._evaluations) for f in (self._before, self._clock.fraction)]
-        if over or due[1] > due[0]:
-            control.should_log = control.should_evaluate = control.should_save = True
-        if over:
-            control.should_training_stop = True
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Leave time for an evaluation like this one at the end."""
-        self._clock.reserved_seconds = metrics.get("eval_runtime", 0.0)
-
-
-def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
-def _diverged(state: Any, args: Any, what: str) -> RecoveryError:
-    best = state.best_model_checkpoint
-    kept = f"the best checkpoint so far is kept in {best}" if best else "none was saved before"
-    return RecoveryError(
-        f"{what} is not a number at step {state.global_step + 1}; {kept}; "
-        "start again with a lower --learning-rate, or in --dtype float32"
+    windows_in_step = training.batch_windows * training.accumulate * process_count()
+    steps = training.limit.in_steps(len(text.train), windows_in_step)
+    schedule = _schedule(
+        training,
+        steps,
+        started,
+        after_training=after_training,
+        held_out_steps=len(text.held_out) / windows_in_step,
+        trained_bytes=sum(p.nbytes for p in adapted.parameters() if p.requires_grad),
     )
+    tokens_in_step = windows_in_step * training.seqlen
+    reporter = Reporter(schedule, tokens_in_step, is_first_process())
+    model.config.use_cache = False
+    with loss_inside(model, teacher) as loss, _without_bars():
+        trainer = RecoveryTrainer(
+            adapted,
+            training_arguments(training, directory, steps or ENDLESS_STEPS, model),
+            text,
+            schedule=schedule,
+            loss=loss,
+            warm_up=training.warm_up,
+            teacher=teacher,
+            distillation=distillation,
+            callbacks=[reporter, *callbacks],
+        )
+        if resume_from is not None and is_finished(resume_from):
+            trainer.take_up_finished(resume_from)
+            reporter.take_up(trainer.state)
+        else:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    return TrainingOutcome(
+        steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step or trainer.state.global_step,
+        tokens_in_step=tokens_in_step,
+        tokens_per_second=round(reporter.tokens_per_second, 1),
+        history=reporter.history,
+    )
+
+
+def _schedule(
+    training: Training,
+    steps: int | None,
+    started: float,
+    *,
+    after_training: float,
+    held_out_steps: float,
+    trained_bytes: int,
+) -> Schedule:
+    """Return the schedule of a number of steps or, if that is None, of minutes."""
+    if steps is not None:
+        return StepSchedule(steps, training.evaluations, started)
+    assert training.limit.seconds is not None
+    return TimeSchedule(
+        training.limit.seconds,
+        training.evaluations,
+        started,
+        after_training=after_training,
+        held_out_steps=held_out_steps,
+        # The weights and AdamW's two moments.
+        save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
+    )
+
+
+def training_arguments(
+    training: Training, directory: Path, steps: int, model: PreTrainedModel
+) -> TrainingArguments:
+    """Return the Trainer's arguments for a run of at most `steps` steps."""
+    from transformers import TrainingArguments
+
+    on_cpu = model.device.type == "cpu"
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=training.batch_windows,
+        per_device_eval_batch_size=training.batch_windows,
+        gradient_accumulation_steps=training.accumulate,
+        **_checkpointing(training),
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        # The clock decides when; the Trainer only needs to know that it may.
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=ENDLESS_STEPS,
+        save_steps=ENDLESS_STEPS,
+        logging_strategy="steps",
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        save_total_limit=2,
+        seed=training.seed,
+        data_seed=training.seed,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silence transformers' own progress bars, one for each checkpoint that is saved."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _checkpointing(training: Training) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    if not training.gradient_checkpointing:
+        return {}
+    # The newer name is there in versions that warn of the older one.
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    name = name if name in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def load_to_train(source: Checkpoint | str, device: torch.device, dtype: str) -> PreTrainedModel:
+    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
+    name = source.directory if isinstance(source, Checkpoint) else source
+    model = load(name, dtype=dtype)
+    if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):
+        model = model.float()
+    return model.to(device)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return False

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
+from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.own_files import PLAN_FILE
@@ -14,7 +19,11 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor
 from cfsp.checkpoint.writing import copy_travelling_files
+from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.recovery.data import RecoveryText
+from cfsp.recovery.recover_report import RecoverReport
+from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.result.origin import CARD_FILE, origin_of
@@ -57,6 +66,36 @@ def copy_everything_else(source: Checkpoint, directory: Path) -> None:
     for name in ("config.json", MODELING_FILE, PLAN_FILE):
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
+
+
+def recovery_facts(
+    report: RecoverReport,
+    text: RecoveryText,
+    training: Training,
+    adaptation: Adaptation,
+    teacher: TeacherChoice | None,
+    *,
+    device: torch.device,
+    command: str,
+) -> dict[str, Any]:
+    """Return what the manifest says of a recovery, as JSON types."""
+    libraries = ["accelerate"] if adaptation.method == "full" else ["accelerate", "peft"]
+    return {
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {**versions(), **{name: version(name) for name in libraries}},
+        "adaptation": asdict(adaptation),
+        "training": asdict(training),
+        "teacher": {"name": teacher.name, **asdict(teacher.distillation)} if teacher else None,
+        "data": {
+            "sources": text.sources,
+            "tokens_digest": text.train.digest,
+            "bos": text.bos,
+        },
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        **asdict(report),
+    }
 
 
 def write_record(

@@ -33,6 +33,10 @@ _TOGETHER = (
     " Blocks that changed together share one error, measured after the last of them; a line goes "
     "over them."
 )
+_GREW = (
+    " Where an error grew and yet the step was kept, it was judged by the model's predictions, "
+    "which became better: so it is with the last blocks."
+)
 
 
 def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
@@ -63,10 +67,11 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
     if not all(entry["kept"] for entry in entries):
         legend.append(Legend("rejected", "rejected"))
     together = any(entry["blocks"] > 1 for entry in entries)
+    grew = any(entry["kept"] and entry["error_after"] > entry["error_before"] for entry in entries)
     return Chart(
         "repair",
         "What repair won back, block by block",
-        _CAPTION + _TOGETHER if together else _CAPTION,
+        _CAPTION + _TOGETHER * together + _GREW * grew,
         draw,
         _table(shown, len(runs) > 1),
         legend,

@@ -34,6 +34,8 @@ def bench(
 ) -> Comparison:
     """Time models against each other, in turns, each in a process of its own.
 
+    The processes import the script that calls this: call it under `if __name__ == "__main__":`.
+
     Args:
         models: as for prune, .gguf files for llama.cpp, or shapes (`ShapedModel`); ratios are to
             the first.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.config_widths import config_with_widths
-from cfsp.checkpoint.modeling_code import DOWN_BIAS_KEY
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import round_widths
 from cfsp.settings import Budget
@@ -89,9 +88,7 @@ class UniformModel:
     def config(self) -> PreTrainedConfig:
         """Return the config."""
         blocks = self.original.num_hidden_layers
-        config = config_with_widths(self.original, [self.width] * blocks)
-        setattr(config, DOWN_BIAS_KEY, False)
-        return config
+        return config_with_widths(self.original, [self.width] * blocks)
 
 
 @dataclass(frozen=True)
