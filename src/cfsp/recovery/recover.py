@@ -41,6 +41,8 @@ from cfsp.settings import Compute, EvaluationText, Text
 
 logger = logging.getLogger(__name__)
 ADAPTER_DIRECTORY = "adapter"
+# Nothing takes the same time twice.
+_MARGIN = 1.15
 # Names of places in the work directory.
 _TRAIN, _BEFORE = "train", "before"
 
@@ -154,7 +156,8 @@ def _recover(
             training,
             directory=directory,
             started=request.started,
-            after_training=_seconds_to_write(source, watch) + (baseline.seconds if baseline else 0),
+            after_training=_MARGIN
+            * (_seconds_to_write(source, watch) + (baseline.seconds if baseline else 0)),
             resume_from=last_checkpoint(directory) if goes_on else None,
             teacher=dense,
             distillation=request.teacher.distillation if request.teacher else None,

@@ -67,7 +67,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             self._bar.update(round(self._schedule.fraction * _PARTS) - self._bar.n)
             self._bar.set_postfix_str(
                 f"step {state.global_step}, loss {self._loss:.3f}, "
-                f"{self.tokens_per_second:,.0f} tok/s, {_minutes(self._schedule.seconds_left)} left"
+                f"{self.tokens_per_second:,.0f} tok/s"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
