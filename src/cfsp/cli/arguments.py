@@ -117,7 +117,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--multiple",
         type=int,
         metavar="N",
-        help="widths become multiples of N (default: 256; 128 below 8192 channels; 32 below 4096)",
+        help="widths become multiples of N (default: 256; 128 below 8192 channels; 64 below "
+        "4096; 32 below 1024)",
     )
     group.add_argument(
         "--block-metric",

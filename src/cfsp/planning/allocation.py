@@ -14,9 +14,10 @@ from typing import Literal
 from cfsp.errors import BudgetError, UsageError
 
 # (least width of the FFN, multiple), widest first. llama.cpp's K-quants work on rows of 256, and
-# tensor cores on tiles of 128 or 64; docs/RESULTS.md has the measurements. Where 256 would be a
-# coarse step, a smaller one is taken: widths that follow importance matter more there.
-_AUTO_MULTIPLES = ((8192, 256), (4096, 128))
+# tensor cores on tiles of 128 or 64, as bitsandbytes' NF4 does; docs/RESULTS.md has the
+# measurements. Where 256 would be a coarse step, a smaller one is taken: widths that follow
+# importance matter more there.
+_AUTO_MULTIPLES = ((8192, 256), (4096, 128), (1024, 64))
 AUTO_MULTIPLE_NARROW = 32
 
 # The published code stops short of keeping a block whole.
@@ -37,7 +38,7 @@ class Budget:
         of: `ffn`, the fraction of all FFN channels (the paper's sparsity), or `model`, the
             fraction of all parameters.
         multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
-            wide, 128 from 4096 on, else 32.
+            wide, 128 from 4096 on, 64 from 1024 on, else 32.
     """
 
     sparsity: float
