@@ -32,10 +32,10 @@ def test_save_pretrained_writes_what_prune_writes(
     name: str,
     block_metric: str,
 ) -> None:
-    asked: dict[str, Any] = dict(
-        sparsity=0.5, multiple=8, data=[text_file], samples=4, seqlen=32, restore="none",
-        device="cpu", block_metric=block_metric,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "sparsity": 0.5, "multiple": 8, "data": [text_file], "samples": 4, "seqlen": 32, "restore": "none",
+        "device": "cpu", "block_metric": block_metric,
+    }  # fmt: skip
     cfsp.prune(tiny_checkpoint(name), out=tmp_path / "files", **asked)
     model = cfsp.prune(cfsp.load(tiny_checkpoint(name)), tokenizer, **asked)
     model.save_pretrained(tmp_path / "memory")
@@ -71,9 +71,14 @@ def test_save_pretrained_writes_what_prune_writes(
 def test_a_model_that_is_pruned_again_says_nothing_of_the_first_time(
     tiny_checkpoint: Callable[[str], Path], tokenizer: Any, text_file: Path, tmp_path: Path
 ) -> None:
-    asked: dict[str, Any] = dict(
-        data=[text_file], samples=4, seqlen=32, restore="none", device="cpu", multiple=8
-    )
+    asked: dict[str, Any] = {
+        "data": [text_file],
+        "samples": 4,
+        "seqlen": 32,
+        "restore": "none",
+        "device": "cpu",
+        "multiple": 8,
+    }
     model = cfsp.prune(cfsp.load(tiny_checkpoint("llama")), tokenizer, sparsity=0.25, **asked)
     model.save_pretrained(tmp_path / "first")
     tokenizer.save_pretrained(tmp_path / "first")
