@@ -243,7 +243,7 @@ def test_impossible_budget_names_what_can_be_reached(of: str, width: int) -> Non
 
 @pytest.mark.parametrize(
     ("width", "multiple"),
-    [(11008, 256), (8192, 256), (8191, 128), (4096, 128), (4095, 32), (1536, 32), (96, 32)],
+    [(11008, 256), (8192, 256), (8191, 128), (4096, 128), (4095, 64), (1536, 64), (1023, 32)],
 )
 def test_multiple_is_chosen_by_width(width: int, multiple: int) -> None:
     assert Budget(0.5).multiple_for([width, width]) == multiple

@@ -33,8 +33,8 @@ def test_save_pretrained_writes_what_prune_writes(
     block_metric: str,
 ) -> None:
     asked: dict[str, Any] = {
-        "sparsity": 0.5, "multiple": 8, "data": [text_file], "samples": 4, "seqlen": 32, "repair": "none",
-        "device": "cpu", "block_metric": block_metric,
+        "sparsity": 0.5, "multiple": 8, "data": [text_file], "samples": 4, "seqlen": 32,
+        "repair": "none", "device": "cpu", "block_metric": block_metric,
     }  # fmt: skip
     cfsp.prune(tiny_checkpoint(name), out=tmp_path / "files", **asked)
     model = cfsp.prune(cfsp.load(tiny_checkpoint(name)), tokenizer, **asked)

@@ -30,8 +30,7 @@ from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.adaptation import Adaptation
 from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.settings import Limit
-from cfsp.recovery.settings import Training
+from cfsp.recovery.settings import Limit, Training
 
 PINNED = Path(__file__).parent / "pinned_bytes.json"
 

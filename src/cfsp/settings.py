@@ -101,9 +101,10 @@ BudgetOf = Literal["ffn", "model"]
 BUDGET_OF: tuple[BudgetOf, ...] = get_args(BudgetOf)
 
 # (least width of the FFN, multiple), widest first. llama.cpp's K-quants work on rows of 256, and
-# tensor cores on tiles of 128 or 64; docs/RESULTS.md has the measurements. Where 256 would be a
-# coarse step, a smaller one is taken: widths that follow importance matter more there.
-_MULTIPLES = ((8192, 256), (4096, 128))
+# tensor cores on tiles of 128 or 64, as bitsandbytes' NF4 does; docs/RESULTS.md has the
+# measurements. Where 256 would be a coarse step, a smaller one is taken: widths that follow
+# importance matter more there.
+_MULTIPLES = ((8192, 256), (4096, 128), (1024, 64))
 MULTIPLE_OF_NARROW = 32
 
 
@@ -116,7 +117,7 @@ class Budget:
         of: `ffn`, the fraction of all FFN channels (the paper's sparsity), or `model`, the
             fraction of all parameters.
         multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
-            wide, 128 from 4096 on, else 32.
+            wide, 128 from 4096 on, 64 from 1024 on, else 32.
 
     Raises:
         UsageError: a value is out of its range.
@@ -140,7 +141,7 @@ class Budget:
         "FFN widths become multiples of N",
         kind=int,
         metavar="N",
-        default="256; 128 below 8192 channels; 32 below 4096",
+        default="256; 128 below 8192 channels; 64 below 4096; 32 below 1024",
         advanced=True,
     )
 
