@@ -51,7 +51,7 @@ def describe_pruning(
 # What a model that was pruned in memory says of it, in its config.
 _IN_CONFIG = (
     "operation", "created", "versions", "base_model", "criterion", "calibration", "ffn_sparsity",
-    "model_sparsity", "parameters_before", "perplexity", "command",
+    "model_sparsity", "parameters_before", "repair", "perplexity", "command",
 )  # fmt: skip
 
 
