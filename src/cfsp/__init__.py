@@ -3,7 +3,8 @@
     import cfsp
 
     report = cfsp.prune("path/to/model", sparsity=0.2, data=["text.txt"], out="smaller")
-    model = cfsp.load("smaller")
+    cfsp.recover("smaller", out="recovered", data=["text.txt"], max_minutes=30)
+    model = cfsp.load("recovered")
 
     smaller = cfsp.prune(model_in_memory, tokenizer, sparsity=0.2, data=["text.txt"])
 
@@ -20,26 +21,32 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import load
     from cfsp.errors import CfspError
+    from cfsp.exports.registry import export
     from cfsp.planning.plan_file import PruningPlan
+    from cfsp.recovery.api import recover
     from cfsp.result.prune_report import PruneReport
     from cfsp.settings import MaxLossIncrease, TargetParameters, TargetSpeedup, Text
+    from cfsp.speed.bench import bench
 
     __version__: str
 
 _HOME = {
     "CfspError": "cfsp.errors",
-    "MaxLossIncrease": "cfsp.goals.goal",
+    "MaxLossIncrease": "cfsp.settings",
     "PruneReport": "cfsp.result.prune_report",
     "PruningPlan": "cfsp.planning.plan_file",
     "Statistics": "cfsp.calibration.statistics",
-    "TargetParameters": "cfsp.goals.goal",
-    "TargetSpeedup": "cfsp.goals.goal",
-    "Text": "cfsp.text.sources",
+    "TargetParameters": "cfsp.settings",
+    "TargetSpeedup": "cfsp.settings",
+    "Text": "cfsp.settings",
+    "bench": "cfsp.speed.bench",
     "calibrate": "cfsp.api",
     "evaluate": "cfsp.api",
+    "export": "cfsp.exports.registry",
     "load": "cfsp.checkpoint.loading",
     "plan": "cfsp.api",
     "prune": "cfsp.api",
+    "recover": "cfsp.recovery.api",
 }
 
 __all__ = [
@@ -52,11 +59,14 @@ __all__ = [
     "TargetSpeedup",
     "Text",
     "__version__",
+    "bench",
     "calibrate",
     "evaluate",
+    "export",
     "load",
     "plan",
     "prune",
+    "recover",
 ]
 
 

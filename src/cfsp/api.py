@@ -213,8 +213,8 @@ def evaluate(
     models: Sequence[str | Path],
     data: Data,
     *,
-    windows: int | None = None,
-    seqlen: int = DEFAULT_SEQLEN,
+    windows: int | None = EvaluationText.windows,
+    seqlen: int | None = EvaluationText.seqlen,
     bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
@@ -225,7 +225,8 @@ def evaluate(
         models: directories, hub ids, .gguf files or `demo`.
         data: texts, as for `prune`.
         windows: consecutive windows from the beginning of each text; None for all.
-        seqlen: tokens in a window, BOS included.
+        seqlen: tokens in a window, BOS included; None for 1024, or what all models can read if
+            that is less.
         bos: whether windows begin with BOS: `yes`, `no`, or `auto`, as the tokenizer begins an
             input.
         device: where to compute.
