@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import cfsp
 import cfsp.recovery.evaluation
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.cli import build_parser, main
+from cfsp.cli import main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
@@ -634,15 +633,21 @@ def test_bad_input_leaves_nothing_and_exits_with_2(pruned, text_file, tmp_path, 
     assert list(tmp_path.iterdir()) == [tmp_path / "full"]
 
 
-def test_python_and_the_command_line_have_the_same_names_and_defaults():
-    parser = build_parser()
-    args = vars(parser.parse_args(["recover", "m", "--out", "o", "--data", "d", "--steps", "1"]))
-    shown = inspect.signature(api.recover).parameters
-    by_command = {"command", "started", "steps"}
-    assert set(shown) - by_command <= set(args)
-    for name, parameter in shown.items():
-        if parameter.default is not inspect.Parameter.empty and name not in by_command:
-            assert (args[name] or None) == (parameter.default or None), name
+def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(api, "recover_checkpoint", lambda *args, **named: seen.update(named))
+    argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
+    argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "warm_up=0.2"]
+    monkeypatch.setattr("cfsp.cli.recover.print_report", lambda report: None)
+    assert main(argv) == 0
+    assert seen["adaptation"] == Adaptation(rank=4)
+    limit = Limit(steps=3)
+    assert seen["training"] == Training(limit, warm_up=0.2, gradient_checkpointing=True)
+    seen.clear()
+    cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, warm_up=0.2)
+    assert seen["training"] == Training(limit, warm_up=0.2)
+    with pytest.raises(UsageError, match="unknown argument warmup; did you mean warm_up"):
+        cfsp.recover(pruned, out="o", data=[text_file], steps=3, warmup=0.2)
 
 
 def test_the_help_fits_a_screen_and_shows_an_example(capsys):

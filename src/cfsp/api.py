@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
-from cfsp.errors import UsageError, did_you_mean
+from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source, check_all_texts, prune_checkpoint, prune_model
 from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import PruningPlan
@@ -30,9 +30,8 @@ from cfsp.settings import (
     PruneSettings,
     Repair,
     Text,
+    check_names,
     from_names,
-    name_of,
-    options_of,
 )
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
@@ -247,21 +246,3 @@ def _texts(data: Data) -> tuple[str | Text, ...]:
 
 def _source(model: str | Path | PreTrainedModel) -> WeightSource:
     return open_checkpoint(model) if isinstance(model, str | Path) else LoadedModel(model)
-
-
-def check_names(advanced: Mapping[str, Any], *known: type[Any]) -> None:
-    """Check that every keyword is the name of an option.
-
-    Raises:
-        UsageError: one is not.
-    """
-    names = [
-        name_of(field, option)
-        for settings in known
-        for field, option in options_of(settings).items()
-    ]
-    for name in advanced:
-        if name not in names:
-            raise UsageError(
-                f"unknown argument {name}{did_you_mean(name, names)}; known are: {', '.join(names)}"
-            )

@@ -10,11 +10,11 @@ takes them as `--set name=value`. Importing this module does not import torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
-from cfsp.errors import TextError, UsageError
+from cfsp.errors import TextError, UsageError, did_you_mean
 
 T = TypeVar("T")
 
@@ -41,6 +41,7 @@ class Option:
         metavar: what the help calls the value.
         default: what the help calls the default, where its value does not say it; empty for none.
         repeats: whether it is given once for each of several values.
+        switch: whether to give it is to set it.
         advanced: whether only a researcher sets it.
     """
 
@@ -51,6 +52,7 @@ class Option:
     metavar: str | None = None
     default: str | None = None
     repeats: bool = False
+    switch: bool = False
     advanced: bool = False
 
 
@@ -88,6 +90,20 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
             value = values[name]
             found[each] = tuple(value) if known.repeats else value
     return settings(**{**found, **others})
+
+
+def check_names(given: Iterable[str], *known: type[Any]) -> None:
+    """Check that every keyword is the name of an option of some class of settings.
+
+    Raises:
+        UsageError: one is not.
+    """
+    names = [name_of(each, option) for cls in known for each, option in options_of(cls).items()]
+    for name in given:
+        if name not in names:
+            raise UsageError(
+                f"unknown argument {name}{did_you_mean(name, names)}; known are: {', '.join(names)}"
+            )
 
 
 def fraction(text: str) -> float:

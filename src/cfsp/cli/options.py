@@ -180,7 +180,9 @@ def _add(group: Any, flag: str, option: Option) -> argparse.Action:
         facts["metavar"] = option.metavar
     if option.choices:
         facts["choices"] = option.choices
-    if option.repeats:
+    if option.switch:
+        facts |= {"action": "store_true", "default": None}
+    elif option.repeats:
         facts["action"] = "append"
     elif not option.choices:
         facts["type"] = _kind(option)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings import Bos, check_bos
+from cfsp.settings import BOS, Bos, check_bos, option
 
 Method = Literal["lora", "dora", "full"]
 Targets = Literal["mlp", "attention", "all"]
@@ -38,11 +38,22 @@ class Adaptation:
         UsageError: the rank or the scale is out of range.
     """
 
-    method: Method = "lora"
-    targets: Targets = "all"
-    rank: float = 8.0
-    scale: float = 2.0
-    allocation: RankAllocation = "importance"
+    method: Method = option(
+        "lora",
+        "low-rank adapters (lora), the same with trained lengths (dora), or all projections in "
+        "full: better in the same time, and needs 16 bytes for each parameter",
+        choices=METHODS,
+    )
+    targets: Targets = option("all", "projections to train", choices=TARGETS, advanced=True)
+    rank: float = option(8.0, "of the adapters, mean over blocks", kind=float, metavar="R")
+    scale: float = option(2.0, "alpha / r of the adapters", kind=float, advanced=True)
+    allocation: RankAllocation = option(
+        "importance",
+        "ranks follow the blocks' importance, are equal, or follow its inverse",
+        flag="rank-allocation",
+        choices=RANK_ALLOCATIONS,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         _check_choice("--method", self.method, METHODS)
@@ -59,17 +70,24 @@ class Limit:
     """When training ends: exactly one of the three.
 
     Attributes:
+        minutes: of the whole recovery, from opening the text to the written output.
         steps: optimizer steps.
         epochs: passes over the text.
-        minutes: of the whole recovery, from opening the text to the written output.
 
     Raises:
         UsageError: none or several are given, or one is not positive.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    minutes: float | None = None
+    minutes: float | None = option(
+        None,
+        "for everything: loading, training, measuring, writing",
+        kind=float,
+        flag="max-minutes",
+        metavar="M",
+        default="",
+    )
+    steps: int | None = option(None, "optimizer steps", kind=int, metavar="N", default="")
+    epochs: float | None = option(None, "passes over the text", kind=float, metavar="N", default="")
 
     def __post_init__(self) -> None:
         given = [v for v in (self.steps, self.epochs, self.minutes) if v is not None]
@@ -123,23 +141,42 @@ class Training:
     """
 
     limit: Limit
-    learning_rate: float | None = None
-    batch_windows: int = 4
-    accumulate: int = 1
-    seqlen: int = 512
-    warm_up: float = 0.05
-    weight_decay: float = 0.0
-    evaluations: int = 10
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    bos: Bos = "auto"
+    learning_rate: float | None = option(
+        None,
+        "at its peak",
+        kind=float,
+        metavar="LR",
+        default=", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items()),
+    )
+    batch_windows: int = option(4, "windows in a step, on each process", kind=int, metavar="N")
+    accumulate: int = option(1, "batches in a step", kind=int, advanced=True)
+    seqlen: int = option(512, "tokens in a window to train on", kind=int, metavar="T")
+    warm_up: float = option(
+        0.05, "part of the run in which the learning rate rises", kind=float, advanced=True
+    )
+    weight_decay: float = option(0.0, "of AdamW", kind=float, advanced=True)
+    evaluations: int = option(
+        10, "on held-out windows in the run, at most", kind=int, advanced=True
+    )
+    gradient_checkpointing: bool = option(
+        False, "less memory, a third more time", switch=True, default=""
+    )
+    seed: int = option(
+        0, "of the order of windows and of the adapters' start", kind=int, advanced=True
+    )
+    bos: Bos = option(
+        "auto",
+        "whether windows begin with BOS; auto: as the model's own tokenizer begins an input",
+        choices=BOS,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         check_bos(self.bos)
         for name in ("batch_windows", "accumulate", "evaluations"):
             if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} must be at least 1, found {getattr(self, name)}")
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} must be at least 1, found {getattr(self, name)}")
         if self.seqlen < 8:
             raise UsageError(f"--seqlen must be at least 8, found {self.seqlen}")
         if not 0 <= self.seed < 1 << 32:
@@ -168,8 +205,16 @@ class Distillation:
         UsageError: one is out of range.
     """
 
-    weight: float = 1.0
-    temperature: float = 1.0
+    weight: float = option(
+        1.0,
+        "of the teacher against the text, in [0, 1]",
+        kind=float,
+        flag="teacher-weight",
+        advanced=True,
+    )
+    temperature: float = option(
+        1.0, "logits of both models are divided by it", kind=float, advanced=True
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1 or not 0 < self.temperature < math.inf:
@@ -192,6 +237,6 @@ class TeacherChoice:
     distillation: Distillation = Distillation()
 
 
-def _check_choice(option: str, found: str, choices: tuple[str, ...]) -> None:
+def _check_choice(flag: str, found: str, choices: tuple[str, ...]) -> None:
     if found not in choices:
-        raise UsageError(f"{option} must be one of {', '.join(choices)}, found {found!r}")
+        raise UsageError(f"{flag} must be one of {', '.join(choices)}, found {found!r}")
