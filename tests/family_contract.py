@@ -22,6 +22,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, projection_of
+from cfsp.engine.compute import Engine
 from cfsp.result.prune_report import PruneReport
 from cfsp.text.windows import Windows, draw_windows
 from tiny_models import DENSE_CONFIGS, build_tiny_model
@@ -346,9 +347,9 @@ class FamilyContract:
                 if repair["strength"] is None:
                     continue
                 changed += 1
-                # The last of the three windows of each text is held out.
+                # The sixth and last window is held out.
                 act_RF, window_R = acts[ffn]
-                fitted_RF = act_RF[window_R % 3 < 2].double()
+                fitted_RF = act_RF[window_R < 5].double()
                 gram_FF = fitted_RF.T @ fitted_RF / len(fitted_RF)
                 kept = entry.kept_of(ffn)
                 mask_F = torch.zeros(entry.width, dtype=torch.bool)
@@ -375,9 +376,7 @@ class FamilyContract:
         statistics = calibrate(
             LoadedModel(case.dense),
             windows,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            batch_windows=batch_windows,
+            Engine(torch.device("cpu"), torch.float32, batch_windows),
         )
         seen = _observe_with_hooks(case.dense, windows)
         for block, (input_BTD, output_BTD, acts) in zip(statistics.blocks, seen, strict=True):

@@ -20,6 +20,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.engine import memory
+from cfsp.engine.compute import Engine
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.read_ahead import read_ahead
 from cfsp.engine.workplace import Workplace
@@ -151,9 +152,7 @@ def gather(source: Checkpoint, windows: Windows, budget: int, directory: Path) -
     return calibrate(
         source,
         windows,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16,
-        batch_windows=2,
+        Engine(torch.device("cpu"), torch.bfloat16, 2),
         place=Workplace(directory, budget, identity={}),
     )
 

@@ -15,6 +15,7 @@ from builders import random_block_statistics, statistics_with_distances
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.compute import Engine
 from cfsp.errors import CalibrationError, StatisticsError
 from cfsp.text.windows import Windows, draw_windows
 
@@ -33,9 +34,7 @@ def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> St
     return calibrate(
         source,
         windows,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        batch_windows=batch,
+        Engine(torch.device("cpu"), torch.float32, batch),
     )
 
 
