@@ -239,7 +239,8 @@ _REPAIRS_IN_WORDS = {
 }
 
 
-def _describe_step(step: dict[str, Any]) -> str:
+def describe_step(step: dict[str, Any]) -> str:
+    """Return what a step of repair did, as the manifest has it, in one line."""
     # Blocks that change together share one error, so not every block has its own.
     blocks = [block for block in step["blocks"] if block is not None]
     before = fmean(block["error_before"] for block in blocks)
@@ -273,7 +274,7 @@ def print_report(report: PruneReport) -> None:
     print_table(("", "before", "after", "change"), rows)
     print()
     for step in report.repair["steps"]:
-        print(f"repaired by {_describe_step(step)}")
+        print(f"repaired by {describe_step(step)}")
     print_passes(report.passes)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     print(f"{stages}; peak memory {human_bytes(report.peak_rss_bytes)}")
