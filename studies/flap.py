@@ -31,7 +31,7 @@ from cfsp.settings import Budget
 from conditions import parser_of_model
 from results import table
 from study import Study
-from subject import Subject
+from subject import MULTIPLE, Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _pruned(study: Study, sparsity: float) -> dict[str, float]:
     subject, statistics = study.subject, study.statistics
-    plan = plan_of(subject, statistics, Budget(sparsity))
+    plan = plan_of(subject, statistics, Budget(sparsity, multiple=MULTIPLE))
     return subject.quality(with_biases(subject, statistics, plan))
 
 

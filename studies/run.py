@@ -1,4 +1,4 @@
-"""Run a study as it was published: `python studies/run.py 3 --texts DIR`.
+"""Run a study as it was published: `python studies/run.py 1 --texts DIR`.
 
 Its recipe in `recipes/` says the question, the program and the options. Rows that are in
 `results/` are not measured again, so that this prints the tables of docs/STUDIES.md; `--out FILE`

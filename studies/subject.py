@@ -28,6 +28,9 @@ from cfsp.whole_model.masks import masked_channels
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# The widths of all published rows, for SmolLM2-135M; the default of `cfsp prune` has changed since.
+MULTIPLE = 32
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -77,9 +80,9 @@ class Subject:
         statistics: Statistics,
         sparsity: float,
         criterion: Criterion | None = None,
-        multiple: int | None = None,
+        multiple: int = MULTIPLE,
     ) -> PruningPlan:
-        """Return the plan that `cfsp plan` would make."""
+        """Return the plan that `cfsp plan --set multiple=...` would make."""
         budget = Budget(sparsity, multiple=multiple)
         return make_plan(self.source, statistics, budget, criterion or Criterion())
 

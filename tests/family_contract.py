@@ -27,7 +27,7 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.text.windows import Windows, draw_windows
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
-# Without restoration, which changes weights: it has tests of its own.
+# Without repair, which changes weights: it has tests of its own.
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "repair": "none"}
 SUBPROCESS = Path(__file__).with_name("stock_process.py")
 
@@ -196,7 +196,7 @@ class FamilyContract:
                     continue
                 for name in family.matrices:
                     projection = projection_of(block, family, name)
-                    outputs, inputs = family.turned(projection.weight).shape
+                    outputs, inputs = family.transposed(projection.weight).shape
                     assert _features(projection) == (outputs, inputs)
                     rows = 2 * width if family.is_fused else width
                     assert (inputs == width) if name == family.down else (outputs == rows)
@@ -357,11 +357,11 @@ class FamilyContract:
                 gram_KK = gram_FF[mask_F][:, mask_F]
                 ridge_KK = repair["strength"] * gram_KK.diagonal().mean() * torch.eye(len(kept))
                 name = family.weight_name(block, family.down, ffn)
-                down_DF = family.turned(before[name]).double()
+                down_DF = family.transposed(before[name]).double()
                 lost_DK = down_DF[:, ~mask_F] @ gram_FF[~mask_F][:, mask_F]
                 expected_DK = down_DF[:, mask_F] + lost_DK @ torch.linalg.inv(gram_KK + ridge_KK)
                 torch.testing.assert_close(
-                    family.turned(after[name]).double(), expected_DK, rtol=1e-3, atol=1e-3
+                    family.transposed(after[name]).double(), expected_DK, rtol=1e-3, atol=1e-3
                 )
         assert changed, "the case must repair at least one block"
         assert logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT).isfinite().all()

@@ -76,7 +76,7 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
 
 
 def half_of(source: Checkpoint, out: Path) -> Checkpoint:
-    """Return half of a model by the quickest pruning there is: two windows, no restoration."""
+    """Return half of a model by the quickest pruning there is: two windows, no repair."""
     from cfsp.pipeline import prune_checkpoint
     from cfsp.settings import Budget, CalibrationText, PruneSettings
 

@@ -64,7 +64,7 @@ def test_what_is_written_is_read(
 def test_what_was_written_can_be_read_before_the_block_ends(
     saved: bool, kind: Callable[..., HiddenStates], tmp_path: Path
 ) -> None:
-    """Local reconstruction reads the dense half's outputs and the other half's inputs."""
+    """Local repair reads the dense half's outputs and the other half's inputs."""
     hidden = kind(SHAPE, torch.bfloat16, tmp_path)
     write_all(hidden, values(0))
     if saved:

@@ -175,7 +175,7 @@ def test_only_down_projections_change(
     assert all(block["error_after"] <= block["error_before"] for block in blocks)
 
 
-def test_a_plan_made_before_is_restored_by_a_pass_of_its_own(
+def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(
     repaired_model: Path,
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,

@@ -1,4 +1,4 @@
-"""What takes the whole model in memory, through the flow: sensitivity, own text, refusals."""
+"""What requires the whole model in memory, through the flow: sensitivity, own text, refusals."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def calibrate(
     """Run a text through a model once and return what plans are made from.
 
     Arguments are those of `prune`; `sensitivity` also measures what pruning each block alone does
-    to the predictions, which takes the whole model in memory.
+    to the predictions, which requires the whole model in memory.
     """
     check_names(advanced, CalibrationText, Compute)
     text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)

@@ -318,7 +318,7 @@ class Criterion:
     block_metric: str = option(
         "angular",
         "what makes a block important: a distance between its input and output, or sensitivity, "
-        "what pruning the block alone does to the predictions, which takes the whole model in "
+        "what pruning the block alone does to the predictions, which requires the whole model in "
         "memory",
         choices=(*BLOCK_METRICS, *SENSITIVITY_METRICS),
         advanced=True,
@@ -547,7 +547,7 @@ def parse_size(text: str) -> int:
         raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
 
 
-# How much effort repair takes.
+# How much repair to do.
 
 Repair = Literal["none", "ridge", "sequential", "local"]
 # Each is a step beyond the one before it.

@@ -144,8 +144,8 @@ class Statistics:
     Attributes:
         blocks: sums of each block.
         record: the conditions.
-        sensitivity: of every block; None if it was not measured: it takes the whole model in
-            memory.
+        sensitivity: of every block; None if it was not measured: it requires the whole model
+            in memory.
     """
 
     blocks: tuple[BlockStatistics, ...]

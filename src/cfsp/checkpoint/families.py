@@ -156,8 +156,8 @@ class Family:
         """Return the tensor name of the bias of a block's down projection, whether it has one."""
         return self.weight_name(block, self.down).removesuffix("weight") + "bias"
 
-    def turned(self, weight: Tensor) -> Tensor:
-        """Return a matrix as stored turned to outputs x inputs, or the other way round."""
+    def transposed(self, weight: Tensor) -> Tensor:
+        """Return a stored matrix as outputs x inputs, or such a matrix as it is stored."""
         return weight.T if self.inputs_first else weight
 
     @property

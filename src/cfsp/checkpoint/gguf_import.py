@@ -64,7 +64,7 @@ def import_gguf(path: Path) -> Path:
             if not (target / "config.json").is_file():
                 raise
         _logger.info(
-            "the converted model takes %.2f GB in %s (see: cfsp cache)",
+            "the converted model has %.2f GB in %s (see: cfsp cache)",
             directory_bytes(target) / 1e9,
             target,
         )

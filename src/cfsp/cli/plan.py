@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         return
     goals.print_goal(resolution)
     print_plan(plan)
-    print(f"\nwritten to {args.out}; obey it with:")
+    print(f"\nwritten to {args.out}; prune by it with:")
     print(shlex.join(["cfsp", "prune", args.model, "--plan", str(args.out), "--out", "OUT"]))
 
 

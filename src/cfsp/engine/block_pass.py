@@ -1,4 +1,4 @@
-"""One pass over all blocks: what calibration and restoration have in common.
+"""One pass over all blocks: what calibration and repair have in common.
 
 A visit does what it likes with each block and gives a result. The pass spills hidden states,
 saves as it goes, resumes what was killed, shows progress and takes the time.

@@ -14,7 +14,7 @@ class PassTimes:
     """Seconds of one pass over the blocks, by part.
 
     total          the whole pass, embedding included
-    visits         with a block in memory: its forward, the sums, restoration if any
+    visits         with a block in memory: its forward, the sums, repair if any
     hidden_states  within visits: between the hidden states and the device
     weights        waiting for weights that were not ready; moving and checking them
     saving         putting down what a killed run resumes from

@@ -172,7 +172,7 @@ def _fallback_notes(tensors: list[GgufTensor], name: str) -> list[str]:
     return [
         f"{len(kept)} matrices are stored in f16, because their rows of "
         f"{_some(lengths)} do not divide into blocks of {name} (32 weights); "
-        "prune with --multiple 32 to avoid it"
+        "prune with --set multiple=32 to avoid it"
     ]
 
 
@@ -187,7 +187,7 @@ def _mixture_notes(path: Path, name: str) -> list[str]:
     if odd and "_k" in name:
         notes.append(
             f"rows of {_some(odd)} weights do not divide into blocks of 256, so llama.cpp stores "
-            "them in a larger type; prune with --multiple 256 to avoid it in the FFN"
+            "them in a larger type; prune with --set multiple=256 to avoid it in the FFN"
         )
     return notes
 

@@ -57,7 +57,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, Architecture]] = {
     "qwen3": (_QWEN3, _OPENELM),
 }
 
-_INSTEAD = "use --to padded and export that, or prune with --block-metric uniform"
+_INSTEAD = "use --to padded and export that, or prune with --set block_metric=uniform"
 
 
 def architecture_of(source: Checkpoint) -> Architecture:

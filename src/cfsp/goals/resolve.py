@@ -1,4 +1,4 @@
-"""From a goal to a budget; a calibration that this takes is kept for the plan.
+"""From a goal to a budget; a calibration that this requires is kept for the plan.
 
 What a goal came to is written down in the workplace: a run that is resumed after a kill must not
 measure anew and come to other widths than those of the blocks that are finished.

@@ -55,7 +55,7 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     if multiple % size.grain:
         raise UsageError(
             f"--multiple must be a multiple of {size.grain} for this model, found {multiple}: "
-            "experts are multiplied in groups, which takes rows of whole 16 bytes"
+            "experts are multiplied in groups, which requires rows of whole 16 bytes"
         )
     widest = max(size.width_L)
     if budget.multiple is not None and multiple > widest:

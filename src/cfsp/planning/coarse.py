@@ -72,7 +72,7 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
     in proportion to sqrt(KL_l) cost least: hence the root.
 
     Raises:
-        StatisticsError: the metric takes a sensitivity, and the statistics have none.
+        StatisticsError: the metric requires a sensitivity, and the statistics have none.
         UsageError: the metric is unknown.
     """
     importance_L = block_importance(block_distances(statistics, metric))

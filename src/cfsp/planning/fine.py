@@ -35,7 +35,7 @@ class FFNWeights:
     """The matrices of one block's FFN as they are stored; no gate in an FFN that has none.
 
     Scores are float32: metrics convert one matrix at a time, because three copies of a wide FFN
-    would be more memory than anything else that a restoring pass needs.
+    would be more memory than anything else that the pass of the repair needs.
     """
 
     down_DF: Tensor
@@ -49,7 +49,7 @@ def read_ffn_weights(source: WeightSource, block: int, ffn: int = 0) -> FFNWeigh
 
     def read(matrix: str) -> Tensor:
         stored = source.read(family.weight_name(block, matrix, ffn))
-        return family.turned(stored).cpu()
+        return family.transposed(stored).cpu()
 
     down_DF = read(family.down)
     if family.is_fused:

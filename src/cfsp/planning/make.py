@@ -70,7 +70,7 @@ def plan_widths(
 
     Raises:
         BudgetError: the budget can't be met.
-        StatisticsError: the block metric takes a sensitivity, and the statistics have none.
+        StatisticsError: the block metric requires a sensitivity, and the statistics have none.
         UsageError: a metric is unknown.
     """
     size = model_size(source)

@@ -36,7 +36,7 @@ def evaluate_models(
 ) -> list[dict[str, Any]]:
     """Measure several models on the same texts and tasks, in windows of the same length.
 
-    Perplexity streams block by block; tasks take each model into memory, one after the other.
+    Perplexity streams block by block; tasks load each model whole, one after the other.
 
     Returns:
         For each model: `model` (its name), `parameters`, `dtype`, `perplexity` by text (see

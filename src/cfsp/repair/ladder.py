@@ -183,7 +183,7 @@ def _obey_and_repair(
     place: Workplace,
 ) -> Repaired:
     log.warning(
-        "repairing by a plan that was made before: this takes a forward pass of its own "
+        "repairing by a plan that was made before: this requires a forward pass of its own "
         "(--repair none does without)"
     )
     kept = [block.kept for block in plan.blocks]

@@ -29,7 +29,7 @@ class RidgeSolution:
 
     Attributes:
         down_DK: the new weights, in the dtype of the old.
-        ridge: the chosen lambda; None if no repair was better than leaving the weights.
+        ridge: the chosen lambda; None if no strength was better than none at all.
         error_before: relative squared error of the FFN's output on held-out tokens, with the
             channels removed and nothing else done.
         error_after: the same with the new weights; never larger.

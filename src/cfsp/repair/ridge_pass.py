@@ -150,7 +150,7 @@ def _visit(
     solutions, experts, tensors = [], [], {}
     for ffn in range(block.ffns):
         name = family.weight_name(block.index, family.down, ffn)
-        down_DF = family.turned(source.read(name)).to(observed.device)
+        down_DF = family.transposed(source.read(name)).to(observed.device)
         own_K = kept[ffn * kept_width : (ffn + 1) * kept_width]
         own = [channel - ffn * statistics.width for channel in own_K]
         # A dense block has as many tokens as the user gave it; of experts some see very few.
@@ -168,7 +168,7 @@ def _visit(
         errors = round(solution.error_before, 6), round(solution.error_after, 6)
         kept_new = solution.ridge is not None
         experts.append(ExpertRepair(*errors, kept_new, solution.ridge, few))
-        tensors[name] = family.turned(solution.down_DK).contiguous()
+        tensors[name] = family.transposed(solution.down_DK).contiguous()
     repair = _of_block(solutions, tuple(experts))
     file = write_tensors(directory, block.index, tensors) if repair.kept else None
     return ChosenBlock(statistics, kept, RepairedBlock(repair, file))

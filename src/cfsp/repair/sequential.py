@@ -90,7 +90,7 @@ def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> Repaire
     before = work.judge(_loss)
     before.check_finite(block)
     stored = pruned.read(name)
-    down_DK = family.turned(stored).to(work.device)
+    down_DK = family.transposed(stored).to(work.device)
     best: tuple[float, Tensor] | None = None
     least = before.loss
     gram_KK, cross_KD = sums.means()
@@ -106,7 +106,7 @@ def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> Repaire
             best, least = (ridge, new_DK), loss
     if best is not None:
         ridge, new_DK = best
-        tensors = {name: family.turned(new_DK).contiguous()}
+        tensors = {name: family.transposed(new_DK).contiguous()}
         # Where something follows the down projection, a norm for one, it is not as predicted.
         after = work.accept(before, tensors, _loss)
         if after is not None:

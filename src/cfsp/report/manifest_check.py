@@ -87,7 +87,7 @@ def _complaints_of_entry(entry: Any, what: str, index: int) -> Iterator[str]:
     if not _is_error(after) and (after is not None or kept):
         yield f"{what} lacks the error after it"
     if not all(_is_number(entry.get(key) or 0) for key in ("strength", "training_steps")):
-        yield f"{what} has a strength or training steps that are no number"
+        yield f"{what} has a strength or training steps that are not numbers"
     experts = entry.get("experts", [])
     if not isinstance(experts, list) or not all(
         isinstance(expert, dict) and isinstance(expert.get("kept"), bool) for expert in experts

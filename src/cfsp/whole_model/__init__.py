@@ -1,1 +1,1 @@
-"""What takes the whole model in memory, where all else reads one block at a time."""
+"""What requires the whole model in memory, where all else reads one block at a time."""

@@ -1,7 +1,7 @@
 """A model under a plan without cutting it: pruned channels are zeroed where they are read.
 
 What a plan costs can so be measured on one model in memory, plan after plan, without writing a
-checkpoint. Weights stay as they are, so the result is that of `--restore none`.
+checkpoint. Weights stay as they are, so the result is that of `--repair none`.
 
 Shapes: B windows, T tokens, F FFN channels.
 """
@@ -34,7 +34,7 @@ def masked_loss(
 ) -> float:
     """Return the mean negative log-likelihood of a model under a plan, in nats per token.
 
-    It is that of the pruned model before restoration, up to rounding.
+    It is that of the pruned model before repair, up to rounding.
 
     Args:
         model: the whole dense model that the plan was made for, in evaluation mode.
