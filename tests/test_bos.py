@@ -26,7 +26,13 @@ from cfsp.recovery.loss import IGNORED
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
 from cfsp.text.tokenizers import beginning
-from cfsp.text.windows import Windows, all_windows, consecutive_windows, draw_windows
+from cfsp.text.windows import (
+    Windows,
+    all_windows,
+    consecutive_windows,
+    draw_text,
+    draw_windows,
+)
 from tiny_models import save_tiny_model
 
 BOS = 0
@@ -83,7 +89,7 @@ def every_kind(name: str, tokenizer: Any, bos: Any) -> dict[str, Windows]:
     text = CalibrationText((name,), samples=4, seqlen=16, bos=bos)
     named = MaxLossIncrease(1.0, (name,), windows=3)
     return {
-        "calibration": text.draw(tokenizer),
+        "calibration": draw_text(text, tokenizer),
         "evaluation": consecutive_windows(name, tokenizer, count=3, seqlen=16, bos=bos),
         "recovery": all_windows(name, tokenizer, seqlen=16, limit=5, bos=bos),
         "left over": held_out_windows(goal, text, tokenizer)[0],
@@ -143,11 +149,11 @@ def test_text_that_the_model_writes_begins_with_bos(
         return torch.full((count, seqlen), 7)
 
     text = CalibrationText((str(text_file), "self"), samples=5, seqlen=16)
-    windows = text.draw(bos_tokenizer, write)
+    windows = draw_text(text, bos_tokenizer, write)
     assert windows.bos and tuple(windows.tokens_NT.shape) == (5, 16)
     assert windows.tokens_NT[-1].tolist() == [BOS] + [7] * 15
     assert windows.tokens_NT[:, 0].tolist() == [BOS] * 5
-    assert text.draw(tokenizer, write).tokens_NT[-1].tolist() == [7] * 16
+    assert draw_text(text, tokenizer, write).tokens_NT[-1].tolist() == [7] * 16
 
 
 @pytest.mark.parametrize("stride", [None, 15, 6, 1])
@@ -171,10 +177,11 @@ def test_perplexity_with_bos_equals_token_by_token(
         with torch.no_grad():
             logits = model(input_ids=context[None]).logits[0, -1].double()
         losses.append(-torch.log_softmax(logits, -1)[stream[position]])
-    assert result["tokens"][str(text_file)] == len(losses) == 45
+    found = result["perplexity"][str(text_file)]
+    assert found["tokens"] == len(losses) == 45
     expected = float(torch.stack(losses).mean().exp())
-    assert result["perplexity"][str(text_file)] == pytest.approx(expected, rel=1e-4)
-    assert result["bos"]
+    assert found["value"] == pytest.approx(expected, rel=1e-4)
+    assert found["bos"]
 
 
 def test_a_stride_has_no_room_for_bos(bos_tokenizer: Any, text_file: Path) -> None:
@@ -253,6 +260,6 @@ def test_commands_take_bos(
     for bos in ("auto", "yes", "no"):
         assert main(["eval", model, *text, "--windows", "3", "--bos", bos, "--json"]) == 0
         (result,) = json.loads(capsys.readouterr().out)["models"]
-        found[bos] = (result["bos"], result["perplexity"])
+        found[bos] = result["perplexity"][str(text_file)]
     assert found["auto"] == found["yes"] != found["no"]
-    assert [found[bos][0] for bos in ("auto", "no")] == [True, False]
+    assert [found[bos]["bos"] for bos in ("auto", "no")] == [True, False]

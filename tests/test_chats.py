@@ -63,4 +63,4 @@ def test_a_model_is_pruned_and_measured_on_chats(
     manifest = read_manifest(out)
     assert manifest is not None
     assert manifest["calibration"]["sources"] == {str(chats): 8}
-    assert manifest["perplexity"][str(chats)]["tokens"] == 62
+    assert manifest["perplexity"][str(chats)]["tokens"] == 2 * 255

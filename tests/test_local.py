@@ -300,7 +300,7 @@ def test_text_in_the_loss_makes_the_text_more_likely(
     argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL[:-1], "1", "--out", str(out)]
     assert main(argv) == 0
     found = cfsp.evaluate([out, local], [text_file], windows=8, seqlen=32)
-    with_text, without = (model["perplexity"][str(text_file)] for model in found)
+    with_text, without = (model["perplexity"][str(text_file)]["value"] for model in found)
     assert with_text < 0.9 * without
 
 

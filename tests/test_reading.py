@@ -210,7 +210,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_hub_id_without_a_network_says_what_to_check() -> None:
-    with pytest.raises(CheckpointError, match="check the name, the network"):
+    with pytest.raises(CheckpointError, match="is no local path, and the hub cannot be reached"):
         open_checkpoint("nobody/no-such-model")
 
 

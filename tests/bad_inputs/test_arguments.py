@@ -21,13 +21,13 @@ FLAGS: Table = {
         "families --all", "unknown argument --all", "see: cfsp families --help"
     ),
     "unknown choice": BadInput(
-        f"{PRUNE} --channel-metric best", "invalid choice: 'best'", "see: cfsp prune --help"
+        f"{PRUNE} --channel-metric best", "found 'best'", "see: cfsp prune --help"
     ),
     "number that is none": BadInput(
         f"{PRUNE} --samples many", "invalid int value: 'many'", "see: cfsp prune --help"
     ),
     "no length of training": BadInput(
-        RECOVER, "one of the arguments --steps --epochs --max-minutes is required", "--help"
+        RECOVER, "one of the arguments --max-minutes --steps --epochs is required", "--help"
     ),
     "export without a format": BadInput(
         "export {model} --out {out}", "the following arguments are required: --to", "--help"
@@ -64,10 +64,12 @@ NUMBERS: Table = {
         "--samples must be at most",
     ),
     "windows too long to measure on": BadInput(
-        f"eval {{model}} --data {{text}} --seqlen {10**30}", f"of {10**30} tokens", "expected at"
+        f"eval {{model}} --data {{text}} --seqlen {10**30}",
+        f"found {10**30}",
+        "expected windows of 2",
     ),
     "no windows to measure on, before any work": BadInput(
-        f"{PRUNE} {TEXT} --eval {{text}} --eval-windows 0", "found 0 windows", "expected at least 1"
+        f"{PRUNE} {TEXT} --eval {{text}} --eval-windows 0", "found 0", "expected at least 1 window"
     ),
     "no batch": BadInput(
         f"{CALIBRATE} --batch-windows 0", "found 0", "--batch-windows must be at least 1"

@@ -25,7 +25,7 @@ def build_pruned_model(
     source: LoadedModel,
     plan: PruningPlan,
     repaired: Mapping[str, TensorFile],
-    facts: dict[str, Any],
+    facts: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Return the pruned model that a plan describes.
 
@@ -38,10 +38,11 @@ def build_pruned_model(
         source: the same model as a weight source.
         plan: which channels stay.
         repaired: tensors that repair changed, by name, already in pruned shape.
-        facts: how it was pruned, as JSON types.
+        facts: how it was pruned, as JSON types; None to say nothing of it.
     """
     config = config_with_widths(source.config, plan.kept_widths)
-    setattr(config, PRUNED_KEY, facts)
+    if facts is not None:
+        setattr(config, PRUNED_KEY, facts)
     pruned = build_skeleton(config, model.dtype)
 
     def stored(name: str) -> Tensor:
