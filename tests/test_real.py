@@ -7,13 +7,10 @@ windows and few steps, so that it takes two minutes; what more of both gives is 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import cfsp
 from cfsp.checkpoint.families import intermediate_sizes
@@ -36,14 +33,6 @@ FLOORS = {
 }
 
 Perplexities = dict[str, tuple[float, float]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
