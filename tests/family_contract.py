@@ -1,4 +1,4 @@
-"""What must hold for every family; `test_families.py` makes one test class of each tiny model."""
+"""What must hold for every family: checkpoint/test_families.py makes a class of each tiny model."""
 
 from __future__ import annotations
 
