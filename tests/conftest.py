@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from commands import Commands
+from forks import Forks
 
 # transformers reads these at import, so nothing above and no module-level import imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -131,6 +134,19 @@ def tiny_checkpoint(
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Fresh processes that need not import torch anew."""
+    with Forks() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def commands(forks: Forks) -> Commands:
+    """Commands in processes of their own, which may die."""
+    return Commands(forks)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from cfsp.planning.make import make_plan
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion
 from cfsp.text.tokenizers import load_tokenizer
-from command_server import Command, Commands
+from commands import Command, Commands
 from conftest import REPOSITORY, random_prose
 from tiny_models import save_tiny_model
 
@@ -164,12 +164,6 @@ def test_a_sweep_where_another_one_works_is_refused(
     with exclusive(tmp_path / "out"):
         assert main([*argv, "--eval", str(text_file), "--out", str(tmp_path / "out")]) == 2
     assert "another run is working in" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as running:
-        yield running
 
 
 @pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])

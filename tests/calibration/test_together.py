@@ -20,7 +20,7 @@ from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.processes import Team, joined, take_own_accelerator
 from cfsp.text.windows import Windows
-from command_server import Command, Commands
+from commands import Command, Commands
 from tiny_models import BLOCKS
 
 # Process 1 dies (-9) when its windows have passed the second block.
@@ -104,7 +104,11 @@ def test_a_process_that_dies_ends_the_job_and_leaves_no_output(
 
 
 def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
-    model: Path, text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    commands: Commands,
+    model: Path,
+    text: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As on another machine, where no torchrun sees the death."""
     argv = ["calibrate", str(model), *text]
@@ -115,21 +119,20 @@ def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
         there = {**place, "MASTER_PORT": port, "RANK": str(number)}
         return Command([*argv, *options, "--out", str(out)], environment=there, **death)
 
-    with Commands() as commands:
-        port = free_port()
-        ended = commands(
-            rank(0, port, "--process-timeout", "0.05"), rank(1, port, dies="after", count=2)
-        )
-        assert [each.status for each in ended] == [2, -signal.SIGKILL], ended
-        lines = ended[0].stderr.splitlines()
-        (line,) = [line for line in lines if line.startswith("cfsp calibrate:")]
-        assert "[process 0] process 0 of 2 lost another process, or waited for it longer" in line
-        assert not out.exists()
-        # One process cannot go on with what two have begun.
-        assert main([*argv, "--out", str(out)]) == 2
-        assert "holds unfinished work of 2 processes, now there are 1" in capsys.readouterr().err
-        port = free_port()
-        ended = commands(rank(0, port), rank(1, port))
+    port = free_port()
+    ended = commands(
+        rank(0, port, "--process-timeout", "0.05"), rank(1, port, dies="after", count=2)
+    )
+    assert [each.status for each in ended] == [2, -signal.SIGKILL], ended
+    lines = ended[0].stderr.splitlines()
+    (line,) = [line for line in lines if line.startswith("cfsp calibrate:")]
+    assert "[process 0] process 0 of 2 lost another process, or waited for it longer" in line
+    assert not out.exists()
+    # One process cannot go on with what two have begun.
+    assert main([*argv, "--out", str(out)]) == 2
+    assert "holds unfinished work of 2 processes, now there are 1" in capsys.readouterr().err
+    port = free_port()
+    ended = commands(rank(0, port), rank(1, port))
     assert [each.status for each in ended] == [0, 0], ended
     assert f"going on at block 2 of {BLOCKS}" in ended[1].stderr
     assert {path.name for path in tmp_path.iterdir()} == {"stats"}

@@ -1,0 +1,113 @@
+"""Fresh processes, without importing torch anew for each: a server that has it forks for every job.
+
+As a script it is the server; `Forks` is its client. The server never imports cfsp, so a job starts
+without it, as a new interpreter would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# What takes seconds to import and what most jobs need.
+IMPORTED = ("transformers.models.llama.modeling_llama", "peft")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function to call in a process of its own.
+
+    Attributes:
+        function: `module.function`, of a module in tests/.
+        arguments: by name, as JSON can hold them.
+        environment: more variables; what transformers read at its import stays as it was.
+    """
+
+    function: str
+    arguments: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a job ended: its exit status or minus the signal, and its standard error."""
+
+    status: int
+    stderr: str
+
+
+class Forks:
+    """Runs jobs; a context manager."""
+
+    def __enter__(self) -> Forks:
+        self._server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Only a process of one thread can be forked at will.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.communicate()
+
+    def __call__(self, *jobs: Job) -> list[Finished]:
+        """Run jobs side by side and wait for all."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        print(json.dumps([asdict(job) for job in jobs]), file=self._server.stdin, flush=True)
+        return [Finished(**ended) for ended in json.loads(self._server.stdout.readline())]
+
+
+def serve() -> None:
+    for module in IMPORTED:
+        import_module(module)
+    for line in sys.stdin:
+        with tempfile.TemporaryDirectory() as scratch:
+            jobs = [Job(**job) for job in json.loads(line)]
+            logs = [Path(scratch) / str(number) for number in range(len(jobs))]
+            children = [start(job, log) for job, log in zip(jobs, logs, strict=True)]
+            ended = [
+                asdict(
+                    Finished(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text())
+                )
+                for child, log in zip(children, logs, strict=True)
+            ]
+        print(json.dumps(ended), flush=True)
+
+
+def start(job: Job, log: Path) -> int:
+    """Fork, call the function, and exit with the status that it returns, None being 0."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(job.environment)
+        module, _, function = job.function.rpartition(".")
+        status = getattr(import_module(module), function)(**job.arguments) or 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()
