@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,9 @@ class Command:
 
     Attributes:
         argv: what follows `cfsp`.
-        dies: `within` or `after` a block, or `writing` the output; None to live.
-        count: of blocks that windows have passed then, over all passes, from 1.
+        dies: `within` or `after` a block, `training`, or `writing` the output; None to live.
+        count: of blocks that windows have passed then, over all passes, from 1; or of the step of
+            training.
         environment: more variables.
     """
 
@@ -54,6 +56,17 @@ class Commands:
         """Run a command that dies, and check that it did."""
         (ended,) = self(Command(argv, dies, count))
         assert ended.status == -signal.SIGKILL, ended.stderr
+
+
+def ranks(size: int) -> list[dict[str, str]]:
+    """Return the environments of processes that work together, as torchrun sets them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    team = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Each on the CPU, whatever else is there.
+    team["CUDA_VISIBLE_DEVICES"] = ""
+    return [{**team, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def run(argv: list[str], dies: str | None, count: int) -> int:
@@ -94,5 +107,19 @@ def prepare(dies: str | None, count: int) -> None:
     original_advance, StreamedBlock.advance = StreamedBlock.advance, advance
     original_block_done = block_pass._Saver.block_done
     block_pass._Saver.block_done = block_done
+    if dies == "training":
+        die_at_step(count, die)
     if dies == "writing":
         pipeline.write_config = die
+
+
+def die_at_step(count: int, die: Callable[..., None]) -> None:
+    """Make training die as a step begins."""
+    from cfsp.recovery.trainer import RecoveryTrainer
+
+    def training_step(trainer: Any, *args: Any, **options: Any) -> Any:
+        if trainer.state.global_step + 1 == count:
+            die()
+        return original(trainer, *args, **options)
+
+    original, RecoveryTrainer.training_step = RecoveryTrainer.training_step, training_step

@@ -37,9 +37,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a job ended: its exit status or minus the signal, and its standard error."""
+    """How a job ended: its exit status or minus the signal, and what it printed."""
 
     status: int
+    stdout: str
     stderr: str
 
 
@@ -73,27 +74,27 @@ def serve() -> None:
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as scratch:
             jobs = [Job(**job) for job in json.loads(line)]
-            logs = [Path(scratch) / str(number) for number in range(len(jobs))]
-            children = [start(job, log) for job, log in zip(jobs, logs, strict=True)]
-            ended = [
-                asdict(
-                    Finished(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text())
-                )
-                for child, log in zip(children, logs, strict=True)
-            ]
+            places = [Path(scratch) / str(number) for number in range(len(jobs))]
+            children = [start(job, place) for job, place in zip(jobs, places, strict=True)]
+            ended = [asdict(wait(*each)) for each in zip(children, places, strict=True)]
         print(json.dumps(ended), flush=True)
 
 
-def start(job: Job, log: Path) -> int:
+def wait(child: int, place: Path) -> Finished:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Finished(status, (place / "stdout").read_text(), (place / "stderr").read_text())
+
+
+def start(job: Job, place: Path) -> int:
     """Fork, call the function, and exit with the status that it returns, None being 0."""
+    place.mkdir()
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         os.environ.update(job.environment)
         module, _, function = job.function.rpartition(".")
         status = getattr(import_module(module), function)(**job.arguments) or 0
@@ -107,6 +108,11 @@ def start(job: Job, log: Path) -> int:
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(status)
+
+
+def run_code(code: str) -> None:
+    """Run lines of Python: a job for what is too short for a function of its own."""
+    exec(code, {"__name__": "__main__"})
 
 
 if __name__ == "__main__":
