@@ -6,6 +6,7 @@ takes a minute to convert, is converted only once on a machine.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -47,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """One thread in every test process: xdist gives each core a process of its own."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_stay() -> Iterator[None]:
+    """Keep what was imported from the garbage collector, for which Trainer calls at every turn."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def random_prose(words: int, seed: int) -> str:

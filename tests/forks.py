@@ -6,6 +6,7 @@ without it, as a new interpreter would.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -71,6 +72,7 @@ class Forks:
 def serve() -> None:
     for module in IMPORTED:
         import_module(module)
+    gc.freeze()
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as scratch:
             jobs = [Job(**job) for job in json.loads(line)]
