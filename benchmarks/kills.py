@@ -16,6 +16,7 @@ and not into the import of torch.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -260,6 +261,8 @@ def import_everything() -> None:
 
     assert accelerate and transformers.Trainer
     torch.set_num_threads(1)
+    # In a fork the collector would walk through all of that.
+    gc.freeze()
 
 
 def make_inputs(scratch: Path) -> Inputs:

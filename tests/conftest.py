@@ -6,15 +6,19 @@ takes a minute to convert, is converted only once on a machine.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from commands import Commands
+from forks import Forks
 
 # transformers reads these at import, so nothing above and no module-level import imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """One thread in every test process: xdist gives each core a process of its own."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_stay() -> Iterator[None]:
+    """Keep what was imported from the garbage collector, for which Trainer calls at every turn."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def random_prose(words: int, seed: int) -> str:
@@ -131,6 +143,19 @@ def tiny_checkpoint(
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Fresh processes that need not import torch anew."""
+    with Forks() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def commands(forks: Forks) -> Commands:
+    """Commands in processes of their own, which may die."""
+    return Commands(forks)
 
 
 @pytest.fixture(scope="session")

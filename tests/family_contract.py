@@ -1,11 +1,8 @@
-"""What must hold for every family; `test_families.py` makes one test class of each tiny model."""
+"""What must hold for every family: checkpoint/test_families.py makes a class of each tiny model."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +22,11 @@ from cfsp.checkpoint.skeleton import blocks_of, projection_of
 from cfsp.engine.compute import Engine
 from cfsp.result.prune_report import PruneReport
 from cfsp.text.windows import Windows, draw_windows
+from forks import Forks, Job
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
 # Without repair, which changes weights: it has tests of its own.
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "repair": "none"}
-SUBPROCESS = Path(__file__).with_name("stock_process.py")
 
 
 @dataclass
@@ -99,7 +96,9 @@ class FamilyContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def stock(cls, case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    def stock(
+        cls, case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+    ) -> dict[str, Any]:
         """What a fresh process without cfsp found: see `stock_process.py`."""
         work = tmp_path_factory.mktemp("stock")
         torch.save(case.tokens_BT, work / "tokens.pt")
@@ -112,14 +111,9 @@ class FamilyContract:
             for block in range(len(case.report.intermediate_sizes))
             for path in paths
         ]
-        finished = subprocess.run(
-            [sys.executable, "-W", "ignore", str(SUBPROCESS), str(case.out), str(work), *matrices],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HF_MODULES_CACHE": str(work / "modules"), "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert finished.returncode == 0, finished.stderr
+        arguments = {"checkpoint": str(case.out), "directory": str(work), "matrices": matrices}
+        (finished,) = forks(Job("stock_process.check", arguments))
+        assert finished.status == 0, finished.stderr
         found: dict[str, Any] = json.loads((work / "found.json").read_text())
         return {**found, **torch.load(work / "tensors.pt")}
 

@@ -1,9 +1,4 @@
-"""Run by the family contract in a fresh process: a checkpoint under stock software only.
-
-    python stock_process.py CHECKPOINT WORK MATRIX...
-
-Reads WORK/tokens.pt, writes WORK/found.json and WORK/tensors.pt.
-"""
+"""What the family contract asks of a fresh process: a checkpoint under stock software only."""
 
 from __future__ import annotations
 
@@ -14,11 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-# From here on `import cfsp` fails, as on a machine that does not have it.
-assert "cfsp" not in sys.modules
-sys.modules["cfsp"] = None  # type: ignore[assignment]
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 NEW_TOKENS = 10
 
@@ -30,8 +21,15 @@ def loss_of(model: torch.nn.Module, tokens_BT: torch.Tensor) -> float:
     return loss
 
 
-def main(checkpoint: Path, work: Path, matrices: list[str]) -> None:
+def check(checkpoint: str, directory: str, matrices: list[str]) -> None:
+    """Read tokens.pt in the directory, write found.json and tensors.pt there: called in a fork."""
+    # From here on `import cfsp` fails, as on a machine that does not have it.
+    assert not any(name.partition(".")[0] == "cfsp" for name in sys.modules)
+    sys.modules["cfsp"] = None  # type: ignore[assignment]
     torch.set_num_threads(1)
+    work = Path(directory)
+    # A place for modelling files in which nothing is yet.
+    dynamic_module_utils.HF_MODULES_CACHE = str(work / "modules")
     tokens_BT = torch.load(work / "tokens.pt")
     found: dict[str, Any] = {"new_tokens": NEW_TOKENS}
     tensors: dict[str, torch.Tensor] = {}
@@ -81,7 +79,3 @@ def main(checkpoint: Path, work: Path, matrices: list[str]) -> None:
 
     (work / "found.json").write_text(json.dumps(found))
     torch.save(tensors, work / "tensors.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

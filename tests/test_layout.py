@@ -1,4 +1,4 @@
-"""The map of the source: which package may import which.
+"""The map of the source: which package may import which, and where its tests are.
 
 A node of the graph is a package of src/cfsp, or one of the modules beside the packages. Imports
 inside functions and under TYPE_CHECKING count too: they say what a reader has to know.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cfsp
+from conftest import REPOSITORY
 
 SOURCE = Path(cfsp.__file__).parent
 
@@ -45,6 +46,7 @@ LAYERS = (
 )
 
 MOST_MODULES = 9
+MOST_ROWS_OF_THE_MAP = 16
 
 # Not yet through logging; the list only becomes shorter.
 PRINTS_FOR_NOW: set[str] = set()
@@ -111,3 +113,17 @@ def test_only_the_command_line_prints() -> None:
     }
     assert prints - PRINTS_FOR_NOW == set(), "use logging.getLogger(__name__)"
     assert PRINTS_FOR_NOW - prints == set(), "no longer needed: take it off the list"
+
+
+def test_every_package_has_a_folder_of_tests() -> None:
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    tested = {path.parent.name for path in (REPOSITORY / "tests").glob("*/test_*.py")}
+    assert packages - tested == set()
+
+
+def test_the_map_in_the_readme_is_short() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "\n## I want to change" in readme
+    section = readme.split("\n## I want to change")[1].split("\n## ")[0]
+    _head, _rule, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert 0 < len(rows) <= MOST_ROWS_OF_THE_MAP

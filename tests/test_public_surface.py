@@ -6,13 +6,13 @@ import inspect
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import cfsp
+from conftest import REPOSITORY
+from forks import Forks, Job
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "src" / "cfsp"
 
 PUBLIC = [
@@ -74,9 +74,10 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_import_touches_no_global_flag_of_torch() -> None:
+def test_import_touches_no_global_flag_of_torch(forks: Forks) -> None:
     code = (
-        "import torch\n"
+        "import sys, torch\n"
+        "assert 'cfsp' not in sys.modules\n"
         "def flags():\n"
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
         "            torch.are_deterministic_algorithms_enabled(),\n"
@@ -86,7 +87,8 @@ def test_import_touches_no_global_flag_of_torch() -> None:
         "for name in cfsp.__all__: getattr(cfsp, name)\n"
         "assert flags() == before, (before, flags())\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    (done,) = forks(Job("forks.run_code", {"code": code}))
+    assert done.status == 0, done.stderr
 
 
 # The README's map.

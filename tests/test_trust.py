@@ -6,7 +6,7 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from cfsp.planning.make import make_plan
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion
 from cfsp.text.tokenizers import load_tokenizer
-from command_server import Command, Commands
+from commands import Command, Commands
 from conftest import REPOSITORY, random_prose
 from tiny_models import save_tiny_model
 
@@ -166,12 +166,6 @@ def test_a_sweep_where_another_one_works_is_refused(
     assert "another run is working in" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as running:
-        yield running
-
-
 @pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])
 def test_of_two_processes_one_wins(
     command: str,
@@ -257,7 +251,7 @@ def test_a_thousand_plans_do_not_grow_memory(
 
 def promised_tests() -> list[str]:
     text = (REPOSITORY / "docs" / "TRUST.md").read_text(encoding="utf-8")
-    return re.findall(r"`((?:bad_inputs/)?test_\w+\.py(?:::\w+)?)`", text)
+    return re.findall(r"`((?:\w+/)?test_\w+\.py(?:::\w+)?)`", text)
 
 
 def test_every_test_named_in_the_document_exists() -> None:

@@ -149,6 +149,13 @@ def test_random_model_of_a_shape_computes_finite_numbers() -> None:
         assert model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.isfinite().all()
 
 
+@pytest.fixture
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other tests run, almost every round is disturbed."""
+    monkeypatch.setattr("cfsp.speed.measuring.RETRIES", 0)
+
+
+@pytest.mark.usefixtures("no_retries")
 def test_comparison_reports_every_round_of_every_model(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +183,7 @@ def test_comparison_reports_every_round_of_every_model(
     assert first["dtype"] == "float32"
 
 
+@pytest.mark.usefixtures("no_retries")
 def test_table_shows_ideal_beside_measured(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +198,7 @@ def test_table_shows_ideal_beside_measured(
     assert "medians of 1 rounds in turns after 2 warm-ups" in out
 
 
+@pytest.mark.usefixtures("no_retries")
 def test_peak_memory_is_the_model_processs_own(tiny_checkpoint: Callable[[str], Path]) -> None:
     ballast = torch.ones(400_000_000, dtype=torch.float32)  # 1.6 GB in this process
     subject = Subject(tiny_checkpoint("llama"), "tiny")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,10 @@ import torch
 
 from cfsp.cli import main
 from cfsp.engine.pass_state import Pace
-from command_server import Commands
+from commands import Commands
 from tiny_models import BLOCKS, build_tiny_model
 
 Files = dict[str, bytes]
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as running:
-        yield running
 
 
 def names(directory: Path) -> set[str]:

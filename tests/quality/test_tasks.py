@@ -118,6 +118,16 @@ def stock_tasks() -> TaskManager:
     return TaskManager()
 
 
+@pytest.fixture(autouse=True)
+def one_index(stock_tasks: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give that index to whoever would make another one."""
+
+    def manager(include_defaults: bool = True, **options: Any) -> TaskManager:
+        return stock_tasks if include_defaults else TaskManager(include_defaults=False, **options)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+
+
 @pytest.mark.parametrize("task", FILES)
 def test_text_and_choices_are_those_of_the_harness(
     task: str, task_data: Path, stock_tasks: TaskManager, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ import sys
 
 from conftest import REPOSITORY
 
-KILLS = 3
+KILLS = 2
 
 
 def test_killed_commands_end_in_the_same_bytes() -> None:

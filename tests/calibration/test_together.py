@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.processes import Team, joined, take_own_accelerator
 from cfsp.text.windows import Windows
-from command_server import Command, Commands
+from commands import Command, Commands, ranks
 from tiny_models import BLOCKS
 
 # Process 1 dies (-9) when its windows have passed the second block.
@@ -55,12 +53,6 @@ def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", *argv]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_two_processes_give_what_one_gives(
@@ -104,32 +96,30 @@ def test_a_process_that_dies_ends_the_job_and_leaves_no_output(
 
 
 def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
-    model: Path, text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    commands: Commands,
+    model: Path,
+    text: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As on another machine, where no torchrun sees the death."""
     argv = ["calibrate", str(model), *text]
     out = tmp_path / "stats"
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-
-    def rank(number: int, port: str, *options: str, **death: Any) -> Command:
-        there = {**place, "MASTER_PORT": port, "RANK": str(number)}
-        return Command([*argv, *options, "--out", str(out)], environment=there, **death)
-
-    with Commands() as commands:
-        port = free_port()
-        ended = commands(
-            rank(0, port, "--process-timeout", "0.05"), rank(1, port, dies="after", count=2)
-        )
-        assert [each.status for each in ended] == [2, -signal.SIGKILL], ended
-        lines = ended[0].stderr.splitlines()
-        (line,) = [line for line in lines if line.startswith("cfsp calibrate:")]
-        assert "[process 0] process 0 of 2 lost another process, or waited for it longer" in line
-        assert not out.exists()
-        # One process cannot go on with what two have begun.
-        assert main([*argv, "--out", str(out)]) == 2
-        assert "holds unfinished work of 2 processes, now there are 1" in capsys.readouterr().err
-        port = free_port()
-        ended = commands(rank(0, port), rank(1, port))
+    argv_of_two = [*argv, "--out", str(out)]
+    first, second = ranks(2)
+    ended = commands(
+        Command([*argv_of_two, "--process-timeout", "0.05"], environment=first),
+        Command(argv_of_two, dies="after", count=2, environment=second),
+    )
+    assert [each.status for each in ended] == [2, -signal.SIGKILL], ended
+    lines = ended[0].stderr.splitlines()
+    (line,) = [line for line in lines if line.startswith("cfsp calibrate:")]
+    assert "[process 0] process 0 of 2 lost another process, or waited for it longer" in line
+    assert not out.exists()
+    # One process cannot go on with what two have begun.
+    assert main([*argv, "--out", str(out)]) == 2
+    assert "holds unfinished work of 2 processes, now there are 1" in capsys.readouterr().err
+    ended = commands(*(Command(argv_of_two, environment=rank) for rank in ranks(2)))
     assert [each.status for each in ended] == [0, 0], ended
     assert f"going on at block 2 of {BLOCKS}" in ended[1].stderr
     assert {path.name for path in tmp_path.iterdir()} == {"stats"}

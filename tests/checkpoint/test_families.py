@@ -28,6 +28,7 @@ from cfsp.checkpoint.families import FAMILIES, family_of, family_of_type
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
+from conftest import REPOSITORY
 from family_contract import FamilyContract
 from tiny_models import TINY_CONFIGS
 
@@ -90,7 +91,7 @@ def test_text_tower_is_pruned_by_the_lines_of_the_documentation(
     whole.save_pretrained(names["MODEL"])
     tokenizer.save_pretrained(names["MODEL"])
 
-    document = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    document = (REPOSITORY / "docs" / "families.md").read_text()
     section = document.split("## Multimodal models")[1].split("\n## ")[0]
     take_out, put_back = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     [command] = re.findall(r"^    cfsp (.*)$", section, re.MULTILINE)
@@ -189,7 +190,7 @@ def test_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_documentation_names_every_family() -> None:
-    table = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    table = (REPOSITORY / "docs" / "families.md").read_text()
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
     named = {name.strip() for row in rows for name in row.split(",")} - {"model type"}
     assert named == FAMILIES.keys()

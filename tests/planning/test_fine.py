@@ -15,7 +15,7 @@ from cfsp.errors import UsageError
 from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
 from cfsp.settings import CHANNEL_METRICS
 
-# By formula; `random` has none, and its own test in test_sweep.py.
+# By formula; `random` has none, and its own test in sweep/test_sweep.py.
 FORMULAS = tuple(metric for metric in CHANNEL_METRICS if metric != "random")
 
 

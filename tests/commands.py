@@ -1,0 +1,125 @@
+"""Commands in processes of their own, which may kill themselves.
+
+A command that is told to die does so by a real `kill -9` of its own process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from forks import Finished, Forks, Job
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        argv: what follows `cfsp`.
+        dies: `within` or `after` a block, `training`, or `writing` the output; None to live.
+        count: of blocks that windows have passed then, over all passes, from 1; or of the step of
+            training.
+        environment: more variables.
+    """
+
+    argv: Sequence[str]
+    dies: str | None = None
+    count: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Commands:
+    """Runs commands in forks."""
+
+    def __init__(self, forks: Forks) -> None:
+        self._forks = forks
+
+    def __call__(self, *commands: Command) -> list[Finished]:
+        """Run commands side by side and wait for all."""
+        return self._forks(
+            *(
+                Job(
+                    "commands.run",
+                    {"argv": list(command.argv), "dies": command.dies, "count": command.count},
+                    command.environment,
+                )
+                for command in commands
+            )
+        )
+
+    def kill(self, argv: Sequence[str], dies: str, count: int) -> None:
+        """Run a command that dies, and check that it did."""
+        (ended,) = self(Command(argv, dies, count))
+        assert ended.status == -signal.SIGKILL, ended.stderr
+
+
+def ranks(size: int) -> list[dict[str, str]]:
+    """Return the environments of processes that work together, as torchrun sets them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    team = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Each on the CPU, whatever else is there.
+    team["CUDA_VISIBLE_DEVICES"] = ""
+    return [{**team, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def run(argv: list[str], dies: str | None, count: int) -> int:
+    """Run one command in this process: called in a fork."""
+    prepare(dies, count)
+    from cfsp.cli import main
+
+    return main(argv)
+
+
+def prepare(dies: str | None, count: int) -> None:
+    """Make this process save after every block and die where it is to."""
+    import cfsp.engine.block_pass as block_pass
+    import cfsp.engine.pass_state as pass_state
+    import cfsp.pipeline as pipeline
+    from cfsp.engine.block_stream import StreamedBlock
+
+    pass_state.SHARE_OF_TIME = float("inf")
+    passed = 0
+
+    def die(*args: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def advance(block: Any, on_activations: Any, on_hidden: Any) -> None:
+        nonlocal passed
+        passed += 1
+        if dies == "within" and passed == count:
+            # One batch of the block has passed.
+            inner = on_hidden
+            on_hidden = lambda *states: (inner(*states), die())  # noqa: E731
+        original_advance(block, on_activations, on_hidden)
+
+    def block_done(saver: Any, hidden: Any) -> None:
+        original_block_done(saver, hidden)
+        if dies == "after" and passed == count:
+            die()
+
+    original_advance, StreamedBlock.advance = StreamedBlock.advance, advance
+    original_block_done = block_pass._Saver.block_done
+    block_pass._Saver.block_done = block_done
+    if dies == "training":
+        die_at_step(count, die)
+    if dies == "writing":
+        pipeline.write_config = die
+
+
+def die_at_step(count: int, die: Callable[..., None]) -> None:
+    """Make training die as a step begins."""
+    from cfsp.recovery.trainer import RecoveryTrainer
+
+    def training_step(trainer: Any, *args: Any, **options: Any) -> Any:
+        if trainer.state.global_step + 1 == count:
+            die()
+        return original(trainer, *args, **options)
+
+    original, RecoveryTrainer.training_step = RecoveryTrainer.training_step, training_step

@@ -1,0 +1,121 @@
+"""Fresh processes, without importing torch anew for each: a server that has it forks for every job.
+
+As a script it is the server; `Forks` is its client. The server never imports cfsp, so a job starts
+without it, as a new interpreter would.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# What takes seconds to import and what most jobs need.
+IMPORTED = ("transformers.models.llama.modeling_llama", "peft")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function to call in a process of its own.
+
+    Attributes:
+        function: `module.function`, of a module in tests/.
+        arguments: by name, as JSON can hold them.
+        environment: more variables; what transformers read at its import stays as it was.
+    """
+
+    function: str
+    arguments: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a job ended: its exit status or minus the signal, and what it printed."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Forks:
+    """Runs jobs; a context manager."""
+
+    def __enter__(self) -> Forks:
+        self._server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Only a process of one thread can be forked at will.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.communicate()
+
+    def __call__(self, *jobs: Job) -> list[Finished]:
+        """Run jobs side by side and wait for all."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        print(json.dumps([asdict(job) for job in jobs]), file=self._server.stdin, flush=True)
+        return [Finished(**ended) for ended in json.loads(self._server.stdout.readline())]
+
+
+def serve() -> None:
+    for module in IMPORTED:
+        import_module(module)
+    gc.freeze()
+    for line in sys.stdin:
+        with tempfile.TemporaryDirectory() as scratch:
+            jobs = [Job(**job) for job in json.loads(line)]
+            places = [Path(scratch) / str(number) for number in range(len(jobs))]
+            children = [start(job, place) for job, place in zip(jobs, places, strict=True)]
+            ended = [asdict(wait(*each)) for each in zip(children, places, strict=True)]
+        print(json.dumps(ended), flush=True)
+
+
+def wait(child: int, place: Path) -> Finished:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Finished(status, (place / "stdout").read_text(), (place / "stderr").read_text())
+
+
+def start(job: Job, place: Path) -> int:
+    """Fork, call the function, and exit with the status that it returns, None being 0."""
+    place.mkdir()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.environ.update(job.environment)
+        module, _, function = job.function.rpartition(".")
+        status = getattr(import_module(module), function)(**job.arguments) or 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def run_code(code: str) -> None:
+    """Run lines of Python: a job for what is too short for a function of its own."""
+    exec(code, {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    serve()
