@@ -39,14 +39,14 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
         OutputError: `out` exists and is not empty.
     """
     # Before the model is converted, which takes a while.
-    settings = PruneSettings(Budget(sparsity), text=CalibrationText(("python-docs",), samples=32))
+    settings = PruneSettings(Budget(sparsity), text=CalibrationText(("python-docs",), samples=16))
     check_output_is_free(out)
     source = open_checkpoint(DEMO_NAME)
     report = prune_checkpoint(
         source,
         out,
         settings,
-        evaluation=EvaluationText(("python-docs", "python-source"), windows=8),
+        evaluation=EvaluationText(("python-docs", "python-source"), windows=6),
         command=f"cfsp demo --out {out} --sparsity {sparsity}",
     )
     speed = compare_speed(
