@@ -20,6 +20,8 @@ class Interrupt:
         if name == "cfsp.cli.verify":
             os.kill(os.getpid(), signal.SIGINT)
 
+# Whoever started the tests in the background may have had it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupt())
 from cfsp.__main__ import main
 sys.exit(main())
