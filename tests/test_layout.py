@@ -48,9 +48,6 @@ LAYERS = (
 MOST_MODULES = 9
 MOST_ROWS_OF_THE_MAP = 16
 
-# Not yet through logging; the list only becomes shorter.
-PRINTS_FOR_NOW: set[str] = set()
-
 
 def node_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
@@ -111,8 +108,7 @@ def test_only_the_command_line_prints() -> None:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and ast.unparse(call.func) in ("print", "tqdm.write")
     }
-    assert prints - PRINTS_FOR_NOW == set(), "use logging.getLogger(__name__)"
-    assert PRINTS_FOR_NOW - prints == set(), "no longer needed: take it off the list"
+    assert prints == set(), "use logging.getLogger(__name__)"
 
 
 def test_every_package_has_a_folder_of_tests() -> None:

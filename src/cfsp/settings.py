@@ -350,7 +350,7 @@ class Criterion:
 # Whether windows begin with BOS: as the tokenizer begins an input, always, never.
 Bos = Literal["auto", "yes", "no"]
 BOS: tuple[Bos, ...] = get_args(Bos)
-_BOS_HELP = "whether windows begin with BOS; auto: as the model's own tokenizer begins an input"
+BOS_HELP = "whether windows begin with BOS; auto: as the model's own tokenizer begins an input"
 
 
 @dataclass(frozen=True)
@@ -417,7 +417,7 @@ class CalibrationText:
     )
     seqlen: int = option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T")
     seed: int = option(0, "of the draw of windows", kind=int, advanced=True)
-    bos: Bos = option("auto", _BOS_HELP, choices=BOS, advanced=True)
+    bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
 
     def __post_init__(self) -> None:
         check_bos(self.bos)

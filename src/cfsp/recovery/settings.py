@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings import BOS, Bos, check_bos, option
+from cfsp.settings import BOS, BOS_HELP, Bos, check_bos, option
 
 Method = Literal["lora", "dora", "full"]
 Targets = Literal["mlp", "attention", "all"]
@@ -166,7 +166,7 @@ class Training:
     )
     bos: Bos = option(
         "auto",
-        "whether windows begin with BOS; auto: as the model's own tokenizer begins an input",
+        BOS_HELP,
         choices=BOS,
         advanced=True,
     )
