@@ -1,0 +1,164 @@
+"""What a model is made of, as cfsp sees it: blocks, and the FFN units in each.
+
+    Architecture
+      blocks        "model.layers"
+      units         FFNUnit(block 0, "mlp", 1536 channels)
+                    FFNUnit(block 1, "mlp.experts", 768 channels in each of 64 FFNs)
+                    FFNUnit(block 1, "mlp.shared_expert", 1536 channels)
+
+It is found in the model (`cfsp.checkpoint.discovery`), not looked up by the model's type, and
+proved by execution (`cfsp.checkpoint.proof`).
+
+Shapes: E experts, F FFN channels, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# How gate and up share one matrix: all rows of the gate first, or row about row.
+Fusion = Literal["halves", "interleaved"]
+
+
+@dataclass(frozen=True)
+class ChannelAxis:
+    """Where a parameter has the channels of its FFN.
+
+    Attributes:
+        axis: the axis that channels lie along.
+        fusion: how gate and up share that axis; None if each channel is there once.
+    """
+
+    axis: int
+    fusion: Fusion | None = None
+
+    @property
+    def parts(self) -> int:
+        """How often each channel is on the axis."""
+        return 1 if self.fusion is None else 2
+
+    def width(self, shape: Sequence[int]) -> int:
+        """Return the number of channels of a tensor of this shape."""
+        return shape[self.axis] // self.parts
+
+    def index(self, kept_K: Tensor, width: int) -> Tensor:
+        """Return the places on the axis of some channels, of `width` in all."""
+        if self.fusion is None:
+            return kept_K
+        if self.fusion == "halves":
+            return torch.cat([kept_K, kept_K + width])
+        return torch.stack([2 * kept_K, 2 * kept_K + 1], dim=1).flatten()
+
+    def select(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
+        """Return the tensor with the kept channels only."""
+        kept_K = torch.tensor(kept, device=tensor.device)
+        return tensor.index_select(self.axis, self.index(kept_K, self.width(tensor.shape)))
+
+
+@dataclass(frozen=True)
+class WidthAttribute:
+    """A number that a module keeps of its own size, such as `in_features`.
+
+    Attributes:
+        module: dotted path from the block.
+        name: of the attribute.
+        times: how often the width it is.
+    """
+
+    module: str
+    name: str
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class FFNUnit:
+    """The FFNs of a block that share a width: a dense one, or all routed experts of the block.
+
+    Attributes:
+        block: index of the decoder block.
+        path: dotted path from the block to the module; empty if the block itself holds the FFN.
+        width: channels of each FFN.
+        ffns: how many FFNs: 1, or the number of experts.
+        up: the parameter whose outputs are channels, by its dotted path from the block.
+        gate: that of the gate; the same as `up` where they are one matrix, None without a gate.
+        down: that of the parameter whose inputs are channels.
+        axes: every parameter that has a channel axis, by its dotted path from the block. Those of
+            experts are three-dimensional and begin with the expert.
+        attributes: numbers in the modules that tell the width.
+        routed: whether its FFNs are experts that a router chooses among.
+    """
+
+    block: int
+    path: str
+    width: int
+    ffns: int
+    up: str
+    gate: str | None
+    down: str
+    axes: dict[str, ChannelAxis]
+    attributes: tuple[WidthAttribute, ...] = ()
+    routed: bool = False
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one matrix."""
+        return self.gate == self.up
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All but the place: units of a kind are proved once."""
+        return (
+            self.path, self.width, self.ffns, self.up, self.gate, self.down,
+            tuple(self.axes.items()), self.attributes,
+        )  # fmt: skip
+
+    def with_fusion(self, fusion: Fusion) -> FFNUnit:
+        """Return the same unit with gate and up sharing their matrix in another way."""
+        axes = {
+            name: replace(axis, fusion=fusion) if axis.fusion else axis
+            for name, axis in self.axes.items()
+        }
+        return replace(self, axes=axes)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a module that looks like an FFN is none whose channels can be cut.
+
+    Attributes:
+        module: its dotted path in the model.
+        reason: in a few words.
+    """
+
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The blocks of a model and their FFN units.
+
+    Attributes:
+        class_name: of the transformers class.
+        decoder: dotted path from the model to the module whose forward calls the blocks.
+        blocks: dotted path from the model to the list of blocks.
+        block_count: how many blocks.
+        units: in the order of blocks, and within a block as they are registered.
+        refused: modules that look like FFNs but are none that can be cut.
+    """
+
+    class_name: str
+    decoder: str
+    blocks: str
+    block_count: int
+    units: tuple[FFNUnit, ...]
+    refused: tuple[Refusal, ...] = field(default=())
+
+    def block_prefix(self, block: int) -> str:
+        """Return what the names of all parameters of one block begin with."""
+        return f"{self.blocks}.{block}."
