@@ -47,9 +47,10 @@ def find_architecture(model: nn.Module) -> Architecture:
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     hidden = _hidden_size(text_config)
-    found = []
+    found: list[tuple[str, nn.ModuleList, tuple[FFNUnit, ...], tuple[Refusal, ...]]] = []
     for path, blocks in _block_lists(model, text_config):
-        units, refused = [], []
+        units: list[FFNUnit] = []
+        refused: list[Refusal] = []
         for index, block in enumerate(blocks):
             for unit in _units_of(block, index, hidden):
                 if isinstance(unit, Refusal):
@@ -65,14 +66,16 @@ def find_architecture(model: nn.Module) -> Architecture:
             "model type"
         )
     # A list that has FFNs rather than one that has none; the longest; the first.
-    path, blocks, units, refused = max(found, key=lambda entry: (bool(entry[2]), len(entry[1])))
+    path, blocks, chosen, looked_alike = max(
+        found, key=lambda entry: (bool(entry[2]), len(entry[1]))
+    )
     return Architecture(
         class_name=type(model).__name__,
         decoder=path.rpartition(".")[0],
         blocks=path,
         block_count=len(blocks),
-        units=units,
-        refused=refused,
+        units=chosen,
+        refused=looked_alike,
     )
 
 
@@ -82,7 +85,8 @@ def _hidden_size(text_config: Any) -> int:
         if isinstance(value, int):
             return value
     raise UnsupportedModelError(
-        f"the config of model type {text_config.model_type!r} names no hidden_size; please report it"
+        f"the config of model type {text_config.model_type!r} names no hidden_size; "
+        "please report it"
     )
 
 
@@ -170,7 +174,7 @@ def _unit(
         if name in named:
             continue
         lengths = tuple(parameter.shape)[lead:]
-        if not lengths or lengths == (hidden,) and width != hidden:
+        if not lengths or (lengths == (hidden,) and width != hidden):
             continue
         owner = next((m for m in (up, gate) if m and _is_bias(name, m.name)), None)
         if owner is not None and lengths[0] in (width, 2 * width):
