@@ -75,10 +75,10 @@ def test_shards_in_and_out(
     for name, (stored_dtype, shape, raw) in after.items():
         assert stored_dtype == before[name][0]
         layout = source.family.layout_of(name)
-        if layout is None or KEPT[layout.block] == tuple(range(96)):
+        if layout is None or KEPT[layout.unit] == tuple(range(96)):
             assert (shape, raw) == before[name][1:], name
         else:
-            kept = torch.tensor(KEPT[layout.block])
+            kept = torch.tensor(KEPT[layout.unit])
             expected = source.read(name).index_select(layout.axis, kept)
             assert shape == tuple(expected.shape)
             assert raw == expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

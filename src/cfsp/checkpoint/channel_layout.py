@@ -1,4 +1,4 @@
-"""Where a stored tensor keeps the FFN channels of its block.
+"""Where a stored tensor keeps the channels of its FFN.
 
 A layout is all that surgery, padding and checks need to know of a tensor: no one else asks
 which family it came from.
@@ -20,14 +20,14 @@ class ChannelLayout:
     """The channel axis of one FFN tensor.
 
     Attributes:
-        block: index of the decoder block.
+        unit: index of the FFN unit in the model.
         axis: the axis that channels lie along.
         parts: how many runs of all channels follow each other on that axis: 2 where gate and
             up are one tensor, with all rows of the gate first.
-        ffn: index of the FFN in the block: that of the expert, 0 in a dense block.
+        ffn: index of the FFN in the unit: that of the expert, 0 of a dense one.
     """
 
-    block: int
+    unit: int
     axis: int
     parts: int = 1
     ffn: int = 0

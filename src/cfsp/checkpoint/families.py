@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
+    from cfsp.checkpoint.architecture import FFNUnit
     from cfsp.checkpoint.channel_layout import ChannelLayout
 
 
@@ -333,3 +334,24 @@ def intermediate_sizes(config: PreTrainedConfig) -> list[int]:
     default = family.default_expansion * config.hidden_size
     widths = [getattr(block_config, family.width_key) for block_config in config.per_layer_config]
     return [int(default if width is None else width) for width in widths]
+
+
+def units_of(config: PreTrainedConfig) -> tuple[FFNUnit, ...]:
+    """Return the FFN units of a model, one for each block."""
+    from cfsp.checkpoint.architecture import FFNUnit
+
+    family = family_of(config)
+    return tuple(
+        FFNUnit(
+            block=block,
+            path=family.mlp or "",
+            width=width,
+            ffns=family.ffn_count(config),
+            up=family.path_in_block(family.up),
+            gate=family.path_in_block(family.gate) if family.gate else None,
+            down=family.path_in_block(family.down),
+            axes={},
+            routed=family.experts is not None,
+        )
+        for block, width in enumerate(intermediate_sizes(config))
+    )

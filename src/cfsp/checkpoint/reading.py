@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.architecture import FFNUnit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.expert_tensors import pieces
-from cfsp.checkpoint.families import Family, family_of, intermediate_sizes
+from cfsp.checkpoint.families import Family, family_of, intermediate_sizes, units_of
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.tensor_file import AGAIN, TensorFile, TensorSpec, tensor_chunks
 from cfsp.errors import CheckpointError
@@ -40,6 +41,7 @@ class WeightSource(Protocol):
 
     config: PreTrainedConfig
     family: Family
+    units: tuple[FFNUnit, ...]
     label: str
 
     @property
@@ -79,6 +81,7 @@ class Checkpoint:
         self.config = read_config(directory)
         check_links(directory)
         self.family = family_of(self.config)
+        self.units = units_of(self.config)
         files = _tensor_files(directory)
         prefix = _missing_prefix((name for file in files for name in file.specs), self.family)
         # A tensor's name in the model -> its file, and its name there.
@@ -122,6 +125,7 @@ class LoadedModel:
         self.model = model
         self.config = model.config
         self.family = family_of(model.config)
+        self.units = units_of(model.config)
         self.label = model.config._name_or_path or type(model).__name__
         tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
         self._tensors: dict[str, Tensor] = {
@@ -160,9 +164,9 @@ def fingerprint(source: WeightSource) -> str:
     digest = hashlib.sha256(source.config.model_type.encode())
     for name in sorted(source.specs):
         digest.update(f"{name}{list(source.specs[name].shape)}".encode())
-    for block in range(source.config.num_hidden_layers):
-        for ffn in range(source.family.ffn_count(source.config)):
-            name = source.family.weight_name(block, source.family.down, ffn)
+    for unit in source.units:
+        for ffn in range(unit.ffns):
+            name = source.family.weight_name(unit.block, source.family.down, ffn)
             values = source.read_prefix(name, _FINGERPRINT_ELEMENTS).to(torch.float32)
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -173,18 +177,17 @@ def parameter_count(source: WeightSource) -> int:
     return sum(spec.elements for spec in source.specs.values())
 
 
-def ffn_parameters_per_channel(source: WeightSource, block: int) -> int:
-    """Return how many parameters one FFN channel of a block owns, biases included.
+def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
+    """Return how many parameters one channel of every FFN unit owns, biases included.
 
-    In a block of several experts that is one channel of each.
+    In a unit of several experts that is one channel of each.
     """
-    widths = intermediate_sizes(source.config)
-    prefix = source.family.block_prefix(block)
-    return sum(
-        spec.elements // widths[block]
-        for name, spec in source.specs.items()
-        if name.startswith(prefix) and source.family.layout_of(name)
-    )
+    owned = [0] * len(source.units)
+    for name, spec in source.specs.items():
+        layout = source.family.layout_of(name)
+        if layout is not None:
+            owned[layout.unit] += spec.elements // source.units[layout.unit].width
+    return tuple(owned)
 
 
 def check_ffn_shapes(source: WeightSource) -> None:
@@ -200,7 +203,7 @@ def check_ffn_shapes(source: WeightSource) -> None:
         layout = family.layout_of(name)
         if layout is None:
             continue
-        if layout.ffn >= count or layout.block >= blocks:
+        if layout.ffn >= count or layout.unit >= blocks:
             experts = f" of {count} experts" if count > 1 else ""
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "

@@ -7,6 +7,7 @@ byte for byte. Tensors stream from the source to the new shards: one is in memor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -29,7 +30,7 @@ def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
     layout = source.family.layout_of(name)
     if layout is None:
         return tensor
-    entry = plan.blocks[layout.block]
+    entry = plan.blocks[layout.unit]
     if entry.kept_width == entry.width:
         return tensor
     pruned = layout.select(tensor, entry.kept_of(layout.ffn))
@@ -44,7 +45,7 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     for name, spec in source.specs.items():
         layout = source.family.layout_of(name)
         if layout is not None:
-            spec = layout.resized(spec, plan.blocks[layout.block].kept_width)
+            spec = layout.resized(spec, plan.blocks[layout.unit].kept_width)
         specs[name] = spec
     return specs
 
@@ -63,6 +64,10 @@ class PrunedSource:
     ) -> None:
         self.config = config_with_widths(source.config, plan.kept_widths)
         self.family = source.family
+        self.units = tuple(
+            replace(unit, width=width)
+            for unit, width in zip(source.units, plan.kept_widths, strict=True)
+        )
         self.label = source.label
         self.specs = pruned_specs(source, plan)
         self._source, self._plan, self._repaired = source, plan, repaired

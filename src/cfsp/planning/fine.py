@@ -25,9 +25,12 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.statistics import BlockStatistics
+from cfsp.checkpoint.ffn_tensors import Role, down_matrix, ffn_matrix
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import UsageError
 from cfsp.settings import CHANNEL_METRICS
+
+_INPUT_MATRICES: tuple[Role, Role] = ("gate", "up")
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,15 @@ class FFNWeights:
     gate_FD: Tensor | None
 
 
-def read_ffn_weights(source: WeightSource, block: int, ffn: int = 0) -> FFNWeights:
-    """Read the matrices of one FFN of a block from a model, however its family stores them."""
-    family = source.family
-
-    def read(matrix: str) -> Tensor:
-        stored = source.read(family.weight_name(block, matrix, ffn))
-        return family.transposed(stored).cpu()
-
-    down_DF = read(family.down)
-    if family.is_fused:
-        gate_FD, up_FD = read(family.up).chunk(2)
-        return FFNWeights(down_DF, up_FD, gate_FD)
-    return FFNWeights(down_DF, read(family.up), read(family.gate) if family.gate else None)
+def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeights:
+    """Read the matrices of one FFN of a unit from a model, however its checkpoint stores them."""
+    gate_FD, up_FD = (ffn_matrix(source, unit, role, ffn) for role in _INPUT_MATRICES)
+    assert up_FD is not None
+    return FFNWeights(
+        down_matrix(source, unit, ffn).cpu(),
+        up_FD.cpu(),
+        None if gate_FD is None else gate_FD.cpu(),
+    )
 
 
 def _activation(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:

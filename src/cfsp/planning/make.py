@@ -40,9 +40,7 @@ def model_size(source: WeightSource) -> ModelSize:
     width_L = tuple(intermediate_sizes(source.config))
     return ModelSize(
         width_L=width_L,
-        channel_parameters_L=tuple(
-            ffn_parameters_per_channel(source, block) for block in range(len(width_L))
-        ),
+        channel_parameters_L=ffn_parameters_per_channel(source),
         parameters=parameter_count(source),
         grain=EXPERTS_GRAIN if source.family.experts else 1,
     )

@@ -1,0 +1,59 @@
+"""The FFN matrices of a model, however its checkpoint stores them.
+
+Shapes: D hidden, F FFN channels, K channels that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.checkpoint.reading import WeightSource
+
+Role = Literal["gate", "up", "down"]
+
+
+def ffn_matrix(source: WeightSource, unit: int, role: Role, ffn: int = 0) -> Tensor | None:
+    """Return a matrix of one FFN as outputs x inputs; None for the gate of one that has none.
+
+    Args:
+        source: the model.
+        unit: index of the FFN unit in the model.
+        role: which matrix.
+        ffn: index of the FFN in the unit: of an expert, 0 of a dense one.
+    """
+    family, block = source.family, source.units[unit].block
+    name = {"gate": family.gate, "up": family.up, "down": family.down}[role]
+    if name is None:
+        return None
+    weight = family.transposed(source.read(family.weight_name(block, name, ffn)))
+    if family.is_fused and role != "down":
+        return weight.chunk(2)[0 if role == "gate" else 1]
+    return weight
+
+
+def down_matrix(source: WeightSource, unit: int, ffn: int = 0) -> Tensor:
+    """Return the down projection of one FFN, D x F."""
+    down_DF = ffn_matrix(source, unit, "down", ffn)
+    assert down_DF is not None
+    return down_DF
+
+
+def tensors_with_down(
+    source: WeightSource, unit: int, down_EDK: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return the stored tensors of a unit whose FFNs have new down projections.
+
+    Args:
+        source: the model.
+        unit: index of the FFN unit in the model.
+        down_EDK: the new matrix of every FFN of the unit, D x K each.
+    """
+    family, block = source.family, source.units[unit].block
+    return {
+        family.weight_name(block, family.down, ffn): family.transposed(down_DK).contiguous()
+        for ffn, down_DK in enumerate(down_EDK)
+    }
