@@ -156,7 +156,7 @@ class FamilyContract:
             if layout is None:
                 expected = tensor
             else:
-                kept = torch.tensor(case.report.plan.blocks[layout.block].kept_of(layout.ffn))
+                kept = torch.tensor(case.report.plan.blocks[layout.unit].kept_of(layout.ffn))
                 parts = tensor.chunk(layout.parts, dim=layout.axis)
                 expected = torch.cat(
                     [p.index_select(layout.axis, kept) for p in parts], layout.axis

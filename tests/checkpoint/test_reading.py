@@ -61,9 +61,9 @@ def test_checkpoint_equals_the_model_in_memory(
 
 
 def test_parameters_per_channel_count_biases(tiny_checkpoint: Callable[[str], Path]) -> None:
-    assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama")), 1) == 3 * 32
+    assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama")))[1] == 3 * 32
     # One bias value each of gate and up; the bias of down belongs to the hidden size.
-    assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama-biased")), 1) == 3 * 32 + 2
+    assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama-biased")))[1] == 3 * 32 + 2
 
 
 def test_shards_read_like_a_single_file(
