@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from cfsp.calibration.calibrate import calibrate
-from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.families import architecture_of, family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, projection_of
 from cfsp.engine.compute import Engine
@@ -179,7 +179,9 @@ class FamilyContract:
         assert sum(p.numel() for p in case.dense.parameters()) == case.report.parameters_before
         for model in (loaded, case.in_memory):
             for block, width in zip(
-                blocks_of(model, family), case.report.intermediate_sizes, strict=True
+                blocks_of(model, architecture_of(model.config)),
+                case.report.intermediate_sizes,
+                strict=True,
             ):
                 if family.experts is not None:
                     experts, hidden = block.mlp.experts, case.dense.config.hidden_size
@@ -394,7 +396,9 @@ def _masked_original(case: Case) -> PreTrainedModel:
     masked = build_tiny_model(case.name)
     family = family_of(masked.config)
     with torch.no_grad():
-        for block, entry in zip(blocks_of(masked, family), case.report.plan.blocks, strict=True):
+        for block, entry in zip(
+            blocks_of(masked, architecture_of(masked.config)), case.report.plan.blocks, strict=True
+        ):
             for ffn in range(entry.ffns):
                 mask_F = torch.zeros(entry.width)
                 mask_F[entry.kept_of(ffn)] = 1.0
@@ -415,7 +419,7 @@ def _observe_with_hooks(
 ) -> list[tuple[Tensor, Tensor, list[Rows]]]:
     """Return each block's input, output and FFN activations, from one stock forward."""
     family = family_of(model.config)
-    blocks = blocks_of(model, family)
+    blocks = blocks_of(model, architecture_of(model.config))
     seqlen = windows.tokens_NT.shape[1]
     seen: list[dict[str, Any]] = [{} for _ in blocks]
     handles = []

@@ -19,7 +19,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.calibration.together import add_up
 from cfsp.checkpoint.expert_tensors import assemble, pieces
-from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.families import architecture_of, family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
@@ -284,12 +284,12 @@ def test_statistics_of_one_expert() -> None:
 
 def test_lora_leaves_experts_alone_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     model = build_tiny_model("mixtral")
-    family = family_of(model.config)
+    architecture = architecture_of(model.config)
     with pytest.raises(UsageError, match=r"all experts.*--targets attention"):
-        target_names(model, family, "mlp")
-    names = target_names(model, family, "all")
+        target_names(model, architecture, "mlp")
+    names = target_names(model, architecture, "all")
     assert "experts stay as they are" in capsys.readouterr().err
     assert {name.split(".")[-2] for block in names for name in block} == {"self_attn"}
     shared = build_tiny_model("qwen2_moe")
-    names = target_names(shared, family_of(shared.config), "mlp")
+    names = target_names(shared, architecture_of(shared.config), "mlp")
     assert {name.split(".")[-2] for block in names for name in block} == {"mlp", "shared_expert"}

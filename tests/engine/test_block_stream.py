@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.families import architecture_of
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.engine.block_stream import stream_blocks
@@ -40,7 +40,7 @@ def test_hidden_states_are_those_of_the_models_own_forward(
 ) -> None:
     model = build_tiny_model(name)
     seen: list[Tensor] = []
-    for block in blocks_of(model, family_of(model.config)):
+    for block in blocks_of(model, architecture_of(model.config)):
         block.register_forward_hook(
             lambda module, args, output: seen.append(
                 output[0] if isinstance(output, tuple) else output

@@ -33,7 +33,7 @@ def random_tokens(windows: int, length: int) -> torch.Tensor:
 def leaving_hidden(model: Any, source: LoadedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     """What leaves the last block."""
     left: list[Any] = []
-    last = blocks_of(model, source.family)[-1]
+    last = blocks_of(model, source.architecture)[-1]
     handle = last.register_forward_hook(lambda module, args, output: left.append(output))
     with torch.no_grad():
         model(tokens_BT)
@@ -100,14 +100,14 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     entries = tuple(BlockPlan(WIDTH, tuple(channels), 0.1, 0.5) for channels in kept)
     plan = PruningPlan(ModelIdentity.of(source), {}, {}, entries)
     model = build_pruned_model(dense, source, plan, {})
-    blocks = blocks_of(model, source.family)
+    blocks = blocks_of(model, source.architecture)
     with torch.no_grad(), hidden_states_entering(blocks) as entering_L:
         model(tokens_BT)
     skeleton = build_skeleton(model.config, torch.float32)
-    base = getattr(model, source.family.base_prefix)
+    base = getattr(model, source.architecture.base_prefix)
     calls = record_calls(base, blocks, tokens_BT).calls
     pruned = PrunedSource(source, plan, {})
-    group = BlockGroup(pruned, blocks_of(skeleton, source.family)[:2], 0, {2: calls[:2]}, CPU)
+    group = BlockGroup(pruned, blocks_of(skeleton, source.architecture)[:2], 0, {2: calls[:2]}, CPU)
     group.fill(torch.float32, {})
     with torch.no_grad():
         assert torch.equal(group(entering_L[0]), entering_L[2])
@@ -116,7 +116,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     torch.testing.assert_close(output.detach(), entering_L[2])
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in trained.values())
-    matrices = len(source.family.matrices)
+    matrices = len(source.architecture.matrices)
     assert sum(name.endswith("weight") for name in trained) == 2 * matrices
     changed = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     group.fill(torch.float32, changed)

@@ -159,6 +159,25 @@ class Architecture:
     units: tuple[FFNUnit, ...]
     refused: tuple[Refusal, ...] = field(default=())
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are routed experts."""
+        return any(unit.routed for unit in self.units)
+
+    @property
+    def widths(self) -> list[int]:
+        """The width of every unit."""
+        return [unit.width for unit in self.units]
+
+    def with_widths(self, widths: Sequence[int]) -> Architecture:
+        """Return the same architecture with other numbers of channels."""
+        units = zip(self.units, widths, strict=True)
+        return replace(self, units=tuple(replace(unit, width=width) for unit, width in units))
+
+    def units_of(self, block: int) -> tuple[FFNUnit, ...]:
+        """Return the FFN units of one block."""
+        return tuple(unit for unit in self.units if unit.block == block)
+
     def block_prefix(self, block: int) -> str:
         """Return what the names of all parameters of one block begin with."""
         return f"{self.blocks}.{block}."

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from cfsp.checkpoint.architecture import FFNUnit
+    from cfsp.checkpoint.architecture import Architecture
     from cfsp.checkpoint.channel_layout import ChannelLayout
 
 
@@ -336,22 +336,30 @@ def intermediate_sizes(config: PreTrainedConfig) -> list[int]:
     return [int(default if width is None else width) for width in widths]
 
 
-def units_of(config: PreTrainedConfig) -> tuple[FFNUnit, ...]:
-    """Return the FFN units of a model, one for each block."""
-    from cfsp.checkpoint.architecture import FFNUnit
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Return what a model is made of: one FFN unit in each block."""
+    from cfsp.checkpoint.architecture import Architecture, ChannelAxis, FFNUnit
 
     family = family_of(config)
-    return tuple(
+    units = tuple(
         FFNUnit(
             block=block,
             path=family.mlp or "",
             width=width,
             ffns=family.ffn_count(config),
-            up=family.path_in_block(family.up),
-            gate=family.path_in_block(family.gate) if family.gate else None,
-            down=family.path_in_block(family.down),
-            axes={},
+            up=f"{family.path_in_block(family.up)}.weight",
+            gate=f"{family.path_in_block(family.gate)}.weight" if family.gate else None,
+            down=f"{family.path_in_block(family.down)}.weight",
+            axes={
+                f"{family.path_in_block(matrix)}.{kind}": ChannelAxis(0)
+                for matrix in family.matrices
+                for kind in ("weight", "bias")
+                if (matrix, kind) != (family.down, "bias")
+            },
             routed=family.experts is not None,
         )
         for block, width in enumerate(intermediate_sizes(config))
+    )
+    return Architecture(
+        family.causal_lm, family.blocks.rpartition(".")[0], family.blocks, len(units), units
     )

@@ -17,10 +17,16 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.architecture import FFNUnit
+from cfsp.checkpoint.architecture import Architecture, FFNUnit
+from cfsp.checkpoint.channel_layout import ChannelLayout
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.expert_tensors import pieces
-from cfsp.checkpoint.families import Family, family_of, intermediate_sizes, units_of
+from cfsp.checkpoint.families import (
+    Family,
+    architecture_of,
+    family_of,
+    intermediate_sizes,
+)
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.tensor_file import AGAIN, TensorFile, TensorSpec, tensor_chunks
 from cfsp.errors import CheckpointError
@@ -41,12 +47,21 @@ class WeightSource(Protocol):
 
     config: PreTrainedConfig
     family: Family
-    units: tuple[FFNUnit, ...]
+    architecture: Architecture
     label: str
+
+    @property
+    def units(self) -> tuple[FFNUnit, ...]:
+        """The FFN units of the model."""
+        ...
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, in storage order."""
+        ...
+
+    def layout_of(self, name: str) -> ChannelLayout | None:
+        """Return where a tensor keeps FFN channels; None if it has none."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -81,7 +96,7 @@ class Checkpoint:
         self.config = read_config(directory)
         check_links(directory)
         self.family = family_of(self.config)
-        self.units = units_of(self.config)
+        self.architecture = architecture_of(self.config)
         files = _tensor_files(directory)
         prefix = _missing_prefix((name for file in files for name in file.specs), self.family)
         # A tensor's name in the model -> its file, and its name there.
@@ -96,6 +111,15 @@ class Checkpoint:
                 if not name.endswith(self.family.stale):
                     self._places[name] = (file, stored)
         check_ffn_shapes(self)
+
+    @property
+    def units(self) -> tuple[FFNUnit, ...]:
+        """The FFN units of the model."""
+        return self.architecture.units
+
+    def layout_of(self, name: str) -> ChannelLayout | None:
+        """Return where a tensor keeps FFN channels; None if it has none."""
+        return self.family.layout_of(name)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -125,7 +149,7 @@ class LoadedModel:
         self.model = model
         self.config = model.config
         self.family = family_of(model.config)
-        self.units = units_of(model.config)
+        self.architecture = architecture_of(model.config)
         self.label = model.config._name_or_path or type(model).__name__
         tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
         self._tensors: dict[str, Tensor] = {
@@ -135,6 +159,15 @@ class LoadedModel:
             for piece in pieces(self.family, name, tensor.shape)
         }
         check_ffn_shapes(self)
+
+    @property
+    def units(self) -> tuple[FFNUnit, ...]:
+        """The FFN units of the model."""
+        return self.architecture.units
+
+    def layout_of(self, name: str) -> ChannelLayout | None:
+        """Return where a tensor keeps FFN channels; None if it has none."""
+        return self.family.layout_of(name)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -184,7 +217,7 @@ def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
     """
     owned = [0] * len(source.units)
     for name, spec in source.specs.items():
-        layout = source.family.layout_of(name)
+        layout = source.layout_of(name)
         if layout is not None:
             owned[layout.unit] += spec.elements // source.units[layout.unit].width
     return tuple(owned)
@@ -200,7 +233,7 @@ def check_ffn_shapes(source: WeightSource) -> None:
     count = family.ffn_count(source.config)
     blocks = source.config.num_hidden_layers
     for name, stored in source.specs.items():
-        layout = family.layout_of(name)
+        layout = source.layout_of(name)
         if layout is None:
             continue
         if layout.ffn >= count or layout.unit >= blocks:
@@ -223,7 +256,7 @@ def check_ffn_shapes(source: WeightSource) -> None:
                     f"{source.label} has no tensor {name}, which a {family.model_type} model "
                     f"with {source.config.num_hidden_layers} blocks needs; {AGAIN}"
                 )
-            layout = family.layout_of(name)
+            layout = source.layout_of(name)
             assert layout is not None
             if len(spec.shape) != 2 or spec.shape[layout.axis] != layout.parts * width:
                 raise CheckpointError(

@@ -17,6 +17,7 @@ from cfsp.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from cfsp.checkpoint.architecture import Architecture
     from cfsp.checkpoint.reading import WeightSource
 
 
@@ -50,9 +51,9 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     return model.eval()
 
 
-def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
-    """Return the list of decoder blocks of a causal LM."""
-    blocks = attrgetter(family.blocks)(model)
+def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
+    """Return the list of decoder blocks of a model."""
+    blocks = attrgetter(architecture.blocks)(model)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
@@ -121,7 +122,7 @@ def fill_head(
         CheckpointError: the source lacks a tensor or has it in another shape.
     """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    blocks = f"{source.family.blocks}."
+    blocks = f"{source.architecture.blocks}."
     embedding = model.get_input_embeddings().weight
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():

@@ -7,11 +7,12 @@ byte for byte. Tensors stream from the source to the new shards: one is in memor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from cfsp.checkpoint.architecture import FFNUnit
+from cfsp.checkpoint.channel_layout import ChannelLayout
 from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
@@ -27,7 +28,7 @@ from cfsp.planning.plan_file import PruningPlan
 def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
     """Return one tensor of the pruned model, in the source's dtype."""
     tensor = source.read(name)
-    layout = source.family.layout_of(name)
+    layout = source.layout_of(name)
     if layout is None:
         return tensor
     entry = plan.blocks[layout.unit]
@@ -43,7 +44,7 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     """Return dtype and shape of every tensor of the pruned model, in the source's order."""
     specs = {}
     for name, spec in source.specs.items():
-        layout = source.family.layout_of(name)
+        layout = source.layout_of(name)
         if layout is not None:
             spec = layout.resized(spec, plan.blocks[layout.unit].kept_width)
         specs[name] = spec
@@ -64,13 +65,19 @@ class PrunedSource:
     ) -> None:
         self.config = config_with_widths(source.config, plan.kept_widths)
         self.family = source.family
-        self.units = tuple(
-            replace(unit, width=width)
-            for unit, width in zip(source.units, plan.kept_widths, strict=True)
-        )
+        self.architecture = source.architecture.with_widths(plan.kept_widths)
         self.label = source.label
         self.specs = pruned_specs(source, plan)
         self._source, self._plan, self._repaired = source, plan, repaired
+
+    @property
+    def units(self) -> tuple[FFNUnit, ...]:
+        """The FFN units of the model."""
+        return self.architecture.units
+
+    def layout_of(self, name: str) -> ChannelLayout | None:
+        """Return where a tensor keeps FFN channels; None if it has none."""
+        return self._source.layout_of(name)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""

@@ -42,10 +42,10 @@ class BlockGroup:
         calls: Mapping[int, Sequence[BlockCall]],
         device: torch.device,
     ) -> None:
-        self._source = source
+        self._source, self._first = source, first
         self.modules = list(modules)
         self._prefixes = [
-            source.family.block_prefix(first + position) for position in range(len(modules))
+            source.architecture.block_prefix(first + position) for position in range(len(modules))
         ]
         self._recorded_calls = self._calls = calls
         self._device = device
@@ -86,23 +86,27 @@ class BlockGroup:
             for size, calls in self._recorded_calls.items()
         }
         trained = []
-        for module, prefix in zip(self.modules, self._prefixes, strict=True):
+        for position, module in enumerate(self.modules):
+            prefix = self._prefixes[position]
             tensors = read_tensors(module, prefix, self._source, torch.float32)
             # Copies, because the tensors of a model in memory are its own.
             fill(module, {name: t.clone() for name, t in tensors.items()}, self._device)
-            trained.append(self._ffn_parameters(module, prefix))
+            trained.append(self._ffn_parameters(position))
             for parameter in trained[-1].values():
                 parameter.requires_grad_(True)
         return trained
 
-    def _ffn_parameters(self, module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-        family = self._source.family
-        bias = f"{prefix}{family.path_in_block(family.down)}.bias"
-        parameters = {prefix + name: value for name, value in module.named_parameters()}
+    def _ffn_parameters(self, position: int) -> dict[str, nn.Parameter]:
+        prefix = self._prefixes[position]
+        names = {
+            name
+            for unit in self._source.architecture.units_of(self._first + position)
+            for name in (*unit.axes, f"{unit.down.removesuffix('weight')}bias")
+        }
         return {
-            name: value
-            for name, value in parameters.items()
-            if family.layout_of(name) is not None or name == bias
+            prefix + name: value
+            for name, value in self.modules[position].named_parameters()
+            if name in names
         }
 
     def unload(self) -> None:

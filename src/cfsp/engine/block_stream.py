@@ -165,10 +165,10 @@ def stream_blocks(
     size = windows_in_batch(tokens_NT, batch_windows)
     batches = [slice(i, min(i + size, len(tokens_NT))) for i in range(0, len(tokens_NT), size)]
     skeleton = build_skeleton(source.config, dtype)
-    blocks = blocks_of(skeleton, source.family)
+    blocks = blocks_of(skeleton, source.architecture)
 
     def read(index: int) -> dict[str, Tensor]:
-        return read_tensors(blocks[index], source.family.block_prefix(index), source, dtype)
+        return read_tensors(blocks[index], source.architecture.block_prefix(index), source, dtype)
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(blocks))) as ahead:
         with _Embedding(skeleton, blocks, source, device, dtype) as embedding:
@@ -278,5 +278,5 @@ def _check_finite(module: nn.Module, source: WeightSource, block: int) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise CalibrationError(
                 f"{source.label}: block {block} has NaN or infinite values in "
-                f"{source.family.block_prefix(block)}{name}; the checkpoint is damaged"
+                f"{source.architecture.block_prefix(block)}{name}; the checkpoint is damaged"
             )

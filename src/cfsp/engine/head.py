@@ -37,7 +37,7 @@ class Head:
         with torch.inference_mode(mode=False):
             self._model = build_skeleton(source.config, dtype)
             fill_head(self._model, source, dtype, device)
-        self._blocks = blocks_of(self._model, source.family)
+        self._blocks = blocks_of(self._model, source.architecture)
         self._dtype = dtype
         embeddings = self._model.get_input_embeddings()
         assert isinstance(embeddings, torch.nn.Embedding)

@@ -242,7 +242,7 @@ def pass_two_streams(
         ResumeError: the workplace holds unfinished work of something else.
     """
     streams = TwoStreams.of(windows, tokens_in_batch)
-    modules = blocks_of(build_skeleton(pruned.config, engine.dtype), source.family)
+    modules = blocks_of(build_skeleton(pruned.config, engine.dtype), source.architecture)
     visits = _Visits(pruned, modules, windows.tokens_NT, streams, engine.dtype, work, group_of)
     return pass_blocks(
         source,

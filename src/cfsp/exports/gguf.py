@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import MissingExtraError, UsageError
@@ -126,7 +125,7 @@ def _add_fields(
     from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
 
     config: Any = source.config
-    widths = intermediate_sizes(config)
+    widths = source.architecture.widths
     blocks = len(widths)
     prefix = "ALL" if type_name == "f32" else "MOSTLY"
     writer.add_name(Path(source.label).name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 
@@ -66,11 +65,11 @@ def architecture_of(source: Checkpoint) -> Architecture:
     Raises:
         ExportError: none does.
     """
-    widths = intermediate_sizes(source.config)
-    found = ARCHITECTURES.get(source.family.model_type)
+    widths = source.architecture.widths
+    found = ARCHITECTURES.get(source.config.model_type)
     if found is None:
         raise ExportError(
-            f"gguf export of {source.family.model_type} models is not supported; supported are: "
+            f"gguf export of {source.config.model_type} models is not supported; supported are: "
             f"{', '.join(sorted(ARCHITECTURES))}; use --to padded, and llama.cpp's own converter"
         )
     architecture = found[len(set(widths)) > 1]
@@ -90,7 +89,8 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
             f"llama.cpp's {name} graph reads no biases, the model has {biased[0]}; "
             "use --to padded, and export that"
         )
-    down_bias = source.family.down_bias_name(0)
+    down = source.architecture.units[0].down.removesuffix("weight")
+    down_bias = f"{source.architecture.block_prefix(0)}{down}bias"
     if down_bias in source.specs and not architecture.ffn_biases:
         raise ExportError(
             f"llama.cpp's {name} graph reads no FFN biases, the model has {down_bias}; "
@@ -98,7 +98,7 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
         )
     if architecture.tied_only and not config.tie_word_embeddings:
         raise ExportError(
-            f"llama.cpp runs {source.family.model_type} blocks of different widths only through "
+            f"llama.cpp runs {source.config.model_type} blocks of different widths only through "
             f"its {name} graph, which has no output matrix of its own, and this model's is not "
             f"tied to the embeddings; {_INSTEAD}"
         )
@@ -107,7 +107,7 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
 
 
 def _qkv_specs_differ(source: Checkpoint) -> bool:
-    prefix = source.family.block_prefix(0)
+    prefix = source.architecture.block_prefix(0)
     return len({source.specs[f"{prefix}self_attn.{m}_proj.weight"].dtype for m in "qkv"}) > 1
 
 

@@ -95,7 +95,7 @@ def gguf_name(source: Checkpoint, name: str) -> str:
         ExportError: it has none.
     """
     stem, _, suffix = name.rpartition(".")
-    block = re.match(rf"{re.escape(source.family.blocks)}\.(\d+)\.(.+)$", stem)
+    block = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.(.+)$", stem)
     if block is None:
         found = _OUTSIDE.get(stem)
     else:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.config_widths import fields_with_widths
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files
@@ -41,9 +40,9 @@ _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the model, its config and tokenizer into an existing directory."""
-    if source.family.experts is not None:
+    if source.architecture.has_experts:
         raise ExportError(
-            f"openvino export of {source.family.model_type} models is not supported: which experts "
+            f"openvino export of {source.config.model_type} models is not supported: which experts "
             "run depends on the text, and a traced model cannot choose; use --to padded"
         )
     openvino = _openvino()
@@ -51,7 +50,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     model = _convert(source)
     openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=kind == "f16")
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
-    widths = intermediate_sizes(source.config)
+    widths = source.architecture.widths
     fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     stock = fields_with_widths(fields, source.family, [max(widths)] * len(widths))
     (out / "config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
@@ -120,7 +119,7 @@ def _convert(source: Checkpoint) -> Any:
     except Exception as error:  # tracing fails in as many ways as there are models
         summary = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
-            f"OpenVINO cannot trace {source.family.causal_lm}: {summary[0]}; use --to padded"
+            f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}; use --to padded"
         ) from error
 
 

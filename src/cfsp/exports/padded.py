@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.config_widths import fields_with_widths
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
@@ -37,7 +36,7 @@ TOLERANCE = 1e-5
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the padded checkpoint into an existing directory."""
-    widths = intermediate_sizes(source.config)
+    widths = source.architecture.widths
     widest = max(widths)
     outgoing = [_outgoing(source, name, spec, widest) for name, spec in source.specs.items()]
     write_shards(out, outgoing)
@@ -46,7 +45,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)
     padding = widest * len(widths) - sum(widths)
-    layout = f"{source.family.causal_lm}, {len(widths)} blocks of {widest} channels"
+    layout = f"{source.architecture.class_name}, {len(widths)} blocks of {widest} channels"
     if not padding:
         return Written(layout, ("all blocks are equally wide: nothing was padded",))
     return Written(
@@ -70,7 +69,7 @@ def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verificatio
 
 
 def _outgoing(source: Checkpoint, name: str, spec: TensorSpec, widest: int) -> OutgoingTensor:
-    layout = source.family.layout_of(name)
+    layout = source.layout_of(name)
     if layout is None or layout.width(spec.shape) == widest:
         return OutgoingTensor(name, spec, lambda: source.chunks(name))
 
@@ -82,7 +81,7 @@ def _outgoing(source: Checkpoint, name: str, spec: TensorSpec, widest: int) -> O
 
 def _check_tensor(source: Checkpoint, name: str, found: Tensor) -> None:
     expected = source.read(name)
-    layout = source.family.layout_of(name)
+    layout = source.layout_of(name)
     if layout is not None:
         width = layout.width(expected.shape)
         padding = range(width, layout.width(found.shape))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
@@ -54,7 +53,7 @@ _SHARED = (
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the checkpoint into an existing directory."""
-    widths = intermediate_sizes(source.config)
+    widths = source.architecture.widths
     if len(set(widths)) == 1:
         plain = padded.write(source, out, options)
         return Written(plain.layout, ("all blocks are equally wide: the ordinary class runs it",))
@@ -76,18 +75,18 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     Raises:
         ExportError: the model is not a Llama in all but its widths.
     """
-    family = source.family
     config: Any = source.config
-    if family.model_type not in _LIKE_LLAMA:
+    model_type = source.config.model_type
+    if model_type not in _LIKE_LLAMA:
         raise ExportError(
-            f"vLLM's DeciLM class is a Llama and cannot express {family.model_type}; vLLM runs the "
+            f"vLLM's DeciLM class is a Llama and cannot express {model_type}; vLLM runs the "
             f"checkpoint itself: vllm serve {source.directory} --trust-remote-code "
             "--model-impl transformers"
         )
-    prefix = family.block_prefix(0)
+    prefix = source.architecture.block_prefix(0)
     biased = {m: f"{prefix}self_attn.{m}_proj.bias" in source.specs for m in "qkvo"}
     group = config.num_attention_heads // config.num_key_value_heads
-    widths = intermediate_sizes(config)
+    widths = source.architecture.widths
     fields = {key: getattr(config, key) for key in _SHARED if hasattr(config, key)}
     fields = {key: value for key, value in fields.items() if value is not None}
     if fields.get("sliding_window") and "layer_types" not in fields:
@@ -103,7 +102,7 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
         "intermediate_size": max(widths),
         "attention_bias": biased["o"],
         "qkv_bias": biased["q"],
-        "mlp_bias": f"{prefix}{family.mlp}.{family.up}.bias" in source.specs,
+        "mlp_bias": f"{prefix}mlp.up_proj.bias" in source.specs,
         "block_configs": [
             {
                 "attention": {"no_op": False, "n_heads_in_group": group},

@@ -90,7 +90,7 @@ def streamed_perplexity(
 
 def _head_tokens(source: WeightSource) -> float:
     """Return how many passes of a token through a block one through the head is worth."""
-    prefix = source.family.block_prefix(0)
+    prefix = source.architecture.block_prefix(0)
     block = sum(spec.elements for name, spec in source.specs.items() if name.startswith(prefix))
     return float(source.config.vocab_size * source.config.hidden_size / block)
 

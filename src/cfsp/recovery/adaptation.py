@@ -27,7 +27,7 @@ from cfsp.recovery.settings import Adaptation, Method, Targets
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.checkpoint.families import Family
+    from cfsp.checkpoint.architecture import Architecture, FFNUnit
 
 logger = logging.getLogger(__name__)
 # GPT-2 keeps its matrices transposed, in a class of its own.
@@ -53,7 +53,9 @@ def check_installed(method: Method) -> None:
         raise MissingExtraError("recovery" if method == "full" else "LoRA", "recover")
 
 
-def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> list[list[str]]:
+def target_names(
+    model: PreTrainedModel, architecture: Architecture, targets: Targets
+) -> list[list[str]]:
     """Return the full names of the projections to train, block by block.
 
     Experts are parameters of one module, which LoRA's modules cannot adapt: they are never among
@@ -63,30 +65,35 @@ def target_names(model: PreTrainedModel, family: Family, targets: Targets) -> li
         UsageError: there is no such projection.
     """
     names: list[list[str]] = []
-    for index, block in enumerate(blocks_of(model, family)):
+    for index, block in enumerate(blocks_of(model, architecture)):
         linear = [name for name, module in block.named_modules() if isinstance(module, _MATRICES)]
-        in_ffn = {family.path_in_block(matrix) for matrix in family.matrices}
-        if family.experts is not None:
-            in_ffn = {name for name in linear if name.startswith(f"{family.mlp}.")}
+        in_ffn = _linear_in_ffn(linear, architecture.units_of(index))
         chosen = {
             "mlp": [name for name in linear if name in in_ffn],
             "attention": [name for name in linear if name not in in_ffn],
             "all": linear,
         }[targets]
-        names.append([f"{family.block_prefix(index)}{name}" for name in chosen])
+        names.append([f"{architecture.block_prefix(index)}{name}" for name in chosen])
     if not any(names):
         raise UsageError(
-            f"the FFN of a {family.model_type} model is all experts, which cannot be trained yet; "
-            "use --targets attention"
+            f"the FFN of a {model.config.model_type} model is all experts, which cannot be trained "
+            "yet; use --targets attention"
         )
-    if family.experts is not None:
+    if architecture.has_experts:
         logger.info("experts stay as they are, everything else is trained")
     return names
 
 
+def _linear_in_ffn(linear: Sequence[str], units: Sequence[FFNUnit]) -> set[str]:
+    """Return the matrices of FFNs, and what lies beside these in the same module."""
+    matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
+    modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)
+    return {name for name in linear if name in matrices or name.startswith(modules)}
+
+
 def attach(
     model: PreTrainedModel,
-    family: Family,
+    architecture: Architecture,
     adaptation: Adaptation,
     rank_L: Sequence[int] | None,
 ) -> tuple[nn.Module, list[TrainableBlock]]:
@@ -96,7 +103,7 @@ def attach(
 
     Args:
         model: the pruned model; it is changed in place.
-        family: its family.
+        architecture: of the model.
         adaptation: what to train.
         rank_L: of every block; None for full training.
 
@@ -106,17 +113,17 @@ def attach(
     Raises:
         UsageError: there is nothing to train.
     """
-    names = target_names(model, family, adaptation.targets)
+    names = target_names(model, architecture, adaptation.targets)
     model.requires_grad_(False)
     if rank_L is None:
         for name in (name for block in names for name in block):
             for parameter in model.get_submodule(name).parameters():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-        return model, _trainable(model, family, [None] * len(names))
+        return model, _trainable(model, architecture, [None] * len(names))
     import peft
 
-    patterns = [rf"{re.escape(family.blocks)}\.{block}\..*" for block in range(len(rank_L))]
+    patterns = [rf"{re.escape(architecture.blocks)}\.{block}\..*" for block in range(len(rank_L))]
     largest = max(rank_L)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -134,7 +141,7 @@ def attach(
         # PEFT asks transformers for an attribute whose name is going away.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted: Any = peft.get_peft_model(model, config)
-    return adapted, _trainable(model, family, rank_L)
+    return adapted, _trainable(model, architecture, rank_L)
 
 
 def trained_tensors(model: PreTrainedModel) -> list[str]:
@@ -165,9 +172,9 @@ def merge(model: nn.Module) -> PreTrainedModel:
 
 
 def _trainable(
-    model: PreTrainedModel, family: Family, rank_L: Sequence[int | None]
+    model: PreTrainedModel, architecture: Architecture, rank_L: Sequence[int | None]
 ) -> list[TrainableBlock]:
     return [
         TrainableBlock(rank, sum(p.numel() for p in block.parameters() if p.requires_grad))
-        for rank, block in zip(rank_L, blocks_of(model, family), strict=True)
+        for rank, block in zip(rank_L, blocks_of(model, architecture), strict=True)
     ]

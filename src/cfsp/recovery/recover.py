@@ -138,7 +138,7 @@ def _recover(
         if prepared.teacher is not None:
             dense = load_to_train(prepared.teacher, device, request.compute.dtype)
     torch.manual_seed(training.seed)
-    adapted, blocks = attach(model, source.family, request.adaptation, prepared.rank_L)
+    adapted, blocks = attach(model, source.architecture, request.adaptation, prepared.rank_L)
     names = trained_tensors(model)
     log_trainable(blocks)
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from cfsp.calibration.calibrate import calibrate
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
@@ -106,7 +105,7 @@ def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def _widths(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
-    widths = intermediate_sizes(source.config)
+    widths = source.architecture.widths
     planned = PruningPlan.load(source.directory / PLAN_FILE).kept_widths
     for name, found in (("config.json", widths), (MANIFEST_FILE, manifest["intermediate_sizes"])):
         different = [

@@ -99,7 +99,7 @@ def _random_model(
     model.to(device)
     source = LoadedModel(model)
     work = work_of(source, head=subject.head, itemsize=dtype.itemsize)
-    prefix = f"{source.family.blocks}."
+    prefix = f"{source.architecture.blocks}."
     counted = {
         name: spec for name, spec in source.specs.items() if subject.head or name.startswith(prefix)
     }

@@ -75,15 +75,16 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
         itemsize: bytes of an element, of weights and of the cache.
     """
     config = source.config
-    prefix = f"{source.family.blocks}."
-    experts = source.family.experts
+    prefix = f"{source.architecture.blocks}."
+    experts = [unit.ffns for unit in source.units if unit.routed]
     parameters = expert_parameters = 0
     for name, spec in source.specs.items():
-        if name.startswith(prefix) and len(spec.shape) == 2:
-            parameters += spec.shape[0] * spec.shape[1]
-            if experts is not None and source.family.layout_of(name) is not None:
-                expert_parameters += spec.shape[0] * spec.shape[1]
-    routed = config.num_experts_per_tok / source.family.ffn_count(config) if experts else 1.0
+        if name.startswith(prefix) and len(spec.shape) >= 2:
+            parameters += spec.elements
+            layout = source.layout_of(name)
+            if layout is not None and source.units[layout.unit].routed:
+                expert_parameters += spec.elements
+    routed = config.num_experts_per_tok / experts[0] if experts else 1.0
     head_parameters = config.vocab_size * config.hidden_size if head else 0
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.families import architecture_of, family_of
 from cfsp.checkpoint.skeleton import blocks_of, projection_of
 from cfsp.errors import UnsupportedModelError
 from cfsp.quality.perplexity import perplexity
@@ -63,7 +63,7 @@ def masked_channels(model: PreTrainedModel, kept: Mapping[int, Sequence[int]]) -
     """
     family = family_of(model.config)
     check_can_be_masked(family)
-    blocks = blocks_of(model, family)
+    blocks = blocks_of(model, architecture_of(model.config))
     with ExitStack() as stack:
         for block, kept_K in kept.items():
             stack.enter_context(masked_block(blocks[block], family, kept_K))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
-from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.families import architecture_of, family_of
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.errors import CalibrationError
@@ -70,7 +70,7 @@ def block_sensitivities(
     """
     family = family_of(model.config)
     check_can_be_masked(family)
-    blocks = blocks_of(model, family)
+    blocks = blocks_of(model, architecture_of(model.config))
     total_L = [0.0] * len(blocks)
     with torch.inference_mode():
         for tokens_T in tokens_NT:
