@@ -21,6 +21,7 @@ LAYERS = (
     ("errors",),
     ("settings", "processes"),
     ("progress",),
+    ("architecture",),
     ("checkpoint",),
     ("text",),
     ("engine",),

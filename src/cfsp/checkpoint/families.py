@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from cfsp.checkpoint.architecture import Architecture
+    from cfsp.architecture.found import Architecture
     from cfsp.checkpoint.channel_layout import ChannelLayout
 
 
@@ -338,7 +338,7 @@ def intermediate_sizes(config: PreTrainedConfig) -> list[int]:
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Return what a model is made of: one FFN unit in each block."""
-    from cfsp.checkpoint.architecture import Architecture, ChannelAxis, FFNUnit
+    from cfsp.architecture.found import Architecture, ChannelAxis, FFNUnit
 
     family = family_of(config)
     units = tuple(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.architecture import Architecture, FFNUnit
+from cfsp.architecture.found import Architecture, FFNUnit
 from cfsp.checkpoint.channel_layout import ChannelLayout
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.expert_tensors import pieces

@@ -17,7 +17,7 @@ from cfsp.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.checkpoint.architecture import Architecture
+    from cfsp.architecture.found import Architecture
     from cfsp.checkpoint.reading import WeightSource
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cfsp.checkpoint.architecture import FFNUnit
+from cfsp.architecture.found import FFNUnit
 from cfsp.checkpoint.channel_layout import ChannelLayout
 from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import WeightSource

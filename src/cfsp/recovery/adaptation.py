@@ -27,7 +27,7 @@ from cfsp.recovery.settings import Adaptation, Method, Targets
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.checkpoint.architecture import Architecture, FFNUnit
+    from cfsp.architecture.found import Architecture, FFNUnit
 
 logger = logging.getLogger(__name__)
 # GPT-2 keeps its matrices transposed, in a class of its own.

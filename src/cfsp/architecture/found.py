@@ -6,8 +6,8 @@
                     FFNUnit(block 1, "mlp.experts", 768 channels in each of 64 FFNs)
                     FFNUnit(block 1, "mlp.shared_expert", 1536 channels)
 
-It is found in the model (`cfsp.checkpoint.discovery`), not looked up by the model's type, and
-proved by execution (`cfsp.checkpoint.proof`).
+It is found in the model (`cfsp.architecture.discovery`), not looked up by the model's type, and
+proved by execution (`cfsp.architecture.proof`).
 
 Shapes: E experts, F FFN channels, D hidden.
 """
@@ -112,10 +112,46 @@ class FFNUnit:
     @property
     def kind(self) -> tuple[object, ...]:
         """All but the place: units of a kind are proved once."""
+        return (self.width, self.ffns, *self.form)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """The kind without its numbers: what a smaller model of the same class has in common."""
         return (
-            self.path, self.width, self.ffns, self.up, self.gate, self.down,
-            tuple(self.axes.items()), self.attributes,
+            self.path, self.up, self.gate, self.down, tuple(self.axes.items()), self.attributes,
+            self.routed,
         )  # fmt: skip
+
+    @property
+    def plain_axes(self) -> dict[str, tuple[int, int]]:
+        """The axes as plain numbers, as `resize_ffn` and config.json have them."""
+        return {name: (axis.axis, axis.parts) for name, axis in self.axes.items()}
+
+    @property
+    def plain_attributes(self) -> list[tuple[str, str, int]]:
+        """The attributes as plain values, as `resize_ffn` and config.json have them."""
+        return [(a.module, a.name, a.times) for a in self.attributes]
+
+    def select(self, name: str, parameter: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
+        """Return one of its parameters with the kept channels of each FFN only.
+
+        Args:
+            name: dotted path from the block, one of `axes`.
+            parameter: its values.
+            kept_EK: for each FFN the channels to keep, as many of each.
+        """
+        axis = self.axes[name]
+        if not self.routed:
+            return axis.select(parameter, kept_EK[0])
+        of_one = replace(axis, axis=axis.axis - 1)
+        return torch.stack(
+            [of_one.select(one, kept) for one, kept in zip(parameter, kept_EK, strict=True)]
+        )
+
+    def as_fused_as(self, other: FFNUnit) -> FFNUnit:
+        """Return the same unit with gate and up sharing their matrix as in another one."""
+        fusion = other.axes[other.up].fusion
+        return self.with_fusion(fusion) if fusion else self
 
     def with_fusion(self, fusion: Fusion) -> FFNUnit:
         """Return the same unit with gate and up sharing their matrix in another way."""
@@ -145,7 +181,8 @@ class Architecture:
 
     Attributes:
         class_name: of the transformers class.
-        decoder: dotted path from the model to the module whose forward calls the blocks.
+        decoder: dotted path from the model to the text decoder, which takes token ids and whose
+            forward calls the blocks.
         blocks: dotted path from the model to the list of blocks.
         block_count: how many blocks.
         units: in the order of blocks, and within a block as they are registered.
@@ -177,6 +214,10 @@ class Architecture:
     def units_of(self, block: int) -> tuple[FFNUnit, ...]:
         """Return the FFN units of one block."""
         return tuple(unit for unit in self.units if unit.block == block)
+
+    def module_name(self, unit: FFNUnit) -> str:
+        """Return the dotted path from the model to the module of a unit."""
+        return f"{self.block_prefix(unit.block)}{unit.path}".removesuffix(".")
 
     def block_prefix(self, block: int) -> str:
         """Return what the names of all parameters of one block begin with."""

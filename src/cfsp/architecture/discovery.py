@@ -1,7 +1,7 @@
 """Finding the blocks of a model and their FFN units, by looking at its modules.
 
 The model may be on the meta device: only shapes and names of attributes count. What is found is a
-guess, which `cfsp.checkpoint.proof` proves or refuses.
+guess, which `cfsp.architecture.proof` proves or refuses.
 
 An FFN is a module whose matrices lead D -> F -> D:
 
@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cfsp.checkpoint.architecture import (
+from cfsp.architecture.found import (
     Architecture,
     ChannelAxis,
     FFNUnit,
@@ -31,11 +31,14 @@ from cfsp.checkpoint.architecture import (
 )
 from cfsp.errors import UnsupportedModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Attributes that nothing computes with although they may equal a width by chance.
 _NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
 
 
-def find_architecture(model: nn.Module) -> Architecture:
+def find_architecture(model: PreTrainedModel) -> Architecture:
     """Return the blocks of a model and the FFN units that they seem to have.
 
     Args:
@@ -71,7 +74,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     )
     return Architecture(
         class_name=type(model).__name__,
-        decoder=path.rpartition(".")[0],
+        decoder=_path_of(model, model.get_decoder()),
         blocks=path,
         block_count=len(blocks),
         units=chosen,
@@ -93,8 +96,7 @@ def _hidden_size(text_config: Any) -> int:
 def _block_lists(model: Any, text_config: Any) -> Iterator[tuple[str, nn.ModuleList]]:
     """Yield the lists of modules in the text decoder that may be its blocks."""
     decoder = model.get_decoder()
-    paths = [path for path, module in model.named_modules() if module is decoder]
-    base = paths[0] if paths else ""
+    base = _path_of(model, decoder)
     inside: list[str] = []
     for name, module in decoder.named_modules():
         path = f"{base}.{name}" if base and name else base or name
@@ -103,6 +105,10 @@ def _block_lists(model: Any, text_config: Any) -> Iterator[tuple[str, nn.ModuleL
         if isinstance(module, nn.ModuleList) and len(module) == _layers(text_config):
             inside.append(path)
             yield path, module
+
+
+def _path_of(model: nn.Module, part: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is part)
 
 
 def _layers(text_config: Any) -> int:

@@ -1,0 +1,83 @@
+"""Which transformers class a config belongs to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# What the classes that cfsp writes are called: that of transformers with this in front.
+PRUNED = "Pruned"
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the language model class of a config, with or without a vision tower.
+
+    It is the class that the config names, if that is one of transformers or was registered with
+    an Auto class; else the one that the Auto classes have for the config's class.
+
+    Raises:
+        UnsupportedModelError: there is none, or it is an encoder or has one.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    mappings: tuple[Any, ...] = (
+        AutoModelForCausalLM._model_mapping,
+        AutoModelForImageTextToText._model_mapping,
+    )
+    _check_is_decoder(config, modeling_auto)
+    known = _classes_by_name(mappings)
+    for name in config.architectures or ():
+        name = name.removeprefix(PRUNED)
+        if name in known:
+            return known[name] or getattr(transformers, name)  # type: ignore[no-any-return]
+    for mapping in mappings:
+        found = mapping.get(type(config), None)
+        # The first of several is the one that AutoModel builds unless told otherwise.
+        found = found[0] if isinstance(found, tuple | list) else found
+        # A multimodal config is in both mappings; in the first for its text decoder alone.
+        if found is not None and not _is_of_text_alone(found, config):
+            return found  # type: ignore[no-any-return]
+    raise UnsupportedModelError(
+        f"model type {config.model_type!r} has no class for causal language modelling or for text "
+        f"from images in transformers {transformers.__version__}; expected one that "
+        "AutoModelForCausalLM or AutoModelForImageTextToText knows; register a class of your own "
+        "with AutoModelForCausalLM.register"
+    )
+
+
+def _classes_by_name(mappings: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the registered classes; None stands for one of transformers, not imported yet."""
+    known: dict[str, Any] = {}
+    for mapping in mappings:
+        for names in mapping._model_mapping.values():
+            known |= dict.fromkeys([names] if isinstance(names, str) else names)
+        known |= {found.__name__: found for found in mapping._extra_content.values()}
+    return known
+
+
+def _is_of_text_alone(found: Any, config: PreTrainedConfig) -> bool:
+    text = config.sub_configs.get("text_config")
+    return text is not None and getattr(found, "config_class", None) is text
+
+
+def _check_is_decoder(config: Any, modeling_auto: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is an encoder with a decoder; cfsp prunes "
+            "decoder-only language models"
+        )
+    # Encoders are in the mapping of causal models too, for the configs with `is_decoder`.
+    if (
+        config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(config, "is_decoder", False)
+    ):  # fmt: skip
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is an encoder (its config does not say "
+            "is_decoder); cfsp prunes decoder-only language models"
+        )

@@ -1,0 +1,88 @@
+"""Smaller configs of the same class, for a model that is built only to try something.
+
+All widths (hidden size, FFN channels, size of a head, ranks) are divided by the same number; all
+counts (blocks, heads, experts, groups) stay. So what must divide another or be its double still
+does, and the small model has its FFNs at the places of the large one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DIVISORS = (32, 16, 8, 4, 2)
+LEAST_HIDDEN_SIZE = 64
+MOST_TOKEN_IDS = 512
+
+_WIDTH = re.compile(
+    r"(^|_)(size|sizes|dim|dims|rank|width|inner|embd|channels|rotary_ndims|mrope_section"
+    r"|d_model|d_ff|d_kv|d_head|d_ssm|d_inner)($|_)"
+)
+_FFN_WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim")
+_NO_WIDTH = re.compile(
+    r"vocab|window|chunk|patch|image|kernel|state|block_size|batch|group|position|token|cache"
+    r"|^num_|pad|context|conv_size|vision|audio"
+)
+
+
+def smaller_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yield copies of a config, the smallest first and the last with its widths as they are.
+
+    Whether a model can be built from one of them is for the caller to try.
+    """
+    text_config: Any = config.get_text_config(decoder=True)
+    hidden = text_config.hidden_size if isinstance(text_config.hidden_size, int) else 0
+    divisors = [number for number in DIVISORS if hidden // number >= LEAST_HIDDEN_SIZE]
+    for divisor in divisors:
+        yield _shrunk(config, _WIDTH, divisor)
+    for divisor in divisors:
+        yield _shrunk(config, _FFN_WIDTH, divisor)
+    yield _shrunk(config, _WIDTH, 1)
+
+
+def _shrunk(config: PreTrainedConfig, names: re.Pattern[str], divisor: int) -> PreTrainedConfig:
+    smaller = copy.deepcopy(config)
+    text_config = smaller.get_text_config(decoder=True)
+    vocabulary = getattr(text_config, "vocab_size", 0)
+    for part in (smaller, text_config):
+        _use_few_tokens(part, vocabulary)
+    _divide(text_config, names, divisor)
+    return smaller
+
+
+def _divide(part: Any, names: re.Pattern[str], divisor: int) -> None:
+    """Divide the widths of a config and of the configs and dictionaries in it."""
+    values = part if isinstance(part, dict) else vars(part)
+    for name, value in list(values.items()):
+        if isinstance(value, dict) or hasattr(value, "to_dict"):
+            _divide(value, names, divisor)
+        elif names.search(str(name)) and not _NO_WIDTH.search(str(name)):
+            values[name] = _divided(value, divisor)
+
+
+def _divided(value: Any, divisor: int) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_divided(item, divisor) for item in value)
+    if type(value) is int and value >= divisor:
+        return value // divisor
+    return value
+
+
+def _use_few_tokens(part: Any, vocabulary: int) -> None:
+    """Cut the vocabulary; the ids of special tokens move into what is left."""
+    for name, value in list(vars(part).items()):
+        if type(value) is int and name.startswith("vocab_size"):
+            setattr(part, name, min(value, MOST_TOKEN_IDS))
+        elif vocabulary > MOST_TOKEN_IDS and re.search(r"token_(id|index)s?$", name):
+            setattr(part, name, _among_few(value))
+
+
+def _among_few(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_among_few(item) for item in value)
+    return value % MOST_TOKEN_IDS if type(value) is int and value > 0 else value
