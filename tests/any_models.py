@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -124,6 +124,8 @@ SMALL_TOWER: dict[str, Any] = {
     "out_hidden_size": HIDDEN,
     "projection_dim": HIDDEN,
     "output_proj_dims": HIDDEN,
+    "image_size": 28,
+    "patch_size": 14,
     "num_position_embeddings": 16,
     "position_embedding_size": 16,
     "fullatt_block_indexes": (1,),
@@ -168,11 +170,23 @@ _GEMMA4 = {"layer_types": _SLIDING_THEN_FULL, "pad_token_id": 2}
 
 # What a type needs besides `SMALL`: of its own config, and of the parts of a multimodal one.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "helium": {"head_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"], "num_dense_layers": 1},
+    "emu3": {"text_config": {"pad_token_id": 2}},
     "bamba": {"attn_layer_indices": [1]},
     "cohere2": {"layer_types": _SLIDING_THEN_FULL},
-    # Latent attention has no groups.
-    "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
     "falcon": {"alibi": False},
     "gemma3": {
         "mm_tokens_per_image": 4,
@@ -182,6 +196,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": _SLIDING_THEN_FULL},
     "gemma4": {"audio_config": None, "text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
+    "glm46v": {"text_config": {"rope_parameters": _SMALL_MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE}},
+    "glm_ocr": {"text_config": {"rope_parameters": _MROPE}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
     "glm4v": {
         "text_config": {"rope_parameters": _SMALL_MROPE},
         "vision_config": {"image_size": 28, "patch_size": 14, "spatial_merge_size": 2},
@@ -226,6 +244,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": _SMALL_MROPE},
         "vision_config": {"patch_size": 14, "window_size": 56},
     },
+    "qwen2_vl": {"text_config": {"rope_parameters": _SMALL_MROPE}},
     "qwen3_5": {
         "text_config": {"layer_types": _LINEAR_THEN_FULL, "rope_parameters": _PARTIAL_MROPE},
     },
@@ -257,25 +276,26 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 def _values(
     config_class: type[PreTrainedConfig], sizes: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any]:
+    """Return what a config class is made with; its parts as dictionaries."""
     fields = {field.name for field in dataclasses.fields(config_class)}
-    # `SMALL` may call it by another name than the class does.
-    named = {name: value for name, value in sizes.items() if name in fields}
-    named |= {name: value for name, value in _SPECIAL_TOKENS.items() if name in fields}
+    values = {name: value for name, value in {**sizes, **_SPECIAL_TOKENS}.items() if name in fields}
+    if "kv_lora_rank" in fields and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]  # latent: has no groups
+    values |= overrides
     for part, part_class in config_class.sub_configs.items():
         own = overrides.get(part, {})
         if own is None:
             continue
-        if "model_type" in own:
-            part_class = CONFIG_MAPPING[own["model_type"]]
+        if part_class is AutoConfig:
+            default = getattr(config_class(), part)
+            part_class = CONFIG_MAPPING[own["model_type"]] if "model_type" in own else type(default)
         if not dataclasses.is_dataclass(part_class):
             continue
         is_tower = any(word in part for word in ("vision", "audio"))
-        named[part] = _values(part_class, SMALL_TOWER if is_tower else SMALL, own)
-    return {**named, **{name: overrides[name] for name in overrides if name not in named}} | {
-        name: value
-        for name, value in overrides.items()
-        if name not in config_class.sub_configs or value is None
-    }
+        values[part] = _values(part_class, SMALL_TOWER if is_tower else SMALL, own)
+        if "model_type" in fields:
+            values[part].setdefault("model_type", part_class.model_type)
+    return values
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
