@@ -267,10 +267,16 @@ REPRESENTATIVES = (
 )  # fmt: skip
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Return a config of a type with a tiny decoder and, if it has one, a tiny vision tower."""
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """Return a config of a type with a tiny decoder and, if it has one, a tiny vision tower.
+
+    Args:
+        model_type: that transformers knows.
+        overrides: instead of those in `OVERRIDES`, key by key.
+    """
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_values(config_class, SMALL, OVERRIDES.get(model_type, {})))
+    own = {**OVERRIDES.get(model_type, {}), **overrides}
+    return config_class(**_values(config_class, SMALL, own))
 
 
 def _values(
@@ -310,10 +316,11 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     return getattr(transformers, name[0] if isinstance(name, tuple | list) else name)
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a model of a type with random weights, in float32, in evaluation mode."""
     torch.manual_seed(seed)
-    model = model_class(model_type)._from_config(tiny_config(model_type)).eval()
+    config = tiny_config(model_type, **overrides)
+    model = model_class(model_type)._from_config(config).eval()
     # What is made zero or one, such as norms and biases, would hide an error.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
