@@ -251,6 +251,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": _LINEAR_THEN_FULL, "rope_parameters": _PARTIAL_MROPE},
     "qwen3_next": {"layer_types": _LINEAR_THEN_FULL},
     "qwen3_vl": {"text_config": {"rope_parameters": {**_MROPE, "mrope_interleaved": True}}},
+    "step3p7": {"text_config": {"pad_token_id": 2}},
     "smolvlm": {
         "text_config": {"model_type": "llama"},
         "vision_config": {"image_size": 28, "patch_size": 14},
