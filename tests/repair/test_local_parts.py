@@ -104,7 +104,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     with torch.no_grad(), hidden_states_entering(blocks) as entering_L:
         model(tokens_BT)
     skeleton = build_skeleton(model.config, torch.float32)
-    base = getattr(model, source.family.base_prefix)
+    base = model.get_submodule(source.architecture.decoder)
     calls = record_calls(base, blocks, tokens_BT).calls
     pruned = PrunedSource(source, plan, {})
     group = BlockGroup(pruned, blocks_of(skeleton, source.architecture)[:2], 0, {2: calls[:2]}, CPU)

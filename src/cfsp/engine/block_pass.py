@@ -122,7 +122,8 @@ def pass_blocks(
             with times.part("visits"):
                 results.append(visit(block))
             progress.block_done()
-            if saver is not None and block.index + 1 < blocks and may_stop_after(block.index):
+            is_last, is_enough = block.index + 1 == blocks, may_stop_after(block.index)
+            if saver is not None and not is_last and is_enough and not block.leaves_more:
                 saver.block_done(block.hidden)
         if saver is not None:
             saver.all_done()

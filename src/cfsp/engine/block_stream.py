@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,9 @@ from cfsp.checkpoint.skeleton import (
     unload,
 )
 from cfsp.engine.activations import observed_activations
-from cfsp.engine.call_recorder import BlockCall, Recording, record_calls
+from cfsp.engine.block_calls import BlockCalls
+from cfsp.engine.call_recorder import BlockCall
+from cfsp.engine.decoder_start import DecoderStart
 from cfsp.engine.hidden_states import HiddenInMemory, HiddenStates
 from cfsp.engine.pass_times import PassTimes
 from cfsp.engine.read_ahead import read_ahead
@@ -63,7 +64,7 @@ class StreamedBlock:
     device: torch.device
     _family: Family
     _batches: list[slice]
-    _calls: dict[int, list[BlockCall]]
+    _calls: BlockCalls
     _on_batch: Callable[[int], None]
     _times: PassTimes
 
@@ -96,9 +97,8 @@ class StreamedBlock:
             for batch in self._batches:
                 with self._times.part("hidden_states"):
                     input_BTD = self.hidden.read(batch).to(self.device)
-                call = self.call(self.index, input_BTD.shape[0])
                 first_window, seqlen = batch.start, input_BTD.shape[1]
-                output_BTD = call(self.module, input_BTD)
+                output_BTD = self.compute(batch, input_BTD)
                 on_hidden(input_BTD, output_BTD)
                 with self._times.part("hidden_states"):
                     self.hidden.write(batch, output_BTD)
@@ -106,16 +106,37 @@ class StreamedBlock:
         self.hidden.turn()
         unload(self.module)
 
-    def call(self, index: int, windows: int) -> BlockCall:
-        """Return how the model calls one of its blocks with a batch of so many windows."""
-        return self._calls[windows][index]
+    def compute(self, batch: slice, input_BTD: Tensor) -> Tensor:
+        """Return what the block makes of some windows, called as the model calls it."""
+        windows = range(batch.start, batch.stop)
+        return self._calls.compute(self.index, self.module, windows, input_BTD)
 
-    def pass_through(self, compute: Callable[[Tensor], Tensor], batches: Iterable[slice]) -> None:
-        """Let some windows pass a function in this block's place; `hidden.turn` ends the block."""
+    def call(self, index: int, windows: int) -> BlockCall:
+        """Return how the model calls one of its blocks with any batch of so many windows.
+
+        Raises:
+            UnsupportedModelError: its calls differ from window to window.
+        """
+        return self._calls.of(index, windows)
+
+    @property
+    def leaves_more(self) -> bool:
+        """Whether later blocks need more of this one than the hidden states that leave it."""
+        return self._calls.carry(self.index)
+
+    def pass_through(
+        self, compute: Callable[[slice, Tensor], Tensor], batches: Iterable[slice]
+    ) -> None:
+        """Let some windows pass a function in this block's place; `hidden.turn` ends the block.
+
+        Args:
+            compute: gives what leaves it, from the windows of a batch and what enters (BTD).
+            batches: the windows.
+        """
         for batch in batches:
             with self._times.part("hidden_states"):
                 input_BTD = self.hidden.read(batch).to(self.device)
-            output_BTD = compute(input_BTD)
+            output_BTD = compute(batch, input_BTD)
             with self._times.part("hidden_states"):
                 self.hidden.write(batch, output_BTD)
 
@@ -171,12 +192,16 @@ def stream_blocks(
         return read_tensors(blocks[index], source.architecture.block_prefix(index), source, dtype)
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(blocks))) as ahead:
-        with _Embedding(skeleton, blocks, source, device, dtype) as embedding:
-            hidden, calls = embedding.embed(
-                tokens_NT, batches, open_hidden, resumed=first_block > 0
+        with _decoder_with_weights(
+            skeleton, source.architecture.decoder, source.architecture.blocks, source, device, dtype
+        ) as decoder:
+            start = DecoderStart(decoder, blocks, device)
+            hidden, calls = start.embed(
+                tokens_NT, batches, lambda shape: open_hidden(shape, dtype), resumed=first_block > 0
             )
-            for windows in set(more_batch_sizes) - calls.keys():
-                calls[windows] = embedding.calls_for(tokens_NT[:windows])
+            for windows in set(more_batch_sizes):
+                if windows not in calls:
+                    calls.add(range(windows), start.record(tokens_NT[:windows]).calls)
         for index in range(first_block, len(blocks)):
             module = blocks[index]
             with times.part("weights"):
@@ -197,74 +222,38 @@ def stream_blocks(
             unload(module)
 
 
-@dataclass
-class _Embedding:
-    """The part of a model before its first block."""
+@contextmanager
+def _decoder_with_weights(
+    skeleton: nn.Module,
+    decoder: str,
+    blocks: str,
+    source: WeightSource,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[nn.Module]:
+    """Read everything of the decoder but its blocks: they are the only large part.
 
-    skeleton: nn.Module
-    blocks: nn.ModuleList
-    source: WeightSource
-    device: torch.device
-    dtype: torch.dtype
-
-    def embed(
-        self,
-        tokens_NT: Tensor,
-        batches: list[slice],
-        open_hidden: OpenHidden,
-        *,
-        resumed: bool,
-    ) -> tuple[HiddenStates, dict[int, list[BlockCall]]]:
-        """Return the hidden states, and the block calls for each number of windows in a batch.
-
-        Windows are never padded, so the calls depend on a batch's shape only. A resumed pass
-        has its hidden states already and needs one batch of every shape.
-        """
-        hidden: HiddenStates | None = None
-        calls: dict[int, list[BlockCall]] = {}
-        for batch in batches:
-            if resumed and batch.stop - batch.start in calls:
-                continue
-            recording = self._record(tokens_NT[batch])
-            embedded_BTD = recording.embedded_BTD
-            assert embedded_BTD is not None
-            if hidden is None:
-                hidden = open_hidden((*tokens_NT.shape, embedded_BTD.shape[-1]), self.dtype)
-            if not resumed:
-                hidden.write(batch, embedded_BTD)
-            calls.setdefault(len(embedded_BTD), recording.calls)
-        assert hidden is not None
-        return hidden, calls
-
-    def calls_for(self, tokens_BT: Tensor) -> list[BlockCall]:
-        """Return the block calls for a batch of this shape."""
-        return self._record(tokens_BT).calls
-
-    def _record(self, tokens_BT: Tensor) -> Recording:
-        return record_calls(self._base_model, self.blocks, tokens_BT.to(self.device))
-
-    @property
-    def _base_model(self) -> nn.Module:
-        model: nn.Module = getattr(self.skeleton, self.source.family.base_prefix)
-        return model
-
-    def __enter__(self) -> Self:
-        """Read everything of the base model but its blocks: they are the only large part."""
-        family, base_model = self.source.family, self._base_model
-        with _without_blocks(base_model, family.blocks_in_base_model):
-            prefix = f"{family.base_prefix}."
-            fill(base_model, read_tensors(base_model, prefix, self.source, self.dtype), self.device)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with _without_blocks(self._base_model, self.source.family.blocks_in_base_model):
-            unload(self._base_model)
+    Args:
+        skeleton: the model.
+        decoder: path from it to the module whose forward calls the blocks. Only this part of
+            the model is read: not the vision tower of a multimodal one.
+        blocks: path from it to the list of blocks, inside the decoder.
+        source: where the tensors come from.
+        device: where to compute.
+        dtype: what to compute in.
+    """
+    module, prefix = skeleton.get_submodule(decoder), f"{decoder}." if decoder else ""
+    with _without_blocks(skeleton, blocks):
+        fill(module, read_tensors(module, prefix, source, dtype), device)
+    yield module
+    with _without_blocks(skeleton, blocks):
+        unload(module)
 
 
 @contextmanager
-def _without_blocks(base_model: nn.Module, path: str) -> Iterator[None]:
+def _without_blocks(model: nn.Module, path: str) -> Iterator[None]:
     parent_path, _, leaf = path.rpartition(".")
-    parent = attrgetter(parent_path)(base_model) if parent_path else base_model
+    parent = model.get_submodule(parent_path)
     blocks = getattr(parent, leaf)
     setattr(parent, leaf, nn.ModuleList())
     try:

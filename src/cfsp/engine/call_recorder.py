@@ -2,11 +2,13 @@
 
 The model's own forward runs with every block replaced by a recorder that notes the arguments
 it is given and returns the hidden state unchanged. No family's private signature is needed.
+
+Shapes: B windows in a batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,29 +16,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.engine.call_form import PLAIN, PLAIN_LAYOUT, CallForm, HiddenLayout
+from cfsp.engine.call_values import Place, with_values
 from cfsp.engine.stand_in import StandIn, hidden_state, replaced
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """Everything but the hidden state that a model passes to one of its blocks."""
+    """Everything but the hidden state that a model passes to one of its blocks.
+
+    Attributes:
+        args: after the hidden state, if that is the first.
+        kwargs: by their names.
+        layout: how the model has its hidden states.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    layout: HiddenLayout = PLAIN_LAYOUT
 
     def __call__(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """Call a block as the model would, and return its output hidden state."""
-        output = block(hidden_BTD, *self.args, **self.kwargs)
-        result = output[0] if isinstance(output, tuple) else output
-        assert isinstance(result, Tensor)
-        return result
+        return self.hidden_of(self.output_of(block, hidden_BTD))
+
+    def output_of(self, block: nn.Module, hidden_BTD: Tensor) -> Any:
+        """Call a block as the model would, and return all that it returns."""
+        return block(self.layout.unpack(hidden_BTD), *self.args, **self.kwargs)
+
+    def hidden_of(self, output: Any) -> Tensor:
+        """Return the hidden state in what a block returned."""
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        assert isinstance(hidden, Tensor)
+        return self.layout.pack(hidden)
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as one value, in which every part has its place."""
+        return self.args, self.kwargs
+
+    def with_values(self, values: Mapping[Place, Any]) -> BlockCall:
+        """Return the same call with other values in some places of its arguments."""
+        if not values:
+            return self
+        args, kwargs = with_values(self.arguments, values)
+        return BlockCall(args, kwargs, self.layout)
 
     def for_training(self) -> BlockCall:
         """Return the same call with tensors that autograd accepts, floating ones in float32.
 
         Those that were recorded in inference mode cannot be saved for a backward pass.
         """
-        return BlockCall(_trainable(self.args), _trainable(self.kwargs))
+        return BlockCall(_trainable(self.args), _trainable(self.kwargs), self.layout)
 
 
 def _trainable(value: Any) -> Any:
@@ -62,51 +92,59 @@ class AllBlocksRecordedError(Exception):
 
 
 class _Recorder(StandIn):
-    def __init__(self, original: nn.Module, recording: Recording, is_last: bool) -> None:
+    def __init__(
+        self, original: nn.Module, recording: Recording, form: CallForm, is_last: bool
+    ) -> None:
         super().__init__(original)
         self._recording = recording
+        self._form = form
         self._is_last = is_last
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden_BTD = hidden_state(args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_state(args, kwargs)
         if "hidden_states" in kwargs:
             del kwargs["hidden_states"]
         else:
             args = args[1:]
+        layout = self._form.layout
         if self._recording.embedded_BTD is None:
-            self._recording.embedded_BTD = hidden_BTD
-        self._recording.calls.append(BlockCall(args, kwargs))
+            self._recording.embedded_BTD = layout.pack(hidden)
+        self._recording.calls.append(BlockCall(args, kwargs, layout))
         if self._is_last:
             raise AllBlocksRecordedError
-        return hidden_BTD
+        return self._form.returned(hidden)
 
 
 @contextmanager
-def recorded_blocks(blocks: nn.ModuleList) -> Iterator[Recording]:
+def recorded_blocks(blocks: nn.ModuleList, form: CallForm = PLAIN) -> Iterator[Recording]:
     """Replace the blocks by recorders; put them back afterwards."""
     recording, count = Recording(), len(blocks)
 
     def recorder(index: int, original: nn.Module) -> nn.Module:
-        return _Recorder(original, recording, is_last=index == count - 1)
+        return _Recorder(original, recording, form, is_last=index == count - 1)
 
     with replaced(blocks, count, recorder):
         yield recording
 
 
-def record_calls(base_model: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor) -> Recording:
+def record_calls(
+    decoder: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor, form: CallForm = PLAIN
+) -> Recording:
     """Run a model's embeddings and masks on tokens; note how it would call its blocks.
 
     Args:
-        base_model: the model without its head; needs weights for all but its blocks.
+        decoder: the module whose forward takes token ids and calls the blocks; needs weights for
+            all but its blocks.
         blocks: its list of decoder blocks.
         tokens_BT: token ids.
+        form: how it takes hidden states from its blocks.
 
     Returns:
         The embedded tokens and one call for each block.
     """
-    with recorded_blocks(blocks) as recording:
+    with recorded_blocks(blocks, form) as recording:
         try:
-            base_model(input_ids=tokens_BT, use_cache=False)
+            decoder(input_ids=tokens_BT, use_cache=False)
         except AllBlocksRecordedError:
             pass
         else:

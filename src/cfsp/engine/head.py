@@ -1,8 +1,5 @@
 """What a model predicts from the hidden states that leave its last block.
 
-The model's own forward runs with its blocks left out, so that no family's last norm, scaling,
-soft-capping or head needs to be known.
-
 Shapes: P positions of any windows, D hidden, V vocabulary.
 """
 
@@ -13,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill_head
-from cfsp.engine.resumed_forward import resumed_at
+from cfsp.checkpoint.skeleton import build_skeleton, fill_head
+from cfsp.engine.decoder_end import DecoderEnd
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -35,13 +32,11 @@ class Head:
     def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
         # Autograd refuses the tensors of inference mode, which passes run in.
         with torch.inference_mode(mode=False):
-            self._model = build_skeleton(source.config, dtype)
-            fill_head(self._model, source, dtype, device)
-        self._blocks = blocks_of(self._model, source.architecture)
+            model = build_skeleton(source.config, dtype)
+            fill_head(model, source, dtype, device)
+        found = source.architecture
+        self._end = DecoderEnd(model, found.decoder, found.blocks, device)
         self._dtype = dtype
-        embeddings = self._model.get_input_embeddings()
-        assert isinstance(embeddings, torch.nn.Embedding)
-        self._embedded = embeddings.embedding_dim
         self.vocabulary = int(source.config.vocab_size)
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
@@ -50,14 +45,5 @@ class Head:
         Args:
             hidden_PD: hidden states after the last block; gradients reach them.
         """
-        # Nothing after the blocks looks at other positions, so each is a window of its own.
-        hidden_P1D = hidden_PD.to(self._dtype).unsqueeze(1)
-        # Which tokens they are does not matter any more.
-        embedded_P1D = hidden_P1D.new_zeros(len(hidden_P1D), 1, self._embedded)
-        with (
-            torch.autocast(hidden_P1D.device.type, enabled=False),
-            resumed_at(self._blocks, len(self._blocks), hidden_P1D),
-        ):
-            output = self._model(inputs_embeds=embedded_P1D, use_cache=False)
-        logits_PV: Tensor = output.logits[:, 0]
-        return logits_PV
+        with torch.autocast(hidden_PD.device.type, enabled=False):
+            return self._end.logits(hidden_PD.to(self._dtype))

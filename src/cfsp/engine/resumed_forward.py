@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cfsp.engine.call_form import PLAIN, CallForm
 from cfsp.engine.stand_in import StandIn, hidden_state, replaced
 
 
@@ -33,17 +34,21 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def resumed_at(blocks: nn.ModuleList, first: int, hidden_BTD: Tensor) -> Iterator[None]:
+def resumed_at(
+    blocks: nn.ModuleList, first: int, hidden_BTD: Tensor, form: CallForm = PLAIN
+) -> Iterator[None]:
     """Let the model compute its blocks from `first` on only, on a given hidden state.
 
     Args:
         blocks: the model's list of decoder blocks.
         first: index of the first block that computes.
-        hidden_BTD: what enters it; of the tokens that the model is then called with.
+        hidden_BTD: what enters it, as the model has it (see `HiddenLayout`); of the tokens that
+            the model is then called with.
+        form: how the model takes hidden states from its blocks.
     """
 
     def stand_in(index: int, original: nn.Module) -> nn.Module:
-        return _Given(original, hidden_BTD if index == first - 1 else None)
+        return _Given(original, hidden_BTD if index == first - 1 else None, form)
 
     with replaced(blocks, first, stand_in):
         yield
@@ -52,9 +57,11 @@ def resumed_at(blocks: nn.ModuleList, first: int, hidden_BTD: Tensor) -> Iterato
 class _Given(StandIn):
     """Returns what is given, or what it is called with."""
 
-    def __init__(self, original: nn.Module, given_BTD: Tensor | None) -> None:
+    def __init__(self, original: nn.Module, given_BTD: Tensor | None, form: CallForm) -> None:
         super().__init__(original)
         self._given_BTD = given_BTD
+        self._form = form
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_state(args, kwargs) if self._given_BTD is None else self._given_BTD
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given_BTD = hidden_state(args, kwargs) if self._given_BTD is None else self._given_BTD
+        return self._form.returned(given_BTD)

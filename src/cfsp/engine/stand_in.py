@@ -50,7 +50,6 @@ def replaced(
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden state (BTD) among the arguments that a model calls a block with."""
-    hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    assert isinstance(hidden_BTD, Tensor)
-    return hidden_BTD
+    """Return the hidden state among the arguments that a model calls a block with."""
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden

@@ -279,10 +279,7 @@ class _Visits(Generic[T]):
     def visit(self, block: StreamedBlock) -> T | None:
         """Let the dense stream pass a block, and the pruned one the group that ends with it."""
         streams, hidden = self.streams, block.hidden
-        block.pass_through(
-            lambda hidden_BTD: block.call(block.index, len(hidden_BTD))(block.module, hidden_BTD),
-            streams.dense,
-        )
+        block.pass_through(block.compute, streams.dense)
         unload(block.module)
         held_out = [hidden.read_written(slice(i, i + 1)) for i in streams.held_out]
         self.dense_after.append(torch.cat(held_out))
@@ -291,7 +288,7 @@ class _Visits(Generic[T]):
         waiting = map(streams.pruned, streams.dense)
         result = None
         if block.index != indices[-1]:
-            block.pass_through(lambda hidden_BTD: hidden_BTD, waiting)
+            block.pass_through(lambda batch, hidden_BTD: hidden_BTD, waiting)
         else:
             group = BlockGroup(
                 self.pruned,
@@ -308,7 +305,7 @@ class _Visits(Generic[T]):
                 block.index, group, streams, self.dtype, block, self.tokens_NT, self.dense_after
             )
             result = self.work(at_work)
-            block.pass_through(group, waiting)
+            block.pass_through(lambda batch, hidden_BTD: group(hidden_BTD), waiting)
             at_work.progress(1.0)
             group.unload()
             self.dense_after.clear()

@@ -1,0 +1,113 @@
+"""Values in the calls of blocks that differ from window to window.
+
+What a model passes to a block depends on the shape of a batch only, with two exceptions:
+
+    of the text   a value made from token ids, such as an embedding of each layer
+    carried       what earlier blocks left for later ones: keys and values that blocks share, or
+                  what the block before returned beside the hidden state
+
+Both are kept window by window, so that blocks can be called with any windows.
+
+Shapes: B windows in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfsp.errors import UnsupportedModelError
+
+# Where a value is in the arguments of a call: 0 (positional) or 1 (named), then keys and indices.
+Place = tuple[Any, ...]
+
+
+def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Yield everything in nested tuples, lists and dictionaries, with its place."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from leaves(item, (*place, key))
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*place, index))
+    else:
+        yield place, value
+
+
+def with_values(value: Any, values: Mapping[Place, Any], place: Place = ()) -> Any:
+    """Return nested tuples, lists and dictionaries with other values in some places."""
+    if place in values:
+        return values[place]
+    if isinstance(value, dict) and value:
+        return {key: with_values(item, values, (*place, key)) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [with_values(item, values, (*place, i)) for i, item in enumerate(value)]
+        return type(value)(items)
+    return value
+
+
+def is_shared(value: Any) -> bool:
+    """Return whether a value is a place where blocks leave something for later blocks."""
+    return isinstance(value, MutableMapping) and (not isinstance(value, dict) or not value)
+
+
+def differ(first: Any, second: Any) -> bool:
+    """Return whether two values at one place of two calls are different."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape != second.shape or not bool(torch.equal(first, second))
+    return isinstance(first, Tensor) != isinstance(second, Tensor)
+
+
+class WindowValues:
+    """Nested values whose tensors begin with the axis of windows, kept for each window."""
+
+    def __init__(self) -> None:
+        self._value_W: dict[int, Any] = {}
+
+    def write(self, windows: Sequence[int], value: Any, what: str) -> None:
+        """Keep the value of some windows.
+
+        Args:
+            windows: their numbers, in the order of the batch.
+            value: nested tuples, lists and mappings of tensors [B, ...] and constants.
+            what: it is, for people.
+
+        Raises:
+            UnsupportedModelError: a tensor does not begin with the axis of windows.
+        """
+        for position, window in enumerate(windows):
+            self._value_W[window] = _part(value, position, len(windows), what)
+
+    def read(self, windows: Sequence[int], device: torch.device) -> Any:
+        """Return the value of some windows in one batch; None where none was kept."""
+        parts = [self._value_W.get(window) for window in windows]
+        return None if parts[0] is None else _together(parts, device)
+
+
+def _part(value: Any, position: int, windows: int, what: str) -> Any:
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or value.shape[0] != windows:
+            raise UnsupportedModelError(
+                f"{what} has shape {list(value.shape)} for {windows} windows; expected an axis of "
+                "windows first, without which blocks cannot be run on windows of their own choice"
+            )
+        return value[position : position + 1].cpu()
+    if isinstance(value, MutableMapping):
+        return {key: _part(item, position, windows, what) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_part(item, position, windows, what) for item in value)
+    return value
+
+
+def _together(parts: Sequence[Any], device: torch.device) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts)).to(device)
+    if isinstance(first, dict):
+        return {key: _together([part[key] for part in parts], device) for key in first}
+    if isinstance(first, tuple | list):
+        return type(first)(_together(items, device) for items in zip(*parts, strict=True))
+    return first

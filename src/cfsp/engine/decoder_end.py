@@ -1,0 +1,99 @@
+"""The part of a model after its last block: norm, head, scaling and soft-capping of logits.
+
+The model's own forward runs with its blocks left out. Only what this part computes with has to
+have weights: of a multimodal model not the vision tower, and no embeddings but a tied one.
+
+Shapes: P positions of any windows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.engine.call_form import CallForm, find_call_form
+from cfsp.engine.resumed_forward import resumed_at
+
+
+def end_of(model: nn.Module, decoder: str) -> str:
+    """Return the path to the innermost module that has both the decoder and a head.
+
+    Args:
+        model: a causal language model, or a multimodal one.
+        decoder: path from it to the module whose forward calls the blocks.
+    """
+    path = decoder
+    while path:
+        path = path.rpartition(".")[0]
+        embeddings = getattr(model.get_submodule(path), "get_output_embeddings", None)
+        if embeddings is not None and embeddings() is not None:
+            return path
+    return ""
+
+
+def parameters_of_end(model: nn.Module, decoder: str, blocks: str) -> Iterator[str]:
+    """Yield the names of the parameters that the end of a model computes with.
+
+    A head that is tied to the embeddings has its own name, which no file may have.
+
+    Args:
+        model: on the meta device or not.
+        decoder: path from it to the module whose forward calls the blocks.
+        blocks: path from it to the list of blocks, inside the decoder.
+    """
+    end = end_of(model, decoder)
+    above = f"{end}." if end else ""
+    # Such as a vision tower: beside the decoder, but inside the model without its head.
+    inner = decoder.removeprefix(above).partition(".")[0]
+    embedded = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    for name, _parameter in model.named_parameters(remove_duplicate=False):
+        outside = not name.startswith(above)
+        beside = name.startswith(f"{above}{inner}.") and not name.startswith(f"{decoder}.")
+        if not (outside or beside or name.startswith(f"{blocks}.") or name in embedded):
+            yield name
+
+
+class DecoderEnd:
+    """All of a model that comes after its last block.
+
+    Args:
+        model: a causal language model, or a multimodal one. Embeddings on the meta device become
+            zeros, which take no memory: which tokens came does not matter after the blocks.
+        decoder: path from it to the module whose forward calls the blocks.
+        blocks: path from it to the list of blocks, inside the decoder.
+        device: where to compute.
+    """
+
+    def __init__(self, model: nn.Module, decoder: str, blocks: str, device: torch.device) -> None:
+        self._model = model.get_submodule(end_of(model, decoder))
+        found = model.get_submodule(blocks)
+        assert isinstance(found, nn.ModuleList)
+        self._blocks = found
+        self._device = device
+        for module in model.get_submodule(decoder).modules():
+            if isinstance(module, nn.Embedding) and module.weight.is_meta:
+                zeros = torch.zeros((), dtype=module.weight.dtype, device=device)
+                module.weight = nn.Parameter(zeros.expand(module.weight.shape), requires_grad=False)
+
+    @cached_property
+    def _form(self) -> CallForm:
+        return find_call_form(lambda: self._run(2, 3), self._blocks, 2, 3)
+
+    def _run(self, windows: int, tokens: int) -> Tensor:
+        tokens_BT = torch.zeros(windows, tokens, dtype=torch.long, device=self._device)
+        logits: Tensor = self._model(input_ids=tokens_BT, use_cache=False).logits
+        return logits
+
+    def logits(self, hidden_PD: Tensor) -> Tensor:
+        """Return the logits of the tokens that follow, PV; gradients reach the hidden states."""
+        # Nothing after the blocks looks at other positions, so each is a window of its own.
+        hidden = self._form.layout.unpack(hidden_PD.unsqueeze(1))
+        with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
+            return self._run(len(hidden_PD), 1)[:, 0]
