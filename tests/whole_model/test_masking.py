@@ -11,7 +11,7 @@ import torch
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import UnsupportedModelError
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.text.windows import Windows
 from cfsp.whole_model.masks import masked_channels, masked_loss
@@ -27,7 +27,7 @@ def windows_of(seed: int = 0) -> Windows:
 
 def plan_for(model: Any) -> PruningPlan:
     """The first block keeps four channels, the second all, the third every other."""
-    blocks = tuple(BlockPlan(96, kept, 0.1, 0.5) for kept in KEPT)
+    blocks = tuple(UnitPlan(i, 96, kept, 0.1, 0.5) for i, kept in enumerate(KEPT))
     identity = ModelIdentity.of(LoadedModel(model))
     return PruningPlan(identity, {}, {"windows": 1, "seqlen": 2}, blocks)
 

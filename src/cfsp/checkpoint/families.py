@@ -338,19 +338,31 @@ def intermediate_sizes(config: PreTrainedConfig) -> list[int]:
 
 def units_of(config: PreTrainedConfig) -> tuple[FFNUnit, ...]:
     """Return the FFN units of a model, one for each block."""
-    from cfsp.checkpoint.architecture import FFNUnit
+    from cfsp.checkpoint.architecture import ChannelAxis, FFNUnit
 
     family = family_of(config)
+    if family.experts is not None:
+        path = f"{family.mlp}.experts"
+        up, down = f"{path}.gate_up_proj", f"{path}.down_proj"
+        gate: str | None = up
+        axes = {up: ChannelAxis(1, "halves"), down: ChannelAxis(2)}
+    else:
+        path = family.mlp or ""
+        up, down = (f"{family.path_in_block(name)}.weight" for name in (family.up, family.down))
+        gate = f"{family.path_in_block(family.gate)}.weight" if family.gate else None
+        out_axis, in_axis = (1, 0) if family.inputs_first else (0, 1)
+        axis = ChannelAxis(out_axis, "halves" if family.is_fused else None)
+        axes = {**{name: axis for name in (gate, up) if name}, down: ChannelAxis(in_axis)}
     return tuple(
         FFNUnit(
             block=block,
-            path=family.mlp or "",
+            path=path,
             width=width,
             ffns=family.ffn_count(config),
-            up=family.path_in_block(family.up),
-            gate=family.path_in_block(family.gate) if family.gate else None,
-            down=family.path_in_block(family.down),
-            axes={},
+            up=up,
+            gate=gate,
+            down=down,
+            axes=axes,
             routed=family.experts is not None,
         )
         for block, width in enumerate(intermediate_sizes(config))
