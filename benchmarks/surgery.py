@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cut.surgery import write_pruned_weights
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 
 HIDDEN, FFN = 2048, 8192
 
@@ -109,8 +109,8 @@ def write_random_checkpoint(directory: Path, gigabytes: float) -> Checkpoint:
 def half_plan(source: Checkpoint) -> PruningPlan:
     """Keep every second channel of every block."""
     kept = tuple(range(0, FFN, 2))
-    blocks = tuple(BlockPlan(FFN, kept, 0.1, 0.5) for _ in range(source.config.num_hidden_layers))
-    return PruningPlan(ModelIdentity.of(source), {}, {}, blocks)
+    units = tuple(UnitPlan(unit.block, FFN, kept, 0.1, 0.5) for unit in source.units)
+    return PruningPlan(ModelIdentity.of(source), {}, {}, units)
 
 
 def timed_copy(source: Path, target: Path) -> float:

@@ -21,11 +21,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.calibration.statistics import (
+    BlockStatistics,
+    CalibrationRecord,
+    Statistics,
+    UnitStatistics,
+)
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.errors import CfspError
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.settings import DISTANCES
 
 MEMORY_BYTES = 256 << 20
@@ -83,17 +88,21 @@ def read_plan(data: bytes, directory: Path) -> object:
     (directory / "plan.json").write_bytes(data)
     plan = PruningPlan.load(directory / "plan.json")
     assert all(
-        0 < kept <= block.width for kept, block in zip(plan.kept_widths, plan.blocks, strict=True)
+        0 < kept <= unit.width for kept, unit in zip(plan.kept_widths, plan.units, strict=True)
     )
     again = PruningPlan.from_json(plan.to_json())
-    assert again.blocks == plan.blocks
+    assert again.units == plan.units
     return plan.ffn_sparsity
 
 
 def plan_seeds() -> list[bytes]:
-    """Return a plan of two blocks, and one with experts."""
-    dense = (BlockPlan(8, (0, 2, 7), 0.25, 0.5), BlockPlan(8, tuple(range(8)), 0.5, 0.75))
-    experts = (BlockPlan(8, (0, 2, 9, 15), 0.25, 0.5, ffns=2, few_tokens={1: 3}),)
+    """Return a plan of two blocks, one with experts, and one of a block that has two FFN units."""
+    dense = (UnitPlan(0, 8, (0, 2, 7), 0.25, 0.5), UnitPlan(1, 8, tuple(range(8)), 0.5, 0.75))
+    experts = (UnitPlan(0, 8, (0, 2, 9, 15), 0.25, 0.5, ffns=2, few_tokens={1: 3}),)
+    mixed = (
+        UnitPlan(1, 8, (0, 2, 9, 15), 0.25, 0.5, ffns=2, path="mlp.experts", cost=2),
+        UnitPlan(1, 8, (0, 7), 0.25, 0.5, path="mlp.shared_expert"),
+    )
     identity = ModelIdentity("a model", "llama", "0" * 32)
     criterion = {
         "block_metric": "angular",
@@ -111,8 +120,8 @@ def plan_seeds() -> list[bytes]:
         "device": "cpu",
     }
     return [
-        PruningPlan(identity, criterion, calibration, blocks).to_json().encode()
-        for blocks in (dense, experts)
+        PruningPlan(identity, criterion, calibration, units).to_json().encode()
+        for units in (dense, experts, mixed)
     ]
 
 
@@ -138,16 +147,18 @@ def _statistics_header(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def statistics_seeds() -> list[bytes]:
-    """Return statistics of two blocks, and of one with experts."""
+    """Return statistics of two blocks, of two with experts, and of two of which one has an FFN."""
     record = CalibrationRecord(
         "a model", "0" * 32, {"text": 4}, "1" * 64, 4, 16, 0, "float32", "cpu"
     )
     seeds = []
     with tempfile.TemporaryDirectory() as directory:
-        for routed in ((), (40, 24)):
-            blocks = tuple(_block_statistics(routed) for _ in range(2))
-            path = Path(directory) / f"{len(routed)}"
-            Statistics(blocks, record).save(path)
+        for number, units in enumerate(
+            ((_unit(0), _unit(1)), (_unit(0, (40, 24)), _unit(1, (40, 24))), (_unit(1),))
+        ):
+            path = Path(directory) / f"{number}"
+            blocks = (BlockStatistics(dict.fromkeys(DISTANCES, 6.4), 64),) * 2
+            Statistics(blocks, units, record).save(path)
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()[_STATISTICS_KEY])
                 tensors = {name: ["F64", [8]] for name in file.keys()}  # noqa: SIM118
@@ -156,9 +167,8 @@ def statistics_seeds() -> list[bytes]:
     return seeds
 
 
-def _block_statistics(routed: tuple[int, ...]) -> BlockStatistics:
-    sums = dict.fromkeys(DISTANCES, 6.4)
-    return BlockStatistics(sums, torch.ones(8).double(), torch.ones(8).double(), 64, routed)
+def _unit(block: int, routed: tuple[int, ...] = ()) -> UnitStatistics:
+    return UnitStatistics(block, torch.ones(8).double(), torch.ones(8).double(), 64, routed)
 
 
 # Checkpoints: an index and the header of a shard.

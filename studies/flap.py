@@ -26,7 +26,7 @@ from cfsp.checkpoint.skeleton import blocks_of, projection_of
 from cfsp.planning.allocation import channels_to_keep, round_widths
 from cfsp.planning.fine import read_ffn_weights, strongest_channels
 from cfsp.planning.make import model_size
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.settings import Budget
 from conditions import parser_of_model
 from results import table
@@ -65,25 +65,27 @@ def plan_of(subject: Subject, statistics: Statistics, budget: Budget) -> Pruning
     """Return the channels that one threshold over the standardised scores of all blocks keeps."""
     size = model_size(subject.source)
     total = channels_to_keep(budget, size)
-    score_F_of_L = [_scores(subject, statistics, block) for block in range(len(size.width_L))]
+    score_F_of_L = [_scores(subject, statistics, block) for block in range(len(size.units))]
     threshold = torch.cat(score_F_of_L).sort(descending=True).values[round(total) - 1]
     earned_L = [float((score_F >= threshold).sum()) for score_F in score_F_of_L]
-    multiple = budget.multiple_for(size.width_L)
-    kept_L = round_widths(earned_L, size.width_L, multiple, total)
-    blocks = (
+    multiple_L = size.multiple_U(budget)
+    kept_L = round_widths(earned_L, size.width_U, size.cost_U, multiple_L, total)
+    units = (
         # A plan's importance is positive, also where no channel is above the threshold.
-        BlockPlan(width, tuple(strongest_channels(score_F, kept)), 0.0, max(earned, 1.0) / width)
-        for width, score_F, kept, earned in zip(
-            size.width_L, score_F_of_L, kept_L, earned_L, strict=True
+        UnitPlan(
+            block, width, tuple(strongest_channels(score_F, kept)), 0.0, max(earned, 1.0) / width
+        )
+        for block, (width, score_F, kept, earned) in enumerate(
+            zip(size.width_U, score_F_of_L, kept_L, earned_L, strict=True)
         )
     )
-    return PruningPlan(ModelIdentity.of(subject.source), {}, {}, tuple(blocks))
+    return PruningPlan(ModelIdentity.of(subject.source), {}, {}, tuple(units))
 
 
 def _scores(subject: Subject, statistics: Statistics, block: int) -> Tensor:
     """Return a block's scores with mean 0 and standard deviation 1, float64 [F]."""
     down_DF = read_ffn_weights(subject.source, block).down_DF.double()
-    score_F = statistics.blocks[block].variance_F * down_DF.square().sum(0)
+    score_F = statistics.units[block].variance_F * down_DF.square().sum(0)
     return (score_F - score_F.mean()) / score_F.std(correction=0)
 
 
@@ -94,7 +96,7 @@ def with_biases(subject: Subject, statistics: Statistics, plan: PruningPlan) -> 
     """
     pruned, family = subject.pruned(plan), subject.source.family
     for index, block in enumerate(blocks_of(pruned, family)):
-        entry, mean_F = plan.blocks[index], statistics.blocks[index].mean_F
+        entry, mean_F = plan.units[index], statistics.units[index].mean_F
         gone_P = sorted(set(range(entry.width)) - set(entry.kept))
         down_DF = read_ffn_weights(subject.source, index).down_DF.double()
         bias_D = down_DF[:, gone_P] @ mean_F[gone_P]

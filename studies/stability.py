@@ -19,7 +19,7 @@ from itertools import combinations
 from statistics import fmean
 
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.statistics import BlockStatistics, Statistics
+from cfsp.calibration.statistics import BlockStatistics, Statistics, UnitStatistics
 from cfsp.engine.compute import engine_of
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import CalibrationText, Compute
@@ -114,20 +114,28 @@ def added(parts: Sequence[Statistics]) -> Statistics:
     def block(blocks: Sequence[BlockStatistics]) -> BlockStatistics:
         return BlockStatistics(
             {name: sum(b.distance_sums[name] for b in blocks) for name in blocks[0].distance_sums},
-            sum(b.sum_F for b in blocks),
-            sum(b.sum_of_squares_F for b in blocks),
             sum(b.tokens for b in blocks),
         )
 
+    def unit(units: Sequence[UnitStatistics]) -> UnitStatistics:
+        return UnitStatistics(
+            units[0].block,
+            sum(u.sum_F for u in units),
+            sum(u.sum_of_squares_F for u in units),
+            sum(u.tokens for u in units),
+        )
+
     return replace(
-        parts[0], blocks=tuple(map(block, zip(*(part.blocks for part in parts), strict=True)))
+        parts[0],
+        blocks=tuple(map(block, zip(*(part.blocks for part in parts), strict=True))),
+        units=tuple(map(unit, zip(*(part.units for part in parts), strict=True))),
     )
 
 
 def overlap(first: PruningPlan, second: PruningPlan) -> float:
     """Return the channels that both plans keep as a fraction of those that either keeps."""
     kept = [
-        {(index, channel) for index, block in enumerate(plan.blocks) for channel in block.kept}
+        {(index, channel) for index, unit in enumerate(plan.units) for channel in unit.kept}
         for plan in (first, second)
     ]
     return len(kept[0] & kept[1]) / len(kept[0] | kept[1])

@@ -98,7 +98,7 @@ class Subject:
         """
         kept = {}
         for block in blocks:
-            observed = statistics.blocks[block]
+            observed = statistics.units[block]
             width = max(1, round(observed.width * (1 - sparsity)))
             kept[block] = choose_channels(self.source, block, observed, width, Criterion())
         return self.quality_masked(kept)

@@ -7,7 +7,13 @@ from dataclasses import asdict
 
 import torch
 
-from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.calibration.statistics import (
+    BlockStatistics,
+    CalibrationRecord,
+    ObservedBlock,
+    Statistics,
+    UnitStatistics,
+)
 from cfsp.planning.fine import FFNWeights
 from cfsp.settings import DISTANCES
 
@@ -44,32 +50,38 @@ def random_weights(hidden: int, width: int, seed: int = 0, gate: bool = True) ->
     return FFNWeights(down_DF, up_FD, gate_FD if gate else None)
 
 
-def random_block_statistics(
-    width: int, seed: int = 0, distances: dict[str, float] | None = None
-) -> BlockStatistics:
+def random_unit_statistics(width: int, seed: int = 0, block: int = 0) -> UnitStatistics:
     """Return the statistics of random activations of 64 tokens."""
     generator = torch.Generator().manual_seed(seed)
     act_TF = torch.randn(64, width, generator=generator, dtype=torch.float64)
     act_TF = act_TF * torch.rand(width, generator=generator).double() + 0.05
+    return UnitStatistics(block, act_TF.sum(0), act_TF.square().sum(0), 64)
+
+
+def random_block(
+    width: int, seed: int = 0, distances: dict[str, float] | None = None, block: int = 0
+) -> ObservedBlock:
+    """Return the statistics of a block with one FFN."""
     means = distances or dict.fromkeys(DISTANCES, 0.1)
     sums = {name: 64 * value for name, value in means.items()}  # 64: exact
-    return BlockStatistics(sums, act_TF.sum(0), act_TF.square().sum(0), 64)
+    return ObservedBlock(BlockStatistics(sums, 64), (random_unit_statistics(width, seed, block),))
 
 
 def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Statistics:
     """Return statistics whose blocks have these distances (others are 0.1)."""
     blocks = len(next(iter(metric_values.values())))
-    return Statistics(
-        tuple(
-            random_block_statistics(
+    return Statistics.of(
+        [
+            random_block(
                 8,
                 seed=block,
                 distances={
                     **dict.fromkeys(DISTANCES, 0.1),
                     **{name: values[block] for name, values in metric_values.items()},
                 },
+                block=block,
             )
             for block in range(blocks)
-        ),
+        ],
         RECORD,
     )

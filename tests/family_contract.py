@@ -156,7 +156,7 @@ class FamilyContract:
             if layout is None:
                 expected = tensor
             else:
-                kept = torch.tensor(case.report.plan.blocks[layout.unit].kept_of(layout.ffn))
+                kept = torch.tensor(case.report.plan.units[layout.unit].kept_of(layout.ffn))
                 parts = tensor.chunk(layout.parts, dim=layout.axis)
                 expected = torch.cat(
                     [p.index_select(layout.axis, kept) for p in parts], layout.axis
@@ -335,7 +335,7 @@ class FamilyContract:
         seen = _observe_with_hooks(case.dense, windows)
         before = load_file(case.source / "model.safetensors")
         after = load_file(tmp_path / "out" / "model.safetensors")
-        entries = zip(report.repair["steps"][0]["blocks"], report.plan.blocks, seen, strict=True)
+        entries = zip(report.repair["steps"][0]["blocks"], report.plan.units, seen, strict=True)
         changed = 0
         for block, (repaired, entry, (_, _, acts)) in enumerate(entries):
             assert repaired["error_after"] <= repaired["error_before"]
@@ -375,10 +375,12 @@ class FamilyContract:
             Engine(torch.device("cpu"), torch.float32, batch_windows),
         )
         seen = _observe_with_hooks(case.dense, windows)
-        for block, (input_BTD, output_BTD, acts) in zip(statistics.blocks, seen, strict=True):
-            assert block.ffns == len(acts)
+        for block, unit, (input_BTD, output_BTD, acts) in zip(
+            statistics.blocks, statistics.units, seen, strict=True
+        ):
+            assert unit.ffns == len(acts)
             for ffn, (act_RF, _) in enumerate(acts):
-                own, act = block.of_ffn(ffn), act_RF.double()
+                own, act = unit.of_ffn(ffn), act_RF.double()
                 # Terms of both signs cancel: the error is relative to what was added up.
                 assert ((own.sum_F - act.sum(0)).abs() <= 1e-5 * act.abs().sum(0)).all()
                 torch.testing.assert_close(
@@ -396,9 +398,8 @@ def _masked_original(case: Case) -> PreTrainedModel:
     masked = build_tiny_model(case.name)
     family = family_of(masked.config)
     with torch.no_grad():
-        for block, entry in zip(
-            blocks_of(masked, architecture_of(masked.config)), case.report.plan.blocks, strict=True
-        ):
+        blocks = blocks_of(masked, architecture_of(masked.config))
+        for block, entry in zip(blocks, case.report.plan.units, strict=True):
             for ffn in range(entry.ffns):
                 mask_F = torch.zeros(entry.width)
                 mask_F[entry.kept_of(ffn)] = 1.0

@@ -13,7 +13,7 @@ from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.surgery import write_pruned_weights
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 
 WIDTHS = (64, 32, 96)
 
@@ -32,7 +32,7 @@ def cut(
     source = Checkpoint(dense)
     ffns = source.family.ffn_count(source.config)
     blocks = tuple(
-        BlockPlan(width, _chosen(width, kept, ffns, random.Random(i)), 0.1, 0.5, ffns)
+        UnitPlan(i, width, _chosen(width, kept, ffns, random.Random(i)), 0.1, 0.5, ffns)
         for i, (width, kept) in enumerate(
             zip(intermediate_sizes(source.config), widths, strict=True)
         )

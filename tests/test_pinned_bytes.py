@@ -78,7 +78,7 @@ def settings_digests(directory: Path) -> dict[str, str]:
 
 
 def channels_digest(plan: PruningPlan) -> str:
-    return digest(json.dumps([list(block.kept) for block in plan.blocks]).encode())
+    return digest(json.dumps([list(unit.kept) for unit in plan.units]).encode())
 
 
 def compare(name: str, everywhere: dict[str, str], here: dict[str, str]) -> None:

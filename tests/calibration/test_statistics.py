@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import random_block_statistics, statistics_with_distances
+from builders import RECORD, random_block, random_unit_statistics, statistics_with_distances
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint
@@ -41,6 +41,7 @@ def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> St
 def assert_statistics_close(actual: Statistics, expected: Statistics, scale: float = 1.0) -> None:
     for got, want in zip(actual.blocks, expected.blocks, strict=True):
         assert got.distances == pytest.approx(want.distances, rel=1e-4)
+    for got, want in zip(actual.units, expected.units, strict=True):
         torch.testing.assert_close(got.mean_F, want.mean_F, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(
             got.sum_of_squares_F, want.sum_of_squares_F * scale, rtol=1e-4, atol=1e-6
@@ -66,10 +67,11 @@ def test_statistics_of_parts_add_up(source: Checkpoint, windows: Windows) -> Non
     whole = gather(source, windows)
     first = gather(source, Windows(windows.tokens_NT[:4], {"text": 4}))
     second = gather(source, Windows(windows.tokens_NT[4:], {"text": 5}))
-    for a, b, both in zip(first.blocks, second.blocks, whole.blocks, strict=True):
+    for a, b, both in zip(first.units, second.units, whole.units, strict=True):
         torch.testing.assert_close(
             a.sum_of_squares_F + b.sum_of_squares_F, both.sum_of_squares_F, rtol=1e-4, atol=1e-6
         )
+    for a, b, both in zip(first.blocks, second.blocks, whole.blocks, strict=True):
         mean = (4 * a.distances["angular"] + 5 * b.distances["angular"]) / 9
         assert mean == pytest.approx(both.distances["angular"], rel=1e-5)
 
@@ -86,16 +88,46 @@ def test_same_seed_gives_the_same_plan_byte_for_byte(
     assert plan(5) != plan(6)
 
 
+def assert_same(actual: Statistics, expected: Statistics) -> None:
+    assert actual.blocks == expected.blocks
+    for got, want in zip(actual.units, expected.units, strict=True):
+        assert (got.block, got.tokens, got.routed_E) == (want.block, want.tokens, want.routed_E)
+        assert torch.equal(got.sum_F, want.sum_F)
+        assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
+
+
+def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path: Path) -> None:
+    blocks = [
+        replace(random_block(8), units=()),
+        replace(
+            random_block(8),
+            units=(
+                replace(random_unit_statistics(8, block=1), routed_E=(40, 24)),
+                random_unit_statistics(12, seed=1, block=1),
+            ),
+        ),
+    ]
+    statistics = Statistics.of(blocks, RECORD, Sensitivity((0.0, 0.25), 0.5, 4))
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    loaded = Statistics.load(path)
+    assert_same(loaded, statistics)
+    assert loaded.sensitivity == statistics.sensitivity
+    assert loaded.blocks_with_units == [1]
+    assert not loaded.has_one_unit_each
+    assert b'version\\": 3' in path.read_bytes()
+    wrong = [replace(unit, block=2 - i) for i, unit in enumerate(statistics.units)]
+    replace(statistics, units=tuple(wrong)).save(path)
+    with pytest.raises(StatisticsError, match="are said to be in blocks"):
+        Statistics.load(path)
+
+
 def test_statistics_survive_a_file(source: Checkpoint, windows: Windows, tmp_path: Path) -> None:
     statistics = gather(source, windows)
     statistics.save(tmp_path / "deep" / "s.safetensors")
     loaded = Statistics.load(tmp_path / "deep" / "s.safetensors")
     assert loaded.record == statistics.record
-    for got, want in zip(loaded.blocks, statistics.blocks, strict=True):
-        assert got.distance_sums == want.distance_sums
-        assert got.tokens == want.tokens
-        assert torch.equal(got.sum_F, want.sum_F)
-        assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
+    assert_same(loaded, statistics)
     again = tmp_path / "again.safetensors"
     loaded.save(again)
     assert again.read_bytes() == (tmp_path / "deep" / "s.safetensors").read_bytes()
@@ -132,9 +164,9 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StatisticsError, match="version 9"):
         Statistics.load(other)
     nan = tmp_path / "nan.safetensors"
-    bad = random_block_statistics(8)
+    bad = random_unit_statistics(8, block=1)
     bad.sum_F[2] = torch.nan
-    replace(statistics, blocks=(statistics.blocks[0], bad)).save(nan)
+    replace(statistics, units=(statistics.units[0], bad)).save(nan)
     with pytest.raises(StatisticsError, match="block 1"):
         Statistics.load(nan)
 

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from builders import RECORD, random_block_statistics
+from builders import RECORD, random_block
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import add_up, windows_of
 from cfsp.cli import main
@@ -71,6 +72,7 @@ def test_two_processes_give_what_one_gives(
     for a, b in zip(alone.blocks, together.blocks, strict=True):
         assert b.tokens == a.tokens == 9 * 32
         assert b.distance_sums == pytest.approx(a.distance_sums, rel=1e-6)
+    for a, b in zip(alone.units, together.units, strict=True):
         torch.testing.assert_close(b.sum_F, a.sum_F, rtol=1e-6, atol=0)
         torch.testing.assert_close(b.sum_of_squares_F, a.sum_of_squares_F, rtol=1e-6, atol=0)
     for statistics in (one, two):
@@ -146,11 +148,15 @@ def test_more_processes_than_batches_are_refused() -> None:
 
 
 def test_one_process_adds_up_to_itself() -> None:
-    statistics = Statistics((random_block_statistics(8), random_block_statistics(12)), RECORD)
+    observed = [random_block(8), random_block(12, block=1)]
+    # A block without FFNs, and one with two.
+    units = (*observed[0].units, *random_block(6, block=0).units)
+    none = replace(random_block(8), units=())
+    statistics = Statistics.of([replace(observed[0], units=units), none, observed[1]], RECORD)
     total = add_up(statistics, Team(), torch.device("cpu"))
-    for got, want in zip(total.blocks, statistics.blocks, strict=True):
-        assert got.distance_sums == want.distance_sums
-        assert got.tokens == want.tokens
+    assert total.blocks == statistics.blocks
+    for got, want in zip(total.units, statistics.units, strict=True):
+        assert (got.block, got.tokens) == (want.block, want.tokens)
         assert torch.equal(got.sum_F, want.sum_F)
         assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
 

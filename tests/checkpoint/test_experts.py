@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig
 import cfsp
 from builders import CALIBRATION, CRITERION
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.statistics import BlockStatistics, Statistics
+from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.calibration.together import add_up
 from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.families import architecture_of, family_of
@@ -26,7 +26,7 @@ from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError
 from cfsp.planning.make import LEAST_TOKENS
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.processes import Team
 from cfsp.recovery.adaptation import target_names
 from cfsp.repair.ridge_pass import choose_and_repair
@@ -57,8 +57,8 @@ def lonely(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 def expected_alone(statistics: Statistics) -> list[dict[str, int]]:
     return [
         {"block": index, "expert": expert, "tokens": seen}
-        for index, block in enumerate(statistics.blocks)
-        for expert, seen in enumerate(block.routed_E)
+        for index, unit in enumerate(statistics.units)
+        for expert, seen in enumerate(unit.routed_E)
         if seen < LEAST_TOKENS
     ]
 
@@ -79,7 +79,7 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     assert f"{len(alone)} of 12 experts saw fewer than {LEAST_TOKENS} calibration tokens" in said
     assert f"block 1 expert {LONELY} (0)" in said
 
-    entry = report.plan.blocks[1]
+    entry = report.plan.units[1]
     before = load_file(lonely / "model.safetensors")
     name = f"model.layers.1.block_sparse_moe.experts.{LONELY}.w2.weight"
     norms_F = torch.linalg.vector_norm(before[name], dim=0)
@@ -198,7 +198,7 @@ def test_report_of_a_mixture_of_experts(
 
 
 def test_plan_and_statistics_of_experts_survive_their_files(tmp_path: Path) -> None:
-    entry = BlockPlan(5, (0, 4, 5, 6, 12, 13), 0.1, 0.5, ffns=3, few_tokens={2: 7})
+    entry = UnitPlan(0, 5, (0, 4, 5, 6, 12, 13), 0.1, 0.5, ffns=3, few_tokens={2: 7})
     assert [entry.kept_of(ffn) for ffn in range(3)] == [[0, 4], [0, 1], [2, 3]]
     assert entry.kept_width == 2
     identity = ModelIdentity("m", "mixtral", "f")
@@ -212,7 +212,7 @@ def test_plan_and_statistics_of_experts_survive_their_files(tmp_path: Path) -> N
         with pytest.raises(PlanError, match="damaged"):
             PruningPlan.from_json(json.dumps(fields))
     # As many channels in all, but not in each expert.
-    block = BlockPlan(5, (0, 1, 2, 6, 12, 13), 0, 0, ffns=3)
+    block = UnitPlan(0, 5, (0, 1, 2, 6, 12, 13), 0, 0, ffns=3)
     uneven = PruningPlan(identity, CRITERION, CALIBRATION, (block,))
     with pytest.raises(PlanError, match=r"channels are kept, 2 are announced"):
         PruningPlan.from_json(uneven.to_json())
@@ -234,8 +234,8 @@ def test_sums_of_parts_of_the_text_are_those_of_the_whole(
 
     whole, *parts = map(observed, (windows.tokens_NT, windows.tokens_NT[:4], windows.tokens_NT[4:]))
     # A team of one: sums go through the numbers that are exchanged and come back.
-    assert add_up(whole, Team(), torch.device("cpu")).blocks[0].routed_E == whole.blocks[0].routed_E
-    for block, first, second in zip(*(s.blocks for s in (whole, *parts)), strict=True):
+    assert add_up(whole, Team(), torch.device("cpu")).units[0].routed_E == whole.units[0].routed_E
+    for block, first, second in zip(*(s.units for s in (whole, *parts)), strict=True):
         routed = [a + b for a, b in zip(first.routed_E, second.routed_E, strict=True)]
         assert list(block.routed_E) == routed
         assert sum(routed) == 3 * block.tokens == 3 * windows.tokens_NT.numel()
@@ -253,7 +253,7 @@ def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(
     windows = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32)
     place = Workplace(tmp_path, identity={"command": "test"})
 
-    def choose(block: int, statistics: BlockStatistics) -> list[int]:
+    def choose(unit: int, statistics: UnitStatistics) -> list[int]:
         halves = [range(0, statistics.width, 2)] * statistics.ffns
         return [ffn * statistics.width + i for ffn, half in enumerate(halves) for i in half]
 
@@ -263,17 +263,18 @@ def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(
 
     fresh, again = chosen(choose), chosen(None)
     for one, other in zip(fresh, again, strict=True):
-        assert one.repaired.repair == other.repaired.repair
+        (repaired,), (repaired_again,) = one.repaired, other.repaired
+        assert repaired.repair == repaired_again.repair
         assert one.kept == other.kept
-        assert one.statistics.routed_E == other.statistics.routed_E
-        assert one.repaired.repair.error_after <= one.repaired.repair.error_before
-        assert one.repaired.file.specs == other.repaired.file.specs
-    assert fresh[1].repaired.repair.experts[LONELY].few_tokens
+        assert one.observed.units[0].routed_E == other.observed.units[0].routed_E
+        assert repaired.repair.error_after <= repaired.repair.error_before
+        assert repaired.file.specs == repaired_again.file.specs
+    assert fresh[1].repaired[0].repair.experts[LONELY].few_tokens
 
 
 def test_statistics_of_one_expert() -> None:
     sums_F = torch.arange(6).double()
-    block = BlockStatistics({"angular": 1.0}, sums_F, sums_F**2, 10, (4, 6))
+    block = UnitStatistics(0, sums_F, sums_F**2, 10, (4, 6))
     assert (block.ffns, block.width) == (2, 3)
     second = block.of_ffn(1)
     assert second.sum_F.tolist() == [3, 4, 5]

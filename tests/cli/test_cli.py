@@ -250,9 +250,9 @@ def test_dry_run_writes_only_the_plan(
     out, _ = cli(*argv)
     assert entries(tmp_path / "dry") == {"cfsp_plan.json"}
     plan = PruningPlan.load(tmp_path / "dry" / "cfsp_plan.json")
-    for block in plan.blocks:
-        assert f"{block.distance:.4f}" in out
-        assert str(len(block.kept)) in out
+    for unit in plan.units:
+        assert f"{unit.distance:.4f}" in out
+        assert str(len(unit.kept)) in out
     report = cli.json(*[tmp_path / "json" if arg == tmp_path / "dry" else arg for arg in argv])
     assert report["out"] is None
     assert report["intermediate_sizes"] == plan.kept_widths

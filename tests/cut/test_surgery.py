@@ -20,7 +20,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.surgery import pruned_specs, write_pruned_weights
 from cfsp.errors import CfspError, CheckpointError, OutputError
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from tiny_models import build_tiny_model, save_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
@@ -32,7 +32,7 @@ def plan_for(source: Any) -> PruningPlan:
         ModelIdentity.of(source),
         {},
         {"windows": 1, "seqlen": 2},
-        tuple(BlockPlan(96, kept, 0.1, 0.5) for kept in KEPT),
+        tuple(UnitPlan(i, 96, kept, 0.1, 0.5) for i, kept in enumerate(KEPT)),
     )
 
 

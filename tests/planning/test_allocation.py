@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.allocation import (
     ModelSize,
+    UnitSize,
     allocate,
     channels_to_keep,
     keep_fractions,
@@ -44,7 +45,8 @@ def model_of(width: int, blocks: int) -> ModelSize:
     hidden = width * 3 // 8
     ffn = 3 * hidden * width
     return ModelSize(
-        (width,) * blocks, (3 * hidden,) * blocks, blocks * (ffn + 4 * hidden**2) + 32000 * hidden
+        (UnitSize(width, 3 * hidden),) * blocks,
+        blocks * (ffn + 4 * hidden**2) + 32000 * hidden,
     )
 
 
@@ -77,7 +79,7 @@ def test_water_filling_meets_the_total_under_caps(
 ) -> None:
     importance_L, width_L = [b[0] for b in blocks], [b[1] for b in blocks]
     total = keep * sum(width_L)
-    kept_L = water_fill(importance_L, width_L, total)
+    kept_L = water_fill(importance_L, width_L, [1] * len(width_L), total)
     assert sum(kept_L) == pytest.approx(total, abs=1e-6 * sum(width_L))
     assert all(0 <= kept <= width for kept, width in zip(kept_L, width_L, strict=True))
     # Below the cap all have the same c; a capped block would have had more.
@@ -109,10 +111,10 @@ def test_clamps_differ_only_where_a_block_would_overflow(
 
 
 def test_water_filling_gives_the_rest_to_the_others() -> None:
-    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], 200) == pytest.approx(
+    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], [1, 1, 1], 200) == pytest.approx(
         [100, 100 * 5 / 6, 100 / 6]
     )
-    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], 300) == [100, 100, 100]
+    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], [1, 1, 1], 300) == [100, 100, 100]
 
 
 def test_an_unknown_clamp_is_refused() -> None:
@@ -145,10 +147,10 @@ def test_budget_holds_to_one_multiple(
     # A width that is no multiple is only that of a block that stays whole.
     assert all(kept % multiple == 0 or kept == width for kept in kept_L)
     removed_channels = sum(width - kept for kept in kept_L)
-    each = size.channel_parameters_L[0]
+    each = size.parameters_per_cost
     if of == "ffn":
-        reached = removed_channels / sum(size.width_L)
-        assert abs(reached - sparsity) <= multiple / sum(size.width_L) + 1e-9
+        reached = removed_channels / sum(size.width_U)
+        assert abs(reached - sparsity) <= multiple / sum(size.width_U) + 1e-9
     else:
         reached = removed_channels * each / size.parameters
         assert abs(reached - sparsity) <= multiple * each / size.parameters + 1e-9
@@ -178,7 +180,7 @@ def test_same_input_gives_the_same_widths(
     kept_L = allocate(importance_L, budget, size)
     assert kept_L == allocate(importance_L, budget, size)
     if sparsity == 0.0:
-        assert kept_L == list(size.width_L)
+        assert kept_L == list(size.width_U)
 
 
 @given(
@@ -197,7 +199,7 @@ def test_budget_holds_for_a_model_that_was_pruned_before(
     distance_L = data.draw(
         st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
     )
-    size = ModelSize(tuple(width_L), (96,) * len(width_L), 200 * sum(width_L))
+    size = ModelSize(tuple(UnitSize(width, 96) for width in width_L), 200 * sum(width_L))
     budget = Budget(sparsity, "ffn", multiple)
     try:
         wanted = channels_to_keep(budget, size)
@@ -212,8 +214,9 @@ def test_budget_holds_for_a_model_that_was_pruned_before(
 
 
 def test_largest_remainder_gives_to_those_who_lost_most() -> None:
-    assert round_widths([40.0, 61.0, 59.0], [96, 96, 96], 32, 160.0) == [32, 64, 64]
-    assert round_widths([40.0, 61.0, 59.0], [96, 96, 96], 32, 128.0) == [32, 64, 32]
+    for total, expected in ((160.0, [32, 64, 64]), (128.0, [32, 64, 32])):
+        ideal = [40.0, 61.0, 59.0]
+        assert round_widths(ideal, [96, 96, 96], [1, 1, 1], [32, 32, 32], total) == expected
 
 
 def test_no_block_is_emptied() -> None:
@@ -232,7 +235,7 @@ def test_impossible_budget_names_what_can_be_reached(of: str, width: int) -> Non
     assert match, str(caught.value)
     highest = float(match[1]) / 100
     removable = 4 * (width - 128)
-    each = size.channel_parameters_L[0]
+    each = size.parameters_per_cost
     expected = removable / (4 * width) if of == "ffn" else removable * each / size.parameters
     assert highest == pytest.approx(expected, abs=6e-4)
     # What the message promises is possible, just below and at the edge.
@@ -261,3 +264,89 @@ def test_other_bad_budgets_are_refused() -> None:
         Budget(0.5, "heads")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="at least 1, found 0"):
         Budget(0.5, multiple=0)
+
+
+# Units of different kinds: channels of one own many times what those of another do.
+
+KINDS = {"mlp": 1, "mlp.experts": 64, "mlp.shared_expert": 1}
+
+
+@st.composite
+def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
+    """Return a model of up to two units in a block, and the importance of each."""
+    width_of = {kind: draw(st.integers(40, 9000)) for kind in KINDS}
+    experts = draw(st.integers(2, 128))
+    units, importance_U = [], []
+    for _ in range(draw(st.integers(1, 12))):
+        importance = draw(st.floats(0.01, 1.0))
+        for kind in draw(
+            st.sampled_from([("mlp",), ("mlp.experts", "mlp.shared_expert"), ("mlp.experts",), ()])
+        ):
+            cost = 96 * (experts if kind == "mlp.experts" else 1)
+            units.append(UnitSize(width_of[kind], cost, kind, 8 if kind == "mlp.experts" else 1))
+            importance_U.append(importance)
+    assume(units)
+    ffn = sum(unit.width * unit.channel_parameters for unit in units)
+    return ModelSize(tuple(units), 2 * ffn), importance_U
+
+
+@given(
+    mixed_sizes(),
+    st.floats(0.01, 0.9),
+    st.sampled_from(CLAMPS),
+    st.sampled_from(["ffn", "model"]),
+    st.sampled_from([None, 8, 64]),
+)
+@settings(max_examples=400, deadline=None)
+def test_budget_of_mixed_units_is_met_in_parameters(
+    drawn: tuple[ModelSize, list[float]],
+    sparsity: float,
+    clamp: Clamp,
+    of: str,
+    multiple: int | None,
+) -> None:
+    size, importance_U = drawn
+    budget = Budget(sparsity, of, multiple)  # type: ignore[arg-type]
+    try:
+        channels_to_keep(budget, size)
+    except (BudgetError, UsageError):
+        assume(False)
+    kept_U = allocate(importance_U, budget, size, clamp)
+
+    multiple_U = size.multiple_U(budget)
+    for unit, kept, each in zip(size.units, kept_U, multiple_U, strict=True):
+        assert min(each, unit.width) <= kept <= unit.width
+        assert kept % each == 0 or kept == unit.width
+        assert kept % unit.grain == 0 or kept == unit.width
+    ffn = sum(unit.width * unit.channel_parameters for unit in size.units)
+    removed = size.parameters - size.parameters_with(kept_U)
+    dearest = max(
+        each * unit.channel_parameters for each, unit in zip(multiple_U, size.units, strict=True)
+    )
+    whole = ffn if of == "ffn" else size.parameters
+    assert abs(removed - sparsity * whole) <= dearest
+
+
+def test_units_of_one_kind_share_a_multiple_and_kinds_do_not() -> None:
+    units = [("mlp", 2000), ("mlp.experts", 768), ("mlp", 900), ("mlp.experts", 512)]
+    size = ModelSize(tuple(UnitSize(width, 3, kind) for kind, width in units), 10**6)
+    assert size.multiple_U(Budget(0.5)) == [64, 32, 64, 32]
+    assert size.multiple_U(Budget(0.5, multiple=8)) == [8] * 4
+
+
+def test_widths_of_mixed_units_follow_importance() -> None:
+    """What is equally important keeps the same share, whatever its channels own."""
+    units = (UnitSize(1024, 128, "experts", 8), UnitSize(4096, 1, "shared"))
+    size = ModelSize(units * 2, 10**9)
+    kept_U = allocate([0.4, 0.4, 0.6, 0.6], Budget(0.5, multiple=8), size)
+    share_U = [kept / unit.width for kept, unit in zip(kept_U, size.units, strict=True)]
+    assert share_U == pytest.approx([0.4, 0.4, 0.6, 0.6], abs=8 / 1024)
+
+
+def test_cheap_units_do_not_make_up_for_costly_ones() -> None:
+    """One dense FFN beside many experts: it stays within a multiple of its share."""
+    units = (UnitSize(512, 1, "mlp"), *[UnitSize(512, 128, "experts")] * 3)
+    size = ModelSize(units, 10**9)
+    for sparsity in (0.3, 0.33, 0.41, 0.5, 0.62):
+        kept_U = allocate([0.5] * 4, Budget(sparsity, multiple=32), size)
+        assert abs(kept_U[0] - (1 - sparsity) * 512) <= 32

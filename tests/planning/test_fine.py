@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import random_block_statistics, random_weights
+from builders import random_unit_statistics, random_weights
 from cfsp.calibration.accumulators import ChannelSums
-from cfsp.calibration.statistics import BlockStatistics
+from cfsp.calibration.statistics import UnitStatistics
 from cfsp.errors import UsageError
 from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
 from cfsp.settings import CHANNEL_METRICS
@@ -19,7 +19,7 @@ from cfsp.settings import CHANNEL_METRICS
 FORMULAS = tuple(metric for metric in CHANNEL_METRICS if metric != "random")
 
 
-def numpy_scores(metric: str, statistics: BlockStatistics, weights: FFNWeights) -> np.ndarray:
+def numpy_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> np.ndarray:
     """The formulas of the module docstring, loop by loop, in float64."""
     X = np.sqrt(statistics.sum_of_squares_F.numpy())
     down = np.abs(weights.down_DF.double().numpy())
@@ -50,7 +50,7 @@ def numpy_scores(metric: str, statistics: BlockStatistics, weights: FFNWeights) 
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("metric", FORMULAS)
 def test_scores_equal_numpy(metric: str, gate: bool) -> None:
-    statistics, weights = random_block_statistics(24), random_weights(10, 24, gate=gate)
+    statistics, weights = random_unit_statistics(24), random_weights(10, 24, gate=gate)
     expected = numpy_scores(metric, statistics, weights)
     scores_F = channel_scores(metric, statistics, weights)
     assert scores_F.dtype == torch.float32
@@ -59,7 +59,7 @@ def test_scores_equal_numpy(metric: str, gate: bool) -> None:
 
 def test_metrics_differ() -> None:
     """No metric is an alias of another: they keep different channels."""
-    statistics, weights = random_block_statistics(64), random_weights(16, 64)
+    statistics, weights = random_unit_statistics(64), random_weights(16, 64)
     kept = {
         metric: tuple(strongest_channels(channel_scores(metric, statistics, weights), 32))
         for metric in CHANNEL_METRICS
@@ -69,13 +69,13 @@ def test_metrics_differ() -> None:
 
 @pytest.mark.parametrize("metric", FORMULAS)
 def test_scores_follow_a_permutation_of_the_channels(metric: str) -> None:
-    statistics, weights = random_block_statistics(24), random_weights(10, 24)
+    statistics, weights = random_unit_statistics(24), random_weights(10, 24)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     assert weights.gate_FD is not None
     permuted = channel_scores(
         metric,
-        BlockStatistics(
-            statistics.distance_sums,
+        UnitStatistics(
+            0,
             statistics.sum_F[order],
             statistics.sum_of_squares_F[order],
             64,
@@ -88,7 +88,7 @@ def test_scores_follow_a_permutation_of_the_channels(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", FORMULAS)
 def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -> None:
-    statistics, weights = random_block_statistics(24), random_weights(10, 24)
+    statistics, weights = random_unit_statistics(24), random_weights(10, 24)
     assert weights.gate_FD is not None
     statistics.sum_of_squares_F[5] = 0.0
     weights.down_DF[:, 5] = 0.0
@@ -101,7 +101,7 @@ def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -
 
 def test_unknown_metric_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'l3'.*relative.*magnitude"):
-        channel_scores("l3", random_block_statistics(8), random_weights(4, 8))
+        channel_scores("l3", random_unit_statistics(8), random_weights(4, 8))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())
@@ -145,7 +145,7 @@ def test_channel_sums_equal_numpy(dtype: torch.dtype) -> None:
     assert sums.sum_F.dtype == sums.sum_of_squares_F.dtype == torch.float64
     np.testing.assert_allclose(sums.sum_F.numpy(), exact.sum(0), rtol=1e-5)
     np.testing.assert_allclose(sums.sum_of_squares_F.numpy(), (exact**2).sum(0), rtol=1e-6)
-    statistics = BlockStatistics({}, sums.sum_F, sums.sum_of_squares_F, sums.tokens)
+    statistics = UnitStatistics(0, sums.sum_F, sums.sum_of_squares_F, sums.tokens)
     np.testing.assert_allclose(statistics.norm_F.numpy(), np.linalg.norm(exact, axis=0), rtol=1e-6)
     np.testing.assert_allclose(statistics.mean_F.numpy(), exact.mean(0), rtol=1e-5)
     np.testing.assert_allclose(statistics.variance_F.numpy(), exact.var(0), rtol=1e-5)

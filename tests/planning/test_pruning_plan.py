@@ -16,15 +16,37 @@ from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cut.surgery import write_pruned_weights
 from cfsp.errors import PlanError
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 
 
 @st.composite
-def blocks(draw: st.DrawFn) -> BlockPlan:
+def units(draw: st.DrawFn) -> tuple[UnitPlan, ...]:
+    """One in every block; or none to two in a block, which have paths."""
+    if draw(st.booleans()):
+        return tuple(draw(unit(block=block)) for block in range(draw(st.integers(1, 6))))
+    paths = st.sampled_from([("mlp",), ("mlp.experts", "mlp.shared_expert"), ()])
+    found = [
+        draw(unit(block=block, path=path))
+        for block in range(draw(st.integers(1, 6)))
+        for path in draw(paths)
+    ]
+    return tuple(found) or (draw(unit(block=3, path="mlp")),)
+
+
+@st.composite
+def unit(draw: st.DrawFn, block: int, path: str = "") -> UnitPlan:
     width = draw(st.integers(1, 300))
     kept = draw(st.sets(st.integers(0, width - 1), min_size=1))
-    unit = st.floats(0, 1, allow_nan=False)
-    return BlockPlan(width, tuple(sorted(kept)), draw(unit), draw(unit))
+    share = st.floats(0, 1, allow_nan=False)
+    return UnitPlan(
+        block,
+        width,
+        tuple(sorted(kept)),
+        draw(share),
+        draw(share),
+        path=path,
+        cost=draw(st.integers(1, 128)) if path else 1,
+    )
 
 
 plans = st.builds(
@@ -32,7 +54,7 @@ plans = st.builds(
     model=st.builds(ModelIdentity, st.text(), st.just("llama"), st.just("a" * 32)),
     criterion=st.just(CRITERION),
     calibration=st.just(CALIBRATION),
-    blocks=st.lists(blocks(), min_size=1, max_size=6).map(tuple),
+    units=units(),
 )
 
 
@@ -47,16 +69,16 @@ def test_round_trip(plan: PruningPlan) -> None:
 
 @given(plans)
 @settings(deadline=None)
-def test_widths_and_sparsity_are_those_of_the_blocks(plan: PruningPlan) -> None:
-    assert plan.kept_widths == [len(block.kept) for block in plan.blocks]
-    removed = sum(block.width - len(block.kept) for block in plan.blocks)
-    total = sum(block.width for block in plan.blocks)
+def test_widths_and_sparsity_are_those_of_the_units(plan: PruningPlan) -> None:
+    assert plan.kept_widths == [len(unit.kept) for unit in plan.units]
+    removed = sum(unit.cost * (unit.width - len(unit.kept)) for unit in plan.units)
+    total = sum(unit.cost * unit.width for unit in plan.units)
     assert plan.ffn_sparsity == pytest.approx(removed / total)
 
 
 def test_plan_of_a_large_model_stays_small() -> None:
-    wide = BlockPlan(18944, tuple(range(0, 18944, 2)), 0.1, 0.5)
-    plan = PruningPlan(ModelIdentity("m", "llama", "a"), {}, {}, (wide,) * 80)
+    wide = (UnitPlan(i, 18944, tuple(range(0, 18944, 2)), 0.1, 0.5) for i in range(80))
+    plan = PruningPlan(ModelIdentity("m", "llama", "a"), {}, {}, tuple(wide))
     assert len(plan.to_json()) < 1_000_000
 
 
@@ -122,7 +144,7 @@ def test_a_plan_with_a_changed_byte_is_refused_or_still_a_plan(
         read = PruningPlan.from_json(changed)
     except PlanError:
         return
-    assert all(0 < len(block.kept) <= block.width for block in read.blocks)
+    assert all(0 < len(block.kept) <= block.width for block in read.units)
 
 
 def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:

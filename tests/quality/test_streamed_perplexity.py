@@ -16,7 +16,7 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import CalibrationError
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.quality import perplexity as measuring
 from cfsp.quality import streaming
 from cfsp.quality.perplexity import negative_log_likelihood
@@ -91,7 +91,7 @@ def test_a_pruned_model_is_measured_with_its_own_widths(name: str) -> None:
         ModelIdentity.of(source),
         {},
         {},
-        tuple(BlockPlan(WIDTH, tuple(range(0, WIDTH, 2 + i)), 0.1, 0.5) for i in range(BLOCKS)),
+        tuple(UnitPlan(i, WIDTH, tuple(range(0, WIDTH, 2 + i)), 0.1, 0.5) for i in range(BLOCKS)),
     )
     pruned = build_pruned_model(model, source, plan, {})
     found = streamed_perplexity(LoadedModel(pruned), windows, ENGINE)

@@ -178,7 +178,7 @@ def test_ranks_follow_the_plan_and_the_adapter_attaches_in_a_fresh_process(
         keep_adapter=True,
     )
     plan = PruningPlan.load(pruned / PLAN_FILE)
-    weights = [block.importance for block in plan.blocks]
+    weights = [unit.importance for unit in plan.units]
     ranks = allocate_ranks(weights, 5, allocation)
     assert [block["rank"] for block in report.blocks] == ranks
     program = f"""

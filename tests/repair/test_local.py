@@ -325,7 +325,7 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
 ) -> None:
     argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--repair", repair]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
-    assert "(mixtral) have experts" in capsys.readouterr().err
+    assert "(mixtral) has experts" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

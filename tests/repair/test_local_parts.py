@@ -17,7 +17,7 @@ from cfsp.engine.block_group import BlockGroup
 from cfsp.engine.call_recorder import record_calls
 from cfsp.engine.resumed_forward import hidden_states_entering
 from cfsp.engine.two_streams import Batch
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.repair.head import HeadLoss
 from cfsp.repair.repaired import BlockRepair, ExpertRepair
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
@@ -97,7 +97,9 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     dense, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
     source = LoadedModel(dense)
     kept = (range(0, WIDTH, 2), range(WIDTH), range(8))
-    entries = tuple(BlockPlan(WIDTH, tuple(channels), 0.1, 0.5) for channels in kept)
+    entries = tuple(
+        UnitPlan(i, WIDTH, tuple(channels), 0.1, 0.5) for i, channels in enumerate(kept)
+    )
     plan = PruningPlan(ModelIdentity.of(source), {}, {}, entries)
     model = build_pruned_model(dense, source, plan, {})
     blocks = blocks_of(model, source.architecture)

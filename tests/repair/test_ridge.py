@@ -194,7 +194,7 @@ def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(
 
 def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
     statistics = cfsp.Statistics.load(repaired_model / "cfsp.statistics")
-    widths = [len(block.sum_F) for block in statistics.blocks]
+    widths = [len(unit.sum_F) for unit in statistics.units]
     stored = (repaired_model / "cfsp.statistics").stat().st_size
     # Two float64 vectors for each block, and a header.
     assert stored < 2 * 8 * sum(widths) + 8192

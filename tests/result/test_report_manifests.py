@@ -48,8 +48,8 @@ def test_steps_of_version_1_keep_every_number(tmp_path: Path) -> None:
         "blocks": 1, "error_before": old[1]["error_before"], "error_after": old[1]["error_after"],
         "kept": True, "strength": old[1]["ridge"], "training_steps": 0,
     }  # fmt: skip
-    assert rejected_blocks(ridge) == [0] and ridge["blocks"][0]["strength"] is None
-    assert rejected_blocks(sequential) == [0, 1, 2]
+    assert rejected_blocks(ridge) == ["0"] and ridge["blocks"][0]["strength"] is None
+    assert rejected_blocks(sequential) == ["0", "1", "2"]
     assert local["blocks"][:2] == [None, None]
     last = old[2]["local"]
     assert local["blocks"][2] == {

@@ -92,18 +92,18 @@ def test_flap_keeps_the_best_of_all_blocks_and_the_mean_of_the_rest(
     statistics = subject.calibrate(CalibrationText((str(text_file),), 4, 32))
     plan = flap.plan_of(subject, statistics, Budget(0.5, multiple=1))
     score_LF = []
-    for index, block in enumerate(statistics.blocks):
+    for index, unit in enumerate(statistics.units):
         down = subject.source.read(f"model.layers.{index}.mlp.down_proj.weight").double().numpy()
-        score = block.variance_F.numpy() * (down**2).sum(0)
+        score = unit.variance_F.numpy() * (down**2).sum(0)
         score_LF.append((score - score.mean()) / score.std())
     threshold = np.median(np.concatenate(score_LF))
     assert plan.kept_channels == [
         tuple(np.flatnonzero(score > threshold).tolist()) for score in score_LF
     ]
     pruned = flap.with_biases(subject, statistics, plan)
-    entry = plan.blocks[-1]
+    entry = plan.units[-1]
     gone = np.setdiff1d(np.arange(entry.width), entry.kept)
-    expected = down[:, gone] @ statistics.blocks[-1].mean_F.numpy()[gone]
+    expected = down[:, gone] @ statistics.units[-1].mean_F.numpy()[gone]
     bias = pruned.model.layers[-1].mlp.down_proj.bias.detach().numpy()
     np.testing.assert_allclose(bias, expected, rtol=1e-5, atol=1e-7)
 

@@ -150,7 +150,7 @@ def test_random_is_the_same_for_the_same_calibration(
         text = CalibrationText((str(text_file),), 4, 32, seed)
         statistics = calibrate_source(source, tokenizer, text, Compute())
         scores += [
-            channel_scores("random", statistics.blocks[b], read_ffn_weights(source, b)).tolist()
+            channel_scores("random", statistics.units[b], read_ffn_weights(source, b)).tolist()
             for b in (0, 1)
         ]
     assert scores[0] == scores[2]

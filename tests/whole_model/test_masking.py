@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from cfsp.architecture.found import FFNUnit
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.errors import UnsupportedModelError
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.text.windows import Windows
 from cfsp.whole_model.masks import masked_channels, masked_loss
-from tiny_models import DENSE_CONFIGS, VOCABULARY, build_tiny_model
+from tiny_models import TINY_CONFIGS, VOCABULARY, build_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
 
@@ -26,13 +26,28 @@ def windows_of(seed: int = 0) -> Windows:
 
 
 def plan_for(model: Any) -> PruningPlan:
-    """The first block keeps four channels, the second all, the third every other."""
-    blocks = tuple(BlockPlan(96, kept, 0.1, 0.5) for kept in KEPT)
-    identity = ModelIdentity.of(LoadedModel(model))
-    return PruningPlan(identity, {}, {"windows": 1, "seqlen": 2}, blocks)
+    """The first block keeps a few channels, the second all, the third every other.
+
+    Experts keep others each: the first as many from the next channel on, and so on.
+    """
+    source = LoadedModel(model)
+    units = tuple(
+        UnitPlan(unit.block, unit.width, kept_of_all(unit), 0.1, 0.5, unit.ffns)
+        for unit in source.units
+    )
+    return PruningPlan(ModelIdentity.of(source), {}, {"windows": 1, "seqlen": 2}, units)
 
 
-@pytest.mark.parametrize("name", DENSE_CONFIGS)
+def kept_of_all(unit: FFNUnit) -> tuple[int, ...]:
+    own = [channel for channel in KEPT[unit.block] if channel < unit.width]
+    return tuple(
+        ffn * unit.width + channel
+        for ffn in range(unit.ffns)
+        for channel in sorted((channel + ffn) % unit.width for channel in own)
+    )
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_the_masked_loss_is_that_of_the_pruned_model(name: str) -> None:
     model, windows = build_tiny_model(name), windows_of()
     plan = plan_for(model)
@@ -68,12 +83,3 @@ def test_an_error_leaves_the_model_dense() -> None:
         with pytest.raises(KeyboardInterrupt), masked_channels(model, {0: (1,)}):
             raise KeyboardInterrupt
         assert torch.equal(model(tokens_BT).logits, dense_BTV)
-
-
-def test_experts_are_refused() -> None:
-    model = build_tiny_model("mixtral")
-    with (
-        pytest.raises(UnsupportedModelError, match="mixtures of experts"),
-        masked_channels(model, {0: (1,)}),
-    ):
-        pass

@@ -11,7 +11,6 @@ import torch
 from cfsp.checkpoint.families import architecture_of
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
-from cfsp.errors import UnsupportedModelError
 from cfsp.whole_model.divergence import POSITION_STRIDE, dense_predictions
 from cfsp.whole_model.masks import masked_channels
 from cfsp.whole_model.sensitivity import block_sensitivities
@@ -79,6 +78,9 @@ def test_sensitivity_masks_one_block_at_a_time(name: str) -> None:
     assert len(seen) == 3 * BLOCKS
 
 
-def test_sensitivity_of_experts_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="mixtures of experts"):
-        block_sensitivities(build_tiny_model("mixtral"), random_tokens(1), KEPT)
+def test_sensitivity_of_experts_is_measured() -> None:
+    model, tokens_NT = build_tiny_model("mixtral"), random_tokens(1)
+    every, half = tuple(range(4 * WIDTH)), tuple(range(0, 4 * WIDTH, 2))
+    found_L = block_sensitivities(model, tokens_NT, [every, half, every])
+    assert found_L[0] == found_L[2] == pytest.approx(0, abs=1e-6)
+    assert found_L[1] > 1e-3

@@ -14,7 +14,7 @@ from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.engine.compute import engine_of
-from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
+from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
@@ -95,16 +95,16 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_are_refused(
+def test_blocks_of_experts_are_ranked_by_sensitivity_too(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     settings: PruneSettings,
 ) -> None:
     source = Checkpoint(tiny_checkpoint("mixtral"))
-    with pytest.raises(UnsupportedModelError, match="mixtures of experts"):
-        prune_checkpoint(
-            source, tmp_path / "out", replace(settings, criterion=Criterion("sensitivity"))
-        )
+    report = prune_checkpoint(
+        source, tmp_path / "out", replace(settings, criterion=Criterion("sensitivity"))
+    )
+    assert max(unit.importance for unit in report.plan.units) == 1
 
 
 def test_a_loaded_model_is_itself() -> None:

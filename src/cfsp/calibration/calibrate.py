@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums, DistanceSums
-from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.calibration.statistics import (
+    BlockStatistics,
+    CalibrationRecord,
+    ObservedBlock,
+    Statistics,
+    UnitStatistics,
+)
 from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.engine.block_pass import pass_blocks
@@ -53,7 +60,7 @@ def calibrate(
     """
     record = calibration_record(source, windows, engine, seed=seed)
     check_tokens(source.config, windows.tokens_NT, source.label)
-    blocks = pass_blocks(
+    observed = pass_blocks(
         source,
         windows.tokens_NT,
         observe,
@@ -64,7 +71,7 @@ def calibrate(
         batch_windows=engine.batch_windows,
         place=place,
     )
-    return Statistics(tuple(blocks), record)
+    return Statistics.of(observed, record)
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,17 @@ class StatisticsFiles:
 
     record: CalibrationRecord
 
-    def save(self, result: BlockStatistics, directory: Path, block: int) -> None:
-        """Write the statistics of one block."""
-        Statistics((result,), self.record).save(self._path(directory, block))
+    def save(self, result: ObservedBlock, directory: Path, block: int) -> None:
+        """Write the statistics of one block, as those of a model that has no other."""
+        units = tuple(replace(unit, block=0) for unit in result.units)
+        file = self._path(directory, block)
+        Statistics.of([ObservedBlock(result.block, units)], self.record).save(file)
 
-    def load(self, directory: Path, block: int) -> BlockStatistics:
+    def load(self, directory: Path, block: int) -> ObservedBlock:
         """Read them."""
-        return Statistics.load(self._path(directory, block)).blocks[0]
+        read = Statistics.load(self._path(directory, block))
+        units = tuple(replace(unit, block=block) for unit in read.units)
+        return ObservedBlock(read.blocks[0], units)
 
     @staticmethod
     def _path(directory: Path, block: int) -> Path:
@@ -104,39 +115,56 @@ def calibration_record(
     )
 
 
-def observe(block: StreamedBlock) -> BlockStatistics:
+def observe(block: StreamedBlock) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 
     Raises:
         CalibrationError: an activation is NaN or infinite.
     """
-    distances, channels = DistanceSums(), ChannelSums(block.ffns)
-    block.advance(lambda ffn, act_RF, window_R: channels.add(act_RF, ffn), distances.add)
-    return statistics_of(block.index, distances, channels)
+    distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
+    block.advance(
+        lambda unit, ffn, act_RF, window_R: channels[unit].add(act_RF, ffn), distances.add
+    )
+    return observed_block(block, distances, channels)
 
 
-def statistics_of(index: int, distances: DistanceSums, channels: ChannelSums) -> BlockStatistics:
-    """Return what the sums of one block amount to.
+def observed_block(
+    block: StreamedBlock, distances: DistanceSums, channels: Sequence[ChannelSums]
+) -> ObservedBlock:
+    """Return what the sums of one block and its FFN units amount to.
+
+    Args:
+        block: the block.
+        distances: between its input and output.
+        channels: of each of its units.
 
     Raises:
-        CalibrationError: an activation was NaN or infinite.
+        CalibrationError: an activation was NaN or infinite, or a unit saw no token.
     """
-    assert channels.sum_F is not None
-    assert channels.sum_of_squares_F is not None
-    if not all(map(math.isfinite, distances.sums.values())) or not bool(
-        torch.isfinite(channels.sum_of_squares_F).all()
-    ):
+    units = []
+    are_finite = all(map(math.isfinite, distances.sums.values()))
+    for unit, sums in zip(block.units, channels, strict=True):
+        if sums.sum_F is None or sums.sum_of_squares_F is None:
+            raise CalibrationError(
+                f"no calibration token reached {unit.path or 'the FFN'} of block {block.index}; "
+                "give more --samples"
+            )
+        are_finite = are_finite and bool(torch.isfinite(sums.sum_of_squares_F).all())
+        units.append(
+            UnitStatistics(
+                block.index,
+                sums.sum_F.cpu(),
+                sums.sum_of_squares_F.cpu(),
+                distances.tokens,
+                tuple(sums.tokens_E) if len(sums.tokens_E) > 1 else (),
+            )
+        )
+    if not are_finite:
         raise CalibrationError(
-            f"block {index} produced NaN or infinite activations; "
+            f"block {block.index} produced NaN or infinite activations; "
             "calibrate with --dtype float32 or bfloat16"
         )
-    return BlockStatistics(
-        dict(distances.sums),
-        channels.sum_F.cpu(),
-        channels.sum_of_squares_F.cpu(),
-        distances.tokens,
-        tuple(channels.tokens_E) if len(channels.tokens_E) > 1 else (),
-    )
+    return ObservedBlock(BlockStatistics(dict(distances.sums), distances.tokens), tuple(units))
 
 
 def check_tokens(config: PreTrainedConfig, tokens_NT: Tensor, label: str) -> None:

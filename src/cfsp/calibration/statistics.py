@@ -4,13 +4,14 @@ They are computed once; any criterion, sparsity or target is then planned from t
 another forward pass. On disk: `statistics.safetensors` (per-channel sums) with all else as
 JSON in its metadata, so that one file is one calibration.
 
-Shapes: F FFN channels, L blocks.
+Shapes: E experts, F FFN channels, L blocks.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 from cfsp.settings import DISTANCES
 
-# Version 1 held means of distances where version 2 holds sums; it is still read.
+# Version 1 held means of distances where version 2 holds sums; it is still read. Version 3 is for
+# models some of whose blocks have no FFN unit, or several: units are then listed by themselves.
 STATISTICS_VERSION = 2
+VERSION_WITH_UNITS = 3
 _METADATA_KEY = "cfsp_statistics"
 
 
@@ -35,15 +38,33 @@ class BlockStatistics:
 
     Attributes:
         distance_sums: sum over tokens of each distance between the block's input and output.
+        tokens: number of tokens.
+    """
+
+    distance_sums: dict[str, float]
+    tokens: int
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """Mean of each distance over all tokens."""
+        return {name: total / self.tokens for name, total in self.distance_sums.items()}
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """What the calibration tokens did in one FFN unit.
+
+    Attributes:
+        block: index of its block.
         sum_F: sum of each channel's activation over all tokens, float64.
         sum_of_squares_F: sum of its squares, float64.
-        tokens: number of tokens.
-        routed_E: tokens that were routed to each expert; empty in a block with one FFN. Channels
+        tokens: number of tokens that passed the block.
+        routed_E: tokens that were routed to each expert; empty in a unit with one FFN. Channels
             are then numbered through, expert after expert, and sums are over the tokens that
             were routed to the expert, activations weighted as the router weights its output.
     """
 
-    distance_sums: dict[str, float]
+    block: int
     sum_F: Tensor
     sum_of_squares_F: Tensor
     tokens: int
@@ -59,7 +80,7 @@ class BlockStatistics:
         """Channels of one FFN."""
         return len(self.sum_F) // self.ffns
 
-    def of_ffn(self, ffn: int) -> BlockStatistics:
+    def of_ffn(self, ffn: int) -> UnitStatistics:
         """Return the statistics of one FFN: its channels, and the tokens that it saw."""
         if not self.routed_E:
             return self
@@ -71,11 +92,6 @@ class BlockStatistics:
             tokens=self.routed_E[ffn],
             routed_E=(),
         )
-
-    @property
-    def distances(self) -> dict[str, float]:
-        """Mean of each distance over all tokens."""
-        return {name: total / self.tokens for name, total in self.distance_sums.items()}
 
     @property
     def norm_F(self) -> Tensor:
@@ -127,8 +143,9 @@ class Sensitivity:
     """What pruning each block alone does to the predictions (`cfsp.whole_model.sensitivity`).
 
     Attributes:
-        divergence_L: KL(dense || that block pruned), in nats per token; 0 or more.
-        sparsity: fraction of the block's channels that was removed.
+        divergence_L: KL(dense || that block pruned), in nats per token; 0 for a block
+            that has no FFN.
+        sparsity: fraction of the channels of each of the block's FFNs that was removed.
         windows: number of windows that it was measured on.
     """
 
@@ -138,24 +155,59 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class ObservedBlock:
+    """What calibration gathers in one block: the block's own statistics, and those of its units."""
+
+    block: BlockStatistics
+    units: tuple[UnitStatistics, ...]
+
+
+@dataclass(frozen=True)
 class Statistics:
-    """Statistics of every block, and how they were made.
+    """Statistics of every block and every FFN unit, and how they were made.
 
     Attributes:
-        blocks: sums of each block.
+        blocks: of each block.
+        units: of each FFN unit, in the order of blocks.
         record: the conditions.
         sensitivity: of every block; None if it was not measured: it requires the whole model
             in memory.
     """
 
     blocks: tuple[BlockStatistics, ...]
+    units: tuple[UnitStatistics, ...]
     record: CalibrationRecord
     sensitivity: Sensitivity | None = None
+
+    @classmethod
+    def of(
+        cls,
+        observed: Sequence[ObservedBlock],
+        record: CalibrationRecord,
+        sensitivity: Sensitivity | None = None,
+    ) -> Statistics:
+        """Return the statistics of a model from those of all its blocks."""
+        return cls(
+            tuple(each.block for each in observed),
+            tuple(unit for each in observed for unit in each.units),
+            record,
+            sensitivity,
+        )
 
     @property
     def tokens(self) -> int:
         """Number of calibration tokens."""
         return self.blocks[0].tokens
+
+    @property
+    def blocks_with_units(self) -> list[int]:
+        """Indices of the blocks that have an FFN unit, ascending."""
+        return sorted({unit.block for unit in self.units})
+
+    @property
+    def has_one_unit_each(self) -> bool:
+        """Whether every block has one FFN unit."""
+        return [unit.block for unit in self.units] == list(range(len(self.blocks)))
 
     def distances(self, metric: str) -> list[float]:
         """Return one distance for every block."""
@@ -167,21 +219,35 @@ class Statistics:
         Raises:
             OutputError: the place is not writable.
         """
+        units = [
+            {"tokens": unit.tokens, **({"routed": unit.routed_E} if unit.routed_E else {})}
+            for unit in self.units
+        ]
+        blocks: list[dict[str, Any]]
+        if self.has_one_unit_each:
+            stem, version, more = "blocks", STATISTICS_VERSION, {}
+            blocks = [
+                {"distance_sums": block.distance_sums, **unit}
+                for block, unit in zip(self.blocks, units, strict=True)
+            ]
+        else:
+            stem, version = "units", VERSION_WITH_UNITS
+            blocks = [asdict(block) for block in self.blocks]
+            more = {
+                "units": [
+                    {"block": unit.block, **entry}
+                    for unit, entry in zip(self.units, units, strict=True)
+                ]
+            }
         tensors: dict[str, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            tensors[f"blocks.{i}.sum"] = block.sum_F.contiguous()
-            tensors[f"blocks.{i}.sum_of_squares"] = block.sum_of_squares_F.contiguous()
+        for i, unit in enumerate(self.units):
+            tensors[f"{stem}.{i}.sum"] = unit.sum_F.contiguous()
+            tensors[f"{stem}.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
         facts = {
-            "version": STATISTICS_VERSION,
+            "version": version,
             "record": asdict(self.record),
-            "blocks": [
-                {
-                    "distance_sums": block.distance_sums,
-                    "tokens": block.tokens,
-                    **({"routed": block.routed_E} if block.routed_E else {}),
-                }
-                for block in self.blocks
-            ],
+            "blocks": blocks,
+            **more,
             **({"sensitivity": asdict(self.sensitivity)} if self.sensitivity else {}),
         }
         # One entry only: the library writes several in random order, and the same statistics
@@ -212,27 +278,34 @@ class Statistics:
             raise StatisticsError(
                 f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
             ) from error
-        if version not in (1, STATISTICS_VERSION):
+        if version not in (1, STATISTICS_VERSION, VERSION_WITH_UNITS):
             raise StatisticsError(
                 f"{path} has statistics version {version}, "
-                f"expected {STATISTICS_VERSION}; calibrate again"
+                f"expected 1 to {VERSION_WITH_UNITS}; calibrate again"
             )
         try:
             record = _record(facts["record"])
-            blocks = tuple(_block(entry, tensors, i) for i, entry in enumerate(facts["blocks"]))
+            blocks = tuple(_block(entry, i) for i, entry in enumerate(facts["blocks"]))
+            stem = "units" if version == VERSION_WITH_UNITS else "blocks"
+            units = tuple(
+                _unit({"block": i, **entry}, tensors, f"{stem}.{i}")
+                for i, entry in enumerate(facts[stem])
+            )
+            _check_order(units, len(blocks))
             sensitivity = _sensitivity(facts.get("sensitivity"), len(blocks))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
             raise StatisticsError(f"{path} describes no block; calibrate again")
         for i, block in enumerate(blocks):
-            sums = torch.stack([block.sum_F, block.sum_of_squares_F])
-            finite = bool(torch.isfinite(sums).all()) and bool((block.sum_of_squares_F >= 0).all())
-            if not finite or not all(map(math.isfinite, block.distance_sums.values())):
+            own = [unit for unit in units if unit.block == i]
+            if not all(map(math.isfinite, block.distance_sums.values())) or not all(
+                map(_is_possible, own)
+            ):
                 raise StatisticsError(
                     f"{path} has NaN, infinite or impossible values in block {i}; calibrate again"
                 )
-        return cls(blocks, record, sensitivity)
+        return cls(blocks, units, record, sensitivity)
 
 
 def _record(fields: dict[str, Any]) -> CalibrationRecord:
@@ -253,11 +326,7 @@ def _sensitivity(fields: dict[str, Any] | None, blocks: int) -> Sensitivity | No
     return Sensitivity(divergence_L, float(fields["sparsity"]), int(fields["windows"]))
 
 
-def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> BlockStatistics:
-    sum_F = tensors[f"blocks.{index}.sum"]
-    squares_F = tensors[f"blocks.{index}.sum_of_squares"]
-    if sum_F.ndim != 1 or sum_F.shape != squares_F.shape:
-        raise ValueError(f"block {index} has sums of shapes {sum_F.shape} and {squares_F.shape}")
+def _block(entry: dict[str, Any], index: int) -> BlockStatistics:
     tokens = int(entry["tokens"])
     if tokens < 1:
         raise ValueError(f"block {index} has seen {tokens} tokens")
@@ -265,7 +334,28 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor], index: int) -> Blo
         sums = {name: float(entry["distances"][name]) * tokens for name in DISTANCES}
     else:
         sums = {name: float(entry["distance_sums"][name]) for name in DISTANCES}
+    return BlockStatistics(sums, tokens)
+
+
+def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitStatistics:
+    sum_F, squares_F = tensors[f"{name}.sum"], tensors[f"{name}.sum_of_squares"]
+    if sum_F.ndim != 1 or sum_F.shape != squares_F.shape:
+        raise ValueError(f"{name} has sums of shapes {sum_F.shape} and {squares_F.shape}")
+    block, tokens = int(entry["block"]), int(entry["tokens"])
+    if tokens < 1:
+        raise ValueError(f"{name} has seen {tokens} tokens")
     routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
     if routed_E and (min(routed_E) < 0 or len(sum_F) % len(routed_E)):
-        raise ValueError(f"block {index} has {len(sum_F)} channels in {len(routed_E)} experts")
-    return BlockStatistics(sums, sum_F.double(), squares_F.double(), tokens, routed_E)
+        raise ValueError(f"{name} has {len(sum_F)} channels in {len(routed_E)} experts")
+    return UnitStatistics(block, sum_F.double(), squares_F.double(), tokens, routed_E)
+
+
+def _check_order(units: Sequence[UnitStatistics], blocks: int) -> None:
+    order = [unit.block for unit in units]
+    if order != sorted(order) or not all(0 <= block < blocks for block in order):
+        raise ValueError(f"the FFNs of {blocks} blocks are said to be in blocks {order}")
+
+
+def _is_possible(unit: UnitStatistics) -> bool:
+    sums = torch.stack([unit.sum_F, unit.sum_of_squares_F])
+    return bool(torch.isfinite(sums).all()) and bool((unit.sum_of_squares_F >= 0).all())

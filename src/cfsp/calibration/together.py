@@ -8,18 +8,29 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cfsp.calibration.statistics import BlockStatistics, CalibrationRecord, Statistics
+from cfsp.calibration.statistics import (
+    BlockStatistics,
+    CalibrationRecord,
+    Statistics,
+    UnitStatistics,
+)
 from cfsp.engine.block_stream import windows_in_batch
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.text.windows import Windows
+
+Part = TypeVar("Part", BlockStatistics, UnitStatistics)
+
+# What is summed over tokens.
+_SUMS = ("distance_sums", "tokens")
+_SUMS_OF_UNIT = ("sum_F", "sum_of_squares_F", "tokens", "routed_E")
 
 
 def calibrate_together(
@@ -78,18 +89,19 @@ def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:
         team: the processes.
         device: where the sums are added up.
     """
-    values = [getattr(b, f.name) for b in part.blocks for f in fields(b)]
+    values = [getattr(block, name) for block in part.blocks for name in _SUMS]
+    values += [getattr(unit, name) for unit in part.units for name in _SUMS_OF_UNIT]
     own = torch.cat([_numbers(value) for value in values])
     total = team.add_up(own.to(device)).cpu()
     sums = iter(torch.split(total, [_numbers(value).numel() for value in values]))
-    blocks = tuple(_with_numbers(block, sums) for block in part.blocks)
-    return replace(part, blocks=blocks)
+    blocks = tuple(_with_numbers(block, _SUMS, sums) for block in part.blocks)
+    units = tuple(_with_numbers(unit, _SUMS_OF_UNIT, sums) for unit in part.units)
+    return replace(part, blocks=blocks, units=units)
 
 
-def _with_numbers(block: BlockStatistics, sums: Iterator[Tensor]) -> BlockStatistics:
-    """Return a block whose values, all of them sums over tokens, are the next ones."""
-    changed = {f.name: _like(getattr(block, f.name), next(sums)) for f in fields(block)}
-    return replace(block, **changed)
+def _with_numbers(part: Part, names: Sequence[str], sums: Iterator[Tensor]) -> Part:
+    """Return a part of the statistics whose sums are the next ones."""
+    return replace(part, **{name: _like(getattr(part, name), next(sums)) for name in names})
 
 
 def _numbers(value: Any) -> Tensor:

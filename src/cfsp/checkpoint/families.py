@@ -341,21 +341,29 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     from cfsp.architecture.found import Architecture, ChannelAxis, FFNUnit
 
     family = family_of(config)
+    if family.experts is not None:
+        path = f"{family.mlp}.experts"
+        up, down = f"{path}.gate_up_proj", f"{path}.down_proj"
+        gate: str | None = up
+        axes = {up: ChannelAxis(1, "halves"), down: ChannelAxis(2)}
+    else:
+        path = family.mlp or ""
+        up, down = (f"{family.path_in_block(name)}.weight" for name in (family.up, family.down))
+        gate = f"{family.path_in_block(family.gate)}.weight" if family.gate else None
+        out_axis, in_axis = (1, 0) if family.inputs_first else (0, 1)
+        axis = ChannelAxis(out_axis, "halves" if family.is_fused else None)
+        axes = {**{name: axis for name in (gate, up) if name}, down: ChannelAxis(in_axis)}
+        axes |= {f"{name.removesuffix('weight')}bias": axis for name in (gate, up) if name}
     units = tuple(
         FFNUnit(
             block=block,
-            path=family.mlp or "",
+            path=path,
             width=width,
             ffns=family.ffn_count(config),
-            up=f"{family.path_in_block(family.up)}.weight",
-            gate=f"{family.path_in_block(family.gate)}.weight" if family.gate else None,
-            down=f"{family.path_in_block(family.down)}.weight",
-            axes={
-                f"{family.path_in_block(matrix)}.{kind}": ChannelAxis(0)
-                for matrix in family.matrices
-                for kind in ("weight", "bias")
-                if (matrix, kind) != (family.down, "bias")
-            },
+            up=up,
+            gate=gate,
+            down=down,
+            axes=axes,
             routed=family.experts is not None,
         )
         for block, width in enumerate(intermediate_sizes(config))

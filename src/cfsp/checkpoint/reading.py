@@ -223,6 +223,11 @@ def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
     return tuple(owned)
 
 
+def units_of_block(source: WeightSource, block: int) -> list[int]:
+    """Return the indices of the FFN units of one block."""
+    return [index for index, unit in enumerate(source.units) if unit.block == block]
+
+
 def check_ffn_shapes(source: WeightSource) -> None:
     """Check that every block has the FFNs, and these the width, that the config announces.
 

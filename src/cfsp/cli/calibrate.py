@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +95,20 @@ def run(args: argparse.Namespace) -> None:
         if team.is_first:
             statistics.save(args.out)
     if team.is_first:
-        _report(args, statistics, watch, place)
+        paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
+        _report(args, statistics, paths, watch, place)
 
 
 def _report(
-    args: argparse.Namespace, statistics: Statistics, watch: Stopwatch, place: Workplace
+    args: argparse.Namespace,
+    statistics: Statistics,
+    paths: Sequence[str],
+    watch: Stopwatch,
+    place: Workplace,
 ) -> None:
     from cfsp.engine.memory import peak_rss_bytes
     from cfsp.planning.make import LEAST_TOKENS, few_tokens
+    from cfsp.planning.plan_file import few_experts
 
     facts: dict[str, Any] = {
         "out": str(args.out),
@@ -109,9 +116,9 @@ def _report(
         "calibration_tokens": statistics.tokens,
         "sources": statistics.record.sources,
         "experts_with_few_tokens": [
-            {"block": index, "expert": expert, "tokens": tokens}
-            for index, block in enumerate(statistics.blocks)
-            for expert, tokens in few_tokens(block).items()
+            expert
+            for unit, path in zip(statistics.units, paths, strict=True)
+            for expert in few_experts(unit.block, path, few_tokens(unit))
         ],
         "processes": process_count(),
         "seconds": watch.seconds,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json
@@ -32,13 +35,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(facts)
         return
-    widths = facts["intermediate_sizes"]
-    shape = str(widths[0]) if facts["uniform"] else f"{min(widths)} to {max(widths)}: {widths}"
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
     print(f"hidden size        {facts['hidden_size']}")
-    print(f"intermediate size  {shape}")
-    if facts["experts"] > 1:
-        print(f"experts            {facts['experts']} in every block")
+    _print_widths(facts)
     print(f"parameters         {human_count(facts['parameters'])} ({facts['parameters']:,})")
     print(f"size               {human_bytes(facts['bytes'])}")
     pruned = facts["pruned"]
@@ -66,3 +65,44 @@ def run(args: argparse.Namespace) -> None:
             change = f"{value['before']:.2f} -> {value['after']:.2f}"
             print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
     print(f"command            {pruned['command']}")
+
+
+def _print_widths(facts: dict[str, Any]) -> None:
+    if "units" not in facts:
+        print(f"intermediate size  {_range(facts['intermediate_sizes'])}")
+        if facts["experts"] > 1:
+            print(f"experts            {facts['experts']} in every block")
+        return
+    kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for unit in facts["units"]:
+        kinds.setdefault((unit["path"], unit["ffns"]), []).append(unit)
+    lines = []
+    for (path, ffns), units in kinds.items():
+        experts = f" ({ffns} experts)" if ffns > 1 else ""
+        widths = _range([unit["width"] for unit in units])
+        blocks = _blocks([unit["block"] for unit in units])
+        lines.append(f"{path or 'FFN'}{experts} in {blocks}: {widths}")
+    without = set(range(facts["blocks"])) - {unit["block"] for unit in facts["units"]}
+    if without:
+        lines.append(f"no FFN in {_blocks(sorted(without))}")
+    for name, line in zip_longest(("intermediate size",), lines, fillvalue=""):
+        print(f"{name:<18} {line}")
+
+
+def _range(widths: Sequence[int]) -> str:
+    """Return widths in words: `1536`, or `64 to 96: [64, 96, 80]`."""
+    if len(set(widths)) == 1:
+        return str(widths[0])
+    return f"{min(widths)} to {max(widths)}: {list(widths)}"
+
+
+def _blocks(indices: Sequence[int]) -> str:
+    """Return ascending indices of blocks in words: `block 0`, `blocks 1 to 4, 6`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    named = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(named)}"

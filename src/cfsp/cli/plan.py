@@ -72,19 +72,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_plan(plan: PruningPlan) -> None:
-    """Print importance and width of every block."""
+    """Print importance and width of every FFN unit."""
     rows = [
         (
-            str(index),
-            f"{block.distance:.4f}",
-            f"{block.importance:.3f}",
-            str(block.width),
-            str(block.kept_width),
-            f"{block.kept_width / block.width:.0%}",
-            "#" * round(20 * block.kept_width / block.width),
+            unit.name,
+            f"{unit.distance:.4f}",
+            f"{unit.importance:.3f}",
+            str(unit.width),
+            str(unit.kept_width),
+            f"{unit.kept_width / unit.width:.0%}",
+            "#" * round(20 * unit.kept_width / unit.width),
         )
-        for index, block in enumerate(plan.blocks)
+        for unit in plan.units
     ]
     head = ("block", "distance", "importance", "channels", "kept", "", "")
     print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
-    print(f"\n{plan.ffn_sparsity:.1%} of the FFN channels go")
+    what = "channels" if plan.counts_channels else "parameters"
+    print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what} go")

@@ -255,7 +255,7 @@ def describe_step(step: dict[str, Any]) -> str:
 def print_report(report: PruneReport) -> None:
     """Print what pruning gained and lost."""
     before, after = report.parameters_before, report.parameters_after
-    channels_before = sum(block.width for block in report.plan.blocks)
+    channels_before = sum(unit.width for unit in report.plan.units)
     channels_after = sum(report.intermediate_sizes)
     rows = [
         ("parameters", human_count(before), human_count(after), f"{after / before - 1:+.1%}"),

@@ -31,7 +31,7 @@ def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
     layout = source.layout_of(name)
     if layout is None:
         return tensor
-    entry = plan.blocks[layout.unit]
+    entry = plan.units[layout.unit]
     if entry.kept_width == entry.width:
         return tensor
     pruned = layout.select(tensor, entry.kept_of(layout.ffn))
@@ -46,7 +46,7 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     for name, spec in source.specs.items():
         layout = source.layout_of(name)
         if layout is not None:
-            spec = layout.resized(spec, plan.blocks[layout.unit].kept_width)
+            spec = layout.resized(spec, plan.units[layout.unit].kept_width)
         specs[name] = spec
     return specs
 

@@ -34,13 +34,14 @@ from cfsp.engine.read_ahead import read_ahead
 from cfsp.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from cfsp.architecture.found import FFNUnit
     from cfsp.checkpoint.families import Family
     from cfsp.checkpoint.reading import WeightSource
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
 TOKENS_IN_BATCH = 4096
 
-OnActivations = Callable[[int, Tensor, Tensor], None]
+OnActivations = Callable[[int, int, Tensor, Tensor], None]
 OnHidden = Callable[[Tensor, Tensor], None]
 OpenHidden = Callable[[tuple[int, ...], torch.dtype], HiddenStates]
 
@@ -52,14 +53,14 @@ class StreamedBlock:
     Attributes:
         index: position in the model.
         module: the decoder block.
-        ffns: number of its FFNs: 1, or the number of its experts.
+        units: its FFN units; a block may have none.
         hidden: what enters the block, and after `advance` what leaves it.
         device: where the block computes.
     """
 
     index: int
     module: nn.Module
-    ffns: int
+    units: tuple[FFNUnit, ...]
     hidden: HiddenStates
     device: torch.device
     _family: Family
@@ -78,20 +79,20 @@ class StreamedBlock:
         The block's weights are dropped then: what comes after may need the memory.
 
         Args:
-            on_activations: is given the index of an FFN of the block, rows of the input of its
-                down projection (act_RF, see `observed_activations`), and which window each row
-                is of; None where nobody looks.
+            on_activations: is given the position of an FFN unit among those of the block, the
+                index of an FFN in the unit, rows of the input of its down projection (act_RF, see
+                `observed_activations`), and which window each row is of; None where nobody looks.
             on_hidden: is given the block's input and output hidden states, both BTD.
         """
         first_window, seqlen = 0, 1
 
         def on_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
             assert on_activations is not None
-            on_activations(ffn, act_RF, first_window + token_R // seqlen)
+            on_activations(0, ffn, act_RF, first_window + token_R // seqlen)
 
         with (
             nullcontext()
-            if on_activations is None
+            if on_activations is None or not self.units
             else observed_activations(self.module, self._family, on_rows)
         ):
             for batch in self._batches:
@@ -210,7 +211,7 @@ def stream_blocks(
             yield StreamedBlock(
                 index=index,
                 module=module,
-                ffns=source.family.ffn_count(source.config),
+                units=tuple(unit for unit in source.units if unit.block == index),
                 hidden=hidden,
                 device=device,
                 _family=source.family,

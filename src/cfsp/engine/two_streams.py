@@ -210,7 +210,7 @@ def pass_two_streams(
     source: WeightSource,
     pruned: WeightSource,
     windows: Windows,
-    work: Callable[[GroupAtWork], T],
+    work: Callable[[GroupAtWork], T | None],
     files: ResultFiles[T | None],
     engine: Engine,
     place: Workplace,
@@ -272,7 +272,7 @@ class _Visits(Generic[T]):
     tokens_NT: Tensor
     streams: TwoStreams
     dtype: torch.dtype
-    work: Callable[[GroupAtWork], T]
+    work: Callable[[GroupAtWork], T | None]
     group_of: Callable[[int], range]
     dense_after: list[Tensor] = field(default_factory=list)
 

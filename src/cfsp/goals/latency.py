@@ -110,7 +110,7 @@ def measure_latencies(
     Raises:
         UsageError: these models do not fit into memory together.
     """
-    widths = widths_to_measure(max(size.width_L), multiple)
+    widths = widths_to_measure(max(size.width_U), multiple)
     _check_memory(size, widths, engine)
     # The widest first: it is what the others are compared to.
     order = widths[::-1]
@@ -138,8 +138,8 @@ def measure_latencies(
 def _check_memory(size: ModelSize, widths: Sequence[int], engine: Engine) -> None:
     if engine.device.type != "cpu":
         return
-    blocks = len(size.width_L)
-    parameters = sum(size.parameters_with([width] * blocks) for width in widths)
+    units = len(size.units)
+    parameters = sum(size.parameters_with([width] * units) for width in widths)
     needed = parameters * engine.dtype.itemsize + len(widths) * _PROCESS_BYTES
     if needed > (available := available_bytes()):
         raise UsageError(

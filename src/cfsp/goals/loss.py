@@ -17,7 +17,7 @@ from cfsp.settings import OWN_TEXT
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, consecutive_windows, draw_left_over
 from cfsp.whole_model.load import load_whole
-from cfsp.whole_model.masks import check_can_be_masked, masked_loss
+from cfsp.whole_model.masks import masked_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,15 +98,13 @@ def resolve_loss(
 
     Raises:
         BudgetError: not even the smallest step fits.
-        UnsupportedModelError: the channels of this family cannot be masked.
     """
-    check_can_be_masked(source.family)
-    size, multiple = model_size(source), settings.budget.multiple
+    size = model_size(source)
     dense = loss_of(model, texts, "dense")
     tried: list[Try] = []
 
     def holds(step: int) -> bool:
-        budget = budget_at(step, multiple)
+        budget = budget_at(step, settings.budget.multiple)
         plan = make_plan(source, statistics, budget, settings.criterion)
         label = f"{budget.sparsity:.1%} pruned"
         losses = [masked_loss(model, plan, windows, label) for windows in texts]
@@ -115,7 +113,7 @@ def resolve_loss(
         tried.append(Try(budget.sparsity, parameters, increase, increase <= goal.nats))
         return tried[-1].fits
 
-    highest = highest_step(size, settings.budget.multiple_for(size.width_L))
+    highest = highest_step(size, settings.budget)
     chosen = last_that_holds(highest, holds)
     if chosen == 0:
         least = min(tried, key=lambda entry: entry.sparsity)
@@ -126,7 +124,7 @@ def resolve_loss(
             "or calibrate on text like that it is measured on"
         )
     return Resolution(
-        budget_at(chosen, multiple),
+        budget_at(chosen, settings.budget.multiple),
         "max_loss_increase",
         goal.nats,
         tuple(tried),

@@ -13,18 +13,18 @@ from cfsp.settings import Budget
 STEPS = 200
 
 
-def highest_step(size: ModelSize, multiple: int) -> int:
-    """Return the number of steps up to the highest sparsity that leaves every block a multiple.
+def highest_step(size: ModelSize, budget: Budget) -> int:
+    """Return the number of steps up to the highest sparsity that leaves every FFN a multiple.
 
     Raises:
         BudgetError: there is none.
     """
-    least = sum(min(multiple, width) for width in size.width_L)
-    highest = math.floor(STEPS * (1 - least / sum(size.width_L)))
+    least = size.cost_of(size.least_U(budget))
+    highest = math.floor(STEPS * (1 - least / size.cost_of(size.width_U)))
     if highest < 1:
         raise BudgetError(
-            f"nothing can be removed: with at least {multiple} channels left in every block, "
-            f"less than {1 / STEPS:.1%} of them could go; choose a smaller --multiple"
+            f"nothing can be removed: with at least {max(size.multiple_U(budget))} channels left "
+            f"in every FFN, less than {1 / STEPS:.1%} of them could go; choose a smaller --multiple"
         )
     return highest
 

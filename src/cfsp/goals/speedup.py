@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from cfsp.engine.compute import engine_of
-from cfsp.errors import BudgetError
+from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.latency import Latencies, measure_latencies, most_speedup
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
@@ -26,9 +26,16 @@ def check_possible(goal: TargetSpeedup, source: WeightSource, settings: PruneSet
 
     Raises:
         BudgetError: not even in proportion to the work that would be left.
+        UsageError: its FFNs are of several kinds, so that no one width says how long it takes.
     """
-    width_L = model_size(source).width_L
-    least = min(settings.budget.multiple_for(width_L), *width_L)
+    size = model_size(source)
+    if len(kinds := sorted({unit.kind for unit in size.units})) > 1:
+        raise UsageError(
+            "--target-speedup times models with one FFN width in all blocks, and the FFNs of "
+            f"{source.label} are of several kinds ({', '.join(kinds)}); give --sparsity and "
+            "measure with cfsp bench"
+        )
+    least = min(size.least_U(settings.budget))
     most = most_speedup(source, least, goal.phase, engine_of(settings.compute, source))
     if goal.ratio > most:
         raise BudgetError(
@@ -54,7 +61,7 @@ def resolve_speedup(
         UsageError: the models to time do not fit into memory.
     """
     size = model_size(source)
-    multiple = settings.budget.multiple_for(size.width_L)
+    multiple = max(size.multiple_U(settings.budget))
     engine = engine_of(settings.compute, source)
     latencies = measure_latencies(source.config, size, multiple, goal.phase, engine)
     warn_of_disturbance(latencies)
@@ -84,13 +91,13 @@ def choose(
 
     def is_too_slow(step: int) -> bool:
         budget = budget_at(step, settings.budget.multiple)
-        kept_L = plan_widths(source, statistics, budget, settings.criterion).kept_L
-        predicted = latencies.speedup(size.width_L, kept_L)
+        kept_U = plan_widths(source, statistics, budget, settings.criterion).kept_U
+        predicted = latencies.speedup(size.width_U, kept_U)
         fits = predicted >= goal.ratio
-        tried.append(Try(budget.sparsity, size.parameters_with(kept_L), predicted, fits))
+        tried.append(Try(budget.sparsity, size.parameters_with(kept_U), predicted, fits))
         return not fits
 
-    highest = highest_step(size, settings.budget.multiple_for(size.width_L))
+    highest = highest_step(size, settings.budget)
     if is_too_slow(highest):
         raise BudgetError(
             f"{goal.phase} cannot become {goal.ratio:g} times faster by pruning the FFN: without "

@@ -1,13 +1,19 @@
-"""Allocation: from block importance and a budget to a width for every block.
+"""Allocation: from importance and a budget to a width for every FFN unit.
 
-Pure arithmetic on plain numbers. Shapes: L blocks.
+Pure arithmetic on plain numbers. A channel of one unit may own many times the parameters of
+another's: one of 128 experts, which is a channel of each, against one of the expert that is shared.
+Budgets are met in parameters, so channels are counted by their cost: parameters over what the
+channels of all units have in common. Where all own as many, that is 1, and costs are channels.
+
+Shapes: U FFN units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum
+from functools import cached_property
+from math import fsum, gcd
 from statistics import fmean
 
 from cfsp.errors import BudgetError, UsageError
@@ -18,63 +24,105 @@ _CLAMP_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
+class UnitSize:
+    """The numbers of an FFN unit that a budget is about.
+
+    Attributes:
+        width: channels of each of its FFNs.
+        channel_parameters: parameters that one channel owns; in a unit of several experts that is
+            one channel of each.
+        kind: units of one kind have widths that are multiples of the same number.
+        grain: widths that are no multiples of this cannot be computed with.
+    """
+
+    width: int
+    channel_parameters: int
+    kind: str = ""
+    grain: int = 1
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """The numbers of a model that a budget is about.
 
     Attributes:
-        width_L: FFN channels of every block.
-        channel_parameters_L: parameters that one channel of each block owns.
+        units: those of every FFN unit.
         parameters: all parameters of the model.
-        grain: widths that are no multiples of this cannot be computed with.
     """
 
-    width_L: tuple[int, ...]
-    channel_parameters_L: tuple[int, ...]
+    units: tuple[UnitSize, ...]
     parameters: int
-    grain: int = 1
 
-    def parameters_with(self, kept_L: Sequence[int]) -> int:
+    @cached_property
+    def width_U(self) -> list[int]:
+        """Channels of every unit."""
+        return [unit.width for unit in self.units]
+
+    @cached_property
+    def parameters_per_cost(self) -> int:
+        """Parameters that a cost of 1 stands for."""
+        return gcd(*(unit.channel_parameters for unit in self.units))
+
+    @cached_property
+    def cost_U(self) -> list[int]:
+        """What a channel of every unit costs."""
+        each = self.parameters_per_cost
+        return [unit.channel_parameters // each for unit in self.units]
+
+    def cost_of(self, width_U: Sequence[int]) -> int:
+        """Return what all channels cost if units have these widths."""
+        return sum(map(_times, width_U, self.cost_U))
+
+    def parameters_with(self, kept_U: Sequence[int]) -> int:
         """Return the parameters of the model with these widths."""
-        removed = sum(
-            (width - kept) * each
-            for width, kept, each in zip(
-                self.width_L, kept_L, self.channel_parameters_L, strict=True
-            )
-        )
-        return self.parameters - removed
+        removed = self.cost_of(self.width_U) - self.cost_of(kept_U)
+        return self.parameters - removed * self.parameters_per_cost
+
+    def multiple_U(self, budget: Budget) -> list[int]:
+        """Return what new widths of every unit are multiples of."""
+        widths: dict[str, list[int]] = {}
+        for unit in self.units:
+            widths.setdefault(unit.kind, []).append(unit.width)
+        return [budget.multiple_for(widths[unit.kind]) for unit in self.units]
+
+    def least_U(self, budget: Budget) -> list[int]:
+        """Return the least width that every unit may have."""
+        return list(map(min, self.multiple_U(budget), self.width_U))
 
 
 def channels_to_keep(budget: Budget, size: ModelSize) -> float:
-    """Return how many channels the whole model keeps (before rounding).
+    """Return what the channels that the whole model keeps may cost (before rounding).
 
     Raises:
         BudgetError: more is to be removed than the FFNs hold.
         UsageError: the model cannot be computed with such widths.
     """
-    multiple = budget.multiple_for(size.width_L)
-    if multiple % size.grain:
+    multiple_U = size.multiple_U(budget)
+    for multiple, unit in zip(multiple_U, size.units, strict=True):
+        if multiple % unit.grain:
+            raise UsageError(
+                f"--multiple must be a multiple of {unit.grain} for this model, found {multiple}: "
+                "experts are multiplied in groups, which requires rows of whole 16 bytes"
+            )
+    widest = max(size.width_U)
+    if budget.multiple is not None and budget.multiple > widest:
         raise UsageError(
-            f"--multiple must be a multiple of {size.grain} for this model, found {multiple}: "
-            "experts are multiplied in groups, which requires rows of whole 16 bytes"
+            f"--multiple must be at most {widest} for this model, found {budget.multiple}"
         )
-    widest = max(size.width_L)
-    if budget.multiple is not None and multiple > widest:
-        raise UsageError(f"--multiple must be at most {widest} for this model, found {multiple}")
-    total = sum(size.width_L)
-    least = sum(min(multiple, width) for width in size.width_L)
+    total, least = size.cost_of(size.width_U), size.cost_of(size.least_U(budget))
     if budget.of == "ffn":
         kept = (1 - budget.sparsity) * total
         highest = 1 - least / total
     else:
-        # Equal in every block of the known families; the mean serves if one ever differs.
-        each = fmean(size.channel_parameters_L)
+        each = size.parameters_per_cost
         kept = total - budget.sparsity * size.parameters / each
         highest = (total - least) * each / size.parameters
     # Within half a multiple of the least width is the least width.
-    if kept < least - multiple / 2:
+    if kept < least - min(map(_times, multiple_U, size.cost_U)) / 2:
+        multiples = " or ".join(map(str, sorted(set(multiple_U))))
         raise BudgetError(
             f"cannot remove {budget.sparsity:.1%} of the {_NOUN[budget.of]}: with at least "
-            f"{multiple} channels left in every block, between 0 and {highest:.1%} can be removed"
+            f"{multiples} channels left in every FFN, between 0 and {highest:.1%} can be removed"
         )
     return kept
 
@@ -82,110 +130,136 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
 _NOUN = {"ffn": "FFN channels", "model": "model's parameters"}
 
 
-def keep_fractions(importance_L: Sequence[float], sparsity: float) -> list[float]:
-    """Return the fraction of every block's channels that stays; their mean is 1 - sparsity.
+def _times(channels: int, cost: int) -> int:
+    return channels * cost
 
-        keep_l = s_l / mean(s) * (1 - p)
 
-    If some block would keep all or more, the importances are shrunk about their mean until
+def keep_fractions(
+    importance_U: Sequence[float], sparsity: float, weight_U: Sequence[float] | None = None
+) -> list[float]:
+    """Return the fraction of every unit's channels that stays; their mean is 1 - sparsity.
+
+        keep_u = s_u / mean(s) * (1 - p)
+
+    If some unit would keep all or more, the importances are shrunk about their mean until
     the largest stays below 1, as the published code does.
 
     Args:
-        importance_L: normalised importance s of each block, positive.
+        importance_U: normalised importance s of each unit, positive.
         sparsity: mean fraction p to remove, in [0, 1).
+        weight_U: how much each counts in the mean; None if all count alike.
     """
-    mean = fmean(importance_L)
+    mean = fmean(importance_U, weight_U)
     if sparsity == 0.0:
-        return [1.0] * len(importance_L)
-    if max(importance_L) / mean * (1 - sparsity) >= 1.0:
-        shrink = mean * (1 / (1 - sparsity) - 1) / (max(importance_L) - mean) / _CLAMP_MARGIN
-        importance_L = [mean + (s - mean) * shrink for s in importance_L]
-    return [s / mean * (1 - sparsity) for s in importance_L]
+        return [1.0] * len(importance_U)
+    if max(importance_U) / mean * (1 - sparsity) >= 1.0:
+        shrink = mean * (1 / (1 - sparsity) - 1) / (max(importance_U) - mean) / _CLAMP_MARGIN
+        importance_U = [mean + (s - mean) * shrink for s in importance_U]
+    return [s / mean * (1 - sparsity) for s in importance_U]
 
 
-def water_fill(importance_L: Sequence[float], width_L: Sequence[int], total: float) -> list[float]:
-    """Return widths in proportion to importance, none above the present one, that sum to `total`.
+def water_fill(
+    importance_U: Sequence[float], width_U: Sequence[int], cost_U: Sequence[int], total: float
+) -> list[float]:
+    """Return widths in proportion to importance, none above the present one, that cost `total`.
 
-        kept_l = F_l min(1, c s_l)
+        kept_u = F_u min(1, c s_u)
 
-    with c such that the sum is met: what a block that is whole cannot take goes to the others, in
+    with c such that the sum is met: what a unit that is whole cannot take goes to the others, in
     proportion to their importance.
 
     Args:
-        importance_L: normalised importance s of each block, positive.
-        width_L: present widths F.
-        total: what the widths shall sum to, at most the sum of the present ones.
+        importance_U: normalised importance s of each unit, positive.
+        width_U: present widths F.
+        cost_U: what a channel costs.
+        total: what the widths shall cost, at most what the present ones do.
     """
     whole: set[int] = set()
     while True:
-        others = [block for block in range(len(width_L)) if block not in whole]
-        wanted = fsum(importance_L[block] * width_L[block] for block in others)
-        left = total - sum(width_L[block] for block in whole)
+        others = [unit for unit in range(len(width_U)) if unit not in whole]
+        wanted = fsum(importance_U[unit] * width_U[unit] * cost_U[unit] for unit in others)
+        left = total - sum(width_U[unit] * cost_U[unit] for unit in whole)
         level = left / wanted if others else 0.0
-        full = {block for block in others if level * importance_L[block] >= 1}
+        full = {unit for unit in others if level * importance_U[unit] >= 1}
         if not full:
             return [
-                float(width) if block in whole else level * importance_L[block] * width
-                for block, width in enumerate(width_L)
+                float(width) if unit in whole else level * importance_U[unit] * width
+                for unit, width in enumerate(width_U)
             ]
         whole |= full
 
 
 def round_widths(
-    ideal_L: Sequence[float], width_L: Sequence[int], multiple: int, total: float
+    ideal_U: Sequence[float],
+    width_U: Sequence[int],
+    cost_U: Sequence[int],
+    multiple_U: Sequence[int],
+    total: float,
 ) -> list[int]:
-    """Round ideal widths to a multiple so that their sum is `total` to within one multiple.
+    """Round ideal widths to multiples so that they cost `total` to within one multiple.
 
-    Largest remainder: everything is rounded down, then one multiple at a time goes where most
-    was lost. A block keeps at least one multiple and never grows; a width that is no multiple
-    stays possible for a block that is not pruned at all.
+    Largest remainder: everything is rounded down, then one multiple at a time goes where the
+    largest part of one was lost. A unit keeps at least one multiple and never grows; a width that
+    is no multiple stays possible for a unit that is not pruned at all. Where multiples differ in
+    cost, the sum is met to within half of the dearest: units with cheap channels do not stray
+    further than a multiple from what their importance gives them to meet it more closely.
 
     Args:
-        ideal_L: wished widths.
-        width_L: present widths.
-        multiple: what new widths are multiples of.
-        total: what the widths shall sum to.
+        ideal_U: wished widths.
+        width_U: present widths.
+        cost_U: what a channel costs.
+        multiple_U: what new widths are multiples of.
+        total: what the widths shall cost.
     """
-    kept_L = [
-        width if ideal >= width else max(min(multiple, width), int(ideal // multiple) * multiple)
-        for ideal, width in zip(ideal_L, width_L, strict=True)
+    least_U = list(map(min, multiple_U, width_U))
+    kept_U = [
+        width if ideal >= width else max(least, int(ideal // multiple) * multiple)
+        for ideal, width, least, multiple in zip(ideal_U, width_U, least_U, multiple_U, strict=True)
     ]
+    steps = set(map(_times, multiple_U, cost_U))
+    close = max(steps) / 2 if len(steps) > 1 else 0.0
 
-    def up(block: int) -> int:
-        return min(width_L[block], kept_L[block] + multiple)
+    def up(unit: int) -> int:
+        return min(width_U[unit], kept_U[unit] + multiple_U[unit])
 
-    def down(block: int) -> int:
-        above_multiple = kept_L[block] % multiple
-        return max(min(multiple, width_L[block]), kept_L[block] - (above_multiple or multiple))
+    def down(unit: int) -> int:
+        above_multiple = kept_U[unit] % multiple_U[unit]
+        return max(least_U[unit], kept_U[unit] - (above_multiple or multiple_U[unit]))
 
     while True:
-        missing = total - sum(kept_L)
+        missing = total - sum(map(_times, kept_U, cost_U))
         growing = missing > 0
         step = up if growing else down
+        # What was lost by rounding; negative where a unit has more than its importance gives it.
+        lost = {
+            unit: ideal - kept
+            for unit, (ideal, kept) in enumerate(zip(ideal_U, kept_U, strict=True))
+        }
         # A step is worth taking if it brings the sum closer to the total.
         useful = [
-            block
-            for block in range(len(kept_L))
-            if kept_L[block] != step(block)
-            and abs(missing - (step(block) - kept_L[block])) < abs(missing)
+            unit
+            for unit in range(len(kept_U))
+            if kept_U[unit] != step(unit)
+            and abs(missing - (step(unit) - kept_U[unit]) * cost_U[unit]) < abs(missing)
+            and (abs(missing) > close or (lost[unit] > 0) == growing)
         ]
         if not useful:
-            return kept_L
-        lost = {block: ideal_L[block] - kept_L[block] for block in useful}
-        chosen = max(useful, key=lambda b: lost[b] if growing else -lost[b])
-        kept_L[chosen] = step(chosen)
+            return kept_U
+        sign = 1 if growing else -1
+        chosen = max(useful, key=lambda u: (sign * lost[u] / multiple_U[u], sign * lost[u]))
+        kept_U[chosen] = step(chosen)
 
 
 def allocate(
-    importance_L: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp = DEFAULT_CLAMP
+    importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp = DEFAULT_CLAMP
 ) -> list[int]:
-    """Return the number of channels that every block keeps.
+    """Return the number of channels that every FFN unit keeps.
 
     Args:
-        importance_L: normalised importance of each block, positive.
+        importance_U: normalised importance of each unit, positive.
         budget: how much to remove.
         size: the model's numbers.
-        clamp: what happens where a block would keep more than all: `water-fill` keeps it whole
+        clamp: what happens where a unit would keep more than all: `water-fill` keeps it whole
             and gives the rest to the others, `published` shrinks all importances.
 
     Raises:
@@ -195,16 +269,21 @@ def allocate(
     if clamp not in CLAMPS:
         raise UsageError(f"unknown clamp {clamp!r}; known are: {', '.join(CLAMPS)}")
     total = channels_to_keep(budget, size)
+    width_U, cost_U = size.width_U, size.cost_U
     if budget.sparsity == 0.0:
-        return list(size.width_L)
+        return list(width_U)
     if clamp == "water-fill":
-        ideal_L = water_fill(importance_L, size.width_L, total)
+        ideal_U = water_fill(importance_U, width_U, cost_U, total)
     else:
-        fraction_L = keep_fractions(importance_L, 1 - total / sum(size.width_L))
-        ideal_L = [f * width for f, width in zip(fraction_L, size.width_L, strict=True)]
-        # Blocks of different width weigh differently in the mean: meet the total, not the mean.
-        ideal_L = [ideal * total / sum(ideal_L) for ideal in ideal_L]
-    multiple = budget.multiple_for(size.width_L)
-    kept_L = round_widths(ideal_L, size.width_L, multiple, total)
-    assert all(0 < kept <= width for kept, width in zip(kept_L, size.width_L, strict=True))
-    return kept_L
+        weight_U = None
+        if set(cost_U) != {1}:
+            weight_U = [float(width * cost) for width, cost in zip(width_U, cost_U, strict=True)]
+        sparsity = 1 - total / size.cost_of(width_U)
+        fraction_U = keep_fractions(importance_U, sparsity, weight_U)
+        ideal_U = [f * width for f, width in zip(fraction_U, width_U, strict=True)]
+        # Units of different width weigh differently in the mean: meet the total, not the mean.
+        reached = sum(ideal * cost for ideal, cost in zip(ideal_U, cost_U, strict=True))
+        ideal_U = [ideal * total / reached for ideal in ideal_U]
+    kept_U = round_widths(ideal_U, width_U, cost_U, size.multiple_U(budget), total)
+    assert all(0 < kept <= width for kept, width in zip(kept_U, width_U, strict=True))
+    return kept_U

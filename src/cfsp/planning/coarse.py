@@ -1,6 +1,9 @@
 """Coarse importance: how much each block matters, from how far it moves the hidden state.
 
-Shapes: L blocks.
+Only blocks that have an FFN count: the budget is spent there. Every FFN unit is as important as
+its block.
+
+Shapes: L blocks that have an FFN unit, in their order.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ def block_metric_in_words(metric: str) -> str:
 
 
 def block_distances(statistics: Statistics, metric: str) -> list[float]:
-    """Return the distance of every block by one metric, on the scale of angular distance.
+    """Return the distance of every block with an FFN, on the scale of angular distance.
 
     `cosine`, `euclidean`, `mse` and `mae` have other units than the angular distance that the
     sigmoid's gain was made for; they are scaled to its mean over the blocks. `uniform` gives
@@ -39,12 +42,12 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
     known = (*BLOCK_METRICS, *SENSITIVITY_METRICS)
     if metric not in known:
         raise UsageError(f"unknown block metric {metric!r}; known are: {', '.join(known)}")
-    angular_L = statistics.distances("angular")
+    angular_L = _of_blocks_with_units(statistics, statistics.distances("angular"))
     if metric == "uniform":
         return [fmean(angular_L)] * len(angular_L)
     if metric in ("angular", *SENSITIVITY_METRICS):
         return angular_L
-    distance_L = statistics.distances(metric)
+    distance_L = _of_blocks_with_units(statistics, statistics.distances(metric))
     mean = fmean(distance_L)
     scale = fmean(angular_L) / mean if mean > 0 else 0.0
     return [distance * scale for distance in distance_L]
@@ -63,7 +66,7 @@ def block_importance(distance_L: Sequence[float]) -> list[float]:
 
 
 def importance_by(statistics: Statistics, metric: str) -> list[float]:
-    """Return the normalised importance of every block by one metric, in (0, 1].
+    """Return the normalised importance of every block with an FFN by one metric, in (0, 1].
 
         sensitivity           s_l = sqrt(KL_l)
         angular+sensitivity   the mean of that and the angular importance, each divided by its mean
@@ -83,13 +86,24 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
             f"the block metric {metric} needs the blocks' sensitivity, which these statistics do "
             "not have; make them with: cfsp calibrate --sensitivity"
         )
-    root_L = [math.sqrt(divergence) for divergence in statistics.sensitivity.divergence_L]
+    divergence_L = _of_blocks_with_units(statistics, statistics.sensitivity.divergence_L)
+    root_L = [math.sqrt(divergence) for divergence in divergence_L]
     # A block that nothing depends on still counts a little: importance is positive.
     least = max(root_L) * _LEAST_SHARE or 1.0
     mixed_L = _over_mean([max(root, least) for root in root_L])
     if metric == ANGULAR_AND_SENSITIVITY:
         mixed_L = [a + s for a, s in zip(_over_mean(importance_L), mixed_L, strict=True)]
     return [value / max(mixed_L) for value in mixed_L]
+
+
+def of_units(statistics: Statistics, value_L: Sequence[float]) -> list[float]:
+    """Return for every FFN unit what there is for its block."""
+    value_of = dict(zip(statistics.blocks_with_units, value_L, strict=True))
+    return [value_of[unit.block] for unit in statistics.units]
+
+
+def _of_blocks_with_units(statistics: Statistics, values: Sequence[float]) -> list[float]:
+    return [values[block] for block in statistics.blocks_with_units]
 
 
 def _over_mean(value_L: Sequence[float]) -> list[float]:

@@ -1,7 +1,7 @@
-"""Fine importance: how much each FFN channel of a block matters.
+"""Fine importance: how much each channel of an FFN matters.
 
 Shapes: D hidden, F FFN channels. X_i is the L2 norm of channel i's activation over all
-calibration tokens (`BlockStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
+calibration tokens (`UnitStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
 
     activation  X_i. What the published code does: its weights are normalised over D within a
                 channel, so every term sums to one and the score is X_i alone.
@@ -24,7 +24,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from cfsp.calibration.statistics import BlockStatistics
+from cfsp.calibration.statistics import UnitStatistics
 from cfsp.checkpoint.ffn_tensors import Role, down_matrix, ffn_matrix
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import UsageError
@@ -35,7 +35,7 @@ _INPUT_MATRICES: tuple[Role, Role] = ("gate", "up")
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """The matrices of one block's FFN as they are stored; no gate in an FFN that has none.
+    """The matrices of one FFN as they are stored; no gate in an FFN that has none.
 
     Scores are float32: metrics convert one matrix at a time, because three copies of a wide FFN
     would be more memory than anything else that the pass of the repair needs.
@@ -57,34 +57,34 @@ def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeight
     )
 
 
-def _activation(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+def _activation(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     return statistics.norm_F.float()
 
 
-def _relative(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+def _relative(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     share_F: Tensor = _down_share(statistics, weights) + _across_channels(weights.up_FD)
     if weights.gate_FD is not None:
         share_F = share_F + _across_channels(weights.gate_FD)
     return share_F * statistics.norm_F.float()
 
 
-def _eq8(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+def _eq8(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     constant_terms = 1 if weights.gate_FD is None else 2
     share_F: Tensor = _down_share(statistics, weights) + constant_terms
     return share_F * statistics.norm_F.float()
 
 
-def _wanda(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+def _wanda(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     mean_F: Tensor = weights.down_DF.abs().float().mean(0)
     return mean_F * statistics.norm_F.float()
 
 
-def _magnitude(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+def _magnitude(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF.float(), dim=0)
     return norm_F
 
 
-def _random(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+def _random(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     # Seeded by the activations: the same calibration gives the same draw, another seed of its
     # windows another one, and no two blocks share theirs.
     digest = sha256(statistics.sum_of_squares_F.cpu().numpy().tobytes()).digest()
@@ -92,7 +92,7 @@ def _random(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
     return torch.rand(weights.down_DF.shape[1], generator=generator)
 
 
-def _down_share(statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
+def _down_share(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     """Return the share of each channel in every output row, summed over rows."""
     weighted_DF = weights.down_DF.abs().float().mul_(statistics.norm_F.float())
     share_F: Tensor = weighted_DF.div_(_positive(weighted_DF.sum(1, keepdim=True))).sum(0)
@@ -111,7 +111,7 @@ def _positive(sums: Tensor) -> Tensor:
     return sums.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-_METRICS: dict[str, Callable[[BlockStatistics, FFNWeights], Tensor]] = {
+_METRICS: dict[str, Callable[[UnitStatistics, FFNWeights], Tensor]] = {
     "relative": _relative,
     "eq8": _eq8,
     "activation": _activation,
@@ -122,8 +122,8 @@ _METRICS: dict[str, Callable[[BlockStatistics, FFNWeights], Tensor]] = {
 assert tuple(_METRICS) == CHANNEL_METRICS
 
 
-def channel_scores(metric: str, statistics: BlockStatistics, weights: FFNWeights) -> Tensor:
-    """Return the score of every channel of one block, float32, higher = keep.
+def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
+    """Return the score of every channel of one FFN, float32, higher = keep.
 
     Raises:
         UsageError: the metric is unknown.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
-from cfsp.calibration.statistics import BlockStatistics, Statistics
-from cfsp.checkpoint.families import intermediate_sizes
+from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.checkpoint.reading import (
     WeightSource,
     ffn_parameters_per_channel,
@@ -17,10 +18,10 @@ from cfsp.checkpoint.reading import (
     parameter_count,
 )
 from cfsp.errors import StatisticsError
-from cfsp.planning.allocation import ModelSize, allocate
-from cfsp.planning.coarse import block_distances, importance_by
+from cfsp.planning.allocation import ModelSize, UnitSize, allocate
+from cfsp.planning.coarse import block_distances, importance_by, of_units
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
-from cfsp.planning.plan_file import BlockPlan, ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.progress import item_progress
 from cfsp.settings import Budget, Criterion
 
@@ -37,34 +38,39 @@ log = logging.getLogger(__name__)
 
 def model_size(source: WeightSource) -> ModelSize:
     """Return the numbers of a model that budgets are about."""
-    width_L = tuple(intermediate_sizes(source.config))
     return ModelSize(
-        width_L=width_L,
-        channel_parameters_L=ffn_parameters_per_channel(source),
+        units=tuple(
+            UnitSize(
+                width=unit.width,
+                channel_parameters=each,
+                kind=unit.path,
+                grain=EXPERTS_GRAIN if unit.routed else 1,
+            )
+            for unit, each in zip(source.units, ffn_parameters_per_channel(source), strict=True)
+        ),
         parameters=parameter_count(source),
-        grain=EXPERTS_GRAIN if source.family.experts else 1,
     )
 
 
 @dataclass(frozen=True)
-class BlockWidths:
-    """The coarse half of a decision: how many channels every block keeps, and why.
+class UnitWidths:
+    """The coarse half of a decision: how many channels every FFN unit keeps, and why.
 
     Attributes:
-        distance_L: coarse distance of every block.
-        importance_L: normalised importance, in (0, 1).
-        kept_L: channels that stay.
+        distance_U: coarse distance of every unit's block.
+        importance_U: normalised importance, in (0, 1).
+        kept_U: channels that stay in each FFN.
     """
 
-    distance_L: list[float]
-    importance_L: list[float]
-    kept_L: list[int]
+    distance_U: list[float]
+    importance_U: list[float]
+    kept_U: list[int]
 
 
 def plan_widths(
     source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
-) -> BlockWidths:
-    """Decide how many channels every block keeps.
+) -> UnitWidths:
+    """Decide how many channels every FFN unit keeps.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -72,28 +78,28 @@ def plan_widths(
         UsageError: a metric is unknown.
     """
     size = model_size(source)
-    distance_L = block_distances(statistics, criterion.block_metric)
-    importance_L = importance_by(statistics, criterion.block_metric)
-    kept_L = allocate(importance_L, budget, size, criterion.chosen_clamp)
-    return BlockWidths(distance_L, importance_L, kept_L)
+    distance_U = of_units(statistics, block_distances(statistics, criterion.block_metric))
+    importance_U = of_units(statistics, importance_by(statistics, criterion.block_metric))
+    kept_U = allocate(importance_U, budget, size, criterion.chosen_clamp)
+    return UnitWidths(distance_U, importance_U, kept_U)
 
 
 def choose_channels(
     source: WeightSource,
-    block: int,
-    statistics: BlockStatistics,
+    unit: int,
+    statistics: UnitStatistics,
     width: int,
     criterion: Criterion,
 ) -> tuple[int, ...]:
-    """Return the strongest channels of one block, ascending; of each expert its own.
+    """Return the strongest channels of one FFN unit, ascending; of each expert its own.
 
     An expert that saw fewer than `LEAST_TOKENS` tokens is scored by its weights alone
     (`magnitude`), and the plan says so.
 
     Args:
         source: the model.
-        block: index of the block.
-        statistics: of the block.
+        unit: index of the unit in the model.
+        statistics: of the unit.
         width: channels that stay in each FFN.
         criterion: what counts as important.
 
@@ -101,18 +107,18 @@ def choose_channels(
         UsageError: the channel metric is unknown.
     """
     kept: list[int] = []
-    for ffn, score_F in enumerate(ffn_scores(source, block, statistics, criterion)):
+    for ffn, score_F in enumerate(ffn_scores(source, unit, statistics, criterion)):
         kept += [ffn * statistics.width + i for i in strongest_channels(score_F, width)]
     return tuple(kept)
 
 
 def ffn_scores(
-    source: WeightSource, block: int, statistics: BlockStatistics, criterion: Criterion
+    source: WeightSource, unit: int, statistics: UnitStatistics, criterion: Criterion
 ) -> Iterator[Tensor]:
-    """Yield the channel scores of every FFN of a block, as float32 [F]; see `choose_channels`."""
+    """Yield the channel scores of every FFN of a unit, as float32 [F]; see `choose_channels`."""
     few = few_tokens(statistics)
     for ffn in range(statistics.ffns):
-        weights = read_ffn_weights(source, block, ffn)
+        weights = read_ffn_weights(source, unit, ffn)
         metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
         yield channel_scores(metric, statistics.of_ffn(ffn), weights)
 
@@ -122,13 +128,13 @@ def warn_of_few_tokens(plan: PruningPlan) -> None:
     few = plan.experts_with_few_tokens
     if not few:
         return
-    named = [f"block {e['block']} expert {e['expert']} ({e['tokens']})" for e in few[:_MOST_NAMED]]
+    named = [expert_in_words(expert) for expert in few[:_MOST_NAMED]]
     more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
     log.warning(
         "%d of %d experts saw fewer than %d calibration tokens, so their channels are chosen by "
         "their weights alone (%s): %s%s; give more --samples",
         len(few),
-        sum(block.ffns for block in plan.blocks),
+        sum(unit.ffns for unit in plan.units if unit.ffns > 1),
         LEAST_TOKENS,
         WEIGHTS_ALONE,
         ", ".join(named),
@@ -136,7 +142,13 @@ def warn_of_few_tokens(plan: PruningPlan) -> None:
     )
 
 
-def few_tokens(statistics: BlockStatistics) -> dict[int, int]:
+def expert_in_words(expert: Mapping[str, Any]) -> str:
+    """Name an expert that saw few tokens (see `PruningPlan.experts_with_few_tokens`)."""
+    path = f" {expert['path']}" if "path" in expert else ""
+    return f"block {expert['block']}{path} expert {expert['expert']} ({expert['tokens']})"
+
+
+def few_tokens(statistics: UnitStatistics) -> dict[int, int]:
     """Return the experts that saw too few tokens to be scored by them, and how many they saw."""
     return {expert: seen for expert, seen in enumerate(statistics.routed_E) if seen < LEAST_TOKENS}
 
@@ -146,16 +158,16 @@ def make_plan(
     statistics: Statistics,
     budget: Budget,
     criterion: Criterion,
-    on_block: Callable[[], object] = lambda: None,
+    on_unit: Callable[[], object] = lambda: None,
 ) -> PruningPlan:
     """Decide which channels stay.
 
     Args:
-        source: the model; its FFN weights are read one block at a time.
+        source: the model; its FFN weights are read one unit at a time.
         statistics: its calibration.
         budget: how much to remove.
         criterion: what counts as important.
-        on_block: is called after each block.
+        on_unit: is called after each FFN unit.
 
     Raises:
         StatisticsError: the statistics belong to another model.
@@ -165,9 +177,9 @@ def make_plan(
     check_statistics_fit(source, statistics)
     widths = plan_widths(source, statistics, budget, criterion)
     kept = []
-    for block, width in enumerate(widths.kept_L):
-        kept.append(choose_channels(source, block, statistics.blocks[block], width, criterion))
-        on_block()
+    for unit, width in enumerate(widths.kept_U):
+        kept.append(choose_channels(source, unit, statistics.units[unit], width, criterion))
+        on_unit()
     return assemble_plan(source, statistics, budget, criterion, widths, kept)
 
 
@@ -176,14 +188,33 @@ def assemble_plan(
     statistics: Statistics,
     budget: Budget,
     criterion: Criterion,
-    widths: BlockWidths,
+    widths: UnitWidths,
     kept: Sequence[tuple[int, ...]],
 ) -> PruningPlan:
     """Return the plan that widths and channels amount to."""
-    before = intermediate_sizes(source.config)
-    ffns = [block.ffns for block in statistics.blocks]
-    few = [few_tokens(block) for block in statistics.blocks]
-    blocks = zip(before, kept, widths.distance_L, widths.importance_L, ffns, few, strict=True)
+    size = model_size(source)
+    units = [
+        UnitPlan(
+            block=unit.block,
+            width=unit.width,
+            kept=kept_K,
+            distance=distance,
+            importance=importance,
+            ffns=observed.ffns,
+            few_tokens=few_tokens(observed),
+            path="" if statistics.has_one_unit_each else unit.path,
+            cost=cost,
+        )
+        for unit, observed, kept_K, distance, importance, cost in zip(
+            source.units,
+            statistics.units,
+            kept,
+            widths.distance_U,
+            widths.importance_U,
+            size.cost_U,
+            strict=True,
+        )
+    ]
     return PruningPlan(
         model=ModelIdentity.of(source),
         criterion={
@@ -191,10 +222,11 @@ def assemble_plan(
             "clamp": criterion.chosen_clamp,
             "sparsity": budget.sparsity,
             "of": budget.of,
-            "multiple": budget.multiple_for(before),
+            # Of which all new widths are multiples.
+            "multiple": math.gcd(*size.multiple_U(budget)),
         },
         calibration=asdict(statistics.record),
-        blocks=tuple(BlockPlan(*block) for block in blocks),
+        units=tuple(units),
     )
 
 
@@ -205,9 +237,8 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
         StatisticsError: they belong to another one.
     """
     found = fingerprint(source)
-    shapes = [(block.ffns, block.width) for block in statistics.blocks]
-    ffns = source.family.ffn_count(source.config)
-    expected = [(ffns, width) for width in intermediate_sizes(source.config)]
+    shapes = [(unit.block, unit.ffns, unit.width) for unit in statistics.units]
+    expected = [(unit.block, unit.ffns, unit.width) for unit in source.units]
     if statistics.record.fingerprint != found or shapes != expected:
         raise StatisticsError(
             f"the statistics were made for {statistics.record.model} "
@@ -220,7 +251,7 @@ def plan_from_statistics(
     source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
 ) -> PruningPlan:
     """Make a plan from statistics, showing progress; see `make_plan`."""
-    with item_progress("plan", source.config.num_hidden_layers, "block") as bar:
-        plan = make_plan(source, statistics, budget, criterion, on_block=bar.update)
+    with item_progress("plan", len(source.units), "FFN") as bar:
+        plan = make_plan(source, statistics, budget, criterion, on_unit=bar.update)
     warn_of_few_tokens(plan)
     return plan

@@ -1,12 +1,15 @@
 """The plan: a complete decision, as a value that can be saved, read and inspected.
 
-Surgery only obeys it. On disk it is JSON; the kept channels of a block are a bit mask, lowest
+Surgery only obeys it. On disk it is JSON; the kept channels of an FFN unit are a bit mask, lowest
 channel first, in base64, so that a plan of a large model stays below a megabyte.
 
-A block has one FFN, or several of the same width (experts), of which each keeps as many channels
+A unit has one FFN, or several of the same width (experts), of which each keeps as many channels
 of its own. The channels of all of them are numbered through, expert after expert.
 
-Shapes: F FFN channels, L blocks, K kept.
+On disk the units are called blocks: most models have one in every block, and entries that do not
+name their block are of the first, the second, and so on.
+
+Shapes: F FFN channels, K kept.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import PlanError
@@ -31,15 +33,18 @@ from cfsp.errors import PlanError
 PLAN_VERSION = 1
 _MAX_WIDTH = 1 << 24
 _MAX_EXPERTS = 1 << 12
+_MAX_BLOCKS = 1 << 16
 # Names of metrics, dtypes and devices; nothing that could format a card.
 _WORD = re.compile(r"[\w.+:-]{1,60}")
+_PATH = re.compile(r"[\w.]{0,200}")
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """What happens to one block.
+class UnitPlan:
+    """What happens to one FFN unit.
 
     Attributes:
+        block: index of its block.
         width: channels of an FFN before.
         kept: indices of the channels that stay, ascending; channel i of expert e is
             e * width + i.
@@ -48,14 +53,27 @@ class BlockPlan:
         ffns: number of FFNs: 1, or the number of experts.
         few_tokens: expert -> calibration tokens that it saw, of those that saw too few to be
             scored by; they are scored by their weights alone.
+        path: dotted path from the block to the unit's module; empty in a model that has one unit
+            in every block.
+        cost: parameters that a channel of all its FFNs owns, relative to other units; 1 where all
+            units' channels own as many.
     """
 
+    block: int
     width: int
     kept: tuple[int, ...]
     distance: float
     importance: float
     ffns: int = 1
     few_tokens: Mapping[int, int] = field(default_factory=dict)
+    path: str = ""
+    cost: int = 1
+
+    @property
+    def name(self) -> str:
+        """The unit in a table: its block, and which of the block's units it is."""
+        experts = f" ({self.ffns})" if self.ffns > 1 else ""
+        return f"{self.block} {self.path}{experts}" if self.path else str(self.block)
 
     @property
     def kept_width(self) -> int:
@@ -90,36 +108,50 @@ class PruningPlan:
         model: the model it was made for.
         criterion: block metric, channel metric, sparsity and what it is of, multiple.
         calibration: the conditions of the calibration (see `CalibrationRecord`).
-        blocks: one entry for each block.
+        units: one entry for each FFN unit, in the order of blocks.
     """
 
     model: ModelIdentity
     criterion: dict[str, Any]
     calibration: dict[str, Any]
-    blocks: tuple[BlockPlan, ...]
+    units: tuple[UnitPlan, ...]
 
     @property
     def kept_widths(self) -> list[int]:
-        """Number of channels that every block (each of its experts) keeps."""
-        return [block.kept_width for block in self.blocks]
+        """Number of channels that every unit (each of its experts) keeps."""
+        return [unit.kept_width for unit in self.units]
 
     @property
     def kept_channels(self) -> list[tuple[int, ...]]:
-        """Indices of the channels that stay in every block."""
-        return [block.kept for block in self.blocks]
+        """Indices of the channels that stay in every unit."""
+        return [unit.kept for unit in self.units]
 
     @property
     def ffn_sparsity(self) -> float:
-        """Fraction of all FFN channels that goes."""
-        return 1 - sum(self.kept_widths) / sum(block.width for block in self.blocks)
+        """Fraction of all FFN channels that goes, each counted by the parameters that it owns."""
+        kept = sum(unit.kept_width * unit.cost for unit in self.units)
+        return 1 - kept / sum(unit.width * unit.cost for unit in self.units)
 
     @property
-    def experts_with_few_tokens(self) -> list[dict[str, int]]:
-        """Block, expert and tokens of every expert that is scored by its weights alone."""
+    def counts_channels(self) -> bool:
+        """Whether channels of all units own as many parameters: a share of one is of the other."""
+        return all(unit.cost == 1 for unit in self.units)
+
+    @property
+    def has_one_unit_each(self) -> bool:
+        """Whether units need no other name than the number of their block."""
+        return all(unit.block == i and not unit.path for i, unit in enumerate(self.units))
+
+    @property
+    def experts_with_few_tokens(self) -> list[dict[str, Any]]:
+        """Block, expert and tokens of every expert that is scored by its weights alone.
+
+        Where the block is not enough to name the unit, its path too.
+        """
         return [
-            {"block": index, "expert": expert, "tokens": tokens}
-            for index, block in enumerate(self.blocks)
-            for expert, tokens in block.few_tokens.items()
+            expert
+            for unit in self.units
+            for expert in few_experts(unit.block, unit.path, unit.few_tokens)
         ]
 
     def check_fits(self, source: WeightSource) -> None:
@@ -135,10 +167,18 @@ class PruningPlan:
                 f"{self.model.fingerprint}), not for {source.label} ({found.model_type}, "
                 f"{found.fingerprint}); make a plan for this model"
             )
-        if [block.width for block in self.blocks] != intermediate_sizes(source.config):
+        if [(unit.block, unit.width) for unit in self.units] != [
+            (unit.block, unit.width) for unit in source.units
+        ]:
             raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
-        if {block.ffns for block in self.blocks} != {source.family.ffn_count(source.config)}:
+        if [unit.ffns for unit in self.units] != [unit.ffns for unit in source.units]:
             raise PlanError(f"the plan's experts are not those of {source.label}; make a new plan")
+        for planned, found_unit in zip(self.units, source.units, strict=True):
+            if planned.path not in ("", found_unit.path):
+                raise PlanError(
+                    f"the plan is for {planned.path} of block {planned.block}, and {source.label} "
+                    f"has {found_unit.path} there; make a new plan"
+                )
 
     def to_json(self) -> str:
         """Return the plan as JSON; the same plan gives the same bytes."""
@@ -151,14 +191,15 @@ class PruningPlan:
                     "calibration": self.calibration,
                     "blocks": [
                         {
-                            "width": block.width,
-                            "kept_width": block.kept_width,
-                            "distance": block.distance,
-                            "importance": block.importance,
-                            **_experts(block),
-                            "kept": _mask_text(block.kept, block.ffns * block.width),
+                            **({} if self.has_one_unit_each else _place(unit)),
+                            "width": unit.width,
+                            "kept_width": unit.kept_width,
+                            "distance": unit.distance,
+                            "importance": unit.importance,
+                            **_rare(unit),
+                            "kept": _mask_text(unit.kept, unit.ffns * unit.width),
                         }
-                        for block in self.blocks
+                        for unit in self.units
                     ],
                 },
                 indent=1,
@@ -189,11 +230,14 @@ class PruningPlan:
         try:
             if not fields["blocks"]:
                 raise ValueError("it describes no block")
+            units = tuple(_unit(entry, i) for i, entry in enumerate(fields["blocks"]))
+            if [unit.block for unit in units] != sorted(unit.block for unit in units):
+                raise ValueError("its blocks are not in order")
             return cls(
                 model=_checked_identity(ModelIdentity(**fields["model"])),
                 criterion=_checked_criterion(dict(fields["criterion"])),
                 calibration=_checked_calibration(dict(fields["calibration"])),
-                blocks=tuple(_block(entry) for entry in fields["blocks"]),
+                units=units,
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"{where} is damaged: {error}; make a new plan") from error
@@ -218,17 +262,30 @@ class PruningPlan:
         return cls.from_json(text, str(path))
 
 
+def few_experts(block: int, path: str, few_tokens: Mapping[int, int]) -> list[dict[str, Any]]:
+    """Return the experts of a unit that saw few tokens as JSON types; the path where it has one."""
+    place = {"block": block, **({"path": path} if path else {})}
+    return [{**place, "expert": expert, "tokens": seen} for expert, seen in few_tokens.items()]
+
+
 def _mask_text(kept: Sequence[int], width: int) -> str:
     mask_F = np.zeros(width, dtype=bool)
     mask_F[list(kept)] = True
     return base64.b64encode(np.packbits(mask_F, bitorder="little").tobytes()).decode()
 
 
-def _experts(block: BlockPlan) -> dict[str, Any]:
-    """Return what is written of a block with several FFNs only."""
-    fields: dict[str, Any] = {"experts": block.ffns} if block.ffns > 1 else {}
-    if block.few_tokens:
-        fields["few_tokens"] = {str(expert): seen for expert, seen in block.few_tokens.items()}
+def _place(unit: UnitPlan) -> dict[str, Any]:
+    """Return what is written of units only where blocks have none, or several."""
+    return {"block": unit.block, "path": unit.path}
+
+
+def _rare(unit: UnitPlan) -> dict[str, Any]:
+    """Return what is written of a unit only where it differs from what most are."""
+    fields: dict[str, Any] = {"experts": unit.ffns} if unit.ffns > 1 else {}
+    if unit.cost > 1:
+        fields["cost"] = unit.cost
+    if unit.few_tokens:
+        fields["few_tokens"] = {str(expert): seen for expert, seen in unit.few_tokens.items()}
     return fields
 
 
@@ -271,7 +328,7 @@ def _check_words(fields: dict[str, Any], *keys: str) -> None:
             raise ValueError(f"it has {fields[key]!r} for {key}")
 
 
-def _block(entry: dict[str, Any]) -> BlockPlan:
+def _unit(entry: dict[str, Any], index: int) -> UnitPlan:
     width, ffns = entry["width"], entry.get("experts", 1)
     if not isinstance(width, int) or not 0 < width <= _MAX_WIDTH:
         raise ValueError(f"a block has the impossible width {width}")
@@ -292,11 +349,21 @@ def _block(entry: dict[str, Any]) -> BlockPlan:
     if not math.isfinite(distance) or not math.isfinite(importance):
         raise ValueError(f"a block has the distance {distance} and the importance {importance}")
     few = {int(expert): int(seen) for expert, seen in dict(entry.get("few_tokens", {})).items()}
-    return BlockPlan(
+    block, path, cost = entry.get("block", index), entry.get("path", ""), entry.get("cost", 1)
+    if type(block) is not int or not 0 <= block <= _MAX_BLOCKS:
+        raise ValueError(f"an FFN has the impossible block {block!r}")
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
+        raise ValueError(f"an FFN of block {block} has the impossible path {path!r}")
+    if type(cost) is not int or cost < 1:
+        raise ValueError(f"an FFN of block {block} has the impossible cost {cost!r}")
+    return UnitPlan(
+        block=block,
         width=width,
         kept=tuple(np.flatnonzero(mask).tolist()),
         distance=distance,
         importance=importance,
         ffns=ffns,
         few_tokens=few,
+        path=path,
+        cost=cost,
     )

@@ -6,6 +6,7 @@ Shapes: L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -39,12 +40,16 @@ def _importances(source: Checkpoint) -> list[float]:
             "its blocks; recover it with --rank-allocation uniform"
         )
     plan = PruningPlan.load(path)
-    if len(plan.blocks) != blocks:
+    expected = [unit.block for unit in source.units]
+    if [unit.block for unit in plan.units] != expected:
         raise PlanError(
-            f"{path} describes {len(plan.blocks)} blocks, the model has {blocks}; "
-            "recover it with --rank-allocation uniform"
+            f"{path} describes {len(plan.units)} FFNs, the model has {len(expected)} in {blocks} "
+            "blocks; recover it with --rank-allocation uniform"
         )
-    return [block.importance for block in plan.blocks]
+    importance_of = {unit.block: unit.importance for unit in plan.units}
+    # Of blocks without an FFN nothing was removed, and no importance is known.
+    mean = fmean(importance_of.values())
+    return [importance_of.get(block, mean) for block in range(blocks)]
 
 
 def allocate_ranks(

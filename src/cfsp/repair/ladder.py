@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import units_of_block
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
@@ -117,14 +118,23 @@ def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None
     """Check that a model's blocks can be repaired as the settings ask for.
 
     Raises:
-        UnsupportedModelError: they are mixtures of experts, and more than the ridge is asked for.
+        UnsupportedModelError: some have experts or several FFN units, and more than the ridge is
+            asked for.
     """
-    if settings.repair in ("sequential", "local") and source.family.experts is not None:
-        raise UnsupportedModelError(
-            f"--repair {settings.repair} is for blocks with one FFN, and those of {source.label} "
-            f"({source.family.model_type}) have experts, each of which sees few tokens; use "
-            "--effort standard (--repair ridge)"
-        )
+    if settings.repair not in ("sequential", "local"):
+        return
+    experts = [unit.block for unit in source.units if unit.routed]
+    several = [unit.block for unit in source.units if len(units_of_block(source, unit.block)) > 1]
+    for blocks, found in (
+        (experts, "has experts, each of which sees few tokens"),
+        (several, "has several"),
+    ):
+        if blocks:
+            raise UnsupportedModelError(
+                f"--repair {settings.repair} is for blocks with at most one FFN, and block "
+                f"{blocks[0]} of {source.label} ({source.config.model_type}) {found}; use "
+                "--effort standard (--repair ridge)"
+            )
 
 
 def _calibrate_and_plan(
@@ -159,16 +169,16 @@ def _choose_and_repair(
     chosen = choose_and_repair(
         source,
         windows,
-        lambda block, observed: choose_channels(
-            source, block, observed, widths.kept_L[block], criterion
+        lambda unit, observed: choose_channels(
+            source, unit, observed, widths.kept_U[unit], criterion
         ),
         engine,
         place,
         seed=seed,
     )
     record = calibration_record(source, windows, engine, seed=seed)
-    statistics = Statistics(tuple(block.statistics for block in chosen), record, coarse.sensitivity)
-    kept = [block.kept for block in chosen]
+    statistics = Statistics.of([each.observed for each in chosen], record, coarse.sensitivity)
+    kept = [kept_K for block in chosen for kept_K in block.kept]
     plan = assemble_plan(source, statistics, budget, criterion, widths, kept)
     warn_of_few_tokens(plan)
     return _with_ridge(Repaired(plan, statistics), chosen)
@@ -186,10 +196,14 @@ def _obey_and_repair(
         "repairing by a plan that was made before: this requires a forward pass of its own "
         "(--repair none does without)"
     )
-    kept = [block.kept for block in plan.blocks]
-    chosen = choose_and_repair(source, windows, lambda block, _: kept[block], engine, place)
+    kept = plan.kept_channels
+    chosen = choose_and_repair(source, windows, lambda unit, _: kept[unit], engine, place)
     return _with_ridge(Repaired(plan, statistics), chosen)
 
 
 def _with_ridge(repaired: Repaired, chosen: Sequence[ChosenBlock]) -> Repaired:
-    return add_step(repaired, ridge_pass.NAME, [block.repaired for block in chosen])
+    if any(len(block.repaired) > 1 for block in chosen):
+        units = [unit for block in chosen for unit in block.repaired]
+        return add_step(repaired, ridge_pass.NAME, units)
+    blocks = [block.repaired[0] if block.repaired else None for block in chosen]
+    return add_step(repaired, ridge_pass.NAME, blocks)

@@ -62,7 +62,7 @@ def repair_locally(
     """Train all blocks of a pruned model, a few at a time.
 
     Args:
-        source: the dense model; its blocks have one FFN each.
+        source: the dense model; its blocks have one dense FFN each, or none.
         repaired: what goes and what was repaired before.
         windows: two or more; some are held out (see `cfsp.text.hold_out`).
         engine: where and in what to compute; parameters are trained in float32.
@@ -112,8 +112,15 @@ class _LocalRepair:
     seed: int
     directory: Path
 
-    def repair(self, work: GroupAtWork) -> RepairedBlock:
-        """Train the blocks of a group; leave them with the better of both weights."""
+    def repair(self, work: GroupAtWork) -> RepairedBlock | None:
+        """Train the blocks of a group; leave them with the better of both weights.
+
+        Returns:
+            None if none of them has an FFN.
+        """
+        blocks = range(work.last + 1 - len(work.group.modules), work.last + 1)
+        if not any(unit.block in blocks for unit in self.source.units):
+            return None
         at_head = work.last + 1 == self.blocks
         loss_of: Loss = _hidden_loss
         if at_head:

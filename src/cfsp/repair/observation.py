@@ -1,6 +1,7 @@
-"""What the repair of a block needs of its windows: sums of all, Gram matrices of most, a few whole.
+"""What the repair of an FFN unit needs of its windows: sums of all, Gram matrices of most, a few
+whole.
 
-Shapes: E FFNs of the block (1, or its experts), R rows (tokens), F FFN channels.
+Shapes: E FFNs of the unit (1, or its experts), R rows (tokens), F FFN channels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Observation:
         self._held_out_E: list[list[Tensor]] = [[] for _ in range(ffns)]
 
     def add(self, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
-        """Add rows of one FFN's activations, and which window each is of."""
+        """Add rows of the activations of one FFN, and which window each is of."""
         self.device = act_RF.device
         self._is_held_out_N = self._is_held_out_N.to(act_RF.device)
         self.channels.add(act_RF, ffn)

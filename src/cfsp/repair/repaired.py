@@ -45,7 +45,7 @@ class ExpertRepair:
 
 @dataclass(frozen=True)
 class BlockRepair:
-    """What a step did with a block, or with blocks that changed together.
+    """What a step did with a block, with an FFN unit of it, or with blocks that changed together.
 
     Attributes:
         blocks: how many they are; the last is the one that this stands for.
@@ -58,7 +58,9 @@ class BlockRepair:
         training_steps: 0 of a least-squares fit.
         loss_before: what held-out windows were judged by, where that is not the error.
         loss_after: the same with the new weights.
-        experts: of a block that has experts, what was done with each.
+        experts: of a unit that has experts, what was done with each.
+        block: index of the block, where a block has several FFN units and this stands for one.
+        path: of that unit, from the block.
     """
 
     blocks: int
@@ -70,12 +72,15 @@ class BlockRepair:
     loss_before: float | None = None
     loss_after: float | None = None
     experts: tuple[ExpertRepair, ...] = ()
+    block: int | None = None
+    path: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
         fields = asdict(self)
         experts = fields.pop("experts")
-        return fields | ({"experts": list(experts)} if experts else {})
+        place = {key: value for key in ("block", "path") if (value := fields.pop(key)) is not None}
+        return place | fields | ({"experts": list(experts)} if experts else {})
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> BlockRepair:
@@ -90,7 +95,8 @@ class Step:
 
     Attributes:
         name: of the step.
-        blocks: what it did with each block; None where a later block speaks for it.
+        blocks: what it did with each block; None where a later block speaks for it, or where it
+            has no FFN. Where blocks have several FFN units, what it did with each unit.
     """
 
     name: str
@@ -98,13 +104,15 @@ class Step:
 
     @property
     def rejected(self) -> list[int]:
-        """The blocks that stay as they were before this step."""
-        return [
+        """The blocks that stay as they were before this step, or some unit of which does."""
+        found = {
             block
-            for last, repair in enumerate(self.blocks)
+            for position, repair in enumerate(self.blocks)
             if repair is not None and not repair.kept
+            for last in [position if repair.block is None else repair.block]
             for block in range(last - repair.blocks + 1, last + 1)
-        ]
+        }
+        return sorted(found)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -135,7 +143,7 @@ class Repaired:
 
 @dataclass(frozen=True)
 class RepairedBlock:
-    """What a pass did with a block, and the file with its new tensors; None if it has none."""
+    """What a pass did with a block or a unit, and the file with new tensors; None without any."""
 
     repair: BlockRepair
     file: TensorFile | None
@@ -179,18 +187,24 @@ class RepairFiles:
 
     def save(self, result: RepairedBlock | None, directory: Path, block: int) -> None:
         """Write the facts of one block."""
-        facts = None
-        if result is not None:
-            facts = {"repair": result.repair.to_json(), "has_file": result.file is not None}
+        facts = None if result is None else facts_of(result)
         write_atomically(_facts_path(directory, block), json.dumps(facts).encode())
 
     def load(self, directory: Path, block: int) -> RepairedBlock | None:
         """Read the facts of one block."""
         facts = json.loads(_facts_path(directory, block).read_text(encoding="utf-8"))
-        if facts is None:
-            return None
-        file = TensorFile(tensors_path(directory, block)) if facts["has_file"] else None
-        return RepairedBlock(BlockRepair.from_json(facts["repair"]), file)
+        return None if facts is None else repaired_from(facts, directory, block)
+
+
+def facts_of(result: RepairedBlock) -> dict[str, Any]:
+    """Return as JSON types what a pass did with a block or a unit."""
+    return {"repair": result.repair.to_json(), "has_file": result.file is not None}
+
+
+def repaired_from(facts: Mapping[str, Any], directory: Path, block: int) -> RepairedBlock:
+    """Return what `facts_of` told of; the new tensors are in the file of the block."""
+    file = TensorFile(tensors_path(directory, block)) if facts["has_file"] else None
+    return RepairedBlock(BlockRepair.from_json(facts["repair"]), file)
 
 
 def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> TensorFile:

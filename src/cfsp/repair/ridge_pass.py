@@ -1,11 +1,12 @@
 """The pass of ridge repair: statistics, choice of channels and repair, block by block, in one pass.
 
-Repair needs each block's Gram matrix (0.8 GB at 14336 channels), so no two are ever held:
-a block's channels are chosen as soon as its windows have passed, its down projection is
-repaired and written to the work directory, and the Gram matrix is dropped. Widths must
-therefore be known beforehand: from a plan, or from a coarse pass over a few windows.
+Repair needs the Gram matrix of every FFN of a block (0.8 GB at 14336 channels), so those of two
+blocks are never held: a block's channels are chosen as soon as its windows have passed, its down
+projections are repaired and written to the work directory, and the Gram matrices are dropped, one
+after the other. Widths must therefore be known beforehand: from a plan, or from a coarse pass over
+a few windows. A block without FFN units just passes: its distances are gathered.
 
-Shapes: F FFN channels.
+Shapes: D hidden, F FFN channels, K channels that stay, E experts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median_low
@@ -24,10 +25,12 @@ from cfsp.calibration.calibrate import (
     StatisticsFiles,
     calibration_record,
     check_tokens,
-    statistics_of,
+    observed_block,
 )
-from cfsp.calibration.statistics import BlockStatistics
+from cfsp.calibration.statistics import ObservedBlock, UnitStatistics
+from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
 from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.reading import units_of_block
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.repair.observation import Observation
@@ -35,12 +38,15 @@ from cfsp.repair.repaired import (
     BlockRepair,
     ExpertRepair,
     RepairedBlock,
-    RepairFiles,
+    facts_of,
+    repaired_from,
     write_tensors,
 )
 from cfsp.repair.ridge import RidgeSolution, leave_as_it_is, repair_down_projection
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
@@ -52,7 +58,8 @@ NAME = "ridge"
 LEAST_TOKENS = 32
 LEAST_HELD_OUT = 8
 
-ChooseChannels = Callable[[int, BlockStatistics], Sequence[int]]
+# From the index of an FFN unit in the model and its statistics to the channels that stay.
+ChooseChannels = Callable[[int, UnitStatistics], Sequence[int]]
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +69,14 @@ class ChosenBlock:
     """What the pass did with one block.
 
     Attributes:
-        statistics: of all windows, as calibration gathers them.
-        kept: channels that stay, ascending.
-        repaired: what repair did.
+        observed: statistics of all windows, as calibration gathers them.
+        kept: channels that stay in each of its FFN units, ascending.
+        repaired: what repair did with each.
     """
 
-    statistics: BlockStatistics
-    kept: tuple[int, ...]
-    repaired: RepairedBlock
+    observed: ObservedBlock
+    kept: tuple[tuple[int, ...], ...]
+    repaired: tuple[RepairedBlock, ...]
 
 
 def choose_and_repair(
@@ -86,7 +93,7 @@ def choose_and_repair(
     Args:
         source: the model.
         windows: two or more; some are held out from the fit (see `cfsp.text.hold_out`).
-        choose: gives the channels that a block keeps, from its index and statistics.
+        choose: gives the channels that an FFN unit keeps, from its index and statistics.
         engine: where and in what to compute; sums are float32, the solve is float64.
         place: where new tensors go, until they are in the new checkpoint.
         seed: that the windows were drawn by, for the record.
@@ -101,7 +108,7 @@ def choose_and_repair(
         source,
         windows.tokens_NT,
         partial(_visit, source, windows, choose, place.directory_of(NAME)),
-        _ChosenFiles(StatisticsFiles(record), RepairFiles()),
+        _ChosenFiles(StatisticsFiles(record)),
         name=NAME,
         device=engine.device,
         dtype=engine.dtype,
@@ -114,25 +121,29 @@ def choose_and_repair(
 
 @dataclass(frozen=True)
 class _ChosenFiles:
-    """Keeps what the pass did with one block beside the repaired tensor, which is there already."""
+    """Keeps what the pass did with one block beside the new tensors, which are there already."""
 
     statistics: StatisticsFiles
-    repairs: RepairFiles
 
     def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
-        self.statistics.save(result.statistics, directory, block)
-        self.repairs.save(result.repaired, directory, block)
-        write_atomically(_kept_path(directory, block), json.dumps(list(result.kept)).encode())
+        self.statistics.save(result.observed, directory, block)
+        units = [
+            {"kept": list(kept), **facts_of(repaired)}
+            for kept, repaired in zip(result.kept, result.repaired, strict=True)
+        ]
+        write_atomically(_chosen_path(directory, block), json.dumps(units).encode())
 
     def load(self, directory: Path, block: int) -> ChosenBlock:
-        repaired = self.repairs.load(directory, block)
-        assert repaired is not None
-        kept = json.loads(_kept_path(directory, block).read_text(encoding="utf-8"))
-        return ChosenBlock(self.statistics.load(directory, block), tuple(kept), repaired)
+        units = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
+        return ChosenBlock(
+            self.statistics.load(directory, block),
+            tuple(tuple(unit["kept"]) for unit in units),
+            tuple(repaired_from(unit, directory, block) for unit in units),
+        )
 
 
-def _kept_path(directory: Path, block: int) -> Path:
-    return directory / f"kept-{block:05d}.json"
+def _chosen_path(directory: Path, block: int) -> Path:
+    return directory / f"chosen-{block:05d}.json"
 
 
 def _visit(
@@ -142,19 +153,46 @@ def _visit(
     directory: Path,
     block: StreamedBlock,
 ) -> ChosenBlock:
-    distances, observed = DistanceSums(), Observation(windows.held_out_N, block.ffns)
-    block.advance(observed.add, distances.add)
-    statistics = statistics_of(block.index, distances, observed.channels)
-    kept = tuple(choose(block.index, statistics))
-    family, kept_width = source.family, len(kept) // block.ffns
-    solutions, experts, tensors = [], [], {}
-    for ffn in range(block.ffns):
-        name = family.weight_name(block.index, family.down, ffn)
-        down_DF = family.transposed(source.read(name)).to(observed.device)
+    distances = DistanceSums()
+    observations = [Observation(windows.held_out_N, unit.ffns) for unit in block.units]
+    block.advance(
+        lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
+        distances.add,
+    )
+    observed = observed_block(block, distances, [each.channels for each in observations])
+    indices = units_of_block(source, block.index)
+    kept: list[tuple[int, ...]] = []
+    repairs: list[BlockRepair] = []
+    tensors: dict[str, Tensor] = {}
+    for index, statistics in zip(indices, observed.units, strict=True):
+        kept.append(tuple(choose(index, statistics)))
+        # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
+        observation = observations.pop(0)
+        solutions, repair = _repair_unit(source, index, kept[-1], observation)
+        if len(indices) > 1:
+            repair = replace(repair, block=block.index, path=source.units[index].path)
+        repairs.append(repair)
+        if repair.kept:
+            down_EDK = [solution.down_DK for solution in solutions]
+            tensors |= tensors_with_down(source, index, down_EDK)
+    file = write_tensors(directory, block.index, tensors) if tensors else None
+    repaired = (RepairedBlock(repair, file if repair.kept else None) for repair in repairs)
+    return ChosenBlock(observed, tuple(kept), tuple(repaired))
+
+
+def _repair_unit(
+    source: WeightSource, index: int, kept: Sequence[int], observed: Observation
+) -> tuple[list[RidgeSolution], BlockRepair]:
+    """Return the repaired down projections of an FFN unit, and what was done with them."""
+    unit = source.units[index]
+    kept_width = len(kept) // unit.ffns
+    solutions, experts = [], []
+    for ffn in range(unit.ffns):
+        down_DF = down_matrix(source, index, ffn).to(observed.device)
         own_K = kept[ffn * kept_width : (ffn + 1) * kept_width]
-        own = [channel - ffn * statistics.width for channel in own_K]
-        # A dense block has as many tokens as the user gave it; of experts some see very few.
-        few = block.ffns > 1 and (
+        own = [channel - ffn * unit.width for channel in own_K]
+        # A dense FFN has as many tokens as the user gave it; of experts some see very few.
+        few = unit.ffns > 1 and (
             observed.gram_E[ffn].tokens < LEAST_TOKENS
             or observed.held_out_rows(ffn) < LEAST_HELD_OUT
         )
@@ -168,14 +206,11 @@ def _visit(
         errors = round(solution.error_before, 6), round(solution.error_after, 6)
         kept_new = solution.ridge is not None
         experts.append(ExpertRepair(*errors, kept_new, solution.ridge, few))
-        tensors[name] = family.transposed(solution.down_DK).contiguous()
-    repair = _of_block(solutions, tuple(experts))
-    file = write_tensors(directory, block.index, tensors) if repair.kept else None
-    return ChosenBlock(statistics, kept, RepairedBlock(repair, file))
+    return solutions, _of_unit(solutions, tuple(experts))
 
 
-def _of_block(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, ...]) -> BlockRepair:
-    """Return what was done with all FFNs of a block together."""
+def _of_unit(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, ...]) -> BlockRepair:
+    """Return what was done with all FFNs of a unit together."""
     strengths = [solution.ridge for solution in solutions if solution.ridge is not None]
     energy = sum(solution.energy for solution in solutions) or 1.0
 
@@ -197,17 +232,15 @@ def _of_block(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, .
 
 def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:
     """Tell people which experts saw too few tokens to be repaired."""
-    few = [
-        f"block {index} experts {', '.join(experts)}"
-        for index, block in enumerate(chosen)
-        if (
-            experts := [
-                str(i)
-                for i, expert in enumerate(block.repaired.repair.experts)
-                if expert.few_tokens
+    few = []
+    for index, block in enumerate(chosen):
+        for repaired in block.repaired:
+            experts = [
+                str(i) for i, expert in enumerate(repaired.repair.experts) if expert.few_tokens
             ]
-        )
-    ]
+            if experts:
+                path = f" {repaired.repair.path}" if repaired.repair.path else ""
+                few.append(f"block {index}{path} experts {', '.join(experts)}")
     if few:
         log.warning(
             "not repaired, because they saw fewer than %d tokens in the fit or %d in the held-out "

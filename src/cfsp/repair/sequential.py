@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
+from cfsp.checkpoint.reading import units_of_block
 from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.activations import observed_activations
 from cfsp.engine.judge import hidden_loss
@@ -57,7 +59,7 @@ def repair_sequentially(
     """Fit the down projection of every block of a pruned model, one after the other.
 
     Args:
-        source: the dense model; its blocks have one FFN each.
+        source: the dense model; its blocks have one dense FFN each, or none.
         repaired: what goes and what was repaired before.
         windows: two or more; some are held out (see `cfsp.text.hold_out`).
         engine: where and in what to compute; sums are float32, the solve is float64.
@@ -82,15 +84,21 @@ def repair_sequentially(
     return add_step(repaired, NAME, blocks)
 
 
-def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> RepairedBlock:
-    """Solve for the down projection; leave the block with the better of both weights."""
-    family, block = pruned.family, work.last
-    name = family.weight_name(block, family.down, 0)
+def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> RepairedBlock | None:
+    """Solve for the down projection; leave the block with the better of both weights.
+
+    Returns:
+        None for a block without an FFN.
+    """
+    block = work.last
+    units = units_of_block(pruned, block)
+    if not units:
+        return None
+    (unit,) = units
     sums, held_out = _observe(pruned, work)
     before = work.judge(_loss)
     before.check_finite(block)
-    stored = pruned.read(name)
-    down_DK = family.transposed(stored).to(work.device)
+    down_DK = down_matrix(pruned, unit).to(work.device)
     best: tuple[float, Tensor] | None = None
     least = before.loss
     gram_KK, cross_KD = sums.means()
@@ -98,7 +106,7 @@ def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> Repaire
         change_DK = _solve(gram_KK, cross_KD, ridge)
         if change_DK is None:
             continue
-        new_DK = (down_DK.double() + change_DK).to(stored.dtype)
+        new_DK = (down_DK.double() + change_DK).to(down_DK.dtype)
         loss = held_out.loss_with((new_DK.double() - down_DK.double()).float())
         if loss >= least and best is not None:
             break
@@ -106,7 +114,7 @@ def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> Repaire
             best, least = (ridge, new_DK), loss
     if best is not None:
         ridge, new_DK = best
-        tensors = {name: family.transposed(new_DK).contiguous()}
+        tensors = tensors_with_down(pruned, unit, [new_DK])
         # Where something follows the down projection, a norm for one, it is not as predicted.
         after = work.accept(before, tensors, _loss)
         if after is not None:

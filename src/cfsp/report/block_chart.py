@@ -1,6 +1,7 @@
 """What each block does and what it keeps: its distance, and its width before and after.
 
-Several runs of one model stand under each other and share the horizontal axis.
+Several runs of one model stand under each other and share the horizontal axis. A column is a block,
+or one of its FFN units where blocks have several.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.plan_file import PruningPlan, UnitPlan
 from cfsp.report.chart import (
     TITLE,
     Chart,
@@ -23,6 +24,7 @@ from cfsp.report.chart import (
 )
 from cfsp.report.drawing import Bands, Scale, element, join, scale_from_zero
 from cfsp.report.runs import RunFacts
+from cfsp.report.summary import NOTHING
 
 _BAR = 0.72
 
@@ -32,19 +34,21 @@ def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
     planned = [(run, run.plan) for run in runs if run.plan is not None]
     if not planned:
         return None
-    count = len(planned[0][1].blocks)
+    columns = [columns_of(plan) for _, plan in planned]
+    names = column_names(planned[0][1])
 
     def draw(width: int) -> Markup:
-        bands = block_bands(count, width)
-        panels = [_distance_panel([plan for _, plan in planned], bands)]
+        bands = block_bands(len(names), width, blocks_of_columns(planned[0][1]))
+        panels = [_distance_panel(columns, names, bands)]
         panels += [
             width_panel(
                 panel_name("Channels that stay", run, runs),
-                [block.width for block in plan.blocks],
-                plan.kept_widths,
+                [0 if unit is None else unit.width for unit in units],
+                [0 if unit is None else unit.kept_width for unit in units],
                 bands,
+                names,
             )
-            for run, plan in planned
+            for (run, _), units in zip(planned, columns, strict=True)
         ]
         return stack_panels(
             width,
@@ -55,12 +59,14 @@ def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
         )
 
     def cells(run: int, index: int) -> list[str]:
-        block = planned[run][1].blocks[index]
+        unit = columns[run][index]
+        if unit is None:
+            return [NOTHING] * len(nouns)
         return [
-            f"{block.distance:.4f}",
-            f"{block.importance:.3f}",
-            f"{block.width:,}",
-            f"{block.kept_width:,}",
+            f"{unit.distance:.4f}",
+            f"{unit.importance:.3f}",
+            f"{unit.width:,}",
+            f"{unit.kept_width:,}",
         ]
 
     nouns = ("distance", "importance", "before", "kept")
@@ -70,43 +76,86 @@ def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
         "A block that turns the hidden state further is worth more, and keeps more of its "
         "channels. Distance is the mean angle between a block's input and output, in half turns.",
         draw,
-        block_table([run for run, _ in planned], nouns, count, cells),
+        block_table([run for run, _ in planned], nouns, names, cells),
         [Legend("kept", "kept"), Legend("gone", "removed")],
     )
 
 
-def _distance_panel(plans: Sequence[PruningPlan], bands: Bands) -> Panel:
+def blocks_of_columns(plan: PruningPlan) -> list[int] | None:
+    """Return the block of each column of a chart; None where columns are blocks."""
+    blocks = [unit.block for unit in plan.units]
+    return blocks if len(set(blocks)) < len(blocks) else None
+
+
+def columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
+    """Return the FFN unit of each column of a chart; None of a block that has none."""
+    if blocks_of_columns(plan) is not None:
+        return list(plan.units)
+    unit_of = {unit.block: unit for unit in plan.units}
+    return [unit_of.get(block) for block in range(plan.units[-1].block + 1)]
+
+
+def column_names(plan: PruningPlan) -> list[str]:
+    """Return what each column of a chart is called."""
+    return [str(i) if unit is None else unit.name for i, unit in enumerate(columns_of(plan))]
+
+
+def _distance_panel(
+    columns: Sequence[Sequence[UnitPlan | None]], names: Sequence[str], bands: Bands
+) -> Panel:
     height = 110.0
-    highest = max(block.distance for plan in plans for block in plan.blocks)
+    highest = max(unit.distance for units in columns for unit in units if unit is not None)
     scale = scale_from_zero(highest, TITLE + height, TITLE)
-    columns = []
-    for i in range(bands.count):
+    drawn = []
+    for i, units in enumerate(zip(*columns, strict=True)):
+        first = units[0]
+        if first is None:
+            drawn.append(Column(f"Block {i}: no FFN", Markup("")))
+            continue
         x = bands.middle(i)
-        y = scale(plans[0].blocks[i].distance)
+        y = scale(first.distance)
         stick = element("line", class_="stick", x1=x, x2=x, y1=scale(0.0), y2=y)
         dots = [
-            element("circle", class_="dot", cx=x, cy=scale(plan.blocks[i].distance), r=3.5)
-            for plan in plans
+            element("circle", class_="dot", cx=x, cy=scale(unit.distance), r=3.5)
+            for unit in units
+            if unit is not None
         ]
-        first = plans[0].blocks[i]
-        say = f"Block {i}: distance {first.distance:.4f}, importance {first.importance:.3f}"
-        columns.append(Column(say, join([stick, *dots])))
+        say = f"Block {names[i]}: distance {first.distance:.4f}, importance {first.importance:.3f}"
+        drawn.append(Column(say, join([stick, *dots])))
     labels = {value: f"{value:g}" for value in scale.ticks(4)}
-    return Panel("Angular distance between input and output", height, scale, labels, columns)
+    return Panel("Angular distance between input and output", height, scale, labels, drawn)
 
 
-def width_panel(title: str, before_L: Sequence[int], after_L: Sequence[int], bands: Bands) -> Panel:
-    """Return a panel of the channels that blocks keep, within those that they had."""
+def width_panel(
+    title: str,
+    before_U: Sequence[int],
+    after_U: Sequence[int],
+    bands: Bands,
+    names: Sequence[str] | None = None,
+) -> Panel:
+    """Return a panel of the channels that FFNs keep, within those that they had.
+
+    Args:
+        title: of the panel.
+        before_U: channels of each column before; 0 where there is no FFN.
+        after_U: channels that stay.
+        bands: the columns.
+        names: of the columns; None for their numbers.
+    """
     height = 170.0
-    highest = max(before_L)
+    highest = max(before_U)
     scale = Scale(0.0, float(highest), TITLE + height, TITLE)
     columns = []
-    for i, (before, after) in enumerate(zip(before_L, after_L, strict=True)):
+    for i, (before, after) in enumerate(zip(before_U, after_U, strict=True)):
+        name = str(i) if names is None else names[i]
+        if not before:
+            columns.append(Column(f"Block {name}: no FFN", Markup("")))
+            continue
         bar = bands.width * _BAR
         x = bands.middle(i) - bar / 2
         full = _column(x, scale(before), bar, scale(0.0), "gone")
         stays = _column(x, scale(after), bar, scale(0.0), "kept")
-        say = f"Block {i}: keeps {after:,} of {before:,} channels ({after / before:.0%})"
+        say = f"Block {name}: keeps {after:,} of {before:,} channels ({after / before:.0%})"
         columns.append(Column(say, join([full, stays])))
     marks = [0.0, highest / 4, highest / 2, highest * 3 / 4, float(highest)]
     return Panel(title, height, scale, {value: f"{value:,.0f}" for value in marks}, columns)

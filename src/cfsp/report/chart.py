@@ -120,7 +120,7 @@ def panel_name(title: str, run: RunFacts, runs: Sequence[RunFacts]) -> str:
 def block_table(
     runs: Sequence[RunFacts],
     nouns: Sequence[str],
-    blocks: int,
+    names: Sequence[str],
     cells: Callable[[int, int], Sequence[str]],
 ) -> Table:
     """Return the table behind a chart by block: a row for each block, columns for each run.
@@ -128,18 +128,18 @@ def block_table(
     Args:
         runs: what the chart shows.
         nouns: the columns of one run.
-        blocks: how many there are.
-        cells: gives the cells of a run, by its position in `runs`, and a block.
+        names: of the rows.
+        cells: gives the cells of a run, by its position in `runs`, and a row.
     """
     several = len(runs) > 1
     head = [f"{run.name}: {noun}" if several else noun for run in runs for noun in nouns]
     rows = [
-        [str(block), *(cell for run in range(len(runs)) for cell in cells(run, block))]
-        for block in range(blocks)
+        [name, *(cell for run in range(len(runs)) for cell in cells(run, row))]
+        for row, name in enumerate(names)
     ]
     return Table(["block", *head], rows)
 
 
-def block_bands(count: int, width: int) -> Bands:
-    """Return the columns of `count` blocks in a drawing of this width."""
-    return Bands(count, LEFT, width - RIGHT)
+def block_bands(count: int, width: int, blocks: Sequence[int] | None = None) -> Bands:
+    """Return the columns of `count` blocks in a drawing of this width; see `Bands`."""
+    return Bands(count, LEFT, width - RIGHT, blocks)

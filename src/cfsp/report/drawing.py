@@ -95,11 +95,19 @@ def _round_step(least: float) -> float:
 
 @dataclass(frozen=True)
 class Bands:
-    """Equal columns, one for each block."""
+    """Equal columns, one for each block, or for each FFN where blocks have several.
+
+    Attributes:
+        count: how many.
+        start: left edge of the first.
+        end: right edge of the last.
+        blocks: the block of each column; None where columns are blocks.
+    """
 
     count: int
     start: float
     end: float
+    blocks: Sequence[int] | None = None
 
     @property
     def width(self) -> float:
@@ -135,8 +143,9 @@ def value_axis(scale: Scale, left: float, right: float, labels: dict[float, str]
 def block_axis(bands: Bands, y: float) -> Markup:
     """Return the numbers of the blocks below a chart."""
     numbers = [
-        element("text", str(i), class_="tick middle", x=bands.middle(i), y=y + 16)
+        element("text", str(name), class_="tick middle", x=bands.middle(i), y=y + 16)
         for i in bands.labelled()
+        for name in [i if bands.blocks is None else bands.blocks[i]]
     ]
     line = element("line", class_="axis", x1=bands.start, x2=bands.end, y1=y, y2=y)
     name = element("text", "block", class_="tick end", x=bands.end, y=y + 32)

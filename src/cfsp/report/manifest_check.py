@@ -76,6 +76,10 @@ def _complaints_of_entry(entry: Any, what: str, index: int) -> Iterator[str]:
         yield f"{what} should be a table"
         return
     kept, together = entry.get("kept"), entry.get("blocks", 0)
+    if "block" in entry and not (
+        _is_int(entry["block"]) and entry["block"] >= 0 and isinstance(entry.get("path"), str)
+    ):
+        yield f"{what} does not say which FFN it is about"
     if not isinstance(kept, bool):
         yield f"{what} does not say whether the new weights were kept"
     if not _is_int(together) or not 1 <= together <= index + 1:

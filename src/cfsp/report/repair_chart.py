@@ -21,7 +21,7 @@ from cfsp.report.chart import (
 from cfsp.report.drawing import Bands, Scale, cross, element, join, scale_from_zero, shift
 from cfsp.report.runs import RunFacts
 from cfsp.report.summary import NOTHING
-from cfsp.result.repair_steps import Step, error_name
+from cfsp.result.repair_steps import Step, entry_name, error_name
 
 _CAPTION = (
     "Each step of repair is judged on windows that were held out from it; what did not help is "
@@ -47,9 +47,13 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
     if not shown:
         return None
     entries = [entry for _, step in shown for entry in _entries(step).values()]
+    # Where blocks have several FFNs, an entry is of one of them.
+    blocks = None
+    if "block" in entries[0]:
+        blocks = [entry["block"] for entry in shown[0][1]["blocks"]]
 
     def draw(width: int) -> Markup:
-        bands = block_bands(max(len(step["blocks"]) for _, step in shown), width)
+        bands = block_bands(max(len(step["blocks"]) for _, step in shown), width, blocks)
         panels = [
             _panel(panel_name(_title(step), run, runs), step, _highest(shown, step["name"]), bands)
             for run, step in shown
@@ -132,11 +136,12 @@ def _marks(entry: dict[str, Any], index: int, scale: Scale, bands: Bands) -> Mar
 def _words(index: int, entries: dict[int, dict[str, Any]], step: str) -> str:
     if index not in entries:
         last = min((other for other in entries if other > index), default=None)
-        shares = "no error of its own" if last is None else f"shares the error of block {last}"
-        return f"Block {index}, {step}: {shares}"
+        if last is None or last - entries[last]["blocks"] >= index:
+            return f"Block {index}, {step}: no error of its own"
+        return f"Block {index}, {step}: shares the error of block {last}"
     entry = entries[index]
     before, after = f"{entry['error_before']:.4f}", _number(entry["error_after"], 4)
-    say = f"Block {index}, {step}: error {before} before, {after} after"
+    say = f"Block {entry_name(entry, index)}, {step}: error {before} before, {after} after"
     experts = entry.get("experts", [])
     if rejected := sum(not expert["kept"] for expert in experts):
         return f"{say}, rejected in {rejected} of {len(experts)} experts"
@@ -156,7 +161,8 @@ def _table(shown: Sequence[tuple[RunFacts, Step]], several: bool) -> Table:
     rows = []
     for index in range(blocks):
         entries = [_entries(step).get(index) for _, step in shown]
-        rows.append([str(index), *(cell for entry in entries for cell in _cells(entry))])
+        name = next((entry_name(e, index) for e in entries if e is not None), str(index))
+        rows.append([name, *(cell for entry in entries for cell in _cells(entry))])
     return Table(head, rows)
 
 

@@ -180,7 +180,7 @@ def _check_together(facts: RunFacts) -> None:
             f"{facts.directory}: {PLAN_FILE} and {MANIFEST_FILE} speak of different models; "
             "they are of different runs"
         )
-    widths = [block.width for block in plan.blocks] if plan else None
+    widths = [unit.width for unit in plan.units] if plan else None
     kept = plan.kept_widths if plan else None
     said = facts.manifest.get("widths_before", widths), facts.manifest.get("intermediate_sizes")
     if widths is not None and (said[0] != widths or (said[1] or kept) != kept):
@@ -189,8 +189,19 @@ def _check_together(facts: RunFacts) -> None:
             "they are of different runs"
         )
     for step in facts.repair_steps:
-        if widths is not None and step["blocks"] and len(step["blocks"]) != len(widths):
+        if plan is not None and step["blocks"] and not _speaks_of_same(step, plan):
             raise ReportError(
                 f"{facts.directory}: {MANIFEST_FILE} tells of {len(step['blocks'])} blocks that "
-                f"{step['name']} repaired, the plan of {len(widths)}; they are of different runs"
+                f"{step['name']} repaired, the plan of {len(plan.units)}; they are of different "
+                "runs"
             )
+
+
+def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
+    """Return whether a step of repair has an entry for every FFN of a plan."""
+    blocks = [unit.block for unit in plan.units]
+    if len(set(blocks)) < len(blocks):  # an entry for each FFN
+        return [entry and entry.get("block") for entry in step["blocks"]] == blocks
+    if plan.has_one_unit_each:
+        return len(step["blocks"]) == len(blocks)
+    return len(step["blocks"]) > blocks[-1]

@@ -12,7 +12,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cfsp.report.block_chart import width_panel
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.report.block_chart import blocks_of_columns, column_names, columns_of, width_panel
 from cfsp.report.chart import Table, block_bands, stack_panels
 from cfsp.report.drawing import NARROW, WIDE
 from cfsp.report.runs import RunFacts
@@ -36,7 +37,7 @@ class Stop:
     Attributes:
         name: of the run.
         cells: what the page says about it, in the order of `Slider.nouns`.
-        width_L: FFN channels that each block keeps.
+        width_L: FFN channels that each column of the charts keeps; 0 of a block without an FFN.
     """
 
     name: str
@@ -51,16 +52,20 @@ class Slider:
     Attributes:
         nouns: what is known of each model, and under which conditions.
         series: how models were made -> the original and those models, from large to small.
+        plan: of one of them, which says what columns are; None for the blocks.
     """
 
     nouns: Sequence[tuple[str, str]]
     series: dict[str, list[Stop]]
+    plan: PruningPlan | None = None
 
     @property
     def drawings(self) -> list[Markup]:
         """The widths of the first series' first model; the page's script sets those of others."""
         dense, first = next(iter(self.series.values()))[:2]
-        return [_drawing(dense.width_L, first.width_L, width) for width in (WIDE, NARROW)]
+        return [
+            _drawing(dense.width_L, first.width_L, width, self.plan) for width in (WIDE, NARROW)
+        ]
 
     @property
     def table(self) -> Table:
@@ -106,6 +111,7 @@ def slider(runs: Sequence[RunFacts]) -> Slider | None:
     nouns = [("parameters", ""), ("FFN channels kept", "")]
     nouns += [(f"perplexity, {names[each.text]}", str(each)) for each in every]
     first = next(iter(series.values()))[0].manifest
+    plan = next((run.plan for run in runs if run.plan is not None), None)
     before: list[int] = first["widths_before"]
     dense = {each: perplexity_of_original(runs, each) for each in every}
     original = Stop(
@@ -115,7 +121,7 @@ def slider(runs: Sequence[RunFacts]) -> Slider | None:
             Cell(f"{sum(before):,}"),
             *(Cell(NOTHING if value is None else f"{value:.2f}") for value in dense.values()),
         ],
-        before,
+        _by_column(before, plan),
     )
 
     def stop(run: RunFacts) -> Stop:
@@ -133,11 +139,19 @@ def slider(runs: Sequence[RunFacts]) -> Slider | None:
         quality = [
             _perplexity(value, dense[each]) for value, each in zip(found, every, strict=True)
         ]
-        return Stop(run.name, size + quality, run.manifest["intermediate_sizes"])
+        widths = _by_column(run.manifest["intermediate_sizes"], plan)
+        return Stop(run.name, size + quality, widths)
 
-    return Slider(
-        nouns, {way: [original, *map(stop, found)] for way, found in series.items()}
-    )  # fmt: skip
+    stops = {way: [original, *map(stop, found)] for way, found in series.items()}
+    return Slider(nouns, stops, plan)
+
+
+def _by_column(widths: Sequence[int], plan: PruningPlan | None) -> Sequence[int]:
+    """Return a width for each column of the charts, from one for each FFN."""
+    if plan is None:
+        return widths
+    left = iter(widths)
+    return [0 if unit is None else next(left) for unit in columns_of(plan)]
 
 
 def _perplexity(value: float | None, dense: float | None) -> Cell:
@@ -160,9 +174,12 @@ def _way(run: RunFacts) -> str:
     return f"{' and '.join(metrics) or 'unknown'}; repair: {steps}{recovered}"
 
 
-def _drawing(before_L: Sequence[int], after_L: Sequence[int], width: int) -> Markup:
-    bands = block_bands(len(before_L), width)
-    panel = width_panel("Channels that stay", before_L, after_L, bands)
+def _drawing(
+    before_L: Sequence[int], after_L: Sequence[int], width: int, plan: PruningPlan | None
+) -> Markup:
+    blocks, names = (None, None) if plan is None else (blocks_of_columns(plan), column_names(plan))
+    bands = block_bands(len(before_L), width, blocks)
+    panel = width_panel("Channels that stay", before_L, after_L, bands, names)
     return stack_panels(
         width,
         bands,

@@ -70,8 +70,8 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     name = hub_id or _last_part(made_from)
     sections = [
         f"---\n{card_metadata(manifest, origin, name)}\n---\n",
-        _what_it_is(manifest, name, hub_id, origin.base_model),
-        _size_table(manifest),
+        _what_it_is(manifest, plan, name, hub_id, origin.base_model),
+        _size_table(manifest, plan),
         _quality(manifest),
         _how_to_load(manifest),
         _VERIFY if plan else "",
@@ -84,7 +84,11 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
 
 
 def _what_it_is(
-    manifest: dict[str, Any], name: str, hub_id: str | None, base_model: str | None
+    manifest: dict[str, Any],
+    plan: PruningPlan | None,
+    name: str,
+    hub_id: str | None,
+    base_model: str | None,
 ) -> str:
     link = _link(hub_id) if hub_id else _inline(name)
     if base_model not in (None, hub_id):
@@ -94,8 +98,9 @@ def _what_it_is(
     ]
     lines = [f"# {_plain(name)}, {' and '.join(acts)}", ""]
     if "ffn_sparsity" in manifest:
+        what = "channels" if _counts_channels(plan) else "parameters"
         lines += [
-            f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN channels, which are "
+            f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN {what}, which are "
             f"{manifest['model_sparsity']:.1%} of all parameters. cfsp removed the weakest of them "
             f"({_PAPER}); what is left is an ordinary dense checkpoint.",
             "",
@@ -129,14 +134,20 @@ def _on_which_text(manifest: dict[str, Any]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _size_table(manifest: dict[str, Any]) -> str:
+def _counts_channels(plan: PruningPlan | None) -> bool:
+    """Return whether the share of FFN channels that went is that of FFN parameters."""
+    return plan is None or plan.counts_channels
+
+
+def _size_table(manifest: dict[str, Any], plan: PruningPlan | None) -> str:
     if "parameters_before" not in manifest:
         return ""
+    by_parameters = "" if _counts_channels(plan) else " (removed: by their parameters)"
     return (
         "| | before | after | removed |\n|---|---:|---:|---:|\n"
         f"| parameters | {manifest['parameters_before']:,} | {manifest['parameters_after']:,} "
         f"| {manifest['model_sparsity']:.1%} |\n"
-        f"| FFN channels | {sum(manifest['widths_before']):,} "
+        f"| FFN channels{by_parameters} | {sum(manifest['widths_before']):,} "
         f"| {sum(manifest['intermediate_sizes']):,} | {manifest['ffn_sparsity']:.1%} |\n"
     )
 
@@ -265,9 +276,9 @@ def _license(origin: Origin) -> str:
 
 def _block_table(plan: PruningPlan) -> str:
     rows = [
-        f"| {i} | {block.distance:.4f} | {block.importance:.3f} | {block.width} "
-        f"| {block.kept_width} |"
-        for i, block in enumerate(plan.blocks)
+        f"| {unit.name} | {unit.distance:.4f} | {unit.importance:.3f} | {unit.width} "
+        f"| {unit.kept_width} |"
+        for unit in plan.units
     ]
     head = "| block | distance | importance | channels before | after |\n|---:|---:|---:|---:|---:|"
     return "\n".join([head, *rows, ""])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.config_widths import PRUNED_KEY
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import CheckpointError
@@ -38,7 +37,9 @@ _SHOWN = {
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
-    widths = intermediate_sizes(checkpoint.config)
+    units, blocks = checkpoint.units, int(checkpoint.config.num_hidden_layers)
+    widths = [unit.width for unit in units]
+    has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
     manifest = read_manifest(checkpoint.directory)
     if manifest is None:  # it was pruned in memory and saved by transformers
         manifest = getattr(checkpoint.config, PRUNED_KEY, None)
@@ -46,10 +47,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": checkpoint.label,
         "directory": str(checkpoint.directory),
-        "family": checkpoint.family.model_type,
-        "blocks": checkpoint.config.num_hidden_layers,
+        "family": checkpoint.config.model_type,
+        "blocks": blocks,
         "hidden_size": checkpoint.config.hidden_size,
-        "experts": checkpoint.family.ffn_count(checkpoint.config),
+        "experts": max(unit.ffns for unit in units),
         "intermediate_sizes": widths,
         "uniform": len(set(widths)) == 1,
         "parameters": parameter_count(checkpoint),
@@ -57,6 +58,11 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }
+    if not has_one_unit_each or len({unit.ffns for unit in units}) > 1:
+        facts["units"] = [
+            {"block": unit.block, "path": unit.path, "width": unit.width, "ffns": unit.ffns}
+            for unit in units
+        ]
     # Recovery also takes models that cfsp did not prune.
     if manifest is not None and (
         manifest.get("operation") != "recover" or "base_model" in manifest

@@ -43,7 +43,7 @@ def describe_pruning(
         "calibration": plan.calibration,
         "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
         "files": digests,
-        "widths_before": [block.width for block in plan.blocks],
+        "widths_before": [unit.width for unit in plan.units],
         **report,
     }
 

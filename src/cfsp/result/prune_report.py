@@ -22,9 +22,9 @@ class PruneReport:
     Attributes:
         parameters_before: parameters of the source; tied embeddings count once.
         parameters_after: parameters of the result.
-        ffn_sparsity: fraction of FFN channels removed.
+        ffn_sparsity: fraction of FFN channels removed, counted by the parameters that they own.
         model_sparsity: fraction of all parameters removed.
-        intermediate_sizes: FFN channels of every block.
+        intermediate_sizes: channels of every FFN unit, in the order of blocks.
         calibration_tokens: tokens that the statistics were gathered over.
         repair: what each step of repair did with each block (see `Repaired.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
@@ -48,7 +48,7 @@ class PruneReport:
     intermediate_sizes: list[int]
     calibration_tokens: int
     repair: dict[str, Any]
-    experts_with_few_tokens: list[dict[str, int]]
+    experts_with_few_tokens: list[dict[str, Any]]
     goal: dict[str, Any]
     perplexity: dict[str, dict[str, float]]
     seconds: dict[str, float]

@@ -2,12 +2,13 @@
 
 A step has a name and for each block an entry: how many blocks changed together, the error before
 and after, and whether the new weights were kept. Blocks that changed together have one entry, at
-the last of them; the others have None.
+the last of them; the others have None, as blocks without an FFN have. Where blocks have several
+FFNs there is an entry for each, which names its block and its path in that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Step = dict[str, Any]
@@ -27,10 +28,15 @@ def error_name(step: str) -> str:
     return _ERRORS.get(step, _ERROR)
 
 
-def rejected_blocks(step: Step) -> list[int]:
-    """Return the blocks that a step left as they were, because it did not help."""
+def entry_name(entry: Mapping[str, Any], index: int) -> str:
+    """Return what an entry of a step is about: its block, and the path in that if it has one."""
+    return f"{entry['block']} {entry['path']}" if "block" in entry else str(index)
+
+
+def rejected_blocks(step: Step) -> list[str]:
+    """Return the blocks or FFNs that a step left as they were, because it did not help."""
     return [
-        index
+        entry_name(entry, index)
         for last, entry in enumerate(step["blocks"])
         if entry is not None and not entry["kept"]
         for index in range(last + 1 - entry["blocks"], last + 1)
@@ -39,7 +45,7 @@ def rejected_blocks(step: Step) -> list[int]:
 
 def changed_weights(step: Step) -> bool:
     """Return whether a step's weights were kept in any block."""
-    return not step["blocks"] or len(rejected_blocks(step)) < len(step["blocks"])
+    return not step["blocks"] or any(entry and entry["kept"] for entry in step["blocks"])
 
 
 def steps_in_words(steps: Sequence[Step]) -> str:
@@ -54,4 +60,4 @@ def _in_words(step: Step) -> str:
     if not changed_weights(step):
         return f"{step['name']} (rejected in every block)"
     noun = "block" if len(rejected) == 1 else "blocks"
-    return f"{step['name']} (rejected in {noun} {', '.join(map(str, rejected))})"
+    return f"{step['name']} (rejected in {noun} {', '.join(rejected)})"

@@ -105,17 +105,21 @@ def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def _widths(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
-    widths = source.architecture.widths
-    planned = PruningPlan.load(source.directory / PLAN_FILE).kept_widths
+    widths = [unit.width for unit in source.units]
+    plan = PruningPlan.load(source.directory / PLAN_FILE)
+    planned = plan.kept_widths
     for name, found in (("config.json", widths), (MANIFEST_FILE, manifest["intermediate_sizes"])):
         different = [
             i for i, pair in enumerate(zip(found, planned, strict=False)) if len(set(pair)) > 1
         ]
         if len(found) != len(planned):
-            return f"{name} tells of {len(found)} blocks, the plan of {len(planned)}"
+            return f"{name} tells of {len(found)} FFNs, the plan of {len(planned)}"
         if different:
-            block = different[0]
-            return f"block {block} is {found[block]} wide in {name}, {planned[block]} in the plan"
+            unit = different[0]
+            return (
+                f"block {plan.units[unit].name} is {found[unit]} wide in {name}, {planned[unit]} "
+                "in the plan"
+            )
     return None
 
 

@@ -138,7 +138,8 @@ class ShapedModel:
         total = (1 - self.sparsity) * sum(dense)
         ideal = [(1 - self.sparsity) * width for width in dense]
         multiple = Budget(self.sparsity, multiple=self.multiple).multiple_for(dense)
-        return round_widths(ideal, dense, multiple, total)
+        alike = len(dense)
+        return round_widths(ideal, dense, [1] * alike, [multiple] * alike, total)
 
     def config(self) -> PreTrainedConfig:
         """Return the config, with the true vocabulary."""

@@ -1,9 +1,9 @@
-"""A model under a plan without cutting it: pruned channels are zeroed where they are read.
+"""A model under a plan without cutting it: weights that read pruned channels are zero meanwhile.
 
 What a plan costs can so be measured on one model in memory, plan after plan, without writing a
-checkpoint. Weights stay as they are, so the result is that of `--repair none`.
+checkpoint. All other weights stay as they are, so the result is that of `--repair none`.
 
-Shapes: B windows, T tokens, F FFN channels.
+Shapes: D hidden, F FFN channels, K kept, P pruned.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.families import architecture_of, family_of
-from cfsp.checkpoint.skeleton import blocks_of, projection_of
-from cfsp.errors import UnsupportedModelError
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.quality.perplexity import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.checkpoint.families import Family
+    from cfsp.architecture.found import FFNUnit
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.text.windows import Windows
 
@@ -43,7 +42,6 @@ def masked_loss(
         label: what the progress bar says.
 
     Raises:
-        UnsupportedModelError: the blocks are mixtures of experts.
         CalibrationError: token ids exceed the vocabulary, or the loss is NaN.
     """
     with masked_channels(model, dict(enumerate(plan.kept_channels))):
@@ -56,50 +54,39 @@ def masked_channels(model: PreTrainedModel, kept: Mapping[int, Sequence[int]]) -
 
     Args:
         model: the whole dense model.
-        kept: block -> channels that stay; a block that is not named keeps all.
-
-    Raises:
-        UnsupportedModelError: the blocks are mixtures of experts.
+        kept: FFN unit -> channels that stay, numbered through over the unit's FFNs; a unit that is
+            not named keeps all.
     """
-    family = family_of(model.config)
-    check_can_be_masked(family)
-    blocks = blocks_of(model, architecture_of(model.config))
+    source = LoadedModel(model)
+    blocks = blocks_of(model, source.architecture)
     with ExitStack() as stack:
-        for block, kept_K in kept.items():
-            stack.enter_context(masked_block(blocks[block], family, kept_K))
+        for index, kept_K in kept.items():
+            unit = source.units[index]
+            stack.enter_context(masked_unit(blocks[unit.block], unit, kept_K))
         yield
 
 
 @contextmanager
-def masked_block(block: nn.Module, family: Family, kept_K: Sequence[int]) -> Iterator[None]:
-    """Let one decoder block compute as if it had the kept channels only."""
-    down = projection_of(block, family, family.down)
-    index_K = torch.tensor(kept_K, dtype=torch.int64)
-    mask_F: Tensor | None = None
+def masked_unit(block: nn.Module, unit: FFNUnit, kept_K: Sequence[int]) -> Iterator[None]:
+    """Let one FFN unit of a decoder block compute as if it had the kept channels only.
 
-    def zero_pruned(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal mask_F
-        act_BTF = args[0]
-        if mask_F is None:
-            mask_F = act_BTF.new_zeros(act_BTF.shape[-1])
-            mask_F[index_K.to(act_BTF.device)] = 1
-        return (act_BTF * mask_F, *args[1:])
-
-    handle = down.register_forward_pre_hook(zero_pruned)
+    The pruned columns of its down projections are zero meanwhile, and kept elsewhere.
+    """
+    axis = unit.axes[unit.down].axis
+    down = block.get_parameter(unit.down).detach()
+    matrices = [down]
+    if down.ndim == 3:  # those of all experts
+        matrices, axis = list(down), axis - 1
+    is_pruned_EF = torch.ones(unit.ffns, unit.width, dtype=torch.bool)
+    is_pruned_EF.view(-1)[list(kept_K)] = False
+    pruned = [is_pruned_F.nonzero().flatten().to(down.device) for is_pruned_F in is_pruned_EF]
+    saved: list[Tensor] = []
     try:
+        for matrix, pruned_P in zip(matrices, pruned, strict=True):
+            saved.append(matrix.index_select(axis, pruned_P))
+            matrix.index_fill_(axis, pruned_P, 0)
         yield
     finally:
-        handle.remove()
-
-
-def check_can_be_masked(family: Family) -> None:
-    """Check that a family keeps its down projections in modules of their own.
-
-    Raises:
-        UnsupportedModelError: it does not: experts are computed in groups.
-    """
-    if family.experts is not None:
-        raise UnsupportedModelError(
-            f"the loss of a plan cannot be measured without pruning for {family.model_type}: its "
-            "blocks are mixtures of experts, which are computed in groups; prune, then cfsp eval"
-        )
+        # Fewer are saved than there are where the loop was interrupted.
+        for matrix, pruned_P, columns in zip(matrices, pruned, saved, strict=False):
+            matrix.index_copy_(axis, pruned_P, columns)

@@ -1,38 +1,38 @@
-"""Sensitivity of a block: how far the model's predictions move when that block alone is pruned.
+"""Sensitivity of a block: how far the model's predictions move when its FFNs alone are pruned.
 
 Angular distance says how much a block does, sensitivity how much of that its weakest channels do.
 It is measured by masking, forward passes only, on the whole model in memory: no block can be
 dropped while others are tried. What enters a block does not depend on its own pruning, so only
 the blocks from it on are computed again: half a forward pass for each block on average.
 
-Shapes: N windows, T tokens, L blocks.
+Shapes: N windows, T tokens, L blocks, U FFN units.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
-from cfsp.checkpoint.families import architecture_of, family_of
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.errors import CalibrationError
-from cfsp.planning.fine import strongest_channels
-from cfsp.planning.make import ffn_scores
+from cfsp.planning.make import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import SENSITIVITY_METRICS
 from cfsp.text.windows import few_windows
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import load_whole
-from cfsp.whole_model.masks import check_can_be_masked, masked_block
+from cfsp.whole_model.masks import masked_unit
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
@@ -52,35 +52,32 @@ SENSITIVITY_WINDOWS = 4
 def block_sensitivities(
     model: PreTrainedModel,
     tokens_NT: Tensor,
-    kept_L: Sequence[Sequence[int]],
+    kept_U: Sequence[Sequence[int]],
     on_block: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Return how far each block's pruning alone moves the predictions, in nats per token.
 
-    KL(dense || one block pruned), the mean over tokens; see `cfsp.whole_model.divergence`.
+    KL(dense || one block pruned), the mean over tokens; see `cfsp.whole_model.divergence`. All FFN
+    units of a block are pruned together; a block without any moves nothing.
 
     Args:
         model: the whole dense model, in evaluation mode.
         tokens_NT: windows without padding; they pass one at a time.
-        kept_L: channels of each block that stay when it is pruned.
+        kept_U: channels of each FFN unit that stay when its block is pruned.
         on_block: is called after each block of each window.
-
-    Raises:
-        UnsupportedModelError: the blocks are mixtures of experts.
     """
-    family = family_of(model.config)
-    check_can_be_masked(family)
-    blocks = blocks_of(model, architecture_of(model.config))
+    source = LoadedModel(model)
+    blocks = blocks_of(model, source.architecture)
     total_L = [0.0] * len(blocks)
     with torch.inference_mode():
         for tokens_T in tokens_NT:
             with hidden_states_entering(blocks) as entering_L:
                 dense = dense_predictions(model, tokens_T[None])
-            for index, kept_K in enumerate(kept_L):
-                with (
-                    masked_block(blocks[index], family, kept_K),
-                    resumed_at(blocks, index, entering_L[index]),
-                ):
+            for index in sorted({unit.block for unit in source.units}):
+                with ExitStack() as masks, resumed_at(blocks, index, entering_L[index]):
+                    for unit, kept_K in zip(source.units, kept_U, strict=True):
+                        if unit.block == index:
+                            masks.enter_context(masked_unit(blocks[index], unit, kept_K))
                     total_L[index] += dense.divergence(model)
                 on_block()
     return [total / len(tokens_NT) for total in total_L]
@@ -108,7 +105,7 @@ def measure_sensitivity(
     criterion: Criterion,
     engine: Engine,
 ) -> Sensitivity:
-    """Prune every block alone by half and measure what that does to the predictions.
+    """Prune the FFNs of every block alone by half and measure what that does to the predictions.
 
     Args:
         source: the model.
@@ -118,30 +115,25 @@ def measure_sensitivity(
         engine: where and in what to compute.
 
     Raises:
-        UnsupportedModelError: the blocks are mixtures of experts.
         UsageError: the model does not fit into memory.
         CalibrationError: the model predicts NaN.
     """
-    check_can_be_masked(source.family)
-    kept_L = [
-        strongest_channels(score_F, max(1, round(len(score_F) * (1 - SENSITIVITY_SPARSITY))))
-        for score_F in _scores(source, statistics, criterion)
+    kept_U = [
+        choose_channels(
+            source,
+            unit,
+            observed,
+            max(1, round(observed.width * (1 - SENSITIVITY_SPARSITY))),
+            criterion,
+        )
+        for unit, observed in enumerate(statistics.units)
     ]
     model = load_whole(source, engine, "measuring the sensitivity of blocks")
-    total = len(windows.tokens_NT) * len(kept_L)
+    total = len(windows.tokens_NT) * len(statistics.blocks_with_units)
     with item_progress("sensitivity", total, "pass") as bar:
-        found_L = block_sensitivities(model, windows.tokens_NT, kept_L, bar.update)
+        found_L = block_sensitivities(model, windows.tokens_NT, kept_U, bar.update)
     if not all(map(math.isfinite, found_L)):
         raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
     # Equal predictions may differ by rounding, in either direction.
     positive_L = tuple(max(0.0, divergence) for divergence in found_L)
     return Sensitivity(positive_L, SENSITIVITY_SPARSITY, len(windows.tokens_NT))
-
-
-def _scores(source: WeightSource, statistics: Statistics, criterion: Criterion) -> list[Tensor]:
-    """Return the channel scores of every block of a model without experts."""
-    assert source.family.experts is None
-    return [
-        next(iter(ffn_scores(source, block, observed, criterion)))
-        for block, observed in enumerate(statistics.blocks)
-    ]

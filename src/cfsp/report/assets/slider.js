@@ -7,11 +7,13 @@
     for (const mark of section.querySelectorAll(".plot .mark")) {
       const i = Number(mark.dataset.index);
       const all = mark.querySelector(".gone"), stays = mark.querySelector(".kept");
+      if (!all) continue;  // a block without an FFN
       const top = Number(all.getAttribute("y")), height = Number(all.getAttribute("height"));
       const tall = height * kept[i] / full[i];
       stays.setAttribute("y", top + height - tall);
       stays.setAttribute("height", tall);
-      mark.dataset.say = `Block ${i}: keeps ${whole.format(kept[i])} of ` +
+      const name = mark.dataset.say.split(":")[0];
+      mark.dataset.say = `${name}: keeps ${whole.format(kept[i])} of ` +
         `${whole.format(full[i])} channels (${Math.round(100 * kept[i] / full[i])}%)`;
     }
   }
