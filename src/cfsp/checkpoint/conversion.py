@@ -1,0 +1,224 @@
+"""How transformers makes the parameters of a model out of the tensors that a checkpoint stores.
+
+It renames stored tensors, and converts some: the matrices of all experts become one parameter, or
+one stored matrix becomes gate and up. All that uses its functions for that is in this module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.tensor_file import TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Index into a parameter.
+Place = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Stored tensors, and the parameters that transformers makes of them.
+
+    Attributes:
+        target: name of the parameter, or of the first of several.
+        sources: the stored tensors, by the pattern of the converter that took them, in the order
+            in which the converter wants them.
+        converter: what converts them (`WeightConverter`); None if the only stored tensor is the
+            parameter.
+    """
+
+    target: str
+    sources: Mapping[str, list[str]]
+    converter: Any = None
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The names of all its stored tensors."""
+        return tuple(name for names in self.sources.values() for name in names)
+
+
+@dataclass
+class ModelShapes:
+    """What a converter asks of a model: its config, and the shapes of parameters.
+
+    Attributes:
+        config: of the model.
+        tensors: parameters and stored buffers by name, all on the meta device.
+    """
+
+    config: Any
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """Return a parameter without values."""
+        return self.tensors[name]
+
+
+def find_conversions(
+    model: PreTrainedModel, stored: Iterable[str]
+) -> tuple[list[Conversion], dict[str, str]]:
+    """Return what becomes of stored tensors when transformers loads them.
+
+    Second come those that it leaves, with the name that each would have in memory.
+
+    It is the first half of transformers' `convert_and_load_state_dict_in_model`, without values.
+
+    Args:
+        model: may be on the meta device.
+        stored: names of the stored tensors.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    in_memory = model.state_dict()
+    prefix = model.base_model_prefix
+    found: dict[str, Conversion] = {}
+    unused: dict[str, str] = {}
+    for name in _in_loading_order(stored):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
+        if target not in in_memory and name in in_memory:
+            target, pattern = name, None
+        if target not in in_memory:
+            unused[name] = target
+        elif pattern is not None:
+            conversion = found.setdefault(target, Conversion(target, {}, converter_of[pattern]))
+            if conversion.converter is None:  # the parameter itself is stored as well
+                unused[name] = target
+            else:
+                conversion.sources.setdefault(pattern, []).append(name)  # type: ignore[attr-defined]
+        elif target in found:  # a second name of the same parameter
+            unused[name] = target
+        else:
+            found[target] = Conversion(target, {name: [name]})
+    return list(found.values()), unused
+
+
+def _in_loading_order(stored: Iterable[str]) -> list[str]:
+    """Return names as transformers goes through them: expert 2 before expert 10."""
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(stored, key=dot_natural_key)
+
+
+def convert(
+    conversion: Conversion, tensors: Mapping[str, Tensor], shapes: ModelShapes
+) -> dict[str, Tensor]:
+    """Return the parameters that transformers makes of stored tensors, by name.
+
+    Args:
+        conversion: one with a converter.
+        tensors: the stored tensors by name, on any device; on the meta device the result has
+            shapes only.
+        shapes: of the model.
+    """
+    converter = copy.deepcopy(conversion.converter)
+    for pattern, names in conversion.sources.items():
+        for name in names:
+            converter.add_tensor(conversion.target, name, pattern, tensors[name])
+    made = converter.convert(conversion.target, model=shapes, config=shapes.config)
+    return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+def places(
+    conversion: Conversion, specs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, Place], tuple[int, ...]] | None:
+    """Return the place of each stored tensor in the parameter, and the parameter's shape.
+
+    None where the conversion does more than put tensors side by side, or where they do not fit.
+
+    Args:
+        conversion: any.
+        specs: of the stored tensors.
+    """
+    if conversion.converter is None:
+        (name,) = conversion.stored
+        return {name: ()}, specs[name].shape
+    operations = conversion.converter.operations
+    match [(type(step).__name__, getattr(step, "dim", None)) for step in operations]:
+        case [("MergeModulelist", 0)] if len(conversion.sources) == 1:
+            stacks, axis = True, 1
+        case [("MergeModulelist", 0), ("Concatenate", int(axis))] if axis > 0:
+            stacks = True
+        case [("Concatenate", int(axis))] if axis >= 0:
+            stacks = False
+        case _:
+            return None
+    if len(conversion.converter.target_patterns) > 1:
+        return None
+    runs = [
+        conversion.sources[pattern]
+        for pattern in conversion.converter.source_patterns
+        if pattern in conversion.sources
+    ]
+    joined = axis - 1 if stacks else axis  # the same axis in a stored tensor
+    shapes = [[specs[name].shape for name in run] for run in runs]
+    if any(len(shape) <= joined for run in shapes for shape in run):
+        return None
+    others = {(*shape[:joined], *shape[joined + 1 :]) for run in shapes for shape in run}
+    uneven = stacks and (
+        len({len(run) for run in runs}) > 1 or any(len(set(s)) > 1 for s in shapes)
+    )
+    if len(others) != 1 or uneven:
+        return None
+    found: dict[str, Place] = {}
+    end = 0
+    for run in runs:
+        start = end
+        for index, name in enumerate(run):
+            start = start if stacks else end
+            end = start + specs[name].shape[joined]
+            expert: Place = (index,) if stacks else ()
+            found[name] = (*expert, *(slice(None),) * joined, slice(start, end))
+    (other,) = others
+    shape = (*other[:joined], end, *other[joined:])
+    return found, (len(runs[0]), *shape) if stacks else shape
+
+
+def as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names, and in the shapes, that `save_pretrained` gives them.
+
+    Args:
+        model: that they belong to; tells how it was loaded.
+        state: parameters and buffers by name; on the meta device nothing is copied.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(state)))
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what `save_pretrained` would write, by the names in memory.
+
+    Of tensors that are tied it has the one that the others take theirs from.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        state.pop(name, None)
+    for tied, to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if tied in state and to in state and _is_same(state[tied], state[to]):
+            del state[tied]
+    return state
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or one.data_ptr() == other.data_ptr()
+
+
+def meta(specs: Mapping[str, TensorSpec], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return tensors of these types and shapes without values."""
+    return {
+        name: torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta")
+        for name in names
+    }

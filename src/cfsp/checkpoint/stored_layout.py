@@ -1,0 +1,97 @@
+"""Where a stored tensor keeps the channels of its FFN unit.
+
+A layout is all that surgery, padding and checks need to know of a tensor: no one else asks how
+a model stores its FFNs.
+
+Shapes: D hidden, E experts, F channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.architecture import ChannelAxis
+from cfsp.checkpoint.tensor_file import TensorSpec
+
+# Which matrix of an FFN, or whose bias; `both` is gate and up in one.
+Role = Literal["gate", "up", "both", "down"]
+
+
+@dataclass(frozen=True)
+class ChannelLayout:
+    """The channel axis of one stored tensor.
+
+    Attributes:
+        unit: index of the FFN unit in the architecture.
+        role: which matrix of the FFN it is, or whose bias.
+        axis: where the channels are in the stored tensor.
+        ffn: index of its FFN in the unit: that of the expert, 0 of a dense one; None if it holds
+            all experts of the unit along its first axis.
+        is_bias: whether it is a bias.
+        transposed: whether a matrix is stored inputs x outputs.
+        up_first: whether the up half comes before that of the gate, where both are one.
+    """
+
+    unit: int
+    role: Role
+    axis: ChannelAxis
+    ffn: int | None
+    is_bias: bool = False
+    transposed: bool = False
+    up_first: bool = False
+
+    def width(self, shape: Sequence[int]) -> int:
+        """Return the number of channels of a tensor of this shape."""
+        return self.axis.width(shape)
+
+    def resized(self, spec: TensorSpec, width: int) -> TensorSpec:
+        """Return the spec of the same tensor with another number of channels."""
+        return spec.with_length(self.axis.axis, self.axis.parts * width)
+
+    def select(self, tensor: Tensor, kept: Sequence[Sequence[int]]) -> Tensor:
+        """Return the tensor with the kept channels only.
+
+        Args:
+            tensor: as it is stored.
+            kept: the channels that each FFN of the unit keeps, equally many of each.
+        """
+        if self.ffn is not None:
+            return self.axis.select(tensor, kept[self.ffn])
+        shape = list(tensor.shape)
+        shape[self.axis.axis] = self.axis.parts * len(kept[0])
+        selected = tensor.new_empty(shape)
+        of_one = ChannelAxis(self.axis.axis - 1, self.axis.fusion)
+        for expert, kept_K in enumerate(kept):
+            selected[expert] = of_one.select(tensor[expert], kept_K)
+        return selected
+
+    def pad(self, tensor: Tensor, width: int) -> Tensor:
+        """Return the tensor with channels of zeros behind its own, `width` in all."""
+        own = self.width(tensor.shape)
+        shape = list(tensor.shape)
+        shape[self.axis.axis] = self.axis.parts * width
+        padded = tensor.new_zeros(shape)
+        places = self.axis.index(torch.arange(own, device=tensor.device), width)
+        return padded.index_copy_(self.axis.axis, places, tensor)
+
+    def matrix(self, tensor: Tensor, role: Role, ffn: int) -> Tensor:
+        """Return the matrix of one FFN as outputs x inputs, a view.
+
+        Args:
+            tensor: as it is stored; no bias.
+            role: which matrix; gate and up are cut out of what holds both.
+            ffn: which FFN of the unit.
+        """
+        matrix = tensor[ffn] if self.ffn is None else tensor
+        matrix = matrix.T if self.transposed else matrix
+        if self.role != "both" or role == "both":
+            return matrix
+        part = int((role == "up") != self.up_first)
+        if self.axis.fusion == "interleaved":
+            return matrix[part::2]
+        return matrix.chunk(2)[part]

@@ -1,0 +1,371 @@
+"""Which stored tensors make up which parameters of a model, and where they keep FFN channels.
+
+transformers renames and converts stored tensors when it loads them. All of cfsp speaks of tensors
+as they are stored; this module goes between the two, by transformers' own rules.
+
+    stored = StoredTensors.of(model, architecture, specs)
+    stored.sources("model.layers.0.mlp.experts.down_proj")  # model.layers.0.block_sparse_moe...
+    stored.assemble("model.layers.0.mlp.experts.down_proj", checkpoint.read)
+    stored.layout_of("model.layers.0.block_sparse_moe.experts.5.w2.weight")
+
+Shapes: D hidden, E experts, F channels, K channels that stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.architecture import Architecture
+from cfsp.checkpoint.conversion import (
+    Conversion,
+    ModelShapes,
+    as_saved,
+    convert,
+    find_conversions,
+    meta,
+    places,
+    saved_state,
+)
+from cfsp.checkpoint.layout_tracing import ChannelParameter, trace
+from cfsp.checkpoint.stored_layout import ChannelLayout, Role
+from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec
+from cfsp.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What every old checkpoint may hold in its layers and transformers keeps elsewhere.
+_OLD_BUFFER = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """Which stored tensors make up which parameters of a model in memory.
+
+    Parameters here are parameters and stored buffers, by their names in the model.
+
+    Attributes:
+        specs: of the stored tensors.
+        layouts: where stored tensors keep FFN channels; the others are not in it.
+        tied: parameters that nothing is stored of, and the one whose value each has.
+        unused: stored tensors that no parameter takes: of modules that the model does not have
+            (multi-token prediction), and stale ones.
+        stale: those of `unused` that belong to a module of the model, which no longer has them.
+        faults: parameters whose stored tensors are missing or have another shape, and what is
+            wrong, as the end of a sentence.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    layouts: Mapping[str, ChannelLayout]
+    tied: Mapping[str, str]
+    unused: tuple[str, ...]
+    stale: tuple[str, ...]
+    faults: Mapping[str, str]
+    _shapes: ModelShapes = field(repr=False)
+    _conversions: Mapping[str, Conversion] = field(repr=False)
+    _weights: Mapping[tuple[int, Role, int | None], str] = field(repr=False)
+
+    @staticmethod
+    def of(
+        model: PreTrainedModel,
+        architecture: Architecture,
+        specs: Mapping[str, TensorSpec],
+        label: str = "the checkpoint",
+    ) -> StoredTensors:
+        """Find what becomes of the tensors of a checkpoint.
+
+        Args:
+            model: of the class and config that the checkpoint is loaded with; only names and
+                shapes count, so it may be on the meta device.
+            architecture: of the model.
+            specs: of the stored tensors.
+            label: what to call the checkpoint in an error.
+
+        Raises:
+            CheckpointError: a tensor of an FFN is missing or has another shape.
+            UnsupportedModelError: a stored tensor cannot be cut along one axis.
+        """
+        shapes = ModelShapes(
+            model.config,
+            {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()},
+        )
+        conversions, unused = find_conversions(model, specs)
+        made_by: dict[str, Conversion] = {}
+        found_shapes: dict[str, tuple[int, ...]] = {}
+        for conversion in conversions:
+            for name, shape in _shapes_made(conversion, specs, shapes).items():
+                made_by[name], found_shapes[name] = conversion, shape
+        tied = _tied(model, made_by)
+        faults = _faults(model, shapes, specs, made_by, found_shapes, tied)
+        parameters = _channel_parameters(architecture, shapes)
+        for name in parameters:
+            if name in faults:
+                raise CheckpointError(f"{label} {faults[name]}; {AGAIN}")
+            if name in tied:
+                raise UnsupportedModelError(
+                    f"{name} of an FFN has its values from {tied[name]}; FFNs that share weights "
+                    "cannot be pruned"
+                )
+        layouts = _layouts(conversions, specs, parameters, made_by, shapes)
+        return StoredTensors(
+            specs=specs,
+            layouts=layouts,
+            tied=tied,
+            unused=tuple(unused),
+            stale=tuple(_stale(model, unused)),
+            faults=faults,
+            _shapes=shapes,
+            _conversions=made_by,
+            _weights={
+                (layout.unit, layout.role, layout.ffn): name
+                for name, layout in layouts.items()
+                if not layout.is_bias
+            },
+        )
+
+    def layout_of(self, stored: str) -> ChannelLayout | None:
+        """Return where a stored tensor keeps FFN channels; None if it has none."""
+        return self.layouts.get(stored)
+
+    def sources(self, parameter: str) -> tuple[str, ...]:
+        """Return the stored tensors that a parameter is made of; none if it is tied or missing."""
+        conversion = self._conversions.get(parameter)
+        return () if conversion is None else conversion.stored
+
+    def check_complete(self, label: str) -> None:
+        """Check that every parameter is stored, in the shape that the config asks for.
+
+        Args:
+            label: what to call the checkpoint.
+
+        Raises:
+            CheckpointError: one is not.
+        """
+        for fault in self.faults.values():
+            raise CheckpointError(f"{label} {fault}; {AGAIN}")
+
+    def assemble(self, parameter: str, read: Callable[[str], Tensor]) -> Tensor:
+        """Return a parameter as the model in memory holds it.
+
+        Where stored tensors lie side by side in it, one at a time is in memory beside the whole.
+
+        Args:
+            parameter: one that has sources.
+            read: gives a stored tensor by name.
+        """
+        conversion = self._conversions[parameter]
+        placed = places(conversion, self.specs)
+        if conversion.converter is None:
+            return read(conversion.stored[0])
+        if placed is None:
+            tensors = {name: read(name) for name in conversion.stored}
+            return convert(conversion, tensors, self._shapes)[parameter]
+        whole: Tensor | None = None
+        for name, place in placed[0].items():
+            tensor = read(name)
+            if whole is None:
+                whole = tensor.new_empty(placed[1])
+            whole[place] = tensor
+        assert whole is not None
+        return whole
+
+    def matrix(
+        self, unit: int, role: Role, ffn: int, read: Callable[[str], Tensor]
+    ) -> Tensor | None:
+        """Return a matrix of one FFN as outputs x inputs; None for the gate of one without.
+
+        Where a stored tensor holds all experts, each call reads it whole.
+
+        Args:
+            unit: index of the FFN unit.
+            role: gate, up or down.
+            ffn: index of the FFN in the unit: of an expert, 0 of a dense one.
+            read: gives a stored tensor by name.
+        """
+        for stored_role in (role, "both") if role != "down" else (role,):
+            for holder in (ffn, None):
+                name = self._weights.get((unit, stored_role, holder))
+                if name is not None:
+                    return self.layouts[name].matrix(read(name), role, ffn)
+        assert role == "gate", (unit, role, ffn)
+        return None
+
+    def down_tensors(self, unit: int, downs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the stored tensors of a unit whose FFNs have new down projections.
+
+        Args:
+            unit: index of the FFN unit.
+            downs: the new matrix of every FFN of the unit, D x K each.
+        """
+        name = self._weights.get((unit, "down", None))
+        if name is not None:
+            stored = (down.T if self.layouts[name].transposed else down for down in downs)
+            return {name: torch.stack(list(stored))}
+        tensors = {}
+        for ffn, down in enumerate(downs):
+            name = self._weights[unit, "down", ffn]
+            tensors[name] = (down.T if self.layouts[name].transposed else down).contiguous()
+        return tensors
+
+
+def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of a model in memory as `save_pretrained` would store them.
+
+    They are views into the model. Only where saving does more than take apart what lies side by
+    side (transposed or interleaved experts of a few classes) are they copies.
+    """
+    state = saved_state(model)
+    empty = {name: tensor.to("meta") for name, tensor in state.items()}
+    specs = _specs(as_saved(model, empty))
+    tensors: dict[str, Tensor] = {}
+    for conversion in find_conversions(model, specs)[0]:
+        placed = places(conversion, specs)
+        if placed is not None and conversion.target in state:
+            whole = state.pop(conversion.target)
+            tensors |= {name: whole[place] for name, place in placed[0].items()}
+    if len(tensors) < len(specs):
+        tensors |= as_saved(model, state)
+    return {name: tensors[name] for name in specs}
+
+
+def _channel_parameters(
+    architecture: Architecture, shapes: ModelShapes
+) -> dict[str, ChannelParameter]:
+    found = {}
+    for index, unit in enumerate(architecture.units):
+        for name in unit.axes:
+            full_name = architecture.block_prefix(unit.block) + name
+            axes = shapes.tensors[full_name].ndim
+            found[full_name] = ChannelParameter(index, unit, name, axes)
+    return found
+
+
+def _shapes_made(
+    conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that a conversion makes; of none if it cannot."""
+    placed = places(conversion, specs)
+    if placed is not None:
+        return {conversion.target: placed[1]}
+    try:
+        made = convert(conversion, meta(specs, conversion.stored), shapes)
+    except Exception:  # whatever a converter says to shapes that do not fit
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in made.items()}
+
+
+def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:
+    """Return the parameters that nothing is stored of, and those that they are tied to."""
+    groups: dict[object, list[str]] = {}
+    for tied, to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups.setdefault(to, [to]).append(tied)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    for names in groups.values():
+        stored = next((name for name in names if name in made_by), None)
+        if stored is not None:
+            found |= {name: stored for name in names if name not in made_by}
+    return found
+
+
+def _stale(model: PreTrainedModel, unused: Mapping[str, str]) -> Iterator[str]:
+    """Yield unused stored tensors whose module the model has."""
+    modules = {name for name, _ in model.named_modules()} - {""}
+    for name, target in unused.items():
+        module = target.rpartition(".")[0]
+        prefixed = f"{model.base_model_prefix}.{module}"
+        if module in modules or prefixed in modules or name.endswith(_OLD_BUFFER):
+            yield name
+
+
+def _faults(
+    model: PreTrainedModel,
+    shapes: ModelShapes,
+    specs: Mapping[str, TensorSpec],
+    made_by: Mapping[str, Conversion],
+    found_shapes: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+) -> dict[str, str]:
+    """Return what is wrong with the parameters that the stored tensors do not make up."""
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    faulty = [
+        name
+        for name, tensor in shapes.tensors.items()
+        if name not in tied
+        and found_shapes.get(name) != tuple(tensor.shape)
+        and (name in found_shapes or not any(re.search(pattern, name) for pattern in optional))
+    ]
+    if not faulty:
+        return {}
+    expected = as_saved(model, {name: shapes.tensors[name] for name in saved_state(model)})
+    saved_as = {}
+    for conversion in find_conversions(model, expected)[0]:
+        for name in _shapes_made(conversion, _specs(expected), shapes):
+            saved_as[name] = conversion.stored
+    faults = {}
+    for name in faulty:
+        of_this = made_by[name].stored if name in made_by else ()
+        faults[name] = f"has no tensors that {name} can be made of"
+        for stored in (*of_this, *saved_as.get(name, (name,))):
+            wanted = expected.get(stored, shapes.tensors[name])
+            if stored not in specs:
+                faults[name] = f"lacks the tensor {stored}"
+                break
+            if specs[stored].shape != tuple(wanted.shape):
+                faults[name] = (
+                    f"has {stored} of shape {list(specs[stored].shape)}, its config asks for "
+                    f"{list(wanted.shape)}"
+                )
+                break
+    return faults
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _layouts(
+    conversions: Sequence[Conversion],
+    specs: Mapping[str, TensorSpec],
+    parameters: Mapping[str, ChannelParameter],
+    made_by: Mapping[str, Conversion],
+    shapes: ModelShapes,
+) -> dict[str, ChannelLayout]:
+    """Return the layouts of all stored tensors that have channels."""
+    made: dict[int, dict[str, ChannelParameter]] = {}
+    for name, parameter in parameters.items():
+        made.setdefault(id(made_by[name]), {})[name] = parameter
+    layouts: dict[str, ChannelLayout] = {}
+    # Of converted tensors of a kind, from one block and one unit to the next.
+    traced: dict[object, list[ChannelLayout | None]] = {}
+    for conversion in conversions:
+        targets = made.get(id(conversion))
+        if targets is None:
+            continue
+        if conversion.converter is None:
+            layouts[conversion.stored[0]] = targets[conversion.target].layout
+            continue
+        kind = (
+            id(conversion.converter),
+            tuple((pattern, tuple(specs[name].shape for name in names))
+                  for pattern, names in conversion.sources.items()),
+            tuple((target.name, target.unit.kind) for target in targets.values()),
+        )  # fmt: skip
+        units = list(dict.fromkeys(target.index for target in targets.values()))
+        if kind not in traced:
+            first = {
+                name: replace(target, index=units.index(target.index))
+                for name, target in targets.items()
+            }
+            traced[kind] = trace(conversion, specs, first, shapes)
+        for name, layout in zip(conversion.stored, traced[kind], strict=True):
+            if layout is not None:
+                layouts[name] = replace(layout, unit=units[layout.unit])
+    return layouts
