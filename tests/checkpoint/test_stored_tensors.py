@@ -12,16 +12,14 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import revert_weight_conversion
 
 from any_models import model_class, tiny_config, tiny_model
-from cfsp.checkpoint import layout_tracing
-from cfsp.checkpoint.architecture import Architecture
+from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import saved_state
-from cfsp.checkpoint.discovery import find_architecture
 from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
 from cfsp.checkpoint.tensor_file import TensorFile
-from cfsp.errors import CheckpointError, UnsupportedModelError
 
 TYPES = (
     "llama", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text",

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.architecture import ChannelAxis
+from cfsp.architecture.found import ChannelAxis
 from cfsp.checkpoint.tensor_file import TensorSpec
 
 # Which matrix of an FFN, or whose bias; `both` is gate and up in one.
