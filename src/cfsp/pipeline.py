@@ -291,7 +291,7 @@ def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> d
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
     weights = write_pruned_weights(source, repaired.plan, target, repaired.tensors)
-    write_config(source.directory, target, source.family, repaired.plan.kept_widths)
+    write_config(source, target, repaired.plan.kept_widths)
     copy_travelling_files(source.directory, target)
     return weights.digests | code_digests(target)
 

@@ -118,7 +118,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     torch.testing.assert_close(output.detach(), entering_L[2])
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in trained.values())
-    matrices = len(source.architecture.matrices)
+    matrices = len(source.family.matrices)
     assert sum(name.endswith("weight") for name in trained) == 2 * matrices
     changed = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     group.fill(torch.float32, changed)

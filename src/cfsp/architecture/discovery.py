@@ -79,6 +79,7 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         block_count=len(blocks),
         units=chosen,
         refused=looked_alike,
+        learnt_positions=_learnt_positions(model, path, text_config),
     )
 
 
@@ -105,6 +106,19 @@ def _block_lists(model: Any, text_config: Any) -> Iterator[tuple[str, nn.ModuleL
         if isinstance(module, nn.ModuleList) and len(module) == _layers(text_config):
             inside.append(path)
             yield path, module
+
+
+def _learnt_positions(model: nn.Module, blocks: str, text_config: Any) -> int | None:
+    """Return the longest input if there is a table with a row for each of its positions."""
+    longest = getattr(text_config, "max_position_embeddings", None)
+    # Some tables begin with rows for padding.
+    lengths = range(longest, longest + 4) if isinstance(longest, int) else ()
+    decoder = model.get_submodule(blocks.rpartition(".")[0])
+    for name, module in decoder.named_modules():
+        is_table = isinstance(module, nn.Embedding) and module.num_embeddings in lengths
+        if is_table and ("pos" in name or "wpe" in name):
+            return longest
+    return None
 
 
 def _path_of(model: nn.Module, part: nn.Module) -> str:

@@ -187,6 +187,8 @@ class Architecture:
         block_count: how many blocks.
         units: in the order of blocks, and within a block as they are registered.
         refused: modules that look like FFNs but are none that can be cut.
+        learnt_positions: the longest input, where each position has an embedding that was learnt;
+            None where any input can be read.
     """
 
     class_name: str
@@ -195,6 +197,7 @@ class Architecture:
     block_count: int
     units: tuple[FFNUnit, ...]
     refused: tuple[Refusal, ...] = field(default=())
+    learnt_positions: int | None = None
 
     @property
     def has_experts(self) -> bool:

@@ -19,8 +19,9 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
-from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import fingerprint
+from cfsp.checkpoint.skeleton import architecture_of
+from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.errors import CalibrationError, UsageError
@@ -174,14 +175,14 @@ def check_tokens(config: PreTrainedConfig, tokens_NT: Tensor, label: str) -> Non
         CalibrationError: the tokenizer belongs to another model.
         UsageError: the windows are longer than any text that the model can read.
     """
-    highest = int(tokens_NT.max())
-    if highest >= config.vocab_size:
+    highest, vocabulary = int(tokens_NT.max()), vocabulary_of(config)
+    if highest >= vocabulary:
         raise CalibrationError(
             f"the tokenizer gives token id {highest}, but {label} has a vocabulary of "
-            f"{config.vocab_size}; use the model's own tokenizer"
+            f"{vocabulary}; use the model's own tokenizer"
         )
-    most, length = config.max_position_embeddings, tokens_NT.shape[1]
-    if family_of(config).learns_positions and length > most:
+    most, length = architecture_of(config).learnt_positions, tokens_NT.shape[1]
+    if most is not None and length > most:
         raise UsageError(
             f"{label} has learnt {most} positions, the windows have {length} tokens; "
             f"give a --seqlen of at most {most}"

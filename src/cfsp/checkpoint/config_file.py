@@ -7,11 +7,12 @@ So they are compared with what any model has before transformers sees them.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.families import Family, check_is_text_only, family_of_type, intermediate_sizes
-from cfsp.checkpoint.modeling_code import auto_map
+from cfsp.checkpoint.modeling_code import FFN_WIDTHS, MODELING_FILE, PER_LAYER_CONFIG
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -21,17 +22,21 @@ CONFIG_FILE = "config.json"
 
 _MOST_BLOCKS = 10_000
 _LARGEST_DIMENSION = 1 << 24
-_LARGEST_COUNTS = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), _MOST_BLOCKS),
-    **dict.fromkeys(
-        ("hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads",
-         "head_dim", "word_embed_proj_dim", "shared_expert_intermediate_size"),
+_MOST_EXPERTS = 1 << 16
+# The first that a key's name fits says how large its value may be.
+_LARGEST = (
+    (re.compile(r"(num_hidden|n|num)_layers?"), _MOST_BLOCKS),
+    (re.compile(r"vocab_size"), 1 << 28),
+    (re.compile(r"max_position_embeddings|n_positions"), 1 << 40),
+    (re.compile(r"(n|num)(_\w+)?_experts"), _MOST_EXPERTS),
+    (
+        re.compile(
+            r"hidden_size|n_embd|d_model|head_dim|word_embed_proj_dim|n_inner|ffn_dim"
+            r"|(n|num)_(attention_|key_value_)?heads?|(\w+_)?intermediate_size"
+        ),
         _LARGEST_DIMENSION,
     ),
-    "vocab_size": 1 << 28,
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), 1 << 40),
-}  # fmt: skip
-_MOST_EXPERTS = 1 << 16
+)
 
 _CORRECT = "correct it or download it again"
 
@@ -41,8 +46,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
     Raises:
         CheckpointError: there is none, or it is no config that a model can be built from.
-        UnsupportedModelError: the family is not in the table.
+        UnsupportedModelError: this transformers does not know the model type.
     """
+    import transformers
     from transformers import CONFIG_MAPPING
 
     path = directory / CONFIG_FILE
@@ -51,39 +57,44 @@ def read_config(directory: Path) -> PreTrainedConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         model_type = fields["model_type"]
-        check_is_text_only(fields)
-        family = family_of_type(model_type)
+        known = model_type in CONFIG_MAPPING
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a model config: it names no model_type; {_CORRECT}"
         ) from error
-    _check_code(directory, fields, family)
-    _check_numbers(path, fields, family)
+    if not known:
+        raise UnsupportedModelError(
+            f"model type {str(model_type)[:60]!r} is not known to transformers "
+            f"{transformers.__version__}; install a version that knows it, or see what this one "
+            "knows: cfsp families"
+        )
+    _check_code(directory, fields)
+    _check_numbers(path, fields)
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.
-        config: PreTrainedConfig = CONFIG_MAPPING[family.model_type].from_pretrained(directory)
-        widths = intermediate_sizes(config)
-    except UnsupportedModelError:
-        raise
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(directory)
+        config.per_layer_config  # noqa: B018  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _unusable(path, family, summary) from error
-    for block, width in enumerate(widths):
-        if not 0 < width <= _LARGEST_DIMENSION:
-            raise _unusable(path, family, f"block {block} has {width} FFN channels")
+        raise _unusable(path, fields, summary) from error
     return config
 
 
-def _check_code(directory: Path, fields: dict[str, Any], family: Family) -> None:
+def _check_code(directory: Path, fields: dict[str, Any]) -> None:
     """Check that the weights are what the stock class, or ours, computes with."""
     # Of our own code only the name counts: cfsp builds such a model with its own copy.
     named = fields.get("auto_map") or {}
-    if not isinstance(named, dict) or not named.items() <= auto_map(family).items():
+    ours = f"{MODELING_FILE.removesuffix('.py')}.Pruned"
+    if not isinstance(named, dict) or not all(
+        str(name).startswith("AutoModel") and str(place).startswith(ours)
+        for name, place in named.items()
+    ):
         raise CheckpointError(
             f"{directory} brings its own modelling code, which may compute something else than "
-            f"the stock {family.causal_lm}; cfsp prunes stock models and its own output only"
+            f"the stock {fields['model_type']} class; cfsp prunes stock models and its own output "
+            "only"
         )
     quantised = fields.get("quantization_config")
     if quantised:
@@ -94,28 +105,36 @@ def _check_code(directory: Path, fields: dict[str, Any], family: Family) -> None
         )
 
 
-def _check_numbers(path: Path, fields: dict[str, Any], family: Family) -> None:
-    limits = {**_LARGEST_COUNTS, family.width_key: _LARGEST_DIMENSION}
-    if family.experts is not None:
-        limits[family.experts.count_key] = _MOST_EXPERTS
-    for key, most in limits.items():
-        value = fields.get(key)
-        if value is not None and not _is_count(value, most):
-            raise _unusable(
-                path, family, f"{key} is {value!r}, expected a whole number from 1 to {most}"
-            )
+def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
+    for key, value in _numbers(fields):
+        most = next((most for name, most in _LARGEST if name.fullmatch(key)), None)
+        # Some types give a list with a number for each block.
+        for number in value if isinstance(value, list) else [value]:
+            if most is not None and not _is_count(number, most, least=most != _MOST_EXPERTS):
+                raise _unusable(
+                    path, fields, f"{key} is {value!r}, expected a whole number from 1 to {most}"
+                )
     blocks = fields.get("num_hidden_layers", fields.get("n_layer")) or _MOST_BLOCKS
     # Keys are block numbers; transformers makes a config for each of them.
-    for key in fields.get("per_layer_config") or ():
-        if not str(key).isdecimal() or int(key) >= blocks:
-            raise _unusable(path, family, f"per_layer_config speaks of a block {str(key)[:20]!r}")
+    for name in (PER_LAYER_CONFIG, FFN_WIDTHS):
+        for key in fields.get(name) or ():
+            if not str(key).isdecimal() or int(key) >= blocks:
+                raise _unusable(path, fields, f"{name} speaks of a block {str(key)[:20]!r}")
 
 
-def _is_count(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+def _numbers(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield all keys that have a value, of the configs inside too."""
+    for key, value in fields.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from _numbers(value)
+        elif value is not None:
+            yield key, value
 
 
-def _unusable(path: Path, family: Family, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is not a usable {family.model_type} config: {why[:300]}; {_CORRECT}"
-    )
+def _is_count(value: Any, most: int, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _unusable(path: Path, fields: dict[str, Any], why: str) -> CheckpointError:
+    model_type = str(fields["model_type"])[:60]
+    return CheckpointError(f"{path} is not a usable {model_type} config: {why[:300]}; {_CORRECT}")

@@ -1,75 +1,321 @@
 """The one rule for widths in a config: of config.json, and of a config object in memory.
 
-Equal widths give the plain stock config. Different widths give `per_layer_config`, the schema that
-transformers reads from 5.15 on, and point at the modelling file.
+Widths that the stock class can build are said by its own keys (`intermediate_size`). Where each
+block has one FFN, others go to `per_layer_config`, the schema that transformers reads from 5.15
+on; everything else goes to `ffn_widths`, by block and path. Both need the modelling file.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.families import Family, family_of
-from cfsp.checkpoint.modeling_code import auto_map
+import torch
+
+from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.model_classes import model_class_of
+from cfsp.checkpoint.modeling_code import FFN_WIDTHS, PER_LAYER_CONFIG, ModelingFile
+from cfsp.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from cfsp.architecture.found import Architecture, FFNUnit
 
 # In the config of a model that was pruned in memory: what a manifest says of one in files.
 PRUNED_KEY = "cfsp"
 
+# Names of keys that may give a width although their value is none, or a part of one.
+_LIKE_A_WIDTH = ("intermediate", "ffn", "inner", "mlp", "expan", "ff_dim", "dim_ff")
+
+
+@dataclass(frozen=True)
+class WidthKey:
+    """A key of a config that gives FFNs their width.
+
+    Attributes:
+        name: of the key, in the text config.
+        times: the width of the FFNs of every path that it is for, as a multiple of its value.
+    """
+
+    name: str
+    times: dict[str, int]
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the stock model that the modelling file begins with."""
+    stock = copy.deepcopy(config)
+    if getattr(stock, PER_LAYER_CONFIG, None) is not None:
+        stock.per_layer_config = None
+    if hasattr(stock, FFN_WIDTHS):
+        delattr(stock, FFN_WIDTHS)
+    return stock
+
+
+def with_given_widths(units: Sequence[FFNUnit], config: PreTrainedConfig) -> tuple[FFNUnit, ...]:
+    """Return the units of the stock model with the widths that a config of ours gives them.
+
+    Raises:
+        CheckpointError: it speaks of an FFN that is not there, or of an impossible width.
+    """
+    given = dict(_given_widths(units, config))
+    resized = []
+    for unit in units:
+        width = given.pop((unit.block, unit.path), unit.width)
+        if type(width) is not int or not 0 < width <= unit.width:
+            raise CheckpointError(
+                f"config.json gives block {unit.block} {width!r} FFN channels, expected 1 to "
+                f"{unit.width}; download the model again"
+            )
+        resized.append(replace(unit, width=width))
+    if given:
+        block, path = next(iter(given))
+        raise CheckpointError(
+            f"config.json gives a width for {path!r} of block {block}, which the model does not "
+            "have; download the model again"
+        )
+    return tuple(resized)
+
+
+def width_key_of(config: PreTrainedConfig) -> str | None:
+    """Return what `per_layer_config` of a config calls the width; None if it has none."""
+    fields: dict[str, dict[str, Any]] = config.to_dict().get(PER_LAYER_CONFIG) or {}
+    keys = {key for entry in fields.values() for key in entry}
+    return keys.pop() if len(keys) == 1 else None
+
+
+def modeling_file(config: PreTrainedConfig, architecture: Architecture) -> ModelingFile | None:
+    """Return the modelling file that a config needs; None if the stock class can build it."""
+    key = width_key_of(config)
+    if key is None and getattr(config, FFN_WIDTHS, None) is None:
+        return None
+    return ModelingFile(architecture, model_class_of(config), key)
+
 
 def fields_with_widths(
-    fields: dict[str, Any], family: Family, widths: Sequence[int]
+    fields: dict[str, Any],
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    widths: Sequence[int],
 ) -> dict[str, Any]:
     """Return config.json of the pruned model, made from that of its source.
 
     Args:
         fields: the source's config.json; stays as it is.
-        family: its family.
-        widths: FFN channels of every block.
+        config: the same, as an object.
+        architecture: of the source.
+        widths: of every FFN unit.
     """
-    changes = _changes(family, widths)
-    # First without: the order of what stays is that of the source.
-    kept = {k: v for k, v in fields.items() if changes.get(k, v) is not None or v is None}
-    return kept | {key: value for key, value in changes.items() if value is not None}
+    changes = _changes(config, architecture, widths)
+    text_changes = changes.pop(_TEXT)
+    path = _text_path(config)
+    if not path:
+        return _changed(fields, {**text_changes, **changes})
+    changed = copy.deepcopy(_changed(fields, changes))
+    text_fields = changed
+    for name in path:
+        text_fields = text_fields.setdefault(name, {})
+    text_fields.update(text_changes)
+    return changed
 
 
-def config_with_widths(config: PreTrainedConfig, widths: Sequence[int]) -> PreTrainedConfig:
+def config_with_widths(
+    config: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
+) -> PreTrainedConfig:
     """Return the config of the pruned model, of the class that the source's config has.
 
     Args:
         config: the source's; stays as it is.
-        widths: FFN channels of every block.
+        architecture: of the source.
+        widths: of every FFN unit.
     """
     changed = copy.deepcopy(config)
-    changes = _changes(family_of(config), widths)
+    changes = _changes(config, architecture, widths)
     # Last of all: it makes a config for every block out of the whole.
-    per_layer = changes.pop("per_layer_config")
-    changed.per_layer_config = None
+    per_layer = changes.pop(PER_LAYER_CONFIG)
+    if getattr(changed, PER_LAYER_CONFIG, None) is not None:
+        changed.per_layer_config = None
+    for key, value in changes.pop(_TEXT).items():
+        setattr(changed.get_text_config(decoder=True), key, value)
     for key, value in changes.items():
         if value is not None:
             setattr(changed, key, value)
         elif hasattr(changed, key):
             delattr(changed, key)
-    changed.per_layer_config = per_layer
+    if per_layer is not None:
+        changed.per_layer_config = per_layer
     return changed
 
 
-def _changes(family: Family, widths: Sequence[int]) -> dict[str, Any]:
-    """Return what the widths say of each key of a config; None where it must not be there."""
-    differ = len(set(widths)) > 1
-    digits = len(str(len(widths) - 1))
-    return {
-        family.width_key: max(widths),
-        "architectures": [f"Pruned{family.causal_lm}" if differ else family.causal_lm],
-        "per_layer_config": {
-            str(block).zfill(digits): {family.width_key: width}
-            for block, width in enumerate(widths)
-        }
-        if differ
-        else None,
-        "auto_map": auto_map(family) if differ else None,
+_TEXT = "text"
+
+
+def _changes(
+    config: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
+) -> dict[str, Any]:
+    """Return what the widths say of each key of a config; None where it must not be there.
+
+    The changes to the text config, which may be the config itself, are under `_TEXT`.
+    """
+    model_class, units = model_class_of(config), architecture.units
+    same: dict[str, Any] = {
+        _TEXT: {},
+        "architectures": [model_class.__name__],
+        PER_LAYER_CONFIG: None,
+        FFN_WIDTHS: None,
+        "auto_map": None,
         PRUNED_KEY: None,
     }
+    stock = stock_config(config)
+    stock_widths = _widths_by_path(stock, {unit.path for unit in units})
+    keys = width_keys(stock, stock_widths)
+    stock_values = _stock_values(keys, stock_widths, units, widths)
+    if stock_values is not None:
+        return {**same, _TEXT: stock_values}
+    key = _per_layer_key(keys, architecture, config)
+    file = ModelingFile(architecture, model_class, key)
+    ours = {
+        **same,
+        "architectures": [f"Pruned{model_class.__name__}"],
+        "auto_map": file.auto_map,
+    }
+    if key is not None:
+        digits = len(str(len(widths) - 1))
+        per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
+        return {**ours, _TEXT: {key: max(widths)}, PER_LAYER_CONFIG: per_layer}
+    width_of: dict[str, dict[str, int]] = {}
+    for unit, width in zip(units, widths, strict=True):
+        width_of.setdefault(str(unit.block), {})[unit.path] = width
+    return {**ours, FFN_WIDTHS: width_of}
+
+
+def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list[WidthKey]:
+    """Return the keys of a config that give FFNs their width, found by trying.
+
+    A key counts if the model that is built with another value of it has other widths, in the same
+    proportion to the value.
+
+    Args:
+        config: of the stock model.
+        widths: those of its FFNs, by path.
+    """
+    keys = []
+    for name, value in _candidates(config, set().union(*widths.values())):
+        changed = copy.deepcopy(config)
+        setattr(changed.get_text_config(decoder=True), name, value)
+        try:
+            after = _widths_by_path(changed, set(widths))
+        except Exception:  # whatever a class does with a number that it does not expect
+            continue
+        affected = [path for path in widths if after.get(path) != widths[path]]
+        times = {
+            path: width // value
+            for path in affected
+            for width in after.get(path, ())
+            if len(after[path]) == 1 and width % value == 0
+        }
+        if affected and len(times) == len(affected):
+            keys.append(WidthKey(name, times))
+    return keys
+
+
+def _candidates(config: PreTrainedConfig, widths: set[int]) -> Iterator[tuple[str, int]]:
+    """Yield keys of the text config that may give a width, with another value to try."""
+    text_config = config.get_text_config(decoder=True)
+    for name, value in text_config.to_dict().items():
+        like = any(word in name for word in _LIKE_A_WIDTH)
+        if value is None and like:
+            yield name, min(widths) // 2
+        elif type(value) is int and value > 1 and (value in widths or like):
+            yield name, value // 2
+
+
+def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[int]]:
+    """Return the widths of the FFNs that the stock class builds, by their path in a block."""
+    found: dict[str, set[int]] = {}
+    for unit in find_architecture(_empty_stock_model(config)).units:
+        if unit.path in paths:
+            found.setdefault(unit.path, set()).add(unit.width)
+    return found
+
+
+def _empty_stock_model(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class_of(config)._from_config(config)
+
+
+def _stock_values(
+    keys: Sequence[WidthKey],
+    stock_widths: Mapping[str, set[int]],
+    units: Sequence[FFNUnit],
+    widths: Sequence[int],
+) -> dict[str, int] | None:
+    """Return the values of keys by which the stock class builds these widths; None if it can't."""
+    wanted: dict[str, set[int]] = {}
+    for unit, width in zip(units, widths, strict=True):
+        wanted.setdefault(unit.path, set()).add(width)
+    values: dict[str, int] = {}
+    for path, width_of_path in wanted.items():
+        if width_of_path == stock_widths[path]:
+            continue
+        own = [key for key in keys if path in key.times]
+        if len(width_of_path) != 1 or len(own) != 1:
+            return None
+        (width,), (key,) = width_of_path, own
+        value, rest = divmod(width, key.times[path])
+        if rest or values.setdefault(key.name, value) != value:
+            return None
+    # A key that changes must suit every path that it is for.
+    for key in keys:
+        if key.name in values:
+            for path, times in key.times.items():
+                if wanted.get(path) != {values[key.name] * times}:
+                    return None
+    return values
+
+
+def _per_layer_key(
+    keys: Sequence[WidthKey], architecture: Architecture, config: PreTrainedConfig
+) -> str | None:
+    """Return the key by which `per_layer_config` can say the widths; None if it cannot."""
+    units = architecture.units
+    one_each = [unit.block for unit in units] == list(range(architecture.block_count))
+    if not one_each or len({unit.path for unit in units}) != 1 or _text_path(config):
+        return None
+    found = [key.name for key in keys if key.times.get(units[0].path) == 1]
+    return found[0] if len(found) == 1 else None
+
+
+def _text_path(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the names of the configs that lead to the one of the text decoder."""
+    wanted = config.get_text_config(decoder=True)
+    if wanted is config:
+        return ()
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is wanted:
+            return (name,)
+        if inner is not None and inner.get_text_config(decoder=True) is wanted:
+            return (name, *_text_path(inner))
+    return ()
+
+
+def _changed(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    # First without: the order of what stays is that of the source.
+    kept = {k: v for k, v in fields.items() if changes.get(k, v) is not None or v is None}
+    return kept | {key: value for key, value in changes.items() if value is not None}
+
+
+def _given_widths(
+    units: Sequence[FFNUnit], config: PreTrainedConfig
+) -> Iterator[tuple[tuple[int, str], Any]]:
+    key = width_key_of(config)
+    if key is not None:
+        layers = list(config.per_layer_config)
+        for unit in units:
+            yield (unit.block, unit.path), getattr(layers[unit.block], key)
+    for block, width_of in (getattr(config, FFN_WIDTHS, None) or {}).items():
+        for path, width in width_of.items():
+            yield (int(block), path), width

@@ -6,14 +6,14 @@ Shapes: D hidden, F FFN channels, K channels that stay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from cfsp.checkpoint.stored_layout import Role
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp.checkpoint.reading import WeightSource
-
-Role = Literal["gate", "up", "down"]
 
 
 def ffn_matrix(source: WeightSource, unit: int, role: Role, ffn: int = 0) -> Tensor | None:
@@ -25,14 +25,7 @@ def ffn_matrix(source: WeightSource, unit: int, role: Role, ffn: int = 0) -> Ten
         role: which matrix.
         ffn: index of the FFN in the unit: of an expert, 0 of a dense one.
     """
-    family, block = source.family, source.units[unit].block
-    name = {"gate": family.gate, "up": family.up, "down": family.down}[role]
-    if name is None:
-        return None
-    weight = family.transposed(source.read(family.weight_name(block, name, ffn)))
-    if family.is_fused and role != "down":
-        return weight.chunk(2)[0 if role == "gate" else 1]
-    return weight
+    return source.stored.matrix(unit, role, ffn, source.read)
 
 
 def down_matrix(source: WeightSource, unit: int, ffn: int = 0) -> Tensor:
@@ -52,8 +45,4 @@ def tensors_with_down(
         unit: index of the FFN unit in the model.
         down_EDK: the new matrix of every FFN of the unit, D x K each.
     """
-    family, block = source.family, source.units[unit].block
-    return {
-        family.weight_name(block, family.down, ffn): family.transposed(down_DK).contiguous()
-        for ffn, down_DK in enumerate(down_EDK)
-    }
+    return source.stored.down_tensors(unit, down_EDK)

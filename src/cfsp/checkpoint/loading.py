@@ -67,7 +67,7 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
         name: auto, float32, bfloat16 or float16.
     """
     if name == "auto":
-        stored: torch.dtype = source.specs[source.family.weight_name(0, source.family.down)].dtype
+        stored: torch.dtype = source.specs[source.stored.down_names(0)[0]].dtype
         return stored
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 

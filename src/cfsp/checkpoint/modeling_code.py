@@ -1,66 +1,155 @@
-"""The modelling file that travels with a checkpoint whose blocks have different widths.
+"""The modelling file that travels with a checkpoint whose widths no stock config can give.
 
-Stock transformers reads `per_layer_config` but builds every block with the same width. The
-file builds the stock model and then replaces only each block's FFN with one of the right
-width. Decoder layers keep the very config object of the model: with copies,
-`set_attn_implementation` would not reach them. When all widths are equal no file is needed.
+It builds the stock model and then resizes, in place, the FFNs that config.json names. Decoder
+layers keep the very config object of the model: with copies, `set_attn_implementation` would not
+reach them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from functools import cache
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.families import FAMILIES, Family
+from cfsp.architecture.resizing import resize_ffn
 from cfsp.checkpoint.output import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cfsp.architecture.found import Architecture
+
 MODELING_FILE = "modeling_cfsp.py"
+
+# Keys of config.json that give every FFN a width of its own: the one that transformers defines,
+# for one FFN in each block, and ours for everything else.
+PER_LAYER_CONFIG = "per_layer_config"
+FFN_WIDTHS = "ffn_widths"
+
+_LINE = 100
 
 _ABOUT_EXPERTS = """
 # The experts of the stock class are decorated with @use_experts_implementation: transformers
 # looks for that word in the file of a class to learn whether it may choose how experts run.
 """
 
+_TAKE_FFN_WIDTHS = """
+def _take_widths(config):
+    \"\"\"Return the width of every FFN, by block and path.\"\"\"
+    return config.ffn_widths
+"""
 
-@cache
-def modeling_code(family: Family) -> str:
-    """Return the text of the modelling file for one family."""
-    template = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
-    for key, value in {
-        "MODEL_TYPE": family.model_type,
-        "CAUSAL_LM": family.causal_lm,
-        "BASE_MODEL": family.base_model,
-        "BLOCKS_IN_BASE": family.blocks_in_base_model,
-        "BLOCKS": family.blocks,
-        "REPLACE_FFN": _replacement(family),
-        "WIDTH_KEY": family.width_key,
-        "EXPERTS": _ABOUT_EXPERTS if family.experts else "",
-    }.items():
-        template = template.replace(f"@{key}@", value)
-    return template
+_TAKE_PER_LAYER_CONFIG = """
+def _take_widths(config):
+    \"\"\"Return the width of every FFN; make the config uniform while the model is built.\"\"\"
+    layers, config.per_layer_config = list(config.per_layer_config), None
+    return {index: {"@PATH@": layer.@KEY@} for index, layer in enumerate(layers)}
 
 
-def _replacement(family: Family) -> str:
-    """Return the statement that gives a block an FFN of the width that the config names."""
-    if family.mlp is None:
-        # The FFN has no module of its own, so the block is built anew.
-        return "layers[index] = type(layers[index])(config, index)"
-    return f"layers[index].{family.mlp} = type(layers[index].{family.mlp})({family.ffn_arguments})"
+def _give_back(config, width_of):
+    \"\"\"Give the config its widths back.\"\"\"
+    config.per_layer_config = {i: {"@KEY@": of["@PATH@"]} for i, of in width_of.items()}
+"""
+
+_CLASS = """
+
+class Pruned@CLASS@(@CLASS@):
+    def __init__(self, config, *args, **kwargs):
+        width_of = _take_widths(config)
+        super().__init__(config, *args, **kwargs)
+        _narrow(attrgetter("@BLOCKS@")(self), width_of)
+"""
+
+_GIVE_BACK = "        _give_back(config, width_of)\n"
 
 
-def auto_map(family: Family) -> dict[str, str]:
-    """Return the `auto_map` of config.json that points at the modelling file."""
-    module = MODELING_FILE.removesuffix(".py")
-    return {
-        "AutoModel": f"{module}.Pruned{family.base_model}",
-        "AutoModelForCausalLM": f"{module}.Pruned{family.causal_lm}",
-    }
+@dataclass(frozen=True)
+class ModelingFile:
+    """The modelling file for one architecture.
+
+    Attributes:
+        architecture: what is resized; its widths do not matter.
+        model_class: the stock class with the head.
+        width_key: what `per_layer_config` calls the width; None where `ffn_widths` has them.
+    """
+
+    architecture: Architecture
+    model_class: type[PreTrainedModel]
+    width_key: str | None
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The `auto_map` of config.json that points at the file."""
+        module = MODELING_FILE.removesuffix(".py")
+        found = {self.auto_class: f"{module}.Pruned{self.model_class.__name__}"}
+        if self._base_class is not None:
+            found = {"AutoModel": f"{module}.Pruned{self._base_class.__name__}", **found}
+        return found
+
+    @property
+    def auto_class(self) -> str:
+        """The Auto class that the model with the head is loaded by."""
+        from transformers import AutoModelForCausalLM
+
+        causal: Any = AutoModelForCausalLM
+        config_class = self.model_class.config_class
+        is_causal = causal._model_mapping.get(config_class, None) is self.model_class
+        return "AutoModelForCausalLM" if is_causal else "AutoModelForImageTextToText"
+
+    @cached_property
+    def _base_class(self) -> type[PreTrainedModel] | None:
+        """The class without the head; None where none stands between head and blocks."""
+        from transformers import AutoModel
+
+        auto: Any = AutoModel
+        if not self.architecture.blocks.startswith(f"{self.model_class.base_model_prefix}."):
+            return None
+        found = auto._model_mapping.get(self.model_class.config_class, None)
+        base: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
+        return base
+
+    @cached_property
+    def text(self) -> str:
+        """The content of the file."""
+        blocks = self.architecture.blocks
+        placed = [(self.model_class, blocks)]
+        if self._base_class is not None:
+            in_base = blocks.removeprefix(f"{self.model_class.base_model_prefix}.")
+            placed.insert(0, (self._base_class, in_base))
+        units = {unit.path: unit for unit in self.architecture.units}
+        ffns = {path: (unit.plain_axes, unit.plain_attributes) for path, unit in units.items()}
+        give_back = "" if self.width_key is None else _GIVE_BACK
+        classes = [
+            (_CLASS + give_back).replace("@CLASS@", stock.__name__).replace("@BLOCKS@", path)
+            for stock, path in placed
+        ]
+        pairs = [f"(Pruned{stock.__name__}, {stock.__name__})" for stock, _ in placed]
+        take = _TAKE_FFN_WIDTHS if self.width_key is None else _TAKE_PER_LAYER_CONFIG
+        values = {
+            "CLASS": self.model_class.__name__,
+            "WIDTHS": FFN_WIDTHS if self.width_key is None else PER_LAYER_CONFIG,
+            "IMPORTS": _imports(stock for stock, _ in placed),
+            "FFNS": pformat(ffns, width=_LINE, sort_dicts=False),
+            "RESIZE": inspect.getsource(resize_ffn).rstrip(),
+            "TAKE": take.strip(),
+            "PATH": next(iter(units)),
+            "KEY": self.width_key or "",
+            "CLASSES": "".join(classes).rstrip(),
+            "PAIRS": "".join(f"    {pair},\n" for pair in pairs),
+            "MODEL_TYPE": self.model_class.config_class.model_type,
+            "EXPERTS": _ABOUT_EXPERTS if any(unit.routed for unit in units.values()) else "",
+        }
+        text = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", value)
+        return text.rstrip() + "\n"
 
 
 def code_digests(directory: Path) -> dict[str, str]:
@@ -69,20 +158,16 @@ def code_digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
 
 
-def is_our_modeling_code(directory: Path) -> bool:
+def is_only_code(directory: Path, file: ModelingFile) -> bool:
     """Return whether the directory's only code is a modelling file exactly as we write it."""
     sources = [path for path in directory.glob("*.py") if path.is_file()]
     if [path.name for path in sources] != [MODELING_FILE]:
         return False
-    found = hashlib.sha256(sources[0].read_bytes()).digest()
-    return any(
-        hashlib.sha256(modeling_code(family).encode()).digest() == found
-        for family in FAMILIES.values()
-    )
+    return sources[0].read_bytes() == file.text.encode()
 
 
-def pruned_class(family: Family) -> type[PreTrainedModel]:
-    """Return the class of a causal LM whose blocks have the widths of `per_layer_config`.
+def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
+    """Return the class of a model whose FFNs have the widths that its config names.
 
     It is imported in the same way as transformers imports it from a checkpoint, so a model of
     this class saves its modelling file with `save_pretrained`.
@@ -90,13 +175,32 @@ def pruned_class(family: Family) -> type[PreTrainedModel]:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.utils import HF_MODULES_CACHE
 
+    code = file.text.encode()
     # Kept in the cache that it is imported through; a temporary place would outlive a kill.
-    name = f"cfsp_{family.model_type}"
+    name = f"cfsp_{file.model_class.__name__}_{hashlib.sha256(code).hexdigest()[:12]}"
     path = Path(HF_MODULES_CACHE) / "cfsp_sources" / name / MODELING_FILE
-    code = modeling_code(family).encode()
     if not path.is_file() or path.read_bytes() != code:
         write_atomically(path, code)
-    reference = auto_map(family)["AutoModelForCausalLM"]
-    loaded: Any = get_class_from_dynamic_module(reference, str(path.parent))
-    loaded.register_for_auto_class("AutoModelForCausalLM")
+    loaded: Any = get_class_from_dynamic_module(file.auto_map[file.auto_class], str(path.parent))
+    loaded.register_for_auto_class(file.auto_class)
     return loaded  # type: ignore[no-any-return]
+
+
+def _imports(classes: Iterable[type[PreTrainedModel]]) -> str:
+    """Return the lines that import the stock classes, and what renames stored tensors."""
+    import transformers
+
+    names = defaultdict(list)
+    for stock in classes:
+        at_the_top = getattr(transformers, stock.__name__, None) is stock
+        names["transformers" if at_the_top else stock.__module__].append(stock.__name__)
+    lines = [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
+    return "\n".join(
+        [
+            *lines,
+            "from transformers.conversion_mapping import (",
+            "    get_checkpoint_conversion_mapping,",
+            "    register_checkpoint_conversion_mapping,",
+            ")",
+        ]
+    )

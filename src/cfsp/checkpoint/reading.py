@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,16 +18,11 @@ import torch
 from torch import Tensor
 
 from cfsp.architecture.found import Architecture, FFNUnit
-from cfsp.checkpoint.channel_layout import ChannelLayout
 from cfsp.checkpoint.config_file import read_config
-from cfsp.checkpoint.expert_tensors import pieces
-from cfsp.checkpoint.families import (
-    Family,
-    architecture_of,
-    family_of,
-    intermediate_sizes,
-)
 from cfsp.checkpoint.links import check_links
+from cfsp.checkpoint.skeleton import architecture_of, empty_model
+from cfsp.checkpoint.stored_layout import ChannelLayout
+from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
 from cfsp.checkpoint.tensor_file import AGAIN, TensorFile, TensorSpec, tensor_chunks
 from cfsp.errors import CheckpointError
 
@@ -46,8 +41,8 @@ class WeightSource(Protocol):
     """What the stages need of a model: config, tensor specs, and single tensors."""
 
     config: PreTrainedConfig
-    family: Family
     architecture: Architecture
+    stored: StoredTensors
     label: str
 
     @property
@@ -95,10 +90,11 @@ class Checkpoint:
         self.label = label or str(directory)
         self.config = read_config(directory)
         check_links(directory)
-        self.family = family_of(self.config)
         self.architecture = architecture_of(self.config)
+        model = empty_model(self.config)
         files = _tensor_files(directory)
-        prefix = _missing_prefix((name for file in files for name in file.specs), self.family)
+        names = [name for file in files for name in file.specs]
+        prefix = _missing_prefix(names, self.architecture, model.base_model_prefix)
         # A tensor's name in the model -> its file, and its name there.
         self._places: dict[str, tuple[TensorFile, str]] = {}
         for file in files:
@@ -108,9 +104,13 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{directory}: tensor {stored} is stored in two shards; {AGAIN}"
                     )
-                if not name.endswith(self.family.stale):
-                    self._places[name] = (file, stored)
-        check_ffn_shapes(self)
+                self._places[name] = (file, stored)
+        self.stored = StoredTensors.of(
+            model, self.architecture, self._specs(self._places), self.label
+        )
+        for name in self.stored.stale:
+            del self._places[name]
+        check_stored(self, model)
 
     @property
     def units(self) -> tuple[FFNUnit, ...]:
@@ -119,12 +119,16 @@ class Checkpoint:
 
     def layout_of(self, name: str) -> ChannelLayout | None:
         """Return where a tensor keeps FFN channels; None if it has none."""
-        return self.family.layout_of(name)
+        return self.stored.layout_of(name)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, in storage order."""
-        return {name: file.specs[stored] for name, (file, stored) in self._places.items()}
+        return self._specs(self._places)
+
+    @staticmethod
+    def _specs(places: dict[str, tuple[TensorFile, str]]) -> dict[str, TensorSpec]:
+        return {name: file.specs[stored] for name, (file, stored) in places.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
@@ -148,17 +152,11 @@ class LoadedModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.config = model.config
-        self.family = family_of(model.config)
         self.architecture = architecture_of(model.config)
         self.label = model.config._name_or_path or type(model).__name__
-        tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-        self._tensors: dict[str, Tensor] = {
-            piece.name: tensor[piece.place] if piece.place else tensor
-            for name, tensor in model.state_dict().items()
-            if name not in tied
-            for piece in pieces(self.family, name, tensor.shape)
-        }
-        check_ffn_shapes(self)
+        self._tensors = stored_from_memory(model)
+        self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
+        check_stored(self, model)
 
     @property
     def units(self) -> tuple[FFNUnit, ...]:
@@ -167,7 +165,7 @@ class LoadedModel:
 
     def layout_of(self, name: str) -> ChannelLayout | None:
         """Return where a tensor keeps FFN channels; None if it has none."""
-        return self.family.layout_of(name)
+        return self.stored.layout_of(name)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -197,9 +195,8 @@ def fingerprint(source: WeightSource) -> str:
     digest = hashlib.sha256(source.config.model_type.encode())
     for name in sorted(source.specs):
         digest.update(f"{name}{list(source.specs[name].shape)}".encode())
-    for unit in source.units:
-        for ffn in range(unit.ffns):
-            name = source.family.weight_name(unit.block, source.family.down, ffn)
+    for unit in range(len(source.units)):
+        for name in source.stored.down_names(unit):
             values = source.read_prefix(name, _FINGERPRINT_ELEMENTS).to(torch.float32)
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -228,55 +225,40 @@ def units_of_block(source: WeightSource, block: int) -> list[int]:
     return [index for index, unit in enumerate(source.units) if unit.block == block]
 
 
-def check_ffn_shapes(source: WeightSource) -> None:
-    """Check that every block has the FFNs, and these the width, that the config announces.
+def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
+    """Check that the weights can be computed with, and that none is of a block too many.
+
+    Args:
+        source: of the weights.
+        model: of the source's config; only its names count.
 
     Raises:
-        CheckpointError: a matrix is missing, too many, or has another width.
+        CheckpointError: FFN weights are quantised, or there are more blocks than in the config.
     """
-    family = source.family
-    count = family.ffn_count(source.config)
-    blocks = source.config.num_hidden_layers
-    for name, stored in source.specs.items():
-        layout = source.layout_of(name)
-        if layout is None:
-            continue
-        if layout.ffn >= count or layout.unit >= blocks:
-            experts = f" of {count} experts" if count > 1 else ""
+    for name in source.stored.layouts:
+        dtype = source.specs[name].dtype
+        if dtype not in _COMPUTABLE:
             raise CheckpointError(
-                f"{source.label} has a tensor {name}, but its config says that there are "
-                f"{blocks} blocks{experts}; {AGAIN}"
-            )
-        if stored.dtype not in _COMPUTABLE:
-            raise CheckpointError(
-                f"{source.label}: {name} is stored as {str(stored.dtype).removeprefix('torch.')}; "
+                f"{source.label}: {name} is stored as {str(dtype).removeprefix('torch.')}; "
                 "save the model in float32, bfloat16 or float16"
             )
-    for block, width in enumerate(intermediate_sizes(source.config)):
-        for matrix, ffn in product(family.matrices, range(count)):
-            name = family.weight_name(block, matrix, ffn)
-            spec = source.specs.get(name)
-            if spec is None:
-                raise CheckpointError(
-                    f"{source.label} has no tensor {name}, which a {family.model_type} model "
-                    f"with {source.config.num_hidden_layers} blocks needs; {AGAIN}"
-                )
-            layout = source.layout_of(name)
-            assert layout is not None
-            if len(spec.shape) != 2 or spec.shape[layout.axis] != layout.parts * width:
-                raise CheckpointError(
-                    f"{source.label}: {name} has shape {list(spec.shape)}, but the config says "
-                    f"that block {block} has {width} FFN channels; {AGAIN}"
-                )
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for name in source.stored.unused:
+        is_of_block = name.startswith(f"{source.architecture.blocks}.")
+        if is_of_block and not any(re.search(pattern, name) for pattern in ignored):
+            raise CheckpointError(
+                f"{source.label} has a tensor {name}, but its config says that there are "
+                f"{source.architecture.block_count} blocks; {AGAIN}"
+            )
 
 
-def _missing_prefix(stored: Iterable[str], family: Family) -> str:
+def _missing_prefix(stored: Iterable[str], architecture: Architecture, base: str) -> str:
     """Return what every name lacks in a checkpoint that was saved from the base model alone.
 
     Such are those of GPT-2 on the hub; transformers loads them as well.
     """
-    in_base = f"{family.blocks_in_base_model}.0."
-    return f"{family.base_prefix}." if any(name.startswith(in_base) for name in stored) else ""
+    in_base = f"{architecture.blocks.removeprefix(f'{base}.')}.0."
+    return f"{base}." if any(name.startswith(in_base) for name in stored) else ""
 
 
 def _tensor_files(directory: Path) -> Sequence[TensorFile]:

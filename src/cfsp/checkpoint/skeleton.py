@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from cfsp.checkpoint.expert_tensors import Piece, assemble, pieces
-from cfsp.checkpoint.families import Family, family_of, intermediate_sizes
+from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.proof import prove
+from cfsp.checkpoint.config_widths import modeling_file, stock_config, with_given_widths
 from cfsp.checkpoint.modeling_code import pruned_class
 from cfsp.checkpoint.tensor_file import AGAIN
 from cfsp.errors import CheckpointError
@@ -21,14 +25,33 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the causal LM class of a config: stock, or ours for what stock cannot build."""
-    import transformers
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Return the blocks and FFN units of a config's model, proved, with the widths it gives them.
 
-    family = family_of(config)
-    if len(set(intermediate_sizes(config))) > 1:
-        return pruned_class(family)
-    return getattr(transformers, family.causal_lm)  # type: ignore[no-any-return]
+    Raises:
+        CheckpointError: no model can be built from the config.
+        UnsupportedModelError: no FFN of the model can be cut, or none could be proved.
+    """
+    stock = stock_config(config)
+    # Proving takes a part of a second, and one command asks several times.
+    key = f"{type(config).__name__} {stock.to_json_string(use_diff=False)}"
+    if key not in _proved:
+        _proved[key] = prove(stock)
+    return replace(_proved[key], units=with_given_widths(_proved[key].units, config))
+
+
+_proved: dict[str, Architecture] = {}
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of a config's model: stock, or ours for what stock cannot build."""
+    file = modeling_file(config, architecture_of(config))
+    return model_class_of(config) if file is None else pruned_class(file)
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of a config with names and shapes only: everything is on the meta device."""
+    return _built(config, torch.float32, lambda: torch.device("meta"))
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -38,17 +61,24 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     """
     from accelerate import init_empty_weights
 
+    return _built(config, dtype, lambda: init_empty_weights(include_buffers=False)).eval()
+
+
+def _built(
+    config: PreTrainedConfig, dtype: torch.dtype, without_weights: Callable[[], Any]
+) -> PreTrainedModel:
+    # Before the context: finding the class may run a small model.
     build: Any = model_class(config)
     try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = build._from_config(config, dtype=dtype)
+        with without_weights():
+            model: PreTrainedModel = build._from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # whatever a config's numbers and names make transformers do
         raise CheckpointError(
             f"no {config.model_type} model can be built from the numbers and names in config.json "
             f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}); "
             "correct it or download it again"
         ) from error
-    return model.eval()
+    return model
 
 
 def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
@@ -56,16 +86,6 @@ def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     blocks = attrgetter(architecture.blocks)(model)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
-
-
-def projection_of(block: nn.Module, family: Family, matrix: str) -> nn.Module:
-    """Return the module of one FFN matrix (one of `family.matrices`) of a decoder block.
-
-    Experts have no such modules.
-    """
-    projection = attrgetter(family.path_in_block(matrix))(block)
-    assert isinstance(projection, nn.Module)
-    return projection
 
 
 def read_tensors(
@@ -79,22 +99,38 @@ def read_tensors(
         module: any part of a skeleton.
         prefix: what the module's parameter names begin with in the source.
         source: where the tensors come from.
-        dtype: what floating-point tensors become.
+        dtype: what floating-point parameters become; buffers stay as they are stored.
 
     Raises:
         CheckpointError: the source lacks a tensor or has it in another shape.
     """
-    tensors = {}
-    for name, parameter in module.named_parameters():
-        parts = _stored_parts(source, prefix + name, parameter)
-        tensors[name] = assemble(
-            parts, parameter.shape, lambda stored: source.read(stored).to(dtype)
-        )
-    return tensors
+    parameters = dict(module.named_parameters())
+    return {
+        name: read_parameter(source, prefix + name, dtype if name in parameters else None)
+        for name in module.state_dict()
+        if name in parameters or source.stored.sources(prefix + name)
+    }
 
 
-# gpt_neox's files call its head by the old name, which transformers knows.
-_HEAD, _OLD_HEAD = "lm_head.weight", "embed_out.weight"
+def read_parameter(
+    source: WeightSource, name: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return a parameter as the model in memory holds it.
+
+    Args:
+        source: where its tensors come from.
+        name: of the parameter in the model.
+        dtype: what it becomes; None for that of its tensors.
+
+    Raises:
+        CheckpointError: the source lacks a tensor of it or has it in another shape.
+    """
+    stored = source.stored
+    if name in stored.faults:
+        raise CheckpointError(f"{source.label} {stored.faults[name]}; {AGAIN}")
+    return stored.assemble(
+        stored.tied.get(name, name), lambda tensor: source.read(tensor).to(dtype)
+    )
 
 
 def check_complete(source: WeightSource) -> None:
@@ -105,55 +141,25 @@ def check_complete(source: WeightSource) -> None:
     Raises:
         CheckpointError: the source lacks a tensor or has it in another shape.
     """
-    model = build_skeleton(source.config, torch.float32)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name, parameter in model.named_parameters():
-        if name in tied or (name == _HEAD and _OLD_HEAD in source.specs):
-            continue
-        _stored_parts(source, name, parameter)
+    source.stored.check_complete(source.label)
 
 
-def fill_head(
-    model: PreTrainedModel, source: WeightSource, dtype: torch.dtype, device: torch.device
+def fill_parameters(
+    model: nn.Module,
+    names: Iterable[str],
+    source: WeightSource,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Fill all of a skeleton but its decoder blocks, and its embeddings unless the head is tied.
+    """Give some parameters of a skeleton their weights.
 
     Raises:
         CheckpointError: the source lacks a tensor or has it in another shape.
     """
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    blocks = f"{source.architecture.blocks}."
-    embedding = model.get_input_embeddings().weight
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter is embedding and name not in tied.values():
-            continue
-        if not name.startswith(blocks) and name not in tied:
-            old = name == _HEAD and _OLD_HEAD in source.specs
-            part = _stored_parts(source, _OLD_HEAD if old else name, parameter)[0]
-            tensors[name] = source.read(part.name).to(dtype)
-    tensors |= {name: tensors[other] for name, other in tied.items()}
-    for name, tensor in tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
-        setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
-    model.tie_weights()
-
-
-def _stored_parts(source: WeightSource, name: str, parameter: torch.Tensor) -> list[Piece]:
-    """Return what a checkpoint stores of a parameter, after checking that it is there."""
-    parts = pieces(source.family, name, parameter.shape)
-    for part in parts:
-        spec = source.specs.get(part.name)
-        if spec is None:
-            raise CheckpointError(f"{source.label} lacks the tensor {part.name}; {AGAIN}")
-        expected = parameter[part.place].shape if part.place else parameter.shape
-        if spec.shape != tuple(expected):
-            raise CheckpointError(
-                f"{source.label}: {part.name} has shape {list(spec.shape)}, "
-                f"its config asks for {list(expected)}; {AGAIN}"
-            )
-    return parts
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        tensor = read_parameter(source, name, dtype).to(device)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def fill(module: nn.Module, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -196,6 +196,15 @@ class StoredTensors:
         assert role == "gate", (unit, role, ffn)
         return None
 
+    def down_names(self, unit: int) -> list[str]:
+        """Return the stored tensors with the down projections of a unit, in the order of FFNs."""
+        whole = self._weights.get((unit, "down", None))
+        if whole is not None:
+            return [whole]
+        return [
+            name for (of, role, _), name in self._weights.items() if (of, role) == (unit, "down")
+        ]
+
     def down_tensors(self, unit: int, downs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the stored tensors of a unit whose FFNs have new down projections.
 

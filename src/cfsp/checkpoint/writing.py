@@ -6,31 +6,40 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.config_file import CONFIG_FILE
-from cfsp.checkpoint.config_widths import fields_with_widths
-from cfsp.checkpoint.families import Family
-from cfsp.checkpoint.modeling_code import MODELING_FILE, modeling_code
+from cfsp.checkpoint.config_widths import (
+    config_with_widths,
+    fields_with_widths,
+    modeling_file,
+)
+from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import Checkpoint
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
-def write_config(
-    source_directory: Path,
-    target: Path,
-    family: Family,
-    widths: Sequence[int],
-) -> None:
-    """Write config.json of the pruned model, and its modelling file if it needs one."""
-    fields = json.loads((source_directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    pruned = fields_with_widths(fields, family, widths)
+def write_config(source: Checkpoint, target: Path, widths: Sequence[int]) -> None:
+    """Write config.json of the pruned model, and its modelling file if it needs one.
+
+    Args:
+        source: the model that was pruned.
+        target: the directory.
+        widths: of every FFN unit.
+    """
+    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    pruned = fields_with_widths(fields, source.config, source.architecture, widths)
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
-    if "auto_map" in pruned:
-        code = modeling_code(family)
-        (target / MODELING_FILE).write_text(code, encoding="utf-8")
+    config = config_with_widths(source.config, source.architecture, widths)
+    file = modeling_file(config, source.architecture)
+    if file is not None:
+        (target / MODELING_FILE).write_text(file.text, encoding="utf-8")
 
 
 def copy_travelling_files(source_directory: Path, target: Path) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.config_widths import PRUNED_KEY, config_with_widths
-from cfsp.checkpoint.expert_tensors import assemble, pieces
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.cut.surgery import pruned_specs, pruned_tensor
+from cfsp.cut.surgery import PrunedSource
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import LoadedModel
@@ -40,22 +38,16 @@ def build_pruned_model(
         repaired: tensors that repair changed, by name, already in pruned shape.
         facts: how it was pruned, as JSON types; None to say nothing of it.
     """
-    config = config_with_widths(source.config, plan.kept_widths)
+    config = config_with_widths(source.config, source.architecture, plan.kept_widths)
     if facts is not None:
         setattr(config, PRUNED_KEY, facts)
     pruned = build_skeleton(config, model.dtype)
-
-    def stored(name: str) -> Tensor:
-        return repaired[name].read(name) if name in repaired else pruned_tensor(source, plan, name)
-
-    specs = pruned_specs(source, plan)
-    tensors, unused = {}, set(specs)
-    for name, empty in pruned.state_dict().items():
-        parts = pieces(source.family, name, empty.shape)
-        if parts[0].name in specs:  # tied weights are not
-            tensors[name] = assemble(parts, empty.shape, stored)
-            unused.difference_update(part.name for part in parts)
-    assert not unused, unused
+    smaller = PrunedSource(source, plan, repaired)
+    tensors = {
+        name: smaller.stored.assemble(name, smaller.read)
+        for name in pruned.state_dict()
+        if smaller.stored.sources(name)  # tied weights have none
+    }
     pruned.load_state_dict(tensors, strict=False, assign=True)
     pruned.tie_weights()
     still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]

@@ -7,15 +7,16 @@ byte for byte. Tensors stream from the source to the new shards: one is in memor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from cfsp.architecture.found import FFNUnit
-from cfsp.checkpoint.channel_layout import ChannelLayout
 from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
+from cfsp.checkpoint.stored_layout import ChannelLayout
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
     TensorFile,
@@ -34,7 +35,7 @@ def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
     entry = plan.units[layout.unit]
     if entry.kept_width == entry.width:
         return tensor
-    pruned = layout.select(tensor, entry.kept_of(layout.ffn))
+    pruned = layout.select(tensor, [entry.kept_of(ffn) for ffn in range(entry.ffns)])
     assert layout.width(tensor.shape) == entry.width
     assert layout.width(pruned.shape) == entry.kept_width
     return pruned
@@ -63,11 +64,11 @@ class PrunedSource:
     def __init__(
         self, source: WeightSource, plan: PruningPlan, repaired: Mapping[str, TensorFile]
     ) -> None:
-        self.config = config_with_widths(source.config, plan.kept_widths)
-        self.family = source.family
+        self.config = config_with_widths(source.config, source.architecture, plan.kept_widths)
         self.architecture = source.architecture.with_widths(plan.kept_widths)
         self.label = source.label
         self.specs = pruned_specs(source, plan)
+        self.stored = replace(source.stored, specs=self.specs)
         self._source, self._plan, self._repaired = source, plan, repaired
 
     @property

@@ -1,79 +1,297 @@
-"""What enters the down projections of a block, seen while the block runs.
+"""What enters the down matrices of a block's FFN units, seen while the block runs.
 
-A dense block has one down projection, a module that a hook can watch. Experts of a block are one
-module, which picks the rows of each expert itself; while it is watched it runs them one by one.
+A dense FFN has one down matrix, mostly a module that a hook can watch. Experts are one module,
+which picks the rows of each expert itself:
 
-Shapes: R rows (tokens of a batch), K experts that a token is routed to, D hidden, F FFN channels.
+    experts that follow transformers' protocol are run one by one while they are watched
+    others run as they are, and the products with their down matrices are watched
+
+Shapes: R rows (tokens of a batch), K experts that a token is routed to, E experts, D hidden, F FFN
+channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from cfsp.checkpoint.skeleton import projection_of
+from cfsp.architecture.found import FFNUnit
+from cfsp.engine.stand_in import hidden_state
+from cfsp.errors import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from cfsp.checkpoint.families import Family
+# The position of a unit among those of the block, the index of an FFN in it, its activations
+# (rows x F), and which token of the batch each row is.
+OnRows = Callable[[int, int, Tensor, Tensor], None]
 
-# An FFN of the block, its activations (rows x F), and which token of the batch each row is.
-OnRows = Callable[[int, Tensor, Tensor], None]
+# The same of one unit.
+_OnUnitRows = Callable[[int, Tensor, Tensor], None]
+
+# What experts have that `transformers.integrations.moe.use_experts_implementation` made.
+_PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+
+# Products whose second operand may be a weight.
+_PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
 
 
 @contextmanager
-def observed_activations(block: nn.Module, family: Family, on_rows: OnRows) -> Iterator[None]:
-    """Show the input of every down projection of a block whenever the block runs.
+def observed_activations(
+    block: nn.Module, units: Sequence[FFNUnit], on_rows: OnRows
+) -> Iterator[None]:
+    """Show the input of every down matrix of a block whenever the block runs.
 
     Args:
         block: a decoder block.
-        family: its family.
-        on_rows: is given the FFN's index (that of the expert, 0 in a dense block), act_RF, and
-            the index of each row's token in the flattened batch. The activations of an expert
-            are those of the tokens that are routed to it, times the router's weight: what they
-            are worth in the block's output.
+        units: its FFN units.
+        on_rows: is given the position of the unit in `units`, the index of the FFN in the unit,
+            act_RF, and the index of each row's token in the flattened batch. The activations of
+            an expert are those of the tokens that are routed to it, times the router's weight:
+            what they are worth in the block's output.
+
+    Raises:
+        UnsupportedModelError: while the block runs: it cannot be told which token a row is of, or
+            a down matrix is used in a way that is not seen.
     """
-    if family.experts is None:
+    seen: set[int] = set()
+    tokens: list[int] = []
 
-        def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
-            act_RF = args[0].flatten(0, -2)
-            on_rows(0, act_RF, torch.arange(len(act_RF), device=act_RF.device))
+    def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.clear()
+        tokens[:] = _token_counts(hidden_state(args, kwargs))
 
-        down = projection_of(block, family, family.down)
-        handle = down.register_forward_pre_hook(before_down)
+    def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for position, unit in enumerate(units):
+            if position not in seen:
+                raise UnsupportedModelError(
+                    f"{_told(block, unit)} ran without its matrix {unit.down}, or used it in a way "
+                    "that cfsp cannot watch; please report the model type"
+                )
+
+    def unit_rows(position: int) -> _OnUnitRows:
+        unit = units[position]
+
+        def on_unit_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+            seen.add(position)
+            if unit.ffns == 1 and len(act_RF) not in tokens:
+                raise UnsupportedModelError(
+                    f"{_told(block, unit)} is given {len(act_RF)} rows of {max(tokens)} tokens, "
+                    "and it cannot be told which; please report the model type"
+                )
+            on_rows(position, ffn, act_RF, token_R)
+
+        return on_unit_rows
+
+    with ExitStack() as stack:
+        before = block.register_forward_pre_hook(before_block, with_kwargs=True)
+        stack.callback(before.remove)
+        for position, unit in enumerate(units):
+            stack.enter_context(_observed_unit(block, unit, unit_rows(position)))
+        after = block.register_forward_hook(after_block)
+        stack.callback(after.remove)
+        yield
+
+
+def _token_counts(hidden: Tensor) -> list[int]:
+    """Return how many tokens a hidden state may be of: one of its axes may be that of streams."""
+    *lengths, _hidden = hidden.shape
+    every = math.prod(lengths)
+    return [every, *(every // length for length in lengths if len(lengths) > 2)]
+
+
+def _told(block: nn.Module, unit: FFNUnit) -> str:
+    """Return a unit in words."""
+    where = f"the FFN {unit.path}" if unit.path else "the FFN"
+    return f"{where} ({type(block.get_submodule(unit.path)).__name__}) of block {unit.block}"
+
+
+@contextmanager
+def _observed_unit(block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows) -> Iterator[None]:
+    owner, _, _name = unit.down.rpartition(".")
+    module: Any = block.get_submodule(unit.path)
+    if not unit.routed and owner != unit.path:
+        handle = block.get_submodule(owner).register_forward_pre_hook(_shown(on_rows))
         try:
             yield
         finally:
             handle.remove()
         return
-    experts: Any = attrgetter(f"{family.mlp}.experts")(block)
-    experts.forward = partial(_run_experts, experts, on_rows)
+    follows = all(hasattr(module, name) for name in _PROTOCOL)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if follows:
+            return _run_experts(module, on_rows, *args, **kwargs)
+        return _watch_products(block, unit, on_rows, args, kwargs)
+
+    module.forward = forward
     try:
         yield
     finally:
-        del experts.forward  # the class's own is back
+        del module.forward  # the class's own is back
+
+
+def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
+        act_RF = args[0].flatten(0, -2)
+        on_rows(0, act_RF, torch.arange(len(act_RF), device=act_RF.device))
+
+    return before_down
+
+
+# Experts that follow the protocol.
 
 
 def _run_experts(
-    experts: Any, on_rows: OnRows, hidden_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor
+    experts: Any, on_rows: _OnUnitRows, hidden_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor
 ) -> Tensor:
     """Return the experts' output, one expert after the other, and show their activations."""
+    if getattr(experts, "has_post_expert_norm", False):
+        raise UnsupportedModelError(
+            f"{type(experts).__name__} normalises what each expert gives, so that its channels "
+            "have no worth of their own; please report the model type"
+        )
     output_RD = torch.zeros_like(hidden_RD)
     for expert in range(experts.down_proj.shape[0]):
         token_R, slot_R = torch.where(expert_RK == expert)
         if len(token_R) == 0:
             continue
-        both = functional.linear(hidden_RD[token_R], experts.gate_up_proj[expert])
-        gate_RF, up_RF = both.chunk(2, dim=-1)
-        act_RF = experts.act_fn(gate_RF) * up_RF
+        up = "gate_up_proj" if experts.has_gate else "up_proj"
+        inner = _expert_linear(experts, up, expert, hidden_RD[token_R])
+        act_RF = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         share_R = weight_RK[token_R, slot_R, None]
         on_rows(expert, act_RF * share_R.to(act_RF.dtype), token_R)
-        part_RD = functional.linear(act_RF, experts.down_proj[expert]) * share_R
+        part_RD = _expert_linear(experts, "down_proj", expert, act_RF) * share_R
         output_RD.index_add_(0, token_R, part_RD.to(output_RD.dtype))
     return output_RD
+
+
+def _expert_linear(experts: Any, name: str, expert: int, input_RX: Tensor) -> Tensor:
+    """Return one matrix of one expert, applied to some rows."""
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    if not experts.is_transposed:
+        return functional.linear(input_RX, weight, bias)
+    product: Tensor = input_RX @ weight
+    return product if bias is None else product + bias
+
+
+# Matrices that are bare parameters of modules of any kind.
+
+
+class _Products(TorchFunctionMode):
+    """Tells of every product whose second operand is a part of one of some weights.
+
+    Args:
+        weights: by name.
+        on_product: is given the name, the part of the weight, and the first operand.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], on_product: Callable[[str, Tensor, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._weights, self._on_product = weights, on_product
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
+            for name, weight in self._weights.items():
+                if isinstance(args[1], Tensor) and _is_part(args[1], weight):
+                    self._on_product(name, args[1], args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_part(tensor: Tensor, weight: Tensor) -> bool:
+    start = weight.data_ptr()
+    return start <= tensor.data_ptr() < start + weight.nbytes
+
+
+def _watch_products(
+    block: nn.Module,
+    unit: FFNUnit,
+    on_rows: _OnUnitRows,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a unit's module as it is; show what its down matrices are multiplied with."""
+    module = block.get_submodule(unit.path)
+    weights = {name: block.get_parameter(name) for name in (unit.up, unit.down)}
+    inputs: dict[int, Tensor] = {}
+    everything: list[Tensor] = []
+
+    def on_product(name: str, part: Tensor, operand: Tensor) -> None:
+        if not unit.routed:
+            if name == unit.down:
+                act_RF = operand.flatten(0, -2)
+                on_rows(0, act_RF, torch.arange(len(act_RF), device=act_RF.device))
+        elif part.ndim == 3:
+            if name == unit.down:
+                everything.append(operand)
+        else:
+            weight = weights[name]
+            expert = (part.data_ptr() - weight.data_ptr()) // weight[0].nbytes
+            if name == unit.up:
+                inputs[expert] = operand
+            else:
+                token_R, share_R = _routed_rows(block, unit, expert, inputs[expert], args)
+                on_rows(expert, operand * share_R[:, None].to(operand.dtype), token_R)
+
+    with _Products(weights, on_product):
+        output = type(module).forward(module, *args, **kwargs)
+    for act_ERF in everything:
+        _show_all_experts(block, unit, act_ERF, output, on_rows)
+    return output
+
+
+def _routed_rows(
+    block: nn.Module, unit: FFNUnit, expert: int, input_RD: Tensor, args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return which tokens the rows of an expert are, and the router's weights of them.
+
+    The module is called with all tokens, the experts of each and their weights. Both orders in
+    which an expert's tokens may come are tried on what its first matrix is multiplied with.
+    """
+    if len(args) == 3 and args[1].shape == args[2].shape and not args[1].is_floating_point():
+        hidden_RD, expert_RK, weight_RK = args
+        hidden_RD = hidden_RD.flatten(0, -2)
+        token_R, slot_R = torch.where(expert_RK == expert)
+        by_slot_R = slot_R.argsort(stable=True)
+        for order_R in (torch.arange(len(slot_R), device=slot_R.device), by_slot_R):
+            if torch.equal(hidden_RD[token_R[order_R]], input_RD):
+                return token_R[order_R], weight_RK[token_R, slot_R][order_R]
+    raise UnsupportedModelError(
+        f"{_told(block, unit)} does not tell which tokens its experts are given and with which "
+        "weights; please report the model type"
+    )
+
+
+def _show_all_experts(
+    block: nn.Module, unit: FFNUnit, act_ERF: Tensor, output: Any, on_rows: _OnUnitRows
+) -> None:
+    """Show the activations of experts that are all given all tokens.
+
+    The router's weight has to be in them. It is if tokens of other experts have zeros, or if the
+    module gives the plain sum over experts.
+    """
+    down_EFD: Tensor = block.get_parameter(unit.down)
+    if unit.axes[unit.down].axis == 2:
+        down_EFD = down_EFD.transpose(1, 2)
+    routed_ER = (act_ERF != 0).any(-1)
+    if bool(routed_ER.all()):
+        sum_RD = torch.einsum("erf,efd->rd", act_ERF.float(), down_EFD.float())
+        if output.numel() != sum_RD.numel() or not torch.allclose(
+            output.float().view_as(sum_RD), sum_RD, rtol=1e-2, atol=1e-3 * float(sum_RD.abs().max())
+        ):
+            raise UnsupportedModelError(
+                f"{_told(block, unit)} gives every token to every expert and weights them in a way "
+                "that cfsp cannot see; please report the model type"
+            )
+    for expert, act_RF in enumerate(act_ERF):
+        token_R = routed_ER[expert].nonzero().flatten()
+        on_rows(expert, act_RF[token_R], token_R)

@@ -35,7 +35,6 @@ from cfsp.errors import CalibrationError
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import FFNUnit
-    from cfsp.checkpoint.families import Family
     from cfsp.checkpoint.reading import WeightSource
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
@@ -63,7 +62,6 @@ class StreamedBlock:
     units: tuple[FFNUnit, ...]
     hidden: HiddenStates
     device: torch.device
-    _family: Family
     _batches: list[slice]
     _calls: BlockCalls
     _on_batch: Callable[[int], None]
@@ -86,14 +84,14 @@ class StreamedBlock:
         """
         first_window, seqlen = 0, 1
 
-        def on_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+        def on_rows(unit: int, ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
             assert on_activations is not None
-            on_activations(0, ffn, act_RF, first_window + token_R // seqlen)
+            on_activations(unit, ffn, act_RF, first_window + token_R // seqlen)
 
         with (
             nullcontext()
             if on_activations is None or not self.units
-            else observed_activations(self.module, self._family, on_rows)
+            else observed_activations(self.module, self.units, on_rows)
         ):
             for batch in self._batches:
                 with self._times.part("hidden_states"):
@@ -214,7 +212,6 @@ def stream_blocks(
                 units=tuple(unit for unit in source.units if unit.block == index),
                 hidden=hidden,
                 device=device,
-                _family=source.family,
                 _batches=batches,
                 _calls=calls,
                 _on_batch=on_batch,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.skeleton import build_skeleton, fill_head
-from cfsp.engine.decoder_end import DecoderEnd
+from cfsp.checkpoint.skeleton import build_skeleton, fill_parameters
+from cfsp.checkpoint.text_config import vocabulary_of
+from cfsp.engine.decoder_end import DecoderEnd, parameters_of_end
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -33,11 +34,12 @@ class Head:
         # Autograd refuses the tensors of inference mode, which passes run in.
         with torch.inference_mode(mode=False):
             model = build_skeleton(source.config, dtype)
-            fill_head(model, source, dtype, device)
-        found = source.architecture
+            found = source.architecture
+            names = parameters_of_end(model, found.decoder, found.blocks)
+            fill_parameters(model, list(names), source, dtype, device)
         self._end = DecoderEnd(model, found.decoder, found.blocks, device)
         self._dtype = dtype
-        self.vocabulary = int(source.config.vocab_size)
+        self.vocabulary = vocabulary_of(source.config)
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """Return the logits of the tokens that follow, PV, in the head's dtype.

@@ -52,7 +52,9 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     widths = source.architecture.widths
     fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    stock = fields_with_widths(fields, source.family, [max(widths)] * len(widths))
+    stock = fields_with_widths(
+        fields, source.config, source.architecture, [max(widths)] * len(widths)
+    )
     (out / "config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)
     return Written(f"stateful OpenVINO model in {kind}", tuple(_write_tokenizer(source, out)))

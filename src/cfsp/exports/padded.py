@@ -41,7 +41,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     outgoing = [_outgoing(source, name, spec, widest) for name, spec in source.specs.items()]
     write_shards(out, outgoing)
     fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    config = fields_with_widths(fields, source.family, [widest] * len(widths))
+    config = fields_with_widths(fields, source.config, source.architecture, [widest] * len(widths))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)
     padding = widest * len(widths) - sum(widths)
@@ -84,10 +84,11 @@ def _check_tensor(source: Checkpoint, name: str, found: Tensor) -> None:
     layout = source.layout_of(name)
     if layout is not None:
         width = layout.width(expected.shape)
+        ffns = source.units[layout.unit].ffns
         padding = range(width, layout.width(found.shape))
-        if padding and bool(layout.select(found, padding).any()):
+        if padding and bool(layout.select(found, [padding] * ffns).any()):
             raise ExportError(f"{name} has weights in the padding; nothing was kept")
-        found = layout.select(found, range(width))
+        found = layout.select(found, [range(width)] * ffns)
     if not torch.equal(found, expected):
         raise ExportError(f"{name} differs from the checkpoint's; nothing was kept")
 

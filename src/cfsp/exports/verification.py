@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CheckpointError, ExportError
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -67,7 +68,7 @@ def probe_tokens(source: Checkpoint, count: int = PROBE_TOKENS) -> list[int]:
         source: the checkpoint.
         count: how many.
     """
-    vocabulary = int(source.config.vocab_size)
+    vocabulary = vocabulary_of(source.config)
     try:
         tokens = list(load_tokenizer(source.directory)(_PROBE_TEXT)["input_ids"])[:count]
     except CheckpointError:

@@ -12,6 +12,7 @@ from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
+from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.engine.compute import engine_of
 from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import Workplace, temporary_workplace
@@ -163,7 +164,7 @@ def _perplexities(
 def _window_length(texts: EvaluationText, source: WeightSource) -> int:
     if texts.seqlen is not None:
         return texts.seqlen
-    return min(DEFAULT_SEQLEN, int(source.config.max_position_embeddings))
+    return min(DEFAULT_SEQLEN, longest_input_of(source.config) or DEFAULT_SEQLEN)
 
 
 def _warn_of_other_tokens(

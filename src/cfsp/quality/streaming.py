@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.head import Head
@@ -92,7 +93,7 @@ def _head_tokens(source: WeightSource) -> float:
     """Return how many passes of a token through a block one through the head is worth."""
     prefix = source.architecture.block_prefix(0)
     block = sum(spec.elements for name, spec in source.specs.items() if name.startswith(prefix))
-    return float(source.config.vocab_size * source.config.hidden_size / block)
+    return float(vocabulary_of(source.config) * text_config_of(source.config).hidden_size / block)
 
 
 @dataclass

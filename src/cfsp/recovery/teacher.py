@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import RecoveryError
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -33,7 +34,7 @@ def check_teacher(
             f"of the model ({len(tokenizer)} tokens); the teacher must be the dense model that "
             "was pruned, or one with the same tokenizer"
         )
-    sizes = int(source.config.vocab_size), int(teacher.config.vocab_size)
+    sizes = vocabulary_of(source.config), vocabulary_of(teacher.config)
     if sizes[0] != sizes[1]:
         raise RecoveryError(
             f"the teacher {teacher.label} predicts {sizes[1]} tokens, the model {sizes[0]}; the "

@@ -129,7 +129,9 @@ def _observe(pruned: PrunedSource, work: GroupAtWork) -> tuple[_Sums, _HeldOutRo
     seen: list[Tensor] = []
     (module,) = work.group.modules
     with observed_activations(
-        module, pruned.family, lambda ffn, act_RF, token_R: seen.append(act_RF)
+        module,
+        pruned.architecture.units_of(work.last),
+        lambda unit, ffn, act_RF, token_R: seen.append(act_RF),
     ):
         for batch, is_held_out_B in work.all_batches():
             seen.clear()

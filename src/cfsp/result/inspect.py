@@ -9,6 +9,7 @@ from typing import Any
 from cfsp.checkpoint.config_widths import PRUNED_KEY
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
 from cfsp.result.manifest import read_manifest
 
@@ -49,7 +50,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "directory": str(checkpoint.directory),
         "family": checkpoint.config.model_type,
         "blocks": blocks,
-        "hidden_size": checkpoint.config.hidden_size,
+        "hidden_size": text_config_of(checkpoint.config).hidden_size,
         "experts": max(unit.ffns for unit in units),
         "intermediate_sizes": widths,
         "uniform": len(set(widths)) == 1,

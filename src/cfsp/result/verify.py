@@ -18,6 +18,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
@@ -145,7 +146,7 @@ def _forward(source: Checkpoint, compute: Compute) -> str | None:
     engine = engine_of(compute, source)
     # Any tokens do: what is asked is whether numbers come out.
     generator = torch.Generator().manual_seed(0)
-    token_NT = torch.randint(source.config.vocab_size, (1, _TOKENS), generator=generator)
+    token_NT = torch.randint(vocabulary_of(source.config), (1, _TOKENS), generator=generator)
     calibrate(source, Windows(token_NT, {}), engine)
     return None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.config_widths import config_with_widths
+from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import round_widths
 from cfsp.settings import Budget
@@ -87,8 +88,9 @@ class UniformModel:
 
     def config(self) -> PreTrainedConfig:
         """Return the config."""
-        blocks = self.original.num_hidden_layers
-        return config_with_widths(self.original, [self.width] * blocks)
+        architecture = architecture_of(self.original)
+        widths = [self.width] * len(architecture.units)
+        return config_with_widths(self.original, architecture, widths)
 
 
 @dataclass(frozen=True)
@@ -149,4 +151,4 @@ class ShapedModel:
         widths = self.widths()
         fields.update(num_hidden_layers=len(widths), intermediate_size=max(widths))
         config: PreTrainedConfig = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-        return config_with_widths(config, widths)
+        return config_with_widths(config, architecture_of(config), widths)

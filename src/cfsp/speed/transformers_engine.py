@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.loading import cache_argument, compute_device
+from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.speed.subjects import Footprint, Subject, build_model
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -110,7 +111,7 @@ class TransformersEngine:
 
     def _prompt(self, workload: Workload) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        high = int(self._model.config.vocab_size)
+        high = vocabulary_of(self._model.config)
         shape = (workload.batch, workload.prompt)
         return torch.randint(high, shape, generator=generator).to(self._device)
 

@@ -33,10 +33,12 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise MissingExtraError("the engine vllm", "vllm") from error
+        from cfsp.checkpoint.config_widths import modeling_file
         from cfsp.checkpoint.loading import compute_dtype
         from cfsp.checkpoint.locating import open_checkpoint
-        from cfsp.checkpoint.modeling_code import is_our_modeling_code
+        from cfsp.checkpoint.modeling_code import is_only_code
         from cfsp.checkpoint.reading import parameter_count
+        from cfsp.checkpoint.text_config import vocabulary_of
         from cfsp.speed.subjects import Footprint
 
         checkpoint = open_checkpoint(str(subject.model))
@@ -45,12 +47,13 @@ class VllmEngine:
         work = work_of(checkpoint, head=subject.head, itemsize=dtype.itemsize)
         self.footprint = Footprint(parameter_count(checkpoint), nbytes, work)
         self._dtype = str(dtype).removeprefix("torch.")
-        self._vocabulary = int(checkpoint.config.vocab_size)
+        self._vocabulary = vocabulary_of(checkpoint.config)
         self._sampling = SamplingParams
+        file = modeling_file(checkpoint.config, checkpoint.architecture)
         self._llm: Any = LLM(
             model=str(checkpoint.directory),
             dtype=self._dtype,
-            trust_remote_code=is_our_modeling_code(checkpoint.directory),
+            trust_remote_code=file is not None and is_only_code(checkpoint.directory, file),
             # The same prompt comes again and again; it shall be computed every time.
             enable_prefix_caching=False,
             disable_log_stats=True,

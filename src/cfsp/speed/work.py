@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.speed.workload import Workload
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
         head: whether the language-model head is timed.
         itemsize: bytes of an element, of weights and of the cache.
     """
-    config = source.config
+    config = text_config_of(source.config)
     prefix = f"{source.architecture.blocks}."
     experts = [unit.ffns for unit in source.units if unit.routed]
     parameters = expert_parameters = 0

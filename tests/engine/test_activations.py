@@ -15,7 +15,7 @@ from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, ChannelAxis, FFNUnit
 from cfsp.checkpoint.families import family_of
 from cfsp.engine.activations import observed_activations as observed_by_family
-from cfsp.engine.unit_activations import observed_activations
+from cfsp.engine.activations import observed_activations
 from cfsp.errors import UnsupportedModelError
 
 TOKENS = torch.randint(2, 290, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,28 @@
+"""What the config of any model says of its text decoder.
+
+A multimodal config has the decoder's in one of its own; some types name no longest input.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def text_config_of(config: PreTrainedConfig) -> Any:
+    """Return the config of the text decoder; often the config itself."""
+    return config.get_text_config(decoder=True)
+
+
+def vocabulary_of(config: PreTrainedConfig) -> int:
+    """Return the number of tokens that the model knows."""
+    return int(text_config_of(config).vocab_size)
+
+
+def longest_input_of(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens the model can read at once; None if its config does not say."""
+    text = text_config_of(config)
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    return None if found is None else int(found)
