@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,27 +59,16 @@ def observed_activations(
         UnsupportedModelError: while the block runs: it cannot be told which token a row is of, or
             a down matrix is used in a way that is not seen.
     """
-    seen: set[int] = set()
     tokens: list[int] = []
 
     def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.clear()
         tokens[:] = _token_counts(hidden_state(args, kwargs))
 
-    def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for position, unit in enumerate(units):
-            if position not in seen:
-                raise UnsupportedModelError(
-                    f"{_told(block, unit)} ran without its matrix {unit.down}, or used it in a way "
-                    "that cfsp cannot watch; please report the model type"
-                )
-
-    def unit_rows(position: int) -> _OnUnitRows:
+    def rows_of(position: int) -> _OnUnitRows:
         unit = units[position]
 
         def on_unit_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
-            seen.add(position)
-            if unit.ffns == 1 and len(act_RF) not in tokens:
+            if unit.ffns == 1 and len(act_RF) not in (0, *tokens):
                 raise UnsupportedModelError(
                     f"{_told(block, unit)} is given {len(act_RF)} rows of {max(tokens)} tokens, "
                     "and it cannot be told which; please report the model type"
@@ -91,9 +81,7 @@ def observed_activations(
         before = block.register_forward_pre_hook(before_block, with_kwargs=True)
         stack.callback(before.remove)
         for position, unit in enumerate(units):
-            stack.enter_context(_observed_unit(block, unit, unit_rows(position)))
-        after = block.register_forward_hook(after_block)
-        stack.callback(after.remove)
+            stack.enter_context(_observed_unit(block, unit, rows_of(position)))
         yield
 
 
@@ -112,27 +100,38 @@ def _told(block: nn.Module, unit: FFNUnit) -> str:
 
 @contextmanager
 def _observed_unit(block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows) -> Iterator[None]:
-    owner, _, _name = unit.down.rpartition(".")
     module: Any = block.get_submodule(unit.path)
-    if not unit.routed and owner != unit.path:
-        handle = block.get_submodule(owner).register_forward_pre_hook(_shown(on_rows))
+    owner = unit.down.rpartition(".")[0]
+    if unit.routed and all(hasattr(module, name) for name in _PROTOCOL):
+        module.forward = partial(_run_experts, module, on_rows)
         try:
             yield
         finally:
-            handle.remove()
+            del module.forward  # the class's own is back
         return
-    follows = all(hasattr(module, name) for name in _PROTOCOL)
+    seen: list[int] = []
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if follows:
-            return _run_experts(module, on_rows, *args, **kwargs)
-        return _watch_products(block, unit, on_rows, args, kwargs)
+    def on_seen(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+        seen.append(ffn)
+        on_rows(ffn, act_RF, token_R)
 
-    module.forward = forward
-    try:
+    def check_seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not seen:
+            raise UnsupportedModelError(
+                f"{_told(block, unit)} ran without its matrix {unit.down}, or used it in a way "
+                "that cfsp cannot watch; please report the model type"
+            )
+        seen.clear()
+
+    with ExitStack() as stack:
+        if unit.routed or owner == unit.path:
+            module.forward = partial(_watch_products, block, unit, on_seen)
+            stack.callback(delattr, module, "forward")
+        else:
+            down = block.get_submodule(owner)
+            stack.callback(down.register_forward_pre_hook(_shown(on_seen)).remove)
+        stack.callback(module.register_forward_hook(check_seen).remove)
         yield
-    finally:
-        del module.forward  # the class's own is back
 
 
 def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -216,8 +215,8 @@ def _watch_products(
     block: nn.Module,
     unit: FFNUnit,
     on_rows: _OnUnitRows,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Run a unit's module as it is; show what its down matrices are multiplied with."""
     module = block.get_submodule(unit.path)
