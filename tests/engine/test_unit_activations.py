@@ -270,3 +270,15 @@ def test_a_bare_parameter_is_watched() -> None:
     assert (position, ffn) == (0, 0)
     torch.testing.assert_close(act_RF, (hidden @ block.mlp.up).relu().flatten(0, 1))
     assert torch.equal(token_R, torch.arange(12))
+
+
+def test_experts_that_see_some_of_the_tokens_are_refused() -> None:
+    model = tiny_model("mixtral")
+    block = model.model.layers[0]
+    units = [unit for unit in find_architecture(model).units if unit.block == 0]
+    block.forward = lambda hidden_BTD: block.mlp(hidden_BTD[:, 1:].contiguous())
+    with (
+        observed_activations(block, units, lambda *rows: None),
+        pytest.raises(UnsupportedModelError, match="is given 10 rows of 12 tokens"),
+    ):
+        block(torch.randn(2, 6, 32))

@@ -64,24 +64,20 @@ def observed_activations(
     def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens[:] = _token_counts(hidden_state(args, kwargs))
 
-    def rows_of(position: int) -> _OnUnitRows:
-        unit = units[position]
-
-        def on_unit_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
-            if unit.ffns == 1 and len(act_RF) not in (0, *tokens):
-                raise UnsupportedModelError(
-                    f"{_told(block, unit)} is given {len(act_RF)} rows of {max(tokens)} tokens, "
-                    "and it cannot be told which; please report the model type"
-                )
-            on_rows(position, ffn, act_RF, token_R)
-
-        return on_unit_rows
+    def check_rows(unit: FFNUnit, rows: int) -> None:
+        if rows not in (0, *tokens):
+            raise UnsupportedModelError(
+                f"{_told(block, unit)} is given {rows} rows of {max(tokens)} tokens, and it cannot "
+                "be told which; please report the model type"
+            )
 
     with ExitStack() as stack:
         before = block.register_forward_pre_hook(before_block, with_kwargs=True)
         stack.callback(before.remove)
         for position, unit in enumerate(units):
-            stack.enter_context(_observed_unit(block, unit, rows_of(position)))
+            stack.enter_context(
+                _observed_unit(block, unit, partial(on_rows, position), partial(check_rows, unit))
+            )
         yield
 
 
@@ -99,11 +95,14 @@ def _told(block: nn.Module, unit: FFNUnit) -> str:
 
 
 @contextmanager
-def _observed_unit(block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows) -> Iterator[None]:
+def _observed_unit(
+    block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows, check_rows: Callable[[int], None]
+) -> Iterator[None]:
+    """Show the rows of one unit; `check_rows` is told of how many tokens they are or come from."""
     module: Any = block.get_submodule(unit.path)
     owner = unit.down.rpartition(".")[0]
     if unit.routed and all(hasattr(module, name) for name in _PROTOCOL):
-        module.forward = partial(_run_experts, module, on_rows)
+        module.forward = partial(_run_experts, module, on_rows, check_rows)
         try:
             yield
         finally:
@@ -113,6 +112,8 @@ def _observed_unit(block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows) -> Ite
 
     def on_seen(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
         seen.append(ffn)
+        if not unit.routed:
+            check_rows(len(act_RF))
         on_rows(ffn, act_RF, token_R)
 
     def check_seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -146,9 +147,15 @@ def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]
 
 
 def _run_experts(
-    experts: Any, on_rows: _OnUnitRows, hidden_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor
+    experts: Any,
+    on_rows: _OnUnitRows,
+    check_rows: Callable[[int], None],
+    hidden_RD: Tensor,
+    expert_RK: Tensor,
+    weight_RK: Tensor,
 ) -> Tensor:
     """Return the experts' output, one expert after the other, and show their activations."""
+    check_rows(len(hidden_RD))
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError(
             f"{type(experts).__name__} normalises what each expert gives, so that its channels "
