@@ -22,7 +22,7 @@ SHARED_KEYS = {
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 290, (3, 12), generator=torch.Generator().manual_seed(0))
 
-# Besides: several streams, values made from the text, and more than the hidden state between blocks.
+# Besides: several streams, values made from the text, more than one value between blocks.
 STREAMED = (*REPRESENTATIVES, "gemma3n_text", "deepseek_v4", "zaya", "hy_v4", "gpt_neo", "bamba")
 
 
