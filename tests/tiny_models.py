@@ -38,7 +38,6 @@ from transformers import (
     Starcoder2Config,
 )
 
-
 BLOCKS = 3
 WIDTH = 96
 VOCABULARY = 320

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.checkpoint.families import family_of
 from torch import Tensor, nn
 
 from any_models import tiny_model
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, ChannelAxis, FFNUnit
-from cfsp.checkpoint.families import family_of
-from cfsp.engine.activations import observed_activations as observed_by_family
 from cfsp.engine.activations import observed_activations
+from cfsp.engine.activations import observed_activations as observed_by_family
 from cfsp.errors import UnsupportedModelError
 
 TOKENS = torch.randint(2, 290, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -270,3 +270,15 @@ def test_a_bare_parameter_is_watched() -> None:
     assert (position, ffn) == (0, 0)
     torch.testing.assert_close(act_RF, (hidden @ block.mlp.up).relu().flatten(0, 1))
     assert torch.equal(token_R, torch.arange(12))
+
+
+def test_experts_that_see_some_of_the_tokens_are_refused() -> None:
+    model = tiny_model("mixtral")
+    block = model.model.layers[0]
+    units = [unit for unit in find_architecture(model).units if unit.block == 0]
+    block.forward = lambda hidden_BTD: block.mlp(hidden_BTD[:, 1:].contiguous())
+    with (
+        observed_activations(block, units, lambda *rows: None),
+        pytest.raises(UnsupportedModelError, match="is given 10 rows of 12 tokens"),
+    ):
+        block(torch.randn(2, 6, 32))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cfsp.checkpoint.families import architecture_of
 from torch import Tensor, nn
 
-from cfsp.checkpoint.families import architecture_of
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.engine.block_stream import stream_blocks

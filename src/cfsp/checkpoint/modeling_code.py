@@ -141,7 +141,7 @@ class ModelingFile:
             "TAKE": take.strip(),
             "PATH": next(iter(units)),
             "KEY": self.width_key or "",
-            "CLASSES": "".join(classes).rstrip(),
+            "CLASSES": "".join(classes).strip(),
             "PAIRS": "".join(f"    {pair},\n" for pair in pairs),
             "MODEL_TYPE": self.model_class.config_class.model_type,
             "EXPERTS": _ABOUT_EXPERTS if any(unit.routed for unit in units.values()) else "",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,42 +59,25 @@ def observed_activations(
         UnsupportedModelError: while the block runs: it cannot be told which token a row is of, or
             a down matrix is used in a way that is not seen.
     """
-    seen: set[int] = set()
     tokens: list[int] = []
 
     def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.clear()
         tokens[:] = _token_counts(hidden_state(args, kwargs))
 
-    def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for position, unit in enumerate(units):
-            if position not in seen:
-                raise UnsupportedModelError(
-                    f"{_told(block, unit)} ran without its matrix {unit.down}, or used it in a way "
-                    "that cfsp cannot watch; please report the model type"
-                )
-
-    def unit_rows(position: int) -> _OnUnitRows:
-        unit = units[position]
-
-        def on_unit_rows(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
-            seen.add(position)
-            if unit.ffns == 1 and len(act_RF) not in tokens:
-                raise UnsupportedModelError(
-                    f"{_told(block, unit)} is given {len(act_RF)} rows of {max(tokens)} tokens, "
-                    "and it cannot be told which; please report the model type"
-                )
-            on_rows(position, ffn, act_RF, token_R)
-
-        return on_unit_rows
+    def check_rows(unit: FFNUnit, rows: int) -> None:
+        if rows not in (0, *tokens):
+            raise UnsupportedModelError(
+                f"{_told(block, unit)} is given {rows} rows of {max(tokens)} tokens, and it cannot "
+                "be told which; please report the model type"
+            )
 
     with ExitStack() as stack:
         before = block.register_forward_pre_hook(before_block, with_kwargs=True)
         stack.callback(before.remove)
         for position, unit in enumerate(units):
-            stack.enter_context(_observed_unit(block, unit, unit_rows(position)))
-        after = block.register_forward_hook(after_block)
-        stack.callback(after.remove)
+            stack.enter_context(
+                _observed_unit(block, unit, partial(on_rows, position), partial(check_rows, unit))
+            )
         yield
 
 
@@ -111,28 +95,44 @@ def _told(block: nn.Module, unit: FFNUnit) -> str:
 
 
 @contextmanager
-def _observed_unit(block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows) -> Iterator[None]:
-    owner, _, _name = unit.down.rpartition(".")
+def _observed_unit(
+    block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows, check_rows: Callable[[int], None]
+) -> Iterator[None]:
+    """Show the rows of one unit; `check_rows` is told of how many tokens they are or come from."""
     module: Any = block.get_submodule(unit.path)
-    if not unit.routed and owner != unit.path:
-        handle = block.get_submodule(owner).register_forward_pre_hook(_shown(on_rows))
+    owner = unit.down.rpartition(".")[0]
+    if unit.routed and all(hasattr(module, name) for name in _PROTOCOL):
+        module.forward = partial(_run_experts, module, on_rows, check_rows)
         try:
             yield
         finally:
-            handle.remove()
+            del module.forward  # the class's own is back
         return
-    follows = all(hasattr(module, name) for name in _PROTOCOL)
+    seen: list[int] = []
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if follows:
-            return _run_experts(module, on_rows, *args, **kwargs)
-        return _watch_products(block, unit, on_rows, args, kwargs)
+    def on_seen(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+        seen.append(ffn)
+        if not unit.routed:
+            check_rows(len(act_RF))
+        on_rows(ffn, act_RF, token_R)
 
-    module.forward = forward
-    try:
+    def check_seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not seen:
+            raise UnsupportedModelError(
+                f"{_told(block, unit)} ran without its matrix {unit.down}, or used it in a way "
+                "that cfsp cannot watch; please report the model type"
+            )
+        seen.clear()
+
+    with ExitStack() as stack:
+        if unit.routed or owner == unit.path:
+            module.forward = partial(_watch_products, block, unit, on_seen)
+            stack.callback(delattr, module, "forward")
+        else:
+            down = block.get_submodule(owner)
+            stack.callback(down.register_forward_pre_hook(_shown(on_seen)).remove)
+        stack.callback(module.register_forward_hook(check_seen).remove)
         yield
-    finally:
-        del module.forward  # the class's own is back
 
 
 def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -147,9 +147,15 @@ def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]
 
 
 def _run_experts(
-    experts: Any, on_rows: _OnUnitRows, hidden_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor
+    experts: Any,
+    on_rows: _OnUnitRows,
+    check_rows: Callable[[int], None],
+    hidden_RD: Tensor,
+    expert_RK: Tensor,
+    weight_RK: Tensor,
 ) -> Tensor:
     """Return the experts' output, one expert after the other, and show their activations."""
+    check_rows(len(hidden_RD))
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError(
             f"{type(experts).__name__} normalises what each expert gives, so that its channels "
@@ -216,8 +222,8 @@ def _watch_products(
     block: nn.Module,
     unit: FFNUnit,
     on_rows: _OnUnitRows,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Run a unit's module as it is; show what its down matrices are multiplied with."""
     module = block.get_submodule(unit.path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cfsp.engine.call_form import PLAIN, PLAIN_LAYOUT, CallForm, HiddenLayout
 from cfsp.engine.call_values import Place, with_values
-from cfsp.engine.stand_in import StandIn, hidden_state, replaced
+from cfsp.engine.stand_in import StandIn, hidden_state, replaced, without_hidden_state
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,7 @@ class _Recorder(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden_state(args, kwargs)
-        if "hidden_states" in kwargs:
-            del kwargs["hidden_states"]
-        else:
-            args = args[1:]
+        args, kwargs = without_hidden_state(args, kwargs)
         layout = self._form.layout
         if self._recording.embedded_BTD is None:
             self._recording.embedded_BTD = layout.pack(hidden)

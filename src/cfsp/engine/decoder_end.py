@@ -84,10 +84,9 @@ class DecoderEnd:
 
     @cached_property
     def _form(self) -> CallForm:
-        return find_call_form(lambda: self._run(2, 3), self._blocks, 2, 3)
+        return find_call_form(self._run, self._blocks, self._device)
 
-    def _run(self, windows: int, tokens: int) -> Tensor:
-        tokens_BT = torch.zeros(windows, tokens, dtype=torch.long, device=self._device)
+    def _run(self, tokens_BT: Tensor) -> Tensor:
         logits: Tensor = self._model(input_ids=tokens_BT, use_cache=False).logits
         return logits
 
@@ -95,5 +94,7 @@ class DecoderEnd:
         """Return the logits of the tokens that follow, PV; gradients reach the hidden states."""
         # Nothing after the blocks looks at other positions, so each is a window of its own.
         hidden = self._form.layout.unpack(hidden_PD.unsqueeze(1))
+        # Which tokens they are does not matter any more.
+        tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
         with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
-            return self._run(len(hidden_PD), 1)[:, 0]
+            return self._run(tokens_P1)[:, 0]

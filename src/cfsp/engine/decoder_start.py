@@ -44,14 +44,12 @@ class DecoderStart:
                 f"{type(self._decoder).__name__}, which calls the blocks, takes no token ids; "
                 "expected a decoder that begins with its own embeddings"
             )
-        # Which tokens does not matter: only shapes count.
-        tokens_BT = torch.zeros(2, 3, dtype=torch.long, device=self._device)
 
-        def run() -> Tensor:
+        def run(tokens_BT: Tensor) -> Tensor:
             output: Tensor = self._decoder(input_ids=tokens_BT, use_cache=False)[0]
             return output
 
-        return find_call_form(run, self._blocks, *tokens_BT.shape)
+        return find_call_form(run, self._blocks, self._device)
 
     def record(self, tokens_BT: Tensor) -> Recording:
         """Return what enters the first block, and how the blocks are called."""

@@ -53,3 +53,12 @@ def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden state among the arguments that a model calls a block with."""
     hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return hidden
+
+
+def without_hidden_state(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return all other arguments that a model calls a block with."""
+    if "hidden_states" in kwargs:
+        return args, {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return args[1:], kwargs
