@@ -198,6 +198,25 @@ def as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, T
     return dict(revert_weight_conversion(model, dict(state)))
 
 
+def missing_prefix(model: PreTrainedModel, stored: Iterable[str]) -> str:
+    """Return what the names lack in a checkpoint that was saved from the base model alone.
+
+    Such are those of GPT-2 on the hub; transformers loads them as well. With the prefix they are
+    the names under which the whole model is saved.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = set(stored)
+    in_memory = model.state_dict()
+    if any(name.startswith(prefix) for name in names) or not any(
+        prefix + name in in_memory for name in names
+    ):
+        return ""
+    empty = {name: tensor.to("meta") for name, tensor in in_memory.items()}
+    expected = set(as_saved(model, empty))
+    is_base = names.isdisjoint(expected) and any(prefix + name in expected for name in names)
+    return prefix if is_base else ""
+
+
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return what `save_pretrained` would write, by the names in memory.
 
