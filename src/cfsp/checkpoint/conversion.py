@@ -36,7 +36,7 @@ class Conversion:
     """
 
     target: str
-    sources: Mapping[str, list[str]]
+    sources: dict[str, list[str]]
     converter: Any = None
 
     @property
@@ -45,7 +45,7 @@ class Conversion:
         return tuple(name for names in self.sources.values() for name in names)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelShapes:
     """What a converter asks of a model: its config, and the shapes of parameters.
 
@@ -97,7 +97,7 @@ def find_conversions(
             if conversion.converter is None:  # the parameter itself is stored as well
                 unused[name] = target
             else:
-                conversion.sources.setdefault(pattern, []).append(name)  # type: ignore[attr-defined]
+                conversion.sources.setdefault(pattern, []).append(name)
         elif target in found:  # a second name of the same parameter
             unused[name] = target
         else:
