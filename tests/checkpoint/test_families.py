@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import cfsp
-from cfsp.checkpoint.channel_layout import ChannelLayout
+from cfsp.checkpoint.stored_layout import ChannelLayout
 from cfsp.checkpoint.families import FAMILIES, family_of, family_of_type
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main

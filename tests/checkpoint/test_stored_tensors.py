@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,29 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedModel, conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
+    WeightConverter,
+    revert_weight_conversion,
+)
 
 from any_models import model_class, tiny_config, tiny_model
-from cfsp.architecture.discovery import find_architecture
+from cfsp.checkpoint import stored_tensors
 from cfsp.architecture.found import Architecture
-from cfsp.checkpoint.conversion import saved_state
+from cfsp.checkpoint.conversion import missing_prefix, saved_state
+from cfsp.architecture.discovery import find_architecture
 from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
-from cfsp.checkpoint.tensor_file import TensorFile
+from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec
+from cfsp.errors import CheckpointError, UnsupportedModelError
 
 TYPES = (
     "llama", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text",
     "granitemoehybrid", "jamba", "phi3", "glm4_moe", "qwen3_next", "gemma3", "qwen2_5_vl",
-    "mistral3", "olmoe", "ernie4_5_vl_moe", "qwen3_vl_moe", "minimax_m3_vl", "hrm_text",
+    "mistral3", "olmoe", "aria", "inkling_mm_model", "kimi_k25", "minimax_m3_vl", "qwen3_vl_moe",
+    "sarvam_moe",
 )  # fmt: skip
 
 
@@ -32,6 +42,7 @@ class Saved:
     """A model, the file that it was saved to, and what cfsp makes of that."""
 
     def __init__(self, model_type: str, directory: Path) -> None:
+        self.directory = directory
         self.model: Any = tiny_model(model_type)
         self.model.save_pretrained(directory)
         self.file = TensorFile(directory / "model.safetensors")
@@ -68,10 +79,22 @@ def test_every_stored_tensor_is_accounted_for(saved: Saved) -> None:
 
 
 def test_memory_is_seen_as_it_would_be_stored(saved: Saved) -> None:
-    tensors = stored_from_memory(saved.model)
-    assert set(tensors) == set(saved.file.specs)
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, saved.file.read(name)), name
+    for model in (saved.model, type(saved.model).from_pretrained(saved.directory)):
+        tensors = stored_from_memory(model)
+        assert set(tensors) == set(saved.file.specs)
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, saved.file.read(name)), name
+
+
+def test_memory_is_not_copied(saved: Saved) -> None:
+    own = {tensor.untyped_storage().data_ptr() for tensor in saved.model.state_dict().values()}
+    layouts = saved.stored.layouts
+    copied = {
+        name
+        for name, tensor in stored_from_memory(saved.model).items()
+        if tensor.untyped_storage().data_ptr() not in own and name in layouts
+    }
+    assert {layouts[name].axis.fusion for name in copied} <= {"interleaved"}, copied
 
 
 def random_kept(architecture: Architecture) -> list[list[list[int]]]:
@@ -166,10 +189,172 @@ def test_matrices_are_read_and_written(saved: Saved) -> None:
                 found = saved.stored.matrix(index, role, ffn, read)
                 assert (found is None) == (matrix is None)
                 assert matrix is None or torch.equal(found, matrix)
-        tensors = saved.stored.down_tensors(index, [down for _, _, down in in_memory])
+        downs = [down for _, _, down in in_memory]
+        for down, found in zip(
+            downs, saved.stored.matrices(index, "down", unit.ffns, read), strict=True
+        ):
+            assert torch.equal(found, down)
+        tensors = saved.stored.down_tensors(index, downs)
         for name, tensor in tensors.items():
             assert torch.equal(tensor, read(name)) and tensor.is_contiguous()
-        downs = [down[:, : unit.width // 2] for _, _, down in in_memory]
-        narrow = saved.stored.down_tensors(index, downs)
-        for ffn, down in enumerate(downs):
+        narrow_downs = [down[:, : unit.width // 2] for down in downs]
+        narrow = saved.stored.down_tensors(index, narrow_downs)
+        for ffn, down in enumerate(narrow_downs):
             assert torch.equal(saved.stored.matrix(index, "down", ffn, narrow.get), down)
+
+
+def specs_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def found_in(model: PreTrainedModel, tensors: dict[str, Tensor]) -> StoredTensors:
+    return StoredTensors.of(model, find_architecture(model), specs_of(tensors))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prefix"), [("gpt2", "transformer."), ("mixtral", "model.")]
+)
+def test_a_checkpoint_of_the_base_model_lacks_a_prefix(model_type: str, prefix: str) -> None:
+    model, base = tiny_model(model_type), tiny_model(model_type).base_model
+    without, whole = stored_from_memory(base), stored_from_memory(model)
+    assert missing_prefix(model, without) == prefix
+    assert missing_prefix(model, whole) == ""
+    assert {prefix + name for name in without} == {*whole} - {"lm_head.weight"}
+    stored = found_in(model, without)
+    assert not stored.unused
+    assert set(stored.faults) <= {"lm_head.weight"}
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight":
+            assert torch.equal(stored.assemble(name, without.__getitem__), value)
+    layouts = found_in(model, whole).layouts
+    assert {prefix + name: layout for name, layout in stored.layouts.items()} == layouts
+
+
+def test_experts_that_the_hub_has_transposed() -> None:
+    model = tiny_model("qwen3_vl_moe")
+    modern = stored_from_memory(model)
+    old = {
+        name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor
+        for name, tensor in modern.items()
+    }
+    stored = found_in(model, old)
+    assert all(layout.transposed for layout in stored.layouts.values() if layout.ffn is None)
+    for name, value in model.state_dict().items():
+        assert torch.equal(stored.assemble(name, old.__getitem__), value)
+    for role in ("gate", "up", "down"):
+        expected = found_in(model, modern).matrix(1, role, 2, modern.get)
+        assert torch.equal(stored.matrix(1, role, 2, old.get), expected)
+
+
+def with_converters(monkeypatch: pytest.MonkeyPatch, *converters: WeightConverter) -> None:
+    monkeypatch.setattr(
+        conversion_mapping, "get_model_conversion_mapping", lambda model: list(converters)
+    )
+
+
+@pytest.mark.parametrize("fusion", ["halves", "interleaved"])
+@pytest.mark.parametrize("up_first", [False, True])
+def test_one_stored_tensor_becomes_gate_and_up(
+    monkeypatch: pytest.MonkeyPatch, fusion: str, up_first: bool
+) -> None:
+    model = tiny_model("llama")
+    tensors = stored_from_memory(model)
+    for block in range(3):
+        mlp = f"model.layers.{block}.mlp"
+        parts = [tensors.pop(f"{mlp}.{part}_proj.weight") for part in ("gate", "up")]
+        parts = parts[::-1] if up_first else parts
+        fused = torch.cat(parts) if fusion == "halves" else torch.stack(parts, 1).flatten(0, 1)
+        tensors[f"{mlp}.fused.weight"] = fused
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    operations = [Chunk(dim=0)] if fusion == "halves" else [Interleave(dim=0), Chunk(dim=0)]
+    with_converters(
+        monkeypatch,
+        WeightConverter("mlp.fused.weight", targets[::-1] if up_first else targets, operations),
+    )
+    stored = found_in(model, tensors)
+    layout = stored.layout_of("model.layers.1.mlp.fused.weight")
+    assert layout is not None
+    assert (layout.role, layout.axis.fusion, layout.up_first) == ("both", fusion, up_first)
+    for name, value in model.state_dict().items():
+        assert torch.equal(stored.assemble(name, tensors.__getitem__), value)
+    kept = [5, 8, 90]
+    cut = {"fused": layout.select(tensors["model.layers.1.mlp.fused.weight"], [kept])}
+    for role in ("gate", "up"):
+        whole = getattr(model.model.layers[1].mlp, f"{role}_proj").weight
+        assert torch.equal(stored.matrix(1, role, 0, tensors.get), whole)
+        assert torch.equal(layout.matrix(cut["fused"], role, 0), whole[kept])
+
+
+def test_what_cannot_be_cut_along_one_axis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    tensors = stored_from_memory(model)
+    for block in range(3):
+        whole = tensors.pop(f"model.layers.{block}.mlp.up_proj.weight")
+        for shard, rows in enumerate(whole.chunk(2)):
+            tensors[f"model.layers.{block}.mlp.up_{shard}.weight"] = rows
+    shards = ["mlp.up_0.weight", "mlp.up_1.weight"]
+    with_converters(
+        monkeypatch, WeightConverter(shards, "mlp.up_proj.weight", [Concatenate(dim=0)])
+    )
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp\.up_0\.weight"):
+        found_in(model, tensors)
+
+
+def test_a_conversion_is_traced_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(conversion: Any, *args: Any) -> Any:
+        calls.append(conversion.target)
+        return stored_tensors_trace(conversion, *args)
+
+    stored_tensors_trace = stored_tensors.trace
+    monkeypatch.setattr(stored_tensors, "trace", counted)
+    model = tiny_model("mixtral")
+    found_in(model, stored_from_memory(model))
+    assert [name.rpartition(".")[2] for name in calls] == ["gate_up_proj", "down_proj"]
+
+
+def test_one_stored_tensor_at_a_time_is_in_memory() -> None:
+    model = tiny_model("mixtral")
+    tensors = stored_from_memory(model)
+    stored = found_in(model, tensors)
+    alive: list[Any] = []
+
+    def read(name: str) -> Tensor:
+        assert sum(reference() is not None for reference in alive) <= 1
+        tensor = tensors[name].clone()
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    stored.assemble("model.layers.0.mlp.experts.gate_up_proj", read)
+    assert len(alive) == 8
+
+
+def test_stale_and_unknown_tensors_are_unused() -> None:
+    model = tiny_model("llama")
+    unknown = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.bias": torch.ones(4),
+        "model.layers.3.eh_proj.weight": torch.ones(4),
+    }
+    stored = found_in(model, stored_from_memory(model) | unknown)
+    assert set(stored.unused) == set(unknown)
+    assert set(stored.stale) == set(list(unknown)[:2])
+
+
+def test_damaged_checkpoints_are_refused() -> None:
+    model = tiny_model("mixtral")
+    tensors = stored_from_memory(model)
+    expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    missing = {name: tensor for name, tensor in tensors.items() if name != expert}
+    with pytest.raises(CheckpointError, match=f"lacks the tensor {expert}"):
+        found_in(model, missing)
+    with pytest.raises(CheckpointError, match=rf"{expert} of shape \[7, 32\].* asks for \["):
+        found_in(model, tensors | {expert: tensors[expert][:7]})
+    norm = "model.layers.1.input_layernorm.weight"
+    without_norm = {name: tensor for name, tensor in tensors.items() if name != norm}
+    stored = found_in(model, without_norm)
+    assert set(stored.faults) == {norm}
+    assert stored.sources(norm) == ()
+    with pytest.raises(CheckpointError, match=f"here lacks the tensor {norm}"):
+        stored.check_complete("here")

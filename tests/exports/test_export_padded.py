@@ -67,7 +67,7 @@ def test_weights_in_the_padding_are_noticed_and_nothing_is_kept(
         shape[layout.axis] = width - tensor.shape[layout.axis]
         return torch.cat([tensor, tensor.new_ones(shape)], dim=layout.axis)
 
-    monkeypatch.setattr("cfsp.checkpoint.channel_layout.ChannelLayout.pad", ones)
+    monkeypatch.setattr("cfsp.checkpoint.stored_layout.ChannelLayout.pad", ones)
     with pytest.raises(ExportError, match="weights in the padding; nothing was kept"):
         export_checkpoint(source, "padded", tmp_path / "padded")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}

@@ -36,7 +36,7 @@ class Conversion:
     """
 
     target: str
-    sources: Mapping[str, list[str]]
+    sources: dict[str, list[str]]
     converter: Any = None
 
     @property
@@ -45,7 +45,7 @@ class Conversion:
         return tuple(name for names in self.sources.values() for name in names)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelShapes:
     """What a converter asks of a model: its config, and the shapes of parameters.
 
@@ -97,7 +97,7 @@ def find_conversions(
             if conversion.converter is None:  # the parameter itself is stored as well
                 unused[name] = target
             else:
-                conversion.sources.setdefault(pattern, []).append(name)  # type: ignore[attr-defined]
+                conversion.sources.setdefault(pattern, []).append(name)
         elif target in found:  # a second name of the same parameter
             unused[name] = target
         else:
@@ -196,6 +196,25 @@ def as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, T
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(state)))
+
+
+def missing_prefix(model: PreTrainedModel, stored: Iterable[str]) -> str:
+    """Return what the names lack in a checkpoint that was saved from the base model alone.
+
+    Such are those of GPT-2 on the hub; transformers loads them as well. With the prefix they are
+    the names under which the whole model is saved.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = set(stored)
+    in_memory = model.state_dict()
+    if any(name.startswith(prefix) for name in names) or not any(
+        prefix + name in in_memory for name in names
+    ):
+        return ""
+    empty = {name: tensor.to("meta") for name, tensor in in_memory.items()}
+    expected = set(as_saved(model, empty))
+    is_base = names.isdisjoint(expected) and any(prefix + name in expected for name in names)
+    return prefix if is_base else ""
 
 
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -113,19 +113,23 @@ def trace(
         name: torch.empty([small.get(length, length) for length in tensor.shape], device="meta")
         for name, tensor in shapes.tensors.items()
     }
-    made = convert(conversion, stand_ins, ModelShapes(shapes.config, small_shapes))
+    try:
+        made = convert(conversion, stand_ins, ModelShapes(shapes.config, small_shapes))
+    except Exception as error:  # whatever a converter says to shapes that it did not expect
+        raise _unsupported(conversion.stored[0], "is converted in no small copy") from error
     # Of every entry: its unit, part (gate, up or down), channel, expert and place along hidden.
-    labels_5N = torch.full((5, count_N), _NONE)
+    labels_5N = torch.full((5, count_N), _NONE, dtype=torch.int32)
     for name, parameter in parameters.items():
         numbers_N = made[name].flatten()
-        if made[name].shape != small_shapes[name].shape or len(set(numbers_N.tolist())) < len(
-            numbers_N
-        ):
+        if made[name].shape != small_shapes[name].shape or numbers_N.bincount().max() > 1:
             raise _unsupported(conversion.stored[0], f"does not become {name} entry by entry")
         labels_5N[:, numbers_N] = _labels(made[name].shape, parameter).flatten(1)
     layouts: list[ChannelLayout | None] = []
+    start = 0
     for name, stand_in in stand_ins.items():
-        labels = labels_5N[:, stand_in.flatten()].view(5, *stand_in.shape)
+        end = start + stand_in.numel()
+        labels = labels_5N[:, start:end].view(5, *stand_in.shape)
+        start = end
         layouts.append(
             None if (labels == _NONE).all() else _layout(name, labels, parameters, small)
         )
@@ -164,20 +168,24 @@ def _labels(shape: Sequence[int], parameter: ChannelParameter) -> Tensor:
     axis = parameter.axis
     parts = (_GATE, _UP) if axis.fusion else (_ROLES.index(parameter.role),)
     channels, parts_of_channels = _line(axis.fusion, axis.width(shape), parts)
-    expert = place = torch.zeros(tuple(shape), dtype=torch.long)
+    expert = place = torch.zeros(tuple(shape), dtype=torch.int32)
     for other, length in enumerate(shape):
         if other == 0 and parameter.unit.routed:
-            expert = along(0, torch.arange(length))
+            expert = along(0, _count(length))
         elif other != axis.axis:
-            place = place * length + along(other, torch.arange(length))
+            place = place * length + along(other, _count(length))
     unit = torch.full_like(place, parameter.index)
     of_channels = along(axis.axis, parts_of_channels), along(axis.axis, channels)
     return torch.stack([unit, *of_channels, expert, place])
 
 
+def _count(length: int) -> Tensor:
+    return torch.arange(length, dtype=torch.int32)
+
+
 def _line(fusion: Fusion | None, width: int, parts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the channels along an axis, and the part that each is of."""
-    channels, each = torch.arange(width), torch.tensor(parts)
+    channels, each = _count(width), torch.tensor(parts, dtype=torch.int32)
     if fusion == "interleaved":
         return channels.repeat_interleave(len(parts)), each.repeat(width)
     return channels.repeat(len(parts)), each.repeat_interleave(width)
@@ -196,14 +204,14 @@ def _layout(
         raise _unsupported(name, "holds more than the channels of one FFN unit")
     parameter = next(p for p in parameters.values() if p.index == index)
     holds_all = channels.ndim == parameter.matrix_axes + 1
-    if not holds_all and channels.ndim != parameter.matrix_axes:
-        raise _unsupported(name, f"has {channels.ndim} axes")
+    if channels.ndim != parameter.matrix_axes + holds_all or (
+        holds_all and len(channels) != small.get(parameter.unit.ffns)
+    ):
+        raise _unsupported(name, f"has the lengths {list(channels.shape)} in a small copy")
     ffn = None if holds_all else int(experts.flatten()[0])
-    expert_of = _along(experts, 0)
-    expected = (
-        torch.arange(parameter.unit.ffns) if ffn is None else torch.full((len(experts),), ffn)
-    )
-    if expert_of is None or not torch.equal(expert_of, expected):
+    along_experts = _along(experts, 0)
+    in_order = along_experts is not None and torch.equal(along_experts, _count(len(experts)))
+    if not (in_order if ffn is None else experts.eq(ffn).all()):
         raise _unsupported(name, "mixes experts")
     code = channels * len(_ROLES) + parts
     for axis in range(holds_all, code.ndim):
@@ -218,7 +226,7 @@ def _layout(
     for other in range(holds_all, code.ndim):
         if other != axis:
             hidden = _along(places, other)
-            if hidden is None or hidden.ne(torch.arange(len(hidden))).any():
+            if hidden is None or not torch.equal(hidden, _count(len(hidden))):
                 raise _unsupported(name, "has the hidden size in another order than in memory")
     last = axis == code.ndim - 1
     return ChannelLayout(

@@ -180,19 +180,43 @@ class StoredTensors:
     ) -> Tensor | None:
         """Return a matrix of one FFN as outputs x inputs; None for the gate of one without.
 
-        Where a stored tensor holds all experts, each call reads it whole.
-
         Args:
             unit: index of the FFN unit.
             role: gate, up or down.
             ffn: index of the FFN in the unit: of an expert, 0 of a dense one.
+            read: gives a stored tensor by name; what holds all experts is read whole.
+        """
+        name = self._holder(unit, role, ffn)
+        return None if name is None else self.layouts[name].matrix(read(name), role, ffn)
+
+    def matrices(
+        self, unit: int, role: Role, ffns: int, read: Callable[[str], Tensor]
+    ) -> Iterator[Tensor | None]:
+        """Yield a matrix of every FFN of a unit, as `matrix` gives it; nothing is read twice.
+
+        Args:
+            unit: index of the FFN unit.
+            role: gate, up or down.
+            ffns: how many FFNs the unit has.
             read: gives a stored tensor by name.
         """
+        held, tensor = None, torch.empty(0)
+        for ffn in range(ffns):
+            name = self._holder(unit, role, ffn)
+            if name is None:
+                yield None
+                continue
+            if name != held:
+                held, tensor = name, read(name)
+            yield self.layouts[name].matrix(tensor, role, ffn)
+
+    def _holder(self, unit: int, role: Role, ffn: int) -> str | None:
+        """Return the stored tensor that has a matrix of an FFN."""
         for stored_role in (role, "both") if role != "down" else (role,):
             for holder in (ffn, None):
                 name = self._weights.get((unit, stored_role, holder))
                 if name is not None:
-                    return self.layouts[name].matrix(read(name), role, ffn)
+                    return name
         assert role == "gate", (unit, role, ffn)
         return None
 
