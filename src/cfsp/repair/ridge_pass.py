@@ -161,6 +161,7 @@ def _visit(
     )
     observed = observed_block(block, distances, [each.channels for each in observations])
     indices = units_of_block(source, block.index)
+    has_several = len({unit.block for unit in source.units}) < len(source.units)
     kept: list[tuple[int, ...]] = []
     repairs: list[BlockRepair] = []
     tensors: dict[str, Tensor] = {}
@@ -169,7 +170,7 @@ def _visit(
         # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
         observation = observations.pop(0)
         solutions, repair = _repair_unit(source, index, kept[-1], observation)
-        if len(indices) > 1:
+        if has_several:
             repair = replace(repair, block=block.index, path=source.units[index].path)
         repairs.append(repair)
         if repair.kept:
