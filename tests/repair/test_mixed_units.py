@@ -18,6 +18,7 @@ from torch import Tensor
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.channel_layout import ChannelLayout
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cli.plan import print_plan
@@ -32,7 +33,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.result.repair_steps import steps_in_words
-from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings
+from cfsp.settings import Budget, CalibrationText, Criterion, LocalTraining, PruneSettings
 from cfsp.text.windows import Windows, draw_windows
 from cfsp.whole_model.sensitivity import with_sensitivity
 from tiny_models import build_tiny_model
@@ -269,3 +270,43 @@ def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source: Any) -> Non
             check_can_be_repaired(source, settings(repair="local"))
     source.units = units[1:]
     check_can_be_repaired(source, settings(repair="local"))
+
+
+class GapFamily(MixedFamily):
+    """What the family of a dense model says, but one block has no FFN that counts."""
+
+    def __init__(self, family: Any, blocks: Sequence[int]) -> None:
+        super().__init__(family)
+        self._blocks = blocks
+
+    def layout_of(self, name: str) -> ChannelLayout | None:
+        layout = self._family.layout_of(name)
+        if layout is None or layout.unit not in self._blocks:
+            return None
+        return replace(layout, unit=self._blocks.index(layout.unit))
+
+
+# In groups of one the first trains alone, the others together.
+@pytest.mark.parametrize("gap", [0, 1, 2])
+def test_a_block_without_an_ffn_passes_every_repair(
+    windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int
+) -> None:
+    source: Any = LoadedModel(build_tiny_model("llama"))
+    blocks = [block for block in range(3) if block != gap]
+    dense = source.units[gap].width
+    source.units = tuple(source.units[block] for block in blocks)
+    source.family = GapFamily(source.family, blocks)
+    monkeypatch.setattr(
+        "cfsp.cut.surgery.config_with_widths",
+        lambda config, widths: config_with_widths(config, [*widths[:gap], dense, *widths[gap:]]),
+    )
+    local = LocalTraining(blocks=1, steps=2)
+    result = pruned(source, windows, tmp_path, repair="local", local=local)
+    assert [unit.block for unit in result.plan.units] == blocks
+    ridge, sequential, trained = result.steps
+    for step in (ridge, sequential):
+        assert [block for block, repair in enumerate(step.blocks) if repair is not None] == blocks
+    assert (trained.blocks[0] is None) == (gap == 0)
+    assert trained.blocks[1] is None
+    assert trained.blocks[2] is not None
+    assert not any(name.startswith(f"model.layers.{gap}.") for name in result.tensors)
