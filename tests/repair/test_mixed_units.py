@@ -32,6 +32,7 @@ from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
+from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.repair_steps import steps_in_words
 from cfsp.settings import Budget, CalibrationText, Criterion, LocalTraining, PruneSettings
 from cfsp.text.windows import Windows, draw_windows
@@ -270,6 +271,22 @@ def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source: Any) -> Non
             check_can_be_repaired(source, settings(repair="local"))
     source.units = units[1:]
     check_can_be_repaired(source, settings(repair="local"))
+
+
+def test_gram_matrices_of_all_ffns_of_a_block_are_counted(
+    source: Any,
+    windows: Windows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = 4 * (4 * 96**2 + 40**2)
+    assert [gram_bytes(source, block) for block in range(3)] == [expected, 0, 4 * 40**2]
+    for available, said in ((expected, False), (expected - 1, True)):
+        monkeypatch.setattr("cfsp.repair.ridge_pass.available_bytes", lambda a=available: a)
+        caplog.clear()
+        pruned(source, windows, tmp_path / str(available), repair="ridge")
+        assert ("the Gram matrices of block 0 take" in caplog.text) == said
 
 
 class GapFamily(MixedFamily):
