@@ -109,7 +109,7 @@ class Subject:
         Args:
             kept: block -> channels that stay; a block that is not named keeps all.
         """
-        with masked_channels(self.model, kept):
+        with masked_channels(self.source, self.model, kept):
             return self.quality(self.model)
 
     def quality_repaired(self, text: CalibrationText, plan: PruningPlan) -> dict[str, float]:

@@ -130,10 +130,10 @@ class Budget:
 
     Attributes:
         sparsity: fraction to remove, in [0, 1).
-        of: `ffn`, the fraction of all FFN channels (the paper's sparsity), or `model`, the
-            fraction of all parameters.
+        of: `ffn`, the fraction of all FFN channels (the paper's sparsity), counted by their
+            parameters where some own more than others, or `model`, the fraction of all parameters.
         multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
-            wide, 128 from 4096 on, 64 from 1024 on, else 32.
+            wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
 
     Raises:
         UsageError: a value is out of its range.
@@ -170,7 +170,7 @@ class Budget:
             raise UsageError(f"multiple must be at least 1, found {self.multiple}")
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
-        """Return the multiple that the widths of a model are rounded to."""
+        """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
         if self.multiple is not None:
             return self.multiple
         widest = max(width_L)

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.planning.plan_file import PruningPlan
@@ -313,6 +315,32 @@ def test_inspect(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> N
     out, _ = cli("inspect", tmp_path / "out")
     assert "llama, 3 blocks" in out
     assert str(model) in out
+
+
+def test_inspect_shows_blocks_with_several_ffns_and_with_none(
+    cli: Cli, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint(tiny_checkpoint("mixtral"))
+    experts = replace(source.units[0], path="mlp.experts")
+    shared = replace(experts, path="mlp.shared_expert", width=40, ffns=1)
+    source.units = (
+        replace(shared, path="mlp", block=0),
+        replace(experts, block=2),
+        replace(shared, block=2),
+    )
+    monkeypatch.setattr("cfsp.checkpoint.locating.open_checkpoint", lambda *_: source)
+    facts = cli.json("inspect", "any")
+    assert facts["units"][1] == {"block": 2, "path": "mlp.experts", "width": 96, "ffns": 4}
+    assert facts["intermediate_sizes"] == [40, 96, 40]
+    out, _ = cli("inspect", "any")
+    lines = [line.strip() for line in out.splitlines()]
+    for line in (
+        "intermediate size  mlp in block 0: 40",
+        "mlp.experts (4 experts) in block 2: 96",
+        "mlp.shared_expert in block 2: 40",
+        "no FFN in block 1",
+    ):
+        assert line in lines
 
 
 # Bad input: exit 2, one sentence, nothing left behind.

@@ -14,7 +14,7 @@ from builders import statistics_with_distances
 from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.statistics import Sensitivity
 from cfsp.errors import StatisticsError, UsageError
-from cfsp.planning.coarse import block_distances, block_importance, importance_by
+from cfsp.planning.coarse import block_distances, block_importance, importance_by, of_units
 from cfsp.settings import BLOCK_METRICS, DISTANCES, SENSITIVITY_METRICS
 
 
@@ -158,3 +158,21 @@ def test_sensitivity_that_was_not_measured_is_missed(metric: str) -> None:
 def test_unknown_metric_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'nearest'.*angular.*uniform"):
         block_distances(statistics_with_distances({"angular": [0.2]}), "nearest")
+
+
+def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count() -> None:
+    """The last block moves hidden states most, and has nothing that could be pruned."""
+    whole = statistics_with_distances({"angular": [0.1, 0.3, 0.9], "mse": [1.0, 2.0, 7.0]})
+    first, second, _ = whole.units
+    statistics = replace(
+        whole,
+        units=(first, second, second),
+        sensitivity=Sensitivity((0.04, 0.16, 0.0), 0.5, 4),
+    )
+    assert statistics.blocks_with_units == [0, 1]
+    assert block_distances(statistics, "angular") == [0.1, 0.3]
+    assert block_distances(statistics, "mse") == pytest.approx([0.2 * 2 / 3, 0.2 * 4 / 3])
+    importance_U = of_units(statistics, importance_by(statistics, "angular"))
+    assert importance_U[1] == importance_U[2]
+    assert importance_U[:2] == block_importance([0.1, 0.3])
+    assert of_units(statistics, importance_by(statistics, "sensitivity")) == [0.5, 1.0, 1.0]

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.errors import UsageError
-from cfsp.recovery.ranks import allocate_ranks
+from builders import CALIBRATION, CRITERION
+from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.errors import PlanError, UsageError
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.recovery.ranks import allocate_ranks, ranks_of
+from cfsp.recovery.settings import Adaptation
 
 importances = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=60)
 
@@ -41,3 +47,16 @@ def test_a_fractional_mean_is_rounded_in_total():
 def test_a_missing_importance_is_an_error():
     with pytest.raises(UsageError, match="--rank-allocation uniform"):
         allocate_ranks([0.5, 0.0], 4, "importance")
+
+
+def test_blocks_without_an_ffn_get_the_mean_importance(tmp_path):
+    units = [UnitPlan(block, 8, (0, 1), 0.1, importance, path="mlp")
+             for block, importance in ((0, 0.2), (2, 0.6), (2, 0.6))]  # fmt: skip
+    plan = PruningPlan(ModelIdentity("m", "llama", "f"), CRITERION, CALIBRATION, tuple(units))
+    plan.save(tmp_path / PLAN_FILE)
+    config = SimpleNamespace(num_hidden_layers=3)
+    source = SimpleNamespace(directory=tmp_path, config=config, units=units, label="m")
+    assert ranks_of(source, Adaptation(rank=10, allocation="importance")) == [5, 10, 15]
+    source.units = units[:2]
+    with pytest.raises(PlanError, match=r"describes 3 FFNs, the model has 2 in 3 blocks"):
+        ranks_of(source, Adaptation(rank=10, allocation="importance"))

@@ -166,11 +166,12 @@ def test_parts_of_a_calibration_add_up(
     text = CalibrationText((str(text_file),), 4, 32)
     whole = calibrate_source(subject.source, subject.tokenizer, text, Compute())
     sums = stability.added(stability.one_by_one(subject, text))
-    for block, expected in zip(sums.blocks, whole.blocks, strict=True):
+    for unit, expected in zip(sums.units, whole.units, strict=True):
         # Batches of another size round differently.
         torch.testing.assert_close(
-            block.sum_of_squares_F, expected.sum_of_squares_F, rtol=1e-5, atol=1e-5
+            unit.sum_of_squares_F, expected.sum_of_squares_F, rtol=1e-5, atol=1e-5
         )
+    for block, expected in zip(sums.blocks, whole.blocks, strict=True):
         assert block.distances == pytest.approx(expected.distances)
     assert stability.sizes(9) == [1, 2, 4]
     assert list(stability.judged(32, 4)) == [1, 4, 16, 32]

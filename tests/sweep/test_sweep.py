@@ -71,7 +71,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(
         compared = read_manifest(directory)["perplexity"][str(text_file)]
         assert set(compared) == {"before", "after", *measured}
     kept = [
-        PruningPlan.load(out / f"{name}-0.5" / "cfsp_plan.json").blocks[0].kept
+        PruningPlan.load(out / f"{name}-0.5" / "cfsp_plan.json").units[0].kept
         for name in ("cfsp", "random")
     ]
     assert kept[0] != kept[1]

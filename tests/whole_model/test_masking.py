@@ -54,7 +54,9 @@ def test_the_masked_loss_is_that_of_the_pruned_model(name: str) -> None:
     dense = math.log(perplexity(model, windows).value)
     pruned = build_pruned_model(model, LoadedModel(model), plan, {})
     expected = math.log(perplexity(pruned, windows).value)
-    assert masked_loss(model, plan, windows) == pytest.approx(expected, abs=1e-5)
+    assert masked_loss(LoadedModel(model), model, plan, windows) == pytest.approx(
+        expected, abs=1e-5
+    )
     assert expected != pytest.approx(dense, abs=1e-4)
     assert math.log(perplexity(model, windows).value) == dense
 
@@ -63,11 +65,11 @@ def test_blocks_that_are_not_named_stay_dense() -> None:
     model, tokens_BT = build_tiny_model("llama"), windows_of().tokens_NT
     with torch.inference_mode():
         dense_BTV = model(tokens_BT).logits
-        with masked_channels(model, {}):
+        with masked_channels(LoadedModel(model), model, {}):
             assert torch.equal(model(tokens_BT).logits, dense_BTV)
-        with masked_channels(model, {1: tuple(range(96))}):
+        with masked_channels(LoadedModel(model), model, {1: tuple(range(96))}):
             assert torch.equal(model(tokens_BT).logits, dense_BTV)
-        with masked_channels(model, {1: (3, 4)}):
+        with masked_channels(LoadedModel(model), model, {1: (3, 4)}):
             one_BTV = model(tokens_BT).logits
     weight_DF = model.model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
@@ -80,6 +82,9 @@ def test_an_error_leaves_the_model_dense() -> None:
     model, tokens_BT = build_tiny_model("llama"), windows_of().tokens_NT
     with torch.inference_mode():
         dense_BTV = model(tokens_BT).logits
-        with pytest.raises(KeyboardInterrupt), masked_channels(model, {0: (1,)}):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            masked_channels(LoadedModel(model), model, {0: (1,)}),
+        ):
             raise KeyboardInterrupt
         assert torch.equal(model(tokens_BT).logits, dense_BTV)

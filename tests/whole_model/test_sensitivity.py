@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cfsp.checkpoint.families import architecture_of
+from cfsp.checkpoint.families import family_of
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.whole_model.divergence import POSITION_STRIDE, dense_predictions
@@ -34,7 +35,7 @@ def numpy_divergence(dense_BTV: torch.Tensor, changed_BTV: torch.Tensor) -> floa
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_a_resumed_forward_is_the_whole_one(name: str) -> None:
     model, tokens_BT = build_tiny_model(name), random_tokens(2)
-    blocks = blocks_of(model, architecture_of(model.config))
+    blocks = blocks_of(model, family_of(model.config))
     originals = list(blocks)
     with torch.inference_mode():
         with hidden_states_entering(blocks) as entering_L:
@@ -54,7 +55,7 @@ def test_divergence_is_that_of_numpy() -> None:
         dense_BTV = model(tokens_BT).logits
         dense = dense_predictions(model, tokens_BT)
         assert dense.divergence(model) == pytest.approx(0, abs=1e-6)
-        with masked_channels(model, {0: (1, 2, 3)}):
+        with masked_channels(LoadedModel(model), model, {0: (1, 2, 3)}):
             changed_BTV = model(tokens_BT).logits
             found = dense.divergence(model)
     assert found == pytest.approx(numpy_divergence(dense_BTV, changed_BTV), rel=1e-4)
@@ -65,11 +66,13 @@ def test_divergence_is_that_of_numpy() -> None:
 def test_sensitivity_masks_one_block_at_a_time(name: str) -> None:
     model, tokens_NT = build_tiny_model(name), random_tokens(3)
     seen: list[Any] = []
-    found_L = block_sensitivities(model, tokens_NT, KEPT, lambda: seen.append(None))
+    found_L = block_sensitivities(
+        LoadedModel(model), model, tokens_NT, KEPT, lambda: seen.append(None)
+    )
     with torch.inference_mode():
         dense_BTV = model(tokens_NT).logits
         for block, kept_K in enumerate(KEPT):
-            with masked_channels(model, {block: kept_K}):
+            with masked_channels(LoadedModel(model), model, {block: kept_K}):
                 expected = numpy_divergence(dense_BTV, model(tokens_NT).logits)
             assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
         assert torch.equal(model(tokens_NT).logits, dense_BTV)
@@ -81,6 +84,6 @@ def test_sensitivity_masks_one_block_at_a_time(name: str) -> None:
 def test_sensitivity_of_experts_is_measured() -> None:
     model, tokens_NT = build_tiny_model("mixtral"), random_tokens(1)
     every, half = tuple(range(4 * WIDTH)), tuple(range(0, 4 * WIDTH, 2))
-    found_L = block_sensitivities(model, tokens_NT, [every, half, every])
+    found_L = block_sensitivities(LoadedModel(model), model, tokens_NT, [every, half, every])
     assert found_L[0] == found_L[2] == pytest.approx(0, abs=1e-6)
     assert found_L[1] > 1e-3

@@ -249,7 +249,9 @@ def describe_step(step: dict[str, Any]) -> str:
     )
     rejected = sum(not block["kept"] for block in blocks)
     text = f"{_REPAIRS_IN_WORDS[step['name']]} on held-out windows {before:.3f} -> {after:.3f}"
-    return text + (f"; rejected in {rejected} of {len(blocks)} blocks" if rejected else "")
+    # Where blocks have several FFNs each has an entry, which names its block.
+    noun = "FFNs" if any("block" in block for block in blocks) else "blocks"
+    return text + (f"; rejected in {rejected} of {len(blocks)} {noun}" if rejected else "")
 
 
 def print_report(report: PruneReport) -> None:

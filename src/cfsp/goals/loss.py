@@ -107,7 +107,7 @@ def resolve_loss(
         budget = budget_at(step, settings.budget.multiple)
         plan = make_plan(source, statistics, budget, settings.criterion)
         label = f"{budget.sparsity:.1%} pruned"
-        losses = [masked_loss(model, plan, windows, label) for windows in texts]
+        losses = [masked_loss(source, model, plan, windows, label) for windows in texts]
         increase = sum(losses) / len(losses) - dense
         parameters = size.parameters_with(plan.kept_widths)
         tried.append(Try(budget.sparsity, parameters, increase, increase <= goal.nats))

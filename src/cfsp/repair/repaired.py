@@ -59,7 +59,8 @@ class BlockRepair:
         loss_before: what held-out windows were judged by, where that is not the error.
         loss_after: the same with the new weights.
         experts: of a unit that has experts, what was done with each.
-        block: index of the block, where a block has several FFN units and this stands for one.
+        block: index of the block, in a model whose blocks have several FFN units; this then stands
+            for one.
         path: of that unit, from the block.
     """
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING
 
+import torch
+
 from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.calibrate import (
     StatisticsFiles,
@@ -33,6 +35,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
+from cfsp.engine.memory import available_bytes
 from cfsp.repair.observation import Observation
 from cfsp.repair.repaired import (
     BlockRepair,
@@ -103,6 +106,7 @@ def choose_and_repair(
         ResumeError: the workplace holds unfinished work of something else.
     """
     check_tokens(source.config, windows.tokens_NT, source.label)
+    _warn_of_memory(source, engine)
     record = calibration_record(source, windows, engine, seed=seed)
     chosen = pass_blocks(
         source,
@@ -161,6 +165,7 @@ def _visit(
     )
     observed = observed_block(block, distances, [each.channels for each in observations])
     indices = units_of_block(source, block.index)
+    has_several = len({unit.block for unit in source.units}) < len(source.units)
     kept: list[tuple[int, ...]] = []
     repairs: list[BlockRepair] = []
     tensors: dict[str, Tensor] = {}
@@ -169,7 +174,7 @@ def _visit(
         # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
         observation = observations.pop(0)
         solutions, repair = _repair_unit(source, index, kept[-1], observation)
-        if len(indices) > 1:
+        if has_several:
             repair = replace(repair, block=block.index, path=source.units[index].path)
         repairs.append(repair)
         if repair.kept:
@@ -228,6 +233,25 @@ def _of_unit(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, ..
         median_low(strengths) if strengths else None,
         experts=experts if len(experts) > 1 else (),
     )
+
+
+def gram_bytes(source: WeightSource, block: int) -> int:
+    """Return what the Gram matrices of one block take: one, float32, for each FFN of its units."""
+    units = [source.units[index] for index in units_of_block(source, block)]
+    return sum(unit.ffns * unit.width**2 * torch.float32.itemsize for unit in units)
+
+
+def _warn_of_memory(source: WeightSource, engine: Engine) -> None:
+    """Tell people where the Gram matrices of a block are more than there is memory."""
+    needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
+    if engine.device.type == "cpu" and needed > (available := available_bytes()):
+        log.warning(
+            "the Gram matrices of block %d take %.1f GB, %.1f GB are available: --repair none does "
+            "without them",
+            block,
+            needed / 1e9,
+            available / 1e9,
+        )
 
 
 def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.quality.perplexity import perplexity
 
@@ -24,19 +23,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cfsp.architecture.found import FFNUnit
+    from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.text.windows import Windows
 
 
 def masked_loss(
-    model: PreTrainedModel, plan: PruningPlan, windows: Windows, label: str = "eval"
+    source: WeightSource,
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    windows: Windows,
+    label: str = "eval",
 ) -> float:
     """Return the mean negative log-likelihood of a model under a plan, in nats per token.
 
     It is that of the pruned model before repair, up to rounding.
 
     Args:
-        model: the whole dense model that the plan was made for, in evaluation mode.
+        source: the dense model that the plan was made for.
+        model: the whole of it in memory, in evaluation mode.
         plan: which channels stay.
         windows: token windows without padding; the first token of each is not predicted.
         label: what the progress bar says.
@@ -44,20 +49,22 @@ def masked_loss(
     Raises:
         CalibrationError: token ids exceed the vocabulary, or the loss is NaN.
     """
-    with masked_channels(model, dict(enumerate(plan.kept_channels))):
+    with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
         return math.log(perplexity(model, windows, label).value)
 
 
 @contextmanager
-def masked_channels(model: PreTrainedModel, kept: Mapping[int, Sequence[int]]) -> Iterator[None]:
+def masked_channels(
+    source: WeightSource, model: PreTrainedModel, kept: Mapping[int, Sequence[int]]
+) -> Iterator[None]:
     """Let a model compute as if it had some of its FFN channels only.
 
     Args:
-        model: the whole dense model.
+        source: the dense model.
+        model: the whole of it in memory.
         kept: FFN unit -> channels that stay, numbered through over the unit's FFNs; a unit that is
             not named keeps all.
     """
-    source = LoadedModel(model)
     blocks = blocks_of(model, source.architecture)
     with ExitStack() as stack:
         for index, kept_K in kept.items():

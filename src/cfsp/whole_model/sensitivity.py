@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
-from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.errors import CalibrationError
@@ -50,6 +49,7 @@ SENSITIVITY_WINDOWS = 4
 
 
 def block_sensitivities(
+    source: WeightSource,
     model: PreTrainedModel,
     tokens_NT: Tensor,
     kept_U: Sequence[Sequence[int]],
@@ -61,12 +61,12 @@ def block_sensitivities(
     units of a block are pruned together; a block without any moves nothing.
 
     Args:
-        model: the whole dense model, in evaluation mode.
+        source: the dense model.
+        model: the whole of it in memory, in evaluation mode.
         tokens_NT: windows without padding; they pass one at a time.
         kept_U: channels of each FFN unit that stay when its block is pruned.
         on_block: is called after each block of each window.
     """
-    source = LoadedModel(model)
     blocks = blocks_of(model, source.architecture)
     total_L = [0.0] * len(blocks)
     with torch.inference_mode():
@@ -131,7 +131,7 @@ def measure_sensitivity(
     model = load_whole(source, engine, "measuring the sensitivity of blocks")
     total = len(windows.tokens_NT) * len(statistics.blocks_with_units)
     with item_progress("sensitivity", total, "pass") as bar:
-        found_L = block_sensitivities(model, windows.tokens_NT, kept_U, bar.update)
+        found_L = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update)
     if not all(map(math.isfinite, found_L)):
         raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
     # Equal predictions may differ by rounding, in either direction.

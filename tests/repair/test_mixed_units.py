@@ -1,0 +1,329 @@
+"""A model with an FFN of experts and a shared one in a block, none in the next, a dense one last.
+
+Its modules are those of a mixture of experts; which of them count as FFN units is made up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.stored_layout import ChannelLayout
+from cfsp.checkpoint.config_widths import config_with_widths
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.tensor_file import TensorFile
+from cfsp.cli.plan import print_plan
+from cfsp.cut.surgery import pruned_specs, pruned_tensor
+from cfsp.engine.block_stream import StreamedBlock
+from cfsp.engine.compute import Engine
+from cfsp.engine.stopwatch import Stopwatch
+from cfsp.engine.workplace import Workplace
+from cfsp.errors import PlanError, UnsupportedModelError
+from cfsp.planning.make import model_size
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
+from cfsp.repair.repaired import Repaired
+from cfsp.repair.ridge_pass import gram_bytes
+from cfsp.result.repair_steps import steps_in_words
+from cfsp.settings import Budget, CalibrationText, Criterion, LocalTraining, PruneSettings
+from cfsp.text.windows import Windows, draw_windows
+from cfsp.whole_model.sensitivity import with_sensitivity
+from tiny_models import build_tiny_model
+
+ENGINE = Engine(torch.device("cpu"), torch.float32, 4)
+SEQLEN = 32
+SHARED = "mlp.shared_expert"
+EXPERTS = "mlp.experts"
+# The block and the module of every unit.
+PLACES = [(0, EXPERTS), (0, SHARED), (2, SHARED)]
+
+
+class MixedFamily:
+    """What the family of the model says, but of which tensors belong to which unit."""
+
+    def __init__(self, family: Any) -> None:
+        self._family = family
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def layout_of(self, name: str) -> ChannelLayout | None:
+        layout = self._family.layout_of(name)
+        block = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+        if layout is not None and (block, EXPERTS) in PLACES:
+            return replace(layout, unit=PLACES.index((block, EXPERTS)))
+        if f".{SHARED}." in name and (block, SHARED) in PLACES:
+            axis = 1 if "down_proj" in name else 0
+            return ChannelLayout(PLACES.index((block, SHARED)), axis)
+        return None
+
+
+def mixed_source() -> Any:
+    source: Any = LoadedModel(build_tiny_model("qwen2_moe"))
+    experts = source.units[0]
+    shared = replace(
+        experts,
+        path=SHARED,
+        width=source.config.shared_expert_intermediate_size,
+        ffns=1,
+        routed=False,
+        down=f"{SHARED}.down_proj.weight",
+        axes={f"{SHARED}.down_proj.weight": replace(experts.axes[experts.down], axis=1)},
+    )
+    source.units = tuple(
+        replace(shared if path == SHARED else experts, block=block) for block, path in PLACES
+    )
+    source.family = MixedFamily(source.family)
+    return source
+
+
+def matrix(source: Any, unit: int, role: str, ffn: int = 0) -> Tensor:
+    block, path = PLACES[unit]
+    where = f"{path}.{ffn}" if path == EXPERTS else path
+    tensor: Tensor = source.read(f"model.layers.{block}.{where}.{role}_proj.weight")
+    return tensor
+
+
+def down_tensors(source: Any, unit: int, down_EDK: Sequence[Tensor]) -> dict[str, Tensor]:
+    block, path = PLACES[unit]
+    places = [f"{path}.{ffn}" if path == EXPERTS else path for ffn in range(len(down_EDK))]
+    return {
+        f"model.layers.{block}.{place}.down_proj.weight": down_DK.contiguous()
+        for place, down_DK in zip(places, down_EDK, strict=True)
+    }
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The model, and an engine that shows the activations of its units."""
+    for module in ("planning.fine", "repair.ridge_pass"):
+        monkeypatch.setattr(f"cfsp.{module}.down_matrix", lambda s, u, f=0: matrix(s, u, "down", f))
+    monkeypatch.setattr("cfsp.planning.fine.ffn_matrix", matrix)
+    monkeypatch.setattr("cfsp.repair.ridge_pass.tensors_with_down", down_tensors)
+    advance = StreamedBlock.advance
+
+    def advance_mixed(
+        self: StreamedBlock, on_activations: Any, on_hidden: Any = lambda before, after: None
+    ) -> None:
+        paths = [unit.path for unit in self.units]
+        seen = 0
+
+        def before_down(module: Any, args: tuple[Tensor, ...]) -> None:
+            nonlocal seen
+            act_RF = args[0].flatten(0, -2)
+            window_R = (seen + torch.arange(len(act_RF))) // SEQLEN
+            seen += len(act_RF)
+            on_activations(paths.index(SHARED), 0, act_RF, window_R)
+
+        handles = []
+        if SHARED in paths:
+            down = self.module.get_submodule(f"{SHARED}.down_proj")
+            handles.append(down.register_forward_pre_hook(before_down))
+        advance(self, on_activations if EXPERTS in paths else None, on_hidden)
+        for handle in handles:
+            handle.remove()
+
+    monkeypatch.setattr(StreamedBlock, "advance", advance_mixed)
+    yield mixed_source()
+
+
+@pytest.fixture(scope="module")
+def windows(text_file: Path, tokenizer: Any) -> Windows:
+    return draw_windows([str(text_file)], tokenizer, samples=12, seqlen=SEQLEN)
+
+
+def settings(**changes: Any) -> PruneSettings:
+    budget = Budget(0.4, multiple=8)
+    return PruneSettings(budget, text=CalibrationText(samples=12, seqlen=SEQLEN), **changes)
+
+
+def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> Repaired:
+    return plan_and_repair(
+        source,
+        lambda: windows,
+        settings(**changes),
+        ENGINE,
+        place=Workplace(directory, identity={"command": "test"}),
+        watch=Stopwatch(),
+    )
+
+
+def test_statistics_are_of_units_and_distances_of_all_blocks(
+    source: Any, windows: Windows, tmp_path: Path
+) -> None:
+    statistics = calibrate(source, windows, ENGINE)
+    assert [unit.block for unit in statistics.units] == [0, 0, 2]
+    assert [unit.ffns for unit in statistics.units] == [4, 1, 1]
+    assert [unit.width for unit in statistics.units] == [unit.width for unit in source.units]
+    assert len(statistics.blocks) == len(statistics.distances("angular")) == 3
+    statistics.save(tmp_path / "statistics")
+    again = Statistics.load(tmp_path / "statistics")
+    assert torch.equal(again.units[2].sum_F, statistics.units[2].sum_F)
+    measured = with_sensitivity(source, again, windows, Criterion("sensitivity"), ENGINE)
+    assert measured.sensitivity is not None
+    divergence_L = measured.sensitivity.divergence_L
+    assert divergence_L[1] == 0 < min(divergence_L[0], divergence_L[2])
+
+
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_units_of_a_block_are_chosen_and_repaired_by_themselves(
+    source: Any, windows: Windows, tmp_path: Path, repair: Any
+) -> None:
+    result = pruned(source, windows, tmp_path, repair=repair)
+    plan = result.plan
+    assert [(unit.block, unit.path, unit.ffns) for unit in plan.units] == [
+        (0, EXPERTS, 4), (0, SHARED, 1), (2, SHARED, 1),
+    ]  # fmt: skip
+    assert [unit.cost for unit in plan.units] == [4, 1, 1]
+    assert plan.units[0].importance == plan.units[1].importance
+    plan.check_fits(source)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+    size = model_size(source)
+    removed = parameter_count(source) - size.parameters_with(plan.kept_widths)
+    ffn = size.cost_of(size.width_U) * size.parameters_per_cost
+    dearest = 8 * 4 * size.parameters_per_cost
+    assert abs(removed - 0.4 * ffn) <= dearest
+    assert plan.ffn_sparsity == pytest.approx(removed / ffn)
+    specs = pruned_specs(source, plan)
+    assert sum(spec.elements for spec in specs.values()) == parameter_count(source) - removed
+    for name, spec in specs.items():
+        assert pruned_tensor(source, plan, name).shape == spec.shape
+    block_1 = [name for name in specs if name.startswith("model.layers.1.")]
+    assert all(specs[name] == source.specs[name] for name in block_1)
+    if repair == "none":
+        return
+
+    (step,) = result.to_json()["steps"]
+    assert [(entry["block"], entry["path"]) for entry in step["blocks"]] == PLACES
+    assert all(entry["error_after"] <= entry["error_before"] for entry in step["blocks"])
+    assert len(step["blocks"][0]["experts"]) == 4
+    assert any(entry["kept"] for entry in step["blocks"])
+    for name, file in result.tensors.items():
+        assert file.specs[name] == specs[name]
+    rejected = [{**entry, "kept": False} for entry in step["blocks"][1:]]
+    said = steps_in_words([{"name": "ridge", "blocks": [step["blocks"][0], *rejected]}])
+    assert f"0 {SHARED}, 2 {SHARED})" in said
+
+
+def test_a_killed_pass_goes_on_with_several_units(
+    source: Any, windows: Windows, tmp_path: Path
+) -> None:
+    fresh = pruned(source, windows, tmp_path, repair="ridge")
+    # All blocks are done: what they gave is read.
+    again = pruned(source, windows, tmp_path, repair="ridge")
+    assert again.plan == fresh.plan
+    assert again.steps == fresh.steps
+    assert set(again.tensors) == set(fresh.tensors)
+    assert all(isinstance(file, TensorFile) for file in again.tensors.values())
+
+
+def test_tables_name_units(
+    source: Any, windows: Windows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_plan(pruned(source, windows, tmp_path, repair="none").plan)
+    printed = capsys.readouterr().out
+    for name in (f"0 {EXPERTS} (4)", f"0 {SHARED}", f"2 {SHARED}"):
+        assert f"\n{name} " in printed
+    assert "of the FFN parameters go" in printed
+
+
+def test_plans_for_other_units_are_refused(source: Any, windows: Windows, tmp_path: Path) -> None:
+    plan = pruned(source, windows, tmp_path, repair="none").plan
+
+    def changed(**fields: Any) -> PruningPlan:
+        units = (replace(plan.units[0], **fields), *plan.units[1:])
+        return replace(plan, units=units)
+
+    for wrong, said in (
+        (changed(path="mlp.others"), r"for mlp\.others of block 0"),
+        (changed(width=plan.units[0].width + 8), "widths are not those"),
+        (replace(plan, units=plan.units[1:]), "widths are not those"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            wrong.check_fits(source)
+    fields = json.loads(plan.to_json())
+    for damage in ({"block": -1}, {"block": 2}, {"path": "a|b"}, {"cost": 0}):
+        entry = {**fields["blocks"][0], **damage}
+        text = json.dumps({**fields, "blocks": [entry, *fields["blocks"][1:]]})
+        with pytest.raises(PlanError, match="damaged"):
+            PruningPlan.from_json(text)
+
+
+def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source: Any) -> None:
+    check_can_be_repaired(source, settings(repair="ridge"))
+    units = source.units
+    for wrong, said in (
+        (units, "block 0 of .* has experts"),
+        ((units[1], units[1]), "block 0 of .* has several"),
+    ):
+        source.units = wrong
+        with pytest.raises(UnsupportedModelError, match=said):
+            check_can_be_repaired(source, settings(repair="local"))
+    source.units = units[1:]
+    check_can_be_repaired(source, settings(repair="local"))
+
+
+def test_gram_matrices_of_all_ffns_of_a_block_are_counted(
+    source: Any,
+    windows: Windows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = 4 * (4 * 96**2 + 40**2)
+    assert [gram_bytes(source, block) for block in range(3)] == [expected, 0, 4 * 40**2]
+    for available, said in ((expected, False), (expected - 1, True)):
+        monkeypatch.setattr("cfsp.repair.ridge_pass.available_bytes", lambda a=available: a)
+        caplog.clear()
+        pruned(source, windows, tmp_path / str(available), repair="ridge")
+        assert ("the Gram matrices of block 0 take" in caplog.text) == said
+
+
+class GapFamily(MixedFamily):
+    """What the family of a dense model says, but one block has no FFN that counts."""
+
+    def __init__(self, family: Any, blocks: Sequence[int]) -> None:
+        super().__init__(family)
+        self._blocks = blocks
+
+    def layout_of(self, name: str) -> ChannelLayout | None:
+        layout = self._family.layout_of(name)
+        if layout is None or layout.unit not in self._blocks:
+            return None
+        return replace(layout, unit=self._blocks.index(layout.unit))
+
+
+# In groups of one the first trains alone, the others together.
+@pytest.mark.parametrize("gap", [0, 1, 2])
+def test_a_block_without_an_ffn_passes_every_repair(
+    windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int
+) -> None:
+    source: Any = LoadedModel(build_tiny_model("llama"))
+    blocks = [block for block in range(3) if block != gap]
+    dense = source.units[gap].width
+    source.units = tuple(source.units[block] for block in blocks)
+    source.family = GapFamily(source.family, blocks)
+    monkeypatch.setattr(
+        "cfsp.cut.surgery.config_with_widths",
+        lambda config, widths: config_with_widths(config, [*widths[:gap], dense, *widths[gap:]]),
+    )
+    local = LocalTraining(blocks=1, steps=2)
+    result = pruned(source, windows, tmp_path, repair="local", local=local)
+    assert [unit.block for unit in result.plan.units] == blocks
+    ridge, sequential, trained = result.steps
+    for step in (ridge, sequential):
+        assert [block for block, repair in enumerate(step.blocks) if repair is not None] == blocks
+    assert (trained.blocks[0] is None) == (gap == 0)
+    assert trained.blocks[1] is None
+    assert trained.blocks[2] is not None
+    assert not any(name.startswith(f"model.layers.{gap}.") for name in result.tensors)

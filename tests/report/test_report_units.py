@@ -1,0 +1,131 @@
+"""Charts, cards and checks of models whose blocks have several FFN units, or none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import CALIBRATION, CRITERION
+from cfsp.errors import ReportError
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.report.block_chart import block_chart
+from cfsp.report.repair_chart import repair_chart
+from cfsp.report.runs import RunFacts, read_run
+from cfsp.report.slider import slider
+from cfsp.report.summary import NOTHING
+from cfsp.result.card import model_card
+from cfsp.result.manifest import write_manifest
+from cfsp.result.origin import Origin
+
+EXPERTS, SHARED = "mlp.experts", "mlp.shared_expert"
+SEVERAL = (
+    UnitPlan(0, 12, tuple(range(6)), 0.2, 0.5, path="mlp"),
+    UnitPlan(1, 4, (0, 1, 4, 5, 8, 9), 0.3, 0.75, 3, path=EXPERTS, cost=3),
+    UnitPlan(1, 8, (0, 1, 2, 3, 4), 0.3, 0.75, path=SHARED),
+)
+# The second block has none.
+GAPS = (SEVERAL[0], replace(SEVERAL[0], block=2, distance=0.25))
+FITTED = {"blocks": 1, "error_before": 0.5, "error_after": 0.25, "kept": True, "strength": 0.1,
+          "training_steps": 0}  # fmt: skip
+REJECTED = {**FITTED, "error_after": 0.5, "kept": False, "strength": None}
+
+
+def run_of(units: tuple[UnitPlan, ...], entries: list[Any], name: str = "run") -> RunFacts:
+    plan = PruningPlan(ModelIdentity("m", "qwen2_moe", "f"), CRITERION, CALIBRATION, units)
+    manifest = {
+        "base_model": asdict(plan.model),
+        "widths_before": [unit.width for unit in units],
+        "intermediate_sizes": plan.kept_widths,
+        "parameters_before": 1000,
+        "parameters_after": 1000 - len(name),
+        "ffn_sparsity": plan.ffn_sparsity,
+        "model_sparsity": 0.25,
+        "command": "cfsp prune",
+        "criterion": CRITERION,
+        "calibration": CALIBRATION,
+        "versions": {},
+        "repair": {"steps": [{"name": "ridge", "blocks": entries}]},
+    }
+    return RunFacts(name, Path(name), manifest, 1000, plan)
+
+
+def several(name: str = "run") -> RunFacts:
+    places = [{"block": unit.block, "path": unit.path} for unit in SEVERAL]
+    kinds = (FITTED, FITTED, REJECTED)
+    return run_of(SEVERAL, [p | kind for p, kind in zip(places, kinds, strict=True)], name)
+
+
+def gaps(name: str = "run") -> RunFacts:
+    return run_of(GAPS, [FITTED, None, REJECTED], name)
+
+
+def test_a_chart_has_a_column_for_every_unit() -> None:
+    names = ["0 mlp", f"1 {EXPERTS} (3)", f"1 {SHARED}"]
+    chart = block_chart([several()])
+    assert chart is not None
+    assert [row[0] for row in chart.table.rows] == names
+    drawing = chart.draw(920)
+    for name in names:
+        assert f"Block {name}: keeps" in drawing
+    assert drawing.count('class="kept"') == 3
+    # Below the columns stand their blocks.
+    assert ">2</text>" not in drawing
+    repaired = repair_chart([several()])
+    assert repaired is not None
+    assert [row[0] for row in repaired.table.rows] == ["0 mlp", f"1 {EXPERTS}", f"1 {SHARED}"]
+    assert f"Block 1 {SHARED}, ridge: error 0.5000 before" in repaired.draw(920)
+
+
+def test_a_block_without_an_ffn_has_an_empty_column() -> None:
+    chart = block_chart([gaps()])
+    assert chart is not None
+    assert [row[0] for row in chart.table.rows] == ["0 mlp", "1", "2 mlp"]
+    assert chart.table.rows[1][1:] == [NOTHING] * 4
+    drawing = chart.draw(920)
+    assert "Block 1: no FFN" in drawing
+    assert drawing.count('class="kept"') == 2
+    repaired = repair_chart([gaps()])
+    assert repaired is not None
+    assert "Block 1, ridge: no error of its own" in repaired.draw(920)
+
+
+@pytest.mark.parametrize(("make", "widths"), [(several, [12, 4, 8]), (gaps, [12, 0, 12])])
+def test_the_slider_has_the_same_columns(make: Any, widths: list[int]) -> None:
+    found = slider([make("one"), make("other")])
+    assert found is not None
+    (stops,) = found.series.values()
+    assert list(stops[0].width_L) == widths
+    assert found.drawings[0].count('class="kept"') == sum(width > 0 for width in widths)
+    assert "Block 0 mlp: keeps 6 of 12 channels" in found.drawings[0]
+
+
+def test_a_card_names_units_and_says_what_the_share_is_of() -> None:
+    run = several()
+    card = model_card(run.manifest, run.plan, Origin("m"))
+    assert f"| 1 {EXPERTS} (3) | 0.3000 | 0.750 | 4 | 2 |" in card
+    assert "of its FFN parameters" in card
+    assert "(rejected in block 1 mlp.shared_expert)" in card
+
+
+@pytest.mark.parametrize(
+    ("run", "wrong"),
+    [
+        (several(), [FITTED, FITTED, REJECTED]),
+        (several(), [{**FITTED, "block": 0, "path": "mlp"}] * 3),
+        (gaps(), [FITTED, None]),
+    ],
+)
+def test_steps_that_do_not_fit_the_plan_are_refused(
+    run: RunFacts, wrong: list[Any], tmp_path: Path
+) -> None:
+    assert run.plan is not None
+    run.plan.save(tmp_path / "cfsp_plan.json")
+    write_manifest(tmp_path, run.manifest)
+    assert read_run(tmp_path).plan == run.plan
+    write_manifest(tmp_path, {**run.manifest, "repair": {"steps": [
+        {"name": "ridge", "blocks": wrong}]}})  # fmt: skip
+    with pytest.raises(ReportError, match="they are of different runs"):
+        read_run(tmp_path)
