@@ -44,7 +44,8 @@ TOLERANCE = 1e-5
 # A mask that changes less than this proves nothing: cut and masked would agree by chance.
 LEAST_EFFECT = 1e-3
 TOKENS = 12
-MOST_BYTES = 3_000_000_000
+LEAST_CHANNELS = 8
+MOST_BYTES = 2_000_000_000
 
 
 @torch.no_grad()
@@ -66,31 +67,59 @@ def prove(
     architecture, shared = _guess(config, model_class)
     if not architecture.units:
         raise _unsupported(architecture)
-    run = _small_run(config, model_class, architecture)
+    alone, refused = _split(architecture, shared)
+    run = _small_run(config, model_class, architecture) if alone else None
     verdicts: dict[tuple[object, ...], FFNUnit | Refusal] = {}
     units: list[FFNUnit] = []
-    refused = list(architecture.refused)
-    for unit, small in zip(architecture.units, run.architecture.units, strict=True):
-        module = architecture.module_name(unit)
-        elsewhere = [
-            f"{name} = {other}"
-            for name in (architecture.block_prefix(unit.block) + axis for axis in unit.axes)
-            for other in shared.get(name, ())
-        ]
-        if elsewhere:
-            refused.append(Refusal(module, f"alone: also used elsewhere ({elsewhere[0]})"))
-            continue
-        if unit.kind not in verdicts:
-            verdicts[unit.kind] = _prove_unit(run, small)
-        verdict = verdicts[unit.kind]
+    for number in alone:
+        assert run is not None
+        unit, small = architecture.units[number], run.architecture.units[number]
+        kind = (unit.kind, _conduct(run.blocks[unit.block], small))
+        if kind not in verdicts:
+            verdicts[kind] = _prove_unit(run, small)
+        verdict = verdicts[kind]
         if isinstance(verdict, Refusal):
-            refused.append(Refusal(module, verdict.reason))
+            refused.append(Refusal(architecture.module_name(unit), verdict.reason))
         else:
             units.append(unit.as_fused_as(verdict))
     proved = replace(architecture, units=tuple(units), refused=tuple(refused))
     if not units:
         raise _unsupported(proved)
     return proved
+
+
+def _split(
+    architecture: Architecture, shared: dict[str, list[str]]
+) -> tuple[list[int], list[Refusal]]:
+    """Return the numbers of the units whose weights are theirs alone, and the refusals so far."""
+    alone: list[int] = []
+    refused = list(architecture.refused)
+    for number, unit in enumerate(architecture.units):
+        names = [architecture.block_prefix(unit.block) + name for name in unit.axes]
+        elsewhere = next((name for name in names if name in shared), None)
+        if elsewhere is None:
+            alone.append(number)
+        else:
+            reason = (
+                f"alone: expected weights that are used nowhere else, found that {elsewhere} is "
+                f"{shared[elsewhere][0]} too"
+            )
+            refused.append(Refusal(architecture.module_name(unit), reason))
+    return alone, refused
+
+
+def _conduct(block: nn.Module, unit: FFNUnit) -> tuple[object, ...]:
+    """Return what may make two units of a kind compute in different ways: types and numbers."""
+    module = block.get_submodule(unit.path)
+    return tuple(
+        (type(part), *sorted((k, v) for k, v in vars(part).items() if _may_matter(k, v)))
+        for part in (block, *module.modules())
+    )
+
+
+def _may_matter(name: str, value: object) -> bool:
+    is_plain = type(value) in (bool, int, float)
+    return is_plain and "layer" not in name and not name.endswith(("idx", "index", "_id"))
 
 
 def _unsupported(architecture: Architecture) -> UnsupportedModelError:
@@ -225,9 +254,16 @@ def _skeleton(config: PreTrainedConfig, model_class: Any) -> Any:
 
 def _same_units(small: Architecture, large: Architecture) -> bool:
     """Return whether two models have units of the same form at the same places."""
-    return (small.blocks, small.block_count) == (large.blocks, large.block_count) and [
-        (unit.block, unit.form, unit.ffns) for unit in small.units
-    ] == [(unit.block, unit.form, unit.ffns) for unit in large.units]
+    places = (small.blocks, small.block_count) == (large.blocks, large.block_count)
+    return (
+        places
+        and len(small.units) == len(large.units)
+        and all(
+            (mine.block, mine.form, mine.ffns) == (other.block, other.form, other.ffns)
+            and mine.width >= min(other.width, LEAST_CHANNELS)
+            for mine, other in zip(small.units, large.units, strict=True)
+        )
+    )
 
 
 def _fill_decoder(model: nn.Module, architecture: Architecture) -> int | None:
