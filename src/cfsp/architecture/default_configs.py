@@ -18,7 +18,7 @@ _COMPASS_ROPE = {"rope_parameters": {
     "sliding_attention": {"rope_type": "default", "rope_theta": 50000.0},
 }}  # fmt: skip
 _INDEXER = {
-    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 128, "indexer_budget": 64,
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
     "indexer_compress_ratio": 16,
 }  # fmt: skip
 
@@ -26,7 +26,16 @@ _VALUES: dict[str, dict[str, Any]] = {
     # The size of a head is computed from no default.
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS,
-    "hunyuan_vl": {"text_config": _HEADS},
+    "hunyuan_vl": {
+        "text_config": {
+            **_HEADS,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [16, 16, 16, 16],
+            },
+        }
+    },
     "ministral": _HEADS,
     # Nor the number of key and value heads.
     "nemotron": {"num_key_value_heads": 48},

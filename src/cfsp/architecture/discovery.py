@@ -58,9 +58,7 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     candidates = []
     for path, blocks in _outermost_lists(decoder):
         found = [
-            unit
-            for index, block in enumerate(blocks)
-            for unit in _units_of(block, index, hidden)
+            unit for index, block in enumerate(blocks) for unit in _units_of(block, index, hidden)
         ]
         candidates.append((path, blocks, found))
     if not candidates:
@@ -96,11 +94,13 @@ def _text_decoder(model: PreTrainedModel) -> nn.Module:
     decoder: nn.Module = model.get_decoder()
     # Some call their output matrix `decoder`.
     has_blocks = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
-    return decoder if has_blocks else model.base_model
+    base_model: nn.Module = model.base_model
+    return decoder if has_blocks else base_model
 
 
 def _path_of(model: nn.Module, part: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is part)
+    path: str = next(path for path, module in model.named_modules() if module is part)
+    return path
 
 
 def _hidden_size(text_config: Any) -> int:
@@ -131,16 +131,19 @@ def _layers(text_config: Any) -> int:
     return -1
 
 
-def _units_of(block: nn.Module, index: int, hidden: int) -> Iterator[FFNUnit | Refusal]:
-    inside: list[str] = []
+def _units_of(block: nn.Module, index: int, hidden: int) -> list[FFNUnit | Refusal]:
+    found: dict[str, FFNUnit | Refusal] = {}
     for path, module in block.named_modules():
-        if path.startswith(tuple(inside)):
-            continue
         unit = _unit(module, path, index, hidden)
         if unit is not None:
-            if path:
-                inside.append(f"{path}.")
-            yield unit
+            found[path] = unit
+    # What has an FFN inside is none itself, but the block, which can have one beside.
+    outer = {
+        path
+        for path in found
+        if path and any(isinstance(found[p], FFNUnit) for p in found if p.startswith(f"{path}."))
+    }
+    return [unit for path, unit in found.items() if path not in outer]
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,6 @@ class _Roles:
 
 def _unit(module: nn.Module, path: str, index: int, hidden: int) -> FFNUnit | Refusal | None:
     """Return the FFN that a module is; None if it does not look like one."""
-    if path and _has_parts(module):
-        return None
     matrices = list(_matrices(module))
     if not 2 <= len(matrices) <= 3 or len({matrix.experts for matrix in matrices}) != 1:
         return None
@@ -209,14 +210,6 @@ def _unit(module: nn.Module, path: str, index: int, hidden: int) -> FFNUnit | Re
         axes={prefix + name: axis for name, axis in axes.items()},
         attributes=tuple(_attributes(module, path, roles, hidden)),
         routed=roles.up.experts is not None,
-    )
-
-
-def _has_parts(module: nn.Module) -> bool:
-    """Return whether there are weights deeper than in the children of a module."""
-    return any(
-        next(child.parameters(), None) is not None and next(child.children(), None) is not None
-        for child in module.children()
     )
 
 

@@ -137,9 +137,7 @@ def _unsupported(architecture: Architecture) -> UnsupportedModelError:
     )
 
 
-def _guess(
-    config: PreTrainedConfig, model_class: Any
-) -> tuple[Architecture, dict[str, list[str]]]:
+def _guess(config: PreTrainedConfig, model_class: Any) -> tuple[Architecture, dict[str, list[str]]]:
     """Return what discovery finds, and for every shared parameter its other names."""
     import copy
 
@@ -204,9 +202,7 @@ class _Run:
         return _first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
 
 
-def _small_run(
-    config: PreTrainedConfig, model_class: Any, architecture: Architecture
-) -> _Run:
+def _small_run(config: PreTrainedConfig, model_class: Any, architecture: Architecture) -> _Run:
     """Run the smallest model that has the units of the large one.
 
     Raises:
@@ -349,9 +345,10 @@ def _record(model: Any, architecture: Architecture) -> tuple[_Call, ...]:
             )
         )
     try:
-        tokens_BT = torch.randint(
-            3, 200, (2, TOKENS), generator=torch.Generator().manual_seed(1)
-        ) % model.config.get_text_config(decoder=True).vocab_size
+        tokens_BT = (
+            torch.randint(3, 200, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+            % model.config.get_text_config(decoder=True).vocab_size
+        )
         decoder(input_ids=tokens_BT, use_cache=False)
     finally:
         for hook in hooks:
@@ -467,9 +464,7 @@ def _masked_output(run: _Run, unit: FFNUnit, kept_EK: list[list[int]]) -> Tensor
     return output
 
 
-def _cut_fails(
-    run: _Run, unit: FFNUnit, kept_EK: list[list[int]], masked: Tensor
-) -> str | None:
+def _cut_fails(run: _Run, unit: FFNUnit, kept_EK: list[list[int]], masked: Tensor) -> str | None:
     """Return which check a unit fails when it is cut, what was expected and what found."""
     before = _tensors(run.model)
     with _cut(run.blocks[unit.block], unit, kept_EK):
