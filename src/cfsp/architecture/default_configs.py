@@ -53,11 +53,24 @@ _VALUES: dict[str, dict[str, Any]] = {
     # Sparse blocks without the sizes of their indexer.
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
+    # 96 heads do not divide 4096, and the sections of rotary embeddings are those of half a head.
+    "glm4v_moe": {
+        "text_config": {
+            **_HEADS,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [8, 12, 12],
+            },
+        }
+    },  # fmt: skip
     # 14 vision heads do not divide 1152.
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
     # The ids of image tokens are looked up by name.
     "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGA": 4}},
     "emu3": {"vocabulary_map": {"<image>": 8711, "<|extra_200|>": 8710}},
+    # It is not said which layers of the vision tower are used.
     "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "1/2"},
 }
 

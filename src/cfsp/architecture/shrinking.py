@@ -40,7 +40,7 @@ def smaller_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     Whether a model can be built from one of them is for the caller to try.
     """
     text_config: Any = config.get_text_config(decoder=True)
-    hidden = text_config.hidden_size if isinstance(text_config.hidden_size, int) else 0
+    hidden = getattr(text_config, "hidden_size", 0)
     divisors = [number for number in DIVISORS if hidden // number >= LEAST_HIDDEN_SIZE]
     for divisor in divisors:
         yield _shrunk(config, _WIDTH, divisor)
