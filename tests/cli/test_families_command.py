@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from cfsp.cli import main
 from cfsp.architecture import catalogue
 from cfsp.architecture.catalogue import Family, installed_families, why_not
+from cfsp.cli import main
 
 
 def test_the_command_lists_what_transformers_has(capsys: pytest.CaptureFixture[str]) -> None:

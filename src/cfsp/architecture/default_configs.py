@@ -64,7 +64,7 @@ _VALUES: dict[str, dict[str, Any]] = {
                 "mrope_section": [8, 12, 12],
             },
         }
-    },  # fmt: skip
+    },
     # 14 vision heads do not divide 1152.
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
     # The ids of image tokens are looked up by name.
