@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: demo test check versions format clean
+.PHONY: demo test check families versions format clean
 
 demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain and loss
 	rm -rf pruned-demo
@@ -18,6 +18,9 @@ check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+families: $(DEMO_READY)  ## prove every model type of the installed transformers (some minutes)
+	$(BIN)/cfsp families --prove
 
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -174,19 +173,6 @@ def test_checkpoint_of_the_base_model_alone(
     assert found.parameters_before == expected.parameters_before
     name = "model.safetensors"
     assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
-
-
-def test_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["families"]) == 0
-    head, _, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["model", "type", "class", "FFN", "width", "key"]
-    assert [row.split()[0] for row in rows] == sorted(FAMILIES)
-    assert main(["families", "--json"]) == 0
-    listed = {f["model_type"]: f for f in json.loads(capsys.readouterr().out)["families"]}
-    assert listed.keys() == FAMILIES.keys()
-    assert listed["gpt2"]["width_key"] == "n_inner"
-    assert listed["phi3"]["matrices"] == ["mlp.gate_up_proj", "mlp.down_proj"]
-    assert listed["opt"]["matrices"] == ["fc1", "fc2"]
 
 
 def test_documentation_names_every_family() -> None:

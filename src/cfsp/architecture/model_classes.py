@@ -24,13 +24,12 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
 
     mappings: tuple[Any, ...] = (
         AutoModelForCausalLM._model_mapping,
         AutoModelForImageTextToText._model_mapping,
     )
-    _check_is_decoder(config, modeling_auto)
+    check_is_decoder(config)
     known = _classes_by_name(mappings)
     for name in config.architectures or ():
         name = name.removeprefix(PRUNED)
@@ -66,17 +65,22 @@ def _is_of_text_alone(found: Any, config: PreTrainedConfig) -> bool:
     return text is not None and getattr(found, "config_class", None) is text
 
 
-def _check_is_decoder(config: Any, modeling_auto: Any) -> None:
+def check_is_decoder(config: PreTrainedConfig) -> None:
+    """Check that a config is not that of an encoder, with or without a decoder behind it.
+
+    Raises:
+        UnsupportedModelError: it is.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model type {config.model_type!r} is an encoder with a decoder; cfsp prunes "
             "decoder-only language models"
         )
     # Encoders are in the mapping of causal models too, for the configs with `is_decoder`.
-    if (
-        config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        and not getattr(config, "is_decoder", False)
-    ):  # fmt: skip
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_encoder and not getattr(config, "is_decoder", False):
         raise UnsupportedModelError(
             f"model type {config.model_type!r} is an encoder (its config does not say "
             "is_decoder); cfsp prunes decoder-only language models"

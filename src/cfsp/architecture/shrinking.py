@@ -2,7 +2,8 @@
 
 All widths (hidden size, FFN channels, size of a head, ranks) are divided by the same number; all
 counts (blocks, heads, experts, groups) stay. So what must divide another or be its double still
-does, and the small model has its FFNs at the places of the large one.
+does, and the small model has its FFNs at the places of the large one. Where the size of a head
+cannot change, the number of heads is divided instead; where neither can, only FFN channels are.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ if TYPE_CHECKING:
 DIVISORS = (32, 16, 8, 4, 2)
 LEAST_HIDDEN_SIZE = 64
 MOST_TOKEN_IDS = 512
+# Of a state-space block: it computes with whole chunks however few tokens there are.
+CHUNK = 16
 
 _WIDTH = re.compile(
     r"(^|_)(size|sizes|dim|dims|rank|width|inner|embd|channels|rotary_ndims|mrope_section"
-    r"|d_model|d_ff|d_kv|d_head|d_ssm|d_inner)($|_)"
+    r"|d_model|d_ff|d_kv|d_head|d_ssm|d_inner|d_state)($|_)"
 )
 _FFN_WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim")
+_HEADS = re.compile(rf"^(hidden_size|d_model|n_embd|dim|.*heads?)$|{_FFN_WIDTH.pattern}")
 _NO_WIDTH = re.compile(
-    r"vocab|window|chunk|patch|image|kernel|state|block_size|batch|group|position|token|cache"
-    r"|^num_|pad|context|conv_size|vision|audio"
+    r"vocab|window|chunk|patch|image|kernel|block_size|batch|group|position|token|cache"
+    r"|pad|context|conv_size|vision|audio"
 )
 
 
@@ -36,10 +40,11 @@ def smaller_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     Whether a model can be built from one of them is for the caller to try.
     """
     text_config: Any = config.get_text_config(decoder=True)
-    hidden = text_config.hidden_size if isinstance(text_config.hidden_size, int) else 0
+    hidden = getattr(text_config, "hidden_size", 0)
     divisors = [number for number in DIVISORS if hidden // number >= LEAST_HIDDEN_SIZE]
     for divisor in divisors:
         yield _shrunk(config, _WIDTH, divisor)
+        yield _shrunk(config, _HEADS, divisor)
     for divisor in divisors:
         yield _shrunk(config, _FFN_WIDTH, divisor)
     yield _shrunk(config, _WIDTH, 1)
@@ -59,7 +64,9 @@ def _divide(part: Any, names: re.Pattern[str], divisor: int) -> None:
     """Divide the widths of a config and of the configs and dictionaries in it."""
     values = part if isinstance(part, dict) else vars(part)
     for name, value in list(values.items()):
-        if isinstance(value, dict) or hasattr(value, "to_dict"):
+        if type(value) is int and str(name).endswith("chunk_size"):
+            values[name] = min(value, CHUNK)
+        elif isinstance(value, dict) or hasattr(value, "to_dict"):
             _divide(value, names, divisor)
         elif names.search(str(name)) and not _NO_WIDTH.search(str(name)):
             values[name] = _divided(value, divisor)

@@ -1,0 +1,89 @@
+"""A config of every model type, with values by hand where the default one cannot be built or run.
+
+Nothing but `cfsp families` needs them: real configs have these values.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_HEADS = {"head_dim": 128}
+_OCR_EXPERTS = {"mlp_layer_types": ["dense"] + 31 * ["sparse"], "num_experts_per_tok": 6}
+_COMPASS_ROPE = {"rope_parameters": {
+    "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50000.0},
+}}  # fmt: skip
+_INDEXER = {
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
+    "indexer_compress_ratio": 16,
+}  # fmt: skip
+
+_VALUES: dict[str, dict[str, Any]] = {
+    # The size of a head is computed from no default.
+    "hunyuan_v1_dense": _HEADS,
+    "hunyuan_v1_moe": _HEADS,
+    "hunyuan_vl": {
+        "text_config": {
+            **_HEADS,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [16, 16, 16, 16],
+            },
+        }
+    },
+    "ministral": _HEADS,
+    # Nor the number of key and value heads.
+    "nemotron": {"num_key_value_heads": 48},
+    # No number of experts, or of experts for a token.
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    # It is not said which blocks are which.
+    "lfm2_moe": {"layer_types": 8 * ["conv", "conv", "conv", "full_attention"]},
+    "deepseek_ocr2": {"text_config": _OCR_EXPERTS},
+    # Sliding blocks without a window.
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    # Two kinds of blocks need rotary parameters each.
+    "cohere_compass_text": _COMPASS_ROPE,
+    "cohere_compass": {"text_config": _COMPASS_ROPE},
+    # Sparse blocks without the sizes of their indexer.
+    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": {"text_config": _INDEXER},
+    # 96 heads do not divide 4096, and the sections of rotary embeddings are those of half a head.
+    "glm4v_moe": {
+        "text_config": {
+            **_HEADS,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [8, 12, 12],
+            },
+        }
+    },
+    # 14 vision heads do not divide 1152.
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
+    # The ids of image tokens are looked up by name.
+    "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGA": 4}},
+    "emu3": {"vocabulary_map": {"<image>": 8711, "<|extra_200|>": 8710}},
+    # It is not said which layers of the vision tower are used.
+    "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "1/2"},
+}
+
+
+def default_config(model_type: str) -> PreTrainedConfig:
+    """Return a config of a model type that a model can be built from.
+
+    Raises:
+        Exception: whatever the config's own class raises; some cannot do without values.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type](
+        **copy.deepcopy(_VALUES.get(model_type, {}))
+    )
+    return config

@@ -1,0 +1,261 @@
+"""A small random model of a class that ran once, with how its decoder called each block.
+
+Shapes: B windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Architecture
+from cfsp.architecture.shrinking import smaller_configs
+from cfsp.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+WINDOWS, TOKENS = 2, 12
+LEAST_CHANNELS = 8
+MOST_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the decoder called a block, and what came out.
+
+    Attributes:
+        block: index.
+        args: all arguments, the hidden state among them.
+        kwargs: likewise.
+        hidden: the hidden state that went in.
+        output: the hidden state that came out.
+    """
+
+    block: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A small model that ran once.
+
+    Attributes:
+        architecture: of the small model.
+        model: with weights in its text decoder only.
+        blocks: of the decoder.
+        calls: one for each block.
+    """
+
+    architecture: Architecture
+    model: nn.Module
+    blocks: nn.ModuleList
+    calls: tuple[Call, ...]
+
+    def output(self, block: int) -> Tensor:
+        """Return what a block computes when it is called as in the run."""
+        call = self.calls[block]
+        return _first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
+
+
+def run_small(config: PreTrainedConfig, model_class: Any, architecture: Architecture) -> SmallRun:
+    """Run the smallest model that has the units of the large one.
+
+    Args:
+        config: of the large model; not changed.
+        model_class: of both.
+        architecture: of the large model.
+
+    Raises:
+        UnsupportedModelError: no small model runs, or it does not call block after block.
+    """
+    reason = "none has the same FFNs at the same places"
+    for smaller in smaller_configs(config):
+        try:
+            model = _skeleton(smaller, model_class)
+            found = find_architecture(model)
+            if not _has_units_of(found, architecture):
+                continue
+            blocks: Any = model.get_submodule(found.blocks)
+            if not _fill(model.get_submodule(found.decoder), blocks):
+                reason = f"it takes more than {MOST_BYTES / 1e9:.0f} GB"
+                continue
+            calls = _record(model, found)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # a size that does not fit the others: the next one may
+            reason = first_line(error)
+            continue
+        return SmallRun(found, model, blocks, calls)
+    raise UnsupportedModelError(
+        f"the decoder of {architecture.class_name} could not be tried on random weights "
+        f"({reason}); please report the model type with this sentence"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return what is wrong, in one line of bounded length."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def _skeleton(config: PreTrainedConfig, model_class: Any) -> Any:
+    """Return a model with parameters on the meta device and real buffers."""
+    from accelerate import init_empty_weights
+
+    # The plain loop over experts takes any width; faster ones want rows of whole 16 bytes.
+    config._experts_implementation = "eager"
+    with init_empty_weights(include_buffers=False):
+        model = model_class._from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _has_units_of(small: Architecture, large: Architecture) -> bool:
+    """Return whether a small model has units of the same form at the same places."""
+    return (
+        (small.blocks, small.block_count) == (large.blocks, large.block_count)
+        and len(small.units) == len(large.units)
+        and all(
+            (mine.block, mine.form, mine.ffns) == (other.block, other.form, other.ffns)
+            and mine.width >= min(other.width, LEAST_CHANNELS)
+            for mine, other in zip(small.units, large.units, strict=True)
+        )
+    )
+
+
+def _fill(decoder: nn.Module, blocks: nn.ModuleList) -> bool:
+    """Give the text decoder random weights, unless they are too many: then return False.
+
+    Blocks that are built alike get the same ones.
+    """
+    examples: dict[object, nn.Module] = {}
+    for block in blocks:
+        examples.setdefault(_build(block), block)
+    in_blocks = {id(parameter) for parameter in blocks.parameters()}
+    chosen = {id(parameter) for block in examples.values() for parameter in block.parameters()}
+    parameters = {
+        name: parameter
+        for name, parameter in decoder.named_parameters()
+        if id(parameter) in chosen or id(parameter) not in in_blocks
+    }
+    if 4 * sum(parameter.numel() for parameter in parameters.values()) > MOST_BYTES:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in parameters.items():
+        set_parameter(decoder, name, _random(name, parameter, generator))
+    for block in blocks:
+        for name, parameter in examples[_build(block)].named_parameters():
+            set_parameter(block, name, parameter)
+    return True
+
+
+def _build(block: nn.Module) -> tuple[object, ...]:
+    """Return what blocks have in common that can have the same weights."""
+    types = [(name, type(module)) for name, module in block.named_modules()]
+    shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
+    return (*types, *shapes)
+
+
+def set_parameter(module: nn.Module, path: str, parameter: Tensor) -> None:
+    """Make a tensor the parameter at a dotted path from a module."""
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, parameter)
+
+
+def _random(name: str, parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
+    """Return weights as a trained model might have them: sums stay small, norms are about 1."""
+    values = torch.randn(parameter.shape, generator=generator)
+    if parameter.ndim > 1:
+        values *= parameter.shape[-1] ** -0.5
+    else:
+        values *= 0.1
+        if name.endswith("weight") and re.search(r"norm|ln_|ln\d", name):
+            values += 1
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
+    """Run the decoder on a few tokens; return how it called each block.
+
+    Raises:
+        UnsupportedModelError: it does not call them one after the other.
+    """
+    calls: list[Call] = []
+    begun: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Copied, because a block may write to what it is given.
+        begun.append((_copied(args), _copied(kwargs)))
+
+    def after(index: int, output: Any) -> None:
+        args, kwargs = begun.pop()
+        hidden = _first_tensor(kwargs.get("hidden_states", args or tuple(kwargs.values())))
+        calls.append(Call(index, args, kwargs, hidden, _first_tensor(output).clone()))
+
+    hooks = []
+    for index, block in enumerate(model.get_submodule(architecture.blocks)):
+        hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(block.register_forward_hook(lambda _b, _a, out, i=index: after(i, out)))
+    # The first ids are often special ones.
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(1)
+    tokens_BT = torch.randint(3, min(vocabulary, 200), (WINDOWS, TOKENS), generator=generator)
+    decoder: Any = model.get_submodule(architecture.decoder)
+    try:
+        decoder(input_ids=tokens_BT, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_order(architecture, calls)
+    return tuple(calls)
+
+
+def _check_order(architecture: Architecture, calls: list[Call]) -> None:
+    """Check that the decoder calls each block once, on the output of the one before.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+
+    def error(block: int, expected: str, found: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the blocks of {architecture.class_name} cannot be run one by one: "
+            f"{architecture.blocks}.{block} failed the check order: expected {expected}, found "
+            f"{found}; please report the model type with this sentence"
+        )
+
+    times = Counter(call.block for call in calls)
+    for block in range(architecture.block_count):
+        if times[block] != 1:
+            raise error(block, "one call of each block", f"{times[block]} of this one")
+    for number, call in enumerate(calls):
+        if call.block != number:
+            raise error(call.block, "blocks in their order", f"it called as number {number}")
+        if number and not torch.equal(calls[number - 1].output, call.hidden):
+            raise error(number, "the output of the block before as input", "something else")
+
+
+def _copied(value: Any) -> Any:
+    """Return arguments of a call with tensors and containers that nobody else writes to."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, tuple | list):
+        value = next(item for item in value if isinstance(item, Tensor))
+    assert isinstance(value, Tensor)
+    return value
