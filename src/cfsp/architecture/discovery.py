@@ -19,9 +19,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from cfsp.architecture.found import (
     Architecture,
@@ -32,9 +33,6 @@ from cfsp.architecture.found import (
     WidthAttribute,
 )
 from cfsp.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Attributes that nothing computes with although they may equal a width by chance.
 _NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
@@ -81,7 +79,7 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     ]
     return Architecture(
         class_name=type(model).__name__,
-        decoder=base,
+        decoder=_innermost_model(model, path),
         blocks=path,
         block_count=len(blocks),
         units=tuple(unit for unit in found if isinstance(unit, FFNUnit)),
@@ -91,12 +89,22 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
 
 
 def _text_decoder(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that takes token ids and calls the blocks."""
+    """Return the part of a model that the blocks are in."""
     decoder: nn.Module = model.get_decoder()
     # Some call their output matrix `decoder`.
     has_blocks = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
     base_model: nn.Module = model.base_model
     return decoder if has_blocks else base_model
+
+
+def _innermost_model(model: PreTrainedModel, blocks: str) -> str:
+    """Return the path to the module that takes token ids and calls the blocks."""
+    path = blocks
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(path), PreTrainedModel):
+            break
+    return path
 
 
 def _path_of(model: nn.Module, part: nn.Module) -> str:
