@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.checkpoint.expert_tensors import assemble, pieces
+from cfsp.checkpoint.families import architecture_of, family_of
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3MoeConfig
 
@@ -18,8 +20,6 @@ from builders import CALIBRATION, CRITERION
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.calibration.together import add_up
-from cfsp.checkpoint.expert_tensors import assemble, pieces
-from cfsp.checkpoint.families import architecture_of, family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
