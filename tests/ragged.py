@@ -38,7 +38,7 @@ def cut(
     tokenizer.save_pretrained(dense)
     source = Checkpoint(dense)
     if widths is None:
-        widths = [WIDTHS[unit.block] * unit.width // max(WIDTHS) for unit in source.units]
+        widths = [WIDTHS[u.block] * u.width // max(WIDTHS) // 8 * 8 for u in source.units]
     blocks = tuple(
         UnitPlan(
             unit.block,
