@@ -28,7 +28,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 _MODULES_CACHE = tempfile.TemporaryDirectory(prefix="cfsp-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 
-pytest.register_assert_rewrite("family_contract")
+pytest.register_assert_rewrite("architecture_contract")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

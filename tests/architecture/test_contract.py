@@ -1,0 +1,66 @@
+"""The contract of architectures, once for every tiny model and for each representative."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import cfsp
+from any_models import REPRESENTATIVES
+from architecture_contract import ArchitectureContract
+from cfsp.checkpoint.reading import Checkpoint
+from tiny_models import TINY_CONFIGS
+
+# Of each kind one: fused and interleaved gates, no gate, transposed matrices, experts beside dense
+# FFNs and shared ones, blocks without an FFN, and text decoders of multimodal models.
+ALWAYS = (
+    "gemma3", "gemma4", "qwen3_5", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4",
+    "mistral3", "nemotron_h", "granitemoehybrid", "jamba", "lfm2", "falcon", "bloom", "mpt",
+    "olmoe", "qwen2_5_vl",
+)  # fmt: skip
+# .ci/versions sets the variable.
+OTHERS = tuple(name for name in REPRESENTATIVES if name not in (*ALWAYS, *TINY_CONFIGS))
+NAMES = (*TINY_CONFIGS, *ALWAYS, *(OTHERS if "CFSP_EVERY_FAMILY" in os.environ else ()))
+
+
+def _contract(name: str) -> type[ArchitectureContract]:
+    class_name = "Test" + "".join(part.capitalize() for part in name.split("-"))
+    return type(class_name, (ArchitectureContract,), {"name": name, "__module__": __name__})
+
+
+for _name in NAMES:
+    _class = _contract(_name)
+    globals()[_class.__name__] = _class
+del _class
+
+
+def test_checkpoint_of_the_base_model_alone(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """Such are GPT-2's on the hub: names without the base model's, and causal masks stored."""
+    source = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint("gpt2"), source)
+    tensors = load_file(source / "model.safetensors")
+    stripped = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    stripped["h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+    save_file(stripped, source / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(source)
+    assert checkpoint.specs.keys() == tensors.keys()
+
+    settings = {
+        "sparsity": 0.4,
+        "multiple": 1,
+        "samples": 4,
+        "seqlen": 32,
+        "data": [str(text_file)],
+    }
+    expected = cfsp.prune(tiny_checkpoint("gpt2"), out=tmp_path / "expected", **settings)
+    found = cfsp.prune(source, out=tmp_path / "found", **settings)
+    assert found.parameters_before == expected.parameters_before
+    name = "model.safetensors"
+    assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()

@@ -1,0 +1,555 @@
+"""What must hold for every architecture: architecture/test_contract.py makes a class of each."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import cfsp
+from any_models import tiny_model
+from cfsp.architecture.found import Architecture, FFNUnit
+from cfsp.calibration.calibrate import calibrate
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import architecture_of, blocks_of
+from cfsp.cli import main
+from cfsp.engine.activations import observed_activations
+from cfsp.engine.compute import Engine
+from cfsp.planning.plan_file import UnitPlan
+from cfsp.result.prune_report import PruneReport
+from cfsp.text.windows import Windows, draw_windows
+from forks import Forks, Job
+from stock_process import attention_of_layers, generated
+from tiny_models import TINY_CONFIGS, build_tiny_model
+
+# Without repair, which changes weights: it has tests of its own.
+SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "repair": "none"}
+# Those from which images come begin at 300.
+TEXT_TOKENS = 290
+
+
+def build(name: str) -> PreTrainedModel:
+    """Return the model of a case: a key of `TINY_CONFIGS`, or a model type."""
+    return build_tiny_model(name) if name in TINY_CONFIGS else tiny_model(name)
+
+
+@dataclass
+class Case:
+    """One tiny model and what pruning made of it, as a checkpoint and in memory."""
+
+    name: str
+    tokenizer: Any
+    texts: list[str]
+    source: Path
+    dense: PreTrainedModel
+    architecture: Architecture
+    multiple: int
+    out: Path
+    report: PruneReport
+    in_memory: PreTrainedModel
+    tokens_BT: Tensor
+
+    def units(self) -> list[tuple[FFNUnit, UnitPlan]]:
+        """Every FFN unit, and what was decided for it."""
+        return list(zip(self.architecture.units, self.report.plan.units, strict=True))
+
+    def block(self, model: nn.Module, unit: FFNUnit) -> nn.Module:
+        """The block of a unit in one of the models."""
+        return blocks_of(model, self.architecture)[unit.block]
+
+    def auto_class(self) -> str:
+        """The Auto class that loads the model with its head."""
+        causal = "ForCausalLM" in type(self.dense).__name__ or "LMHead" in type(self.dense).__name__
+        return "AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"
+
+
+def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens_BT).logits
+    return logits
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def assert_same_tensors(actual: nn.Module, expected: nn.Module) -> None:
+    found, wanted = actual.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert_bitwise_equal(found[name], tensor)
+
+
+def elements_of(model: nn.Module) -> int:
+    """Parameters and stored buffers, tied ones once."""
+    return sum({id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}.values())
+
+
+class ArchitectureContract:
+    """Inherited by every architecture; `name` is one that `build` knows."""
+
+    name: str
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def case(
+        cls, tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> Case:
+        source, out = (tmp_path_factory.mktemp(part) / cls.name for part in ("dense", "pruned"))
+        dense = build(cls.name)
+        dense.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        architecture = architecture_of(dense.config)
+        # torch multiplies groups of experts by eights.
+        multiple = 8 if architecture.has_experts else 1
+        asked: dict[str, Any] = {
+            "sparsity": 0.4, "multiple": multiple, "data": [str(text_file)], **SETTINGS
+        }  # fmt: skip
+        report = cfsp.prune(source, out=out, **asked)
+        in_memory = cfsp.prune(dense, tokenizer, **asked)
+        tokens_BT = torch.randint(
+            2, TEXT_TOKENS, (2, 24), generator=torch.Generator().manual_seed(3)
+        )
+        assert len(set(report.intermediate_sizes)) > 1, "the case must have different widths"
+        return Case(
+            cls.name, tokenizer, [str(text_file)], source, dense, architecture, multiple, out,
+            report, in_memory, tokens_BT,
+        )  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def stock(
+        cls, case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+    ) -> dict[str, Any]:
+        """What a fresh process without cfsp found: see `stock_process.py`."""
+        work = tmp_path_factory.mktemp("stock")
+        torch.save(case.tokens_BT, work / "tokens.pt")
+        arguments = {
+            "checkpoint": str(case.out),
+            "directory": str(work),
+            "auto_class": case.auto_class(),
+            "matrices": matrices_of(case.architecture),
+        }
+        (finished,) = forks(Job("stock_process.check", arguments))
+        assert finished.status == 0, finished.stderr
+        found: dict[str, Any] = json.loads((work / "found.json").read_text())
+        return {**found, **torch.load(work / "tensors.pt")}
+
+    # Nothing removed: nothing changed.
+
+    def test_sparsity_zero_changes_no_bit(self, case: Case, tmp_path: Path) -> None:
+        out = tmp_path / "same"
+        cfsp.prune(case.source, out=out, sparsity=0.0, data=case.texts, **SETTINGS)
+        before = load_file(case.source / "model.safetensors")
+        after = load_file(out / "model.safetensors")
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert_bitwise_equal(after[name], tensor)
+        fields, unchanged = (
+            json.loads((place / "config.json").read_text()) for place in (out, case.source)
+        )
+        assert fields == unchanged
+
+        in_memory = cfsp.prune(
+            case.dense, case.tokenizer, sparsity=0.0, data=case.texts, **SETTINGS
+        )
+        assert type(in_memory) is type(case.dense)
+        assert_same_tensors(in_memory, case.dense)
+
+    # What was removed is what the plan says, and nothing else.
+
+    def test_pruned_logits_are_those_of_the_masked_original(self, case: Case) -> None:
+        expected = logits_of(masked_original(case), case.tokens_BT)
+        actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        # The mask bites: the oracle would not pass for a model that was not pruned.
+        dense = logits_of(case.dense, case.tokens_BT)
+        assert (expected - dense).abs().max() > 1e-2
+
+    def test_kept_channels_are_copied_bit_for_bit_and_all_else_is_untouched(
+        self, case: Case
+    ) -> None:
+        expected = {
+            name: tensor.detach() for name, tensor in case.dense.state_dict(keep_vars=True).items()
+        }
+        for unit, entry in case.units():
+            for name in unit.axes:
+                full_name = case.architecture.block_prefix(unit.block) + name
+                expected[full_name] = kept_part(unit, entry, name, expected[full_name])
+        for model in (cfsp.load(case.out), case.in_memory):
+            found = model.state_dict()
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert_bitwise_equal(found[name], tensor)
+        before = load_file(case.source / "model.safetensors")
+        after = load_file(case.out / "model.safetensors")
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            if after[name].shape == tensor.shape:
+                assert_bitwise_equal(after[name], tensor)
+
+    def test_original_in_memory_stays_as_it_was(self, case: Case) -> None:
+        assert_same_tensors(case.dense, build(case.name))
+        assert not any(p.is_meta for p in case.in_memory.parameters())
+
+    # The shape of the result.
+
+    def test_parameters_and_widths(self, case: Case) -> None:
+        loaded = cfsp.load(case.out)
+        assert elements_of(loaded) == case.report.parameters_after
+        assert elements_of(case.dense) == case.report.parameters_before
+        assert case.report.intermediate_sizes == [entry.kept_width for _, entry in case.units()]
+        for model in (loaded, case.in_memory):
+            for unit, entry in case.units():
+                old, new = case.block(case.dense, unit), case.block(model, unit)
+                for name in unit.axes:
+                    check_announced(new, name)
+                if unit.path:
+                    check_numbers(old.get_submodule(unit.path), new.get_submodule(unit.path), entry)
+
+    def test_config_says_the_widths(self, case: Case) -> None:
+        fields = json.loads((case.out / "config.json").read_text())
+        assert fields["model_type"] == case.dense.config.model_type
+        assert set(fields["auto_map"]) in ({case.auto_class()}, {"AutoModel", case.auto_class()})
+        blocks = range(case.architecture.block_count)
+        if [unit.block for unit, _ in case.units()] == list(blocks) and "ffn_widths" not in fields:
+            per_layer = fields["per_layer_config"]
+            (key,) = {key for entry in per_layer.values() for key in entry}
+            widths = [per_layer[block][key] for block in sorted(per_layer)]
+            assert fields[key] == max(widths)
+        else:
+            given = fields["ffn_widths"]
+            widths = [given[str(unit.block)][unit.path] for unit, _ in case.units()]
+            assert sum(len(of_block) for of_block in given.values()) == len(widths)
+        assert widths == case.report.intermediate_sizes
+        assert Checkpoint(case.out).architecture.widths == widths
+
+    def test_equal_widths_give_a_plain_stock_checkpoint(self, case: Case, tmp_path: Path) -> None:
+        asked = {"sparsity": 0.5, "multiple": 16, "block_metric": "uniform", "data": case.texts}
+        report = cfsp.prune(case.source, out=tmp_path / "uniform", **asked, **SETTINGS)
+        fields = json.loads((tmp_path / "uniform" / "config.json").read_text())
+        if len({unit.path for unit, _ in case.units()}) == 1:
+            assert set(report.intermediate_sizes) == {case.architecture.widths[0] // 2}
+            assert "auto_map" not in fields
+        # Of several kinds of FFN it depends on whether their widths have keys of their own.
+        is_stock = "auto_map" not in fields
+        assert ("per_layer_config" not in fields and "ffn_widths" not in fields) == is_stock
+        assert bool(list((tmp_path / "uniform").glob("*.py"))) != is_stock
+        reloaded = cfsp.load(tmp_path / "uniform")
+        assert (type(reloaded) is type(case.dense)) == is_stock
+        in_memory = cfsp.prune(case.dense, case.tokenizer, **asked, **SETTINGS)
+        assert type(in_memory) is type(reloaded)
+        assert_same_tensors(reloaded, in_memory)
+
+    def test_tied_embeddings_stay_tied(self, case: Case) -> None:
+        def is_tied(model: PreTrainedModel) -> bool:
+            head = model.get_output_embeddings()
+            return head is not None and head.weight is model.get_input_embeddings().weight
+
+        assert is_tied(cfsp.load(case.out)) == is_tied(case.in_memory) == is_tied(case.dense)
+
+    def test_everything_beside_the_weights_travels(self, case: Case) -> None:
+        for path in case.source.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                assert (case.out / path.name).read_bytes() == path.read_bytes(), path.name
+
+    def test_pruned_model_can_be_pruned_again(self, case: Case, tmp_path: Path) -> None:
+        again = cfsp.prune(
+            case.out,
+            out=tmp_path / "again",
+            sparsity=0.2,
+            multiple=case.multiple,
+            data=case.texts,
+            **SETTINGS,
+        )
+        assert again.parameters_before == case.report.parameters_after
+        widths = zip(case.report.intermediate_sizes, again.intermediate_sizes, strict=True)
+        assert all(after <= before for before, after in widths)
+        assert elements_of(cfsp.load(tmp_path / "again")) == again.parameters_after
+
+    def test_in_memory_model_is_saved_and_reloaded(self, case: Case, tmp_path: Path) -> None:
+        case.in_memory.save_pretrained(tmp_path / "saved")
+        assert_same_tensors(cfsp.load(tmp_path / "saved"), case.in_memory)
+        assert sorted(Checkpoint(tmp_path / "saved").specs) == sorted(Checkpoint(case.out).specs)
+
+    def test_inspect_and_verify_agree(self, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert main(["inspect", str(case.out), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["intermediate_sizes"] == case.report.intermediate_sizes
+        assert told["parameters"] == case.report.parameters_after
+        assert main(["verify", str(case.out), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["verified"]
+
+    # Plain transformers and PEFT, in a process that cannot import cfsp.
+
+    def test_fresh_process_gives_the_logits_of_the_in_memory_model(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        assert_bitwise_equal(stock["logits"], logits_of(case.in_memory, case.tokens_BT))
+        assert stock["elements"] == case.report.parameters_after
+
+    def test_fresh_process_loads_the_same_class(self, case: Case, stock: dict[str, Any]) -> None:
+        assert stock["classes"][:2] == [
+            f"Pruned{type(case.dense).__name__}",
+            type(case.dense).__name__,
+        ]
+
+    def test_fresh_process_loads_the_base_model_alone(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        fields = json.loads((case.out / "config.json").read_text())
+        assert ("hidden" in stock) == ("AutoModel" in fields["auto_map"])
+        if "hidden" in stock:
+            with torch.inference_mode():
+                base = case.in_memory.base_model(input_ids=case.tokens_BT).last_hidden_state
+            assert_bitwise_equal(stock["hidden"], base)
+
+    def test_fresh_process_generates_with_its_cache(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        assert_bitwise_equal(
+            stock["generated"], generated(masked_original(case), case.tokens_BT[:, :8])
+        )
+
+    def test_fresh_process_changes_the_attention_implementation(
+        self, case: Case, stock: dict[str, Any]
+    ) -> None:
+        # Not those of before: some types leave out parts of their attention in SDPA.
+        masked = masked_original(case)
+        masked.set_attn_implementation("eager")
+        assert stock["attention_of_layers"] == attention_of_layers(masked)
+        assert set(stock["attention_of_layers"]) <= {"eager"}
+        expected = logits_of(masked, case.tokens_BT)
+        torch.testing.assert_close(stock["eager_logits"], expected, rtol=1e-5, atol=1e-5)
+
+    def test_fresh_process_saves_and_reloads(self, stock: dict[str, Any]) -> None:
+        assert_bitwise_equal(stock["resaved_logits"], stock["logits"])
+
+    def test_fresh_process_trains_lora(self, case: Case, stock: dict[str, Any]) -> None:
+        assert stock["lora_loss_after"] < stock["lora_loss_before"]
+        # A and B of rank 4 on every FFN matrix of every block.
+        expected = 0
+        for name in matrices_of(case.architecture):
+            *experts, rows, columns = case.in_memory.get_parameter(name).shape
+            expected += 4 * (rows + columns) * (experts[0] if experts else 1)
+        assert stock["lora_parameters"] == expected
+
+    # Repair, whatever way round a model stores its matrices.
+
+    def test_repaired_down_projection_is_the_ridge_solution(
+        self, case: Case, tmp_path: Path
+    ) -> None:
+        settings = {**SETTINGS, "repair": "ridge"}
+        report = cfsp.prune(
+            case.source,
+            out=tmp_path / "out",
+            sparsity=0.4,
+            multiple=case.multiple,
+            data=case.texts,
+            **settings,
+        )
+        windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
+        seen = _observe_with_hooks(case, windows).units
+        after = cfsp.load(tmp_path / "out")
+        repairs = report.repair["steps"][0]["blocks"]
+        changed = 0
+        for unit, entry, acts, repaired in zip(
+            case.architecture.units, report.plan.units, seen, repairs, strict=True
+        ):
+            assert repaired["error_after"] <= repaired["error_before"]
+            for ffn, repair in enumerate(repaired.get("experts", [repaired])):
+                if repair["strength"] is None:
+                    continue
+                changed += 1
+                # The sixth and last window is held out.
+                act_RF, window_R = acts[ffn]
+                fitted_RF = act_RF[window_R < 5].double()
+                gram_FF = fitted_RF.T @ fitted_RF / len(fitted_RF)
+                kept = entry.kept_of(ffn)
+                mask_F = torch.zeros(entry.width, dtype=torch.bool)
+                mask_F[kept] = True
+                gram_KK = gram_FF[mask_F][:, mask_F]
+                ridge_KK = repair["strength"] * gram_KK.diagonal().mean() * torch.eye(len(kept))
+                down_DF = down_of(case.block(case.dense, unit), unit, ffn).double()
+                lost_DK = down_DF[:, ~mask_F] @ gram_FF[~mask_F][:, mask_F]
+                expected_DK = down_DF[:, mask_F] + lost_DK @ torch.linalg.inv(gram_KK + ridge_KK)
+                found_DK = down_of(case.block(after, unit), unit, ffn).double()
+                torch.testing.assert_close(found_DK, expected_DK, rtol=1e-3, atol=1e-3)
+        assert changed, "the case must repair at least one FFN"
+        assert logits_of(after, case.tokens_BT).isfinite().all()
+
+    # The engine against the model's own forward.
+
+    @pytest.mark.parametrize("batch_windows", [1, 4, None])
+    def test_statistics_are_those_of_plain_hooks(
+        self, case: Case, batch_windows: int | None
+    ) -> None:
+        windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
+        statistics = calibrate(
+            LoadedModel(case.dense),
+            windows,
+            Engine(torch.device("cpu"), torch.float32, batch_windows),
+        )
+        seen = _observe_with_hooks(case, windows)
+        for unit, acts in zip(statistics.units, seen.units, strict=True):
+            for ffn in range(unit.ffns):
+                own, act = unit.of_ffn(ffn), acts[ffn][0].double()
+                # Terms of both signs cancel: the error is relative to what was added up.
+                assert ((own.sum_F - act.sum(0)).abs() <= 1e-5 * act.abs().sum(0) + 1e-9).all()
+                torch.testing.assert_close(
+                    own.sum_of_squares_F, act.square().sum(0), rtol=1e-5, atol=1e-6
+                )
+                assert own.tokens == len(act)
+        for block, (input_BTD, output_BTD) in zip(statistics.blocks, seen.blocks, strict=True):
+            cosine = nn.functional.cosine_similarity(input_BTD, output_BTD, dim=-1)
+            angular = (cosine.clamp(-1, 1).double().arccos() / torch.pi).mean()
+            assert block.distances["angular"] == pytest.approx(angular.item(), rel=1e-5)
+            assert block.tokens == windows.tokens_NT.numel()
+
+
+def matrices_of(architecture: Architecture) -> list[str]:
+    """Return the names of all FFN matrices, gate and up in one once."""
+    return [
+        architecture.block_prefix(unit.block) + name
+        for unit in architecture.units
+        for name in dict.fromkeys(name for name in (unit.gate, unit.up, unit.down) if name)
+    ]
+
+
+def kept_part(unit: FFNUnit, entry: UnitPlan, name: str, tensor: Tensor) -> Tensor:
+    """Return what stays of a parameter, taken index by index."""
+    axis = unit.axes[name]
+    parts = []
+    for ffn in range(unit.ffns):
+        kept = entry.kept_of(ffn)
+        places = {
+            None: kept,
+            "halves": kept + [unit.width + channel for channel in kept],
+            "interleaved": [2 * channel + half for channel in kept for half in (0, 1)],
+        }[axis.fusion]
+        one, along = (tensor[ffn], axis.axis - 1) if unit.routed else (tensor, axis.axis)
+        parts.append(one[places] if along == 0 else one[:, places])
+    return torch.stack(parts) if unit.routed else parts[0]
+
+
+def check_announced(block: nn.Module, name: str) -> None:
+    """Check the outputs and inputs that a Linear or a Conv1D announces; PEFT goes by them."""
+    projection: Any = block.get_submodule(name.rpartition(".")[0])
+    if isinstance(projection, nn.Linear):
+        announced = projection.out_features, projection.in_features
+    elif hasattr(projection, "nf"):
+        announced = projection.nx, projection.nf
+    else:
+        return
+    assert tuple(projection.weight.shape) == announced
+    assert projection.bias is None or projection.bias.shape == (
+        projection.nf if hasattr(projection, "nf") else announced[0],
+    )
+
+
+def check_numbers(old: nn.Module, new: nn.Module, entry: UnitPlan) -> None:
+    """Check that every number of a module that told the width tells the new one."""
+    for name, value in vars(old).items():
+        if type(value) is int and value in (entry.width, 2 * entry.width):
+            assert getattr(new, name) == value // entry.width * entry.kept_width, name
+
+
+def down_of(block: nn.Module, unit: FFNUnit, ffn: int) -> Tensor:
+    """Return a down matrix as outputs x inputs."""
+    matrix = block.get_parameter(unit.down).detach()
+    matrix, axis = (
+        (matrix[ffn], unit.axes[unit.down].axis - 1)
+        if unit.routed
+        else (matrix, unit.axes[unit.down].axis)
+    )
+    return matrix if axis == 1 else matrix.T
+
+
+def masked_original(case: Case) -> PreTrainedModel:
+    """The stock model, with the weights that removed channels go out by set to zero."""
+    masked = build(case.name)
+    with torch.no_grad():
+        for unit, entry in case.units():
+            for ffn in range(unit.ffns):
+                mask_F = torch.zeros(entry.width)
+                mask_F[entry.kept_of(ffn)] = 1.0
+                down_of(case.block(masked, unit), unit, ffn).mul_(mask_F)
+    return masked
+
+
+# Rows of the input of a down projection, and which window each row is of.
+Rows = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Seen:
+    """What one stock forward showed: of each block input and output, of each unit its FFNs."""
+
+    blocks: list[tuple[Tensor, Tensor]]
+    units: list[list[Rows]]
+
+
+def _observe_with_hooks(case: Case, windows: Windows) -> Seen:
+    """Return what plain hooks see of blocks and dense FFNs, and the engine's own of experts.
+
+    Those are compared with what experts give in engine/test_activations.py.
+    """
+    blocks = blocks_of(case.dense, case.architecture)
+    seqlen = windows.tokens_NT.shape[1]
+    at_block: list[tuple[Tensor, Tensor]] = []
+    rows: list[list[list[Rows]]] = [
+        [[] for _ in range(unit.ffns)] for unit in case.architecture.units
+    ]
+
+    def on_block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        at_block.append(
+            (
+                args[0] if args else kwargs["hidden_states"],
+                output[0] if isinstance(output, tuple) else output,
+            )
+        )
+
+    with ExitStack() as stack:
+        for block in blocks:
+            handle = block.register_forward_hook(on_block, with_kwargs=True)
+            stack.callback(handle.remove)
+        for number, unit in enumerate(case.architecture.units):
+
+            def on_down(module: nn.Module, args: Any, number: int = number) -> None:
+                act_RF = args[0].flatten(0, -2)
+                rows[number][0].append((act_RF, torch.arange(len(act_RF)) // seqlen))
+
+            def on_rows(
+                _: int, ffn: int, act_RF: Tensor, token_R: Tensor, number: int = number
+            ) -> None:
+                rows[number][ffn].append((act_RF.clone(), token_R // seqlen))
+
+            if unit.routed:
+                stack.enter_context(observed_activations(blocks[unit.block], [unit], on_rows))
+            else:
+                down = blocks[unit.block].get_submodule(unit.down.rpartition(".")[0])
+                stack.callback(down.register_forward_pre_hook(on_down).remove)
+        # The decoder alone: some multimodal models give meanings to a few tokens.
+        decoder = case.dense.get_submodule(case.architecture.decoder)
+        with torch.inference_mode():
+            decoder(input_ids=windows.tokens_NT, use_cache=False)
+    nothing = (torch.zeros(0, 1), torch.zeros(0))
+    return Seen(
+        at_block,
+        [
+            [
+                tuple(torch.cat(parts) for parts in zip(*shown, strict=True)) if shown else nothing
+                for shown in of_unit
+            ]
+            for of_unit in rows
+        ],
+    )
