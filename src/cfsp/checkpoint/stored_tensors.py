@@ -138,6 +138,16 @@ class StoredTensors:
         conversion = self._conversions.get(parameter)
         return () if conversion is None else conversion.stored
 
+    def within(self, prefix: str) -> list[str]:
+        """Return the stored tensors of the parameters whose names in the model begin so."""
+        found = (
+            name
+            for parameter, conversion in self._conversions.items()
+            if parameter.startswith(prefix)
+            for name in conversion.stored
+        )
+        return list(dict.fromkeys(found))
+
     def check_complete(self, label: str) -> None:
         """Check that every parameter is stored, in the shape that the config asks for.
 

@@ -74,7 +74,7 @@ def repair_locally(
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    blocks = source.config.num_hidden_layers
+    blocks = source.architecture.block_count
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     work = _LocalRepair(
         source, pruned, blocks, training, engine.dtype, seed, place.directory_of(NAME)

@@ -38,7 +38,7 @@ _SHOWN = {
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
-    units, blocks = checkpoint.units, int(checkpoint.config.num_hidden_layers)
+    units, blocks = checkpoint.units, int(checkpoint.architecture.block_count)
     widths = [unit.width for unit in units]
     has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
     manifest = read_manifest(checkpoint.directory)
