@@ -244,8 +244,9 @@ def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
             )
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     for name in source.stored.unused:
-        is_of_block = name.startswith(f"{source.architecture.blocks}.")
-        if is_of_block and not any(re.search(pattern, name) for pattern in ignored):
+        block = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.", name)
+        is_beyond = block is not None and int(block[1]) >= source.architecture.block_count
+        if is_beyond and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "
                 f"{source.architecture.block_count} blocks; {AGAIN}"
