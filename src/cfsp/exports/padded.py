@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
@@ -40,7 +41,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     widest = max(widths)
     outgoing = [_outgoing(source, name, spec, widest) for name, spec in source.specs.items()]
     write_shards(out, outgoing)
-    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    fields = read_plain_fields(source.directory)
     config = fields_with_widths(fields, source.config, source.architecture, [widest] * len(widths))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_travelling_files(source.directory, out)
