@@ -21,7 +21,7 @@ Array = NDArray[Any]
 # The parts of a weight by what their names end with, and the plain weight.
 Quantised = tuple[dict[str, torch.Tensor], Array]
 
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6] + [-0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 BLOCK = (40, 24)  # neither divides the matrices of the tiny models
 GROUP = 16
 
@@ -71,9 +71,9 @@ def fp8(weight: Array, scale: Array, per_value: Array, ending: str) -> Quantised
     return parts, fp8_values()[codes] * per_value
 
 
-def fp8_in_blocks(weight: Array) -> Quantised:
-    scale = block_maxima(weight, BLOCK) / 448
-    return fp8(weight, scale, in_grid(scale, weight.shape, BLOCK), "scale_inv")
+def fp8_in_blocks(weight: Array, block: tuple[int, int] = BLOCK) -> Quantised:
+    scale = block_maxima(weight, block) / 448
+    return fp8(weight, scale, in_grid(scale, weight.shape, block), "scale_inv")
 
 
 def fp8_in_powers_of_two(weight: Array) -> Quantised:
@@ -240,8 +240,11 @@ WAYS = {
     ),
     "fp8 per tensor": Way("llama", {**_FP8, "weight_block_size": None}, fp8_per_tensor),
     "mxfp8": Way(
-        "llama", {**_FP8, "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, fp8_in_powers_of_two
+        "llama",
+        {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        fp8_in_powers_of_two,
     ),
+    "fbgemm_fp8": Way("llama", {"quant_method": "fbgemm_fp8"}, fp8_per_row),
     "float-quantized": Way(
         "llama",
         compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
@@ -299,7 +302,8 @@ def quantise(plain: Path, target: Path, way: Way) -> None:
     (target / "model.safetensors").unlink()
     for file, members in shards.items():
         save_file({n: quantised[n] for n in members}, target / file, metadata={"format": "pt"})
-    index = {"weight_map": {name: file for file, found in shards.items() for name in found}}
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    index = {"metadata": {}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     fields = json.loads((target / "config.json").read_text())
     fields["quantization_config"] = way.config

@@ -159,10 +159,11 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
         usual = [1, 32] if method == "mxfp8" else None
         return Quantisation(method, block=_block(described.get("weight_block_size") or usual))
     except _NotUndoneError as error:
+        what = " ".join(str(error).split())[:80]
         raise CheckpointError(
-            f"{label} is quantised ({str(error)[:80]}), which cfsp cannot undo; prune the model "
-            "that it was made from, or load it with transformers, call dequantize() and "
-            f"save_pretrained(), and prune the result (what cfsp undoes: {', '.join(_PACKINGS)})"
+            f"{label} is quantised ({what}), which cfsp cannot undo (it can: "
+            f"{', '.join(_PACKINGS)}); prune the model that it was made from, or load it with "
+            "transformers, call dequantize() and save_pretrained(), and prune the result"
         ) from None
 
 
@@ -286,29 +287,25 @@ def _of_compressed_tensors(described: Mapping[str, Any]) -> Quantisation:
         if each.get("group_size") and "pack-quantized" not in formats
     }
     packed = {
-        (each.get("num_bits"), _size(each.get("group_size") or -1))
+        (_bits(each.get("num_bits")), _size(each.get("group_size") or -1))
         for each in weights
         if each.get("type", "int") == "int"
     }
     if len(blocks) > 1 or len(packed) > 1:
         raise _NotUndoneError(f"{method}, in several ways at once")
     bits, group_size = packed.pop() if packed else (8, -1)
-    if bits not in (2, 4, 8):
-        raise _NotUndoneError(f"{method}, {bits} bits")
     block = blocks.pop() if blocks else (1, 1)
     return Quantisation(method, block, bits, group_size)
 
 
 def _of_gptq(described: Mapping[str, Any]) -> Quantisation:
-    bits = described.get("bits")
     version = described.get("checkpoint_format") or described.get("format") or "gptq"
-    if bits not in (2, 4, 8):
-        raise _NotUndoneError(f"gptq, {bits} bits")
     if version not in ("gptq", "gptq_v2"):
         raise _NotUndoneError(f"gptq, format {version}")
     if described.get("dynamic"):
         raise _NotUndoneError("gptq, in several ways at once")
     size = _size(described.get("group_size", 128))
+    bits = _bits(described.get("bits"))
     return Quantisation("gptq", bits=bits, group_size=size, added=int(version == "gptq"))
 
 
@@ -321,6 +318,12 @@ def _of_awq(described: Mapping[str, Any]) -> Quantisation:
         raise _NotUndoneError(f"awq, version {version}")
     size = _size(described.get("group_size", described.get("q_group_size", 128)))
     return Quantisation("awq", group_size=size)
+
+
+def _bits(value: object) -> int:
+    if type(value) is not int or value not in (2, 4, 8):
+        raise _NotUndoneError(f"{value!r} bits")
+    return value
 
 
 def _block(size: object) -> tuple[int, int]:

@@ -143,9 +143,18 @@ class Checkpoint:
 
 
 class LoadedModel:
-    """A transformers model in memory, seen as a weight source; nothing is copied."""
+    """A transformers model in memory, seen as a weight source; nothing is copied.
+
+    Raises:
+        CheckpointError: it is quantised.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if getattr(model.config, "quantization_config", None):
+            raise CheckpointError(
+                "the model in memory is quantised, or transformers will save it so; give its path "
+                "instead, or load it with cfsp.load, which dequantises it"
+            )
         self.model = model
         self.config = model.config
         self.architecture = architecture_of(model.config)
