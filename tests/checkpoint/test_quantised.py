@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import cfsp
 from any_models import tiny_model
+from cfsp.checkpoint import dequantising
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
 from cfsp.cli import main
 from cfsp.errors import CheckpointError
@@ -47,8 +48,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
     }
 
 
+@pytest.mark.parametrize("at_once", [1 << 24, 300])
 @pytest.mark.parametrize("name", WAYS)
-def test_it_reads_like_the_plain_checkpoint(pairs: dict[str, Pair], name: str) -> None:
+def test_it_reads_like_the_plain_checkpoint(
+    pairs: dict[str, Pair], name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantising, "_VALUES_AT_ONCE", at_once)
     found, expected = Checkpoint(pairs[name].quantised), Checkpoint(pairs[name].plain)
     assert found.specs == expected.specs
     for tensor in expected.specs:
