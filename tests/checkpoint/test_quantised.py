@@ -283,3 +283,27 @@ def test_a_config_that_says_so_of_plain_weights_is_refused(
     directory = Path(shutil.copytree(pairs["awq"].plain, tmp_path / "model"))
     edit_config(directory, {"quant_method": "fp8"})
     assert "none of its tensors is; remove quantization_config there" in refused(directory)
+
+
+def test_a_group_that_is_not_there_is_refused(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(pairs["gptq"].quantised, tmp_path / "model"))
+    name = "model.layers.1.self_attn.q_proj"
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        if f"{name}.g_idx" in tensors:
+            tensors[f"{name}.g_idx"][3] = 2
+            save_file(tensors, file)
+    source = Checkpoint(directory)
+    with pytest.raises(CheckpointError, match=r"g_idx speaks of groups 0 to 2, expected 0 to 1"):
+        source.read(f"{name}.weight")
+
+
+def test_without_a_dtype_in_the_config_weights_become_bfloat16(
+    pairs: dict[str, Pair], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))
+    fields = json.loads((directory / "config.json").read_text())
+    del fields["dtype"]
+    (directory / "config.json").write_text(json.dumps(fields))
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert Checkpoint(directory).specs[name].dtype == torch.bfloat16

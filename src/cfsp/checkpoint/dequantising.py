@@ -15,7 +15,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.tensor_file import FileTensor, TensorSpec, tensor_chunks
+from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, TensorSpec, tensor_chunks
+from cfsp.errors import CheckpointError
 
 # The parts of a weight, by what their names end with.
 Parts = Mapping[str, FileTensor]
@@ -260,11 +261,20 @@ def _awq_unpacked(words: Tensor) -> Tensor:
 
 
 def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, groups: int) -> Tensor:
-    """Return the group of every input."""
-    if group_of_input is not None:
-        # A damaged file must not read beyond the last group.
-        return group_of_input.read().long().clamp(0, groups - 1)
-    return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
+    """Return the group of every input.
+
+    Raises:
+        CheckpointError: there is no such group.
+    """
+    if group_of_input is None:
+        return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
+    found = group_of_input.read().long()
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < groups:
+        raise CheckpointError(
+            f"{group_of_input.file.path}: {group_of_input.name} speaks of groups {int(found.min())} "
+            f"to {int(found.max())}, expected 0 to {groups - 1}; {AGAIN}"
+        )
+    return found
 
 
 def _exponents(data: Tensor) -> Tensor:
