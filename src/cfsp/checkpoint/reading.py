@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cfsp.architecture.found import Architecture, FFNUnit
 from cfsp.checkpoint.config_file import read_config
+from cfsp.checkpoint.conversion import missing_prefix
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_layout import ChannelLayout
@@ -94,7 +95,7 @@ class Checkpoint:
         model = empty_model(self.config)
         files = _tensor_files(directory)
         names = [name for file in files for name in file.specs]
-        prefix = _missing_prefix(names, self.architecture, model.base_model_prefix)
+        prefix = missing_prefix(model, names)
         # A tensor's name in the model -> its file, and its name there.
         self._places: dict[str, tuple[TensorFile, str]] = {}
         for file in files:
@@ -251,15 +252,6 @@ def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
                 f"{source.label} has a tensor {name}, but its config says that there are "
                 f"{source.architecture.block_count} blocks; {AGAIN}"
             )
-
-
-def _missing_prefix(stored: Iterable[str], architecture: Architecture, base: str) -> str:
-    """Return what every name lacks in a checkpoint that was saved from the base model alone.
-
-    Such are those of GPT-2 on the hub; transformers loads them as well.
-    """
-    in_base = f"{architecture.blocks.removeprefix(f'{base}.')}.0."
-    return f"{base}." if any(name.startswith(in_base) for name in stored) else ""
 
 
 def _tensor_files(directory: Path) -> Sequence[TensorFile]:
