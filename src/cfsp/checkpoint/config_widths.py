@@ -47,7 +47,7 @@ class WidthKey:
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of the stock model that the modelling file begins with."""
     stock = copy.deepcopy(config)
-    if getattr(stock, PER_LAYER_CONFIG, None) is not None:
+    if width_key_of(config) is not None:
         stock.per_layer_config = None
     if hasattr(stock, FFN_WIDTHS):
         delattr(stock, FFN_WIDTHS)
@@ -80,10 +80,14 @@ def with_given_widths(units: Sequence[FFNUnit], config: PreTrainedConfig) -> tup
 
 
 def width_key_of(config: PreTrainedConfig) -> str | None:
-    """Return what `per_layer_config` of a config calls the width; None if it has none."""
+    """Return what `per_layer_config` of a config calls the width; None if it says no widths.
+
+    Stock configs say other things there, such as the head size of some blocks (Gemma 4).
+    """
     fields: dict[str, dict[str, Any]] = config.to_dict().get(PER_LAYER_CONFIG) or {}
     keys = {key for entry in fields.values() for key in entry}
-    return keys.pop() if len(keys) == 1 else None
+    is_width = len(keys) == 1 and any(word in next(iter(keys)) for word in _LIKE_A_WIDTH)
+    return keys.pop() if is_width else None
 
 
 def modeling_file(config: PreTrainedConfig, architecture: Architecture) -> ModelingFile | None:
@@ -134,8 +138,8 @@ def config_with_widths(
     changed = copy.deepcopy(config)
     changes = _changes(config, architecture, widths)
     # Last of all: it makes a config for every block out of the whole.
-    per_layer = changes.pop(PER_LAYER_CONFIG)
-    if getattr(changed, PER_LAYER_CONFIG, None) is not None:
+    per_layer = changes.pop(PER_LAYER_CONFIG, None)
+    if width_key_of(changed) is not None:
         changed.per_layer_config = None
     for key, value in changes.pop(_TEXT).items():
         setattr(changed.get_text_config(decoder=True), key, value)
@@ -163,18 +167,21 @@ def _changes(
     same: dict[str, Any] = {
         _TEXT: {},
         "architectures": [model_class.__name__],
-        PER_LAYER_CONFIG: None,
         FFN_WIDTHS: None,
         "auto_map": None,
         PRUNED_KEY: None,
     }
+    if not _says_other_things(config):
+        same[PER_LAYER_CONFIG] = None
     stock = stock_config(config)
     stock_widths = _widths_by_path(stock, {unit.path for unit in units})
     keys = width_keys(stock, stock_widths)
     stock_values = _stock_values(keys, stock_widths, units, widths)
-    if stock_values is not None:
+    if stock_values is not None and _are_found(stock, stock_values, units, widths):
         return {**same, _TEXT: stock_values}
     key = _per_layer_key(keys, architecture, config)
+    if key is not None and not _are_found(stock, {key: max(widths)}, units):
+        key = None
     file = ModelingFile(architecture, model_class, key)
     ours = {
         **same,
@@ -276,13 +283,42 @@ def _stock_values(
     return values
 
 
+def _are_found(
+    stock: PreTrainedConfig,
+    values: Mapping[str, int],
+    units: Sequence[FFNUnit],
+    widths: Sequence[int] | None = None,
+) -> bool:
+    """Return whether a stock config with other values has the units, of these widths if given.
+
+    An FFN that is much narrower than the hidden size may not be recognised as one any more.
+    """
+    changed = copy.deepcopy(stock)
+    for name, value in values.items():
+        setattr(changed.get_text_config(decoder=True), name, value)
+    found = find_architecture(_empty_stock_model(changed)).units
+    places = [(unit.block, unit.path) for unit in units]
+    # Those that the proof refused are found as well.
+    width_of = {(unit.block, unit.path): unit.width for unit in found}
+    if widths is None:
+        return all(place in width_of for place in places)
+    return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
+
+
+def _says_other_things(config: PreTrainedConfig) -> bool:
+    """Return whether the stock config itself has a `per_layer_config`."""
+    return bool(config.to_dict().get(PER_LAYER_CONFIG)) and width_key_of(config) is None
+
+
 def _per_layer_key(
     keys: Sequence[WidthKey], architecture: Architecture, config: PreTrainedConfig
 ) -> str | None:
     """Return the key by which `per_layer_config` can say the widths; None if it cannot."""
     units = architecture.units
     one_each = [unit.block for unit in units] == list(range(architecture.block_count))
-    if not one_each or len({unit.path for unit in units}) != 1 or _text_path(config):
+    if not one_each or len({unit.path for unit in units}) != 1:
+        return None
+    if _text_path(config) or _says_other_things(config):
         return None
     found = [key.name for key in keys if key.times.get(units[0].path) == 1]
     return found[0] if len(found) == 1 else None
