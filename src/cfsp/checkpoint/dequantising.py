@@ -271,7 +271,7 @@ def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, gro
     found = group_of_input.read().long()
     if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < groups:
         raise CheckpointError(
-            f"{group_of_input.file.path}: {group_of_input.name} speaks of groups {int(found.min())} "
+            f"{group_of_input.file.path}: {group_of_input.name} has groups {int(found.min())} "
             f"to {int(found.max())}, expected 0 to {groups - 1}; {AGAIN}"
         )
     return found
