@@ -83,7 +83,7 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(directory)
-        config.per_layer_config  # noqa: B018  # a config for every block is made only now
+        list(config.per_layer_config or ())  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _unusable(path, fields, summary) from error
@@ -127,7 +127,12 @@ def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
     blocks = fields.get("num_hidden_layers", fields.get("n_layer")) or _MOST_BLOCKS
     # Keys are block numbers; transformers makes a config for each of them.
     for name in (PER_LAYER_CONFIG, FFN_WIDTHS):
-        for key in fields.get(name) or ():
+        entries = fields.get(name) or {}
+        if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+            raise _unusable(
+                path, fields, f"{name} is {str(entries)[:40]}, expected a table of blocks"
+            )
+        for key in entries:
             if not str(key).isdecimal() or int(key) >= blocks:
                 raise _unusable(path, fields, f"{name} speaks of a block {str(key)[:20]!r}")
 

@@ -180,9 +180,11 @@ def _changes(
     stock_widths = _widths_by_path(stock, {unit.path for unit in units})
     keys = width_keys(stock, stock_widths)
     stock_values = _stock_values(keys, stock_widths, units, widths)
-    if stock_values is not None:
+    if stock_values is not None and _are_found(stock, stock_values, units, widths):
         return {**same, _TEXT: stock_values}
     key = _per_layer_key(keys, architecture, config) if keeps_none else None
+    if key is not None and not _are_found(stock, {key: max(widths)}, units):
+        key = None
     file = ModelingFile(architecture, model_class, key)
     ours = {
         **same,
@@ -284,13 +286,37 @@ def _stock_values(
     return values
 
 
+def _are_found(
+    stock: PreTrainedConfig,
+    values: Mapping[str, int],
+    units: Sequence[FFNUnit],
+    widths: Sequence[int] | None = None,
+) -> bool:
+    """Return whether a stock config with other values has the units, of these widths if given.
+
+    An FFN that is much narrower than the hidden size may not be recognised as one any more.
+    """
+    changed = copy.deepcopy(stock)
+    for name, value in values.items():
+        setattr(changed.get_text_config(decoder=True), name, value)
+    found = find_architecture(_empty_stock_model(changed)).units
+    places = [(unit.block, unit.path) for unit in units]
+    # Those that the proof refused are found as well.
+    width_of = {(unit.block, unit.path): unit.width for unit in found}
+    if widths is None:
+        return all(place in width_of for place in places)
+    return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
+
+
 def _per_layer_key(
     keys: Sequence[WidthKey], architecture: Architecture, config: PreTrainedConfig
 ) -> str | None:
     """Return the key by which `per_layer_config` can say the widths; None if it cannot."""
     units = architecture.units
     one_each = [unit.block for unit in units] == list(range(architecture.block_count))
-    if not one_each or len({unit.path for unit in units}) != 1 or _text_path(config):
+    if not one_each or len({unit.path for unit in units}) != 1:
+        return None
+    if _text_path(config) or _says_other_things(config):
         return None
     found = [key.name for key in keys if key.times.get(units[0].path) == 1]
     return found[0] if len(found) == 1 else None

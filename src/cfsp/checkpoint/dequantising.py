@@ -269,11 +269,10 @@ def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, gro
     if group_of_input is None:
         return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
     found = group_of_input.read().long()
-    least, most = (int(found.min()), int(found.max())) if found.numel() else (0, 0)
-    if least < 0 or most >= groups:
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < groups:
         raise CheckpointError(
-            f"{group_of_input.file.path}: {group_of_input.name} speaks of groups {least} to "
-            f"{most}, expected 0 to {groups - 1}; {AGAIN}"
+            f"{group_of_input.file.path}: {group_of_input.name} has groups {int(found.min())} "
+            f"to {int(found.max())}, expected 0 to {groups - 1}; {AGAIN}"
         )
     return found
 

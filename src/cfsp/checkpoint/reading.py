@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cfsp.architecture.found import Architecture, FFNUnit
 from cfsp.checkpoint.config_file import read_config
+from cfsp.checkpoint.conversion import missing_prefix
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.quantisation import Quantisation, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
@@ -106,7 +107,7 @@ class Checkpoint:
         model = empty_model(self.config)
         files = _tensor_files(directory)
         stored = _stored_tensors(directory, files, self.quantisation, self.config, self.label)
-        prefix = _missing_prefix(stored, self.architecture, model.base_model_prefix)
+        prefix = missing_prefix(model, list(stored))
         # By their names in the model.
         self._tensors = {prefix + name: tensor for name, tensor in stored.items()}
         specs = {name: tensor.spec for name, tensor in self._tensors.items()}
@@ -256,15 +257,6 @@ def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
                 f"{source.label} has a tensor {name}, but its config says that there are "
                 f"{source.architecture.block_count} blocks; {AGAIN}"
             )
-
-
-def _missing_prefix(stored: Iterable[str], architecture: Architecture, base: str) -> str:
-    """Return what every name lacks in a checkpoint that was saved from the base model alone.
-
-    Such are those of GPT-2 on the hub; transformers loads them as well.
-    """
-    in_base = f"{architecture.blocks.removeprefix(f'{base}.')}.0."
-    return f"{base}." if any(name.startswith(in_base) for name in stored) else ""
 
 
 def _stored_tensors(

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.engine.call_form import CallForm, find_call_form
 from cfsp.engine.resumed_forward import resumed_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def end_of(model: nn.Module, decoder: str) -> str:
@@ -32,6 +37,17 @@ def end_of(model: nn.Module, decoder: str) -> str:
         if embeddings is not None and embeddings() is not None:
             return path
     return ""
+
+
+def text_model(model: PreTrainedModel) -> Any:
+    """Return the innermost part of a model that gives logits of tokens.
+
+    It is the model itself, but for a few multimodal ones whose decoder has a head of its own.
+
+    Args:
+        model: a causal language model, or a multimodal one.
+    """
+    return model.get_submodule(end_of(model, architecture_of(model.config).decoder))
 
 
 def parameters_of_end(model: nn.Module, decoder: str, blocks: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.text_config import is_multimodal
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.openvino_model import convert
@@ -45,6 +46,11 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         raise ExportError(
             f"openvino export of {source.config.model_type} models is not supported: which experts "
             "run depends on the text, and a traced model cannot choose; use --to padded"
+        )
+    if is_multimodal(source.config):
+        raise ExportError(
+            f"openvino export of {source.config.model_type} models is not supported: only a text "
+            "decoder is traced, and this model reads more than text; use --to padded"
         )
     openvino = _openvino()
     kind = _weight_type(source, options)

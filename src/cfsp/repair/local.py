@@ -162,10 +162,12 @@ class _LocalRepair:
             )
             if not converged:
                 return None
+            stored = self.pruned.stored
             return {
-                name: parameter.detach().to(self.pruned.specs[name].dtype)
+                name: tensor.to(self.pruned.specs[name].dtype)
                 for parameters in parameters_L
-                for name, parameter in parameters.items()
+                for parameter, value in parameters.items()
+                for name, tensor in stored.take_apart(parameter, value.detach()).items()
             }
 
     def _batches(self, work: GroupAtWork) -> Iterator[Batch]:
