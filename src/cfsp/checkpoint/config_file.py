@@ -83,7 +83,8 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(directory)
-        list(config.per_layer_config or ())  # a config for every block is made only now
+        if fields.get(PER_LAYER_CONFIG):
+            list(config.per_layer_config)  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _unusable(path, fields, summary) from error

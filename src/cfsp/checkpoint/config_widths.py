@@ -314,9 +314,7 @@ def _per_layer_key(
     """Return the key by which `per_layer_config` can say the widths; None if it cannot."""
     units = architecture.units
     one_each = [unit.block for unit in units] == list(range(architecture.block_count))
-    if not one_each or len({unit.path for unit in units}) != 1:
-        return None
-    if _text_path(config) or _says_other_things(config):
+    if not one_each or len({unit.path for unit in units}) != 1 or _text_path(config):
         return None
     found = [key.name for key in keys if key.times.get(units[0].path) == 1]
     return found[0] if len(found) == 1 else None
