@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from cfsp.checkpoint.families import family_of
+from cfsp.architecture.model_classes import model_class_of
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.skeleton import build_skeleton
@@ -70,7 +70,7 @@ def make_checkpoint(
         outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, seed)))
     with staged_directory(out) as staging:
         fields = config.to_dict() | {
-            "architectures": [family_of(config).causal_lm],
+            "architectures": [model_class_of(config).__name__],
             "dtype": "bfloat16",
         }
         (staging / "config.json").write_text(json.dumps(fields, indent=2, default=str) + "\n")

@@ -80,7 +80,7 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
     if kind == "cfsp":
         model = load_to_train(source, device, "auto")
         adaptation = Adaptation(rank=args.rank)
-        adapted, _ = attach(model, source.family, adaptation, ranks_of(source, adaptation))
+        adapted, _ = attach(model, source.architecture, adaptation, ranks_of(source, adaptation))
         train(
             adapted,
             model,

@@ -61,7 +61,7 @@ def trainable_parameters(source: Checkpoint, adaptation: Adaptation) -> int:
     """Return how many parameters an adaptation trains."""
     model = load_to_train(source, torch.device("cpu"), "auto")
     rank_L = ranks_of(source, adaptation)
-    return sum(b.parameters for b in attach(model, source.family, adaptation, rank_L)[1])
+    return sum(b.parameters for b in attach(model, source.architecture, adaptation, rank_L)[1])
 
 
 def at_equal_parameters(source: Checkpoint, rank: float) -> Iterator[Adaptation]:

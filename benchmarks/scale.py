@@ -157,14 +157,13 @@ def measure(args: argparse.Namespace, source: Path, windows: int) -> Run:
 
 def sizes_of(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the bytes of the largest block and of everything before the first block."""
-    family = checkpoint.family
-    blocks = [
-        sum(s.nbytes for n, s in checkpoint.specs.items() if n.startswith(family.block_prefix(i)))
-        for i in range(checkpoint.config.num_hidden_layers)
-    ]
-    base = sum(
-        s.nbytes for n, s in checkpoint.specs.items() if n.startswith(f"{family.base_prefix}.")
-    )
+    architecture = checkpoint.architecture
+
+    def bytes_of(prefix: str) -> int:
+        return sum(s.nbytes for name, s in checkpoint.specs.items() if name.startswith(prefix))
+
+    blocks = [bytes_of(architecture.block_prefix(i)) for i in range(architecture.block_count)]
+    base = bytes_of(f"{architecture.decoder}.")
     return {"block": max(blocks), "embeddings": base - sum(blocks)}
 
 

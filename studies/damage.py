@@ -49,7 +49,7 @@ def damage_of(
 
 def _left_out(subject: Subject, block: int) -> dict[str, float]:
     """Return the perplexity on each text when one block passes its input on unchanged."""
-    with _skipped(blocks_of(subject.model, subject.source.family)[block]):
+    with _skipped(blocks_of(subject.model, subject.source.architecture)[block]):
         return subject.quality(subject.model)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.skeleton import blocks_of, projection_of
+from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.planning.allocation import channels_to_keep, round_widths
 from cfsp.planning.fine import read_ffn_weights, strongest_channels
 from cfsp.planning.make import model_size
@@ -94,13 +94,14 @@ def with_biases(subject: Subject, statistics: Statistics, plan: PruningPlan) -> 
 
     b' = b + W_P E[x_P]
     """
-    pruned, family = subject.pruned(plan), subject.source.family
-    for index, block in enumerate(blocks_of(pruned, family)):
+    pruned, architecture = subject.pruned(plan), subject.source.architecture
+    blocks = blocks_of(pruned, architecture)
+    for index, unit in enumerate(architecture.units):
         entry, mean_F = plan.units[index], statistics.units[index].mean_F
         gone_P = sorted(set(range(entry.width)) - set(entry.kept))
         down_DF = read_ffn_weights(subject.source, index).down_DF.double()
         bias_D = down_DF[:, gone_P] @ mean_F[gone_P]
-        down = projection_of(block, family, family.down)
+        down = blocks[unit.block].get_submodule(unit.down.removesuffix(".weight"))
         if down.bias is not None:
             bias_D = bias_D + down.bias.double()
         down.bias = nn.Parameter(bias_D.to(pruned.dtype))

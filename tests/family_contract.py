@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.checkpoint.families import architecture_of, family_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from cfsp.calibration.calibrate import calibrate
-from cfsp.checkpoint.families import architecture_of, family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, projection_of
 from cfsp.engine.compute import Engine

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.surgery import write_pruned_weights
@@ -22,24 +21,39 @@ def cut(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
-    widths: Sequence[int] = WIDTHS,
+    widths: Sequence[int] | None = None,
 ) -> Checkpoint:
-    """Return a checkpoint of the model with these widths, made in an existing directory."""
+    """Return a checkpoint of the model with these widths, made in an existing directory.
+
+    Args:
+        model: of three blocks.
+        tokenizer: its own.
+        directory: for the dense and the pruned model.
+        widths: of every FFN unit; None for `WIDTHS` of units of 96 channels, and for others in
+            the same proportion.
+    """
     dense, pruned = directory / "dense", directory / "pruned"
     pruned.mkdir()
     model.save_pretrained(dense)
     tokenizer.save_pretrained(dense)
     source = Checkpoint(dense)
-    ffns = source.family.ffn_count(source.config)
+    if widths is None:
+        widths = [WIDTHS[u.block] * u.width // max(WIDTHS) // 8 * 8 for u in source.units]
     blocks = tuple(
-        UnitPlan(i, width, _chosen(width, kept, ffns, random.Random(i)), 0.1, 0.5, ffns)
-        for i, (width, kept) in enumerate(
-            zip(intermediate_sizes(source.config), widths, strict=True)
+        UnitPlan(
+            unit.block,
+            unit.width,
+            _chosen(unit.width, kept, unit.ffns, random.Random(i)),
+            0.1,
+            0.5,
+            unit.ffns,
+            path=unit.path,
         )
+        for i, (unit, kept) in enumerate(zip(source.units, widths, strict=True))
     )
     plan = PruningPlan(ModelIdentity.of(source), {}, {}, blocks)
     write_pruned_weights(source, plan, pruned)
-    write_config(dense, pruned, source.family, list(widths))
+    write_config(source, pruned, widths)
     copy_travelling_files(dense, pruned)
     return Checkpoint(pruned)
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import cfsp
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.settings import REPAIRS
 
@@ -108,7 +107,7 @@ def test_pruned_model_writes_english(pruned: dict[str, Path]) -> None:
     from cfsp.text.tokenizers import load_tokenizer
 
     out = pruned["ridge"]
-    kept = sum(intermediate_sizes(Checkpoint(out).config))
+    kept = sum(Checkpoint(out).architecture.widths)
     assert abs(kept - (1 - SPARSITY) * 30 * 1536) <= 64
     model, tokenizer = cfsp.load(out), load_tokenizer(out)
     prompt = tokenizer("The capital of France is", return_tensors="pt")

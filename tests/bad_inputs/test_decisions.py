@@ -166,7 +166,7 @@ STATISTICS: Table = {
     ),
     "statistics of another version": BadInput(
         PLAN,
-        "{statistics} has statistics version 9, expected 2",
+        "{statistics} has statistics version 9, expected 1 to 3",
         "calibrate again",
         facts('"version": 2', '"version": 9'),
     ),
@@ -208,7 +208,7 @@ STATISTICS: Table = {
     ),
     "sums of different lengths": BadInput(
         PLAN,
-        "{statistics} is damaged: ValueError('block 1 has sums of shapes",
+        "{statistics} is damaged: ValueError('blocks.1 has sums of shapes",
         "calibrate again",
         sums("blocks.1.sum", lambda t: t[:5].clone()),
     ),

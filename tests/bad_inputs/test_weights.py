@@ -128,10 +128,16 @@ FILES: Table = {
         "save the model in float32, bfloat16 or float16",
         replace(GATE, lambda t: t.to(torch.int8)),
     ),
-    "quantised model": BadInput(
+    "quantised in a way that cannot be undone": BadInput(
         f"{PRUNE} {TEXT}",
-        "{model} is quantised (fp8)",
-        "save the model in float32, bfloat16 or float16",
+        "{model} is quantised (bitsandbytes), which cfsp cannot undo",
+        "call dequantize() and save_pretrained(), and prune the result",
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    ),
+    "quantised by its config alone": BadInput(
+        f"{PRUNE} {TEXT}",
+        "{model} is quantised (fp8) by its config.json, but none of its tensors is",
+        "remove quantization_config there",
         config(quantization_config={"quant_method": "fp8"}),
     ),
     "header nested too deeply": BadInput(
@@ -148,7 +154,7 @@ FILES: Table = {
     ),
     "no FFN matrix": BadInput(
         "recover {pruned} --data {text} --steps 1 --out {out}",
-        f"no tensor {GATE}",
+        f"lacks the tensor {GATE}",
         "download or save it again",
         lambda place: edit_tensors(place.pruned / "model.safetensors", drop(GATE)),
     ),
@@ -178,13 +184,13 @@ FILES: Table = {
     ),
     "norm of another length": BadInput(
         "eval {model} --data {text} --windows 1 --seqlen 32",
-        f"{NORM} has shape [16], its config asks for [32]",
+        f"{NORM} of shape [16], its config asks for [32]",
         "download or save it again",
         replace(NORM, lambda t: t[:16].clone()),
     ),
     "attention of another width": BadInput(
         f"{PRUNE} {TEXT}",
-        "q_proj.weight has shape [32, 16], its config asks for [32, 32]",
+        "q_proj.weight of shape [32, 16], its config asks for [32, 32]",
         "download or save it again",
         replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
     ),
@@ -196,7 +202,7 @@ FILES: Table = {
     ),
     "an expert more than the config says": BadInput(
         f"calibrate {{mixtral}} --out {{out}} {TEXT}",
-        "{mixtral} has a tensor model.layers.0.block_sparse_moe.experts.2",
+        "layers.0.mlp.experts.gate_up_proj of shape [4, 192, 32], its config asks for [2, 192, 32]",
         "download or save it again",
         config("mixtral", num_local_experts=2),
     ),
@@ -334,7 +340,7 @@ CONFIGS: Table = {
     ),
     "config with a larger vocabulary": BadInput(
         f"{PRUNE} {TEXT}",
-        "model.embed_tokens.weight has shape [320, 32], its config asks for [640, 32]",
+        "model.embed_tokens.weight of shape [320, 32], its config asks for [640, 32]",
         "download or save it again",
         config(vocab_size=640),
     ),
@@ -345,6 +351,30 @@ CONFIGS: Table = {
         lambda place: edit_json(
             place.pruned / "config.json",
             lambda f: f["per_layer_config"].update({"999999999": {"intermediate_size": 8}}),
+        ),
+    ),
+    "widths of one block are no table": BadInput(
+        "inspect {pruned}",
+        "{pruned}/config.json is not a usable llama config: ffn_widths is ",
+        "download it again",
+        lambda place: edit_json(
+            place.pruned / "config.json", lambda f: f.update(ffn_widths={"0": 8})
+        ),
+    ),
+    "width of an FFN that is not there": BadInput(
+        "inspect {pruned}",
+        "config.json gives a width for 'moe' of block 0, which the model does not have",
+        "download the model again",
+        lambda place: edit_json(
+            place.pruned / "config.json", lambda f: f.update(ffn_widths={"0": {"moe": 8}})
+        ),
+    ),
+    "width of an FFN is text": BadInput(
+        "inspect {pruned}",
+        "config.json gives block 0 'x' FFN channels, expected 1 to ",
+        "download the model again",
+        lambda place: edit_json(
+            place.pruned / "config.json", lambda f: f.update(ffn_widths={"0": {"mlp": "x"}})
         ),
     ),
     "width of one block is text": BadInput(
@@ -380,14 +410,14 @@ CONFIGS: Table = {
     ),
     "a square of positions": BadInput(
         f"calibrate {{gpt2}} --out {{out}} {TEXT}",
-        "transformer.wpe.weight has shape [256, 32], its config asks for [1000000, 32]",
+        "transformer.wpe.weight of shape [256, 32], its config asks for [1000000, 32]",
         "download or save it again",
         config("gpt2", n_positions=1_000_000),
     ),
-    "family that is not supported": BadInput(
+    "an encoder": BadInput(
         "verify {model}",
-        "model type 'bert' is not supported",
-        "supported are: ",
+        "model type 'bert' is an encoder (its config does not say is_decoder)",
+        "cfsp prunes decoder-only language models",
         config(model_type="bert"),
     ),
 }

@@ -11,20 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Qwen3MoeConfig
+from transformers import PreTrainedModel
 
 import cfsp
 from builders import CALIBRATION, CRITERION
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.calibration.together import add_up
-from cfsp.checkpoint.expert_tensors import assemble, pieces
-from cfsp.checkpoint.families import architecture_of, family_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
-from cfsp.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError
+from cfsp.errors import CheckpointError, PlanError, UsageError
 from cfsp.planning.make import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.processes import Team
@@ -127,25 +126,30 @@ def test_stored_tensors_are_those_that_transformers_stores(
     source = LoadedModel(model)
     assert source.specs.keys() == stored.keys()
     assert all(torch.equal(source.read(key), tensor) for key, tensor in stored.items())
-    family = family_of(model.config)
     for key, parameter in model.named_parameters():
-        parts = pieces(family, key, parameter.shape)
-        if all(part.name in stored for part in parts):
-            assert torch.equal(assemble(parts, parameter.shape, stored.__getitem__), parameter)
+        if source.stored.sources(key):
+            assert torch.equal(source.stored.assemble(key, stored.__getitem__), parameter)
 
 
 @pytest.mark.parametrize(
-    ("changes", "blocks"), [({"mlp_only_layers": [1]}, "1"), ({"decoder_sparse_step": 2}, "0, 2")]
+    ("changes", "dense"), [({"mlp_only_layers": [1]}, [1]), ({"decoder_sparse_step": 2}, [0, 2])]
 )
-def test_dense_blocks_among_experts_are_refused(
-    changes: dict[str, Any], blocks: str, tmp_path: Path
+def test_dense_blocks_among_experts_are_pruned_too(
+    changes: dict[str, Any], dense: list[int], tokenizer: Any, text_file: Path, tmp_path: Path
 ) -> None:
-    config = Qwen3MoeConfig(num_hidden_layers=3, **changes)
-    with pytest.raises(UnsupportedModelError, match=f"blocks {blocks} of this qwen3_moe model"):
-        family_of(config)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="cfsp prunes mixtures of experts whose"):
-        Checkpoint(tmp_path)
+    model = tiny("qwen3_moe", **changes)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    report = cfsp.prune(tmp_path / "model", out=out, data=[str(text_file)], **SETTINGS)
+    units = Checkpoint(out).units
+    assert [unit.path for unit in units] == [
+        "mlp" if block in dense else "mlp.experts" for block in range(3)
+    ]
+    assert [unit.width for unit in units] == report.intermediate_sizes
+    assert all(unit.kept_width < unit.width for unit in report.plan.units)
+    given = json.loads((out / "config.json").read_text())["ffn_widths"]
+    assert given == {f"{unit.block}": {unit.path: unit.width} for unit in units}
 
 
 def test_experts_that_the_config_does_not_announce_are_refused(
@@ -154,7 +158,10 @@ def test_experts_that_the_config_does_not_announce_are_refused(
     source = tiny_checkpoint("mixtral")
     fields = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    for count, message in ((3, "there are 3 blocks of 3 experts"), (5, r"experts\.4\.w1\.weight")):
+    for count, message in (
+        (3, r"of shape \[4, 192, 32\], its config asks for \[3, 192, 32\]"),
+        (5, r"experts\.4\.w1\.weight"),
+    ):
         directory = tmp_path / str(count)
         directory.mkdir()
         changed = {**fields, "num_local_experts": count}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.checkpoint.families import FAMILIES, family_of, family_of_type
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -22,9 +23,8 @@ from transformers import (
 )
 
 import cfsp
-from cfsp.checkpoint.stored_layout import ChannelLayout
-from cfsp.checkpoint.families import FAMILIES, family_of, family_of_type
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.stored_layout import ChannelLayout
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
 from conftest import REPOSITORY

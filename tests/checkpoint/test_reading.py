@@ -105,10 +105,16 @@ def test_config_that_transformers_refuses(copy: Path) -> None:
     assert "config.json is not a usable llama config" in message
 
 
-def test_unsupported_family_lists_the_supported_ones(copy: Path) -> None:
+def test_an_encoder_is_refused(copy: Path) -> None:
     edit_config(copy, model_type="bert")
+    with pytest.raises(UnsupportedModelError, match="model type 'bert' is an encoder"):
+        Checkpoint(copy)
+
+
+def test_a_type_that_transformers_does_not_know_is_refused(copy: Path) -> None:
+    edit_config(copy, model_type="no_such_model")
     with pytest.raises(
-        UnsupportedModelError, match=r"'bert'.*llama, mistral, .*qwen2, qwen2_moe, qwen3"
+        UnsupportedModelError, match=r"is not known to transformers .* cfsp families"
     ):
         Checkpoint(copy)
 
@@ -181,14 +187,14 @@ def test_config_that_contradicts_the_weights(copy: Path) -> None:
     edit_config(copy, intermediate_size=64)
     message = refused(copy)
     assert "[96, 32]" in message
-    assert "block 0 has 64 FFN channels" in message
+    assert "gate_proj.weight of shape [96, 32], its config asks for [64, 32]" in message
 
 
 def test_missing_ffn_tensor_is_named(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors")
-    assert "no tensor model.layers.2.mlp.up_proj.weight" in refused(copy)
+    assert "lacks the tensor model.layers.2.mlp.up_proj.weight" in refused(copy)
 
 
 def test_more_blocks_in_the_config_than_stored(copy: Path) -> None:

@@ -22,10 +22,10 @@ from transformers.core_model_loading import (
 )
 
 from any_models import model_class, tiny_config, tiny_model
-from cfsp.checkpoint import stored_tensors
-from cfsp.architecture.found import Architecture
-from cfsp.checkpoint.conversion import missing_prefix, saved_state
 from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Architecture
+from cfsp.checkpoint import stored_tensors
+from cfsp.checkpoint.conversion import missing_prefix, saved_state
 from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
 from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec
 from cfsp.errors import CheckpointError, UnsupportedModelError

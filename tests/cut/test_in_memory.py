@@ -11,7 +11,6 @@ import pytest
 from transformers import AutoModel
 
 import cfsp
-from cfsp.checkpoint.families import intermediate_sizes
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -47,7 +46,7 @@ def test_save_pretrained_writes_what_prune_writes(
         assert config[key] == expected[key], key
     # transformers leaves out the blocks that are as wide as the widest.
     assert ("per_layer_config" in config) is ("per_layer_config" in expected)
-    widths = [intermediate_sizes(Checkpoint(tmp_path / place).config) for place in PLACES]
+    widths = [Checkpoint(tmp_path / place).architecture.widths for place in PLACES]
     assert widths[0] == widths[1]
     assert ("auto_map" in config) is ("auto_map" in expected)
     if "auto_map" in expected:

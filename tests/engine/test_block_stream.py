@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cfsp.checkpoint.families import architecture_of
 from torch import Tensor, nn
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
+from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.engine.block_stream import stream_blocks
 from cfsp.engine.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
 from cfsp.errors import CalibrationError, CheckpointError

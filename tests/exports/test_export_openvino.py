@@ -59,7 +59,7 @@ def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str)
     assert float((found_TV - expected_TV).abs().max()) < 1e-4
 
     config = json.loads((tmp_path / "ov" / "config.json").read_text())
-    assert config["model_type"] == source.family.model_type
+    assert config["model_type"] == source.config.model_type
     assert "auto_map" not in config
     assert not list((tmp_path / "ov").glob("*.safetensors"))
 

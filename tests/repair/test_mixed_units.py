@@ -1,29 +1,26 @@
 """A model with an FFN of experts and a shared one in a block, none in the next, a dense one last.
 
-Its modules are those of a mixture of experts; which of them count as FFN units is made up.
+It is a mixture of experts, some of whose FFN units are left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.stored_layout import ChannelLayout
-from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cli.plan import print_plan
 from cfsp.cut.surgery import pruned_specs, pruned_tensor
-from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.compute import Engine
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
@@ -47,93 +44,18 @@ EXPERTS = "mlp.experts"
 PLACES = [(0, EXPERTS), (0, SHARED), (2, SHARED)]
 
 
-class MixedFamily:
-    """What the family of the model says, but of which tensors belong to which unit."""
-
-    def __init__(self, family: Any) -> None:
-        self._family = family
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
-
-    def layout_of(self, name: str) -> ChannelLayout | None:
-        layout = self._family.layout_of(name)
-        block = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
-        if layout is not None and (block, EXPERTS) in PLACES:
-            return replace(layout, unit=PLACES.index((block, EXPERTS)))
-        if f".{SHARED}." in name and (block, SHARED) in PLACES:
-            axis = 1 if "down_proj" in name else 0
-            return ChannelLayout(PLACES.index((block, SHARED)), axis)
-        return None
-
-
-def mixed_source() -> Any:
-    source: Any = LoadedModel(build_tiny_model("qwen2_moe"))
-    experts = source.units[0]
-    shared = replace(
-        experts,
-        path=SHARED,
-        width=source.config.shared_expert_intermediate_size,
-        ffns=1,
-        routed=False,
-        down=f"{SHARED}.down_proj.weight",
-        axes={f"{SHARED}.down_proj.weight": replace(experts.axes[experts.down], axis=1)},
-    )
-    source.units = tuple(
-        replace(shared if path == SHARED else experts, block=block) for block, path in PLACES
-    )
-    source.family = MixedFamily(source.family)
+def with_units(source: Any, places: Sequence[tuple[int, str]]) -> Any:
+    """Leave only some of the FFN units of a source; the others count as weights of another kind."""
+    unit_at = {(unit.block, unit.path): unit for unit in source.units}
+    units = tuple(unit_at[place] for place in places)
+    source.architecture = replace(source.architecture, units=units)
+    source.stored = StoredTensors.of(source.model, source.architecture, source.specs)
     return source
 
 
-def matrix(source: Any, unit: int, role: str, ffn: int = 0) -> Tensor:
-    block, path = PLACES[unit]
-    where = f"{path}.{ffn}" if path == EXPERTS else path
-    tensor: Tensor = source.read(f"model.layers.{block}.{where}.{role}_proj.weight")
-    return tensor
-
-
-def down_tensors(source: Any, unit: int, down_EDK: Sequence[Tensor]) -> dict[str, Tensor]:
-    block, path = PLACES[unit]
-    places = [f"{path}.{ffn}" if path == EXPERTS else path for ffn in range(len(down_EDK))]
-    return {
-        f"model.layers.{block}.{place}.down_proj.weight": down_DK.contiguous()
-        for place, down_DK in zip(places, down_EDK, strict=True)
-    }
-
-
 @pytest.fixture
-def source(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The model, and an engine that shows the activations of its units."""
-    for module in ("planning.fine", "repair.ridge_pass"):
-        monkeypatch.setattr(f"cfsp.{module}.down_matrix", lambda s, u, f=0: matrix(s, u, "down", f))
-    monkeypatch.setattr("cfsp.planning.fine.ffn_matrix", matrix)
-    monkeypatch.setattr("cfsp.repair.ridge_pass.tensors_with_down", down_tensors)
-    advance = StreamedBlock.advance
-
-    def advance_mixed(
-        self: StreamedBlock, on_activations: Any, on_hidden: Any = lambda before, after: None
-    ) -> None:
-        paths = [unit.path for unit in self.units]
-        seen = 0
-
-        def before_down(module: Any, args: tuple[Tensor, ...]) -> None:
-            nonlocal seen
-            act_RF = args[0].flatten(0, -2)
-            window_R = (seen + torch.arange(len(act_RF))) // SEQLEN
-            seen += len(act_RF)
-            on_activations(paths.index(SHARED), 0, act_RF, window_R)
-
-        handles = []
-        if SHARED in paths:
-            down = self.module.get_submodule(f"{SHARED}.down_proj")
-            handles.append(down.register_forward_pre_hook(before_down))
-        advance(self, on_activations if EXPERTS in paths else None, on_hidden)
-        for handle in handles:
-            handle.remove()
-
-    monkeypatch.setattr(StreamedBlock, "advance", advance_mixed)
-    yield mixed_source()
+def source() -> Any:
+    return with_units(LoadedModel(build_tiny_model("qwen2_moe")), PLACES)
 
 
 @pytest.fixture(scope="module")
@@ -266,10 +188,10 @@ def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source: Any) -> Non
         (units, "block 0 of .* has experts"),
         ((units[1], units[1]), "block 0 of .* has several"),
     ):
-        source.units = wrong
+        source.architecture = replace(source.architecture, units=wrong)
         with pytest.raises(UnsupportedModelError, match=said):
             check_can_be_repaired(source, settings(repair="local"))
-    source.units = units[1:]
+    source.architecture = replace(source.architecture, units=units[1:])
     check_can_be_repaired(source, settings(repair="local"))
 
 
@@ -289,34 +211,13 @@ def test_gram_matrices_of_all_ffns_of_a_block_are_counted(
         assert ("the Gram matrices of block 0 take" in caplog.text) == said
 
 
-class GapFamily(MixedFamily):
-    """What the family of a dense model says, but one block has no FFN that counts."""
-
-    def __init__(self, family: Any, blocks: Sequence[int]) -> None:
-        super().__init__(family)
-        self._blocks = blocks
-
-    def layout_of(self, name: str) -> ChannelLayout | None:
-        layout = self._family.layout_of(name)
-        if layout is None or layout.unit not in self._blocks:
-            return None
-        return replace(layout, unit=self._blocks.index(layout.unit))
-
-
 # In groups of one the first trains alone, the others together.
 @pytest.mark.parametrize("gap", [0, 1, 2])
 def test_a_block_without_an_ffn_passes_every_repair(
-    windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int
+    windows: Windows, tmp_path: Path, gap: int
 ) -> None:
-    source: Any = LoadedModel(build_tiny_model("llama"))
     blocks = [block for block in range(3) if block != gap]
-    dense = source.units[gap].width
-    source.units = tuple(source.units[block] for block in blocks)
-    source.family = GapFamily(source.family, blocks)
-    monkeypatch.setattr(
-        "cfsp.cut.surgery.config_with_widths",
-        lambda config, widths: config_with_widths(config, [*widths[:gap], dense, *widths[gap:]]),
-    )
+    source = with_units(LoadedModel(build_tiny_model("llama")), [(b, "mlp") for b in blocks])
     local = LocalTraining(blocks=1, steps=2)
     result = pruned(source, windows, tmp_path, repair="local", local=local)
     assert [unit.block for unit in result.plan.units] == blocks

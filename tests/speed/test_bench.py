@@ -72,7 +72,7 @@ def test_prefill_work_is_what_torch_counts(
     model = load(tiny_checkpoint(name), dtype="float32")
     # Written out, attention is counted over all pairs; ours counts those that are not masked.
     model.set_attn_implementation("eager")
-    if LoadedModel(model).family.experts is not None:
+    if LoadedModel(model).architecture.has_experts:
         # One product for each expert; torch counts no grouped ones.
         model.set_experts_implementation("eager")
     work = work_of(LoadedModel(model), head=True, itemsize=4)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cfsp.checkpoint.families import family_of
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.whole_model.divergence import POSITION_STRIDE, dense_predictions
 from cfsp.whole_model.masks import masked_channels
@@ -35,7 +34,7 @@ def numpy_divergence(dense_BTV: torch.Tensor, changed_BTV: torch.Tensor) -> floa
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_a_resumed_forward_is_the_whole_one(name: str) -> None:
     model, tokens_BT = build_tiny_model(name), random_tokens(2)
-    blocks = blocks_of(model, family_of(model.config))
+    blocks = blocks_of(model, architecture_of(model.config))
     originals = list(blocks)
     with torch.inference_mode():
         with hidden_states_entering(blocks) as entering_L:

@@ -80,8 +80,9 @@ class DecoderEnd:
     """All of a model that comes after its last block.
 
     Args:
-        model: a causal language model, or a multimodal one. Embeddings on the meta device become
-            zeros, which take no memory: which tokens came does not matter after the blocks.
+        model: a causal language model, or a multimodal one. What is on the meta device becomes
+            zeros, which take no memory: which tokens came does not matter after the blocks. Some
+            models ask their first parameter for the device, so that none may be left there.
         decoder: path from it to the module whose forward calls the blocks.
         blocks: path from it to the list of blocks, inside the decoder.
         device: where to compute.
@@ -93,10 +94,13 @@ class DecoderEnd:
         assert isinstance(found, nn.ModuleList)
         self._blocks = found
         self._device = device
-        for module in model.get_submodule(decoder).modules():
-            if isinstance(module, nn.Embedding) and module.weight.is_meta:
-                zeros = torch.zeros((), dtype=module.weight.dtype, device=device)
-                module.weight = nn.Parameter(zeros.expand(module.weight.shape), requires_grad=False)
+        of_blocks = {id(parameter) for parameter in found.parameters()}
+        for module in self._model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta and id(parameter) not in of_blocks:
+                    zeros = torch.zeros((), dtype=parameter.dtype, device=device)
+                    zeros = zeros.expand(parameter.shape)
+                    setattr(module, name, nn.Parameter(zeros, requires_grad=False))
 
     @cached_property
     def _form(self) -> CallForm:

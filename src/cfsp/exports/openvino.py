@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
@@ -57,7 +58,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=kind == "f16")
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     widths = source.architecture.widths
-    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    fields = read_plain_fields(source.directory)
     stock = fields_with_widths(
         fields, source.config, source.architecture, [max(widths)] * len(widths)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -68,9 +70,12 @@ def _chunks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
 def copy_everything_else(source: Checkpoint, directory: Path) -> None:
     """Copy config, modelling file, plan, tokenizer and the like."""
     copy_travelling_files(source.directory, directory)
-    for name in ("config.json", MODELING_FILE, PLAN_FILE):
+    for name in (CONFIG_FILE, MODELING_FILE, PLAN_FILE):
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
+    if source.quantisation is not None:
+        fields = read_plain_fields(source.directory)
+        (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def recovery_facts(

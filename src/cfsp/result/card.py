@@ -108,6 +108,13 @@ def _what_it_is(
         ]
     else:
         lines += [f"This is {link}, trained further by cfsp.", ""]
+    if dequantised := manifest.get("dequantised"):
+        lines += [
+            f"The original is stored quantised ({_plain(dequantised['from'])}). These weights are "
+            f"dequantised, in {_plain(dequantised['to'])}: each is larger than there until the "
+            "model is quantised again.",
+            "",
+        ]
     return "\n".join([*lines, *_on_which_text(manifest)])
 
 

@@ -59,6 +59,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }
+    if checkpoint.quantisation is not None:
+        facts["quantised"] = checkpoint.quantisation.method
     if not has_one_unit_each or len({unit.ffns for unit in units}) > 1:
         facts["units"] = [
             {"block": unit.block, "path": unit.path, "width": unit.width, "ffns": unit.ffns}
