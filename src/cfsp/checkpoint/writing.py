@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+# Where a tokenizer or processor with several chat templates has all but one.
+_TEMPLATES = "additional_chat_templates"
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
@@ -44,10 +46,12 @@ def write_config(source: Checkpoint, target: Path, widths: Sequence[int]) -> Non
 
 
 def copy_travelling_files(source_directory: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence to the new checkpoint."""
+    """Copy tokenizer, processor, chat templates, generation config and licence."""
     for path in sorted(source_directory.iterdir()):
         travels = path.suffix in _TRAVELLING_SUFFIXES or path.name.startswith(_TRAVELLING_NAMES)
         if path.name in _OURS | QUANTISATION_FILES or path.name.endswith(".index.json"):
             continue
         if travels and path.is_file():
             shutil.copyfile(path, target / path.name)
+    if (source_directory / _TEMPLATES).is_dir():
+        shutil.copytree(source_directory / _TEMPLATES, target / _TEMPLATES)
