@@ -217,11 +217,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "llama4": {
         "text_config": {"moe_layers": [1, 2], "num_experts_per_tok": 1},
+        # Four patches become one token, of their width together.
         "vision_config": {"image_size": 28, "patch_size": 14, "vision_output_dim": 32,
-                          "projector_input_dim": 32, "projector_output_dim": 32},
+                          "intermediate_size": 128, "projector_input_dim": 32,
+                          "projector_output_dim": 32},
     },
     "llama4_text": {"moe_layers": [1, 2], "num_experts_per_tok": 1},
     "llava_onevision": {
+        "image_grid_pinpoints": [[28, 28]],
         "text_config": {"model_type": "qwen2"},
         "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
     },

@@ -128,10 +128,16 @@ FILES: Table = {
         "save the model in float32, bfloat16 or float16",
         replace(GATE, lambda t: t.to(torch.int8)),
     ),
-    "quantised model": BadInput(
+    "quantised in a way that cannot be undone": BadInput(
         f"{PRUNE} {TEXT}",
-        "{model} is quantised (fp8)",
-        "save the model in float32, bfloat16 or float16",
+        "{model} is quantised (bitsandbytes), which cfsp cannot undo",
+        "call dequantize() and save_pretrained(), and prune the result",
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    ),
+    "quantised by its config alone": BadInput(
+        f"{PRUNE} {TEXT}",
+        "{model} is quantised (fp8) by its config.json, but none of its tensors is",
+        "remove quantization_config there",
         config(quantization_config={"quant_method": "fp8"}),
     ),
     "header nested too deeply": BadInput(

@@ -10,6 +10,13 @@ from cfsp.errors import CfspError
 
 # Seconds. The proof of the slowest type takes a tenth of that.
 TIME_LIMIT = 120.0
+# What takes seconds to import; it is imported once for all processes.
+_IMPORTED = (
+    "accelerate",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "cfsp.architecture.proof",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def why_not(family: Family) -> str | None:
     It runs in a process of its own, because a class may crash or never end.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "cfsp.architecture.proof", "transformers"])
+    context.set_forkserver_preload(list(_IMPORTED))
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_verdict, args=(family, sender), daemon=True)
     process.start()

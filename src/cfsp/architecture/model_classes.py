@@ -50,6 +50,27 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
+def auto_classes_of(model_class: type[PreTrainedModel]) -> list[str]:
+    """Return the Auto classes by which a language model is loaded; the one to name comes first."""
+    import transformers
+
+    found = []
+    for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
+        auto: Any = getattr(transformers, name)
+        registered = auto._model_mapping.get(model_class.config_class, None)
+        if model_class in (registered if isinstance(registered, tuple | list) else [registered]):
+            found.append(name)
+    return found or ["AutoModelForCausalLM"]
+
+
+def auto_class_of_type(model_type: str) -> str:
+    """Return the Auto class by which models of a type are loaded."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    reads_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return "AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM"
+
+
 def _classes_by_name(mappings: tuple[Any, ...]) -> dict[str, Any]:
     """Return the registered classes; None stands for one of transformers, not imported yet."""
     known: dict[str, Any] = {}

@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, MODELING_FILE, PER_LAYER_CONFIG
+from cfsp.checkpoint.quantisation import (
+    QUANTISATION_KEYS,
+    Quantisation,
+    plain_fields,
+    quantisation_in,
+)
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -41,11 +47,12 @@ _LARGEST = (
 _CORRECT = "correct it or download it again"
 
 
-def read_config(directory: Path) -> PreTrainedConfig:
-    """Return the config of a model directory.
+def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]:
+    """Return the config of the plain model in a directory, and how that is stored quantised.
 
     Raises:
-        CheckpointError: there is none, or it is no config that a model can be built from.
+        CheckpointError: there is none, it is no config that a model can be built from, or the
+            weights are quantised in a way that cfsp cannot undo.
         UnsupportedModelError: this transformers does not know the model type.
     """
     import transformers
@@ -72,14 +79,25 @@ def read_config(directory: Path) -> PreTrainedConfig:
         )
     _check_code(directory, fields)
     _check_numbers(path, fields)
+    quantisation = quantisation_in(fields, str(directory))
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(directory)
-        list(config.per_layer_config or ())  # a config for every block is made only now
+        if fields.get(PER_LAYER_CONFIG):
+            list(config.per_layer_config)  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _unusable(path, fields, summary) from error
-    return config
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key in QUANTISATION_KEYS:
+            if hasattr(each, key):
+                delattr(each, key)
+    return config, quantisation
+
+
+def read_plain_fields(directory: Path) -> dict[str, Any]:
+    """Return config.json of a directory whose config was read, without quantisation."""
+    return plain_fields(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
 
 
 def _check_code(directory: Path, fields: dict[str, Any]) -> None:
@@ -95,13 +113,6 @@ def _check_code(directory: Path, fields: dict[str, Any]) -> None:
             f"{directory} brings its own modelling code, which may compute something else than "
             f"the stock {fields['model_type']} class; cfsp prunes stock models and its own output "
             "only"
-        )
-    quantised = fields.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(
-            f"{directory} is quantised ({method}); cfsp prunes plain weights: save the model in "
-            "float32, bfloat16 or float16 first, and quantise the result"
         )
 
 

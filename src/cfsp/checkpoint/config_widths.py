@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.architecture.discovery import find_architecture
-from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.model_classes import PRUNED, model_class_of
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.errors import CheckpointError
 
@@ -47,7 +47,7 @@ class WidthKey:
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of the stock model that the modelling file begins with."""
     stock = copy.deepcopy(config)
-    if getattr(stock, PER_LAYER_CONFIG, None) is not None:
+    if width_key_of(config) is not None:
         stock.per_layer_config = None
     if hasattr(stock, FFN_WIDTHS):
         delattr(stock, FFN_WIDTHS)
@@ -80,7 +80,13 @@ def with_given_widths(units: Sequence[FFNUnit], config: PreTrainedConfig) -> tup
 
 
 def width_key_of(config: PreTrainedConfig) -> str | None:
-    """Return what `per_layer_config` of a config calls the width; None if it has none."""
+    """Return what `per_layer_config` of a config of ours calls the width; None if it has none.
+
+    A few stock classes have a `per_layer_config` of their own, for attention.
+    """
+    is_ours = any(name.startswith(PRUNED) for name in config.architectures or ())
+    if not is_ours or getattr(config, FFN_WIDTHS, None) is not None:
+        return None
     fields: dict[str, dict[str, Any]] = config.to_dict().get(PER_LAYER_CONFIG) or {}
     keys = {key for entry in fields.values() for key in entry}
     return keys.pop() if len(keys) == 1 else None
@@ -134,8 +140,8 @@ def config_with_widths(
     changed = copy.deepcopy(config)
     changes = _changes(config, architecture, widths)
     # Last of all: it makes a config for every block out of the whole.
-    per_layer = changes.pop(PER_LAYER_CONFIG)
-    if getattr(changed, PER_LAYER_CONFIG, None) is not None:
+    per_layer = changes.pop(PER_LAYER_CONFIG, None)
+    if width_key_of(config) is not None:
         changed.per_layer_config = None
     for key, value in changes.pop(_TEXT).items():
         setattr(changed.get_text_config(decoder=True), key, value)
@@ -160,21 +166,25 @@ def _changes(
     The changes to the text config, which may be the config itself, are under `_TEXT`.
     """
     model_class, units = model_class_of(config), architecture.units
+    stock = stock_config(config)
+    # That of a stock class stays.
+    keeps_none = stock.to_dict().get(PER_LAYER_CONFIG) is None
     same: dict[str, Any] = {
         _TEXT: {},
         "architectures": [model_class.__name__],
-        PER_LAYER_CONFIG: None,
+        **({PER_LAYER_CONFIG: None} if keeps_none else {}),
         FFN_WIDTHS: None,
         "auto_map": None,
         PRUNED_KEY: None,
     }
-    stock = stock_config(config)
     stock_widths = _widths_by_path(stock, {unit.path for unit in units})
     keys = width_keys(stock, stock_widths)
     stock_values = _stock_values(keys, stock_widths, units, widths)
-    if stock_values is not None:
+    if stock_values is not None and _are_found(stock, stock_values, units, widths):
         return {**same, _TEXT: stock_values}
-    key = _per_layer_key(keys, architecture, config)
+    key = _per_layer_key(keys, architecture, config) if keeps_none else None
+    if key is not None and not _are_found(stock, {key: max(widths)}, units):
+        key = None
     file = ModelingFile(architecture, model_class, key)
     ours = {
         **same,
@@ -274,6 +284,28 @@ def _stock_values(
                 if wanted.get(path) != {values[key.name] * times}:
                     return None
     return values
+
+
+def _are_found(
+    stock: PreTrainedConfig,
+    values: Mapping[str, int],
+    units: Sequence[FFNUnit],
+    widths: Sequence[int] | None = None,
+) -> bool:
+    """Return whether a stock config with other values has the units, of these widths if given.
+
+    An FFN that is much narrower than the hidden size may not be recognised as one any more.
+    """
+    changed = copy.deepcopy(stock)
+    for name, value in values.items():
+        setattr(changed.get_text_config(decoder=True), name, value)
+    found = find_architecture(_empty_stock_model(changed)).units
+    places = [(unit.block, unit.path) for unit in units]
+    # Those that the proof refused are found as well.
+    width_of = {(unit.block, unit.path): unit.width for unit in found}
+    if widths is None:
+        return all(place in width_of for place in places)
+    return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
 
 
 def _per_layer_key(

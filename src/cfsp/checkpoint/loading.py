@@ -10,7 +10,13 @@ import torch
 
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import check_complete, model_class
+from cfsp.checkpoint.skeleton import (
+    build_skeleton,
+    check_complete,
+    fill,
+    model_class,
+    read_tensors,
+)
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ def load(
     """Load a model into memory through transformers, in evaluation mode.
 
     No code of the directory is run: a pruned checkpoint whose blocks differ is built with this
-    package's own copy of the modelling file.
+    package's own copy of the modelling file. A quantised model is dequantised, as pruning does it.
 
     Args:
         name: a directory, a .gguf file, a hub id, or `demo`.
@@ -44,10 +50,27 @@ def load(
     check_complete(checkpoint)
     with library_progress():
         build: Any = model_class(checkpoint.config)
-        model: Any = build.from_pretrained(directory, dtype=dtype)
+        if checkpoint.quantisation is None:
+            model: Any = build.from_pretrained(directory, dtype=dtype)
+        else:
+            model = _dequantised_model(checkpoint, dtype)
     if device is not None:
         model = model.to(device)
     return model.eval()
+
+
+def _dequantised_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a quantised checkpoint; one dequantised tensor is read at a time."""
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    model = build_skeleton(checkpoint.config, dtype)
+    fill(model, read_tensors(model, "", checkpoint, dtype), torch.device("cpu"))
+    model.tie_weights()
+    if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    model.config._name_or_path = str(checkpoint.directory)
+    return model.requires_grad_(True)
 
 
 def cache_argument(module: Module) -> str:

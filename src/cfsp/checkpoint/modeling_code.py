@@ -18,6 +18,7 @@ from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
+from cfsp.architecture.model_classes import auto_classes_of
 from cfsp.architecture.resizing import resize_ffn
 from cfsp.checkpoint.output import write_atomically
 
@@ -88,32 +89,35 @@ class ModelingFile:
     def auto_map(self) -> dict[str, str]:
         """The `auto_map` of config.json that points at the file."""
         module = MODELING_FILE.removesuffix(".py")
-        found = {self.auto_class: f"{module}.Pruned{self.model_class.__name__}"}
+        whole = f"{module}.Pruned{self.model_class.__name__}"
+        found = dict.fromkeys(auto_classes_of(self.model_class), whole)
         if self._base_class is not None:
             found = {"AutoModel": f"{module}.Pruned{self._base_class.__name__}", **found}
+        elif self._auto_model is self.model_class:
+            found = {"AutoModel": whole, **found}
         return found
 
     @property
     def auto_class(self) -> str:
         """The Auto class that the model with the head is loaded by."""
-        from transformers import AutoModelForCausalLM
-
-        causal: Any = AutoModelForCausalLM
-        config_class = self.model_class.config_class
-        is_causal = causal._model_mapping.get(config_class, None) is self.model_class
-        return "AutoModelForCausalLM" if is_causal else "AutoModelForImageTextToText"
+        return auto_classes_of(self.model_class)[0]
 
     @cached_property
     def _base_class(self) -> type[PreTrainedModel] | None:
         """The class without the head; None where none stands between head and blocks."""
+        if not self.architecture.blocks.startswith(f"{self.model_class.base_model_prefix}."):
+            return None
+        return self._auto_model
+
+    @property
+    def _auto_model(self) -> type[PreTrainedModel] | None:
+        """What AutoModel builds from the same config."""
         from transformers import AutoModel
 
         auto: Any = AutoModel
-        if not self.architecture.blocks.startswith(f"{self.model_class.base_model_prefix}."):
-            return None
         found = auto._model_mapping.get(self.model_class.config_class, None)
-        base: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
-        return base
+        built: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
+        return built
 
     @cached_property
     def text(self) -> str:

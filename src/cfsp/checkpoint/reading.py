@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,11 +19,21 @@ from torch import Tensor
 
 from cfsp.architecture.found import Architecture, FFNUnit
 from cfsp.checkpoint.config_file import read_config
+from cfsp.checkpoint.conversion import missing_prefix
 from cfsp.checkpoint.links import check_links
+from cfsp.checkpoint.quantisation import Quantisation, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_layout import ChannelLayout
 from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
-from cfsp.checkpoint.tensor_file import AGAIN, TensorFile, TensorSpec, tensor_chunks
+from cfsp.checkpoint.tensor_file import (
+    AGAIN,
+    FileTensor,
+    StoredTensor,
+    TensorFile,
+    TensorSpec,
+    tensor_chunks,
+)
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -75,6 +85,9 @@ class WeightSource(Protocol):
 class Checkpoint:
     """A model directory with safetensors; opening it reads only config and headers.
 
+    One that is stored quantised is seen as the plain model: config and tensors say nothing of it,
+    and a tensor is dequantised when it is read.
+
     Args:
         directory: the directory.
         label: how to name the model to people (for example its hub id).
@@ -88,28 +101,19 @@ class Checkpoint:
     def __init__(self, directory: Path, label: str | None = None) -> None:
         self.directory = directory
         self.label = label or str(directory)
-        self.config = read_config(directory)
+        self.config, self.quantisation = read_config(directory)
         check_links(directory)
         self.architecture = architecture_of(self.config)
         model = empty_model(self.config)
         files = _tensor_files(directory)
-        names = [name for file in files for name in file.specs]
-        prefix = _missing_prefix(names, self.architecture, model.base_model_prefix)
-        # A tensor's name in the model -> its file, and its name there.
-        self._places: dict[str, tuple[TensorFile, str]] = {}
-        for file in files:
-            for stored in file.specs:
-                name = prefix + stored
-                if name in self._places:
-                    raise CheckpointError(
-                        f"{directory}: tensor {stored} is stored in two shards; {AGAIN}"
-                    )
-                self._places[name] = (file, stored)
-        self.stored = StoredTensors.of(
-            model, self.architecture, self._specs(self._places), self.label
-        )
+        stored = _stored_tensors(directory, files, self.quantisation, self.config, self.label)
+        prefix = missing_prefix(model, list(stored))
+        # By their names in the model.
+        self._tensors = {prefix + name: tensor for name, tensor in stored.items()}
+        specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+        self.stored = StoredTensors.of(model, self.architecture, specs, self.label)
         for name in self.stored.stale:
-            del self._places[name]
+            del self._tensors[name]
         check_stored(self, model)
 
     @property
@@ -124,32 +128,34 @@ class Checkpoint:
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, in storage order."""
-        return self._specs(self._places)
-
-    @staticmethod
-    def _specs(places: dict[str, tuple[TensorFile, str]]) -> dict[str, TensorSpec]:
-        return {name: file.specs[stored] for name, (file, stored) in places.items()}
+        return {name: tensor.spec for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
-        file, stored = self._places[name]
-        return file.read(stored)
+        return self._tensors[name].read()
 
     def read_prefix(self, name: str, elements: int) -> Tensor:
         """Return the first elements of one tensor, flattened."""
-        file, stored = self._places[name]
-        return file.read_prefix(stored, elements)
+        return self._tensors[name].read_prefix(elements)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor."""
-        file, stored = self._places[name]
-        return file.chunks(stored)
+        return self._tensors[name].chunks()
 
 
 class LoadedModel:
-    """A transformers model in memory, seen as a weight source; nothing is copied."""
+    """A transformers model in memory, seen as a weight source; nothing is copied.
+
+    Raises:
+        CheckpointError: it is quantised.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if getattr(model.config, "quantization_config", None):
+            raise CheckpointError(
+                "the model in memory is quantised, or transformers will save it so; give its path "
+                "instead, or load it with cfsp.load, which dequantises it"
+            )
         self.model = model
         self.config = model.config
         self.architecture = architecture_of(model.config)
@@ -244,21 +250,40 @@ def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
             )
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     for name in source.stored.unused:
-        is_of_block = name.startswith(f"{source.architecture.blocks}.")
-        if is_of_block and not any(re.search(pattern, name) for pattern in ignored):
+        block = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.", name)
+        is_beyond = block is not None and int(block[1]) >= source.architecture.block_count
+        if is_beyond and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "
                 f"{source.architecture.block_count} blocks; {AGAIN}"
             )
 
 
-def _missing_prefix(stored: Iterable[str], architecture: Architecture, base: str) -> str:
-    """Return what every name lacks in a checkpoint that was saved from the base model alone.
+def _stored_tensors(
+    directory: Path,
+    files: Sequence[TensorFile],
+    quantisation: Quantisation | None,
+    config: PreTrainedConfig,
+    label: str,
+) -> Mapping[str, StoredTensor]:
+    """Return the plain tensors of a directory by their names in its files."""
+    tensors: dict[str, FileTensor] = {}
+    for file in files:
+        for name in file.specs:
+            if name in tensors:
+                raise CheckpointError(
+                    f"{directory}: tensor {name} is stored in two shards; {AGAIN}"
+                )
+            tensors[name] = FileTensor(file, name)
+    if quantisation is None:
+        return tensors
+    return dequantised(tensors, quantisation, _plain_dtype(config), label)
 
-    Such are those of GPT-2 on the hub; transformers loads them as well.
-    """
-    in_base = f"{architecture.blocks.removeprefix(f'{base}.')}.0."
-    return f"{base}." if any(name.startswith(in_base) for name in stored) else ""
+
+def _plain_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return what dequantised weights become: what the config says, else bfloat16."""
+    dtypes = (config.dtype, text_config_of(config).dtype)
+    return next((dtype for dtype in dtypes if dtype in _COMPUTABLE), torch.bfloat16)
 
 
 def _tensor_files(directory: Path) -> Sequence[TensorFile]:

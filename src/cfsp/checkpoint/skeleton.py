@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,11 @@ def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
 
 
 def read_tensors(
-    module: nn.Module, prefix: str, source: WeightSource, dtype: torch.dtype
+    module: nn.Module,
+    prefix: str,
+    source: WeightSource,
+    dtype: torch.dtype,
+    instead: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read the tensors of a module from the source, by their names in the module.
 
@@ -100,20 +104,24 @@ def read_tensors(
         prefix: what the module's parameter names begin with in the source.
         source: where the tensors come from.
         dtype: what floating-point parameters become; buffers stay as they are stored.
+        instead: stored tensors, by name, that take the place of the source's.
 
     Raises:
         CheckpointError: the source lacks a tensor or has it in another shape.
     """
     parameters = dict(module.named_parameters())
     return {
-        name: read_parameter(source, prefix + name, dtype if name in parameters else None)
+        name: read_parameter(source, prefix + name, dtype if name in parameters else None, instead)
         for name in module.state_dict()
         if name in parameters or source.stored.sources(prefix + name)
     }
 
 
 def read_parameter(
-    source: WeightSource, name: str, dtype: torch.dtype | None = None
+    source: WeightSource,
+    name: str,
+    dtype: torch.dtype | None = None,
+    instead: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return a parameter as the model in memory holds it.
 
@@ -121,16 +129,20 @@ def read_parameter(
         source: where its tensors come from.
         name: of the parameter in the model.
         dtype: what it becomes; None for that of its tensors.
+        instead: stored tensors, by name, that take the place of the source's.
 
     Raises:
         CheckpointError: the source lacks a tensor of it or has it in another shape.
     """
-    stored = source.stored
+    stored, given = source.stored, instead or {}
     if name in stored.faults:
         raise CheckpointError(f"{source.label} {stored.faults[name]}; {AGAIN}")
-    return stored.assemble(
-        stored.tied.get(name, name), lambda tensor: source.read(tensor).to(dtype)
-    )
+
+    def read(tensor: str) -> torch.Tensor:
+        found = given[tensor] if tensor in given else source.read(tensor)
+        return found.to(dtype)
+
+    return stored.assemble(stored.tied.get(name, name), read)
 
 
 def check_complete(source: WeightSource) -> None:

@@ -138,6 +138,16 @@ class StoredTensors:
         conversion = self._conversions.get(parameter)
         return () if conversion is None else conversion.stored
 
+    def within(self, prefix: str) -> list[str]:
+        """Return the stored tensors of the parameters whose names in the model begin so."""
+        found = (
+            name
+            for parameter, conversion in self._conversions.items()
+            if parameter.startswith(prefix)
+            for name in conversion.stored
+        )
+        return list(dict.fromkeys(found))
+
     def check_complete(self, label: str) -> None:
         """Check that every parameter is stored, in the shape that the config asks for.
 
@@ -174,6 +184,25 @@ class StoredTensors:
             whole[place] = tensor
         assert whole is not None
         return whole
+
+    def take_apart(self, parameter: str, value: Tensor) -> dict[str, Tensor]:
+        """Return the stored tensors that a parameter is made of: the inverse of `assemble`.
+
+        Args:
+            parameter: one that has sources.
+            value: as the model in memory holds it; the result may be views of it.
+
+        Raises:
+            UnsupportedModelError: the stored tensors do not just lie side by side in it.
+        """
+        conversion = self._conversions[parameter]
+        placed = places(conversion, self.specs)
+        if placed is None:
+            raise UnsupportedModelError(
+                f"{parameter} cannot be written back into {conversion.stored[0]}, which the "
+                "checkpoint stores in another form"
+            )
+        return {name: value[place] for name, place in placed[0].items()}
 
     def matrix(
         self, unit: int, role: Role, ffn: int, read: Callable[[str], Tensor]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -153,6 +154,13 @@ class TensorFile:
         nbytes = min(elements * spec.dtype.itemsize, spec.nbytes)
         return self._read_bytes(self._offsets[name], nbytes).view(spec.dtype)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return one tensor from one index of its first axis to another."""
+        spec = self.specs[name].with_length(0, stop - start)
+        offset = self._offsets[name] + self.specs[name].with_length(0, start).nbytes
+        data = self._read_bytes(offset, spec.nbytes)
+        return data.view(spec.dtype).reshape(spec.shape)
+
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor in pieces of at most 16 MB."""
         spec = self.specs[name]
@@ -187,6 +195,56 @@ class TensorFile:
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(f"{self.path} was changed while it was read; start again")
+
+
+class StoredTensor(Protocol):
+    """A tensor of a checkpoint; nothing is read before it is asked for."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape."""
+        ...
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        ...
+
+    def read_prefix(self, elements: int) -> Tensor:
+        """Return the first elements, flattened."""
+        ...
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the raw bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in a file."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape."""
+        return self.file.specs[self.name]
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        return self.file.read(self.name)
+
+    def read_prefix(self, elements: int) -> Tensor:
+        """Return the first elements, flattened."""
+        return self.file.read_prefix(self.name, elements)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return what is from one index of the first axis to another."""
+        return self.file.read_rows(self.name, start, stop)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the raw bytes."""
+        return self.file.chunks(self.name)
 
 
 class _Version(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.config_file import CONFIG_FILE
+from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.config_widths import (
     config_with_widths,
     fields_with_widths,
@@ -16,12 +16,15 @@ from cfsp.checkpoint.config_widths import (
 )
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.quantisation import QUANTISATION_FILES
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+# Where a tokenizer or processor with several chat templates has all but one.
+_TEMPLATES = "additional_chat_templates"
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
@@ -33,7 +36,7 @@ def write_config(source: Checkpoint, target: Path, widths: Sequence[int]) -> Non
         target: the directory.
         widths: of every FFN unit.
     """
-    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    fields = read_plain_fields(source.directory)
     pruned = fields_with_widths(fields, source.config, source.architecture, widths)
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     config = config_with_widths(source.config, source.architecture, widths)
@@ -43,10 +46,12 @@ def write_config(source: Checkpoint, target: Path, widths: Sequence[int]) -> Non
 
 
 def copy_travelling_files(source_directory: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence to the new checkpoint."""
+    """Copy tokenizer, processor, chat templates, generation config and licence."""
     for path in sorted(source_directory.iterdir()):
         travels = path.suffix in _TRAVELLING_SUFFIXES or path.name.startswith(_TRAVELLING_NAMES)
-        if path.name in _OURS or path.name.endswith(".index.json"):
+        if path.name in _OURS | QUANTISATION_FILES or path.name.endswith(".index.json"):
             continue
         if travels and path.is_file():
             shutil.copyfile(path, target / path.name)
+    if (source_directory / _TEMPLATES).is_dir():
+        shutil.copytree(source_directory / _TEMPLATES, target / _TEMPLATES)

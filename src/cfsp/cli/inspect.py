@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     _print_widths(facts)
     print(f"parameters         {human_count(facts['parameters'])} ({facts['parameters']:,})")
     print(f"size               {human_bytes(facts['bytes'])}")
+    if "quantised" in facts:
+        print(f"stored             as {facts['quantised']}; type and size are those dequantised")
     pruned = facts["pruned"]
     if pruned is None:
         print("pruned             not by cfsp")

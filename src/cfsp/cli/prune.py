@@ -275,6 +275,11 @@ def print_report(report: PruneReport) -> None:
         )
     print_table(("", "before", "after", "change"), rows)
     print()
+    if report.dequantised:
+        print(
+            f"dequantised from {report.dequantised['from']} to {report.dequantised['to']}: larger "
+            "per weight than the original until it is quantised again"
+        )
     for step in report.repair["steps"]:
         print(f"repaired by {describe_step(step)}")
     print_passes(report.passes)

@@ -62,24 +62,19 @@ class BlockGroup:
             hidden_BTD = output_BTD
         return hidden_BTD
 
-    def fill(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> None:
-        """Compute with the source's tensors in a dtype, but for some trained ones."""
+    def fill(self, dtype: torch.dtype, instead: Mapping[str, Tensor]) -> None:
+        """Compute with the source's tensors in a dtype, but for some new ones by stored names."""
         self._calls = self._recorded_calls
         for module, prefix in zip(self.modules, self._prefixes, strict=True):
-            tensors = read_tensors(module, prefix, self._source, dtype)
-            tensors |= {
-                name.removeprefix(prefix): tensor.to(dtype)
-                for name, tensor in trained.items()
-                if name.startswith(prefix)
-            }
+            tensors = read_tensors(module, prefix, self._source, dtype, instead)
             fill(module, tensors, self._device)
 
     def fill_for_training(self) -> list[dict[str, nn.Parameter]]:
         """Compute in float32 and for autograd.
 
         Returns:
-            What is trained in each block, by stored names: the FFN's parameters, the bias of the
-            down projection too. Only they require gradients.
+            What is trained in each block, by names in the model: the FFN's parameters, the bias
+            of the down projection too. Only they require gradients.
         """
         self._calls = {
             size: [call.for_training() for call in calls]

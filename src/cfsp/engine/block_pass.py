@@ -87,7 +87,7 @@ def pass_blocks(
         OutputError: the disk is full.
     """
     label = label or name
-    blocks = source.config.num_hidden_layers
+    blocks = source.architecture.block_count
     state = None
     if place is not None and place.identity is not None:
         batch = windows_in_batch(tokens_NT, batch_windows)

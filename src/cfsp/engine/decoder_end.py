@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.engine.call_form import CallForm, find_call_form
 from cfsp.engine.resumed_forward import resumed_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def end_of(model: nn.Module, decoder: str) -> str:
@@ -32,6 +37,17 @@ def end_of(model: nn.Module, decoder: str) -> str:
         if embeddings is not None and embeddings() is not None:
             return path
     return ""
+
+
+def text_model(model: PreTrainedModel) -> Any:
+    """Return the innermost part of a model that gives logits of tokens.
+
+    It is the model itself, but for a few multimodal ones whose decoder has a head of its own.
+
+    Args:
+        model: a causal language model, or a multimodal one.
+    """
+    return model.get_submodule(end_of(model, architecture_of(model.config).decoder))
 
 
 def parameters_of_end(model: nn.Module, decoder: str, blocks: str) -> Iterator[str]:
@@ -64,8 +80,9 @@ class DecoderEnd:
     """All of a model that comes after its last block.
 
     Args:
-        model: a causal language model, or a multimodal one. Embeddings on the meta device become
-            zeros, which take no memory: which tokens came does not matter after the blocks.
+        model: a causal language model, or a multimodal one. What is on the meta device becomes
+            zeros, which take no memory: which tokens came does not matter after the blocks. Some
+            models ask their first parameter for the device, so that none may be left there.
         decoder: path from it to the module whose forward calls the blocks.
         blocks: path from it to the list of blocks, inside the decoder.
         device: where to compute.
@@ -77,10 +94,13 @@ class DecoderEnd:
         assert isinstance(found, nn.ModuleList)
         self._blocks = found
         self._device = device
-        for module in model.get_submodule(decoder).modules():
-            if isinstance(module, nn.Embedding) and module.weight.is_meta:
-                zeros = torch.zeros((), dtype=module.weight.dtype, device=device)
-                module.weight = nn.Parameter(zeros.expand(module.weight.shape), requires_grad=False)
+        of_blocks = {id(parameter) for parameter in found.parameters()}
+        for module in self._model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta and id(parameter) not in of_blocks:
+                    zeros = torch.zeros((), dtype=parameter.dtype, device=device)
+                    zeros = zeros.expand(parameter.shape)
+                    setattr(module, name, nn.Parameter(zeros, requires_grad=False))
 
     @cached_property
     def _form(self) -> CallForm:

@@ -186,7 +186,7 @@ class GroupAtWork:
 
         Args:
             before: how far it is without them.
-            tensors: by their names in the model.
+            tensors: by their stored names.
             loss_of: decides.
 
         Returns:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import fields_with_widths
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.text_config import is_multimodal
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.openvino_model import convert
@@ -45,13 +47,18 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             f"openvino export of {source.config.model_type} models is not supported: which experts "
             "run depends on the text, and a traced model cannot choose; use --to padded"
         )
+    if is_multimodal(source.config):
+        raise ExportError(
+            f"openvino export of {source.config.model_type} models is not supported: only a text "
+            "decoder is traced, and this model reads more than text; use --to padded"
+        )
     openvino = _openvino()
     kind = _weight_type(source, options)
     model = _convert(source)
     openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=kind == "f16")
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     widths = source.architecture.widths
-    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    fields = read_plain_fields(source.directory)
     stock = fields_with_widths(
         fields, source.config, source.architecture, [max(widths)] * len(widths)
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import fields_with_widths, stock_config
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
@@ -39,7 +40,7 @@ TOLERANCE = 1e-5
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the padded checkpoint into an existing directory."""
     widths = source.architecture.widths
-    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    fields = read_plain_fields(source.directory)
     padded, config = _stock_widths(source, fields)
     outgoing = [_outgoing(source, name, spec, padded) for name, spec in source.specs.items()]
     write_shards(out, outgoing)

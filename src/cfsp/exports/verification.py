@@ -16,6 +16,7 @@ from torch import Tensor
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import vocabulary_of
+from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CheckpointError, ExportError
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -87,7 +88,7 @@ def reference_model(source: Checkpoint) -> PreTrainedModel:
 def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     """Return the logits_TV of a transformers model, in float32."""
     with torch.inference_mode():
-        output: Any = model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+        output = text_model(model)(input_ids=torch.tensor([list(tokens)]), use_cache=False)
     logits_TV: Tensor = output.logits[0].float().cpu()
     return logits_TV
 

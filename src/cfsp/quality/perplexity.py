@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CalibrationError
 from cfsp.progress import item_progress
 
@@ -109,11 +110,12 @@ def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") ->
     """
     check_tokens(model.config, windows.tokens_NT, label)
     scored_N = windows.scored_N.tolist()
+    predictor = text_model(model)
     loss = 0.0
     with torch.inference_mode(), item_progress(label, len(scored_N), "window") as bar:
         for tokens_T, count in zip(windows.tokens_NT, scored_N, strict=True):
             tokens_T = tokens_T.to(model.device)
-            output = model(input_ids=tokens_T[None], use_cache=False, logits_to_keep=count + 1)
+            output = predictor(input_ids=tokens_T[None], use_cache=False, logits_to_keep=count + 1)
             loss += negative_log_likelihood(output.logits[0, :-1], tokens_T[-count:])
             bar.update()
     return perplexity_of(loss, windows, label)

@@ -61,7 +61,7 @@ def streamed_perplexity(
     """
     label = label or name
     check_tokens(source.config, windows.tokens_NT, label)
-    blocks = source.config.num_hidden_layers
+    blocks = source.architecture.block_count
     head_tokens = _head_tokens(source)
 
     def visit(block: StreamedBlock) -> float | None:
@@ -91,8 +91,9 @@ def streamed_perplexity(
 
 def _head_tokens(source: WeightSource) -> float:
     """Return how many passes of a token through a block one through the head is worth."""
-    prefix = source.architecture.block_prefix(0)
-    block = sum(spec.elements for name, spec in source.specs.items() if name.startswith(prefix))
+    stored = source.stored.within(f"{source.architecture.blocks}.")
+    blocks = sum(source.specs[name].elements for name in stored)
+    block = blocks / source.architecture.block_count
     return float(vocabulary_of(source.config) * text_config_of(source.config).hidden_size / block)
 
 

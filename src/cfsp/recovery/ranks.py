@@ -26,14 +26,14 @@ def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int] | None:
     if adaptation.method == "full":
         return None
     uniform = adaptation.allocation == "uniform"
-    weight_L = [1.0] * int(source.config.num_hidden_layers) if uniform else _importances(source)
+    weight_L = [1.0] * int(source.architecture.block_count) if uniform else _importances(source)
     return allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)
 
 
 def _importances(source: Checkpoint) -> list[float]:
     """Return the normalised coarse importance of every block, from the plan."""
     path = source.directory / PLAN_FILE
-    blocks = int(source.config.num_hidden_layers)
+    blocks = int(source.architecture.block_count)
     if not path.is_file():
         raise RecoveryError(
             f"{source.label} was not pruned by cfsp: it has no {PLAN_FILE} with the importance of "

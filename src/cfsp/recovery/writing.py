@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.tensor_file import OutgoingTensor
+from cfsp.checkpoint.tensor_file import OutgoingTensor, tensor_chunks
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
@@ -40,32 +42,40 @@ def write_recovered_weights(
     Args:
         source: the pruned checkpoint.
         model: the trained plain model.
-        trained: names of the tensors that training changed.
+        trained: names of the parameters that training changed.
         directory: an existing directory.
 
     Returns:
         File name -> SHA-256.
     """
-    for name in trained:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to("cpu", source.specs[name].dtype)
-    changed = LoadedModel(model)
-    origin: dict[str, WeightSource] = dict.fromkeys(source.specs, source)
-    origin |= dict.fromkeys(trained, changed)
+    changed: dict[str, OutgoingTensor] = {}
+    for parameter in trained:
+        value = model.get_parameter(parameter).detach()
+        for name, tensor in source.stored.take_apart(parameter, value).items():
+            spec = source.specs[name]
+            assert tuple(tensor.shape) == spec.shape, name
+            chunks = partial(_chunks, tensor, spec.dtype)
+            changed[name] = OutgoingTensor(name, spec, chunks)
     outgoing = [
-        OutgoingTensor(name, spec, partial(origin[name].chunks, name))
+        changed.get(name) or OutgoingTensor(name, spec, partial(source.chunks, name))
         for name, spec in source.specs.items()
     ]
-    assert all(changed.specs[name] == source.specs[name] for name in trained)
     return write_shards(directory, outgoing).digests
+
+
+def _chunks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    return tensor_chunks(tensor.to("cpu", dtype))
 
 
 def copy_everything_else(source: Checkpoint, directory: Path) -> None:
     """Copy config, modelling file, plan, tokenizer and the like."""
     copy_travelling_files(source.directory, directory)
-    for name in ("config.json", MODELING_FILE, PLAN_FILE):
+    for name in (CONFIG_FILE, MODELING_FILE, PLAN_FILE):
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
+    if source.quantisation is not None:
+        fields = read_plain_fields(source.directory)
+        (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def recovery_facts(

@@ -74,7 +74,7 @@ def repair_locally(
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    blocks = source.config.num_hidden_layers
+    blocks = source.architecture.block_count
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     work = _LocalRepair(
         source, pruned, blocks, training, engine.dtype, seed, place.directory_of(NAME)
@@ -162,10 +162,12 @@ class _LocalRepair:
             )
             if not converged:
                 return None
+            stored = self.pruned.stored
             return {
-                name: parameter.detach().to(self.pruned.specs[name].dtype)
+                name: tensor.to(self.pruned.specs[name].dtype)
                 for parameters in parameters_L
-                for name, parameter in parameters.items()
+                for parameter, value in parameters.items()
+                for name, tensor in stored.take_apart(parameter, value.detach()).items()
             }
 
     def _batches(self, work: GroupAtWork) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.coarse import block_metric_in_words
 from cfsp.report.runs import RunFacts
@@ -56,9 +57,10 @@ def _load_code(run: RunFacts) -> str:
     has_code = len(widths) > 1 or MODELING_FILE in run.manifest.get("files", {})
     trust = ", trust_remote_code=True" if has_code else ""
     where = repr(str(run.directory))
+    auto_class = auto_class_of_type(run.manifest.get("base_model", {}).get("model_type", ""))
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({where}{trust})\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"model = {auto_class}.from_pretrained({where}{trust})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({where})"
     )
 

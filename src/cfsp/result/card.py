@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.coarse import block_metric_in_words
 from cfsp.planning.plan_file import PruningPlan
@@ -19,10 +20,10 @@ _LOAD = """\
 ## How to load it
 
 {why}```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, {reader}
 
-model = AutoModelForCausalLM.from_pretrained("."{trust})
-tokenizer = AutoTokenizer.from_pretrained(".")
+model = {model}.from_pretrained("."{trust})
+{name} = {reader}.from_pretrained(".")
 ```
 
 `"."` is this directory; a path to it, or its name on the hub, does as well.
@@ -107,6 +108,13 @@ def _what_it_is(
         ]
     else:
         lines += [f"This is {link}, trained further by cfsp.", ""]
+    if dequantised := manifest.get("dequantised"):
+        lines += [
+            f"The original is stored quantised ({_plain(dequantised['from'])}). These weights are "
+            f"dequantised, in {_plain(dequantised['to'])}: each is larger than there until the "
+            "model is quantised again.",
+            "",
+        ]
     return "\n".join([*lines, *_on_which_text(manifest)])
 
 
@@ -182,7 +190,11 @@ def _quality(manifest: dict[str, Any]) -> str:
 def _how_to_load(manifest: dict[str, Any]) -> str:
     needs_code = MODELING_FILE in manifest.get("files", {})
     trust = ", trust_remote_code=True" if needs_code else ""
-    return _LOAD.format(why=_WHY_CODE if needs_code else "", trust=trust)
+    model = auto_class_of_type(manifest.get("base_model", {}).get("model_type", ""))
+    is_causal = model == "AutoModelForCausalLM"
+    name, reader = ("tokenizer", "AutoTokenizer") if is_causal else ("processor", "AutoProcessor")
+    why = _WHY_CODE if needs_code else ""
+    return _LOAD.format(why=why, trust=trust, model=model, name=name, reader=reader)
 
 
 def _how_it_was_pruned(manifest: dict[str, Any], plan: PruningPlan) -> str:

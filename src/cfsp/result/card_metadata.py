@@ -6,6 +6,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
+from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.result.conditions import Conditions
 from cfsp.result.origin import Origin
 
@@ -28,7 +29,7 @@ def card_metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
     data = ModelCardData(
         base_model=origin.base_model,
         library_name="transformers",
-        pipeline_tag=metadata.pop("pipeline_tag", "text-generation"),
+        pipeline_tag=metadata.pop("pipeline_tag", _task(manifest)),
         tags=list(dict.fromkeys(tags)),
         # The name belongs to the results: without them it is no key that the hub knows.
         model_name=f"{_plain(name.rpartition('/')[2])}-pruned" if results else None,
@@ -68,6 +69,12 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
             )
         )
     return results
+
+
+def _task(manifest: dict[str, Any]) -> str:
+    """Return what the hub calls what the model does."""
+    model = auto_class_of_type(manifest.get("base_model", {}).get("model_type", ""))
+    return "text-generation" if model == "AutoModelForCausalLM" else "image-text-to-text"
 
 
 def _plain(name: str) -> str:

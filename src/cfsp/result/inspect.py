@@ -38,7 +38,7 @@ _SHOWN = {
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
-    units, blocks = checkpoint.units, int(checkpoint.config.num_hidden_layers)
+    units, blocks = checkpoint.units, int(checkpoint.architecture.block_count)
     widths = [unit.width for unit in units]
     has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
     manifest = read_manifest(checkpoint.directory)
@@ -59,6 +59,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }
+    if checkpoint.quantisation is not None:
+        facts["quantised"] = checkpoint.quantisation.method
     if not has_one_unit_each or len({unit.ffns for unit in units}) > 1:
         facts["units"] = [
             {"block": unit.block, "path": unit.path, "width": unit.width, "ffns": unit.ffns}

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.reading import WeightSource, parameter_count
+from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
@@ -33,6 +34,8 @@ class PruneReport:
             to (see `Resolution`); under `max_loss_increase` also `result`, the increase of the
             finished model; empty without a goal.
         perplexity: text -> {"before", "after", "tokens"}, if it was measured.
+        dequantised: {"from", "to"}, how the source is stored and the dtype that its quantised
+            weights have in the result; empty where the source is not quantised.
         seconds: stage -> seconds.
         passes: pass over the blocks -> seconds by part, and `ratio`, its time as a multiple of
             the time for pure computing.
@@ -51,6 +54,7 @@ class PruneReport:
     experts_with_few_tokens: list[dict[str, Any]]
     goal: dict[str, Any]
     perplexity: dict[str, dict[str, float]]
+    dequantised: dict[str, str]
     seconds: dict[str, float]
     passes: dict[str, dict[str, float]]
     peak_rss_bytes: int
@@ -60,6 +64,14 @@ class PruneReport:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the plan, as JSON types."""
         return {k: v for k, v in vars(self).items() if k != "plan"}
+
+
+def dequantisation_of(source: WeightSource) -> dict[str, str]:
+    """Return how a source is stored quantised, and in what it is written; empty if it is not."""
+    if not isinstance(source, Checkpoint) or source.quantisation is None:
+        return {}
+    dtype = str(compute_dtype(source)).removeprefix("torch.")
+    return {"from": source.quantisation.method, "to": dtype}
 
 
 def prune_report(
@@ -96,6 +108,7 @@ def prune_report(
         experts_with_few_tokens=plan.experts_with_few_tokens,
         goal=goal,
         perplexity=measured,
+        dequantised=dequantisation_of(source),
         seconds=dict(watch.seconds),
         passes=place.times_json(),
         peak_rss_bytes=peak_rss_bytes(),

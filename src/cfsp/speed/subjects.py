@@ -99,9 +99,9 @@ def _random_model(
     model.to(device)
     source = LoadedModel(model)
     work = work_of(source, head=subject.head, itemsize=dtype.itemsize)
-    prefix = f"{source.architecture.blocks}."
+    in_blocks = set(source.stored.within(f"{source.architecture.blocks}."))
     counted = {
-        name: spec for name, spec in source.specs.items() if subject.head or name.startswith(prefix)
+        name: spec for name, spec in source.specs.items() if subject.head or name in in_blocks
     }
     parameters = (
         parameter_count(source)

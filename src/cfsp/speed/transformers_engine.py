@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.loading import cache_argument, compute_device
 from cfsp.checkpoint.text_config import vocabulary_of
+from cfsp.engine.decoder_end import text_model
 from cfsp.speed.subjects import Footprint, Subject, build_model
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -37,7 +38,7 @@ class TransformersEngine:
         self._head = subject.head
         self._compiled = conditions.engine == "compile"
         self._static: dict[Workload, Any] = {}
-        module = self._model if self._head else self._model.base_model
+        module = text_model(self._model) if self._head else self._model.base_model
         self._forward: Callable[..., Any] = (
             torch.compile(module.forward, dynamic=False) if self._compiled else module
         )

@@ -76,11 +76,11 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
         itemsize: bytes of an element, of weights and of the cache.
     """
     config = text_config_of(source.config)
-    prefix = f"{source.architecture.blocks}."
     experts = [unit.ffns for unit in source.units if unit.routed]
     parameters = expert_parameters = 0
-    for name, spec in source.specs.items():
-        if name.startswith(prefix) and len(spec.shape) >= 2:
+    for name in source.stored.within(f"{source.architecture.blocks}."):
+        spec = source.specs[name]
+        if len(spec.shape) >= 2:
             parameters += spec.elements
             layout = source.layout_of(name)
             if layout is not None and source.units[layout.unit].routed:
@@ -91,7 +91,7 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     # Families without grouped attention have no such key.
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    blocks = config.num_hidden_layers
+    blocks = source.architecture.block_count
     return ModelWork(
         block_parameters=parameters,
         block_bytes=parameters * itemsize,

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cfsp.engine.decoder_end import text_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -54,6 +56,8 @@ def dense_predictions(model: PreTrainedModel, tokens_BT: Tensor) -> DensePredict
 
 def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     position_P = torch.arange(0, tokens_BT.shape[1], POSITION_STRIDE, device=model.device)
-    output = model(input_ids=tokens_BT.to(model.device), use_cache=False, logits_to_keep=position_P)
+    output = text_model(model)(
+        input_ids=tokens_BT.to(model.device), use_cache=False, logits_to_keep=position_P
+    )
     logits_BPV: Tensor = output.logits.float()
     return logits_BPV

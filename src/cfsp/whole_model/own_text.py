@@ -16,6 +16,8 @@ from torch import Tensor
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import cache_argument
+from cfsp.checkpoint.text_config import text_config_of
+from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CalibrationError, TextError
 from cfsp.progress import item_progress
 from cfsp.text.windows import draw_text
@@ -39,7 +41,8 @@ def first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
     Raises:
         TextError: the model knows neither.
     """
-    known = (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id)
+    of_config = getattr(text_config_of(model.config), "bos_token_id", None)
+    known = (tokenizer.bos_token_id, of_config, tokenizer.eos_token_id)
     for token in known:
         if isinstance(token, int):
             return token
@@ -70,16 +73,17 @@ def own_windows(
     from transformers import DynamicCache
 
     generator = torch.Generator().manual_seed(seed)
+    predictor = text_model(model)
     written = []
     with torch.inference_mode(), item_progress("writing text", count * seqlen, "tok") as bar:
         for start in range(0, count, _WINDOWS_IN_BATCH):
             size = min(_WINDOWS_IN_BATCH, count - start)
             token_B1 = torch.full((size, 1), first)
-            cache: dict[str, Any] = {cache_argument(model): DynamicCache(config=model.config)}
+            cache: dict[str, Any] = {cache_argument(predictor): DynamicCache(config=model.config)}
             tokens: list[Tensor] = []
             while len(tokens) < seqlen:
                 tokens_B1 = token_B1.to(model.device)
-                output = model(input_ids=tokens_B1, use_cache=True, logits_to_keep=1, **cache)
+                output = predictor(input_ids=tokens_B1, use_cache=True, logits_to_keep=1, **cache)
                 token_B1 = _sample(output.logits[:, -1], generator)
                 tokens.append(token_B1)
                 bar.update(size)

@@ -13,6 +13,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.text_config import longest_input_of
+from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CfspError, MissingExtraError, TaskError
 from cfsp.quality.tasks.selection import TaskSelection, check_known, jsonl_task_directory
 
@@ -82,7 +84,13 @@ class TaskRunner:
             # Not simple_evaluate: it also asks git and every package for versions, for reports
             # of its own, and git complains where there is no repository.
             results = evaluate(
-                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.selection.batch),
+                lm=HFLM(
+                    pretrained=text_model(model),
+                    tokenizer=tokenizer,
+                    batch_size=self.selection.batch,
+                    # It does not look for it in the text config of a multimodal one.
+                    max_length=longest_input_of(model.config),
+                ),
                 task_dict=everything,
                 limit=self.selection.limit,
                 log_samples=False,

@@ -1,0 +1,333 @@
+"""The arithmetic of quantised weights: from the tensors that one is stored as to its values.
+
+Each function takes these parts, of which nothing is read yet, and returns the plain tensor, of
+which nothing is computed yet. Values are computed in float32 and rounded once.
+
+Shapes: E experts, O outputs, I inputs, G groups of inputs, R rows of the first axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, TensorSpec, tensor_chunks
+from cfsp.errors import CheckpointError
+
+# The parts of a weight, by what their names end with.
+Parts = Mapping[str, FileTensor]
+
+# FP4 (E2M1): a sign, two bits of exponent, one of mantissa.
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# Where AWQ puts eight neighbours in an integer: the second one in the fifth place.
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+# In float32, and with what is computed on the way, some 300 MB.
+_VALUES_AT_ONCE = 1 << 24
+
+
+class ImpossiblePartsError(Exception):
+    """The parts do not fit each other; says what was expected and found."""
+
+
+@dataclass(frozen=True)
+class DequantisedTensor:
+    """A tensor that is computed, when it is asked for, from the tensors that it is stored as.
+
+    Attributes:
+        spec: of the plain tensor.
+        rows: gives the values from one row of the first axis to another.
+    """
+
+    spec: TensorSpec
+    rows: Callable[[int, int], Tensor]
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        for start, stop in self._pieces():
+            whole[start:stop] = self.rows(start, stop)
+        return whole
+
+    def read_prefix(self, elements: int) -> Tensor:
+        """Return the first elements, flattened; only their rows are computed."""
+        count = self.spec.shape[0]
+        in_a_row = max(1, self.spec.elements // max(1, count))
+        rows = self.rows(0, min(count, ceil(elements / in_a_row)))
+        return rows.reshape(-1)[:elements].to(self.spec.dtype)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the raw bytes, some rows at a time."""
+        for start, stop in self._pieces():
+            yield from tensor_chunks(self.rows(start, stop).to(self.spec.dtype))
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield where the rows begin and end that are computed at once."""
+        count = self.spec.shape[0]
+        step = max(1, _VALUES_AT_ONCE * count // max(1, self.spec.elements))
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
+
+
+def from_mxfp4(blocks: FileTensor, scales: FileTensor, dtype: torch.dtype) -> DequantisedTensor:
+    """Return experts that are stored as pairs of FP4 numbers, 32 with a common exponent.
+
+    Stored outputs x inputs, they are inputs x outputs in memory, as in gpt-oss.
+
+    Args:
+        blocks: E x O x G x 16 bytes.
+        scales: E x O x G exponents.
+        dtype: of the result, E x I x O.
+    """
+    shape = blocks.spec.shape
+    if len(shape) != 4 or shape[-1] != 16:
+        raise ImpossiblePartsError(_expected(blocks, "experts x outputs x groups x 16"))
+    if scales.spec.shape != shape[:-1] or scales.spec.dtype != torch.uint8:
+        raise ImpossiblePartsError(_expected(scales, f"bytes of shape {list(shape[:-1])}"))
+    of_byte = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
+
+    def rows(start: int, stop: int) -> Tensor:
+        values = of_byte[blocks.rows(start, stop).int()].flatten(-2)
+        values *= _exponents(scales.rows(start, stop))[..., None]
+        return values.flatten(-2).transpose(1, 2)
+
+    experts, outputs, groups, _ = shape
+    return DequantisedTensor(TensorSpec(dtype, (experts, groups * 32, outputs)), rows)
+
+
+def from_scaled(
+    values: FileTensor,
+    scale: FileTensor,
+    zero_point: FileTensor | None,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+) -> DequantisedTensor:
+    """Return numbers of 8 bits, each times the scale of its block.
+
+    Args:
+        values: of any shape.
+        scale: one, one for each row, or one for each block of the last two axes. Bytes are
+            exponents.
+        zero_point: what is subtracted before, of the scale's shape; None for nothing.
+        block: height and width of a block.
+        dtype: of the result.
+    """
+    shape = values.spec.shape
+    for part in (scale, *([zero_point] if zero_point else [])):
+        _check_grid(part, shape, block)
+
+    def rows(start: int, stop: int) -> Tensor:
+        numbers = values.rows(start, stop).float()
+        if zero_point is not None:
+            numbers -= _of_rows(zero_point.read().float(), shape, block, start, stop)
+        return numbers.mul_(_of_rows(_scales(scale), shape, block, start, stop))
+
+    return DequantisedTensor(TensorSpec(dtype, shape), rows)
+
+
+def from_packed(
+    packed: FileTensor,
+    scale: FileTensor,
+    zero_point: FileTensor | None,
+    group_of_input: FileTensor | None,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> DequantisedTensor:
+    """Return signed numbers of few bits, several in an integer along the inputs.
+
+    Args:
+        packed: O x (I x bits / 32).
+        scale: O x G, or O x 1.
+        zero_point: packed along the outputs; None for nothing.
+        group_of_input: I numbers; None where groups are neighbours.
+        bits: of a number; divides 32.
+        group_size: inputs of a group.
+        dtype: of the result, O x I.
+    """
+    if len(packed.spec.shape) != 2:
+        raise ImpossiblePartsError(_expected(packed, "a matrix"))
+    outputs, inputs = packed.spec.shape[0], packed.spec.shape[1] * (32 // bits)
+    groups = 1 if group_size < 0 else ceil(inputs / group_size)
+    _check_shape(scale, (outputs, groups))
+    if zero_point is not None:
+        _check_shape(zero_point, (ceil(outputs * bits / 32), groups))
+    if group_of_input is not None:
+        _check_shape(group_of_input, (inputs,))
+    middle = 1 << (bits - 1)
+
+    def rows(start: int, stop: int) -> Tensor:
+        group_I = _groups(group_of_input, inputs, group_size, groups)
+        values_RI = _unpacked(packed.rows(start, stop), bits, axis=1).float()
+        zeros_OG = torch.full((outputs, groups), float(middle))
+        if zero_point is not None:
+            zeros_OG = _unpacked(zero_point.read(), bits, axis=0)[:outputs].float()
+        values_RI -= zeros_OG[start:stop, group_I]
+        return values_RI.mul_(scale.read().float()[start:stop, group_I])
+
+    return DequantisedTensor(TensorSpec(dtype, (outputs, inputs)), rows)
+
+
+def from_gptq(
+    packed: FileTensor,
+    zeros: FileTensor,
+    scales: FileTensor,
+    group_of_input: FileTensor | None,
+    bits: int,
+    group_size: int,
+    added: int,
+    dtype: torch.dtype,
+) -> DequantisedTensor:
+    """Return numbers of few bits as GPTQ packs them, several in an integer along the inputs.
+
+    Args:
+        packed: (I x bits / 32) x O.
+        zeros: G x (O x bits / 32).
+        scales: G x O.
+        group_of_input: I numbers; None where groups are neighbours.
+        bits: of a number; divides 32.
+        group_size: inputs of a group.
+        added: what the stored zero lacks: 1 in the first version of the format, else 0.
+        dtype: of the result, O x I.
+    """
+    if len(packed.spec.shape) != 2:
+        raise ImpossiblePartsError(_expected(packed, "a matrix"))
+    inputs, outputs = packed.spec.shape[0] * (32 // bits), packed.spec.shape[1]
+    groups = 1 if group_size < 0 else ceil(inputs / group_size)
+    _check_shape(scales, (groups, outputs))
+    _check_shape(zeros, (groups, ceil(outputs * bits / 32)))
+    if group_of_input is not None:
+        _check_shape(group_of_input, (inputs,))
+
+    def rows(start: int, stop: int) -> Tensor:
+        group_I = _groups(group_of_input, inputs, group_size, groups)
+        values_IR = _unpacked(packed.read()[:, start:stop], bits, axis=0).float()
+        zeros_GR = _unpacked(zeros.read(), bits, axis=1)[:, start:stop].float() + added
+        values_IR -= zeros_GR[group_I]
+        return values_IR.mul_(scales.read().float()[group_I, start:stop]).T
+
+    return DequantisedTensor(TensorSpec(dtype, (outputs, inputs)), rows)
+
+
+def from_awq(
+    packed: FileTensor,
+    zeros: FileTensor,
+    scales: FileTensor,
+    group_size: int,
+    dtype: torch.dtype,
+) -> DequantisedTensor:
+    """Return numbers of 4 bits as AWQ packs them, eight in an integer along the outputs.
+
+    Args:
+        packed: I x (O / 8).
+        zeros: G x (O / 8).
+        scales: G x O.
+        group_size: inputs of a group.
+        dtype: of the result, O x I.
+    """
+    if len(packed.spec.shape) != 2:
+        raise ImpossiblePartsError(_expected(packed, "a matrix"))
+    inputs, outputs = packed.spec.shape[0], packed.spec.shape[1] * 8
+    groups = 1 if group_size < 0 else ceil(inputs / group_size)
+    _check_shape(scales, (groups, outputs))
+    _check_shape(zeros, (groups, outputs // 8))
+
+    def rows(start: int, stop: int) -> Tensor:
+        group_I = _groups(None, inputs, group_size, groups)
+        words = slice(start // 8, ceil(stop / 8))
+        chosen = slice(start - words.start * 8, stop - words.start * 8)
+        values_IR = _awq_unpacked(packed.read()[:, words])[:, chosen].float()
+        values_IR -= _awq_unpacked(zeros.read()[:, words])[group_I, chosen].float()
+        return values_IR.mul_(scales.read().float()[group_I, start:stop]).T
+
+    return DequantisedTensor(TensorSpec(dtype, (outputs, inputs)), rows)
+
+
+def _unpacked(words: Tensor, bits: int, axis: int) -> Tensor:
+    """Return the numbers in the integers of a matrix, the lowest bits of each first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    parts = words.unsqueeze(axis + 1) >> (shifts[:, None] if axis == 0 else shifts)
+    return (parts & ((1 << bits) - 1)).flatten(axis, axis + 1)
+
+
+def _awq_unpacked(words: Tensor) -> Tensor:
+    numbers = _unpacked(words, 4, axis=1)
+    return numbers.reshape(len(words), -1, 8)[:, :, list(_AWQ_PLACES)].flatten(1)
+
+
+def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, groups: int) -> Tensor:
+    """Return the group of every input.
+
+    Raises:
+        CheckpointError: there is no such group.
+    """
+    if group_of_input is None:
+        return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
+    found = group_of_input.read().long()
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < groups:
+        raise CheckpointError(
+            f"{group_of_input.file.path}: {group_of_input.name} has groups {int(found.min())} "
+            f"to {int(found.max())}, expected 0 to {groups - 1}; {AGAIN}"
+        )
+    return found
+
+
+def _exponents(data: Tensor) -> Tensor:
+    """Return the powers of two that bytes stand for; exactly, which exp2 does not promise."""
+    return data.view(torch.float8_e8m0fnu).float()
+
+
+def _scales(scale: FileTensor) -> Tensor:
+    data = scale.read()
+    return _exponents(data) if data.dtype == torch.uint8 else data.float()
+
+
+def _grid(scale: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """Return the shape of a scale with as many axes as its tensor has."""
+    if all(length == 1 for length in scale):
+        return (1,) * axes
+    return (*scale, *(1,) * (axes - len(scale)))
+
+
+def _blocks(block: tuple[int, int], axes: int) -> tuple[int, ...]:
+    return (*(1,) * (axes - 2), *block)[-axes:]
+
+
+def _check_grid(scale: FileTensor, shape: tuple[int, ...], block: tuple[int, int]) -> None:
+    grid = _grid(scale.spec.shape, len(shape))
+    fits = len(grid) == len(shape) and all(
+        length in (1, count, ceil(count / size))
+        for length, count, size in zip(grid, shape, _blocks(block, len(shape)), strict=True)
+    )
+    if not fits:
+        raise ImpossiblePartsError(
+            _expected(scale, f"one number, one a row, or one a block of {list(block)}")
+        )
+
+
+def _of_rows(
+    scale: Tensor, shape: tuple[int, ...], block: tuple[int, int], start: int, stop: int
+) -> Tensor:
+    """Return the scale of every value in some rows; it is broadcast where that is one."""
+    scale = scale.reshape(_grid(tuple(scale.shape), len(shape)))
+    for axis, (count, size) in enumerate(zip(shape, _blocks(block, len(shape)), strict=True)):
+        if scale.shape[axis] == 1:
+            continue
+        index = torch.arange(start, stop) if axis == 0 else torch.arange(count)
+        scale = scale.index_select(axis, index if scale.shape[axis] == count else index // size)
+    return scale
+
+
+def _check_shape(part: FileTensor, shape: tuple[int, ...]) -> None:
+    if part.spec.shape != shape:
+        raise ImpossiblePartsError(_expected(part, f"shape {list(shape)}"))
+
+
+def _expected(part: FileTensor, what: str) -> str:
+    dtype = str(part.spec.dtype).removeprefix("torch.")
+    return f"{part.name} is {dtype} of shape {list(part.spec.shape)}, expected {what}"

@@ -1,0 +1,344 @@
+"""Checkpoints that are published quantised, seen as the plain ones that they were made from.
+
+config.json says how weights are quantised. What cfsp can undo is dequantised tensor by tensor
+whenever it is read, so that nothing above knows of it; everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cfsp.checkpoint.dequantising import (
+    DequantisedTensor,
+    ImpossiblePartsError,
+    Parts,
+    from_awq,
+    from_gptq,
+    from_mxfp4,
+    from_packed,
+    from_scaled,
+)
+from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, StoredTensor
+from cfsp.errors import CheckpointError
+
+# Where a config says how its weights are quantised; the second is that of old compressed-tensors.
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+
+# Files beside the weights that say the same.
+QUANTISATION_FILES = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What no plain weight is stored as.
+_PACKED = (*_FP8, torch.int8, torch.uint8, torch.int32)
+# How activations are quantised, which is no property of the weights.
+_OF_ACTIVATIONS = (
+    "activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale",
+    "output_scale", "output_zero_point",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the weights of a checkpoint are quantised.
+
+    Attributes:
+        method: what transformers calls it.
+        block: height and width of the blocks of a matrix that share a scale.
+        bits: of a packed number.
+        group_size: inputs that share a scale, of packed numbers; -1 for all.
+        added: what GPTQ's stored zero lacks.
+    """
+
+    method: str
+    block: tuple[int, int] = (1, 1)
+    bits: int = 4
+    group_size: int = -1
+    added: int = 0
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How one weight is stored.
+
+    Attributes:
+        holder: what the name of the tensor with its values ends with.
+        plain: what stands there in the name of the weight.
+        dtypes: that the values have.
+        needed: what the names of its other parts end with.
+        optional: the same of those that may be missing or do not count.
+        dequantise: makes the weight of its parts.
+    """
+
+    holder: str
+    plain: str
+    dtypes: tuple[torch.dtype, ...]
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    dequantise: Callable[[Parts, Quantisation, torch.dtype], DequantisedTensor]
+
+
+def _scaled(suffix: str, dtypes: tuple[torch.dtype, ...]) -> _Packing:
+    return _Packing(
+        "", "", dtypes, (suffix,), ("_zero_point",),
+        lambda parts, how, dtype: from_scaled(
+            parts[""], parts[suffix], parts.get("_zero_point"), how.block, dtype
+        ),
+    )  # fmt: skip
+
+
+_MXFP4 = _Packing(
+    "_blocks", "", (torch.uint8,), ("_scales",), (),
+    lambda parts, how, dtype: from_mxfp4(parts["_blocks"], parts["_scales"], dtype),
+)  # fmt: skip
+_PACK_QUANTIZED = _Packing(
+    "weight_packed", "weight", (torch.int32,), ("weight_scale",),
+    ("weight_zero_point", "weight_g_idx", "weight_shape"),
+    lambda parts, how, dtype: from_packed(
+        parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"),
+        parts.get("weight_g_idx"), how.bits, how.group_size, dtype,
+    ),
+)  # fmt: skip
+_GPTQ = _Packing(
+    "qweight", "weight", (torch.int32,), ("qzeros", "scales"), ("g_idx",),
+    lambda parts, how, dtype: from_gptq(
+        parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"),
+        how.bits, how.group_size, how.added, dtype,
+    ),
+)  # fmt: skip
+_AWQ = _Packing(
+    "qweight", "weight", (torch.int32,), ("qzeros", "scales"), (),
+    lambda parts, how, dtype: from_awq(
+        parts["qweight"], parts["qzeros"], parts["scales"], how.group_size, dtype
+    ),
+)  # fmt: skip
+
+_PACKINGS: dict[str, tuple[_Packing, ...]] = {
+    "fp8": (_scaled("_scale_inv", _FP8),),
+    "mxfp8": (_scaled("_scale_inv", _FP8),),
+    "fbgemm_fp8": (_scaled("_scale", _FP8),),
+    "mxfp4": (_MXFP4,),
+    "compressed-tensors": (_scaled("_scale", (*_FP8, torch.int8)), _PACK_QUANTIZED),
+    "gptq": (_GPTQ,),
+    "awq": (_AWQ,),
+}
+_COMPRESSED_FORMATS = (
+    "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
+    "dense",
+)  # fmt: skip
+
+
+def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | None:
+    """Return how a checkpoint is quantised, by its config.json; None if it is not.
+
+    Args:
+        fields: config.json.
+        label: what to call the checkpoint.
+
+    Raises:
+        CheckpointError: in a way that cfsp cannot undo.
+    """
+    configs = (fields, *(each for each in fields.values() if isinstance(each, dict)))
+    found = [config[key] for config in configs for key in QUANTISATION_KEYS if config.get(key)]
+    if not found:
+        return None
+    described = found[0] if isinstance(found[0], dict) else {"quant_method": found[0]}
+    method = str(described.get("quant_method"))
+    try:
+        if method not in _PACKINGS:
+            raise _NotUndoneError(method)
+        if method == "compressed-tensors":
+            return _of_compressed_tensors(described)
+        if method == "gptq":
+            return _of_gptq(described)
+        if method == "awq":
+            return _of_awq(described)
+        usual = [1, 32] if method == "mxfp8" else None
+        return Quantisation(method, block=_block(described.get("weight_block_size") or usual))
+    except _NotUndoneError as error:
+        what = " ".join(str(error).split())[:80]
+        raise CheckpointError(
+            f"{label} is quantised ({what}), which cfsp cannot undo (it can: "
+            f"{', '.join(_PACKINGS)}); prune the model that it was made from, or load it with "
+            "transformers, call dequantize() and save_pretrained(), and prune the result"
+        ) from None
+
+
+def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json without what it says of quantisation."""
+    return {
+        key: plain_fields(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if key not in QUANTISATION_KEYS
+    }
+
+
+def dequantised(
+    tensors: Mapping[str, FileTensor], how: Quantisation, dtype: torch.dtype, label: str
+) -> dict[str, StoredTensor]:
+    """Return the tensors of the plain checkpoint that a quantised one stands for.
+
+    What is not quantised stays as it is stored.
+
+    Args:
+        tensors: that are stored, by name.
+        how: they are quantised.
+        dtype: what dequantised tensors become.
+        label: what to call the checkpoint.
+
+    Raises:
+        CheckpointError: a weight lacks a part, or its parts do not fit.
+    """
+    plain: dict[str, StoredTensor] = {}
+    parts_of: dict[str, tuple[_Packing, dict[str, FileTensor]]] = {}
+    for name, tensor in tensors.items():
+        packing = _packing_of(name, tensor, _PACKINGS[how.method])
+        if packing is None:
+            plain[name] = tensor
+        else:
+            stem = name.removesuffix(packing.holder)
+            parts_of[stem + packing.plain] = packing, _parts(stem, packing, tensors, label)
+            # In the place of its values, so that tensors keep their order.
+            plain[stem + packing.plain] = tensor
+    if not parts_of:
+        raise CheckpointError(
+            f"{label} is quantised ({how.method}) by its config.json, but none of its tensors is; "
+            f"remove {QUANTISATION_KEYS[0]} there, or download it again"
+        )
+    for name, (packing, parts) in parts_of.items():
+        try:
+            plain[name] = packing.dequantise(parts, how, dtype)
+        except ImpossiblePartsError as error:
+            raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
+        for part in parts.values():
+            if part.name != name:
+                plain.pop(part.name, None)
+        stem = name.removesuffix("weight")
+        for ending in _OF_ACTIVATIONS:
+            plain.pop(stem + ending, None)
+            plain.pop(f"{name}_{ending}", None)
+    _check_is_plain(plain, how, label)
+    return plain
+
+
+def _packing_of(name: str, tensor: FileTensor, packings: Iterable[_Packing]) -> _Packing | None:
+    for packing in packings:
+        is_part = any(name.endswith(ending) for ending in (*packing.needed, *packing.optional))
+        if name.endswith(packing.holder) and tensor.spec.dtype in packing.dtypes and not is_part:
+            return packing
+    return None
+
+
+def _parts(
+    stem: str, packing: _Packing, tensors: Mapping[str, FileTensor], label: str
+) -> dict[str, FileTensor]:
+    for ending in packing.needed:
+        if stem + ending not in tensors:
+            raise CheckpointError(
+                f"{label} lacks the tensor {stem}{ending}, the scale of {stem}{packing.holder}; "
+                f"{AGAIN}"
+            )
+    endings = (packing.holder, *packing.needed, *packing.optional)
+    return {ending: tensors[stem + ending] for ending in endings if stem + ending in tensors}
+
+
+def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
+    """Check that nothing quantised is left, and no scale of something that is not."""
+    endings = [ending for packing in _PACKINGS[how.method] for ending in packing.needed]
+    for name, tensor in tensors.items():
+        owners = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
+        owned = [owner for owner in owners if owner in tensors]
+        if owned:
+            found = str(tensors[owned[0]].spec.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{label} has {name} beside {owned[0]} in {found}, which is not quantised; {AGAIN}"
+            )
+        if tensor.spec.dtype in _PACKED and len(tensor.spec.shape) > 1:
+            found = str(tensor.spec.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{label}: {name} is stored as {found}, which {how.method} weights of its config "
+                f"are not; {AGAIN}"
+            )
+
+
+class _NotUndoneError(Exception):
+    """A way to quantise that cfsp does not undo; names it."""
+
+
+def _of_compressed_tensors(described: Mapping[str, Any]) -> Quantisation:
+    method = "compressed-tensors"
+    groups = [each for each in _dict(described.get("config_groups")).values() if _dict(each)]
+    formats = [described.get("format"), *(group.get("format") for group in groups)]
+    for name in formats:
+        if name is not None and name not in _COMPRESSED_FORMATS:
+            raise _NotUndoneError(f"{method}, {name}")
+    if _dict(described.get("sparsity_config")).get("format", "dense") != "dense":
+        raise _NotUndoneError(f"{method}, sparse")
+    if _dict(_dict(described.get("transform_config")).get("config_groups")):
+        raise _NotUndoneError(f"{method}, transformed")
+    weights = [_dict(group.get("weights")) for group in groups if group.get("weights")]
+    blocks = {_block(each["block_structure"]) for each in weights if each.get("block_structure")}
+    blocks |= {
+        (1, _size(each["group_size"]))
+        for each in weights
+        if each.get("group_size") and "pack-quantized" not in formats
+    }
+    packed = {
+        (_bits(each.get("num_bits")), _size(each.get("group_size") or -1))
+        for each in weights
+        if each.get("type", "int") == "int"
+    }
+    if len(blocks) > 1 or len(packed) > 1:
+        raise _NotUndoneError(f"{method}, in several ways at once")
+    bits, group_size = packed.pop() if packed else (8, -1)
+    block = blocks.pop() if blocks else (1, 1)
+    return Quantisation(method, block, bits, group_size)
+
+
+def _of_gptq(described: Mapping[str, Any]) -> Quantisation:
+    version = described.get("checkpoint_format") or described.get("format") or "gptq"
+    if version not in ("gptq", "gptq_v2"):
+        raise _NotUndoneError(f"gptq, format {version}")
+    if described.get("dynamic"):
+        raise _NotUndoneError("gptq, in several ways at once")
+    size = _size(described.get("group_size", 128))
+    bits = _bits(described.get("bits"))
+    return Quantisation("gptq", bits=bits, group_size=size, added=int(version == "gptq"))
+
+
+def _of_awq(described: Mapping[str, Any]) -> Quantisation:
+    bits = described.get("bits", described.get("w_bit"))
+    version = str(described.get("version", described.get("format", "gemm"))).lower()
+    if bits != 4:
+        raise _NotUndoneError(f"awq, {bits} bits")
+    if version != "gemm":
+        raise _NotUndoneError(f"awq, version {version}")
+    size = _size(described.get("group_size", described.get("q_group_size", 128)))
+    return Quantisation("awq", group_size=size)
+
+
+def _bits(value: object) -> int:
+    if type(value) is not int or value not in (2, 4, 8):
+        raise _NotUndoneError(f"{value!r} bits")
+    return value
+
+
+def _block(size: object) -> tuple[int, int]:
+    if size is None:
+        return 1, 1
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise _NotUndoneError(f"in blocks of {size!r}")
+    return _size(size[0]), _size(size[1])
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or (value != -1 and value < 1):
+        raise _NotUndoneError(f"in groups of {value!r}")
+    return value
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,52 @@
+"""Widths in a config: what is written is what is found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedConfig
+
+from any_models import tiny_config
+from cfsp.checkpoint.config_file import read_config
+from cfsp.checkpoint.config_widths import config_with_widths, fields_with_widths
+from cfsp.checkpoint.skeleton import architecture_of
+
+
+def written_and_read(
+    config: PreTrainedConfig, widths: list[int], directory: Path
+) -> tuple[dict[str, Any], PreTrainedConfig]:
+    """Return config.json of a model with other widths, and the config that it is read as."""
+    config.save_pretrained(directory)
+    path = directory / "config.json"
+    before = read_config(directory)
+    fields = fields_with_widths(
+        json.loads(path.read_text()), before, architecture_of(before), widths
+    )
+    path.write_text(json.dumps(fields))
+    return fields, read_config(directory)
+
+
+@pytest.mark.parametrize("widths", [[88, 96, 64], [64, 64, 64]])
+def test_what_a_stock_config_says_of_single_blocks_stays(widths: list[int], tmp_path: Path) -> None:
+    config = tiny_config("gemma4_text")
+    heads = config.to_dict()["per_layer_config"]
+    assert heads
+    fields, found = written_and_read(config, widths, tmp_path)
+    assert fields["per_layer_config"] == heads
+    assert architecture_of(found).widths == widths
+    in_memory = config_with_widths(config, architecture_of(config), widths)
+    assert architecture_of(in_memory).widths == widths
+    assert in_memory.to_dict()["per_layer_config"] == heads
+
+
+@pytest.mark.parametrize("widths", [[8, 8, 8], [8, 12, 8]])
+def test_ffns_that_nobody_would_take_for_one_are_found_again(
+    widths: list[int], tmp_path: Path
+) -> None:
+    config = tiny_config("opt")
+    assert 2 * max(widths) < config.hidden_size
+    _, found = written_and_read(config, widths, tmp_path)
+    assert architecture_of(found).widths == widths

@@ -1,0 +1,309 @@
+"""Quantised checkpoints are seen, pruned and loaded as the plain ones that they stand for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+import cfsp
+from any_models import tiny_model
+from cfsp.checkpoint import dequantising
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
+from cfsp.cli import main
+from cfsp.errors import CheckpointError
+from cfsp.recovery.writing import copy_everything_else
+from quantised_models import WAYS, Way, fp8_in_blocks, quantise
+
+SETTINGS: dict[str, Any] = {"sparsity": 0.25, "samples": 4, "seqlen": 32, "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    quantised: Path
+    plain: Path
+
+
+def make_pair(way: Way, place: Path, tokenizer: Any) -> Pair:
+    tiny_model(way.model).to(torch.bfloat16).save_pretrained(place / "plain")
+    tokenizer.save_pretrained(place / "plain")
+    quantise(place / "plain", place / "quantised", way)
+    return Pair(place / "quantised", place / "plain")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Pair]:
+    """Give, for every way to quantise, a quantised checkpoint and the plain one."""
+    return {
+        name: make_pair(way, tmp_path_factory.mktemp("quantised"), tokenizer)
+        for name, way in WAYS.items()
+    }
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 300])
+@pytest.mark.parametrize("name", WAYS)
+def test_it_reads_like_the_plain_checkpoint(
+    pairs: dict[str, Pair], name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantising, "_VALUES_AT_ONCE", at_once)
+    found, expected = Checkpoint(pairs[name].quantised), Checkpoint(pairs[name].plain)
+    assert found.specs == expected.specs
+    for tensor in expected.specs:
+        assert torch.equal(found.read(tensor), expected.read(tensor)), tensor
+        for count in (1, 70, 10**9):
+            prefix = expected.read_prefix(tensor, count)
+            assert torch.equal(found.read_prefix(tensor, count), prefix), tensor
+        written = (b"".join(map(bytes, source.chunks(tensor))) for source in (found, expected))
+        assert len(set(written)) == 1, tensor
+    assert fingerprint(found) == fingerprint(expected)
+    assert not hasattr(found.config, "quantization_config")
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_it_is_pruned_like_the_plain_checkpoint(
+    pairs: dict[str, Pair], name: str, text_file: Path, tmp_path: Path
+) -> None:
+    directories = {}
+    for kind, source in (("found", pairs[name].quantised), ("expected", pairs[name].plain)):
+        directories[kind] = tmp_path / kind
+        cfsp.prune(source, out=tmp_path / kind, data=[str(text_file)], **SETTINGS)
+    found, expected = (load_file(d / "model.safetensors") for d in directories.values())
+    assert found.keys() == expected.keys()
+    for tensor in expected:
+        bits = [weights[tensor].view(torch.uint8) for weights in (found, expected)]
+        assert torch.equal(*bits), tensor
+    configs = [json.loads((d / "config.json").read_text()) for d in directories.values()]
+    assert configs[0] == configs[1]
+    assert configs[0]["dtype"] == "bfloat16"
+    (directory, plain), method = directories.values(), WAYS[name].config["quant_method"]
+    manifest = json.loads((directory / "cfsp.json").read_text())
+    assert manifest["dequantised"] == {"from": method, "to": "bfloat16"}
+    assert f"stored quantised ({method})" in (directory / "README.md").read_text()
+    assert "stored quantised" not in (plain / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_it_loads_like_the_plain_checkpoint(pairs: dict[str, Pair], name: str) -> None:
+    found, expected = cfsp.load(pairs[name].quantised), cfsp.load(pairs[name].plain)
+    assert type(found) is type(expected)
+    assert not found.training
+    state = expected.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in found.state_dict().items())
+    ids = torch.arange(12)[None]
+    assert torch.equal(found(ids).logits, expected(ids).logits)
+    assert found.generation_config.to_dict() == expected.generation_config.to_dict()
+
+
+# transformers wants whole blocks.
+WHOLE_BLOCKS = Way(
+    "deepseek_v3",
+    {"quant_method": "fp8", "weight_block_size": [8, 8]},
+    partial(fp8_in_blocks, block=(8, 8)),
+)
+
+
+@pytest.mark.parametrize(
+    ("way", "config"),
+    [
+        (WHOLE_BLOCKS, FineGrainedFP8Config),
+        (WAYS["fp8 per tensor"], FineGrainedFP8Config),
+        (WAYS["mxfp8"], FineGrainedFP8Config),
+        (WAYS["mxfp4"], Mxfp4Config),
+    ],
+)
+def test_transformers_dequantises_to_the_same(
+    way: Way, config: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    pair = make_pair(way, tmp_path, tokenizer)
+    expected = AutoModelForCausalLM.from_pretrained(
+        pair.quantised, quantization_config=config(dequantize=True), dtype=torch.bfloat16
+    )
+    state = expected.state_dict()
+    found = cfsp.load(pair.quantised).state_dict()
+    assert found.keys() == state.keys()
+    for name, tensor in found.items():
+        # transformers gives the whole model one dtype.
+        assert torch.equal(tensor.to(state[name].dtype), state[name]), name
+
+
+def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
+    pairs: dict[str, Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = pairs["gptq"].quantised
+    (source / "quantize_config.json").write_text("{}")
+    main(["export", str(source), "--to", "padded", "--out", str(tmp_path / "padded")])
+    (tmp_path / "recovered").mkdir()
+    copy_everything_else(Checkpoint(source), tmp_path / "recovered")
+    for name in ("padded", "recovered"):
+        assert "quantization_config" not in (tmp_path / name / "config.json").read_text()
+        assert not (tmp_path / name / "quantize_config.json").exists()
+    capsys.readouterr()
+    main(["inspect", str(source)])
+    assert "stored             as gptq; type and size are those dequantised" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_summary_says_that_it_was_dequantised(
+    pairs: dict[str, Pair], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--data", str(text_file), "--samples", "4", "--seqlen", "32", "--sparsity", "0.25"]
+    main(["prune", str(pairs["awq"].quantised), "--out", str(tmp_path / "out"), *asked])
+    assert "dequantised from awq to bfloat16: larger per weight" in capsys.readouterr().out
+
+
+def test_a_model_in_memory_that_is_quantised_is_refused(pairs: dict[str, Pair]) -> None:
+    model = cfsp.load(pairs["awq"].plain)
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(CheckpointError, match=r"is quantised.*load it with cfsp\.load"):
+        LoadedModel(model)
+
+
+def compressed(**changes: Any) -> dict[str, Any]:
+    return {**WAYS["pack-quantized"].config, **changes}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ("int8", "int8"),
+        ({"quant_method": {}}, "{}"),
+        (compressed(format="nvfp4-pack-quantized"), "compressed-tensors, nvfp4-pack-quantized"),
+        (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "compressed-tensors, sparse"),
+        (compressed(transform_config={"config_groups": {"R1": {}}}), "transformed"),
+        (
+            compressed(config_groups={"a": {"weights": {"num_bits": 3, "type": "int"}}}),
+            "3 bits",
+        ),
+        (
+            compressed(
+                config_groups={
+                    "a": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}},
+                    "b": {"weights": {"num_bits": 4, "type": "int", "group_size": 64}},
+                }
+            ),
+            "in several ways at once",
+        ),
+        ({"quant_method": "gptq", "bits": 3}, "3 bits"),
+        ({"quant_method": "gptq", "bits": [4]}, "[4] bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format marlin"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "in groups of 0"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "in several ways at once"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "in blocks of 128"),
+    ],
+)
+def test_other_ways_are_refused_by_name(
+    pairs: dict[str, Pair], tmp_path: Path, config: object, named: str
+) -> None:
+    directory = Path(shutil.copytree(pairs["awq"].plain, tmp_path / "model"))
+    edit_config(directory, config)
+    message = refused(directory)
+    assert f"{directory} is quantised (" in message
+    assert f"{named})" in message
+    assert "save_pretrained()" in message
+
+
+def edit_config(directory: Path, quantization: object) -> None:
+    path = directory / "config.json"
+    fields = {**json.loads(path.read_text()), "quantization_config": quantization}
+    path.write_text(json.dumps(fields))
+
+
+def refused(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "fp8 in blocks",
+            lambda found: found.pop("model.layers.0.mlp.up_proj.weight_scale_inv"),
+            "lacks the tensor model.layers.0.mlp.up_proj.weight_scale_inv, the scale of",
+        ),
+        (
+            "fp8 in blocks",
+            lambda found: found.update(
+                {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(5, 5)}
+            ),
+            "up_proj.weight_scale_inv is float32 of shape [5, 5], expected one number",
+        ),
+        (
+            "fp8 in blocks",
+            lambda found: found.update({"model.layers.0.mlp.up_proj.weight": torch.ones(96, 32)}),
+            "has model.layers.0.mlp.up_proj.weight_scale_inv beside "
+            "model.layers.0.mlp.up_proj.weight in float32",
+        ),
+        (
+            "gptq",
+            lambda found: found.update({"model.layers.0.mlp.up_proj.scales": torch.ones(1, 9)}),
+            "up_proj.scales is float32 of shape [1, 9], expected shape [2, 96]",
+        ),
+        (
+            "mxfp4",
+            lambda found: found.update(
+                {"model.layers.0.self_attn.q_proj.weight": torch.ones(64, 32).to(torch.int8)}
+            ),
+            "q_proj.weight is stored as int8, which mxfp4 weights of its config are not",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    pairs: dict[str, Pair], tmp_path: Path, name: str, change: Any, said: str
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(pairs[name].quantised, directory)
+    tensors = {}
+    for file in directory.glob("*.safetensors*"):
+        tensors |= load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    assert said in refused(directory)
+
+
+def test_a_config_that_says_so_of_plain_weights_is_refused(
+    pairs: dict[str, Pair], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(pairs["awq"].plain, tmp_path / "model"))
+    edit_config(directory, {"quant_method": "fp8"})
+    assert "none of its tensors is; remove quantization_config there" in refused(directory)
+
+
+def test_a_group_that_is_not_there_is_refused(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(pairs["gptq"].quantised, tmp_path / "model"))
+    name = "model.layers.1.self_attn.q_proj"
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        if f"{name}.g_idx" in tensors:
+            tensors[f"{name}.g_idx"][3] = 2
+            save_file(tensors, file)
+    source = Checkpoint(directory)
+    with pytest.raises(CheckpointError, match=r"g_idx has groups 0 to 2, expected 0 to 1"):
+        source.read(f"{name}.weight")
+
+
+def test_without_a_dtype_in_the_config_weights_become_bfloat16(
+    pairs: dict[str, Pair], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))
+    fields = json.loads((directory / "config.json").read_text())
+    del fields["dtype"]
+    (directory / "config.json").write_text(json.dumps(fields))
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert Checkpoint(directory).specs[name].dtype == torch.bfloat16

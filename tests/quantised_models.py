@@ -1,0 +1,310 @@
+"""Tiny checkpoints quantised by the documented formats, and the plain ones that they stand for.
+
+Packing and unpacking are written in NumPy, from the formats' descriptions, and know nothing of the
+code that they test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+Array = NDArray[Any]
+# The parts of a weight by what their names end with, and the plain weight.
+Quantised = tuple[dict[str, torch.Tensor], Array]
+
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+BLOCK = (40, 24)  # neither divides the matrices of the tiny models
+GROUP = 16
+
+
+def fp8_values() -> Array:
+    """Return the number that each byte is as E4M3, without the two that are NaN."""
+    byte = np.arange(256)
+    sign, exponent, mantissa = byte >> 7, (byte >> 3) & 15, byte & 7
+    small = mantissa / 8 * 2.0**-6
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
+    values = np.where(exponent == 0, small, normal) * np.where(sign == 1, -1, 1)
+    return np.where((byte & 127) == 127, 0, values).astype(np.float32)
+
+
+def nearest(values: Array, table: Array) -> Array:
+    """Return the index of the number in a table that is nearest to each value."""
+    order = np.argsort(table, kind="stable")
+    middles = (table[order][1:] + table[order][:-1]) / 2
+    return order[np.searchsorted(middles, values)]
+
+
+def in_grid(grid: Array, shape: tuple[int, ...], block: tuple[int, int]) -> Array:
+    """Return a value for every element of a matrix, from one for each block."""
+    return np.kron(grid, np.ones(block, grid.dtype))[: shape[0], : shape[1]]
+
+
+def block_maxima(weight: Array, block: tuple[int, int]) -> Array:
+    rows, columns = (-(-n // size) for n, size in zip(weight.shape, block, strict=True))
+    grid = np.zeros((rows, columns), np.float32)
+    for row in range(rows):
+        for column in range(columns):
+            part = weight[row * block[0] :, column * block[1] :][: block[0], : block[1]]
+            grid[row, column] = np.abs(part).max()
+    return grid
+
+
+def of_bytes(data: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(data))
+
+
+def fp8(weight: Array, scale: Array, per_value: Array, ending: str) -> Quantised:
+    codes = nearest(weight / per_value, fp8_values()).astype(np.uint8)
+    parts = {
+        "weight": of_bytes(codes).view(torch.float8_e4m3fn),
+        f"weight_{ending}": torch.from_numpy(scale),
+    }
+    return parts, fp8_values()[codes] * per_value
+
+
+def fp8_in_blocks(weight: Array, block: tuple[int, int] = BLOCK) -> Quantised:
+    scale = block_maxima(weight, block) / 448
+    return fp8(weight, scale, in_grid(scale, weight.shape, block), "scale_inv")
+
+
+def fp8_in_powers_of_two(weight: Array) -> Quantised:
+    exponents = np.ceil(np.log2(block_maxima(weight, (1, 32)) / 448)) + 127
+    scale = exponents.astype(np.uint8)
+    per_value = in_grid(np.ldexp(np.float32(1), scale.astype(int) - 127), weight.shape, (1, 32))
+    return fp8(weight, scale, per_value, "scale_inv")
+
+
+def fp8_per_tensor(weight: Array) -> Quantised:
+    scale = np.float32(np.abs(weight).max() / 448)
+    parts, plain = fp8(weight, np.array(scale), scale * np.ones_like(weight), "scale_inv")
+    return {**parts, "activation_scale": torch.tensor(0.5)}, plain
+
+
+def fp8_per_row(weight: Array) -> Quantised:
+    scale = np.abs(weight).max(1, keepdims=True) / 448
+    parts, plain = fp8(weight, scale, scale * np.ones_like(weight), "scale")
+    return {**parts, "input_scale": torch.ones(1)}, plain
+
+
+def int8_per_row(weight: Array) -> Quantised:
+    lowest, highest = weight.min(1, keepdims=True), weight.max(1, keepdims=True)
+    scale = (highest - lowest) / 255
+    zero = np.round(-128 - lowest / scale)
+    codes = np.clip(np.round(weight / scale) + zero, -128, 127)
+    parts = {
+        "weight": of_bytes(codes.astype(np.int8)),
+        "weight_scale": torch.from_numpy(scale),
+        "weight_zero_point": of_bytes(zero.astype(np.int8)),
+    }
+    return parts, ((codes - zero) * scale).astype(np.float32)
+
+
+def pack(codes: Array, bits: int, axis: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Put small numbers into integers of 32 bits, the first in the lowest bits."""
+    codes = np.moveaxis(codes.astype(np.uint32), axis, -1)
+    words = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
+    packed = np.zeros(words.shape[:-1], np.uint32)
+    for place, index in enumerate(order or range(32 // bits)):
+        packed |= words[..., index] << np.uint32(bits * place)
+    return of_bytes(np.moveaxis(packed, -1, axis)).view(torch.int32)
+
+
+def in_groups(weight: Array, group_of: Array, most: int) -> tuple[Array, Array, Array]:
+    """Return codes O x I from 0 to a number, scales O x G in half precision and zeros O x G."""
+    groups = group_of.max() + 1
+    scale = np.zeros((len(weight), groups), np.float16)
+    zero = np.zeros((len(weight), groups))
+    for group in range(groups):
+        part = weight[:, group_of == group]
+        scale[:, group] = (part.max(1) - part.min(1)) / most
+        zero[:, group] = np.clip(np.round(-part.min(1) / scale[:, group]), 1, most)
+    codes = np.round(weight / scale[:, group_of].astype(np.float32)) + zero[:, group_of]
+    return np.clip(codes, 0, most), scale, zero
+
+
+def plain_of(codes: Array, scale: Array, zero: Array, group_of: Array) -> Array:
+    return ((codes - zero[:, group_of]) * scale[:, group_of].astype(np.float64)).astype(np.float32)
+
+
+def packed_int4(weight: Array) -> Quantised:
+    group_of = np.arange(weight.shape[1]) // GROUP
+    codes, scale, zero = in_groups(weight, group_of, 15)
+    parts = {
+        "weight_packed": pack(codes, 4, axis=1),
+        "weight_scale": torch.from_numpy(scale).to(torch.float16),
+        "weight_zero_point": pack(zero, 4, axis=0),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return parts, plain_of(codes, scale, zero, group_of)
+
+
+def packed_int8_symmetric(weight: Array) -> Quantised:
+    scale = (np.abs(weight).max(1, keepdims=True) / 127).astype(np.float16)
+    codes = np.clip(np.round(weight / scale.astype(np.float32)), -128, 127) + 0  # no -0
+    parts = {
+        "weight_packed": pack(codes + 128, 8, axis=1),
+        "weight_scale": torch.from_numpy(scale),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return parts, (codes * scale.astype(np.float64)).astype(np.float32)
+
+
+def gptq(weight: Array, lacks: int = 1) -> Quantised:
+    # As with `desc_act`: groups are not neighbours.
+    group_of = np.random.default_rng(0).permutation(np.arange(weight.shape[1]) // GROUP)
+    codes, scale, zero = in_groups(weight, group_of, 15)
+    parts = {
+        "qweight": pack(codes.T, 4, axis=0),
+        "qzeros": pack(zero.T - lacks, 4, axis=1),
+        "scales": of_bytes(scale.T),
+        "g_idx": torch.from_numpy(group_of.astype(np.int32)),
+    }
+    return parts, plain_of(codes, scale, zero, group_of)
+
+
+def gptq_v2(weight: Array) -> Quantised:
+    return gptq(weight, lacks=0)
+
+
+def awq(weight: Array) -> Quantised:
+    group_of = np.arange(weight.shape[1]) // GROUP
+    codes, scale, zero = in_groups(weight, group_of, 15)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    parts = {
+        "qweight": pack(codes.T, 4, axis=1, order=order),
+        "qzeros": pack(zero.T, 4, axis=1, order=order),
+        "scales": of_bytes(scale.T),
+    }
+    return parts, plain_of(codes, scale, zero, group_of)
+
+
+def mxfp4(weight: Array) -> Quantised:
+    """Quantise experts x inputs x outputs, which are stored experts x outputs x inputs."""
+    stored = weight.transpose(0, 2, 1)
+    groups = stored.reshape(*stored.shape[:2], -1, 32)
+    largest = np.maximum(np.abs(groups).max(-1), 1e-6)
+    exponents = np.floor(np.log2(largest)).astype(int) - 2
+    codes = nearest(np.ldexp(groups, -exponents[..., None]), FP4)
+    plain = np.ldexp(FP4[codes], exponents[..., None]).astype(np.float32)
+    parts = {
+        "_blocks": of_bytes((codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)),
+        "_scales": of_bytes((exponents + 127).astype(np.uint8)),
+    }
+    return parts, plain.reshape(stored.shape).transpose(0, 2, 1)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to quantise.
+
+    Attributes:
+        model: type of the model to try it on.
+        config: what config.json says of it.
+        quantise: makes the parts of a weight.
+        ending: of the names of the weights that are quantised.
+    """
+
+    model: str
+    config: dict[str, Any]
+    quantise: Callable[[Array], Quantised]
+    ending: str = "proj.weight"
+
+
+def compressed(quantised_as: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "format": quantised_as}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": quantised_as,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+
+
+_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True, "sym": False}
+
+WAYS = {
+    "fp8 in blocks": Way("llama", {**_FP8, "weight_block_size": list(BLOCK)}, fp8_in_blocks),
+    "fp8 experts": Way(
+        "deepseek_v3", {**_FP8, "weight_block_size": list(BLOCK)}, fp8_in_blocks
+    ),
+    "fp8 per tensor": Way("llama", {**_FP8, "weight_block_size": None}, fp8_per_tensor),
+    "mxfp8": Way(
+        "llama",
+        {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        fp8_in_powers_of_two,
+    ),
+    "fbgemm_fp8": Way("llama", {"quant_method": "fbgemm_fp8"}, fp8_per_row),
+    "float-quantized": Way(
+        "llama",
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+        fp8_per_row,
+    ),
+    "int-quantized": Way(
+        "llama",
+        compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False),
+        int8_per_row,
+    ),
+    "pack-quantized": Way(
+        "qwen3_moe",
+        compressed(
+            "pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP,
+            symmetric=False,
+        ),
+        packed_int4,
+    ),
+    "pack-quantized, 8 bits": Way(
+        "llama",
+        compressed("pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
+        packed_int8_symmetric,
+    ),
+    "gptq": Way("llama", _GPTQ, gptq),
+    "gptq_v2": Way("llama", {**_GPTQ, "checkpoint_format": "gptq_v2"}, gptq_v2),
+    "awq": Way(
+        "llama",
+        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
+        awq,
+    ),
+    "mxfp4": Way("gpt_oss", {"quant_method": "mxfp4"}, mxfp4, ending="experts"),
+}  # fmt: skip
+
+
+def quantise(plain: Path, target: Path, way: Way) -> None:
+    """Write a quantised copy of a directory; its own weights become what that stands for."""
+    stored = load_file(plain / "model.safetensors")
+    quantised: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        of_experts = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        if not (name.endswith(way.ending) or (way.ending == "experts" and of_experts)):
+            quantised[name] = tensor
+            continue
+        parts, values = way.quantise(tensor.float().numpy())
+        stem = name.removesuffix("weight")
+        quantised |= {stem + ending: part.contiguous() for ending, part in parts.items()}
+        stored[name] = torch.from_numpy(np.ascontiguousarray(values)).to(tensor.dtype)
+    target.mkdir()
+    for path in plain.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    save_file(stored, plain / "model.safetensors", metadata={"format": "pt"})
+    # In two files, with the parts of a weight in both.
+    names = sorted(quantised)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    (target / "model.safetensors").unlink()
+    for file, members in shards.items():
+        save_file({n: quantised[n] for n in members}, target / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    fields = json.loads((target / "config.json").read_text())
+    fields["quantization_config"] = way.config
+    (target / "config.json").write_text(json.dumps(fields))
