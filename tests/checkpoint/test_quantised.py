@@ -294,7 +294,7 @@ def test_a_group_that_is_not_there_is_refused(pairs: dict[str, Pair], tmp_path: 
             tensors[f"{name}.g_idx"][3] = 2
             save_file(tensors, file)
     source = Checkpoint(directory)
-    with pytest.raises(CheckpointError, match=r"g_idx speaks of groups 0 to 2, expected 0 to 1"):
+    with pytest.raises(CheckpointError, match=r"g_idx has groups 0 to 2, expected 0 to 1"):
         source.read(f"{name}.weight")
 
 

@@ -23,6 +23,9 @@ _HUB_FILES = [
     STATISTICS_FILE,
 ]  # fmt: skip
 
+# The same weights again, in other formats than transformers'.
+_SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
+
 
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a model by name; nothing but its config and tensor headers is read.
@@ -84,6 +87,7 @@ def _download(name: str, revision: str | None) -> Path:
                 name,
                 revision=revision,
                 allow_patterns=_HUB_FILES,
+                ignore_patterns=_SECOND_COPIES,
                 local_files_only=not reachable,
             )
         )
