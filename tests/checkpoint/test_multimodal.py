@@ -6,20 +6,20 @@ Shapes: B windows, T tokens.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import cfsp
 from any_models import tiny_model
 from cfsp.checkpoint.reading import LoadedModel
+from cfsp.cli import main
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.masks import masked_channels
 from forks import Forks, Job
@@ -106,8 +106,8 @@ def test_stock_software_runs_it_as_the_same_class(case: Case, forks: Forks, tmp_
     assert_close(found, expected)
     assert_close(found["resaved"], expected)
     assert found["base"]
-    names = [f"Pruned{type(case.dense).__name__}"]
-    assert found["classes"][:1] == names
+    assert found["classes"][0] == f"Pruned{type(case.dense).__name__}"
+    assert found["classes"][1].startswith("Pruned")
 
 
 def test_all_but_the_ffns_of_the_decoder_is_untouched(case: Case) -> None:
@@ -128,6 +128,7 @@ def test_all_but_the_ffns_of_the_decoder_is_untouched(case: Case) -> None:
     assert pruned["auto_map"].keys() >= {"AutoModel", "AutoModelForImageTextToText"}
 
 
+@pytest.mark.parametrize("case", ("gemma3", "qwen2_5_vl", "llama4"), indirect=True)
 def test_in_memory(case: Case, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
     smaller = cfsp.prune(case.dense, tokenizer, data=[text_file], **SETTINGS)
     assert isinstance(smaller, type(case.dense))
@@ -138,3 +139,72 @@ def test_in_memory(case: Case, tokenizer: Any, text_file: Path, tmp_path: Path) 
     assert list(load_file(tmp_path / "model.safetensors")) == list(
         load_file(case.out / "model.safetensors")
     )
+
+
+@pytest.fixture(scope="module", params=["names as saved", "names as in memory"])
+def gemma(
+    request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A checkpoint whose stored names are not those of the parameters, or are."""
+    model = tiny_model("gemma3")
+    source = save(model, tokenizer, tmp_path_factory.mktemp("gemma") / "source")
+    file = source / "model.safetensors"
+    state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    assert load_file(file).keys().isdisjoint(state)
+    if request.param == "names as in memory":
+        save_file(state, file, metadata={"format": "pt"})
+    return source
+
+
+def test_repair_and_recovery_write_the_stored_names(
+    gemma: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = ["--data", str(text_file), "--seqlen", "32"]
+    how = ["--sparsity", "0.5", "--set", "multiple=8", "--samples", "65", "--device", "cpu"]
+    pruned, trained = tmp_path / "pruned", tmp_path / "trained"
+    asked = [*text, *how, "--repair", "local", "--set", "local_steps=8"]
+    assert main(["prune", str(gemma), *asked, "--out", str(pruned)]) == 0
+    steps = json.loads((pruned / "cfsp.json").read_text())["repair"]["steps"]
+    assert [step["name"] for step in steps] == ["ridge", "sequential", "local"]
+    # New weights were used and judged: not a block was rejected because nothing had changed.
+    for step, judged_by in zip(steps, ("error", "loss", "loss"), strict=True):
+        better = [b[f"{judged_by}_after"] < b[f"{judged_by}_before"] for b in step["blocks"] if b]
+        assert any(better)
+
+    asked = [*text, "--steps", "1", "--method", "full", "--device", "cpu"]
+    assert main(["recover", str(pruned), *asked, "--out", str(trained)]) == 0
+    assert main(["verify", str(trained)]) == 0
+    files = [load_file(path / "model.safetensors") for path in (gemma, pruned, trained)]
+    assert list(files[0]) == list(files[1]) == list(files[2])
+    changed = {name for name in files[1] if not torch.equal(files[1][name], files[2][name])}
+    assert changed
+    assert all(".layers." in name and "vision" not in name for name in changed)
+
+
+def test_commands(tokenizer: Any, text_file: Path, tmp_path: Path, capsys: Any) -> None:
+    source = str(save(tiny_model("qwen2_5_vl"), tokenizer, tmp_path / "source"))
+    out, statistics, plan = (str(tmp_path / name) for name in ("out", "statistics", "plan.json"))
+    text = ["--data", str(text_file), "--seqlen", "32"]
+    samples, multiple = ["--samples", "4"], ["--set", "multiple=8"]
+    asked = ["--sparsity", "0.4", *text, *samples, *multiple, "--eval", str(text_file)]
+    assert main(["prune", source, *asked, "--out", out]) == 0
+    assert main(["inspect", out]) == 0
+    assert main(["verify", out]) == 0
+    assert main(["eval", source, out, *text, "--windows", "2"]) == 0
+    assert main(["calibrate", source, *text, *samples, "--sensitivity", "--out", statistics]) == 0
+    asked = ["--statistics", statistics, "--sparsity", "0.3", *multiple]
+    assert main(["plan", source, *asked, "--out", plan]) == 0
+    itself = ["--data", "self", "--seqlen", "16", "--samples", "2"]
+    asked = ["--sparsity", "0.2", *multiple, "--effort", "fast", *itself]
+    assert main(["prune", out, *asked, "--out", str(tmp_path / "again")]) == 0
+    assert main(["export", out, "--to", "padded", "--out", str(tmp_path / "padded")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "pipeline_tag: image-text-to-text" in card
+
+    capsys.readouterr()
+    for target, name in (("gguf", "x.gguf"), ("vllm", "x"), ("openvino", "x")):
+        assert main(["export", out, "--to", target, "--out", str(tmp_path / name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "qwen2_5_vl" in line
+        assert not (tmp_path / name).exists()

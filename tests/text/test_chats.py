@@ -64,3 +64,15 @@ def test_a_model_is_pruned_and_measured_on_chats(
     assert manifest is not None
     assert manifest["calibration"]["sources"] == {str(chats): 8}
     assert manifest["perplexity"][str(chats)]["tokens"] == 2 * 255
+
+
+def test_a_template_that_reads_the_parts_of_a_message(chats: Path, tokenizer: Any) -> None:
+    """Those of LLaVA-OneVision and SmolVLM see nothing in a message that is a text itself."""
+    of_parts = copy.deepcopy(tokenizer)
+    of_parts.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    expected = [f"<user>number {i} of the river<assistant>green stone {i}" for i in range(60)]
+    assert list(TextSource(str(chats), "calibration").documents(of_parts)) == expected

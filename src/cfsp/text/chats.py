@@ -59,13 +59,26 @@ def templated(
         TextError: the template refuses the conversation.
     """
     template: Any = tokenizer.apply_chat_template
-    try:
-        text: str = template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # templates raise what they like
-        raise TextError(f"conversation {number} does not fit the chat template: {error}") from error
-    return text
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        try:
+            text: str = template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise what they like
+            raise TextError(
+                f"conversation {number} does not fit the chat template: {error}"
+            ) from error
+        return text
+
+    text = render(conversation)
+    contents = [content for m in conversation if (content := m["content"].strip())]
+    if not contents or any(content in text for content in contents):
+        return text
+    # Templates of some multimodal models look at the parts of a message, and see none in a text.
+    return render(
+        [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
+    )
 
 
 def checked_conversation(value: Any, where: str) -> Conversation:
