@@ -30,9 +30,7 @@ def written_and_read(
 
 
 @pytest.mark.parametrize("widths", [[88, 96, 64], [64, 64, 64]])
-def test_what_a_stock_config_says_of_single_blocks_stays(
-    widths: list[int], tmp_path: Path
-) -> None:
+def test_what_a_stock_config_says_of_single_blocks_stays(widths: list[int], tmp_path: Path) -> None:
     config = tiny_config("gemma4_text")
     heads = config.to_dict()["per_layer_config"]
     assert heads

@@ -185,6 +185,20 @@ class StoredTensors:
         assert whole is not None
         return whole
 
+    def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """Return the stored tensors that a parameter's value is made of, as views: undo `assemble`.
+
+        None where the conversion does more than put them side by side.
+
+        Args:
+            parameter: one that has sources.
+            tensor: its value.
+        """
+        placed = places(self._conversions[parameter], self.specs)
+        if placed is None:
+            return None
+        return {name: tensor[place] for name, place in placed[0].items()}
+
     def matrix(
         self, unit: int, role: Role, ffn: int, read: Callable[[str], Tensor]
     ) -> Tensor | None:

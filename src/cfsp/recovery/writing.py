@@ -15,9 +15,10 @@ import torch
 
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.tensor_file import OutgoingTensor
+from cfsp.checkpoint.stored_tensors import stored_from_memory
+from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
@@ -40,24 +41,42 @@ def write_recovered_weights(
     Args:
         source: the pruned checkpoint.
         model: the trained plain model.
-        trained: names of the tensors that training changed.
+        trained: names, in the model, of the parameters that training changed.
         directory: an existing directory.
 
     Returns:
         File name -> SHA-256.
     """
-    for name in trained:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to("cpu", source.specs[name].dtype)
-    changed = LoadedModel(model)
-    origin: dict[str, WeightSource] = dict.fromkeys(source.specs, source)
-    origin |= dict.fromkeys(trained, changed)
+    changed = _stored(source, model, trained)
     outgoing = [
-        OutgoingTensor(name, spec, partial(origin[name].chunks, name))
+        outgoing_tensor(name, changed[name])
+        if name in changed
+        else OutgoingTensor(name, spec, partial(source.chunks, name))
         for name, spec in source.specs.items()
     ]
-    assert all(changed.specs[name] == source.specs[name] for name in trained)
+    assert all(tensor.spec == source.specs[tensor.name] for tensor in outgoing)
     return write_shards(directory, outgoing).digests
+
+
+def _stored(
+    source: Checkpoint, model: PreTrainedModel, trained: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Return trained parameters as the source stores them, by the names of stored tensors."""
+    stored: dict[str, torch.Tensor] = {}
+    left: list[str] = []
+    for name in trained:
+        sources = source.stored.sources(name)
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to("cpu", source.specs[sources[0]].dtype)
+        taken_apart = source.stored.take_apart(name, parameter.detach())
+        if taken_apart is None:
+            left += sources
+        else:
+            stored |= taken_apart
+    if left:
+        saved = stored_from_memory(model)
+        stored |= {name: saved[name] for name in left}
+    return stored
 
 
 def copy_everything_else(source: Checkpoint, directory: Path) -> None:
