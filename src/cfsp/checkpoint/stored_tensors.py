@@ -185,24 +185,19 @@ class StoredTensors:
         assert whole is not None
         return whole
 
-    def take_apart(self, parameter: str, value: Tensor) -> dict[str, Tensor]:
-        """Return the stored tensors that a parameter is made of: the inverse of `assemble`.
+    def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """Return the stored tensors that a parameter's value is made of, as views: undo `assemble`.
+
+        None where the conversion does more than put them side by side.
 
         Args:
             parameter: one that has sources.
-            value: as the model in memory holds it; the result may be views of it.
-
-        Raises:
-            UnsupportedModelError: the stored tensors do not just lie side by side in it.
+            tensor: its value.
         """
-        conversion = self._conversions[parameter]
-        placed = places(conversion, self.specs)
+        placed = places(self._conversions[parameter], self.specs)
         if placed is None:
-            raise UnsupportedModelError(
-                f"{parameter} cannot be written back into {conversion.stored[0]}, which the "
-                "checkpoint stores in another form"
-            )
-        return {name: value[place] for name, place in placed[0].items()}
+            return None
+        return {name: tensor[place] for name, place in placed[0].items()}
 
     def matrix(
         self, unit: int, role: Role, ffn: int, read: Callable[[str], Tensor]

@@ -1,4 +1,4 @@
-"""Which weights of a pruned model are trained, and how: low-rank adapters or the weights.
+"""How the weights of a pruned model are trained: by low-rank adapters, or themselves.
 
 LoRA: W + (alpha / r) B A (Hu et al., arXiv 2106.09685). The scale alpha / r is the same in every
 block whatever its rank, so both PEFT's `rank_pattern` and its `alpha_pattern` are set. DoRA adds
@@ -8,7 +8,6 @@ a trained length for every row (arXiv 2402.09353).
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -21,17 +20,15 @@ from transformers.pytorch_utils import Conv1D
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.errors import MissingExtraError, UsageError
-from cfsp.recovery.settings import Adaptation, Method, Targets
+from cfsp.errors import MissingExtraError
+from cfsp.recovery.expert_adapters import names_as_they_are
+from cfsp.recovery.settings import Adaptation, Method
+from cfsp.recovery.targets import BlockTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, FFNUnit
-
-logger = logging.getLogger(__name__)
-# GPT-2 keeps its matrices transposed, in a class of its own.
-_MATRICES = (nn.Linear, Conv1D)
+    from cfsp.architecture.found import Architecture
 
 
 @dataclass(frozen=True)
@@ -53,47 +50,10 @@ def check_installed(method: Method) -> None:
         raise MissingExtraError("recovery" if method == "full" else "LoRA", "recover")
 
 
-def target_names(
-    model: PreTrainedModel, architecture: Architecture, targets: Targets
-) -> list[list[str]]:
-    """Return the full names of the projections to train, block by block.
-
-    Experts are parameters of one module, which LoRA's modules cannot adapt: they are never among
-    them.
-
-    Raises:
-        UsageError: there is no such projection.
-    """
-    names: list[list[str]] = []
-    for index, block in enumerate(blocks_of(model, architecture)):
-        linear = [name for name, module in block.named_modules() if isinstance(module, _MATRICES)]
-        in_ffn = _linear_in_ffn(linear, architecture.units_of(index))
-        chosen = {
-            "mlp": [name for name in linear if name in in_ffn],
-            "attention": [name for name in linear if name not in in_ffn],
-            "all": linear,
-        }[targets]
-        names.append([f"{architecture.block_prefix(index)}{name}" for name in chosen])
-    if not any(names):
-        raise UsageError(
-            f"the FFN of a {model.config.model_type} model is all experts, which cannot be trained "
-            "yet; use --targets attention"
-        )
-    if architecture.has_experts:
-        logger.info("experts stay as they are, everything else is trained")
-    return names
-
-
-def _linear_in_ffn(linear: Sequence[str], units: Sequence[FFNUnit]) -> set[str]:
-    """Return the matrices of FFNs, and what lies beside these in the same module."""
-    matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
-    modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)
-    return {name for name in linear if name in matrices or name.startswith(modules)}
-
-
 def attach(
     model: PreTrainedModel,
     architecture: Architecture,
+    targets: Sequence[BlockTargets],
     adaptation: Adaptation,
     rank_L: Sequence[int] | None,
 ) -> tuple[nn.Module, list[TrainableBlock]]:
@@ -104,23 +64,22 @@ def attach(
     Args:
         model: the pruned model; it is changed in place.
         architecture: of the model.
-        adaptation: what to train.
+        targets: what to train in each block.
+        adaptation: how.
         rank_L: of every block; None for full training.
 
     Returns:
         The model to train (a PEFT model, or the same one) and what is trainable in each block.
-
-    Raises:
-        UsageError: there is nothing to train.
     """
-    names = target_names(model, architecture, adaptation.targets)
+    matrices = [name for block in targets for name in block.matrices]
+    experts = [name for block in targets for name in block.experts]
     model.requires_grad_(False)
     if rank_L is None:
-        for name in (name for block in names for name in block):
-            for parameter in model.get_submodule(name).parameters():
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-        return model, _trainable(model, architecture, [None] * len(names))
+        trained = [p for name in matrices for p in model.get_submodule(name).parameters()]
+        for parameter in (*trained, *map(model.get_parameter, experts)):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return model, _trainable(model, architecture, [None] * len(targets))
     import peft
 
     patterns = [rf"{re.escape(architecture.blocks)}\.{block}\..*" for block in range(len(rank_L))]
@@ -129,7 +88,8 @@ def attach(
         task_type="CAUSAL_LM",
         r=largest,
         lora_alpha=adaptation.scale * largest,
-        target_modules=[name for block in names for name in block],
+        target_modules=matrices,
+        **({"target_parameters": experts} if experts else {}),
         rank_pattern=dict(zip(patterns, rank_L, strict=True)),
         alpha_pattern={
             pattern: adaptation.scale * rank for pattern, rank in zip(patterns, rank_L, strict=True)
@@ -137,23 +97,32 @@ def attach(
         use_dora=adaptation.method == "dora",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), names_as_they_are():
         # PEFT asks transformers for an attribute whose name is going away.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # It does not look at parameters when it says so.
+        warnings.filterwarnings("ignore", ".*keys did not match any targeted", RuntimeWarning)
         adapted: Any = peft.get_peft_model(model, config)
     return adapted, _trainable(model, architecture, rank_L)
 
 
-def trained_tensors(model: PreTrainedModel) -> list[str]:
-    """Return the names, in the plain model, of the tensors that training will change.
+def trained_parameters(
+    model: PreTrainedModel, targets: Sequence[BlockTargets], method: Method
+) -> list[str]:
+    """Return the names of the parameters of a plain model that training changes.
 
     Args:
-        model: the plain model inside, after `attach`.
+        model: the plain model, trained or not.
+        targets: what is trained in each block.
+        method: adapters leave biases as they are, full training does not.
     """
-    adapted = [name for name, _ in model.named_modules() if name.endswith(".base_layer")]
-    if adapted:
-        return [f"{name.removesuffix('.base_layer')}.weight" for name in adapted]
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names: list[str] = []
+    for block in targets:
+        for matrix in block.matrices:
+            of_matrix = dict(model.get_submodule(matrix).named_parameters())
+            names += [f"{matrix}.{key}" for key in of_matrix if method == "full" or key == "weight"]
+        names += block.experts
+    return names
 
 
 def save_adapter(adapted: Any, source: Checkpoint, directory: Path) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.discovery import find_architecture
 from cfsp.recovery.loss import (
     Teacher,
     TeacherHidden,
@@ -89,7 +90,7 @@ class SlicedLoss(ModelLoss):
 
     def ask(self, teacher: PreTrainedModel, token_BT: Tensor) -> Teacher:
         """Return the teacher's hidden states; its logits are made slice by slice too."""
-        base: Any = teacher.base_model
+        base = _without_head(teacher)
         head: Any = teacher.get_output_embeddings()
         with torch.no_grad():
             hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
@@ -145,7 +146,7 @@ def multiplies_only(model: PreTrainedModel) -> bool:
     """
     head: Any = model.get_output_embeddings()
     callable_model: Any = model
-    base: Any = model.base_model
+    base = _without_head(model)
     if getattr(head, "bias", None) is not None or model.training:
         return False
     token_BT = torch.tensor([[0, 1]], device=model.device)
@@ -159,6 +160,13 @@ def multiplies_only(model: PreTrainedModel) -> bool:
     finally:
         del head.forward
     return torch.equal(passed_BTD, hidden_BTD)
+
+
+def _without_head(model: PreTrainedModel) -> Any:
+    """Return the part of a causal LM that gives the last hidden states."""
+    base = model.base_model
+    # Where the prefix of its names is that of a multimodal model around it, it is its own base.
+    return model.get_submodule(find_architecture(model).decoder) if base is model else base
 
 
 def _pass(hidden_BTD: Tensor) -> Tensor:

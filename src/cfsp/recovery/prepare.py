@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
+from cfsp.checkpoint.skeleton import empty_model
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import TextError, UsageError
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
 from cfsp.recovery.data import RecoveryText, read_text
+from cfsp.recovery.expert_adapters import misread_name
 from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
+from cfsp.recovery.targets import BlockTargets, targets_of
 from cfsp.recovery.teacher import check_teacher
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.text.sources import check_texts, name_of
@@ -51,6 +55,7 @@ class Prepared:
     Attributes:
         text: windows to train on and held-out ones.
         rank_L: rank of every block; None for full training.
+        targets: what is trained in each block.
         teacher: the dense model.
         evaluation: with a number of windows that every text holds.
         identity: what the result depends on, as JSON types.
@@ -58,6 +63,7 @@ class Prepared:
 
     text: RecoveryText
     rank_L: list[int] | None
+    targets: list[BlockTargets]
     teacher: Checkpoint | None
     evaluation: EvaluationText | None
     identity: dict[str, Any]
@@ -83,6 +89,9 @@ def prepare(request: Request, watch: Stopwatch) -> Prepared:
     if evaluation is not None:
         check_texts(evaluation.names, "evaluation")
     rank_L = ranks_of(source, request.adaptation)
+    targets = targets_of(source, request.adaptation)
+    if request.keep_adapter:
+        _check_adapter_can_be_read(source, targets)
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
         if evaluation is not None:
@@ -95,7 +104,19 @@ def prepare(request: Request, watch: Stopwatch) -> Prepared:
             request.data, tokenizer, seqlen=request.training.seqlen, bos=request.training.bos
         )
     check_tokens(source.config, text.train.token_NT, source.label)
-    return Prepared(text, rank_L, teacher, evaluation, _identity(request, text))
+    return Prepared(text, rank_L, targets, teacher, evaluation, _identity(request, text))
+
+
+def _check_adapter_can_be_read(source: Checkpoint, targets: Sequence[BlockTargets]) -> None:
+    """Refuse to keep an adapter that PEFT would put in the wrong place."""
+    names = [name for block in targets for name in block.matrices]
+    misread = misread_name(empty_model(source.config), names)
+    if misread is not None:
+        raise UsageError(
+            f"PEFT {version('peft')} cannot read such an adapter of a {source.config.model_type} "
+            f"model again: it takes {misread} for a matrix of experts (huggingface/peft issue "
+            "3711); leave --keep-adapter out, the recovered model has the adapter merged"
+        )
 
 
 def _check_launcher() -> None:

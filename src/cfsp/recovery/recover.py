@@ -24,7 +24,7 @@ from cfsp.engine.workplace import (
     remove_finished_work,
 )
 from cfsp.processes import is_first_process
-from cfsp.recovery.adaptation import attach, merge, save_adapter, trained_tensors
+from cfsp.recovery.adaptation import attach, merge, save_adapter, trained_parameters
 from cfsp.recovery.evaluation import baseline_of, before_and_after
 from cfsp.recovery.prepare import Prepared, Request, prepare
 from cfsp.recovery.recover_report import RecoverReport, log_trainable, recover_report
@@ -138,8 +138,10 @@ def _recover(
         if prepared.teacher is not None:
             dense = load_to_train(prepared.teacher, device, request.compute.dtype)
     torch.manual_seed(training.seed)
-    adapted, blocks = attach(model, source.architecture, request.adaptation, prepared.rank_L)
-    names = trained_tensors(model)
+    names = trained_parameters(model, prepared.targets, request.adaptation.method)
+    adapted, blocks = attach(
+        model, source.architecture, prepared.targets, request.adaptation, prepared.rank_L
+    )
     log_trainable(blocks)
 
     directory, callbacks = directory_of_process(request.out) / _TRAIN, []

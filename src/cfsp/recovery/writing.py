@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,8 @@ from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.tensor_file import OutgoingTensor, tensor_chunks
+from cfsp.checkpoint.stored_tensors import stored_from_memory
+from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
@@ -42,29 +43,42 @@ def write_recovered_weights(
     Args:
         source: the pruned checkpoint.
         model: the trained plain model.
-        trained: names of the parameters that training changed.
+        trained: names, in the model, of the parameters that training changed.
         directory: an existing directory.
 
     Returns:
         File name -> SHA-256.
     """
-    changed: dict[str, OutgoingTensor] = {}
-    for parameter in trained:
-        value = model.get_parameter(parameter).detach()
-        for name, tensor in source.stored.take_apart(parameter, value).items():
-            spec = source.specs[name]
-            assert tuple(tensor.shape) == spec.shape, name
-            chunks = partial(_chunks, tensor, spec.dtype)
-            changed[name] = OutgoingTensor(name, spec, chunks)
+    changed = _stored(source, model, trained)
     outgoing = [
-        changed.get(name) or OutgoingTensor(name, spec, partial(source.chunks, name))
+        outgoing_tensor(name, changed[name])
+        if name in changed
+        else OutgoingTensor(name, spec, partial(source.chunks, name))
         for name, spec in source.specs.items()
     ]
+    assert all(tensor.spec == source.specs[tensor.name] for tensor in outgoing)
     return write_shards(directory, outgoing).digests
 
 
-def _chunks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    return tensor_chunks(tensor.to("cpu", dtype))
+def _stored(
+    source: Checkpoint, model: PreTrainedModel, trained: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Return trained parameters as the source stores them, by the names of stored tensors."""
+    stored: dict[str, torch.Tensor] = {}
+    left: list[str] = []
+    for name in trained:
+        sources = source.stored.sources(name)
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to("cpu", source.specs[sources[0]].dtype)
+        taken_apart = source.stored.take_apart(name, parameter.detach())
+        if taken_apart is None:
+            left += sources
+        else:
+            stored |= taken_apart
+    if left:
+        saved = stored_from_memory(model)
+        stored |= {name: saved[name] for name in left}
+    return stored
 
 
 def copy_everything_else(source: Checkpoint, directory: Path) -> None:

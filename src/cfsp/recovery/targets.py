@@ -1,0 +1,152 @@
+"""Which weights of a model are trained: matrices by module, routed experts by parameter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cfsp.checkpoint.skeleton import blocks_of, empty_model
+from cfsp.errors import UsageError
+from cfsp.recovery.expert_adapters import why_experts_stay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cfsp.architecture.found import Architecture, FFNUnit
+    from cfsp.checkpoint.reading import Checkpoint
+    from cfsp.recovery.settings import Adaptation
+
+logger = logging.getLogger(__name__)
+# GPT-2 keeps its matrices transposed, in a class of its own.
+_MATRICES = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class BlockTargets:
+    """What is trained in one block, by full names in the model.
+
+    Attributes:
+        matrices: modules that multiply by one matrix.
+        experts: parameters that hold a matrix of every routed expert.
+    """
+
+    matrices: tuple[str, ...]
+    experts: tuple[str, ...] = ()
+
+
+def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
+    """Return what is trained in each block; it is known before a weight is read.
+
+    Raises:
+        UsageError: there is nothing to train.
+    """
+    model = empty_model(source.config)
+    architecture = source.architecture
+    reason = None
+    with_experts = architecture.has_experts and adaptation.targets != "attention"
+    if with_experts:
+        reason = why_experts_stay(source.config, architecture, adaptation.method)
+    found = [
+        _targets_of_block(model, architecture, block, adaptation, reason is None)
+        for block in range(architecture.block_count)
+    ]
+    if not any(block.matrices or block.experts for block in found):
+        raise UsageError(
+            f"the FFN of a {source.config.model_type} model is all experts, which cannot be "
+            f"trained: {reason}; use --targets attention"
+        )
+    if reason is not None:
+        logger.info(f"experts stay as they are, everything else is trained: {reason}")
+    return found
+
+
+def _targets_of_block(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    index: int,
+    adaptation: Adaptation,
+    experts: bool,
+) -> BlockTargets:
+    block, units = blocks_of(model, architecture)[index], architecture.units_of(index)
+    names = [name for name, module in block.named_modules() if multiplies_by_its_matrix(module)]
+    if adaptation.method != "full":
+        names = [name for name in names if not _may_be_bypassed(block, name)]
+    in_ffn = _in_ffn(names, units)
+    chosen = {
+        "mlp": [name for name in names if name in in_ffn],
+        "attention": [name for name in names if name not in in_ffn],
+        "all": names,
+    }[adaptation.targets]
+    parameters: list[str] = []
+    if experts and adaptation.targets != "attention":
+        for unit in units:
+            parameters += matrices_of_experts(unit)
+    prefix = architecture.block_prefix(index)
+    return BlockTargets(
+        tuple(prefix + name for name in chosen), tuple(prefix + name for name in parameters)
+    )
+
+
+def matrices_of_experts(unit: FFNUnit) -> list[str]:
+    """Return the parameters, by their paths from the block, that hold matrices of experts."""
+    if not unit.routed:
+        return []
+    return [name for name in dict.fromkeys((unit.gate, unit.up, unit.down)) if name is not None]
+
+
+def multiplies_by_its_matrix(module: nn.Module) -> bool:
+    """Return whether a module's output is its input times its matrix, plus its bias if any.
+
+    Of a class made from `nn.Linear` that is tried: some routers also choose, and some matrices
+    are of groups.
+    """
+    if not isinstance(module, _MATRICES):
+        return False
+    if type(module) not in _tried:
+        _tried[type(module)] = type(module) in _MATRICES or _is_linear(module)
+    return _tried[type(module)]
+
+
+_tried: dict[type[nn.Module], bool] = {}
+
+
+def _is_linear(module: nn.Linear | Conv1D) -> bool:
+    weight = torch.randn(module.weight.shape)
+    bias = None if module.bias is None else torch.randn(module.bias.shape)
+    values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    matrix = weight.T if isinstance(module, Conv1D) else weight
+    input_BI = torch.randn(2, matrix.shape[1])
+    try:
+        found = torch.func.functional_call(module, values, (input_BI,))
+    except Exception:  # whatever a class wants of its input
+        return False
+    expected = nn.functional.linear(input_BI, matrix, bias)
+    return (
+        isinstance(found, Tensor)
+        and found.shape == expected.shape
+        and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    )
+
+
+def _may_be_bypassed(block: nn.Module, name: str) -> bool:
+    """Return whether it is the last matrix of a state-space mixer.
+
+    Fused kernels take its weight and never call the module, so that an adapter would not count;
+    PEFT refuses to adapt it.
+    """
+    owner, _, leaf = name.rpartition(".")
+    parameters = dict(block.get_submodule(owner).named_parameters(recurse=False))
+    return leaf == "out_proj" and {"A_log", "D"} <= parameters.keys()
+
+
+def _in_ffn(names: Sequence[str], units: Sequence[FFNUnit]) -> set[str]:
+    """Return the matrices of FFNs, and what lies beside these in the same module."""
+    matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
+    modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)
+    return {name for name in names if name in matrices or name.startswith(modules)}

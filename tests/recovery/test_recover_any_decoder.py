@@ -1,0 +1,302 @@
+"""Recovery of any decoder: experts, several FFNs in a block or none, names that differ in files."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import cfsp
+from any_models import tiny_model
+from cfsp.architecture.small_run import SmallRun
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.errors import UsageError
+from cfsp.recovery.adaptation import attach, merge, trained_parameters
+from cfsp.recovery.expert_adapters import why_experts_stay
+from cfsp.recovery.recover import recover_checkpoint
+from cfsp.recovery.recover_report import RecoverReport
+from cfsp.recovery.saved import last_checkpoint
+from cfsp.recovery.settings import Adaptation, Limit, Training
+from cfsp.recovery.targets import multiplies_by_its_matrix, targets_of
+from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
+
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+# Fused and transposed experts, experts in modules of their own, blocks without an FFN, several in
+# a block, other names in files than in memory, routers and matrices of classes of their own.
+OTHERS = (
+    "llama4_text", "granitemoehybrid", "jamba", "nemotron_h", "qwen3_next", "lfm2", "falcon",
+    "gemma4_text", "gemma3",
+)  # fmt: skip
+TOKENS_BT = torch.arange(2, 42).view(2, 20)
+
+
+@pytest.fixture(scope="session")
+def pruned_type(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file: Path
+) -> Callable[[str], Path]:
+    """Gives the pruned tiny model of a type."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str) -> Path:
+        if model_type not in made:
+            directory = tmp_path_factory.mktemp(model_type)
+            tiny_model(model_type).save_pretrained(directory / "dense")
+            tokenizer.save_pretrained(directory / "dense")
+            made[model_type] = directory / "pruned"
+            cfsp.prune(
+                directory / "dense",
+                out=made[model_type],
+                sparsity=0.4,
+                multiple=8,
+                repair="none",
+                data=[str(text_file)],
+                samples=4,
+                seqlen=32,
+            )
+        return made[model_type]
+
+    return make
+
+
+def recover(source: Path, out: Path, text: Path, steps: int = 2, **options: Any) -> RecoverReport:
+    training = Training(
+        Limit(steps=steps), batch_windows=4, seqlen=32, evaluations=2, learning_rate=3e-3
+    )
+    keep_adapter = options.pop("keep_adapter", False)
+    return recover_checkpoint(
+        open_checkpoint(source),
+        out,
+        data=[str(text)],
+        training=training,
+        adaptation=replace(Adaptation(rank=2), **options),
+        keep_adapter=keep_adapter,
+    )
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = tensors(before), tensors(after)
+    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
+        k: (v.shape, v.dtype) for k, v in new.items()
+    }
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_experts_are_trained(
+    name: str, pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    pruned, out = pruned_type(name), tmp_path / "out"
+    report = recover(pruned, out, text_file, steps=24, targets="mlp")
+    assert report.history[-1]["perplexity"] < report.history[0]["perplexity"]
+    source = Checkpoint(pruned)
+    routed = {i for i, unit in enumerate(source.units) if unit.routed}
+    of_experts = {
+        stored
+        for stored, layout in source.stored.layouts.items()
+        if layout.unit in routed and not layout.is_bias
+    }
+    found = changed(pruned, out)
+    assert of_experts <= found
+    assert not any("attn" in stored for stored in found)
+    assert main(["verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_merged_experts_are_the_experts_plus_their_adapters(
+    name: str, pruned_type: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = Checkpoint(pruned_type(name))
+    model: Any = cfsp.load(source.directory)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    adaptation, ranks = Adaptation(scale=3.0), [2, 1, 3]
+    targets = targets_of(source, adaptation)
+    names = trained_parameters(model, targets, "lora")
+    adapted, blocks = attach(model, source.architecture, targets, adaptation, ranks)
+    assert [block.rank for block in blocks] == ranks
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.1)
+    adapters = copy.deepcopy(adapted)
+    unit = next(unit for unit in source.units if unit.routed)
+    parameter = source.architecture.block_prefix(unit.block) + unit.down
+    delta = adapter_of(adapters, parameter, rank=ranks[unit.block], scale=3.0)
+    with torch.no_grad():
+        expected = adapters(input_ids=TOKENS_BT).logits
+
+    merged = merge(adapted)
+    after = merged.get_parameter(parameter)
+    torch.testing.assert_close(after - before[parameter], delta, rtol=1e-4, atol=1e-6)
+    untouched = [key for key in before if key not in names]
+    assert untouched
+    assert all(torch.equal(merged.get_parameter(key), before[key]) for key in untouched)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    write_recovered_weights(source, merged, names, out)
+    copy_everything_else(source, out)
+    assert tensors(out).keys() == tensors(source.directory).keys()
+    with torch.no_grad():
+        found = cfsp.load(out)(input_ids=TOKENS_BT).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def adapter_of(adapted: nn.Module, parameter: str, rank: int, scale: float) -> Tensor:
+    """Return scale times B A of every expert, from the adapter's own numbers."""
+    owner, _, leaf = parameter.rpartition(".")
+    wrapper: Any = adapted.get_submodule(f"base_model.model.{owner}")
+    while wrapper.parameter_name != leaf:
+        wrapper = wrapper.base_layer
+    a_RI = wrapper.lora_A["default"].weight
+    b_OR = wrapper.lora_B["default"].weight
+    shape = wrapper.get_param().shape
+    delta = torch.zeros(shape)
+    for expert in range(shape[0]):
+        a = a_RI[rank * expert : rank * (expert + 1)]
+        b = b_OR.view(b_OR.shape[0], rank, shape[0])[:, :, expert]
+        product = scale * b @ a
+        delta[expert] = product if product.shape == shape[1:] and is_outer(wrapper) else product.T
+    return delta
+
+
+def is_outer(wrapper: Any) -> bool:
+    """Return whether the parameter is stored outputs x inputs."""
+    return not getattr(wrapper.get_base_layer(), "is_transposed", False)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_any_decoder_recovers(
+    name: str, method: Any, pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    pruned, out = pruned_type(name), tmp_path / "out"
+    recover(pruned, out, text_file, method=method)
+    source = Checkpoint(pruned)
+    found = changed(pruned, out)
+    matrices = {stored for stored, of in source.stored.layouts.items() if not of.is_bias}
+    assert matrices <= found
+    assert not any("norm" in stored or "embed" in stored for stored in found)
+    cfsp.load(out)
+
+
+def test_a_killed_run_with_experts_goes_on_to_the_same_weights(
+    pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path, commands: Any
+) -> None:
+    def command(out: Path) -> list[str]:
+        return [
+            *("recover", str(pruned_type("deepseek_v3")), "--data", str(text_file)),
+            *("--out", str(out), "--rank", "2", "--batch-windows", "4", "--seqlen", "32"),
+            *("--steps", "24", "--set", "evaluations=6"),
+        ]
+
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(whole)) == 0
+    commands.kill(command(out), "training", 15)
+    assert not out.exists()
+    last = last_checkpoint(tmp_path / "killed.work" / "process-0-of-1" / "train")
+    assert last is not None
+    assert last.name == "checkpoint-12"
+    assert main(command(out)) == 0
+    assert changed(whole, out) == set()
+    assert changed(pruned_type("deepseek_v3"), out)
+
+
+def test_what_the_model_does_not_have_travels(
+    pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(pruned_type("deepseek_v3"), tmp_path / "with-mtp"))
+    stored = tensors(source)
+    # The layer that predicts a second token: transformers has no module for it.
+    extra = {
+        "model.layers.61.eh_proj.weight": torch.randn(32, 64),
+        "model.layers.61.mlp.experts.0.up_proj.weight": torch.randn(48, 32),
+    }
+    save_file(stored | extra, source / "model.safetensors", metadata={"format": "pt"})
+    assert set(Checkpoint(source).stored.unused) == set(extra)
+    recover(source, tmp_path / "out", text_file)
+    assert changed(source, tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
+
+
+def test_dora_leaves_experts_alone_and_says_so(
+    pruned_type: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Checkpoint(pruned_type("mixtral"))
+    with pytest.raises(UsageError, match=r"all experts.*lora has; use --targets attention"):
+        targets_of(source, Adaptation("dora", "mlp"))
+    targets = targets_of(source, Adaptation("dora"))
+    assert "experts stay as they are" in capsys.readouterr().err
+    assert all(block.matrices and not block.experts for block in targets)
+
+
+def test_experts_that_peft_cannot_adapt_stay(
+    pruned_type: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint(pruned_type("mixtral"))
+    assert why_experts_stay(source.config, source.architecture, "lora") is None
+
+    def output(run: SmallRun, block: int) -> Tensor:
+        raise ValueError("no wrapped experts")
+
+    monkeypatch.setattr(SmallRun, "output", output)
+    reason = why_experts_stay(source.config, source.architecture, "lora")
+    assert reason is not None
+    assert "cannot adapt those of this class (ValueError: no wrapped experts)" in reason
+    assert why_experts_stay(source.config, source.architecture, "full") is None
+    assert not any(block.experts for block in targets_of(source, Adaptation()))
+
+
+def test_an_adapter_that_nobody_could_read_is_not_written(
+    pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"deepseek_v3.*gate_proj.*leave --keep-adapter out"):
+        recover(pruned_type("deepseek_v3"), out, text_file, keep_adapter=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*keys did not match any targeted:RuntimeWarning")
+def test_the_adapter_of_experts_is_read_again(
+    pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    out = tmp_path / "out"
+    recover(pruned_type("mixtral"), out, text_file, keep_adapter=True)
+    model: Any = PeftModel.from_pretrained(cfsp.load(pruned_type("mixtral")), out / "adapter")
+    with torch.no_grad():
+        found = model.eval()(input_ids=TOKENS_BT).logits
+        expected = cfsp.load(out)(input_ids=TOKENS_BT).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_class_made_from_linear_is_tried() -> None:
+    class Scored(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).softmax(-1)
+
+    class Renamed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input @ self.weight.T + self.bias
+
+    assert multiplies_by_its_matrix(nn.Linear(4, 6, device="meta"))
+    assert multiplies_by_its_matrix(Renamed(4, 6, device="meta"))
+    assert not multiplies_by_its_matrix(Scored(4, 6, device="meta"))
+    assert not multiplies_by_its_matrix(nn.Embedding(4, 6, device="meta"))
