@@ -315,7 +315,7 @@ class ArchitectureContract:
         assert ("hidden" in stock) == ("AutoModel" in fields.get("auto_map", ()))
         if "hidden" in stock:
             with torch.inference_mode():
-                base = case.in_memory.base_model(input_ids=case.tokens_BT).last_hidden_state
+                base = case.in_memory.base_model(input_ids=case.tokens_BT)[0]
             assert_bitwise_equal(stock["hidden"], base)
 
     def test_fresh_process_generates_with_its_cache(

@@ -72,7 +72,7 @@ def check(checkpoint: str, directory: str, auto_class: str, matrices: list[str])
         tensors["logits"] = model(input_ids=tokens_BT).logits
         if "AutoModel" in getattr(model.config, "auto_map", ()):
             base = transformers.AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-            tensors["hidden"] = base(input_ids=tokens_BT).last_hidden_state
+            tensors["hidden"] = base(input_ids=tokens_BT)[0]
     tensors["generated"] = generated(model, tokens_BT[:, :8])
 
     model.save_pretrained(work / "resaved")
