@@ -162,13 +162,13 @@ class _LocalRepair:
             )
             if not converged:
                 return None
-            stored = self.pruned.stored
-            return {
-                name: tensor.to(self.pruned.specs[name].dtype)
-                for parameters in parameters_L
-                for parameter, value in parameters.items()
-                for name, tensor in stored.take_apart(parameter, value.detach()).items()
-            }
+            tensors: dict[str, Tensor] = {}
+            for parameters in parameters_L:
+                for parameter, value in parameters.items():
+                    stored = self.pruned.stored.take_apart(parameter, value.detach())
+                    assert stored is not None, "a dense FFN is stored in some other form"
+                    tensors |= stored
+            return {name: t.to(self.pruned.specs[name].dtype) for name, t in tensors.items()}
 
     def _batches(self, work: GroupAtWork) -> Iterator[Batch]:
         """Yield batches of random windows without end, every window once before any again."""
