@@ -33,6 +33,7 @@ from cfsp.recovery.adaptation import attach
 from cfsp.recovery.data import WindowData, read_text
 from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.settings import Adaptation, Limit, Training
+from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train, train, training_arguments
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -80,7 +81,8 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
     if kind == "cfsp":
         model = load_to_train(source, device, "auto")
         adaptation = Adaptation(rank=args.rank)
-        adapted, _ = attach(model, source.architecture, adaptation, ranks_of(source, adaptation))
+        targets, rank_L = targets_of(source, adaptation), ranks_of(source, adaptation)
+        adapted, _ = attach(model, source.architecture, targets, adaptation, rank_L)
         train(
             adapted,
             model,

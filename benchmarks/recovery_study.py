@@ -31,6 +31,7 @@ from cfsp.recovery.adaptation import attach
 from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import RANK_ALLOCATIONS, Adaptation, Limit, Training
+from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train
 from cfsp.settings import EvaluationText
 
@@ -60,8 +61,9 @@ class Result:
 def trainable_parameters(source: Checkpoint, adaptation: Adaptation) -> int:
     """Return how many parameters an adaptation trains."""
     model = load_to_train(source, torch.device("cpu"), "auto")
-    rank_L = ranks_of(source, adaptation)
-    return sum(b.parameters for b in attach(model, source.architecture, adaptation, rank_L)[1])
+    targets, rank_L = targets_of(source, adaptation), ranks_of(source, adaptation)
+    _, blocks = attach(model, source.architecture, targets, adaptation, rank_L)
+    return sum(block.parameters for block in blocks)
 
 
 def at_equal_parameters(source: Checkpoint, rank: float) -> Iterator[Adaptation]:

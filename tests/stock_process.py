@@ -11,8 +11,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, dynamic_module_utils
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 NEW_TOKENS = 10
+
+# Llama 4's own forward asks it of what its text decoder returns, which in 5.24 does not have it.
+MoeCausalLMOutputWithPast.image_outputs = None
 
 
 def loss_of(model: torch.nn.Module, tokens_BT: torch.Tensor) -> float:
@@ -66,9 +70,9 @@ def check(checkpoint: str, directory: str, auto_class: str, matrices: list[str])
     found["elements"] = sum(stored.values())
     with torch.inference_mode():
         tensors["logits"] = model(input_ids=tokens_BT).logits
-        if "AutoModel" in model.config.auto_map:
+        if "AutoModel" in getattr(model.config, "auto_map", ()):
             base = transformers.AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-            tensors["hidden"] = base(input_ids=tokens_BT).last_hidden_state
+            tensors["hidden"] = base(input_ids=tokens_BT)[0]
     tensors["generated"] = generated(model, tokens_BT[:, :8])
 
     model.save_pretrained(work / "resaved")
@@ -87,6 +91,8 @@ def check(checkpoint: str, directory: str, auto_class: str, matrices: list[str])
     config = LoraConfig(r=4, target_modules=modules, target_parameters=parameters)
     lora = get_peft_model(resaved, config)
     trainable = [p for p in lora.parameters() if p.requires_grad]
+    # Of some types PEFT makes other targets than it was given.
+    found["lora_targets"] = sorted(lora.peft_config["default"].target_modules)
     found["lora_parameters"] = sum(p.numel() for p in trainable)
     optimizer = torch.optim.SGD(trainable, lr=0.01)
     found["lora_loss_before"] = loss_of(lora, tokens_BT)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 HIDDEN, CHANNELS, BLOCKS = 32, 48, 4
 
@@ -118,6 +118,9 @@ class ToyForCausalLM(ToyPreTrainedModel):
         self.core = ToyModel(config)
         self.head = nn.Linear(HIDDEN, config.vocab_size, bias=False)
         self.post_init()
+
+    def forward(self, input_ids: Tensor, **more: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(self.core(input_ids, **more).last_hidden_state))
 
 
 def register() -> None:

@@ -180,10 +180,10 @@ def _changes(
     stock_widths = _widths_by_path(stock, {unit.path for unit in units})
     keys = width_keys(stock, stock_widths)
     stock_values = _stock_values(keys, stock_widths, units, widths)
-    if stock_values is not None and _are_found(stock, stock_values, units, widths):
+    if stock_values is not None and _are_found(stock, stock_values, architecture, widths):
         return {**same, _TEXT: stock_values}
     key = _per_layer_key(keys, architecture, config) if keeps_none else None
-    if key is not None and not _are_found(stock, {key: max(widths)}, units):
+    if key is not None and not _are_found(stock, {key: max(widths)}, architecture):
         key = None
     file = ModelingFile(architecture, model_class, key)
     ours = {
@@ -289,23 +289,39 @@ def _stock_values(
 def _are_found(
     stock: PreTrainedConfig,
     values: Mapping[str, int],
-    units: Sequence[FFNUnit],
+    architecture: Architecture,
     widths: Sequence[int] | None = None,
 ) -> bool:
     """Return whether a stock config with other values has the units, of these widths if given.
 
-    An FFN that is much narrower than the hidden size may not be recognised as one any more.
+    An FFN that is much narrower than the hidden size may not be recognised as one any more, and a
+    key may say the width of something else too, such as FFNs that the proof refused.
     """
     changed = copy.deepcopy(stock)
     for name, value in values.items():
         setattr(changed.get_text_config(decoder=True), name, value)
-    found = find_architecture(_empty_stock_model(changed)).units
-    places = [(unit.block, unit.path) for unit in units]
+    model = _empty_stock_model(changed)
+    if _other_shapes(model, architecture) != _other_shapes(_empty_stock_model(stock), architecture):
+        return False
+    found = find_architecture(model).units
+    places = [(unit.block, unit.path) for unit in architecture.units]
     # Those that the proof refused are found as well.
     width_of = {(unit.block, unit.path): unit.width for unit in found}
     if widths is None:
         return all(place in width_of for place in places)
     return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
+
+
+def _other_shapes(model: PreTrainedModel, architecture: Architecture) -> dict[str, torch.Size]:
+    """Return the shapes of all tensors of a model that have no channels of its FFN units."""
+    channels = {
+        architecture.block_prefix(unit.block) + name
+        for unit in architecture.units
+        for name in unit.axes
+    }
+    return {
+        name: tensor.shape for name, tensor in model.state_dict().items() if name not in channels
+    }
 
 
 def _per_layer_key(

@@ -53,5 +53,6 @@ def build_pruned_model(
     still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
     assert not still_empty, still_empty
     pruned.to(model.device)
-    pruned.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned

@@ -1,0 +1,107 @@
+"""A decoder that did not exist when cfsp was written is pruned as any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import cfsp
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.planning.plan_file import PruningPlan
+from toy_decoders import CHANNELS, ToyConfig, ToyForCausalLM, register
+
+SETTINGS: dict[str, Any] = {"samples": 4, "seqlen": 32, "repair": "none", "multiple": 1}
+TOKENS = torch.randint(2, 320, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def new_model(trick: str = "") -> PreTrainedModel:
+    """Return a model with odd names, a fused interleaved gate, and a block without an FFN."""
+    register()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ToyForCausalLM(ToyConfig(vocab_size=320, trick=trick)).eval()
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=TOKENS).logits
+    return logits
+
+
+def masked(plan: PruningPlan) -> PreTrainedModel:
+    """Return the original with zeros in the columns of down that go."""
+    model: Any = new_model()
+    with torch.no_grad():
+        for unit in plan.units:
+            gone = sorted(set(range(unit.width)) - set(unit.kept))
+            model.core.steps[unit.block].thinker.unsqueeze.weight[:, gone] = 0
+    return model  # type: ignore[no-any-return]
+
+
+def load_by_its_own_class(directory: Path) -> PreTrainedModel:
+    """Load a checkpoint without cfsp.
+
+    Where a class was registered by hand, transformers' Auto classes take that and no other.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    if getattr(config, "auto_map", None) is None:
+        return AutoModelForCausalLM.from_pretrained(directory).eval()
+    reference = config.auto_map["AutoModelForCausalLM"]
+    pruned: Any = get_class_from_dynamic_module(reference, str(directory))
+    return pruned.from_pretrained(directory).eval()  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def source(tokenizer: Any, tmp_path: Path) -> Path:
+    new_model().save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("block_metric", ["angular", "uniform"])
+def test_it_is_pruned_saved_and_loaded(
+    source: Path, tokenizer: Any, text_file: Path, tmp_path: Path, block_metric: str
+) -> None:
+    asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
+    model = new_model()
+    smaller = cfsp.prune(model, tokenizer, **asked)
+    assert torch.equal(logits_of(model), logits_of(new_model()))
+    report = cfsp.prune(source, out=tmp_path / "out", **asked)
+    expected = logits_of(masked(report.plan))
+    assert (expected - logits_of(model)).abs().max() > 1e-2
+    torch.testing.assert_close(logits_of(smaller), expected, rtol=1e-5, atol=1e-5)
+    steps: Any = smaller.core.steps
+    assert [step.thinker and step.thinker.squeeze.out_features for step in steps] == [
+        2 * width if width else None
+        for width in (report.intermediate_sizes[0], 0, *report.intermediate_sizes[1:])
+    ]
+
+    is_stock = type(smaller) is ToyForCausalLM
+    assert is_stock == (block_metric == "uniform")
+    smaller.save_pretrained(tmp_path / "saved")
+    for directory in (tmp_path / "saved", tmp_path / "out"):
+        reloaded = load_by_its_own_class(directory)
+        assert isinstance(reloaded, ToyForCausalLM)
+        assert torch.equal(logits_of(reloaded), logits_of(smaller))
+        assert torch.equal(logits_of(cfsp.load(directory)), logits_of(smaller))
+        assert Checkpoint(directory).architecture.widths == report.intermediate_sizes
+        assert (directory / "modeling_cfsp.py").exists() != is_stock
+
+
+def test_ffns_that_cannot_be_cut_keep_their_width(tokenizer: Any, text_file: Path) -> None:
+    """One key of the config gives the widths of all, of which only some may change."""
+    trick = "weights tied between blocks"
+    model = new_model(trick)
+    smaller = cfsp.prune(model, tokenizer, sparsity=0.5, data=[str(text_file)], **SETTINGS)
+    steps: Any = smaller.core.steps
+    assert [step.thinker and step.thinker.unsqueeze.in_features for step in steps] == [
+        CHANNELS // 2, None, CHANNELS, CHANNELS,
+    ]  # fmt: skip
+    assert smaller.config.ffn_widths == {"0": {"thinker": CHANNELS // 2}}
+    assert smaller.config.channels == CHANNELS
