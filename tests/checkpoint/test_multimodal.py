@@ -187,7 +187,7 @@ def test_repair_and_recovery_write_the_stored_names(
 def test_a_class_that_cannot_run_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(MoeCausalLMOutputWithPast, "image_outputs")
     with (
-        pytest.raises(UnsupportedModelError, match="Llama4ForCond.* its own forward fails in"),
+        pytest.raises(UnsupportedModelError, match=r"Llama4ForCond.* its own forward fails in"),
         loss_inside(tiny_model("llama4")),
     ):
         pass
