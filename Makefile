@@ -20,7 +20,8 @@ check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/mypy
 
 families: $(DEMO_READY)  ## prove every model type of the installed transformers (some minutes)
-	$(BIN)/cfsp families --prove
+	$(BIN)/cfsp families --prove --json > families.json
+	$(BIN)/python benchmarks/families.py families.json docs/families.md
 
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions

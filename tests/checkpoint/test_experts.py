@@ -19,7 +19,6 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.calibration.together import add_up
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
@@ -27,7 +26,6 @@ from cfsp.errors import CheckpointError, PlanError, UsageError
 from cfsp.planning.make import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.processes import Team
-from cfsp.recovery.adaptation import target_names
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.report.write import write_report
 from cfsp.text.windows import draw_windows
@@ -287,16 +285,3 @@ def test_statistics_of_one_expert() -> None:
     assert second.norm_F.tolist() == [3, 4, 5]
     assert second.tokens == 6
     assert second.ffns == 1
-
-
-def test_lora_leaves_experts_alone_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    model = build_tiny_model("mixtral")
-    architecture = architecture_of(model.config)
-    with pytest.raises(UsageError, match=r"all experts.*--targets attention"):
-        target_names(model, architecture, "mlp")
-    names = target_names(model, architecture, "all")
-    assert "experts stay as they are" in capsys.readouterr().err
-    assert {name.split(".")[-2] for block in names for name in block} == {"self_attn"}
-    shared = build_tiny_model("qwen2_moe")
-    names = target_names(shared, architecture_of(shared.config), "mlp")
-    assert {name.split(".")[-2] for block in names for name in block} == {"mlp", "shared_expert"}
