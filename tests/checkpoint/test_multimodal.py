@@ -15,11 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import cfsp
 from any_models import tiny_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
+from cfsp.errors import UnsupportedModelError
+from cfsp.recovery.model_loss import loss_inside
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.masks import masked_channels
 from forks import Forks, Job
@@ -179,6 +182,15 @@ def test_repair_and_recovery_write_the_stored_names(
     changed = {name for name in files[1] if not torch.equal(files[1][name], files[2][name])}
     assert changed
     assert all(".layers." in name and "vision" not in name for name in changed)
+
+
+def test_a_class_that_cannot_run_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(MoeCausalLMOutputWithPast, "image_outputs")
+    with (
+        pytest.raises(UnsupportedModelError, match=r"Llama4ForCond.* its own forward fails in"),
+        loss_inside(tiny_model("llama4")),
+    ):
+        pass
 
 
 def test_commands(tokenizer: Any, text_file: Path, tmp_path: Path, capsys: Any) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.discovery import find_architecture
+from cfsp.engine.decoder_end import text_model
+from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import (
     Teacher,
     TeacherHidden,
@@ -124,7 +126,13 @@ def loss_inside(
     Args:
         model: the causal LM.
         teacher: a dense model in memory, which must allow slices too if slices are to be used.
+
+    Raises:
+        UnsupportedModelError: the class of one cannot run on text alone.
     """
+    for each in (model, teacher):
+        if each is not None:
+            _check_runs_on_text(each)
     sliced = all(multiplies_only(m) for m in (model, teacher) if m is not None)
     head: Any = model.get_output_embeddings()
     loss = SlicedLoss(head) if sliced else WholeLoss()
@@ -137,6 +145,27 @@ def loss_inside(
         del model._loss_function
         if sliced:
             del head.forward
+
+
+def _check_runs_on_text(model: PreTrainedModel) -> None:
+    """Check that the class of a multimodal model, with a causal LM inside, runs on text alone.
+
+    Raises:
+        UnsupportedModelError: it does not, as that of Llama 4 in transformers 5.24.
+    """
+    import transformers
+
+    whole: Any = model
+    if text_model(model) is model:
+        return
+    try:
+        with torch.no_grad():
+            whole(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be trained on text: its own forward fails in "
+            f"transformers {transformers.__version__} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def multiplies_only(model: PreTrainedModel) -> bool:
