@@ -1,21 +1,23 @@
-"""Target `padded`: the plain stock class, every FFN zero-padded to the width of the widest.
+"""Target `padded`: the plain stock class, every FFN zero-padded to the widest of its kind.
 
 For software that neither reads `per_layer_config` nor runs remote code. Added channels are
 zero in all three matrices: act(0) * 0 is 0, and the down projection ignores it. Nothing is
-saved: the copy is as large and as slow as its widest block everywhere. Tensors stream from
-shard to shard; one is in memory at a time.
+saved: the copy is as large and as slow as its widest block everywhere. Dense FFNs, shared experts
+and routed experts are each padded to their own widest, as far as the stock config has a number
+for each of them. Tensors stream from shard to shard; one is in memory at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.config_widths import fields_with_widths
+from cfsp.checkpoint.config_widths import fields_with_widths, padded_widths
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
@@ -36,25 +38,43 @@ TOLERANCE = 1e-5
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the padded checkpoint into an existing directory."""
-    widths = source.architecture.widths
-    widest = max(widths)
-    outgoing = [_outgoing(source, name, spec, widest) for name, spec in source.specs.items()]
+    widths, padded = source.architecture.widths, padded_widths(source.config, source.architecture)
+    outgoing = [_outgoing(source, name, spec, padded) for name, spec in source.specs.items()]
     write_shards(out, outgoing)
-    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    config = fields_with_widths(fields, source.config, source.architecture, [widest] * len(widths))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(stock_config_json(source, padded), encoding="utf-8")
     copy_travelling_files(source.directory, out)
-    padding = widest * len(widths) - sum(widths)
-    layout = f"{source.architecture.class_name}, {len(widths)} blocks of {widest} channels"
+    ffns = [unit.ffns for unit in source.units]
+    wide = sum(count * width for count, width in zip(ffns, padded, strict=True))
+    padding = wide - sum(count * width for count, width in zip(ffns, widths, strict=True))
+    layout = f"{source.architecture.class_name}, {_in_words(source, padded)}"
     if not padding:
         return Written(layout, ("all blocks are equally wide: nothing was padded",))
     return Written(
         layout,
         (
-            f"{padding:,} of {widest * len(widths):,} channels are zeros: it runs everywhere, "
+            f"{padding:,} of {wide:,} channels are zeros: it runs everywhere, "
             "but saves no memory and no time over the widest block",
         ),
     )
+
+
+def stock_config_json(source: Checkpoint, widths: Sequence[int]) -> str:
+    """Return config.json of the stock class with widths that it can build."""
+    fields = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    config = fields_with_widths(fields, source.config, source.architecture, widths)
+    assert "auto_map" not in config, widths
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _in_words(source: Checkpoint, widths: Sequence[int]) -> str:
+    """Return how many FFNs there are of each width."""
+    units = source.units
+    if [unit.block for unit in units] == list(range(len(units))) and len(set(widths)) == 1:
+        return f"{len(units)} blocks of {widths[0]} channels"
+    count: Counter[tuple[str, int]] = Counter()
+    for unit, width in zip(units, widths, strict=True):
+        count[unit.path, width] += unit.ffns
+    return ", ".join(f"{number} {path} of {width}" for (path, width), number in count.items())
 
 
 def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
@@ -68,15 +88,18 @@ def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verificatio
     return compare_logits("transformers", expected_TV, found_TV, TOLERANCE)
 
 
-def _outgoing(source: Checkpoint, name: str, spec: TensorSpec, widest: int) -> OutgoingTensor:
+def _outgoing(
+    source: Checkpoint, name: str, spec: TensorSpec, widths: Sequence[int]
+) -> OutgoingTensor:
     layout = source.layout_of(name)
-    if layout is None or layout.width(spec.shape) == widest:
+    if layout is None or layout.width(spec.shape) == widths[layout.unit]:
         return OutgoingTensor(name, spec, lambda: source.chunks(name))
+    width = widths[layout.unit]
 
     def padded() -> Iterator[memoryview]:
-        return tensor_chunks(layout.pad(source.read(name), widest))
+        return tensor_chunks(layout.pad(source.read(name), width))
 
-    return OutgoingTensor(name, layout.resized(spec, widest), padded)
+    return OutgoingTensor(name, layout.resized(spec, width), padded)
 
 
 def _check_tensor(source: Checkpoint, name: str, found: Tensor) -> None:
