@@ -178,3 +178,34 @@ def demo() -> Any:
         return open_checkpoint("demo")
     except CfspError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def pruned_type(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file: Path
+) -> Callable[[str], Path]:
+    """Gives the pruned tiny model of a type."""
+    import cfsp
+    from any_models import tiny_model
+
+    made: dict[str, Path] = {}
+
+    def make(model_type: str) -> Path:
+        if model_type not in made:
+            directory = tmp_path_factory.mktemp(model_type)
+            tiny_model(model_type).save_pretrained(directory / "dense")
+            tokenizer.save_pretrained(directory / "dense")
+            made[model_type] = directory / "pruned"
+            cfsp.prune(
+                directory / "dense",
+                out=made[model_type],
+                sparsity=0.4,
+                multiple=8,
+                repair="none",
+                data=[str(text_file)],
+                samples=4,
+                seqlen=32,
+            )
+        return made[model_type]
+
+    return make

@@ -88,7 +88,7 @@ def test_equal_widths_need_no_special_class(
 
 def test_what_is_no_llama_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     source = cut(build_tiny_model("qwen3"), tokenizer, tmp_path)
-    message = "cannot express qwen3; vLLM runs the checkpoint itself: .*--model-impl transformers"
+    message = "cannot express qwen3; use --to padded .*--model-impl transformers"
     with pytest.raises(ExportError, match=message):
         export_checkpoint(source, "vllm", tmp_path / "vllm")
     assert not (tmp_path / "vllm").exists()

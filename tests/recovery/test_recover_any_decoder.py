@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cfsp
-from any_models import tiny_model
 from cfsp.architecture.small_run import SmallRun
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
@@ -38,34 +37,6 @@ OTHERS = (
     "gemma4_text", "gemma3",
 )  # fmt: skip
 TOKENS_BT = torch.arange(2, 42).view(2, 20)
-
-
-@pytest.fixture(scope="session")
-def pruned_type(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file: Path
-) -> Callable[[str], Path]:
-    """Gives the pruned tiny model of a type."""
-    made: dict[str, Path] = {}
-
-    def make(model_type: str) -> Path:
-        if model_type not in made:
-            directory = tmp_path_factory.mktemp(model_type)
-            tiny_model(model_type).save_pretrained(directory / "dense")
-            tokenizer.save_pretrained(directory / "dense")
-            made[model_type] = directory / "pruned"
-            cfsp.prune(
-                directory / "dense",
-                out=made[model_type],
-                sparsity=0.4,
-                multiple=8,
-                repair="none",
-                data=[str(text_file)],
-                samples=4,
-                seqlen=32,
-            )
-        return made[model_type]
-
-    return make
 
 
 def recover(source: Path, out: Path, text: Path, steps: int = 2, **options: Any) -> RecoverReport:

@@ -127,6 +127,35 @@ def fields_with_widths(
     return changed
 
 
+def padded_widths(config: PreTrainedConfig, architecture: Architecture) -> list[int]:
+    """Return the least widths that the stock class can build, none below a unit's own.
+
+    FFNs at the same path are equally wide then; where no key of the config gives a path its width
+    alone, they are as wide as in the model that was pruned.
+
+    Args:
+        config: of the pruned model.
+        architecture: of the pruned model.
+    """
+    units = architecture.units
+    stock = stock_config(config)
+    stock_widths = _widths_by_path(stock, {unit.path for unit in units})
+    keys = width_keys(stock, stock_widths)
+    widest: dict[str, int] = {}
+    for unit in units:
+        widest[unit.path] = max(unit.width, widest.get(unit.path, 0))
+    width_of: dict[str, int] = {}
+    for key in keys:
+        if all(sum(path in other.times for other in keys) == 1 for path in key.times):
+            value = max(-(-widest[path] // times) for path, times in key.times.items())
+            width_of |= {path: value * times for path, times in key.times.items()}
+    unpruned = _width_of_place(stock)
+    widths = [width_of.get(unit.path, unpruned[unit.block, unit.path]) for unit in units]
+    if _changes(config, architecture, widths)["auto_map"] is None:
+        return widths
+    return [unpruned[unit.block, unit.path] for unit in units]
+
+
 def config_with_widths(
     config: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
 ) -> PreTrainedConfig:
@@ -249,6 +278,12 @@ def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[
         if unit.path in paths:
             found.setdefault(unit.path, set()).add(unit.width)
     return found
+
+
+def _width_of_place(config: PreTrainedConfig) -> dict[tuple[int, str], int]:
+    """Return the widths of the FFNs that the stock class builds, by their block and path in it."""
+    units = find_architecture(_empty_stock_model(config)).units
+    return {(unit.block, unit.path): unit.width for unit in units}
 
 
 def _empty_stock_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
     from cfsp.speed import Comparison, Workload
+    from cfsp.speed.measuring import Speed
     from cfsp.speed.shapes import ShapedModel
 
 # Spelled out here, because their home is imported with torch; a test compares.
@@ -168,9 +170,14 @@ def _print_workload(comparison: Comparison, workload: Workload) -> None:
                     f"{first_token:,.0f} ms" if phase == "prefill" else "",
                     f"{speed.median_ratio:.3f}x",
                     f"{min(speed.ratios):.3f} - {max(speed.ratios):.3f}",
-                    f"{speed.ideal_ratio:.3f}x",
-                    f"{speed.median_ratio / speed.ideal_ratio:.0%}",
+                    *_beside_ideal(speed),
                 )
             )
     head = ("phase, model", "tokens/s", "range", "first token", "ratio", "range", "ideal", "of it")
     print_table(head, rows)
+
+
+def _beside_ideal(speed: Speed) -> tuple[str, str]:
+    if math.isnan(speed.ideal_ratio):
+        return "unknown", ""
+    return f"{speed.ideal_ratio:.3f}x", f"{speed.median_ratio / speed.ideal_ratio:.0%}"

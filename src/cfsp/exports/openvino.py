@@ -5,7 +5,6 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.config_file import read_plain_fields
-from cfsp.checkpoint.config_widths import fields_with_widths
+from cfsp.checkpoint.config_widths import padded_widths
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.text_config import is_multimodal
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.openvino_model import convert
+from cfsp.exports.padded import stock_config_json
 from cfsp.exports.target import ExportOptions, Target, Written
 from cfsp.exports.verification import (
     GREEDY_STEPS,
@@ -42,29 +41,30 @@ _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the model, its config and tokenizer into an existing directory."""
-    if source.architecture.has_experts:
-        raise ExportError(
-            f"openvino export of {source.config.model_type} models is not supported: which experts "
-            "run depends on the text, and a traced model cannot choose; use --to padded"
-        )
-    if is_multimodal(source.config):
-        raise ExportError(
-            f"openvino export of {source.config.model_type} models is not supported: only a text "
-            "decoder is traced, and this model reads more than text; use --to padded"
-        )
+    _check_expressible(source)
     openvino = _openvino()
     kind = _weight_type(source, options)
     model = _convert(source)
     openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=kind == "f16")
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
-    widths = source.architecture.widths
-    fields = read_plain_fields(source.directory)
-    stock = fields_with_widths(
-        fields, source.config, source.architecture, [max(widths)] * len(widths)
-    )
-    (out / "config.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
+    widths = padded_widths(source.config, source.architecture)
+    (out / "config.json").write_text(stock_config_json(source, widths), encoding="utf-8")
     copy_travelling_files(source.directory, out)
     return Written(f"stateful OpenVINO model in {kind}", tuple(_write_tokenizer(source, out)))
+
+
+def _check_expressible(source: Checkpoint) -> None:
+    """Refuse by name what a traced decoder with a cache of keys and values cannot express."""
+    reason = None
+    if source.architecture.has_experts:
+        reason = "which experts run depends on the text, and a traced model cannot choose"
+    elif text_config_of(source.config) is not source.config:
+        reason = "what is traced is a decoder that reads text, and this one reads images too"
+    if reason is not None:
+        raise ExportError(
+            f"openvino export of {source.config.model_type} models is not supported: {reason}; "
+            "use --to padded"
+        )
 
 
 def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
@@ -122,7 +122,7 @@ class OpenVinoRuntime:
 
 def _convert(source: Checkpoint) -> Any:
     try:
-        return convert(reference_model(source))
+        return convert(reference_model(source), source.architecture.block_count)
     except CfspError:
         raise
     except Exception as error:  # tracing fails in as many ways as there are models

@@ -126,10 +126,14 @@ class _Step(nn.Module):
         return (output.logits, *(t for pair in self.attention.present for t in pair))
 
 
-def convert(model: PreTrainedModel) -> openvino.Model:
+def convert(model: PreTrainedModel, blocks: int) -> openvino.Model:
     """Return a stateful OpenVINO model of a causal LM in float32.
 
     The attention function of the given model is replaced.
+
+    Args:
+        model: the causal LM.
+        blocks: how many it has.
 
     Raises:
         ExportError: the model's attention has something that this one lacks.
@@ -148,6 +152,12 @@ def convert(model: PreTrainedModel) -> openvino.Model:
         warnings.simplefilter("ignore")
         # Without a past first: this tells the heads of each block, and what it can't express.
         _, *first = step(tokens_BT, torch.ones(2, 3, dtype=torch.int64), positions_BT)
+        if len(first) != 2 * blocks:
+            raise ExportError(
+                f"openvino export of {model.config.model_type} models is not supported: "
+                f"{len(first) // 2} of its {blocks} blocks use transformers' common attention, "
+                "whose keys and values it can keep; use --to padded"
+            )
         past = [torch.zeros(2, t.shape[1], 4, t.shape[3]) for t in first]
         seen_BS = torch.ones(2, 7, dtype=torch.int64)
         example = (tokens_BT, seen_BS, 4 + positions_BT, *past)

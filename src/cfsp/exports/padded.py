@@ -1,26 +1,26 @@
-"""Target `padded`: the plain stock class, FFNs zero-padded to the width of the widest of a kind.
+"""Target `padded`: the plain stock class, every FFN zero-padded to the widest of its kind.
 
 For software that neither reads `per_layer_config` nor runs remote code. Added channels are
 zero in all three matrices: act(0) * 0 is 0, and the down projection ignores it. Nothing is
-saved: the copy is as large and as slow as its widest block everywhere. Tensors stream from
-shard to shard; one is in memory at a time.
+saved: the copy is as large and as slow as its widest block everywhere. Dense FFNs, shared experts
+and routed experts are each padded to their own widest, as far as the stock config has a number
+for each of them. Tensors stream from shard to shard; one is in memory at a time.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cfsp.checkpoint.config_file import read_plain_fields
-from cfsp.checkpoint.config_widths import fields_with_widths, stock_config
+from cfsp.checkpoint.config_widths import fields_with_widths, padded_widths
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
@@ -39,43 +39,43 @@ TOLERANCE = 1e-5
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the padded checkpoint into an existing directory."""
-    widths = source.architecture.widths
-    fields = read_plain_fields(source.directory)
-    padded, config = _stock_widths(source, fields)
+    widths, padded = source.architecture.widths, padded_widths(source.config, source.architecture)
     outgoing = [_outgoing(source, name, spec, padded) for name, spec in source.specs.items()]
     write_shards(out, outgoing)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(stock_config_json(source, padded), encoding="utf-8")
     copy_travelling_files(source.directory, out)
-    padding = sum(padded) - sum(widths)
-    sizes = " and ".join(str(width) for width in sorted(set(padded)))
-    layout = f"{source.architecture.class_name}, {len(padded)} FFNs of {sizes} channels"
+    ffns = [unit.ffns for unit in source.units]
+    wide = sum(count * width for count, width in zip(ffns, padded, strict=True))
+    padding = wide - sum(count * width for count, width in zip(ffns, widths, strict=True))
+    layout = f"{source.architecture.class_name}, {_in_words(source, padded)}"
     if not padding:
         return Written(layout, ("all blocks are equally wide: nothing was padded",))
     return Written(
         layout,
         (
-            f"{padding:,} of {sum(padded):,} channels are zeros: it runs everywhere, "
+            f"{padding:,} of {wide:,} channels are zeros: it runs everywhere, "
             "but saves no memory and no time over the widest block",
         ),
     )
 
 
-def _stock_widths(source: Checkpoint, fields: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
-    """Return widths that the stock class can build, and config.json with them.
+def stock_config_json(source: Checkpoint, widths: Sequence[int]) -> str:
+    """Return config.json of the stock class with widths that it can build."""
+    fields = read_plain_fields(source.directory)
+    config = fields_with_widths(fields, source.config, source.architecture, widths)
+    assert "auto_map" not in config, widths
+    return json.dumps(config, indent=2) + "\n"
 
-    They are those of the widest FFN at each path, or where no key of the config says these, those
-    of the stock model that the checkpoint was pruned from.
-    """
-    units, architecture = source.units, source.architecture
-    widest: dict[str, int] = {}
-    for unit in units:
-        widest[unit.path] = max(unit.width, widest.get(unit.path, 0))
-    padded = [widest[unit.path] for unit in units]
-    config = fields_with_widths(fields, source.config, architecture, padded)
-    if "auto_map" in config:
-        padded = architecture_of(stock_config(source.config)).widths
-        config = fields_with_widths(fields, source.config, architecture, padded)
-    return padded, config
+
+def _in_words(source: Checkpoint, widths: Sequence[int]) -> str:
+    """Return how many FFNs there are of each width."""
+    units = source.units
+    if [unit.block for unit in units] == list(range(len(units))) and len(set(widths)) == 1:
+        return f"{len(units)} blocks of {widths[0]} channels"
+    count: Counter[tuple[str, int]] = Counter()
+    for unit, width in zip(units, widths, strict=True):
+        count[unit.path, width] += unit.ffns
+    return ", ".join(f"{number} {path} of {width}" for (path, width), number in count.items())
 
 
 def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
@@ -93,14 +93,14 @@ def _outgoing(
     source: Checkpoint, name: str, spec: TensorSpec, widths: Sequence[int]
 ) -> OutgoingTensor:
     layout = source.layout_of(name)
-    widest = 0 if layout is None else widths[layout.unit]
-    if layout is None or layout.width(spec.shape) == widest:
+    if layout is None or layout.width(spec.shape) == widths[layout.unit]:
         return OutgoingTensor(name, spec, lambda: source.chunks(name))
+    width = widths[layout.unit]
 
     def padded() -> Iterator[memoryview]:
-        return tensor_chunks(layout.pad(source.read(name), widest))
+        return tensor_chunks(layout.pad(source.read(name), width))
 
-    return OutgoingTensor(name, layout.resized(spec, widest), padded)
+    return OutgoingTensor(name, layout.resized(spec, width), padded)
 
 
 def _check_tensor(source: Checkpoint, name: str, found: Tensor) -> None:

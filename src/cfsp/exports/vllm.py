@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
@@ -54,7 +55,7 @@ _SHARED = (
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the checkpoint into an existing directory."""
     widths = source.architecture.widths
-    if len(set(widths)) == 1:
+    if modeling_file(source.config, source.architecture) is None:
         plain = padded.write(source, out, options)
         return Written(plain.layout, ("all blocks are equally wide: the ordinary class runs it",))
     config = decilm_config(source)
@@ -79,9 +80,9 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     model_type = source.config.model_type
     if model_type not in _LIKE_LLAMA:
         raise ExportError(
-            f"vLLM's DeciLM class is a Llama and cannot express {model_type}; vLLM runs the "
-            f"checkpoint itself: vllm serve {source.directory} --trust-remote-code "
-            "--model-impl transformers"
+            f"vLLM's DeciLM class is a Llama and cannot express {model_type}; use --to padded for "
+            "vLLM's own class, or its Transformers backend, which runs the checkpoint itself where "
+            f"it can: vllm serve {source.directory} --trust-remote-code --model-impl transformers"
         )
     prefix = source.architecture.block_prefix(0)
     biased = {m: f"{prefix}self_attn.{m}_proj.bias" in source.specs for m in "qkvo"}

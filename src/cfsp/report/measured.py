@@ -103,5 +103,6 @@ def _add_speed(measured: Measured, models: Sequence[dict[str, Any]], side_of: Si
                 known[side] = float(figures["tokens_per_second"])
                 if side == "after" and compared:
                     known["ratio"] = float(figures["ratio"])
-                    known["ideal"] = float(figures["ideal_ratio"])
+                    if figures["ideal_ratio"] is not None:
+                        known["ideal"] = float(figures["ideal_ratio"])
     return replace(measured, speed=speed)

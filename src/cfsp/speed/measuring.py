@@ -6,6 +6,7 @@ median of the ratios within a round. Warm-up runs are not part of the rounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class Speed:
     Attributes:
         tokens_per_second: one figure for each round.
         ratios: tokens per second over those of the first model in the same round.
-        ideal_ratio: what the models' sizes promise: FLOPs for prefill, bytes for decoding.
+        ideal_ratio: what the models' sizes promise: FLOPs for prefill, bytes for decoding; NaN if
+            that is unknown.
     """
 
     tokens_per_second: tuple[float, ...]
@@ -49,7 +51,7 @@ class Speed:
         return {
             "tokens_per_second": round(self.median_tokens_per_second, 3),
             "ratio": round(self.median_ratio, 4),
-            "ideal_ratio": round(self.ideal_ratio, 4),
+            "ideal_ratio": None if math.isnan(self.ideal_ratio) else round(self.ideal_ratio, 4),
             "tokens_per_second_by_round": [round(v, 3) for v in self.tokens_per_second],
             "ratio_by_round": [round(v, 4) for v in self.ratios],
         }

@@ -2,20 +2,30 @@
 
 Prefill is bound by arithmetic, decoding of few sequences by reading weights and cache. The
 ideal ratio of two models is therefore that of their FLOPs in prefill and of the bytes they read
-in decoding. Embedding rows are looked up and cost nothing; norms are not counted. Full causal
-attention is assumed; so are no matrices between the blocks and the head (OPT-350M has two).
+in decoding. Embedding rows are looked up and cost nothing; norms are not counted. Attention is
+taken to be causal and full where the config does not call a block linear or state-space; what those
+do besides their matrices is not counted. So are no matrices between the blocks and the head
+(OPT-350M has two).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.speed.workload import Workload
 
 if TYPE_CHECKING:
+    from cfsp.architecture.found import FFNUnit
     from cfsp.checkpoint.reading import WeightSource
+
+# How configs call the number of experts that a token passes, where no router keeps it.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ class ModelWork:
         attention_width: heads times head dimension, summed over the blocks.
         cache_bytes: bytes of keys and values of one token in all blocks.
         expert_parameters: elements of the experts' matrices, of those in the blocks.
-        routed_share: fraction of the experts that one token passes.
+        routed_share: fraction of the experts that one token passes; NaN if that is unknown, and
+            with it all that follows from it.
     """
 
     block_parameters: int
@@ -75,30 +86,87 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
         head: whether the language-model head is timed.
         itemsize: bytes of an element, of weights and of the cache.
     """
-    config = text_config_of(source.config)
-    experts = [unit.ffns for unit in source.units if unit.routed]
+    config: Any = text_config_of(source.config)
+    model = empty_model(source.config)
+    blocks = blocks_of(model, source.architecture)
     parameters = expert_parameters = 0
     for name in source.stored.within(f"{source.architecture.blocks}."):
         spec = source.specs[name]
-        if len(spec.shape) >= 2:
+        # Biases of experts have an axis of experts.
+        if len(spec.shape) >= 2 and not name.endswith("bias"):
             parameters += spec.elements
             layout = source.layout_of(name)
             if layout is not None and source.units[layout.unit].routed:
                 expert_parameters += spec.elements
-    routed = config.num_experts_per_tok / experts[0] if experts else 1.0
+    routed = next((unit for unit in source.units if unit.routed), None)
+    share = 1.0 if routed is None else experts_per_token(config, blocks, routed) / routed.ffns
     head_parameters = config.vocab_size * config.hidden_size if head else 0
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # Families without grouped attention have no such key.
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    blocks = source.architecture.block_count
+    attention = _attention_of(config)
+    with_attention = _blocks_with_attention(config, source.architecture.block_count)
     return ModelWork(
         block_parameters=parameters,
         block_bytes=parameters * itemsize,
         head_parameters=head_parameters,
         head_bytes=head_parameters * itemsize,
-        attention_width=blocks * heads * head_dim,
-        cache_bytes=2 * blocks * kv_heads * head_dim * itemsize,
+        attention_width=with_attention * attention.width,
+        cache_bytes=with_attention * attention.cache_width * itemsize,
         expert_parameters=expert_parameters,
-        routed_share=routed,
+        routed_share=share,
     )
+
+
+def experts_per_token(config: Any, blocks: nn.ModuleList, unit: FFNUnit) -> float:
+    """Return how many of its experts a token passes; NaN if nothing says so.
+
+    Args:
+        config: of the text decoder.
+        blocks: of the model; they may be on the meta device.
+        unit: routed experts.
+    """
+    # Routers keep the number, whatever the config calls it.
+    beside = blocks[unit.block].get_submodule(unit.path.rpartition(".")[0])
+    kept = {vars(module).get("top_k") for module in beside.modules()} - {None}
+    if len(kept) == 1 and isinstance(count := kept.pop(), int):
+        return count
+    named = (getattr(config, name, None) for name in _EXPERTS_PER_TOKEN)
+    return next((count for count in named if isinstance(count, int)), math.nan)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One block's: heads times the mean size of key and value, and the elements of its cache."""
+
+    width: int
+    cache_width: int
+
+
+def _attention_of(config: Any) -> _Attention:
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if not heads:
+        return _Attention(0, 0)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key = value = size
+    if getattr(config, "kv_lora_rank", None) is not None:
+        # Latent attention: what keys and values are made of is kept, once for all heads.
+        key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        latent = config.kv_lora_rank + config.qk_rope_head_dim
+        return _Attention(heads * (key + value) // 2, latent)
+    # Families without grouped attention have no such key.
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        kv_heads = 1
+    return _Attention(heads * (key + value) // 2, kv_heads * (key + value))
+
+
+def _blocks_with_attention(config: Any, blocks: int) -> int:
+    """Return how many blocks look back at all tokens; state-space and linear ones do not.
+
+    Where the config has no list of kinds, all count.
+    """
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list) and len(kinds) == blocks:
+            return sum("attention" in kind and "linear" not in kind for kind in kinds)
+    return blocks

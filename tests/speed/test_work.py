@@ -1,0 +1,99 @@
+"""Work of decoders of any type: what a token passes, and where keys and values are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from any_models import tiny_model
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.cli.bench import _beside_ideal
+from cfsp.speed.measuring import Speed
+from cfsp.speed.work import experts_per_token, work_of
+from cfsp.speed.workload import Workload
+
+WORKLOAD = Workload(batch=2, prompt=8, new_tokens=4)
+
+
+def work(name: str) -> Any:
+    return work_of(LoadedModel(tiny_model(name)), head=True, itemsize=4)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "aria_text", "falcon"]
+)
+def test_prefill_work_is_what_torch_counts(name: str) -> None:
+    model: Any = tiny_model(name)
+    # Written out, attention is counted over all pairs; torch counts no grouped products.
+    model.set_attn_implementation("eager")
+    if LoadedModel(model).architecture.has_experts:
+        model.set_experts_implementation("eager")
+    found = work_of(LoadedModel(model), head=True, itemsize=4)
+    tokens_BT = torch.zeros((WORKLOAD.batch, WORKLOAD.prompt), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT, logits_to_keep=1)
+    pairs = WORKLOAD.batch * WORKLOAD.prompt**2
+    causal = WORKLOAD.batch * WORKLOAD.prompt * (WORKLOAD.prompt + 1) / 2
+    assert found.prefill_flops(WORKLOAD) + 4 * found.attention_width * (
+        pairs - causal
+    ) == pytest.approx(counter.get_total_flops(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v3",
+        "deepseek_v2",
+        "glm4_moe_lite",
+        "falcon",
+        "lfm2",
+        "jamba",
+        "granitemoehybrid",
+        "qwen3_next",
+        "bloom",
+    ],
+)
+def test_the_cache_is_that_of_blocks_with_attention(name: str) -> None:
+    model: Any = tiny_model(name)
+    tokens_BT = torch.zeros((WORKLOAD.batch, WORKLOAD.prompt), dtype=torch.long)
+    with torch.no_grad():
+        cache = model(input_ids=tokens_BT, use_cache=True).past_key_values
+    kept = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    kept += [layer.values for layer in cache.layers if getattr(layer, "values", None) is not None]
+    held = sum(tensor.nbytes for tensor in kept)
+    assert work(name).cache_bytes * WORKLOAD.batch * WORKLOAD.prompt == held
+
+
+def test_what_nothing_says_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("mixtral")
+    source = LoadedModel(model)
+    assert work_of(source, head=True, itemsize=4).routed_share == 0.5
+    monkeypatch.setattr("cfsp.speed.work.experts_per_token", lambda *_: math.nan)
+    unknown = work_of(source, head=True, itemsize=4)
+    assert math.isnan(unknown.prefill_flops(WORKLOAD))
+    assert math.isnan(unknown.decode_bytes(WORKLOAD))
+    speed = Speed((1.0,), (1.0,), unknown.prefill_flops(WORKLOAD))
+    assert json.loads(json.dumps(speed.to_json()))["ideal_ratio"] is None
+    assert _beside_ideal(speed) == ("unknown", "")
+    assert _beside_ideal(replace(speed, ideal_ratio=2.0)) == ("2.000x", "50%")
+
+
+def test_the_router_is_asked_before_the_config() -> None:
+    model: Any = tiny_model("mixtral")
+    source = LoadedModel(model)
+    blocks, config = model.model.layers, SimpleNamespace(num_experts_per_tok=3)
+    assert experts_per_token(config, blocks, source.units[0]) == 2
+    for block in blocks:
+        for module in block.modules():
+            vars(module).pop("top_k", None)
+    assert experts_per_token(config, blocks, source.units[0]) == 3
+    # A number for each block.
+    config.num_experts_per_tok = [2, 2, 2]
+    assert math.isnan(experts_per_token(config, blocks, source.units[0]))
