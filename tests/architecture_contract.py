@@ -160,12 +160,6 @@ class ArchitectureContract:
         )
         assert fields == unchanged
 
-        in_memory = cfsp.prune(
-            case.dense, case.tokenizer, sparsity=0.0, data=case.texts, **SETTINGS
-        )
-        assert type(in_memory) is type(case.dense)
-        assert_same_tensors(in_memory, case.dense)
-
     # What was removed is what the plan says, and nothing else.
 
     def test_pruned_logits_are_those_of_the_masked_original(self, case: Case) -> None:
@@ -237,25 +231,6 @@ class ArchitectureContract:
             assert sum(len(of_block) for of_block in given.values()) == len(widths)
         assert widths == case.report.intermediate_sizes
 
-    def test_equal_widths_give_a_plain_stock_checkpoint(self, case: Case, tmp_path: Path) -> None:
-        asked = {"sparsity": 0.5, "multiple": 16, "block_metric": "uniform", "data": case.texts}
-        report = cfsp.prune(case.source, out=tmp_path / "uniform", **asked, **SETTINGS)
-        fields = json.loads((tmp_path / "uniform" / "config.json").read_text())
-        is_stock = "auto_map" not in fields
-        # Of several kinds of FFN it depends on whether their widths have keys of their own.
-        if len({unit.path for unit, _ in case.units()}) == 1:
-            assert set(report.intermediate_sizes) == {case.architecture.widths[0] // 2}
-            assert is_stock == (case.name not in WITHOUT_A_KEY)
-        of_source = json.loads((case.source / "config.json").read_text()).get("per_layer_config")
-        is_plain = fields.get("per_layer_config") == of_source and "ffn_widths" not in fields
-        assert is_plain == is_stock
-        assert bool(list((tmp_path / "uniform").glob("*.py"))) != is_stock
-        reloaded = cfsp.load(tmp_path / "uniform")
-        assert (type(reloaded) is type(case.dense)) == is_stock
-        in_memory = cfsp.prune(case.dense, case.tokenizer, **asked, **SETTINGS)
-        assert type(in_memory) is type(reloaded)
-        assert_same_tensors(reloaded, in_memory)
-
     def test_tied_embeddings_stay_tied(self, case: Case) -> None:
         def is_tied(model: PreTrainedModel) -> bool:
             head = model.get_output_embeddings()
@@ -267,20 +242,6 @@ class ArchitectureContract:
         for path in case.source.iterdir():
             if path.name not in ("config.json", "model.safetensors"):
                 assert (case.out / path.name).read_bytes() == path.read_bytes(), path.name
-
-    def test_pruned_model_can_be_pruned_again(self, case: Case, tmp_path: Path) -> None:
-        again = cfsp.prune(
-            case.out,
-            out=tmp_path / "again",
-            sparsity=0.2,
-            multiple=case.multiple,
-            data=case.texts,
-            **SETTINGS,
-        )
-        assert again.parameters_before == case.report.parameters_after
-        widths = zip(case.report.intermediate_sizes, again.intermediate_sizes, strict=True)
-        assert all(after <= before for before, after in widths)
-        assert elements_of(cfsp.load(tmp_path / "again")) == again.parameters_after
 
     def test_in_memory_model_is_saved_and_reloaded(self, case: Case, tmp_path: Path) -> None:
         case.in_memory.save_pretrained(tmp_path / "saved")
@@ -351,6 +312,50 @@ class ArchitectureContract:
             targets += [] if experts else [name.removesuffix(".weight")]
         if stock["lora_targets"] == sorted(targets):
             assert stock["lora_parameters"] == expected
+
+
+class ThoroughContract(ArchitectureContract):
+    """What takes longer, for one architecture of each kind; for all where time does not matter."""
+
+    def test_sparsity_zero_in_memory_changes_no_bit(self, case: Case) -> None:
+        in_memory = cfsp.prune(
+            case.dense, case.tokenizer, sparsity=0.0, data=case.texts, **SETTINGS
+        )
+        assert type(in_memory) is type(case.dense)
+        assert_same_tensors(in_memory, case.dense)
+
+    def test_equal_widths_give_a_plain_stock_checkpoint(self, case: Case, tmp_path: Path) -> None:
+        asked = {"sparsity": 0.5, "multiple": 16, "block_metric": "uniform", "data": case.texts}
+        report = cfsp.prune(case.source, out=tmp_path / "uniform", **asked, **SETTINGS)
+        fields = json.loads((tmp_path / "uniform" / "config.json").read_text())
+        is_stock = "auto_map" not in fields
+        # Of several kinds of FFN it depends on whether their widths have keys of their own.
+        if len({unit.path for unit, _ in case.units()}) == 1:
+            assert set(report.intermediate_sizes) == {case.architecture.widths[0] // 2}
+            assert is_stock == (case.name not in WITHOUT_A_KEY)
+        of_source = json.loads((case.source / "config.json").read_text()).get("per_layer_config")
+        is_plain = fields.get("per_layer_config") == of_source and "ffn_widths" not in fields
+        assert is_plain == is_stock
+        assert bool(list((tmp_path / "uniform").glob("*.py"))) != is_stock
+        reloaded = cfsp.load(tmp_path / "uniform")
+        assert (type(reloaded) is type(case.dense)) == is_stock
+        in_memory = cfsp.prune(case.dense, case.tokenizer, **asked, **SETTINGS)
+        assert type(in_memory) is type(reloaded)
+        assert_same_tensors(reloaded, in_memory)
+
+    def test_pruned_model_can_be_pruned_again(self, case: Case, tmp_path: Path) -> None:
+        again = cfsp.prune(
+            case.out,
+            out=tmp_path / "again",
+            sparsity=0.2,
+            multiple=case.multiple,
+            data=case.texts,
+            **SETTINGS,
+        )
+        assert again.parameters_before == case.report.parameters_after
+        widths = zip(case.report.intermediate_sizes, again.intermediate_sizes, strict=True)
+        assert all(after <= before for before, after in widths)
+        assert elements_of(cfsp.load(tmp_path / "again")) == again.parameters_after
 
     # Repair, whatever way round a model stores its matrices.
 

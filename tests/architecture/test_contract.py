@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import cfsp
 from any_models import REPRESENTATIVES
-from architecture_contract import ArchitectureContract
+from architecture_contract import ArchitectureContract, ThoroughContract
 from cfsp.checkpoint.reading import Checkpoint
 from tiny_models import TINY_CONFIGS
 
@@ -23,14 +23,19 @@ ALWAYS = (
     "mistral3", "nemotron_h", "granitemoehybrid", "jamba", "lfm2", "falcon", "bloom", "mpt",
     "olmoe", "qwen2_5_vl",
 )  # fmt: skip
+THOROUGH = (
+    "llama", "llama-biased", "phi3", "gpt2", "opt-projected", "mixtral", "qwen2_moe", "gemma3",
+    "qwen3_5", "gpt_oss", "deepseek_v3", "nemotron_h", "bloom",
+)  # fmt: skip
 # .ci/versions sets the variable.
-OTHERS = tuple(name for name in REPRESENTATIVES if name not in (*ALWAYS, *TINY_CONFIGS))
-NAMES = (*TINY_CONFIGS, *ALWAYS, *(OTHERS if "CFSP_EVERY_FAMILY" in os.environ else ()))
+EVERY = "CFSP_EVERY_FAMILY" in os.environ
+NAMES = dict.fromkeys((*TINY_CONFIGS, *ALWAYS, *(REPRESENTATIVES if EVERY else ())))
 
 
 def _contract(name: str) -> type[ArchitectureContract]:
     class_name = "Test" + "".join(part.capitalize() for part in name.split("-"))
-    return type(class_name, (ArchitectureContract,), {"name": name, "__module__": __name__})
+    base = ThoroughContract if EVERY or name in THOROUGH else ArchitectureContract
+    return type(class_name, (base,), {"name": name, "__module__": __name__})
 
 
 for _name in NAMES:
