@@ -366,7 +366,8 @@ CONFIGS: Table = {
         "config.json gives a width for 'moe' of block 0, which the model does not have",
         "download the model again",
         lambda place: edit_json(
-            place.pruned / "config.json", lambda f: f.update(ffn_widths={"0": {"moe": 8}})
+            place.pruned / "config.json",
+            lambda f: f.update(per_layer_config=None, ffn_widths={"0": {"moe": 8}}),
         ),
     ),
     "width of an FFN is text": BadInput(
@@ -374,7 +375,8 @@ CONFIGS: Table = {
         "config.json gives block 0 'x' FFN channels, expected 1 to ",
         "download the model again",
         lambda place: edit_json(
-            place.pruned / "config.json", lambda f: f.update(ffn_widths={"0": {"mlp": "x"}})
+            place.pruned / "config.json",
+            lambda f: f.update(per_layer_config=None, ffn_widths={"0": {"mlp": "x"}}),
         ),
     ),
     "width of one block is text": BadInput(
