@@ -226,7 +226,7 @@ class ArchitectureContract:
             assert fields["architectures"] == [type(case.dense).__name__]
             return
         assert case.auto_class() in fields["auto_map"]
-        if "per_layer_config" in fields:
+        if "ffn_widths" not in fields:
             per_layer = fields["per_layer_config"]
             (key,) = {key for entry in per_layer.values() for key in entry}
             widths = [per_layer[block][key] for block in sorted(per_layer)]
@@ -246,7 +246,9 @@ class ArchitectureContract:
         if len({unit.path for unit, _ in case.units()}) == 1:
             assert set(report.intermediate_sizes) == {case.architecture.widths[0] // 2}
             assert is_stock == (case.name not in WITHOUT_A_KEY)
-        assert ("per_layer_config" not in fields and "ffn_widths" not in fields) == is_stock
+        of_source = json.loads((case.source / "config.json").read_text()).get("per_layer_config")
+        is_plain = fields.get("per_layer_config") == of_source and "ffn_widths" not in fields
+        assert is_plain == is_stock
         assert bool(list((tmp_path / "uniform").glob("*.py"))) != is_stock
         reloaded = cfsp.load(tmp_path / "uniform")
         assert (type(reloaded) is type(case.dense)) == is_stock

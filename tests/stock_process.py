@@ -55,6 +55,7 @@ def check(checkpoint: str, directory: str, auto_class: str, matrices: list[str])
     assert not any(name.partition(".")[0] == "cfsp" for name in sys.modules)
     sys.modules["cfsp"] = None  # type: ignore[assignment]
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     work = Path(directory)
     # A place for modelling files in which nothing is yet.
     dynamic_module_utils.HF_MODULES_CACHE = str(work / "modules")
@@ -94,7 +95,7 @@ def check(checkpoint: str, directory: str, auto_class: str, matrices: list[str])
     # Of some types PEFT makes other targets than it was given.
     found["lora_targets"] = sorted(lora.peft_config["default"].target_modules)
     found["lora_parameters"] = sum(p.numel() for p in trainable)
-    optimizer = torch.optim.SGD(trainable, lr=0.01)
+    optimizer = torch.optim.SGD(trainable, lr=0.001)
     found["lora_loss_before"] = loss_of(lora, tokens_BT)
     lora.train()(input_ids=tokens_BT, labels=tokens_BT).loss.backward()
     optimizer.step()

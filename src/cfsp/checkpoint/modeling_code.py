@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ _ABOUT_EXPERTS = """
 # The experts of the stock class are decorated with @use_experts_implementation: transformers
 # looks for that word in the file of a class to learn whether it may choose how experts run.
 """
+
+_CHOOSES_EXPERTS = "@use_experts_implementation"
 
 _TAKE_FFN_WIDTHS = """
 def _take_widths(config):
@@ -148,7 +151,7 @@ class ModelingFile:
             "CLASSES": "".join(classes).strip(),
             "PAIRS": "".join(f"    {pair},\n" for pair in pairs),
             "MODEL_TYPE": self.model_class.config_class.model_type,
-            "EXPERTS": _ABOUT_EXPERTS if any(unit.routed for unit in units.values()) else "",
+            "EXPERTS": _ABOUT_EXPERTS if _CHOOSES_EXPERTS in _source_of(self.model_class) else "",
         }
         text = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
         for key, value in values.items():
@@ -188,6 +191,14 @@ def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
     loaded: Any = get_class_from_dynamic_module(file.auto_map[file.auto_class], str(path.parent))
     loaded.register_for_auto_class(file.auto_class)
     return loaded  # type: ignore[no-any-return]
+
+
+def _source_of(model_class: type[PreTrainedModel]) -> str:
+    """Return the text of the file that a class is in; empty if there is none."""
+    try:
+        return inspect.getsource(sys.modules[model_class.__module__])
+    except (OSError, TypeError):
+        return ""
 
 
 def _imports(classes: Iterable[type[PreTrainedModel]]) -> str:
