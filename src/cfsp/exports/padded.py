@@ -44,9 +44,9 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     write_shards(out, outgoing)
     (out / "config.json").write_text(stock_config_json(source, padded), encoding="utf-8")
     copy_travelling_files(source.directory, out)
-    ffns = [unit.ffns for unit in source.units]
-    wide = sum(count * width for count, width in zip(ffns, padded, strict=True))
-    padding = wide - sum(count * width for count, width in zip(ffns, widths, strict=True))
+    # Channels as everywhere: those of one expert stand for all of its block.
+    wide = sum(padded)
+    padding = wide - sum(widths)
     layout = f"{source.architecture.class_name}, {_in_words(source, padded)}"
     if not padding:
         return Written(layout, ("all blocks are equally wide: nothing was padded",))

@@ -20,6 +20,7 @@ import torch
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.engine.call_form import CallForm, find_call_form
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.errors import CalibrationError
 from cfsp.planning.make import choose_channels
@@ -31,13 +32,14 @@ from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.masks import masked_unit
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.settings import Criterion
     from cfsp.text.windows import Windows
+    from cfsp.whole_model.divergence import DensePredictions
 
 # Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
 # that one measurement serves every budget.
@@ -46,6 +48,9 @@ SENSITIVITY_SPARSITY = 0.5
 # The divergence of a pruned block has little noise (LOG.md), and each window costs half a forward
 # pass for every block.
 SENSITIVITY_WINDOWS = 4
+
+# In nats: equal predictions, but for rounding.
+_SAME = 1e-4
 
 
 def block_sensitivities(
@@ -68,19 +73,48 @@ def block_sensitivities(
         on_block: is called after each block of each window.
     """
     blocks = blocks_of(model, source.architecture)
+
+    def logits(tokens_BT: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
+        return found
+
+    with torch.inference_mode():
+        form = find_call_form(logits, blocks, model.device)
     total_L = [0.0] * len(blocks)
+    resumes: bool | None = None
     with torch.inference_mode():
         for tokens_T in tokens_NT:
             with hidden_states_entering(blocks) as entering_L:
                 dense = dense_predictions(model, tokens_T[None])
+            if resumes is None:
+                resumes = _resumes(model, blocks, entering_L[-1], form, dense)
             for index in sorted({unit.block for unit in source.units}):
-                with ExitStack() as masks, resumed_at(blocks, index, entering_L[index]):
+                first = index if resumes else 0
+                with ExitStack() as masks, resumed_at(blocks, first, entering_L[first], form):
                     for unit, kept_K in zip(source.units, kept_U, strict=True):
                         if unit.block == index:
                             masks.enter_context(masked_unit(blocks[index], unit, kept_K))
                     total_L[index] += dense.divergence(model)
                 on_block()
     return [total / len(tokens_NT) for total in total_L]
+
+
+def _resumes(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    entering_BTD: Tensor,
+    form: CallForm,
+    dense: DensePredictions,
+) -> bool:
+    """Return whether the last block needs nothing of those before but a hidden state.
+
+    Some models take keys and values from an earlier block; they run from the beginning.
+    """
+    try:
+        with resumed_at(blocks, len(blocks) - 1, entering_BTD, form):
+            return abs(dense.divergence(model)) < _SAME
+    except Exception:  # however a model misses what its stand-ins do not leave
+        return False
 
 
 def with_sensitivity(
