@@ -31,8 +31,8 @@ def test_stock_class_bit_equal_logits(tmp_path: Path, tokenizer: Any, name: str)
     assert report.verification.max_difference <= (2e-6 if name == "qwen2_moe" else 0.0)
     units = source.units
     widest = {unit.path: max(u.width for u in units if u.path == unit.path) for unit in units}
-    whole = sum(unit.ffns * widest[unit.path] for unit in units)
-    zeros = whole - sum(unit.ffns * unit.width for unit in units)
+    whole = sum(widest[unit.path] for unit in units)
+    zeros = whole - sum(unit.width for unit in units)
     assert f"{zeros:,} of {whole:,} channels are zeros" in report.notes[0]
 
     config = json.loads((out / "config.json").read_text())
