@@ -19,9 +19,10 @@ check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-families: $(DEMO_READY)  ## prove every model type of the installed transformers (some minutes)
+families: $(TEST_READY)  ## proof and contract for every type of the installed transformers (half an hour)
 	$(BIN)/cfsp families --prove --json > families.json
 	$(BIN)/python benchmarks/families.py families.json docs/families.md
+	CFSP_EVERY_TYPE=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests/architecture/test_contract.py
 
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL,
+)
 
 import cfsp
-from any_models import REPRESENTATIVES
+from any_models import REPRESENTATIVES, model_class, tiny_config, tiny_model
 from architecture_contract import ArchitectureContract, ThoroughContract
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import architecture_of
+from cfsp.engine.decoder_end import end_of
 from tiny_models import TINY_CONFIGS
 
 # Of each kind one: fused and interleaved gates, no gate, transposed matrices, experts beside dense
@@ -29,7 +37,39 @@ THOROUGH = (
 )  # fmt: skip
 # .ci/versions sets the variable.
 EVERY = "CFSP_EVERY_FAMILY" in os.environ
-NAMES = dict.fromkeys((*TINY_CONFIGS, *ALWAYS, *(REPRESENTATIVES if EVERY else ())))
+# `make families` sets this one.
+EVERY_TYPE = "CFSP_EVERY_TYPE" in os.environ
+LARGEST = 5_000_000
+
+
+def _proved_types() -> Iterator[str]:
+    """Yield the types of transformers that pass the proof, where a tiny model of one can run."""
+    for model_type in sorted({*CAUSAL, *MULTIMODAL}):
+        try:
+            with torch.device("meta"):
+                size = (
+                    model_class(model_type)._from_config(tiny_config(model_type)).num_parameters()
+                )
+            if size > LARGEST:
+                continue
+            architecture = architecture_of(tiny_config(model_type))
+            model = tiny_model(model_type)
+            with torch.inference_mode():
+                end = model.get_submodule(end_of(model, architecture.decoder))
+                end(input_ids=torch.arange(2, 14)[None], use_cache=False)
+        except Exception:  # a tiny config that does not suit, or a type that is refused
+            continue
+        yield model_type
+
+
+NAMES = dict.fromkeys(
+    (
+        *TINY_CONFIGS,
+        *ALWAYS,
+        *(REPRESENTATIVES if EVERY else ()),
+        *(_proved_types() if EVERY_TYPE else ()),
+    )
+)
 
 
 def _contract(name: str) -> type[ArchitectureContract]:
