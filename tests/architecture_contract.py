@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 import cfsp
 from any_models import tiny_model
+from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.found import Architecture, FFNUnit
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
-from cfsp.engine.activations import observed_activations
 from cfsp.engine.compute import Engine
 from cfsp.planning.plan_file import UnitPlan
 from cfsp.result.prune_report import PruneReport

@@ -50,14 +50,21 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def auto_classes_of(model_class: type[PreTrainedModel]) -> list[str]:
-    """Return the Auto classes by which a language model is loaded; the one to name comes first."""
+def auto_classes_of(
+    model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
+) -> list[str]:
+    """Return the Auto classes by which a language model is loaded; the one to name comes first.
+
+    Args:
+        model_class: the class with the head.
+        config_class: of its config; several types may share a model class.
+    """
     import transformers
 
     found = []
     for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
         auto: Any = getattr(transformers, name)
-        registered = auto._model_mapping.get(model_class.config_class, None)
+        registered = auto._model_mapping.get(config_class, None)
         if model_class in (registered if isinstance(registered, tuple | list) else [registered]):
             found.append(name)
     return found or ["AutoModelForCausalLM"]

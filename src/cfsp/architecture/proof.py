@@ -7,6 +7,7 @@ A small random model of the same class runs on a few tokens. For one unit of eve
     cut          with the same channels cut out, it computes what it computes with them masked
     untouched    cutting replaces the parameters of the unit and no other
     neighbours   the blocks before and after compute what they did
+    watched      its activations are seen while the block runs, and of which token each is
 
 and for the blocks:
 
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, FFNUnit, Fusion, Refusal
 from cfsp.architecture.model_classes import model_class_of
@@ -173,9 +175,21 @@ def _prove_unit(run: SmallRun, unit: FFNUnit) -> FFNUnit | Refusal:
     for candidate in _candidates(unit):
         reason = _cut_fails(run, candidate, kept_EK, masked)
         if reason is None:
-            return candidate
+            reason = _watching_fails(run, candidate)
+            return candidate if reason is None else Refusal(module, reason)
         verdict = Refusal(module, reason)
     return verdict
+
+
+def _watching_fails(run: SmallRun, unit: FFNUnit) -> str | None:
+    """Return why the activations of a unit cannot be gathered; None if they can."""
+    block = run.blocks[unit.block]
+    try:
+        with observed_activations(block, [unit], lambda *rows: None):
+            run.output(unit.block)
+    except UnsupportedModelError as error:
+        return f"watched: expected to see its activations, found that {error}"
+    return None
 
 
 def _candidates(unit: FFNUnit) -> Iterator[FFNUnit]:

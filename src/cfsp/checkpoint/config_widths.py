@@ -97,7 +97,7 @@ def modeling_file(config: PreTrainedConfig, architecture: Architecture) -> Model
     key = width_key_of(config)
     if key is None and getattr(config, FFN_WIDTHS, None) is None:
         return None
-    return ModelingFile(architecture, model_class_of(config), key)
+    return ModelingFile(architecture, model_class_of(config), type(config), key)
 
 
 def fields_with_widths(
@@ -214,7 +214,7 @@ def _changes(
     key = _per_layer_key(keys, architecture, config) if keeps_none else None
     if key is not None and not _are_found(stock, {key: max(widths)}, architecture):
         key = None
-    file = ModelingFile(architecture, model_class, key)
+    file = ModelingFile(architecture, model_class, type(config), key)
     ours = {
         **same,
         "architectures": [f"Pruned{model_class.__name__}"],

@@ -24,7 +24,7 @@ from cfsp.architecture.resizing import resize_ffn
 from cfsp.checkpoint.output import write_atomically
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from cfsp.architecture.found import Architecture
 
@@ -65,7 +65,7 @@ def _give_back(config, width_of):
 _CLASS = """
 
 class Pruned@CLASS@(@CLASS@):
-    def __init__(self, config, *args, **kwargs):
+@CONFIG_CLASS@    def __init__(self, config, *args, **kwargs):
         width_of = _take_widths(config)
         super().__init__(config, *args, **kwargs)
         _narrow(attrgetter("@BLOCKS@")(self), width_of)
@@ -81,11 +81,13 @@ class ModelingFile:
     Attributes:
         architecture: what is resized; its widths do not matter.
         model_class: the stock class with the head.
+        config_class: of the model's config; several types may share a model class.
         width_key: what `per_layer_config` calls the width; None where `ffn_widths` has them.
     """
 
     architecture: Architecture
     model_class: type[PreTrainedModel]
+    config_class: type[PreTrainedConfig]
     width_key: str | None
 
     @property
@@ -93,7 +95,7 @@ class ModelingFile:
         """The `auto_map` of config.json that points at the file."""
         module = MODELING_FILE.removesuffix(".py")
         whole = f"{module}.Pruned{self.model_class.__name__}"
-        found = dict.fromkeys(auto_classes_of(self.model_class), whole)
+        found = dict.fromkeys(auto_classes_of(self.model_class, self.config_class), whole)
         if self._base_class is not None:
             found = {"AutoModel": f"{module}.Pruned{self._base_class.__name__}", **found}
         elif self._auto_model is self.model_class:
@@ -103,7 +105,7 @@ class ModelingFile:
     @property
     def auto_class(self) -> str:
         """The Auto class that the model with the head is loaded by."""
-        return auto_classes_of(self.model_class)[0]
+        return auto_classes_of(self.model_class, self.config_class)[0]
 
     @cached_property
     def _base_class(self) -> type[PreTrainedModel] | None:
@@ -118,7 +120,7 @@ class ModelingFile:
         from transformers import AutoModel
 
         auto: Any = AutoModel
-        found = auto._model_mapping.get(self.model_class.config_class, None)
+        found = auto._model_mapping.get(self.config_class, None)
         built: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
         return built
 
@@ -133,16 +135,23 @@ class ModelingFile:
         units = {unit.path: unit for unit in self.architecture.units}
         ffns = {path: (unit.plain_axes, unit.plain_attributes) for path, unit in units.items()}
         give_back = "" if self.width_key is None else _GIVE_BACK
+        # Auto classes check that a class is for the config that it is registered with.
+        is_shared = self.config_class is not self.model_class.config_class
+        config_line = f"    config_class = {self.config_class.__name__}\n\n" if is_shared else ""
         classes = [
-            (_CLASS + give_back).replace("@CLASS@", stock.__name__).replace("@BLOCKS@", path)
+            (_CLASS + give_back)
+            .replace("@CONFIG_CLASS@", config_line)
+            .replace("@CLASS@", stock.__name__)
+            .replace("@BLOCKS@", path)
             for stock, path in placed
         ]
+        imported = [*([self.config_class] if is_shared else []), *(stock for stock, _ in placed)]
         pairs = [f"(Pruned{stock.__name__}, {stock.__name__})" for stock, _ in placed]
         take = _TAKE_FFN_WIDTHS if self.width_key is None else _TAKE_PER_LAYER_CONFIG
         values = {
             "CLASS": self.model_class.__name__,
             "WIDTHS": FFN_WIDTHS if self.width_key is None else PER_LAYER_CONFIG,
-            "IMPORTS": _imports(stock for stock, _ in placed),
+            "IMPORTS": _imports(imported),
             "FFNS": pformat(ffns, width=_LINE, sort_dicts=False),
             "RESIZE": inspect.getsource(resize_ffn).rstrip(),
             "TAKE": take.strip(),
@@ -150,7 +159,7 @@ class ModelingFile:
             "KEY": self.width_key or "",
             "CLASSES": "".join(classes).strip(),
             "PAIRS": "".join(f"    {pair},\n" for pair in pairs),
-            "MODEL_TYPE": self.model_class.config_class.model_type,
+            "MODEL_TYPE": self.config_class.model_type,
             "EXPERTS": _ABOUT_EXPERTS if _CHOOSES_EXPERTS in _source_of(self.model_class) else "",
         }
         text = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
@@ -201,7 +210,7 @@ def _source_of(model_class: type[PreTrainedModel]) -> str:
         return ""
 
 
-def _imports(classes: Iterable[type[PreTrainedModel]]) -> str:
+def _imports(classes: Iterable[type]) -> str:
     """Return the lines that import the stock classes, and what renames stored tensors."""
     import transformers
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.skeleton import (
     blocks_of,
     build_skeleton,
@@ -24,7 +25,6 @@ from cfsp.checkpoint.skeleton import (
     read_tensors,
     unload,
 )
-from cfsp.engine.activations import observed_activations
 from cfsp.engine.block_calls import BlockCalls
 from cfsp.engine.call_recorder import BlockCall
 from cfsp.engine.decoder_start import DecoderStart

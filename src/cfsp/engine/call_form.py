@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.activations import hidden_state
 from cfsp.engine.call_values import differ, leaves
-from cfsp.engine.stand_in import StandIn, hidden_state, replaced, without_hidden_state
+from cfsp.engine.stand_in import StandIn, replaced, without_hidden_state
 from cfsp.errors import UnsupportedModelError
 
 # Windows and tokens of the batch that forms are tried on.

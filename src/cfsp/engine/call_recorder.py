@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.activations import hidden_state
 from cfsp.engine.call_form import PLAIN, PLAIN_LAYOUT, CallForm, HiddenLayout
 from cfsp.engine.call_values import Place, with_values
-from cfsp.engine.stand_in import StandIn, hidden_state, replaced, without_hidden_state
+from cfsp.engine.stand_in import StandIn, replaced, without_hidden_state
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cfsp.architecture.activations import hidden_state
 from cfsp.engine.call_form import PLAIN, CallForm
-from cfsp.engine.stand_in import StandIn, hidden_state, replaced
+from cfsp.engine.stand_in import StandIn, replaced
 
 
 @contextmanager

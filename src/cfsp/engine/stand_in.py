@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class StandIn(nn.Module):
@@ -47,12 +47,6 @@ def replaced(
     finally:
         for index, original in enumerate(originals):
             blocks[index] = original
-
-
-def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden state among the arguments that a model calls a block with."""
-    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return hidden
 
 
 def without_hidden_state(

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.cut.surgery import PrunedSource
-from cfsp.engine.activations import observed_activations
 from cfsp.engine.judge import hidden_loss
 from cfsp.engine.two_streams import Batch, GroupAtWork, pass_two_streams
 from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve

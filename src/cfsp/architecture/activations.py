@@ -24,7 +24,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cfsp.architecture.found import FFNUnit
-from cfsp.engine.stand_in import hidden_state
 from cfsp.errors import UnsupportedModelError
 
 # The position of a unit among those of the block, the index of an FFN in it, its activations
@@ -39,6 +38,12 @@ _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 # Products whose second operand may be a weight.
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+
+
+def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden state among the arguments that a model calls a block with."""
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from any_models import tiny_model
+from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, ChannelAxis, FFNUnit
-from cfsp.engine.activations import observed_activations
 from cfsp.errors import UnsupportedModelError
 
 TOKENS = torch.randint(2, 290, (2, 12), generator=torch.Generator().manual_seed(0))
