@@ -243,10 +243,10 @@ def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list
     keys = []
     for name, value in _candidates(config, set().union(*widths.values())):
         changed = copy.deepcopy(config)
-        setattr(changed.get_text_config(decoder=True), name, value)
         try:
+            setattr(changed.get_text_config(decoder=True), name, value)
             after = _widths_by_path(changed, set(widths))
-        except Exception:  # whatever a class does with a number that it does not expect
+        except Exception:  # whatever a config or class does with a number that it does not expect
             continue
         affected = [path for path in widths if after.get(path) != widths[path]]
         times = {
