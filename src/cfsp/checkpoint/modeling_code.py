@@ -62,9 +62,18 @@ def _give_back(config, width_of):
     config.per_layer_config = {i: {"@KEY@": of["@PATH@"]} for i, of in width_of.items()}
 """
 
+_OF_TRANSFORMERS = """
+class _OfTransformers:
+    \"\"\"All modules are of transformers, which shall initialise their buffers.\"\"\"
+
+    @classmethod
+    def is_custom_code(cls):
+        return False
+"""
+
 _CLASS = """
 
-class Pruned@CLASS@(@CLASS@):
+class Pruned@CLASS@(@FIRST@@CLASS@):
 @CONFIG_CLASS@    def __init__(self, config, *args, **kwargs):
         width_of = _take_widths(config)
         super().__init__(config, *args, **kwargs)
@@ -135,12 +144,14 @@ class ModelingFile:
         units = {unit.path: unit for unit in self.architecture.units}
         ffns = {path: (unit.plain_axes, unit.plain_attributes) for path, unit in units.items()}
         give_back = "" if self.width_key is None else _GIVE_BACK
+        is_of_transformers = self.model_class.__module__.startswith("transformers.")
         # Auto classes check that a class is for the config that it is registered with.
         is_shared = self.config_class is not self.model_class.config_class
         config_line = f"    config_class = {self.config_class.__name__}\n\n" if is_shared else ""
         classes = [
             (_CLASS + give_back)
             .replace("@CONFIG_CLASS@", config_line)
+            .replace("@FIRST@", "_OfTransformers, " if is_of_transformers else "")
             .replace("@CLASS@", stock.__name__)
             .replace("@BLOCKS@", path)
             for stock, path in placed
@@ -157,6 +168,7 @@ class ModelingFile:
             "TAKE": take.strip(),
             "PATH": next(iter(units)),
             "KEY": self.width_key or "",
+            "OF_TRANSFORMERS": _OF_TRANSFORMERS if is_of_transformers else "",
             "CLASSES": "".join(classes).strip(),
             "PAIRS": "".join(f"    {pair},\n" for pair in pairs),
             "MODEL_TYPE": self.config_class.model_type,
