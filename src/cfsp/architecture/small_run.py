@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -219,7 +220,7 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
 
 
 def _check_order(architecture: Architecture, calls: list[Call]) -> None:
-    """Check that the decoder calls each block once, on the output of the one before.
+    """Check that the decoder calls each block once, on the output of the one before it.
 
     Raises:
         UnsupportedModelError: it does not.
@@ -241,6 +242,12 @@ def _check_order(architecture: Architecture, calls: list[Call]) -> None:
             raise error(call.block, "blocks in their order", f"it called as number {number}")
         if number and not torch.equal(calls[number - 1].output, call.hidden):
             raise error(number, "the output of the block before as input", "something else")
+    shape = tuple(calls[0].hidden.shape)
+    if (WINDOWS, TOKENS) not in pairwise(shape):
+        expected = (
+            f"hidden states with an axis of windows ({WINDOWS}) before one of tokens ({TOKENS})"
+        )
+        raise error(0, expected, f"some of shape {list(shape)}")
 
 
 def _copied(value: Any) -> Any:
