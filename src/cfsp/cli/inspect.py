@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         print("pruned             not by cfsp")
         return
     print(
-        f"pruned             {pruned['ffn_sparsity']:.1%} of FFN channels, "
+        f"pruned             {pruned['ffn_sparsity']:.1%} of FFN {_counted(facts)}, "
         f"{pruned['model_sparsity']:.1%} of parameters, from {pruned['base_model']['name']}"
     )
     criterion, calibration = pruned["criterion"], pruned["calibration"]
@@ -67,6 +67,12 @@ def run(args: argparse.Namespace) -> None:
             change = f"{value['before']:.2f} -> {value['after']:.2f}"
             print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
     print(f"command            {pruned['command']}")
+
+
+def _counted(facts: dict[str, Any]) -> str:
+    """Return what the share that went is of: channels of several kinds own unlike numbers."""
+    kinds = {(unit["path"], unit["ffns"]) for unit in facts.get("units", ())}
+    return "parameters" if len(kinds) > 1 else "channels"
 
 
 def _print_widths(facts: dict[str, Any]) -> None:
