@@ -3,7 +3,7 @@
     CfspError                      exit status 2, one sentence, no traceback
     ├── UsageError                 an argument outside its range, or two that exclude each other
     ├── CheckpointError            a model that is missing, truncated, or not what its config says
-    │   └── UnsupportedModelError  a model family that this package does not know
+    │   └── UnsupportedModelError  a model that cannot be pruned
     ├── TextError                  a text that is missing, unreadable or too short
     ├── TaskError                  an evaluation task that is unknown, or whose data is unusable
     ├── CalibrationError           NaN or infinite weights or activations
@@ -56,7 +56,7 @@ class CheckpointError(CfspError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """The model's family is not in the family table."""
+    """The model cannot be pruned: a module, a class or a way to store it is not supported."""
 
 
 class TextError(CfspError):

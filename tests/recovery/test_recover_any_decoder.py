@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cfsp
@@ -28,6 +28,7 @@ from cfsp.recovery.saved import last_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.targets import multiplies_by_its_matrix, targets_of
 from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
+from checkpoint_tensors import changed, tensors
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 # Fused and transposed experts, experts in modules of their own, blocks without an FFN, several in
@@ -52,18 +53,6 @@ def recover(source: Path, out: Path, text: Path, steps: int = 2, **options: Any)
         adaptation=replace(Adaptation(rank=2), **options),
         keep_adapter=keep_adapter,
     )
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    old, new = tensors(before), tensors(after)
-    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
-        k: (v.shape, v.dtype) for k, v in new.items()
-    }
-    return {name for name in old if not torch.equal(old[name], new[name])}
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import cfsp
 import cfsp.recovery.evaluation
@@ -40,6 +40,7 @@ from cfsp.recovery.settings import (
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
+from checkpoint_tensors import changed, tensors
 from commands import Command, ranks
 from forks import Job
 from tiny_models import TINY_CONFIGS
@@ -81,18 +82,6 @@ def work_of(out: Path) -> Path:
 def checkpoints_of(out: Path) -> Path:
     """Where its checkpoints lie."""
     return work_of(out) / "process-0-of-1" / "train"
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    old, new = tensors(before), tensors(after)
-    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
-        k: (v.shape, v.dtype) for k, v in new.items()
-    }
-    return {name for name in old if not torch.equal(old[name], new[name])}
 
 
 @pytest.mark.parametrize("method", METHODS)

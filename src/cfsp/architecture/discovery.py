@@ -113,10 +113,9 @@ def _path_of(model: nn.Module, part: nn.Module) -> str:
 
 
 def _hidden_size(text_config: Any) -> int:
-    for key in ("hidden_size", "d_model", "n_embd", "dim"):
-        value = getattr(text_config, key, None)
-        if isinstance(value, int):
-            return value
+    found = _first_number(text_config, "hidden_size", "d_model", "n_embd", "dim")
+    if found is not None:
+        return found
     raise UnsupportedModelError(
         f"the config of model type {text_config.model_type!r} names no hidden_size; "
         "please report the model type"
@@ -144,12 +143,14 @@ def _learnt_positions(decoder: nn.Module, text_config: Any) -> int | None:
     return None
 
 
-def _layers(text_config: Any) -> int:
-    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        value = getattr(text_config, key, None)
-        if isinstance(value, int):
-            return value
-    return -1
+def _layers(text_config: Any) -> int | None:
+    return _first_number(text_config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def _first_number(text_config: Any, *keys: str) -> int | None:
+    """Return the value of the first of some keys that has a whole number; None if none has."""
+    values = (getattr(text_config, key, None) for key in keys)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def _units_of(block: nn.Module, index: int, hidden: int) -> list[FFNUnit | Refusal]:

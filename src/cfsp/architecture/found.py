@@ -59,6 +59,21 @@ class ChannelAxis:
         kept_K = torch.tensor(kept, device=tensor.device)
         return tensor.index_select(self.axis, self.index(kept_K, self.width(tensor.shape)))
 
+    def select_of_experts(self, tensor: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
+        """Return a tensor of all experts with the kept channels of each only.
+
+        Args:
+            tensor: begins with the axis of experts.
+            kept_EK: for each expert the channels to keep, as many of each.
+        """
+        shape = list(tensor.shape)
+        shape[self.axis] = self.parts * len(kept_EK[0])
+        selected = tensor.new_empty(shape)
+        of_one = replace(self, axis=self.axis - 1)
+        for expert, kept_K in enumerate(kept_EK):
+            selected[expert] = of_one.select(tensor[expert], kept_K)
+        return selected
+
 
 @dataclass(frozen=True)
 class WidthAttribute:
@@ -143,10 +158,7 @@ class FFNUnit:
         axis = self.axes[name]
         if not self.routed:
             return axis.select(parameter, kept_EK[0])
-        of_one = replace(axis, axis=axis.axis - 1)
-        return torch.stack(
-            [of_one.select(one, kept) for one, kept in zip(parameter, kept_EK, strict=True)]
-        )
+        return axis.select_of_experts(parameter, kept_EK)
 
     def as_fused_as(self, other: FFNUnit) -> FFNUnit:
         """Return the same unit with gate and up sharing their matrix as in another one."""

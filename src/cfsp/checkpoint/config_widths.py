@@ -114,17 +114,30 @@ def fields_with_widths(
         architecture: of the source.
         widths: of every FFN unit.
     """
-    changes = _changes(config, architecture, widths)
+    return fields_and_file(fields, config, architecture, widths)[0]
+
+
+def fields_and_file(
+    fields: dict[str, Any],
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    widths: Sequence[int],
+) -> tuple[dict[str, Any], ModelingFile | None]:
+    """Return config.json of the pruned model, and the modelling file if it needs one.
+
+    Arguments are those of `fields_with_widths`.
+    """
+    changes, file = _changes(config, architecture, widths)
     text_changes = changes.pop(_TEXT)
     path = _text_path(config)
     if not path:
-        return _changed(fields, {**text_changes, **changes})
+        return _changed(fields, {**text_changes, **changes}), file
     changed = copy.deepcopy(_changed(fields, changes))
     text_fields = changed
     for name in path:
         text_fields = text_fields.setdefault(name, {})
     text_fields.update(text_changes)
-    return changed
+    return changed, file
 
 
 def padded_widths(config: PreTrainedConfig, architecture: Architecture) -> list[int]:
@@ -149,9 +162,9 @@ def padded_widths(config: PreTrainedConfig, architecture: Architecture) -> list[
         if all(sum(path in other.times for other in keys) == 1 for path in key.times):
             value = max(-(-widest[path] // times) for path, times in key.times.items())
             width_of |= {path: value * times for path, times in key.times.items()}
-    unpruned = _width_of_place(stock)
+    unpruned = _width_of_place(_empty_stock_model(stock))
     widths = [width_of.get(unit.path, unpruned[unit.block, unit.path]) for unit in units]
-    if _changes(config, architecture, widths)["auto_map"] is None:
+    if _changes(config, architecture, widths)[1] is None:
         return widths
     return [unpruned[unit.block, unit.path] for unit in units]
 
@@ -167,7 +180,7 @@ def config_with_widths(
         widths: of every FFN unit.
     """
     changed = copy.deepcopy(config)
-    changes = _changes(config, architecture, widths)
+    changes, _ = _changes(config, architecture, widths)
     # Last of all: it makes a config for every block out of the whole.
     per_layer = changes.pop(PER_LAYER_CONFIG, None)
     if width_key_of(config) is not None:
@@ -189,10 +202,11 @@ _TEXT = "text"
 
 def _changes(
     config: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], ModelingFile | None]:
     """Return what the widths say of each key of a config; None where it must not be there.
 
-    The changes to the text config, which may be the config itself, are under `_TEXT`.
+    The changes to the text config, which may be the config itself, are under `_TEXT`. Second comes
+    the modelling file that the config then needs.
     """
     model_class, units = model_class_of(config), architecture.units
     stock = stock_config(config)
@@ -210,24 +224,24 @@ def _changes(
     keys = width_keys(stock, stock_widths)
     stock_values = _stock_values(keys, stock_widths, units, widths)
     if stock_values is not None and _are_found(stock, stock_values, architecture, widths):
-        return {**same, _TEXT: stock_values}
+        return {**same, _TEXT: stock_values}, None
     key = _per_layer_key(keys, architecture, config) if keeps_none else None
     if key is not None and not _are_found(stock, {key: max(widths)}, architecture):
         key = None
     file = ModelingFile(architecture, model_class, type(config), key)
     ours = {
         **same,
-        "architectures": [f"Pruned{model_class.__name__}"],
+        "architectures": [f"{PRUNED}{model_class.__name__}"],
         "auto_map": file.auto_map,
     }
     if key is not None:
         digits = len(str(len(widths) - 1))
         per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
-        return {**ours, _TEXT: {key: max(widths)}, PER_LAYER_CONFIG: per_layer}
+        return {**ours, _TEXT: {key: max(widths)}, PER_LAYER_CONFIG: per_layer}, file
     width_of: dict[str, dict[str, int]] = {}
     for unit, width in zip(units, widths, strict=True):
         width_of.setdefault(str(unit.block), {})[unit.path] = width
-    return {**ours, FFN_WIDTHS: width_of}
+    return {**ours, FFN_WIDTHS: width_of}, file
 
 
 def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list[WidthKey]:
@@ -274,15 +288,15 @@ def _candidates(config: PreTrainedConfig, widths: set[int]) -> Iterator[tuple[st
 def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[int]]:
     """Return the widths of the FFNs that the stock class builds, by their path in a block."""
     found: dict[str, set[int]] = {}
-    for unit in find_architecture(_empty_stock_model(config)).units:
-        if unit.path in paths:
-            found.setdefault(unit.path, set()).add(unit.width)
+    for (_, path), width in _width_of_place(_empty_stock_model(config)).items():
+        if path in paths:
+            found.setdefault(path, set()).add(width)
     return found
 
 
-def _width_of_place(config: PreTrainedConfig) -> dict[tuple[int, str], int]:
-    """Return the widths of the FFNs that the stock class builds, by their block and path in it."""
-    units = find_architecture(_empty_stock_model(config)).units
+def _width_of_place(model: PreTrainedModel) -> dict[tuple[int, str], int]:
+    """Return the widths of the FFNs that a model seems to have, by their block and path in it."""
+    units = find_architecture(model).units
     return {(unit.block, unit.path): unit.width for unit in units}
 
 
@@ -338,10 +352,9 @@ def _are_found(
     model = _empty_stock_model(changed)
     if _other_shapes(model, architecture) != _other_shapes(_empty_stock_model(stock), architecture):
         return False
-    found = find_architecture(model).units
     places = [(unit.block, unit.path) for unit in architecture.units]
     # Those that the proof refused are found as well.
-    width_of = {(unit.block, unit.path): unit.width for unit in found}
+    width_of = _width_of_place(model)
     if widths is None:
         return all(place in width_of for place in places)
     return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))

@@ -58,7 +58,7 @@ class WeightSource(Protocol):
     @property
     def units(self) -> tuple[FFNUnit, ...]:
         """The FFN units of the model."""
-        ...
+        return self.architecture.units
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -67,7 +67,7 @@ class WeightSource(Protocol):
 
     def layout_of(self, name: str) -> ChannelLayout | None:
         """Return where a tensor keeps FFN channels; None if it has none."""
-        ...
+        return self.stored.layout_of(name)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
@@ -82,7 +82,7 @@ class WeightSource(Protocol):
         ...
 
 
-class Checkpoint:
+class Checkpoint(WeightSource):
     """A model directory with safetensors; opening it reads only config and headers.
 
     One that is stored quantised is seen as the plain model: config and tensors say nothing of it,
@@ -95,7 +95,7 @@ class Checkpoint:
     Raises:
         CheckpointError: no config, no safetensors, a missing or truncated shard, or tensors
             whose shapes contradict the config.
-        UnsupportedModelError: the family is not in the table.
+        UnsupportedModelError: no FFN of the model can be cut.
     """
 
     def __init__(self, directory: Path, label: str | None = None) -> None:
@@ -116,15 +116,6 @@ class Checkpoint:
             del self._tensors[name]
         check_stored(self, model)
 
-    @property
-    def units(self) -> tuple[FFNUnit, ...]:
-        """The FFN units of the model."""
-        return self.architecture.units
-
-    def layout_of(self, name: str) -> ChannelLayout | None:
-        """Return where a tensor keeps FFN channels; None if it has none."""
-        return self.stored.layout_of(name)
-
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, in storage order."""
@@ -143,7 +134,7 @@ class Checkpoint:
         return self._tensors[name].chunks()
 
 
-class LoadedModel:
+class LoadedModel(WeightSource):
     """A transformers model in memory, seen as a weight source; nothing is copied.
 
     Raises:
@@ -163,15 +154,6 @@ class LoadedModel:
         self._tensors = stored_from_memory(model)
         self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
         check_stored(self, model)
-
-    @property
-    def units(self) -> tuple[FFNUnit, ...]:
-        """The FFN units of the model."""
-        return self.architecture.units
-
-    def layout_of(self, name: str) -> ChannelLayout | None:
-        """Return where a tensor keeps FFN channels; None if it has none."""
-        return self.stored.layout_of(name)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -62,13 +62,7 @@ class ChannelLayout:
         """
         if self.ffn is not None:
             return self.axis.select(tensor, kept[self.ffn])
-        shape = list(tensor.shape)
-        shape[self.axis.axis] = self.axis.parts * len(kept[0])
-        selected = tensor.new_empty(shape)
-        of_one = ChannelAxis(self.axis.axis - 1, self.axis.fusion)
-        for expert, kept_K in enumerate(kept):
-            selected[expert] = of_one.select(tensor[expert], kept_K)
-        return selected
+        return self.axis.select_of_experts(tensor, kept)
 
     def pad(self, tensor: Tensor, width: int) -> Tensor:
         """Return the tensor with channels of zeros behind its own, `width` in all."""

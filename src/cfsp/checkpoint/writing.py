@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
-from cfsp.checkpoint.config_widths import (
-    config_with_widths,
-    fields_with_widths,
-    modeling_file,
-)
+from cfsp.checkpoint.config_widths import fields_and_file
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.quantisation import QUANTISATION_FILES
@@ -37,10 +33,8 @@ def write_config(source: Checkpoint, target: Path, widths: Sequence[int]) -> Non
         widths: of every FFN unit.
     """
     fields = read_plain_fields(source.directory)
-    pruned = fields_with_widths(fields, source.config, source.architecture, widths)
+    pruned, file = fields_and_file(fields, source.config, source.architecture, widths)
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
-    config = config_with_widths(source.config, source.architecture, widths)
-    file = modeling_file(config, source.architecture)
     if file is not None:
         (target / MODELING_FILE).write_text(file.text, encoding="utf-8")
 

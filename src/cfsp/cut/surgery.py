@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
-from cfsp.architecture.found import FFNUnit
 from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
-from cfsp.checkpoint.stored_layout import ChannelLayout
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
     TensorFile,
@@ -52,7 +51,7 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     return specs
 
 
-class PrunedSource:
+class PrunedSource(WeightSource):
     """A model as surgery would leave it, seen as a weight source; nothing is written.
 
     Args:
@@ -67,18 +66,13 @@ class PrunedSource:
         self.config = config_with_widths(source.config, source.architecture, plan.kept_widths)
         self.architecture = source.architecture.with_widths(plan.kept_widths)
         self.label = source.label
-        self.specs = pruned_specs(source, plan)
-        self.stored = replace(source.stored, specs=self.specs)
         self._source, self._plan, self._repaired = source, plan, repaired
+        self.stored = replace(source.stored, specs=self.specs)
 
-    @property
-    def units(self) -> tuple[FFNUnit, ...]:
-        """The FFN units of the model."""
-        return self.architecture.units
-
-    def layout_of(self, name: str) -> ChannelLayout | None:
-        """Return where a tensor keeps FFN channels; None if it has none."""
-        return self._source.layout_of(name)
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of every tensor, in storage order."""
+        return pruned_specs(self._source, self._plan)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""

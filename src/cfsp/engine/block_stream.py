@@ -209,7 +209,7 @@ def stream_blocks(
             yield StreamedBlock(
                 index=index,
                 module=module,
-                units=tuple(unit for unit in source.units if unit.block == index),
+                units=source.architecture.units_of(index),
                 hidden=hidden,
                 device=device,
                 _batches=batches,
