@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from cfsp.architecture.catalogue import Family, installed_families, why_not
 
 from cfsp.architecture import catalogue
-from cfsp.architecture.catalogue import Family, installed_families, why_not
 from cfsp.cli import main
 
 
