@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +149,11 @@ class ArchitectureContract:
             assert finished.status == 0, finished.stderr
             return Answer(**torch.load(work / "answer.pt"))
 
+        def of_dense() -> Mapping[str, str]:
+            return answer(question_of(case.dense, case.source)).problems
+
         found = answer(case.question)
-        of_dense = question_of(case.dense, case.source)
-        return found, judged(found.problems, lambda: answer(of_dense).problems)
+        return found, judged(found.problems, of_dense)
 
     # Nothing removed: nothing changed.
 
