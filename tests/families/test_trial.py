@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
 from cfsp.families import stock, trial
 from cfsp.families.catalogue import Family
@@ -71,6 +72,14 @@ def test_a_type_that_stock_software_cannot_run(tmp_path: Path) -> None:
     assert "NoSuchClass" in found.notes["tiny model"]
 
 
+@pytest.fixture(autouse=True)
+def modules_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ask` has a process to itself elsewhere, and sets this."""
+    monkeypatch.setattr(
+        dynamic_module_utils, "HF_MODULES_CACHE", dynamic_module_utils.HF_MODULES_CACHE
+    )
+
+
 @pytest.fixture(scope="module")
 def question(tmp_path_factory: pytest.TempPathFactory) -> Question:
     place = tmp_path_factory.mktemp("contract")
@@ -90,7 +99,7 @@ def test_every_check_can_fail(question: Question, tmp_path: Path) -> None:
         replace(question, expected=wrong, class_name="OtherForCausalLM", matrices=["no.weight"]),
         tmp_path / "wrong",
     ).problems
-    assert found.pop("adapters").startswith("ValueError")
+    assert "PeftModule" in found.pop("adapters")
     assert found == {
         "loads": "expected the class PrunedOtherForCausalLM, found PrunedLlamaForCausalLM",
         "logits": "expected what the masked original computes, found a difference of 1.0e+00",
