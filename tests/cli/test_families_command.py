@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from cfsp.cli import main
-from cfsp.families.catalogue import installed_families
+from cfsp.families import trial
+from cfsp.families.catalogue import Family, installed_families
+from cfsp.families.contract import Contract
+from cfsp.families.trial import contract_of, why_not
+
+LLAMA = Family("llama", "LlamaForCausalLM")
 
 
 def test_the_command_lists_what_transformers_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,3 +58,33 @@ def test_an_unknown_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families", "--prove", "lama"]) == 2
     message = capsys.readouterr().err
     assert "no language model type 'lama'; did you mean llama?" in message
+
+
+def test_a_type_that_crashes_or_never_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nothing = Family("llama", "NoSuchClass")
+    assert "no config could be made (AttributeError" in str(why_not(nothing))
+    monkeypatch.setattr(trial, "PROOF_LIMIT", 0.0)
+    assert why_not(LLAMA) == "no verdict after 0 seconds"
+    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 0.0)
+    assert contract_of(LLAMA, tmp_path) == Contract(
+        "failed", {"pruned": "no verdict after 0 seconds"}
+    )
+    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 1.0)
+    monkeypatch.setattr(trial, "begin_contract", never_end)
+    assert contract_of(LLAMA, tmp_path) == Contract(
+        "failed", {"pruned": "no verdict after 1 seconds"}
+    )
+    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 60.0)
+    monkeypatch.setattr(trial, "begin_contract", crash)
+    assert contract_of(LLAMA, tmp_path) == Contract(
+        "failed", {"pruned": "its process ended with status 3"}
+    )
+
+
+def never_end(family: Family, place: Path) -> None:
+    while True:
+        pass
+
+
+def crash(family: Family, place: Path) -> None:
+    raise SystemExit(3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
-from cfsp.families import stock, trial
+from cfsp.families import stock
 from cfsp.families.catalogue import Family
 from cfsp.families.contract import (
     Contract,
@@ -23,30 +23,9 @@ from cfsp.families.contract import (
     tiny_tokenizer,
 )
 from cfsp.families.stock import Question, ask
-from cfsp.families.trial import contract_of, why_not
 
 LLAMA = Family("llama", "LlamaForCausalLM")
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-
-def test_a_type_that_crashes_or_never_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    nothing = Family("llama", "NoSuchClass")
-    assert "no config could be made (AttributeError" in str(why_not(nothing))
-    monkeypatch.setattr(trial, "PROOF_LIMIT", 0.0)
-    assert why_not(LLAMA) == "no verdict after 0 seconds"
-    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 0.0)
-    assert contract_of(LLAMA, tmp_path) == Contract(
-        "failed", {"pruned": "no verdict after 0 seconds"}
-    )
-    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 60.0)
-    monkeypatch.setattr(trial, "begin_contract", crash)
-    assert contract_of(LLAMA, tmp_path) == Contract(
-        "failed", {"pruned": "its process ended with status 3"}
-    )
-
-
-def crash(family: Family, place: Path) -> None:
-    raise SystemExit(3)
 
 
 def test_what_the_dense_model_fails_too_is_not_held_against_the_type() -> None:
