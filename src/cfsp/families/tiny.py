@@ -228,6 +228,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "qwen2"},
         "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
     },
+    "longcat_flash": {
+        "num_layers": 2, "moe_topk": 2, "zero_expert_num": 2,
+        "expert_ffn_hidden_size": EXPERT_WIDTH,
+    },
     "mistral3": {
         "text_config": {"model_type": "mistral"},
         "vision_config": {"model_type": "pixtral", "image_size": 28, "patch_size": 14},
