@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -21,32 +22,53 @@ _LONGEST_REASON = 160
 
 
 def proved_types(families: Sequence[Mapping[str, Any]], transformers: str) -> str:
-    """Return what was proved, as Markdown.
+    """Return what was proved, and what came of the contract, as Markdown.
 
     Args:
         families: rows of `cfsp families --prove --json`; a type may have a class for text and one
             for images and text.
         transformers: the version that they are of.
     """
-    proved = sorted({row["model_type"] for row in families if row["proved"]})
-    refused = [row for row in families if not row["proved"]]
+    proved = [row for row in families if row["proved"]]
+    types = sorted({row["model_type"] for row in proved})
+    results = Counter(row["contract"] for row in proved)
     lines = [
-        f"Of transformers {transformers}: {sum(bool(row['proved']) for row in families)} of "
-        f"{len(families)} classes are proved, of {len(proved)} model types:",
+        f"Of transformers {transformers}: {len(proved)} of {len(families)} classes are proved, of "
+        f"{len(types)} model types. The contract passed for {results['passed']} of these classes, "
+        f"failed for {results['failed']} and was not run for {results['not run']}, of which no "
+        "tiny model runs. Proved:",
         "",
-        fill(", ".join(proved), _LINE, break_long_words=False, break_on_hyphens=False),
+        fill(", ".join(types), _LINE, break_long_words=False, break_on_hyphens=False),
         "",
+        "What the contract found of those (where the dense model fails a check as well, it is not "
+        "held against the type):",
+        "",
+        *_table(
+            ("contract", "note"),
+            [
+                (row, row["contract"], f"{check}: {note}")
+                for row in proved
+                for check, note in row["contract_notes"].items()
+            ],
+        ),
         "Refused:",
         "",
-        "| model type | class | why |",
-        "|---|---|---|",
+        *_table(("why",), [(row, row["reason"] or "") for row in families if not row["proved"]]),
+    ]
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return a table that begins with a family's type and class."""
+    return [
+        " | ".join(("| model type | class", *head)) + " |",
+        (2 + len(head)) * "|---" + "|",
         *(
-            f"| {row['model_type']} | `{row['class']}` | {_short(row['reason'] or '')} |"
-            for row in refused
+            f"| {row['model_type']} | `{row['class']}` | {' | '.join(map(_short, cells))} |"
+            for row, *cells in rows
         ),
         "",
     ]
-    return "\n".join(lines)
 
 
 def _short(reason: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import cfsp
-from any_models import tiny_model
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.found import Architecture, FFNUnit
 from cfsp.calibration.calibrate import calibrate
@@ -23,17 +24,30 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
+from cfsp.families.contract import (
+    SAMPLES,
+    SEQLEN,
+    SPARSITY,
+    Contract,
+    judged,
+    least_multiple,
+    matrices_of,
+    prune_tiny,
+    question_of,
+    save_with_tokenizer,
+)
+from cfsp.families.stock import Answer, Question, attention_of_layers
+from cfsp.families.tiny import tiny_model
 from cfsp.planning.plan_file import UnitPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.text.windows import Windows, draw_windows
 from forks import Forks, Job
-from stock_process import attention_of_layers, generated
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
 # Without repair, which changes weights: it has tests of its own.
-SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "repair": "none"}
-# Those from which images come begin at 300.
-TEXT_TOKENS = 290
+SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "repair": "none"}
+# As in stock_process.py: Llama 4's own forward asks for it.
+MoeCausalLMOutputWithPast.image_outputs = None
 # Their FFNs are four times as wide as the hidden state, and no key of the config says otherwise.
 WITHOUT_A_KEY = ("bloom", "mpt")
 
@@ -57,7 +71,12 @@ class Case:
     out: Path
     report: PruneReport
     in_memory: PreTrainedModel
-    tokens_BT: Tensor
+    question: Question
+
+    @property
+    def tokens_BT(self) -> Tensor:
+        """What to compute on."""
+        return self.question.tokens_BT
 
     def units(self) -> list[tuple[FFNUnit, UnitPlan]]:
         """Every FFN unit, and what was decided for it."""
@@ -66,11 +85,6 @@ class Case:
     def block(self, model: nn.Module, unit: FFNUnit) -> nn.Module:
         """The block of a unit in one of the models."""
         return blocks_of(model, self.architecture)[unit.block]
-
-    def auto_class(self) -> str:
-        """The Auto class that loads the model with its head."""
-        causal = "ForCausalLM" in type(self.dense).__name__ or "LMHead" in type(self.dense).__name__
-        return "AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"
 
 
 def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
@@ -107,43 +121,39 @@ class ArchitectureContract:
     ) -> Case:
         source, out = (tmp_path_factory.mktemp(part) / cls.name for part in ("dense", "pruned"))
         dense = build(cls.name)
-        dense.save_pretrained(source)
-        tokenizer.save_pretrained(source)
+        save_with_tokenizer(dense, tokenizer, source)
         architecture = architecture_of(dense.config)
-        # torch multiplies groups of experts by eights.
-        multiple = 8 if architecture.has_experts else 1
-        asked: dict[str, Any] = {
-            "sparsity": 0.4, "multiple": multiple, "data": [str(text_file)], **SETTINGS
-        }  # fmt: skip
-        report = cfsp.prune(source, out=out, **asked)
-        in_memory = cfsp.prune(dense, tokenizer, **asked)
-        tokens_BT = torch.randint(
-            2, TEXT_TOKENS, (2, 24), generator=torch.Generator().manual_seed(3)
+        multiple = least_multiple(architecture)
+        texts = [str(text_file)]
+        report = prune_tiny(source, out, texts, multiple)
+        in_memory = cfsp.prune(
+            dense, tokenizer, sparsity=SPARSITY, multiple=multiple, data=texts, **SETTINGS
         )
         assert len(set(report.intermediate_sizes)) > 1, "the case must have different widths"
         return Case(
-            cls.name, tokenizer, [str(text_file)], source, dense, architecture, multiple, out,
-            report, in_memory, tokens_BT,
+            cls.name, tokenizer, texts, source, dense, architecture, multiple, out, report,
+            in_memory, question_of(dense, out, report.plan),
         )  # fmt: skip
 
     @pytest.fixture(scope="class")
     @classmethod
     def stock(
         cls, case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
-    ) -> dict[str, Any]:
-        """What a fresh process without cfsp found: see `stock_process.py`."""
-        work = tmp_path_factory.mktemp("stock")
-        torch.save(case.tokens_BT, work / "tokens.pt")
-        arguments = {
-            "checkpoint": str(case.out),
-            "directory": str(work),
-            "auto_class": case.auto_class(),
-            "matrices": matrices_of(case.architecture),
-        }
-        (finished,) = forks(Job("stock_process.check", arguments))
-        assert finished.status == 0, finished.stderr
-        found: dict[str, Any] = json.loads((work / "found.json").read_text())
-        return {**found, **torch.load(work / "tensors.pt")}
+    ) -> tuple[Answer, Contract]:
+        """What a fresh process without cfsp found, and the verdict of the contract."""
+
+        def answer(question: Question) -> Answer:
+            work = tmp_path_factory.mktemp("stock")
+            question.save(work / "question.pt")
+            (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
+            assert finished.status == 0, finished.stderr
+            return Answer(**torch.load(work / "answer.pt"))
+
+        def of_dense() -> Mapping[str, str]:
+            return answer(question_of(case.dense, case.source)).problems
+
+        found = answer(case.question)
+        return found, judged(found.problems, of_dense)
 
     # Nothing removed: nothing changed.
 
@@ -166,6 +176,8 @@ class ArchitectureContract:
         expected = logits_of(masked_original(case), case.tokens_BT)
         actual = logits_of(cfsp.load(case.out), case.tokens_BT)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        # What stock software is asked for.
+        assert_bitwise_equal(case.question.expected["logits"], expected)
         # The mask bites: the oracle would not pass for a model that was not pruned.
         dense = logits_of(case.dense, case.tokens_BT)
         assert (expected - dense).abs().max() > 1e-2
@@ -219,7 +231,7 @@ class ArchitectureContract:
         if "auto_map" not in fields:
             assert fields["architectures"] == [type(case.dense).__name__]
             return
-        assert case.auto_class() in fields["auto_map"]
+        assert case.question.auto_class in fields["auto_map"]
         if "ffn_widths" not in fields:
             per_layer = fields["per_layer_config"]
             (key,) = {key for entry in per_layer.values() for key in entry}
@@ -259,59 +271,44 @@ class ArchitectureContract:
 
     # Plain transformers and PEFT, in a process that cannot import cfsp.
 
-    def test_fresh_process_gives_the_logits_of_the_in_memory_model(
-        self, case: Case, stock: dict[str, Any]
-    ) -> None:
-        assert_bitwise_equal(stock["logits"], logits_of(case.in_memory, case.tokens_BT))
-        assert stock["elements"] == case.report.parameters_after
+    def test_fresh_process_keeps_the_contract(self, stock: tuple[Answer, Contract]) -> None:
+        assert stock[1].result == "passed", stock[1].notes
 
-    def test_fresh_process_loads_the_same_class(self, case: Case, stock: dict[str, Any]) -> None:
-        name = type(case.dense).__name__
-        is_stock = "auto_map" not in json.loads((case.out / "config.json").read_text())
-        assert stock["classes"][0] == (name if is_stock else f"Pruned{name}")
-        assert name in stock["classes"]
-
-    def test_fresh_process_loads_the_base_model_alone(
-        self, case: Case, stock: dict[str, Any]
+    def test_fresh_process_computes_what_the_in_memory_model_does(
+        self, case: Case, stock: tuple[Answer, Contract]
     ) -> None:
-        fields = json.loads((case.out / "config.json").read_text())
-        assert ("hidden" in stock) == ("AutoModel" in fields.get("auto_map", ()))
-        if "hidden" in stock:
+        answer, contract = stock
+        assert_bitwise_equal(answer.tensors["logits"], logits_of(case.in_memory, case.tokens_BT))
+        assert answer.facts["elements"] == case.report.parameters_after
+        auto_map = json.loads((case.out / "config.json").read_text()).get("auto_map")
+        if auto_map is not None:
+            assert ("hidden" in answer.tensors) == ("AutoModel" in auto_map)
+        if "hidden" in answer.tensors and "base" not in contract.notes:
             with torch.inference_mode():
                 base = case.in_memory.base_model(input_ids=case.tokens_BT)[0]
-            assert_bitwise_equal(stock["hidden"], base)
+            assert_bitwise_equal(answer.tensors["hidden"], base)
 
-    def test_fresh_process_generates_with_its_cache(
-        self, case: Case, stock: dict[str, Any]
+    def test_fresh_process_changes_every_attention(
+        self, case: Case, stock: tuple[Answer, Contract]
     ) -> None:
-        assert_bitwise_equal(
-            stock["generated"], generated(masked_original(case), case.tokens_BT[:, :8])
-        )
+        assert not case.question.failed
+        found = stock[0].facts["attention_of_layers"]
+        assert found == len(attention_of_layers(case.dense)) * ["eager"]
 
-    def test_fresh_process_changes_the_attention_implementation(
-        self, case: Case, stock: dict[str, Any]
+    def test_fresh_process_adapts_every_ffn_matrix(
+        self, case: Case, stock: tuple[Answer, Contract]
     ) -> None:
-        # Not those of before: some types leave out parts of their attention in SDPA.
-        masked = masked_original(case)
-        masked.set_attn_implementation("eager")
-        assert len(stock["attention_of_layers"]) == len(attention_of_layers(masked))
-        assert set(stock["attention_of_layers"]) <= {"eager"}
-        expected = logits_of(masked, case.tokens_BT)
-        torch.testing.assert_close(stock["eager_logits"], expected, rtol=1e-5, atol=1e-5)
-
-    def test_fresh_process_saves_and_reloads(self, stock: dict[str, Any]) -> None:
-        assert_bitwise_equal(stock["resaved_logits"], stock["logits"])
-
-    def test_fresh_process_trains_lora(self, case: Case, stock: dict[str, Any]) -> None:
-        assert stock["lora_loss_after"] < stock["lora_loss_before"]
+        answer, contract = stock
+        if "adapters" in contract.notes:
+            return
         # A and B of rank 4 on every FFN matrix of every block.
         expected, targets = 0, []
         for name in matrices_of(case.architecture):
             *experts, rows, columns = case.in_memory.get_parameter(name).shape
             expected += 4 * (rows + columns) * (experts[0] if experts else 1)
             targets += [] if experts else [name.removesuffix(".weight")]
-        if stock["lora_targets"] == sorted(targets):
-            assert stock["lora_parameters"] == expected
+        if answer.facts["lora_targets"] == sorted(targets):
+            assert answer.facts["lora_parameters"] == expected
 
 
 class ThoroughContract(ArchitectureContract):
@@ -428,15 +425,6 @@ class ThoroughContract(ArchitectureContract):
             angular = (cosine.clamp(-1, 1).double().arccos() / torch.pi).mean()
             assert block.distances["angular"] == pytest.approx(angular.item(), rel=1e-5)
             assert block.tokens == windows.tokens_NT.numel()
-
-
-def matrices_of(architecture: Architecture) -> list[str]:
-    """Return the names of all FFN matrices, gate and up in one once."""
-    return [
-        architecture.block_prefix(unit.block) + name
-        for unit in architecture.units
-        for name in dict.fromkeys(name for name in (unit.gate, unit.up, unit.down) if name)
-    ]
 
 
 def kept_part(unit: FFNUnit, entry: UnitPlan, name: str, tensor: Tensor) -> Tensor:

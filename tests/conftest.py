@@ -186,7 +186,7 @@ def pruned_type(
 ) -> Callable[[str], Path]:
     """Gives the pruned tiny model of a type."""
     import cfsp
-    from any_models import tiny_model
+    from cfsp.families.tiny import tiny_model
 
     made: dict[str, Path] = {}
 

@@ -37,7 +37,7 @@ LAYERS = (
     ("speed",),
     ("goals", "recovery"),
     ("pipeline",),
-    ("api", "sweep"),
+    ("api", "families", "sweep"),
     ("report",),
     ("demo",),
     # `import cfsp` gives what its modules have.

@@ -7,13 +7,18 @@ windows and few steps, so that it takes two minutes; what more of both gives is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cfsp
+from cfsp import pipeline
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.repair import ladder
+from cfsp.repair.repaired import Repaired
 from cfsp.settings import REPAIRS
 
 pytestmark = pytest.mark.real
@@ -40,19 +45,38 @@ def statistics(demo: Checkpoint) -> cfsp.Statistics:
 
 
 @pytest.fixture(scope="module")
-def pruned(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The model by every repair."""
+def pruned(
+    demo: Checkpoint, statistics: cfsp.Statistics, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The model by every repair, each pass once: `local` begins with the steps of the others."""
     directory = tmp_path_factory.mktemp("real")
-    for repair in REPAIRS:
+    prune_by_plan(cfsp.plan("demo", statistics, sparsity=SPARSITY), directory / "none")
+
+    def written(name: str, step: Callable[..., Repaired]) -> Callable[..., Repaired]:
+        def step_and_write(source: Checkpoint, *args: Any) -> Repaired:
+            repaired = step(source, *args)
+            (directory / name).mkdir()
+            pipeline._write_checkpoint(source, repaired, directory / name)
+            return repaired
+
+        return step_and_write
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, step in (("ridge", "_choose_and_repair"), ("sequential", "repair_sequentially")):
+            patch.setattr(ladder, step, written(name, getattr(ladder, step)))
         cfsp.prune(
-            "demo",
-            out=directory / repair,
-            sparsity=SPARSITY,
-            repair=repair,
+            "demo", out=directory / "local", sparsity=SPARSITY, repair="local", local_steps=5,
             **TEXT,
-            **({"local_steps": 5} if repair == "local" else {}),
-        )
+        )  # fmt: skip
     return {repair: directory / repair for repair in REPAIRS}
+
+
+def prune_by_plan(plan: cfsp.PruningPlan, out: Path) -> None:
+    """Prune without repair and without another pass over the text."""
+    plan_file = out.with_suffix(".plan.json")
+    plan.save(plan_file)
+    argv = ["prune", "demo", "--plan", str(plan_file), "--effort", "fast", "--out", str(out)]
+    assert main(argv) == 0
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +115,7 @@ def test_widths_that_follow_the_blocks_beat_equal_ones(
     statistics: cfsp.Statistics, perplexities: Perplexities, tmp_path: Path
 ) -> None:
     plan = cfsp.plan("demo", statistics, sparsity=SPARSITY, block_metric="uniform")
-    plan.save(tmp_path / "plan.json")
-    from cfsp.cli import main
-
-    argv = ["prune", "demo", "--plan", str(tmp_path / "plan.json"), "--effort", "fast"]
-    assert main([*argv, "--out", str(tmp_path / "equal")]) == 0
+    prune_by_plan(plan, tmp_path / "equal")
     (equal,) = cfsp.evaluate([tmp_path / "equal"], [DOCS, SOURCE], windows=8, seqlen=256)
     # Measured: 1.046 and 1.153 times.
     assert equal["perplexity"][DOCS]["value"] > 1.02 * perplexities["none"][0]

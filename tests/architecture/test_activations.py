@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from any_models import tiny_model
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, ChannelAxis, FFNUnit
 from cfsp.errors import UnsupportedModelError
+from cfsp.families.tiny import tiny_model
 
 TOKENS = torch.randint(2, 290, (2, 12), generator=torch.Generator().manual_seed(0))
 

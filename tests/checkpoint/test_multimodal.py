@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import cfsp
-from any_models import tiny_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
+from cfsp.families.tiny import tiny_model
 from cfsp.recovery.model_loss import loss_inside
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.masks import masked_channels

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import cfsp
-from any_models import tiny_model
 from cfsp.checkpoint import dequantising
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
 from cfsp.cli import main
 from cfsp.errors import CheckpointError
+from cfsp.families.tiny import tiny_model
 from cfsp.recovery.writing import copy_everything_else
 from quantised_models import WAYS, Way, fp8_in_blocks, quantise
 

@@ -21,7 +21,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from any_models import model_class, tiny_config, tiny_model
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint import stored_tensors
@@ -29,6 +28,7 @@ from cfsp.checkpoint.conversion import missing_prefix, saved_state
 from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
 from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.families.tiny import model_class, tiny_config, tiny_model
 
 TYPES = (
     "llama", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text",

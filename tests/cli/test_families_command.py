@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from cfsp.architecture import catalogue
-from cfsp.architecture.catalogue import Family, installed_families, why_not
 from cfsp.cli import main
+from cfsp.families import trial
+from cfsp.families.catalogue import Family, installed_families
+from cfsp.families.contract import Contract
+from cfsp.families.trial import contract_of, why_not
+
+LLAMA = Family("llama", "LlamaForCausalLM")
 
 
 def test_the_command_lists_what_transformers_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,21 +30,28 @@ def test_what_is_not_proved_is_not_said(capsys: pytest.CaptureFixture[str]) -> N
         "class": "Gemma3ForConditionalGeneration",
         "proved": None,
         "reason": None,
+        "contract": None,
+        "contract_notes": {},
     } in listed
 
 
-def test_named_types_are_proved(capsys: pytest.CaptureFixture[str]) -> None:
+def test_named_types_are_proved_and_their_checkpoints_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["families", "--prove", "qwen3_5", "bert", "--json"]) == 0
     bert, text, whole = json.loads(capsys.readouterr().out)["families"]
-    assert (bert["model_type"], bert["proved"]) == ("bert", False)
+    assert (bert["model_type"], bert["proved"], bert["contract"]) == ("bert", False, None)
     assert "is an encoder" in bert["reason"]
-    assert (text["class"], text["proved"]) == ("Qwen3_5ForCausalLM", True)
-    assert (whole["class"], whole["proved"]) == ("Qwen3_5ForConditionalGeneration", True)
-    assert whole["reason"] is None
+    for row, name in ((text, "Qwen3_5ForCausalLM"), (whole, "Qwen3_5ForConditionalGeneration")):
+        assert (row["class"], row["proved"], row["contract"]) == (name, True, "passed")
+        assert (row["reason"], row["contract_notes"]) == (None, {})
 
-    assert main(["families", "--prove", "llama"]) == 0
-    *_, row = capsys.readouterr().out.splitlines()
-    assert row.split() == ["llama", "LlamaForCausalLM", "yes"]
+
+def test_the_table_says_why_no_tiny_model_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["families", "--prove", "llama4"]) == 0
+    *_, text, whole = capsys.readouterr().out.splitlines()
+    assert text.split() == ["llama4", "Llama4ForCausalLM", "yes", "passed"]
+    assert "not run   tiny model: AttributeError" in whole
 
 
 def test_an_unknown_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +60,31 @@ def test_an_unknown_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no language model type 'lama'; did you mean llama?" in message
 
 
-def test_a_type_that_crashes_or_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert why_not(Family("llama", "NoSuchClass")) == "its process ended with status 1"
-    monkeypatch.setattr(catalogue, "TIME_LIMIT", 0.0)
-    assert why_not(Family("llama", "LlamaForCausalLM")) == "no verdict after 0 seconds"
+def test_a_type_that_crashes_or_never_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nothing = Family("llama", "NoSuchClass")
+    assert "no config could be made (AttributeError" in str(why_not(nothing))
+    monkeypatch.setattr(trial, "PROOF_LIMIT", 0.0)
+    assert why_not(LLAMA) == "no verdict after 0 seconds"
+    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 0.0)
+    assert contract_of(LLAMA, tmp_path) == Contract(
+        "failed", {"pruned": "no verdict after 0 seconds"}
+    )
+    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 1.0)
+    monkeypatch.setattr(trial, "begin_contract", never_end)
+    assert contract_of(LLAMA, tmp_path) == Contract(
+        "failed", {"pruned": "no verdict after 1 seconds"}
+    )
+    monkeypatch.setattr(trial, "CONTRACT_LIMIT", 60.0)
+    monkeypatch.setattr(trial, "begin_contract", crash)
+    assert contract_of(LLAMA, tmp_path) == Contract(
+        "failed", {"pruned": "its process ended with status 3"}
+    )
+
+
+def never_end(family: Family, place: Path) -> None:
+    while True:
+        pass
+
+
+def crash(family: Family, place: Path) -> None:
+    raise SystemExit(3)

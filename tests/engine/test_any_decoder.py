@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from any_models import REPRESENTATIVES, tiny_model
+from any_models import REPRESENTATIVES
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.engine.decoder_end import DecoderEnd, end_of, parameters_of_end
 from cfsp.engine.decoder_start import DecoderStart
 from cfsp.engine.hidden_states import HiddenInMemory
 from cfsp.errors import UnsupportedModelError
+from cfsp.families.tiny import tiny_model
 
 SHARED_KEYS = {
     "num_hidden_layers": 4,

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import transformers
 
-from any_models import tiny_config
 from cfsp.checkpoint.config_widths import config_with_widths, padded_widths
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.errors import ExportError
 from cfsp.exports.registry import export_checkpoint
+from cfsp.families.tiny import tiny_config
 
 TYPES = (
     "qwen3_next", "deepseek_v3", "nemotron_h", "llama4_text", "granitemoehybrid", "jamba", "lfm2",

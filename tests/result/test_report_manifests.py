@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from cfsp.errors import CheckpointError
+from cfsp.repair.repaired import rejected_blocks
 from cfsp.result.conditions import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest
-from cfsp.result.repair_steps import rejected_blocks, repair_steps, steps_in_words
+from cfsp.result.repair_steps import repair_steps, steps_in_words
 
 # What cfsp 0.1 wrote for a tiny Mixtral (ridge) and a tiny Llama (all others).
 RECORDED = json.loads((Path(__file__).parent / "manifests_of_version_1.json").read_text())

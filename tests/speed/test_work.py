@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from any_models import tiny_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli.bench import _beside_ideal
+from cfsp.families.tiny import tiny_model
 from cfsp.speed.measuring import Speed
 from cfsp.speed.work import experts_per_token, work_of
 from cfsp.speed.workload import Workload

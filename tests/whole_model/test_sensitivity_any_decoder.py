@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from any_models import tiny_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import resumed_at
+from cfsp.families.tiny import tiny_model
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.masks import masked_channels
 from cfsp.whole_model.sensitivity import block_sensitivities

@@ -152,8 +152,8 @@ def padded_widths(config: PreTrainedConfig, architecture: Architecture) -> list[
     """
     units = architecture.units
     stock = stock_config(config)
-    stock_widths = _widths_by_path(stock, {unit.path for unit in units})
-    keys = width_keys(stock, stock_widths)
+    search = _Search.of(stock, units)
+    keys = search.keys
     widest: dict[str, int] = {}
     for unit in units:
         widest[unit.path] = max(unit.width, widest.get(unit.path, 0))
@@ -164,7 +164,7 @@ def padded_widths(config: PreTrainedConfig, architecture: Architecture) -> list[
             width_of |= {path: value * times for path, times in key.times.items()}
     unpruned = _width_of_place(_empty_stock_model(stock))
     widths = [width_of.get(unit.path, unpruned[unit.block, unit.path]) for unit in units]
-    if _changes(config, architecture, widths)[1] is None:
+    if search.stock_values(architecture, widths) is not None:
         return widths
     return [unpruned[unit.block, unit.path] for unit in units]
 
@@ -200,6 +200,36 @@ def config_with_widths(
 _TEXT = "text"
 
 
+@dataclass(frozen=True)
+class _Search:
+    """The keys of a stock config that give FFNs their width.
+
+    Attributes:
+        stock: the config.
+        widths: of its FFNs, by path.
+        keys: what was found.
+    """
+
+    stock: PreTrainedConfig
+    widths: Mapping[str, set[int]]
+    keys: Sequence[WidthKey]
+
+    @staticmethod
+    def of(stock: PreTrainedConfig, units: Sequence[FFNUnit]) -> _Search:
+        """Search for the keys of the FFNs at the paths of some units."""
+        widths = _widths_by_path(stock, {unit.path for unit in units})
+        return _Search(stock, widths, width_keys(stock, widths))
+
+    def stock_values(
+        self, architecture: Architecture, widths: Sequence[int]
+    ) -> dict[str, int] | None:
+        """Return the values of keys by which the stock class builds widths; None if it can't."""
+        values = _stock_values(self.keys, self.widths, architecture.units, widths)
+        if values is None or not _are_found(self.stock, values, architecture, widths):
+            return None
+        return values
+
+
 def _changes(
     config: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
 ) -> tuple[dict[str, Any], ModelingFile | None]:
@@ -220,12 +250,11 @@ def _changes(
         "auto_map": None,
         PRUNED_KEY: None,
     }
-    stock_widths = _widths_by_path(stock, {unit.path for unit in units})
-    keys = width_keys(stock, stock_widths)
-    stock_values = _stock_values(keys, stock_widths, units, widths)
-    if stock_values is not None and _are_found(stock, stock_values, architecture, widths):
+    search = _Search.of(stock, units)
+    stock_values = search.stock_values(architecture, widths)
+    if stock_values is not None:
         return {**same, _TEXT: stock_values}, None
-    key = _per_layer_key(keys, architecture, config) if keeps_none else None
+    key = _per_layer_key(search.keys, architecture, config) if keeps_none else None
     if key is not None and not _are_found(stock, {key: max(widths)}, architecture):
         key = None
     file = ModelingFile(architecture, model_class, type(config), key)
@@ -311,7 +340,7 @@ def _stock_values(
     units: Sequence[FFNUnit],
     widths: Sequence[int],
 ) -> dict[str, int] | None:
-    """Return the values of keys by which the stock class builds these widths; None if it can't."""
+    """Return the values that the keys must have for these widths; None if there are none."""
     wanted: dict[str, set[int]] = {}
     for unit, width in zip(units, widths, strict=True):
         wanted.setdefault(unit.path, set()).add(width)

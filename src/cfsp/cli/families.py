@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from cfsp.families.catalogue import Family
+    from cfsp.families.trial import Verdict
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -21,15 +26,16 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--prove",
         metavar="TYPE",
         nargs="*",
-        help="prove these model types on small random models (without a name: all of them)",
+        help="prove these model types on small random models, and check that the pruned checkpoint "
+        "of a tiny one works in transformers (without a name: all of them)",
     )
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the model types, and with --prove whether each can be pruned."""
-    from cfsp.architecture.catalogue import installed_families, why_not
+    """Print the model types, and with --prove what proof and contract say of each."""
+    from cfsp.families.catalogue import installed_families
 
     families = installed_families()
     known = {family.model_type for family in families}
@@ -41,31 +47,52 @@ def run(args: argparse.Namespace) -> None:
             )
     if args.prove:
         families = [family for family in families if family.model_type in args.prove]
-    is_asked = args.prove is not None
-    reasons = {family: why_not(family) if is_asked else None for family in families}
+    if args.prove is None:
+        rows = [_row(family, None) for family in families]
+    else:
+        from cfsp.families.trial import verdicts
+        from cfsp.progress import item_progress
+
+        rows = []
+        with item_progress("prove", len(families), "type") as bar:
+            for family, verdict in zip(families, verdicts(families), strict=True):
+                rows.append(_row(family, verdict))
+                bar.update()
     if args.json:
-        rows = [
-            {
-                "model_type": family.model_type,
-                "class": family.class_name,
-                "proved": reason is None if is_asked else None,
-                "reason": reason,
-            }
-            for family, reason in reasons.items()
-        ]
         print_json({"families": rows})
-    elif is_asked:
+    elif args.prove is None:
         print_table(
-            ("model type", "class", "proved", "reason"),
-            [
-                (family.model_type, family.class_name, "no" if reason else "yes", reason or "")
-                for family, reason in reasons.items()
-            ],
-            left=4,
+            ("model type", "class"), [(row["model_type"], row["class"]) for row in rows], left=2
         )
     else:
         print_table(
-            ("model type", "class"),
-            [(family.model_type, family.class_name) for family in families],
-            left=2,
+            ("model type", "class", "proved", "contract", "reason"),
+            [
+                (
+                    row["model_type"],
+                    row["class"],
+                    "yes" if row["proved"] else "no",
+                    row["contract"] or "",
+                    row["reason"] or _in_one_line(row["contract_notes"]),
+                )
+                for row in rows
+            ],
+            left=5,
         )
+
+
+def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
+    """Return what is known of a family, as JSON types; nothing of proof and contract is None."""
+    contract = verdict.contract if verdict else None
+    return {
+        "model_type": family.model_type,
+        "class": family.class_name,
+        "proved": verdict.reason is None if verdict else None,
+        "reason": verdict.reason if verdict else None,
+        "contract": contract.result if contract else None,
+        "contract_notes": contract.notes if contract else {},
+    }
+
+
+def _in_one_line(notes: dict[str, str]) -> str:
+    return "; ".join(f"{check}: {note}" for check, note in notes.items())

@@ -34,6 +34,7 @@ from cfsp.repair.repaired import (
     RepairFiles,
     add_step,
     block_repair,
+    rejected_blocks,
     write_tensors,
 )
 
@@ -94,10 +95,10 @@ def repair_locally(
         group_of=partial(group_of, training, blocks=blocks),
     )
     done = add_step(repaired, NAME, results)
-    if rejected := done.steps[-1].rejected:
+    if rejected := rejected_blocks(done.steps[-1].to_json()):
         log.warning(
             "training was rejected for blocks %s: on held-out windows it did not make them better",
-            ", ".join(map(str, rejected)),
+            ", ".join(rejected),
         )
     return done
 

@@ -103,22 +103,25 @@ class Step:
     name: str
     blocks: tuple[BlockRepair | None, ...]
 
-    @property
-    def rejected(self) -> list[int]:
-        """The blocks that stay as they were before this step, or some unit of which does."""
-        found = {
-            block
-            for position, repair in enumerate(self.blocks)
-            if repair is not None and not repair.kept
-            for last in [position if repair.block is None else repair.block]
-            for block in range(last - repair.blocks + 1, last + 1)
-        }
-        return sorted(found)
-
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
         blocks = [None if block is None else block.to_json() for block in self.blocks]
         return {"name": self.name, "blocks": blocks}
+
+
+def entry_name(entry: Mapping[str, Any], index: int) -> str:
+    """Return what an entry of a step in JSON is about: its block, and the path in that if any."""
+    return f"{entry['block']} {entry['path']}" if "block" in entry else str(index)
+
+
+def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
+    """Return the blocks or FFNs that a step in JSON left as they were, for it did not help."""
+    return [
+        entry_name(entry, index)
+        for last, entry in enumerate(step["blocks"])
+        if entry is not None and not entry["kept"]
+        for index in range(last + 1 - entry["blocks"], last + 1)
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cfsp.repair.repaired import entry_name
 from cfsp.report.chart import (
     TITLE,
     Chart,
@@ -21,7 +22,7 @@ from cfsp.report.chart import (
 from cfsp.report.drawing import Bands, Scale, cross, element, join, scale_from_zero, shift
 from cfsp.report.runs import RunFacts
 from cfsp.report.summary import NOTHING
-from cfsp.result.repair_steps import Step, entry_name, error_name
+from cfsp.result.repair_steps import Step, error_name
 
 _CAPTION = (
     "Each step of repair is judged on windows that were held out from it; what did not help is "

@@ -8,8 +8,10 @@ FFNs there is an entry for each, which names its block and its path in that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from cfsp.repair.repaired import rejected_blocks
 
 Step = dict[str, Any]
 
@@ -26,21 +28,6 @@ def repair_steps(manifest: dict[str, Any]) -> list[Step]:
 def error_name(step: str) -> str:
     """Return what the errors of a step are errors of."""
     return _ERRORS.get(step, _ERROR)
-
-
-def entry_name(entry: Mapping[str, Any], index: int) -> str:
-    """Return what an entry of a step is about: its block, and the path in that if it has one."""
-    return f"{entry['block']} {entry['path']}" if "block" in entry else str(index)
-
-
-def rejected_blocks(step: Step) -> list[str]:
-    """Return the blocks or FFNs that a step left as they were, because it did not help."""
-    return [
-        entry_name(entry, index)
-        for last, entry in enumerate(step["blocks"])
-        if entry is not None and not entry["kept"]
-        for index in range(last + 1 - entry["blocks"], last + 1)
-    ]
 
 
 def changed_weights(step: Step) -> bool:

@@ -1,0 +1,52 @@
+"""The language model types of the installed transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type and its class; multimodal types can have one with and one without pictures."""
+
+    model_type: str
+    class_name: str
+
+    def class_and_config(
+        self, config_of: Callable[[str], PreTrainedConfig]
+    ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+        """Return the class and what it is built from.
+
+        Args:
+            config_of: gives a config of a model type.
+        """
+        import transformers
+
+        model_class: type[PreTrainedModel] = getattr(transformers, self.class_name)
+        config = config_of(self.model_type)
+        # A multimodal type's class for text alone is built from the config of its text decoder.
+        if model_class.config_class is config.sub_configs.get("text_config"):
+            config = config.get_text_config()
+        return model_class, config
+
+
+def installed_families() -> list[Family]:
+    """Return what transformers has for language modelling and for text from images."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    # The first of several classes is the one that the Auto class builds unless told otherwise.
+    pairs = {
+        (model_type, names if isinstance(names, str) else names[0])
+        for mapping in mappings
+        for model_type, names in mapping.items()
+    }
+    return [Family(model_type, class_name) for model_type, class_name in sorted(pairs)]

@@ -1,0 +1,355 @@
+"""A tiny config for any decoder type of transformers: one table of names, one of exceptions.
+
+`SMALL` says how large anything is, by the name that a config calls it; a config takes what it has
+a field for. `OVERRIDES` has what a type needs besides, such as one block of each kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+BLOCKS = 3
+HIDDEN = 32
+WIDTH = 96
+EXPERT_WIDTH = 64
+EXPERTS = 4
+VOCABULARY = 320
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 256,
+    "n_positions": 256,
+    "max_seq_len": 256,
+    # Hidden size, blocks, heads.
+    "hidden_size": HIDDEN,
+    "n_embd": HIDDEN,
+    "d_model": HIDDEN,
+    "num_hidden_layers": BLOCKS,
+    "n_layer": BLOCKS,
+    "n_layers": BLOCKS,
+    "decoder_layers": BLOCKS,
+    "encoder_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "kv_channels": 16,
+    # FFNs.
+    "intermediate_size": WIDTH,
+    "intermediate_size_mlp": WIDTH,
+    "ffn_dim": WIDTH,
+    "decoder_ffn_dim": WIDTH,
+    "encoder_ffn_dim": WIDTH,
+    "n_inner": WIDTH,
+    "ffn_hidden_size": WIDTH,
+    "shared_intermediate_size": WIDTH,
+    "moe_intermediate_size": EXPERT_WIDTH,
+    "shared_expert_intermediate_size": WIDTH,
+    "moe_shared_expert_intermediate_size": WIDTH,
+    # Experts.
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
+    "moe_num_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    # Attention with its own sizes.
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "sliding_window": 8,
+    "attention_chunk_size": 8,
+    "query_pre_attn_scalar": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    # Linear attention and state spaces.
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_head_dim": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "ssm_state_size": 8,
+    "state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "time_step_rank": 8,
+    # Embeddings of every layer.
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    # Their own special tokens lie outside the tiny vocabulary.
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    # Larger than the usual 0.02: a tiny model then computes something worth comparing.
+    "initializer_range": 0.2,
+    "init_std": 0.2,
+}
+
+SMALL_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "out_hidden_size": HIDDEN,
+    "projection_dim": HIDDEN,
+    "output_proj_dims": HIDDEN,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+    "position_embedding_size": 16,
+    "fullatt_block_indexes": (1,),
+    "deepstack_visual_indexes": (0, 1),
+    "initializer_range": 0.2,
+}
+
+_SPECIAL_TOKENS: dict[str, int] = {
+    "image_token_id": 300,
+    "image_token_index": 300,
+    "video_token_id": 301,
+    "video_token_index": 301,
+    "audio_token_id": 302,
+    "boi_token_id": 303,
+    "boi_token_index": 303,
+    "eoi_token_id": 304,
+    "eoi_token_index": 304,
+    "boa_token_id": 305,
+    "eoa_token_id": 306,
+    "eoa_token_index": 306,
+    "vision_start_token_id": 307,
+    "vision_end_token_id": 308,
+    "image_start_token_id": 307,
+    "image_end_token_id": 308,
+    "video_start_token_id": 309,
+    "video_end_token_id": 310,
+}
+
+_SLIDING_THEN_FULL = ["sliding_attention", "sliding_attention", "full_attention"]
+_LINEAR_THEN_FULL = ["linear_attention", "linear_attention", "full_attention"]
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_SMALL_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_PARTIAL_MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+# Where no image is, the multimodal model looks at the embedding of the padding token.
+_GEMMA4 = {"layer_types": _SLIDING_THEN_FULL, "pad_token_id": 2}
+
+# What a type needs besides `SMALL`: of its own config, and of the parts of a multimodal one.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "helium": {"head_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"], "num_dense_layers": 1},
+    "emu3": {"text_config": {"pad_token_id": 2}},
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere2": {"layer_types": _SLIDING_THEN_FULL},
+    "falcon": {"alibi": False},
+    "gemma3": {
+        "mm_tokens_per_image": 4,
+        "text_config": {"layer_types": _SLIDING_THEN_FULL},
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14},
+    },
+    "gemma3_text": {"layer_types": _SLIDING_THEN_FULL},
+    "gemma4": {"audio_config": None, "text_config": _GEMMA4},
+    "gemma4_text": _GEMMA4,
+    "glm46v": {"text_config": {"rope_parameters": _SMALL_MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE}},
+    "glm_ocr": {"text_config": {"rope_parameters": _MROPE}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v": {
+        "text_config": {"rope_parameters": _SMALL_MROPE},
+        "vision_config": {"image_size": 28, "patch_size": 14, "spatial_merge_size": 2},
+    },
+    "gpt_oss": {"layer_types": _SLIDING_THEN_FULL},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"]},
+    "internvl": {
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": {"image_size": [28, 28], "patch_size": [14, 14]},
+    },
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "use_mamba_kernels": False},
+    "lfm2": {
+        "layer_types": ["conv", "conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "llama4": {
+        "text_config": {"moe_layers": [1, 2], "num_experts_per_tok": 1},
+        # Four patches become one token, of their width together.
+        "vision_config": {"image_size": 28, "patch_size": 14, "vision_output_dim": 32,
+                          "intermediate_size": 128, "projector_input_dim": 32,
+                          "projector_output_dim": 32},
+    },
+    "llama4_text": {"moe_layers": [1, 2], "num_experts_per_tok": 1},
+    "llava_onevision": {
+        "image_grid_pinpoints": [[28, 28]],
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
+    },
+    "longcat_flash": {
+        "num_layers": 2, "moe_topk": 2, "zero_expert_num": 2,
+        "expert_ffn_hidden_size": EXPERT_WIDTH,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral"},
+        "vision_config": {"model_type": "pixtral", "image_size": 28, "patch_size": 14},
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "use_mamba_kernels": False,
+    },
+    "olmo3": {"layer_types": _SLIDING_THEN_FULL},
+    "paligemma": {
+        "projection_dim": HIDDEN,
+        "text_config": {"model_type": "gemma"},
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
+    },
+    "phi3": {"num_key_value_heads": 4},
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": _SMALL_MROPE},
+        "vision_config": {"patch_size": 14, "window_size": 56},
+    },
+    "qwen2_vl": {"text_config": {"rope_parameters": _SMALL_MROPE}},
+    "qwen3_5": {
+        "text_config": {"layer_types": _LINEAR_THEN_FULL, "rope_parameters": _PARTIAL_MROPE},
+    },
+    "qwen3_5_text": {"layer_types": _LINEAR_THEN_FULL, "rope_parameters": _PARTIAL_MROPE},
+    "qwen3_next": {"layer_types": _LINEAR_THEN_FULL},
+    "qwen3_vl": {"text_config": {"rope_parameters": {**_MROPE, "mrope_interleaved": True}}},
+    # Transposed or not is told by shapes: no width of experts may be the hidden size or half of it.
+    "qwen3_vl_moe": {
+        "text_config": {
+            "hidden_size": 36,
+            "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+        },
+        "vision_config": {"out_hidden_size": 36},
+    },
+    "step3p7": {"text_config": {"pad_token_id": 2}},
+    "smolvlm": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"image_size": 28, "patch_size": 14},
+    },
+}  # fmt: skip
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """Return a config of a type with a tiny decoder and, if it has one, a tiny vision tower.
+
+    Args:
+        model_type: that transformers knows.
+        overrides: instead of those in `OVERRIDES`, key by key.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    own = {**OVERRIDES.get(model_type, {}), **overrides}
+    return config_class(**_values(config_class, SMALL, own))
+
+
+def _values(
+    config_class: type[PreTrainedConfig], sizes: dict[str, Any], overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a config class is made with; its parts as dictionaries."""
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    values = {name: value for name, value in {**sizes, **_SPECIAL_TOKENS}.items() if name in fields}
+    if "kv_lora_rank" in fields and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]  # latent: has no groups
+    values |= overrides
+    for part in config_class.sub_configs:
+        own = overrides.get(part, {})
+        if own is None:
+            continue
+        part_class: Any = config_class.sub_configs[part]
+        if part_class is AutoConfig:
+            default = getattr(config_class(), part)
+            part_class = CONFIG_MAPPING[own["model_type"]] if "model_type" in own else type(default)
+        if not hasattr(part_class, "__dataclass_fields__"):
+            continue
+        is_tower = any(word in part for word in ("vision", "audio"))
+        values[part] = _values(part_class, SMALL_TOWER if is_tower else SMALL, own)
+        if "model_type" in fields:
+            values[part].setdefault("model_type", part_class.model_type)
+    return values
+
+
+def model_class(model_type: str) -> type[PreTrainedModel]:
+    """Return the class of a type: multimodal if there is one, else a causal language model."""
+    import transformers
+
+    causal, multimodal = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    name = multimodal.get(model_type) or causal[model_type]
+    found: type[PreTrainedModel] = getattr(
+        transformers, name[0] if isinstance(name, tuple | list) else name
+    )
+    return found
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Return a model of a type with random weights, in float32, in evaluation mode.
+
+    Args:
+        model_type: that transformers knows.
+        seed: of the weights.
+        overrides: of the config, as for `tiny_config`.
+    """
+    return random_model(model_class(model_type), tiny_config(model_type, **overrides), seed)
+
+
+def random_model(
+    of_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0
+) -> PreTrainedModel:
+    """Return a model with random weights, in float32, in evaluation mode.
+
+    What is made zero or one, such as norms and biases, would hide an error: it is random too.
+    """
+    torch.manual_seed(seed)
+    model: PreTrainedModel = of_class._from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(0.02 * noise.to(parameter.dtype))
+    return model
