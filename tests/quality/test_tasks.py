@@ -270,7 +270,7 @@ def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forwa
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate, "streamed_perplexity", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
     directory, texts = tiny_checkpoint("llama"), EvaluationText((str(text_file),), 2, 32)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=tmp_path))
     with pytest.raises(TaskError, match="cannot read the task file"):
