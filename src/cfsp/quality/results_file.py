@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,102 @@ def read_results(path: Path) -> dict[str, Any]:
     ):
         raise ReportError(f"{path} is not what `cfsp eval --out` writes")
     return results
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One model of one or more files.
+
+    Attributes:
+        name: what it was called; with its file, where two models had one name.
+        fingerprint: tells it from others of the same name.
+        file: the first that it is in.
+        against: fingerprint of the dense model that it was compared with; None without.
+        windows: text -> sums over each window (see `cfsp.quality.evaluate`).
+        tasks: task -> scores.
+        documents: task -> its documents (see `cfsp.quality.tasks.scored`).
+    """
+
+    name: str
+    fingerprint: str
+    file: str
+    against: str | None = None
+    windows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def with_more(self, other: MeasuredModel) -> MeasuredModel:
+        """Add what was measured of the same model in another file.
+
+        Raises:
+            ReportError: one text or task was measured otherwise there.
+        """
+        for text, sums in other.windows.items():
+            known = self.windows.get(text)
+            if known is not None and known["digest"] != sums["digest"]:
+                raise _twice(self, other, text)
+        for task, documents in other.documents.items():
+            mine = self.documents.get(task)
+            if mine is not None and hashes(mine) != hashes(documents):
+                raise _twice(self, other, task)
+        windows = dict(other.windows)
+        for text, sums in self.windows.items():
+            # Of two that are alike, the one that was compared with the dense model says more.
+            if text not in windows or "divergence" in sums or "divergence" not in windows[text]:
+                windows[text] = sums
+        return replace(
+            self,
+            against=self.against or other.against,
+            windows=windows,
+            tasks=other.tasks | self.tasks,
+            documents=other.documents | self.documents,
+        )
+
+
+def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
+    """Read the models of several files; what is in several of them is one model.
+
+    Raises:
+        ReportError: a file is none of `cfsp eval --out`, or two disagree.
+    """
+    found: dict[tuple[str, str], MeasuredModel] = {}
+    for path in paths:
+        for model in read_results(path)["models"]:
+            each = _model(path, model)
+            key = (each.name, each.fingerprint)
+            found[key] = found[key].with_more(each) if key in found else each
+    names = [name for name, _fingerprint in found]
+    return [
+        each if names.count(each.name) == 1 else replace(each, name=f"{each.name} ({each.file})")
+        for each in found.values()
+    ]
+
+
+def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return what the documents of two models must have in common to be compared."""
+    return [(document["id"], document["hash"]) for document in documents]
+
+
+def _model(path: Path, model: dict[str, Any]) -> MeasuredModel:
+    try:
+        return MeasuredModel(
+            model["model"],
+            model["fingerprint"],
+            str(path),
+            model.get("agreement", {}).get("fingerprint"),
+            dict(model["windows"]),
+            dict(model.get("tasks", {})),
+            dict(model.get("documents", {})),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(
+            f"{path} has no windows or documents of {model['model']}, which pairs are compared "
+            "by; measure it again with: cfsp eval ... --out FILE"
+        ) from error
+
+
+def _twice(model: MeasuredModel, other: MeasuredModel, what: str) -> ReportError:
+    return ReportError(
+        f"{model.file} and {other.file} measured {model.name} on other parts of {what}; compare "
+        "one of them"
+    )

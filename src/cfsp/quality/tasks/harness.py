@@ -86,6 +86,8 @@ class TaskRunner:
                 pretrained=text_model(model),
                 tokenizer=tokenizer,
                 batch_size=self.selection.batch,
+                # A bfloat16 log-likelihood of -100 has steps of 0.5: choices would be equal.
+                softmax_dtype="float32",
                 # It does not look for it in the text config of a multimodal one.
                 max_length=longest_input_of(model.config),
             )
