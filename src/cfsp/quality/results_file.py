@@ -128,7 +128,7 @@ def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
     found: dict[tuple[str, str], MeasuredModel] = {}
     for path in paths:
         for model in read_results(path)["models"]:
-            each = _model(path, model)
+            each = measured_model(str(path), model)
             key = (each.name, each.fingerprint)
             found[key] = found[key].with_more(each) if key in found else each
     names = [name for name, _fingerprint in found]
@@ -143,12 +143,21 @@ def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(document["id"], document["hash"]) for document in documents]
 
 
-def _model(path: Path, model: dict[str, Any]) -> MeasuredModel:
+def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
+    """Return one model of results.
+
+    Args:
+        file: where they are from, for errors.
+        model: what `cfsp eval --json` says of it.
+
+    Raises:
+        ReportError: it has no windows or documents.
+    """
     try:
         return MeasuredModel(
             model["model"],
             model["fingerprint"],
-            str(path),
+            file,
             model.get("agreement", {}).get("fingerprint"),
             dict(model["windows"]),
             dict(model.get("tasks", {})),
@@ -156,7 +165,7 @@ def _model(path: Path, model: dict[str, Any]) -> MeasuredModel:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(
-            f"{path} has no windows or documents of {model['model']}, which pairs are compared "
+            f"{file} has no windows or documents of {model['model']}, which pairs are compared "
             "by; measure it again with: cfsp eval ... --out FILE"
         ) from error
 
