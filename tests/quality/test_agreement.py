@@ -240,6 +240,23 @@ def test_an_interrupted_run_goes_on(
     assert "holds something else than was asked for now" in capsys.readouterr().err
 
 
+def test_results_of_other_weights_are_not_taken_for_these(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama"), model)
+    argv = ["eval", str(model), "--data", str(text_file), "--windows", "2", "--seqlen", "16"]
+    argv += ["--out", str(tmp_path / "out.json")]
+    assert main(argv) == 0
+    shutil.rmtree(model)
+    perturbed(tiny_checkpoint("llama"), model)
+    assert main(argv) == 2
+    assert f"was measured when {model} had other weights" in capsys.readouterr().err
+
+
 def test_what_is_printed(
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,

@@ -98,7 +98,8 @@ def evaluate_models(
         }
         for source, dtype in zip(sources, dtypes, strict=True)
     ]
-    with _place_beside(out, _identity(results, windows, against, tasks), compute) as place:
+    identity = _identity(results, windows, against, tasks, compute)
+    with _place_beside(out, identity, compute) as place:
         for number, text in enumerate(windows[0]):
             of_text = [of_texts[text] for of_texts in windows]
             measured = _measure_text(
@@ -157,6 +158,7 @@ def _measure_text(
                 dense=ends[0] if ends and model > 0 else None,
                 on_end=keep,
             )
+            perplexity_of(sum(sums.loss), windows[model], f"{source.label} on {text}")  # no NaN
             return asdict(sums)
 
         return [
@@ -316,11 +318,13 @@ def _identity(
     windows: Sequence[Mapping[str, Windows]],
     against: str | Path | None,
     tasks: TaskRunner | None,
+    compute: Compute,
 ) -> dict[str, Any]:
     """Return what results depend on, for what an interrupted run left."""
     return {
         "command": "eval",
         "models": [[result["model"], result["fingerprint"]] for result in results],
+        "batch of windows": compute.batch_windows,
         "dtypes": [result["dtype"] for result in results],
         "texts": {text: of_text.digest for text, of_text in windows[0].items()},
         "dense model": None if against is None else str(against),

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import created_parents, write_atomically
+from cfsp.checkpoint.reading import fingerprint
 from cfsp.engine.workplace import remove_finished_work
 from cfsp.errors import OutputError, ReportError
 
@@ -27,7 +29,8 @@ def measured_into(
         measure: gives the results; it may keep unfinished work beside the file.
 
     Raises:
-        OutputError: the file is there and something else was asked for, or cannot be written.
+        OutputError: the file is there and something else was asked for, or a model has changed
+            since, or it cannot be written.
     """
     if out.exists():
         remove_finished_work(out)
@@ -40,6 +43,12 @@ def measured_into(
                 f"{out} exists and holds something else than was asked for now; choose another "
                 "--out, or remove it"
             )
+        for model in found["models"]:
+            if fingerprint(open_checkpoint(model["model"])) != model.get("fingerprint"):
+                raise OutputError(
+                    f"{out} was measured when {model['model']} had other weights; choose another "
+                    "--out, or remove it"
+                )
         logger.info("%s is there already; nothing is measured again", out)
         return found
     with created_parents(out):

@@ -112,12 +112,14 @@ class TaskRunner:
             "limit": self.selection.limit,
             "shots": self.selection.shots,
             "batch": self.selection.batch,
+            "softmax": "float32",
             "task_data": "JSONL files" if self.selection.data else "the harness's own",
         }
 
     def identity(self) -> dict[str, Any]:
         """Return what scores depend on, as JSON types."""
-        return {**self.conditions(), "names": list(self.selection.names)}
+        names, data = list(self.selection.names), self.selection.data
+        return {**self.conditions(), "names": names, "data": data and str(data)}
 
     def set_shots(self, task: Any) -> None:
         """Set the solved examples before each question, as the harness's own command does."""
