@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import created_parents, write_atomically
@@ -16,6 +16,8 @@ from cfsp.engine.workplace import remove_finished_work
 from cfsp.errors import OutputError, ReportError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def measured_into(
@@ -114,18 +116,22 @@ class MeasuredModel:
             mine = self.documents.get(task)
             if mine is not None and hashes(mine) != hashes(documents):
                 raise _twice(self, other, task)
-        windows = dict(other.windows)
-        for text, sums in self.windows.items():
+        windows = _joined(self.windows, other.windows)
+        for text, sums in other.windows.items():
             # Of two that are alike, the one that was compared with the dense model says more.
-            if text not in windows or "divergence" in sums or "divergence" not in windows[text]:
+            if "divergence" not in windows[text]:
                 windows[text] = sums
         return replace(
             self,
             against=self.against or other.against,
             windows=windows,
-            tasks=other.tasks | self.tasks,
-            documents=other.documents | self.documents,
+            tasks=_joined(self.tasks, other.tasks),
+            documents=_joined(self.documents, other.documents),
         )
+
+
+def _joined(first: dict[str, T], second: dict[str, T]) -> dict[str, T]:
+    return first | {name: value for name, value in second.items() if name not in first}
 
 
 def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
