@@ -36,7 +36,10 @@ class DenseEnd:
 
     def hidden_of(self, window: int) -> Tensor:
         """Return the hidden states of one window, TD."""
-        return self.hidden.read(slice(window, window + 1))[0].to(self.device)
+        batch = slice(window, window + 1)
+        hidden_TD = self.hidden.read(batch)[0].clone().to(self.device)
+        self.hidden.forget(batch)
+        return hidden_TD
 
 
 def divergence_and_agreement(logits_PV: Tensor, dense_PV: Tensor) -> tuple[float, int]:
