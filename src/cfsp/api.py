@@ -217,6 +217,7 @@ def evaluate(
     bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
+    against: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Return perplexities of models on texts, as `cfsp eval --json` prints them.
 
@@ -230,13 +231,17 @@ def evaluate(
             input.
         device: where to compute.
         dtype: what to compute in.
+        against: the dense model, which is measured too, and how far the others are from its
+            predictions.
     """
     texts = EvaluationText(_texts(data), windows, seqlen, bos=bos)
     if not texts.names:
         raise UsageError(
             "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
         )
-    return evaluate_models([str(model) for model in models], texts, Compute(device, dtype))
+    names = [str(model) for model in models]
+    against = None if against is None else str(against)
+    return evaluate_models(names, texts, Compute(device, dtype), against=against)
 
 
 def _texts(data: Data) -> tuple[str | Text, ...]:

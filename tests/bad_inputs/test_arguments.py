@@ -137,6 +137,11 @@ NUMBERS: Table = {
     "tasks with no documents": BadInput(
         "eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"
     ),
+    "limit of no tasks": BadInput(
+        f"sweep {{model}} --sparsity 0.4 --eval {{text}} --out {{out}} {TEXT} --set task_limit=4",
+        "--task-limit",
+        "need --tasks",
+    ),
     "type of a format that keeps its own": BadInput(
         "export {model} --to padded --type f16 --out {out}", "--type belongs to", "keeps the"
     ),

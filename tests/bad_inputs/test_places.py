@@ -149,6 +149,14 @@ RUNS: Table = {
     "report of what is no run": BadInput(
         "report {model}", "{model} has no cfsp.json", "a report needs a directory that cfsp prune"
     ),
+    "comparing what is no result": BadInput(
+        "compare {text}", "cannot read {text}", "make it with: cfsp eval"
+    ),
+    "results into a file that is something else": BadInput(
+        "eval {model} --data {text} --windows 1 --seqlen 32 --out {text}",
+        "holds something else",
+        "choose another --out",
+    ),
     "report with results that are none": BadInput(
         "report {pruned} --results {text}", "cannot read {text}", "make it with: cfsp eval"
     ),
@@ -183,6 +191,7 @@ def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
 # Disks.
 
 WRITERS = {
+    "eval": "eval {model} --data {text} --windows 1 --seqlen 32 --out {out}.json",
     "prune": f"{PRUNE} {TEXT}",
     "calibrate": f"calibrate {{model}} --out {{out}} {TEXT}",
     "plan": f"plan {{model}} --statistics {{statistics}} --out {{out}} {SMALL}",

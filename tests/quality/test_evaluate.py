@@ -42,7 +42,14 @@ def test_each_value_says_how_it_was_measured(
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "load", lambda *_, **__: pytest.fail("the model was loaded"))
         (found,) = evaluate_models([directory], texts, Compute(dtype="float32"))
-    assert set(found) == {"model", "parameters", "dtype", "perplexity"}
+    assert set(found) == {
+        "model",
+        "fingerprint",
+        "parameters",
+        "dtype",
+        "perplexity",
+        "windows",
+    }
     model = load(directory, dtype="float32")
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     tokenizer = load_tokenizer(directory)
@@ -134,7 +141,7 @@ def test_a_mistaken_text_is_told_before_the_model_is_looked_for(
 ) -> None:
     with pytest.raises(TextError, match="no_such"):
         evaluate_models(["no/such/model"], EvaluationText(("no_such.txt",)), Compute())
-    monkeypatch.setattr(evaluate, "streamed_perplexity", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
     models, compute = [tiny_checkpoint("llama"), tiny_checkpoint("gpt2")], Compute()
     with pytest.raises(UsageError, match="has learnt 256 positions"):
         evaluate_models(models, EvaluationText((str(text_file),), 2, 300), compute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from cfsp.errors import TaskError, UsageError
 from cfsp.quality import evaluate
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.quality.tasks.documents import read_documents
-from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
 from cfsp.quality.tasks.selection import PAPER_SUITE, TaskSelection, jsonl_task_directory
 from cfsp.settings import Compute, EvaluationText
 
@@ -34,6 +35,7 @@ FILES = {
     "boolq": "boolq.jsonl",
     "winogrande": "winogrande.jsonl",
     "hellaswag": "hellaswag.jsonl",
+    "lambada_openai": "lambada.jsonl",
 }
 WORDS = ["river", "stone", "light", "green", "runs", "falls", "under", "small", "plan", "wörd"]
 DOCUMENTS = 12
@@ -52,6 +54,10 @@ def _original_and_ours(task: str) -> tuple[list[dict[str, Any]], list[dict[str, 
         question, passage = _phrase(generator), _phrase(generator, 20)
         choices = [_phrase(generator) + f" {i}" for i in range(4)]
         gold = generator.randrange(2)
+        if task == "lambada_openai":
+            original.append({"text": f"{passage} {question}"})
+            ours.append(original[-1])
+            continue
         if task == "piqa":
             original.append(
                 {"goal": question, "sol1": choices[0], "sol2": choices[1], "label": gold}
@@ -146,6 +152,30 @@ def test_text_and_choices_are_those_of_the_harness(
     assert ours.VERSION == stock.VERSION
 
 
+def test_questions_of_mmlu_are_those_of_the_harness(
+    tmp_path: Path, stock_tasks: TaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    letters = ["A", "B", "C", "D"]
+    original, ours = [], []
+    for number in range(3):
+        options = [f"{word} {number}" for word in WORDS[:4]]
+        question = f"Which word is number {number}?"
+        original.append({"question": question, "choices": options, "answer": number})
+        lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
+        begin = "The following are multiple choice questions (with answers) about astronomy.\n\n"
+        query = begin + "\n".join([question, *lines, "Answer:"])
+        ours.append({"query": query, "choices": letters, "gold": number})
+    rows = datasets.Dataset.from_list(original)
+    splits = datasets.DatasetDict(dict.fromkeys(("dev", "validation", "test"), rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: splits)
+    stock = stock_tasks.load(["mmlu_astronomy"])["tasks"]["mmlu_astronomy"]
+    (tmp_path / "mmlu.jsonl").write_text("\n".join(map(json.dumps, ours)))
+    runner = TaskRunner.of(TaskSelection(("mmlu",), data=tmp_path))
+    assert _requests(runner.manager.load(["mmlu"])["tasks"]["mmlu"]) == _requests(stock)
+
+
 def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
     tiny_checkpoint: Callable[[str], Path], tokenizer: Any, task_data: Path
 ) -> None:
@@ -164,6 +194,7 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
     )["results"]
     runner = TaskRunner.of(TaskSelection(tuple(FILES), data=task_data))
     found = runner.score(load(directory, dtype="float32"), tokenizer)
+    scorer = runner.scorer(load(directory, dtype="float32"), tokenizer)
     assert list(found) == list(FILES)
     for task, scores in found.items():
         assert scores["acc"] == expected[task]["acc,none"]
@@ -172,6 +203,31 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
         assert scores["shots"] == 0
         assert scores.get("acc_norm") == expected[task].get("acc_norm,none")
         assert scores.get("acc_norm_stderr") == expected[task].get("acc_norm_stderr,none")
+        documents = scorer.score(task)["documents"][task]
+        assert len({document["hash"] for document in documents}) == DOCUMENTS
+        assert [document["id"] for document in documents] == [f"{task}/{i}" for i in range(12)]
+        for metric in ("acc", "acc_norm"):
+            if metric in scores:
+                assert sum(each[metric] for each in documents) / DOCUMENTS == scores[metric]
+        if task == "lambada_openai":
+            loss = -sum(each["loglikelihoods"][0] for each in documents) / DOCUMENTS
+            assert scores["loss"] == pytest.approx(loss)
+            assert math.exp(loss) == pytest.approx(expected[task]["perplexity,none"], rel=1e-5)
+            assert scores["chance"] == 0
+            continue
+        for document in documents:
+            assert document["acc"] == (document["choice"] == document["gold"])
+            assert document["choice"] == max(
+                range(len(document["loglikelihoods"])), key=document["loglikelihoods"].__getitem__
+            )
+            if "acc_norm" in document:
+                assert document["acc_norm"] == (document["choice_norm"] == document["gold"])
+        choices = 2 if task in ("piqa", "winogrande") else 4
+        if task == "boolq":  # all documents have the same choices: say the same to each
+            yes = sum(document["gold"] for document in documents) / DOCUMENTS
+            assert scores["chance"] == pytest.approx(max(yes, 1 - yes), abs=1e-6)
+        else:
+            assert scores["chance"] == 1 / choices
     # A random model on random text is right now and then, not always and not never.
     assert 0 < sum(scores["acc"] for scores in found.values()) < len(found)
 
@@ -244,6 +300,40 @@ def test_table_has_a_column_for_each_model(
     assert lines[2].count("±") == 2
 
 
+def test_an_interrupted_run_goes_on_with_the_next_task(
+    tiny_checkpoint: Callable[[str], Path],
+    task_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = [str(tiny_checkpoint(name)) for name in ("llama", "qwen2")]
+    argv = ["eval", *models, "--tasks", "piqa,boolq,lambada_openai", "--task-data", str(task_data)]
+    whole, out = tmp_path / "whole.json", tmp_path / "out.json"
+    assert main([*argv, "--out", str(whole)]) == 0
+    plain, seen = TaskScorer.score, []
+
+    def killed(count: int) -> Callable[..., Any]:
+        def score(scorer: TaskScorer, name: str) -> dict[str, Any]:
+            seen.append(name)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            return plain(scorer, name)
+
+        return score
+
+    monkeypatch.setattr(TaskScorer, "score", killed(5))
+    assert main([*argv, "--out", str(out)]) == 130
+    assert not out.exists()
+    seen.clear()
+    monkeypatch.setattr(TaskScorer, "score", killed(0))
+    assert main([*argv, "--out", str(out)]) == 0
+    assert seen == ["boolq", "lambada_openai"]
+    found = json.loads(out.read_text())
+    assert found == json.loads(whole.read_text())
+    assert set(found["models"][1]["documents"]) == {"piqa", "boolq", "lambada_openai"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "whole.json"]
+
+
 def test_unknown_task_names_those_that_look_alike(task_data: Path) -> None:
     with pytest.raises(TaskError, match="no task 'arc_esy'; did you mean arc_easy"):
         TaskRunner.of(TaskSelection(("arc_esy",), data=task_data))
@@ -270,7 +360,7 @@ def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forwa
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate, "streamed_perplexity", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
     directory, texts = tiny_checkpoint("llama"), EvaluationText((str(text_file),), 2, 32)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=tmp_path))
     with pytest.raises(TaskError, match="cannot read the task file"):
@@ -303,6 +393,7 @@ def test_the_harness_asks_git_nothing(
         ('{"query": "a", "choices": ["b"], "gold": 1}', "gold is 1, but there are 1 choices"),
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "a choice is empty"),
         ("[]", "found: list"),
+        ('{"text": "word"}', "whose last word follows a space, found 'word'"),
         ("", "holds no documents"),
     ],
 )

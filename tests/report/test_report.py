@@ -269,6 +269,16 @@ def test_results_of_eval_and_bench_are_added(
     assert re.search(r"decode, batch 1, prompt 64\s+10\.0\s+20\.0\s+. 1\.90", cells)
 
 
+def test_pairs_with_the_original(run: Path, text_file: Path, tmp_path: Path) -> None:
+    base = json.loads((run / "cfsp.json").read_text())["base_model"]["name"]
+    results = tmp_path / "results.json"
+    argv = ["eval", str(run), "--against", base, "--data", str(text_file), "--windows", "3"]
+    assert main([*argv, "--seqlen", "24", "--out", str(results)]) == 0
+    cells = re.sub(r"<[^>]+>", " ", rendered([run], tmp_path, results=[results]))
+    assert re.search(rf"KL per token, nats, \S+\s+{NOTHING}\s+\d\.\d+\s+± \d\.\d+", cells)
+    assert re.search(rf"equal first choices, percent, \S+\s+{NOTHING}\s+\d+\.\d\s+± ", cells)
+
+
 def test_speed_that_the_demonstration_adds_to_the_manifest(run: Path, tmp_path: Path) -> None:
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
     rates = {"dense": (10.0, 1.0), "pruned": (14.0, 1.4)}

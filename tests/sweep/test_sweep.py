@@ -86,6 +86,52 @@ def test_every_method_makes_every_sparsity_at_the_same_size(
     ]
 
 
+def test_it_compares_with_the_dense_model_if_asked_to(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    (tmp_path / "tasks").mkdir()
+    lines = [
+        {"query": f"Question: {number}", "choices": ["one river", "two stones"], "gold": number % 2}
+        for number in range(6)
+    ]
+    (tmp_path / "tasks" / "piqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    arguments = [
+        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "--multiple", "4",
+        "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
+        "--eval-windows", "2", "--agreement", "--tasks", "piqa", "--set", "task_limit=4",
+        "--set", f"task_data={tmp_path / 'tasks'}", "--out", str(out),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    dense, pruned = json.loads((out / "table.json").read_text())
+    assert dense["comparison"] is None
+    found = pruned["comparison"]
+    divergence = found["texts"][str(text_file)]["divergence"]
+    assert divergence["first"]["value"] == 0 < divergence["second"]["value"]
+    assert found["tasks"]["piqa"]["documents"] == 4
+    assert found["left_out"] == ["piqa"]  # a random model guesses
+    tables = (out / "table.md").read_text()
+    assert "| method | sparsity | seed | KL | equal first choices, % |" in tables
+    assert "Left out: piqa." in tables
+    capsys.readouterr()
+    page = tmp_path / "report.html"
+    assert main(["report", str(out), "--out", str(page)]) == 0
+    html = page.read_text()
+    assert "KL per token, nats" in html
+    assert "piqa, answers as the original" in html
+    assert "the original does not beat a guess; not in the mean" in html
+    manifest = out / "cfsp-0.25" / "cfsp.json"
+    fields = json.loads(manifest.read_text())
+    fields["comparison"]["texts"][str(text_file)]["agreed"] = {"first": 1}
+    manifest.write_text(json.dumps(fields))
+    assert main(["report", str(out), "--out", str(page)]) == 2
+    assert "the comparison on " in capsys.readouterr().err
+
+
 def test_a_sweep_goes_on_where_it_stopped(
     sweep: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,7 +360,7 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
-    for name in ("measure_perplexity", "calibrate_source", "prune_checkpoint"):
+    for name in ("measure_dense", "calibrate_source", "prune_checkpoint"):
         monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
     out = tmp_path / "made" / "out"
     arguments = [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from cfsp.cli import arguments
-from cfsp.cli.output import human_count, print_json, print_table
+from cfsp.cli.output import estimate, human_count, print_json, print_table
 from cfsp.errors import UsageError
 
 
@@ -17,9 +18,21 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         subparsers,
         "eval",
         "measure the perplexity of models on texts and their scores on tasks",
-        "cfsp eval MODEL smaller --data wikitext2 --data c4 --windows 12 --tasks piqa,arc_easy",
+        "cfsp eval smaller --against MODEL --data wikitext2 --data c4 --tasks piqa --out a.json",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as for prune")
+    parser.add_argument(
+        "--against",
+        metavar="DENSE",
+        help="measure the dense model too, and how far the others are from its predictions",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write all to a JSON file, window by window and document by document, for `cfsp "
+        "compare`; an interrupted run goes on",
+    )
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data", action="append", metavar="TEXT", help="as for prune; repeatable")
     text.add_argument(
@@ -48,8 +61,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--tasks",
         action="append",
         metavar="A,B,...",
-        help="names of the harness, or cfsp-paper (HellaSwag, PIQA, WinoGrande, ARC-e, ARC-c, "
-        "OpenBookQA, BoolQ, MMLU)",
+        help="names of the harness, such as piqa, lambada_openai, gsm8k; or cfsp-paper (HellaSwag, "
+        "PIQA, WinoGrande, ARC-e, ARC-c, OpenBookQA, BoolQ, MMLU)",
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
     tasks.add_argument(
@@ -60,7 +73,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         type=Path,
         metavar="DIR",
         help="read DIR/piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl, openbook_qa.jsonl, "
-        "boolq.jsonl, winogrande.jsonl, hellaswag.jsonl instead of the hub",
+        "boolq.jsonl, winogrande.jsonl, hellaswag.jsonl, mmlu.jsonl, lambada.jsonl instead of the "
+        "hub",
     )
     arguments.add_compute(parser)
     arguments.add_json(parser)
@@ -82,21 +96,40 @@ def run(args: argparse.Namespace) -> None:
         selection = TaskSelection(tuple(names), args.limit, args.shots, args.task_data, batch)
 
     from cfsp.quality.evaluate import evaluate_models
+    from cfsp.quality.results_file import measured_into
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = arguments.evaluation_text(args.data, args.windows, args.seqlen, args.stride, args.bos)
     runner = TaskRunner.of(selection) if selection else None
-    results = evaluate_models(args.models, texts, arguments.compute(args), runner)
-    conditions = {"tasks": runner.conditions()} if runner else {}
+
+    def measure(out: Path | None) -> dict[str, Any]:
+        compute = arguments.compute(args)
+        models = evaluate_models(args.models, texts, compute, runner, against=args.against, out=out)
+        return {"models": models, **({"tasks": runner.conditions()} if runner else {})}
+
+    found = measure(None) if args.out is None else measured_into(args.out, _asked(args), measure)
     if args.json:
-        print_json({"models": results, **conditions})
+        print_json(found)
         return
     if args.data:
-        _print_perplexity(results)
+        _print_perplexity(found["models"])
+        _print_agreement(found["models"])
     if args.data and runner:
         print()
     if runner:
-        _print_tasks(results, runner.conditions())
+        _print_tasks(found["models"], found["tasks"])
+    if args.out is not None:
+        print(f"\nall of it: {args.out}; pairs: cfsp compare {shlex.quote(str(args.out))}")
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was asked for, as JSON types."""
+    names = (
+        *("models", "against", "data", "windows", "seqlen", "stride", "bos"),
+        *("tasks", "limit", "shots", "task_data", "dtype", "batch_windows"),
+    )
+    asked = {name: getattr(args, name) for name in names}
+    return {name: str(each) if isinstance(each, Path) else each for name, each in asked.items()}
 
 
 def _windows(text: str) -> int | None:
@@ -136,6 +169,37 @@ def _print_perplexity(results: list[dict[str, Any]]) -> None:
     print(f"computed in {_dtypes(results)}")
 
 
+def _print_agreement(results: list[dict[str, Any]]) -> None:
+    """Print how far each model is from the dense one; nothing where there is none."""
+    compared = [result for result in results if "agreement" in result]
+    if not compared:
+        return
+    rows, sums = [], []
+    for result in compared:
+        found = result["agreement"]
+        for text, each in found["texts"].items():
+            rows.append(
+                (
+                    result["model"],
+                    text,
+                    f"{each['perplexity_ratio']:.3f}",
+                    estimate(each["divergence"], 4),
+                    estimate(each["agreed"], 2, 100),
+                )
+            )
+        sums.append(
+            f"{result['model']}: perplexity {found['perplexity_ratio']:.3f} of dense in the "
+            f"geometric mean, {found['worst']['perplexity_ratio']:.3f} on {found['worst']['text']}"
+        )
+    print()
+    head = ("model", "text", "perplexity / dense", "KL per token", "equal first choices, %")
+    print_table(head, rows, left=2)
+    print()
+    for line in sums:
+        print(line)
+    print(f"against {compared[0]['agreement']['against']}; KL in nats; standard errors of windows")
+
+
 def _beginnings(results: list[dict[str, Any]], text: str) -> str:
     """Return which models' windows begin with BOS."""
     begin = [result["model"] for result in results if result["perplexity"][text]["bos"]]
@@ -152,7 +216,7 @@ def _print_tasks(results: list[dict[str, Any]], conditions: dict[str, Any]) -> N
     """Print a row for each task and metric and a column for each model."""
     rows = []
     for task, scores in results[0]["tasks"].items():
-        for metric in ("acc", "acc_norm"):
+        for metric in ("acc", "acc_norm", "exact_match", "loss"):
             if metric in scores:
                 cells = [_score(result["tasks"][task], metric) for result in results]
                 rows.append((task, metric, str(scores["documents"]), *cells))
@@ -162,11 +226,11 @@ def _print_tasks(results: list[dict[str, Any]], conditions: dict[str, Any]) -> N
         for task, scores in results[0]["tasks"].items()
     )
     print(
-        f"\npercent, with standard errors; {conditions['harness']}; {versions}; "
+        f"\npercent (loss: nats), with standard errors; {conditions['harness']}; {versions}; "
         f"data: {conditions['task_data']}; {_dtypes(results)}, batches of {conditions['batch']}"
     )
 
 
 def _score(scores: dict[str, Any], metric: str) -> str:
-    error = scores[f"{metric}_stderr"]
-    return f"{100 * scores[metric]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    value = {"value": scores[metric], "stderr": scores[f"{metric}_stderr"]}
+    return estimate(value, 3) if metric == "loss" else estimate(value, 1, 100)

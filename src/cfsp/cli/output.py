@@ -61,6 +61,19 @@ def print_passes(passes: Mapping[str, Mapping[str, float]]) -> None:
         )
 
 
+def estimate(found: Mapping[str, Any], digits: int, factor: float = 1.0) -> str:
+    """Return a value with its standard error, if there is one: 27.5 ± 1.2.
+
+    Args:
+        found: `value` and `stderr`.
+        digits: after the point.
+        factor: 100 for percent.
+    """
+    error = found["stderr"]
+    shown = f"{factor * found['value']:z.{digits}f}"
+    return shown if error is None else f"{shown} ± {factor * error:.{digits}f}"
+
+
 def human_count(number: float) -> str:
     """Return a count with a suffix: 134.5M."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_options
+from cfsp.cli.options import Parser, add_advanced, add_options
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError
 from cfsp.settings import Budget, fraction
@@ -74,6 +74,25 @@ def _add_recipe(parser: Parser) -> None:
     measured.add_argument(
         "--speed", action="store_true", help="time each model against the dense one, in turns"
     )
+    measured.add_argument(
+        "--agreement",
+        action="store_true",
+        help="KL to the dense model and the share of equal first choices, on the same texts",
+    )
+    measured.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="A,B,...",
+        help="score tasks, as for eval, in pairs with the dense model",
+    )
+    add_advanced(
+        parser, "--task-limit", type=int, metavar="N", help="first N documents of each task"
+    )
+    add_advanced(parser, "--task-data", metavar="DIR", help="local files of tasks, as for eval")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def run(args: argparse.Namespace) -> None:

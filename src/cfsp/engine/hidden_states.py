@@ -49,6 +49,10 @@ class HiddenStates(ABC):
         """Return the windows of a batch as they were written in this block, before `turn`."""
 
     @abstractmethod
+    def forget(self, batch: slice) -> None:
+        """Let the memory of a batch go where a file has it; it can be read again."""
+
+    @abstractmethod
     def turn(self) -> None:
         """Note that all batches have been written: they are what is read from now on."""
 
@@ -98,6 +102,9 @@ class HiddenInMemory(HiddenStates):
     def read_written(self, batch: slice) -> Tensor:
         """Return the windows of a batch."""
         return self._hidden_NTD[batch]
+
+    def forget(self, batch: slice) -> None:
+        """Do nothing: memory is all that has them."""
 
     def turn(self) -> None:
         """Do nothing: a batch is read before it is written."""
@@ -153,12 +160,16 @@ class HiddenInFile(HiddenStates):
         return self._view(self._source)[batch]
 
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
-        """Set the windows of a batch, and let its pages go: they are in the page cache."""
+        """Set the windows of a batch, and let its pages go."""
         self._view(self._target)[batch] = hidden_BTD
+        self.forget(batch)
+
+    def forget(self, batch: slice) -> None:
+        """Let the pages of a batch go: they are in the page cache."""
         window = math.prod(self._shape_NTD[1:]) * self._dtype.itemsize
         start = batch.start * window // mmap.PAGESIZE * mmap.PAGESIZE
         stop = batch.stop * window
-        for name in {self._source, self._target}:
+        for name in {self._source, self._target} & set(self._maps):
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._maps[name].madvise(mmap.MADV_DONTNEED, start, stop - start)
 

@@ -9,19 +9,20 @@ it; another command is refused. Nobody else works in it meanwhile.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.output import lock_out_others
+from cfsp.checkpoint.output import lock_out_others, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.memory import default_budget
-from cfsp.engine.pass_state import STATE_FILE, read_state
+from cfsp.engine.pass_state import STATE_FILE, PassState, read_state
 from cfsp.engine.pass_times import PassTimes
 from cfsp.errors import CfspError, OutputError, ResumeError
 
@@ -110,6 +111,27 @@ def output_workplace(
                 _remove(directory)
             raise
         _remove(directory)
+
+
+def kept(
+    place: Workplace | None, name: str, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what a killed run measured already, or measure it and keep it.
+
+    Args:
+        place: where to keep it; None for nowhere.
+        name: of the measurement, in its workplace.
+        measure: gives JSON types.
+    """
+    if place is None or place.identity is None:
+        return measure()
+    state = PassState(place.directory / name, place.identity)
+    path = state.directory / "measured.json"
+    if not state.next_block:
+        write_atomically(path, json.dumps(measure()).encode())
+        state.commit(1, None)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Path:

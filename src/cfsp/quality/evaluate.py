@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
-from cfsp.checkpoint.text_config import longest_input_of
-from cfsp.engine.compute import engine_of
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
+from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
+from cfsp.engine.compute import Engine, engine_of
+from cfsp.engine.head import Head
+from cfsp.engine.hidden_states import HiddenStates
+from cfsp.engine.memory import default_budget
+from cfsp.engine.versions import versions
 from cfsp.engine.whole import check_fits
-from cfsp.engine.workplace import Workplace, temporary_workplace
-from cfsp.quality.perplexity import Perplexity
-from cfsp.quality.streaming import streamed_perplexity
+from cfsp.engine.workplace import Workplace, kept, output_workplace, temporary_workplace
+from cfsp.errors import UsageError
+from cfsp.quality.agreement import DenseEnd
+from cfsp.quality.paired import difference, geometric_mean, per_count
+from cfsp.quality.perplexity import Perplexity, perplexity_of
+from cfsp.quality.streaming import WindowSums, streamed_perplexity, streamed_sums
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, consecutive_windows
 
 if TYPE_CHECKING:
-    from cfsp.quality.tasks.harness import TaskRunner
+    from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
 
 logger = logging.getLogger(__name__)
 
@@ -34,45 +44,147 @@ def evaluate_models(
     texts: EvaluationText,
     compute: Compute,
     tasks: TaskRunner | None = None,
+    *,
+    against: str | Path | None = None,
+    out: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measure several models on the same texts and tasks, in windows of the same length.
 
-    Perplexity streams block by block; tasks load each model whole, one after the other.
+    Texts stream block by block; tasks load each model whole, one after the other.
+
+    Args:
+        names: the models.
+        texts: what to measure perplexity on; may be none.
+        compute: how.
+        tasks: what to score; None for no tasks.
+        against: the dense model, which the others are compared with. It is measured too: first,
+            unless it is among `names`. It streams once for each text, however many models there
+            are.
+        out: a file that the results will be written to by the caller: what is finished is kept
+            beside it until then, and an interrupted run goes on.
 
     Returns:
-        For each model: `model` (its name), `parameters`, `dtype`, `perplexity` by text (see
-        `Perplexity.to_json`), and `tasks`, if any (see `TaskRunner.score`).
+        For each model: `model` (its name), `fingerprint`, `parameters`, `dtype`, `perplexity` by
+        text (see `Perplexity.to_json`), `windows` by text (see `_windows_json`), `agreement` of
+        all but the dense model, and with tasks `tasks` and `documents` (see `TaskRunner.score`).
 
     Raises:
         CfspError: anything that a user can cause, mostly before the first forward pass.
     """
     check_texts(texts.names, "evaluation")  # before a model is downloaded or converted
+    if against is not None:
+        names = [against, *(name for name in names if str(name) != str(against))]
     sources = [open_checkpoint(name) for name in names]
     length = min(_window_length(texts, source) for source in sources)
     windows = [evaluation_windows(replace(texts, seqlen=length), source) for source in sources]
-    _warn_of_other_tokens(sources, windows)
+    if against is None:
+        _warn_of_other_tokens(sources, windows)
+    else:
+        _check_same_tokens(sources, windows)
     if tasks is not None:
         for source in sources:
             check_fits(source, engine_of(compute, source).dtype, "scoring tasks")
         tasks.read_data()
-    results = []
-    for source, of_texts in zip(sources, windows, strict=True):
-        with temporary_workplace(compute.memory_budget) as place:
-            found = _perplexities(source, of_texts, compute, place, source.label)
-        engine = engine_of(compute, source)
-        results.append(
-            {
-                "model": source.label,
-                "parameters": parameter_count(source),
-                "dtype": str(engine.dtype).removeprefix("torch."),
-                "perplexity": {text: value.to_json() for text, value in found.items()},
-            }
-        )
+    engines = [engine_of(compute, source) for source in sources]
+    dtypes = [str(engine.dtype).removeprefix("torch.") for engine in engines]
+    results: list[dict[str, Any]] = [
+        {
+            "model": source.label,
+            "fingerprint": fingerprint(source),
+            "parameters": parameter_count(source),
+            "dtype": dtype,
+            "perplexity": {},
+            "windows": {},
+        }
+        for source, dtype in zip(sources, dtypes, strict=True)
+    ]
+    identity = _identity(results, windows, against, tasks, compute)
+    with _place_beside(out, identity, compute) as place:
+        for number, text in enumerate(windows[0]):
+            of_text = [of_texts[text] for of_texts in windows]
+            measured = _measure_text(
+                sources, of_text, engines, text, number, against is not None, compute, place
+            )
+            for result, of_model, sums in zip(results, of_text, measured, strict=True):
+                label = f"{result['model']} on {text}"
+                value = perplexity_of(sum(sums.loss), of_model, label)
+                result["perplexity"][text] = value.to_json()
+                result["windows"][text] = _windows_json(sums, of_model)
         if tasks is not None:
-            model = load(source.directory, dtype=engine.dtype, device=engine.device)
-            results[-1]["tasks"] = tasks.score(model, load_tokenizer(source.directory))
-            del model
+            for number, (source, engine) in enumerate(zip(sources, engines, strict=True)):
+                results[number].update(_score_tasks(tasks, source, engine, number, place))
+    if against is not None:
+        for result in results[1:]:
+            result["agreement"] = _agreement(results[0], result)
     return results
+
+
+def _measure_text(
+    sources: Sequence[Checkpoint],
+    windows: Sequence[Windows],
+    engines: Sequence[Engine],
+    text: str,
+    number: int,
+    compares: bool,
+    compute: Compute,
+    place: Workplace | None,
+) -> list[WindowSums]:
+    """Return the sums of every model on one text.
+
+    With `compares` the first model is the dense one: what leaves its last block stays until the
+    others have passed.
+    """
+    budget = compute.memory_budget or default_budget()
+    with temporary_workplace(budget // 2 if compares else budget) as passes:
+        ends: list[DenseEnd] = []
+
+        def stream(model: int) -> dict[str, Any]:
+            source, engine = sources[model], engines[model]
+
+            def keep(hidden: HiddenStates) -> None:
+                if compares and model == 0:
+                    head = Head(source, engine.device, engine.dtype)
+                    ends.append(DenseEnd(head, hidden, engine.device))
+
+            if compares and model > 0 and not ends:  # an earlier run had its sums already
+                stream(0)
+            sums = streamed_sums(
+                source,
+                windows[model],
+                engine,
+                place=passes,
+                name=f"perplexity-{model}",
+                label=f"{source.label} on {text}",
+                dense=ends[0] if ends and model > 0 else None,
+                on_end=keep,
+            )
+            perplexity_of(sum(sums.loss), windows[model], f"{source.label} on {text}")  # no NaN
+            return asdict(sums)
+
+        return [
+            WindowSums.from_json(kept(place, f"text-{number}-{model}", partial(stream, model)))
+            for model in range(len(sources))
+        ]
+
+
+def _score_tasks(
+    tasks: TaskRunner, source: Checkpoint, engine: Engine, number: int, place: Workplace | None
+) -> dict[str, Any]:
+    """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
+    scorers: list[TaskScorer] = []
+
+    def score(name: str) -> dict[str, Any]:
+        if not scorers:
+            model = load(source.directory, dtype=engine.dtype, device=engine.device)
+            scorers.append(tasks.scorer(model, load_tokenizer(source.directory)))
+        return scorers[0].score(name)
+
+    found: dict[str, Any] = {"tasks": {}, "documents": {}}
+    for position, name in enumerate(tasks.selection.task_names):
+        scored = kept(place, f"task-{number}-{position}", partial(score, name))
+        for key in found:
+            found[key].update(scored[key])
+    return found
 
 
 def evaluation_windows(texts: EvaluationText | None, source: Checkpoint) -> dict[str, Windows]:
@@ -161,10 +273,101 @@ def _perplexities(
     }
 
 
+def _windows_json(sums: WindowSums, windows: Windows) -> dict[str, Any]:
+    """Return what pairs are compared by: sums over each window, and which windows they were."""
+    found: dict[str, Any] = {
+        "digest": windows.digest,
+        "predicted": windows.scored_N.tolist(),
+        "loss": list(sums.loss),
+    }
+    if sums.divergence is not None and sums.agreed is not None:
+        found |= {"divergence": list(sums.divergence), "agreed": list(sums.agreed)}
+    return found
+
+
+def _agreement(dense: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return how far a model is from the dense one, by text and in sum."""
+    by_text: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for text, sums in model["windows"].items():
+        counts = sums["predicted"]
+        rise = per_count(difference(dense["windows"][text]["loss"], sums["loss"]), counts)
+        ratios[text] = math.exp(min(rise.value, 700.0))
+        by_text[text] = {
+            "perplexity_ratio": round(ratios[text], 6),
+            "loss_rise": rise.to_json(),
+            "divergence": per_count(sums["divergence"], counts).to_json(),
+            "agreed": per_count(sums["agreed"], counts).to_json(),
+        }
+    found: dict[str, Any] = {
+        "against": dense["model"],
+        "fingerprint": dense["fingerprint"],
+        "texts": by_text,
+    }
+    if ratios:
+        worst = max(ratios, key=lambda text: ratios[text])
+        found |= {
+            "perplexity_ratio": round(geometric_mean(list(ratios.values())), 6),
+            "worst": {"text": worst, "perplexity_ratio": round(ratios[worst], 6)},
+        }
+    return found
+
+
+def _identity(
+    results: Sequence[dict[str, Any]],
+    windows: Sequence[Mapping[str, Windows]],
+    against: str | Path | None,
+    tasks: TaskRunner | None,
+    compute: Compute,
+) -> dict[str, Any]:
+    """Return what results depend on, for what an interrupted run left."""
+    return {
+        "command": "eval",
+        "models": [[result["model"], result["fingerprint"]] for result in results],
+        "batch of windows": compute.batch_windows,
+        "dtypes": [result["dtype"] for result in results],
+        "texts": {text: of_text.digest for text, of_text in windows[0].items()},
+        "dense model": None if against is None else str(against),
+        "tasks": None if tasks is None else tasks.identity(),
+        "version": {name: versions()[name] for name in ("cfsp-llm", "torch", "transformers")},
+    }
+
+
+@contextmanager
+def _place_beside(
+    out: Path | None, identity: dict[str, Any], compute: Compute
+) -> Iterator[Workplace | None]:
+    if out is None:
+        yield None
+    else:
+        with output_workplace(out, identity, compute.memory_budget) as place:
+            yield place
+
+
 def _window_length(texts: EvaluationText, source: WeightSource) -> int:
     if texts.seqlen is not None:
         return texts.seqlen
     return min(DEFAULT_SEQLEN, longest_input_of(source.config) or DEFAULT_SEQLEN)
+
+
+def _check_same_tokens(
+    sources: Sequence[Checkpoint], windows: Sequence[Mapping[str, Windows]]
+) -> None:
+    """Check that models can be compared token by token with the first one."""
+    dense = sources[0]
+    for source, of_texts in zip(sources[1:], windows[1:], strict=True):
+        for text, first in windows[0].items():
+            if of_texts[text].digest != first.digest:
+                raise UsageError(
+                    f"--against needs models with one tokenizer, but {source.label} cuts {text} "
+                    f"into other tokens than {dense.label}; measure them without --against"
+                )
+        found, expected = (vocabulary_of(each.config) for each in (source, dense))
+        if found != expected:
+            raise UsageError(
+                f"--against needs models with one vocabulary, but {source.label} predicts {found} "
+                f"tokens and {dense.label} {expected}; measure them without --against"
+            )
 
 
 def _warn_of_other_tokens(

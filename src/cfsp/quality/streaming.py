@@ -1,7 +1,8 @@
 """Perplexity of a model that need not fit into memory: its windows stream through the blocks.
 
 All windows pass block by block. What leaves the last one goes through the model's own norm and
-head, some positions at a time, so that the logits of a large vocabulary take little memory.
+head, some positions at a time, so that the logits of a large vocabulary take little memory. The
+dense model's predictions may be there to compare with (see `cfsp.quality.agreement`).
 
 Shapes: N windows, B windows in a batch, T tokens, P positions, D hidden, V vocabulary.
 """
@@ -9,11 +10,11 @@ Shapes: N windows, B windows in a batch, T tokens, P positions, D hidden, V voca
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from cfsp.calibration.calibrate import check_tokens
@@ -22,16 +23,41 @@ from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.head import Head
+from cfsp.quality.agreement import DenseEnd, divergence_and_agreement
 from cfsp.quality.perplexity import Perplexity, negative_log_likelihood, perplexity_of
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
+    from cfsp.engine.hidden_states import HiddenStates
     from cfsp.engine.workplace import Workplace
     from cfsp.text.windows import Windows
 
 # Enough positions for a fast product with the head, where the vocabulary is not huge.
 LOGITS_AT_ONCE = 1 << 25
+
+_COMPARED = ("divergence", "agreed")
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """What was added up over the predicted tokens of each window.
+
+    Attributes:
+        loss: negative log-likelihood in nats.
+        divergence: KL(dense || model) in nats; None where nothing was compared.
+        agreed: how many predictions have the dense model's most likely token; likewise.
+    """
+
+    loss: tuple[float, ...]
+    divergence: tuple[float, ...] | None = None
+    agreed: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> WindowSums:
+        """Return the sums whose fields were written as JSON."""
+        compared = [None if fields[name] is None else tuple(fields[name]) for name in _COMPARED]
+        return cls(tuple(fields["loss"]), *compared)
 
 
 def streamed_perplexity(
@@ -43,7 +69,23 @@ def streamed_perplexity(
     name: str = "perplexity",
     label: str | None = None,
 ) -> Perplexity:
-    """Measure the perplexity of a model, with two of its blocks in memory at a time.
+    """Measure the perplexity of a model; the arguments and errors are those of `streamed_sums`."""
+    sums = streamed_sums(source, windows, engine, place=place, name=name, label=label)
+    return perplexity_of(sum(sums.loss), windows, label or name)
+
+
+def streamed_sums(
+    source: WeightSource,
+    windows: Windows,
+    engine: Engine,
+    *,
+    place: Workplace | None = None,
+    name: str = "perplexity",
+    label: str | None = None,
+    dense: DenseEnd | None = None,
+    on_end: Callable[[HiddenStates], None] = lambda hidden: None,
+) -> WindowSums:
+    """Add up the loss of every window, with two of the model's blocks in memory at a time.
 
     Logits are in the dtype that the model computes in, their log-softmax is in float32.
 
@@ -54,29 +96,33 @@ def streamed_perplexity(
         place: where to spill and to save; None for neither.
         name: of the pass, in its workplace.
         label: what people read of it; None for its name.
+        dense: what the dense model predicts on the same windows, to compare with.
+        on_end: is given what left the last block; a pass that resumes a finished one has none.
 
     Raises:
-        CalibrationError: token ids exceed the vocabulary, or the loss is NaN.
+        CalibrationError: token ids exceed the vocabulary.
         ResumeError: the workplace holds unfinished work of something else.
     """
     label = label or name
     check_tokens(source.config, windows.tokens_NT, label)
     blocks = source.architecture.block_count
-    head_tokens = _head_tokens(source)
+    head_tokens = _head_tokens(source) * (1 if dense is None else 2)
 
-    def visit(block: StreamedBlock) -> float | None:
+    def visit(block: StreamedBlock) -> WindowSums | None:
         if block.index + 1 < blocks:
             block.advance()
             return None
-        loss = _Loss(Head(source, engine.device, engine.dtype), windows, block, head_tokens)
-        block.advance(on_hidden=loss.add)
-        return loss.total
+        head = Head(source, engine.device, engine.dtype)
+        sums = _Sums(head, windows, block, head_tokens, dense)
+        block.advance(on_hidden=sums.add)
+        on_end(block.hidden)
+        return sums.result()
 
     found = pass_blocks(
         source,
         windows.tokens_NT,
         visit,
-        _LossFile(),
+        _SumsFile(),
         name=name,
         device=engine.device,
         dtype=engine.dtype,
@@ -86,7 +132,7 @@ def streamed_perplexity(
         more_tokens=int(head_tokens * int(windows.scored_N.sum())),
     )
     assert found[-1] is not None
-    return perplexity_of(found[-1], windows, label)
+    return found[-1]
 
 
 def _head_tokens(source: WeightSource) -> float:
@@ -98,45 +144,65 @@ def _head_tokens(source: WeightSource) -> float:
 
 
 @dataclass
-class _Loss:
-    """Adds up the loss of windows while they leave the last block, in their order.
-
-    Attributes:
-        total: nats, of all windows so far.
-    """
+class _Sums:
+    """Adds up what is measured of windows while they leave the last block, in their order."""
 
     head: Head
     windows: Windows
     block: StreamedBlock
     head_tokens: float
-    total: float = 0.0
-    _done: int = 0
+    dense: DenseEnd | None
+    _loss: list[float] = field(default_factory=list)
+    _divergence: list[float] = field(default_factory=list)
+    _agreed: list[int] = field(default_factory=list)
 
     def add(self, input_BTD: Tensor, output_BTD: Tensor) -> None:
         """Add a batch."""
         for hidden_TD in output_BTD:
-            tokens_T = self.windows.tokens_NT[self._done].to(hidden_TD.device)
-            count = int(self.windows.scored_N[self._done])
-            self._add(hidden_TD[-count - 1 : -1], tokens_T[-count:])
-            self._done += 1
+            window = len(self._loss)
+            tokens_T = self.windows.tokens_NT[window].to(hidden_TD.device)
+            count = int(self.windows.scored_N[window])
+            predicting = slice(-count - 1, -1)
+            dense_PD = None if self.dense is None else self.dense.hidden_of(window)[predicting]
+            loss, divergence, agreed = self._window(
+                hidden_TD[predicting], tokens_T[-count:], dense_PD
+            )
+            self._loss.append(loss)
+            self._divergence.append(divergence)
+            self._agreed.append(agreed)
 
-    def _add(self, hidden_PD: Tensor, next_P: Tensor) -> None:
+    def _window(
+        self, hidden_PD: Tensor, next_P: Tensor, dense_PD: Tensor | None
+    ) -> tuple[float, float, int]:
+        loss, divergence, agreed = 0.0, 0.0, 0
         size = max(1, LOGITS_AT_ONCE // self.head.vocabulary)
-        for some_PD, some_P in zip(
-            torch.split(hidden_PD, size), torch.split(next_P, size), strict=True
-        ):
-            self.total += negative_log_likelihood(self.head.logits(some_PD), some_P)
-            self.block.tokens_done(int(self.head_tokens * len(some_P)))
+        for start in range(0, len(next_P), size):
+            some = slice(start, start + size)
+            logits_PV = self.head.logits(hidden_PD[some])
+            loss += negative_log_likelihood(logits_PV, next_P[some])
+            if dense_PD is not None:
+                assert self.dense is not None
+                found = divergence_and_agreement(logits_PV, self.dense.head.logits(dense_PD[some]))
+                divergence, agreed = divergence + found[0], agreed + found[1]
+            self.block.tokens_done(int(self.head_tokens * len(next_P[some])))
+        return loss, divergence, agreed
+
+    def result(self) -> WindowSums:
+        """Return the sums of all windows."""
+        if self.dense is None:
+            return WindowSums(tuple(self._loss))
+        return WindowSums(tuple(self._loss), tuple(self._divergence), tuple(self._agreed))
 
 
-class _LossFile:
-    """Keeps the loss, which the last block gives; the others give nothing."""
+class _SumsFile:
+    """Keeps the sums, which the last block gives; the others give nothing."""
 
-    def save(self, result: float | None, directory: Path, block: int) -> None:
-        """Write the loss."""
-        write_atomically(directory / f"loss-{block}.json", json.dumps(result).encode())
+    def save(self, result: WindowSums | None, directory: Path, block: int) -> None:
+        """Write the sums."""
+        fields = None if result is None else asdict(result)
+        write_atomically(directory / f"sums-{block}.json", json.dumps(fields).encode())
 
-    def load(self, directory: Path, block: int) -> float | None:
-        """Read it."""
-        found: float | None = json.loads((directory / f"loss-{block}.json").read_text("utf-8"))
-        return found
+    def load(self, directory: Path, block: int) -> WindowSums | None:
+        """Read them."""
+        fields = json.loads((directory / f"sums-{block}.json").read_text("utf-8"))
+        return None if fields is None else WindowSums.from_json(fields)

@@ -11,6 +11,8 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import ReportError
 
 _NUMBERS = ("parameters_before", "parameters_after", "model_sparsity", "ffn_sparsity")
+_PAIRS = ("loss", "divergence", "agreed", "accuracy", "kept")
+_SIDES = ("first", "second", "difference")
 _WIDTHS = ("widths_before", "intermediate_sizes")
 
 
@@ -36,7 +38,7 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
         if key in _WIDTHS and not (isinstance(value, list) and value and all(map(_is_int, value))):
             yield f"{key} should be a list of whole numbers"
     for key in ("base_model", "criterion", "calibration", "repair", "perplexity", "recovery",
-                "seconds", "versions", "speed", "pruned"):  # fmt: skip
+                "seconds", "versions", "speed", "pruned", "comparison"):  # fmt: skip
         if not isinstance(manifest.get(key) or {}, dict):
             yield f"{key} should be a table"
             return
@@ -47,6 +49,7 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
                 yield f"the perplexity on {text!r} lacks a number"
             elif any(not _is_int(value.get(key) or 0) for key in ("windows", "seqlen", "stride")):
                 yield f"the perplexity on {text!r} has windows that are no whole numbers"
+    yield from _complaints_of_comparison(manifest.get("comparison") or {})
     steps = (manifest.get("repair") or {}).get("steps", [])
     if not isinstance(steps, list):
         yield "the steps of repair should be a list"
@@ -56,6 +59,20 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
     for entry in recovery.get("history", []):
         if not _has_numbers(entry, "step", "perplexity"):
             yield "an entry of recovery's history lacks a number"
+
+
+def _complaints_of_comparison(comparison: dict[str, Any]) -> Iterator[str]:
+    for key in ("texts", "tasks"):
+        if not isinstance(comparison.get(key, {}), dict):
+            yield f"{key} of the comparison should be a table"
+            return
+    tables = [*comparison.get("texts", {}).items(), *comparison.get("tasks", {}).items()]
+    for name, table in [*tables, ("all tasks", comparison)]:
+        pairs = [table.get(key) for key in _PAIRS] if isinstance(table, dict) else [table]
+        for pair in pairs:
+            sides = [pair.get(side) for side in _SIDES] if isinstance(pair, dict) else [pair]
+            if pair is not None and not all(_has_numbers(side, "value") for side in sides):
+                yield f"the comparison on {name!r} lacks a number"
 
 
 def _complaints_of_step(step: Any) -> Iterator[str]:

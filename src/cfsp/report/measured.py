@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from cfsp.errors import ReportError
+from cfsp.quality.compare import compare
+from cfsp.quality.results_file import measured_model
 from cfsp.report.runs import Measured, RunFacts
 from cfsp.result.conditions import Conditions
 
@@ -35,6 +37,8 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
         extended = [
             replace(run, measured=add(run.measured, results["models"], run.side_of)) for run in runs
         ]
+        if add is _add_scores:
+            extended = [_compared(run, results["models"]) for run in extended]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ReportError(
             "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
@@ -76,6 +80,20 @@ def _add_scores(measured: Measured, models: Sequence[dict[str, Any]], side_of: S
         for task, scores in model.get("tasks", {}).items():
             tasks.setdefault(task, {})[side] = dict(scores)
     return replace(measured, perplexity=perplexity, tasks=tasks)
+
+
+def _compared(run: RunFacts, models: Sequence[dict[str, Any]]) -> RunFacts:
+    """Compare a run with its original in pairs, where both were measured for it."""
+    sides = {run.side_of(str(model["model"])): model for model in models if "windows" in model}
+    if "before" not in sides or "after" not in sides:
+        return run
+    dense, pruned = (measured_model("the results", sides[side]) for side in ("before", "after"))
+    found = compare(dense, pruned, dense).to_json()
+    if known := run.measured.comparison:
+        found = {**found, "texts": known["texts"] | found["texts"]}
+        if not found["tasks"]:
+            found |= {name: known[name] for name in ("tasks", "accuracy", "kept", "left_out")}
+    return replace(run, measured=replace(run.measured, comparison=found))
 
 
 def _entry(model: dict[str, Any], text: str) -> dict[str, Any]:

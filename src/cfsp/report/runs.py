@@ -30,11 +30,14 @@ class Measured:
     Attributes:
         perplexity: conditions -> {"before", "after"}; numbers under one key compare.
         tasks: task -> {"before", "after"} -> scores as `cfsp eval --json` gives them.
+        comparison: with the original, window by window and document by document (see
+            `cfsp.quality.compare.Comparison.to_json`); None where nothing was compared.
         speed: phase and workload -> {"before", "after"} in tokens per second, {"ratio", "ideal"}.
     """
 
     perplexity: dict[Conditions, dict[str, float]] = field(default_factory=dict)
     tasks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    comparison: dict[str, Any] | None = None
     speed: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -118,7 +121,7 @@ def read_run(directory: Path) -> RunFacts:
         manifest=manifest,
         weight_bytes=sum(file.stat().st_size for file in directory.glob("model*.safetensors")),
         plan=PruningPlan.load(plan) if plan.is_file() else None,
-        measured=Measured(perplexity=_perplexity(manifest)),
+        measured=Measured(perplexity=_perplexity(manifest), comparison=manifest.get("comparison")),
     )
     _check_together(facts)
     return facts

@@ -56,7 +56,9 @@ def summary_rows(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
     sections = {
         "Size": _size(runs),
         "Perplexity": _perplexity(runs),
+        "Agreement with the original": _agreement(runs),
         "Tasks": _tasks(runs),
+        "Tasks in pairs with the original": _task_pairs(runs),
         "Tokens per second": _speed(runs),
     }
     return {heading: rows for heading, rows in sections.items() if rows}
@@ -187,6 +189,66 @@ def _tasks(runs: Sequence[RunFacts]) -> list[Row]:
             if any(cell is not _NOTHING for cell in cells):
                 rows.append(Row(f"{task}, {metric}", cells, "percent, with the standard error"))
     return rows
+
+
+def _agreement(runs: Sequence[RunFacts]) -> list[Row]:
+    """Return two rows for each text: KL per token, and how many first choices are equal."""
+    found = [(run.measured.comparison or {}).get("texts", {}) for run in runs]
+    names = short_names(text for of_run in found for text in of_run)
+    rows = []
+    for text, name in names.items():
+        for key, title, digits, factor in _AGREEMENT:
+            pairs = [of_run.get(text, {}).get(key) for of_run in found]
+            if any(pairs):
+                cells = [_estimate(pair and pair["second"], digits, factor) for pair in pairs]
+                rows.append(Row(f"{title}, {name}", [_NOTHING, *cells], text))
+    return rows
+
+
+_AGREEMENT = (
+    ("divergence", "KL per token, nats", 3, 1.0),
+    ("agreed", "equal first choices, percent", 1, 100.0),
+)
+
+
+def _task_pairs(runs: Sequence[RunFacts]) -> list[Row]:
+    """Return what tasks lost, document by document, and how many answers are the original's."""
+    found = [run.measured.comparison or {} for run in runs]
+    rows = []
+    for task in _ordered(task for of_run in found for task in of_run.get("tasks", {})):
+        pairs = [of_run.get("tasks", {}).get(task) or {} for of_run in found]
+        guessed = any(pair.get("is_above_chance") is False for pair in pairs)
+        detail = "the original does not beat a guess; not in the mean" if guessed else ""
+        rows += _pair_rows(task, [(p.get("accuracy"), p.get("kept")) for p in pairs], detail)
+        losses = [pair.get("loss") for pair in pairs]
+        if any(losses):
+            cells = [_estimate(loss and loss["difference"], 3, 1.0) for loss in losses]
+            rows.append(Row(f"{task}, loss - original's, nats", [_NOTHING, *cells]))
+    means = [(of_run.get("accuracy"), of_run.get("kept")) for of_run in found]
+    return [*rows, *_pair_rows("mean of tasks", means, "")]
+
+
+def _pair_rows(
+    name: str, pairs: Sequence[tuple[dict[str, Any] | None, dict[str, Any] | None]], detail: str
+) -> list[Row]:
+    rows = []
+    accuracy = [_estimate(pair[0] and pair[0]["difference"], 1, 100) for pair in pairs]
+    if any(pair[0] for pair in pairs):
+        hint = "percent, with the standard error of the paired difference"
+        rows.append(Row(f"{name}, accuracy - original's", [_NOTHING, *accuracy], hint, detail))
+    kept = [_estimate(pair[1] and pair[1]["second"], 1, 100) for pair in pairs]
+    if any(pair[1] for pair in pairs):
+        hint = "percent of the answers, right or wrong"
+        rows.append(Row(f"{name}, answers as the original's", [_NOTHING, *kept], hint))
+    return rows
+
+
+def _estimate(found: dict[str, Any] | None, digits: int, factor: float) -> Cell:
+    if found is None:
+        return _NOTHING
+    value, error = factor * found["value"], found["stderr"]
+    shown = f"{value:z.{digits}f}".replace("-", _MINUS)
+    return Cell(shown, "" if error is None else f"± {factor * error:.{digits}f}")
 
 
 def _score(scores: dict[str, Any], metric: str) -> Cell:

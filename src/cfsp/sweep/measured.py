@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import OutputError
+from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluate_models
+from cfsp.quality.results_file import measured_model
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
-from cfsp.sweep.recipe import Point
+from cfsp.sweep.recipe import Point, Recipe
+
+if TYPE_CHECKING:
+    from cfsp.quality.tasks.harness import TaskRunner
 
 # By text: {"value", "tokens", "windows", "seqlen", "stride", "bos"}, as `cfsp eval --json` has it.
 Perplexities = dict[str, dict[str, Any]]
@@ -30,6 +36,8 @@ class Row:
         perplexity: by text, with its conditions.
         speed: phase -> ratio to the dense model; empty if it was not timed.
         directory: what `cfsp report` reads; None for the dense model.
+        comparison: with the dense model, window by window and document by document (see
+            `cfsp.quality.compare.Comparison.to_json`); None if nothing was compared.
     """
 
     name: str
@@ -40,6 +48,7 @@ class Row:
     perplexity: Perplexities
     speed: dict[str, float]
     directory: str | None
+    comparison: dict[str, Any] | None = None
 
     @property
     def values(self) -> dict[str, float]:
@@ -47,10 +56,53 @@ class Row:
         return {text: float(found["value"]) for text, found in self.perplexity.items()}
 
 
-def measure_perplexity(model: Path, texts: EvaluationText, compute: Compute) -> Perplexities:
-    """Return the perplexity of a model on each text."""
-    found: Perplexities = evaluate_models([model], texts, compute)[0]["perplexity"]
-    return found
+def measure_dense(
+    source: Checkpoint, recipe: Recipe, compute: Compute, tasks: TaskRunner | None
+) -> dict[str, Any]:
+    """Return what `cfsp eval --json` says of the dense model."""
+    return evaluate_models([source.directory], recipe.evaluation, compute, tasks)[0]
+
+
+def measure_pruned(
+    model: Path,
+    source: Checkpoint,
+    dense: dict[str, Any],
+    recipe: Recipe,
+    compute: Compute,
+    tasks: TaskRunner | None,
+) -> dict[str, Any]:
+    """Measure a pruned model, and compare it with the dense one as the recipe asks.
+
+    Args:
+        model: its directory.
+        source: the dense model.
+        dense: what `measure_dense` returned.
+        recipe: what to measure.
+        compute: how.
+        tasks: what to score; None for no tasks.
+
+    Returns:
+        `perplexity` as the manifest has it, and `comparison` if there is one.
+    """
+    against = source.directory if recipe.agreement else None
+    found = evaluate_models([model], recipe.evaluation, compute, against=against)[-1]
+    if tasks is not None:
+        found |= _only_tasks(evaluate_models([model], EvaluationText(()), compute, tasks)[0])
+    before = dense["perplexity"]
+    facts: dict[str, Any] = {
+        "perplexity": {
+            text: compared(before[text]["value"], after)
+            for text, after in found["perplexity"].items()
+        }
+    }
+    if recipe.agreement or tasks is not None:
+        first, second = measured_model("dense", dense), measured_model("pruned", found)
+        facts["comparison"] = compare(first, second, first).to_json()
+    return facts
+
+
+def _only_tasks(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in ("tasks", "documents")}
 
 
 def compared(before: float, after: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +148,7 @@ def read_row(point: Point, directory: Path) -> Row:
         perplexity,
         speed,
         str(directory),
+        manifest.get("comparison"),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tomli_w
 
 from cfsp.errors import UsageError
+from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import (
     BLOCK_METRICS,
     CHANNEL_METRICS,
@@ -77,6 +78,11 @@ class Recipe:
         eval: texts to measure perplexity on.
         eval_windows: windows of each.
         speed: also time each model against the dense one.
+        agreement: also measure how far each model is from the dense one's predictions, which
+            streams the dense model again beside each.
+        tasks: tasks to score, as for eval; the dense model is scored, too.
+        task_limit: documents of each task; None for all.
+        task_data: directory of local task files; None for the harness's own data.
     """
 
     model: str
@@ -92,6 +98,10 @@ class Recipe:
     eval: tuple[str, ...] = ()
     eval_windows: int | None = EvaluationText.windows
     speed: bool = False
+    agreement: bool = False
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    task_data: str | None = None
 
     def __post_init__(self) -> None:
         for what, values in (("method", self.methods), ("--data", self.data), ("seed", self.seed)):
@@ -109,6 +119,8 @@ class Recipe:
         for point in self.points:
             self.settings(point, Compute())
         assert self.evaluation
+        if not self.tasks and (self.task_limit is not None or self.task_data is not None):
+            raise UsageError("--task-limit and --task-data need --tasks")
 
     @property
     def points(self) -> list[Point]:
@@ -130,6 +142,18 @@ class Recipe:
     def evaluation(self) -> EvaluationText:
         """What to measure on."""
         return EvaluationText(self.eval, self.eval_windows, self.seqlen, bos=self.bos)
+
+    @property
+    def task_selection(self) -> TaskSelection | None:
+        """Which tasks to score; None for none.
+
+        Raises:
+            CfspError: the limit or the directory is none.
+        """
+        if not self.tasks:
+            return None
+        data = None if self.task_data is None else Path(self.task_data)
+        return TaskSelection(self.tasks, self.task_limit, data=data)
 
     def text(self, seed: int) -> CalibrationText:
         """Return what to calibrate on."""

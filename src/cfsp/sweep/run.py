@@ -27,6 +27,7 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.compute import engine_of
+from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
@@ -34,13 +35,14 @@ from cfsp.planning.allocation import channels_to_keep
 from cfsp.planning.make import model_size
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluation_windows
+from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.result.manifest import add_to_manifest
 from cfsp.settings import OWN_TEXT, SENSITIVITY_METRICS, Compute
 from cfsp.sweep.measured import (
     Row,
     check_conditions,
-    compared,
-    measure_perplexity,
+    measure_dense,
+    measure_pruned,
     measure_speed,
     read_row,
 )
@@ -66,6 +68,7 @@ class _Sweep:
     compute: Compute
     keep_weights: bool
     command: str
+    tasks: TaskRunner | None
 
     def is_finished(self, point: Point) -> bool:
         """Return whether a model is there, with its weights if they are to be kept."""
@@ -95,21 +98,26 @@ def run_sweep(
     """
     check_texts(recipe.data, "calibration")
     check_texts(recipe.eval, "evaluation")
+    selection = recipe.task_selection
+    tasks = None if selection is None else TaskRunner.of(selection)
     source = open_checkpoint(recipe.model)
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
         _claim(out, recipe)
-        sweep = _Sweep(recipe, source, out, compute, keep_weights, command)
+        sweep = _Sweep(recipe, source, out, compute, keep_weights, command, tasks)
         missing = [point for point in recipe.points if not sweep.is_finished(point)]
         if missing:
             _check(sweep)
-        dense = _dense(sweep)
+        measured = _dense(sweep)
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
-                    _make(sweep, point, dense)
+                    _make(sweep, point, measured)
                     bar.update()
-        rows = [dense, *(read_row(point, out / point.name) for point in recipe.points)]
+        rows = [
+            _dense_row(sweep, measured),
+            *(read_row(point, out / point.name) for point in recipe.points),
+        ]
         check_conditions(rows, out)
         return rows
 
@@ -163,6 +171,9 @@ def _check(sweep: _Sweep) -> None:
     for point in recipe.points:
         channels_to_keep(recipe.settings(point, sweep.compute).budget, size)
     evaluation_windows(recipe.evaluation, source)
+    if sweep.tasks is not None:
+        check_fits(source, engine_of(sweep.compute, source).dtype, "scoring tasks")
+        sweep.tasks.read_data()
     text = recipe.text(recipe.seed[0])
     others = tuple(name for name in text.names if name != OWN_TEXT)
     if others == text.names:
@@ -171,23 +182,26 @@ def _check(sweep: _Sweep) -> None:
         draw_text(replace(text, names=others), tokenizer)
 
 
-def _dense(sweep: _Sweep) -> Row:
+def _dense(sweep: _Sweep) -> dict[str, Any]:
+    """Return what was measured of the dense model, now or when the sweep began."""
     path, dtype = sweep.out / _DENSE_FILE, str(engine_of(sweep.compute, sweep.source).dtype)
     if not path.is_file():
-        texts = sweep.recipe.evaluation
-        perplexity = measure_perplexity(sweep.source.directory, texts, sweep.compute)
-        facts = {"perplexity": perplexity, "dtype": dtype}
-        write_atomically(path, json.dumps(facts, indent=2).encode())
-    found = json.loads(path.read_text(encoding="utf-8"))
+        measured = measure_dense(sweep.source, sweep.recipe, sweep.compute, sweep.tasks)
+        write_atomically(path, json.dumps({**measured, "dtype": dtype}).encode())
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["dtype"] != dtype:
         before, now = (name.removeprefix("torch.") for name in (found["dtype"], dtype))
         raise OutputError(
             f"{sweep.out} holds a sweep that computes in {before}, this one computes in {now}; "
             f"give --dtype {before} or another --out"
         )
+    return found
+
+
+def _dense_row(sweep: _Sweep, measured: dict[str, Any]) -> Row:
     speed = {"prefill": 1.0, "decode": 1.0} if sweep.recipe.speed else {}
     parameters = parameter_count(sweep.source)
-    return Row("dense", None, 0.0, None, parameters, found["perplexity"], speed, None)
+    return Row("dense", None, 0.0, None, parameters, measured["perplexity"], speed, None)
 
 
 def _statistics_files(out: Path) -> list[Path]:
@@ -212,16 +226,15 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
     return Statistics.load(path)
 
 
-def _make(sweep: _Sweep, point: Point, dense: Row) -> None:
+def _make(sweep: _Sweep, point: Point, dense: dict[str, Any]) -> None:
     """Prune and measure one model."""
     recipe, source, compute = sweep.recipe, sweep.source, sweep.compute
     statistics = _statistics(sweep, point.seed)
     with _working_directory(sweep.out) as working:
         settings = recipe.settings(point, compute)
         prune_checkpoint(source, working, settings, statistics=statistics, command=sweep.command)
-        before, after = dense.values, measure_perplexity(working, recipe.evaluation, compute)
         facts: dict[str, Any] = {
-            "perplexity": {text: compared(before[text], after[text]) for text in recipe.eval},
+            **measure_pruned(working, source, dense, recipe, compute, sweep.tasks),
             "sweep": {
                 "method": point.method.name,
                 "sparsity": point.sparsity,

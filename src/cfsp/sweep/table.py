@@ -41,6 +41,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         rows: of the sweep, the dense model first.
     """
     found = [_qualities(rows)]
+    if any(row.comparison for row in rows):
+        found.append(_comparisons(rows))
     methods, seeds = ({getattr(row, name) for row in rows[1:]} for name in ("method", "seed"))
     return [*found, _differences(rows[1:])] if min(len(methods), len(seeds)) > 1 else found
 
@@ -112,6 +114,47 @@ def _qualities(rows: Sequence[Row]) -> Table:
 
 
 _OF_SEVERAL = " Mean (lowest to highest) of several draws of calibration windows."
+
+
+def _comparisons(rows: Sequence[Row]) -> Table:
+    """Return a line for each model: how far it is from the dense one, and how its answers differ.
+
+    Different draws have lines of their own: a standard error is that of one comparison.
+    """
+    compared = [(row, row.comparison) for row in rows if row.comparison]
+    texts = list(compared[0][1]["texts"])
+    agreement = all(each["divergence"] for each in compared[0][1]["texts"].values())
+    tasks = bool(compared[0][1]["tasks"])
+    head = ["method", "sparsity", "seed"]
+    if agreement:
+        head += ["KL", "equal first choices, %"]
+    if tasks:
+        head += ["accuracy - dense, %", "dense model's answers, %"]
+    body = []
+    for row, found in compared:
+        cells = [*_names(row), str(row.seed)]
+        if agreement:
+            for name, digits, factor in (("divergence", 3, 1), ("agreed", 1, 100)):
+                values = [found["texts"][text][name]["second"]["value"] for text in texts]
+                cells.append(f"{factor * fmean(values):.{digits}f}")
+        if tasks:
+            cells += [_percent(found["accuracy"], "difference"), _percent(found["kept"], "second")]
+        body.append(cells)
+    caption = (
+        "Compared with the dense model in pairs: KL per token in nats and first choices in the "
+        "mean of the texts, tasks in the mean of those on which the dense model is better than a "
+        "guess, with standard errors."
+    )
+    left_out = compared[0][1]["left_out"]
+    return Table(caption + (f" Left out: {', '.join(left_out)}." if left_out else ""), head, body)
+
+
+def _percent(pair: Mapping[str, Mapping[str, float | None]] | None, side: str) -> str:
+    if pair is None:
+        return "-"
+    value, error = pair[side]["value"], pair[side]["stderr"]
+    assert value is not None
+    return f"{100 * value:z.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _differences(rows: Sequence[Row]) -> Table:

@@ -1,7 +1,8 @@
 """Documents of a task from a local JSONL file, for the harness tasks in `jsonl/`.
 
 A line is {"query", "choices", "gold"}, or {"context_options", "continuation", "gold"} where the
-context is what differs; gold is the index of the right choice or context.
+context is what differs; gold is the index of the right choice or context. Of a passage whose last
+word is to be told, a line is {"text"}.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from cfsp.errors import TaskError
 _FIELDS = (
     {"query": str, "choices": list, "gold": int},
     {"context_options": list, "continuation": str, "gold": int},
+    {"text": str},
 )
 
 
@@ -62,6 +64,8 @@ def _document(line: str, where: str) -> dict[str, Any]:
         if isinstance(document, dict) and all(
             type(document.get(name)) is kind for name, kind in fields.items()
         ):
+            if "text" in fields:
+                return _passage(document["text"], where)
             options = document.get("choices") or document.get("context_options") or []
             if not 0 <= document["gold"] < len(options):
                 raise TaskError(
@@ -73,5 +77,14 @@ def _document(line: str, where: str) -> dict[str, Any]:
     found = ", ".join(document) if isinstance(document, dict) else type(document).__name__
     raise TaskError(
         f"{where}: expected query, choices and gold, or context_options, continuation and gold "
-        f"(text, list, index); found: {found}"
+        f"(text, list, index), or text; found: {found}"
     )
+
+
+def _passage(text: str, where: str) -> dict[str, Any]:
+    before, _, last = text.rpartition(" ")
+    if not before.strip() or not last:
+        raise TaskError(
+            f"{where}: expected a text whose last word follows a space, found {text[-40:]!r}"
+        )
+    return {"text": text}

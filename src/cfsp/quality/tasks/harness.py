@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CfspError, MissingExtraError, TaskError
+from cfsp.quality.tasks.scored import FILTERS, scored_documents, summary_of
 from cfsp.quality.tasks.selection import TaskSelection, check_known, jsonl_task_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-METRICS = ("acc", "acc_norm")
+HARNESS_METRICS = ("acc", "acc_norm", "exact_match")
 # That of the harness's own command.
 _FEWSHOT_SEED = 1234
 
@@ -62,44 +63,35 @@ class TaskRunner:
         return cls(selection, manager)
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Score a model.
+        """Score a model on all tasks.
 
         Returns:
-            Task or group -> {version, shots, documents, and each metric with its standard
-            error}.
+            Task or group -> {version, shots, documents, chance, and each metric with its
+            standard error}; see `TaskScorer.score`.
 
         Raises:
             TaskError: the harness cannot get a task's data.
         """
-        from lm_eval import evaluate
+        scorer, found = self.scorer(model, tokenizer), {}
+        for name in self.selection.task_names:
+            found.update(scorer.score(name)["tasks"])
+        return found
+
+    def scorer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskScorer:
+        """Return what scores a model, one task after the other."""
         from lm_eval.models.huggingface import HFLM
 
         with _quiet():
-            loaded = {name: self._load(name) for name in self.selection.task_names}
-            everything = self.manager.load(
-                [item for tasks in loaded.values() for item in tasks.roots]
+            lm = HFLM(
+                pretrained=text_model(model),
+                tokenizer=tokenizer,
+                batch_size=self.selection.batch,
+                # A bfloat16 log-likelihood of -100 has steps of 0.5: choices would be equal.
+                softmax_dtype="float32",
+                # It does not look for it in the text config of a multimodal one.
+                max_length=longest_input_of(model.config),
             )
-            for task in everything["tasks"].values():
-                self._set_shots(task)
-            # Not simple_evaluate: it also asks git and every package for versions, for reports
-            # of its own, and git complains where there is no repository.
-            results = evaluate(
-                lm=HFLM(
-                    pretrained=text_model(model),
-                    tokenizer=tokenizer,
-                    batch_size=self.selection.batch,
-                    # It does not look for it in the text config of a multimodal one.
-                    max_length=longest_input_of(model.config),
-                ),
-                task_dict=everything,
-                limit=self.selection.limit,
-                log_samples=False,
-            )
-        return {
-            entry: _scores(entry, members, results)
-            for name, tasks in loaded.items()
-            for entry, members in tasks.entries(name, results["results"])
-        }
+        return TaskScorer(self, lm)
 
     def read_data(self) -> None:
         """Read the data of every task once, before any model is loaded.
@@ -109,7 +101,7 @@ class TaskRunner:
         """
         with _quiet():
             for name in self.selection.task_names:
-                self._load(name)
+                self.load(name)
 
     def conditions(self) -> dict[str, Any]:
         """Return what holds for all tasks, as JSON types."""
@@ -120,17 +112,23 @@ class TaskRunner:
             "limit": self.selection.limit,
             "shots": self.selection.shots,
             "batch": self.selection.batch,
+            "softmax": "float32",
             "task_data": "JSONL files" if self.selection.data else "the harness's own",
         }
 
-    def _set_shots(self, task: Any) -> None:
+    def identity(self) -> dict[str, Any]:
+        """Return what scores depend on, as JSON types."""
+        names, data = list(self.selection.names), self.selection.data
+        return {**self.conditions(), "names": names, "data": data and str(data)}
+
+    def set_shots(self, task: Any) -> None:
         """Set the solved examples before each question, as the harness's own command does."""
         of_task = task.get_config("num_fewshot")
         if of_task is None or (self.selection.shots is not None and of_task != 0):
             task.set_config(key="num_fewshot", value=self.selection.shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
-    def _load(self, name: str) -> _LoadedTasks:
+    def load(self, name: str) -> LoadedTasks:
         """Load one name's data anew: the harness keeps a run's requests in its task objects."""
         try:
             loaded = self.manager.load([name])
@@ -144,11 +142,11 @@ class TaskRunner:
             ) from error
         groups, tasks = loaded["groups"], loaded["tasks"]
         roots = [groups[name]] if name in groups else list(tasks.values())
-        return _LoadedTasks(roots, list(tasks))
+        return LoadedTasks(roots, list(tasks))
 
 
 @dataclass(frozen=True)
-class _LoadedTasks:
+class LoadedTasks:
     """What one name stands for: a task, a group of tasks with a mean, or a tag.
 
     Attributes:
@@ -161,9 +159,57 @@ class _LoadedTasks:
 
     def entries(self, name: str, measured: dict[str, Any]) -> list[tuple[str, list[str]]]:
         """Return what to report, each with its single tasks: the mean where there is one."""
-        if f"{METRICS[0]},none" in measured.get(name, {}):
+        if f"{HARNESS_METRICS[0]},none" in measured.get(name, {}):
             return [(name, self.leaves)]
         return [(leaf, [leaf]) for leaf in self.leaves]
+
+
+@dataclass(frozen=True)
+class TaskScorer:
+    """Scores one model.
+
+    Attributes:
+        runner: the tasks.
+        lm: the model, as the harness runs it.
+    """
+
+    runner: TaskRunner
+    lm: Any
+
+    def score(self, name: str) -> dict[str, Any]:
+        """Score the model on one task, or on all of a group.
+
+        Returns:
+            `tasks`: task or group -> {version, shots, documents, chance, and each metric with its
+            standard error}. `documents`: task or group -> its documents, see
+            `cfsp.quality.tasks.scored`.
+
+        Raises:
+            TaskError: the harness cannot get the task's data.
+        """
+        from lm_eval import evaluate
+
+        with _quiet():
+            loaded = self.runner.load(name)
+            everything = self.runner.manager.load(loaded.roots)
+            for task in everything["tasks"].values():
+                self.runner.set_shots(task)
+            # Not simple_evaluate: it also asks git and every package for versions, for reports
+            # of its own, and git complains where there is no repository.
+            results = evaluate(
+                lm=self.lm,
+                task_dict=everything,
+                limit=self.runner.selection.limit,
+                log_samples=True,
+            )
+        scores, documents = {}, {}
+        for entry, members in loaded.entries(name, results["results"]):
+            scored = scored_documents(
+                [(everything["tasks"][each], results["samples"][each]) for each in members]
+            )
+            scores[entry] = _scores(entry, members, results) | summary_of(scored)
+            documents[entry] = [each.to_json() for each in scored]
+        return {"tasks": scores, "documents": documents}
 
 
 def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str, Any]:
@@ -173,12 +219,13 @@ def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str,
         "shots": results["n-shot"].get(members[0]),
         "documents": sum(results["n-samples"][task]["effective"] for task in members),
     }
-    for metric in METRICS:
-        if f"{metric},none" in measured:
-            error = measured.get(f"{metric}_stderr,none")
-            scores[metric] = float(measured[f"{metric},none"])
-            # Of a single document there is none: the harness says "N/A".
-            scores[f"{metric}_stderr"] = float(error) if isinstance(error, float) else None
+    for metric in HARNESS_METRICS:
+        for key in (f"{metric},{each}" for each in FILTERS):
+            if key in measured and metric not in scores:
+                error = measured.get(key.replace(",", "_stderr,"))
+                scores[metric] = float(measured[key])
+                # Of a single document there is none: the harness says "N/A".
+                scores[f"{metric}_stderr"] = float(error) if isinstance(error, float) else None
     return scores
 
 

@@ -1,0 +1,69 @@
+"""Agreement with the dense model: how far predictions are from its own, position by position.
+
+The dense model's last hidden states wait, in memory or in a file, while other models stream; the
+two heads are applied to some positions at a time. Two models are never in memory as a whole.
+
+Shapes: P positions of a window, R some of them, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfsp.engine.head import Head
+from cfsp.engine.hidden_states import HiddenStates
+
+# Of two float32 log-softmaxes; small enough to stay in the cache.
+_PROBABILITIES_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class DenseEnd:
+    """What the dense model predicts on the windows of a text.
+
+    Attributes:
+        head: its norm and head.
+        hidden: what leaves its last block, of all windows.
+        device: where its head computes.
+    """
+
+    head: Head
+    hidden: HiddenStates
+    device: torch.device
+
+    def hidden_of(self, window: int) -> Tensor:
+        """Return the hidden states of one window, TD."""
+        batch = slice(window, window + 1)
+        hidden_TD = self.hidden.read(batch)[0].clone().to(self.device)
+        self.hidden.forget(batch)
+        return hidden_TD
+
+
+def divergence_and_agreement(logits_PV: Tensor, dense_PV: Tensor) -> tuple[float, int]:
+    """Compare the predictions of a model with the dense model's, in float32.
+
+    Args:
+        logits_PV: of the model.
+        dense_PV: of the dense model.
+
+    Returns:
+        The sum of KL(dense || model) over the positions in nats, and at how many of them the most
+        likely token is the dense model's.
+    """
+    rows = max(1, _PROBABILITIES_AT_ONCE // logits_PV.shape[1])
+    divergence = torch.zeros((), dtype=torch.float64, device=logits_PV.device)
+    agreed = torch.zeros((), dtype=torch.int64, device=logits_PV.device)
+    for logits_RV, dense_RV in zip(
+        torch.split(logits_PV, rows), torch.split(dense_PV, rows), strict=True
+    ):
+        log_dense_RV = dense_RV.float().log_softmax(-1)
+        probability_RV = log_dense_RV.exp()
+        difference_RV = log_dense_RV - logits_RV.float().log_softmax(-1)
+        # A token that the dense model rules out counts nothing, also if both rule it out.
+        difference_RV.masked_fill_(probability_RV == 0, 0)
+        divergence += torch.linalg.vecdot(probability_RV, difference_RV).sum(dtype=torch.float64)
+        agreed += (logits_RV.argmax(-1) == dense_RV.argmax(-1)).sum()
+    return float(divergence), int(agreed)

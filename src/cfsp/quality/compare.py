@@ -1,0 +1,319 @@
+"""Two models compared window by window and document by document, beside the dense model.
+
+Every difference is second - first. `cfsp.quality.paired` has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cfsp.errors import ReportError
+from cfsp.quality.paired import Estimate, difference, mean, mean_of_tasks, per_count
+from cfsp.quality.results_file import MeasuredModel, hashes
+
+# A model whose accuracy is less than so many standard errors above a guess may be guessing.
+_ERRORS_ABOVE_CHANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A measure of two models on the same windows or documents.
+
+    Attributes:
+        first: of the first model.
+        second: of the second.
+        difference: the mean of the differences.
+    """
+
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all three."""
+        return {name: estimate.to_json() for name, estimate in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """Two models on one text.
+
+    Attributes:
+        text: its name.
+        windows: how many there are.
+        loss: negative log-likelihood per token in nats.
+        divergence: KL(dense || model) per token in nats; None without a dense model.
+        agreed: share of tokens whose most likely one is the dense model's; likewise.
+    """
+
+    text: str
+    windows: int
+    loss: Pair
+    divergence: Pair | None
+    agreed: Pair | None
+
+
+@dataclass(frozen=True)
+class TaskPair:
+    """Two models on one task, by one metric.
+
+    Attributes:
+        task: its name.
+        metric: `acc_norm` where the task has it, else `acc`.
+        documents: how many there are.
+        accuracy: share of right answers.
+        kept: share of answers that are the dense model's; None without a dense model, or where
+            the answer is not one of several.
+        loss: of a free continuation, in nats; None of other tasks.
+        dense: the dense model's accuracy; None without a dense model.
+        chance: the accuracy of a guess.
+        is_above_chance: whether the dense model is better than a guess; None without one.
+    """
+
+    task: str
+    metric: str
+    documents: int
+    accuracy: Pair
+    kept: Pair | None
+    loss: Pair | None
+    dense: Estimate | None
+    chance: float
+    is_above_chance: bool | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models compared.
+
+    Attributes:
+        first: name of the one.
+        second: name of the other.
+        texts: on each text that both were measured on.
+        tasks: on each task.
+        accuracy: the mean over the tasks on which the dense model is better than a guess; None
+            without any.
+        kept: likewise, of the answers that are the dense model's.
+    """
+
+    first: str
+    second: str
+    texts: list[TextPair]
+    tasks: list[TaskPair]
+    accuracy: Pair | None
+    kept: Pair | None
+
+    @property
+    def left_out(self) -> list[TaskPair]:
+        """The tasks on which the dense model is not better than a guess."""
+        return [pair for pair in self.tasks if pair.is_above_chance is False]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON types."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "texts": {pair.text: _fields(pair, "text") for pair in self.texts},
+            "tasks": {pair.task: _fields(pair, "task") for pair in self.tasks},
+            "left_out": [pair.task for pair in self.left_out],
+            "accuracy": self.accuracy and self.accuracy.to_json(),
+            "kept": self.kept and self.kept.to_json(),
+        }
+
+
+def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None) -> Comparison:
+    """Compare two models on the texts and tasks that both were measured on.
+
+    Args:
+        first: the one.
+        second: the other.
+        dense: the dense model, which may be one of them; None for none.
+
+    Raises:
+        ReportError: there is nothing that both were measured on, or other windows or documents.
+    """
+    texts = [
+        _text_pair(text, first, second, dense) for text in first.windows if text in second.windows
+    ]
+    tasks = [
+        _task_pair(task, first, second, dense)
+        for task in first.documents
+        if task in second.documents
+    ]
+    if not texts and not tasks:
+        raise ReportError(
+            f"{first.name} and {second.name} have no text and no task in common; measure both "
+            "with the same --data or --tasks"
+        )
+    counted = [pair for pair in tasks if pair.is_above_chance is not False]
+    return Comparison(
+        first.name,
+        second.name,
+        texts,
+        tasks,
+        _mean([pair.accuracy for pair in counted]),
+        _mean([pair.kept for pair in counted if pair.kept is not None]),
+    )
+
+
+def comparisons(
+    models: Sequence[MeasuredModel], dense: MeasuredModel | None, base: MeasuredModel | None
+) -> list[Comparison]:
+    """Compare all models with one, or with the dense one and then with the first of the others.
+
+    Raises:
+        ReportError: there are less than two models, or see `compare`.
+    """
+    if base is not None:
+        pairs = [(base, each) for each in models if each is not base]
+    else:
+        others = [each for each in models if each is not dense]
+        pairs = [(dense, each) for each in others] if dense is not None else []
+        pairs += [(others[0], each) for each in others[1:]]
+    if not pairs:
+        raise ReportError(
+            "a comparison needs two models, found "
+            f"{', '.join(each.name for each in models) or 'none'}; give another file, or measure "
+            "with --against"
+        )
+    return [compare(first, second, dense) for first, second in pairs]
+
+
+def _text_pair(
+    text: str, first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
+) -> TextPair:
+    one, other = first.windows[text], second.windows[text]
+    if one["digest"] != other["digest"]:
+        raise ReportError(
+            f"{first.name} and {second.name} were measured on other windows of {text}: another "
+            "tokenizer, --windows, --seqlen, --stride or --bos; measure both alike"
+        )
+    counts = one["predicted"]
+
+    def pair(name: str) -> Pair | None:
+        sums = [_sums(model, text, name, dense) for model in (first, second)]
+        if sums[0] is None or sums[1] is None:
+            return None
+        return Pair(
+            per_count(sums[0], counts),
+            per_count(sums[1], counts),
+            per_count(difference(sums[0], sums[1]), counts),
+        )
+
+    loss = pair("loss")
+    assert loss is not None
+    return TextPair(text, len(counts), loss, pair("divergence"), pair("agreed"))
+
+
+def _sums(
+    model: MeasuredModel, text: str, name: str, dense: MeasuredModel | None
+) -> list[float] | None:
+    """Return the sums over windows of one measure; None if it was not measured.
+
+    The dense model agrees with itself.
+    """
+    sums = model.windows[text]
+    if name == "loss":
+        return list(sums["loss"])
+    if dense is None:
+        return None
+    if model is dense:
+        return [0.0] * len(sums["predicted"]) if name == "divergence" else list(sums["predicted"])
+    return list(sums[name]) if name in sums and model.against == dense.fingerprint else None
+
+
+def _task_pair(
+    task: str, first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
+) -> TaskPair:
+    of_dense = None if dense is None else dense.documents.get(task)
+    for model in (second, dense):
+        if model is not None and task in model.documents:
+            _check_same_documents(task, first, model)
+    one, other = first.documents[task], second.documents[task]
+    metric = "acc_norm" if all("acc_norm" in each for each in one) else "acc"
+    if any(metric not in each for each in other):
+        raise ReportError(
+            f"{first.name} and {second.name} were scored on {task} by other metrics, perhaps by "
+            "another version of the harness; score both alike"
+        )
+    kept = loss = accuracy_of_dense = is_above = None
+    chance = mean([each["chance"] for each in one]).value
+    if of_dense is not None:
+        accuracy_of_dense = mean([each[metric] for each in of_dense])
+        above = mean([each[metric] - each["chance"] for each in of_dense])
+        is_above = above.value > _ERRORS_ABOVE_CHANCE * (above.stderr or 0.0)
+        answers = [_answers(documents, metric) for documents in (one, other, of_dense)]
+        if answers[2] is not None and answers[0] is not None and answers[1] is not None:
+            kept = _pair(*(_equal(answers[i], answers[2]) for i in (0, 1)))
+    if all(_is_continuation(each) for each in one):
+        loss = _pair(*([-each["loglikelihoods"][0] for each in some] for some in (one, other)))
+    return TaskPair(
+        task,
+        metric,
+        len(one),
+        _pair(*([each[metric] for each in some] for some in (one, other))),
+        kept,
+        loss,
+        accuracy_of_dense,
+        chance,
+        is_above,
+    )
+
+
+def _check_same_documents(task: str, first: MeasuredModel, second: MeasuredModel) -> None:
+    shots = [model.tasks.get(task, {}).get("shots") for model in (first, second)]
+    if shots[0] != shots[1]:
+        raise ReportError(
+            f"{first.name} and {second.name} were scored on {task} with {shots[0]} and {shots[1]} "
+            "shots; score both with the same --shots"
+        )
+    one, other = first.documents[task], second.documents[task]
+    if len(one) != len(other):
+        raise ReportError(
+            f"{first.name} and {second.name} were scored on {len(one)} and {len(other)} documents "
+            f"of {task}; score both with the same --limit"
+        )
+    if hashes(one) != hashes(other):
+        raise ReportError(
+            f"{first.name} and {second.name} were scored on other documents of {task}; score both "
+            "with the same --task-data"
+        )
+
+
+def _answers(documents: Sequence[dict[str, Any]], metric: str) -> list[Any] | None:
+    """Return what was answered; None where there is nothing that can be the same."""
+    name = "choice_norm" if metric == "acc_norm" else "choice"
+    found = [each.get(name, each.get("answer")) for each in documents]
+    return None if None in found else found
+
+
+def _equal(answers: list[Any] | None, dense: list[Any] | None) -> list[float]:
+    assert answers is not None and dense is not None
+    return [float(one == other) for one, other in zip(answers, dense, strict=True)]
+
+
+def _is_continuation(document: dict[str, Any]) -> bool:
+    return "gold" not in document and "loglikelihoods" in document
+
+
+def _pair(first: Sequence[float], second: Sequence[float]) -> Pair:
+    return Pair(mean(first), mean(second), mean(difference(first, second)))
+
+
+def _mean(pairs: Sequence[Pair]) -> Pair | None:
+    if not pairs:
+        return None
+    return Pair(
+        mean_of_tasks([pair.first for pair in pairs]),
+        mean_of_tasks([pair.second for pair in pairs]),
+        mean_of_tasks([pair.difference for pair in pairs]),
+    )
+
+
+def _fields(pair: TextPair | TaskPair, without: str) -> dict[str, Any]:
+    return {
+        name: each.to_json() if isinstance(each, Pair | Estimate) else each
+        for name, each in vars(pair).items()
+        if name != without
+    }

@@ -1,0 +1,81 @@
+"""Means and paired differences with their standard errors: every formula of comparisons.
+
+What is compared was measured on the same windows or documents, so that a difference is taken
+window by window, or document by document, before its standard error is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean.
+
+    Attributes:
+        value: the mean.
+        stderr: its standard error; None of a single window or document.
+    """
+
+    value: float
+    stderr: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return both, rounded."""
+        error = None if self.stderr is None else round(self.stderr, 6)
+        return {"value": round(self.value, 6), "stderr": error}
+
+    def times(self, factor: float) -> Estimate:
+        """Return it in another unit, such as percent."""
+        error = None if self.stderr is None else abs(factor) * self.stderr
+        return Estimate(factor * self.value, error)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Return the mean of documents: the standard error is s / sqrt(n), with n - 1 in s."""
+    return per_count(values, [1] * len(values))
+
+
+def per_count(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Return the mean over tokens of sums over windows, which may count different numbers.
+
+    It is r = sum(s) / sum(n). Windows are independent, tokens in a window are not, so the
+    standard error is that of a ratio: sqrt(W / (W - 1) sum((s - r n)^2)) / sum(n).
+
+    Args:
+        sums: s, one of each of W windows.
+        counts: n, how many tokens each sum is over.
+    """
+    total = sum(counts)
+    ratio = math.fsum(sums) / total
+    windows = len(sums)
+    if windows < 2:
+        return Estimate(ratio, None)
+    squares = math.fsum((s - ratio * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    return Estimate(ratio, math.sqrt(windows / (windows - 1) * squares) / total)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Return second - first, one by one."""
+    return [b - a for a, b in zip(first, second, strict=True)]
+
+
+def mean_of_tasks(of_tasks: Sequence[Estimate]) -> Estimate:
+    """Return the mean over tasks, each with the same weight.
+
+    Documents of different tasks are independent: the standard error is sqrt(sum(se^2)) / tasks.
+    """
+    errors = [each.stderr for each in of_tasks if each.stderr is not None]
+    known = len(errors) == len(of_tasks)
+    error = math.sqrt(math.fsum(each**2 for each in errors)) / len(of_tasks) if known else None
+    return Estimate(fmean(each.value for each in of_tasks), error)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Return the geometric mean, of ratios for example."""
+    return math.exp(fmean(math.log(value) for value in values))

@@ -1,0 +1,192 @@
+"""The file that `cfsp eval --out` writes: everything measured, with what was asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.output import created_parents, write_atomically
+from cfsp.checkpoint.reading import fingerprint
+from cfsp.engine.workplace import remove_finished_work
+from cfsp.errors import OutputError, ReportError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def measured_into(
+    out: Path, asked: dict[str, Any], measure: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return results from a file, which is written if it is not there yet.
+
+    Args:
+        out: the file; it appears when all is measured.
+        asked: what the command asked for, as JSON types; the file must be of the same.
+        measure: gives the results; it may keep unfinished work beside the file.
+
+    Raises:
+        OutputError: the file is there and something else was asked for, or a model has changed
+            since, or it cannot be written.
+    """
+    if out.exists():
+        remove_finished_work(out)
+        try:
+            found = read_results(out)
+        except ReportError:
+            found = {}
+        if found.get("asked") != json.loads(json.dumps(asked)):
+            raise OutputError(
+                f"{out} exists and holds something else than was asked for now; choose another "
+                "--out, or remove it"
+            )
+        for model in found["models"]:
+            if fingerprint(open_checkpoint(model["model"])) != model.get("fingerprint"):
+                raise OutputError(
+                    f"{out} was measured when {model['model']} had other weights; choose another "
+                    "--out, or remove it"
+                )
+        logger.info("%s is there already; nothing is measured again", out)
+        return found
+    with created_parents(out):
+        found = {"asked": asked, **measure(out)}
+        write_atomically(out, (json.dumps(found) + "\n").encode())
+    return found
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what `cfsp eval --out` wrote, or `--json` printed.
+
+    Raises:
+        ReportError: it is missing, or something else.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(
+            f"cannot read {path}: {error}; make it with: cfsp eval ... --out {path}"
+        ) from error
+    results: dict[str, Any] = found if isinstance(found, dict) else {}
+    models = results.get("models")
+    if not isinstance(models, list) or not all(
+        isinstance(each, dict) and isinstance(each.get("model"), str) for each in models
+    ):
+        raise ReportError(f"{path} is not what `cfsp eval --out` writes")
+    return results
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One model of one or more files.
+
+    Attributes:
+        name: what it was called; with its file, where two models had one name.
+        fingerprint: tells it from others of the same name.
+        file: the first that it is in.
+        against: fingerprint of the dense model that it was compared with; None without.
+        windows: text -> sums over each window (see `cfsp.quality.evaluate`).
+        tasks: task -> scores.
+        documents: task -> its documents (see `cfsp.quality.tasks.scored`).
+    """
+
+    name: str
+    fingerprint: str
+    file: str
+    against: str | None = None
+    windows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def with_more(self, other: MeasuredModel) -> MeasuredModel:
+        """Add what was measured of the same model in another file.
+
+        Raises:
+            ReportError: one text or task was measured otherwise there.
+        """
+        for text, sums in other.windows.items():
+            known = self.windows.get(text)
+            if known is not None and known["digest"] != sums["digest"]:
+                raise _twice(self, other, text)
+        for task, documents in other.documents.items():
+            mine = self.documents.get(task)
+            if mine is not None and hashes(mine) != hashes(documents):
+                raise _twice(self, other, task)
+        windows = _joined(self.windows, other.windows)
+        for text, sums in other.windows.items():
+            # Of two that are alike, the one that was compared with the dense model says more.
+            if "divergence" not in windows[text]:
+                windows[text] = sums
+        return replace(
+            self,
+            against=self.against or other.against,
+            windows=windows,
+            tasks=_joined(self.tasks, other.tasks),
+            documents=_joined(self.documents, other.documents),
+        )
+
+
+def _joined(first: dict[str, T], second: dict[str, T]) -> dict[str, T]:
+    return first | {name: value for name, value in second.items() if name not in first}
+
+
+def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
+    """Read the models of several files; what is in several of them is one model.
+
+    Raises:
+        ReportError: a file is none of `cfsp eval --out`, or two disagree.
+    """
+    found: dict[tuple[str, str], MeasuredModel] = {}
+    for path in paths:
+        for model in read_results(path)["models"]:
+            each = measured_model(str(path), model)
+            key = (each.name, each.fingerprint)
+            found[key] = found[key].with_more(each) if key in found else each
+    names = [name for name, _fingerprint in found]
+    return [
+        each if names.count(each.name) == 1 else replace(each, name=f"{each.name} ({each.file})")
+        for each in found.values()
+    ]
+
+
+def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return what the documents of two models must have in common to be compared."""
+    return [(document["id"], document["hash"]) for document in documents]
+
+
+def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
+    """Return one model of results.
+
+    Args:
+        file: where they are from, for errors.
+        model: what `cfsp eval --json` says of it.
+
+    Raises:
+        ReportError: it has no windows or documents.
+    """
+    try:
+        return MeasuredModel(
+            model["model"],
+            model["fingerprint"],
+            file,
+            model.get("agreement", {}).get("fingerprint"),
+            dict(model["windows"]),
+            dict(model.get("tasks", {})),
+            dict(model.get("documents", {})),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(
+            f"{file} has no windows or documents of {model['model']}, which pairs are compared "
+            "by; measure it again with: cfsp eval ... --out FILE"
+        ) from error
+
+
+def _twice(model: MeasuredModel, other: MeasuredModel, what: str) -> ReportError:
+    return ReportError(
+        f"{model.file} and {other.file} measured {model.name} on other parts of {what}; compare "
+        "one of them"
+    )

@@ -1,0 +1,233 @@
+"""Pairs are compared on the same windows and documents only, with the dense model beside them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cfsp.cli import main
+from cfsp.errors import ReportError
+from cfsp.quality.compare import compare, comparisons
+from cfsp.quality.results_file import read_models
+
+WINDOWS, DOCUMENTS = 6, 40
+Model = dict[str, Any]
+
+
+def text(seed: int, *, compared: bool = True, digest: str = "same") -> dict[str, Any]:
+    generator = random.Random(seed)
+    counts = [31] * (WINDOWS - 1) + [12]
+    found: dict[str, Any] = {
+        "digest": digest,
+        "predicted": counts,
+        "loss": [count * (3 + generator.random()) for count in counts],
+    }
+    if compared:
+        found["divergence"] = [count * generator.random() for count in counts]
+        found["agreed"] = [generator.randrange(count) for count in counts]
+    return found
+
+
+def picked(task: str, seed: int, right: float, *, norm: bool = True) -> list[dict[str, Any]]:
+    """Documents of four choices, with about so many right answers."""
+    generator, golds = random.Random(f"{task}{seed}"), random.Random(task)
+    found = []
+    for number in range(DOCUMENTS):
+        gold = golds.randrange(4)
+        choice = gold if generator.random() < right else (gold + generator.randrange(1, 4)) % 4
+        document = {
+            "id": f"{task}/{number}",
+            "hash": f"{task}{number}",
+            "gold": gold,
+            "choice": choice,
+            "loglikelihoods": [-1.0, -2.0, -3.0, -4.0],
+            "acc": float(choice == gold),
+            "chance": 0.25,
+        }
+        if norm:
+            document |= {"choice_norm": choice, "acc_norm": float(choice == gold)}
+        found.append(document)
+    return found
+
+
+def continued(seed: int) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    return [
+        {
+            "id": f"lambada_openai/{number}",
+            "hash": f"lambada{number}",
+            "loglikelihoods": [-5 * generator.random()],
+            "acc": float(generator.random() < 0.5),
+            "chance": 0.0,
+        }
+        for number in range(DOCUMENTS)
+    ]
+
+
+def model(name: str, seed: int, *, dense: bool = False, right: float = 0.7) -> Model:
+    found: Model = {
+        "model": name,
+        "fingerprint": f"print-{seed}",
+        "perplexity": {},
+        "windows": {"wiki": text(seed, compared=not dense), "code": text(seed + 100)},
+        "tasks": {task: {"shots": 0} for task in ("piqa", "guessed", "boolq", "lambada_openai")},
+        "documents": {
+            "piqa": picked("piqa", seed, right),
+            "guessed": picked("guessed", seed, 0.25),
+            "boolq": picked("boolq", seed, right, norm=False),
+            "lambada_openai": continued(seed),
+        },
+    }
+    if not dense:
+        found["agreement"] = {"against": "dense", "fingerprint": "print-0"}
+    return found
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write(name: str, *models: Model) -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps({"models": list(models)}))
+        return path
+
+    return write
+
+
+def test_differences_are_those_of_numpy(write: Callable[..., Path]) -> None:
+    dense, one, two = model("dense", 0, dense=True), model("one", 1), model("two", 2, right=0.5)
+    models = read_models([write("a.json", dense, one), write("b.json", dense, two)])
+    assert [each.name for each in models] == ["dense", "one", "two"]
+    found = compare(models[1], models[2], models[0])
+
+    def estimate(values: np.ndarray) -> tuple[float, float]:
+        return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+    wiki = found.texts[0]
+    counts = np.array(one["windows"]["wiki"]["predicted"])
+    for name, pair in (("loss", wiki.loss), ("divergence", wiki.divergence)):
+        gap = np.subtract(two["windows"]["wiki"][name], one["windows"]["wiki"][name])
+        assert pair is not None
+        assert pair.difference.value == pytest.approx(gap.sum() / counts.sum())
+    piqa = found.tasks[0]
+    assert (piqa.metric, piqa.documents, piqa.is_above_chance) == ("acc_norm", DOCUMENTS, True)
+    choice = {
+        each["model"]: np.array([d["choice_norm"] for d in each["documents"]["piqa"]])
+        for each in (dense, one, two)
+    }
+    gold = np.array([d["gold"] for d in one["documents"]["piqa"]])
+    gap = (choice["two"] == gold).astype(float) - (choice["one"] == gold)
+    difference = piqa.accuracy.difference
+    assert (difference.value, difference.stderr) == pytest.approx(estimate(gap))
+    assert piqa.kept is not None
+    gap = (choice["two"] == choice["dense"]).astype(float) - (choice["one"] == choice["dense"])
+    kept = piqa.kept.difference
+    assert (kept.value, kept.stderr) == pytest.approx(estimate(gap))
+    lambada = found.tasks[3]
+    assert lambada.kept is None and lambada.loss is not None
+    losses = [
+        np.array([-d["loglikelihoods"][0] for d in each["documents"]["lambada_openai"]])
+        for each in (one, two)
+    ]
+    loss = lambada.loss.difference
+    assert (loss.value, loss.stderr) == pytest.approx(estimate(losses[1] - losses[0]))
+    # A task that the dense model guesses counts for nothing.
+    assert [pair.task for pair in found.left_out] == ["guessed"]
+    assert found.accuracy is not None and found.kept is not None
+    counted = [found.tasks[i].accuracy.difference for i in (0, 2, 3)]
+    assert found.accuracy.difference.value == pytest.approx(np.mean([e.value for e in counted]))
+    assert found.accuracy.difference.stderr == pytest.approx(
+        np.sqrt(sum((e.stderr or 0) ** 2 for e in counted)) / 3
+    )
+
+
+def test_the_dense_model_agrees_with_itself(write: Callable[..., Path]) -> None:
+    models = read_models([write("a.json", model("dense", 0, dense=True), model("one", 1))])
+    (found,) = comparisons(models, models[0], None)
+    assert (found.first, found.second) == ("dense", "one")
+    wiki = found.texts[0]
+    assert wiki.divergence is not None and wiki.agreed is not None
+    assert (wiki.divergence.first.value, wiki.agreed.first.value) == (0, 1)
+    assert found.tasks[0].kept is not None and found.tasks[0].kept.first.value == 1
+
+
+def test_without_a_dense_model_there_are_differences_only(write: Callable[..., Path]) -> None:
+    alone = [model(name, seed) for seed, name in enumerate(("one", "two"), start=1)]
+    for each in alone:
+        del each["agreement"]
+    models = read_models([write(f"{each['model']}.json", each) for each in alone])
+    (found,) = comparisons(models, None, None)
+    assert found.kept is None and found.texts[0].divergence is None
+    assert found.accuracy is not None and not found.left_out
+    with pytest.raises(ReportError, match="a comparison needs two models, found one; give"):
+        comparisons(models[:1], None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["windows"]["wiki"].update(digest="other"), "on other windows of wiki"),
+        (lambda m: m["documents"]["piqa"].pop(), "on 40 and 39 documents of piqa"),
+        (lambda m: m["documents"]["piqa"][3].update(hash="x"), "on other documents of piqa"),
+        (lambda m: m["tasks"]["piqa"].update(shots=5), "on piqa with 0 and 5 shots"),
+        (lambda m: m.update(windows={}, documents={}), "no text and no task in common"),
+        (lambda m: m.pop("windows"), "has no windows or documents of two"),
+    ],
+)
+def test_what_does_not_compare_is_one_sentence(
+    change: Callable[[Model], Any],
+    message: str,
+    write: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = model("two", 2)
+    change(other)
+    argv = ["compare", str(write("a.json", model("one", 1))), str(write("b.json", other))]
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
+
+
+def test_what_is_printed(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    dense = write("dense.json", model("dense", 0, dense=True))
+    files = [str(write(f"{name}.json", model(name, seed))) for seed, name in ((1, "a"), (2, "b"))]
+    assert main(["compare", *files, "--against", str(dense)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("first: dense\n") == 2
+    assert "first: a\nsecond: b\n" in printed
+    assert "mean of 3" in printed
+    assert "guessed is left out of the mean: the dense model (" in printed
+    assert "lambada_openai, loss in nats: " in printed
+    assert printed.splitlines()[-1].startswith("against dense; differences are second - first")
+    assert main(["compare", *files, "--base", "b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["against"] is None
+    (pair,) = found["pairs"]
+    assert (pair["first"], pair["second"], set(pair["texts"])) == ("b", "a", {"wiki", "code"})
+    assert main(["compare", *files, "--base", "c"]) == 2
+    assert "expected a model of the files (a, b), found 'c'" in capsys.readouterr().err
+    assert main(["compare", "missing.json"]) == 2
+    assert "cannot read missing.json" in capsys.readouterr().err
+
+
+def test_models_of_one_name_are_told_apart_by_file(write: Callable[..., Path]) -> None:
+    one, other = write("a.json", model("smaller", 1)), write("b.json", model("smaller", 2))
+    names = [each.name for each in read_models([one, other])]
+    assert names == [f"smaller ({one})", f"smaller ({other})"]
+
+
+def test_one_model_of_two_files_is_one(write: Callable[..., Path]) -> None:
+    texts, tasks = model("one", 1), model("one", 1)
+    texts["documents"], tasks["windows"] = {}, {}
+    (found,) = read_models([write("texts.json", texts), write("tasks.json", tasks)])
+    assert set(found.windows) == {"wiki", "code"}
+    assert len(found.documents) == 4
+    tasks["windows"] = {"wiki": text(1, digest="other")}
+    with pytest.raises(ReportError, match="measured one on other parts of wiki"):
+        read_models([write("texts.json", texts), write("tasks.json", tasks)])
