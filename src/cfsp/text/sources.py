@@ -1,5 +1,7 @@
 """What `--data` and `--eval` take: names of texts, and texts themselves.
 
+    mixed                        text of nine kinds that comes with this package; the default
+    mixed/KIND                   one of them (`cfsp.text.mixed`)
     python-docs                  Python's own reference prose, in every CPython
     python-source                source code of the standard library, in every CPython
     wikitext2, c4                the usual data sets, from the hub
@@ -29,6 +31,7 @@ from cfsp.settings import OWN_TEXT, Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.files import local_documents
 from cfsp.text.hub import hub_documents
+from cfsp.text.mixed import mixed_texts
 from cfsp.text.offline import python_docs, python_source
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 Purpose = Literal["calibration", "evaluation"]
 
 _OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
+    **mixed_texts(),
     "python-docs": python_docs,
     "python-source": python_source,
 }
