@@ -31,7 +31,7 @@ from cfsp.settings import OWN_TEXT, Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.files import local_documents
 from cfsp.text.hub import hub_documents
-from cfsp.text.mixed import mixed_texts
+from cfsp.text.mixed import MIXED, mixed_texts
 from cfsp.text.offline import python_docs, python_source
 
 if TYPE_CHECKING:
@@ -177,13 +177,14 @@ def _hub_place(text: str, purpose: Purpose) -> tuple[str, str, str, str] | None:
 
 def _not_found(name: str) -> str:
     known = [*_OFFLINE, *_HUB]
+    shown = [each for each in known if not each.startswith(f"{MIXED}/")]
     path = _split_column(name)[0]
     files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
     return (
-        f"{name} is neither a file nor a known text;{meant} known are: {', '.join(known)}, or "
+        f"{name} is neither a file nor a known text;{meant} known are: {', '.join(shown)}, or "
         "NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
 
