@@ -14,6 +14,7 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, EvaluationText, PruneSettings
 from cfsp.speed import Comparison, Conditions, Workload, compare_speed
 from cfsp.speed.subjects import Subject
+from cfsp.text.mixed import MIXED
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,21 @@ class DemoResult:
 
 
 def run_demo(out: Path, sparsity: float) -> DemoResult:
-    """Prune SmolLM2-135M on Python's documentation; measure quality and speed.
+    """Prune SmolLM2-135M on the mixed text; measure quality and speed.
 
     Raises:
         CheckpointError: the package that carries the model is not installed.
         OutputError: `out` exists and is not empty.
     """
     # Before the model is converted, which takes a while.
-    settings = PruneSettings(Budget(sparsity), text=CalibrationText(("python-docs",), samples=16))
+    settings = PruneSettings(Budget(sparsity), text=CalibrationText((MIXED,), samples=27))
     check_output_is_free(out)
     source = open_checkpoint(DEMO_NAME)
     report = prune_checkpoint(
         source,
         out,
         settings,
-        evaluation=EvaluationText(("python-docs", "python-source"), windows=6),
+        evaluation=EvaluationText((MIXED, "python-docs"), windows=9),
         command=f"cfsp demo --out {out} --sparsity {sparsity}",
     )
     speed = compare_speed(

@@ -22,7 +22,7 @@ LONGEST_WINDOW = 1 << 24
 DEFAULT_EVALUATION_WINDOWS = 12
 MOST_WINDOWS = 1 << 32
 
-DEFAULT_TEXT = "python-docs"
+DEFAULT_TEXT = "mixed"
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 1024
 # What `--data` calls text that the model writes itself.
@@ -401,8 +401,8 @@ class CalibrationText:
     names: tuple[str | Text, ...] = option(
         (DEFAULT_TEXT,),
         "text to calibrate on: wikitext2, c4, a hub data set as NAME:CONFIG:SPLIT:COLUMN, a .txt, "
-        ".jsonl or .parquet file (also of conversations), python-docs, or self (the model writes "
-        "it); repeat it to mix",
+        ".jsonl or .parquet file (also of conversations), mixed (nine kinds of text that come with "
+        "cfsp) or one of them as mixed/KIND, or self (the model writes it); repeat it to mix",
         flag="data",
         metavar="TEXT",
         default=DEFAULT_TEXT,
@@ -424,7 +424,7 @@ class CalibrationText:
         if not self.names:
             raise UsageError(
                 "there is no text to calibrate on; give one or several: wikitext2, c4, "
-                "python-docs, a .txt, .jsonl or .parquet file, or Text(name, documents)"
+                "mixed, a .txt, .jsonl or .parquet file, or Text(name, documents)"
             )
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed must be in [0, 2^63), found {self.seed}")

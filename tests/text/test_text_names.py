@@ -48,11 +48,12 @@ def refused(name: str, purpose: Any = "calibration") -> str:
 def test_a_text_that_is_not_there_says_which_is_meant(tmp_path: Path) -> None:
     message = refused(ABSENT)
     assert message == (
-        "nothing.txt is neither a file nor a known text; known are: python-docs, python-source, "
-        "wikitext2, c4, or NAME:CONFIG:SPLIT:COLUMN on the hub"
+        "nothing.txt is neither a file nor a known text; known are: mixed, python-docs, "
+        "python-source, wikitext2, c4, or NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
     assert "did you mean wikitext2?" in refused("wikitext")
     assert "did you mean python-docs?" in refused("python_docs", "evaluation")
+    assert "did you mean mixed/books?" in refused("mixed/book")
     (tmp_path / "prose.txt").write_text("a river")
     assert f"did you mean {tmp_path / 'prose.txt'}?" in refused(str(tmp_path / "prosa.txt"))
 

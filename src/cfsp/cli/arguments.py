@@ -92,8 +92,8 @@ def calibration_text(args: argparse.Namespace) -> CalibrationText:
 def tell_of_the_default_text() -> None:
     """Say what the text is where none is named."""
     log.warning(
-        "calibrating on %s, the reference pages of Python's documentation: English prose of a "
-        "narrow kind; text like what the model will read does better (--data)",
+        "calibrating on %s, text of many kinds that comes with cfsp; text like what the model will "
+        "read does better (--data)",
         DEFAULT_TEXT,
     )
 

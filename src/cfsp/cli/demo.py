@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     print()
     print_comparison(result.speed)
     print(
-        "\nperplexity of python-docs is on topics that were not calibrated on; python-source "
-        "(code) is out of domain\nthe model card, with the way to load it: "
+        "\nperplexity of mixed is on documents that were not calibrated on; python-docs is a text "
+        "of another kind\nthe model card, with the way to load it: "
         f"{args.out / 'README.md'}\nthe report, to open in a browser: {result.page}"
     )

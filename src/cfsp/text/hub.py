@@ -20,8 +20,8 @@ def hub_documents(hub_id: str, config: str, split: str, column: str) -> Iterator
     datasets = import_datasets()
     if not is_told_to_stay_offline() and not hub_is_reachable():
         raise TextError(
-            f"the hub, which has {hub_id}, cannot be reached from here; give a local file, "
-            "python-docs or python-source, or set HF_HUB_OFFLINE=1 to read a copy in its cache"
+            f"the hub, which has {hub_id}, cannot be reached from here; give a local file "
+            "or mixed, or set HF_HUB_OFFLINE=1 to read a copy in its cache"
         )
     try:
         data = datasets.load_dataset(hub_id, config or None, split=split, streaming=True)

@@ -1,5 +1,7 @@
 """What `--data` and `--eval` take: names of texts, and texts themselves.
 
+    mixed                        text of nine kinds that comes with this package; the default
+    mixed/KIND                   one of them (`cfsp.text.mixed`)
     python-docs                  Python's own reference prose, in every CPython
     python-source                source code of the standard library, in every CPython
     wikitext2, c4                the usual data sets, from the hub
@@ -29,6 +31,7 @@ from cfsp.settings import OWN_TEXT, Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.files import local_documents
 from cfsp.text.hub import hub_documents
+from cfsp.text.mixed import MIXED, mixed_texts
 from cfsp.text.offline import python_docs, python_source
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 Purpose = Literal["calibration", "evaluation"]
 
 _OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
+    **mixed_texts(),
     "python-docs": python_docs,
     "python-source": python_source,
 }
@@ -173,13 +177,14 @@ def _hub_place(text: str, purpose: Purpose) -> tuple[str, str, str, str] | None:
 
 def _not_found(name: str) -> str:
     known = [*_OFFLINE, *_HUB]
+    shown = [each for each in known if not each.startswith(f"{MIXED}/")]
     path = _split_column(name)[0]
     files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
     return (
-        f"{name} is neither a file nor a known text;{meant} known are: {', '.join(known)}, or "
+        f"{name} is neither a file nor a known text;{meant} known are: {', '.join(shown)}, or "
         "NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
 

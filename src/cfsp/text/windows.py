@@ -19,6 +19,7 @@ from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
 from cfsp.text.cutting import gather, overlapping_spans, spans
 from cfsp.text.hold_out import is_held_out
+from cfsp.text.mixed import parts_of
 from cfsp.text.sources import TextSource, name_of
 from cfsp.text.stream import token_stream
 from cfsp.text.tokenizers import beginning
@@ -103,6 +104,8 @@ def draw_windows(
 ) -> Windows:
     """Draw calibration windows evenly from each text, without overlap, by seed.
 
+    The kinds of the mixed text are drawn from evenly too, each as a source of its own.
+
     Args:
         texts: what to draw from; see `cfsp.text.sources`.
         tokenizer: the model's own.
@@ -119,8 +122,9 @@ def draw_windows(
     drawn: list[Tensor] = []
     counts: dict[str, int] = {}
     for pool in _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with):
-        drawn.append(pool.tokens_NT[: pool.share])
-        counts[pool.name] = counts.get(pool.name, 0) + len(drawn[-1])
+        if pool.share:
+            drawn.append(pool.tokens_NT[: pool.share])
+            counts[pool.name] = counts.get(pool.name, 0) + len(drawn[-1])
     return Windows(torch.cat(drawn), counts, begins_with)
 
 
@@ -210,9 +214,10 @@ def draw_left_over(
     begins_with = beginning(tokenizer, bos)
     drawn: list[Tensor] = []
     counts: dict[str, int] = {}
-    shares = _shares(count, len(texts))
     pools = _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with)
-    for share, pool in zip(shares, pools, strict=True):
+    for (_, share), pool in zip(_parts_with_shares(texts, count), pools, strict=True):
+        if not share:
+            continue
         left_NT = pool.tokens_NT[pool.share :]
         if len(left_NT) < share:
             raise TextError(
@@ -249,9 +254,9 @@ def _shuffled_pools(
         )
     wanted = DEFAULT_SAMPLES if samples is None else samples
     generator = torch.Generator().manual_seed(seed)
-    for text, share in zip(texts, _shares(wanted, len(texts)), strict=True):
+    for text, share in _parts_with_shares(texts, wanted):
         source = TextSource(text, "calibration")
-        pool_NT = _pool(source, tokenizer, seqlen, _POOL_FACTOR * share, begins_with)
+        pool_NT = _pool(source, tokenizer, seqlen, _POOL_FACTOR * max(share, 1), begins_with)
         have = pool_NT.shape[0]
         if have < share and (samples is not None or have == 0):
             raise TextError(
@@ -260,6 +265,15 @@ def _shuffled_pools(
                 "or a shorter --seqlen"
             )
         yield _ShuffledPool(source.name, pool_NT[torch.randperm(have, generator=generator)], share)
+
+
+def _parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str | Text, int]]:
+    """Return what windows are drawn from, kinds of the mixed text apart, and how many of each."""
+    found: list[tuple[str | Text, int]] = []
+    for text, share in zip(texts, _shares(total, len(texts)), strict=True):
+        parts = parts_of(text) if isinstance(text, str) else (text,)
+        found += zip(parts, _shares(share, len(parts)), strict=True)
+    return found
 
 
 def _shares(total: int, parts: int) -> list[int]:

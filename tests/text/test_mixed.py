@@ -1,0 +1,139 @@
+"""The mixed text: every kind reads, has sources and licences, and gives the same windows anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cfsp.text.mixed
+from cfsp.errors import TextError
+from cfsp.settings import DEFAULT_TEXT
+from cfsp.text.mixed import KINDS, MIXED, records
+from cfsp.text.sources import TextSource
+from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import consecutive_windows, draw_left_over, draw_windows
+
+MIXTURE = Path(cfsp.text.mixed.__file__).with_name("mixture")
+LICENCES = {path.stem for path in (MIXTURE / "licences").glob("*.txt")}
+
+
+def read(name: str, purpose: Any = "calibration") -> list[str]:
+    return list(TextSource(name, purpose).documents())
+
+
+def test_it_is_the_default() -> None:
+    assert DEFAULT_TEXT == MIXED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_reads_in_two_disjoint_parts(kind: str) -> None:
+    calibration, evaluation = read(f"mixed/{kind}"), read(f"mixed/{kind}", "evaluation")
+    assert not set(calibration) & set(evaluation)
+    texts = [record["text"] for record in records(kind)]
+    assert calibration + evaluation == texts
+    assert len(set(texts)) == len(texts) >= 50
+    size = len("".join(texts).encode())
+    assert 250_000 < size < 410_000
+    assert 0.15 < len("".join(evaluation).encode()) / size < 0.3
+    assert max(map(len, texts)) < size / 15  # a window is not all of one kind's text
+    assert all(text == text.strip() and "\0" not in text and "\r" not in text for text in texts)
+
+
+def test_it_is_at_most_three_megabytes() -> None:
+    assert sum(len(record["text"].encode()) for kind in KINDS for record in records(kind)) <= 3e6
+    assert sum(path.stat().st_size for path in MIXTURE.glob("*.gz")) < 1.3e6
+    assert {path.name for path in MIXTURE.glob("*.gz")} == {f"{kind}.jsonl.gz" for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_document_has_a_source_and_a_licence(kind: str) -> None:
+    listed = (MIXTURE / "SOURCES.md").read_text(encoding="utf-8")
+    for record in records(kind):
+        assert set(record) == {"text", "title", "author", "source", "licence"}
+        assert all(value.strip() for value in record.values())
+        fields = (record[name] for name in ("title", "author", "source", "licence"))
+        assert f"| {' | '.join(field.replace('|', chr(92) + '|') for field in fields)} |" in listed
+        # Of "A OR B", one is enough.
+        assert record["licence"] == "Public domain" or LICENCES & set(
+            record["licence"].split(" OR ")
+        ), record
+
+
+def test_the_licences_are_those_that_the_package_names() -> None:
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    expression = next(line for line in pyproject.splitlines() if line.startswith("license ="))
+    assert set(expression.split('"')[1].split(" AND ")) == LICENCES - {"NOTICES"}
+
+
+@pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
+def test_all_kinds_come_by_turns(purpose: Any) -> None:
+    kind_of = {text: kind for kind in KINDS for text in read(f"mixed/{kind}", purpose)}
+    texts = read("mixed", purpose)
+    assert sorted(texts) == sorted(kind_of)
+    given: Counter[str] = Counter()
+    for text in texts[: len(texts) // 4]:
+        given[kind_of[text]] += len(text)
+    assert set(given) == set(KINDS)
+    assert max(given.values()) - min(given.values()) <= max(map(len, texts))
+
+
+def test_windows_are_drawn_evenly_from_each_kind(tokenizer: Any) -> None:
+    windows = draw_windows(["mixed"], tokenizer, samples=22, seqlen=32)
+    assert list(windows.sources) == [f"mixed/{kind}" for kind in KINDS]
+    assert list(windows.sources.values()) == [3] * 4 + [2] * 5
+    # Each kind has a window that repair is judged by.
+    ends = [0]
+    for count in windows.sources.values():
+        ends.append(ends[-1] + count)
+    assert all(windows.held_out_N[start:end].any() for start, end in pairwise(ends))
+    few = draw_windows(["mixed"], tokenizer, samples=2, seqlen=32)
+    assert few.sources == {"mixed/encyclopaedia": 1, "mixed/web": 1}
+
+
+def test_the_mixed_text_has_the_share_of_one_text(tokenizer: Any) -> None:
+    windows = draw_windows(["mixed", "python-docs"], tokenizer, samples=36, seqlen=32)
+    assert windows.sources == {**{f"mixed/{kind}": 2 for kind in KINDS}, "python-docs": 18}
+
+
+def test_what_is_left_over_was_not_drawn(tokenizer: Any) -> None:
+    conditions: dict[str, Any] = {"samples": 4, "seqlen": 64, "seed": 3}
+    drawn = draw_windows(["mixed"], tokenizer, **conditions)
+    left = draw_left_over(["mixed"], tokenizer, count=9, **conditions)
+    assert left.sources == {f"mixed/{kind}": 1 for kind in KINDS}
+    assert not {tuple(row) for row in drawn.tokens_NT.tolist()} & {
+        tuple(row) for row in left.tokens_NT.tolist()
+    }
+
+
+def test_evaluation_is_of_all_kinds(tokenizer: Any) -> None:
+    windows = consecutive_windows("mixed", tokenizer, count=4, seqlen=64)
+    assert windows.sources == {"mixed": 4}
+
+
+def test_a_package_without_its_text_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cfsp.text.mixed, "_DIRECTORY", tmp_path)
+    with pytest.raises(TextError, match=r"books.jsonl.gz, which is part of this package .*again"):
+        read("mixed/books")
+
+
+def test_the_documents_are_the_same_everywhere() -> None:
+    digest = hashlib.sha256("\0".join(read("mixed")).encode()).hexdigest()
+    assert digest == DOCUMENTS_DIGEST
+
+
+@pytest.mark.real
+def test_the_windows_are_the_same_everywhere(demo: Any) -> None:
+    windows = draw_windows(["mixed"], load_tokenizer(demo.directory))
+    assert sum(windows.sources.values()) == 128
+    assert windows.digest == WINDOWS_DIGEST
+
+
+DOCUMENTS_DIGEST = "568483f735084b826fbe84fb22f72ed9008f44f6f0da4be4ccc20bfef4978e51"
+WINDOWS_DIGEST = "31000842631ae2677de25e8c693bb9df93637b558070e0125108ebefcf7f623b"
