@@ -74,7 +74,7 @@ def streamed_perplexity(
 
     found = pass_blocks(
         source,
-        windows.tokens_NT,
+        windows,
         visit,
         _LossFile(),
         name=name,
