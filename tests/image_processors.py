@@ -1,9 +1,8 @@
-"""Real processors for the tiny multimodal models of `any_models`, and data sets of tiny pictures."""
+"""Real processors for the tiny multimodal models of `any_models`, and sets of tiny pictures."""
 
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from any_models import tiny_model
+from conftest import random_prose
 
 # By the ids that `any_models` gives them.
 SPECIAL = {
@@ -42,7 +42,7 @@ def template_of(model_type: str) -> str:
     )
 
 
-def image_tokenizer(words: list[str], directory: Path, *, bos: bool = False) -> Any:
+def image_tokenizer(directory: Path, *, bos: bool = False) -> Any:
     """Return a byte-level tokenizer with the special tokens of images."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
@@ -56,7 +56,7 @@ def image_tokenizer(words: list[str], directory: Path, *, bos: bool = False) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([" ".join(words)] * 4, trainer)
+    core.train_from_iterator([random_prose(2000, seed=0)], trainer)
     if bos:
         core.post_processor = TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
@@ -137,18 +137,17 @@ def picture(seed: int, width: int = 40, height: int = 30) -> Any:
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def chats_with_images(directory: Path, count: int, words: list[str], *, pairs: int = 1) -> Path:
-    """Write conversations about pictures, with paths to them; return the .jsonl file."""
+def chats_with_images(directory: Path, count: int) -> Path:
+    """Write conversations about one or two pictures, with their paths; return the .jsonl file."""
     (directory / "pictures").mkdir(parents=True, exist_ok=True)
-    generator = random.Random(0)
     lines = []
     for number in range(count):
         names = []
-        for which in range(1 + number % 2 if pairs > 1 else 1):
+        for which in range(1 + number % 2):
             name = f"pictures/{number}-{which}.png"
             picture(10 * number + which, 30 + number % 3 * 12, 30).save(directory / name)
             names.append(name)
-        question, answer = (" ".join(generator.choices(words, k=8)) for _ in range(2))
+        question, answer = (random_prose(8, seed=2 * number + half) for half in range(2))
         parts = [{"type": "image"} for _ in names] + [{"type": "text", "text": question}]
         messages = [
             {"role": "user", "content": parts},

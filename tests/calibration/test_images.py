@@ -24,7 +24,6 @@ from cfsp.settings import Compute
 from cfsp.text.image_windows import load_processor
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, draw_windows
-from conftest import _WORDS
 from image_processors import TYPES, chats_with_images, image_tokenizer, save_multimodal
 
 SAMPLES, SEQLEN = 4, 96
@@ -44,7 +43,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chats_with_images(tmp_path_factory.mktemp("chats"), 24, _WORDS, pairs=2)
+    return chats_with_images(tmp_path_factory.mktemp("chats"), 24)
 
 
 @pytest.fixture(scope="module", params=TYPES)
@@ -55,7 +54,7 @@ def case(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:
     directory = tmp_path_factory.mktemp(request.param)
-    tokenizer = image_tokenizer(_WORDS, directory / "tokenizer")
+    tokenizer = image_tokenizer(directory / "tokenizer")
     model = save_multimodal(request.param, tokenizer, directory / "model")
     source = Checkpoint(directory / "model")
     windows = draw_windows(

@@ -11,10 +11,10 @@ Shapes: T tokens, R tokens of a sample or of several.
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,8 +273,8 @@ def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _In
     of_images = torch.isin(tokens_R, torch.tensor(_image_tokens(processor)))
     if not bool(of_images.any()):
         raise TextError(
-            f"{where}: the model's processor ({type(processor).__name__}) put no tokens of an image "
-            "into the text; give text alone"
+            f"{where}: the model's processor ({type(processor).__name__}) put no tokens of an "
+            "image into the text; give text alone"
         )
     return _Inputs(
         tokens_R,
@@ -340,18 +340,20 @@ def _place(processor: Any) -> str:
     """Return what stands for an image in a text: what the chat template writes, else its token."""
     template = processor.chat_template or processor.tokenizer.chat_template
     if template:
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [*image, {"type": "text", "text": "~"}]}],
-                chat_template=template,
-                tokenize=False,
-            )
+        # Up to a text behind it, with and without the image.
+        with_image, without = (
+            str(
+                processor.apply_chat_template(
+                    [{"role": "user", "content": [*image, {"type": "text", "text": "~"}]}],
+                    chat_template=template,
+                    tokenize=False,
+                )
+            ).partition("~")[0]
             for image in ([{"type": "image"}], [])
-        ]
-        start = len(os.path.commonprefix(texts))
-        written, _, _ = texts[0][start:].partition("~")
-        if written and written != texts[1][start:].partition("~")[0]:
-            return written
+        )
+        if with_image != without:
+            same = (a == b for a, b in zip(with_image, without, strict=False))
+            return with_image[sum(takewhile(bool, same)) :]
     return str(getattr(processor, "image_token", ""))
 
 

@@ -73,8 +73,8 @@ def _image(value: Any, where: str, directory: Path | None) -> Any:
     if isinstance(value, bytes) or hasattr(value, "convert"):
         return value
     raise TextError(
-        f'{where}: column {IMAGE_COLUMN!r} has a {type(value).__name__}, expected paths, {{"bytes", '
-        '"path"} or pictures'
+        f"{where}: column {IMAGE_COLUMN!r} has a {type(value).__name__}, expected paths, "
+        '{"bytes", "path"} or pictures'
     )
 
 
