@@ -401,8 +401,8 @@ class CalibrationText:
     names: tuple[str | Text, ...] = option(
         (DEFAULT_TEXT,),
         "text to calibrate on: wikitext2, c4, a hub data set as NAME:CONFIG:SPLIT:COLUMN, a .txt, "
-        ".jsonl or .parquet file (also of conversations), python-docs, or self (the model writes "
-        "it); repeat it to mix",
+        ".jsonl or .parquet file (also of conversations, with images), python-docs, or self (the "
+        "model writes it); repeat it to mix",
         flag="data",
         metavar="TEXT",
         default=DEFAULT_TEXT,

@@ -9,10 +9,10 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ from cfsp.engine.read_ahead import read_ahead
 from cfsp.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from cfsp.architecture.found import FFNUnit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.text.windows import Windows
@@ -202,6 +204,7 @@ def stream_blocks(
     blocks = blocks_of(skeleton, architecture)
     # Images pass the vision tower, which is not part of the decoder.
     needed = "" if windows.has_images else architecture.decoder
+    not_needed = [architecture.blocks, *_head_of(skeleton)]
 
     def read(index: int) -> dict[str, Tensor]:
         return read_tensors(blocks[index], architecture.block_prefix(index), source, dtype)
@@ -210,7 +213,7 @@ def stream_blocks(
         return open_hidden(shape_NTD, dtype)
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(blocks))) as ahead:
-        with _with_weights(skeleton, needed, architecture.blocks, source, device, dtype):
+        with _with_weights(skeleton, needed, not_needed, source, device, dtype):
             decoder, resumed = skeleton.get_submodule(architecture.decoder), first_block > 0
             start = DecoderStart(decoder, blocks, device)
             if windows.has_images:
@@ -244,39 +247,46 @@ def stream_blocks(
 def _with_weights(
     skeleton: nn.Module,
     path: str,
-    blocks: str,
+    not_needed: Sequence[str],
     source: WeightSource,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[None]:
-    """Read everything of a part of the model but its blocks: they are the only large part.
+    """Read everything of a part of the model that comes before its blocks.
 
     Args:
         skeleton: the model.
         path: from it to the part: the decoder, or with images the model itself.
-        blocks: path from it to the list of blocks.
+        not_needed: paths from it to what is left out: the list of blocks, the head.
         source: where the tensors come from.
         device: where to compute.
         dtype: what to compute in.
     """
     module, prefix = skeleton.get_submodule(path), f"{path}." if path else ""
-    with _without_blocks(skeleton, blocks):
+    with _without(skeleton, not_needed):
         fill(module, read_tensors(module, prefix, source, dtype), device)
     yield
-    with _without_blocks(skeleton, blocks):
+    with _without(skeleton, not_needed):
         unload(module)
 
 
+def _head_of(model: PreTrainedModel) -> Iterator[str]:
+    """Yield the path to the module that gives logits, if there is one."""
+    head: Any = model.get_output_embeddings()
+    if head is not model.get_input_embeddings():
+        yield from (path for path, module in model.named_modules() if module is head)
+
+
 @contextmanager
-def _without_blocks(model: nn.Module, path: str) -> Iterator[None]:
-    parent_path, _, leaf = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    blocks = getattr(parent, leaf)
-    setattr(parent, leaf, nn.ModuleList())
+def _without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    left_out = [(path.rpartition("."), model.get_submodule(path)) for path in paths]
+    for (parent, _, leaf), _module in left_out:
+        setattr(model.get_submodule(parent), leaf, nn.ModuleList())
     try:
         yield
     finally:
-        setattr(parent, leaf, blocks)
+        for (parent, _, leaf), module in left_out:
+            setattr(model.get_submodule(parent), leaf, module)
 
 
 def _check_finite(module: nn.Module, source: WeightSource, block: int) -> None:

@@ -11,17 +11,20 @@ Shapes: T tokens, R tokens of a sample or of several.
 from __future__ import annotations
 
 import logging
+import mmap
+import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cfsp.errors import CheckpointError, MissingExtraError, TextError
+from cfsp.errors import CheckpointError, MissingExtraError, OutputError, TextError
 from cfsp.text.chats import CHAT_COLUMN
 from cfsp.text.images import Sample, open_image
 
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Loads the processor of a model.
 ProcessorOf = Callable[[], Any]
+
+_ALIGNMENT = 64
 
 # What a processor gives besides, and the model does not need: windows are not padded.
 _NOT_NEEDED = ("input_ids", "attention_mask", "labels")
@@ -116,10 +121,10 @@ class ImageWindows:
         Raises:
             TextError: a sample is not what the processor takes.
             MissingExtraError: the processor needs Pillow or torchvision.
+            OutputError: the disk is full.
         """
-        found: list[ImageWindow] = []
-        while len(found) < count and (window := self._next()) is not None:
-            found.append(window)
+        windows = iter(self._next, None)
+        found = _in_file(islice(windows, count))
         if self.left_out:
             logger.warning(
                 "%d samples were left out, whose images need up to %d tokens: more than a window "
@@ -186,6 +191,45 @@ class ImageWindows:
             else:
                 self._waiting.append(_Piece(sample, text, len(made.tokens_R), made.images_end))
         return self._waiting[position]
+
+
+def _in_file(windows: Iterator[ImageWindow]) -> list[ImageWindow]:
+    """Return windows whose images are in a temporary file without a name, which goes with them.
+
+    Pixels take more memory than anything else of a text, and each window's are looked at seldom.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    written: list[tuple[Tensor, dict[str, tuple[int, Tensor]]]] = []
+    try:
+        with tempfile.TemporaryFile() as file:
+            for window in windows:
+                places = {}
+                for name, value in window.images.items():
+                    file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+                    # Its shape and dtype alone.
+                    places[name] = file.tell(), value.to("meta")
+                    file.write(value.contiguous().numpy().tobytes())
+                written.append((window.tokens_T, places))
+            file.flush()
+            if not file.tell():
+                return [ImageWindow(tokens_T, {}) for tokens_T, _ in written]
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make room for the images of the windows in {tempfile.gettempdir()} "
+            f"({error.strerror or error}); free the disk, set TMPDIR, or take fewer --samples"
+        ) from error
+
+    def read(offset: int, like: Tensor) -> Tensor:
+        flat = torch.frombuffer(mapped, dtype=like.dtype, count=like.numel(), offset=offset)
+        return flat.view(like.shape)
+
+    return [
+        ImageWindow(tokens_T, {name: read(*place) for name, place in places.items()})
+        for tokens_T, places in written
+    ]
 
 
 @dataclass(frozen=True)
