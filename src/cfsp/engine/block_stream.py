@@ -202,9 +202,10 @@ def stream_blocks(
     batches = [slice(i, min(i + size, len(tokens_NT))) for i in range(0, len(tokens_NT), size)]
     skeleton = build_skeleton(source.config, dtype)
     blocks = blocks_of(skeleton, architecture)
-    # Images pass the vision tower, which is not part of the decoder.
-    needed = "" if windows.has_images else architecture.decoder
-    not_needed = [architecture.blocks, *_head_of(skeleton)]
+    needed, not_needed = architecture.decoder, [architecture.blocks]
+    if windows.has_images:
+        # They pass the vision tower, which is not part of the decoder.
+        needed, not_needed = "", [architecture.blocks, *_heads(skeleton, architecture.decoder)]
 
     def read(index: int) -> dict[str, Tensor]:
         return read_tensors(blocks[index], architecture.block_prefix(index), source, dtype)
@@ -270,11 +271,12 @@ def _with_weights(
         unload(module)
 
 
-def _head_of(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the path to the module that gives logits, if there is one."""
+def _heads(model: PreTrainedModel, decoder: str) -> Iterator[str]:
+    """Yield the path to the module that gives logits, if it is outside the decoder."""
     head: Any = model.get_output_embeddings()
-    if head is not model.get_input_embeddings():
-        yield from (path for path, module in model.named_modules() if module is head)
+    for path, module in model.named_modules():
+        if module is head and not f"{path}.".startswith(f"{decoder}." if decoder else ""):
+            yield path
 
 
 @contextmanager

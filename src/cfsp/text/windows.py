@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -91,7 +92,7 @@ class Windows:
         whole = (len(self.tokens_NT),)
         return is_held_out(parts if sum(parts) == sum(whole) else whole)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the exact token ids, their shape, and all of the images, as hex."""
         digest = hashlib.sha256(str(tuple(self.tokens_NT.shape)).encode())
