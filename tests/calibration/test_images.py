@@ -19,8 +19,10 @@ from any_models import BLOCKS, tiny_model
 from cfsp.architecture.activations import hidden_state
 from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.together import windows_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.engine.compute import engine_of
+from cfsp.processes import Team
 from cfsp.settings import Compute
 from cfsp.text.image_windows import load_processor
 from cfsp.text.tokenizers import load_tokenizer
@@ -142,4 +144,14 @@ def test_statistics_of_what_a_processor_might_give(model_type: str) -> None:
     del inputs["attention_mask"]
     both_NT = torch.cat([tokens_BT, tokens_BT.flip(1).clamp(max=290)])
     windows = Windows(both_NT, {}, images_N=(inputs, {}))
-    check_statistics(Case(model, LoadedModel(model), windows))
+    source = LoadedModel(model)
+    check_statistics(Case(model, source, windows))
+    # Of two processes one has the image.
+    engine = engine_of(Compute(device="cpu", dtype="float32"), source)
+    parts = [windows_of(windows, Team(rank, 2), None) for rank in range(2)]
+    assert [part.has_images for part in parts] == [True, False]
+    first, second = (calibrate(source, part, engine) for part in parts)
+    whole = calibrate(source, windows, engine)
+    for a, b, both in zip(first.units, second.units, whole.units, strict=True):
+        total_F = a.sum_of_squares_F + b.sum_of_squares_F
+        torch.testing.assert_close(total_F, both.sum_of_squares_F, rtol=1e-5, atol=1e-5)

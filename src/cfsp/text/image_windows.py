@@ -294,11 +294,11 @@ def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _In
         TextError: the processor refuses it.
         MissingExtraError: it needs Pillow or torchvision.
     """
-    if not images:
-        ids = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return _only_text(ids)
     pictures = [open_image(image, where) for image in images]
     try:
+        if not images:
+            ids = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return _only_text(ids)
         made = processor(
             text=[text], images=[pictures], return_tensors="pt", add_special_tokens=False
         )
