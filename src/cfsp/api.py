@@ -33,6 +33,7 @@ from cfsp.settings import (
     check_names,
     from_names,
 )
+from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -102,7 +103,8 @@ def prune(
 
     Args:
         model: a directory, hub id, .gguf file or `demo`; or a transformers model.
-        tokenizer: needed for a model in memory, and for nothing else.
+        tokenizer: needed for a model in memory, and for nothing else; a multimodal model's
+            processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
         goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
@@ -186,12 +188,15 @@ def calibrate(
     text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
     check_texts(text.names, "calibration")
     source = _source(model)
+    tokenizer, processor = parted(tokenizer)
     if tokenizer is None:
         if not isinstance(source, Checkpoint):
             raise UsageError("calibrating a model in memory needs its tokenizer")
         tokenizer = load_tokenizer(source.directory)
     compute = from_names(Compute, advanced, device=device)
-    return calibrate_source(source, tokenizer, text, compute, sensitivity=sensitivity)
+    return calibrate_source(
+        source, tokenizer, text, compute, sensitivity=sensitivity, processor=processor
+    )
 
 
 def plan(

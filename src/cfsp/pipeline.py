@@ -60,9 +60,10 @@ from cfsp.settings import (
     MaxLossIncrease,
     PruneSettings,
 )
+from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, check_is_text
 from cfsp.whole_model.own_text import calibration_windows
 from cfsp.whole_model.sensitivity import with_sensitivity
 
@@ -145,7 +146,7 @@ def prune_model(
 
     Args:
         model: in evaluation mode.
-        tokenizer: its own.
+        tokenizer: its own, or the processor that has it.
         settings: how to prune.
         goal: gives the budget; of that in the settings only the multiple then counts.
 
@@ -154,8 +155,9 @@ def prune_model(
     """
     check_all_texts(settings.text, goal=goal)
     source = LoadedModel(model)
+    tokenizer, processor = parted(tokenizer)
     with temporary_workplace(settings.compute.memory_budget) as place:
-        inputs = _Inputs.of(source, lambda: tokenizer, settings)
+        inputs = _Inputs.of(source, lambda: tokenizer, settings, processor)
         watch = Stopwatch()
         decided = _decide(inputs, settings, goal, None, None, place, watch)
         repaired = decided.repaired
@@ -189,6 +191,7 @@ def calibrate_source(
     team: Team | None = None,
     *,
     sensitivity: bool = False,
+    processor: Any = None,
 ) -> Statistics:
     """Draw windows and run them through the model once.
 
@@ -200,14 +203,24 @@ def calibrate_source(
         place: where to spill and to save; None for a temporary one.
         team: the processes that share the windows; None for this one alone.
         sensitivity: also measure that of every block; in one process only.
+        processor: of a multimodal model in memory.
     """
     if place is None:
         with temporary_workplace(compute.memory_budget) as temporary:
             return calibrate_source(
-                source, tokenizer, text, compute, temporary, team, sensitivity=sensitivity
+                source,
+                tokenizer,
+                text,
+                compute,
+                temporary,
+                team,
+                sensitivity=sensitivity,
+                processor=processor,
             )
     engine = engine_of(compute, source)
-    windows = calibration_windows(source, tokenizer, text, engine)
+    windows = calibration_windows(source, tokenizer, text, engine, processor)
+    if sensitivity:
+        check_is_text(windows, "--sensitivity")
     if team is None or team.size == 1:
         statistics = calibrate(source, windows, engine, seed=text.seed, place=place)
         asked = Criterion(SENSITIVITY) if sensitivity else Criterion()
@@ -236,9 +249,12 @@ class _Inputs:
         source: WeightSource,
         tokenizer: Callable[[], PreTrainedTokenizerBase],
         settings: PruneSettings,
+        processor: Any = None,
     ) -> _Inputs:
         engine, tokenizer = engine_of(settings.compute, source), cache(tokenizer)
-        draw = cache(lambda: calibration_windows(source, tokenizer(), settings.text, engine))
+        draw = cache(
+            lambda: calibration_windows(source, tokenizer(), settings.text, engine, processor)
+        )
         return _Inputs(source, engine, tokenizer, draw)
 
 

@@ -401,8 +401,9 @@ class CalibrationText:
     names: tuple[str | Text, ...] = option(
         (DEFAULT_TEXT,),
         "text to calibrate on: wikitext2, c4, a hub data set as NAME:CONFIG:SPLIT:COLUMN, a .txt, "
-        ".jsonl or .parquet file (also of conversations), mixed (nine kinds of text that come with "
-        "cfsp) or one of them as mixed/KIND, or self (the model writes it); repeat it to mix",
+        ".jsonl or .parquet file (also of conversations, with images), mixed (nine kinds of text "
+        "that come with cfsp) or one of them as mixed/KIND, or self (the model writes it); repeat "
+        "it to mix",
         flag="data",
         metavar="TEXT",
         default=DEFAULT_TEXT,

@@ -134,9 +134,9 @@ def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
 
 def test_windows_are_split_between_batches() -> None:
     windows = Windows(torch.arange(9)[:, None].expand(9, 4), {"text": 9})
-    parts = [windows_of(windows, Team(rank, 2), 2)[:, 0].tolist() for rank in range(2)]
+    parts = [windows_of(windows, Team(rank, 2), 2).tokens_NT[:, 0].tolist() for rank in range(2)]
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-    parts = [windows_of(windows, Team(rank, 3), 4)[:, 0].tolist() for rank in range(3)]
+    parts = [windows_of(windows, Team(rank, 3), 4).tokens_NT[:, 0].tolist() for rank in range(3)]
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 
 

@@ -14,6 +14,7 @@ from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.engine.block_stream import stream_blocks
 from cfsp.engine.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
 from cfsp.errors import CalibrationError, CheckpointError
+from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model, save_tiny_model
 
 TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -23,7 +24,7 @@ def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> l
     """The output of every block for all windows, as the engine computes it."""
     outputs: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
     for block in stream_blocks(
-        source, TOKENS, device=torch.device("cpu"), dtype=dtype, batch_windows=batch
+        source, Windows(TOKENS, {}), device=torch.device("cpu"), dtype=dtype, batch_windows=batch
     ):
         block.advance(
             lambda *rows: None,
@@ -61,7 +62,9 @@ def test_one_block_at_a_time_has_weights(tiny_checkpoint: Callable[[str], Path])
     """What makes a model larger than memory possible."""
     modules: list[nn.Module] = []
     source = Checkpoint(tiny_checkpoint("llama"))
-    for block in stream_blocks(source, TOKENS, device=torch.device("cpu"), dtype=torch.float32):
+    for block in stream_blocks(
+        source, Windows(TOKENS, {}), device=torch.device("cpu"), dtype=torch.float32
+    ):
         assert not any(p.is_meta for p in block.module.parameters())
         assert all(p.is_meta for module in modules for p in module.parameters())
         block.advance(lambda *rows: None, lambda before, after: None)

@@ -1,4 +1,4 @@
-"""The mixed text: every kind reads, has sources and licences, and gives the same windows anywhere."""
+"""The mixed text: kinds read, have sources and licences, and give the same windows anywhere."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def calibrate(
     check_tokens(source.config, windows.tokens_NT, source.label)
     observed = pass_blocks(
         source,
-        windows.tokens_NT,
+        windows,
         observe,
         StatisticsFiles(record),
         name=name,

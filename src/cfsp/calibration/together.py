@@ -8,6 +8,7 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -56,29 +57,27 @@ def calibrate_together(
         UsageError: there are fewer batches than processes.
         ProcessError: a process died, or is not there in time.
     """
-    own = windows_of(windows, team, batch_windows)
-    part = calibrate_part(replace(windows, tokens_NT=own))
+    part = calibrate_part(windows_of(windows, team, batch_windows))
     return replace(add_up(part, team, device), record=record)
 
 
-def windows_of(windows: Windows, team: Team, batch_windows: int | None) -> Tensor:
+def windows_of(windows: Windows, team: Team, batch_windows: int | None) -> Windows:
     """Return the windows of one process, whole batches.
 
     Raises:
         UsageError: there are fewer batches than processes.
     """
-    size = windows_in_batch(windows.tokens_NT, batch_windows)
-    batches = torch.split(windows.tokens_NT, size)
-    if len(batches) < team.size:
-        count = len(windows.tokens_NT)
+    size, count = windows_in_batch(windows, batch_windows), len(windows.tokens_NT)
+    batches = math.ceil(count / size)
+    if batches < team.size:
         raise UsageError(
-            f"{count} windows in batches of {size} are {len(batches)} batches, too few for "
+            f"{count} windows in batches of {size} are {batches} batches, too few for "
             f"{team.size} processes; take more --samples, fewer processes, or "
             f"--batch-windows {max(1, count // team.size)}"
         )
-    first = team.rank * len(batches) // team.size
-    last = (team.rank + 1) * len(batches) // team.size
-    return torch.cat(batches[first:last])
+    first = team.rank * batches // team.size
+    last = (team.rank + 1) * batches // team.size
+    return windows.part(slice(first * size, last * size))
 
 
 def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cfsp.engine.call_form import Extra
 from cfsp.engine.call_recorder import BlockCall
-from cfsp.engine.call_values import Place, WindowValues, differ, is_shared, leaves
+from cfsp.engine.call_values import Place, WindowValues, differ, is_shared, leaves, moved
 from cfsp.errors import UnsupportedModelError
 
 
@@ -46,6 +47,8 @@ class BlockCalls:
         }
         self._shared = {place: WindowValues() for at in self._shared_L for place in at}
         self._written: set[Place] = set()
+        # Rows of tokens, and what a model adds to them, by block and window.
+        self._added: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
 
     @property
     def depend_on_text(self) -> bool:
@@ -63,6 +66,68 @@ class BlockCalls:
             for place, kept in self._text_L[index].items():
                 kept.write(windows, values[place], _told(index, place))
         self._by_size.setdefault(len(windows), calls)
+
+    def add_alone(
+        self, window: int, calls: Sequence[BlockCall], added_L: Mapping[int, Tensor]
+    ) -> None:
+        """Add the recorded calls of a window that passes by itself, such as one with images.
+
+        What is not as in the calls that were added first is kept for each window.
+
+        Args:
+            window: its number; those before it were added before.
+            calls: of every block.
+            added_L: what the model adds to the hidden states that enter a block, 1TD.
+
+        Raises:
+            UnsupportedModelError: blocks are called with other arguments.
+        """
+        first = self._by_size.setdefault(1, calls)
+        same: dict[tuple[int, int], bool] = {}
+        kept: dict[int, Any] = {}
+        for index, call in enumerate(calls):
+            known, values = (dict(leaves(each.arguments)) for each in (first[index], call))
+            if known.keys() != values.keys():
+                raise UnsupportedModelError(
+                    f"block {index} is called with other arguments for some windows than for "
+                    "others, as it may be with images and without; calibrate on one kind alone"
+                )
+            for place, value in values.items():
+                # Blocks share most values.
+                pair = id(known[place]), id(value)
+                if pair not in same:
+                    same[pair] = not _differ(known[place], value)
+                own = self._text_L[index]
+                if place not in own and not same[pair]:
+                    own[place] = WindowValues()
+                    for earlier in range(window):
+                        own[place].keep(earlier, known[place])
+                if place in own:
+                    if id(value) not in kept:
+                        kept[id(value)] = moved(value, torch.device("cpu"))
+                    own[place].keep(window, kept[id(value)])
+        for index, added_BTD in added_L.items():
+            row_R = added_BTD[0].any(-1).nonzero().flatten()
+            own_RD = added_BTD[0, row_R]
+            self._added.setdefault(index, {})[window] = row_R.cpu(), own_RD.cpu()
+
+    def entering(self, index: int, windows: Sequence[int], hidden_BTD: Tensor) -> Tensor:
+        """Return what enters a block: the hidden states, and what the model adds before it.
+
+        Args:
+            index: of the block.
+            windows: numbers of the windows, in the order of the batch.
+            hidden_BTD: what left the block before.
+        """
+        added = self._added.get(index)
+        if added is None:
+            return hidden_BTD
+        hidden_BTD = hidden_BTD.clone()
+        for position, window in enumerate(windows):
+            if window in added:
+                row_R, own_RD = (part.to(hidden_BTD.device) for part in added[window])
+                hidden_BTD[position, row_R] += own_RD
+        return hidden_BTD
 
     def of(self, index: int, windows: int) -> BlockCall:
         """Return how the model calls one of its blocks with any batch of so many windows.
@@ -122,6 +187,14 @@ def _differing(first: BlockCall, second: BlockCall) -> list[Place]:
         for place, value in leaves(first.arguments)
         if place in others and differ(value, others[place])
     ]
+
+
+def _differ(first: Any, second: Any) -> bool:
+    """Return whether values are different, be they tensors or not."""
+    constant = bool | int | float | str | None
+    if isinstance(first, constant) and isinstance(second, constant):
+        return first != second
+    return differ(first, second)
 
 
 def _told(index: int, place: Place) -> str:

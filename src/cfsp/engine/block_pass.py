@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
@@ -25,11 +24,11 @@ from cfsp.engine.pass_state import Pace, PassState
 from cfsp.engine.pass_times import PassTimes
 from cfsp.engine.versions import versions
 from cfsp.progress import token_progress
-from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.workplace import Workplace
+    from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class ResultFiles(Protocol[T]):
 
 def pass_blocks(
     source: WeightSource,
-    tokens_NT: Tensor,
+    windows: Windows,
     visit: Callable[[StreamedBlock], T],
     files: ResultFiles[T],
     *,
@@ -68,13 +67,13 @@ def pass_blocks(
 
     Args:
         source: the model.
-        tokens_NT: windows without padding.
+        windows: without padding.
         visit: advances a block and returns its result.
         files: puts results on disk.
         name: of the pass: its directory in the workplace.
         device: where blocks compute.
         dtype: what they compute in.
-        batch_windows: windows that pass together; None for about 4096 tokens.
+        batch_windows: windows that pass together; see `windows_in_batch`.
         place: where to spill and to save; None for neither.
         more_batch_sizes: see `stream_blocks`.
         may_stop_after: whether hidden states and results are all that a visit of the next block
@@ -90,8 +89,8 @@ def pass_blocks(
     blocks = source.architecture.block_count
     state = None
     if place is not None and place.identity is not None:
-        batch = windows_in_batch(tokens_NT, batch_windows)
-        identity = _identity(source, tokens_NT, device, dtype, batch)
+        batch = windows_in_batch(windows, batch_windows)
+        identity = _identity(source, windows, device, dtype, batch)
         state = PassState(place.directory / name, {**identity, **place.identity})
     results: list[T] = []
     if state is not None and state.next_block:
@@ -104,12 +103,12 @@ def pass_blocks(
     with (
         times.part("total"),
         token_progress(
-            label, blocks, tokens_NT.numel() * blocks + more_tokens, len(results)
+            label, blocks, windows.tokens_NT.numel() * blocks + more_tokens, len(results)
         ) as progress,
     ):
         for block in stream_blocks(
             source,
-            tokens_NT,
+            windows,
             device=device,
             dtype=dtype,
             batch_windows=batch_windows,
@@ -184,13 +183,13 @@ def _hidden_opener(
 
 
 def _identity(
-    source: WeightSource, tokens_NT: Tensor, device: torch.device, dtype: torch.dtype, batch: int
+    source: WeightSource, windows: Windows, device: torch.device, dtype: torch.dtype, batch: int
 ) -> dict[str, Any]:
     """Return what the results of any pass depend on."""
     return {
         "model": source.label,
         "model fingerprint": fingerprint(source),
-        "calibration text": Windows(tokens_NT, {}).digest,
+        "calibration text": windows.digest,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "batch of windows": batch,

@@ -9,10 +9,10 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,17 @@ from cfsp.engine.block_calls import BlockCalls
 from cfsp.engine.call_recorder import BlockCall
 from cfsp.engine.decoder_start import DecoderStart
 from cfsp.engine.hidden_states import HiddenInMemory, HiddenStates
+from cfsp.engine.image_start import ImageStart
 from cfsp.engine.pass_times import PassTimes
 from cfsp.engine.read_ahead import read_ahead
 from cfsp.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from cfsp.architecture.found import FFNUnit
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.text.windows import Windows
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
 TOKENS_IN_BATCH = 4096
@@ -96,6 +100,8 @@ class StreamedBlock:
             for batch in self._batches:
                 with self._times.part("hidden_states"):
                     input_BTD = self.hidden.read(batch).to(self.device)
+                windows = range(batch.start, batch.stop)
+                input_BTD = self._calls.entering(self.index, windows, input_BTD)
                 first_window, seqlen = batch.start, input_BTD.shape[1]
                 output_BTD = self.compute(batch, input_BTD)
                 on_hidden(input_BTD, output_BTD)
@@ -144,14 +150,22 @@ class StreamedBlock:
         self._on_batch(tokens)
 
 
-def windows_in_batch(tokens_NT: Tensor, batch_windows: int | None) -> int:
-    """Return how many windows pass a block together; None asks for about 4096 tokens."""
-    return batch_windows or max(1, TOKENS_IN_BATCH // tokens_NT.shape[1])
+def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
+    """Return how many windows pass a block together.
+
+    Args:
+        windows: all of them. Where some have images, each passes alone: how a model calls its
+            blocks then differs from window to window.
+        batch_windows: how many are asked for; None for about 4096 tokens.
+    """
+    if windows.has_images:
+        return 1
+    return batch_windows or max(1, TOKENS_IN_BATCH // windows.tokens_NT.shape[1])
 
 
 def stream_blocks(
     source: WeightSource,
-    tokens_NT: Tensor,
+    windows: Windows,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -166,10 +180,10 @@ def stream_blocks(
 
     Args:
         source: the model.
-        tokens_NT: windows without padding.
+        windows: without padding.
         device: where blocks compute.
         dtype: what they compute in.
-        batch_windows: windows that pass together; None for about 4096 tokens.
+        batch_windows: windows that pass together; see `windows_in_batch`.
         on_batch: is told how many tokens have passed a block, after each batch.
         open_hidden: makes room for the hidden states, from their shape NTD and dtype.
         first_block: the block to begin with; if it is not 0, `open_hidden` gives the states
@@ -180,27 +194,37 @@ def stream_blocks(
     Raises:
         CalibrationError: a weight is NaN or infinite.
         CheckpointError: a tensor is missing.
+        UnsupportedModelError: blocks cannot be run one after the other.
     """
     times = times or PassTimes()
-    size = windows_in_batch(tokens_NT, batch_windows)
+    tokens_NT, architecture = windows.tokens_NT, source.architecture
+    size = windows_in_batch(windows, batch_windows)
     batches = [slice(i, min(i + size, len(tokens_NT))) for i in range(0, len(tokens_NT), size)]
     skeleton = build_skeleton(source.config, dtype)
-    blocks = blocks_of(skeleton, source.architecture)
+    blocks = blocks_of(skeleton, architecture)
+    needed, not_needed = architecture.decoder, [architecture.blocks]
+    if windows.has_images:
+        # They pass the vision tower, which is not part of the decoder.
+        needed, not_needed = "", [architecture.blocks, *_heads(skeleton, architecture.decoder)]
 
     def read(index: int) -> dict[str, Tensor]:
-        return read_tensors(blocks[index], source.architecture.block_prefix(index), source, dtype)
+        return read_tensors(blocks[index], architecture.block_prefix(index), source, dtype)
+
+    def room(shape_NTD: tuple[int, ...]) -> HiddenStates:
+        return open_hidden(shape_NTD, dtype)
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(blocks))) as ahead:
-        with _decoder_with_weights(
-            skeleton, source.architecture.decoder, source.architecture.blocks, source, device, dtype
-        ) as decoder:
+        with _with_weights(skeleton, needed, not_needed, source, device, dtype):
+            decoder, resumed = skeleton.get_submodule(architecture.decoder), first_block > 0
             start = DecoderStart(decoder, blocks, device)
-            hidden, calls = start.embed(
-                tokens_NT, batches, lambda shape: open_hidden(shape, dtype), resumed=first_block > 0
-            )
-            for windows in set(more_batch_sizes):
-                if windows not in calls:
-                    calls.add(range(windows), start.record(tokens_NT[:windows]).calls)
+            if windows.has_images:
+                of_images = ImageStart(skeleton, blocks, start.form, device, dtype)
+                hidden, calls = of_images.embed(windows, room, resumed=resumed)
+            else:
+                hidden, calls = start.embed(tokens_NT, batches, room, resumed=resumed)
+            for count in set(more_batch_sizes):
+                if count not in calls:
+                    calls.add(range(count), start.record(tokens_NT[:count]).calls)
         for index in range(first_block, len(blocks)):
             module = blocks[index]
             with times.part("weights"):
@@ -209,7 +233,7 @@ def stream_blocks(
             yield StreamedBlock(
                 index=index,
                 module=module,
-                units=source.architecture.units_of(index),
+                units=architecture.units_of(index),
                 hidden=hidden,
                 device=device,
                 _batches=batches,
@@ -221,43 +245,50 @@ def stream_blocks(
 
 
 @contextmanager
-def _decoder_with_weights(
+def _with_weights(
     skeleton: nn.Module,
-    decoder: str,
-    blocks: str,
+    path: str,
+    not_needed: Sequence[str],
     source: WeightSource,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[nn.Module]:
-    """Read everything of the decoder but its blocks: they are the only large part.
+) -> Iterator[None]:
+    """Read everything of a part of the model that comes before its blocks.
 
     Args:
         skeleton: the model.
-        decoder: path from it to the module whose forward calls the blocks. Only this part of
-            the model is read: not the vision tower of a multimodal one.
-        blocks: path from it to the list of blocks, inside the decoder.
+        path: from it to the part: the decoder, or with images the model itself.
+        not_needed: paths from it to what is left out: the list of blocks, the head.
         source: where the tensors come from.
         device: where to compute.
         dtype: what to compute in.
     """
-    module, prefix = skeleton.get_submodule(decoder), f"{decoder}." if decoder else ""
-    with _without_blocks(skeleton, blocks):
+    module, prefix = skeleton.get_submodule(path), f"{path}." if path else ""
+    with _without(skeleton, not_needed):
         fill(module, read_tensors(module, prefix, source, dtype), device)
-    yield module
-    with _without_blocks(skeleton, blocks):
+    yield
+    with _without(skeleton, not_needed):
         unload(module)
 
 
+def _heads(model: PreTrainedModel, decoder: str) -> Iterator[str]:
+    """Yield the path to the module that gives logits, if it is outside the decoder."""
+    head: Any = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head and not f"{path}.".startswith(f"{decoder}." if decoder else ""):
+            yield path
+
+
 @contextmanager
-def _without_blocks(model: nn.Module, path: str) -> Iterator[None]:
-    parent_path, _, leaf = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    blocks = getattr(parent, leaf)
-    setattr(parent, leaf, nn.ModuleList())
+def _without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    left_out = [(path.rpartition("."), model.get_submodule(path)) for path in paths]
+    for (parent, _, leaf), _module in left_out:
+        setattr(model.get_submodule(parent), leaf, nn.ModuleList())
     try:
         yield
     finally:
-        setattr(parent, leaf, blocks)
+        for (parent, _, leaf), module in left_out:
+            setattr(model.get_submodule(parent), leaf, module)
 
 
 def _check_finite(module: nn.Module, source: WeightSource, block: int) -> None:

@@ -86,6 +86,8 @@ class Recording:
 
     embedded_BTD: Tensor | None = None
     calls: list[BlockCall] = field(default_factory=list)
+    # Hidden states as they enter each block.
+    entering_L: list[Tensor] = field(default_factory=list)
 
 
 class AllBlocksRecordedError(Exception):
@@ -94,39 +96,54 @@ class AllBlocksRecordedError(Exception):
 
 class _Recorder(StandIn):
     def __init__(
-        self, original: nn.Module, recording: Recording, form: CallForm, is_last: bool
+        self,
+        original: nn.Module,
+        recording: Recording,
+        form: CallForm,
+        is_last: bool,
+        returns_zeros: bool,
     ) -> None:
         super().__init__(original)
         self._recording = recording
         self._form = form
         self._is_last = is_last
+        self._returns_zeros = returns_zeros
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden_state(args, kwargs)
         args, kwargs = without_hidden_state(args, kwargs)
         layout = self._form.layout
+        self._recording.entering_L.append(layout.pack(hidden))
         if self._recording.embedded_BTD is None:
-            self._recording.embedded_BTD = layout.pack(hidden)
+            self._recording.embedded_BTD = self._recording.entering_L[0]
         self._recording.calls.append(BlockCall(args, kwargs, layout))
         if self._is_last:
             raise AllBlocksRecordedError
-        return self._form.returned(hidden)
+        return self._form.returned(torch.zeros_like(hidden) if self._returns_zeros else hidden)
 
 
 @contextmanager
-def recorded_blocks(blocks: nn.ModuleList, form: CallForm = PLAIN) -> Iterator[Recording]:
+def recorded_blocks(
+    blocks: nn.ModuleList, form: CallForm = PLAIN, *, returns_zeros: bool = False
+) -> Iterator[Recording]:
     """Replace the blocks by recorders; put them back afterwards."""
     recording, count = Recording(), len(blocks)
 
     def recorder(index: int, original: nn.Module) -> nn.Module:
-        return _Recorder(original, recording, form, is_last=index == count - 1)
+        return _Recorder(original, recording, form, index == count - 1, returns_zeros)
 
     with replaced(blocks, count, recorder):
         yield recording
 
 
 def record_calls(
-    decoder: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor, form: CallForm = PLAIN
+    decoder: nn.Module,
+    blocks: nn.ModuleList,
+    tokens_BT: Tensor,
+    form: CallForm = PLAIN,
+    *,
+    more: Mapping[str, Any] | None = None,
+    returns_zeros: bool = False,
 ) -> Recording:
     """Run a model's embeddings and masks on tokens; note how it would call its blocks.
 
@@ -136,13 +153,15 @@ def record_calls(
         blocks: its list of decoder blocks.
         tokens_BT: token ids.
         form: how it takes hidden states from its blocks.
+        more: what else the forward is given, such as pixel values.
+        returns_zeros: whether recorders return zeros instead of the hidden state.
 
     Returns:
         The embedded tokens and one call for each block.
     """
-    with recorded_blocks(blocks, form) as recording:
+    with recorded_blocks(blocks, form, returns_zeros=returns_zeros) as recording:
         try:
-            decoder(input_ids=tokens_BT, use_cache=False)
+            decoder(input_ids=tokens_BT, use_cache=False, **(more or {}))
         except AllBlocksRecordedError:
             pass
         else:

@@ -83,10 +83,27 @@ class WindowValues:
         for position, window in enumerate(windows):
             self._value_W[window] = _part(value, position, len(windows), what)
 
+    def keep(self, window: int, value: Any) -> None:
+        """Keep the value of a window that passes alone; its tensors need no axis of windows."""
+        self._value_W[window] = value
+
     def read(self, windows: Sequence[int], device: torch.device) -> Any:
         """Return the value of some windows in one batch; None where none was kept."""
         parts = [self._value_W.get(window) for window in windows]
+        if len(parts) == 1:
+            return moved(parts[0], device)
         return None if parts[0] is None else _together(parts, device)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return nested tuples, lists and dictionaries with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved(item, device) for item in value)
+    return value
 
 
 def _part(value: Any, position: int, windows: int, what: str) -> Any:

@@ -21,6 +21,7 @@ from cfsp.engine.block_group import BlockGroup
 from cfsp.engine.block_pass import ResultFiles, pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.judge import Judgement, token_error
+from cfsp.text.windows import joined
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -246,7 +247,7 @@ def pass_two_streams(
     visits = _Visits(pruned, modules, windows.tokens_NT, streams, engine.dtype, work, group_of)
     return pass_blocks(
         source,
-        torch.cat([windows.tokens_NT, windows.tokens_NT]),
+        joined([windows, windows]),
         visits.visit,
         files,
         name=name,

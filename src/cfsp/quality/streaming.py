@@ -120,7 +120,7 @@ def streamed_sums(
 
     found = pass_blocks(
         source,
-        windows.tokens_NT,
+        windows,
         visit,
         _SumsFile(),
         name=name,

@@ -32,8 +32,8 @@ from cfsp.repair.local import repair_locally
 from cfsp.repair.repaired import Repaired, add_step
 from cfsp.repair.ridge_pass import ChosenBlock, choose_and_repair
 from cfsp.repair.sequential import repair_sequentially
-from cfsp.settings import REPAIRS
-from cfsp.text.windows import few_windows
+from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
+from cfsp.text.windows import check_is_text, few_windows
 from cfsp.whole_model.sensitivity import with_sensitivity
 
 if TYPE_CHECKING:
@@ -91,8 +91,9 @@ def plan_and_repair(
     if not steps:
         if plan is not None:
             return Repaired(plan, statistics)
-        return _calibrate_and_plan(source, draw(), settings, engine, place, watch)
-    windows = draw()
+        windows = _drawn(draw, settings)
+        return _calibrate_and_plan(source, windows, settings, engine, place, watch)
+    windows = _drawn(draw, settings)
     if len(windows.tokens_NT) < 2:
         raise TextError(
             "repair needs at least 2 windows, one of them held out, found 1; give more --samples, "
@@ -112,6 +113,20 @@ def plan_and_repair(
                 source, repaired, windows, engine, place, settings.local, settings.text.seed
             )
     return repaired
+
+
+def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
+    """Return the calibration windows.
+
+    Raises:
+        UsageError: they have images, and the settings ask for what reads text alone.
+    """
+    windows = draw()
+    if settings.criterion.block_metric in SENSITIVITY_METRICS:
+        check_is_text(windows, f"the block metric {settings.criterion.block_metric}")
+    if settings.repair in ("sequential", "local"):
+        check_is_text(windows, f"--repair {settings.repair}")
+    return windows
 
 
 def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None:

@@ -110,7 +110,7 @@ def choose_and_repair(
     record = calibration_record(source, windows, engine, seed=seed)
     chosen = pass_blocks(
         source,
-        windows.tokens_NT,
+        windows,
         partial(_visit, source, windows, choose, place.directory_of(NAME)),
         _ChosenFiles(StatisticsFiles(record)),
         name=NAME,

@@ -50,6 +50,7 @@ from cfsp.sweep.recipe import Point, Recipe
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import draw_text
+from cfsp.whole_model.own_text import processor_of
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +178,9 @@ def _check(sweep: _Sweep) -> None:
     text = recipe.text(recipe.seed[0])
     others = tuple(name for name in text.names if name != OWN_TEXT)
     if others == text.names:
-        draw_text(text, tokenizer)
+        draw_text(text, tokenizer, processor=processor_of(source))
     elif others:  # what the model is to write is not there yet
-        draw_text(replace(text, names=others), tokenizer)
+        draw_text(replace(text, names=others), tokenizer, processor=processor_of(source))
 
 
 def _dense(sweep: _Sweep) -> dict[str, Any]:

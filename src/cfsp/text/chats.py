@@ -10,7 +10,8 @@ from cfsp.errors import TextError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Conversation = list[dict[str, str]]
+# Contents are texts; beside images they are lists of parts.
+Conversation = list[dict[str, Any]]
 CHAT_COLUMN = "messages"
 
 
@@ -81,24 +82,67 @@ def templated(
     )
 
 
-def checked_conversation(value: Any, where: str) -> Conversation:
+def checked_conversation(value: Any, where: str, *, beside_images: bool = False) -> Conversation:
     """Check that a value is a list of messages, each with a role and a content.
 
     Args:
         value: of the column `messages`.
         where: file and line, for the error.
+        beside_images: whether there is a column of images: their places are then left out.
+
+    Returns:
+        The messages with their contents as texts.
+
+    Raises:
+        TextError: it is something else, or has images of its own.
+    """
+    messages = checked_messages(value, where)
+    parts = [part for message in messages for part in message["content"]]
+    if not beside_images and any(part["type"] == "image" for part in parts):
+        raise TextError(
+            f"{where}: a message has an image, but there is no column 'images' beside the messages"
+        )
+    return [
+        {**message, "content": "".join(part.get("text", "") for part in message["content"])}
+        for message in messages
+    ]
+
+
+def checked_messages(value: Any, where: str) -> Conversation:
+    """Check that a value is a list of messages; return it with all contents as lists of parts.
+
+    Args:
+        value: of the column `messages`. A content is a text, or a list of {"type": "text", "text"}
+            and {"type": "image"}.
+        where: file and line, for the error.
 
     Raises:
         TextError: it is something else.
     """
-    if not isinstance(value, list) or not all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in value
-    ):
+    found = value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
+    contents = [_parts(message.get("content")) for message in found or ()]
+    roles = [message.get("role") for message in found or ()]
+    if found is None or None in contents or not all(isinstance(role, str) for role in roles):
         raise TextError(
             f"{where}: column {CHAT_COLUMN!r} must be a list of messages, each with the texts "
             f'"role" and "content", found {str(value)[:60]}'
         )
-    return value
+    return [{**message, "content": parts} for message, parts in zip(found, contents, strict=True)]
+
+
+def _parts(content: Any) -> list[dict[str, str]] | None:
+    """Return the parts of a message's content; None if it is none."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        return None
+    parts: list[dict[str, str]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind == "image":
+            parts.append({"type": "image"})
+        else:
+            return None
+    return parts

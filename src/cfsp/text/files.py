@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.chats import CHAT_COLUMN, checked_conversation
+from cfsp.text.images import IMAGE_COLUMN, Sample, sample_of
+
+# A record, and where it is.
+Record = tuple[Any, str]
+
+# How much of a file of lines is looked at to see what columns it has.
+_LINES_LOOKED_AT = 64
 
 
 def local_documents(path: Path, column: str) -> Iterator[Any]:
@@ -22,23 +30,76 @@ def local_documents(path: Path, column: str) -> Iterator[Any]:
         TextError: it is not readable as text.
         MissingExtraError: it needs the package datasets or pyarrow.
     """
+    if path.suffix == ".txt" and not path.is_dir():
+        return _text_file(path)
+    has_images = IMAGE_COLUMN in column_names(path)
+    records = _records(path, (column,))
+    return (field(record, column, where, beside_images=has_images) for record, where in records)
+
+
+def local_samples(path: Path, column: str) -> Iterator[Sample]:
+    """Return what a file or directory holds in a column and in that of images, in its own order.
+
+    Args:
+        path: has a column of images.
+        column: of texts; conversations where it is `messages`.
+
+    Raises:
+        TextError: it is not readable, or a record has no text.
+        MissingExtraError: it needs the package datasets or pyarrow.
+    """
+    directory = path if path.is_dir() else path.parent
+    for record, where in _records(path, (column, IMAGE_COLUMN)):
+        yield sample_of(record, column, where, directory)
+
+
+def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
+    """Return the columns that a local file or directory has, as its beginning shows.
+
+    Args:
+        path: exists or not.
+        lines: of a .jsonl file that are looked at; what is null there does not count.
+
+    Returns:
+        Nothing of what has no columns or cannot be read: reading it will say what is wrong.
+    """
+    try:
+        if path.is_dir():
+            info = json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))
+            return set(info["features"])
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return set(pq.read_schema(path).names)
+        if path.suffix != ".jsonl" or not path.is_file():
+            return set()
+        with path.open("rb") as file:
+            records = [json.loads(line) for line in islice(file, lines) if line.strip()]
+    except (ValueError, OSError, RecursionError, ImportError, KeyError, TypeError):
+        return set()
+    dictionaries = [record for record in records if isinstance(record, dict)]
+    return {name for record in dictionaries for name, value in record.items() if value is not None}
+
+
+def _records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    """Return the records of a file or directory: the first column must be there, others may."""
     if path.is_dir():
-        return _saved_dataset(path, column)
-    readers = {".txt": _text_file, ".jsonl": _json_lines, ".parquet": _parquet}
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise TextError(
-            f"{path} has an unknown ending; expected {', '.join(readers)} or a directory "
-            "written by datasets"
-        )
-    return reader(path, column)
+        return _saved_dataset(path, columns)
+    if path.suffix == ".jsonl":
+        return _json_lines(path)
+    if path.suffix == ".parquet":
+        return _parquet(path, columns)
+    raise TextError(
+        f"{path} has an unknown ending; expected .txt, .jsonl, .parquet or a directory "
+        "written by datasets"
+    )
 
 
-def _text_file(path: Path, column: str) -> Iterator[Any]:
+def _text_file(path: Path) -> Iterator[str]:
     yield _read_text(path)
 
 
-def _json_lines(path: Path, column: str) -> Iterator[Any]:
+def _json_lines(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -49,7 +110,7 @@ def _json_lines(path: Path, column: str) -> Iterator[Any]:
             raise TextError(
                 f"{where}: not JSON: {error}; every line must be one JSON object"
             ) from error
-        yield field(record, column, where)
+        yield record, where
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -61,7 +122,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _parquet(path: Path, column: str) -> Iterator[Any]:
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -70,16 +131,18 @@ def _parquet(path: Path, column: str) -> Iterator[Any]:
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        if column not in names:
-            raise TextError(f"{path} has no column {column!r}; it has: {', '.join(names)}")
-        for batch in file.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield field({column: value}, column, str(path))
+        if columns[0] not in names:
+            raise TextError(f"{path} has no column {columns[0]!r}; it has: {', '.join(names)}")
+        # Images are large: not more than a few at a time.
+        rows = {"batch_size": 16} if IMAGE_COLUMN in columns else {}
+        for batch in file.iter_batches(columns=[c for c in columns if c in names], **rows):
+            for record in batch.to_pylist():
+                yield record, str(path)
     except pa.ArrowException as error:
         raise TextError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _saved_dataset(path: Path, column: str) -> Iterator[Any]:
+def _saved_dataset(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     datasets = import_datasets()
     try:
         data = datasets.load_from_disk(str(path))
@@ -87,9 +150,15 @@ def _saved_dataset(path: Path, column: str) -> Iterator[Any]:
         raise TextError(f"{path} was not written by datasets' save_to_disk: {error}") from error
     if isinstance(data, dict):
         raise TextError(f"{path} holds several splits ({', '.join(data)}); name one: {path}/SPLIT")
-    if column not in data.column_names:
-        raise TextError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")
-    return (field(record, column, str(path)) for record in data)
+    if columns[0] not in data.column_names:
+        raise TextError(
+            f"{path} has no column {columns[0]!r}; it has: {', '.join(data.column_names)}"
+        )
+    try:
+        for record in data.select_columns([c for c in columns if c in data.column_names]):
+            yield record, str(path)
+    except ImportError as error:  # Pillow: data sets decode pictures
+        raise MissingExtraError("reading images", "images") from error
 
 
 def import_datasets() -> Any:
@@ -105,8 +174,14 @@ def import_datasets() -> Any:
     return datasets
 
 
-def field(record: Any, column: str, where: str) -> Any:
+def field(record: Any, column: str, where: str, *, beside_images: bool = False) -> Any:
     """Return the document in a record: text, or a conversation in the column `messages`.
+
+    Args:
+        record: a dictionary by columns.
+        column: of the document.
+        where: it is, for errors.
+        beside_images: whether there is a column of images, of which nothing is taken.
 
     Raises:
         TextError: there is none.
@@ -116,7 +191,7 @@ def field(record: Any, column: str, where: str) -> Any:
         raise TextError(f"{where}: no column {column!r}; found: {keys}")
     value = record[column]
     if column == CHAT_COLUMN:
-        return checked_conversation(value, where)
+        return checked_conversation(value, where, beside_images=beside_images)
     if not isinstance(value, str):
         raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
     try:

@@ -14,12 +14,16 @@ and, to calibrate on, `self`: text that the model writes (`cfsp.whole_model.own_
 
 The column `messages` holds conversations: lists of {"role", "content"}, which become text by the
 model's chat template. Of a local file it need not be named where there is no `text`.
+
+The column `images` beside it, or beside a text, holds the images that belong there; a multimodal
+model is calibrated on both (`cfsp.text.image_windows`). Everything else reads the text alone, and
+says so.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,13 +33,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from cfsp.errors import TextError
 from cfsp.settings import OWN_TEXT, Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
-from cfsp.text.files import local_documents
-from cfsp.text.hub import hub_documents
+from cfsp.text.files import column_names, local_documents, local_samples
+from cfsp.text.hub import hub_documents, hub_has_images, hub_samples
+from cfsp.text.images import IMAGE_COLUMN, Sample
 from cfsp.text.mixed import MIXED, mixed_texts
 from cfsp.text.offline import python_docs, python_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -81,6 +88,33 @@ class TextSource:
             return False
         return _split_column(self.text)[1] == CHAT_COLUMN or self.text.endswith(f":{CHAT_COLUMN}")
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the source has a column of images.
+
+        Raises:
+            TextError: the source is on the hub, which does not serve it.
+            MissingExtraError: it needs the package datasets.
+        """
+        text = self.text
+        if isinstance(text, Text) or text in _OFFLINE or text in _HUB:
+            return False
+        if (on_hub := _hub_place(text, self.purpose)) is not None:
+            return hub_has_images(*on_hub[:3])
+        return IMAGE_COLUMN in column_names(_split_column(text)[0])
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the texts or conversations with the images beside them, in the source's own order.
+
+        Raises:
+            TextError: a record is neither, or its images are none.
+            MissingExtraError: it needs the package datasets or pyarrow.
+        """
+        assert self.has_images and isinstance(self.text, str), self.name
+        if (on_hub := _hub_place(self.text, self.purpose)) is not None:
+            return hub_samples(*on_hub)
+        return local_samples(*_split_column(self.text))
+
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
         """Yield the documents, in the source's own order.
 
@@ -91,14 +125,15 @@ class TextSource:
             TextError: the source does not exist or is not readable as text.
             MissingExtraError: it needs the package datasets or pyarrow.
         """
-        if self.is_chat:
-            if tokenizer is None:
-                raise TextError(
-                    f"{self.name} holds conversations, which need a model's chat template; give "
-                    "plain text here"
-                )
-            return conversation_texts(self.conversations(), tokenizer)
-        return self._values()
+        if not self.is_chat:
+            self._tell_of_images()
+            return self._values()
+        if tokenizer is None:
+            raise TextError(
+                f"{self.name} holds conversations, which need a model's chat template; give "
+                "plain text here"
+            )
+        return conversation_texts(self.conversations(), tokenizer)
 
     def conversations(self) -> Iterator[Conversation]:
         """Yield the conversations of a chat source, in its own order.
@@ -108,7 +143,16 @@ class TextSource:
             MissingExtraError: it needs the package datasets or pyarrow.
         """
         assert self.is_chat, self.name
+        self._tell_of_images()
         return self._values()
+
+    def _tell_of_images(self) -> None:
+        if self.has_images:
+            logger.warning(
+                "%s: its images are left out here, only its text is read (images are read to "
+                "calibrate a multimodal model)",
+                self.name,
+            )
 
     def open(self) -> None:
         """Read the beginning, and nothing else.
@@ -195,16 +239,6 @@ def _split_column(name: str) -> tuple[Path, str]:
         before, column = name.rsplit(":", 1)
         if Path(before).expanduser().exists():
             return Path(before).expanduser(), column
-    return path, CHAT_COLUMN if _holds_only_chat(path) else "text"
-
-
-def _holds_only_chat(path: Path) -> bool:
-    """Return whether a local .jsonl file has conversations where others have text."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    try:
-        with path.open(encoding="utf-8") as file:
-            record = json.loads(next(file, ""))
-    except (ValueError, OSError, RecursionError):
-        return False  # reading it will say what is wrong
-    return isinstance(record, dict) and CHAT_COLUMN in record and "text" not in record
+    # Where there are conversations and no text.
+    columns = column_names(path, lines=1)
+    return path, CHAT_COLUMN if CHAT_COLUMN in columns and "text" not in columns else "text"

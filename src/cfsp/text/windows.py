@@ -8,8 +8,9 @@ Shapes: N windows, T tokens in a window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
 from cfsp.text.cutting import gather, overlapping_spans, spans
 from cfsp.text.hold_out import is_held_out
+from cfsp.text.image_windows import ImageWindows, ProcessorOf, shuffled
 from cfsp.text.mixed import parts_of
 from cfsp.text.sources import TextSource, name_of
 from cfsp.text.stream import token_stream
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 # How much more text than needed windows are drawn from, where a source is that long.
 _POOL_FACTOR = 16
+# Of samples with images, how many are held to be drawn from, for each window.
+_SAMPLES_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Windows:
         counted_N: of windows that overlap, how many tokens at the end of each no earlier one
             has; None for windows that each stand on their own.
         stride: tokens from one window's start to the next one's; likewise.
+        images_N: what the model is given of each window besides its tokens, such as pixel values;
+            nothing of a window without images. Empty where no window has any.
     """
 
     tokens_NT: Tensor
@@ -51,6 +57,20 @@ class Windows:
     begins_with: tuple[int, ...] = ()
     counted_N: Tensor | None = None
     stride: int | None = None
+    images_N: tuple[Mapping[str, Tensor], ...] = ()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any window has images."""
+        return any(self.images_N)
+
+    def images_of(self, window: int) -> Mapping[str, Tensor]:
+        """Return what the model is given of a window besides its tokens."""
+        return self.images_N[window] if self.images_N else {}
+
+    def part(self, windows: slice) -> Windows:
+        """Return some of the windows; where they came from is told of all."""
+        return replace(self, tokens_NT=self.tokens_NT[windows], images_N=self.images_N[windows])
 
     @property
     def bos(self) -> bool:
@@ -73,18 +93,51 @@ class Windows:
         whole = (len(self.tokens_NT),)
         return is_held_out(parts if sum(parts) == sum(whole) else whole)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 over the exact token ids and their shape, as hex."""
+        """SHA-256 over the exact token ids, their shape, and all of the images, as hex."""
         digest = hashlib.sha256(str(tuple(self.tokens_NT.shape)).encode())
         digest.update(self.tokens_NT.to(torch.int64).contiguous().numpy().tobytes())
+        for window, images in enumerate(self.images_N):
+            for name, value in sorted(images.items()):
+                digest.update(f"{window} {name} {value.dtype} {list(value.shape)}".encode())
+                digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def check_is_text(windows: Windows, needed_by: str) -> None:
+    """Check that windows have no images, for what reads tokens alone.
+
+    Raises:
+        UsageError: some have.
+    """
+    if windows.has_images:
+        names = ", ".join(windows.sources)
+        raise UsageError(
+            f"{needed_by} reads text alone, and the text to calibrate on ({names}) has images; "
+            "leave it out, or give text"
+        )
 
 
 def few_windows(windows: Windows, count: int) -> Windows:
     """Return at most `count` windows, spread over all, so that every text has its share."""
     stride = max(1, len(windows.tokens_NT) // count)
-    return replace(windows, tokens_NT=windows.tokens_NT[::stride][:count])
+    return windows.part(slice(0, stride * count, stride))
+
+
+def joined(parts: Sequence[Windows]) -> Windows:
+    """Return windows of several texts, which are equally long, one text after the other."""
+    sources: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.sources.items():
+            sources[name] = sources.get(name, 0) + count
+    images_N = [part.images_of(i) for part in parts for i in range(len(part.tokens_NT))]
+    return Windows(
+        torch.cat([part.tokens_NT for part in parts]),
+        sources,
+        parts[0].begins_with,
+        images_N=tuple(images_N) if any(images_N) else (),
+    )
 
 
 def begun(tokens_NT: Tensor, begins_with: Sequence[int]) -> Tensor:
@@ -101,6 +154,7 @@ def draw_windows(
     seqlen: int = DEFAULT_SEQLEN,
     seed: int = 0,
     bos: Bos = "auto",
+    processor: ProcessorOf | None = None,
 ) -> Windows:
     """Draw calibration windows evenly from each text, without overlap, by seed.
 
@@ -113,19 +167,21 @@ def draw_windows(
         seqlen: tokens in a window, BOS included.
         seed: the same seed draws the same windows from the same text.
         bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
+        processor: loads that of the model, for texts with images; None if it reads text alone.
 
     Raises:
         TextError: a text is missing, or holds too few tokens for its share.
         UsageError: samples or seqlen is not positive, or there is no BOS.
+        CheckpointError: a text has images, and the model no processor.
     """
     begins_with = beginning(tokenizer, bos)
-    drawn: list[Tensor] = []
-    counts: dict[str, int] = {}
-    for pool in _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with):
+    drawn: list[Windows] = []
+    for pool in _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with, processor):
         if pool.share:
-            drawn.append(pool.tokens_NT[: pool.share])
-            counts[pool.name] = counts.get(pool.name, 0) + len(drawn[-1])
-    return Windows(torch.cat(drawn), counts, begins_with)
+            own_NT = pool.tokens_NT[: pool.share]
+            counts = {pool.name: len(own_NT)}
+            drawn.append(Windows(own_NT, counts, begins_with, images_N=pool.images_N))
+    return joined(drawn)
 
 
 class WriteWindows(Protocol):
@@ -140,6 +196,7 @@ def draw_text(
     text: CalibrationText,
     tokenizer: PreTrainedTokenizerBase,
     write: WriteWindows | None = None,
+    processor: ProcessorOf | None = None,
 ) -> Windows:
     """Draw the windows of a calibration text.
 
@@ -147,15 +204,23 @@ def draw_text(
         text: what to draw.
         tokenizer: the model's own.
         write: gives windows that the model wrote itself, for the text `self`.
+        processor: loads that of the model, for texts with images; None if it reads text alone.
 
     Raises:
         TextError: a text is missing or too short.
         UsageError: the model cannot write here.
+        CheckpointError: a text has images, and the model no processor.
     """
 
     def drawn_from(texts: Sequence[str | Text], samples: int | None) -> Windows:
         return draw_windows(
-            texts, tokenizer, samples=samples, seqlen=text.seqlen, seed=text.seed, bos=text.bos
+            texts,
+            tokenizer,
+            samples=samples,
+            seqlen=text.seqlen,
+            seed=text.seed,
+            bos=text.bos,
+            processor=processor,
         )
 
     others = tuple(name for name in text.names if name != OWN_TEXT)
@@ -176,9 +241,7 @@ def draw_text(
     own = Windows(own_NT, {OWN_TEXT: len(own_NT)}, begins_with)
     if not others:
         return own
-    drawn = drawn_from(others, share)
-    tokens_NT = torch.cat([drawn.tokens_NT, own.tokens_NT])
-    return Windows(tokens_NT, drawn.sources | own.sources, begins_with)
+    return joined([drawn_from(others, share), own])
 
 
 def draw_left_over(
@@ -204,12 +267,17 @@ def draw_left_over(
 
     Raises:
         TextError: the texts have not so many windows left.
-        UsageError: a text is named twice.
+        UsageError: a text is named twice, or has images.
     """
     if len(set(texts)) < len(texts):
         raise UsageError(
             "windows are left over of texts that are named once, found "
             f"{', '.join(map(name_of, texts))}; give a --held-out text"
+        )
+    if any(TextSource(text, "calibration").has_images for text in texts):
+        raise UsageError(
+            "a loss is measured on text alone, and a text to calibrate on has images; give a "
+            "--held-out text"
         )
     begins_with = beginning(tokenizer, bos)
     drawn: list[Tensor] = []
@@ -237,6 +305,7 @@ class _ShuffledPool:
     name: str
     tokens_NT: Tensor
     share: int
+    images_N: tuple[Mapping[str, Tensor], ...] = ()
 
 
 def _shuffled_pools(
@@ -246,6 +315,7 @@ def _shuffled_pools(
     seqlen: int,
     seed: int,
     begins_with: tuple[int, ...],
+    processor: ProcessorOf | None = None,
 ) -> Iterator[_ShuffledPool]:
     if (samples is not None and samples < len(texts)) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
@@ -256,9 +326,15 @@ def _shuffled_pools(
     generator = torch.Generator().manual_seed(seed)
     for text, share in _parts_with_shares(texts, wanted):
         source = TextSource(text, "calibration")
+        least = 1 if samples is None else share
+        if processor is not None and source.has_images:
+            order = shuffled(source.samples(), generator, _SAMPLES_TOGETHER * share)
+            made = ImageWindows(order, processor(), seqlen, begins_with)
+            yield _image_pool(source.name, made, share, least)
+            continue
         pool_NT = _pool(source, tokenizer, seqlen, _POOL_FACTOR * max(share, 1), begins_with)
         have = pool_NT.shape[0]
-        if have < share and (samples is not None or have == 0):
+        if have < least:
             raise TextError(
                 f"{source.name} holds {have} windows of {seqlen} tokens, {share} are needed "
                 f"({share * (seqlen - len(begins_with))} tokens); give more text, fewer --samples "
@@ -274,6 +350,28 @@ def _parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[st
         parts = parts_of(text) if isinstance(text, str) else (text,)
         found += zip(parts, _shares(share, len(parts)), strict=True)
     return found
+
+
+def _image_pool(name: str, made: ImageWindows, share: int, least: int) -> _ShuffledPool:
+    """Return as many windows with images as are drawn.
+
+    Raises:
+        TextError: there are too few.
+    """
+    windows = made.take(share)
+    if len(windows) < least:
+        cure = "give more samples, fewer --samples or a shorter --seqlen"
+        if made.left_out:
+            cure = (
+                f"{made.left_out} samples have images that need up to {made.needed} tokens: raise "
+                "--seqlen to at least that, or give smaller images"
+            )
+        raise TextError(
+            f"{name} holds {len(windows)} windows of {made.seqlen} tokens with images, {share} are "
+            f"needed; {cure}"
+        )
+    tokens_NT = torch.stack([window.tokens_T for window in windows])
+    return _ShuffledPool(name, tokens_NT, share, tuple(window.images for window in windows))
 
 
 def _shares(total: int, parts: int) -> list[int]:

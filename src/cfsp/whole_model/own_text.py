@@ -8,18 +8,21 @@ Shapes: B windows in a batch, N windows, T tokens in a window, V vocabulary.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import cache_argument
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.engine.decoder_end import text_model
-from cfsp.errors import CalibrationError, TextError
+from cfsp.errors import CalibrationError, TextError, UsageError
 from cfsp.progress import item_progress
+from cfsp.text.image_windows import ProcessorOf, load_processor
 from cfsp.text.windows import draw_text
 from cfsp.whole_model.load import load_whole
 
@@ -104,9 +107,43 @@ def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     text: CalibrationText,
     engine: Engine,
+    processor: Any = None,
 ) -> Windows:
-    """Draw the calibration windows; the model may write some itself."""
-    return draw_text(text, tokenizer, partial(write_own_text, source, tokenizer, engine))
+    """Draw the calibration windows; the model may write some itself.
+
+    Args:
+        source: the model.
+        tokenizer: its own.
+        text: what to draw.
+        engine: where and in what the model computes.
+        processor: of a multimodal model in memory, for texts with images; that of a checkpoint
+            is read where it is needed.
+    """
+    write = partial(write_own_text, source, tokenizer, engine)
+    return draw_text(text, tokenizer, write, processor_of(source, processor))
+
+
+def processor_of(source: WeightSource, processor: Any = None) -> ProcessorOf | None:
+    """Return what gives the processor of a multimodal model; None for a model that reads text.
+
+    Args:
+        source: the model.
+        processor: if it is in memory.
+    """
+    if auto_class_of_type(source.config.model_type) != "AutoModelForImageTextToText":
+        return None
+
+    def load() -> Any:
+        if processor is not None:
+            return processor
+        if not isinstance(source, Checkpoint):
+            raise UsageError(
+                "a text to calibrate on has images, which need the model's processor; give it in "
+                "place of the tokenizer"
+            )
+        return load_processor(source.directory)
+
+    return cache(load)
 
 
 def write_own_text(

@@ -1,0 +1,124 @@
+"""Images beside text: what a data set has in its column `images`, and how a picture is read.
+
+An image is a path, relative to the file that names it; or {"bytes", "path"}, as parquet files and
+data sets store it; or a picture of Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import MissingExtraError, TextError
+from cfsp.text.chats import CHAT_COLUMN, Conversation, checked_messages
+
+IMAGE_COLUMN = "images"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text or a conversation, and the images that belong to it.
+
+    Attributes:
+        content: a text, or the messages of a conversation, whose contents are lists of parts.
+        images: in the order of their places in the content: paths, bytes or pictures.
+        where: file and line, for errors.
+    """
+
+    content: str | Conversation
+    images: tuple[Any, ...]
+    where: str
+
+
+def sample_of(record: Any, column: str, where: str, directory: Path | None) -> Sample:
+    """Return what a record has in its columns of text and of images.
+
+    Args:
+        record: a dictionary by columns.
+        column: of the text, or `messages`.
+        where: it is, for errors.
+        directory: that paths of images are relative to; None where images are no paths.
+
+    Raises:
+        TextError: the record has no such text, or something else than images.
+    """
+    if not isinstance(record, dict) or column not in record:
+        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise TextError(f"{where}: no column {column!r}; found: {keys}")
+    found = record.get(IMAGE_COLUMN)
+    if found is None:
+        found = []
+    values = list(found) if isinstance(found, list | tuple) else [found]
+    images = tuple(_image(value, where, directory) for value in values)
+    content = record[column]
+    if column == CHAT_COLUMN:
+        return Sample(_with_places(checked_messages(content, where), images, where), images, where)
+    if not isinstance(content, str):
+        raise TextError(f"{where}: column {column!r} is {type(content).__name__}, expected text")
+    return Sample(content, images, where)
+
+
+def _image(value: Any, where: str, directory: Path | None) -> Any:
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str):
+        if "://" in value or directory is None:
+            raise TextError(
+                f"{where}: image {value[:60]!r} is not a local file; download it and name its path"
+            )
+        return directory / value
+    if isinstance(value, bytes) or hasattr(value, "convert"):
+        return value
+    raise TextError(
+        f"{where}: column {IMAGE_COLUMN!r} has a {type(value).__name__}, expected paths, "
+        '{"bytes", "path"} or pictures'
+    )
+
+
+def _with_places(messages: Conversation, images: Sequence[Any], where: str) -> Conversation:
+    """Return a conversation that says where each image is; first of all if nothing is said."""
+    places = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if places == len(images):
+        return messages
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if places or first is None:
+        raise TextError(
+            f'{where}: the messages have {places} parts {{"type": "image"}}, the column '
+            f"{IMAGE_COLUMN!r} has {len(images)}; there must be one for each"
+        )
+    added = [{"type": "image"} for _ in images] + messages[first]["content"]
+    return [*messages[:first], {**messages[first], "content": added}, *messages[first + 1 :]]
+
+
+def open_image(value: Any, where: str) -> Any:
+    """Return a picture of Pillow, in RGB.
+
+    Args:
+        value: a path, bytes or a picture.
+        where: its record is, for errors.
+
+    Raises:
+        TextError: it is missing, or no picture.
+        MissingExtraError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("reading images", "images") from error
+    if hasattr(value, "convert"):
+        return value.convert("RGB")
+    named = value if isinstance(value, Path) else f"of {len(value)} bytes"
+    try:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise TextError(
+            f"{where}: there is no image {named}; paths are relative to the file that names them"
+        ) from error
+    except Exception as error:  # Pillow raises many types for what is no picture
+        raise TextError(
+            f"{where}: image {named} cannot be read ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,99 @@
+"""What a multimodal model does before and between its first blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.engine.block_stream import stream_blocks, windows_in_batch
+from cfsp.engine.call_form import PLAIN
+from cfsp.engine.hidden_states import HiddenInMemory
+from cfsp.engine.image_start import ImageStart
+from cfsp.errors import UnsupportedModelError
+from cfsp.families.tiny import tiny_model
+from cfsp.text.windows import Windows
+from image_inputs import image_inputs
+
+CPU = torch.device("cpu")
+
+
+def windows_of(model_type: str, model: Any) -> Windows:
+    """Return a window with an image and one without."""
+    inputs = image_inputs(model_type, model.config)
+    tokens_BT = inputs.pop("input_ids")
+    del inputs["attention_mask"]
+    if model_type == "gemma3":
+        inputs["token_type_ids"] = (tokens_BT == model.config.image_token_id).int()
+    text_BT = tokens_BT.clamp(max=290)
+    return Windows(torch.cat([tokens_BT, text_BT]), {}, images_N=(inputs, {}))
+
+
+@torch.inference_mode()
+def start(model_type: str, model: Any) -> tuple[Any, Any, Windows]:
+    windows = windows_of(model_type, model)
+    blocks = model.get_submodule(LoadedModel(model).architecture.blocks)
+    of_images = ImageStart(model, blocks, PLAIN, CPU, torch.float32)
+    hidden, calls = of_images.embed(windows, lambda shape: HiddenInMemory(shape, torch.float32))
+    return hidden, calls, windows
+
+
+def test_features_of_images_are_added_between_blocks() -> None:
+    """Qwen3-VL adds them to what leaves its first two blocks, where the image is."""
+    model = tiny_model("qwen3_vl")
+    hidden, calls, windows = start("qwen3_vl", model)
+    of_image_T = windows.images_of(0)["mm_token_type_ids"][0].bool()
+    for index, adds in ((0, False), (1, True), (2, True)):
+        for window in (0, 1):
+            before_BTD = hidden.read(slice(window, window + 1))
+            moved_T = (calls.entering(index, [window], before_BTD) != before_BTD).any(-1)[0]
+            assert torch.equal(moved_T, of_image_T & (adds and window == 0))
+
+
+def test_what_is_no_addition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_vl")
+    decoder = type(model.model.language_model)
+    monkeypatch.setattr(
+        decoder, "_deepstack_process", lambda self, hidden, mask, images: hidden * 2
+    )
+    with pytest.raises(UnsupportedModelError, match=r"between blocks 0 and 1 .* more than an add"):
+        start("qwen3_vl", model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "differ"), [("llava", False), ("gemma3", True), ("qwen2_5_vl", True)]
+)
+def test_what_differs_is_kept_for_each_window(model_type: str, differ: bool) -> None:
+    """An image sees all of itself (Gemma 3), and has rows and columns (Qwen2.5-VL)."""
+    _, calls, _ = start(model_type, tiny_model(model_type))
+    assert calls.depend_on_text == differ
+    if differ:
+        with pytest.raises(UnsupportedModelError, match="differs from window to window"):
+            calls.of(0, 1)
+    else:
+        calls.of(0, 1)
+
+
+def test_windows_pass_one_at_a_time_and_only_blocks_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llava")
+    windows = windows_of("llava", model)
+    assert windows_in_batch(windows, 8) == windows_in_batch(windows, None) == 1
+    skeletons: list[nn.Module] = []
+    build = stream_blocks.__globals__["build_skeleton"]
+
+    def noted(*args: Any) -> nn.Module:
+        skeletons.append(build(*args))
+        return skeletons[-1]
+
+    monkeypatch.setitem(stream_blocks.__globals__, "build_skeleton", noted)
+    for block in stream_blocks(LoadedModel(model), windows, device=CPU, dtype=torch.float32):
+        filled = {name for name, p in skeletons[0].named_parameters() if not p.is_meta}
+        assert filled
+        assert all(f".layers.{block.index}." in name for name in filled)
+        assert not any("vision" in name for name in filled)
+        block.advance()
