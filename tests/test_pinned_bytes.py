@@ -108,6 +108,7 @@ def test_prune(
         seqlen=32,
         repair=repair,
         local_steps=3,
+        block_metric="angular",  # by sensitivity, widths depend on the machine's arithmetic
         device="cpu",
     )
     plan = PruningPlan.load(out / PLAN_FILE)

@@ -51,7 +51,6 @@ from cfsp.result.manifest import describe_pruning, facts_for_config, write_manif
 from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
-    SENSITIVITY,
     CalibrationText,
     Compute,
     Criterion,
@@ -223,8 +222,9 @@ def calibrate_source(
         check_is_text(windows, "--sensitivity")
     if team is None or team.size == 1:
         statistics = calibrate(source, windows, engine, seed=text.seed, place=place)
-        asked = Criterion(SENSITIVITY) if sensitivity else Criterion()
-        return with_sensitivity(source, statistics, windows, asked, engine)
+        if sensitivity:
+            return with_sensitivity(source, statistics, windows, Criterion(), engine)
+        return statistics
     return calibrate_together(
         windows,
         lambda part: calibrate(source, part, engine, seed=text.seed, place=place),

@@ -297,6 +297,8 @@ BLOCK_METRICS = (*DISTANCES, "uniform")
 # Not every calibration measures that: the whole model must be in memory.
 SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
 SENSITIVITY_METRICS = (SENSITIVITY, ANGULAR_AND_SENSITIVITY)
+# By sensitivity where it was measured, else by angular distance.
+AUTO_METRIC = "auto"
 CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude", "random")
 
 Clamp = Literal["water-fill", "published"]
@@ -310,17 +312,19 @@ class Criterion:
 
     Attributes:
         block_metric: one of `BLOCK_METRICS` or `SENSITIVITY_METRICS`; see `cfsp.planning.coarse`.
+            `auto` is `sensitivity` where the statistics have it, else `angular`; it is measured
+            where repair follows and the whole model fits into memory.
         channel_metric: one of `CHANNEL_METRICS`; see `cfsp.planning.fine`.
         clamp: what happens where a block would keep more than all (see
             `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
     """
 
     block_metric: str = option(
-        "angular",
+        AUTO_METRIC,
         "what makes a block important: a distance between its input and output, or sensitivity, "
         "what pruning the block alone does to the predictions, which requires the whole model in "
-        "memory",
-        choices=(*BLOCK_METRICS, *SENSITIVITY_METRICS),
+        "memory; auto: sensitivity where there is repair and that memory, else angular",
+        choices=(AUTO_METRIC, *BLOCK_METRICS, *SENSITIVITY_METRICS),
         advanced=True,
     )
     channel_metric: str = option(

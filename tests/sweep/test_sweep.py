@@ -292,7 +292,7 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
                 ('name = ".working"', "must do as that of a directory"),
                 (
                     'name = "a", block_metric = "x"',
-                    "a: unknown block_metric 'x'; known are: angular",
+                    "a: unknown block_metric 'x'; known are: auto, angular",
                 ),
                 ('name = "a", repair = "x"', "a: unknown repair 'x'; known are: none, ridge"),
                 ('name = "a", multiple = 0', "multiple must be at least 1"),

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.own_files import STATISTICS_FILE
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
+from cfsp.engine import whole
 from cfsp.engine.compute import engine_of
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
@@ -20,8 +21,10 @@ from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.repair import ladder
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.text.windows import draw_text
+from cfsp.whole_model import sensitivity
 from cfsp.whole_model.load import load_whole
 from tiny_models import WIDTH, build_tiny_model
 
@@ -49,7 +52,7 @@ def test_widths_follow_the_measured_sensitivity(
     statistics = Statistics.load(tmp_path / "out" / STATISTICS_FILE)
     found = statistics.sensitivity
     assert found is not None
-    assert (found.sparsity, found.windows) == (0.5, 4)
+    assert (found.sparsity, found.windows) == (0.5, 8)
     assert min(found.divergence_L) > 0
     if repair == "none":  # with repair the distances come from fewer windows
         expected = allocate(
@@ -59,6 +62,50 @@ def test_widths_follow_the_measured_sensitivity(
     assert abs(sum(report.intermediate_sizes) - 3 * WIDTH / 2) <= MULTIPLE
     assert report.plan.criterion["block_metric"] == metric
     assert report.plan.criterion["clamp"] == "water-fill"
+
+
+def block_metric_of(out: Path) -> str:
+    metric: str = PruningPlan.load(out / PLAN_FILE).criterion["block_metric"]
+    return metric
+
+
+def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allows(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    settings: PruneSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = Checkpoint(tiny_checkpoint("llama"))
+    repaired = replace(settings, repair="ridge")
+    prune_checkpoint(source, tmp_path / "plain", settings)
+    assert block_metric_of(tmp_path / "plain") == "angular"
+    prune_checkpoint(source, tmp_path / "repaired", repaired)
+    assert block_metric_of(tmp_path / "repaired") == "sensitivity"
+    monkeypatch.setattr(whole, "available_bytes", lambda: 1)
+    prune_checkpoint(source, tmp_path / "small machine", repaired)
+    assert block_metric_of(tmp_path / "small machine") == "angular"
+
+
+def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    settings: PruneSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = Checkpoint(tiny_checkpoint("llama"))
+    repaired = replace(settings, repair="ridge")
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ladder, "choose_and_repair", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "out", repaired)
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", killed)
+    monkeypatch.setattr(whole, "available_bytes", lambda: 1)
+    prune_checkpoint(source, tmp_path / "out", repaired)
+    assert block_metric_of(tmp_path / "out") == "sensitivity"
 
 
 def by_sensitivity(settings: PruneSettings) -> PruneSettings:

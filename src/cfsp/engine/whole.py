@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 _ROOM = 1.2
 
 
+def fits(source: WeightSource, dtype: torch.dtype) -> bool:
+    """Return whether a whole model fits into the memory that is available, in this dtype."""
+    return _needed_bytes(source, dtype) <= available_bytes()
+
+
 def check_fits(source: WeightSource, dtype: torch.dtype, purpose: str) -> None:
     """Check that a whole model fits into the memory that is available.
 
@@ -28,10 +33,13 @@ def check_fits(source: WeightSource, dtype: torch.dtype, purpose: str) -> None:
     Raises:
         UsageError: it does not.
     """
-    needed = int(_ROOM * parameter_count(source) * dtype.itemsize)
-    available = available_bytes()
+    needed, available = _needed_bytes(source, dtype), available_bytes()
     if needed > available:
         raise UsageError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
             f"{available / 1e9:.3g} GB are available: do without, or use a larger machine"
         )
+
+
+def _needed_bytes(source: WeightSource, dtype: torch.dtype) -> int:
+    return int(_ROOM * parameter_count(source) * dtype.itemsize)

@@ -23,7 +23,7 @@ from cfsp.planning.make import check_statistics_fit, model_size, plan_from_stati
 from cfsp.settings import Budget, Goal, MaxLossIncrease, TargetParameters, TargetSpeedup
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import load_whole
-from cfsp.whole_model.sensitivity import with_sensitivity
+from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,9 @@ def resolve_goal(
         windows = draw()
         with watch.stage("calibrate"):
             statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
-            statistics = with_sensitivity(source, statistics, windows, settings.criterion, engine)
+            statistics = with_needed_sensitivity(
+                source, statistics, windows, settings, engine, place
+            )
     check_statistics_fit(source, statistics)
     identity = json.dumps([place.identity, type(goal).__name__, asdict(goal)])
     if (found := _read(place, identity)) is not None:

@@ -34,7 +34,7 @@ from cfsp.repair.ridge_pass import ChosenBlock, choose_and_repair
 from cfsp.repair.sequential import repair_sequentially
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
-from cfsp.whole_model.sensitivity import with_sensitivity
+from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -162,7 +162,7 @@ def _calibrate_and_plan(
 ) -> Repaired:
     with watch.stage("calibrate"):
         statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
-        statistics = with_sensitivity(source, statistics, windows, settings.criterion, engine)
+        statistics = with_needed_sensitivity(source, statistics, windows, settings, engine, place)
     with watch.stage("plan"):
         plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     return Repaired(plan, statistics)
@@ -179,7 +179,7 @@ def _choose_and_repair(
     budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = calibrate(source, few, engine, seed=seed, place=place, name="coarse pass")
-    coarse = with_sensitivity(source, coarse, windows, criterion, engine)
+    coarse = with_needed_sensitivity(source, coarse, windows, settings, engine, place)
     widths = plan_widths(source, coarse, budget, criterion)
     chosen = choose_and_repair(
         source,

@@ -3,8 +3,9 @@
 All remove FFN channels only, so at one budget their results have the same size. A recipe can name
 others; these have a name of their own:
 
-    cfsp            ours: blocks by angular distance, channels by relative importance, repaired
-    cfsp-plain      the same without repair
+    cfsp            what `cfsp prune` does: blocks by sensitivity where the model fits into memory,
+                    else by angular distance, channels by relative importance, repaired
+    cfsp-plain      blocks by angular distance, without repair
     cfsp-published  what the released code of arXiv 2409.13199 does: its channel score is the
                     activation's norm alone, widths are multiples of 128, nothing is repaired
     wanda-sp        the same width everywhere, channels by |weight| x activation
@@ -45,7 +46,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("cfsp"),
-        Method("cfsp-plain", repair="none"),
+        Method("cfsp-plain", "angular", repair="none"),
         Method("cfsp-published", "angular", "activation", "published", "none", 128),
         Method("wanda-sp", "uniform", "wanda", repair="none"),
         Method("magnitude-sp", "uniform", "magnitude", repair="none"),

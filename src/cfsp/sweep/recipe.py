@@ -15,6 +15,7 @@ import tomli_w
 from cfsp.errors import UsageError
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import (
+    AUTO_METRIC,
     BLOCK_METRICS,
     CHANNEL_METRICS,
     CLAMPS,
@@ -33,7 +34,7 @@ from cfsp.settings import (
 from cfsp.sweep.methods import METHODS, Method
 
 _KNOWN: dict[str, Sequence[str | None]] = {
-    "block_metric": (*BLOCK_METRICS, *SENSITIVITY_METRICS),
+    "block_metric": (AUTO_METRIC, *BLOCK_METRICS, *SENSITIVITY_METRICS),
     "channel_metric": CHANNEL_METRICS,
     "clamp": (None, *CLAMPS),
     "repair": REPAIRS,

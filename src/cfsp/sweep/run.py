@@ -37,7 +37,7 @@ from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.result.manifest import add_to_manifest
-from cfsp.settings import OWN_TEXT, SENSITIVITY_METRICS, Compute
+from cfsp.settings import OWN_TEXT, Compute
 from cfsp.sweep.measured import (
     Row,
     check_conditions,
@@ -47,10 +47,11 @@ from cfsp.sweep.measured import (
     read_row,
 )
 from cfsp.sweep.recipe import Point, Recipe
-from cfsp.text.sources import check_texts
+from cfsp.text.sources import TextSource, check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import draw_text
 from cfsp.whole_model.own_text import processor_of
+from cfsp.whole_model.sensitivity import follow_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,16 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
     remove_finished_work(path)
     if not path.is_file():
         tokenizer, text = load_tokenizer(source.directory), sweep.recipe.text(seed)
-        sensitivity = any(m.block_metric in SENSITIVITY_METRICS for m in sweep.recipe.methods)
+        engine = engine_of(compute, source)
+        has_images = any(
+            TextSource(name, "calibration").has_images for name in text.names if name != OWN_TEXT
+        )
+        sensitivity = any(
+            follow_sensitivity(
+                source, sweep.recipe.settings(point, compute), engine, has_images=has_images
+            )
+            for point in sweep.recipe.points
+        )
         with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
             found = calibrate_source(
                 source, tokenizer, text, compute, place, sensitivity=sensitivity

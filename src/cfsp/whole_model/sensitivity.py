@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,10 +22,12 @@ from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import CallForm, find_call_form
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
+from cfsp.engine.whole import fits
+from cfsp.engine.workplace import kept
 from cfsp.errors import CalibrationError
 from cfsp.planning.make import choose_channels
 from cfsp.progress import item_progress
-from cfsp.settings import SENSITIVITY_METRICS
+from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS
 from cfsp.text.windows import few_windows
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import load_whole
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
-    from cfsp.settings import Criterion
+    from cfsp.engine.workplace import Workplace
+    from cfsp.settings import Criterion, PruneSettings
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
 
@@ -45,9 +48,10 @@ if TYPE_CHECKING:
 # that one measurement serves every budget.
 SENSITIVITY_SPARSITY = 0.5
 
-# The divergence of a pruned block has little noise (LOG.md), and each window costs half a forward
-# pass for every block.
-SENSITIVITY_WINDOWS = 4
+# At least so many windows, one of each text, and of each this beginning. The divergence of a pruned
+# block has little noise (LOG.md), and each window costs half a forward pass for every block.
+SENSITIVITY_WINDOWS = 8
+SENSITIVITY_TOKENS = 512
 
 # In nats: equal predictions, but for rounding.
 _SAME = 1e-4
@@ -117,6 +121,54 @@ def _resumes(
         return False
 
 
+def follow_sensitivity(
+    source: WeightSource, settings: PruneSettings, engine: Engine, *, has_images: bool
+) -> bool:
+    """Return whether widths will follow the sensitivity of blocks.
+
+    Where the block metric is `auto`, they do if repair follows and it can be measured: the windows
+    are of text alone, and the whole model fits into memory. Widths by sensitivity are better with
+    repair and worse without (LOG.md).
+    """
+    metric = settings.criterion.block_metric
+    if metric != AUTO_METRIC:
+        return metric in SENSITIVITY_METRICS
+    measurable = not has_images and fits(source, engine.dtype)
+    return settings.repair != "none" and measurable
+
+
+def with_needed_sensitivity(
+    source: WeightSource,
+    statistics: Statistics,
+    windows: Windows,
+    settings: PruneSettings,
+    engine: Engine,
+    place: Workplace,
+) -> Statistics:
+    """Add the sensitivity of blocks where widths follow it.
+
+    A killed run goes on with what it had measured, or had decided not to measure: there may be
+    another amount of memory now.
+    """
+
+    def measure() -> dict[str, Any]:
+        if not follow_sensitivity(source, settings, engine, has_images=windows.has_images):
+            return {"sensitivity": None}
+        found = with_sensitivity(source, statistics, windows, settings.criterion, engine)
+        assert found.sensitivity is not None
+        return {"sensitivity": asdict(found.sensitivity)}
+
+    # Other windows would be another measurement.
+    found = kept(place, f"sensitivity-{windows.digest[:8]}", measure)["sensitivity"]
+    return replace(statistics, sensitivity=_from_json(found))
+
+
+def _from_json(fields: dict[str, Any] | None) -> Sensitivity | None:
+    if fields is None:
+        return None
+    return Sensitivity(tuple(fields["divergence_L"]), fields["sparsity"], fields["windows"])
+
+
 def with_sensitivity(
     source: WeightSource,
     statistics: Statistics,
@@ -124,12 +176,16 @@ def with_sensitivity(
     criterion: Criterion,
     engine: Engine,
 ) -> Statistics:
-    """Measure the sensitivity of blocks on a few windows, if the criterion needs it."""
-    if criterion.block_metric not in SENSITIVITY_METRICS:
-        return statistics
-    few = few_windows(windows, SENSITIVITY_WINDOWS)
-    found = measure_sensitivity(source, statistics, few, criterion, engine)
-    return replace(statistics, sensitivity=found)
+    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
+    few = _beginnings(few_windows(windows, max(SENSITIVITY_WINDOWS, len(windows.sources))))
+    return replace(
+        statistics, sensitivity=measure_sensitivity(source, statistics, few, criterion, engine)
+    )
+
+
+def _beginnings(windows: Windows) -> Windows:
+    """Return the beginnings of windows: more kinds of text in the same time."""
+    return replace(windows, tokens_NT=windows.tokens_NT[:, :SENSITIVITY_TOKENS])
 
 
 def measure_sensitivity(
