@@ -1,4 +1,4 @@
-"""The mixed text: every kind reads, has sources and licences, and gives the same windows anywhere."""
+"""The mixed text: every kind reads, has sources and licences, and is the same everywhere."""
 
 from __future__ import annotations
 

@@ -24,20 +24,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import TextError
 from cfsp.settings import OWN_TEXT, Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.files import local_documents
 from cfsp.text.hub import hub_documents
-from cfsp.text.mixed import MIXED, mixed_texts
+from cfsp.text.mixed import MIXED, Purpose, mixed_texts
 from cfsp.text.offline import python_docs, python_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Purpose = Literal["calibration", "evaluation"]
 
 _OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
     **mixed_texts(),
