@@ -1,4 +1,4 @@
-"""The mixed text: kinds read, have sources and licences, and give the same windows anywhere."""
+"""The mixed text: every kind reads, has sources and licences, and is the same everywhere."""
 
 from __future__ import annotations
 

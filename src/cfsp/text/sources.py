@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import TextError
 from cfsp.settings import OWN_TEXT, Text
@@ -36,15 +36,13 @@ from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.files import column_names, local_documents, local_samples
 from cfsp.text.hub import hub_documents, hub_has_images, hub_samples
 from cfsp.text.images import IMAGE_COLUMN, Sample
-from cfsp.text.mixed import MIXED, mixed_texts
+from cfsp.text.mixed import MIXED, Purpose, mixed_texts
 from cfsp.text.offline import python_docs, python_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-Purpose = Literal["calibration", "evaluation"]
 
 _OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
     **mixed_texts(),
