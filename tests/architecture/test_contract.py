@@ -30,7 +30,7 @@ from tiny_models import TINY_CONFIGS
 ALWAYS = (
     "gemma3", "gemma4", "qwen3_5", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4",
     "mistral3", "nemotron_h", "granitemoehybrid", "jamba", "lfm2", "falcon", "bloom", "mpt",
-    "olmoe", "qwen2_5_vl",
+    "olmoe", "qwen2_5_vl", "qwen3_vl_moe",
 )  # fmt: skip
 THOROUGH = (
     "llama", "llama-biased", "phi3", "gpt2", "opt-projected", "mixtral", "qwen2_moe", "gemma3",

@@ -129,6 +129,26 @@ class StoredTensors:
             },
         )
 
+    def of_widths(
+        self, architecture: Architecture, specs: Mapping[str, TensorSpec]
+    ) -> StoredTensors:
+        """Return the same of a model whose FFN units have other widths.
+
+        Some converters compare shapes with those of the model.
+
+        Args:
+            architecture: with these widths.
+            specs: of the stored tensors with these widths.
+        """
+        tensors = dict(self._shapes.tensors)
+        for unit in architecture.units:
+            for name, axis in unit.axes.items():
+                full_name = architecture.block_prefix(unit.block) + name
+                shape = list(tensors[full_name].shape)
+                shape[axis.axis] = axis.parts * unit.width
+                tensors[full_name] = tensors[full_name].new_empty(shape)
+        return replace(self, specs=specs, _shapes=ModelShapes(self._shapes.config, tensors))
+
     def layout_of(self, stored: str) -> ChannelLayout | None:
         """Return where a stored tensor keeps FFN channels; None if it has none."""
         return self.layouts.get(stored)

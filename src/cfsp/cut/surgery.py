@@ -7,7 +7,6 @@ byte for byte. Tensors stream from the source to the new shards: one is in memor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -67,7 +66,7 @@ class PrunedSource(WeightSource):
         self.architecture = source.architecture.with_widths(plan.kept_widths)
         self.label = source.label
         self._source, self._plan, self._repaired = source, plan, repaired
-        self.stored = replace(source.stored, specs=self.specs)
+        self.stored = source.stored.of_widths(self.architecture, self.specs)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -229,7 +229,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
     },
     "longcat_flash": {
-        "num_layers": 2, "moe_topk": 2, "zero_expert_num": 2,
+        "num_layers": 2, "head_dim": 8, "moe_topk": 2, "zero_expert_num": 2,
         "expert_ffn_hidden_size": EXPERT_WIDTH,
     },
     "mistral3": {
