@@ -40,14 +40,16 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
         OutputError: `out` exists and is not empty.
     """
     # Before the model is converted, which takes a while.
-    settings = PruneSettings(Budget(sparsity), text=CalibrationText((MIXED,), samples=27))
+    # Three windows of each kind, of which one judges the repair.
+    text = CalibrationText((MIXED,), samples=27, seqlen=512)
+    settings = PruneSettings(Budget(sparsity), text=text)
     check_output_is_free(out)
     source = open_checkpoint(DEMO_NAME)
     report = prune_checkpoint(
         source,
         out,
         settings,
-        evaluation=EvaluationText((MIXED, "python-docs"), windows=9),
+        evaluation=EvaluationText((MIXED, "python-docs"), windows=9, seqlen=512),
         command=f"cfsp demo --out {out} --sparsity {sparsity}",
     )
     speed = compare_speed(

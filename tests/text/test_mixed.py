@@ -82,6 +82,17 @@ def test_all_kinds_come_by_turns(purpose: Any) -> None:
     assert max(given.values()) - min(given.values()) <= max(map(len, texts))
 
 
+@pytest.fixture
+def short_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few words of each kind, because the test tokenizer is slow."""
+
+    def short(kind: str) -> list[dict[str, str]]:
+        return [{"text": f"{kind} {number} river stone " * 30} for number in range(20)]
+
+    monkeypatch.setattr(cfsp.text.mixed, "records", short)
+
+
+@pytest.mark.usefixtures("short_kinds")
 def test_windows_are_drawn_evenly_from_each_kind(tokenizer: Any) -> None:
     windows = draw_windows(["mixed"], tokenizer, samples=22, seqlen=32)
     assert list(windows.sources) == [f"mixed/{kind}" for kind in KINDS]
@@ -95,11 +106,13 @@ def test_windows_are_drawn_evenly_from_each_kind(tokenizer: Any) -> None:
     assert few.sources == {"mixed/encyclopaedia": 1, "mixed/web": 1}
 
 
+@pytest.mark.usefixtures("short_kinds")
 def test_the_mixed_text_has_the_share_of_one_text(tokenizer: Any) -> None:
     windows = draw_windows(["mixed", "python-docs"], tokenizer, samples=36, seqlen=32)
     assert windows.sources == {**{f"mixed/{kind}": 2 for kind in KINDS}, "python-docs": 18}
 
 
+@pytest.mark.usefixtures("short_kinds")
 def test_what_is_left_over_was_not_drawn(tokenizer: Any) -> None:
     conditions: dict[str, Any] = {"samples": 4, "seqlen": 64, "seed": 3}
     drawn = draw_windows(["mixed"], tokenizer, **conditions)
@@ -110,6 +123,7 @@ def test_what_is_left_over_was_not_drawn(tokenizer: Any) -> None:
     }
 
 
+@pytest.mark.usefixtures("short_kinds")
 def test_evaluation_is_of_all_kinds(tokenizer: Any) -> None:
     windows = consecutive_windows("mixed", tokenizer, count=4, seqlen=64)
     assert windows.sources == {"mixed": 4}
