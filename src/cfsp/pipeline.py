@@ -102,6 +102,7 @@ def prune_checkpoint(
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
+    settings = settings.with_suitable_metric()
     if dry_run:
         settings = settings.without_repair()
     check_can_be_repaired(source, settings)
@@ -152,6 +153,7 @@ def prune_model(
     Returns:
         A new model that shares every unpruned tensor with the original.
     """
+    settings = settings.with_suitable_metric()
     check_all_texts(settings.text, goal=goal)
     source = LoadedModel(model)
     tokenizer, processor = parted(tokenizer)

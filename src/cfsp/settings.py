@@ -654,6 +654,15 @@ class PruneSettings:
         if self.repair not in REPAIRS:
             raise UsageError(f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}")
 
+    def with_suitable_metric(self) -> PruneSettings:
+        """Return the same settings; of `auto`, blocks go by angular distance without repair.
+
+        Widths by sensitivity are better with repair and worse without (LOG.md).
+        """
+        if self.repair != "none" or self.criterion.block_metric != AUTO_METRIC:
+            return self
+        return replace(self, criterion=replace(self.criterion, block_metric="angular"))
+
     def without_repair(self) -> PruneSettings:
         """Return the same settings, without repair."""
         return replace(self, repair="none")

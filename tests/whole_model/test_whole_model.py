@@ -81,6 +81,8 @@ def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allo
     assert block_metric_of(tmp_path / "plain") == "angular"
     prune_checkpoint(source, tmp_path / "repaired", repaired)
     assert block_metric_of(tmp_path / "repaired") == "sensitivity"
+    decided = prune_checkpoint(source, tmp_path / "decided", repaired, dry_run=True)
+    assert decided.plan.criterion["block_metric"] == "sensitivity"
     monkeypatch.setattr(whole, "available_bytes", lambda: 1)
     prune_checkpoint(source, tmp_path / "small machine", repaired)
     assert block_metric_of(tmp_path / "small machine") == "angular"

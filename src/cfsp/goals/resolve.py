@@ -88,7 +88,7 @@ def resolve_goal(
         with watch.stage("calibrate"):
             statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
             statistics = with_needed_sensitivity(
-                source, statistics, windows, settings, engine, place
+                source, statistics, windows, settings.criterion, engine, place
             )
     check_statistics_fit(source, statistics)
     identity = json.dumps([place.identity, type(goal).__name__, asdict(goal)])

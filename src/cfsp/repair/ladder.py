@@ -162,7 +162,9 @@ def _calibrate_and_plan(
 ) -> Repaired:
     with watch.stage("calibrate"):
         statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
-        statistics = with_needed_sensitivity(source, statistics, windows, settings, engine, place)
+        statistics = with_needed_sensitivity(
+            source, statistics, windows, settings.criterion, engine, place
+        )
     with watch.stage("plan"):
         plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     return Repaired(plan, statistics)
@@ -179,7 +181,7 @@ def _choose_and_repair(
     budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = calibrate(source, few, engine, seed=seed, place=place, name="coarse pass")
-    coarse = with_needed_sensitivity(source, coarse, windows, settings, engine, place)
+    coarse = with_needed_sensitivity(source, coarse, windows, criterion, engine, place)
     widths = plan_widths(source, coarse, budget, criterion)
     chosen = choose_and_repair(
         source,

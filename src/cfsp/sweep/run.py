@@ -225,9 +225,9 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
         )
         sensitivity = any(
             follow_sensitivity(
-                source, sweep.recipe.settings(point, compute), engine, has_images=has_images
+                source, settings.with_suitable_metric().criterion, engine, has_images=has_images
             )
-            for point in sweep.recipe.points
+            for settings in (sweep.recipe.settings(point, compute) for point in sweep.recipe.points)
         )
         with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
             found = calibrate_source(

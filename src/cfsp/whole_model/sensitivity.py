@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.settings import Criterion, PruneSettings
+    from cfsp.settings import Criterion
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
 
@@ -122,26 +122,23 @@ def _resumes(
 
 
 def follow_sensitivity(
-    source: WeightSource, settings: PruneSettings, engine: Engine, *, has_images: bool
+    source: WeightSource, criterion: Criterion, engine: Engine, *, has_images: bool
 ) -> bool:
     """Return whether widths will follow the sensitivity of blocks.
 
-    Where the block metric is `auto`, they do if repair follows and it can be measured: the windows
-    are of text alone, and the whole model fits into memory. Widths by sensitivity are better with
-    repair and worse without (LOG.md).
+    Where the block metric is `auto`, they do if it can be measured: the windows are of text alone,
+    and the whole model fits into memory.
     """
-    metric = settings.criterion.block_metric
-    if metric != AUTO_METRIC:
-        return metric in SENSITIVITY_METRICS
-    measurable = not has_images and fits(source, engine.dtype)
-    return settings.repair != "none" and measurable
+    if criterion.block_metric != AUTO_METRIC:
+        return criterion.block_metric in SENSITIVITY_METRICS
+    return not has_images and fits(source, engine.dtype)
 
 
 def with_needed_sensitivity(
     source: WeightSource,
     statistics: Statistics,
     windows: Windows,
-    settings: PruneSettings,
+    criterion: Criterion,
     engine: Engine,
     place: Workplace,
 ) -> Statistics:
@@ -152,9 +149,9 @@ def with_needed_sensitivity(
     """
 
     def measure() -> dict[str, Any]:
-        if not follow_sensitivity(source, settings, engine, has_images=windows.has_images):
+        if not follow_sensitivity(source, criterion, engine, has_images=windows.has_images):
             return {"sensitivity": None}
-        found = with_sensitivity(source, statistics, windows, settings.criterion, engine)
+        found = with_sensitivity(source, statistics, windows, criterion, engine)
         assert found.sensitivity is not None
         return {"sensitivity": asdict(found.sensitivity)}
 
