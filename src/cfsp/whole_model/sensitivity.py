@@ -51,7 +51,7 @@ SENSITIVITY_SPARSITY = 0.5
 # At least so many windows, one of each text, and of each this beginning. The divergence of a pruned
 # block has little noise (LOG.md), and each window costs half a forward pass for every block.
 SENSITIVITY_WINDOWS = 8
-SENSITIVITY_TOKENS = 512
+SENSITIVITY_TOKENS = 256
 
 # In nats: equal predictions, but for rounding.
 _SAME = 1e-4
