@@ -41,6 +41,8 @@ def test_the_commands_run(
         "MODEL": str(tiny_checkpoint("llama")),
         "wikitext2": str(text_file),
         "c4": str(other_text_file),
+        "yours.jsonl": str(text_file),
+        "mixed": str(other_text_file),  # all of it takes seconds to cut into tokens
         "30": "0.03",
     }
     commands = [line for block in blocks("sh") for line in block.splitlines() if line]

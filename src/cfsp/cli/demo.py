@@ -17,7 +17,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser = arguments.command_parser(
         subparsers,
         "demo",
-        "prune SmolLM2-135M on Python's own documentation and show gain and loss",
+        "prune SmolLM2-135M on text of many kinds and show gain and loss",
         "cfsp demo --out pruned-demo --sparsity 0.3",
     )
     parser.add_argument(
