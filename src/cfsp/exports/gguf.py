@@ -72,7 +72,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         finally:
             full.unlink(missing_ok=True)
         notes += _mixture_notes(out, name)
-    return Written(f"{architecture.name} in {name}", tuple(notes))
+    return Written(f"{architecture.name} in {name}", tuple(notes), "llama-server -m {out}")
 
 
 def _write_file(

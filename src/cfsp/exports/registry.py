@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from cfsp.checkpoint.locating import open_checkpoint
@@ -10,11 +11,11 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import UsageError
-from cfsp.exports import gguf, openvino, padded, vllm
+from cfsp.exports import decilm, gguf, openvino, padded
 from cfsp.exports.target import ExportOptions, ExportReport, Target
 
 TARGETS: dict[str, Target] = {
-    module.TARGET.name: module.TARGET for module in (gguf, vllm, openvino, padded)
+    target.name: target for target in (gguf.TARGET, *decilm.TARGETS, openvino.TARGET, padded.TARGET)
 }
 
 _TYPED = ("gguf", "openvino")
@@ -36,7 +37,8 @@ def export(
 
     Args:
         model: a directory, hub id, .gguf file, or `demo`; pruned or not.
-        to: `gguf`, `vllm`, `openvino` or `padded` (see docs/export.md).
+        to: `gguf`, `vllm`, `sglang`, `tensorrt-llm`, `mlx-lm`, `openvino` or `padded` (see
+            docs/export.md).
         out: the new directory, or the new .gguf file; must not exist.
         weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
             model's own.
@@ -101,7 +103,14 @@ def export_checkpoint(
                 verification = target.verify(source, staging, options)
         nbytes = _bytes_on_disk(staging)
     return ExportReport(
-        to, str(out), written.layout, nbytes, written.notes, verification, dict(watch.seconds)
+        to,
+        str(out),
+        written.layout,
+        nbytes,
+        written.notes,
+        verification,
+        dict(watch.seconds),
+        written.serve.format(out=shlex.quote(str(out))),
     )
 
 

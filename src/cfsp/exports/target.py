@@ -31,10 +31,12 @@ class Written:
     Attributes:
         layout: what software will see: a class, an architecture, a weight type.
         notes: what the user should know, one sentence each.
+        serve: the command that serves the copy, which is `{out}`; empty if there is none.
     """
 
     layout: str
     notes: tuple[str, ...] = ()
+    serve: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ExportReport:
         notes: what the user should know.
         verification: the comparison; None if it was not asked for.
         seconds: stage -> seconds.
+        serve: the command that serves the copy; empty if there is none.
     """
 
     target: str
@@ -76,6 +79,7 @@ class ExportReport:
     notes: tuple[str, ...]
     verification: Verification | None
     seconds: dict[str, float]
+    serve: str
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON types."""

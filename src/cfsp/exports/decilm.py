@@ -1,0 +1,305 @@
+"""Targets `vllm`, `sglang`, `tensorrt-llm` and `mlx-lm`: DeciLM's layout, which all four read.
+
+DeciLM is a Llama whose blocks have widths of their own. Weights are copied byte for byte. The
+config names the width of every block in `block_configs`: as `ffn_mult` where all widths are
+multiples of 256, which all four readers turn into exactly these widths; otherwise as
+`intermediate_size`, which only vLLM reads. A small config class beside it makes the blocks
+readable as attributes, as readers want them.
+
+Without this export vLLM runs the checkpoint itself through its Transformers backend.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.checkpoint.config_widths import modeling_file
+from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.shards import write_shards
+from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, outgoing_tensor
+from cfsp.checkpoint.writing import copy_travelling_files
+from cfsp.errors import ExportError
+from cfsp.exports import padded
+from cfsp.exports.context import context_limit
+from cfsp.exports.decilm_readers import (
+    READERS,
+    VLLM,
+    DeciLMModel,
+    Reader,
+    ffn_mult,
+    has_multiples,
+    obstacle,
+    width_of,
+)
+from cfsp.exports.target import ExportOptions, Target, Written
+from cfsp.exports.verification import (
+    Verification,
+    compare_logits,
+    logits_of,
+    probe_lengths,
+    probe_tokens,
+    reference_model,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_FILE = "configuration_decilm.py"
+# The same operations in the same order; float32 rounds the same.
+TOLERANCE = 1e-6
+
+_LIKE_LLAMA = ("llama", "mistral", "qwen2")
+# What a Llama has and the model's config says in the same words.
+_SHARED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+    "rope_parameters", "tie_word_embeddings", "initializer_range", "pad_token_id",
+    "bos_token_id", "eos_token_id", "sliding_window", "layer_types",
+)  # fmt: skip
+
+
+def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+    """Write the checkpoint for one reader into an existing directory.
+
+    Raises:
+        ExportError: the reader cannot run the model; nothing is written.
+    """
+    if modeling_file(source.config, source.architecture) is None:
+        plain = padded.write(source, out, options)
+        if reader.old_rope_words:
+            _add_old_rope_words(out / "config.json")
+        note = "all blocks are equally wide: the ordinary class runs it"
+        return Written(plain.layout, (note,), reader.serve)
+    _check_is_llama(reader, source)
+    config, model = decilm_config(source), described(source)
+    if reason := obstacle(reader, model):
+        raise ExportError(
+            f"{reader.name} reads DeciLM with {reason}; use --to vllm or --to gguf, or --to padded "
+            f"for {reader.name}'s own class"
+        )
+    tensors = [_copied(source, name, spec) for name, spec in source.specs.items()]
+    write_shards(out, tensors + _zero_output_biases(source, model))
+    copy_travelling_files(source.directory, out)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / CONFIG_FILE).write_text(_config_code(), encoding="utf-8")
+    narrow, wide = min(model.widths), max(model.widths)
+    return Written(
+        f"DeciLMForCausalLM, {len(model.widths)} blocks of {narrow} to {wide} channels",
+        _notes(reader, model),
+        f"{reader.serve} {reader.trust}".rstrip(),
+    )
+
+
+def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
+    model_type = source.config.model_type
+    if model_type in _LIKE_LLAMA:
+        return
+    backend = (
+        ", or its Transformers backend, which runs the checkpoint itself where it can: vllm serve "
+        f"{source.directory} --trust-remote-code --model-impl transformers"
+    )
+    raise ExportError(
+        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; use --to padded "
+        f"for {reader.name}'s own class{backend if reader is VLLM else ''}"
+    )
+
+
+def described(source: Checkpoint) -> DeciLMModel:
+    """Return what decides which readers can run a Llama-like checkpoint."""
+    config: Any = source.config
+    names = source.specs
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    head_width = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return DeciLMModel(
+        widths=tuple(source.architecture.widths),
+        activation=config.hidden_act,
+        attention_bias=any("self_attn" in name and name.endswith(".bias") for name in names),
+        mlp_bias=any("mlp" in name and name.endswith(".bias") for name in names),
+        sliding_window=bool(window) and "sliding_attention" in layer_types,
+        own_head_width=head_width * config.num_attention_heads != config.hidden_size,
+        rope_type=(config.rope_parameters or {}).get("rope_type", "default"),
+    )
+
+
+def decilm_config(source: Checkpoint) -> dict[str, Any]:
+    """Return config.json of a Llama-like checkpoint in DeciLM's terms."""
+    config: Any = source.config
+    prefix = source.architecture.block_prefix(0)
+    biased = {m: f"{prefix}self_attn.{m}_proj.bias" in source.specs for m in "qkvo"}
+    group = config.num_attention_heads // config.num_key_value_heads
+    widths = tuple(source.architecture.widths)
+    fields = {key: getattr(config, key) for key in _SHARED if hasattr(config, key)}
+    fields = {key: value for key, value in fields.items() if value is not None}
+    if fields.get("sliding_window") and "layer_types" not in fields:
+        fields["layer_types"] = ["sliding_attention"] * len(widths)
+    for_all = has_multiples(widths)
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": f"{CONFIG_FILE.removesuffix('.py')}.DeciLMConfig"},
+        "dtype": _dtype(source),
+        # Loaders look at it to know how old the words of a config are.
+        "transformers_version": _transformers_version(source),
+        **fields,
+        **(_old_rope_words(config.rope_parameters) if for_all else {}),
+        "intermediate_size": max(widths),
+        # mlx-lm and SGLang have biases in all four projections or in none.
+        "attention_bias": biased["o"] or (for_all and biased["q"]),
+        "qkv_bias": biased["q"],
+        "mlp_bias": f"{prefix}mlp.up_proj.bias" in source.specs,
+        "block_configs": [
+            _block_for_all(group, width, config.hidden_size)
+            if for_all
+            else _block_for_vllm(group, width)
+            for width in widths
+        ],
+    }
+
+
+def _block_for_all(group: int, width: int, hidden: int) -> dict[str, Any]:
+    # mlx-lm refuses keys that it does not know, and TensorRT-LLM asks for `replace_with_linear`.
+    acts = {"no_op": False, "replace_with_linear": False}
+    return {
+        "attention": {**acts, "n_heads_in_group": group},
+        "ffn": {**acts, "ffn_mult": ffn_mult(width, hidden)},
+    }
+
+
+def _block_for_vllm(group: int, width: int) -> dict[str, Any]:
+    return {
+        "attention": {"no_op": False, "n_heads_in_group": group},
+        "ffn": {"no_op": False, "intermediate_size": width},
+    }
+
+
+def _notes(reader: Reader, model: DeciLMModel) -> tuple[str, ...]:
+    notes = []
+    if reader.trust:
+        notes.append(f"{reader.name} loads it with {reader.trust}, because of its config class")
+    others = [other for other in READERS if other is not reader]
+    able = [other.name for other in others if obstacle(other, model) is None]
+    if able:
+        notes.append(f"the same directory is for {', '.join(able)}")
+    notes += [
+        f"not for {other.name}, which reads DeciLM with {reason}"
+        for other in others
+        if (reason := obstacle(other, model))
+    ]
+    return tuple(notes)
+
+
+def _zero_output_biases(source: Checkpoint, model: DeciLMModel) -> list[OutgoingTensor]:
+    """Return the biases that readers expect where queries, keys and values have some."""
+    if not (model.attention_bias and has_multiples(model.widths)):
+        return []
+    zeros = []
+    for block in range(len(model.widths)):
+        prefix = f"{source.architecture.block_prefix(block)}self_attn."
+        if f"{prefix}o_proj.bias" not in source.specs:
+            spec = source.specs[f"{prefix}o_proj.weight"]
+            bias = torch.zeros(spec.shape[0], dtype=spec.dtype)
+            zeros.append(outgoing_tensor(f"{prefix}o_proj.bias", bias))
+    return zeros
+
+
+def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the positions' settings as transformers called them before version 5."""
+    words: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        words["rope_scaling"] = scaling
+    return words
+
+
+def _add_old_rope_words(path: Path) -> None:
+    """Give a config both names of its positions' settings, where it has only the new one."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    parameters = fields.get("rope_parameters") or {}
+    # Without a base of their own, the settings are those of several kinds of blocks.
+    if "rope_theta" in parameters and "rope_theta" not in fields:
+        fields.update(_old_rope_words(parameters))
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def verify(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
+    """Build the model that the written config describes, as readers would; compare logits."""
+    if not (out / CONFIG_FILE).is_file():
+        return padded.verify(source, out, options)
+    # The stock Llama below knows no sliding window, so the probe stays within it.
+    tokens = probe_tokens(source, probe_lengths(context_limit(source.config)[0])[0])
+    expected_TV = logits_of(reference_model(source), tokens)
+    found_TV = logits_of(build_described_model(out), tokens)
+    return compare_logits(f"transformers ({reader.name} not run)", expected_TV, found_TV, TOLERANCE)
+
+
+def build_described_model(directory: Path) -> PreTrainedModel:
+    """Return a Llama with the blocks that a DeciLM config names, filled from its directory.
+
+    Raises:
+        ExportError: the stored tensors are not those that the config describes.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    written: Any = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    fields = {k: v for k, v in written.to_dict().items() if k not in ("model_type", "auto_map")}
+    fields["attention_bias"] = written.attention_bias or written.qkv_bias
+    config = LlamaConfig(**fields)
+    config.dtype = torch.float32
+    model = LlamaForCausalLM(config)
+    for layer, block in zip(model.model.layers, written.block_configs, strict=True):
+        config.intermediate_size = _width(block.ffn, written.hidden_size)
+        layer.mlp = LlamaMLP(config)
+        if not written.attention_bias:
+            layer.self_attn.o_proj.register_parameter("bias", None)
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+        try:
+            unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+        except RuntimeError as error:
+            raise ExportError(f"the config describes other tensors: {error}") from error
+        if unexpected:
+            raise ExportError(f"the config has no place for {unexpected[0]}; nothing was kept")
+    model.tie_weights()
+    return model.eval()
+
+
+def _width(ffn: Any, hidden: int) -> int:
+    if "ffn_mult" in ffn:
+        return width_of(ffn.ffn_mult, hidden)
+    return int(ffn.intermediate_size)
+
+
+def _copied(source: Checkpoint, name: str, spec: TensorSpec) -> OutgoingTensor:
+    return OutgoingTensor(name, spec, lambda: source.chunks(name))
+
+
+def _config_code() -> str:
+    return resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
+
+
+def _transformers_version(source: Checkpoint) -> str:
+    """Return the version that wrote the source's config; ours if that does not say."""
+    import transformers
+
+    return str(getattr(source.config, "transformers_version", None) or transformers.__version__)
+
+
+def _dtype(source: Checkpoint) -> str:
+    return str(compute_dtype(source)).removeprefix("torch.")
+
+
+TARGETS = tuple(
+    Target(reader.target, "", partial(write, reader), partial(verify, reader)) for reader in READERS
+)

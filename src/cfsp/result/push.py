@@ -1,0 +1,110 @@
+"""A finished directory on the Hugging Face hub: private unless asked otherwise."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import OutputError, UsageError
+
+# Weights, or what stands for them, of the layouts that prune, recover and export write.
+_WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
+# Unfinished work, and what editors and tools leave behind.
+_LEFT_HERE = (".*", ".*/**", "**/.*")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded.
+
+    Attributes:
+        repository: its id, OWNER/NAME.
+        url: of its page.
+        private: whether only its owner sees it.
+        commit: of the upload.
+        notes: what the page will lack, one sentence each.
+    """
+
+    repository: str
+    url: str
+    private: bool
+    commit: str
+    notes: tuple[str, ...]
+
+
+def push(directory: str | Path, repository: str, *, public: bool = False) -> Pushed:
+    """Upload a directory as one commit into a model repository, which is made if there is none.
+
+    The token is that of the hub's own login (`hf auth login`, or HF_TOKEN).
+
+    Args:
+        directory: what prune, recover or export wrote.
+        repository: OWNER/NAME, or NAME for one of your own.
+        public: whether everybody may see it; of one that exists this has to be as it is.
+
+    Raises:
+        UsageError: the name cannot be one, or the repository is public and `public` was not said.
+        OutputError: there is nothing to upload, nobody is logged in, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    directory = Path(directory)
+    if re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repository) is None:
+        raise UsageError(f"a repository is called OWNER/NAME, found {repository!r}")
+    if not any(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
+        raise OutputError(
+            f"{directory} has no weights to upload: expected a directory that prune, recover or "
+            "export wrote"
+        )
+    api = HfApi(library_name="cfsp")
+    try:
+        made = api.create_repo(repository, private=not public, exist_ok=True)
+        private = bool(api.model_info(made.repo_id).private)
+        if not private and not public:
+            raise UsageError(
+                f"{made.repo_id} exists and is public; add --public to upload it for everybody, or "
+                "name another repository"
+            )
+        commit = api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=directory,
+            ignore_patterns=list(_LEFT_HERE),
+            commit_message="Upload by cfsp",
+        )
+    except LocalTokenNotFoundError as error:
+        raise OutputError(
+            "nobody is logged in to the hub: run `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise OutputError("the hub is switched off by HF_HUB_OFFLINE; unset it") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        advice = (
+            "; log in with a token that may write: `hf auth login`, or set HF_TOKEN"
+            if status in (401, 403)
+            else "; try again, nothing was changed by halves"
+        )
+        raise OutputError(f"the hub refuses {repository} ({status}){advice}") from error
+    except OSError as error:
+        raise OutputError(f"the hub cannot be reached ({error}); try again") from error
+    return Pushed(made.repo_id, str(made), private, commit.oid, _lacking(directory))
+
+
+def _lacking(directory: Path) -> tuple[str, ...]:
+    """Return what the hub cannot show because the card does not say it."""
+    from huggingface_hub import ModelCard
+
+    card = directory / "README.md"
+    if not card.is_file():
+        return ("there is no README.md, so the page shows no base model and no license",)
+    text = card.read_text(encoding="utf-8")
+    data: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    named = {"base_model": "base model", "license": "license", "pipeline_tag": "task"}
+    return tuple(
+        f"README.md names no {what}: add `{key}: ...` between its dashes"
+        for key, what in named.items()
+        if not data.get(key)
+    )

@@ -1,0 +1,46 @@
+"""Whether the installed transformers still needs the code that we write beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from cfsp.exports.verification import logits_of, reference_model
+from ragged import cut, tiny
+
+TOKENS = torch.tensor([5, 300, 7, 111, 42, 260, 9, 77])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_stock_classes_do_not_read_per_layer_config_yet(
+    tmp_path: Path, tokenizer: Any, name: str
+) -> None:
+    """Skips while they do not; fails as soon as one does: docs/UPSTREAM.md says what then."""
+    source = cut(tiny(name), tokenizer, tmp_path)
+    stock_name = source.architecture.class_name
+    bare = tmp_path / "bare"
+    shutil.copytree(source.directory, bare)
+    fields = json.loads((bare / "config.json").read_text())
+    # What sends transformers to our code instead of to its own.
+    del fields["auto_map"]
+    (bare / "config.json").write_text(json.dumps({**fields, "architectures": [stock_name]}))
+    here = f"transformers {transformers.__version__}: {stock_name}"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            bare, trust_remote_code=False, dtype=torch.float32
+        )
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"{here} does not read per_layer_config: {str(error).splitlines()[0][:100]}")
+    if not torch.equal(logits_of(model.eval(), TOKENS), logits_of(reference_model(source), TOKENS)):
+        pytest.fail(f"{here} loads blocks of different widths and computes something else")
+    pytest.fail(
+        f"{here} reads per_layer_config by itself: the remote code is no longer needed for it; "
+        "see docs/UPSTREAM.md"
+    )
