@@ -63,6 +63,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         metavar="FILE",
         help="plan from these (cfsp calibrate made them), without a forward pass",
     )
+    arguments.add_process_timeout(parser)
     parser.set_defaults(run=run)
 
 
@@ -100,10 +101,7 @@ def check_together(args: argparse.Namespace) -> None:
         UsageError: some exclude each other, or one needs another.
     """
     if process_count() > 1:
-        raise UsageError(
-            "prune runs in one process; under torchrun run `cfsp calibrate MODEL --out FILE`, "
-            "then here `cfsp prune MODEL --set statistics=FILE` without torchrun"
-        )
+        _check_many_can(args)
     if args.plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
     if args.plan and (found := goals.asked(args)):
@@ -125,22 +123,46 @@ def check_together(args: argparse.Namespace) -> None:
         raise UsageError(f"--local-{next(iter(local))} belongs to --repair local")
 
 
+def _check_many_can(args: argparse.Namespace) -> None:
+    """Check that several processes can do what is asked for.
+
+    Raises:
+        UsageError: one alone can.
+    """
+    alone = {
+        "--repair local": _repair(args) == "local" and not args.dry_run,
+        "--recover": args.recover is not None,
+        "--target-speedup": args.target_speedup is not None,
+        "--max-loss-increase": args.max_loss_increase is not None,
+    }
+    for option, is_asked in alone.items():
+        if is_asked:
+            raise UsageError(
+                f"{option} runs in one process, found {process_count()}; leave it out, or prune "
+                "without torchrun"
+            )
+
+
 def run(args: argparse.Namespace) -> None:
     """Prune."""
     check_together(args)
     arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
 
     from cfsp.calibration.statistics import Statistics
+    from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_output_is_free
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
+    from cfsp.processes import joined, take_own_accelerator
 
     evaluation = settings_from(args, EvaluationText, bos=args.bos or "auto")
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
+    timeout = arguments.process_timeout(args)
+    take_own_accelerator(arguments.compute(args).device)
     source = open_checkpoint(args.model, args.revision)
     settings = _settings(args, budget, plan, statistics)
     pruned, training = args.out, None
@@ -148,17 +170,21 @@ def run(args: argparse.Namespace) -> None:
         training = _training(args)
         check_output_is_free(args.out)
         pruned = args.out.with_name(f"{args.out.name}-pruned")
-    report = prune_checkpoint(
-        source,
-        pruned,
-        settings,
-        goal=goal,
-        statistics=statistics,
-        plan=plan,
-        evaluation=evaluation,
-        dry_run=args.dry_run,
-        command=arguments.typed_command(),
-    )
+    with joined(compute_device(settings.compute.device), timeout) as team:
+        report = prune_checkpoint(
+            source,
+            pruned,
+            settings,
+            goal=goal,
+            statistics=statistics,
+            plan=plan,
+            evaluation=evaluation,
+            dry_run=args.dry_run,
+            command=arguments.typed_command(),
+            team=team,
+        )
+    if not team.is_first:
+        return
     recovery = None
     if training is not None:
         recovery = _recover(args, pruned, settings, training, evaluation)
