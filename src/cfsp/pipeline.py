@@ -122,7 +122,7 @@ def prune_checkpoint(
         output_workplace(out, identity, settings.compute.memory_budget, team) as place,
         _shared_staging(out, place) as staging,
     ):
-        check_same_work(team, source, _digest(identity))
+        check_same_work(team, source, {"command": _digest(identity)})
         inputs = _Inputs.of(source, lambda: load_tokenizer(source.directory), settings, team=team)
         decided = _decide(inputs, settings, goal, statistics, plan, place, watch)
         repaired, facts = decided.repaired, decided.goal
@@ -253,7 +253,7 @@ def calibrate_source(
     windows = calibration_windows(source, tokenizer, text, engine, processor)
     if sensitivity:
         check_is_text(windows, "--sensitivity")
-    check_same_work(place.team, source, windows.digest)
+    check_same_work(place.team, source, {"calibration text": windows.digest})
     check_enough(windows, place.team, engine.batch_windows)
     statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place)
     if sensitivity:
@@ -261,20 +261,20 @@ def calibrate_source(
     return statistics
 
 
-def check_same_work(team: Team, source: WeightSource, work: str) -> None:
+def check_same_work(team: Team, source: WeightSource, more: dict[str, str]) -> None:
     """Check that all processes have the same model, work and software.
 
     Args:
         team: the processes.
         source: the model.
-        work: a digest of what they do with it.
+        more: what else must be the same, by name.
 
     Raises:
         UsageError: one has another.
     """
     if team.size > 1:
-        facts = {"model": fingerprint(source), "text or settings": work}
-        team.check_same(facts | {f"version of {k}": v for k, v in versions().items()})
+        software = {f"version of {name}": found for name, found in versions().items()}
+        team.check_same({"model": fingerprint(source), **more, **software})
 
 
 def _digest(identity: dict[str, Any]) -> str:

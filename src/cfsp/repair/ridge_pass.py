@@ -37,6 +37,7 @@ from cfsp.checkpoint.reading import units_of_block
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.memory import available_bytes
+from cfsp.processes import processes_on_machine
 from cfsp.repair.observation import Observation
 from cfsp.repair.repaired import (
     BlockRepair,
@@ -303,7 +304,8 @@ def gram_bytes(source: WeightSource, block: int) -> int:
 def _warn_of_memory(source: WeightSource, engine: Engine) -> None:
     """Tell people where the Gram matrices of a block are more than there is memory."""
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
-    if engine.device.type == "cpu" and needed > (available := available_bytes()):
+    available = available_bytes() / processes_on_machine()
+    if engine.device.type == "cpu" and needed > available:
         log.warning(
             "the Gram matrices of block %d take %.1f GB, %.1f GB are available: --repair none does "
             "without them",
