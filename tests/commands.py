@@ -90,7 +90,9 @@ def prepare(dies: str | None, count: int) -> None:
     def die(*args: object, **options: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def advance(block: Any, on_activations: Any, on_hidden: Any) -> None:
+    def advance(
+        block: Any, on_activations: Any = None, on_hidden: Any = lambda *states: None
+    ) -> None:
         nonlocal passed
         passed += 1
         if dies == "within" and passed == count:

@@ -9,16 +9,17 @@ smaller one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import calibrate_together
+from cfsp.calibration.together import calibrate_together, check_enough
 from cfsp.checkpoint.modeling_code import code_digests
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -27,18 +28,20 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, fingerprint
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
 from cfsp.engine.compute import Engine, engine_of
 from cfsp.engine.stopwatch import Stopwatch
+from cfsp.engine.versions import versions
 from cfsp.engine.workplace import (
     Workplace,
     output_workplace,
     remove_finished_work,
     temporary_workplace,
 )
+from cfsp.errors import OutputError
 from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
@@ -81,8 +84,12 @@ def prune_checkpoint(
     evaluation: EvaluationText | None = None,
     dry_run: bool = False,
     command: str = "",
+    team: Team | None = None,
 ) -> PruneReport:
     """Prune a checkpoint into a new directory.
+
+    Several processes share the windows. The first chooses, solves and writes; the others need to
+    see its directories.
 
     Args:
         source: the model.
@@ -94,10 +101,12 @@ def prune_checkpoint(
         evaluation: texts to measure perplexity on, before and after.
         dry_run: decide without repair and write only the plan.
         command: what the user typed, for the manifest.
+        team: the processes that prune together; None for this one alone.
 
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
+    team = team or Team()
     check_all_texts(settings.text, evaluation, goal)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
@@ -111,17 +120,19 @@ def prune_checkpoint(
     identity = _identity(settings, statistics, plan, goal)
     with (
         created_parents(out),
-        output_workplace(out, identity, settings.compute.memory_budget) as place,
-        staged_directory(out) as staging,
+        output_workplace(out, identity, settings.compute.memory_budget, team) as place,
+        _shared_staging(out, place) as staging,
     ):
-        inputs = _Inputs.of(source, lambda: load_tokenizer(source.directory), settings)
+        check_same_work(team, source, {"command": _digest(identity)})
+        inputs = _Inputs.of(source, lambda: load_tokenizer(source.directory), settings, team=team)
         decided = _decide(inputs, settings, goal, statistics, plan, place, watch)
         repaired, facts = decided.repaired, decided.goal
-        repaired.plan.save(staging / PLAN_FILE)
         if dry_run:
+            if team.is_first:
+                repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, watch, place, None)
         with watch.stage("cut"):
-            digests = _write_checkpoint(source, repaired, staging)
+            digests = team.from_first(lambda: _write_checkpoint(source, repaired, staging))
         with watch.stage("evaluate"):
             pruned = Checkpoint(staging, "the pruned model")
             measured = before_and_after(source, pruned, measured_on, settings.compute, place)
@@ -129,11 +140,35 @@ def prune_checkpoint(
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, goal, dense, settings)
         report = prune_report(source, repaired, facts, measured, watch, place, out)
-        manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
-        write_manifest(staging, manifest)
-        card = model_card(manifest, repaired.plan, origin_of(source))
-        (staging / CARD_FILE).write_text(card, encoding="utf-8")
+
+        def describe() -> None:
+            manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
+            write_manifest(staging, manifest)
+            card = model_card(manifest, repaired.plan, origin_of(source))
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
+
+        team.from_first(describe)
     return report
+
+
+@contextmanager
+def _shared_staging(out: Path, place: Workplace) -> Iterator[Path]:
+    """Give the directory that the first process writes into; see `staged_directory`.
+
+    Raises:
+        OutputError: a process does not see it.
+    """
+    team = place.team
+    with staged_directory(out) if team.is_first else nullcontext() as own:
+        staging = team.from_first(lambda: own)
+        assert staging is not None
+        unseen = [rank for rank, sees in enumerate(team.gather(staging.is_dir())) if not sees]
+        if unseen:
+            raise OutputError(
+                f"process {unseen[0]} does not see {staging}, where process 0 works; choose an "
+                "output on a file system that all processes share"
+            )
+        yield staging
 
 
 def prune_model(
@@ -189,7 +224,6 @@ def calibrate_source(
     text: CalibrationText,
     compute: Compute,
     place: Workplace | None = None,
-    team: Team | None = None,
     *,
     sensitivity: bool = False,
     processor: Any = None,
@@ -201,8 +235,8 @@ def calibrate_source(
         tokenizer: its own.
         text: what to draw from.
         compute: where and in what.
-        place: where to spill and to save; None for a temporary one.
-        team: the processes that share the windows; None for this one alone.
+        place: where to spill and to save, and the processes that share the windows; None for a
+            temporary one.
         sensitivity: also measure that of every block; in one process only.
         processor: of a multimodal model in memory.
     """
@@ -214,7 +248,6 @@ def calibrate_source(
                 text,
                 compute,
                 temporary,
-                team,
                 sensitivity=sensitivity,
                 processor=processor,
             )
@@ -222,19 +255,32 @@ def calibrate_source(
     windows = calibration_windows(source, tokenizer, text, engine, processor)
     if sensitivity:
         check_is_text(windows, "--sensitivity")
-    if team is None or team.size == 1:
-        statistics = calibrate(source, windows, engine, seed=text.seed, place=place)
-        if sensitivity:
-            return with_sensitivity(source, statistics, windows, Criterion(), engine)
-        return statistics
-    return calibrate_together(
-        windows,
-        lambda part: calibrate(source, part, engine, seed=text.seed, place=place),
-        calibration_record(source, windows, engine, seed=text.seed),
-        team,
-        batch_windows=engine.batch_windows,
-        device=engine.device,
-    )
+    check_same_work(place.team, source, {"calibration text": windows.digest})
+    check_enough(windows, place.team, engine.batch_windows)
+    statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place)
+    if sensitivity:
+        return with_sensitivity(source, statistics, windows, Criterion(), engine)
+    return statistics
+
+
+def check_same_work(team: Team, source: WeightSource, more: dict[str, str]) -> None:
+    """Check that all processes have the same model, work and software.
+
+    Args:
+        team: the processes.
+        source: the model.
+        more: what else must be the same, by name.
+
+    Raises:
+        UsageError: one has another.
+    """
+    if team.size > 1:
+        software = {f"version of {name}": found for name, found in versions().items()}
+        team.check_same({"model": fingerprint(source), **more, **software})
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -252,12 +298,18 @@ class _Inputs:
         tokenizer: Callable[[], PreTrainedTokenizerBase],
         settings: PruneSettings,
         processor: Any = None,
+        team: Team | None = None,
     ) -> _Inputs:
         engine, tokenizer = engine_of(settings.compute, source), cache(tokenizer)
-        draw = cache(
-            lambda: calibration_windows(source, tokenizer(), settings.text, engine, processor)
-        )
-        return _Inputs(source, engine, tokenizer, draw)
+
+        def draw() -> Windows:
+            windows = calibration_windows(source, tokenizer(), settings.text, engine, processor)
+            if team is not None:
+                team.check_same({"calibration text": windows.digest})
+                check_enough(windows, team, engine.batch_windows)
+            return windows
+
+        return _Inputs(source, engine, tokenizer, cache(draw))
 
 
 @dataclass(frozen=True)
@@ -306,6 +358,7 @@ def _decide(
 
 def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> dict[str, str]:
     """Write all but manifest and model card; return the digests of weights and code."""
+    repaired.plan.save(target / PLAN_FILE)
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
     weights = write_pruned_weights(source, repaired.plan, target, repaired.tensors)

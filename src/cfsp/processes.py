@@ -1,6 +1,6 @@
 """Several processes that work on one thing, as torchrun starts them.
 
-    torchrun --nproc-per-node 4 -m cfsp calibrate MODEL --out stats.safetensors ...
+    torchrun --nproc-per-node 4 -m cfsp prune MODEL --sparsity 0.5 --out smaller ...
 
 Importing this does not import torch.
 """
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cfsp.errors import ProcessError, UsageError
+from cfsp.errors import CfspError, ProcessError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
+T = TypeVar("T")
 
 # Machines may begin this long after each other, however little they may differ at the end.
 _START_SECONDS = 300.0
@@ -42,9 +43,17 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_on_machine() -> int:
+    """Return how many processes torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class Team:
     """The processes of a job, seen from one of them.
+
+    What is exchanged has an order that does not change from run to run: that of the processes, or
+    for sums that of the library, which depends on nothing but their number.
 
     Attributes:
         rank: number of this process.
@@ -77,13 +86,116 @@ class Team:
             return numbers
         import torch.distributed as dist
 
+        with self._exchange():
+            dist.all_reduce(numbers)
+        return numbers
+
+    def add_up_at_first(self, numbers: Tensor) -> None:
+        """Replace the numbers of the first process by the sum over all; others' are used up.
+
+        Args:
+            numbers: of the same shape everywhere, on the device that the process computes on.
+
+        Raises:
+            ProcessError: a process died, or is not there in time.
+        """
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        with self._exchange():
+            dist.reduce(numbers, dst=0)
+
+    def gather_at_first(self, value: T) -> list[T]:
+        """Return what every process has, in their order; nothing in all but the first.
+
+        Args:
+            value: anything that can be pickled; tensors on the CPU.
+
+        Raises:
+            ProcessError: a process died, or is not there in time.
+        """
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.is_first else None
+        with self._exchange():
+            dist.gather_object(value, found, dst=0, group=self.barrier)
+        return found or []
+
+    def gather(self, value: T) -> list[T]:
+        """Return what every process has, in their order; see `gather_at_first`."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with self._exchange():
+            dist.all_gather_object(found, value, group=self.barrier)
+        return found
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what the first process makes; the others wait for it, and fail as it does.
+
+        Args:
+            make: gives what can be pickled; called in the first process alone.
+
+        Raises:
+            CfspError: the first process raised it.
+            ProcessError: a process died, or is not there in time.
+        """
+        if self.size == 1:
+            return make()
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = make()
+            except CfspError as error:
+                outcome[1] = error
+        with self._exchange():
+            dist.broadcast_object_list(outcome, src=0, group=self.barrier)
+        if outcome[1] is not None:
+            raise outcome[1]
+        made: T = outcome[0]
+        return made
+
+    def check_same(self, facts: Mapping[str, str]) -> None:
+        """Check that all processes work on the same thing.
+
+        Args:
+            facts: what must be the same everywhere, by name.
+
+        Raises:
+            UsageError: one has something else.
+        """
+        of_all = self.gather(dict(facts))
+        for rank, found in enumerate(of_all):
+            for name, expected in of_all[0].items():
+                if found[name] != expected:
+                    raise UsageError(
+                        f"process {rank} has another {name} than process 0 ({found[name]}; there "
+                        f"it is {expected}); give all processes the same files, versions and "
+                        "arguments"
+                    )
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Wait for all processes before they exchange something.
+
+        Raises:
+            ProcessError: one died, or is not there in time.
+        """
+        import torch.distributed as dist
+
         try:
             timeout = timedelta(seconds=self.timeout)
             dist.monitored_barrier(self.barrier, timeout, wait_all_ranks=True)
-            dist.all_reduce(numbers)
+            yield
         except RuntimeError as error:
             raise self._lost(error) from error
-        return numbers
 
     def _lost(self, error: RuntimeError) -> ProcessError:
         reason = str(error).strip().splitlines()[0]

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from cfsp.architecture.activations import hidden_state
 from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.together import windows_of
+from cfsp.calibration.together import part_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.engine.compute import engine_of
 from cfsp.families.tiny import BLOCKS, tiny_model
@@ -148,7 +148,7 @@ def test_statistics_of_what_a_processor_might_give(model_type: str) -> None:
     check_statistics(Case(model, source, windows))
     # Of two processes one has the image.
     engine = engine_of(Compute(device="cpu", dtype="float32"), source)
-    parts = [windows_of(windows, Team(rank, 2), None) for rank in range(2)]
+    parts = [windows.part(part_of(windows, Team(rank, 2), None)) for rank in range(2)]
     assert [part.has_images for part in parts] == [True, False]
     first, second = (calibrate(source, part, engine) for part in parts)
     whole = calibrate(source, windows, engine)

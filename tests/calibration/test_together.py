@@ -14,7 +14,7 @@ import torch
 
 from builders import RECORD, random_block
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import add_up, windows_of
+from cfsp.calibration.together import add_up, check_enough, part_of
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.processes import Team, joined, take_own_accelerator
@@ -134,17 +134,21 @@ def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
 
 def test_windows_are_split_between_batches() -> None:
     windows = Windows(torch.arange(9)[:, None].expand(9, 4), {"text": 9})
-    parts = [windows_of(windows, Team(rank, 2), 2).tokens_NT[:, 0].tolist() for rank in range(2)]
-    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-    parts = [windows_of(windows, Team(rank, 3), 4).tokens_NT[:, 0].tolist() for rank in range(3)]
-    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+    def parts(processes: int, batch: int) -> list[list[int]]:
+        of_each = [part_of(windows, Team(rank, processes), batch) for rank in range(processes)]
+        return [windows.part(own).tokens_NT[:, 0].tolist() for own in of_each]
+
+    assert parts(2, 2) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert parts(3, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert parts(3, 5) == [[], [0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_more_processes_than_batches_are_refused() -> None:
     windows = Windows(torch.zeros(9, 4, dtype=torch.int64), {"text": 9})
     message = r"9 windows in batches of 4 are 3 batches, too few for 4 processes.*batch-windows 2"
     with pytest.raises(UsageError, match=message):
-        windows_of(windows, Team(0, 4), 4)
+        check_enough(windows, Team(0, 4), 4)
 
 
 def test_one_process_adds_up_to_itself() -> None:
@@ -173,20 +177,3 @@ def test_one_accelerator_for_several_processes_is_refused(monkeypatch: pytest.Mo
     take_own_accelerator("cpu")
     with pytest.raises(UsageError, match=r"cuda:1 names one accelerator for 2 processes"):
         take_own_accelerator("cuda:1")
-
-
-def test_prune_under_torchrun_says_what_to_do(
-    model: Path,
-    text: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    argv = ["prune", str(model), *text, "--sparsity", "0.5", "--out", str(tmp_path / "out")]
-    assert main(argv) == 2
-    message = capsys.readouterr().err
-    assert "cfsp prune: [process 1] prune runs in one process" in message
-    assert "cfsp calibrate MODEL --out FILE" in message
-    assert not list(tmp_path.iterdir())

@@ -9,23 +9,32 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from cfsp.calibration.accumulators import ChannelSums, DistanceSums
+from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import (
     BlockStatistics,
     CalibrationRecord,
+    ObservedBlock,
     Statistics,
     UnitStatistics,
 )
-from cfsp.engine.block_stream import windows_in_batch
+from cfsp.engine.block_stream import StreamedBlock, windows_in_batch
 from cfsp.errors import UsageError
 from cfsp.processes import Team
+from cfsp.settings import DISTANCES
 from cfsp.text.windows import Windows
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.engine.workplace import Workplace
 
 Part = TypeVar("Part", BlockStatistics, UnitStatistics)
 
@@ -35,34 +44,53 @@ _SUMS_OF_UNIT = ("sum_F", "sum_of_squares_F", "tokens", "routed_E")
 
 
 def calibrate_together(
+    source: WeightSource,
     windows: Windows,
-    calibrate_part: Callable[[Windows], Statistics],
-    record: CalibrationRecord,
-    team: Team,
+    engine: Engine,
     *,
-    batch_windows: int | None,
-    device: torch.device,
+    seed: int = 0,
+    place: Workplace,
+    name: str = "calibrate",
 ) -> Statistics:
-    """Return the statistics of all windows, of which each process calibrates a part.
+    """Return the statistics of all windows, of which each process of a team calibrates a part.
+
+    Where there are fewer batches than processes, some have nothing to do.
 
     Args:
+        source: the model.
         windows: all of them, the same in every process.
-        calibrate_part: gives the statistics of some windows.
-        record: of the calibration as a whole.
-        team: the processes.
-        batch_windows: windows that pass a block together; None for about 4096 tokens.
-        device: where the sums are added up.
+        engine: where and in what blocks compute.
+        seed: the seed that the windows were drawn by, for the record.
+        place: where to spill and to save, and the team.
+        name: of the pass.
 
     Raises:
-        UsageError: there are fewer batches than processes.
+        CfspError: as `calibrate` does.
         ProcessError: a process died, or is not there in time.
     """
-    part = calibrate_part(windows_of(windows, team, batch_windows))
-    return replace(add_up(part, team, device), record=record)
+    team = place.team
+    if team.size == 1:
+        return calibrate(source, windows, engine, seed=seed, place=place, name=name)
+    record = calibration_record(source, windows, engine, seed=seed)
+    own = windows.part(part_of(windows, team, engine.batch_windows))
+    if len(own.tokens_NT):
+        part = calibrate(source, own, engine, seed=seed, place=place, name=name)
+    else:
+        part = _nothing_seen(source, record)
+    return replace(add_up(part, team, engine.device), record=record)
 
 
-def windows_of(windows: Windows, team: Team, batch_windows: int | None) -> Windows:
-    """Return the windows of one process, whole batches.
+def part_of(windows: Windows, team: Team, batch_windows: int | None) -> slice:
+    """Return which windows one process has: whole batches, or none."""
+    size = windows_in_batch(windows, batch_windows)
+    batches = math.ceil(len(windows.tokens_NT) / size)
+    first = team.rank * batches // team.size
+    last = (team.rank + 1) * batches // team.size
+    return slice(first * size, last * size)
+
+
+def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> None:
+    """Check that every process has windows.
 
     Raises:
         UsageError: there are fewer batches than processes.
@@ -75,9 +103,57 @@ def windows_of(windows: Windows, team: Team, batch_windows: int | None) -> Windo
             f"{team.size} processes; take more --samples, fewer processes, or "
             f"--batch-windows {max(1, count // team.size)}"
         )
-    first = team.rank * batches // team.size
-    last = (team.rank + 1) * batches // team.size
-    return windows.part(slice(first * size, last * size))
+
+
+def _nothing_seen(source: WeightSource, record: CalibrationRecord) -> Statistics:
+    """Return statistics of no windows."""
+    observed = []
+    for block in range(source.architecture.block_count):
+        units = tuple(
+            UnitStatistics(
+                block,
+                torch.zeros(unit.ffns * unit.width, dtype=torch.float64),
+                torch.zeros(unit.ffns * unit.width, dtype=torch.float64),
+                0,
+                (0,) * unit.ffns if unit.ffns > 1 else (),
+            )
+            for unit in source.units
+            if unit.block == block
+        )
+        observed.append(ObservedBlock(BlockStatistics(dict.fromkeys(DISTANCES, 0.0), 0), units))
+    return Statistics.of(observed, record)
+
+
+def add_up_sums(
+    block: StreamedBlock, distances: DistanceSums, channels: Sequence[ChannelSums], team: Team
+) -> None:
+    """Make the sums of one block and its FFN units those of all processes.
+
+    Args:
+        block: the block.
+        distances: between its input and output.
+        channels: of each of its units.
+        team: the processes.
+    """
+    if team.size == 1:
+        return
+    own = [_numbers(distances.sums), _numbers(distances.tokens)]
+    for unit, sums in zip(block.units, channels, strict=True):
+        none = torch.zeros(unit.ffns * unit.width, dtype=torch.float64)
+        own += [
+            none if sums.sum_F is None else _numbers(sums.sum_F.cpu()),
+            none if sums.sum_of_squares_F is None else _numbers(sums.sum_of_squares_F.cpu()),
+            _numbers(tuple(sums.tokens_E)),
+        ]
+    total = team.add_up(torch.cat(own).to(block.device))
+    parts = iter(torch.split(total, [part.numel() for part in own]))
+    distances.sums = _like(distances.sums, next(parts).cpu())
+    distances.tokens = _like(distances.tokens, next(parts).cpu())
+    for sums in channels:
+        sum_F, sum_of_squares_F, tokens_E = (next(parts) for _ in range(3))
+        sums.tokens_E = list(_like(tuple(sums.tokens_E), tokens_E.cpu()))
+        if sums.tokens:
+            sums.sum_F, sums.sum_of_squares_F = sum_F.clone(), sum_of_squares_F.clone()
 
 
 def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cfsp.cli.options import Parser, add_advanced, add_options, command_parser, settings_from
+from cfsp.errors import UsageError
 from cfsp.settings import (
     BOS,
     DEFAULT_TEXT,
@@ -50,6 +51,29 @@ def add_compute(parser: Parser) -> None:
 def add_memory_budget(parser: Parser) -> None:
     """Add the option that bounds the hidden states of a calibration in memory."""
     add_options(parser, parser, Compute, fields=("memory_budget",))
+
+
+def add_process_timeout(parser: Parser) -> None:
+    """Add how long processes that torchrun started wait for each other."""
+    add_advanced(
+        parser,
+        "--process-timeout",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="under torchrun: how long the fastest process waits for the slowest (default: 30)",
+    )
+
+
+def process_timeout(args: argparse.Namespace) -> float:
+    """Return how long processes wait for each other, in seconds.
+
+    Raises:
+        UsageError: it is not positive.
+    """
+    if not 0 < args.process_timeout < 1e6:
+        raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
+    return 60 * float(args.process_timeout)
 
 
 def add_json(parser: Parser) -> None:

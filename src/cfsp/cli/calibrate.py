@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
-from cfsp.cli.options import add_advanced
 from cfsp.cli.output import human_bytes, print_json, print_passes
 from cfsp.processes import process_count
 
@@ -37,14 +36,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     arguments.add_calibration_text(parser)
     arguments.add_compute(parser)
     arguments.add_memory_budget(parser)
-    add_advanced(
-        parser,
-        "--process-timeout",
-        type=float,
-        default=30.0,
-        metavar="MINUTES",
-        help="under torchrun: how long the fastest process waits for the slowest (default: 30)",
-    )
+    arguments.add_process_timeout(parser)
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -68,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
         raise OutputError(f"{args.out} exists already; choose another file")
     if args.sensitivity and process_count() > 1:
         raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
-    if not 0 < args.process_timeout < 1e6:
-        raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
+    timeout = arguments.process_timeout(args)
     compute = arguments.compute(args)
     take_own_accelerator(compute.device)
     source = open_checkpoint(args.model, args.revision)
@@ -77,10 +68,8 @@ def run(args: argparse.Namespace) -> None:
     watch = Stopwatch()
     with (
         created_parents(args.out),
-        joined(compute_device(compute.device), 60 * args.process_timeout) as team,
-        output_workplace(
-            args.out, {"command": "calibrate"}, compute.memory_budget, team.rank, team.size
-        ) as place,
+        joined(compute_device(compute.device), timeout) as team,
+        output_workplace(args.out, {"command": "calibrate"}, compute.memory_budget, team) as place,
     ):
         with watch.stage("calibrate"):
             statistics = calibrate_source(
@@ -89,7 +78,6 @@ def run(args: argparse.Namespace) -> None:
                 arguments.calibration_text(args),
                 compute,
                 place,
-                team,
                 sensitivity=args.sensitivity,
             )
         if team.is_first:

@@ -10,6 +10,7 @@ from typing import Any
 from cfsp.cli import arguments
 from cfsp.cli.output import estimate, human_count, print_json, print_table
 from cfsp.errors import UsageError
+from cfsp.processes import process_count
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -85,6 +86,10 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
     if not args.data and not args.tasks:
         raise UsageError("expected --data, --tasks or both, found neither")
+    if process_count() > 1:
+        raise UsageError(
+            f"eval runs in one process, found {process_count()}; evaluate without torchrun"
+        )
     arguments.check_texts(None, args.data)
 
     from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
     from cfsp.recovery.settings import Training
     from cfsp.result.prune_report import PruneReport
+    from cfsp.speed.pruning_cost import PruningCost
+
+# Goals whose budget is found by trying.
+_GOALS = ("max_loss_increase", "target_speedup", "target_params")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -47,6 +51,11 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.add_argument("--out", required=True, type=Path, help="new directory")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write only it into --out"
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="say what the run will take (memory, disk, time), and stop: one block is tried",
     )
     arguments.add_json(parser)
     removed = goals.add_goals(parser, has_text=True)
@@ -63,6 +72,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         metavar="FILE",
         help="plan from these (cfsp calibrate made them), without a forward pass",
     )
+    arguments.add_process_timeout(parser)
     parser.set_defaults(run=run)
 
 
@@ -100,10 +110,7 @@ def check_together(args: argparse.Namespace) -> None:
         UsageError: some exclude each other, or one needs another.
     """
     if process_count() > 1:
-        raise UsageError(
-            "prune runs in one process; under torchrun run `cfsp calibrate MODEL --out FILE`, "
-            "then here `cfsp prune MODEL --set statistics=FILE` without torchrun"
-        )
+        _check_many_can(args)
     if args.plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
     if args.plan and (found := goals.asked(args)):
@@ -121,8 +128,50 @@ def check_together(args: argparse.Namespace) -> None:
         )
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
+    if args.estimate:
+        _check_can_be_estimated(args)
     if (local := given(args, LocalTraining)) and _repair(args) != "local":
         raise UsageError(f"--local-{next(iter(local))} belongs to --repair local")
+
+
+def _check_can_be_estimated(args: argparse.Namespace) -> None:
+    """Check that what is asked for has a cost that is known beforehand.
+
+    Raises:
+        UsageError: it has none.
+    """
+    unknown = {
+        "--dry-run": args.dry_run,
+        "--repair local": _repair(args) == "local",
+        "--recover": args.recover is not None,
+        "--plan": args.plan,
+        "--statistics": args.statistics,
+        **{f"--{option.replace('_', '-')}": getattr(args, option) for option in _GOALS},
+    }
+    for option, is_asked in unknown.items():
+        if is_asked:
+            raise UsageError(f"--estimate does not know what {option} takes; leave one of them out")
+
+
+def _check_many_can(args: argparse.Namespace) -> None:
+    """Check that several processes can do what is asked for.
+
+    Raises:
+        UsageError: one alone can.
+    """
+    alone = {
+        "--repair local": _repair(args) == "local" and not args.dry_run,
+        "--recover": args.recover is not None,
+        "--estimate": args.estimate,
+        "--target-speedup": args.target_speedup is not None,
+        "--max-loss-increase": args.max_loss_increase is not None,
+    }
+    for option, is_asked in alone.items():
+        if is_asked:
+            raise UsageError(
+                f"{option} runs in one process, found {process_count()}; leave it out, or prune "
+                "without torchrun"
+            )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,34 +180,49 @@ def run(args: argparse.Namespace) -> None:
     arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
 
     from cfsp.calibration.statistics import Statistics
+    from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_output_is_free
+    from cfsp.engine.compute import engine_of
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
+    from cfsp.processes import joined, take_own_accelerator
+    from cfsp.speed.pruning_cost import pruning_cost
 
     evaluation = settings_from(args, EvaluationText, bos=args.bos or "auto")
     budget = Budget(0.0) if args.plan else arguments.budget(args)
     goal = goals.goal(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
+    timeout = arguments.process_timeout(args)
+    take_own_accelerator(arguments.compute(args).device)
     source = open_checkpoint(args.model, args.revision)
     settings = _settings(args, budget, plan, statistics)
+    if args.estimate:
+        _print_estimate(
+            args, pruning_cost(source, args.out, settings, engine_of(settings.compute, source))
+        )
+        return
     pruned, training = args.out, None
     if args.recover is not None:
         training = _training(args)
         check_output_is_free(args.out)
         pruned = args.out.with_name(f"{args.out.name}-pruned")
-    report = prune_checkpoint(
-        source,
-        pruned,
-        settings,
-        goal=goal,
-        statistics=statistics,
-        plan=plan,
-        evaluation=evaluation,
-        dry_run=args.dry_run,
-        command=arguments.typed_command(),
-    )
+    with joined(compute_device(settings.compute.device), timeout) as team:
+        report = prune_checkpoint(
+            source,
+            pruned,
+            settings,
+            goal=goal,
+            statistics=statistics,
+            plan=plan,
+            evaluation=evaluation,
+            dry_run=args.dry_run,
+            command=arguments.typed_command(),
+            team=team,
+        )
+    if not team.is_first:
+        return
     recovery = None
     if training is not None:
         recovery = _recover(args, pruned, settings, training, evaluation)
@@ -173,6 +237,37 @@ def run(args: argparse.Namespace) -> None:
     if recovery is not None:
         print()
         recover.print_report(recovery)
+
+
+def _print_estimate(args: argparse.Namespace, cost: PruningCost) -> None:
+    """Print what a run will take."""
+    facts = cost.to_json()
+    if args.json:
+        print_json(facts)
+        return
+    rows = [
+        (
+            stage.name,
+            f"{stage.flop / 1e12:,.3g}",
+            human_bytes(stage.read_bytes),
+            f"{stage.seconds:,.0f}",
+        )
+        for stage in cost.stages
+    ]
+    total = f"{facts['flop'] / 1e12:,.3g}", human_bytes(facts["read_bytes"])
+    rows.append(("together", *total, f"{facts['seconds']:,.0f}"))
+    print_table(("", "TFLOP", "read", "seconds"), rows)
+    print()
+    for name, needed, available in (
+        ("memory", cost.memory_bytes, cost.memory_available),
+        ("disk", cost.disk_bytes, cost.disk_available),
+    ):
+        short = "" if needed <= available else ": NOT ENOUGH"
+        print(f"{name} {human_bytes(needed)} of {human_bytes(available)} available{short}")
+    print(
+        f"the time follows from one block with {cost.measured_tokens:,} tokens on this machine as "
+        "busy as it is; --eval is not in it"
+    )
 
 
 def _repair(args: argparse.Namespace) -> Repair:

@@ -23,6 +23,7 @@ from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.pass_state import Pace, PassState
 from cfsp.engine.pass_times import PassTimes
 from cfsp.engine.versions import versions
+from cfsp.processes import Team
 from cfsp.progress import token_progress
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def pass_blocks(
     may_stop_after: Callable[[int], bool] = lambda block: True,
     label: str | None = None,
     more_tokens: int = 0,
+    team: Team | None = None,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
@@ -80,6 +82,8 @@ def pass_blocks(
             needs; if not, a killed pass goes on further back.
         label: what people read of the pass; None for its name.
         more_tokens: that visits report beyond those that pass the blocks.
+        team: processes that do the same with other windows, and whose visits wait for each other;
+            they save together and go on at the same block. None where visits do not wait.
 
     Raises:
         ResumeError: the workplace holds unfinished work of something else.
@@ -92,6 +96,9 @@ def pass_blocks(
         batch = windows_in_batch(windows, batch_windows)
         identity = _identity(source, windows, device, dtype, batch)
         state = PassState(place.directory / name, {**identity, **place.identity})
+    team = team or Team()
+    if state is not None and team.size > 1:
+        _go_back_together(state, team)
     results: list[T] = []
     if state is not None and state.next_block:
         results = [files.load(state.directory, block) for block in range(state.next_block)]
@@ -99,7 +106,7 @@ def pass_blocks(
     if len(results) == blocks:
         return results
     times = PassTimes() if place is None else place.times.setdefault(label, PassTimes())
-    saver = None if state is None else _Saver(state, files, results, times)
+    saver = None if state is None else _Saver(state, files, results, times, team)
     with (
         times.part("total"),
         token_progress(
@@ -129,23 +136,40 @@ def pass_blocks(
     return results
 
 
+def _go_back_together(state: PassState, team: Team) -> None:
+    """Go on at the last block that every process can go on at.
+
+    Processes save together, so that a kill finds them at most one time apart.
+    """
+    reachable = team.gather({state.next_block, state.before[0], 0})
+    state.go_back_to(max(set.intersection(*reachable)))
+
+
 class _Saver:
     """Saves results and hidden states, as often as costs little."""
 
     def __init__(
-        self, state: PassState, files: ResultFiles[Any], results: list[Any], times: PassTimes
+        self,
+        state: PassState,
+        files: ResultFiles[Any],
+        results: list[Any],
+        times: PassTimes,
+        team: Team,
     ) -> None:
         self._state, self._files, self._results, self._times = state, files, results, times
+        self._team = team
         self._pace: Pace | None = None
 
     def block_done(self, hidden: HiddenStates) -> None:
         self._pace = self._pace or Pace(hidden.nbytes)
-        if not self._pace.due():
+        if not self._team.from_first(self._pace.due):
             return
         start = time.monotonic()
         with self._times.part("saving"):
             self._save_results()
             self._state.commit(len(self._results), hidden.save())
+            # Who goes on writes over what others would go back to.
+            self._team.gather(None)
         self._pace.saved(time.monotonic() - start)
 
     def all_done(self) -> None:
@@ -153,6 +177,7 @@ class _Saver:
         with self._times.part("saving"):
             self._save_results()
             self._state.commit(len(self._results), None)
+            self._team.gather(None)
             for file in self._state.directory.glob("hidden-*.bin"):
                 file.unlink()
 

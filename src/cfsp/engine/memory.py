@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import psutil
+
+from cfsp.processes import processes_on_machine
 
 # The rest is for two blocks, the embeddings and what the computation needs.
 _SHARE_OF_AVAILABLE = 0.5
@@ -19,8 +20,7 @@ def default_budget() -> int:
 
     Processes that torchrun started on this machine share evenly.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(available_bytes() * _SHARE_OF_AVAILABLE / processes)
+    return int(available_bytes() * _SHARE_OF_AVAILABLE / processes_on_machine())
 
 
 def peak_rss_bytes() -> int:

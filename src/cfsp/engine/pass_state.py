@@ -33,6 +33,8 @@ class PassState:
     Attributes:
         next_block: the first block that is not finished.
         hidden: name of the file with the hidden states that enter it; None if there are none.
+        before: what both were when the state was saved the time before. That file is there as long
+            as no state enters the next block.
 
     Raises:
         ResumeError: the directory holds unfinished work of something else.
@@ -42,16 +44,39 @@ class PassState:
         self.directory = directory
         self.next_block = 0
         self.hidden: str | None = None
+        self.before: tuple[int, str | None] = (0, None)
         self._identity = identity
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STATE_FILE).is_file():
             fields = read_state(directory / STATE_FILE, identity)
             self.next_block, self.hidden = fields["next_block"], fields["hidden"]
+            self.before = tuple(fields.get("before", self.before))
 
     def commit(self, next_block: int, hidden: str | None) -> None:
         """Note that all before `next_block` is on disk."""
+        self.before = self.next_block, self.hidden
         self.next_block, self.hidden = next_block, hidden
-        fields = {"identity": self._identity, "next_block": next_block, "hidden": hidden}
+        self._write()
+
+    def go_back_to(self, block: int) -> None:
+        """Begin with an earlier block: that of the state before, or the first.
+
+        Args:
+            block: `next_block`, that of `before`, or 0.
+        """
+        if block == self.next_block:
+            return
+        hidden = self.before[1] if block == self.before[0] else None
+        self.next_block, self.hidden, self.before = block, hidden, (0, None)
+        self._write()
+
+    def _write(self) -> None:
+        fields = {
+            "identity": self._identity,
+            "next_block": self.next_block,
+            "hidden": self.hidden,
+            "before": self.before,
+        }
         write_atomically(
             self.directory / STATE_FILE, (json.dumps(fields, indent=2) + "\n").encode()
         )

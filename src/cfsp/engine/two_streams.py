@@ -21,6 +21,7 @@ from cfsp.engine.block_group import BlockGroup
 from cfsp.engine.block_pass import ResultFiles, pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.judge import Judgement, token_error
+from cfsp.processes import Team
 from cfsp.text.windows import joined
 
 if TYPE_CHECKING:
@@ -50,6 +51,24 @@ class Batch:
     dense_BTD: Tensor
     tokens_BT: Tensor
     turn: int
+
+    def on(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(
+            self.input_BTD.to(device),
+            self.dense_BTD.to(device),
+            self.tokens_BT.to(device),
+            self.turn,
+        )
+
+
+def _one_batch(parts: Sequence[Batch], turn: int) -> Batch:
+    return Batch(
+        torch.cat([part.input_BTD for part in parts]),
+        torch.cat([part.dense_BTD for part in parts]),
+        torch.cat([part.tokens_BT for part in parts]),
+        turn,
+    )
 
 
 # Of the hidden states that the blocks give for a batch, BTD.
@@ -92,6 +111,12 @@ class TwoStreams:
         starts = range(0, self.windows, self.batch)
         return [slice(i, min(i + self.batch, self.windows)) for i in starts]
 
+    def part(self, own: slice) -> TwoStreams:
+        """Return those of one process, which has some of the windows; batches are as large."""
+        range_of_own = range(*own.indices(self.windows))
+        held_out = (window - own.start for window in self.held_out if window in range_of_own)
+        return TwoStreams(len(range_of_own), self.seqlen, self.batch, tuple(held_out))
+
     def pruned(self, dense: slice) -> slice:
         """Return where the pruned stream has the windows of a part of the dense stream."""
         return slice(self.windows + dense.start, self.windows + dense.stop)
@@ -116,18 +141,22 @@ class GroupAtWork:
     Attributes:
         last: index of the last of the blocks.
         group: the blocks, with their weights.
-        streams: which windows are what.
+        streams: which windows of this process are what.
         dtype: what blocks compute in.
+        team: the processes that have other windows.
     """
 
     last: int
     group: BlockGroup
     streams: TwoStreams
     dtype: torch.dtype
+    team: Team
+    _whole: TwoStreams
     _block: StreamedBlock
     _tokens_NT: Tensor
     _dense_after: Sequence[Tensor]
     _reported: list[int] = field(default_factory=lambda: [0])
+    _gathered: list[Batch] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +169,11 @@ class GroupAtWork:
         parts = [slice(window, window + 1) for window in windows]
         pruned = [hidden.read(self.streams.pruned(part)) for part in parts]
         return Batch(
-            torch.cat(pruned).to(device),
-            torch.cat([hidden.read_written(part) for part in parts]).to(device),
-            self._tokens_NT[list(windows)].to(device),
+            torch.cat(pruned),
+            torch.cat([hidden.read_written(part) for part in parts]),
+            self._tokens_NT[list(windows)],
             turn,
-        )
+        ).on(device)
 
     def all_batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield every window of both streams once, with which of each batch are held out, [B]."""
@@ -153,13 +182,27 @@ class GroupAtWork:
             windows = range(part.start, part.stop)
             yield self.batch(windows), torch.tensor([window in held_out for window in windows])
 
+    def gather_held_out(self) -> None:
+        """Bring the held-out windows of all processes to the first, which alone can then judge."""
+        if self.team.size == 1:
+            return
+        own = [self.batch([window]).on(torch.device("cpu")) for window in self.streams.held_out]
+        for of_process in self.team.gather_at_first(own):
+            self._gathered.extend(of_process)
+
     def judge(self, loss_of: Loss) -> Judgement:
-        """Return how far the group is from the dense stream on the held-out windows."""
+        """Return how far the group is from the dense stream on the held-out windows of all."""
         error = loss = 0.0
-        for turn, windows in enumerate(self.streams.judged):
-            batch = self.batch(windows, turn)
+        done = 0
+        for turn, windows in enumerate(self._whole.judged):
+            if self.team.size == 1:
+                batch = self.batch(windows, turn)
+            else:
+                parts = self._gathered[done : done + len(windows)]
+                batch = _one_batch(parts, turn).on(self.device)
+            done += len(windows)
             output_BTD = self.group(batch.input_BTD)
-            share = len(windows) / len(self.streams.held_out)
+            share = len(windows) / len(self._whole.held_out)
             error += share * float(token_error(output_BTD, batch.dense_BTD))
             loss += share * float(loss_of(output_BTD, batch))
         return Judgement(error, loss)
@@ -217,7 +260,8 @@ def pass_two_streams(
     place: Workplace,
     *,
     name: str,
-    tokens_in_batch: int,
+    streams: TwoStreams,
+    own: slice = slice(None),
     group_of: Callable[[int], range] = lambda block: range(block, block + 1),
 ) -> list[T | None]:
     """Let both streams pass all blocks; do something to each group of pruned blocks on the way.
@@ -232,7 +276,8 @@ def pass_two_streams(
         engine: where and in what to compute.
         place: where to spill and to save.
         name: of the pass.
-        tokens_in_batch: about how many pass together.
+        streams: which of the windows are what.
+        own: those that this process has, of the team of the workplace.
         group_of: gives the blocks that are one group, from the index of any of them.
 
     Returns:
@@ -242,9 +287,19 @@ def pass_two_streams(
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    streams = TwoStreams.of(windows, tokens_in_batch)
     modules = blocks_of(build_skeleton(pruned.config, engine.dtype), source.architecture)
-    visits = _Visits(pruned, modules, windows.tokens_NT, streams, engine.dtype, work, group_of)
+    windows = windows.part(own)
+    visits = _Visits(
+        pruned,
+        modules,
+        windows.tokens_NT,
+        streams.part(slice(*own.indices(streams.windows))),
+        streams,
+        engine.dtype,
+        place.team,
+        work,
+        group_of,
+    )
     return pass_blocks(
         source,
         joined([windows, windows]),
@@ -255,7 +310,8 @@ def pass_two_streams(
         dtype=engine.dtype,
         batch_windows=streams.batch,
         place=place,
-        more_batch_sizes=streams.batch_sizes,
+        more_batch_sizes=visits.batch_sizes,
+        team=place.team,
         may_stop_after=lambda block: block == group_of(block)[-1],
     )
 
@@ -265,6 +321,8 @@ class _Visits(Generic[T]):
     """What stays the same from block to block, and what a group's blocks leave to the last.
 
     Attributes:
+        streams: of this process.
+        whole: of all processes.
         dense_after: the dense stream's held-out windows after each block of the group so far.
     """
 
@@ -272,10 +330,17 @@ class _Visits(Generic[T]):
     modules: nn.ModuleList
     tokens_NT: Tensor
     streams: TwoStreams
+    whole: TwoStreams
     dtype: torch.dtype
+    team: Team
     work: Callable[[GroupAtWork], T | None]
     group_of: Callable[[int], range]
     dense_after: list[Tensor] = field(default_factory=list)
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        """All numbers of windows that blocks are ever called with."""
+        return self.streams.batch_sizes | self.whole.batch_sizes
 
     def visit(self, block: StreamedBlock) -> T | None:
         """Let the dense stream pass a block, and the pruned one the group that ends with it."""
@@ -283,7 +348,8 @@ class _Visits(Generic[T]):
         block.pass_through(block.compute, streams.dense)
         unload(block.module)
         held_out = [hidden.read_written(slice(i, i + 1)) for i in streams.held_out]
-        self.dense_after.append(torch.cat(held_out))
+        if held_out:  # those of another process may be all there are
+            self.dense_after.append(torch.cat(held_out))
         block.tokens_done(streams.windows * streams.seqlen)
         indices = self.group_of(block.index)
         waiting = map(streams.pruned, streams.dense)
@@ -295,15 +361,20 @@ class _Visits(Generic[T]):
                 self.pruned,
                 [self.modules[index] for index in indices],
                 indices[0],
-                {
-                    size: [block.call(index, size) for index in indices]
-                    for size in streams.batch_sizes
-                },
+                {size: [block.call(index, size) for index in indices] for size in self.batch_sizes},
                 block.device,
             )
             group.fill(self.dtype, {})
             at_work = GroupAtWork(
-                block.index, group, streams, self.dtype, block, self.tokens_NT, self.dense_after
+                block.index,
+                group,
+                streams,
+                self.dtype,
+                self.team,
+                self.whole,
+                block,
+                self.tokens_NT,
+                self.dense_after,
             )
             result = self.work(at_work)
             block.pass_through(lambda batch, hidden_BTD: group(hidden_BTD), waiting)

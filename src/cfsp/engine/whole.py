@@ -19,7 +19,7 @@ _ROOM = 1.2
 
 def fits(source: WeightSource, dtype: torch.dtype) -> bool:
     """Return whether a whole model fits into the memory that is available, in this dtype."""
-    return _needed_bytes(source, dtype) <= available_bytes()
+    return needed_bytes(source, dtype) <= available_bytes()
 
 
 def check_fits(source: WeightSource, dtype: torch.dtype, purpose: str) -> None:
@@ -33,7 +33,7 @@ def check_fits(source: WeightSource, dtype: torch.dtype, purpose: str) -> None:
     Raises:
         UsageError: it does not.
     """
-    needed, available = _needed_bytes(source, dtype), available_bytes()
+    needed, available = needed_bytes(source, dtype), available_bytes()
     if needed > available:
         raise UsageError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
@@ -41,5 +41,6 @@ def check_fits(source: WeightSource, dtype: torch.dtype, purpose: str) -> None:
         )
 
 
-def _needed_bytes(source: WeightSource, dtype: torch.dtype) -> int:
+def needed_bytes(source: WeightSource, dtype: torch.dtype) -> int:
+    """Return about what a whole model takes in memory."""
     return int(_ROOM * parameter_count(source) * dtype.itemsize)

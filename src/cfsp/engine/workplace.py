@@ -25,6 +25,7 @@ from cfsp.engine.memory import default_budget
 from cfsp.engine.pass_state import STATE_FILE, PassState, read_state
 from cfsp.engine.pass_times import PassTimes
 from cfsp.errors import CfspError, OutputError, ResumeError
+from cfsp.processes import Team
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +40,26 @@ class Workplace:
         identity: what the results depend on besides model and text, as JSON types; None if a
             later run is not to resume.
         times: of each pass, by its name.
+        team: the processes that work on the same thing.
     """
 
     directory: Path
     memory_budget: int = field(default_factory=default_budget)
     identity: dict[str, Any] | None = None
     times: dict[str, PassTimes] = field(default_factory=dict)
+    team: Team = field(default_factory=Team)
 
     def directory_of(self, name: str) -> Path:
         """Return the directory of one pass; it exists."""
         directory = self.directory / name
         directory.mkdir(parents=True, exist_ok=True)
         return directory
+
+    def first_directory_of(self, name: str) -> Path:
+        """Return the directory of one pass where the first process works; there it exists."""
+        if self.team.is_first:
+            return self.directory_of(name)
+        return self.directory.with_name(_directory_name(0, self.team.size)) / name
 
     def times_json(self) -> dict[str, dict[str, float]]:
         """Return the times of all passes."""
@@ -69,8 +78,7 @@ def output_workplace(
     out: Path,
     identity: dict[str, Any],
     memory_budget: int | None = None,
-    process: int = 0,
-    processes: int = 1,
+    team: Team | None = None,
 ) -> Iterator[Workplace]:
     """Give the workplace of an output; remove it when all is done.
 
@@ -78,16 +86,16 @@ def output_workplace(
         out: the file or directory that will be written.
         identity: see `Workplace`.
         memory_budget: see `Workplace`; None for a share of the available memory.
-        process: number of this process among those that work on this output.
-        processes: how many there are.
+        team: the processes that work on this output; None for this one alone.
 
     Raises:
         OutputError: another run works there, or the place is not writable.
         ResumeError: unfinished work of another command or number of processes is there.
     """
-    directory = directory_of_process(out, process, processes)
+    team = team or Team()
+    directory = directory_of_process(out, team.rank, team.size)
     place = directory.parent
-    _check_processes(place, processes)
+    _check_processes(place, team.size)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,7 +107,7 @@ def output_workplace(
             read_state(state, identity)
         _remove_unfinished(directory)
         try:
-            yield Workplace(directory, _budget(memory_budget), identity)
+            yield Workplace(directory, _budget(memory_budget), identity, team=team)
         except ResumeError:
             raise
         except BaseException as error:
@@ -136,7 +144,11 @@ def kept(
 
 def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Path:
     """Return where one process works on an output; see `output_workplace`."""
-    return out.parent / f"{out.name}.work" / f"process-{process}-of-{processes}"
+    return out.parent / f"{out.name}.work" / _directory_name(process, processes)
+
+
+def _directory_name(process: int, processes: int) -> str:
+    return f"process-{process}-of-{processes}"
 
 
 def _budget(memory_budget: int | None) -> int:

@@ -12,17 +12,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.calibration.together import part_of
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.head import Head
+from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd, divergence_and_agreement
 from cfsp.quality.perplexity import Perplexity, negative_log_likelihood, perplexity_of
 
@@ -69,9 +72,16 @@ def streamed_perplexity(
     name: str = "perplexity",
     label: str | None = None,
 ) -> Perplexity:
-    """Measure the perplexity of a model; the arguments and errors are those of `streamed_sums`."""
-    sums = streamed_sums(source, windows, engine, place=place, name=name, label=label)
-    return perplexity_of(sum(sums.loss), windows, label or name)
+    """Measure the perplexity of a model; the arguments and errors are those of `streamed_sums`.
+
+    The processes of the workplace share the windows.
+    """
+    team = Team() if place is None else place.team
+    own = windows.part(part_of(windows, team, engine.batch_windows))
+    loss: tuple[float, ...] = ()
+    if len(own.tokens_NT):
+        loss = streamed_sums(source, own, engine, place=place, name=name, label=label).loss
+    return perplexity_of(sum(chain.from_iterable(team.gather(loss))), windows, label or name)
 
 
 def streamed_sums(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsp.processes import Team
+
 # Tiles of the upper triangle: at 4 tiles a side, 10 of 16 are computed.
 _TILES = 4
 _LARGEST_TILE = 2048
@@ -38,6 +40,27 @@ class GramSums:
                     rows, right = slice(*tile), slice(tile[0], channels)
                     self._gram_FF[rows, right].addmm_(exact_RF[:, rows].T, exact_RF[:, right])
         self.tokens += act_RF.shape[0]
+
+    def add_up_at_first(self, team: Team, channels: int, device: torch.device) -> None:
+        """Make the sums of the first process those of all; the others have none any more.
+
+        Args:
+            team: the processes.
+            channels: F, which a process without a row does not know.
+            device: where the process computes, likewise.
+        """
+        if team.size == 1:
+            return
+        if self._gram_FF is None:
+            self._gram_FF = torch.zeros(channels, channels, device=device)
+        for start, stop in _tiles(channels):
+            part = self._gram_FF[start:stop, start:]
+            whole = part.contiguous()
+            team.add_up_at_first(whole)
+            part.copy_(whole)
+        self.tokens = sum(team.gather(self.tokens))
+        if not team.is_first:
+            self._gram_FF = None
 
     def mean(self) -> Tensor:
         """Return the complete mean E[x xᵀ]; the sums are used up, so that memory holds one."""

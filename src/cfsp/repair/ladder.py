@@ -13,8 +13,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cfsp.calibration.calibrate import calibrate, calibration_record
+from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.together import calibrate_together
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.errors import TextError, UnsupportedModelError
@@ -161,7 +162,8 @@ def _calibrate_and_plan(
     watch: Stopwatch,
 ) -> Repaired:
     with watch.stage("calibrate"):
-        statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
+        seed = settings.text.seed
+        statistics = calibrate_together(source, windows, engine, seed=seed, place=place)
         statistics = with_needed_sensitivity(
             source, statistics, windows, settings.criterion, engine, place
         )
@@ -180,7 +182,7 @@ def _choose_and_repair(
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
-    coarse = calibrate(source, few, engine, seed=seed, place=place, name="coarse pass")
+    coarse = calibrate_together(source, few, engine, seed=seed, place=place, name="coarse pass")
     coarse = with_needed_sensitivity(source, coarse, windows, criterion, engine, place)
     widths = plan_widths(source, coarse, budget, criterion)
     chosen = choose_and_repair(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.judge import hidden_loss
-from cfsp.engine.two_streams import Batch, GroupAtWork, Loss, pass_two_streams
+from cfsp.engine.two_streams import Batch, GroupAtWork, Loss, TwoStreams, pass_two_streams
 from cfsp.errors import UnsupportedModelError
 from cfsp.repair.head import HeadLoss
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
@@ -87,11 +87,11 @@ def repair_locally(
         pruned,
         windows,
         work.repair,
-        RepairFiles(),
+        RepairFiles(place.directory_of(NAME)),
         engine,
         place,
         name=NAME,
-        tokens_in_batch=training.tokens,
+        streams=TwoStreams.of(windows, training.tokens),
         group_of=partial(group_of, training, blocks=blocks),
     )
     done = add_step(repaired, NAME, results)

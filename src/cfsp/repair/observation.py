@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums
+from cfsp.processes import Team
 from cfsp.repair.gram import GramSums
 
 
@@ -40,6 +41,25 @@ class Observation:
             act_RF = act_RF[~held_out_R]
         if act_RF.shape[0]:
             self.gram_E[ffn].add(act_RF)
+
+    def add_up_at_first(self, team: Team, width: int, device: torch.device) -> None:
+        """Bring all but the channel sums of all processes together at the first.
+
+        Args:
+            team: the processes.
+            width: channels of an FFN.
+            device: where the process computes.
+        """
+        if team.size == 1:
+            return
+        self.device = device
+        for gram in self.gram_E:
+            gram.add_up_at_first(team, width, device)
+        own_E = [[part.cpu() for part in parts] for parts in self._held_out_E]
+        self._held_out_E = [[] for _ in self._held_out_E]
+        for of_process in team.gather_at_first(own_E):
+            for parts, more in zip(self._held_out_E, of_process, strict=True):
+                parts += [part.to(device) for part in more]
 
     def held_out_rows(self, ffn: int) -> int:
         """Return how many held-out tokens one FFN saw."""

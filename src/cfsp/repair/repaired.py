@@ -184,10 +184,16 @@ def block_repair(
 
 
 class RepairFiles:
-    """Keeps what a pass did with a block beside the new tensors, which are there already.
+    """Keeps what a pass did with a block; the new tensors are in a file already.
 
     A block that a later one speaks for has nothing to keep.
+
+    Args:
+        tensors: the directory of those files.
     """
+
+    def __init__(self, tensors: Path) -> None:
+        self._tensors = tensors
 
     def save(self, result: RepairedBlock | None, directory: Path, block: int) -> None:
         """Write the facts of one block."""
@@ -197,7 +203,7 @@ class RepairFiles:
     def load(self, directory: Path, block: int) -> RepairedBlock | None:
         """Read the facts of one block."""
         facts = json.loads(_facts_path(directory, block).read_text(encoding="utf-8"))
-        return None if facts is None else repaired_from(facts, directory, block)
+        return None if facts is None else repaired_from(facts, self._tensors, block)
 
 
 def facts_of(result: RepairedBlock) -> dict[str, Any]:

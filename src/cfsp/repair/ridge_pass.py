@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,12 +30,14 @@ from cfsp.calibration.calibrate import (
     observed_block,
 )
 from cfsp.calibration.statistics import ObservedBlock, UnitStatistics
+from cfsp.calibration.together import add_up_sums, part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.memory import available_bytes
+from cfsp.processes import processes_on_machine
 from cfsp.repair.observation import Observation
 from cfsp.repair.repaired import (
     BlockRepair,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
+    from cfsp.processes import Team
     from cfsp.text.windows import Windows
 
 NAME = "ridge"
@@ -108,16 +111,19 @@ def choose_and_repair(
     check_tokens(source.config, windows.tokens_NT, source.label)
     _warn_of_memory(source, engine)
     record = calibration_record(source, windows, engine, seed=seed)
+    own = part_of(windows, place.team, engine.batch_windows)
+    tensors = place.first_directory_of(NAME)
     chosen = pass_blocks(
         source,
-        windows,
-        partial(_visit, source, windows, choose, place.directory_of(NAME)),
-        _ChosenFiles(StatisticsFiles(record)),
+        windows.part(own),
+        partial(_visit, source, windows.held_out_N[own], choose, tensors, place.team),
+        _ChosenFiles(StatisticsFiles(record), tensors),
         name=NAME,
         device=engine.device,
         dtype=engine.dtype,
         batch_windows=engine.batch_windows,
         place=place,
+        team=place.team,
     )
     _warn_of_unrepaired(chosen)
     return chosen
@@ -125,25 +131,46 @@ def choose_and_repair(
 
 @dataclass(frozen=True)
 class _ChosenFiles:
-    """Keeps what the pass did with one block beside the new tensors, which are there already."""
+    """Keeps what the pass did with one block; the new tensors are in a file already.
+
+    Attributes:
+        statistics: keeps those of the block.
+        tensors: the directory of those files.
+    """
 
     statistics: StatisticsFiles
+    tensors: Path
 
     def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
         self.statistics.save(result.observed, directory, block)
-        units = [
-            {"kept": list(kept), **facts_of(repaired)}
-            for kept, repaired in zip(result.kept, result.repaired, strict=True)
-        ]
+        units = _facts_of(result.kept, result.repaired)
         write_atomically(_chosen_path(directory, block), json.dumps(units).encode())
 
     def load(self, directory: Path, block: int) -> ChosenBlock:
         units = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
-        return ChosenBlock(
-            self.statistics.load(directory, block),
-            tuple(tuple(unit["kept"]) for unit in units),
-            tuple(repaired_from(unit, directory, block) for unit in units),
-        )
+        observed = self.statistics.load(directory, block)
+        return _chosen_from(units, observed, self.tensors, block)
+
+
+def _facts_of(
+    kept_U: Sequence[Sequence[int]], repaired_U: Sequence[RepairedBlock]
+) -> list[dict[str, Any]]:
+    """Return as JSON types what stays in the units of a block, and what was done with them."""
+    return [
+        {"kept": list(kept), **facts_of(repaired)}
+        for kept, repaired in zip(kept_U, repaired_U, strict=True)
+    ]
+
+
+def _chosen_from(
+    facts: Sequence[dict[str, Any]], observed: ObservedBlock, directory: Path, block: int
+) -> ChosenBlock:
+    """Return the block that `_facts_of` told of; see `repaired_from`."""
+    return ChosenBlock(
+        observed,
+        tuple(tuple(unit["kept"]) for unit in facts),
+        tuple(repaired_from(unit, directory, block) for unit in facts),
+    )
 
 
 def _chosen_path(directory: Path, block: int) -> Path:
@@ -152,19 +179,52 @@ def _chosen_path(directory: Path, block: int) -> Path:
 
 def _visit(
     source: WeightSource,
-    windows: Windows,
+    is_held_out_N: Tensor,
     choose: ChooseChannels,
     directory: Path,
+    team: Team,
     block: StreamedBlock,
 ) -> ChosenBlock:
+    """Let the windows pass one block; the first process then chooses and repairs for all."""
     distances = DistanceSums()
-    observations = [Observation(windows.held_out_N, unit.ffns) for unit in block.units]
+    observations = [Observation(is_held_out_N, unit.ffns) for unit in block.units]
     block.advance(
         lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
         distances.add,
     )
-    observed = observed_block(block, distances, [each.channels for each in observations])
-    indices = units_of_block(source, block.index)
+    channels = [each.channels for each in observations]
+    add_up_sums(block, distances, channels, team)
+    observed = observed_block(block, distances, channels)
+    for unit, observation in zip(block.units, observations, strict=True):
+        observation.add_up_at_first(team, unit.width, block.device)
+    facts = team.from_first(
+        lambda: _repair_block(source, observed, observations, choose, directory, block.index)
+    )
+    return _chosen_from(facts, observed, directory, block.index)
+
+
+def _repair_block(
+    source: WeightSource,
+    observed: ObservedBlock,
+    observations: list[Observation],
+    choose: ChooseChannels,
+    directory: Path,
+    block: int,
+) -> list[dict[str, Any]]:
+    """Choose what stays in the FFN units of a block, repair them, and write the new tensors.
+
+    Args:
+        source: the model.
+        observed: statistics of the block.
+        observations: what its units showed of all windows; used up.
+        choose: gives the channels that a unit keeps.
+        directory: where the new tensors go.
+        block: index of the block.
+
+    Returns:
+        What was done, as `_facts_of` tells it.
+    """
+    indices = units_of_block(source, block)
     has_several = len({unit.block for unit in source.units}) < len(source.units)
     kept: list[tuple[int, ...]] = []
     repairs: list[BlockRepair] = []
@@ -175,14 +235,14 @@ def _visit(
         observation = observations.pop(0)
         solutions, repair = _repair_unit(source, index, kept[-1], observation)
         if has_several:
-            repair = replace(repair, block=block.index, path=source.units[index].path)
+            repair = replace(repair, block=block, path=source.units[index].path)
         repairs.append(repair)
         if repair.kept:
             down_EDK = [solution.down_DK for solution in solutions]
             tensors |= tensors_with_down(source, index, down_EDK)
-    file = write_tensors(directory, block.index, tensors) if tensors else None
-    repaired = (RepairedBlock(repair, file if repair.kept else None) for repair in repairs)
-    return ChosenBlock(observed, tuple(kept), tuple(repaired))
+    file = write_tensors(directory, block, tensors) if tensors else None
+    repaired = [RepairedBlock(repair, file if repair.kept else None) for repair in repairs]
+    return _facts_of(kept, repaired)
 
 
 def _repair_unit(
@@ -244,7 +304,8 @@ def gram_bytes(source: WeightSource, block: int) -> int:
 def _warn_of_memory(source: WeightSource, engine: Engine) -> None:
     """Tell people where the Gram matrices of a block are more than there is memory."""
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
-    if engine.device.type == "cpu" and needed > (available := available_bytes()):
+    available = available_bytes() / processes_on_machine()
+    if engine.device.type == "cpu" and needed > available:
         log.warning(
             "the Gram matrices of block %d take %.1f GB, %.1f GB are available: --repair none does "
             "without them",

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from cfsp.architecture.activations import observed_activations
+from cfsp.calibration.together import part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.judge import hidden_loss
-from cfsp.engine.two_streams import Batch, GroupAtWork, pass_two_streams
+from cfsp.engine.two_streams import Batch, GroupAtWork, TwoStreams, pass_two_streams
 from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.gram import GramSums
 from cfsp.repair.repaired import (
@@ -38,6 +39,8 @@ from cfsp.repair.repaired import (
     RepairFiles,
     add_step,
     block_repair,
+    facts_of,
+    repaired_from,
     write_tensors,
 )
 from cfsp.repair.ridge import LAMBDAS
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
+    from cfsp.processes import Team
     from cfsp.text.windows import Windows
 
 NAME = "sequential"
@@ -70,35 +74,61 @@ def repair_sequentially(
         ResumeError: the workplace holds unfinished work of something else.
     """
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
+    streams, directory = TwoStreams.of(windows, _TOKENS_IN_BATCH), place.first_directory_of(NAME)
     blocks = pass_two_streams(
         source,
         pruned,
         windows,
-        partial(_repair, pruned, place.directory_of(NAME)),
-        RepairFiles(),
+        partial(_repair, pruned, directory),
+        RepairFiles(directory),
         engine,
         place,
         name=NAME,
-        tokens_in_batch=_TOKENS_IN_BATCH,
+        streams=streams,
+        own=part_of(windows, place.team, streams.batch),
     )
     return add_step(repaired, NAME, blocks)
 
 
 def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> RepairedBlock | None:
-    """Solve for the down projection; leave the block with the better of both weights.
+    """Repair the down projection of a block; the first process does it for all.
 
     Returns:
         None for a block without an FFN.
     """
-    block = work.last
-    units = units_of_block(pruned, block)
+    units = units_of_block(pruned, work.last)
     if not units:
         return None
     (unit,) = units
     sums, held_out = _observe(pruned, work)
+    down_DK = down_matrix(pruned, unit).to(work.device)
+    sums.add_up_at_first(work.team, down_DK)
+    held_out.gather_at_first(work.team, work.device)
+    work.gather_held_out()
+    facts = work.team.from_first(
+        lambda: facts_of(_repair_block(pruned, directory, work, unit, down_DK, sums, held_out))
+    )
+    repaired = repaired_from(facts, directory, work.last)
+    if repaired.file is not None and not work.team.is_first:
+        work.group.fill(
+            work.dtype, {name: repaired.file.read(name) for name in repaired.file.specs}
+        )
+    return repaired
+
+
+def _repair_block(
+    pruned: PrunedSource,
+    directory: Path,
+    work: GroupAtWork,
+    unit: int,
+    down_DK: Tensor,
+    sums: _Sums,
+    held_out: _HeldOutRows,
+) -> RepairedBlock:
+    """Solve for the down projection; leave the block with the better of both weights."""
+    block = work.last
     before = work.judge(_loss)
     before.check_finite(block)
-    down_DK = down_matrix(pruned, unit).to(work.device)
     best: tuple[float, Tensor] | None = None
     least = before.loss
     gram_KK, cross_KD = sums.means()
@@ -168,6 +198,21 @@ class _Sums:
             self._cross_KD = torch.zeros(shape, device=act_RK.device)
         self._cross_KD.addmm_(act_RK.float().T, difference_RD)
 
+    def add_up_at_first(self, team: Team, down_DK: Tensor) -> None:
+        """Make the sums of the first process those of all; the others have none any more.
+
+        Args:
+            team: the processes.
+            down_DK: the weights, which tell how large the sums are, and where they are.
+        """
+        if team.size == 1:
+            return
+        outputs, channels = down_DK.shape
+        if self._cross_KD is None:
+            self._cross_KD = torch.zeros(channels, outputs, device=down_DK.device)
+        self._gram.add_up_at_first(team, channels, down_DK.device)
+        team.add_up_at_first(self._cross_KD)
+
     def means(self) -> tuple[Tensor, Tensor]:
         """Return both; the sums are used up."""
         assert self._cross_KD is not None
@@ -188,6 +233,20 @@ class _HeldOutRows:
         self._act.append(act_RK)
         self._output.append(output_RD)
         self._dense.append(dense_RD)
+
+    def gather_at_first(self, team: Team, device: torch.device) -> None:
+        """Bring the rows of all processes to the first.
+
+        Args:
+            team: the processes.
+            device: where this process computes.
+        """
+        if team.size == 1:
+            return
+        kinds = self._act, self._output, self._dense
+        of_processes = team.gather_at_first([[part.cpu() for part in kind] for kind in kinds])
+        for number, kind in enumerate(kinds):
+            kind[:] = [part.to(device) for found in of_processes for part in found[number]]
 
     def loss_with(self, change_DK: Tensor) -> float:
         """Return the loss if the down projection changed, and its output went on unchanged."""

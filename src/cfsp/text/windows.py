@@ -70,7 +70,13 @@ class Windows:
 
     def part(self, windows: slice) -> Windows:
         """Return some of the windows; where they came from is told of all."""
-        return replace(self, tokens_NT=self.tokens_NT[windows], images_N=self.images_N[windows])
+        counted_N = None if self.counted_N is None else self.counted_N[windows]
+        return replace(
+            self,
+            tokens_NT=self.tokens_NT[windows],
+            counted_N=counted_N,
+            images_N=self.images_N[windows],
+        )
 
     @property
     def bos(self) -> bool:

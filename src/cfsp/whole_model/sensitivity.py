@@ -145,7 +145,7 @@ def with_needed_sensitivity(
     """Add the sensitivity of blocks where widths follow it.
 
     A killed run goes on with what it had measured, or had decided not to measure: there may be
-    another amount of memory now.
+    another amount of memory now. Of several processes the first decides and measures.
     """
 
     def measure() -> dict[str, Any]:
@@ -156,7 +156,8 @@ def with_needed_sensitivity(
         return {"sensitivity": asdict(found.sensitivity)}
 
     # Other windows would be another measurement.
-    found = kept(place, f"sensitivity-{windows.digest[:8]}", measure)["sensitivity"]
+    name = f"sensitivity-{windows.digest[:8]}"
+    found = place.team.from_first(lambda: kept(place, name, measure)["sensitivity"])
     return replace(statistics, sensitivity=_from_json(found))
 
 

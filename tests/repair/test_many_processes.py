@@ -1,0 +1,149 @@
+"""Several processes prune together: what one gives, and no half result if one dies."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
+from cfsp.cli import main
+from cfsp.engine.pass_state import PassState
+from commands import Command, Commands, ranks
+from tiny_models import BLOCKS
+
+
+@pytest.fixture(scope="module", params=["llama"])
+def argv(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], text_file: Path
+) -> list[str]:
+    text = ["--data", str(text_file), "--samples", "18", "--seqlen", "32", "--batch-windows", "2"]
+    budget = ["--sparsity", "0.4", "--multiple", "1", "--dtype", "float32"]
+    return ["prune", str(tiny_checkpoint(request.param)), *text, *budget]
+
+
+@pytest.fixture
+def check_alike(tmp_path: Path) -> Callable[[list[str]], None]:
+    """Check that `many`, which is there, is what one process makes."""
+
+    def check(argv: list[str]) -> None:
+        assert {path.name for path in tmp_path.iterdir()} == {"many"}
+        one, many = tmp_path / "one", tmp_path / "many"
+        assert main([*argv, "--out", str(one)]) == 0
+        assert {path.name for path in one.iterdir()} == {path.name for path in many.iterdir()}
+        assert (one / PLAN_FILE).read_bytes() == (many / PLAN_FILE).read_bytes()
+        assert perplexity_of(one) == pytest.approx(perplexity_of(many), rel=1e-5)
+        expected, found = (load_file(path / "model.safetensors") for path in (one, many))
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            difference = torch.linalg.vector_norm(found[name] - tensor)
+            assert difference <= 1e-6 * torch.linalg.vector_norm(tensor), name
+
+    return check
+
+
+def perplexity_of(pruned: Path) -> list[float]:
+    (measured,) = json.loads((pruned / MANIFEST_FILE).read_text())["results"]["perplexity"].values()
+    return [measured["before"], measured["after"]]
+
+
+@pytest.mark.parametrize("argv", ["llama", "mixtral"], indirect=True)
+def test_two_processes_give_what_one_gives(
+    commands: Commands,
+    argv: list[str],
+    text_file: Path,
+    tmp_path: Path,
+    check_alike: Callable[[list[str]], None],
+) -> None:
+    argv = [*argv, "--eval", str(text_file), "--eval-windows", "5"]
+    argv_of_two = [*argv, "--out", str(tmp_path / "many")]
+    ended = commands(*(Command(argv_of_two, environment=rank) for rank in ranks(2)))
+    assert [each.status for each in ended] == [0, 0], ended
+    assert [bool(each.stdout) for each in ended] == [True, False]
+    check_alike(argv)
+
+
+def test_after_a_death_the_same_command_goes_on(
+    commands: Commands,
+    argv: list[str],
+    text_file: Path,
+    tmp_path: Path,
+    check_alike: Callable[[list[str]], None],
+) -> None:
+    argv = [*argv, "--repair", "sequential", "--eval", str(text_file), "--eval-windows", "1"]
+    argv_of_three = [*argv, "--out", str(tmp_path / "many"), "--process-timeout", "0.2"]
+    # Windows have passed all blocks in the coarse pass and for the ridge.
+    dying: dict[str, Any] = {"dies": "after", "count": 2 * BLOCKS}
+    deaths: list[dict[str, Any]] = [{}, dying, {}]
+    ended = commands(
+        *(
+            Command(argv_of_three, environment=rank, **death)
+            for rank, death in zip(ranks(3), deaths, strict=True)
+        )
+    )
+    assert [each.status for each in ended] == [2, -signal.SIGKILL, 2], ended
+    for rank in (0, 2):
+        lines = ended[rank].stderr.splitlines()
+        (line,) = [line for line in lines if line.startswith("cfsp prune:")]
+        assert f"[process {rank}] process {rank} of 3 lost another process" in line
+    assert not (tmp_path / "many").exists()
+    ended = commands(*(Command(argv_of_three, environment=rank) for rank in ranks(3)))
+    assert [each.status for each in ended] == [0, 0, 0], ended
+    assert all(f"sequential: going on at block 1 of {BLOCKS}" in each.stderr for each in ended)
+    check_alike(argv)
+
+
+def test_processes_with_different_work_are_refused(
+    commands: Commands, argv: list[str], tmp_path: Path
+) -> None:
+    argv = [*argv, "--out", str(tmp_path / "many")]
+    first, second = ranks(2)
+    ended = commands(
+        Command(argv, environment=first), Command([*argv, "--seed", "1"], environment=second)
+    )
+    assert [each.status for each in ended] == [2, 2], ended
+    for each in ended:
+        assert "process 1 has another calibration text than process 0" in each.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--effort", "best"], "--repair local runs in one process, found 2"),
+        (["--recover", "1"], "--recover runs in one process"),
+        (["--process-timeout", "0"], "--process-timeout must be positive"),
+    ],
+)
+def test_what_one_process_alone_can_do_is_refused(
+    argv: list[str],
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main([*argv, *options, "--out", str(tmp_path / "out")]) == 2
+    assert f"cfsp prune: [process 1] {message}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pass_goes_back_to_the_state_before(tmp_path: Path) -> None:
+    state = PassState(tmp_path / "place" / "process" / "pass", {})
+    state.commit(2, "hidden-0.bin")
+    state.commit(5, "hidden-1.bin")
+    read = PassState(state.directory, {})
+    assert read.before == (2, "hidden-0.bin")
+    read.go_back_to(2)
+    again = PassState(state.directory, {})
+    assert (again.next_block, again.hidden, again.before) == (2, "hidden-0.bin", (0, None))
+    again.go_back_to(0)
+    assert (again.next_block, again.hidden) == (0, None)
