@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,11 +90,12 @@ class Team:
             dist.all_reduce(numbers)
         return numbers
 
-    def add_up_at_first(self, numbers: Tensor) -> None:
-        """Replace the numbers of the first process by the sum over all; others' are used up.
+    def add_up_at_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors of the first process by their sums over all; others' are used up.
 
         Args:
-            numbers: of the same shape everywhere, on the device that the process computes on.
+            tensors: each of the same shape everywhere, contiguous, on the device that the process
+                computes on; the next one is asked for when one has its sum.
 
         Raises:
             ProcessError: a process died, or is not there in time.
@@ -104,7 +105,8 @@ class Team:
         import torch.distributed as dist
 
         with self._exchange():
-            dist.reduce(numbers, dst=0)
+            for numbers in tensors:
+                dist.reduce(numbers, dst=0)
 
     def gather_at_first(self, value: T) -> list[T]:
         """Return what every process has, in their order; nothing in all but the first.

@@ -134,7 +134,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         texts.append(capsys.readouterr().out)
     short, long = texts
     assert "example:" in short
-    assert len(re.findall(r"^  --", short, re.MULTILINE)) <= 16
+    assert len(re.findall(r"^  --", short, re.MULTILINE)) <= 17
     if "--set" in short:
         assert len(long) > len(short)
 

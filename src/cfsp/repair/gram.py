@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,14 +54,20 @@ class GramSums:
             return
         if self._gram_FF is None:
             self._gram_FF = torch.zeros(channels, channels, device=device)
-        for start, stop in _tiles(channels):
-            part = self._gram_FF[start:stop, start:]
-            whole = part.contiguous()
-            team.add_up_at_first(whole)
-            part.copy_(whole)
-        self.tokens = sum(team.gather(self.tokens))
+        tokens = torch.tensor([self.tokens], device=device)
+        team.add_up_at_first(chain([tokens], self._contiguous_parts()))
+        self.tokens = int(tokens)
         if not team.is_first:
             self._gram_FF = None
+
+    def _contiguous_parts(self) -> Iterator[Tensor]:
+        """Yield what is computed, tile by tile; what becomes of a tile is kept."""
+        assert self._gram_FF is not None
+        for start, stop in _tiles(len(self._gram_FF)):
+            part = self._gram_FF[start:stop, start:]
+            contiguous = part.contiguous()
+            yield contiguous
+            part.copy_(contiguous)
 
     def mean(self) -> Tensor:
         """Return the complete mean E[x xᵀ]; the sums are used up, so that memory holds one."""

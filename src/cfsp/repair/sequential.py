@@ -211,7 +211,7 @@ class _Sums:
         if self._cross_KD is None:
             self._cross_KD = torch.zeros(channels, outputs, device=down_DK.device)
         self._gram.add_up_at_first(team, channels, down_DK.device)
-        team.add_up_at_first(self._cross_KD)
+        team.add_up_at_first([self._cross_KD])
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return both; the sums are used up."""
