@@ -149,6 +149,9 @@ RUNS: Table = {
     "report of what is no run": BadInput(
         "report {model}", "{model} has no cfsp.json", "a report needs a directory that cfsp prune"
     ),
+    "pushing what has no weights": BadInput(
+        "push {text} me/smaller", "{text} has no weights to upload", "expected a directory that"
+    ),
     "comparing what is no result": BadInput(
         "compare {text}", "cannot read {text}", "make it with: cfsp eval"
     ),

@@ -498,8 +498,8 @@ def test_slider_has_a_series_for_each_way_to_prune(
     alone = changed_copy(run, tmp_path / "recovered", recovered)
     (series,) = _stops(rendered([*sizes, *plain, alone], tmp_path))
     assert {way: len(stops) for way, stops in series.items()} == {
-        "angular and activation; repair: ridge": 3,
-        "angular and activation; repair: none": 3,
+        "sensitivity and activation; repair: ridge": 3,
+        "sensitivity and activation; repair: none": 3,
     }
     assert _stops(rendered([run, plain[0]], tmp_path)) == []
 

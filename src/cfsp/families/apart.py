@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import signal
 from collections.abc import Callable
 from multiprocessing import active_children, get_context
@@ -87,8 +86,7 @@ def _send(
     import torch
     import transformers
 
-    _, hardest = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), hardest))
+    _stop_after(seconds)
     # What classes and libraries say on the way is not about the user's work.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -96,3 +94,13 @@ def _send(
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     sender.send(function(*arguments))
+
+
+def _stop_after(seconds: float) -> None:
+    """Let the system stop this process after computing so long, where it can."""
+    try:
+        import resource
+    except ImportError:  # not everywhere: the time in all is limited as well
+        return
+    _, hardest = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), hardest))
