@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.engine import whole
-from cfsp.engine.compute import engine_of
+from cfsp.engine.compute import Engine, engine_of
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
@@ -86,6 +87,20 @@ def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allo
     monkeypatch.setattr(whole, "available_bytes", lambda: 1)
     prune_checkpoint(source, tmp_path / "small machine", repaired)
     assert block_metric_of(tmp_path / "small machine") == "angular"
+
+
+def test_what_counts_is_the_memory_where_the_model_computes(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, gpu = Checkpoint(tiny_checkpoint("llama")), torch.device("cuda", 0)
+    needed = whole.needed_bytes(source, torch.bfloat16)
+    for on_device, on_machine in ((needed, needed), (needed - 1, needed), (needed, needed - 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=on_device: (free, 0))
+        monkeypatch.setattr(whole, "available_bytes", lambda free=on_machine: free)
+        expected = min(on_device, on_machine) == needed
+        assert whole.fits(source, Engine(gpu, torch.bfloat16)) == expected
+    # One in memory is there already.
+    assert whole.fits(LoadedModel(build_tiny_model("llama")), Engine(gpu, torch.float32))
 
 
 def test_a_killed_run_keeps_what_it_decided_when_memory_changes(

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.reading import parameter_count
+import torch
+
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.engine.memory import available_bytes
 from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
 
 # The model's weights need this much beside them: logits, activations, hidden states.
 _ROOM = 1.2
 
 
-def fits(source: WeightSource, dtype: torch.dtype) -> bool:
-    """Return whether a whole model fits into the memory that is available, in this dtype."""
-    return needed_bytes(source, dtype) <= available_bytes()
+def fits(source: WeightSource, engine: Engine) -> bool:
+    """Return whether a whole model fits into the memory that is available where it computes."""
+    return isinstance(source, LoadedModel) or needed_bytes(source, engine.dtype) <= _free(engine)
 
 
-def check_fits(source: WeightSource, dtype: torch.dtype, purpose: str) -> None:
-    """Check that a whole model fits into the memory that is available.
+def check_fits(source: WeightSource, engine: Engine, purpose: str) -> None:
+    """Check that a whole model fits into the memory that is available where it computes.
 
     Args:
         source: the model.
-        dtype: of its weights in memory.
+        engine: where and in what it computes.
         purpose: what needs it, for the error.
 
     Raises:
         UsageError: it does not.
     """
-    needed, available = needed_bytes(source, dtype), available_bytes()
+    needed, available = needed_bytes(source, engine.dtype), _free(engine)
     if needed > available:
         raise UsageError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
@@ -44,3 +45,11 @@ def check_fits(source: WeightSource, dtype: torch.dtype, purpose: str) -> None:
 def needed_bytes(source: WeightSource, dtype: torch.dtype) -> int:
     """Return about what a whole model takes in memory."""
     return int(_ROOM * parameter_count(source) * dtype.itemsize)
+
+
+def _free(engine: Engine) -> int:
+    """Return the memory that is available; weights come to a GPU through that of the machine."""
+    if engine.device.type != "cuda":
+        return available_bytes()
+    on_device, _ = torch.cuda.mem_get_info(engine.device)
+    return min(available_bytes(), on_device)

@@ -83,7 +83,7 @@ def evaluate_models(
         _check_same_tokens(sources, windows)
     if tasks is not None:
         for source in sources:
-            check_fits(source, engine_of(compute, source).dtype, "scoring tasks")
+            check_fits(source, engine_of(compute, source), "scoring tasks")
         tasks.read_data()
     engines = [engine_of(compute, source) for source in sources]
     dtypes = [str(engine.dtype).removeprefix("torch.") for engine in engines]

@@ -174,7 +174,7 @@ def _check(sweep: _Sweep) -> None:
         channels_to_keep(recipe.settings(point, sweep.compute).budget, size)
     evaluation_windows(recipe.evaluation, source)
     if sweep.tasks is not None:
-        check_fits(source, engine_of(sweep.compute, source).dtype, "scoring tasks")
+        check_fits(source, engine_of(sweep.compute, source), "scoring tasks")
         sweep.tasks.read_data()
     text = recipe.text(recipe.seed[0])
     others = tuple(name for name in text.names if name != OWN_TEXT)

@@ -29,5 +29,5 @@ def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrained
     if isinstance(source, LoadedModel):
         return source.model
     assert isinstance(source, Checkpoint)
-    check_fits(source, engine.dtype, purpose)
+    check_fits(source, engine, purpose)
     return load(source.directory, dtype=engine.dtype, device=engine.device)

@@ -131,7 +131,7 @@ def follow_sensitivity(
     """
     if criterion.block_metric != AUTO_METRIC:
         return criterion.block_metric in SENSITIVITY_METRICS
-    return not has_images and fits(source, engine.dtype)
+    return not has_images and fits(source, engine)
 
 
 def with_needed_sensitivity(
