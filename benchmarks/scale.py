@@ -130,6 +130,7 @@ def measure(args: argparse.Namespace, source: Path, windows: int) -> Run:
         argv = ["prune", str(source), "--sparsity", "0.5", "--data", args.data]
         argv += ["--samples", str(windows), "--seqlen", str(args.seqlen)]
         argv += ["--repair", args.repair, "--out", f"{scratch}/out", "--json"]
+        argv += ["--set", "block_metric=angular"]  # sensitivity takes the whole model if it can
         if args.memory_budget:
             argv += ["--memory-budget", args.memory_budget]
         start = time.perf_counter()
