@@ -20,6 +20,7 @@ from cfsp.cli import main
 from cfsp.repair import ladder
 from cfsp.repair.repaired import Repaired
 from cfsp.settings import REPAIRS
+from cfsp.whole_model import sensitivity
 
 pytestmark = pytest.mark.real
 
@@ -62,6 +63,8 @@ def pruned(
         return step_and_write
 
     with pytest.MonkeyPatch.context() as patch:
+        # Half a minute less, and widths as good.
+        patch.setattr(sensitivity, "SENSITIVITY_TOKENS", 64)
         for name, step in (("ridge", "_choose_and_repair"), ("sequential", "repair_sequentially")):
             patch.setattr(ladder, step, written(name, getattr(ladder, step)))
         cfsp.prune(
