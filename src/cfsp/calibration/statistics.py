@@ -292,7 +292,7 @@ class Statistics:
                 for i, entry in enumerate(facts[stem])
             )
             _check_order(units, len(blocks))
-            sensitivity = _sensitivity(facts.get("sensitivity"), len(blocks))
+            sensitivity = sensitivity_from_json(facts.get("sensitivity"), len(blocks))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
@@ -317,7 +317,16 @@ def _record(fields: dict[str, Any]) -> CalibrationRecord:
     return record
 
 
-def _sensitivity(fields: dict[str, Any] | None, blocks: int) -> Sensitivity | None:
+def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensitivity | None:
+    """Return the sensitivity whose fields were written as JSON; None where there are none.
+
+    Args:
+        fields: its fields.
+        blocks: how many blocks the model has.
+
+    Raises:
+        ValueError: the values cannot be those of so many blocks.
+    """
     if fields is None:
         return None
     divergence_L = tuple(float(value) for value in fields["divergence_L"])

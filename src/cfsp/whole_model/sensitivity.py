@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.statistics import Sensitivity, Statistics
+from cfsp.calibration.statistics import Sensitivity, Statistics, sensitivity_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import CallForm, find_call_form
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
@@ -158,13 +158,8 @@ def with_needed_sensitivity(
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"
     found = place.team.from_first(lambda: kept(place, name, measure)["sensitivity"])
-    return replace(statistics, sensitivity=_from_json(found))
-
-
-def _from_json(fields: dict[str, Any] | None) -> Sensitivity | None:
-    if fields is None:
-        return None
-    return Sensitivity(tuple(fields["divergence_L"]), fields["sparsity"], fields["windows"])
+    blocks = len(statistics.blocks)
+    return replace(statistics, sensitivity=sensitivity_from_json(found, blocks))
 
 
 def with_sensitivity(
