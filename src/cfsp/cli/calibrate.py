@@ -50,14 +50,13 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.output import check_is_outside, created_parents
     from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import output_workplace, remove_finished_work
-    from cfsp.errors import OutputError, UsageError
+    from cfsp.errors import UsageError
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.text.tokenizers import load_tokenizer
 
     remove_finished_work(args.out)
-    if args.out.exists():
-        raise OutputError(f"{args.out} exists already; choose another file")
+    _check_is_new(args.out)
     if args.sensitivity and process_count() > 1:
         raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
     timeout = arguments.process_timeout(args)
@@ -71,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
         joined(compute_device(compute.device), timeout) as team,
         output_workplace(args.out, {"command": "calibrate"}, compute.memory_budget, team) as place,
     ):
+        # Another run may have finished since the first look.
+        team.from_first(lambda: _check_is_new(args.out))
         with watch.stage("calibrate"):
             statistics = calibrate_source(
                 source,
@@ -85,6 +86,13 @@ def run(args: argparse.Namespace) -> None:
     if team.is_first:
         paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
         _report(args, statistics, paths, watch, place)
+
+
+def _check_is_new(out: Path) -> None:
+    from cfsp.errors import OutputError
+
+    if out.exists():
+        raise OutputError(f"{out} exists already; choose another file")
 
 
 def _report(
