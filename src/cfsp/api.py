@@ -16,6 +16,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
+    DEFAULT_PARTS,
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
     EFFORTS,
@@ -52,6 +53,7 @@ def prune(
     *,
     out: str | Path,
     sparsity: float | None = ...,
+    parts: str | Sequence[str] = ...,
     goal: Goal | None = ...,
     data: Data = ...,
     samples: int | None = ...,
@@ -71,6 +73,7 @@ def prune(
     *,
     out: None = None,
     sparsity: float | None = ...,
+    parts: str | Sequence[str] = ...,
     goal: Goal | None = ...,
     data: Data = ...,
     samples: int | None = ...,
@@ -89,6 +92,7 @@ def prune(
     *,
     out: str | Path | None = None,
     sparsity: float | None = None,
+    parts: str | Sequence[str] = DEFAULT_PARTS,
     goal: Goal | None = None,
     data: Data = DEFAULT_DATA,
     samples: int | None = None,
@@ -107,6 +111,7 @@ def prune(
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
+        parts: what may go: `ffn`, `blocks`, or several.
         goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
             themselves.
@@ -135,7 +140,7 @@ def prune(
     known = (Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining)
     check_names(advanced, *known)
     settings = PruneSettings(
-        budget=from_names(Budget, advanced, sparsity=sparsity or 0.0),
+        budget=from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts),
         criterion=from_names(Criterion, advanced),
         text=from_names(
             CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen

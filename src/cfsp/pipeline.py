@@ -41,7 +41,7 @@ from cfsp.engine.workplace import (
     remove_finished_work,
     temporary_workplace,
 )
-from cfsp.errors import OutputError
+from cfsp.errors import OutputError, UsageError
 from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
@@ -54,6 +54,7 @@ from cfsp.result.manifest import describe_pruning, facts_for_config, write_manif
 from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
+    DEFAULT_PARTS,
     CalibrationText,
     Compute,
     Criterion,
@@ -330,6 +331,8 @@ def _decide(
     watch: Stopwatch,
 ) -> _Decided:
     """Turn a goal into a budget, then decide what goes and repair what is left."""
+    if settings.budget.parts != DEFAULT_PARTS:
+        raise UsageError("--parts blocks can't be pruned yet; leave it out")
     facts: dict[str, Any] = {}
     if goal is not None:
         resolution, statistics = resolve_goal(

@@ -111,7 +111,17 @@ def fraction(text: str) -> float:
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
-# How much to remove.
+# How much to remove, and of what.
+
+Part = Literal["ffn", "blocks"]
+PARTS: tuple[Part, ...] = get_args(Part)
+DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
+
+
+def parse_parts(text: str) -> tuple[str, ...]:
+    """Return the parts that a text like `blocks,ffn` names; `Budget` checks them."""
+    return tuple(part.strip() for part in text.split(","))
+
 
 BudgetOf = Literal["ffn", "model"]
 BUDGET_OF: tuple[BudgetOf, ...] = get_args(BudgetOf)
@@ -134,6 +144,8 @@ class Budget:
             parameters where some own more than others, or `model`, the fraction of all parameters.
         multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
+        parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
+            FFNs; `blocks`, whole decoder blocks.
 
     Raises:
         UsageError: a value is out of its range.
@@ -160,8 +172,25 @@ class Budget:
         default="256; 128 below 8192 channels; 64 below 4096; 32 below 1024",
         advanced=True,
     )
+    parts: tuple[Part, ...] = option(
+        DEFAULT_PARTS,
+        "what may go, with commas between several: ffn (channels), blocks (whole decoder blocks)",
+        kind=parse_parts,
+        metavar="KIND,...",
+        default="ffn",
+    )
 
     def __post_init__(self) -> None:
+        given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts
+        for part in given:
+            if part not in PARTS:
+                raise UsageError(
+                    f"--parts must be of {', '.join(PARTS)}, found {part!r}"
+                    f"{did_you_mean(part, PARTS)}"
+                )
+        if not given:
+            raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
+        object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
         if self.of not in BUDGET_OF:

@@ -86,11 +86,12 @@ def _add_effort(parser: Parser) -> None:
         "blocks at a time, half an hour of one core for 135M parameters; lowest perplexity on text "
         "like --data, while tasks hardly gain",
     )
-    group.add_argument(
+    by_name = group.add_argument(
         "--repair",
         choices=REPAIRS,
         help="the repair by its name, instead of --effort: each includes those before it",
     )
+    parser.hide(by_name)
     group.add_argument(
         "--recover",
         type=float,
