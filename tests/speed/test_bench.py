@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.cli import bench as bench_command
 from cfsp.cli import main
 from cfsp.errors import CfspError, CheckpointError, UsageError
+from cfsp.exports.registry import export_checkpoint
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.bench import bench
 from cfsp.speed.disturbance import busy_seconds, share_of_others
@@ -27,9 +29,11 @@ from cfsp.speed.process import model_process
 from cfsp.speed.shapes import SHAPES, ShapedModel
 from cfsp.speed.subjects import Subject, build_model
 from cfsp.speed.transformers_engine import TransformersEngine
+from cfsp.speed.vllm_engine import readable_by_vllm
 from cfsp.speed.work import work_of
 from cfsp.speed.workload import ENGINES
-from tiny_models import TINY_CONFIGS
+from ragged import cut
+from tiny_models import TINY_CONFIGS, build_tiny_model
 
 WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
 
@@ -368,6 +372,22 @@ def test_parser_knows_every_engine() -> None:
     assert bench_command.ENGINES == ENGINES
     with pytest.raises(UsageError, match="found 'tgi'"):
         Conditions(engine="tgi")
+
+
+def test_an_export_for_vllm_weighs_what_it_was_made_of(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = cut(build_tiny_model("qwen2"), tokenizer, tmp_path)
+    export_checkpoint(source, "vllm", tmp_path / "out", verify=False)
+    plain = readable_by_vllm(Subject(source.directory, "plain"), "auto")
+    export = readable_by_vllm(Subject(tmp_path / "out", "export"), "auto")
+    assert plain.has_our_code
+    assert export == replace(plain, directory=tmp_path / "out")
+
+    (tmp_path / "out" / "more.py").write_text("")
+    assert not readable_by_vllm(Subject(tmp_path / "out", "export"), "auto").has_our_code
+    assert main(["bench", str(tmp_path / "out")]) == 2
+    assert "an export for vLLM; give --engine vllm" in capsys.readouterr().err
 
 
 def test_llama_cpp_generates_what_transformers_generates(
