@@ -150,6 +150,7 @@ def _random_model(model_type: str) -> Any:
         eos_token_id=0,
         pad_token_id=None,
         sliding_window=None,
+        tie_word_embeddings=True,
         # Larger than the usual 0.02, so that choices between tokens are clear.
         initializer_range=0.1,
     )

@@ -219,7 +219,7 @@ def test_the_advice_of_a_refusal_works(tmp_path: Path, tokenizer: Any, name: str
         ("gemma2", {"final_logit_softcapping": None}, "caps logits, the model does not"),
         ("gemma2", {"query_pre_attn_scalar": 8}, "scales the attention"),
         ("gemma2", {"tie_word_embeddings": False}, "no output matrix of its own"),
-        ("gemma3_text", {"_sliding_window_pattern": 2}, "multiple of 6, the model in"),
+        ("gemma3_text", {"sliding_window_pattern": 2}, "multiple of 6, the model in"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "caps no logits"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,11 @@ from cfsp.speed.transformers_engine import TransformersEngine
 from cfsp.speed.vllm_engine import readable_by_vllm
 from cfsp.speed.work import work_of
 from cfsp.speed.workload import ENGINES
-from ragged import cut
+from conftest import REPOSITORY
+from ragged import cut, tiny
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
+SOURCE = REPOSITORY / "src"
 WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
 
 # Parameters as published by the models' makers.
@@ -388,6 +391,32 @@ def test_an_export_for_vllm_weighs_what_it_was_made_of(
     assert not readable_by_vllm(Subject(tmp_path / "out", "export"), "auto").has_our_code
     assert main(["bench", str(tmp_path / "out")]) == 2
     assert "an export for vLLM; give --engine vllm" in capsys.readouterr().err
+
+
+def test_vllm_itself_times_an_export(tokenizer: Any, tmp_path: Path) -> None:
+    """Opt in: CFSP_VLLM_PYTHON names the Python of an environment with vLLM and what cfsp needs."""
+    python = os.environ.get("CFSP_VLLM_PYTHON")
+    if not python:
+        pytest.skip("CFSP_VLLM_PYTHON names no Python with vLLM")
+    # vLLM's CPU attention wants heads of at least 32.
+    source = cut(tiny("llama", hidden_size=128, head_dim=32), tokenizer, tmp_path)
+    export_checkpoint(source, "vllm", tmp_path / "export", verify=False)
+    models = [str(tmp_path / "dense"), str(source.directory), str(tmp_path / "export")]
+    how = "--engine vllm --prompt 16 --new-tokens 4 --rounds 1 --warmups 1 --dtype float32 --json"
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(SOURCE)}
+    done = subprocess.run(
+        [python, "-m", "cfsp", "bench", *models, *how.split()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, plain, export = json.loads(done.stdout)["models"]
+    assert export["parameters"] == plain["parameters"] < dense["parameters"]
+    for model in (dense, plain, export):
+        assert model["engine"] == "vllm"
+        assert model["workloads"][0]["decode"]["tokens_per_second"] > 0
 
 
 def test_llama_cpp_generates_what_transformers_generates(
