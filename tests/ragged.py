@@ -76,7 +76,7 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
 
     config = TINY_CONFIGS[name]()
     fields = {**config.to_dict(), **changes}
-    if "rope_parameters" in changes:
+    if "rope_parameters" in changes and "full_attention" not in changes["rope_parameters"]:
         fields["rope_parameters"] = {"rope_theta": 10000.0, **changes["rope_parameters"]}
     fields.pop("layer_types", None)
     with torch.random.fork_rng():

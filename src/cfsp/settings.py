@@ -126,12 +126,39 @@ def parse_parts(text: str) -> tuple[str, ...]:
 BudgetOf = Literal["ffn", "model"]
 BUDGET_OF: tuple[BudgetOf, ...] = get_args(BudgetOf)
 
+Widths = Literal["importance", "equal"]
+WIDTHS: tuple[Widths, ...] = get_args(Widths)
+
 # (least width of the FFN, multiple), widest first. llama.cpp's K-quants work on rows of 256, and
 # tensor cores on tiles of 128 or 64, as bitsandbytes' NF4 does; docs/RESULTS.md has the
 # measurements. Where 256 would be a coarse step, a smaller one is taken: widths that follow
 # importance matter more there.
 _MULTIPLES = ((8192, 256), (4096, 128), (1024, 64))
 MULTIPLE_OF_NARROW = 32
+# Multiple -> who works best on widths that are multiples of it; docs/quantise.md.
+_WANTED = {
+    256: "K-quants and the export for SGLang, TensorRT-LLM and mlx-lm",
+    128: "4-bit Marlin kernels",
+    64: "nf4 and tensor cores",
+    32: "Q8_0 and Q4_0",
+}
+
+
+def multiple_in_words(multiple: int) -> str:
+    """Return for whom widths in these multiples are right, and who wants larger ones."""
+    right = [f"{who} ({of})" for of, who in _WANTED.items() if multiple % of == 0]
+    wrong = [f"{who} ({of})" for of, who in _WANTED.items() if multiple % of]
+    text = f"widths are multiples of {multiple}"
+    if right:
+        text += f", right for {', '.join(right)}"
+    if wrong:
+        text += f"; --multiple is for who wants others: {', '.join(wrong)}"
+    return text
+
+
+def number_or_auto(text: str) -> int | None:
+    """Return the number, or None for `auto`."""
+    return None if text == "auto" else int(text)
 
 
 @dataclass(frozen=True)
@@ -146,6 +173,8 @@ class Budget:
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
         parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
             FFNs; `blocks`, whole decoder blocks.
+        widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
+            kind that are equally wide stay so, which stock configs can say.
 
     Raises:
         UsageError: a value is out of its range.
@@ -166,10 +195,17 @@ class Budget:
     )
     multiple: int | None = option(
         None,
-        "FFN widths become multiples of N",
-        kind=int,
+        "FFN widths become multiples of N, or auto",
+        kind=number_or_auto,
         metavar="N",
-        default="256; 128 below 8192 channels; 64 below 4096; 32 below 1024",
+        default="auto: 256; 128 below 8192 channels; 64 below 4096; 32 below 1024",
+        advanced=True,
+    )
+    widths: Widths = option(
+        "importance",
+        "blocks keep channels by their importance, or all equally many: then a stock config "
+        "describes the result, and software runs it that knows one width only",
+        choices=WIDTHS,
         advanced=True,
     )
     parts: tuple[Part, ...] = option(
@@ -197,6 +233,8 @@ class Budget:
             raise UsageError(f"a budget is of 'ffn' or of 'model', found {self.of!r}")
         if self.multiple is not None and self.multiple < 1:
             raise UsageError(f"multiple must be at least 1, found {self.multiple}")
+        if self.widths not in WIDTHS:
+            raise UsageError(f"--widths must be one of {', '.join(WIDTHS)}, found {self.widths!r}")
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
@@ -321,7 +359,9 @@ Goal = TargetParameters | MaxLossIncrease | TargetSpeedup
 # What counts as important.
 
 DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
-BLOCK_METRICS = (*DISTANCES, "uniform")
+# All blocks are alike.
+UNIFORM = "uniform"
+BLOCK_METRICS = (*DISTANCES, UNIFORM)
 # By pruning each block (`cfsp.whole_model.sensitivity`), alone or with the angular importance.
 # Not every calibration measures that: the whole model must be in memory.
 SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
@@ -682,12 +722,21 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if self.repair not in REPAIRS:
             raise UsageError(f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}")
+        metric = self.criterion.block_metric
+        if self.budget.widths == "equal" and metric not in (AUTO_METRIC, UNIFORM):
+            raise UsageError(
+                f"--widths equal makes all blocks alike, so --set block_metric={metric} would do "
+                "nothing; give one of the two"
+            )
 
     def with_suitable_metric(self) -> PruneSettings:
         """Return the same settings; of `auto`, blocks go by angular distance without repair.
 
-        Widths by sensitivity are better with repair and worse without (LOG.md).
+        Widths by sensitivity are better with repair and worse without (LOG.md). Equal widths
+        follow nothing.
         """
+        if self.budget.widths == "equal":
+            return replace(self, criterion=replace(self.criterion, block_metric=UNIFORM))
         if self.repair != "none" or self.criterion.block_metric != AUTO_METRIC:
             return self
         return replace(self, criterion=replace(self.criterion, block_metric="angular"))

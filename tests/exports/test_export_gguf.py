@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports.registry import export_checkpoint
@@ -134,8 +135,8 @@ def _made(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("qwen3", {"tie_word_embeddings": False}, "openelm.*not tied.*--to padded"),
-        ("llama", {"hidden_act": "gelu"}, "SiLU, the model gelu"),
+        ("qwen3", {"tie_word_embeddings": False}, "openelm.*not tied.*--widths equal.*--to padded"),
+        ("llama", {"hidden_act": "gelu"}, "silu, the model gelu"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
@@ -168,13 +169,82 @@ def test_what_llama_cpp_cannot_express_is_refused(
 
 def test_families_that_have_no_graph_yet_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     source = cut(build_tiny_model("gemma"), tokenizer, tmp_path)
-    with pytest.raises(ExportError, match="gemma models is not supported; supported are: llama"):
+    with pytest.raises(ExportError, match=r"gemma models is not .*: gemma2, gemma3_text, llama"):
         export(source, tmp_path / "m.gguf")
 
 
-def test_untied_qwen3_of_equal_widths_has_a_graph(tmp_path: Path, tokenizer: Any) -> None:
-    source = cut(tiny("qwen3", tie_word_embeddings=False), tokenizer, tmp_path, EQUAL)
-    assert export(source, tmp_path / "m.gguf").layout == "qwen3 in f32"
+# Models that llama.cpp runs with one width for all blocks only.
+ONE_WIDTH: dict[str, dict[str, Any]] = {
+    "qwen3": {"tie_word_embeddings": False},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "num_hidden_layers": 6},
+}
+
+
+@pytest.mark.parametrize("name", ONE_WIDTH)
+def test_the_advice_of_a_refusal_works(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    model = tiny(name, **ONE_WIDTH[name])
+    blocks = model.config.num_hidden_layers
+    source = cut(model, tokenizer, tmp_path, ((64, 32, 96) * 2)[:blocks])
+    with pytest.raises(ExportError, match="prune with --widths equal, or use --to padded and exp"):
+        export(source, tmp_path / "m.gguf")
+
+    architecture = name.removesuffix("_text")
+    export_checkpoint(source, "padded", tmp_path / "padded")
+    report = export(Checkpoint(tmp_path / "padded"), tmp_path / "padded.gguf")
+    assert report.layout == f"{architecture} in f32"
+    assert report.verification.greedy_steps == 32
+
+    text = cfsp.Text("text", ["How many words does a text need? " * 200])
+    cfsp.prune(
+        tmp_path / "dense",
+        out=tmp_path / "equal",
+        sparsity=0.4,
+        widths="equal",
+        multiple=8,
+        data=[text],
+        samples=4,
+        seqlen=32,
+    )
+    report = export(Checkpoint(tmp_path / "equal"), tmp_path / "equal.gguf")
+    assert report.layout == f"{architecture} in f32"
+    assert report.verification.greedy_steps == 32
+    assert fields_of(tmp_path / "equal.gguf")[f"{architecture}.feed_forward_length"] == 56
+    assert not report.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma2", {"final_logit_softcapping": None}, "caps logits, the model does not"),
+        ("gemma2", {"query_pre_attn_scalar": 8}, "scales the attention"),
+        ("gemma2", {"tie_word_embeddings": False}, "no output matrix of its own"),
+        ("gemma3_text", {"sliding_window_pattern": 2}, "multiple of 6, the model in"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "caps no logits"),
+    ],
+)
+def test_what_gemmas_graphs_take_for_granted(
+    tmp_path: Path, tokenizer: Any, name: str, changes: dict[str, Any], message: str
+) -> None:
+    model = tiny(name, **{**ONE_WIDTH[name], **changes})
+    source = cut(model, tokenizer, tmp_path, (64,) * model.config.num_hidden_layers)
+    with pytest.raises(ExportError, match=message):
+        export(source, tmp_path / "m.gguf")
+
+
+def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path: Path, tokenizer: Any) -> None:
+    positions = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    }
+    model = tiny("gemma3_text", **ONE_WIDTH["gemma3_text"], rope_parameters=positions)
+    source = cut(model, tokenizer, tmp_path, (64,) * 6)
+    report = export(source, tmp_path / "m.gguf")
+    assert report.verification.greedy_steps == 32
+    fields = fields_of(tmp_path / "m.gguf")
+    assert fields["gemma3.rope.freq_base"] == 5000.0
+    assert fields["gemma3.rope.freq_base_swa"] == 100.0
+    assert fields["gemma3.context_length"] == 256
 
 
 def test_a_sliding_window_limits_the_context(tmp_path: Path, tokenizer: Any) -> None:

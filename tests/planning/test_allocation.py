@@ -61,6 +61,26 @@ def test_keep_fractions_are_the_published_rule(distance_L: list[float], p: float
     assert max(keep_L) < 1
 
 
+@given(distances, sparsities, st.sampled_from(WIDTHS), st.sampled_from(MULTIPLES))
+def test_equal_widths_are_equal_and_within_half_a_multiple(
+    distance_L: list[float], p: float, width: int, multiple: int
+) -> None:
+    assume((1 - p) * width >= multiple)
+    budget = Budget(p, multiple=multiple, widths="equal")
+    size = model_of(width, len(distance_L))
+    kept_L = allocate(block_importance(distance_L), budget, size)
+    assert len(set(kept_L)) == 1
+    assert kept_L[0] % multiple == 0 or kept_L[0] == width
+    assert abs(kept_L[0] - (1 - p) * width) <= multiple / 2 + 1e-6
+
+
+def test_equal_widths_of_kinds_of_their_own() -> None:
+    expert, shared = UnitSize(768, 3 * 64 * 8, "experts"), UnitSize(2048, 3 * 64, "shared")
+    size = ModelSize((expert, shared, expert, shared), 10_000_000)
+    kept_U = allocate([0.9, 0.1, 0.2, 0.3], Budget(0.5, widths="equal"), size)
+    assert kept_U == [384, 1024, 384, 1024]
+
+
 def test_clamp_bites_at_low_sparsity() -> None:
     importance_L = [0.9, 0.5, 0.3]
     assert 0.9 / np.mean(importance_L) * 0.8 > 1

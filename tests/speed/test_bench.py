@@ -6,7 +6,9 @@ import json
 import math
 import os
 import signal
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.cli import bench as bench_command
 from cfsp.cli import main
 from cfsp.errors import CfspError, CheckpointError, UsageError
+from cfsp.exports.registry import export_checkpoint
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.bench import bench
 from cfsp.speed.disturbance import busy_seconds, share_of_others
@@ -27,10 +30,14 @@ from cfsp.speed.process import model_process
 from cfsp.speed.shapes import SHAPES, ShapedModel
 from cfsp.speed.subjects import Subject, build_model
 from cfsp.speed.transformers_engine import TransformersEngine
+from cfsp.speed.vllm_engine import readable_by_vllm
 from cfsp.speed.work import work_of
 from cfsp.speed.workload import ENGINES
-from tiny_models import TINY_CONFIGS
+from conftest import REPOSITORY
+from ragged import cut, tiny
+from tiny_models import TINY_CONFIGS, build_tiny_model
 
+SOURCE = REPOSITORY / "src"
 WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
 
 # Parameters as published by the models' makers.
@@ -368,6 +375,48 @@ def test_parser_knows_every_engine() -> None:
     assert bench_command.ENGINES == ENGINES
     with pytest.raises(UsageError, match="found 'tgi'"):
         Conditions(engine="tgi")
+
+
+def test_an_export_for_vllm_weighs_what_it_was_made_of(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = cut(build_tiny_model("qwen2"), tokenizer, tmp_path)
+    export_checkpoint(source, "vllm", tmp_path / "out", verify=False)
+    plain = readable_by_vllm(Subject(source.directory, "plain"), "auto")
+    export = readable_by_vllm(Subject(tmp_path / "out", "export"), "auto")
+    assert plain.has_our_code
+    assert export == replace(plain, directory=tmp_path / "out")
+
+    (tmp_path / "out" / "more.py").write_text("")
+    assert not readable_by_vllm(Subject(tmp_path / "out", "export"), "auto").has_our_code
+    assert main(["bench", str(tmp_path / "out")]) == 2
+    assert "an export for vLLM; give --engine vllm" in capsys.readouterr().err
+
+
+def test_vllm_itself_times_an_export(tokenizer: Any, tmp_path: Path) -> None:
+    """Opt in: CFSP_VLLM_PYTHON names the Python of an environment with vLLM and what cfsp needs."""
+    python = os.environ.get("CFSP_VLLM_PYTHON")
+    if not python:
+        pytest.skip("CFSP_VLLM_PYTHON names no Python with vLLM")
+    # vLLM's CPU attention wants heads of at least 32.
+    source = cut(tiny("llama", hidden_size=128, head_dim=32), tokenizer, tmp_path)
+    export_checkpoint(source, "vllm", tmp_path / "export", verify=False)
+    models = [str(tmp_path / "dense"), str(source.directory), str(tmp_path / "export")]
+    how = "--engine vllm --prompt 16 --new-tokens 4 --rounds 1 --warmups 1 --dtype float32 --json"
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(SOURCE)}
+    done = subprocess.run(
+        [python, "-m", "cfsp", "bench", *models, *how.split()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, plain, export = json.loads(done.stdout)["models"]
+    assert export["parameters"] == plain["parameters"] < dense["parameters"]
+    for model in (dense, plain, export):
+        assert model["engine"] == "vllm"
+        assert model["workloads"][0]["decode"]["tokens_per_second"] > 0
 
 
 def test_llama_cpp_generates_what_transformers_generates(

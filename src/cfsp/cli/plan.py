@@ -11,7 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli import goal as goals
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import OutputError
-from cfsp.settings import PruneSettings
+from cfsp.settings import PruneSettings, multiple_in_words
 
 if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
@@ -89,3 +89,5 @@ def print_plan(plan: PruningPlan) -> None:
     print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
     what = "channels" if plan.counts_channels else "parameters"
     print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what} go")
+    if multiple := plan.criterion.get("multiple"):
+        print(multiple_in_words(multiple))

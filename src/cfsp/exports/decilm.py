@@ -51,6 +51,7 @@ from cfsp.exports.verification import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ARCHITECTURE = "DeciLMForCausalLM"
 CONFIG_FILE = "configuration_decilm.py"
 # The same operations in the same order; float32 rounds the same.
 TOLERANCE = 1e-6
@@ -111,6 +112,22 @@ def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
     )
 
 
+def is_decilm(directory: Path) -> bool:
+    """Return whether a directory is in this layout."""
+    try:
+        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.get("architectures") == [ARCHITECTURE]
+
+
+def has_only_our_code(directory: Path) -> bool:
+    """Return whether the directory's only code is the config class exactly as we write it."""
+    sources = [path for path in directory.glob("*.py") if path.is_file()]
+    names = [path.name for path in sources]
+    return names == [CONFIG_FILE] and sources[0].read_text(encoding="utf-8") == _config_code()
+
+
 def described(source: Checkpoint) -> DeciLMModel:
     """Return what decides which readers can run a Llama-like checkpoint."""
     config: Any = source.config
@@ -144,7 +161,7 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
         fields["layer_types"] = ["sliding_attention"] * len(widths)
     for_all = has_multiples(widths)
     return {
-        "architectures": ["DeciLMForCausalLM"],
+        "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{CONFIG_FILE.removesuffix('.py')}.DeciLMConfig"},
         "dtype": _dtype(source),

@@ -59,7 +59,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     tokenizer = read_tokenizer(
         load_tokenizer(source.directory), source.config.vocab_size, options.pre_tokenizer
     )
-    _, limited = context_limit(source.config)
+    _, limited = context_limit(source.config, has_windows=bool(architecture.rhythm))
     notes = [limited] if limited else []
     if name in WRITTEN_HERE:
         tensors = _write_file(source, out, architecture, rope, tokenizer, name)
@@ -132,7 +132,16 @@ def _add_fields(
     writer.add_file_type(LlamaFileType[f"{prefix}_{type_name.upper()}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_block_count(blocks)
-    writer.add_context_length(context_limit(config)[0])
+    length, _ = context_limit(config, has_windows=bool(architecture.rhythm))
+    writer.add_context_length(length)
+    if architecture.rhythm:
+        writer.add_sliding_window(config.sliding_window)
+        for value, add in (
+            (config.attn_logit_softcapping, writer.add_attn_logit_softcapping),
+            (config.final_logit_softcapping, writer.add_final_logit_softcapping),
+        ):
+            if value is not None:
+                add(value)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     if architecture.ragged:
@@ -148,6 +157,8 @@ def _add_fields(
     writer.add_rope_dimension_count(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope.base)
+    if rope.sliding_base is not None:
+        writer.add_rope_freq_base_swa(rope.sliding_base)
     if rope.scaling is not None:
         writer.add_rope_scaling_type(RopeScalingType(rope.scaling))
     for value, add in (

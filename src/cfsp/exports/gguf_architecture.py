@@ -4,13 +4,16 @@ llama.cpp gives every block its own FFN width only in a few of its graphs. `deci
 is a Llama with per-block widths and optional biases; `openelm` is a tied Qwen3 with per-block
 widths, once q, k and v are one matrix. With equal widths the ordinary architecture is used.
 
-Rotary embedding: transformers turns element i together with i + half (as `qwen2`, `qwen3` and
-`openelm` do); `llama` and `deci` turn neighbours, so rows of q and k must be reordered.
+Rotary embedding: transformers turns element i together with i + half (as `qwen2`, `qwen3`,
+`openelm` and `gemma2` do); `llama` and `deci` turn neighbours, so rows of q and k must be
+reordered.
+
+Gemma 2 and 3 have graphs for one width only, with sliding windows in a fixed rhythm.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
@@ -30,6 +33,11 @@ class Architecture:
         ffn_biases: it reads biases of the FFN.
         tied_only: it has no output matrix of its own.
         frequency_factors: it reads rope_freqs.weight.
+        activation: of the FFN, by transformers' name.
+        norms_from_one: the checkpoint's norms are what is added to one, the file's are the sum.
+        norms_after: a norm follows the attention and the FFN, too.
+        rhythm: every so many blocks one attends to all tokens, the others to a sliding window; 0
+            where no block has one.
     """
 
     name: str
@@ -40,6 +48,10 @@ class Architecture:
     ffn_biases: bool = False
     tied_only: bool = False
     frequency_factors: bool = False
+    activation: str = "silu"
+    norms_from_one: bool = False
+    norms_after: bool = False
+    rhythm: int = 0
 
 
 _LLAMA = Architecture("llama", neighbours=True, frequency_factors=True, ffn_biases=True)
@@ -47,16 +59,30 @@ _DECI = Architecture("deci", ragged=True, neighbours=True, frequency_factors=Tru
 _QWEN2 = Architecture("qwen2")
 _QWEN3 = Architecture("qwen3", biases=False)
 _OPENELM = Architecture("openelm", ragged=True, fused=True, biases=False, tied_only=True)
+_GEMMA2 = Architecture(
+    "gemma2",
+    biases=False,
+    tied_only=True,
+    activation="gelu_pytorch_tanh",
+    norms_from_one=True,
+    norms_after=True,
+    rhythm=2,
+)
+_GEMMA3 = replace(_GEMMA2, name="gemma3", rhythm=6)
+
+_SCALED_BY_HIDDEN = (46, 62)
 
 # model type -> (equal widths, different widths)
-ARCHITECTURES: dict[str, tuple[Architecture, Architecture]] = {
+ARCHITECTURES: dict[str, tuple[Architecture, Architecture | None]] = {
     "llama": (_LLAMA, _DECI),
     "mistral": (_LLAMA, _DECI),
     "qwen2": (_QWEN2, _DECI),
     "qwen3": (_QWEN3, _OPENELM),
+    "gemma2": (_GEMMA2, None),
+    "gemma3_text": (_GEMMA3, None),
 }
 
-_INSTEAD = "use --to padded and export that, or prune with --set block_metric=uniform"
+_INSTEAD = "prune with --widths equal, or use --to padded and export that"
 
 
 def architecture_of(source: Checkpoint) -> Architecture:
@@ -70,9 +96,15 @@ def architecture_of(source: Checkpoint) -> Architecture:
     if found is None:
         raise ExportError(
             f"gguf export of {source.config.model_type} models is not supported; supported are: "
-            f"{', '.join(sorted(ARCHITECTURES))}; use --to padded, and llama.cpp's own converter"
+            f"{', '.join(sorted(ARCHITECTURES))}; prune with --widths equal, or use --to padded, "
+            "and run llama.cpp's own converter on that"
         )
     architecture = found[len(set(widths)) > 1]
+    if architecture is None:
+        raise ExportError(
+            f"llama.cpp's {found[0].name} graph has one width for all blocks, and this model's "
+            f"differ; {_INSTEAD}"
+        )
     _check_expressible(source, architecture)
     return architecture
 
@@ -80,9 +112,11 @@ def architecture_of(source: Checkpoint) -> Architecture:
 def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
     config: Any = source.config
     name = architecture.name
-    activation = getattr(config, "hidden_act", "silu")
-    if activation != "silu":
-        raise ExportError(f"llama.cpp's {name} graph has SiLU, the model {activation}")
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+    if activation != architecture.activation:
+        raise ExportError(
+            f"llama.cpp's {name} graph has {architecture.activation}, the model {activation}"
+        )
     biased = sorted(tensor for tensor in source.specs if tensor.endswith(".bias"))
     if biased and not architecture.biases:
         raise ExportError(
@@ -97,13 +131,42 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
             "use --to padded, and export that"
         )
     if architecture.tied_only and not config.tie_word_embeddings:
+        if not architecture.ragged:
+            raise ExportError(f"llama.cpp's {name} graph has no output matrix of its own")
         raise ExportError(
             f"llama.cpp runs {source.config.model_type} blocks of different widths only through "
             f"its {name} graph, which has no output matrix of its own, and this model's is not "
             f"tied to the embeddings; {_INSTEAD}"
         )
+    if architecture.rhythm:
+        _check_is_gemma(config, architecture)
     if architecture.fused and _qkv_specs_differ(source):
         raise ExportError(f"q, k and v are stored in different types; {_INSTEAD}")
+
+
+def _check_is_gemma(config: Any, architecture: Architecture) -> None:
+    """Check what these graphs take for granted."""
+    name, size = architecture.name, head_size(config)
+    # With as many blocks as the 27B models have, the graph scales by the width of a head in D.
+    if config.query_pre_attn_scalar != size or config.num_hidden_layers in _SCALED_BY_HIDDEN:
+        raise ExportError(f"llama.cpp's {name} graph scales the attention of this model otherwise")
+    expected = [
+        "full_attention" if block % architecture.rhythm == 0 else "sliding_attention"
+        for block in range(1, config.num_hidden_layers + 1)
+    ]
+    if config.layer_types != expected:
+        raise ExportError(
+            f"llama.cpp's {name} graph attends to all tokens in every block whose number is a "
+            f"multiple of {architecture.rhythm}, the model in others"
+        )
+    if architecture is _GEMMA2 and not (
+        config.attn_logit_softcapping and config.final_logit_softcapping
+    ):
+        raise ExportError(f"llama.cpp's {name} graph caps logits, the model does not")
+    if architecture is _GEMMA3 and (
+        config.attn_logit_softcapping or config.final_logit_softcapping
+    ):
+        raise ExportError(f"llama.cpp's {name} graph caps no logits, the model does")
 
 
 def _qkv_specs_differ(source: Checkpoint) -> bool:

@@ -6,7 +6,8 @@ Shapes: R half the elements of a head, one for each frequency.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class Rope:
 
     Attributes:
         base: the base of the frequencies (rope theta).
+        sliding_base: that of blocks with a sliding window, where it is another.
         scaling: GGUF's name of the scaling; None for none.
         factor: by how much the context was stretched.
         original_context: tokens before it was stretched.
@@ -32,6 +34,7 @@ class Rope:
     """
 
     base: float
+    sliding_base: float | None = None
     scaling: str | None = None
     factor: float | None = None
     original_context: int | None = None
@@ -48,6 +51,8 @@ def rope_of(config: Any, architecture: Architecture) -> Rope:
         ExportError: llama.cpp has nothing that computes the same.
     """
     parameters = dict(config.rope_parameters)
+    if architecture.rhythm and "full_attention" in parameters:
+        return _by_layer(config, architecture)
     kind = parameters.get("rope_type", "default")
     if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError("rotary embeddings of a part of the head or by layer are not supported")
@@ -55,7 +60,7 @@ def rope_of(config: Any, architecture: Architecture) -> Rope:
     if kind == "default":
         return Rope(base)
     if kind == "linear":
-        return Rope(base, "linear", float(parameters["factor"]))
+        return Rope(base, scaling="linear", factor=float(parameters["factor"]))
     if kind == "yarn":
         return _yarn(base, parameters)
     if kind == "llama3":
@@ -71,6 +76,16 @@ def rope_of(config: Any, architecture: Architecture) -> Rope:
     )
 
 
+def _by_layer(config: Any, architecture: Architecture) -> Rope:
+    """Return what a file says where blocks with a sliding window have positions of their own."""
+    sliding = dict(config.rope_parameters["sliding_attention"])
+    if sliding.get("rope_type", "default") != "default":
+        raise ExportError("scaled positions in blocks with a sliding window are not supported")
+    whole = copy(config)
+    whole.rope_parameters = config.rope_parameters["full_attention"]
+    return replace(rope_of(whole, architecture), sliding_base=float(sliding["rope_theta"]))
+
+
 def _yarn(base: float, parameters: dict[str, Any]) -> Rope:
     if parameters.get("truncate") is False or parameters.get("mscale"):
         raise ExportError("llama.cpp has no YaRN without truncation or with mscale")
@@ -81,12 +96,12 @@ def _yarn(base: float, parameters: dict[str, Any]) -> Rope:
         attention = float(attention) / (0.1 * math.log(factor) + 1.0)
     return Rope(
         base,
-        "yarn",
-        factor,
-        int(parameters["original_max_position_embeddings"]),
-        attention,
-        parameters.get("beta_fast"),
-        parameters.get("beta_slow"),
+        scaling="yarn",
+        factor=factor,
+        original_context=int(parameters["original_max_position_embeddings"]),
+        attention_factor=attention,
+        beta_fast=parameters.get("beta_fast"),
+        beta_slow=parameters.get("beta_slow"),
     )
 
 

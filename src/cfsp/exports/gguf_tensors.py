@@ -37,6 +37,13 @@ _IN_BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# The same in blocks whose norms also follow what they normalise.
+_WITH_NORMS_AFTER = {
+    **_IN_BLOCK,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -88,7 +95,7 @@ def fallbacks(tensors: list[GgufTensor], kind: GGMLQuantizationType) -> list[Ggu
     return [t for t in tensors if len(t.shape) > 1 and t.kind != kind]
 
 
-def gguf_name(source: Checkpoint, name: str) -> str:
+def gguf_name(source: Checkpoint, architecture: Architecture, name: str) -> str:
     """Return GGUF's name of a tensor.
 
     Raises:
@@ -99,7 +106,8 @@ def gguf_name(source: Checkpoint, name: str) -> str:
     if block is None:
         found = _OUTSIDE.get(stem)
     else:
-        inner = _IN_BLOCK.get(block[2])
+        names = _WITH_NORMS_AFTER if architecture.norms_after else _IN_BLOCK
+        inner = names.get(block[2])
         found = inner and f"blk.{block[1]}.{inner}"
     if found is None:
         raise ExportError(f"llama.cpp has no place for the tensor {name}")
@@ -136,9 +144,11 @@ def _tensor(
     def read() -> Tensor:
         tensors = [source.read(part).float() for part in parts]
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if architecture.norms_from_one and name.endswith("norm.weight"):
+            tensor = tensor + 1
         return tensor if heads is None else neighbours_together(tensor, heads)
 
-    found = gguf_name(source, name)
+    found = gguf_name(source, architecture, name)
     return GgufTensor(found.replace("attn_q.", "attn_qkv.") if len(parts) > 1 else found,
                       shape, kind, read)  # fmt: skip
 

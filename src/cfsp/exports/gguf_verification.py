@@ -32,6 +32,8 @@ from cfsp.text.tokenizers import load_tokenizer
 # bits can come near that on weights without structure, so for them only nonsense is refused.
 _TOLERANCES = {"f32": 1e-4, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1, "q6_k": 0.3}
 _OTHER_TYPES = 1.2
+# llama.cpp looks GELU up in a table of float16.
+_LEAST_WITH_GELU = 3e-3
 
 _TOKENIZER_PROBE = (
     "It's 12345 o'clock -- we'll see\n\n  def f(x):\n\treturn x**2  # naïve café, 北京 😀!"
@@ -49,7 +51,11 @@ def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verificatio
     if not has_llama_cpp():
         return _verify_tensors(source, out, name)
     tolerance = _TOLERANCES.get(name, _OTHER_TYPES)
-    count, steps = probe_lengths(context_limit(source.config)[0])
+    architecture = architecture_of(source)
+    if architecture.activation != "silu":
+        tolerance = max(tolerance, _LEAST_WITH_GELU)
+    has_windows = bool(architecture.rhythm)
+    count, steps = probe_lengths(context_limit(source.config, has_windows=has_windows)[0])
     tokens = probe_tokens(source, count)
     model = reference_model(source)
     expected_TV = logits_of(model, tokens)

@@ -7,7 +7,6 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +45,8 @@ class LlamaCpp:
             raise ExportError(f"{llama_cpp_version()} cannot load {path.name}: {last_error()}")
         settings = self._lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
+        # Its threads wait for each other busily: as many as torch is given, on a shared machine.
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         settings.type_k = settings.type_v = _F32
         settings.flash_attn_type = 0
         self._context = self._lib.llama_init_from_model(self._model, settings)

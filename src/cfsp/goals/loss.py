@@ -104,7 +104,7 @@ def resolve_loss(
     tried: list[Try] = []
 
     def holds(step: int) -> bool:
-        budget = budget_at(step, settings.budget.multiple)
+        budget = budget_at(step, settings.budget)
         plan = make_plan(source, statistics, budget, settings.criterion)
         label = f"{budget.sparsity:.1%} pruned"
         losses = [masked_loss(source, model, plan, windows, label) for windows in texts]
@@ -124,7 +124,7 @@ def resolve_loss(
             "or calibrate on text like that it is measured on"
         )
     return Resolution(
-        budget_at(chosen, settings.budget.multiple),
+        budget_at(chosen, settings.budget),
         "max_loss_increase",
         goal.nats,
         tuple(tried),

@@ -20,7 +20,7 @@ from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import check_possible, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
-from cfsp.settings import Budget, Goal, MaxLossIncrease, TargetParameters, TargetSpeedup
+from cfsp.settings import Goal, MaxLossIncrease, TargetParameters, TargetSpeedup
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
@@ -43,7 +43,8 @@ def resolve_parameters(
 ) -> Resolution:
     """Return the budget that leaves a fraction of all parameters; nothing needs to be tried."""
     # Rounded, so that 0.7 that stay are 0.3 that go.
-    budget = Budget(round(1 - goal.fraction, 12), "model", settings.budget.multiple)
+    sparsity = round(1 - goal.fraction, 12)
+    budget = replace(settings.budget, sparsity=sparsity, of="model")
     before = {"parameters_before": model_size(source).parameters}
     return Resolution(budget, "target_params", goal.fraction, (), before)
 
@@ -66,7 +67,7 @@ def resolve_goal(
         source: the model.
         tokenizer: gives its tokenizer; called only if there is text to read.
         draw: gives the calibration windows; called only if they are needed.
-        settings: how to prune; of its budget only the multiple counts.
+        settings: how to prune; of its budget only the multiple and the kind of widths count.
         place: where to work.
         watch: is told the time of each stage.
         statistics: of an earlier calibration of this model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import ModelSize
@@ -29,9 +30,9 @@ def highest_step(size: ModelSize, budget: Budget) -> int:
     return highest
 
 
-def budget_at(step: int, multiple: int | None) -> Budget:
-    """Return the budget at one step."""
-    return Budget(step / STEPS, "ffn", multiple)
+def budget_at(step: int, budget: Budget) -> Budget:
+    """Return a budget at one step, in the widths of another."""
+    return replace(budget, sparsity=step / STEPS, of="ffn")
 
 
 def last_that_holds(highest: int, holds: Callable[[int], bool]) -> int:

@@ -90,7 +90,7 @@ def choose(
     tried: list[Try] = []
 
     def is_too_slow(step: int) -> bool:
-        budget = budget_at(step, settings.budget.multiple)
+        budget = budget_at(step, settings.budget)
         kept_U = plan_widths(source, statistics, budget, settings.criterion).kept_U
         predicted = latencies.speedup(size.width_U, kept_U)
         fits = predicted >= goal.ratio
@@ -106,7 +106,7 @@ def choose(
         )
     chosen = last_that_holds(highest, is_too_slow) + 1
     return Resolution(
-        budget_at(chosen, settings.budget.multiple),
+        budget_at(chosen, settings.budget),
         "target_speedup",
         goal.ratio,
         tuple(tried),

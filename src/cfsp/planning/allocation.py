@@ -250,6 +250,22 @@ def round_widths(
         kept_U[chosen] = step(chosen)
 
 
+def equal_widths(width_U: Sequence[int], multiple_U: Sequence[int], fraction: float) -> list[int]:
+    """Return the multiple that is nearest to a fraction of each width, and at least one.
+
+    What was equally wide stays so; the sum is met to within half a multiple for each unit.
+
+    Args:
+        width_U: present widths.
+        multiple_U: what new widths are multiples of.
+        fraction: of the channels that stays.
+    """
+    return [
+        min(width, max(1, round(fraction * width / multiple)) * multiple)
+        for width, multiple in zip(width_U, multiple_U, strict=True)
+    ]
+
+
 def allocate(
     importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp = DEFAULT_CLAMP
 ) -> list[int]:
@@ -272,6 +288,8 @@ def allocate(
     width_U, cost_U = size.width_U, size.cost_U
     if budget.sparsity == 0.0:
         return list(width_U)
+    if budget.widths == "equal":
+        return equal_widths(width_U, size.multiple_U(budget), total / size.cost_of(width_U))
     if clamp == "water-fill":
         ideal_U = water_fill(importance_U, width_U, cost_U, total)
     else:

@@ -14,7 +14,13 @@ from statistics import fmean
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.errors import StatisticsError, UsageError
-from cfsp.settings import ANGULAR_AND_SENSITIVITY, BLOCK_METRICS, DISTANCES, SENSITIVITY_METRICS
+from cfsp.settings import (
+    ANGULAR_AND_SENSITIVITY,
+    BLOCK_METRICS,
+    DISTANCES,
+    SENSITIVITY_METRICS,
+    UNIFORM,
+)
 
 # The published code sums angular distances over 128 windows of 1024 tokens and divides by 1e4
 # before the sigmoid. With means instead of sums that is this gain, at any calibration size.
@@ -43,7 +49,7 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
     if metric not in known:
         raise UsageError(f"unknown block metric {metric!r}; known are: {', '.join(known)}")
     angular_L = _of_blocks_with_units(statistics, statistics.distances("angular"))
-    if metric == "uniform":
+    if metric == UNIFORM:
         return [fmean(angular_L)] * len(angular_L)
     if metric in ("angular", *SENSITIVITY_METRICS):
         return angular_L

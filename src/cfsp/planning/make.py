@@ -23,7 +23,7 @@ from cfsp.planning.coarse import block_distances, importance_by, of_units
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.progress import item_progress
-from cfsp.settings import AUTO_METRIC, SENSITIVITY, Budget, Criterion
+from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIFORM, Budget, Criterion
 
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
 LEAST_TOKENS = 32
@@ -52,8 +52,10 @@ def model_size(source: WeightSource) -> ModelSize:
     )
 
 
-def definite_criterion(criterion: Criterion, statistics: Statistics) -> Criterion:
+def definite_criterion(criterion: Criterion, statistics: Statistics, budget: Budget) -> Criterion:
     """Return a criterion that names its block metric: of `auto` what the statistics allow."""
+    if budget.widths == "equal":
+        return replace(criterion, block_metric=UNIFORM)
     if criterion.block_metric != AUTO_METRIC:
         return criterion
     return replace(criterion, block_metric=SENSITIVITY if statistics.sensitivity else "angular")
@@ -84,7 +86,7 @@ def plan_widths(
         StatisticsError: the block metric requires a sensitivity, and the statistics have none.
         UsageError: a metric is unknown.
     """
-    criterion = definite_criterion(criterion, statistics)
+    criterion = definite_criterion(criterion, statistics, budget)
     size = model_size(source)
     distance_U = of_units(statistics, block_distances(statistics, criterion.block_metric))
     importance_U = of_units(statistics, importance_by(statistics, criterion.block_metric))
@@ -200,7 +202,7 @@ def assemble_plan(
     kept: Sequence[tuple[int, ...]],
 ) -> PruningPlan:
     """Return the plan that widths and channels amount to."""
-    criterion = definite_criterion(criterion, statistics)
+    criterion = definite_criterion(criterion, statistics, budget)
     size = model_size(source)
     units = [
         UnitPlan(

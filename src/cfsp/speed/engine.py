@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from cfsp.errors import UsageError
+from cfsp.exports.decilm import is_decilm
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -37,6 +39,11 @@ def check_engine_reads(model: object, label: str, engine: str) -> None:
         raise UsageError(
             f"the engine {engine} cannot run {label}: llama.cpp runs .gguf "
             "files (make one with: cfsp export DIR --to gguf), the others run model directories"
+        )
+    if engine != "vllm" and isinstance(model, str | Path) and is_decilm(Path(model)):
+        raise UsageError(
+            f"the engine {engine} cannot run {label}, which is an export for vLLM; give --engine "
+            "vllm, or the checkpoint that was exported"
         )
 
 

@@ -6,16 +6,74 @@ single token and one of all.
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cfsp.checkpoint.config_widths import modeling_file
+from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.modeling_code import is_only_code
+from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import MissingExtraError
-from cfsp.speed.subjects import Subject
+from cfsp.exports.decilm import has_only_our_code, is_decilm
+from cfsp.speed.decilm_footprint import decilm_footprint
+from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.work import work_of
 from cfsp.speed.workload import Conditions, Timing, Workload
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """A directory that vLLM is given.
+
+    Attributes:
+        directory: of a model.
+        footprint: parameters, bytes and work.
+        dtype: what to compute in.
+        vocabulary: how many tokens there are.
+        has_our_code: whether its only code is as cfsp writes it, which may run.
+    """
+
+    directory: Path
+    footprint: Footprint
+    dtype: str
+    vocabulary: int
+    has_our_code: bool
+
+
+def readable_by_vllm(subject: Subject, dtype_name: str) -> Loadable:
+    """Return what vLLM is given: a model of transformers, or an export for its DeciLM class.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged.
+    """
+    directory = Path(str(subject.model))
+    if is_decilm(directory):
+        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        dtype = fields["dtype"] if dtype_name == "auto" else dtype_name
+        itemsize = getattr(torch, dtype).itemsize
+        footprint = decilm_footprint(directory, head=subject.head, itemsize=itemsize)
+        ours = has_only_our_code(directory)
+        return Loadable(directory, footprint, dtype, fields["vocab_size"], ours)
+    checkpoint = open_checkpoint(str(subject.model))
+    computed_in = compute_dtype(checkpoint, dtype_name)
+    nbytes = sum(spec.nbytes for spec in checkpoint.specs.values())
+    work = work_of(checkpoint, head=subject.head, itemsize=computed_in.itemsize)
+    file = modeling_file(checkpoint.config, checkpoint.architecture)
+    return Loadable(
+        checkpoint.directory,
+        Footprint(parameter_count(checkpoint), nbytes, work),
+        str(computed_in).removeprefix("torch."),
+        vocabulary_of(checkpoint.config),
+        file is not None and is_only_code(checkpoint.directory, file),
+    )
 
 
 class VllmEngine:
@@ -33,27 +91,15 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise MissingExtraError("the engine vllm", "vllm") from error
-        from cfsp.checkpoint.config_widths import modeling_file
-        from cfsp.checkpoint.loading import compute_dtype
-        from cfsp.checkpoint.locating import open_checkpoint
-        from cfsp.checkpoint.modeling_code import is_only_code
-        from cfsp.checkpoint.reading import parameter_count
-        from cfsp.checkpoint.text_config import vocabulary_of
-        from cfsp.speed.subjects import Footprint
-
-        checkpoint = open_checkpoint(str(subject.model))
-        dtype = compute_dtype(checkpoint, conditions.dtype)
-        nbytes = sum(spec.nbytes for spec in checkpoint.specs.values())
-        work = work_of(checkpoint, head=subject.head, itemsize=dtype.itemsize)
-        self.footprint = Footprint(parameter_count(checkpoint), nbytes, work)
-        self._dtype = str(dtype).removeprefix("torch.")
-        self._vocabulary = vocabulary_of(checkpoint.config)
+        loadable = readable_by_vllm(subject, conditions.dtype)
+        self.footprint = loadable.footprint
+        self._dtype = loadable.dtype
+        self._vocabulary = loadable.vocabulary
         self._sampling = SamplingParams
-        file = modeling_file(checkpoint.config, checkpoint.architecture)
         self._llm: Any = LLM(
-            model=str(checkpoint.directory),
+            model=str(loadable.directory),
             dtype=self._dtype,
-            trust_remote_code=file is not None and is_only_code(checkpoint.directory, file),
+            trust_remote_code=loadable.has_our_code,
             # The same prompt comes again and again; it shall be computed every time.
             enable_prefix_caching=False,
             disable_log_stats=True,

@@ -1,0 +1,269 @@
+"""Prune, quantise, or both: bytes, speed and perplexity of one model in llama.cpp.
+
+    python benchmarks/choose.py demo --out DIR --data wikitext2 --data c4
+
+exports the dense model and pruned ones as F16, Q8_0 and Q4_K_M, and measures each file in the same
+program: its size, CPU seconds of one thread for the prompt and for new tokens, the perplexity on
+each text, and how often its first choice of a token is that of the dense model in F16. Results are
+in DIR/choose.json, one entry a file, and a table and a picture are made of them. A run that is
+stopped goes on where it was.
+
+Speeds are CPU time, not time on the clock, because one thread's CPU time hardly depends on what
+other programs do. On a quiet machine, for several threads, use `cfsp bench --engine llama.cpp`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import cfsp
+from cfsp.checkpoint.locating import locate_model
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.exports.llama_cpp import LlamaCpp
+from cfsp.exports.llama_cpp_library import llama_cpp_version
+from cfsp.quality.evaluate import evaluation_windows
+from cfsp.settings import EvaluationText
+from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+from cfsp.speed.subjects import Subject
+from cfsp.speed.workload import Conditions, Workload
+
+TYPES = ("f16", "q8_0", "q4_k_m")
+DENSE = "dense"
+PROMPT = 256
+NEW_TOKENS = 24
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file.
+
+    Attributes:
+        model: dense, or the pruned directory's name.
+        weight_type: of the file.
+        nbytes: of the file.
+        prefill: prompt tokens for each CPU second of one thread.
+        decode: new tokens for each.
+        perplexity: by text.
+        same_choice: the part of all tokens of all texts where the first choice is the dense one's.
+        notes: what the export said.
+    """
+
+    model: str
+    weight_type: str
+    nbytes: int
+    prefill: float
+    decode: float
+    perplexity: dict[str, float]
+    same_choice: float
+    notes: tuple[str, ...]
+
+
+def main() -> None:
+    """Measure what is not measured yet; write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="as for prune")
+    parser.add_argument("--out", required=True, type=Path, help="a directory for all results")
+    parser.add_argument("--data", action="append", required=True, help="text to measure on")
+    parser.add_argument("--windows", type=int, default=4, help="of each text")
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.35])
+    parser.add_argument("--samples", type=int, help="calibration windows")
+    parser.add_argument("--multiple", type=int, default=256, help="256 is what K-quants work on")
+    parser.add_argument(
+        "--pruned", type=Path, action="append", default=[], help="a finished pruned directory"
+    )
+    parser.add_argument("--types", nargs="+", default=list(TYPES))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "choose.json"
+    found = json.loads(file.read_text()) if file.is_file() else {"files": []}
+    models = {DENSE: locate_model(args.model), **{path.name: path for path in args.pruned}}
+    for sparsity in args.sparsity:
+        name = f"pruned {sparsity:.0%}"
+        models[name] = _pruned(args, sparsity, args.out / name.replace(" ", "-"))
+    texts = _texts(args, models[DENSE])
+    found["conditions"] = {
+        "model": args.model,
+        "texts": {name: len(windows) for name, windows in texts.items()},
+        "seqlen": args.seqlen,
+        "llama.cpp": llama_cpp_version(),
+        "prompt": PROMPT,
+        "new_tokens": NEW_TOKENS,
+        "rounds": ROUNDS,
+    }
+    done = {(entry["model"], entry["weight_type"]) for entry in found["files"]}
+    for name, directory in models.items():
+        for weight_type in args.types:
+            if (name, weight_type) in done:
+                continue
+            entry = _measured(name, directory, weight_type, texts, args.out)
+            found["files"].append(asdict(entry))
+            file.write_text(json.dumps(found, indent=2) + "\n")
+            print(entry, flush=True)
+    print(table(found["files"]))
+    (args.out / "choose.svg").write_text(picture(found["files"]))
+
+
+def _pruned(args: argparse.Namespace, sparsity: float, out: Path) -> Path:
+    if not (out / "config.json").is_file():
+        cfsp.prune(
+            args.model,
+            out=out,
+            sparsity=sparsity,
+            multiple=args.multiple,
+            samples=args.samples,
+        )
+    return out
+
+
+def _texts(args: argparse.Namespace, dense: Path) -> dict[str, torch.Tensor]:
+    """Return windows_NT of each text."""
+    asked = EvaluationText(tuple(args.data), args.windows, args.seqlen)
+    windows = evaluation_windows(asked, Checkpoint(dense))
+    # A file is called by its folder, where that says more: wikitext2/test.parquet.
+    return {(Path(name).parent.name or name): drawn.tokens_NT for name, drawn in windows.items()}
+
+
+def _measured(
+    name: str, directory: Path, weight_type: str, texts: dict[str, torch.Tensor], work: Path
+) -> Measured:
+    file = work / f"{name.replace(' ', '-')}-{weight_type}.gguf"
+    notes: tuple[str, ...] = ()
+    if not file.is_file():
+        # What the logits are compared with below is text, not the checkpoint.
+        notes = cfsp.export(directory, "gguf", file, weight_type=weight_type, verify=False).notes
+    choices = work / "dense-choices.pt"
+    perplexity, chosen = _read(file, texts)
+    if name == DENSE and weight_type == "f16":
+        torch.save(chosen, choices)
+    same = (chosen == torch.load(choices)).float().mean()
+    prefill, decode = _speed(file)
+    return Measured(
+        name, weight_type, file.stat().st_size, prefill, decode, perplexity, float(same), notes
+    )
+
+
+def _read(file: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, float], torch.Tensor]:
+    """Return the perplexity on each text and the first choices after every token of all."""
+    perplexity, chosen = {}, []
+    for name, windows_NT in texts.items():
+        losses = []
+        with LlamaCpp(file, context=windows_NT.shape[1]) as model:
+            for tokens_T in windows_NT:
+                model.forget()
+                logits_TV = model.feed(tokens_T.tolist())
+                chosen.append(logits_TV.argmax(dim=1))
+                loss = torch.nn.functional.cross_entropy(logits_TV[:-1], tokens_T[1:].long())
+                losses.append(float(loss))
+        perplexity[name] = math.exp(sum(losses) / len(losses))
+    return perplexity, torch.cat(chosen)
+
+
+def _speed(file: Path) -> tuple[float, float]:
+    """Return prompt and new tokens for each CPU second of one thread, medians of rounds."""
+    engine = LlamaCppEngine(Subject(file, file.name), Conditions("llama.cpp", threads=1))
+    short, long = Workload(1, PROMPT, 1), Workload(1, PROMPT, 1 + NEW_TOKENS)
+    prefill, decode = [], []
+    for round_ in range(ROUNDS + 1):
+        seconds = {}
+        for workload in (short, long):
+            engine.run(workload)
+            start = time.process_time()
+            engine.run(workload)
+            seconds[workload] = time.process_time() - start
+        if round_:
+            prefill.append(PROMPT / seconds[short])
+            decode.append(NEW_TOKENS / (seconds[long] - seconds[short]))
+    return median(prefill), median(decode)
+
+
+def table(files: list[dict[str, Any]]) -> str:
+    """Return the results as a Markdown table, as ratios to the dense model in F16."""
+    first = files[0]
+    texts = list(first["perplexity"])
+    head = ["model", "type", "MB", "size", "prefill", "decode", *texts, "same choice"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for entry in files:
+        cells = [
+            entry["model"],
+            entry["weight_type"],
+            f"{entry['nbytes'] / 1e6:.0f}",
+            f"{entry['nbytes'] / first['nbytes']:.2f}",
+            f"{entry['prefill'] / first['prefill']:.2f}x",
+            f"{entry['decode'] / first['decode']:.2f}x",
+            *(f"{entry['perplexity'][text]:.1f}" for text in texts),
+            f"{entry['same_choice']:.0%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(files: list[dict[str, Any]]) -> str:
+    """Return size against perplexity as SVG: one line a model, one point a type."""
+    width, height, left, right, top, bottom = 640, 400, 64, 150, 24, 48
+    first = files[0]
+
+    def loss_of(entry: dict[str, Any]) -> float:
+        """Mean over texts of the perplexity over the dense one's, geometric."""
+        ratios = [math.log(v / first["perplexity"][k]) for k, v in entry["perplexity"].items()]
+        return math.exp(sum(ratios) / len(ratios))
+
+    points = [(entry, entry["nbytes"] / 1e6, loss_of(entry)) for entry in files]
+    most_x = max(x for _, x, _ in points) * 1.05
+    most_y = max(y for _, _, y in points)
+    low, high = 0.0, math.log(most_y) * 1.1 + 0.01
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (width - left - right) * x / most_x
+        up = (height - top - bottom) * (math.log(y) - low) / (high - low)
+        return left + across, height - bottom - up
+
+    colours = ("#1b1b1b", "#2b6cb0", "#2f855a", "#c05621", "#b83280", "#6b46c1")
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        "<title>Size on disk against perplexity, dense and pruned, by weight type</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for tick in range(0, int(most_x) + 1, 50):
+        x, y = at(tick, 1)
+        parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{tick}</text>')
+        parts.append(f'<line x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{y:.0f}" stroke="#e2e2e2"/>')
+    for tick in (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0):
+        if tick <= most_y * 1.05:
+            x, y = at(0, tick)
+            parts.append(f'<text x="{x - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>')
+            parts.append(
+                f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{width - right}" y2="{y:.0f}" '
+                'stroke="#e2e2e2"/>'
+            )
+    middle = (left + width - right) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{height - 10}" text-anchor="middle">MB on disk</text>')
+    parts.append(f'<text x="{left}" y="14">perplexity / dense F16</text>')
+    names = list(dict.fromkeys(entry["model"] for entry in files))
+    for name, colour in zip(names, colours, strict=False):
+        own = [(entry, *at(x, y)) for entry, x, y in points if entry["model"] == name]
+        line = " ".join(f"{x:.1f},{y:.1f}" for _, x, y in own)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
+        for entry, x, y in own:
+            label = entry["weight_type"].upper()
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" font-size="10">{label}</text>')
+        place = top + 18 * (names.index(name) + 1)
+        parts.append(f'<circle cx="{width - right + 16}" cy="{place - 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{width - right + 26}" y="{place}">{name}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

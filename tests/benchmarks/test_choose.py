@@ -1,0 +1,47 @@
+"""benchmarks/choose.py: the table and the picture that are made of its results."""
+
+from __future__ import annotations
+
+import sys
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import choose
+
+
+def entry(model: str, weight_type: str, nbytes: int, perplexity: float) -> dict[str, Any]:
+    return {
+        "model": model,
+        "weight_type": weight_type,
+        "nbytes": nbytes,
+        "prefill": 1e9 / nbytes,
+        "decode": 2e9 / nbytes,
+        "perplexity": {"wikitext2": perplexity, "c4": 2 * perplexity},
+        "same_choice": 0.5,
+        "notes": [],
+    }
+
+
+FILES = [
+    entry("dense", "f16", 200_000_000, 20.0),
+    entry("dense", "q8_0", 100_000_000, 20.1),
+    entry("pruned 20%", "f16", 160_000_000, 25.0),
+]
+
+
+def test_the_table_compares_with_the_dense_model() -> None:
+    lines = choose.table(FILES).splitlines()
+    assert lines[0].startswith("| model | type | MB | size | prefill | decode | wikitext2 | c4 |")
+    assert lines[4] == "| pruned 20% | f16 | 160 | 0.80 | 1.25x | 1.25x | 25.0 | 50.0 | 50% |"
+
+
+def test_the_picture_has_a_point_for_every_file() -> None:
+    root = ElementTree.fromstring(choose.picture(FILES))
+    circles = [node for node in root.iter() if node.tag.endswith("circle")]
+    # One for every file, one for every model in the legend.
+    assert len(circles) == len(FILES) + 2
+    assert len([node for node in root.iter() if node.tag.endswith("polyline")]) == 2

@@ -1,0 +1,51 @@
+"""benchmarks/quantisers.py: what each library loses, for those that are installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import REPOSITORY
+from ragged import cut
+from tiny_models import build_tiny_model
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import quantisers
+
+# What a method imports; the extras of cfsp bring llama_cpp_py_sync only.
+LIBRARIES = {
+    "torchao": "torchao",
+    "bitsandbytes": "bitsandbytes",
+    "llm": "llmcompressor",
+    "openvino": "nncf",
+    "gguf": "llama_cpp_py_sync",
+}
+
+
+@pytest.mark.parametrize("method", quantisers.METHODS)
+def test_a_pruned_model_is_quantised_as_a_dense_one(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    library = LIBRARIES[method.partition("-")[0]]
+    pytest.importorskip(library, reason=f"{library} is not installed; see docs/quantise.md")
+    # Rows of 64 and of 128, which nf4 and groups of 128 want.
+    pruned = cut(build_tiny_model("llama"), tokenizer, tmp_path, (64, 64, 64))
+    text = tmp_path / "text.txt"
+    text.write_text("A text of some words, which is read again and again. " * 40)
+    models = [str(tmp_path / "dense"), str(pruned.directory)]
+    arguments = [*models, "--method", method, "--data", str(text)]
+    out = tmp_path / "losses.json"
+    monkeypatch.setattr(
+        sys, "argv", ["quantisers", *arguments, "--seqlen", "64", "--out", str(out)]
+    )
+    assert quantisers.main() == 0
+    dense, after = json.loads(out.read_text())["losses"]
+    assert after["nbytes"] < dense["nbytes"]
+    for loss in (dense, after):
+        assert 0 < loss["divergence"] < 0.5
+        assert loss["generated"]
