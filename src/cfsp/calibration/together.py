@@ -9,7 +9,7 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +25,9 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
+from cfsp.checkpoint.reading import fingerprint
 from cfsp.engine.block_stream import StreamedBlock, windows_in_batch
+from cfsp.engine.versions import versions
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.settings import DISTANCES
@@ -83,10 +85,8 @@ def calibrate_together(
 def part_of(windows: Windows, team: Team, batch_windows: int | None) -> slice:
     """Return which windows one process has: whole batches, or none."""
     size = windows_in_batch(windows, batch_windows)
-    batches = math.ceil(len(windows.tokens_NT) / size)
-    first = team.rank * batches // team.size
-    last = (team.rank + 1) * batches // team.size
-    return slice(first * size, last * size)
+    own = team.share(math.ceil(len(windows.tokens_NT) / size))
+    return slice(own.start * size, own.stop * size)
 
 
 def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> None:
@@ -103,6 +103,23 @@ def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> Non
             f"{team.size} processes; take more --samples, fewer processes, or "
             f"--batch-windows {max(1, count // team.size)}"
         )
+
+
+def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[str, str]) -> None:
+    """Check that all processes have the same models, work and software.
+
+    Args:
+        team: the processes.
+        sources: the models.
+        more: what else must be the same, by name.
+
+    Raises:
+        UsageError: one has another.
+    """
+    if team.size > 1:
+        software = {f"version of {name}": found for name, found in versions().items()}
+        models = ", ".join(map(fingerprint, sources))
+        team.check_same({"model": models, **more, **software})
 
 
 def _nothing_seen(source: WeightSource, record: CalibrationRecord) -> Statistics:
