@@ -224,7 +224,7 @@ def calibrate_source(
     compute: Compute,
     place: Workplace | None = None,
     *,
-    sensitivity: bool = False,
+    sensitivity: bool | Callable[[Windows], bool] = False,
     processor: Any = None,
 ) -> Statistics:
     """Draw windows and run them through the model once.
@@ -236,7 +236,8 @@ def calibrate_source(
         compute: where and in what.
         place: where to spill and to save, and the processes that share the windows; None for a
             temporary one.
-        sensitivity: also measure that of every block; in one process only.
+        sensitivity: also measure that of every block; in one process only. A function is asked with
+            the windows.
         processor: of a multimodal model in memory.
     """
     if place is None:
@@ -252,6 +253,8 @@ def calibrate_source(
             )
     engine = engine_of(compute, source)
     windows = calibration_windows(source, tokenizer, text, engine, processor)
+    if callable(sensitivity):
+        sensitivity = sensitivity(windows)
     if sensitivity:
         check_is_text(windows, "--sensitivity")
     check_same_work(place.team, [source], {"calibration text": windows.digest})

@@ -71,6 +71,7 @@ class HiddenInMemory(HiddenStates):
         dtype: its dtype.
         directory: where `save` puts copies; None if it is never called.
         saved: name of a file that `save` returned in an earlier process, to go on from.
+        pinned: whether a GPU copies from and to it.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class HiddenInMemory(HiddenStates):
         dtype: torch.dtype,
         directory: Path | None = None,
         saved: str | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
-        self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype)
+        self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype, pin_memory=pinned)
         self.shape_NTD = shape_NTD
         self.nbytes = self._hidden_NTD.nbytes
         self._directory = directory
