@@ -7,6 +7,9 @@ another wrote.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,12 +99,14 @@ class ShardedTrainer(RecoveryTrainer):
         """Write what is trained."""
         assert output_dir is not None
         state = get_model_state_dict(self.model, options=_TRAINED)
-        save(state, checkpoint_id=Path(output_dir) / _WEIGHTS, no_dist=_is_alone())
+        with _alone_or_not() as no_dist:
+            save(state, checkpoint_id=Path(output_dir) / _WEIGHTS, no_dist=no_dist)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         directory = Path(output_dir)
         state = get_optimizer_state_dict(self.model, self._optimizer, options=_TRAINED)
-        save(state, checkpoint_id=directory / _OPTIMIZER, no_dist=_is_alone())
+        with _alone_or_not() as no_dist:
+            save(state, checkpoint_id=directory / _OPTIMIZER, no_dist=no_dist)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
 
@@ -134,8 +139,13 @@ class ShardedTrainer(RecoveryTrainer):
 
 def _load_into(state: dict[str, Any], directory: Path) -> None:
     """Fill this process's parts of a state from what any number of processes wrote."""
-    load(state, checkpoint_id=directory, no_dist=_is_alone())
+    with _alone_or_not() as no_dist:
+        load(state, checkpoint_id=directory, no_dist=no_dist)
 
 
-def _is_alone() -> bool:
-    return process_count() == 1
+@contextmanager
+def _alone_or_not() -> Iterator[bool]:
+    """Give whether this process is alone, of which torch would warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield process_count() == 1
