@@ -49,6 +49,7 @@ def make_checkpoint(
     blocks: int | None = None,
     shard_gigabytes: float = 2.0,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> int:
     """Write a checkpoint and return the size of its tensors in bytes.
 
@@ -58,7 +59,9 @@ def make_checkpoint(
         blocks: how many; None for as many as the model has.
         shard_gigabytes: size of a shard.
         seed: of the weights.
+        device: where random numbers are made, which are others there; None for the CPU.
     """
+    device = device or torch.device("cpu")
     config = ShapedModel(shape, blocks).config()
     skeleton = build_skeleton(config, torch.bfloat16)
     tied = set(skeleton.all_tied_weights_keys)
@@ -67,7 +70,7 @@ def make_checkpoint(
         if name in tied:
             continue
         spec = TensorSpec(torch.bfloat16, tuple(parameter.shape))
-        outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, seed)))
+        outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, seed, device)))
     with staged_directory(out) as staging:
         fields = config.to_dict() | {
             "architectures": [model_class_of(config).__name__],
@@ -78,18 +81,18 @@ def make_checkpoint(
         return write_shards(staging, outgoing, int(shard_gigabytes * 1e9)).nbytes
 
 
-def _chunks_of(name: str, spec: TensorSpec, seed: int):
+def _chunks_of(name: str, spec: TensorSpec, seed: int, device: torch.device):
     def chunks() -> Iterator[memoryview]:
         # A seed for every tensor: shards then do not depend on each other.
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()) + seed)
         left = math.prod(spec.shape)
         while left:
             count = min(left, _CHUNK)
             if len(spec.shape) == 1:
                 values = torch.ones(count)
             else:
-                values = torch.randn(count, generator=generator).mul_(DEVIATION)
-            yield from tensor_chunks(values.bfloat16())
+                values = torch.randn(count, generator=generator, device=device).mul_(DEVIATION)
+            yield from tensor_chunks(values.bfloat16().cpu())
             left -= count
 
     return chunks

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import calibrate_together, check_enough
+from cfsp.calibration.together import calibrate_together, check_enough, check_same_work
 from cfsp.checkpoint.modeling_code import code_digests
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -28,13 +28,12 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, fingerprint
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
 from cfsp.engine.compute import Engine, engine_of
 from cfsp.engine.stopwatch import Stopwatch
-from cfsp.engine.versions import versions
 from cfsp.engine.workplace import (
     Workplace,
     output_workplace,
@@ -124,7 +123,7 @@ def prune_checkpoint(
         output_workplace(out, identity, settings.compute.memory_budget, team) as place,
         _shared_staging(out, place) as staging,
     ):
-        check_same_work(team, source, {"command": _digest(identity)})
+        check_same_work(team, [source], {"command": _digest(identity)})
         inputs = _Inputs.of(source, lambda: load_tokenizer(source.directory), settings, team=team)
         decided = _decide(inputs, settings, goal, statistics, plan, place, watch)
         repaired, facts = decided.repaired, decided.goal
@@ -226,7 +225,7 @@ def calibrate_source(
     compute: Compute,
     place: Workplace | None = None,
     *,
-    sensitivity: bool = False,
+    sensitivity: bool | Callable[[Windows], bool] = False,
     processor: Any = None,
 ) -> Statistics:
     """Draw windows and run them through the model once.
@@ -238,7 +237,8 @@ def calibrate_source(
         compute: where and in what.
         place: where to spill and to save, and the processes that share the windows; None for a
             temporary one.
-        sensitivity: also measure that of every block; in one process only.
+        sensitivity: also measure that of every block; in one process only. A function is asked with
+            the windows.
         processor: of a multimodal model in memory.
     """
     if place is None:
@@ -254,30 +254,16 @@ def calibrate_source(
             )
     engine = engine_of(compute, source)
     windows = calibration_windows(source, tokenizer, text, engine, processor)
+    if callable(sensitivity):
+        sensitivity = sensitivity(windows)
     if sensitivity:
         check_is_text(windows, "--sensitivity")
-    check_same_work(place.team, source, {"calibration text": windows.digest})
+    check_same_work(place.team, [source], {"calibration text": windows.digest})
     check_enough(windows, place.team, engine.batch_windows)
     statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place)
     if sensitivity:
         return with_sensitivity(source, statistics, windows, Criterion(), engine)
     return statistics
-
-
-def check_same_work(team: Team, source: WeightSource, more: dict[str, str]) -> None:
-    """Check that all processes have the same model, work and software.
-
-    Args:
-        team: the processes.
-        source: the model.
-        more: what else must be the same, by name.
-
-    Raises:
-        UsageError: one has another.
-    """
-    if team.size > 1:
-        software = {f"version of {name}": found for name, found in versions().items()}
-        team.check_same({"model": fingerprint(source), **more, **software})
 
 
 def _digest(identity: dict[str, Any]) -> str:

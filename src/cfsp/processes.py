@@ -74,7 +74,7 @@ class Team:
         return self.rank == 0
 
     def add_up(self, numbers: Tensor) -> Tensor:
-        """Return the sum over all processes; every process must call this once.
+        """Return the sum over all processes, in the same memory; every process must call this once.
 
         Args:
             numbers: of the same shape everywhere, on the device that the process computes on.
@@ -82,13 +82,22 @@ class Team:
         Raises:
             ProcessError: a process died, or is not there in time.
         """
+        self.add_up_each([numbers])
+        return numbers
+
+    def add_up_each(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, as `add_up` does."""
         if self.size == 1:
-            return numbers
+            return
         import torch.distributed as dist
 
         with self._exchange():
-            dist.all_reduce(numbers)
-        return numbers
+            for numbers in tensors:
+                dist.all_reduce(numbers)
+
+    def share(self, count: int) -> slice:
+        """Return which of so many things are this process's; shares differ by one at most."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def add_up_at_first(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of the first process by their sums over all; others' are used up.

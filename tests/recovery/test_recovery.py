@@ -575,7 +575,7 @@ def test_settings_out_of_range(make, message):
 
 def test_sharded_training_is_refused(pruned, text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match=r"does not run under FSDP.*use DDP"):
+    with pytest.raises(UsageError, match=r"under accelerate's FSDP.*give --shard"):
         recover(pruned, tmp_path / "out", text_file)
     assert not list(tmp_path.glob("out*"))
 

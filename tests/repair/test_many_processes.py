@@ -38,7 +38,7 @@ def check_alike(tmp_path: Path) -> Callable[[list[str]], None]:
         assert main([*argv, "--out", str(one)]) == 0
         assert {path.name for path in one.iterdir()} == {path.name for path in many.iterdir()}
         assert (one / PLAN_FILE).read_bytes() == (many / PLAN_FILE).read_bytes()
-        assert perplexity_of(one) == pytest.approx(perplexity_of(many), rel=1e-5)
+        assert numbers_of(one) == pytest.approx(numbers_of(many), rel=1e-5)
         expected, found = (load_file(path / "model.safetensors") for path in (one, many))
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
@@ -48,9 +48,15 @@ def check_alike(tmp_path: Path) -> Callable[[list[str]], None]:
     return check
 
 
-def perplexity_of(pruned: Path) -> list[float]:
-    (measured,) = json.loads((pruned / MANIFEST_FILE).read_text())["perplexity"].values()
-    return [measured["before"], measured["after"]]
+def numbers_of(pruned: Path) -> list[float]:
+    """Return the perplexities in a manifest, and what each repair came to."""
+    manifest = json.loads((pruned / MANIFEST_FILE).read_text())
+    measured = [
+        each[side] for each in manifest["perplexity"].values() for side in ("before", "after")
+    ]
+    steps = manifest["repair"]["steps"]
+    blocks = [block for step in steps for block in step["blocks"] if block is not None]
+    return measured + [block[key] for block in blocks for key in ("error_before", "error_after")]
 
 
 @pytest.mark.parametrize("argv", ["llama", "mixtral"], indirect=True)
@@ -99,6 +105,22 @@ def test_after_a_death_the_same_command_goes_on(
     check_alike(argv)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_blocks_train_together(
+    commands: Commands,
+    argv: list[str],
+    tmp_path: Path,
+    size: int,
+    check_alike: Callable[[list[str]], None],
+) -> None:
+    """Three processes share batches of 2 windows, so that one has none."""
+    argv = [*argv, "--repair", "local", "--local-steps", "3", "--local-blocks", "1"]
+    argv_of_many = [*argv, "--out", str(tmp_path / "many")]
+    ended = commands(*(Command(argv_of_many, environment=rank) for rank in ranks(size)))
+    assert [each.status for each in ended] == [0] * size, ended
+    check_alike(argv)
+
+
 def test_processes_with_different_work_are_refused(
     commands: Commands, argv: list[str], tmp_path: Path
 ) -> None:
@@ -116,8 +138,7 @@ def test_processes_with_different_work_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--effort", "best"], "--repair local runs in one process, found 2"),
-        (["--recover", "1"], "--recover runs in one process"),
+        (["--recover", "1"], "--recover runs in one process, found 2"),
         (["--process-timeout", "0"], "--process-timeout must be positive"),
     ],
 )

@@ -56,9 +56,9 @@ def observed_activations(
         block: a decoder block.
         units: its FFN units.
         on_rows: is given the position of the unit in `units`, the index of the FFN in the unit,
-            act_RF, and the index of each row's token in the flattened batch. The activations of
-            an expert are those of the tokens that are routed to it, times the router's weight:
-            what they are worth in the block's output.
+            act_RF, and the index of each row's token in the flattened batch (of a dense FFN on the
+            CPU). The activations of an expert are those of the tokens that are routed to it, times
+            the router's weight: what they are worth in the block's output.
 
     Raises:
         UnsupportedModelError: while the block runs: it cannot be told which token a row is of, or
@@ -143,7 +143,7 @@ def _observed_unit(
 def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
         act_RF = args[0].flatten(0, -2)
-        on_rows(0, act_RF, torch.arange(len(act_RF), device=act_RF.device))
+        on_rows(0, act_RF, torch.arange(len(act_RF)))
 
     return before_down
 
@@ -240,7 +240,7 @@ def _watch_products(
         if not unit.routed:
             if name == unit.down:
                 act_RF = operand.flatten(0, -2)
-                on_rows(0, act_RF, torch.arange(len(act_RF), device=act_RF.device))
+                on_rows(0, act_RF, torch.arange(len(act_RF)))
         elif part.ndim == 3:
             if name == unit.down:
                 everything.append(operand)

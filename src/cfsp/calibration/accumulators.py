@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cfsp.settings import DISTANCES
 
-# Rows of activations that are summed at once: their float32 copy should stay in the cache.
-_ROWS = 256
+# Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
+# an accelerator is given few and large things to do.
+_ROWS, _ROWS_ELSEWHERE = 256, 4096
 
 
 class DistanceSums:
@@ -33,7 +34,7 @@ class DistanceSums:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.sums = dict.fromkeys(DISTANCES, 0.0)
+        self._total: Tensor | None = None
 
     def add(self, input_BTD: Tensor, output_BTD: Tensor) -> None:
         """Add the tokens of one batch."""
@@ -53,9 +54,17 @@ class DistanceSums:
             "mse": squares.mean(1),
             "mae": difference.abs().mean(1),
         }
-        for name, value in values.items():
-            self.sums[name] += value.sum(dtype=torch.float64).float().item()
+        # Kept where it was computed: to ask an accelerator for a number is to wait for it.
+        added = torch.stack([values[name].sum(dtype=torch.float64).float() for name in DISTANCES])
+        self._total = added.double() if self._total is None else self._total + added
         self.tokens += before.shape[0]
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Sum of each distance over all tokens added so far."""
+        if self._total is None:
+            return dict.fromkeys(DISTANCES, 0.0)
+        return dict(zip(DISTANCES, self._total.tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         """Return the mean of each distance over all tokens added so far."""
@@ -93,7 +102,7 @@ class ChannelSums:
             zeros = torch.zeros(channels, dtype=torch.float64, device=rows.device)
             self.sum_F, self.sum_of_squares_F = zeros, zeros.clone()
         own = slice(ffn * width, (ffn + 1) * width)
-        for part in torch.split(rows, _ROWS):
+        for part in torch.split(rows, _ROWS if rows.device.type == "cpu" else _ROWS_ELSEWHERE):
             exact = part.float()
             self.sum_F[own] += exact.sum(0)
             # Not in place: of float32 activations `exact` is the block's own tensor, no copy.

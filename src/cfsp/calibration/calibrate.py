@@ -29,6 +29,7 @@ from cfsp.errors import CalibrationError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from cfsp.architecture.found import FFNUnit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
@@ -43,6 +44,7 @@ def calibrate(
     seed: int = 0,
     place: Workplace | None = None,
     name: str = "calibrate",
+    is_part: bool = False,
 ) -> Statistics:
     """Run all windows through the model once, block by block, and gather statistics.
 
@@ -53,9 +55,10 @@ def calibrate(
         seed: the seed that the windows were drawn by, for the record.
         place: where to spill and to save; None for neither.
         name: of the pass, in its workplace and its progress bar.
+        is_part: whether other processes have other windows, so that an expert may see no token.
 
     Raises:
-        CalibrationError: a weight or an activation is NaN or infinite.
+        CalibrationError: a weight or an activation is NaN or infinite, or an FFN unit saw no token.
         CheckpointError: a tensor is missing or truncated.
         ResumeError: the workplace holds unfinished work of something else.
     """
@@ -64,7 +67,7 @@ def calibrate(
     observed = pass_blocks(
         source,
         windows,
-        observe,
+        _observe_part if is_part else observe,
         StatisticsFiles(record),
         name=name,
         device=engine.device,
@@ -120,8 +123,14 @@ def observe(block: StreamedBlock) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 
     Raises:
-        CalibrationError: an activation is NaN or infinite.
+        CalibrationError: an activation is NaN or infinite, or an FFN unit saw no token.
     """
+    observed = _observe_part(block)
+    check_seen(block.units, observed.units)
+    return observed
+
+
+def _observe_part(block: StreamedBlock) -> ObservedBlock:
     distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
     block.advance(
         lambda unit, ffn, act_RF, window_R: channels[unit].add(act_RF, ffn), distances.add
@@ -132,7 +141,7 @@ def observe(block: StreamedBlock) -> ObservedBlock:
 def observed_block(
     block: StreamedBlock, distances: DistanceSums, channels: Sequence[ChannelSums]
 ) -> ObservedBlock:
-    """Return what the sums of one block and its FFN units amount to.
+    """Return what the sums of one block and its FFN units amount to: zeros where nothing was seen.
 
     Args:
         block: the block.
@@ -140,32 +149,42 @@ def observed_block(
         channels: of each of its units.
 
     Raises:
-        CalibrationError: an activation was NaN or infinite, or a unit saw no token.
+        CalibrationError: an activation was NaN or infinite.
     """
     units = []
-    are_finite = all(map(math.isfinite, distances.sums.values()))
+    distance_sums = distances.sums
+    are_finite = all(map(math.isfinite, distance_sums.values()))
     for unit, sums in zip(block.units, channels, strict=True):
-        if sums.sum_F is None or sums.sum_of_squares_F is None:
-            raise CalibrationError(
-                f"no calibration token reached {unit.path or 'the FFN'} of block {block.index}; "
-                "give more --samples"
-            )
-        are_finite = are_finite and bool(torch.isfinite(sums.sum_of_squares_F).all())
-        units.append(
-            UnitStatistics(
-                block.index,
-                sums.sum_F.cpu(),
-                sums.sum_of_squares_F.cpu(),
-                distances.tokens,
-                tuple(sums.tokens_E) if len(sums.tokens_E) > 1 else (),
-            )
-        )
+        none = torch.zeros(unit.ffns * unit.width, dtype=torch.float64)
+        sum_F = none if sums.sum_F is None else sums.sum_F.cpu()
+        squares_F = none if sums.sum_of_squares_F is None else sums.sum_of_squares_F.cpu()
+        are_finite = are_finite and bool(torch.isfinite(squares_F).all())
+        routed_E = tuple(sums.tokens_E) if len(sums.tokens_E) > 1 else ()
+        units.append(UnitStatistics(block.index, sum_F, squares_F, distances.tokens, routed_E))
     if not are_finite:
         raise CalibrationError(
             f"block {block.index} produced NaN or infinite activations; "
             "calibrate with --dtype float32 or bfloat16"
         )
-    return ObservedBlock(BlockStatistics(dict(distances.sums), distances.tokens), tuple(units))
+    return ObservedBlock(BlockStatistics(distance_sums, distances.tokens), tuple(units))
+
+
+def check_seen(units: Sequence[FFNUnit], statistics: Sequence[UnitStatistics]) -> None:
+    """Check that tokens have reached every FFN unit.
+
+    Args:
+        units: of a block or a model.
+        statistics: of each.
+
+    Raises:
+        CalibrationError: none has reached one.
+    """
+    for unit, found in zip(units, statistics, strict=True):
+        if not bool(found.sum_of_squares_F.any()):
+            raise CalibrationError(
+                f"no calibration token reached {unit.path or 'the FFN'} of block {unit.block}; "
+                "give more --samples"
+            )
 
 
 def check_tokens(config: PreTrainedConfig, tokens_NT: Tensor, label: str) -> None:

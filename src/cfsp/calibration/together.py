@@ -9,15 +9,14 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cfsp.calibration.accumulators import ChannelSums, DistanceSums
-from cfsp.calibration.calibrate import calibrate, calibration_record
+from cfsp.calibration.calibrate import calibrate, calibration_record, check_seen
 from cfsp.calibration.statistics import (
     BlockStatistics,
     CalibrationRecord,
@@ -25,7 +24,9 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
-from cfsp.engine.block_stream import StreamedBlock, windows_in_batch
+from cfsp.checkpoint.reading import fingerprint
+from cfsp.engine.block_stream import windows_in_batch
+from cfsp.engine.versions import versions
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.settings import DISTANCES
@@ -74,19 +75,19 @@ def calibrate_together(
     record = calibration_record(source, windows, engine, seed=seed)
     own = windows.part(part_of(windows, team, engine.batch_windows))
     if len(own.tokens_NT):
-        part = calibrate(source, own, engine, seed=seed, place=place, name=name)
+        part = calibrate(source, own, engine, seed=seed, place=place, name=name, is_part=True)
     else:
         part = _nothing_seen(source, record)
-    return replace(add_up(part, team, engine.device), record=record)
+    total = add_up(part, team, engine.device)
+    check_seen(source.units, total.units)
+    return replace(total, record=record)
 
 
 def part_of(windows: Windows, team: Team, batch_windows: int | None) -> slice:
     """Return which windows one process has: whole batches, or none."""
     size = windows_in_batch(windows, batch_windows)
-    batches = math.ceil(len(windows.tokens_NT) / size)
-    first = team.rank * batches // team.size
-    last = (team.rank + 1) * batches // team.size
-    return slice(first * size, last * size)
+    own = team.share(math.ceil(len(windows.tokens_NT) / size))
+    return slice(own.start * size, own.stop * size)
 
 
 def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> None:
@@ -103,6 +104,23 @@ def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> Non
             f"{team.size} processes; take more --samples, fewer processes, or "
             f"--batch-windows {max(1, count // team.size)}"
         )
+
+
+def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[str, str]) -> None:
+    """Check that all processes have the same models, work and software.
+
+    Args:
+        team: the processes.
+        sources: the models.
+        more: what else must be the same, by name.
+
+    Raises:
+        UsageError: one has another.
+    """
+    if team.size > 1:
+        software = {f"version of {name}": found for name, found in versions().items()}
+        models = ", ".join(map(fingerprint, sources))
+        team.check_same({"model": models, **more, **software})
 
 
 def _nothing_seen(source: WeightSource, record: CalibrationRecord) -> Statistics:
@@ -124,38 +142,6 @@ def _nothing_seen(source: WeightSource, record: CalibrationRecord) -> Statistics
     return Statistics.of(observed, record)
 
 
-def add_up_sums(
-    block: StreamedBlock, distances: DistanceSums, channels: Sequence[ChannelSums], team: Team
-) -> None:
-    """Make the sums of one block and its FFN units those of all processes.
-
-    Args:
-        block: the block.
-        distances: between its input and output.
-        channels: of each of its units.
-        team: the processes.
-    """
-    if team.size == 1:
-        return
-    own = [_numbers(distances.sums), _numbers(distances.tokens)]
-    for unit, sums in zip(block.units, channels, strict=True):
-        none = torch.zeros(unit.ffns * unit.width, dtype=torch.float64)
-        own += [
-            none if sums.sum_F is None else _numbers(sums.sum_F.cpu()),
-            none if sums.sum_of_squares_F is None else _numbers(sums.sum_of_squares_F.cpu()),
-            _numbers(tuple(sums.tokens_E)),
-        ]
-    total = team.add_up(torch.cat(own).to(block.device))
-    parts = iter(torch.split(total, [part.numel() for part in own]))
-    distances.sums = _like(distances.sums, next(parts).cpu())
-    distances.tokens = _like(distances.tokens, next(parts).cpu())
-    for sums in channels:
-        sum_F, sum_of_squares_F, tokens_E = (next(parts) for _ in range(3))
-        sums.tokens_E = list(_like(tuple(sums.tokens_E), tokens_E.cpu()))
-        if sums.tokens:
-            sums.sum_F, sums.sum_of_squares_F = sum_F.clone(), sum_of_squares_F.clone()
-
-
 def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:
     """Return the sum of the statistics of all processes, in one exchange.
 
@@ -164,14 +150,33 @@ def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:
         team: the processes.
         device: where the sums are added up.
     """
-    values = [getattr(block, name) for block in part.blocks for name in _SUMS]
-    values += [getattr(unit, name) for unit in part.units for name in _SUMS_OF_UNIT]
+    blocks, units = _added_up(part.blocks, part.units, team, device)
+    return replace(part, blocks=blocks, units=units)
+
+
+def add_up_block(part: ObservedBlock, team: Team, device: torch.device) -> ObservedBlock:
+    """Return the sum of the statistics of one block; see `add_up`."""
+    if team.size == 1:
+        return part
+    (block,), units = _added_up((part.block,), part.units, team, device)
+    return ObservedBlock(block, units)
+
+
+def _added_up(
+    blocks: Sequence[BlockStatistics],
+    units: Sequence[UnitStatistics],
+    team: Team,
+    device: torch.device,
+) -> tuple[tuple[BlockStatistics, ...], tuple[UnitStatistics, ...]]:
+    values = [getattr(block, name) for block in blocks for name in _SUMS]
+    values += [getattr(unit, name) for unit in units for name in _SUMS_OF_UNIT]
     own = torch.cat([_numbers(value) for value in values])
     total = team.add_up(own.to(device)).cpu()
     sums = iter(torch.split(total, [_numbers(value).numel() for value in values]))
-    blocks = tuple(_with_numbers(block, _SUMS, sums) for block in part.blocks)
-    units = tuple(_with_numbers(unit, _SUMS_OF_UNIT, sums) for unit in part.units)
-    return replace(part, blocks=blocks, units=units)
+    return (
+        tuple(_with_numbers(block, _SUMS, sums) for block in blocks),
+        tuple(_with_numbers(unit, _SUMS_OF_UNIT, sums) for unit in units),
+    )
 
 
 def _with_numbers(part: Part, names: Sequence[str], sums: Iterator[Tensor]) -> Part:

@@ -176,9 +176,11 @@ def fill_parameters(
 
 def fill(module: nn.Module, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     """Make tensors the parameters of a module, on a device; the dictionary is emptied."""
+    # What is pinned is copied to a GPU while others are taken up.
+    waits = device.type != "cuda"
     for name in list(tensors):
         # One at a time: on another device each would otherwise be there twice.
-        moved = {name: tensors.pop(name).to(device)}
+        moved = {name: tensors.pop(name).to(device, non_blocking=not waits)}
         module.load_state_dict(moved, strict=False, assign=True)
     module.requires_grad_(False)
     module.to(device)

@@ -13,7 +13,6 @@ Shapes: D hidden, E experts, F channels, K channels that stay.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -28,11 +27,11 @@ from cfsp.checkpoint.conversion import (
     as_saved,
     convert,
     find_conversions,
-    meta,
     places,
     saved_state,
 )
 from cfsp.checkpoint.layout_tracing import ChannelParameter, trace
+from cfsp.checkpoint.stored_faults import faults_of, shapes_made, specs_of
 from cfsp.checkpoint.stored_layout import ChannelLayout, Role
 from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec
 from cfsp.errors import CheckpointError, UnsupportedModelError
@@ -99,10 +98,10 @@ class StoredTensors:
         made_by: dict[str, Conversion] = {}
         found_shapes: dict[str, tuple[int, ...]] = {}
         for conversion in conversions:
-            for name, shape in _shapes_made(conversion, specs, shapes).items():
+            for name, shape in shapes_made(conversion, specs, shapes).items():
                 made_by[name], found_shapes[name] = conversion, shape
         tied = _tied(model, made_by)
-        faults = _faults(model, shapes, specs, made_by, found_shapes, tied)
+        faults = faults_of(model, shapes, specs, made_by, found_shapes, tied)
         parameters = _channel_parameters(architecture, shapes)
         for name in parameters:
             if name in faults:
@@ -299,7 +298,7 @@ def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     state = saved_state(model)
     empty = {name: tensor.to("meta") for name, tensor in state.items()}
-    specs = _specs(as_saved(model, empty))
+    specs = specs_of(as_saved(model, empty))
     tensors: dict[str, Tensor] = {}
     for conversion in find_conversions(model, specs)[0]:
         placed = places(conversion, specs)
@@ -321,20 +320,6 @@ def _channel_parameters(
             axes = shapes.tensors[full_name].ndim
             found[full_name] = ChannelParameter(index, unit, name, axes)
     return found
-
-
-def _shapes_made(
-    conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters that a conversion makes; of none if it cannot."""
-    placed = places(conversion, specs)
-    if placed is not None:
-        return {conversion.target: placed[1]}
-    try:
-        made = convert(conversion, meta(specs, conversion.stored), shapes)
-    except Exception:  # whatever a converter says to shapes that do not fit
-        return {}
-    return {name: tuple(tensor.shape) for name, tensor in made.items()}
 
 
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:
@@ -360,60 +345,6 @@ def _stale(model: PreTrainedModel, unused: Mapping[str, str]) -> Iterator[str]:
         prefixed = f"{model.base_model_prefix}.{module}"
         if module in modules or prefixed in modules or name.endswith(_OLD_BUFFER):
             yield name
-
-
-def _faults(
-    model: PreTrainedModel,
-    shapes: ModelShapes,
-    specs: Mapping[str, TensorSpec],
-    made_by: Mapping[str, Conversion],
-    found_shapes: Mapping[str, tuple[int, ...]],
-    tied: Mapping[str, str],
-) -> dict[str, str]:
-    """Return what is wrong with the parameters that the stored tensors do not make up."""
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    faulty = [
-        name
-        for name, tensor in shapes.tensors.items()
-        if name not in tied
-        and found_shapes.get(name) != tuple(tensor.shape)
-        and (name in found_shapes or not any(re.search(pattern, name) for pattern in optional))
-    ]
-    if not faulty:
-        return {}
-    expected = as_saved(model, {name: shapes.tensors[name] for name in saved_state(model)})
-    saved_as = {}
-    for conversion in find_conversions(model, expected)[0]:
-        for name in _shapes_made(conversion, _specs(expected), shapes):
-            saved_as[name] = conversion.stored
-    faults = {}
-    for name in faulty:
-        of_this = made_by[name].stored if name in made_by else ()
-        faults[name] = f"has no tensors that {name} can be made of"
-        if name in found_shapes:
-            faults[name] = (
-                f"has tensors for {name} of shape {list(found_shapes[name])}, its config asks for "
-                f"{list(shapes.tensors[name].shape)}"
-            )
-        for stored in (*of_this, *saved_as.get(name, (name,))):
-            is_converted = name in made_by and made_by[name].converter is not None
-            if stored in specs and stored not in expected and is_converted:
-                continue  # one of too many, or stored as it would not be saved now
-            wanted = expected.get(stored, shapes.tensors[name])
-            if stored not in specs:
-                faults[name] = f"lacks the tensor {stored}"
-                break
-            if specs[stored].shape != tuple(wanted.shape):
-                faults[name] = (
-                    f"has {stored} of shape {list(specs[stored].shape)}, its config asks for "
-                    f"{list(wanted.shape)}"
-                )
-                break
-    return faults
-
-
-def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
 def _layouts(

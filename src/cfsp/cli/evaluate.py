@@ -78,6 +78,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "hub",
     )
     arguments.add_compute(parser)
+    arguments.add_process_timeout(parser)
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -86,10 +87,12 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
     if not args.data and not args.tasks:
         raise UsageError("expected --data, --tasks or both, found neither")
-    if process_count() > 1:
+    if args.tasks and process_count() > 1:
         raise UsageError(
-            f"eval runs in one process, found {process_count()}; evaluate without torchrun"
+            f"--tasks runs in one process, found {process_count()}; leave it out, or evaluate "
+            "without torchrun"
         )
+    timeout = arguments.process_timeout(args)
     arguments.check_texts(None, args.data)
 
     from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
@@ -100,19 +103,30 @@ def run(args: argparse.Namespace) -> None:
         batch = args.batch_windows or DEFAULT_BATCH
         selection = TaskSelection(tuple(names), args.limit, args.shots, args.task_data, batch)
 
+    from cfsp.checkpoint.loading import compute_device
+    from cfsp.processes import joined, take_own_accelerator
     from cfsp.quality.evaluate import evaluate_models
     from cfsp.quality.results_file import measured_into
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = arguments.evaluation_text(args.data, args.windows, args.seqlen, args.stride, args.bos)
     runner = TaskRunner.of(selection) if selection else None
+    compute = arguments.compute(args)
+    take_own_accelerator(compute.device)
+    with joined(compute_device(compute.device), timeout) as team:
 
-    def measure(out: Path | None) -> dict[str, Any]:
-        compute = arguments.compute(args)
-        models = evaluate_models(args.models, texts, compute, runner, against=args.against, out=out)
-        return {"models": models, **({"tasks": runner.conditions()} if runner else {})}
+        def measure(out: Path | None) -> dict[str, Any]:
+            models = evaluate_models(
+                args.models, texts, compute, runner, against=args.against, out=out, team=team
+            )
+            return {"models": models, **({"tasks": runner.conditions()} if runner else {})}
 
-    found = measure(None) if args.out is None else measured_into(args.out, _asked(args), measure)
+        if args.out is None:
+            found = measure(None)
+        else:
+            found = measured_into(args.out, _asked(args), measure, team)
+    if not team.is_first:
+        return
     if args.json:
         print_json(found)
         return

@@ -161,7 +161,6 @@ def _check_many_can(args: argparse.Namespace) -> None:
         UsageError: one alone can.
     """
     alone = {
-        "--repair local": _repair(args) == "local" and not args.dry_run,
         "--recover": args.recover is not None,
         "--estimate": args.estimate,
         "--target-speedup": args.target_speedup is not None,

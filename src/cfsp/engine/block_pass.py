@@ -120,7 +120,7 @@ def pass_blocks(
             dtype=dtype,
             batch_windows=batch_windows,
             on_batch=progress.tokens,
-            open_hidden=_hidden_opener(name, state, place),
+            open_hidden=_hidden_opener(name, state, place, pinned=device.type == "cuda"),
             first_block=len(results),
             more_batch_sizes=more_batch_sizes,
             times=times,
@@ -187,17 +187,17 @@ class _Saver:
 
 
 def _hidden_opener(
-    name: str, state: PassState | None, place: Workplace | None
+    name: str, state: PassState | None, place: Workplace | None, *, pinned: bool
 ) -> Callable[[tuple[int, ...], torch.dtype], HiddenStates]:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
 
     def open_hidden(shape_NTD: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         if place is None:
-            return HiddenInMemory(shape_NTD, dtype)
+            return HiddenInMemory(shape_NTD, dtype, pinned=pinned)
         directory, saved = place.directory_of(name), state.hidden if state else None
         nbytes = math.prod(shape_NTD) * dtype.itemsize
         if nbytes <= place.memory_budget:
-            return HiddenInMemory(shape_NTD, dtype, directory, saved)
+            return HiddenInMemory(shape_NTD, dtype, directory, saved, pinned=pinned)
         logger.info(
             f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
             f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"

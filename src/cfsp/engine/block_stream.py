@@ -99,14 +99,13 @@ class StreamedBlock:
         ):
             for batch in self._batches:
                 with self._times.part("hidden_states"):
-                    input_BTD = self.hidden.read(batch).to(self.device)
+                    input_BTD = self._moved(self.hidden.read(batch))
                 windows = range(batch.start, batch.stop)
                 input_BTD = self._calls.entering(self.index, windows, input_BTD)
                 first_window, seqlen = batch.start, input_BTD.shape[1]
                 output_BTD = self.compute(batch, input_BTD)
                 on_hidden(input_BTD, output_BTD)
-                with self._times.part("hidden_states"):
-                    self.hidden.write(batch, output_BTD)
+                self._write(batch, output_BTD)
                 self._on_batch(input_BTD.shape[0] * input_BTD.shape[1])
         self.hidden.turn()
         unload(self.module)
@@ -140,10 +139,22 @@ class StreamedBlock:
         """
         for batch in batches:
             with self._times.part("hidden_states"):
-                input_BTD = self.hidden.read(batch).to(self.device)
-            output_BTD = compute(batch, input_BTD)
-            with self._times.part("hidden_states"):
-                self.hidden.write(batch, output_BTD)
+                input_BTD = self._moved(self.hidden.read(batch))
+            self._write(batch, compute(batch, input_BTD))
+
+    def _moved(self, hidden_BTD: Tensor) -> Tensor:
+        """Return hidden states where the block computes.
+
+        A GPU may copy them when it gets there: `write` waits for what it computes from them.
+        """
+        return hidden_BTD.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def _write(self, batch: slice, output_BTD: Tensor) -> None:
+        """Set what leaves the block; the time that a GPU still computes is not that of writing."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        with self._times.part("hidden_states"):
+            self.hidden.write(batch, output_BTD)
 
     def tokens_done(self, tokens: int) -> None:
         """Report progress where `advance` does not."""
@@ -208,7 +219,10 @@ def stream_blocks(
         needed, not_needed = "", [architecture.blocks, *_heads(skeleton, architecture.decoder)]
 
     def read(index: int) -> dict[str, Tensor]:
-        return read_tensors(blocks[index], architecture.block_prefix(index), source, dtype)
+        tensors = read_tensors(blocks[index], architecture.block_prefix(index), source, dtype)
+        if device.type != "cuda":
+            return tensors
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()}
 
     def room(shape_NTD: tuple[int, ...]) -> HiddenStates:
         return open_hidden(shape_NTD, dtype)

@@ -31,9 +31,11 @@ class HiddenStates(ABC):
     Within a block every batch is read before it is written; `turn` ends the block.
 
     Attributes:
+        shape_NTD: their shape.
         nbytes: size of all of them.
     """
 
+    shape_NTD: tuple[int, ...]
     nbytes: int
 
     @abstractmethod
@@ -69,6 +71,7 @@ class HiddenInMemory(HiddenStates):
         dtype: its dtype.
         directory: where `save` puts copies; None if it is never called.
         saved: name of a file that `save` returned in an earlier process, to go on from.
+        pinned: whether a GPU copies from and to it.
     """
 
     def __init__(
@@ -77,8 +80,11 @@ class HiddenInMemory(HiddenStates):
         dtype: torch.dtype,
         directory: Path | None = None,
         saved: str | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
-        self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype)
+        self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype, pin_memory=pinned)
+        self.shape_NTD = shape_NTD
         self.nbytes = self._hidden_NTD.nbytes
         self._directory = directory
         self._saved = saved
@@ -149,7 +155,7 @@ class HiddenInFile(HiddenStates):
         directory: Path,
         saved: str | None = None,
     ) -> None:
-        self._shape_NTD, self._dtype, self._directory = shape_NTD, dtype, directory
+        self.shape_NTD, self._dtype, self._directory = shape_NTD, dtype, directory
         self.nbytes = math.prod(shape_NTD) * dtype.itemsize
         self._maps: dict[str, mmap.mmap] = {}
         self._source = saved or _FILES[0]
@@ -166,7 +172,7 @@ class HiddenInFile(HiddenStates):
 
     def forget(self, batch: slice) -> None:
         """Let the pages of a batch go: they are in the page cache."""
-        window = math.prod(self._shape_NTD[1:]) * self._dtype.itemsize
+        window = math.prod(self.shape_NTD[1:]) * self._dtype.itemsize
         start = batch.start * window // mmap.PAGESIZE * mmap.PAGESIZE
         stop = batch.stop * window
         for name in {self._source, self._target} & set(self._maps):
@@ -191,7 +197,7 @@ class HiddenInFile(HiddenStates):
         if name not in self._maps:
             self._maps[name] = self._open(self._directory / name)
         flat = torch.frombuffer(self._maps[name], dtype=self._dtype)
-        return flat.view(self._shape_NTD)
+        return flat.view(self.shape_NTD)
 
     def _open(self, path: Path) -> mmap.mmap:
         nbytes = self.nbytes

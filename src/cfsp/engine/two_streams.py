@@ -142,6 +142,7 @@ class GroupAtWork:
         last: index of the last of the blocks.
         group: the blocks, with their weights.
         streams: which windows of this process are what.
+        whole: which windows of all processes are what.
         dtype: what blocks compute in.
         team: the processes that have other windows.
     """
@@ -149,12 +150,13 @@ class GroupAtWork:
     last: int
     group: BlockGroup
     streams: TwoStreams
+    whole: TwoStreams
     dtype: torch.dtype
     team: Team
-    _whole: TwoStreams
+    _first_window: int
     _block: StreamedBlock
     _tokens_NT: Tensor
-    _dense_after: Sequence[Tensor]
+    _dense_after: list[Tensor]
     _reported: list[int] = field(default_factory=lambda: [0])
     _gathered: list[Batch] = field(default_factory=list)
 
@@ -171,9 +173,31 @@ class GroupAtWork:
         return Batch(
             torch.cat(pruned),
             torch.cat([hidden.read_written(part) for part in parts]),
-            self._tokens_NT[list(windows)],
+            self._tokens_NT[[self._first_window + window for window in windows]],
             turn,
         ).on(device)
+
+    def batch_of_all(self, windows: Sequence[int], turn: int = 0) -> Batch:
+        """Return some windows of all processes, which call this together.
+
+        Args:
+            windows: their numbers among those of all.
+            turn: see `Batch`.
+        """
+        if self.team.size == 1:
+            return self.batch(windows, turn)
+        own = range(self._first_window, self._first_window + self.streams.windows)
+        rows = [row for row, window in enumerate(windows) if window in own]
+        shape = (2, len(windows), *self._block.hidden.shape_NTD[1:])
+        # Nothing is added to what a process has, so that float32 keeps every bit of it.
+        states_2BTD = torch.zeros(shape, device=self.device)
+        if rows:
+            of_own = self.batch([windows[row] - own.start for row in rows])
+            states_2BTD[0, rows] = of_own.input_BTD.float()
+            states_2BTD[1, rows] = of_own.dense_BTD.float()
+        input_BTD, dense_BTD = self.team.add_up(states_2BTD)
+        tokens_BT = self._tokens_NT[list(windows)].to(self.device)
+        return Batch(input_BTD, dense_BTD, tokens_BT, turn)
 
     def all_batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield every window of both streams once, with which of each batch are held out, [B]."""
@@ -187,40 +211,45 @@ class GroupAtWork:
         if self.team.size == 1:
             return
         own = [self.batch([window]).on(torch.device("cpu")) for window in self.streams.held_out]
-        for of_process in self.team.gather_at_first(own):
+        gathered = self.team.gather_at_first((own, self._dense_after))
+        for of_process, _ in gathered:
             self._gathered.extend(of_process)
+        # A process without held-out windows has nothing of any block.
+        after = [of_blocks for _, of_blocks in gathered if of_blocks]
+        self._dense_after[:] = [torch.cat(of_block) for of_block in zip(*after, strict=True)]
+
+    def _judged(self) -> Iterator[tuple[Batch, slice]]:
+        """Yield the held-out windows of all in batches, and their places among these windows."""
+        done = 0
+        for turn, windows in enumerate(self.whole.judged):
+            rows = slice(done, done + len(windows))
+            if self.team.size == 1:
+                yield self.batch(windows, turn), rows
+            else:
+                yield _one_batch(self._gathered[rows], turn).on(self.device), rows
+            done = rows.stop
 
     def judge(self, loss_of: Loss) -> Judgement:
         """Return how far the group is from the dense stream on the held-out windows of all."""
         error = loss = 0.0
-        done = 0
-        for turn, windows in enumerate(self._whole.judged):
-            if self.team.size == 1:
-                batch = self.batch(windows, turn)
-            else:
-                parts = self._gathered[done : done + len(windows)]
-                batch = _one_batch(parts, turn).on(self.device)
-            done += len(windows)
+        for batch, _ in self._judged():
             output_BTD = self.group(batch.input_BTD)
-            share = len(windows) / len(self._whole.held_out)
+            share = len(output_BTD) / len(self.whole.held_out)
             error += share * float(token_error(output_BTD, batch.dense_BTD))
             loss += share * float(loss_of(output_BTD, batch))
         return Judgement(error, loss)
 
     def errors(self) -> list[float]:
-        """Return the error of every block of the group on the held-out windows."""
+        """Return the error of every block of the group on the held-out windows of all."""
         error_L = [0.0] * len(self._dense_after)
-        done = 0
-        for windows in self.streams.judged:
-            outputs = self.group.outputs(self.batch(windows).input_BTD)
-            rows = slice(done, done + len(windows))
-            share = len(windows) / len(self.streams.held_out)
+        for batch, rows in self._judged():
+            outputs = self.group.outputs(batch.input_BTD)
+            share = len(batch.input_BTD) / len(self.whole.held_out)
             for position, (output_BTD, dense_BTD) in enumerate(
                 zip(outputs, self._dense_after, strict=True)
             ):
                 dense = dense_BTD[rows].to(self.device)
                 error_L[position] += share * float(token_error(output_BTD, dense))
-            done += len(windows)
         return error_L
 
     def accept(
@@ -245,7 +274,8 @@ class GroupAtWork:
 
     def progress(self, done: float) -> None:
         """Report which part of the work on the group is done, from 0 to 1."""
-        tokens = round(done * self.streams.windows * self.streams.seqlen * len(self._dense_after))
+        tokens = self.streams.windows * self.streams.seqlen * len(self.group.modules)
+        tokens = round(done * tokens)
         self._block.tokens_done(tokens - self._reported[0])
         self._reported[0] = tokens
 
@@ -288,18 +318,20 @@ def pass_two_streams(
         ResumeError: the workplace holds unfinished work of something else.
     """
     modules = blocks_of(build_skeleton(pruned.config, engine.dtype), source.architecture)
-    windows = windows.part(own)
+    own = slice(*own.indices(streams.windows))
     visits = _Visits(
         pruned,
         modules,
         windows.tokens_NT,
-        streams.part(slice(*own.indices(streams.windows))),
+        streams.part(own),
         streams,
+        own.start,
         engine.dtype,
         place.team,
         work,
         group_of,
     )
+    windows = windows.part(own)
     return pass_blocks(
         source,
         joined([windows, windows]),
@@ -323,6 +355,7 @@ class _Visits(Generic[T]):
     Attributes:
         streams: of this process.
         whole: of all processes.
+        first_window: number of the first of this process among those of all.
         dense_after: the dense stream's held-out windows after each block of the group so far.
     """
 
@@ -331,6 +364,7 @@ class _Visits(Generic[T]):
     tokens_NT: Tensor
     streams: TwoStreams
     whole: TwoStreams
+    first_window: int
     dtype: torch.dtype
     team: Team
     work: Callable[[GroupAtWork], T | None]
@@ -340,7 +374,9 @@ class _Visits(Generic[T]):
     @property
     def batch_sizes(self) -> set[int]:
         """All numbers of windows that blocks are ever called with."""
-        return self.streams.batch_sizes | self.whole.batch_sizes
+        own = self.team.share(self.whole.batch)
+        trained = {own.stop - own.start} - {0}
+        return self.streams.batch_sizes | self.whole.batch_sizes | trained
 
     def visit(self, block: StreamedBlock) -> T | None:
         """Let the dense stream pass a block, and the pruned one the group that ends with it."""
@@ -369,9 +405,10 @@ class _Visits(Generic[T]):
                 block.index,
                 group,
                 streams,
+                self.whole,
                 self.dtype,
                 self.team,
-                self.whole,
+                self.first_window,
                 block,
                 self.tokens_NT,
                 self.dense_after,

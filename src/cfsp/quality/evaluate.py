@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.calibration.together import check_same_work, part_of
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
@@ -24,6 +26,7 @@ from cfsp.engine.versions import versions
 from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import Workplace, kept, output_workplace, temporary_workplace
 from cfsp.errors import UsageError
+from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd
 from cfsp.quality.paired import difference, geometric_mean, per_count
 from cfsp.quality.perplexity import Perplexity, perplexity_of
@@ -47,10 +50,12 @@ def evaluate_models(
     *,
     against: str | Path | None = None,
     out: Path | None = None,
+    team: Team | None = None,
 ) -> list[dict[str, Any]]:
     """Measure several models on the same texts and tasks, in windows of the same length.
 
-    Texts stream block by block; tasks load each model whole, one after the other.
+    Texts stream block by block; tasks load each model whole, one after the other. Several processes
+    share the windows of texts, and each returns the results of all.
 
     Args:
         names: the models.
@@ -62,6 +67,7 @@ def evaluate_models(
             are.
         out: a file that the results will be written to by the caller: what is finished is kept
             beside it until then, and an interrupted run goes on.
+        team: the processes that measure together, of texts alone; None for this one.
 
     Returns:
         For each model: `model` (its name), `fingerprint`, `parameters`, `dtype`, `perplexity` by
@@ -71,6 +77,7 @@ def evaluate_models(
     Raises:
         CfspError: anything that a user can cause, mostly before the first forward pass.
     """
+    team = team or Team()
     check_texts(texts.names, "evaluation")  # before a model is downloaded or converted
     if against is not None:
         names = [against, *(name for name in names if str(name) != str(against))]
@@ -99,11 +106,12 @@ def evaluate_models(
         for source, dtype in zip(sources, dtypes, strict=True)
     ]
     identity = _identity(results, windows, against, tasks, compute)
-    with _place_beside(out, identity, compute) as place:
+    check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
+    with _place_beside(out, identity, compute, team) as place:
         for number, text in enumerate(windows[0]):
             of_text = [of_texts[text] for of_texts in windows]
             measured = _measure_text(
-                sources, of_text, engines, text, number, against is not None, compute, place
+                sources, of_text, engines, text, number, against is not None, compute, place, team
             )
             for result, of_model, sums in zip(results, of_text, measured, strict=True):
                 label = f"{result['model']} on {text}"
@@ -128,8 +136,9 @@ def _measure_text(
     compares: bool,
     compute: Compute,
     place: Workplace | None,
+    team: Team,
 ) -> list[WindowSums]:
-    """Return the sums of every model on one text.
+    """Return the sums of every model on one text, of which each process measures a part.
 
     With `compares` the first model is the dense one: what leaves its last block stays until the
     others have passed.
@@ -140,6 +149,9 @@ def _measure_text(
 
         def stream(model: int) -> dict[str, Any]:
             source, engine = sources[model], engines[model]
+            own = windows[model].part(part_of(windows[model], team, engine.batch_windows))
+            if not len(own.tokens_NT):
+                return asdict(WindowSums((), (), ()) if compares and model else WindowSums(()))
 
             def keep(hidden: HiddenStates) -> None:
                 if compares and model == 0:
@@ -150,7 +162,7 @@ def _measure_text(
                 stream(0)
             sums = streamed_sums(
                 source,
-                windows[model],
+                own,
                 engine,
                 place=passes,
                 name=f"perplexity-{model}",
@@ -158,13 +170,14 @@ def _measure_text(
                 dense=ends[0] if ends and model > 0 else None,
                 on_end=keep,
             )
-            perplexity_of(sum(sums.loss), windows[model], f"{source.label} on {text}")  # no NaN
+            perplexity_of(sum(sums.loss), own, f"{source.label} on {text}")  # no NaN
             return asdict(sums)
 
-        return [
-            WindowSums.from_json(kept(place, f"text-{number}-{model}", partial(stream, model)))
-            for model in range(len(sources))
-        ]
+        found = []
+        for model in range(len(sources)):
+            own = kept(place, f"text-{number}-{model}", partial(stream, model))
+            found.append(WindowSums.joined(team.gather(WindowSums.from_json(own))))
+        return found
 
 
 def _score_tasks(
@@ -335,12 +348,12 @@ def _identity(
 
 @contextmanager
 def _place_beside(
-    out: Path | None, identity: dict[str, Any], compute: Compute
+    out: Path | None, identity: dict[str, Any], compute: Compute, team: Team
 ) -> Iterator[Workplace | None]:
     if out is None:
         yield None
     else:
-        with output_workplace(out, identity, compute.memory_budget) as place:
+        with output_workplace(out, identity, compute.memory_budget, team) as place:
             yield place
 
 

@@ -14,6 +14,7 @@ from cfsp.checkpoint.output import created_parents, write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.engine.workplace import remove_finished_work
 from cfsp.errors import OutputError, ReportError
+from cfsp.processes import Team
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,10 @@ T = TypeVar("T")
 
 
 def measured_into(
-    out: Path, asked: dict[str, Any], measure: Callable[[Path], dict[str, Any]]
+    out: Path,
+    asked: dict[str, Any],
+    measure: Callable[[Path], dict[str, Any]],
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Return results from a file, which is written if it is not there yet.
 
@@ -29,33 +33,43 @@ def measured_into(
         out: the file; it appears when all is measured.
         asked: what the command asked for, as JSON types; the file must be of the same.
         measure: gives the results; it may keep unfinished work beside the file.
+        team: the processes that measure together, of which the first writes; None for this one.
 
     Raises:
         OutputError: the file is there and something else was asked for, or a model has changed
             since, or it cannot be written.
     """
-    if out.exists():
-        remove_finished_work(out)
-        try:
-            found = read_results(out)
-        except ReportError:
-            found = {}
-        if found.get("asked") != json.loads(json.dumps(asked)):
-            raise OutputError(
-                f"{out} exists and holds something else than was asked for now; choose another "
-                "--out, or remove it"
-            )
-        for model in found["models"]:
-            if fingerprint(open_checkpoint(model["model"])) != model.get("fingerprint"):
-                raise OutputError(
-                    f"{out} was measured when {model['model']} had other weights; choose another "
-                    "--out, or remove it"
-                )
-        logger.info("%s is there already; nothing is measured again", out)
-        return found
+    team = team or Team()
+    there = team.from_first(lambda: _read_again(out, asked))
+    if there is not None:
+        return there
     with created_parents(out):
         found = {"asked": asked, **measure(out)}
-        write_atomically(out, (json.dumps(found) + "\n").encode())
+        team.from_first(lambda: write_atomically(out, (json.dumps(found) + "\n").encode()))
+    return found
+
+
+def _read_again(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a file of earlier results has; None if it is not there."""
+    if not out.exists():
+        return None
+    remove_finished_work(out)
+    try:
+        found = read_results(out)
+    except ReportError:
+        found = {}
+    if found.get("asked") != json.loads(json.dumps(asked)):
+        raise OutputError(
+            f"{out} exists and holds something else than was asked for now; choose another "
+            "--out, or remove it"
+        )
+    for model in found["models"]:
+        if fingerprint(open_checkpoint(model["model"])) != model.get("fingerprint"):
+            raise OutputError(
+                f"{out} was measured when {model['model']} had other weights; choose another "
+                "--out, or remove it"
+            )
+    logger.info("%s is there already; nothing is measured again", out)
     return found
 
 

@@ -10,7 +10,7 @@ Shapes: N windows, B windows in a batch, T tokens, P positions, D hidden, V voca
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -61,6 +61,15 @@ class WindowSums:
         """Return the sums whose fields were written as JSON."""
         compared = [None if fields[name] is None else tuple(fields[name]) for name in _COMPARED]
         return cls(tuple(fields["loss"]), *compared)
+
+    @classmethod
+    def joined(cls, parts: Sequence[WindowSums]) -> WindowSums:
+        """Return the sums of all windows, from those of parts of them in their order."""
+        found = {}
+        for name in ("loss", *_COMPARED):
+            values = [getattr(part, name) for part in parts]
+            found[name] = None if values[0] is None else list(chain.from_iterable(values))
+        return cls.from_json(found)
 
 
 def streamed_perplexity(

@@ -92,10 +92,10 @@ class SlicedLoss(ModelLoss):
 
     def ask(self, teacher: PreTrainedModel, token_BT: Tensor) -> Teacher:
         """Return the teacher's hidden states; its logits are made slice by slice too."""
-        base = _without_head(teacher)
+        model: Any = teacher
         head: Any = teacher.get_output_embeddings()
-        with torch.no_grad():
-            hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
+        with torch.no_grad():  # the head lets them pass
+            hidden_BTD = model(input_ids=token_BT, use_cache=False).logits
         return TeacherHidden(hidden_BTD[:, :-1].flatten(0, 1), head.weight)
 
     def _summed(self, output: Tensor, label_N: Tensor) -> Tensor:
@@ -134,16 +134,16 @@ def loss_inside(
         if each is not None:
             _check_runs_on_text(each)
     sliced = all(multiplies_only(m) for m in (model, teacher) if m is not None)
-    head: Any = model.get_output_embeddings()
-    loss = SlicedLoss(head) if sliced else WholeLoss()
+    heads: list[Any] = [m.get_output_embeddings() for m in (model, teacher) if m is not None]
+    loss = SlicedLoss(heads[0]) if sliced else WholeLoss()
     model.loss_function = loss
-    if sliced:
+    for head in heads if sliced else ():
         head.forward = _pass
     try:
         yield loss
     finally:
         del model._loss_function
-        if sliced:
+        for head in heads if sliced else ():
             del head.forward
 
 

@@ -90,6 +90,10 @@ def prepare(request: Request, watch: Stopwatch) -> Prepared:
         check_texts(evaluation.names, "evaluation")
     rank_L = ranks_of(source, request.adaptation)
     targets = targets_of(source, request.adaptation)
+    if request.training.shard and any(block.experts for block in targets):
+        raise UsageError(
+            "--shard cannot shard the adapters of experts; leave it out, or use --targets attention"
+        )
     if request.keep_adapter:
         _check_adapter_can_be_read(source, targets)
     tokenizer = load_tokenizer(source.directory)
@@ -123,9 +127,8 @@ def _check_launcher() -> None:
     """Refuse what would write a part of the weights as if it were all."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UsageError(
-            "recovery does not run under FSDP, which leaves every process a part of the weights; "
-            "use DDP (torchrun, or accelerate launch without FSDP), and --method lora with "
-            "--gradient-checkpointing if memory is short"
+            "recovery does not run under accelerate's FSDP; start it with torchrun, or accelerate "
+            "launch without FSDP, and give --shard if memory is short"
         )
 
 
@@ -149,5 +152,19 @@ def _identity(request: Request, text: RecoveryText) -> dict[str, Any]:
         "eval": [name_of(text) for text in evaluation.names] if evaluation else None,
         "eval_windows": evaluation.windows if evaluation else None,
         "dtype": request.compute.dtype,
-        "processes": process_count(),
+        **_processes(request.training),
     }
+
+
+def _processes(training: Training) -> dict[str, int]:
+    """Return what must be the same of the processes of a run that goes on.
+
+    Checkpoints of a sharded run are read by any number of them that makes the same steps.
+    """
+    if training.shard:
+        return {
+            "windows in a step": training.batch_windows * training.accumulate * process_count(),
+            "batch_windows": 0,
+            "accumulate": 0,
+        }
+    return {"processes": process_count()}

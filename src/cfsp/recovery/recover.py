@@ -8,9 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
@@ -23,13 +27,20 @@ from cfsp.engine.workplace import (
     output_workplace,
     remove_finished_work,
 )
-from cfsp.processes import is_first_process
-from cfsp.recovery.adaptation import attach, merge, save_adapter, trained_parameters
+from cfsp.processes import is_first_process, joined
+from cfsp.recovery.adaptation import (
+    TrainableBlock,
+    attach,
+    merge,
+    save_adapter,
+    trained_parameters,
+)
 from cfsp.recovery.evaluation import baseline_of, before_and_after
 from cfsp.recovery.prepare import Prepared, Request, prepare
 from cfsp.recovery.recover_report import RecoverReport, log_trainable, recover_report
 from cfsp.recovery.saved import SaveState, last_checkpoint
 from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
+from cfsp.recovery.sharding import shard, trained_tensors
 from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, train
 from cfsp.recovery.writing import (
     copy_everything_else,
@@ -39,10 +50,15 @@ from cfsp.recovery.writing import (
 )
 from cfsp.settings import Compute, EvaluationText, Text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
 ADAPTER_DIRECTORY = "adapter"
 # Nothing takes the same time twice.
 _MARGIN = 1.15
+# Seconds that processes wait for each other, as the Trainer lets them.
+_PATIENCE = 1800.0
 # Names of places in the work directory.
 _TRAIN, _BEFORE = "train", "before"
 
@@ -131,17 +147,22 @@ def _recover(
                 training.limit.seconds,
                 PassState(place.directory_of(_BEFORE), prepared.identity),
             )
+    device, dtype = compute_device(request.compute.device), request.compute.dtype
+
+    def load(which: Checkpoint) -> PreTrainedModel:
+        return load_to_train(which, device, dtype, stays_on_cpu=training.shard)
+
+    def attached(model: PreTrainedModel) -> tuple[nn.Module, list[TrainableBlock]]:
+        return attach(
+            model, source.architecture, prepared.targets, request.adaptation, prepared.rank_L
+        )
+
     with watch.stage("load"):
-        device = compute_device(request.compute.device)
-        model = load_to_train(source, device, request.compute.dtype)
-        dense = None
-        if prepared.teacher is not None:
-            dense = load_to_train(prepared.teacher, device, request.compute.dtype)
+        model = load(source)
+        dense = None if prepared.teacher is None else load(prepared.teacher)
     torch.manual_seed(training.seed)
     names = trained_parameters(model, prepared.targets, request.adaptation.method)
-    adapted, blocks = attach(
-        model, source.architecture, prepared.targets, request.adaptation, prepared.rank_L
-    )
+    adapted, blocks = attached(model)
     log_trainable(blocks)
 
     directory, callbacks = directory_of_process(request.out) / _TRAIN, []
@@ -150,7 +171,7 @@ def _recover(
         callbacks = [SaveState(state)]
     # Without a state, what lies there is not complete, and the first process removes it.
     goes_on = (directory / STATE_FILE).is_file()
-    with watch.stage("train"):
+    with watch.stage("train"), joined(device, _PATIENCE) if training.shard else nullcontext():
         outcome = train(
             adapted,
             model,
@@ -164,10 +185,23 @@ def _recover(
             teacher=dense,
             distillation=request.teacher.distillation if request.teacher else None,
             callbacks=callbacks,
+            shard=partial(_shard, source, adapted, model, prepared.teacher, dense, device)
+            if training.shard
+            else None,
         )
+        trained = {}
+        if training.shard:
+            trained = trained_tensors(adapted, keeps=place is not None)
     if place is None:
         return recover_report(blocks, outcome, {}, watch, request.out)
     del dense
+    if training.shard:
+        # The parts of this process are not all: what was trained goes into the model as it was.
+        del adapted, model
+        with watch.stage("load"):
+            model = load(source)
+            adapted, _ = attached(model)
+            adapted.load_state_dict(trained, strict=False)
     with staged_directory(request.out) as staging:
         with watch.stage("write"):
             if request.keep_adapter:
@@ -192,6 +226,20 @@ def _recover(
         )
         write_record(source, staging, facts, digests)
     return report
+
+
+def _shard(
+    source: Checkpoint,
+    adapted: nn.Module,
+    model: PreTrainedModel,
+    teacher: Checkpoint | None,
+    dense: PreTrainedModel | None,
+    device: torch.device,
+) -> None:
+    """Leave this process its part of the model and of the teacher, if there is one."""
+    shard(adapted, model, source.architecture, device)
+    if teacher is not None and dense is not None:
+        shard(dense, dense, teacher.architecture, device)
 
 
 def _seconds_to_write(source: Checkpoint, watch: Stopwatch) -> float:

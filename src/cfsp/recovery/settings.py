@@ -133,6 +133,7 @@ class Training:
         weight_decay: of AdamW.
         evaluations: how often to evaluate and save, at most.
         gradient_checkpointing: recompute activations: less memory, a third more time.
+        shard: each process holds a part of model, teacher and optimizer instead of all.
         seed: of the order of windows and of the adapters' start.
         bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
 
@@ -160,6 +161,12 @@ class Training:
     )
     gradient_checkpointing: bool = option(
         False, "less memory, a third more time", switch=True, default=""
+    )
+    shard: bool = option(
+        False,
+        "under torchrun: each process holds a part of model, teacher and optimizer (FSDP2)",
+        switch=True,
+        default="",
     )
     seed: int = option(
         0, "of the order of windows and of the adapters' start", kind=int, advanced=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -59,6 +59,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     distillation: Distillation | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    shard: Callable[[], object] | None = None,
 ) -> TrainingOutcome:
     """Train, and leave the model with the weights of its best evaluation.
 
@@ -74,11 +75,13 @@ def train(
         teacher: a dense model in memory.
         distillation: how much it counts; needed with a teacher.
         callbacks: more of them.
+        shard: leaves this process its part of model and teacher; None where they stay whole.
 
     Raises:
         RecoveryError: the loss is NaN or infinite.
     """
     from cfsp.recovery.reporting import Reporter
+    from cfsp.recovery.sharding import ShardedTrainer
     from cfsp.recovery.trainer import RecoveryTrainer
 
     windows_in_step = training.batch_windows * training.accumulate * process_count()
@@ -95,7 +98,9 @@ def train(
     reporter = Reporter(schedule, tokens_in_step, is_first_process())
     model.config.use_cache = False
     with loss_inside(model, teacher) as loss, _without_bars():
-        trainer = RecoveryTrainer(
+        if shard is not None:
+            shard()
+        trainer = (RecoveryTrainer if shard is None else ShardedTrainer)(
             adapted,
             training_arguments(training, directory, steps or ENDLESS_STEPS, model),
             text,
@@ -215,13 +220,22 @@ def _checkpointing(training: Training) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def load_to_train(source: Checkpoint | str, device: torch.device, dtype: str) -> PreTrainedModel:
-    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
+def load_to_train(
+    source: Checkpoint | str, device: torch.device, dtype: str, *, stays_on_cpu: bool = False
+) -> PreTrainedModel:
+    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated.
+
+    Args:
+        source: the model.
+        device: where it will compute.
+        dtype: what it computes in; `auto` for what suits both.
+        stays_on_cpu: whether its blocks go to the device later.
+    """
     name = source.directory if isinstance(source, Checkpoint) else source
     model = load(name, dtype=dtype)
     if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):
         model = model.float()
-    return model.to(device)
+    return model if stays_on_cpu else model.to(device)
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import calibrate_together
+from cfsp.calibration.together import calibrate_together, check_enough
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.checkpoint.skeleton import check_complete
+from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
 from cfsp.planning.make import (
@@ -32,7 +33,7 @@ from cfsp.repair import ridge_pass
 from cfsp.repair.local import repair_locally
 from cfsp.repair.repaired import Repaired, add_step
 from cfsp.repair.ridge_pass import ChosenBlock, choose_and_repair
-from cfsp.repair.sequential import repair_sequentially
+from cfsp.repair.sequential import repair_sequentially, streams_of
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
@@ -100,6 +101,11 @@ def plan_and_repair(
             "repair needs at least 2 windows, one of them held out, found 1; give more --samples, "
             "or --repair none"
         )
+    if "sequential" in steps:
+        check_enough(windows, place.team, streams_of(windows).batch)
+    if "local" in steps:
+        batch = TwoStreams.of(windows, settings.local.tokens).batch
+        check_enough(windows, place.team, batch)
     with watch.stage("ridge"):
         if plan is None:
             repaired = _choose_and_repair(source, windows, settings, engine, place)

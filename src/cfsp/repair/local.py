@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cfsp.calibration.together import part_of
 from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.judge import hidden_loss
 from cfsp.engine.two_streams import Batch, GroupAtWork, Loss, TwoStreams, pass_two_streams
@@ -37,6 +38,7 @@ from cfsp.repair.repaired import (
     rejected_blocks,
     write_tensors,
 )
+from cfsp.repair.together import done_by_first
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -79,19 +81,19 @@ def repair_locally(
     """
     blocks = source.architecture.block_count
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
-    work = _LocalRepair(
-        source, pruned, blocks, training, engine.dtype, seed, place.directory_of(NAME)
-    )
+    streams, directory = TwoStreams.of(windows, training.tokens), place.first_directory_of(NAME)
+    work = _LocalRepair(source, pruned, blocks, training, engine.dtype, seed, directory)
     results = pass_two_streams(
         source,
         pruned,
         windows,
         work.repair,
-        RepairFiles(place.directory_of(NAME)),
+        RepairFiles(directory),
         engine,
         place,
         name=NAME,
-        streams=TwoStreams.of(windows, training.tokens),
+        streams=streams,
+        own=part_of(windows, place.team, streams.batch),
         group_of=partial(group_of, training, blocks=blocks),
     )
     done = add_step(repaired, NAME, results)
@@ -128,21 +130,27 @@ class _LocalRepair:
         loss_of: Loss = _hidden_loss
         if at_head:
             loss_of = HeadLoss(self.source, work.device, self.dtype, self.training.text)
-        before = work.judge(loss_of)
+        work.gather_held_out()
+        before, error_L = work.team.from_first(lambda: (work.judge(loss_of), work.errors()))
         before.check_finite(work.last)
-        rates = [highest_rate(self.training, error, at_head=at_head) for error in work.errors()]
+        rates = [highest_rate(self.training, error, at_head=at_head) for error in error_L]
         parts = schedule(self.training, at_head=at_head)
         trained = self._train(work, loss_of, rates, parts)
-        if trained is None:  # It diverged.
-            work.group.fill(self.dtype, {})
-            after = None
-        else:
-            after = work.accept(before, trained, loss_of)
-        file = None
-        if trained is not None and after is not None:
-            file = write_tensors(self.directory, work.last, trained)
-        repair = block_repair(len(rates), before, after, training_steps=len(parts))
-        return RepairedBlock(repair, file)
+
+        def choose() -> RepairedBlock:
+            """Leave the group with the better of both weights."""
+            if trained is None:  # It diverged.
+                work.group.fill(self.dtype, {})
+                after = None
+            else:
+                after = work.accept(before, trained, loss_of)
+            file = None
+            if trained is not None and after is not None:
+                file = write_tensors(self.directory, work.last, trained)
+            repair = block_repair(len(rates), before, after, training_steps=len(parts))
+            return RepairedBlock(repair, file)
+
+        return done_by_first(work, self.directory, choose)
 
     def _train(
         self, work: GroupAtWork, loss_of: Loss, rates: list[float], parts: list[float]
@@ -162,6 +170,7 @@ class _LocalRepair:
                 parts,
                 self.dtype,
                 lambda step: work.progress((step + 1) / len(parts)),
+                work.team,
             )
             if not converged:
                 return None
@@ -185,14 +194,14 @@ class _LocalRepair:
     def _batches(self, work: GroupAtWork) -> Iterator[Batch]:
         """Yield batches of random windows without end, every window once before any again."""
         generator = torch.Generator().manual_seed((self.seed + work.last) % _MOST_SEEDS)
-        windows, size = work.streams.fitted, work.streams.batch
+        windows, size = work.whole.fitted, work.whole.batch
         left: list[int] = []
         for turn in count():
             while len(left) < size:
                 order = torch.randperm(len(windows), generator=generator)
                 left += [windows[i] for i in order.tolist()]
             chosen, left = left[:size], left[size:]
-            yield work.batch(chosen, turn)
+            yield work.batch_of_all(chosen, turn)
 
 
 def _hidden_loss(output_BTD: Tensor, batch: Batch) -> Tensor:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.engine.two_streams import Batch, Loss
+from cfsp.processes import Team
 from cfsp.settings import LocalTraining
 
 # Biases of zeros could never move.
@@ -78,8 +80,12 @@ def train_blocks(
     schedule: Sequence[float],
     dtype: torch.dtype,
     on_step: Callable[[int], object] = lambda step: None,
+    team: Team | None = None,
 ) -> bool:
     """Train blocks to give the target hidden states, or what a loss makes of them.
+
+    Several processes with the same batches share the windows of each. All see the loss of the whole
+    batch, and gradients are added up, so that they train as one would.
 
     Args:
         compute: the blocks' function of the hidden states that enter the first, in float32.
@@ -89,10 +95,12 @@ def train_blocks(
         schedule: learning rate of each step, as a part of the highest.
         dtype: what the blocks will compute in; products are in bfloat16 if this is.
         on_step: is called with the number of each step, from 0.
+        team: the processes that train together; None for this one alone.
 
     Returns:
         Whether every loss was a number; training stops at one that is not.
     """
+    team = team or Team()
     # Before any step: a tensor's size is that of the pruned model.
     groups = [
         {"params": [parameter], "highest": block.rate * _size(parameter)}
@@ -105,16 +113,54 @@ def train_blocks(
         for group in optimizer.param_groups:
             group["lr"] = part * group["highest"]
         device = batch.input_BTD.device.type
+        own = team.share(len(batch.input_BTD))
+        output_BTD = batch.input_BTD[own].float()
         with torch.autocast(device, torch.bfloat16, dtype == torch.bfloat16):
-            output_BTD = compute(batch.input_BTD.float())
-        loss = loss_of(output_BTD, batch)
+            if len(output_BTD):
+                output_BTD = compute(output_BTD)
+        loss = loss_of(_of_all(output_BTD, batch, team), batch)
         if not math.isfinite(float(loss.detach())):
             return False
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        _add_up_gradients(optimizer, team)
         optimizer.step()
         on_step(step)
     return True
+
+
+def _of_all(own_BTD: Tensor, batch: Batch, team: Team) -> Tensor:
+    """Return the outputs of a whole batch from those of each process; gradients reach its own."""
+    if team.size == 1:
+        return own_BTD
+    apply: Any = _OfAll.apply
+    output_BTD: Tensor = apply(own_BTD, len(batch.input_BTD), team)
+    return output_BTD
+
+
+class _OfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own_BTD: Tensor, windows: int, team: Team) -> Tensor:
+        ctx.own, ctx.dtype = team.share(windows), own_BTD.dtype
+        output_BTD = own_BTD.new_zeros((windows, *own_BTD.shape[1:]), dtype=torch.float32)
+        output_BTD[ctx.own] = own_BTD
+        return team.add_up(output_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0][ctx.own].to(ctx.dtype), None, None
+
+
+def _add_up_gradients(optimizer: torch.optim.Optimizer, team: Team) -> None:
+    """Make the gradients of all processes those of the whole batch."""
+    if team.size == 1:
+        return
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:  # this process has no window of the batch
+            parameter.grad = torch.zeros_like(parameter)
+    team.add_up_each(parameter.grad for parameter in parameters)
 
 
 def _size(parameter: nn.Parameter) -> float:

@@ -33,12 +33,13 @@ class Observation:
     def add(self, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
         """Add rows of the activations of one FFN, and which window each is of."""
         self.device = act_RF.device
-        self._is_held_out_N = self._is_held_out_N.to(act_RF.device)
+        # Rows of a dense FFN are told on the CPU, so that no accelerator is waited for.
+        self._is_held_out_N = self._is_held_out_N.to(window_R.device)
         self.channels.add(act_RF, ffn)
         held_out_R = self._is_held_out_N[window_R]
         if bool(held_out_R.any()):
-            self._held_out_E[ffn].append(act_RF[held_out_R])
-            act_RF = act_RF[~held_out_R]
+            self._held_out_E[ffn].append(act_RF[_places(held_out_R, act_RF.device)])
+            act_RF = act_RF[_places(~held_out_R, act_RF.device)]
         if act_RF.shape[0]:
             self.gram_E[ffn].add(act_RF)
 
@@ -65,9 +66,12 @@ class Observation:
         """Return how many held-out tokens one FFN saw."""
         return sum(len(part) for part in self._held_out_E[ffn])
 
-    def held_out_RF(self, ffn: int) -> Tensor:
+    def held_out_RF(self, ffn: int, width: int) -> Tensor:
         """Return the held-out activations of one FFN; no rows if there are none."""
-        assert self.channels.sum_F is not None
-        width = len(self.channels.sum_F) // len(self.gram_E)
         none = torch.zeros(0, width, device=self.device)
         return torch.cat(self._held_out_E[ffn] or [none])
+
+
+def _places(is_in_R: Tensor, device: torch.device) -> Tensor:
+    """Return which rows are in, on a device."""
+    return is_in_R.nonzero().flatten().to(device)

@@ -26,11 +26,12 @@ from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.calibrate import (
     StatisticsFiles,
     calibration_record,
+    check_seen,
     check_tokens,
     observed_block,
 )
 from cfsp.calibration.statistics import ObservedBlock, UnitStatistics
-from cfsp.calibration.together import add_up_sums, part_of
+from cfsp.calibration.together import add_up_block, part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import units_of_block
@@ -192,9 +193,9 @@ def _visit(
         lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
         distances.add,
     )
-    channels = [each.channels for each in observations]
-    add_up_sums(block, distances, channels, team)
-    observed = observed_block(block, distances, channels)
+    own = observed_block(block, distances, [each.channels for each in observations])
+    observed = add_up_block(own, team, block.device)
+    check_seen(block.units, observed.units)
     for unit, observation in zip(block.units, observations, strict=True):
         observation.add_up_at_first(team, unit.width, block.device)
     facts = team.from_first(
@@ -261,7 +262,7 @@ def _repair_unit(
             observed.gram_E[ffn].tokens < LEAST_TOKENS
             or observed.held_out_rows(ffn) < LEAST_HELD_OUT
         )
-        held_out_RF = observed.held_out_RF(ffn)
+        held_out_RF = observed.held_out_RF(ffn, unit.width)
         if few:
             solution = leave_as_it_is(down_DF, own, held_out_RF)
         else:

@@ -39,11 +39,10 @@ from cfsp.repair.repaired import (
     RepairFiles,
     add_step,
     block_repair,
-    facts_of,
-    repaired_from,
     write_tensors,
 )
 from cfsp.repair.ridge import LAMBDAS
+from cfsp.repair.together import done_by_first
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -74,7 +73,7 @@ def repair_sequentially(
         ResumeError: the workplace holds unfinished work of something else.
     """
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
-    streams, directory = TwoStreams.of(windows, _TOKENS_IN_BATCH), place.first_directory_of(NAME)
+    streams, directory = streams_of(windows), place.first_directory_of(NAME)
     blocks = pass_two_streams(
         source,
         pruned,
@@ -88,6 +87,11 @@ def repair_sequentially(
         own=part_of(windows, place.team, streams.batch),
     )
     return add_step(repaired, NAME, blocks)
+
+
+def streams_of(windows: Windows) -> TwoStreams:
+    """Return which windows of the pass are what."""
+    return TwoStreams.of(windows, _TOKENS_IN_BATCH)
 
 
 def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> RepairedBlock | None:
@@ -105,15 +109,11 @@ def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> Repaire
     sums.add_up_at_first(work.team, down_DK)
     held_out.gather_at_first(work.team, work.device)
     work.gather_held_out()
-    facts = work.team.from_first(
-        lambda: facts_of(_repair_block(pruned, directory, work, unit, down_DK, sums, held_out))
+    return done_by_first(
+        work,
+        directory,
+        lambda: _repair_block(pruned, directory, work, unit, down_DK, sums, held_out),
     )
-    repaired = repaired_from(facts, directory, work.last)
-    if repaired.file is not None and not work.team.is_first:
-        work.group.fill(
-            work.dtype, {name: repaired.file.read(name) for name in repaired.file.specs}
-        )
-    return repaired
 
 
 def _repair_block(

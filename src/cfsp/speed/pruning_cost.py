@@ -30,11 +30,11 @@ from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.settings import DEFAULT_SAMPLES
 from cfsp.speed.work import work_of
 from cfsp.speed.workload import Workload
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, sources_drawn
 from cfsp.whole_model.sensitivity import (
     SENSITIVITY_TOKENS,
-    SENSITIVITY_WINDOWS,
     follow_sensitivity,
+    windows_measured,
 )
 
 if TYPE_CHECKING:
@@ -277,7 +277,8 @@ def _stages(
         stages.append(one_pass("coarse pass", min(windows, COARSE_WINDOWS)))
     if follow_sensitivity(source, settings.criterion, engine, has_images=False):
         # Half a forward pass of the whole model for each block.
-        tokens = min(windows, SENSITIVITY_WINDOWS) * min(seqlen, SENSITIVITY_TOKENS)
+        sources = sources_drawn(settings.text.names, windows)
+        tokens = min(windows, windows_measured(sources)) * min(seqlen, SENSITIVITY_TOKENS)
         passes = 1 + len({unit.block for unit in source.units}) / 2
         stages.append(one_pass("sensitivity", tokens / seqlen * passes))
     if settings.repair != "none":

@@ -47,9 +47,9 @@ from cfsp.sweep.measured import (
     read_row,
 )
 from cfsp.sweep.recipe import Point, Recipe
-from cfsp.text.sources import TextSource, check_texts
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import draw_text
+from cfsp.text.windows import Windows, draw_text
 from cfsp.whole_model.own_text import processor_of
 from cfsp.whole_model.sensitivity import follow_sensitivity
 
@@ -220,18 +220,17 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
     if not path.is_file():
         tokenizer, text = load_tokenizer(source.directory), sweep.recipe.text(seed)
         engine = engine_of(compute, source)
-        has_images = any(
-            TextSource(name, "calibration").has_images for name in text.names if name != OWN_TEXT
-        )
-        sensitivity = any(
-            follow_sensitivity(
-                source, settings.with_suitable_metric().criterion, engine, has_images=has_images
+        settings = [sweep.recipe.settings(point, compute) for point in sweep.recipe.points]
+
+        def needs_sensitivity(windows: Windows) -> bool:
+            return any(
+                follow_sensitivity(source, criterion, engine, has_images=windows.has_images)
+                for criterion in (each.with_suitable_metric().criterion for each in settings)
             )
-            for settings in (sweep.recipe.settings(point, compute) for point in sweep.recipe.points)
-        )
+
         with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
             found = calibrate_source(
-                source, tokenizer, text, compute, place, sensitivity=sensitivity
+                source, tokenizer, text, compute, place, sensitivity=needs_sensitivity
             )
             found.save(path)
     return Statistics.load(path)

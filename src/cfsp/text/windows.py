@@ -380,6 +380,12 @@ def _image_pool(name: str, made: ImageWindows, share: int, least: int) -> _Shuff
     return _ShuffledPool(name, tokens_NT, share, tuple(window.images for window in windows))
 
 
+def sources_drawn(texts: Sequence[str | Text], samples: int) -> int:
+    """Return from how many sources so many windows are drawn; a kind of the mixed text is one."""
+    drawn = {name_of(part) for part, share in _parts_with_shares(texts, samples) if share}
+    return len(drawn)
+
+
 def _shares(total: int, parts: int) -> list[int]:
     """Share a number out as evenly as possible."""
     return [total // parts + (i < total % parts) for i in range(parts)]

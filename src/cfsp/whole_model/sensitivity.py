@@ -170,10 +170,15 @@ def with_sensitivity(
     engine: Engine,
 ) -> Statistics:
     """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
-    few = _beginnings(few_windows(windows, max(SENSITIVITY_WINDOWS, len(windows.sources))))
+    few = _beginnings(few_windows(windows, windows_measured(len(windows.sources))))
     return replace(
         statistics, sensitivity=measure_sensitivity(source, statistics, few, criterion, engine)
     )
+
+
+def windows_measured(sources: int) -> int:
+    """Return on how many windows it is measured, of a text from so many sources."""
+    return max(SENSITIVITY_WINDOWS, sources)
 
 
 def _beginnings(windows: Windows) -> Windows:

@@ -1,0 +1,206 @@
+"""All that is measured of a GPU, in one command of under 8 minutes and one JSON.
+
+    python benchmarks/gpu.py --directory SCRATCH --out gpu.json
+    python benchmarks/gpu.py --tiny        # a small shape on the CPU: does it run?
+
+Makes a checkpoint of Llama 3 8B's shape with random weights (16 GB; `make_checkpoint.py`), then, on
+128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, sequential repair at
+50%. Each says its seconds by stage and pass and the peak of the device's memory. The dense model
+and those two are then timed against each other, prefill and decoding, plainly and with
+torch.compile. What does not begin within the limit is left out and is null. SCRATCH needs 45 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.checkpoint.loading import compute_device
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.compute import engine_of
+from cfsp.engine.versions import versions
+from cfsp.engine.workplace import Workplace
+from cfsp.pipeline import prune_checkpoint
+from cfsp.repair.ladder import plan_and_repair
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
+from cfsp.speed.bench import bench
+from make_checkpoint import make_checkpoint
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        shape: of the checkpoint.
+        blocks: of the checkpoint; None for all.
+        windows: of the calibration.
+        seqlen: tokens in a window.
+        device: where.
+        engines: that models are timed with.
+        workload: batch, prompt tokens and new tokens that they are timed with.
+        rounds: of timing.
+    """
+
+    shape: str
+    blocks: int | None
+    windows: int
+    seqlen: int
+    device: str
+    engines: tuple[str, ...]
+    workload: dict[str, int]
+    rounds: int
+
+
+FULL = Size(
+    "llama-3-8b",
+    None,
+    128,
+    1024,
+    "cuda",
+    ("transformers", "compile"),
+    {"batch": 1, "prompt": 2048, "new_tokens": 64},
+    5,
+)
+TINY = Size(
+    "smollm2-135m",
+    2,
+    8,
+    64,
+    "cpu",
+    ("transformers",),
+    {"batch": 1, "prompt": 8, "new_tokens": 2},
+    1,
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a small shape on the CPU")
+    parser.add_argument("--directory", type=Path, help="for checkpoints, removed afterwards")
+    parser.add_argument("--out", type=Path, help="write the JSON there too, after each stage")
+    parser.add_argument("--limit", type=float, default=400, help="seconds; nothing begins later")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.directory, prefix="cfsp-gpu-") as scratch:
+        found = measure(TINY if args.tiny else FULL, Path(scratch), args.limit, args.out)
+    print(json.dumps(found, indent=2))
+
+
+def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[str, Any]:
+    """Run all stages, as far as there is time.
+
+    Args:
+        size: how much.
+        scratch: an empty directory.
+        limit: seconds after which no further stage begins.
+        out: a file that has what is known after each stage; None for none.
+    """
+    device = compute_device(size.device)
+    dense = scratch / "dense"
+    stages: dict[str, Callable[[], Any]] = {
+        "checkpoint": lambda: make_checkpoint(dense, size.shape, size.blocks, device=device),
+        "calibrate": lambda: _calibrate(size, dense, scratch),
+        "ridge 20%": lambda: _prune(size, dense, scratch / "20", 0.2, "ridge"),
+        "ridge 50%": lambda: _prune(size, dense, scratch / "50", 0.5, "ridge"),
+        "sequential 50%": lambda: _prune(size, dense, scratch / "sequential", 0.5, "sequential"),
+    }
+    for engine in size.engines:
+        stages[f"speed, {engine}"] = lambda engine=engine: _speed(size, scratch, engine)
+    found: dict[str, Any] = {
+        "shape": size.shape,
+        "tokens": size.windows * size.seqlen,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "stages": {},
+    }
+    started = time.monotonic()
+    for name, run in stages.items():
+        begun = time.monotonic()
+        if begun - started > limit:
+            found["stages"][name] = None
+            continue
+        print(f"{begun - started:.0f} s: {name}", file=sys.stderr)
+        peak = _DevicePeak(device)
+        result = run()
+        found["stages"][name] = {
+            "seconds": round(time.monotonic() - begun, 2),
+            "peak_device_bytes": peak.bytes(),
+            "result": result,
+        }
+        found["seconds"] = round(time.monotonic() - started, 2)
+        if out is not None:
+            out.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+class _DevicePeak:
+    """The most memory that tensors of this process take on an accelerator from now on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self._is_cuda else None
+
+
+def _settings(size: Size, sparsity: float, repair: Repair) -> PruneSettings:
+    text = CalibrationText(("python-docs",), size.windows, size.seqlen)
+    # Sensitivity would run the whole model; its cost is that of so many more windows.
+    criterion = Criterion(block_metric="angular")
+    return PruneSettings(Budget(sparsity), criterion, text, Compute(size.device), repair=repair)
+
+
+def _calibrate(size: Size, dense: Path, scratch: Path) -> dict[str, Any]:
+    from cfsp.engine.stopwatch import Stopwatch
+    from cfsp.text.tokenizers import load_tokenizer
+    from cfsp.text.windows import draw_text
+
+    source, settings = Checkpoint(dense), _settings(size, 0.5, "none")
+    windows = draw_text(settings.text, load_tokenizer(dense))
+    place, watch = Workplace(scratch / "work"), Stopwatch()
+    engine = engine_of(settings.compute, source)
+    plan_and_repair(source, lambda: windows, settings, engine, place=place, watch=watch)
+    return {"seconds": watch.seconds, "passes": place.times_json()}
+
+
+def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) -> dict[str, Any]:
+    report = prune_checkpoint(Checkpoint(dense), out, _settings(size, sparsity, repair))
+    if repair == "sequential":  # as large as that with ridge repair: it is not timed
+        shutil.rmtree(out)
+    kept = ("seconds", "passes", "peak_rss_bytes", "parameters_before", "parameters_after")
+    return {name: getattr(report, name) for name in kept}
+
+
+def _speed(size: Size, scratch: Path, engine: str) -> dict[str, Any]:
+    models = [scratch / name for name in ("dense", "20", "50") if (scratch / name).is_dir()]
+    # Other programs do not compute where the models do.
+    comparison = bench(
+        models,
+        **size.workload,
+        engine=engine,
+        rounds=size.rounds,
+        disturbance=1.0,
+        device=size.device,
+    )
+    return comparison.to_json()
+
+
+if __name__ == "__main__":
+    main()

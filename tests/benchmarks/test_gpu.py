@@ -1,0 +1,43 @@
+"""The benchmark for a GPU runs to its end, with a small shape on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from gpu import main
+
+
+def test_all_stages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gpu.json"
+    main(["--tiny", "--directory", str(tmp_path), "--out", str(out)])
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(out.read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json"}
+    stages = found["stages"]
+    assert list(stages) == [
+        *("checkpoint", "calibrate", "ridge 20%", "ridge 50%", "sequential 50%"),
+        "speed, transformers",
+    ]
+    assert all(stage["seconds"] > 0 for stage in stages.values())
+    assert set(stages["sequential 50%"]["result"]["passes"]) == {
+        *("coarse pass", "ridge", "sequential")
+    }
+    dense, *pruned = stages["speed, transformers"]["result"]["models"]
+    assert [model["model"] for model in pruned] == ["20", "50"]
+    assert all(model["parameters"] < dense["parameters"] for model in pruned)
+    assert pruned[1]["workloads"][0]["decode"]["ideal_ratio"] > 1
+
+
+def test_what_does_not_begin_in_time_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--tiny", "--directory", str(tmp_path), "--limit", "-1"])
+    assert set(json.loads(capsys.readouterr().out)["stages"].values()) == {None}

@@ -1,0 +1,115 @@
+"""Recovery whose processes each hold a part of the weights: as one process that holds all."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cfsp
+from cfsp.cli import main
+from cfsp.result.manifest import read_manifest
+from checkpoint_tensors import tensors
+from commands import Command, Commands, ranks
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+) -> Path:
+    out = tmp_path_factory.mktemp("sharding") / "pruned"
+    cfsp.prune(
+        tiny_checkpoint("llama"),
+        out=out,
+        sparsity=0.5,
+        multiple=4,
+        data=[str(text_file)],
+        samples=8,
+        seqlen=32,
+    )
+    return out
+
+
+@pytest.fixture
+def argv(pruned: Path, text_file: Path) -> list[str]:
+    options = {"seqlen": 32, "steps": STEPS, "evaluations": 3, "learning-rate": 3e-3, "rank": 2}
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return ["recover", str(pruned), "--data", str(text_file), *given]
+
+
+def recovered_by(
+    commands: Commands, argv: list[str], out: Path, size: int, **death: Any
+) -> list[Any]:
+    """Recover in so many processes, with 4 windows in a step whatever their number."""
+    argv = [*argv, "--out", str(out), "--batch-windows", str(4 // size), "--json"]
+    return commands(*(Command(argv, environment=rank, **death) for rank in ranks(size)))
+
+
+def check_alike(one: Path, many: Path) -> None:
+    """Check losses and weights."""
+    expected, found = (read_manifest(path) for path in (one, many))
+    assert expected is not None
+    assert found is not None
+    assert len(found["recovery"]["history"]) == 3
+    for a, b in zip(expected["recovery"]["history"], found["recovery"]["history"], strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    weights = tensors(one)
+    assert weights.keys() == tensors(many).keys()
+    for name, tensor in tensors(many).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_give_what_one_gives(
+    commands: Commands,
+    argv: list[str],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    argv = [*argv, "--method", method, "--teacher", str(tiny_checkpoint("llama"))]
+    argv += ["--set", "teacher_weight=0.5"]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    ended = recovered_by(commands, [*argv, "--shard"], tmp_path / "two", 2)
+    assert [each.status for each in ended] == [0, 0], ended
+    assert json.loads(ended[0].stdout)["steps"] == STEPS
+    assert ended[1].stdout == ""
+    check_alike(tmp_path / "one", tmp_path / "two")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_another_number_of_processes_goes_on(
+    commands: Commands, argv: list[str], tmp_path: Path
+) -> None:
+    """Two begin and die, one goes on and dies, two finish."""
+    argv, out = [*argv, "--shard"], tmp_path / "out"
+    ended = recovered_by(commands, argv, out, 2, dies="training", count=4)
+    assert [each.status for each in ended] == [-signal.SIGKILL] * 2, ended
+    ended = recovered_by(commands, argv, out, 1, dies="training", count=6)
+    assert [each.status for each in ended] == [-signal.SIGKILL], ended
+    ended = recovered_by(commands, argv, out, 2)
+    assert [each.status for each in ended] == [0, 0], ended
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    check_alike(tmp_path / "one", out)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "out"}
+
+
+def test_adapters_of_experts_are_refused(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["recover", str(tiny_checkpoint("mixtral")), "--data", str(text_file), "--steps", "1"]
+    argv += ["--seqlen", "32", "--shard", "--set", "rank_allocation=uniform"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "--shard cannot shard the adapters of experts" in capsys.readouterr().err
