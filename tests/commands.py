@@ -91,7 +91,7 @@ def prepare(dies: str | None, count: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def advance(
-        block: Any, on_activations: Any = None, on_hidden: Any = lambda *states: None
+        block: Any, on_activations: Any = None, on_hidden: Any = lambda *states: None, *others: Any
     ) -> None:
         nonlocal passed
         passed += 1
@@ -99,7 +99,7 @@ def prepare(dies: str | None, count: int) -> None:
             # One batch of the block has passed.
             inner = on_hidden
             on_hidden = lambda *states: (inner(*states), die())  # noqa: E731
-        original_advance(block, on_activations, on_hidden)
+        original_advance(block, on_activations, on_hidden, *others)
 
     def block_done(saver: Any, hidden: Any) -> None:
         original_block_done(saver, hidden)

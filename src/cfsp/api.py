@@ -111,7 +111,7 @@ def prune(
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
-        parts: what may go: `ffn`, `blocks`, or several.
+        parts: what may go: `ffn`, `kv`, `blocks`, or several.
         goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
             themselves.
@@ -158,7 +158,7 @@ def prune(
         # Before a model is downloaded or converted.
         check_all_texts(settings.text, evaluation, goal)
         return prune_checkpoint(
-            open_checkpoint(model),
+            open_checkpoint(model, parts=settings.budget.parts),
             Path(out),
             settings,
             goal=goal,
@@ -182,17 +182,18 @@ def calibrate(
     seqlen: int = DEFAULT_SEQLEN,
     device: str = "auto",
     sensitivity: bool = False,
+    parts: str | Sequence[str] = DEFAULT_PARTS,
     **advanced: Any,
 ) -> Statistics:
     """Run a text through a model once and return what plans are made from.
 
-    Arguments are those of `prune`; `sensitivity` also measures what pruning each block alone does
-    to the predictions, which requires the whole model in memory.
+    Arguments are those of `prune`, `parts` those of later plans; `sensitivity` also measures what
+    pruning each block alone does to the predictions, which requires the whole model in memory.
     """
     check_names(advanced, CalibrationText, Compute)
     text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
     check_texts(text.names, "calibration")
-    source = _source(model)
+    source = _source(model, from_names(Budget, {}, parts=parts))
     tokenizer, processor = parted(tokenizer)
     if tokenizer is None:
         if not isinstance(source, Checkpoint):
@@ -209,13 +210,14 @@ def plan(
     statistics: Statistics,
     *,
     sparsity: float,
+    parts: str | Sequence[str] = DEFAULT_PARTS,
     **advanced: Any,
 ) -> PruningPlan:
     """Decide from statistics which channels stay; arguments are those of `prune`."""
     check_names(advanced, Budget, Criterion)
-    budget = from_names(Budget, advanced, sparsity=sparsity)
+    budget = from_names(Budget, advanced, sparsity=sparsity, parts=parts)
     criterion = from_names(Criterion, advanced)
-    return plan_from_statistics(_source(model), statistics, budget, criterion)
+    return plan_from_statistics(_source(model, budget), statistics, budget, criterion)
 
 
 def evaluate(
@@ -259,5 +261,7 @@ def _texts(data: Data) -> tuple[str | Text, ...]:
     return tuple(text if isinstance(text, Text) else str(text) for text in given)
 
 
-def _source(model: str | Path | PreTrainedModel) -> WeightSource:
-    return open_checkpoint(model) if isinstance(model, str | Path) else LoadedModel(model)
+def _source(model: str | Path | PreTrainedModel, budget: Budget) -> WeightSource:
+    if isinstance(model, str | Path):
+        return open_checkpoint(model, parts=budget.parts)
+    return LoadedModel(model, budget.parts)

@@ -53,7 +53,6 @@ from cfsp.result.manifest import describe_pruning, facts_for_config, write_manif
 from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
-    DEFAULT_PARTS,
     CalibrationText,
     Compute,
     Criterion,
@@ -190,7 +189,7 @@ def prune_model(
     """
     settings = settings.with_suitable_metric()
     check_all_texts(settings.text, goal=goal)
-    source = LoadedModel(model)
+    source = LoadedModel(model, settings.budget.parts)
     tokenizer, processor = parted(tokenizer)
     with temporary_workplace(settings.compute.memory_budget) as place:
         inputs = _Inputs.of(source, lambda: tokenizer, settings, processor)
@@ -317,7 +316,7 @@ def _decide(
     watch: Stopwatch,
 ) -> _Decided:
     """Turn a goal into a budget, then decide what goes and repair what is left."""
-    if settings.budget.parts != DEFAULT_PARTS:
+    if "blocks" in settings.budget.parts:
         raise UsageError("--parts blocks can't be pruned yet; leave it out")
     facts: dict[str, Any] = {}
     if goal is not None:

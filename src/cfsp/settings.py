@@ -113,8 +113,10 @@ def fraction(text: str) -> float:
 
 # How much to remove, and of what.
 
-Part = Literal["ffn", "blocks"]
+Part = Literal["ffn", "kv", "blocks"]
 PARTS: tuple[Part, ...] = get_args(Part)
+# Those that are units of a block, which get narrower.
+UNIT_PARTS: tuple[Part, ...] = ("ffn", "kv")
 DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
 
 
@@ -169,10 +171,11 @@ class Budget:
         sparsity: fraction to remove, in [0, 1).
         of: `ffn`, the fraction of all FFN channels (the paper's sparsity), counted by their
             parameters where some own more than others, or `model`, the fraction of all parameters.
-        multiple: widths become multiples of this; None for 256 where the FFN is at least 8192
+            With `kv` the first is the fraction of what channels and KV groups own.
+        multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
         parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `blocks`, whole decoder blocks.
+            FFNs; `kv`, KV groups; `blocks`, whole decoder blocks.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
 
@@ -210,7 +213,8 @@ class Budget:
     )
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
-        "what may go, with commas between several: ffn (channels), blocks (whole decoder blocks)",
+        "what may go, with commas between several: ffn (channels), kv (KV groups: a head of keys "
+        "and values with its query heads), blocks (whole decoder blocks)",
         kind=parse_parts,
         metavar="KIND,...",
         default="ffn",

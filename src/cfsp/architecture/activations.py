@@ -86,6 +86,32 @@ def observed_activations(
         yield
 
 
+@contextmanager
+def observed_sublayers(
+    block: nn.Module, units: Sequence[FFNUnit], seen: dict[int, Tensor]
+) -> Iterator[None]:
+    """Keep the hidden state after each attention of a block whenever the block runs.
+
+    Args:
+        block: a decoder block.
+        units: its units; those that are no attention, or after which there is no hidden state, are
+            not seen.
+        seen: is given it, by the position of the unit.
+    """
+
+    def before(position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen[position] = hidden_state(args, kwargs)
+
+    with ExitStack() as stack:
+        for position, unit in enumerate(units):
+            if unit.after is not None:
+                hook = block.get_submodule(unit.after).register_forward_pre_hook(
+                    partial(before, position), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+        yield
+
+
 def _token_counts(hidden: Tensor) -> list[int]:
     """Return how many tokens a hidden state may be of: one of its axes may be that of streams."""
     *lengths, _hidden = hidden.shape
@@ -95,7 +121,8 @@ def _token_counts(hidden: Tensor) -> list[int]:
 
 def _told(block: nn.Module, unit: FFNUnit) -> str:
     """Return a unit in words."""
-    where = f"the FFN {unit.path}" if unit.path else "the FFN"
+    noun = "FFN" if unit.part == "ffn" else "attention"
+    where = f"the {noun} {unit.path}" if unit.path else f"the {noun}"
     return f"{where} ({type(block.get_submodule(unit.path)).__name__}) of block {unit.block}"
 
 

@@ -1,4 +1,4 @@
-"""Finding the blocks of a model and their FFN units, by looking at its modules.
+"""Finding the blocks of a model and their units, by looking at its modules.
 
 The model may be on the meta device: only shapes and names of attributes count. What is found is a
 guess, which `cfsp.architecture.proof` proves or refuses.
@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from cfsp.architecture.attentions import attentions_of, own_parameters
 from cfsp.architecture.found import (
     Architecture,
     ChannelAxis,
@@ -33,6 +34,7 @@ from cfsp.architecture.found import (
     WidthAttribute,
 )
 from cfsp.errors import UnsupportedModelError
+from cfsp.settings import Part
 
 # Attributes that nothing computes with although they may equal a width by chance.
 _NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
@@ -40,11 +42,12 @@ _NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
 _SURELY_WIDTHS = re.compile(r"intermediate|ffn|inner|expert_dim")
 
 
-def find_architecture(model: PreTrainedModel) -> Architecture:
-    """Return the blocks of a model and the FFN units that they seem to have.
+def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architecture:
+    """Return the blocks of a model and the units of a part that they seem to have.
 
     Args:
         model: a causal language model, or a multimodal one with a text decoder inside.
+        part: which units; attentions are found by `cfsp.architecture.attentions`.
 
     Raises:
         UnsupportedModelError: there is no list of blocks.
@@ -56,7 +59,13 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     candidates = []
     for path, blocks in _outermost_lists(decoder):
         found = [
-            unit for index, block in enumerate(blocks) for unit in _units_of(block, index, hidden)
+            unit
+            for index, block in enumerate(blocks)
+            for unit in (
+                _units_of(block, index, hidden)
+                if part == "ffn"
+                else attentions_of(block, index, hidden, text_config)
+            )
         ]
         candidates.append((path, blocks, found))
     if not candidates:
@@ -242,18 +251,9 @@ def _is_something_else(matrices: list[_Matrix], roles: _Roles, hidden: int) -> b
     return names == {"query", "key", "value"} or is_bottleneck
 
 
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a module and of its children that have no children."""
-    yield from module.named_parameters(recurse=False)
-    for name, child in module.named_children():
-        if next(child.children(), None) is None:
-            for key, parameter in child.named_parameters(recurse=False):
-                yield f"{name}.{key}", parameter
-
-
 def _matrices(module: nn.Module) -> Iterator[_Matrix]:
     experts_flag = getattr(module, "is_transposed", None)
-    for name, parameter in _own_parameters(module):
+    for name, parameter in own_parameters(module):
         owner, _, key = name.rpartition(".")
         child = module.get_submodule(owner) if owner else module
         if isinstance(child, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -324,7 +324,7 @@ def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxi
         if matrix is not None
     }
     axes[roles.down.name] = ChannelAxis(in_axis)
-    for name, parameter in _own_parameters(module):
+    for name, parameter in own_parameters(module):
         lengths = tuple(parameter.shape)[lead:]
         if name in axes or _is_bias(name, roles.down.name):
             continue

@@ -1,15 +1,17 @@
-"""What a model is made of, as cfsp sees it: blocks, and the FFN units in each.
+"""What a model is made of, as cfsp sees it: blocks, and in each the units that can get narrower.
 
     Architecture
       blocks        "model.layers"
       units         FFNUnit(block 0, "mlp", 1536 channels)
+                    FFNUnit(block 1, "self_attn", 3 channels, part "kv")
                     FFNUnit(block 1, "mlp.experts", 768 channels in each of 64 FFNs)
                     FFNUnit(block 1, "mlp.shared_expert", 1536 channels)
 
-It is found in the model (`cfsp.architecture.discovery`), not looked up by the model's type, and
-proved by execution (`cfsp.architecture.proof`).
+The channels of an attention are its KV groups: a head of keys and values with the query heads that
+read it. It is found in the model (`cfsp.architecture.discovery`), not looked up by the model's
+type, and proved by execution (`cfsp.architecture.proof`).
 
-Shapes: E experts, F FFN channels, D hidden.
+Shapes: E experts, F FFN channels, G KV groups, D hidden.
 """
 
 from __future__ import annotations
@@ -21,38 +23,55 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cfsp.settings import Part
+
 # How gate and up share one matrix: all rows of the gate first, or row about row.
 Fusion = Literal["halves", "interleaved"]
 
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """Where a parameter has the channels of its FFN.
+    """Where a parameter has the channels of its unit.
 
     Attributes:
         axis: the axis that channels lie along.
         fusion: how gate and up share that axis; None if each channel is there once.
+        spans: the axis is made of that many sections one after the other, and in each a channel has
+            so many entries side by side: (64,) of keys with a head size of 64, (192, 64, 64) of
+            three query heads, keys and values in one matrix.
     """
 
     axis: int
     fusion: Fusion | None = None
+    spans: tuple[int, ...] = (1,)
 
     @property
-    def parts(self) -> int:
-        """How often each channel is on the axis."""
-        return 1 if self.fusion is None else 2
+    def entries(self) -> int:
+        """How many entries of the axis each channel has."""
+        return sum(self._sections)
+
+    @property
+    def _sections(self) -> tuple[int, ...]:
+        if self.fusion is None:
+            return self.spans
+        return (1, 1) if self.fusion == "halves" else (2,)
 
     def width(self, shape: Sequence[int]) -> int:
         """Return the number of channels of a tensor of this shape."""
-        return shape[self.axis] // self.parts
+        return shape[self.axis] // self.entries
 
     def index(self, kept_K: Tensor, width: int) -> Tensor:
         """Return the places on the axis of some channels, of `width` in all."""
-        if self.fusion is None:
-            return kept_K
-        if self.fusion == "halves":
-            return torch.cat([kept_K, kept_K + width])
-        return torch.stack([2 * kept_K, 2 * kept_K + 1], dim=1).flatten()
+        places, start = [], 0
+        for span in self._sections:
+            within = torch.arange(span, device=kept_K.device)
+            places.append((start + kept_K[:, None] * span + within).flatten())
+            start += width * span
+        return torch.cat(places)
+
+    def in_one_section(self) -> ChannelAxis:
+        """Return the same axis, if each channel has all of its entries side by side."""
+        return replace(self, spans=(sum(self.spans),))
 
     def select(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Return the tensor with the kept channels only."""
@@ -67,7 +86,7 @@ class ChannelAxis:
             kept_EK: for each expert the channels to keep, as many of each.
         """
         shape = list(tensor.shape)
-        shape[self.axis] = self.parts * len(kept_EK[0])
+        shape[self.axis] = self.entries * len(kept_EK[0])
         selected = tensor.new_empty(shape)
         of_one = replace(self, axis=self.axis - 1)
         for expert, kept_K in enumerate(kept_EK):
@@ -92,20 +111,26 @@ class WidthAttribute:
 
 @dataclass(frozen=True)
 class FFNUnit:
-    """The FFNs of a block that share a width: a dense one, or all routed experts of the block.
+    """The FFNs of a block that share a width (a dense one, or all routed experts), or an attention.
 
     Attributes:
         block: index of the decoder block.
         path: dotted path from the block to the module; empty if the block itself holds the FFN.
-        width: channels of each FFN.
+        width: channels of each FFN; KV groups of an attention.
         ffns: how many FFNs: 1, or the number of experts.
-        up: the parameter whose outputs are channels, by its dotted path from the block.
+        up: the parameter whose outputs are channels, by its dotted path from the block; of an
+            attention that of the queries.
         gate: that of the gate; the same as `up` where they are one matrix, None without a gate.
-        down: that of the parameter whose inputs are channels.
+        down: that of the parameter whose inputs are channels; of an attention that of its output.
         axes: every parameter that has a channel axis, by its dotted path from the block. Those of
             experts are three-dimensional and begin with the expert.
         attributes: numbers in the modules that tell the width.
         routed: whether its FFNs are experts that a router chooses among.
+        part: `ffn` or `kv`.
+        config_numbers: of an attention that reads them in its config while it runs: the numbers of
+            heads by their names there, each as how often the width it is.
+        after: of an attention, the module that is entered by the hidden state after it, by its
+            dotted path from the block; None if there is none.
     """
 
     block: int
@@ -118,20 +143,37 @@ class FFNUnit:
     axes: dict[str, ChannelAxis]
     attributes: tuple[WidthAttribute, ...] = ()
     routed: bool = False
+    part: Part = "ffn"
+    config_numbers: tuple[tuple[str, int], ...] = ()
+    after: str | None = None
 
     @property
     def is_fused(self) -> bool:
-        """Whether gate and up are one matrix."""
-        return self.gate == self.up
+        """Whether gate and up are one matrix, or queries, keys and values are."""
+        return self.gate == self.up or any(len(axis.spans) > 1 for axis in self.axes.values())
+
+    @property
+    def columns(self) -> int:
+        """How many inputs the matrix `down` of each FFN has: one or several for each channel."""
+        return self.width * self.axes[self.down].entries
+
+    def columns_of(self, channels: Sequence[int]) -> list[int]:
+        """Return the inputs of `down` that some channels of one FFN have."""
+        index_K: Tensor = self.axes[self.down].index(torch.tensor(channels), self.width)
+        return index_K.tolist()
 
     @property
     def kind(self) -> tuple[object, ...]:
         """All but the place: units of a kind are proved once."""
-        return (self.width, self.ffns, *self.form)
+        return (self.width, self.ffns, tuple(self.axes.items()), *self.form)
 
     @property
     def form(self) -> tuple[object, ...]:
         """The kind without its numbers: what a smaller model of the same class has in common."""
+        if self.part == "kv":
+            axes = tuple((name, axis.axis, len(axis.spans)) for name, axis in self.axes.items())
+            names = tuple((a.module, a.name) for a in self.attributes)
+            return (self.path, self.up, self.down, axes, names)
         return (
             self.path, self.up, self.gate, self.down, tuple(self.axes.items()), self.attributes,
             self.routed,
@@ -140,7 +182,7 @@ class FFNUnit:
     @property
     def plain_axes(self) -> dict[str, tuple[int, int]]:
         """The axes as plain numbers, as `resize_ffn` and config.json have them."""
-        return {name: (axis.axis, axis.parts) for name, axis in self.axes.items()}
+        return {name: (axis.axis, axis.entries) for name, axis in self.axes.items()}
 
     @property
     def plain_attributes(self) -> list[tuple[str, str, int]]:
@@ -161,7 +203,10 @@ class FFNUnit:
         return axis.select_of_experts(parameter, kept_EK)
 
     def as_fused_as(self, other: FFNUnit) -> FFNUnit:
-        """Return the same unit with gate and up sharing their matrix as in another one."""
+        """Return the same unit with what shares a matrix sharing it as in another one."""
+        if self.part == "kv":
+            is_in_one = len(other.axes[other.up].spans) == 1
+            return self.in_one_section() if is_in_one and self.is_fused else self
         fusion = other.axes[other.up].fusion
         return self.with_fusion(fusion) if fusion else self
 
@@ -173,10 +218,15 @@ class FFNUnit:
         }
         return replace(self, axes=axes)
 
+    def in_one_section(self) -> FFNUnit:
+        """Return the same attention with the entries of each KV group side by side everywhere."""
+        axes = {name: axis.in_one_section() for name, axis in self.axes.items()}
+        return replace(self, axes=axes)
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a module that looks like an FFN is none whose channels can be cut.
+    """Why a module that looks like an FFN or an attention is none whose channels can be cut.
 
     Attributes:
         module: its dotted path in the model.
@@ -189,7 +239,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The blocks of a model and their FFN units.
+    """The blocks of a model and their units, of the parts that are asked for.
 
     Attributes:
         class_name: of the transformers class.
@@ -198,7 +248,7 @@ class Architecture:
         blocks: dotted path from the model to the list of blocks.
         block_count: how many blocks.
         units: in the order of blocks, and within a block as they are registered.
-        refused: modules that look like FFNs but are none that can be cut.
+        refused: modules that look like FFNs or attentions but are none that can be cut.
         learnt_positions: the longest input, where each position has an embedding that was learnt;
             None where any input can be read.
     """
@@ -217,6 +267,11 @@ class Architecture:
         return any(unit.routed for unit in self.units)
 
     @property
+    def has_attentions(self) -> bool:
+        """Whether there are attentions that can lose KV groups."""
+        return any(unit.part == "kv" for unit in self.units)
+
+    @property
     def widths(self) -> list[int]:
         """The width of every unit."""
         return [unit.width for unit in self.units]
@@ -226,8 +281,12 @@ class Architecture:
         units = zip(self.units, widths, strict=True)
         return replace(self, units=tuple(replace(unit, width=width) for unit, width in units))
 
+    def of_part(self, part: Part) -> Architecture:
+        """Return the same architecture with the units of one part only."""
+        return replace(self, units=tuple(unit for unit in self.units if unit.part == part))
+
     def units_of(self, block: int) -> tuple[FFNUnit, ...]:
-        """Return the FFN units of one block."""
+        """Return the units of one block."""
         return tuple(unit for unit in self.units if unit.block == block)
 
     def module_name(self, unit: FFNUnit) -> str:

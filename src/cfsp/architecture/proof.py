@@ -1,4 +1,4 @@
-"""The proof, by execution, that the FFN units of a model are what discovery takes them for.
+"""The proof, by execution, that the units of a model are what discovery takes them for.
 
 A small random model of the same class runs on a few tokens. For one unit of every kind:
 
@@ -8,13 +8,16 @@ A small random model of the same class runs on a few tokens. For one unit of eve
     untouched    cutting replaces the parameters of the unit and no other
     neighbours   the blocks before and after compute what they did
     watched      its activations are seen while the block runs, and of which token each is
+    whole        of attention: the whole decoder computes with the groups cut out what it computes
+                 with them masked, so that no other block reads its keys and values
 
 and for the blocks:
 
     order        the decoder calls each once, in order, each on the output of the one before
     replay       a block that is called again as the decoder called it computes the same
 
-Masked is a channel whose column of down is zero, which is the same as a zero at its input.
+Masked is a channel whose columns of down are zero, which is the same as zeros at its input. The
+channels of an attention are its KV groups.
 
 Shapes: B windows, T tokens, D hidden, F channels, E experts, K kept channels.
 """
@@ -22,9 +25,10 @@ Shapes: B windows, T tokens, D hidden, F channels, E experts, K kept channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +38,10 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, FFNUnit, Fusion, Refusal
 from cfsp.architecture.model_classes import model_class_of
-from cfsp.architecture.resizing import resize_ffn
+from cfsp.architecture.resizing import resize_attention, resize_ffn
 from cfsp.architecture.small_run import SmallRun, first_line, run_small, set_parameter
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,25 +53,48 @@ LEAST_EFFECT = 1e-3
 
 @torch.no_grad()
 def prove(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel] | None = None,
+    parts: tuple[Part, ...] = DEFAULT_PARTS,
 ) -> Architecture:
-    """Return the blocks of a config's model and those of its FFN units that can be cut.
+    """Return the blocks of a config's model and those of its units that can be cut.
 
     Args:
         config: of the model as it is; not changed.
         model_class: what is built from it; by default that of `model_class_of`.
+        parts: whose units must be there. FFNs are found in any case.
 
     Raises:
         CheckpointError: no model can be built from the config.
-        UnsupportedModelError: the model has no blocks that can be run one by one, or no FFN unit
-            that can be cut.
+        UnsupportedModelError: the model has no blocks that can be run one by one, or no unit of a
+            part that can be cut.
     """
     model_class = model_class or model_class_of(config)
-    architecture, shared = _guess(config, model_class)
+    proved = []
+    for part in UNIT_PARTS:
+        if part in parts or part == "ffn":
+            try:
+                proved.append(_prove_part(config, model_class, part))
+            except UnsupportedModelError:
+                if part in parts:
+                    raise
+    # Attention comes before the FFN, or beside it.
+    units = sorted(
+        (unit for found in reversed(proved) for unit in found.units), key=lambda unit: unit.block
+    )
+    refused = tuple(refusal for found in proved for refusal in found.refused)
+    return replace(proved[0], units=tuple(units), refused=refused)
+
+
+def _prove_part(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], part: Part
+) -> Architecture:
+    """Return the blocks and the units of one part that can be cut."""
+    architecture, shared = _guess(config, model_class, part)
     alone, refused = _split(architecture, shared)
     if not alone:
-        raise _unsupported(architecture, refused)
-    run = run_small(config, model_class, architecture)
+        raise _unsupported(architecture, refused, part)
+    run = run_small(config, model_class, architecture, part)
     verdicts: dict[tuple[object, ...], FFNUnit | Refusal] = {}
     units: list[FFNUnit] = []
     for number in alone:
@@ -78,9 +106,9 @@ def prove(
         if isinstance(verdict, Refusal):
             refused.append(Refusal(architecture.module_name(unit), verdict.reason))
         else:
-            units.append(unit.as_fused_as(verdict))
+            units.append(replace(unit.as_fused_as(verdict), after=verdict.after))
     if not units:
-        raise _unsupported(architecture, refused)
+        raise _unsupported(architecture, refused, part)
     return replace(architecture, units=tuple(units), refused=tuple(refused))
 
 
@@ -118,7 +146,15 @@ def _may_matter(name: str, value: object) -> bool:
     return is_plain and not name.endswith(("idx", "index", "_id", "_number"))
 
 
-def _unsupported(architecture: Architecture, refused: list[Refusal]) -> UnsupportedModelError:
+def _unsupported(
+    architecture: Architecture, refused: list[Refusal], part: Part
+) -> UnsupportedModelError:
+    if part == "kv":
+        found = f"{refused[0].module} failed the check {refused[0].reason}" if refused else "none"
+        return UnsupportedModelError(
+            f"no attention of {architecture.class_name} can lose KV groups: {found}; prune it "
+            "without the part kv"
+        )
     if not refused:
         return UnsupportedModelError(
             f"{architecture.class_name} has no FFN in its {architecture.block_count} blocks "
@@ -133,7 +169,9 @@ def _unsupported(architecture: Architecture, refused: list[Refusal]) -> Unsuppor
     )
 
 
-def _guess(config: PreTrainedConfig, model_class: Any) -> tuple[Architecture, dict[str, list[str]]]:
+def _guess(
+    config: PreTrainedConfig, model_class: Any, part: Part
+) -> tuple[Architecture, dict[str, list[str]]]:
     """Return what discovery finds, and for every shared parameter its other names."""
     try:
         with torch.device("meta"):
@@ -152,12 +190,14 @@ def _guess(config: PreTrainedConfig, model_class: Any) -> tuple[Architecture, di
         if len(group) > 1
         for name in group
     }
-    return find_architecture(model), shared
+    return find_architecture(model, part), shared
 
 
 def _prove_unit(run: SmallRun, unit: FFNUnit) -> FFNUnit | Refusal:
     """Return the unit with its fusion settled, or which check it failed."""
     module = run.architecture.module_name(unit)
+    if unit.part == "kv" and unit.width == 1:
+        return Refusal(module, "heads: expected two KV groups or more, found one")
     call = run.calls[unit.block]
     if not (error := _difference(run.output(unit.block), call.output)) <= TOLERANCE:
         return Refusal(
@@ -175,8 +215,10 @@ def _prove_unit(run: SmallRun, unit: FFNUnit) -> FFNUnit | Refusal:
     for candidate in _candidates(unit):
         reason = _cut_fails(run, candidate, kept_EK, masked)
         if reason is None:
-            reason = _watching_fails(run, candidate)
-            return candidate if reason is None else Refusal(module, reason)
+            reason = _watching_fails(run, candidate) or _elsewhere_fails(run, candidate, kept_EK)
+            if reason is not None:
+                return Refusal(module, reason)
+            return replace(candidate, after=_module_after(run, candidate))
         verdict = Refusal(module, reason)
     return verdict
 
@@ -192,9 +234,71 @@ def _watching_fails(run: SmallRun, unit: FFNUnit) -> str | None:
     return None
 
 
+def _elsewhere_fails(run: SmallRun, unit: FFNUnit, kept_EK: list[list[int]]) -> str | None:
+    """Return why another block depends on an attention's keys and values; None if none does."""
+    if unit.part != "kv":
+        return None
+    masked = _masked_output(run, unit, kept_EK, run.decoder_output)
+    with _cut(run.blocks[unit.block], unit, kept_EK):
+        try:
+            error = _difference(run.decoder_output(), masked)
+        except Exception as problem:
+            found = first_line(problem)
+            return f"whole: expected the decoder's output with masked groups, found {found}"
+    if not error <= TOLERANCE:
+        return (
+            "whole: expected the decoder's output with masked groups, found a relative difference "
+            f"of {error:.1e}"
+        )
+    return None
+
+
+def _module_after(run: SmallRun, unit: FFNUnit) -> str | None:
+    """Return the module that the hidden state after an attention enters; None if there is none.
+
+    With an output matrix of zeros nothing is added to the hidden state, so that it enters that
+    module as it entered the block.
+    """
+    if unit.part != "kv":
+        return None
+    block = run.blocks[unit.block]
+    bias = f"{unit.down.removesuffix('weight')}bias"
+    zeroed = {
+        name: parameter for name, parameter in block.named_parameters() if name in (unit.down, bias)
+    }
+    hidden = run.calls[unit.block].hidden
+    found: list[str] = []
+    ran: list[str] = []
+
+    def before(path: str, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if ran and inputs and inputs[0].shape == hidden.shape and torch.equal(inputs[0], hidden):
+            found.append(path)
+
+    hooks = [block.get_submodule(unit.path).register_forward_hook(lambda *_: ran.append(unit.path))]
+    for path, module in block.named_modules():
+        if path and not f"{path}.".startswith(f"{unit.path}."):
+            before_this = partial(before, path)
+            hooks.append(module.register_forward_pre_hook(before_this, with_kwargs=True))
+    for name, parameter in zeroed.items():
+        zeros = nn.Parameter(torch.zeros_like(parameter), requires_grad=False)
+        set_parameter(block, name, zeros)
+    try:
+        run.output(unit.block)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in zeroed.items():
+            set_parameter(block, name, parameter)
+    return found[0] if found else None
+
+
 def _candidates(unit: FFNUnit) -> Iterator[FFNUnit]:
     yield unit
-    if unit.is_fused:
+    if unit.part == "kv":
+        if unit.is_fused:
+            yield unit.in_one_section()
+    elif unit.is_fused:
         other: Fusion = "interleaved" if unit.axes[unit.up].fusion == "halves" else "halves"
         yield unit.with_fusion(other)
 
@@ -216,8 +320,20 @@ def _random_half(unit: FFNUnit) -> list[list[int]]:
     ]
 
 
-def _masked_output(run: SmallRun, unit: FFNUnit, kept_EK: list[list[int]]) -> Tensor:
-    """Return the block's output with zeros in the columns of down that are not kept."""
+def _masked_output(
+    run: SmallRun,
+    unit: FFNUnit,
+    kept_EK: list[list[int]],
+    compute: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Return the block's output with zeros in the columns of down that are not kept.
+
+    Args:
+        run: the small model.
+        unit: one of its units.
+        kept_EK: channels of each FFN.
+        compute: gives what to return instead.
+    """
     block = run.blocks[unit.block]
     down = block.get_parameter(unit.down)
     axis = unit.axes[unit.down].axis
@@ -226,10 +342,10 @@ def _masked_output(run: SmallRun, unit: FFNUnit, kept_EK: list[list[int]]) -> Te
     lead = down.ndim - 2
     for ffn, kept in enumerate(kept_EK):
         new, old = (masked[ffn], down[ffn]) if lead else (masked, down)
-        index = torch.tensor(kept)
+        index = torch.tensor(unit.columns_of(kept))
         new.index_copy_(axis - lead, index, old.index_select(axis - lead, index))
     set_parameter(block, unit.down, nn.Parameter(masked, requires_grad=False))
-    output = run.output(unit.block)
+    output = run.output(unit.block) if compute is None else compute()
     set_parameter(block, unit.down, down)
     return output
 
@@ -279,12 +395,26 @@ def _tensors(model: nn.Module) -> dict[str, int]:
 def _cut(block: nn.Module, unit: FFNUnit, kept_EK: list[list[int]]) -> Iterator[None]:
     """Cut all but the kept channels of a unit out of its block; put them back afterwards."""
     originals = {name: block.get_parameter(name) for name in unit.axes}
-    resize_ffn(block, len(kept_EK[0]), unit.plain_axes, unit.plain_attributes)
+    module: Any = block.get_submodule(unit.path)
+    config = getattr(module, "config", None)
+    _resize(block, unit, len(kept_EK[0]))
     try:
         for name, original in originals.items():
             block.get_parameter(name).copy_(unit.select(name, original, kept_EK))
         yield
     finally:
-        resize_ffn(block, unit.width, unit.plain_axes, unit.plain_attributes)
+        _resize(block, unit, unit.width)
+        if unit.config_numbers:
+            module.config = config
         for name, original in originals.items():
             set_parameter(block, name, original)
+
+
+def _resize(block: nn.Module, unit: FFNUnit, width: int) -> None:
+    """Give a unit another width."""
+    if unit.part == "kv":
+        numbers = dict(unit.config_numbers)
+        axes, attributes = unit.plain_axes, unit.plain_attributes
+        resize_attention(block, unit.path, width, axes, attributes, numbers)
+    else:
+        resize_ffn(block, width, unit.plain_axes, unit.plain_attributes)

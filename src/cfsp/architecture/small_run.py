@@ -18,6 +18,7 @@ from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.architecture.shrinking import smaller_configs
 from cfsp.errors import UnsupportedModelError
+from cfsp.settings import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,14 +68,23 @@ class SmallRun:
         call = self.calls[block]
         return _first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
 
+    def decoder_output(self) -> Tensor:
+        """Return what the decoder computes from the tokens of the run."""
+        decoder: Any = self.model.get_submodule(self.architecture.decoder)
+        output: Tensor = decoder(input_ids=_tokens(self.model), use_cache=False)[0]
+        return output
 
-def run_small(config: PreTrainedConfig, model_class: Any, architecture: Architecture) -> SmallRun:
+
+def run_small(
+    config: PreTrainedConfig, model_class: Any, architecture: Architecture, part: Part = "ffn"
+) -> SmallRun:
     """Run the smallest model that has the units of the large one.
 
     Args:
         config: of the large model; not changed.
         model_class: of both.
-        architecture: of the large model.
+        architecture: of the large model, with the units of one part.
+        part: which.
 
     Raises:
         UnsupportedModelError: no small model runs, or it does not call block after block.
@@ -83,7 +93,7 @@ def run_small(config: PreTrainedConfig, model_class: Any, architecture: Architec
     for smaller in smaller_configs(config):
         try:
             model = _skeleton(smaller, model_class)
-            found = find_architecture(model)
+            found = find_architecture(model, part)
             if not _has_units_of(found, architecture):
                 continue
             blocks: Any = model.get_submodule(found.blocks)
@@ -205,18 +215,22 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
     for index, block in enumerate(model.get_submodule(architecture.blocks)):
         hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(block.register_forward_hook(lambda _b, _a, out, i=index: after(i, out)))
-    # The first ids are often special ones.
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(1)
-    tokens_BT = torch.randint(3, min(vocabulary, 200), (WINDOWS, TOKENS), generator=generator)
     decoder: Any = model.get_submodule(architecture.decoder)
     try:
-        decoder(input_ids=tokens_BT, use_cache=False)
+        decoder(input_ids=_tokens(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     _check_order(architecture, calls)
     return tuple(calls)
+
+
+def _tokens(model: Any) -> Tensor:
+    """Return a few token ids (B x T), the same ones every time."""
+    # The first ids are often special ones.
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, min(vocabulary, 200), (WINDOWS, TOKENS), generator=generator)
 
 
 def _check_order(architecture: Architecture, calls: list[Call]) -> None:

@@ -132,21 +132,29 @@ def observe(block: StreamedBlock) -> ObservedBlock:
 
 def _observe_part(block: StreamedBlock) -> ObservedBlock:
     distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
+    sublayers = [DistanceSums() for _ in block.units]
     block.advance(
-        lambda unit, ffn, act_RF, window_R: channels[unit].add(act_RF, ffn), distances.add
+        lambda unit, ffn, act_RF, window_R: channels[unit].add(act_RF, ffn),
+        distances.add,
+        lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
     )
-    return observed_block(block, distances, channels)
+    return observed_block(block, distances, channels, sublayers)
 
 
 def observed_block(
-    block: StreamedBlock, distances: DistanceSums, channels: Sequence[ChannelSums]
+    block: StreamedBlock,
+    distances: DistanceSums,
+    channels: Sequence[ChannelSums],
+    sublayers: Sequence[DistanceSums],
 ) -> ObservedBlock:
-    """Return what the sums of one block and its FFN units amount to: zeros where nothing was seen.
+    """Return what the sums of one block and its units amount to: zeros where nothing was seen.
 
     Args:
         block: the block.
         distances: between its input and output.
         channels: of each of its units.
+        sublayers: of each, between the hidden states before and after it; without tokens where
+            they are not seen.
 
     Raises:
         CalibrationError: an activation was NaN or infinite.
@@ -154,13 +162,22 @@ def observed_block(
     units = []
     distance_sums = distances.sums
     are_finite = all(map(math.isfinite, distance_sums.values()))
-    for unit, sums in zip(block.units, channels, strict=True):
-        none = torch.zeros(unit.ffns * unit.width, dtype=torch.float64)
+    for unit, sums, sublayer in zip(block.units, channels, sublayers, strict=True):
+        none = torch.zeros(unit.ffns * unit.columns, dtype=torch.float64)
         sum_F = none if sums.sum_F is None else sums.sum_F.cpu()
         squares_F = none if sums.sum_of_squares_F is None else sums.sum_of_squares_F.cpu()
         are_finite = are_finite and bool(torch.isfinite(squares_F).all())
-        routed_E = tuple(sums.tokens_E) if len(sums.tokens_E) > 1 else ()
-        units.append(UnitStatistics(block.index, sum_F, squares_F, distances.tokens, routed_E))
+        units.append(
+            UnitStatistics(
+                block.index,
+                sum_F,
+                squares_F,
+                distances.tokens,
+                tuple(sums.tokens_E) if len(sums.tokens_E) > 1 else (),
+                unit.part,
+                dict(sublayer.sums) if unit.after is not None else {},
+            )
+        )
     if not are_finite:
         raise CalibrationError(
             f"block {block.index} produced NaN or infinite activations; "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
-from cfsp.settings import DISTANCES
+from cfsp.settings import DISTANCES, UNIT_PARTS, Part
 
 # Version 1 held means of distances where version 2 holds sums; it is still read. Version 3 is for
 # models some of whose blocks have no FFN unit, or several: units are then listed by themselves.
@@ -52,16 +52,20 @@ class BlockStatistics:
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """What the calibration tokens did in one FFN unit.
+    """What the calibration tokens did in one unit.
 
     Attributes:
         block: index of its block.
-        sum_F: sum of each channel's activation over all tokens, float64.
+        sum_F: sum over all tokens of each activation that enters the unit's down matrix, float64:
+            of an FFN one for each channel.
         sum_of_squares_F: sum of its squares, float64.
         tokens: number of tokens that passed the block.
         routed_E: tokens that were routed to each expert; empty in a unit with one FFN. Channels
             are then numbered through, expert after expert, and sums are over the tokens that
             were routed to the expert, activations weighted as the router weights its output.
+        part: what it is a unit of.
+        distance_sums: of an attention, sum over tokens of each distance between the hidden state
+            before it and that after it; empty where these are not seen.
     """
 
     block: int
@@ -69,6 +73,8 @@ class UnitStatistics:
     sum_of_squares_F: Tensor
     tokens: int
     routed_E: tuple[int, ...] = ()
+    part: Part = "ffn"
+    distance_sums: dict[str, float] = field(default_factory=dict)
 
     @property
     def ffns(self) -> int:
@@ -77,7 +83,7 @@ class UnitStatistics:
 
     @property
     def width(self) -> int:
-        """Channels of one FFN."""
+        """Activations that enter the down matrix of one FFN: its channels."""
         return len(self.sum_F) // self.ffns
 
     def of_ffn(self, ffn: int) -> UnitStatistics:
@@ -143,15 +149,28 @@ class Sensitivity:
     """What pruning each block alone does to the predictions (`cfsp.whole_model.sensitivity`).
 
     Attributes:
-        divergence_L: KL(dense || that block pruned), in nats per token; 0 for a block
+        divergence_L: KL(dense || that block's FFNs pruned), in nats per token; 0 for a block
             that has no FFN.
         sparsity: fraction of the channels of each of the block's FFNs that was removed.
         windows: number of windows that it was measured on.
+        divergence_of: the same of other parts by their names, such as `kv`.
     """
 
     divergence_L: tuple[float, ...]
     sparsity: float
     windows: int
+    divergence_of: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def of_part(self, part: Part) -> Sensitivity:
+        """Return what pruning one part of each block alone does."""
+        return self if part == "ffn" else replace(self, divergence_L=self.divergence_of[part])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types; see `sensitivity_from_json`."""
+        fields = asdict(self)
+        if not self.divergence_of:
+            del fields["divergence_of"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -164,11 +183,11 @@ class ObservedBlock:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of every block and every FFN unit, and how they were made.
+    """Statistics of every block and every unit, and how they were made.
 
     Attributes:
         blocks: of each block.
-        units: of each FFN unit, in the order of blocks.
+        units: of each unit, in the order of blocks.
         record: the conditions.
         sensitivity: of every block; None if it was not measured: it requires the whole model
             in memory.
@@ -201,13 +220,26 @@ class Statistics:
 
     @property
     def blocks_with_units(self) -> list[int]:
-        """Indices of the blocks that have an FFN unit, ascending."""
+        """Indices of the blocks that have a unit, ascending."""
         return sorted({unit.block for unit in self.units})
 
     @property
     def has_one_unit_each(self) -> bool:
-        """Whether every block has one FFN unit."""
+        """Whether every block has one unit."""
         return [unit.block for unit in self.units] == list(range(len(self.blocks)))
+
+    def of_part(self, part: Part) -> Statistics:
+        """Return the statistics of one part's units, and of the blocks as that part sees them.
+
+        The distances are those over the attention sublayers where they were seen.
+        """
+        units = tuple(unit for unit in self.units if unit.part == part)
+        blocks = list(self.blocks)
+        for unit in units:
+            if unit.distance_sums:
+                blocks[unit.block] = BlockStatistics(unit.distance_sums, unit.tokens)
+        sensitivity = self.sensitivity and self.sensitivity.of_part(part)
+        return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
 
     def distances(self, metric: str) -> list[float]:
         """Return one distance for every block."""
@@ -219,12 +251,9 @@ class Statistics:
         Raises:
             OutputError: the place is not writable.
         """
-        units = [
-            {"tokens": unit.tokens, **({"routed": unit.routed_E} if unit.routed_E else {})}
-            for unit in self.units
-        ]
+        units = [_entry_of(unit) for unit in self.units]
         blocks: list[dict[str, Any]]
-        if self.has_one_unit_each:
+        if self.has_one_unit_each and all(unit.part == "ffn" for unit in self.units):
             stem, version, more = "blocks", STATISTICS_VERSION, {}
             blocks = [
                 {"distance_sums": block.distance_sums, **unit}
@@ -248,7 +277,7 @@ class Statistics:
             "record": asdict(self.record),
             "blocks": blocks,
             **more,
-            **({"sensitivity": asdict(self.sensitivity)} if self.sensitivity else {}),
+            **({"sensitivity": self.sensitivity.to_json()} if self.sensitivity else {}),
         }
         # One entry only: the library writes several in random order, and the same statistics
         # shall give the same bytes.
@@ -308,6 +337,18 @@ class Statistics:
         return cls(blocks, units, record, sensitivity)
 
 
+def _entry_of(unit: UnitStatistics) -> dict[str, Any]:
+    """Return what is written of a unit besides its sums."""
+    entry: dict[str, Any] = {"tokens": unit.tokens}
+    if unit.routed_E:
+        entry["routed"] = unit.routed_E
+    if unit.part != "ffn":
+        entry["part"] = unit.part
+    if unit.distance_sums:
+        entry["distance_sums"] = unit.distance_sums
+    return entry
+
+
 def _record(fields: dict[str, Any]) -> CalibrationRecord:
     record = CalibrationRecord(**fields)
     for key, kind in CalibrationRecord.__annotations__.items():
@@ -329,10 +370,20 @@ def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensiti
     """
     if fields is None:
         return None
-    divergence_L = tuple(float(value) for value in fields["divergence_L"])
-    if len(divergence_L) != blocks or not all(0 <= value < math.inf for value in divergence_L):
-        raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}")
-    return Sensitivity(divergence_L, float(fields["sparsity"]), int(fields["windows"]))
+
+    def checked(values: Any) -> tuple[float, ...]:
+        divergence_L = tuple(float(value) for value in values)
+        if len(divergence_L) != blocks or not all(0 <= value < math.inf for value in divergence_L):
+            raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}")
+        return divergence_L
+
+    others = dict(fields.get("divergence_of", {}))
+    return Sensitivity(
+        checked(fields["divergence_L"]),
+        float(fields["sparsity"]),
+        int(fields["windows"]),
+        {str(part): checked(values) for part, values in others.items()},
+    )
 
 
 def _block(entry: dict[str, Any], index: int) -> BlockStatistics:
@@ -356,7 +407,15 @@ def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitS
     routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
     if routed_E and (min(routed_E) < 0 or len(sum_F) % len(routed_E)):
         raise ValueError(f"{name} has {len(sum_F)} channels in {len(routed_E)} experts")
-    return UnitStatistics(block, sum_F.double(), squares_F.double(), tokens, routed_E)
+    part = entry.get("part", "ffn")
+    if part not in UNIT_PARTS:
+        raise ValueError(f"{name} is of the part {part!r}")
+    # Of a file with one unit in each block, these are the block's.
+    sums = dict(entry["distance_sums"]) if part != "ffn" and "distance_sums" in entry else {}
+    distance_sums = {distance: float(sums[distance]) for distance in DISTANCES if sums}
+    return UnitStatistics(
+        block, sum_F.double(), squares_F.double(), tokens, routed_E, part, distance_sums
+    )
 
 
 def _check_order(units: Sequence[UnitStatistics], blocks: int) -> None:
@@ -367,4 +426,6 @@ def _check_order(units: Sequence[UnitStatistics], blocks: int) -> None:
 
 def _is_possible(unit: UnitStatistics) -> bool:
     sums = torch.stack([unit.sum_F, unit.sum_of_squares_F])
+    if not all(map(math.isfinite, unit.distance_sums.values())):
+        return False
     return bool(torch.isfinite(sums).all()) and bool((unit.sum_of_squares_F >= 0).all())

@@ -41,7 +41,7 @@ Part = TypeVar("Part", BlockStatistics, UnitStatistics)
 
 # What is summed over tokens.
 _SUMS = ("distance_sums", "tokens")
-_SUMS_OF_UNIT = ("sum_F", "sum_of_squares_F", "tokens", "routed_E")
+_SUMS_OF_UNIT = ("sum_F", "sum_of_squares_F", "tokens", "routed_E", "distance_sums")
 
 
 def calibrate_together(
@@ -130,10 +130,12 @@ def _nothing_seen(source: WeightSource, record: CalibrationRecord) -> Statistics
         units = tuple(
             UnitStatistics(
                 block,
-                torch.zeros(unit.ffns * unit.width, dtype=torch.float64),
-                torch.zeros(unit.ffns * unit.width, dtype=torch.float64),
+                torch.zeros(unit.ffns * unit.columns, dtype=torch.float64),
+                torch.zeros(unit.ffns * unit.columns, dtype=torch.float64),
                 0,
                 (0,) * unit.ffns if unit.ffns > 1 else (),
+                unit.part,
+                dict.fromkeys(DISTANCES, 0.0) if unit.after is not None else {},
             )
             for unit in source.units
             if unit.block == block

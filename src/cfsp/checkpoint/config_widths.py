@@ -3,6 +3,9 @@
 Widths that the stock class can build are said by its own keys (`intermediate_size`). Where each
 block has one FFN, others go to `per_layer_config`, the schema that transformers reads from 5.15
 on; everything else goes to `ffn_widths`, by block and path. Both need the modelling file.
+
+KV groups that are equally many in all blocks are said by the stock class's numbers of heads, others
+go to `kv_groups`, by block and path. The stock numbers are then those of the unpruned model.
 """
 
 from __future__ import annotations
@@ -16,8 +19,15 @@ import torch
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.model_classes import PRUNED, model_class_of
-from cfsp.checkpoint.modeling_code import FFN_WIDTHS, PER_LAYER_CONFIG, ModelingFile
+from cfsp.checkpoint.modeling_code import (
+    FFN_WIDTHS,
+    KV_GROUPS,
+    PER_LAYER_CONFIG,
+    ModelingFile,
+    resized_attention,
+)
 from cfsp.errors import CheckpointError
+from cfsp.settings import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,9 +59,17 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     stock = copy.deepcopy(config)
     if width_key_of(config) is not None:
         stock.per_layer_config = None
-    if hasattr(stock, FFN_WIDTHS):
-        delattr(stock, FFN_WIDTHS)
+    for key in (FFN_WIDTHS, KV_GROUPS):
+        if hasattr(stock, key):
+            delattr(stock, key)
     return stock
+
+
+def resized_parts(config: PreTrainedConfig) -> tuple[Part, ...]:
+    """Return the parts to which a config of ours gives widths that the stock class cannot build."""
+    has_ffns = width_key_of(config) is not None or getattr(config, FFN_WIDTHS, None) is not None
+    has_groups = getattr(config, KV_GROUPS, None) is not None
+    return (*(("ffn",) if has_ffns else ()), *(("kv",) if has_groups else ()))
 
 
 def with_given_widths(units: Sequence[FFNUnit], config: PreTrainedConfig) -> tuple[FFNUnit, ...]:
@@ -65,8 +83,9 @@ def with_given_widths(units: Sequence[FFNUnit], config: PreTrainedConfig) -> tup
     for unit in units:
         width = given.pop((unit.block, unit.path), unit.width)
         if type(width) is not int or not 0 < width <= unit.width:
+            channels = "FFN channels" if unit.part == "ffn" else "KV groups"
             raise CheckpointError(
-                f"config.json gives block {unit.block} {width!r} FFN channels, expected 1 to "
+                f"config.json gives block {unit.block} {width!r} {channels}, expected 1 to "
                 f"{unit.width}; download the model again"
             )
         resized.append(replace(unit, width=width))
@@ -94,10 +113,11 @@ def width_key_of(config: PreTrainedConfig) -> str | None:
 
 def modeling_file(config: PreTrainedConfig, architecture: Architecture) -> ModelingFile | None:
     """Return the modelling file that a config needs; None if the stock class can build it."""
-    key = width_key_of(config)
-    if key is None and getattr(config, FFN_WIDTHS, None) is None:
+    parts = resized_parts(config)
+    if not parts:
         return None
-    return ModelingFile(architecture, model_class_of(config), type(config), key)
+    key = width_key_of(config)
+    return ModelingFile(architecture, model_class_of(config), type(config), key, parts)
 
 
 def fields_with_widths(
@@ -150,6 +170,7 @@ def padded_widths(config: PreTrainedConfig, architecture: Architecture) -> list[
         config: of the pruned model.
         architecture: of the pruned model.
     """
+    architecture = architecture.of_part("ffn")
     units = architecture.units
     stock = stock_config(config)
     search = _Search.of(stock, units)
@@ -238,39 +259,130 @@ def _changes(
     The changes to the text config, which may be the config itself, are under `_TEXT`. Second comes
     the modelling file that the config then needs.
     """
-    model_class, units = model_class_of(config), architecture.units
-    stock = stock_config(config)
+    model_class, stock = model_class_of(config), stock_config(config)
     # That of a stock class stays.
     keeps_none = stock.to_dict().get(PER_LAYER_CONFIG) is None
-    same: dict[str, Any] = {
+    changes: dict[str, Any] = {
         _TEXT: {},
         "architectures": [model_class.__name__],
         **({PER_LAYER_CONFIG: None} if keeps_none else {}),
         FFN_WIDTHS: None,
+        KV_GROUPS: None,
         "auto_map": None,
         PRUNED_KEY: None,
     }
-    search = _Search.of(stock, units)
+    width_of: dict[Part, list[int]] = {"ffn": [], "kv": []}
+    for unit, width in zip(architecture.units, widths, strict=True):
+        width_of[unit.part].append(width)
+    parts: list[Part] = []
+    ffn_key = None
+    if width_of["ffn"]:
+        ours, ffn_key = _ffn_changes(config, stock, architecture.of_part("ffn"), width_of["ffn"])
+        changes[_TEXT] |= ours.pop(_TEXT, {})
+        changes |= ours
+        parts += ["ffn"] if ours else []
+    if width_of["kv"]:
+        attentions = architecture.of_part("kv")
+        heads = _stock_heads(stock, attentions, width_of["kv"])
+        if heads is not None:
+            changes[_TEXT] |= heads
+        else:
+            changes[KV_GROUPS] = _by_place(attentions.units, width_of["kv"])
+            parts.append("kv")
+    if not parts:
+        return changes, None
+    file = ModelingFile(architecture, model_class, type(config), ffn_key, tuple(parts))
+    changes["architectures"] = [f"{PRUNED}{model_class.__name__}"]
+    changes["auto_map"] = file.auto_map
+    return changes, file
+
+
+def _ffn_changes(
+    config: PreTrainedConfig,
+    stock: PreTrainedConfig,
+    architecture: Architecture,
+    widths: Sequence[int],
+) -> tuple[dict[str, Any], str | None]:
+    """Return what the widths of FFNs say of keys of a config, and the key of `per_layer_config`.
+
+    Keys beside `_TEXT` are ours and need the modelling file.
+    """
+    search = _Search.of(stock, architecture.units)
     stock_values = search.stock_values(architecture, widths)
     if stock_values is not None:
-        return {**same, _TEXT: stock_values}, None
+        return {_TEXT: stock_values}, None
+    keeps_none = stock.to_dict().get(PER_LAYER_CONFIG) is None
     key = _per_layer_key(search.keys, architecture, config) if keeps_none else None
     if key is not None and not _are_found(stock, {key: max(widths)}, architecture):
         key = None
-    file = ModelingFile(architecture, model_class, type(config), key)
-    ours = {
-        **same,
-        "architectures": [f"{PRUNED}{model_class.__name__}"],
-        "auto_map": file.auto_map,
-    }
-    if key is not None:
-        digits = len(str(len(widths) - 1))
-        per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
-        return {**ours, _TEXT: {key: max(widths)}, PER_LAYER_CONFIG: per_layer}, file
+    if key is None:
+        return {FFN_WIDTHS: _by_place(architecture.units, widths)}, None
+    digits = len(str(len(widths) - 1))
+    per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
+    return {_TEXT: {key: max(widths)}, PER_LAYER_CONFIG: per_layer}, key
+
+
+def _by_place(units: Sequence[FFNUnit], widths: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Return the widths of units by their block and path."""
     width_of: dict[str, dict[str, int]] = {}
     for unit, width in zip(units, widths, strict=True):
         width_of.setdefault(str(unit.block), {})[unit.path] = width
-    return {**ours, FFN_WIDTHS: width_of}, file
+    return width_of
+
+
+def _stock_heads(
+    stock: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
+) -> dict[str, int] | None:
+    """Return the numbers of heads by which the stock class builds attentions with so many groups.
+
+    None if it cannot: the model that is built with these numbers must be the one that is resized,
+    in every shape and every number that a module keeps.
+
+    Args:
+        stock: the config.
+        architecture: with the attentions of the stock model.
+        widths: KV groups of each.
+    """
+    units = architecture.units
+    if all(unit.width == width for unit, width in zip(units, widths, strict=True)):
+        return {}
+    text_config: Any = stock.get_text_config(decoder=True)
+    heads = getattr(text_config, "num_attention_heads", None)
+    groups = getattr(text_config, "num_key_value_heads", None) or heads
+    if len(set(widths)) != 1 or type(heads) is not int or type(groups) is not int:
+        return None
+    if heads % groups or {unit.width for unit in units} != {groups}:
+        return None
+    size = units[0].columns // heads
+    values = {"num_attention_heads": heads // groups * widths[0], "head_dim": size}
+    if getattr(text_config, "num_key_value_heads", None) is not None:
+        values["num_key_value_heads"] = widths[0]
+    changed = copy.deepcopy(stock)
+    resized = _empty_stock_model(stock)
+    try:
+        for name, value in values.items():
+            setattr(changed.get_text_config(decoder=True), name, value)
+        built = _empty_stock_model(changed)
+    except Exception:  # whatever a config or class does with numbers that it does not expect
+        return None
+    blocks: Any = resized.get_submodule(architecture.blocks)
+    for unit, width in zip(units, widths, strict=True):
+        resized_attention(blocks[unit.block], unit, width)
+    if _numbers_of(built, architecture) != _numbers_of(resized, architecture):
+        return None
+    return {text_config.attribute_map.get(name, name): value for name, value in values.items()}
+
+
+def _numbers_of(model: PreTrainedModel, architecture: Architecture) -> dict[str, object]:
+    """Return the shapes of a model's tensors and the numbers that its modules keep."""
+    found: dict[str, object] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        found |= {name: tuple(tensor.shape) for name, tensor in named()}
+    for path, module in model.get_submodule(architecture.decoder).named_modules():
+        for name, value in vars(module).items():
+            if type(value) in (int, float):
+                found[f"{path} {name}"] = value
+    return found
 
 
 def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list[WidthKey]:
@@ -440,7 +552,9 @@ def _given_widths(
     if key is not None:
         layers = list(config.per_layer_config)
         for unit in units:
-            yield (unit.block, unit.path), getattr(layers[unit.block], key)
-    for block, width_of in (getattr(config, FFN_WIDTHS, None) or {}).items():
-        for path, width in width_of.items():
-            yield (int(block), path), width
+            if unit.part == "ffn":
+                yield (unit.block, unit.path), getattr(layers[unit.block], key)
+    for given in (FFN_WIDTHS, KV_GROUPS):
+        for block, width_of in (getattr(config, given, None) or {}).items():
+            for path, width in width_of.items():
+                yield (int(block), path), width

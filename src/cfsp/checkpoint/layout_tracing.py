@@ -63,6 +63,8 @@ class ChannelParameter:
         """Which matrix it is, or whose bias."""
         if self.name == self.unit.down:
             return "down"
+        if self.unit.part == "kv":
+            return "input"
         if self.axis.fusion is not None:
             return "both"
         return "gate" if self.unit.gate is not None and self._is_of(self.unit.gate) else "up"
@@ -102,6 +104,11 @@ def trace(
     Raises:
         UnsupportedModelError: the channels of a stored tensor are not along one axis.
     """
+    if any(parameter.unit.part == "kv" for parameter in parameters.values()):
+        raise UnsupportedModelError(
+            f"{conversion.stored[0]} of an attention is converted when it is loaded, and cfsp "
+            "cannot tell where it has its heads; prune the model without the part kv"
+        )
     small = _small_lengths(parameters, shapes)
     stand_ins, count_N = {}, 0
     for name in conversion.stored:

@@ -14,6 +14,7 @@ from cfsp.checkpoint.hub import hub_is_reachable
 from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
+from cfsp.settings import DEFAULT_PARTS, Part
 
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
@@ -27,17 +28,22 @@ _HUB_FILES = [
 _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
 
 
-def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    name: str | Path,
+    revision: str | None = None,
+    parts: tuple[Part, ...] = DEFAULT_PARTS,
+) -> Checkpoint:
     """Open a model by name; nothing but its config and tensor headers is read.
 
     Args:
         name: `demo`, a directory, a .gguf file, or a hub id.
         revision: branch, tag or commit, for a hub id only.
+        parts: what may be removed.
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    return Checkpoint(locate_model(name, revision), label=str(name))
+    return Checkpoint(locate_model(name, revision), label=str(name), parts=parts)
 
 
 def locate_model(name: str | Path, revision: str | None = None) -> Path:

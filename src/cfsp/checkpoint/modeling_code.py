@@ -1,6 +1,7 @@
 """The modelling file that travels with a checkpoint whose widths no stock config can give.
 
-It builds the stock model and then resizes, in place, the FFNs that config.json names. Decoder
+It builds the stock model and then resizes, in place, the FFNs and attentions that config.json
+names. Decoder
 layers keep the very config object of the model: with copies, `set_attn_implementation` would not
 reach them.
 """
@@ -11,7 +12,7 @@ import hashlib
 import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -20,13 +21,15 @@ from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.model_classes import auto_classes_of
-from cfsp.architecture.resizing import resize_ffn
+from cfsp.architecture.resizing import ConfigWith, resize_attention, resize_ffn
 from cfsp.checkpoint.output import write_atomically
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.architecture.found import Architecture
+    from cfsp.architecture.found import Architecture, FFNUnit
+    from cfsp.settings import Part
 
 MODELING_FILE = "modeling_cfsp.py"
 
@@ -34,6 +37,8 @@ MODELING_FILE = "modeling_cfsp.py"
 # for one FFN in each block, and ours for everything else.
 PER_LAYER_CONFIG = "per_layer_config"
 FFN_WIDTHS = "ffn_widths"
+# That which gives every attention a number of KV groups of its own.
+KV_GROUPS = "kv_groups"
 
 _LINE = 100
 
@@ -43,6 +48,35 @@ _ABOUT_EXPERTS = """
 """
 
 _CHOOSES_EXPERTS = "@use_experts_implementation"
+
+_TABLE_OF_FFNS = """
+# By the path of an FFN in its block: each parameter that has the FFN's channels, with the axis and
+# how often a channel is on it; and each number that tells the width, with how often it does.
+FFNS = @FFNS@
+"""
+
+_TABLE_OF_ATTENTIONS = """
+# Blocks whose attentions are alike, and where those are: each parameter that has heads, with the
+# axis and how many entries of it a head of keys and values has with the query heads that read it;
+# each number that tells how many there are, in a module and in the config that it reads.
+ATTENTIONS = @ATTENTIONS@
+"""
+
+_NARROW_FFNS = """
+def _narrow(blocks, width_of):
+    \"\"\"Give every FFN the width that `width_of` names by block and path.\"\"\"
+    for block, widths in width_of.items():
+        for path, width in widths.items():
+            resize_ffn(blocks[int(block)], width, *FFNS[path])
+"""
+
+_NARROW_ATTENTIONS = """
+def _drop_groups(blocks, groups_of):
+    \"\"\"Give every attention the KV groups that `groups_of` names by block and path.\"\"\"
+    for alike, path, *places in ATTENTIONS:
+        for block in alike:
+            resize_attention(blocks[block], path, groups_of[str(block)][path], *places)
+"""
 
 _TAKE_FFN_WIDTHS = """
 def _take_widths(config):
@@ -75,11 +109,12 @@ _CLASS = """
 
 class Pruned@CLASS@(@FIRST@@CLASS@):
 @CONFIG_CLASS@    def __init__(self, config, *args, **kwargs):
-        width_of = _take_widths(config)
-        super().__init__(config, *args, **kwargs)
-        _narrow(attrgetter("@BLOCKS@")(self), width_of)
+@TAKE_WIDTHS@        super().__init__(config, *args, **kwargs)
 """
 
+_TAKE_WIDTHS = "        width_of = _take_widths(config)\n"
+_GIVE_WIDTHS = '        _narrow(attrgetter("@BLOCKS@")(self), width_of)\n'
+_GIVE_GROUPS = '        _drop_groups(attrgetter("@BLOCKS@")(self), config.kv_groups)\n'
 _GIVE_BACK = "        _give_back(config, width_of)\n"
 
 
@@ -91,13 +126,15 @@ class ModelingFile:
         architecture: what is resized; its widths do not matter.
         model_class: the stock class with the head.
         config_class: of the model's config; several types may share a model class.
-        width_key: what `per_layer_config` calls the width; None where `ffn_widths` has them.
+        width_key: what `per_layer_config` calls the width of FFNs; None where it has none.
+        parts: which of the architecture's units are resized.
     """
 
     architecture: Architecture
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
     width_key: str | None
+    parts: tuple[Part, ...] = ("ffn",)
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -141,16 +178,34 @@ class ModelingFile:
         if self._base_class is not None:
             in_base = blocks.removeprefix(f"{self.model_class.base_model_prefix}.")
             placed.insert(0, (self._base_class, in_base))
-        units = {unit.path: unit for unit in self.architecture.units}
-        ffns = {path: (unit.plain_axes, unit.plain_attributes) for path, unit in units.items()}
-        give_back = "" if self.width_key is None else _GIVE_BACK
+        ffns, attentions = (self.architecture.of_part(part).units for part in ("ffn", "kv"))
+        in_class, tables, resize, narrow, keys = _CLASS, "", "", "", []
+        give_back = ""
+        if "ffn" in self.parts:
+            has_key = self.width_key is not None
+            keys.append(PER_LAYER_CONFIG if has_key else FFN_WIDTHS)
+            tables += _TABLE_OF_FFNS.replace("@FFNS@", _literal(_table_of_ffns(ffns)))
+            narrow += (_TAKE_PER_LAYER_CONFIG if has_key else _TAKE_FFN_WIDTHS) + "\n"
+            narrow += _NARROW_FFNS
+            in_class += _GIVE_WIDTHS
+            give_back = _GIVE_BACK if has_key else ""
+        resize = inspect.getsource(resize_ffn)
+        if "kv" in self.parts:
+            keys.append(KV_GROUPS)
+            table = _literal(_table_of_attentions(attentions))
+            tables += _TABLE_OF_ATTENTIONS.replace("@ATTENTIONS@", table)
+            for each in (resize_attention, ConfigWith):
+                resize += "\n\n" + inspect.getsource(each)
+            narrow += "\n" * bool(narrow) + _NARROW_ATTENTIONS
+            in_class += _GIVE_GROUPS
+        take = _TAKE_WIDTHS if "ffn" in self.parts else ""
+        in_class = in_class.replace("@TAKE_WIDTHS@", take) + give_back
         is_of_transformers = self.model_class.__module__.startswith("transformers.")
         # Auto classes check that a class is for the config that it is registered with.
         is_shared = self.config_class is not self.model_class.config_class
         config_line = f"    config_class = {self.config_class.__name__}\n\n" if is_shared else ""
         classes = [
-            (_CLASS + give_back)
-            .replace("@CONFIG_CLASS@", config_line)
+            in_class.replace("@CONFIG_CLASS@", config_line)
             .replace("@FIRST@", "_OfTransformers, " if is_of_transformers else "")
             .replace("@CLASS@", stock.__name__)
             .replace("@BLOCKS@", path)
@@ -158,15 +213,19 @@ class ModelingFile:
         ]
         imported = [*([self.config_class] if is_shared else []), *(stock for stock, _ in placed)]
         pairs = [f"(Pruned{stock.__name__}, {stock.__name__})" for stock, _ in placed]
-        take = _TAKE_FFN_WIDTHS if self.width_key is None else _TAKE_PER_LAYER_CONFIG
+        words = {"ffn": ("FFN channels", "FFN"), "kv": ("KV groups", "attention")}
+        channels, modules = zip(*(words[part] for part in self.parts), strict=True)
         values = {
             "CLASS": self.model_class.__name__,
-            "WIDTHS": FFN_WIDTHS if self.width_key is None else PER_LAYER_CONFIG,
+            "CHANNELS": " and ".join(channels),
+            "WIDTHS": "` and `".join(keys),
+            "FFN": " and every ".join(modules),
+            "TYPING": "from typing import Any\n\n" if "kv" in self.parts else "",
             "IMPORTS": _imports(imported),
-            "FFNS": pformat(ffns, width=_LINE, sort_dicts=False),
-            "RESIZE": inspect.getsource(resize_ffn).rstrip(),
-            "TAKE": take.strip(),
-            "PATH": next(iter(units)),
+            "TABLES": tables.strip(),
+            "RESIZE": resize.rstrip(),
+            "NARROW": narrow.strip(),
+            "PATH": ffns[0].path if ffns else "",
             "KEY": self.width_key or "",
             "OF_TRANSFORMERS": _OF_TRANSFORMERS if is_of_transformers else "",
             "CLASSES": "".join(classes).strip(),
@@ -178,6 +237,31 @@ class ModelingFile:
         for key, value in values.items():
             text = text.replace(f"@{key}@", value)
         return text.rstrip() + "\n"
+
+
+def resized_attention(block: nn.Module, unit: FFNUnit, groups: int) -> None:
+    """Give an attention of a block another number of KV groups, as the modelling file does it."""
+    numbers = dict(unit.config_numbers)
+    axes, attributes = unit.plain_axes, unit.plain_attributes
+    resize_attention(block, unit.path, groups, axes, attributes, numbers)
+
+
+def _table_of_ffns(units: Sequence[FFNUnit]) -> dict[str, Any]:
+    """Return what the modelling file has to know of FFNs, by their path."""
+    return {unit.path: (unit.plain_axes, unit.plain_attributes) for unit in units}
+
+
+def _table_of_attentions(units: Sequence[FFNUnit]) -> list[tuple[Any, ...]]:
+    """Return what it has to know of attentions: blocks, path, and where those have heads."""
+    alike: dict[str, tuple[list[int], tuple[Any, ...]]] = {}
+    for unit in units:
+        places = unit.path, unit.plain_axes, unit.plain_attributes, dict(unit.config_numbers)
+        alike.setdefault(repr(places), ([], places))[0].append(unit.block)
+    return [(blocks, *places) for blocks, places in alike.values()]
+
+
+def _literal(value: Any) -> str:
+    return pformat(value, width=_LINE, sort_dicts=False)
 
 
 def code_digests(directory: Path) -> dict[str, str]:

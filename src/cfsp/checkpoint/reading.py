@@ -35,6 +35,7 @@ from cfsp.checkpoint.tensor_file import (
 )
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
+from cfsp.settings import DEFAULT_PARTS, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -57,7 +58,7 @@ class WeightSource(Protocol):
 
     @property
     def units(self) -> tuple[FFNUnit, ...]:
-        """The FFN units of the model."""
+        """The units of the model, of the parts that it was opened with."""
         return self.architecture.units
 
     @property
@@ -91,19 +92,25 @@ class Checkpoint(WeightSource):
     Args:
         directory: the directory.
         label: how to name the model to people (for example its hub id).
+        parts: what may be removed; nothing else of it is a unit.
 
     Raises:
         CheckpointError: no config, no safetensors, a missing or truncated shard, or tensors
             whose shapes contradict the config.
-        UnsupportedModelError: no FFN of the model can be cut.
+        UnsupportedModelError: no FFN of the model can be cut, or no attention if that is asked for.
     """
 
-    def __init__(self, directory: Path, label: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        label: str | None = None,
+        parts: tuple[Part, ...] = DEFAULT_PARTS,
+    ) -> None:
         self.directory = directory
         self.label = label or str(directory)
         self.config, self.quantisation = read_config(directory)
         check_links(directory)
-        self.architecture = architecture_of(self.config)
+        self.architecture = architecture_of(self.config, parts)
         model = empty_model(self.config)
         files = _tensor_files(directory)
         stored = _stored_tensors(directory, files, self.quantisation, self.config, self.label)
@@ -137,11 +144,15 @@ class Checkpoint(WeightSource):
 class LoadedModel(WeightSource):
     """A transformers model in memory, seen as a weight source; nothing is copied.
 
+    Args:
+        model: the model.
+        parts: what may be removed; nothing else of it is a unit.
+
     Raises:
         CheckpointError: it is quantised.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS) -> None:
         if getattr(model.config, "quantization_config", None):
             raise CheckpointError(
                 "the model in memory is quantised, or transformers will save it so; give its path "
@@ -149,7 +160,7 @@ class LoadedModel(WeightSource):
             )
         self.model = model
         self.config = model.config
-        self.architecture = architecture_of(model.config)
+        self.architecture = architecture_of(model.config, parts)
         self.label = model.config._name_or_path or type(model).__name__
         self._tensors = stored_from_memory(model)
         self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
@@ -183,7 +194,9 @@ def fingerprint(source: WeightSource) -> str:
     digest = hashlib.sha256(source.config.model_type.encode())
     for name in sorted(source.specs):
         digest.update(f"{name}{list(source.specs[name].shape)}".encode())
-    for unit in range(len(source.units)):
+    ffns = [index for index, unit in enumerate(source.units) if unit.part == "ffn"]
+    # The same for whatever other parts a model is opened with.
+    for unit in ffns or range(len(source.units)):
         for name in source.stored.down_names(unit):
             values = source.read_prefix(name, _FINGERPRINT_ELEMENTS).to(torch.float32)
             digest.update(values.numpy().tobytes())

@@ -13,10 +13,16 @@ from torch import nn
 
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import prove
-from cfsp.checkpoint.config_widths import modeling_file, stock_config, with_given_widths
+from cfsp.checkpoint.config_widths import (
+    modeling_file,
+    resized_parts,
+    stock_config,
+    with_given_widths,
+)
 from cfsp.checkpoint.modeling_code import pruned_class
 from cfsp.checkpoint.tensor_file import AGAIN
 from cfsp.errors import CheckpointError
+from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,8 +31,14 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
 
 
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """Return the blocks and FFN units of a config's model, proved, with the widths it gives them.
+def architecture_of(
+    config: PreTrainedConfig, parts: tuple[Part, ...] = DEFAULT_PARTS
+) -> Architecture:
+    """Return the blocks and units of a config's model, proved, with the widths it gives them.
+
+    Args:
+        config: of the model.
+        parts: whose units; those to which the config gives widths of their own are there anyway.
 
     Raises:
         CheckpointError: no model can be built from the config.
@@ -34,9 +46,10 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """
     stock = stock_config(config)
     # Proving takes a part of a second, and one command asks several times.
-    key = f"{type(config).__name__} {stock.to_json_string(use_diff=False)}"
+    parts = tuple(part for part in UNIT_PARTS if part in (*parts, *resized_parts(config)))
+    key = f"{type(config).__name__} {parts} {stock.to_json_string(use_diff=False)}"
     if key not in _proved:
-        _proved[key] = prove(stock)
+        _proved[key] = prove(stock, parts=parts)
     return replace(_proved[key], units=with_given_widths(_proved[key].units, config))
 
 

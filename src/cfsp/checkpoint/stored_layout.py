@@ -1,4 +1,4 @@
-"""Where a stored tensor keeps the channels of its FFN unit.
+"""Where a stored tensor keeps the channels of its unit.
 
 A layout is all that surgery, padding and checks need to know of a tensor: no one else asks how
 a model stores its FFNs.
@@ -18,8 +18,9 @@ from torch import Tensor
 from cfsp.architecture.found import ChannelAxis
 from cfsp.checkpoint.tensor_file import TensorSpec
 
-# Which matrix of an FFN, or whose bias; `both` is gate and up in one.
-Role = Literal["gate", "up", "both", "down"]
+# Which matrix of an FFN, or whose bias; `both` is gate and up in one. Of an attention, `down` is
+# its output matrix and `input` all else that has KV groups.
+Role = Literal["gate", "up", "both", "down", "input"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ChannelLayout:
     """The channel axis of one stored tensor.
 
     Attributes:
-        unit: index of the FFN unit in the architecture.
+        unit: index of the unit in the architecture.
         role: which matrix of the FFN it is, or whose bias.
         axis: where the channels are in the stored tensor.
         ffn: index of its FFN in the unit: that of the expert, 0 of a dense one; None if it holds
@@ -51,7 +52,7 @@ class ChannelLayout:
 
     def resized(self, spec: TensorSpec, width: int) -> TensorSpec:
         """Return the spec of the same tensor with another number of channels."""
-        return spec.with_length(self.axis.axis, self.axis.parts * width)
+        return spec.with_length(self.axis.axis, self.axis.entries * width)
 
     def select(self, tensor: Tensor, kept: Sequence[Sequence[int]]) -> Tensor:
         """Return the tensor with the kept channels only.
@@ -68,7 +69,7 @@ class ChannelLayout:
         """Return the tensor with channels of zeros behind its own, `width` in all."""
         own = self.width(tensor.shape)
         shape = list(tensor.shape)
-        shape[self.axis.axis] = self.axis.parts * width
+        shape[self.axis.axis] = self.axis.entries * width
         padded = tensor.new_zeros(shape)
         places = self.axis.index(torch.arange(own, device=tensor.device), width)
         return padded.index_copy_(self.axis.axis, places, tensor)

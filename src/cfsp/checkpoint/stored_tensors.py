@@ -144,7 +144,7 @@ class StoredTensors:
             for name, axis in unit.axes.items():
                 full_name = architecture.block_prefix(unit.block) + name
                 shape = list(tensors[full_name].shape)
-                shape[axis.axis] = axis.parts * unit.width
+                shape[axis.axis] = axis.entries * unit.width
                 tensors[full_name] = tensors[full_name].new_empty(shape)
         return replace(self, specs=specs, _shapes=ModelShapes(self._shapes.config, tensors))
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
+from cfsp.cli.options import add_options, settings_from
 from cfsp.cli.output import human_bytes, print_json, print_passes
 from cfsp.processes import process_count
+from cfsp.settings import Budget
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -33,6 +35,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="also measure what pruning each block alone does to the predictions, for the block "
         "metrics sensitivity and angular+sensitivity; this runs the whole model in memory",
     )
+    add_options(parser, parser, Budget, fields=("parts",))
     arguments.add_calibration_text(parser)
     arguments.add_compute(parser)
     arguments.add_memory_budget(parser)
@@ -62,13 +65,14 @@ def run(args: argparse.Namespace) -> None:
     timeout = arguments.process_timeout(args)
     compute = arguments.compute(args)
     take_own_accelerator(compute.device)
-    source = open_checkpoint(args.model, args.revision)
+    parts = settings_from(args, Budget).parts
+    source = open_checkpoint(args.model, args.revision, parts)
     check_is_outside(args.out, source.directory)
-    watch = Stopwatch()
+    watch, identity = Stopwatch(), {"command": "calibrate", "--parts": list(parts)}
     with (
         created_parents(args.out),
         joined(compute_device(compute.device), timeout) as team,
-        output_workplace(args.out, {"command": "calibrate"}, compute.memory_budget, team) as place,
+        output_workplace(args.out, identity, compute.memory_budget, team) as place,
     ):
         # Another run may have finished since the first look.
         team.from_first(lambda: _check_is_new(args.out))

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         arguments.budget(args), arguments.criterion(args), compute=arguments.compute(args)
     )
     goal = goals.goal(args)
-    source = open_checkpoint(args.model, args.revision)
+    source = open_checkpoint(args.model, args.revision, settings.budget.parts)
     check_is_outside(args.out, source.directory)
     plan, resolution = plan_for_goal(source, Statistics.load(args.statistics), settings, goal)
     plan.save(args.out)
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
             {
                 "out": str(args.out),
                 "ffn_sparsity": round(plan.ffn_sparsity, 6),
-                "intermediate_sizes": plan.kept_widths,
+                "intermediate_sizes": plan.widths_of("ffn")[1],
+                **({} if plan.has_ffns_only else {"kv_groups": plan.widths_of("kv")[1]}),
                 "experts_with_few_tokens": plan.experts_with_few_tokens,
                 "goal": resolution,
             }
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_plan(plan: PruningPlan) -> None:
-    """Print importance and width of every FFN unit."""
+    """Print importance and width of every unit."""
     rows = [
         (
             unit.name,
@@ -88,6 +89,7 @@ def print_plan(plan: PruningPlan) -> None:
     head = ("block", "distance", "importance", "channels", "kept", "", "")
     print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
     what = "channels" if plan.counts_channels else "parameters"
-    print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what} go")
+    groups = "" if plan.has_ffns_only else f" and {plan.kv_sparsity:.1%} of the KV groups"
+    print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
     if multiple := plan.criterion.get("multiple"):
         print(multiple_in_words(multiple))

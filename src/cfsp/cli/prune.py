@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     statistics = Statistics.load(args.statistics) if args.statistics else None
     timeout = arguments.process_timeout(args)
     take_own_accelerator(arguments.compute(args).device)
-    source = open_checkpoint(args.model, args.revision)
+    source = open_checkpoint(args.model, args.revision, plan.unit_parts if plan else budget.parts)
     settings = _settings(args, budget, plan, statistics)
     if args.estimate:
         _print_estimate(
@@ -352,7 +352,7 @@ def describe_step(step: dict[str, Any]) -> str:
 def print_report(report: PruneReport) -> None:
     """Print what pruning gained and lost."""
     before, after = report.parameters_before, report.parameters_after
-    channels_before = sum(unit.width for unit in report.plan.units)
+    channels_before = sum(report.plan.widths_of("ffn")[0])
     channels_after = sum(report.intermediate_sizes)
     rows = [
         ("parameters", human_count(before), human_count(after), f"{after / before - 1:+.1%}"),
@@ -363,6 +363,9 @@ def print_report(report: PruneReport) -> None:
             f"{channels_after / channels_before - 1:+.1%}",
         ),
     ]
+    if report.kv_groups:
+        groups, left = sum(report.kv_groups["before"]), sum(report.kv_groups["after"])
+        rows.append(("KV groups", f"{groups:,}", f"{left:,}", f"{left / groups - 1:+.1%}"))
     for text, value in report.perplexity.items():
         change = f"{value['after'] / value['before'] - 1:+.1%}"
         rows.append(

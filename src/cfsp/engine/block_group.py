@@ -73,8 +73,8 @@ class BlockGroup:
         """Compute in float32 and for autograd.
 
         Returns:
-            What is trained in each block, by names in the model: the FFN's parameters, the bias
-            of the down projection too. Only they require gradients.
+            What is trained in each block, by names in the model: the parameters of its units, the
+            bias of the down projection too. Only they require gradients.
         """
         self._calls = {
             size: [call.for_training() for call in calls]
@@ -86,12 +86,12 @@ class BlockGroup:
             tensors = read_tensors(module, prefix, self._source, torch.float32)
             # Copies, because the tensors of a model in memory are its own.
             fill(module, {name: t.clone() for name, t in tensors.items()}, self._device)
-            trained.append(self._ffn_parameters(position))
+            trained.append(self._unit_parameters(position))
             for parameter in trained[-1].values():
                 parameter.requires_grad_(True)
         return trained
 
-    def _ffn_parameters(self, position: int) -> dict[str, nn.Parameter]:
+    def _unit_parameters(self, position: int) -> dict[str, nn.Parameter]:
         prefix = self._prefixes[position]
         names = {
             name

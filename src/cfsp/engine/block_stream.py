@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.activations import observed_activations
+from cfsp.architecture.activations import observed_activations, observed_sublayers
 from cfsp.checkpoint.skeleton import (
     blocks_of,
     build_skeleton,
@@ -46,6 +46,7 @@ TOKENS_IN_BATCH = 4096
 
 OnActivations = Callable[[int, int, Tensor, Tensor], None]
 OnHidden = Callable[[Tensor, Tensor], None]
+OnSublayer = Callable[[int, Tensor, Tensor], None]
 OpenHidden = Callable[[tuple[int, ...], torch.dtype], HiddenStates]
 
 
@@ -56,7 +57,7 @@ class StreamedBlock:
     Attributes:
         index: position in the model.
         module: the decoder block.
-        units: its FFN units; a block may have none.
+        units: its units; a block may have none.
         hidden: what enters the block, and after `advance` what leaves it.
         device: where the block computes.
     """
@@ -75,6 +76,7 @@ class StreamedBlock:
         self,
         on_activations: OnActivations | None = None,
         on_hidden: OnHidden = lambda input_BTD, output_BTD: None,
+        on_sublayer: OnSublayer | None = None,
     ) -> None:
         """Let all windows pass the block; the hidden states become its outputs.
 
@@ -85,7 +87,10 @@ class StreamedBlock:
                 index of an FFN in the unit, rows of the input of its down projection (act_RF, see
                 `observed_activations`), and which window each row is of; None where nobody looks.
             on_hidden: is given the block's input and output hidden states, both BTD.
+            on_sublayer: is given the position of an attention among the block's units, the block's
+                input and the hidden state after the attention, both BTD, where it can be seen.
         """
+        after: dict[int, Tensor] = {}
         first_window, seqlen = 0, 1
 
         def on_rows(unit: int, ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
@@ -95,7 +100,10 @@ class StreamedBlock:
         with (
             nullcontext()
             if on_activations is None or not self.units
-            else observed_activations(self.module, self.units, on_rows)
+            else observed_activations(self.module, self.units, on_rows),
+            nullcontext()
+            if on_sublayer is None
+            else observed_sublayers(self.module, self.units, after),
         ):
             for batch in self._batches:
                 with self._times.part("hidden_states"):
@@ -105,6 +113,10 @@ class StreamedBlock:
                 first_window, seqlen = batch.start, input_BTD.shape[1]
                 output_BTD = self.compute(batch, input_BTD)
                 on_hidden(input_BTD, output_BTD)
+                while after:
+                    position, after_BTD = after.popitem()
+                    assert on_sublayer is not None
+                    on_sublayer(position, input_BTD, after_BTD)
                 self._write(batch, output_BTD)
                 self._on_batch(input_BTD.shape[0] * input_BTD.shape[1])
         self.hidden.turn()

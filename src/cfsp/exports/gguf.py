@@ -20,6 +20,7 @@ from cfsp.exports.gguf_architecture import (
     Architecture,
     architecture_of,
     head_size,
+    heads_of_blocks,
 )
 from cfsp.exports.gguf_rope import Rope, rope_of
 from cfsp.exports.gguf_tensors import GgufTensor, fallbacks, gguf_tensors
@@ -125,7 +126,8 @@ def _add_fields(
     from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
 
     config: Any = source.config
-    widths = source.architecture.widths
+    widths = source.architecture.of_part("ffn").widths
+    heads, groups = map(list, zip(*heads_of_blocks(source), strict=True))
     blocks = len(widths)
     prefix = "ALL" if type_name == "f32" else "MOSTLY"
     writer.add_name(Path(source.label).name)
@@ -146,8 +148,8 @@ def _add_fields(
     writer.add_vocab_size(config.vocab_size)
     if architecture.ragged:
         writer.add_feed_forward_length(widths)
-        writer.add_head_count([config.num_attention_heads] * blocks)
-        writer.add_head_count_kv([config.num_key_value_heads] * blocks)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(groups)
     else:
         writer.add_feed_forward_length(widths[0])
         writer.add_head_count(config.num_attention_heads)

@@ -91,7 +91,7 @@ def architecture_of(source: Checkpoint) -> Architecture:
     Raises:
         ExportError: none does.
     """
-    widths = source.architecture.widths
+    widths = source.architecture.of_part("ffn").widths
     found = ARCHITECTURES.get(source.config.model_type)
     if found is None:
         raise ExportError(
@@ -99,7 +99,8 @@ def architecture_of(source: Checkpoint) -> Architecture:
             f"{', '.join(sorted(ARCHITECTURES))}; prune with --widths equal, or use --to padded, "
             "and run llama.cpp's own converter on that"
         )
-    architecture = found[len(set(widths)) > 1]
+    differ = len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1
+    architecture = found[differ]
     if architecture is None:
         raise ExportError(
             f"llama.cpp's {found[0].name} graph has one width for all blocks, and this model's "
@@ -123,7 +124,7 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
             f"llama.cpp's {name} graph reads no biases, the model has {biased[0]}; "
             "use --to padded, and export that"
         )
-    down = source.architecture.units[0].down.removesuffix("weight")
+    down = source.architecture.of_part("ffn").units[0].down.removesuffix("weight")
     down_bias = f"{source.architecture.block_prefix(0)}{down}bias"
     if down_bias in source.specs and not architecture.ffn_biases:
         raise ExportError(
@@ -172,6 +173,16 @@ def _check_is_gemma(config: Any, architecture: Architecture) -> None:
 def _qkv_specs_differ(source: Checkpoint) -> bool:
     prefix = source.architecture.block_prefix(0)
     return len({source.specs[f"{prefix}self_attn.{m}_proj.weight"].dtype for m in "qkv"}) > 1
+
+
+def heads_of_blocks(source: Checkpoint) -> list[tuple[int, int]]:
+    """Return the numbers of query heads and KV heads of every block."""
+    config: Any = source.config
+    heads, groups = int(config.num_attention_heads), int(config.num_key_value_heads)
+    found = [(heads, groups)] * source.architecture.block_count
+    for unit in source.architecture.of_part("kv").units:
+        found[unit.block] = heads // groups * unit.width, unit.width
+    return found
 
 
 def head_size(config: Any) -> int:

@@ -11,14 +11,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.exports.gguf_architecture import Architecture
+from cfsp.exports.gguf_architecture import Architecture, heads_of_blocks
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -139,7 +139,7 @@ def _tensor(
         kind = GGMLQuantizationType.F32
     elif shape[-1] % GGML_QUANT_SIZES[kind][0] != 0:
         kind = GGMLQuantizationType.F16
-    heads = _heads_to_reorder(source.config, architecture, name)
+    heads = _heads_to_reorder(source, architecture, name)
 
     def read() -> Tensor:
         tensors = [source.read(part).float() for part in parts]
@@ -153,14 +153,12 @@ def _tensor(
                       shape, kind, read)  # fmt: skip
 
 
-def _heads_to_reorder(config: Any, architecture: Architecture, name: str) -> int | None:
-    if not architecture.neighbours:
+def _heads_to_reorder(source: Checkpoint, architecture: Architecture, name: str) -> int | None:
+    blocks = re.escape(source.architecture.blocks)
+    found = re.match(rf"{blocks}\.(\d+)\.self_attn\.([qk])_proj\.", name)
+    if not architecture.neighbours or found is None:
         return None
-    if ".self_attn.q_proj." in name:
-        return int(config.num_attention_heads)
-    if ".self_attn.k_proj." in name:
-        return int(config.num_key_value_heads)
-    return None
+    return heads_of_blocks(source)[int(found[1])][found[2] == "k"]
 
 
 def neighbours_together(tensor: Tensor, heads: int) -> Tensor:

@@ -10,7 +10,7 @@ from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_fi
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.stopwatch import Stopwatch
-from cfsp.errors import UsageError
+from cfsp.errors import ExportError, UsageError
 from cfsp.exports import decilm, gguf, openvino, padded
 from cfsp.exports.target import ExportOptions, ExportReport, Target
 
@@ -19,6 +19,10 @@ TARGETS: dict[str, Target] = {
 }
 
 _TYPED = ("gguf", "openvino")
+
+
+# The formats whose blocks may have different numbers of heads.
+_WITH_OWN_HEADS = ("gguf",)
 
 
 def export(
@@ -93,6 +97,11 @@ def export_checkpoint(
         )
     check_is_outside(out, source.directory)
     check_complete(source)
+    if source.architecture.has_attentions and to not in _WITH_OWN_HEADS:
+        raise ExportError(
+            f"{to} cannot express blocks with KV groups of their own, and those of {source.label} "
+            f"have different numbers; what can is {' and '.join(_WITH_OWN_HEADS)}, and transformers"
+        )
     watch = Stopwatch()
     with staged_file(out) if target.suffix else staged_directory(out) as staging:
         with watch.stage("write"):

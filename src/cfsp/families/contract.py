@@ -32,7 +32,15 @@ from cfsp.families.stock import Question, computed, first_line
 from cfsp.families.tiny import random_model, tiny_config
 from cfsp.pipeline import prune_checkpoint
 from cfsp.result.prune_report import PruneReport
-from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings, Text
+from cfsp.settings import (
+    DEFAULT_PARTS,
+    Budget,
+    CalibrationText,
+    Compute,
+    Part,
+    PruneSettings,
+    Text,
+)
 from cfsp.whole_model.masks import masked_unit
 
 if TYPE_CHECKING:
@@ -76,25 +84,32 @@ def save_with_tokenizer(
     tokenizer.save_pretrained(directory)
 
 
-def prune_tiny(source: Path, out: Path, texts: Sequence[str | Text], multiple: int) -> PruneReport:
+def prune_tiny(
+    source: Path,
+    out: Path,
+    texts: Sequence[str | Text],
+    multiple: int,
+    parts: tuple[Part, ...] = DEFAULT_PARTS,
+) -> PruneReport:
     """Prune the checkpoint of a tiny model, without repair, which changes weights.
 
     Args:
         source: the checkpoint.
         out: the new one.
         texts: to calibrate on, with token ids below those with a meaning of their own.
-        multiple: that widths are multiples of.
+        multiple: that FFN widths are multiples of.
+        parts: what may go.
 
     Raises:
         CfspError: it cannot be pruned.
     """
     settings = PruneSettings(
-        budget=Budget(SPARSITY, multiple=multiple),
+        budget=Budget(SPARSITY, multiple=multiple, parts=parts),
         text=CalibrationText(tuple(texts), samples=SAMPLES, seqlen=SEQLEN),
         compute=Compute("cpu"),
         repair="none",
     )
-    return prune_checkpoint(Checkpoint(source), out, settings)
+    return prune_checkpoint(Checkpoint(source, parts=parts), out, settings)
 
 
 def least_multiple(architecture: Architecture) -> int:
@@ -114,7 +129,7 @@ def question_of(
     """
     # It takes another attention on the way.
     model = copy.deepcopy(dense)
-    architecture = architecture_of(dense.config)
+    architecture = architecture_of(dense.config, plan.unit_parts if plan else DEFAULT_PARTS)
     blocks = blocks_of(model, architecture)
     masks = zip(architecture.units, plan.kept_channels, strict=True) if plan else ()
     with ExitStack() as stack:
@@ -142,7 +157,7 @@ def matrices_of(architecture: Architecture) -> list[str]:
     """Return the names of all FFN matrices in the model, gate and up in one once."""
     return [
         architecture.block_prefix(unit.block) + name
-        for unit in architecture.units
+        for unit in architecture.of_part("ffn").units
         for name in dict.fromkeys(name for name in (unit.gate, unit.up, unit.down) if name)
     ]
 

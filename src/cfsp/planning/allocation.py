@@ -1,11 +1,12 @@
-"""Allocation: from importance and a budget to a width for every FFN unit.
+"""Allocation: from importance and a budget to a width for every unit.
 
 Pure arithmetic on plain numbers. A channel of one unit may own many times the parameters of
 another's: one of 128 experts, which is a channel of each, against one of the expert that is shared.
 Budgets are met in parameters, so channels are counted by their cost: parameters over what the
 channels of all units have in common. Where all own as many, that is 1, and costs are channels.
+The channels of an attention are its KV groups.
 
-Shapes: U FFN units.
+Shapes: U units.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from math import fsum, gcd
 from statistics import fmean
 
 from cfsp.errors import BudgetError, UsageError
-from cfsp.settings import CLAMPS, DEFAULT_CLAMP, Budget, Clamp
+from cfsp.settings import CLAMPS, DEFAULT_CLAMP, Budget, Clamp, Part
 
 # The published code stops short of keeping a block whole.
 _CLAMP_MARGIN = 1.05
@@ -25,20 +26,22 @@ _CLAMP_MARGIN = 1.05
 
 @dataclass(frozen=True)
 class UnitSize:
-    """The numbers of an FFN unit that a budget is about.
+    """The numbers of a unit that a budget is about.
 
     Attributes:
-        width: channels of each of its FFNs.
+        width: channels of each of its FFNs, KV groups of an attention.
         channel_parameters: parameters that one channel owns; in a unit of several experts that is
             one channel of each.
         kind: units of one kind have widths that are multiples of the same number.
         grain: widths that are no multiples of this cannot be computed with.
+        part: what it is of.
     """
 
     width: int
     channel_parameters: int
     kind: str = ""
     grain: int = 1
+    part: Part = "ffn"
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,17 @@ class ModelSize:
     """The numbers of a model that a budget is about.
 
     Attributes:
-        units: those of every FFN unit.
+        units: those of every unit.
         parameters: all parameters of the model.
     """
 
     units: tuple[UnitSize, ...]
     parameters: int
+
+    def of_parts(self, parts: Sequence[Part]) -> ModelSize:
+        """Return the numbers with the units of some parts only."""
+        units = tuple(unit for unit in self.units if unit.part in parts)
+        return ModelSize(units, self.parameters)
 
     @cached_property
     def width_U(self) -> list[int]:
@@ -83,7 +91,10 @@ class ModelSize:
         widths: dict[str, list[int]] = {}
         for unit in self.units:
             widths.setdefault(unit.kind, []).append(unit.width)
-        return [budget.multiple_for(widths[unit.kind]) for unit in self.units]
+        return [
+            budget.multiple_for(widths[unit.kind]) if unit.part == "ffn" else 1
+            for unit in self.units
+        ]
 
     def least_U(self, budget: Budget) -> list[int]:
         """Return the least width that every unit may have."""
@@ -91,12 +102,17 @@ class ModelSize:
 
 
 def channels_to_keep(budget: Budget, size: ModelSize) -> float:
-    """Return what the channels that the whole model keeps may cost (before rounding).
+    """Return what the channels of the chosen parts that the model keeps may cost before rounding.
+
+    Args:
+        budget: how much to remove, and of which parts.
+        size: the model's numbers; only units of these parts count.
 
     Raises:
-        BudgetError: more is to be removed than the FFNs hold.
+        BudgetError: more is to be removed than the parts hold.
         UsageError: the model cannot be computed with such widths.
     """
+    size = size.of_parts(budget.parts)
     multiple_U = size.multiple_U(budget)
     for multiple, unit in zip(multiple_U, size.units, strict=True):
         if multiple % unit.grain:
@@ -104,8 +120,8 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
                 f"--multiple must be a multiple of {unit.grain} for this model, found {multiple}: "
                 "experts are multiplied in groups, which requires rows of whole 16 bytes"
             )
-    widest = max(size.width_U)
-    if budget.multiple is not None and budget.multiple > widest:
+    widest = max((unit.width for unit in size.units if unit.part == "ffn"), default=None)
+    if budget.multiple is not None and widest is not None and budget.multiple > widest:
         raise UsageError(
             f"--multiple must be at most {widest} for this model, found {budget.multiple}"
         )
@@ -119,15 +135,28 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
         highest = (total - least) * each / size.parameters
     # Within half a multiple of the least width is the least width.
     if kept < least - min(map(_times, multiple_U, size.cost_U)) / 2:
-        multiples = " or ".join(map(str, sorted(set(multiple_U))))
         raise BudgetError(
-            f"cannot remove {budget.sparsity:.1%} of the {_NOUN[budget.of]}: with at least "
-            f"{multiples} channels left in every FFN, between 0 and {highest:.1%} can be removed"
+            f"cannot remove {budget.sparsity:.1%} of the {_noun(budget)}: with at least "
+            f"{_least(multiple_U, size)}, between 0 and {highest:.1%} can be removed"
         )
     return kept
 
 
-_NOUN = {"ffn": "FFN channels", "model": "model's parameters"}
+def _noun(budget: Budget) -> str:
+    """Return what a sparsity is a fraction of."""
+    if budget.of == "model":
+        return "model's parameters"
+    nouns = {"ffn": "FFN channels", "kv": "KV groups"}
+    return " and ".join(nouns[part] for part in budget.parts)
+
+
+def _least(multiple_U: Sequence[int], size: ModelSize) -> str:
+    """Return in words what is left at least."""
+    pairs = list(zip(multiple_U, size.units, strict=True))
+    least = sorted({multiple for multiple, unit in pairs if unit.part == "ffn"})
+    ffn = f"{' or '.join(map(str, least))} channels left in every FFN" if least else ""
+    kv = "one KV group in every attention" if any(unit.part == "kv" for _, unit in pairs) else ""
+    return " and ".join(words for words in (ffn, kv) if words)
 
 
 def _times(channels: int, cost: int) -> int:
@@ -269,11 +298,14 @@ def equal_widths(width_U: Sequence[int], multiple_U: Sequence[int], fraction: fl
 def allocate(
     importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp = DEFAULT_CLAMP
 ) -> list[int]:
-    """Return the number of channels that every FFN unit keeps.
+    """Return the number of channels that every unit keeps.
+
+    Units of other parts than those of the budget keep all. Where there are several parts, KV groups
+    are rounded first: one owns as much as many channels, which then meet the budget.
 
     Args:
         importance_U: normalised importance of each unit, positive.
-        budget: how much to remove.
+        budget: how much to remove, and of which parts.
         size: the model's numbers.
         clamp: what happens where a unit would keep more than all: `water-fill` keeps it whole
             and gives the rest to the others, `published` shrinks all importances.
@@ -285,23 +317,71 @@ def allocate(
     if clamp not in CLAMPS:
         raise UsageError(f"unknown clamp {clamp!r}; known are: {', '.join(CLAMPS)}")
     total = channels_to_keep(budget, size)
-    width_U, cost_U = size.width_U, size.cost_U
+    kept_U = list(size.width_U)
     if budget.sparsity == 0.0:
-        return list(width_U)
-    if budget.widths == "equal":
-        return equal_widths(width_U, size.multiple_U(budget), total / size.cost_of(width_U))
-    if clamp == "water-fill":
-        ideal_U = water_fill(importance_U, width_U, cost_U, total)
-    else:
-        weight_U = None
-        if set(cost_U) != {1}:
-            weight_U = [float(width * cost) for width, cost in zip(width_U, cost_U, strict=True)]
-        sparsity = 1 - total / size.cost_of(width_U)
-        fraction_U = keep_fractions(importance_U, sparsity, weight_U)
-        ideal_U = [f * width for f, width in zip(fraction_U, width_U, strict=True)]
-        # Units of different width weigh differently in the mean: meet the total, not the mean.
-        reached = sum(ideal * cost for ideal, cost in zip(ideal_U, cost_U, strict=True))
-        ideal_U = [ideal * total / reached for ideal in ideal_U]
-    kept_U = round_widths(ideal_U, width_U, cost_U, size.multiple_U(budget), total)
-    assert all(0 < kept <= width for kept, width in zip(kept_U, width_U, strict=True))
+        return kept_U
+    chosen = [index for index, unit in enumerate(size.units) if unit.part in budget.parts]
+    importances = [importance_U[index] for index in chosen]
+    kept = _widths(importances, budget, size.of_parts(budget.parts), clamp, total)
+    for index, width in zip(chosen, kept, strict=True):
+        kept_U[index] = width
+    assert all(0 < kept <= width for kept, width in zip(kept_U, size.width_U, strict=True))
     return kept_U
+
+
+def _widths(
+    importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
+) -> list[int]:
+    """Return the widths of units that cost `total`; see `allocate`."""
+    dear = [index for index, unit in enumerate(size.units) if unit.part == "kv"]
+    rest = [index for index, unit in enumerate(size.units) if unit.part != "kv"]
+    if not (dear and rest):
+        return _widths_of_one_part(importance_U, budget, size, clamp, total)
+    ideal_U = _ideal(importance_U, size, clamp, total)
+    if budget.widths == "equal":
+        ideal_U = [width * total / size.cost_of(size.width_U) for width in size.width_U]
+    kept_U, left = list(size.width_U), total * size.parameters_per_cost
+    for chosen in (dear, rest):
+        part = ModelSize(tuple(size.units[index] for index in chosen), size.parameters)
+        each = part.parameters_per_cost
+        if chosen is dear:
+            wanted = fsum(ideal_U[i] * size.units[i].channel_parameters for i in dear) / each
+        else:
+            wanted = left / each
+        # What rounding left may be out of reach.
+        wanted = min(max(wanted, part.cost_of(part.least_U(budget))), part.cost_of(part.width_U))
+        importances = [importance_U[index] for index in chosen]
+        widths = _widths_of_one_part(importances, budget, part, clamp, wanted)
+        left -= each * part.cost_of(widths)
+        for index, width in zip(chosen, widths, strict=True):
+            kept_U[index] = width
+    return kept_U
+
+
+def _widths_of_one_part(
+    importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
+) -> list[int]:
+    """Return the widths of units of one part that cost `total`."""
+    multiple_U = size.multiple_U(budget)
+    if budget.widths == "equal":
+        return equal_widths(size.width_U, multiple_U, total / size.cost_of(size.width_U))
+    ideal_U = _ideal(importance_U, size, clamp, total)
+    return round_widths(ideal_U, size.width_U, size.cost_U, multiple_U, total)
+
+
+def _ideal(
+    importance_U: Sequence[float], size: ModelSize, clamp: Clamp, total: float
+) -> list[float]:
+    """Return the widths before rounding."""
+    width_U, cost_U = size.width_U, size.cost_U
+    if clamp == "water-fill":
+        return water_fill(importance_U, width_U, cost_U, total)
+    weight_U = None
+    if set(cost_U) != {1}:
+        weight_U = [float(width * cost) for width, cost in zip(width_U, cost_U, strict=True)]
+    sparsity = 1 - total / size.cost_of(width_U)
+    fraction_U = keep_fractions(importance_U, sparsity, weight_U)
+    ideal_U = [f * width for f, width in zip(fraction_U, width_U, strict=True)]
+    # Units of different width weigh differently in the mean: meet the total, not the mean.
+    reached = sum(ideal * cost for ideal, cost in zip(ideal_U, cost_U, strict=True))
+    return [ideal * total / reached for ideal in ideal_U]

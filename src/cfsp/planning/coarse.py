@@ -1,9 +1,9 @@
 """Coarse importance: how much each block matters, from how far it moves the hidden state.
 
 Only blocks that have an FFN count: the budget is spent there. Every FFN unit is as important as
-its block.
+its block. The same of attentions, by how far these move the hidden state where that is seen.
 
-Shapes: L blocks that have an FFN unit, in their order.
+Shapes: L blocks that have a unit, in their order, U units.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from statistics import fmean
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.errors import StatisticsError, UsageError
+from cfsp.planning.allocation import ModelSize
 from cfsp.settings import (
     ANGULAR_AND_SENSITIVITY,
     BLOCK_METRICS,
@@ -102,8 +103,47 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
     return [value / max(mixed_L) for value in mixed_L]
 
 
+def importance_of_units(
+    statistics: Statistics, metric: str, size: ModelSize
+) -> tuple[list[float], list[float]]:
+    """Return the distance and the normalised importance of every unit.
+
+    Widths in proportion to it share the cost between parts: by sensitivity, if removing a share
+    1 - k of a unit costs KL (1/k - 1) and frees its P parameters by that share, what is cheapest
+    is k in proportion to sqrt(KL / P). Distances of several parts are not comparable; each part
+    then gives up about as large a share.
+
+    Args:
+        statistics: of the model.
+        metric: what makes a block important.
+        size: the model's numbers.
+    """
+    parts = list(dict.fromkeys(unit.part for unit in statistics.units))
+    distance_of: dict[int, float] = {}
+    importance_of: dict[int, float] = {}
+    for part in parts:
+        own = statistics.of_part(part)
+        numbers = [index for index, unit in enumerate(statistics.units) if unit.part == part]
+        distances = of_units(own, block_distances(own, metric))
+        importances = of_units(own, importance_by(own, metric))
+        if len(parts) > 1 and metric in SENSITIVITY_METRICS and own.sensitivity is not None:
+            largest = max(_of_blocks_with_units(own, own.sensitivity.divergence_L))
+            each = fmean(size.units[i].width * size.units[i].channel_parameters for i in numbers)
+            scale = math.sqrt(largest / each)
+            importances = [importance * scale for importance in importances]
+        distance_of |= dict(zip(numbers, distances, strict=True))
+        importance_of |= dict(zip(numbers, importances, strict=True))
+    count = range(len(statistics.units))
+    importance_U = [importance_of[index] for index in count]
+    if len(parts) > 1 and metric in SENSITIVITY_METRICS:
+        # Where nothing depends on anything, all count alike.
+        largest = max(importance_U) or 1.0
+        importance_U = [max(value / largest, _LEAST_SHARE**2) for value in importance_U]
+    return [distance_of[index] for index in count], importance_U
+
+
 def of_units(statistics: Statistics, value_L: Sequence[float]) -> list[float]:
-    """Return for every FFN unit what there is for its block."""
+    """Return for every unit what there is for its block."""
     value_of = dict(zip(statistics.blocks_with_units, value_L, strict=True))
     return [value_of[unit.block] for unit in statistics.units]
 

@@ -1,4 +1,4 @@
-"""Fine importance: how much each channel of an FFN matters.
+"""Fine importance: how much each channel of an FFN, or KV group of an attention, matters.
 
 Shapes: D hidden, F FFN channels. X_i is the L2 norm of channel i's activation over all
 calibration tokens (`UnitStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
@@ -13,6 +13,9 @@ calibration tokens (`UnitStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
     wanda       mean_j |Wd_ji| * X_i                              (Sun et al. 2306.11695)
     magnitude   |Wd_.i|, the L2 norm of a column of the down projection
     random      drawn by chance, again alike for the same calibration: what any other must beat
+
+An attention is scored in the same way at its output matrix, column by column, without the terms of
+matrices that make channels; a KV group's score is the sum over the columns of its query heads.
 """
 
 from __future__ import annotations
@@ -38,17 +41,21 @@ _INPUT_MATRICES: tuple[Role, Role] = ("gate", "up")
 class FFNWeights:
     """The matrices of one FFN as they are stored; no gate in an FFN that has none.
 
+    Of an attention only the output matrix is there.
+
     Scores are float32: metrics convert one matrix at a time, because three copies of a wide FFN
     would be more memory than anything else that the pass of the repair needs.
     """
 
     down_DF: Tensor
-    up_FD: Tensor
+    up_FD: Tensor | None
     gate_FD: Tensor | None
 
 
 def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeights:
     """Read the matrices of one FFN of a unit from a model, however its checkpoint stores them."""
+    if source.units[unit].part == "kv":
+        return FFNWeights(down_matrix(source, unit).cpu(), None, None)
     gate_FD, up_FD = (ffn_matrix(source, unit, role, ffn) for role in _INPUT_MATRICES)
     assert up_FD is not None
     return FFNWeights(
@@ -63,14 +70,15 @@ def _activation(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
 
 
 def _relative(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    share_F: Tensor = _down_share(statistics, weights) + _across_channels(weights.up_FD)
-    if weights.gate_FD is not None:
-        share_F = share_F + _across_channels(weights.gate_FD)
+    share_F: Tensor = _down_share(statistics, weights)
+    for input_FD in (weights.up_FD, weights.gate_FD):
+        if input_FD is not None:
+            share_F = share_F + _across_channels(input_FD)
     return share_F * statistics.norm_F.float()
 
 
 def _eq8(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    constant_terms = 1 if weights.gate_FD is None else 2
+    constant_terms = sum(input_FD is not None for input_FD in (weights.up_FD, weights.gate_FD))
     share_F: Tensor = _down_share(statistics, weights) + constant_terms
     return share_F * statistics.norm_F.float()
 

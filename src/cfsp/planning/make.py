@@ -19,11 +19,11 @@ from cfsp.checkpoint.reading import (
 )
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
-from cfsp.planning.coarse import block_distances, importance_by, of_units
+from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.progress import item_progress
-from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIFORM, Budget, Criterion
+from cfsp.settings import AUTO_METRIC, DEFAULT_PARTS, SENSITIVITY, UNIFORM, Budget, Criterion
 
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
 LEAST_TOKENS = 32
@@ -45,6 +45,7 @@ def model_size(source: WeightSource) -> ModelSize:
                 channel_parameters=each,
                 kind=unit.path,
                 grain=EXPERTS_GRAIN if unit.routed else 1,
+                part=unit.part,
             )
             for unit, each in zip(source.units, ffn_parameters_per_channel(source), strict=True)
         ),
@@ -63,7 +64,7 @@ def definite_criterion(criterion: Criterion, statistics: Statistics, budget: Bud
 
 @dataclass(frozen=True)
 class UnitWidths:
-    """The coarse half of a decision: how many channels every FFN unit keeps, and why.
+    """The coarse half of a decision: how many channels every unit keeps, and why.
 
     Attributes:
         distance_U: coarse distance of every unit's block.
@@ -79,7 +80,7 @@ class UnitWidths:
 def plan_widths(
     source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
 ) -> UnitWidths:
-    """Decide how many channels every FFN unit keeps.
+    """Decide how many channels every unit keeps.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -88,8 +89,7 @@ def plan_widths(
     """
     criterion = definite_criterion(criterion, statistics, budget)
     size = model_size(source)
-    distance_U = of_units(statistics, block_distances(statistics, criterion.block_metric))
-    importance_U = of_units(statistics, importance_by(statistics, criterion.block_metric))
+    distance_U, importance_U = importance_of_units(statistics, criterion.block_metric, size)
     kept_U = allocate(importance_U, budget, size, criterion.chosen_clamp)
     return UnitWidths(distance_U, importance_U, kept_U)
 
@@ -101,7 +101,7 @@ def choose_channels(
     width: int,
     criterion: Criterion,
 ) -> tuple[int, ...]:
-    """Return the strongest channels of one FFN unit, ascending; of each expert its own.
+    """Return the strongest channels of one unit, ascending; of each expert its own.
 
     An expert that saw fewer than `LEAST_TOKENS` tokens is scored by its weights alone
     (`magnitude`), and the plan says so.
@@ -117,8 +117,9 @@ def choose_channels(
         UsageError: the channel metric is unknown.
     """
     kept: list[int] = []
+    channels = source.units[unit].width
     for ffn, score_F in enumerate(ffn_scores(source, unit, statistics, criterion)):
-        kept += [ffn * statistics.width + i for i in strongest_channels(score_F, width)]
+        kept += [ffn * channels + i for i in strongest_channels(score_F, width)]
     return tuple(kept)
 
 
@@ -130,7 +131,9 @@ def ffn_scores(
     for ffn in range(statistics.ffns):
         weights = read_ffn_weights(source, unit, ffn)
         metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
-        yield channel_scores(metric, statistics.of_ffn(ffn), weights)
+        score_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
+        # The columns of a KV group lie side by side.
+        yield score_F.view(source.units[unit].width, -1).sum(1)
 
 
 def warn_of_few_tokens(plan: PruningPlan) -> None:
@@ -204,6 +207,7 @@ def assemble_plan(
     """Return the plan that widths and channels amount to."""
     criterion = definite_criterion(criterion, statistics, budget)
     size = model_size(source)
+    has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
     units = [
         UnitPlan(
             block=unit.block,
@@ -213,8 +217,9 @@ def assemble_plan(
             importance=importance,
             ffns=observed.ffns,
             few_tokens=few_tokens(observed),
-            path="" if statistics.has_one_unit_each else unit.path,
+            path="" if has_one_ffn_each else unit.path,
             cost=cost,
+            part=unit.part,
         )
         for unit, observed, kept_K, distance, importance, cost in zip(
             source.units,
@@ -233,8 +238,9 @@ def assemble_plan(
             "clamp": criterion.chosen_clamp,
             "sparsity": budget.sparsity,
             "of": budget.of,
-            # Of which all new widths are multiples.
-            "multiple": math.gcd(*size.multiple_U(budget)),
+            # Of which all new FFN widths are multiples.
+            "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
+            **({} if budget.parts == DEFAULT_PARTS else {"parts": list(budget.parts)}),
         },
         calibration=asdict(statistics.record),
         units=tuple(units),
@@ -248,8 +254,14 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
         StatisticsError: they belong to another one.
     """
     found = fingerprint(source)
-    shapes = [(unit.block, unit.ffns, unit.width) for unit in statistics.units]
-    expected = [(unit.block, unit.ffns, unit.width) for unit in source.units]
+    shapes = [(unit.block, unit.part, unit.ffns, unit.width) for unit in statistics.units]
+    expected = [(unit.block, unit.part, unit.ffns, unit.columns) for unit in source.units]
+    have, need = ({unit.part for unit in of.units} for of in (statistics, source))
+    if statistics.record.fingerprint == found and have != need:
+        raise StatisticsError(
+            f"the statistics are of the parts {', '.join(sorted(have))}, expected "
+            f"{', '.join(sorted(need))}; calibrate with the same --parts"
+        )
     if statistics.record.fingerprint != found or shapes != expected:
         raise StatisticsError(
             f"the statistics were made for {statistics.record.model} "

@@ -29,8 +29,11 @@ import numpy as np
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import PlanError
+from cfsp.settings import UNIT_PARTS, Part
 
 PLAN_VERSION = 1
+# Of a plan with other parts than FFNs.
+VERSION_WITH_PARTS = 2
 _MAX_WIDTH = 1 << 24
 _MAX_EXPERTS = 1 << 12
 _MAX_BLOCKS = 1 << 16
@@ -41,7 +44,7 @@ _PATH = re.compile(r"[\w.]{0,200}")
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """What happens to one FFN unit.
+    """What happens to one unit.
 
     Attributes:
         block: index of its block.
@@ -57,6 +60,7 @@ class UnitPlan:
             in every block.
         cost: parameters that a channel of all its FFNs owns, relative to other units; 1 where all
             units' channels own as many.
+        part: what it is of: `ffn`, or `kv`, whose channels are KV groups.
     """
 
     block: int
@@ -68,6 +72,7 @@ class UnitPlan:
     few_tokens: Mapping[int, int] = field(default_factory=dict)
     path: str = ""
     cost: int = 1
+    part: Part = "ffn"
 
     @property
     def name(self) -> str:
@@ -121,6 +126,11 @@ class PruningPlan:
         """Number of channels that every unit (each of its experts) keeps."""
         return [unit.kept_width for unit in self.units]
 
+    def widths_of(self, part: Part) -> tuple[list[int], list[int]]:
+        """Return how many channels the units of a part have before, and keep."""
+        units = self.of_part(part)
+        return [unit.width for unit in units], [unit.kept_width for unit in units]
+
     @property
     def kept_channels(self) -> list[tuple[int, ...]]:
         """Indices of the channels that stay in every unit."""
@@ -129,18 +139,41 @@ class PruningPlan:
     @property
     def ffn_sparsity(self) -> float:
         """Fraction of all FFN channels that goes, each counted by the parameters that it owns."""
-        kept = sum(unit.kept_width * unit.cost for unit in self.units)
-        return 1 - kept / sum(unit.width * unit.cost for unit in self.units)
+        return self._sparsity_of("ffn")
+
+    @property
+    def kv_sparsity(self) -> float:
+        """Fraction of all KV groups that goes, counted likewise."""
+        return self._sparsity_of("kv")
+
+    def _sparsity_of(self, part: Part) -> float:
+        units = self.of_part(part)
+        kept = sum(unit.kept_width * unit.cost for unit in units)
+        return 1 - kept / sum(unit.width * unit.cost for unit in units) if units else 0.0
 
     @property
     def counts_channels(self) -> bool:
-        """Whether channels of all units own as many parameters: a share of one is of the other."""
-        return all(unit.cost == 1 for unit in self.units)
+        """Whether channels of all FFNs own as many parameters: a share of one is of the other."""
+        return len({unit.cost for unit in self.of_part("ffn")}) <= 1
 
     @property
     def has_one_unit_each(self) -> bool:
         """Whether units need no other name than the number of their block."""
         return all(unit.block == i and not unit.path for i, unit in enumerate(self.units))
+
+    @property
+    def has_ffns_only(self) -> bool:
+        """Whether no other part can lose anything."""
+        return all(unit.part == "ffn" for unit in self.units)
+
+    @property
+    def unit_parts(self) -> tuple[Part, ...]:
+        """The parts that the plan's units are of."""
+        return tuple(part for part in UNIT_PARTS if self.of_part(part))
+
+    def of_part(self, part: Part) -> tuple[UnitPlan, ...]:
+        """Return the units of one part."""
+        return tuple(unit for unit in self.units if unit.part == part)
 
     @property
     def experts_with_few_tokens(self) -> list[dict[str, Any]]:
@@ -167,8 +200,8 @@ class PruningPlan:
                 f"{self.model.fingerprint}), not for {source.label} ({found.model_type}, "
                 f"{found.fingerprint}); make a plan for this model"
             )
-        if [(unit.block, unit.width) for unit in self.units] != [
-            (unit.block, unit.width) for unit in source.units
+        if [(unit.block, unit.part, unit.width) for unit in self.units] != [
+            (unit.block, unit.part, unit.width) for unit in source.units
         ]:
             raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
         if [unit.ffns for unit in self.units] != [unit.ffns for unit in source.units]:
@@ -185,7 +218,7 @@ class PruningPlan:
         return (
             json.dumps(
                 {
-                    "plan_version": PLAN_VERSION,
+                    "plan_version": PLAN_VERSION if self.has_ffns_only else VERSION_WITH_PARTS,
                     "model": vars(self.model),
                     "criterion": self.criterion,
                     "calibration": self.calibration,
@@ -223,9 +256,10 @@ class PruningPlan:
             version = fields["plan_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PlanError(f"{where} is not a pruning plan; make one with: cfsp plan") from error
-        if version != PLAN_VERSION:
+        if version not in (PLAN_VERSION, VERSION_WITH_PARTS):
             raise PlanError(
-                f"{where} has plan version {version}, expected {PLAN_VERSION}; make a new plan"
+                f"{where} has plan version {version}, expected {PLAN_VERSION} or "
+                f"{VERSION_WITH_PARTS}; make a new plan"
             )
         try:
             if not fields["blocks"]:
@@ -282,6 +316,8 @@ def _place(unit: UnitPlan) -> dict[str, Any]:
 def _rare(unit: UnitPlan) -> dict[str, Any]:
     """Return what is written of a unit only where it differs from what most are."""
     fields: dict[str, Any] = {"experts": unit.ffns} if unit.ffns > 1 else {}
+    if unit.part != "ffn":
+        fields["part"] = unit.part
     if unit.cost > 1:
         fields["cost"] = unit.cost
     if unit.few_tokens:
@@ -354,6 +390,9 @@ def _unit(entry: dict[str, Any], index: int) -> UnitPlan:
         raise ValueError(f"an FFN has the impossible block {block!r}")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise ValueError(f"an FFN of block {block} has the impossible path {path!r}")
+    part = entry.get("part", "ffn")
+    if part not in UNIT_PARTS:
+        raise ValueError(f"a unit of block {block} is of the impossible part {part!r}")
     if type(cost) is not int or cost < 1:
         raise ValueError(f"an FFN of block {block} has the impossible cost {cost!r}")
     return UnitPlan(
@@ -366,4 +405,5 @@ def _unit(entry: dict[str, Any], index: int) -> UnitPlan:
         few_tokens=few,
         path=path,
         cost=cost,
+        part=part,
     )

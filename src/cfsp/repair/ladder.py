@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough
-from cfsp.checkpoint.reading import units_of_block
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
@@ -146,7 +145,8 @@ def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None
     if settings.repair not in ("sequential", "local"):
         return
     experts = [unit.block for unit in source.units if unit.routed]
-    several = [unit.block for unit in source.units if len(units_of_block(source, unit.block)) > 1]
+    ffns = [unit.block for unit in source.units if unit.part == "ffn"]
+    several = [block for block in ffns if ffns.count(block) > 1]
     for blocks, found in (
         (experts, "has experts, each of which sees few tokens"),
         (several, "has several"),

@@ -187,17 +187,18 @@ def _visit(
     block: StreamedBlock,
 ) -> ChosenBlock:
     """Let the windows pass one block; the first process then chooses and repairs for all."""
-    distances = DistanceSums()
+    distances, sublayers = DistanceSums(), [DistanceSums() for _ in block.units]
     observations = [Observation(is_held_out_N, unit.ffns) for unit in block.units]
     block.advance(
         lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
         distances.add,
+        lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
     )
-    own = observed_block(block, distances, [each.channels for each in observations])
+    own = observed_block(block, distances, [each.channels for each in observations], sublayers)
     observed = add_up_block(own, team, block.device)
     check_seen(block.units, observed.units)
     for unit, observation in zip(block.units, observations, strict=True):
-        observation.add_up_at_first(team, unit.width, block.device)
+        observation.add_up_at_first(team, unit.columns, block.device)
     facts = team.from_first(
         lambda: _repair_block(source, observed, observations, choose, directory, block.index)
     )
@@ -256,7 +257,7 @@ def _repair_unit(
     for ffn in range(unit.ffns):
         down_DF = down_matrix(source, index, ffn).to(observed.device)
         own_K = kept[ffn * kept_width : (ffn + 1) * kept_width]
-        own = [channel - ffn * unit.width for channel in own_K]
+        own = unit.columns_of([channel - ffn * unit.width for channel in own_K])
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
         few = unit.ffns > 1 and (
             observed.gram_E[ffn].tokens < LEAST_TOKENS
@@ -299,7 +300,7 @@ def _of_unit(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, ..
 def gram_bytes(source: WeightSource, block: int) -> int:
     """Return what the Gram matrices of one block take: one, float32, for each FFN of its units."""
     units = [source.units[index] for index in units_of_block(source, block)]
-    return sum(unit.ffns * unit.width**2 * torch.float32.itemsize for unit in units)
+    return sum(unit.ffns * unit.columns**2 * torch.float32.itemsize for unit in units)
 
 
 def _warn_of_memory(source: WeightSource, engine: Engine) -> None:

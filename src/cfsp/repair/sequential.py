@@ -7,6 +7,9 @@ over what it can of the difference d between the hidden states that leave the bl
 
     W' = W + E[d xᵀ] (E[x xᵀ] + lambda mean(diag) I)^-1        x: channels of the pruned block
 
+Where attentions have lost KV groups, the FFN's matrix takes over what it can of that too; a block
+without an FFN is fitted by the output matrix of its attention.
+
 No gradients. In memory are both streams, one dense block (and the next, which is read meanwhile),
 one pruned block, and a Gram matrix of its channels.
 
@@ -103,8 +106,9 @@ def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> Repaire
     units = units_of_block(pruned, work.last)
     if not units:
         return None
-    (unit,) = units
-    sums, held_out = _observe(pruned, work)
+    # The last one writes to the hidden state last.
+    unit = units[-1]
+    sums, held_out = _observe(pruned, work, unit)
     down_DK = down_matrix(pruned, unit).to(work.device)
     sums.add_up_at_first(work.team, down_DK)
     held_out.gather_at_first(work.team, work.device)
@@ -153,15 +157,15 @@ def _repair_block(
     return RepairedBlock(block_repair(1, before, None), None)
 
 
-def _observe(pruned: PrunedSource, work: GroupAtWork) -> tuple[_Sums, _HeldOutRows]:
+def _observe(pruned: PrunedSource, work: GroupAtWork, unit: int) -> tuple[_Sums, _HeldOutRows]:
     """Let the pruned stream pass the block once; gather sums, and held-out tokens whole."""
     sums, held_out = _Sums(), _HeldOutRows()
     seen: list[Tensor] = []
     (module,) = work.group.modules
     with observed_activations(
         module,
-        pruned.architecture.units_of(work.last),
-        lambda unit, ffn, act_RF, token_R: seen.append(act_RF),
+        [pruned.units[unit]],
+        lambda position, ffn, act_RF, token_R: seen.append(act_RF),
     ):
         for batch, is_held_out_B in work.all_batches():
             seen.clear()

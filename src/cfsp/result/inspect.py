@@ -19,6 +19,7 @@ _FROM_MANIFEST = (
     "criterion",
     "calibration",
     "ffn_sparsity",
+    "kv_groups",
     "model_sparsity",
     "parameters_before",
     "repair",
@@ -38,7 +39,9 @@ _SHOWN = {
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
-    units, blocks = checkpoint.units, int(checkpoint.architecture.block_count)
+    units = checkpoint.architecture.of_part("ffn").units
+    attentions = checkpoint.architecture.of_part("kv").units
+    blocks = int(checkpoint.architecture.block_count)
     widths = [unit.width for unit in units]
     has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
     manifest = read_manifest(checkpoint.directory)
@@ -59,6 +62,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }
+    if attentions:
+        facts["kv_groups"] = [unit.width for unit in attentions]
     if checkpoint.quantisation is not None:
         facts["quantised"] = checkpoint.quantisation.method
     if not has_one_unit_each or len({unit.ffns for unit in units}) > 1:

@@ -43,7 +43,7 @@ def describe_pruning(
         "calibration": plan.calibration,
         "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
         "files": digests,
-        "widths_before": [unit.width for unit in plan.units],
+        "widths_before": plan.widths_of("ffn")[0],
         **report,
     }
 
@@ -51,13 +51,13 @@ def describe_pruning(
 # What a model that was pruned in memory says of it, in its config.
 _IN_CONFIG = (
     "operation", "created", "versions", "base_model", "criterion", "calibration", "ffn_sparsity",
-    "model_sparsity", "parameters_before", "repair", "perplexity", "command",
+    "model_sparsity", "parameters_before", "repair", "perplexity", "command", "kv_groups",
 )  # fmt: skip
 
 
 def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a manifest that travels in the config of a model in memory."""
-    return {key: manifest[key] for key in _IN_CONFIG}
+    return {key: manifest[key] for key in _IN_CONFIG if key in manifest}
 
 
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ class PruneReport:
         ffn_sparsity: fraction of FFN channels removed, counted by the parameters that they own.
         model_sparsity: fraction of all parameters removed.
         intermediate_sizes: channels of every FFN unit, in the order of blocks.
+        kv_groups: KV groups of every attention `before` and `after`, in the order of blocks, and
+            the `sparsity`; empty where none may go.
         calibration_tokens: tokens that the statistics were gathered over.
         repair: what each step of repair did with each block (see `Repaired.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
@@ -49,6 +51,7 @@ class PruneReport:
     ffn_sparsity: float
     model_sparsity: float
     intermediate_sizes: list[int]
+    kv_groups: dict[str, Any]
     calibration_tokens: int
     repair: dict[str, Any]
     experts_with_few_tokens: list[dict[str, Any]]
@@ -63,7 +66,16 @@ class PruneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the plan, as JSON types."""
-        return {k: v for k, v in vars(self).items() if k != "plan"}
+        hidden = {"plan"} if self.kv_groups else {"plan", "kv_groups"}
+        return {k: v for k, v in vars(self).items() if k not in hidden}
+
+
+def _kv_groups(plan: PruningPlan) -> dict[str, Any]:
+    """Return what becomes of KV groups, as JSON types; empty where none may go."""
+    before, after = plan.widths_of("kv")
+    if not before:
+        return {}
+    return {"before": before, "after": after, "sparsity": round(plan.kv_sparsity, 6)}
 
 
 def dequantisation_of(source: WeightSource) -> dict[str, str]:
@@ -102,7 +114,8 @@ def prune_report(
         parameters_after=after,
         ffn_sparsity=round(plan.ffn_sparsity, 6),
         model_sparsity=round(1 - after / before, 6),
-        intermediate_sizes=plan.kept_widths,
+        intermediate_sizes=plan.widths_of("ffn")[1],
+        kv_groups=_kv_groups(plan),
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
         repair=repaired.to_json(),
         experts_with_few_tokens=plan.experts_with_few_tokens,

@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 
+from cfsp.architecture.discovery import find_architecture
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import Compute
+from cfsp.settings import Compute, Part
 from cfsp.text.windows import Windows
 
 _TOKENS = 16
@@ -106,19 +108,33 @@ def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def _widths(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
-    widths = [unit.width for unit in source.units]
     plan = PruningPlan.load(source.directory / PLAN_FILE)
-    planned = plan.kept_widths
-    for name, found in (("config.json", widths), (MANIFEST_FILE, manifest["intermediate_sizes"])):
+    nouns: dict[Part, str] = {"ffn": "FFNs", "kv": "attentions"}
+    problems = (_widths_of(part, nouns[part], source, plan, manifest) for part in nouns)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _widths_of(
+    part: Part, noun: str, source: Checkpoint, plan: PruningPlan, manifest: dict[str, Any]
+) -> str | None:
+    units, planned = plan.of_part(part), plan.widths_of(part)[1]
+    if not units:
+        return None
+    # With equally many in all blocks the model is a stock one, which was not opened with its heads.
+    found = source.architecture.of_part(part).units
+    found = found or find_architecture(empty_model(source.config), part).units
+    widths = [unit.width for unit in found]
+    told = manifest["intermediate_sizes"] if part == "ffn" else manifest["kv_groups"]["after"]
+    for name, numbers in (("config.json", widths), (MANIFEST_FILE, told)):
         different = [
-            i for i, pair in enumerate(zip(found, planned, strict=False)) if len(set(pair)) > 1
+            i for i, pair in enumerate(zip(numbers, planned, strict=False)) if len(set(pair)) > 1
         ]
-        if len(found) != len(planned):
-            return f"{name} tells of {len(found)} FFNs, the plan of {len(planned)}"
+        if len(numbers) != len(planned):
+            return f"{name} tells of {len(numbers)} {noun}, the plan of {len(planned)}"
         if different:
             unit = different[0]
             return (
-                f"block {plan.units[unit].name} is {found[unit]} wide in {name}, {planned[unit]} "
+                f"block {units[unit].name} is {numbers[unit]} wide in {name}, {planned[unit]} "
                 "in the plan"
             )
     return None

@@ -75,7 +75,7 @@ def masked_channels(
 
 @contextmanager
 def masked_unit(block: nn.Module, unit: FFNUnit, kept_K: Sequence[int]) -> Iterator[None]:
-    """Let one FFN unit of a decoder block compute as if it had the kept channels only.
+    """Let one unit of a decoder block compute as if it had the kept channels only.
 
     The pruned columns of its down projections are zero meanwhile, and kept elsewhere.
     """
@@ -86,7 +86,10 @@ def masked_unit(block: nn.Module, unit: FFNUnit, kept_K: Sequence[int]) -> Itera
         matrices, axis = list(down), axis - 1
     is_pruned_EF = torch.ones(unit.ffns, unit.width, dtype=torch.bool)
     is_pruned_EF.view(-1)[list(kept_K)] = False
-    pruned = [is_pruned_F.nonzero().flatten().to(down.device) for is_pruned_F in is_pruned_EF]
+    pruned = [
+        unit.axes[unit.down].index(is_pruned_F.nonzero().flatten(), unit.width).to(down.device)
+        for is_pruned_F in is_pruned_EF
+    ]
     saved: list[Tensor] = []
     try:
         for matrix, pruned_P in zip(matrices, pruned, strict=True):

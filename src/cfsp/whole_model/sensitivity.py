@@ -1,5 +1,7 @@
 """Sensitivity of a block: how far the model's predictions move when its FFNs alone are pruned.
 
+The same is measured of its attention alone, where that may lose KV groups.
+
 Angular distance says how much a block does, sensitivity how much of that its weakest channels do.
 It is measured by masking, forward passes only, on the whole model in memory: no block can be
 dropped while others are tried. What enters a block does not depend on its own pruning, so only
@@ -13,7 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.settings import Criterion
+    from cfsp.settings import Criterion, Part
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
 
@@ -63,8 +66,8 @@ def block_sensitivities(
     tokens_NT: Tensor,
     kept_U: Sequence[Sequence[int]],
     on_block: Callable[[], object] = lambda: None,
-) -> list[float]:
-    """Return how far each block's pruning alone moves the predictions, in nats per token.
+) -> dict[Part, list[float]]:
+    """Return how far pruning a part of each block alone moves the predictions, in nats per token.
 
     KL(dense || one block pruned), the mean over tokens; see `cfsp.whole_model.divergence`. All FFN
     units of a block are pruned together; a block without any moves nothing.
@@ -84,7 +87,8 @@ def block_sensitivities(
 
     with torch.inference_mode():
         form = find_call_form(logits, blocks, model.device)
-    total_L = [0.0] * len(blocks)
+    places = _places(source)
+    total_of: dict[Part, list[float]] = {part: [0.0] * len(blocks) for _, part in places}
     resumes: bool | None = None
     with torch.inference_mode():
         for tokens_T in tokens_NT:
@@ -92,15 +96,22 @@ def block_sensitivities(
                 dense = dense_predictions(model, tokens_T[None])
             if resumes is None:
                 resumes = _resumes(model, blocks, entering_L[-1], form, dense)
-            for index in sorted({unit.block for unit in source.units}):
+            for index, part in places:
                 first = index if resumes else 0
                 with ExitStack() as masks, resumed_at(blocks, first, entering_L[first], form):
                     for unit, kept_K in zip(source.units, kept_U, strict=True):
-                        if unit.block == index:
+                        if (unit.block, unit.part) == (index, part):
                             masks.enter_context(masked_unit(blocks[index], unit, kept_K))
-                    total_L[index] += dense.divergence(model)
+                    total_of[part][index] += dense.divergence(model)
                 on_block()
-    return [total / len(tokens_NT) for total in total_L]
+    return {
+        part: [total / len(tokens_NT) for total in total_L] for part, total_L in total_of.items()
+    }
+
+
+def _places(source: WeightSource) -> list[tuple[int, Part]]:
+    """Return the parts of blocks that are pruned alone, block by block."""
+    return sorted({(unit.block, unit.part) for unit in source.units})
 
 
 def _resumes(
@@ -153,7 +164,7 @@ def with_needed_sensitivity(
             return {"sensitivity": None}
         found = with_sensitivity(source, statistics, windows, criterion, engine)
         assert found.sensitivity is not None
-        return {"sensitivity": asdict(found.sensitivity)}
+        return {"sensitivity": found.sensitivity.to_json()}
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"
@@ -211,17 +222,21 @@ def measure_sensitivity(
             source,
             unit,
             observed,
-            max(1, round(observed.width * (1 - SENSITIVITY_SPARSITY))),
+            max(1, round(source.units[unit].width * (1 - SENSITIVITY_SPARSITY))),
             criterion,
         )
         for unit, observed in enumerate(statistics.units)
     ]
     model = load_whole(source, engine, "measuring the sensitivity of blocks")
-    total = len(windows.tokens_NT) * len(statistics.blocks_with_units)
+    total = len(windows.tokens_NT) * len(_places(source))
     with item_progress("sensitivity", total, "pass") as bar:
-        found_L = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update)
-    if not all(map(math.isfinite, found_L)):
+        found = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update)
+    if not all(map(math.isfinite, chain(*found.values()))):
         raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
     # Equal predictions may differ by rounding, in either direction.
-    positive_L = tuple(max(0.0, divergence) for divergence in found_L)
-    return Sensitivity(positive_L, SENSITIVITY_SPARSITY, len(windows.tokens_NT))
+    positive: dict[str, tuple[float, ...]] = {
+        part: tuple(max(0.0, divergence) for divergence in found_L)
+        for part, found_L in found.items()
+    }
+    of_ffns = positive.pop("ffn")
+    return Sensitivity(of_ffns, SENSITIVITY_SPARSITY, len(windows.tokens_NT), positive)

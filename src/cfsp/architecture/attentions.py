@@ -1,0 +1,244 @@
+"""Finding the attentions of a block and their KV groups, by looking at its modules.
+
+A KV group is a head of keys and values with the query heads that read it. An attention is a module
+with one matrix from its heads back to the hidden size and others from the hidden size to heads:
+
+    output     D x heads
+    queries, keys, values, each a matrix or all in one, and gates of heads if there are any
+
+What is found is a guess, which `cfsp.architecture.proof` proves or refuses.
+
+Shapes: D hidden, H query heads, G KV groups, N inputs of the output matrix: all heads side by side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cfsp.architecture.found import ChannelAxis, FFNUnit, Refusal, WidthAttribute
+
+# Names of classes and modules that mix tokens.
+_MIXES = re.compile(
+    r"Attention|Attn|Mixer|Mamba|Delta|Recurrent|Rwkv|Retention|ShortConv"
+    r"|attention|attn|mixer|mamba|recurrent|temporal_block"
+)
+_OUTPUT = re.compile(r"(^|\.)(o|o_proj|out|out_proj|out_lin|dense|c_proj|wo|proj|attn_out)(\.|$)")
+_HEADS, _GROUPS = "num_attention_heads", "num_key_value_heads"
+_OTHER_NAMES = {
+    _HEADS: (_HEADS, "num_heads", "n_heads", "n_head"),
+    _GROUPS: (_GROUPS, "num_kv_heads", "n_kv_heads"),
+}
+# Numbers of a module that heads make up, and what may equal one by chance.
+_COUNTS = re.compile(r"heads?$|kv")
+_LENGTHS = re.compile(r"(dim|size)$")
+_NOT_THEM = re.compile(r"^head_|_head_|window|rotary|groups|rope|layer|chunk")
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """How the heads of an attention are counted.
+
+    Attributes:
+        query: H.
+        groups: G.
+        inputs: N.
+    """
+
+    query: int
+    groups: int
+    inputs: int
+
+    @property
+    def queries_each(self) -> int:
+        """Query heads that read a head of keys and values."""
+        return self.query // self.groups
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a module and of its children that have no children."""
+    yield from module.named_parameters(recurse=False)
+    for name, child in module.named_children():
+        if next(child.children(), None) is None:
+            for key, parameter in child.named_parameters(recurse=False):
+                yield f"{name}.{key}", parameter
+
+
+def attentions_of(
+    block: nn.Module, index: int, hidden: int, text_config: Any
+) -> list[FFNUnit | Refusal]:
+    """Return the attentions of a block, and what mixes tokens in another way.
+
+    Args:
+        block: a decoder block.
+        index: of it.
+        hidden: D.
+        text_config: of the model, which counts heads.
+    """
+    found: list[FFNUnit | Refusal] = []
+    inside: list[str] = []
+    for path, module in block.named_modules():
+        if not path or path.startswith(tuple(inside)):
+            continue
+        if not (_MIXES.search(type(module).__name__) or _MIXES.search(path.rpartition(".")[2])):
+            continue
+        if not any(parameter.ndim > 1 for parameter in module.parameters()):
+            continue
+        unit = _attention(module, path, index, hidden, text_config)
+        has_inner = any(
+            child and _MIXES.search(type(part).__name__)
+            for child, part in module.named_modules()
+            if next(part.children(), None) is not None
+        )
+        if isinstance(unit, str) and has_inner:
+            continue  # what is inside it may be one
+        inside.append(f"{path}.")
+        found.append(Refusal(f"{index}.{path}", unit) if isinstance(unit, str) else unit)
+    return found
+
+
+def _attention(
+    module: nn.Module, path: str, index: int, hidden: int, text_config: Any
+) -> FFNUnit | str:
+    """Return the attention that a module is, or why it is none that can be cut."""
+    matrices = dict(_matrices(module, hidden))
+    outputs = [name for name, (out, _) in matrices.items() if out == hidden]
+    output = next((name for name in outputs if _OUTPUT.search(name)), None)
+    if output is None:
+        return "heads: expected matrices of queries, keys, values and output, found " + (
+            ", ".join(name.removesuffix(".weight") for name, _ in own_parameters(module)) or "none"
+        )
+    inputs = {name: out for name, (out, into) in matrices.items() if name != output}
+    heads = _heads(module, text_config, matrices[output][1], list(inputs.values()))
+    odd = [name for name, (_, into) in matrices.items() if name != output and into != hidden]
+    if heads is None or odd:
+        names = ", ".join(
+            f"{name.removesuffix('.weight')} {list(shape)}" for name, shape in matrices.items()
+        )
+        return f"heads: expected queries, keys and values of whole heads, found {names}"
+    prefix = f"{path}."
+    axes = dict(_axes(module, output, inputs, heads))
+    queries = max(inputs, key=lambda name: inputs[name])
+    return FFNUnit(
+        block=index,
+        path=path,
+        width=heads.groups,
+        ffns=1,
+        up=prefix + queries,
+        gate=None,
+        down=prefix + output,
+        axes={prefix + name: axis for name, axis in axes.items()},
+        attributes=tuple(_attributes(module, path, heads, axes, output)),
+        part="kv",
+        config_numbers=tuple(_config_numbers(module, heads)),
+    )
+
+
+def _matrices(module: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the matrices of a module that have the hidden size, as outputs and inputs."""
+    for name, parameter in own_parameters(module):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim != 2 or "bias" in name or hidden not in parameter.shape:
+            continue
+        first, second = parameter.shape
+        # Conv1D of gpt2 is stored inputs x outputs.
+        yield name, (second, first) if hasattr(owner, "nf") else (first, second)
+
+
+def _heads(module: Any, text_config: Any, inputs: int, widths: list[int]) -> _Heads | None:
+    """Return how heads are counted; None if they do not make up the matrices."""
+
+    def counted(name: str) -> list[int]:
+        values = [getattr(module, other, None) for other in _OTHER_NAMES[name]]
+        values += [getattr(text_config, other, None) for other in _OTHER_NAMES[name]]
+        return [value for value in values if type(value) is int and value > 0]
+
+    for query in dict.fromkeys(counted(_HEADS)):
+        for groups in dict.fromkeys([*counted(_GROUPS), query]):
+            if inputs % query or query % groups:
+                continue
+            heads = _Heads(query, groups, inputs)
+            size = inputs // query
+            if len(widths) == 1 and widths[0] == (query + 2 * groups) * size:
+                return heads
+            if len(widths) >= 3 and all(width % groups == 0 for width in widths):
+                of_groups = [width for width in widths if width < inputs or query == groups]
+                if len(of_groups) >= 2 and max(widths) >= inputs // 2:
+                    return heads
+    return None
+
+
+def _axes(
+    module: nn.Module, output: str, inputs: dict[str, int], heads: _Heads
+) -> Iterator[tuple[str, ChannelAxis]]:
+    """Yield where the parameters of an attention have KV groups."""
+    size = heads.inputs // heads.query
+
+    def spans(length: int) -> tuple[int, ...]:
+        if len(inputs) == 1:
+            return heads.queries_each * size, size, size
+        return (length // heads.groups,)
+
+    stem = output.removesuffix("weight")
+    lengths = {heads.query, heads.inputs}
+    for name, parameter in own_parameters(module):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        is_transposed = hasattr(owner, "nf")
+        of = next((other for other in inputs if _is_bias(name, other)), None)
+        if name == output:
+            yield (
+                name,
+                ChannelAxis(0 if is_transposed else 1, spans=(heads.inputs // heads.groups,)),
+            )
+        elif name in inputs:
+            yield name, ChannelAxis(1 if is_transposed else 0, spans=spans(inputs[name]))
+        elif of is not None:
+            yield name, ChannelAxis(0, spans=spans(inputs[of]))
+        elif name.startswith(stem) or parameter.ndim not in (1, 2):
+            continue
+        # Norms of heads that each have weights of their own, and sinks.
+        elif parameter.ndim == 2 and parameter.shape[0] in (heads.query, heads.groups):
+            yield name, ChannelAxis(0, spans=(parameter.shape[0] // heads.groups,))
+        elif parameter.ndim == 1 and len(parameter) in lengths and "norm" not in name:
+            yield name, ChannelAxis(0, spans=(len(parameter) // heads.groups,))
+
+
+def _is_bias(name: str, matrix: str) -> bool:
+    return name == f"{matrix.removesuffix('weight')}bias"
+
+
+def _attributes(
+    module: nn.Module, path: str, heads: _Heads, axes: dict[str, ChannelAxis], output: str
+) -> Iterator[WidthAttribute]:
+    """Yield the numbers that tell how many heads there are, in the module and its matrices."""
+    prefix = f"{path}."
+    for name, axis in axes.items():
+        owner = name.rpartition(".")[0]
+        if not owner or name.endswith("bias"):
+            continue
+        inputs, outputs = ("in_features", "nx"), ("out_features", "nf")
+        for attribute in inputs if name == output else outputs:
+            if getattr(module.get_submodule(owner), attribute, None) is not None:
+                yield WidthAttribute(prefix + owner, attribute, axis.entries)
+    counts = heads.query, heads.groups
+    lengths = heads.inputs, heads.inputs // heads.queries_each
+    for name, value in vars(module).items():
+        if type(value) is not int or _NOT_THEM.search(name):
+            continue
+        is_count = _COUNTS.search(name) and value in counts
+        if is_count or (_LENGTHS.search(name) and value in lengths):
+            yield WidthAttribute(path, name, value // heads.groups)
+
+
+def _config_numbers(module: nn.Module, heads: _Heads) -> Iterator[tuple[str, int]]:
+    """Yield the numbers of heads that a module reads in its config while it runs."""
+    source = inspect.getsource(type(module))
+    code = source.partition("def forward")[2]
+    for name, count in ((_HEADS, heads.query), (_GROUPS, heads.groups)):
+        if f"self.config.{name}" in code:
+            yield name, count // heads.groups

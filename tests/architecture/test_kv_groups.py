@@ -1,0 +1,300 @@
+"""KV groups of tiny models of several families: found, proved, cut, and read by stock software."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import cfsp
+from cfsp.architecture.found import Architecture, ChannelAxis
+from cfsp.architecture.proof import prove
+from cfsp.checkpoint.config_widths import KV_GROUPS
+from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import architecture_of, blocks_of
+from cfsp.cli import main
+from cfsp.errors import BudgetError, CfspError, UnsupportedModelError
+from cfsp.exports.registry import export_checkpoint
+from cfsp.families.contract import (
+    SAMPLES,
+    SEQLEN,
+    prune_tiny,
+    question_of,
+    save_with_tokenizer,
+)
+from cfsp.families.stock import Answer
+from cfsp.families.tiny import tiny_config, tiny_model
+from cfsp.planning.allocation import ModelSize, UnitSize, allocate
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.prune_report import PruneReport
+from cfsp.settings import Budget, Part
+from cfsp.whole_model.masks import masked_channels
+from forks import Forks, Job
+
+PARTS: tuple[Part, ...] = ("ffn", "kv")
+SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu"}
+# Grouped heads, biases, norms of queries and keys, norms after attention, queries, keys and values
+# in one matrix, and as many heads of keys and values as of queries.
+NAMES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2")
+
+
+@dataclass
+class Case:
+    """One tiny model, and what pruning both parts made of it."""
+
+    dense: Any
+    source: Path
+    out: Path
+    report: PruneReport
+    tokens_BT: Tensor
+    texts: list[str]
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.dense.config, PARTS)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(
+    request: pytest.FixtureRequest,
+    tokenizer: Any,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    place = tmp_path_factory.mktemp(request.param)
+    dense = tiny_model(request.param)
+    save_with_tokenizer(dense, tokenizer, place / "dense")
+    texts = [str(text_file)]
+    report = prune_tiny(place / "dense", place / "out", texts, 1, PARTS)
+    assert len(set(report.kv_groups["after"])) > 1, "the case must have different numbers"
+    tokens_BT = question_of(dense, place / "dense").tokens_BT
+    return Case(dense, place / "dense", place / "out", report, tokens_BT, texts)
+
+
+def logits_of(model: Any, tokens_BT: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens_BT).logits
+    return logits
+
+
+def masked_logits(case: Case, plan: PruningPlan) -> Tensor:
+    source = LoadedModel(case.dense, PARTS)
+    with masked_channels(source, case.dense, dict(enumerate(plan.kept_channels))):
+        return logits_of(case.dense, case.tokens_BT)
+
+
+def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.generate(
+            tokens_BT,
+            attention_mask=torch.ones_like(tokens_BT),
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+    return found
+
+
+def test_pruned_logits_are_those_of_the_masked_original(case: Case) -> None:
+    expected = masked_logits(case, case.report.plan)
+    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits_of(case.dense, case.tokens_BT)).abs().max() > 1e-2
+
+
+def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
+    asked = {"sparsity": 0.0, "parts": PARTS, "repair": "none", "data": case.texts}
+    cfsp.prune(case.source, out=tmp_path / "same", **asked, **SETTINGS)
+    before, after = (load_file(at / "model.safetensors") for at in (case.source, tmp_path / "same"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    fields = [
+        json.loads((at / "config.json").read_text()) for at in (case.source, tmp_path / "same")
+    ]
+    assert fields[0] == fields[1]
+
+
+def test_caches_agree_with_none(case: Case) -> None:
+    model = cfsp.load(case.out)
+    expected = generated(model, case.tokens_BT, use_cache=False)
+    assert torch.equal(generated(model, case.tokens_BT), expected)
+    assert torch.equal(generated(model, case.tokens_BT, cache_implementation="static"), expected)
+    for tokens_T, expected_T in zip(case.tokens_BT, expected, strict=True):
+        assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
+
+
+def test_a_fresh_process_keeps_the_contract(
+    case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    work = tmp_path_factory.mktemp("stock")
+    question_of(case.dense, case.out, case.report.plan).save(work / "question.pt")
+    (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
+    assert finished.status == 0, finished.stderr
+    answer = Answer(**torch.load(work / "answer.pt"))
+    assert not answer.problems
+    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
+
+
+def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
+    asked = {"sparsity": 0.4, "multiple": 1, "parts": "ffn,kv", "repair": "none"}
+    pruned = cfsp.prune(case.dense, tokenizer, data=case.texts, **asked, **SETTINGS)
+    expected = cfsp.load(case.out).state_dict()
+    assert pruned.state_dict().keys() == expected.keys()
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    pruned.save_pretrained(tmp_path / "saved")
+    again = cfsp.load(tmp_path / "saved")
+    assert torch.equal(logits_of(again, case.tokens_BT), logits_of(pruned, case.tokens_BT))
+
+
+def test_config_and_modules_say_the_numbers(case: Case) -> None:
+    groups = case.report.kv_groups["after"]
+    fields = json.loads((case.out / "config.json").read_text())
+    assert [count for block in fields[KV_GROUPS].values() for count in block.values()] == groups
+    found = Checkpoint(case.out).architecture.of_part("kv")
+    assert found.widths == groups
+    model = cfsp.load(case.out)
+    for unit, count in zip(case.architecture.of_part("kv").units, groups, strict=True):
+        block = blocks_of(model, case.architecture)[unit.block]
+        for attribute in unit.attributes:
+            value = getattr(block.get_submodule(attribute.module), attribute.name)
+            assert value == attribute.times * count
+        for name, axis in unit.axes.items():
+            assert axis.width(block.get_parameter(name).shape) == count
+
+
+def test_inspect_and_verify_agree(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["inspect", str(case.out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kv_groups"] == case.report.kv_groups["after"]
+    assert told["intermediate_sizes"] == case.report.intermediate_sizes
+    assert main(["verify", str(case.out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"]
+
+
+def test_the_plan_names_each_part_and_is_read_again(case: Case) -> None:
+    plan = PruningPlan.load(case.out / PLAN_FILE)
+    assert plan == case.report.plan
+    assert json.loads(plan.to_json())["plan_version"] == 2
+    assert plan.unit_parts == PARTS
+    kept = sum(unit.kept_width * unit.cost for unit in plan.units)
+    whole = sum(unit.width * unit.cost for unit in plan.units)
+    # A step is a KV group or a channel.
+    assert kept / whole == pytest.approx(0.6, abs=max(u.cost for u in plan.units) / whole)
+
+
+@pytest.mark.parametrize("repair", ["ridge", "sequential"])
+def test_repair_lowers_the_error(case: Case, tmp_path: Path, repair: str) -> None:
+    asked = {"sparsity": 0.4, "multiple": 8, "parts": PARTS, "repair": repair, "data": case.texts}
+    # Without sensitivity: that of a random model keeps its attentions.
+    asked["block_metric"] = "angular"
+    report = cfsp.prune(case.source, out=tmp_path / "out", **asked, **SETTINGS)
+    ridge, *later = report.repair["steps"]
+    of_attention = [entry for entry in ridge["blocks"] if "attn" in entry["path"]]
+    assert len(of_attention) == len(case.report.kv_groups["before"])
+    assert any(entry["error_after"] < entry["error_before"] for entry in of_attention)
+    assert [step["name"] for step in later] == ([repair] if repair == "sequential" else [])
+    logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
+
+
+def test_equally_many_groups_give_a_stock_checkpoint(
+    tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    dense = tiny_model("llama")
+    save_with_tokenizer(dense, tokenizer, tmp_path / "dense")
+    asked = {"sparsity": 0.5, "parts": "kv", "repair": "none", "data": [str(text_file)]}
+    report = cfsp.prune(tmp_path / "dense", out=tmp_path / "out", **asked, **SETTINGS)
+    assert report.kv_groups["after"] == [1, 1, 1]
+    assert report.intermediate_sizes == [96, 96, 96]
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["architectures"] == ["LlamaForCausalLM"]
+    assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (2, 1)
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    case = Case(dense, tmp_path, tmp_path / "out", report, torch.arange(2, 26).view(2, 12), [])
+    expected = masked_logits(case, report.plan)
+    actual = logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_kv_groups_is_refused_by_name() -> None:
+    for name, reason in (
+        ("deepseek_v3", "self_attn failed the check heads"),
+        ("mamba2", "mixer failed the check heads"),
+        ("olmo2", "self_attn failed the check cut"),
+        ("gpt_bigcode", "expected two KV groups or more"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            prove(tiny_config(name), None, ("kv",))
+
+
+def test_attentions_of_some_blocks_are_enough() -> None:
+    found = prove(tiny_config("qwen3_next"), None, ("kv",))
+    assert [unit.path for unit in found.of_part("kv").units] == ["self_attn"]
+    assert any("linear_attn" in refusal.module for refusal in found.refused)
+
+
+def test_the_hidden_state_after_attention_is_found() -> None:
+    for name, after in (
+        ("llama", "post_attention_layernorm"),
+        ("gemma3_text", "pre_feedforward_layernorm"),
+        ("gptj", None),
+    ):
+        found = prove(tiny_config(name), None, ("kv",)).of_part("kv")
+        assert {unit.after for unit in found.units} == {after}
+
+
+def test_an_axis_in_sections() -> None:
+    axis = ChannelAxis(0, spans=(4, 2, 2))
+    # Three KV groups of two query heads with a size of 2.
+    rows = torch.arange(24)
+    assert axis.width(rows.shape) == 3
+    assert axis.select(rows, [0, 2]).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+        16,
+        17,
+        18,
+        19,
+        22,
+        23,
+    ]
+    assert axis.in_one_section().select(rows, [1]).tolist() == list(range(8, 16))
+
+
+def test_a_budget_of_two_parts_is_met_by_channels() -> None:
+    units = (UnitSize(4, 1000, "attn", part="kv"), UnitSize(100, 60, "mlp")) * 2
+    size = ModelSize(units, 100_000)
+    budget = Budget(0.3, multiple=1, parts=PARTS)
+    kept = allocate([0.9, 0.5, 0.3, 0.4], budget, size, "water-fill")
+    assert size.cost_of(kept) == pytest.approx(0.7 * size.cost_of(size.width_U), abs=3)
+    alone = allocate([0.9, 0.5, 0.3, 0.4], Budget(0.3, parts="kv"), size, "water-fill")
+    assert [alone[1], alone[3]] == [100, 100]
+    assert sum(alone[::2]) == 6
+    with pytest.raises(BudgetError, match="one KV group in every attention"):
+        allocate([0.9, 0.5, 0.3, 0.4], Budget(0.95, parts="kv"), size)
+
+
+def test_exports_that_cannot_have_own_heads_refuse(case: Case, tmp_path: Path) -> None:
+    for target in ("padded", "vllm", "openvino"):
+        with pytest.raises(CfspError, match="KV groups of their own"):
+            export_checkpoint(Checkpoint(case.out), target, tmp_path / target)
+        assert not (tmp_path / target).exists()
