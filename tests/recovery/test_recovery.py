@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import cfsp
 import cfsp.recovery.evaluation
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -37,6 +37,7 @@ from cfsp.recovery.settings import (
     TeacherChoice,
     Training,
 )
+from cfsp.recovery.teacher import choose_teacher
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.windows import Windows, consecutive_windows
@@ -297,6 +298,37 @@ def test_a_teacher_is_learnt_from(pruned, text_file, tiny_checkpoint, tmp_path):
     assert taught.history != plain.history
     facts = read_manifest(tmp_path / "taught")["recovery"]["teacher"]
     assert facts == {"name": dense, "weight": 0.7, "temperature": 2.0}
+
+
+def test_the_dense_model_teaches_where_it_is_at_hand(pruned, tiny_checkpoint, monkeypatch, caplog):
+    source, half = open_checkpoint(pruned), Distillation(0.5)
+    dense = str(tiny_checkpoint("llama"))
+    assert choose_teacher("auto", source, "full", half) == TeacherChoice(dense, half)
+    assert choose_teacher("other", source, "full", half) == TeacherChoice("other", half)
+    assert choose_teacher("none", source, "full", half) is None
+    # A model that was not pruned has none.
+    assert choose_teacher("auto", open_checkpoint(dense), "full", half) is None
+    assert caplog.messages == []
+    monkeypatch.setattr("cfsp.recovery.teacher.available_bytes", lambda: 1000)
+    assert choose_teacher("auto", source, "full", half) is None
+    assert "1e-06 GB are available" in caplog.text
+
+
+def test_another_model_in_the_dense_one_s_place_does_not_teach(
+    pruned, tiny_checkpoint, tmp_path, caplog
+):
+    moved = tmp_path / "moved"
+    shutil.copytree(pruned, moved)
+    path = moved / MANIFEST_FILE
+    fields = json.loads(path.read_text())
+    fields["base_model"]["name"] = str(tiny_checkpoint("qwen2"))
+    path.write_text(json.dumps(fields))
+    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation()) is None
+    assert "is another model" in caplog.text
+    fields["base_model"]["name"] = "/no/such"
+    path.write_text(json.dumps(fields))
+    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation()) is None
+    assert "/no/such does not exist" in caplog.text
 
 
 def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):

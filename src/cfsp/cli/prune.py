@@ -96,8 +96,9 @@ def _add_effort(parser: Parser) -> None:
         "--recover",
         type=float,
         metavar="MINUTES",
-        help="then train for so long on the same texts with LoRA by importance; the pruned model "
-        "stays in OUT-pruned (`cfsp recover` has all options)",
+        help="then train for so long on the same texts, LoRA by importance towards the dense "
+        "model's predictions; the pruned model stays in OUT-pruned (`cfsp recover` has all "
+        "options)",
     )
     # How it was called before.
     group.add_argument("--restore", dest="repair", choices=REPAIRS, help=argparse.SUPPRESS)
@@ -314,13 +315,17 @@ def _recover(
 ) -> RecoverReport:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.recovery.recover import recover_checkpoint
+    from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Distillation
+    from cfsp.recovery.teacher import choose_teacher
 
-    compute = settings.compute
+    compute, source, adaptation = settings.compute, open_checkpoint(pruned), Adaptation()
     return recover_checkpoint(
-        open_checkpoint(pruned),
+        source,
         args.out,
         data=settings.text.names,
         training=training,
+        adaptation=adaptation,
+        teacher=choose_teacher(AUTO_TEACHER, source, adaptation.method, Distillation()),
         evaluation=evaluation,
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
         command=arguments.typed_command(),

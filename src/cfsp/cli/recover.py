@@ -27,7 +27,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         subparsers,
         "recover",
         "train a pruned checkpoint to win back quality and write it in the same layout",
-        "cfsp recover smaller --data wikitext2 --data c4 --max-minutes 30 --out recovered\n\n"
+        "cfsp recover smaller --max-minutes 30 --out recovered\n\n"
         "After a kill the same command goes on where it was.",
     )
     arguments.add_model(parser)
@@ -39,7 +39,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         action="append",
         metavar="TEXT",
         help="to train on: as for prune, or conversations (column `messages`, of which answers "
-        "are learnt); repeatable",
+        "are learnt); repeatable (default: mixed, nine kinds of text that come with cfsp)",
     )
     add_options(parser, text, EvaluationText)
     add_options(parser, text, Training, fields=("seqlen",))
@@ -52,7 +52,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     group.add_argument(
         "--teacher",
         metavar="MODEL",
-        help="distil from the dense model (default: none; in the same time, text alone wins)",
+        help="the dense model to distil from, or none for the text alone (default: the one that "
+        "was pruned, if it is still where the manifest says and there is memory for both)",
     )
     add_options(parser, group, Distillation)
     group.add_argument(
@@ -82,10 +83,11 @@ def run(args: argparse.Namespace) -> None:
     typed = {
         name: value for name, value in vars(args).items() if name in names and value is not None
     }
+    if args.data:
+        typed["data"] = args.data
     report = recover(
         args.model,
         out=args.out,
-        data=args.data or (),
         command=arguments.typed_command(),
         started=started,
         **typed,

@@ -12,14 +12,15 @@ from cfsp.errors import UsageError
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.settings import (
+    AUTO_TEACHER,
     Adaptation,
     Distillation,
     Limit,
     Method,
-    TeacherChoice,
     Training,
 )
-from cfsp.settings import Compute, EvaluationText, Text, check_names, from_names
+from cfsp.recovery.teacher import choose_teacher
+from cfsp.settings import DEFAULT_TEXT, Compute, EvaluationText, Text, check_names, from_names
 from cfsp.text.sources import check_texts
 
 SETTINGS = (Adaptation, Training, Distillation, EvaluationText, Compute)
@@ -29,13 +30,13 @@ def recover(
     model: str | Path,
     *,
     out: str | Path,
-    data: Sequence[str | Path | Text],
+    data: Sequence[str | Path | Text] = (DEFAULT_TEXT,),
     max_minutes: float | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     method: Method = "lora",
     learning_rate: float | None = None,
-    teacher: str | Path | None = None,
+    teacher: str | Path | None = AUTO_TEACHER,
     eval: Sequence[str | Path | Text] = (),
     seqlen: int = Training.seqlen,
     keep_adapter: bool = False,
@@ -60,8 +61,8 @@ def recover(
         epochs: passes over the text.
         method: `lora`, `dora`, or `full` (the projections themselves).
         learning_rate: at its peak; None for what suits the method.
-        teacher: a dense model to distil from; None trains on the text alone, which wins in the
-            same time.
+        teacher: a dense model to distil from; `auto` is the one that was pruned, if it is still
+            where its manifest says and there is memory for both; None trains on the text alone.
         eval: texts to measure perplexity on, before and after.
         seqlen: tokens in a window to train on.
         keep_adapter: also write the PEFT adapter, into `out/adapter`.
@@ -97,13 +98,14 @@ def recover(
     # Before the model: it may have to be downloaded or converted.
     check_texts(texts, "calibration")
     check_texts(evaluation.names, "evaluation")
+    source = open_checkpoint(model, revision)
     return recover_checkpoint(
-        open_checkpoint(model, revision),
+        source,
         Path(out),
         data=texts,
         training=training,
         adaptation=adaptation,
-        teacher=None if teacher is None else TeacherChoice(str(teacher), distillation),
+        teacher=choose_teacher(teacher, source, method, distillation),
         evaluation=evaluation,
         compute=compute,
         keep_adapter=keep_adapter,

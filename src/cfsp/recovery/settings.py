@@ -15,7 +15,9 @@ RankAllocation = Literal["importance", "uniform", "inverse"]
 METHODS: tuple[Method, ...] = get_args(Method)
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
-LEARNING_RATES: dict[Method, float] = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4}
+LEARNING_RATES: dict[Method, float] = {"lora": 1e-3, "dora": 1e-3, "full": 2e-4}
+# Who teaches: the dense model that was pruned, where it is at hand, or nobody.
+AUTO_TEACHER, NO_TEACHER = "auto", "none"
 
 # Far beyond any run; what a run that the clock ends reports to the Trainer as its steps.
 ENDLESS_STEPS = 1_000_000_000

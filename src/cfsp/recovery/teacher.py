@@ -2,15 +2,81 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.errors import RecoveryError
+from cfsp.engine.memory import available_bytes
+from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError
+from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Distillation, Method, TeacherChoice
+from cfsp.result.manifest import read_manifest
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
+
+# What training holds for each parameter: weights, gradients, AdamW's moments in float32. Adapters
+# leave the weights in the model's dtype and have little else.
+_BYTES_TO_TRAIN = {"full": 16, "lora": 4, "dora": 4}
+_BYTES_OF_TEACHER = 4
+
+log = logging.getLogger(__name__)
+
+
+def choose_teacher(
+    given: str | Path | None, source: Checkpoint, method: Method, distillation: Distillation
+) -> TeacherChoice | None:
+    """Return who teaches.
+
+    Args:
+        given: a model; `auto` for the dense model that was pruned, if it is still where its
+            manifest says and there is memory for both; `none` or None for nobody.
+        source: the pruned model.
+        method: how it will be trained.
+        distillation: how much the teacher counts.
+    """
+    if given is None or given == NO_TEACHER:
+        return None
+    if given != AUTO_TEACHER:
+        return TeacherChoice(str(given), distillation)
+    dense = _dense_model_of(source, method)
+    return None if dense is None else TeacherChoice(dense, distillation)
+
+
+def _dense_model_of(source: Checkpoint, method: Method) -> str | None:
+    """Return the name of the dense model that a model was pruned from; None if it is of no use."""
+    recorded = (read_manifest(source.directory) or {}).get("base_model")
+    if not isinstance(recorded, dict):
+        return None
+    name = str(recorded.get("name", ""))
+    reason = ""
+    try:
+        dense = open_checkpoint(name)
+        if fingerprint(dense) != recorded.get("fingerprint"):
+            reason = "what is there now is another model"
+        else:
+            needed = _BYTES_OF_TEACHER * parameter_count(dense)
+            needed += _BYTES_TO_TRAIN[method] * parameter_count(source)
+            if needed > (available := available_bytes()):
+                reason = (
+                    f"with it training needs {needed / 1e9:.3g} GB of memory, "
+                    f"{available / 1e9:.3g} GB are available"
+                )
+    except (CheckpointError, UnsupportedModelError) as error:
+        reason = str(error)
+    if reason:
+        log.warning(
+            "training on the text alone, which recovers less: the dense model %s cannot teach "
+            "(%s); name it with --teacher, or say --teacher none",
+            name,
+            reason,
+        )
+        return None
+    return name
 
 
 def check_teacher(
