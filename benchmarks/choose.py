@@ -38,9 +38,9 @@ from cfsp.speed.workload import Conditions, Workload
 
 TYPES = ("f16", "q8_0", "q4_k_m")
 DENSE = "dense"
-PROMPT = 256
-NEW_TOKENS = 24
-ROUNDS = 5
+PROMPT = 128
+NEW_TOKENS = 16
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -172,19 +172,17 @@ def _read(file: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, float],
 def _speed(file: Path) -> tuple[float, float]:
     """Return prompt and new tokens for each CPU second of one thread, medians of rounds."""
     engine = LlamaCppEngine(Subject(file, file.name), Conditions("llama.cpp", threads=1))
-    short, long = Workload(1, PROMPT, 1), Workload(1, PROMPT, 1 + NEW_TOKENS)
-    prefill, decode = [], []
-    for round_ in range(ROUNDS + 1):
-        seconds = {}
-        for workload in (short, long):
-            engine.run(workload)
+    seconds = []
+    for workload in (Workload(1, PROMPT, 1), Workload(1, PROMPT, 1 + NEW_TOKENS)):
+        found = []
+        for _ in range(1 + ROUNDS):
             start = time.process_time()
             engine.run(workload)
-            seconds[workload] = time.process_time() - start
-        if round_:
-            prefill.append(PROMPT / seconds[short])
-            decode.append(NEW_TOKENS / (seconds[long] - seconds[short]))
-    return median(prefill), median(decode)
+            found.append(time.process_time() - start)
+        # The first run warms up.
+        seconds.append(median(found[1:]))
+    short, long = seconds
+    return PROMPT / short, NEW_TOKENS / (long - short)
 
 
 def table(files: list[dict[str, Any]]) -> str:

@@ -39,8 +39,10 @@ TEXTS = (
     "Water boils when",
 )
 NEW_TOKENS = 24
-PATIENCE_SECONDS = 600
-FAMILIES = ("mistral", "qwen2", "qwen3")
+PATIENCE_SECONDS = 3600
+FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+# llama.cpp runs these with one width for all blocks only.
+_EQUAL = ("gemma2", "gemma3_text")
 
 # The server of llama.cpp as the package xllamacpp has it: llama-server in this process. One
 # thread: several wait for each other busily, which is endless where other programs run.
@@ -129,6 +131,7 @@ def _pruned(name: str, work: Path) -> Path:
         seqlen=128,
         effort="fast",
         multiple=256,
+        widths="equal" if name in _EQUAL else "importance",
     )
     return work / "plain"
 
@@ -141,7 +144,7 @@ def _random_model(model_type: str) -> Any:
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -149,7 +152,8 @@ def _random_model(model_type: str) -> Any:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=None,
-        sliding_window=None,
+        sliding_window=256 if model_type in _EQUAL else None,
+        query_pre_attn_scalar=64,
         tie_word_embeddings=True,
         # Larger than the usual 0.02, so that choices between tokens are clear.
         initializer_range=0.1,

@@ -159,8 +159,17 @@ def multiple_in_words(multiple: int) -> str:
 
 
 def number_or_auto(text: str) -> int | None:
-    """Return the number, or None for `auto`."""
-    return None if text == "auto" else int(text)
+    """Return the number, or None for `auto`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"expected a number or auto, found {text!r}") from None
 
 
 @dataclass(frozen=True)

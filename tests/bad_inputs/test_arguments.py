@@ -103,6 +103,14 @@ NUMBERS: Table = {
     "multiple wider than any block": BadInput(
         f"{PRUNE} {TEXT} --multiple {10**30}", f"found {10**30}", "--multiple must be at most 96"
     ),
+    "multiple that is no number": BadInput(
+        f"{PRUNE} {TEXT} --multiple many", "--multiple: expected a number or auto", "found 'many'"
+    ),
+    "equal widths by importance": BadInput(
+        f"{PRUNE} {TEXT} --widths equal --set block_metric=cosine",
+        "block_metric=cosine would do nothing",
+        "give one of the two",
+    ),
     "minutes that are no number": BadInput(
         f"{RECOVER} --max-minutes nan", "found nan", "the length of training must be positive"
     ),

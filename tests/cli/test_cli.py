@@ -118,6 +118,8 @@ def test_what_is_typed_becomes_settings_and_the_rest_is_theirs() -> None:
     argv = ["prune", "m", "--out", "o", "--sparsity", "20%", "--data", "a", "--data", "b"]
     args = build_parser().parse_args(expand_sets([*argv, "--set", "multiple=8"]))
     assert settings_from(args, Budget) == Budget(0.2, multiple=8)
+    args = build_parser().parse_args([*argv, "--multiple", "auto", "--widths", "equal"])
+    assert settings_from(args, Budget) == Budget(0.2, widths="equal")
     assert settings_from(args, CalibrationText) == CalibrationText(("a", "b"))
     assert settings_from(args, Criterion) == Criterion()
 

@@ -141,8 +141,23 @@ def test_target_params(model: Path, text_file: Path, tmp_path: Path, repair: str
     assert abs(after - 0.75 * before) <= multiple
     assert manifest["goal"]["goal"] == "target_params"
     assert manifest["goal"]["asked"] == 0.75
-    assert manifest["goal"]["budget"] == {"sparsity": 0.25, "of": "model", "multiple": 8}
+    budget = {"sparsity": 0.25, "of": "model", "multiple": 8, "widths": "importance"}
+    assert manifest["goal"]["budget"] == {**budget, "parts": ["ffn"]}
     assert "keep 0.75 of all parameters" in (out / "README.md").read_text()
+
+
+def test_target_params_in_equal_widths(model: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--target-params", 0.75, "--widths", "equal")
+    assert prune(model, text_file, out, *options) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert len(set(manifest["intermediate_sizes"])) == 1
+    assert manifest["goal"]["budget"]["widths"] == "equal"
+    assert manifest["criterion"]["block_metric"] == "uniform"
+    # A stock config says it: no code, no flag.
+    assert not list(out.glob("*.py"))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
 def test_target_params_of_a_plan_is_one_minus_the_sparsity_of_the_model(
