@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.engine.pass_state import PassState
+from cfsp.settings import REPAIRS
 from commands import Command, Commands, ranks
 from tiny_models import BLOCKS
 
@@ -54,9 +55,15 @@ def numbers_of(pruned: Path) -> list[float]:
     measured = [
         each[side] for each in manifest["perplexity"].values() for side in ("before", "after")
     ]
-    steps = manifest["repair"]["steps"]
-    blocks = [block for step in steps for block in step["blocks"] if block is not None]
+    blocks = [block for step in REPAIRS for block in blocks_of(pruned, step)]
     return measured + [block[key] for block in blocks for key in ("error_before", "error_after")]
+
+
+def blocks_of(pruned: Path, name: str) -> list[dict[str, Any]]:
+    """Return what a step of repair did with each block; nothing if it was not asked for."""
+    steps = json.loads((pruned / MANIFEST_FILE).read_text())["repair"]["steps"]
+    blocks = [block for step in steps if step["name"] == name for block in step["blocks"]]
+    return [block for block in blocks if block is not None]
 
 
 @pytest.mark.parametrize("argv", ["llama", "mixtral"], indirect=True)
@@ -118,6 +125,7 @@ def test_blocks_train_together(
     argv_of_many = [*argv, "--out", str(tmp_path / "many")]
     ended = commands(*(Command(argv_of_many, environment=rank) for rank in ranks(size)))
     assert [each.status for each in ended] == [0] * size, ended
+    assert any(block["kept"] for block in blocks_of(tmp_path / "many", "local"))
     check_alike(argv)
 
 

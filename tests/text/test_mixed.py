@@ -16,7 +16,12 @@ from cfsp.settings import DEFAULT_TEXT
 from cfsp.text.mixed import KINDS, MIXED, records
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import consecutive_windows, draw_left_over, draw_windows
+from cfsp.text.windows import (
+    consecutive_windows,
+    draw_left_over,
+    draw_windows,
+    sources_drawn,
+)
 
 MIXTURE = Path(cfsp.text.mixed.__file__).with_name("mixture")
 LICENCES = {path.stem for path in (MIXTURE / "licences").glob("*.txt")}
@@ -151,3 +156,9 @@ def test_the_windows_are_the_same_everywhere(demo: Any) -> None:
 
 DOCUMENTS_DIGEST = "568483f735084b826fbe84fb22f72ed9008f44f6f0da4be4ccc20bfef4978e51"
 WINDOWS_DIGEST = "31000842631ae2677de25e8c693bb9df93637b558070e0125108ebefcf7f623b"
+
+
+def test_each_kind_that_gives_a_window_is_a_source() -> None:
+    assert sources_drawn(["mixed"], 128) == len(KINDS)
+    assert sources_drawn(["mixed"], 4) == 4
+    assert sources_drawn(["mixed", "a.txt", "a.txt"], 128) == len(KINDS) + 1

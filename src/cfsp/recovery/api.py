@@ -9,6 +9,7 @@ from typing import Any
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.errors import UsageError
+from cfsp.processes import take_own_accelerator
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.settings import (
@@ -79,6 +80,7 @@ def recover(
         CfspError: anything that a user can cause; no output is left behind.
     """
     started = time.monotonic() if started is None else started
+    take_own_accelerator(device)
     texts = tuple(map(_text, data))
     check_names(advanced, *SETTINGS)
     evaluation = from_names(EvaluationText, advanced, names=tuple(map(_text, eval)))
