@@ -32,6 +32,8 @@ def test_what_is_not_proved_is_not_said(capsys: pytest.CaptureFixture[str]) -> N
         "reason": None,
         "contract": None,
         "contract_notes": {},
+        "kv": None,
+        "kv_reason": None,
     } in listed
 
 
@@ -45,13 +47,14 @@ def test_named_types_are_proved_and_their_checkpoints_work(
     for row, name in ((text, "Qwen3_5ForCausalLM"), (whole, "Qwen3_5ForConditionalGeneration")):
         assert (row["class"], row["proved"], row["contract"]) == (name, True, "passed")
         assert (row["reason"], row["contract_notes"]) == (None, {})
+        assert (row["kv"], row["kv_reason"]) == (True, None)
 
 
 def test_the_table_says_why_no_tiny_model_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families", "--prove", "llama4"]) == 0
     *_, text, whole = capsys.readouterr().out.splitlines()
-    assert text.split() == ["llama4", "Llama4ForCausalLM", "yes", "passed"]
-    assert "not run   tiny model: AttributeError" in whole
+    assert text.split() == ["llama4", "Llama4ForCausalLM", "yes", "passed", "yes"]
+    assert "tiny model: AttributeError" in whole and "not run" in whole
 
 
 def test_an_unknown_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

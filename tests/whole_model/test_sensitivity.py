@@ -67,7 +67,7 @@ def test_sensitivity_masks_one_block_at_a_time(name: str) -> None:
     seen: list[Any] = []
     found_L = block_sensitivities(
         LoadedModel(model), model, tokens_NT, KEPT, lambda: seen.append(None)
-    )
+    )["ffn"]
     with torch.inference_mode():
         dense_BTV = model(tokens_NT).logits
         for block, kept_K in enumerate(KEPT):
@@ -83,6 +83,6 @@ def test_sensitivity_masks_one_block_at_a_time(name: str) -> None:
 def test_sensitivity_of_experts_is_measured() -> None:
     model, tokens_NT = build_tiny_model("mixtral"), random_tokens(1)
     every, half = tuple(range(4 * WIDTH)), tuple(range(0, 4 * WIDTH, 2))
-    found_L = block_sensitivities(LoadedModel(model), model, tokens_NT, [every, half, every])
+    found_L = block_sensitivities(LoadedModel(model), model, tokens_NT, [every, half, every])["ffn"]
     assert found_L[0] == found_L[2] == pytest.approx(0, abs=1e-6)
     assert found_L[1] > 1e-3

@@ -30,7 +30,7 @@ def test_each_block_is_masked_alone(name: str, monkeypatch: pytest.MonkeyPatch) 
         return resumed_at(blocks, first, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr("cfsp.whole_model.sensitivity.resumed_at", noted)
-    found_L = block_sensitivities(source, model, tokens_NT, kept_U)
+    found_L = block_sensitivities(source, model, tokens_NT, kept_U)["ffn"]
     count = len(blocks_of(model, source.architecture))
     with_units = sorted({unit.block for unit in source.units})
     for block in range(count):

@@ -66,18 +66,19 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         print_table(
-            ("model type", "class", "proved", "contract", "reason"),
+            ("model type", "class", "proved", "contract", "KV groups", "reason"),
             [
                 (
                     row["model_type"],
                     row["class"],
                     "yes" if row["proved"] else "no",
                     row["contract"] or "",
+                    "yes" if row["kv"] else "no",
                     row["reason"] or _in_one_line(row["contract_notes"]),
                 )
                 for row in rows
             ],
-            left=5,
+            left=6,
         )
 
 
@@ -91,6 +92,8 @@ def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
         "reason": verdict.reason if verdict else None,
         "contract": contract.result if contract else None,
         "contract_notes": contract.notes if contract else {},
+        "kv": verdict.groups_reason is None if verdict else None,
+        "kv_reason": verdict.groups_reason if verdict else None,
     }
 
 

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
     print(f"hidden size        {facts['hidden_size']}")
     _print_widths(facts)
+    if "kv_groups" in facts:
+        print(f"KV groups          {_range(facts['kv_groups'])}")
     print(f"parameters         {human_count(facts['parameters'])} ({facts['parameters']:,})")
     print(f"size               {human_bytes(facts['bytes'])}")
     if "quantised" in facts:
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(
         f"pruned             {pruned['ffn_sparsity']:.1%} of FFN {_counted(facts)}, "
+        f"{_groups_that_went(pruned)}"
         f"{pruned['model_sparsity']:.1%} of parameters, from {pruned['base_model']['name']}"
     )
     criterion, calibration = pruned["criterion"], pruned["calibration"]
@@ -67,6 +70,11 @@ def run(args: argparse.Namespace) -> None:
             change = f"{value['before']:.2f} -> {value['after']:.2f}"
             print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
     print(f"command            {pruned['command']}")
+
+
+def _groups_that_went(pruned: dict[str, Any]) -> str:
+    groups = pruned.get("kv_groups")
+    return f"{groups['sparsity']:.1%} of KV groups, " if groups else ""
 
 
 def _counted(facts: dict[str, Any]) -> str:

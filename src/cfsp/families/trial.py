@@ -17,6 +17,7 @@ from cfsp.families.catalogue import Family
 from cfsp.families.contract import Contract, begin_contract, judged
 from cfsp.families.default_configs import default_config
 from cfsp.families.stock import CHECKS, Question, ask, first_line, without_cfsp
+from cfsp.settings import DEFAULT_PARTS, Part
 
 # Seconds of a process. The slowest proof takes a tenth of that.
 PROOF_LIMIT = 120.0
@@ -32,10 +33,12 @@ class Verdict:
     Attributes:
         reason: why it was not proved; None if it was.
         contract: None where it was not proved.
+        groups_reason: why no attention of it can lose KV groups; None if some can.
     """
 
     reason: str | None
     contract: Contract | None = None
+    groups_reason: str | None = None
 
 
 def verdicts(families: Sequence[Family]) -> Iterator[Verdict]:
@@ -52,15 +55,16 @@ def verdict_on(family: Family) -> Verdict:
     """Prove a family; if it is proved, run the contract."""
     reason = why_not(family)
     if reason is not None:
-        return Verdict(reason)
+        return Verdict(reason, groups_reason=reason)
     with TemporaryDirectory(prefix="cfsp-families-") as place:
-        return Verdict(None, contract_of(family, Path(place)))
+        contract = contract_of(family, Path(place))
+    return Verdict(None, contract, why_not(family, ("kv",)))
 
 
-def why_not(family: Family) -> str | None:
-    """Prove a family with a config of its type; return why it cannot be pruned, if so."""
+def why_not(family: Family, parts: tuple[Part, ...] = DEFAULT_PARTS) -> str | None:
+    """Prove parts of a family with a config of its type; return why they cannot be pruned, if so."""
     try:
-        reason: str | None = call_apart(_why_not, family, seconds=PROOF_LIMIT)
+        reason: str | None = call_apart(_why_not, family, parts, seconds=PROOF_LIMIT)
     except NoAnswerError as error:
         return str(error)
     return reason
@@ -105,11 +109,11 @@ def _ask(place: Path, name: str) -> dict[str, str]:
     return ask(Question.load(place / f"{name}.pt"), work).problems
 
 
-def _why_not(family: Family) -> str | None:
+def _why_not(family: Family, parts: tuple[Part, ...]) -> str | None:
     try:
         model_class, config = family.class_and_config(default_config)
         check_is_decoder(config)
-        prove(config, model_class)
+        prove(config, model_class, parts)
     except CfspError as refusal:
         return str(refusal)
     except Exception as error:  # anything may be wrong with a default config

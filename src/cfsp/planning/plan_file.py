@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,10 @@ class PruningPlan:
     def kept_widths(self) -> list[int]:
         """Number of channels that every unit (each of its experts) keeps."""
         return [unit.kept_width for unit in self.units]
+
+    def only(self, part: Part) -> PruningPlan:
+        """Return the plan of one part's units."""
+        return replace(self, units=self.of_part(part))
 
     def widths_of(self, part: Part) -> tuple[list[int], list[int]]:
         """Return how many channels the units of a part have before, and keep."""

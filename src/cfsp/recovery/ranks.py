@@ -39,8 +39,9 @@ def _importances(source: Checkpoint) -> list[float]:
             f"{source.label} was not pruned by cfsp: it has no {PLAN_FILE} with the importance of "
             "its blocks; recover it with --rank-allocation uniform"
         )
-    plan = PruningPlan.load(path)
-    expected = [unit.block for unit in source.units]
+    # Attentions of a stock model are not opened, those of others are.
+    plan = PruningPlan.load(path).only("ffn")
+    expected = [unit.block for unit in source.architecture.of_part("ffn").units]
     if [unit.block for unit in plan.units] != expected:
         raise PlanError(
             f"{path} describes {len(plan.units)} FFNs, the model has {len(expected)} in {blocks} "

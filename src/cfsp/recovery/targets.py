@@ -77,7 +77,7 @@ def _targets_of_block(
     names = [name for name, module in block.named_modules() if multiplies_by_its_matrix(module)]
     if adaptation.method != "full":
         names = [name for name in names if not _may_be_bypassed(block, name)]
-    in_ffn = _in_ffn(names, units)
+    in_ffn = _in_ffn(names, [unit for unit in units if unit.part == "ffn"])
     chosen = {
         "mlp": [name for name in names if name in in_ffn],
         "attention": [name for name in names if name not in in_ffn],

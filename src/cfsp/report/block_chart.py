@@ -25,15 +25,43 @@ from cfsp.report.chart import (
 from cfsp.report.drawing import Bands, Scale, element, join, scale_from_zero
 from cfsp.report.runs import RunFacts
 from cfsp.report.summary import NOTHING
+from cfsp.settings import Part
 
 _BAR = 0.72
 
 
+_CAPTIONS: dict[Part, tuple[str, str, str]] = {
+    "ffn": (
+        "What each block does, and what it keeps",
+        "A block that turns the hidden state further is worth more, and keeps more of its "
+        "channels. Distance is the mean angle between a block's input and output, in half turns.",
+        "FFN channels",
+    ),
+    "kv": (
+        "What each attention does, and what it keeps",
+        "The same of attentions. Distance is between the hidden states before and after the "
+        "attention where these are seen, else between the block's input and output.",
+        "KV groups",
+    ),
+}
+
+
 def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
     """Return how far blocks turn the hidden state, and how many channels they keep."""
-    planned = [(run, run.plan) for run in runs if run.plan is not None]
+    return _chart_of(runs, "ffn")
+
+
+def attention_chart(runs: Sequence[RunFacts]) -> Chart | None:
+    """Return how far attentions turn it, and how many KV groups they keep."""
+    return _chart_of(runs, "kv")
+
+
+def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
+    plans = [(run, run.plan.only(part)) for run in runs if run.plan is not None]
+    planned = [(run, plan) for run, plan in plans if plan.units]
     if not planned:
         return None
+    title, caption, noun = _CAPTIONS[part]
     columns = [columns_of(plan) for _, plan in planned]
     names = column_names(planned[0][1])
 
@@ -42,7 +70,9 @@ def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
         panels = [_distance_panel(columns, names, bands)]
         panels += [
             width_panel(
-                panel_name("Channels that stay", run, runs),
+                panel_name(
+                    "Channels that stay" if part == "ffn" else "KV groups that stay", run, runs
+                ),
                 [0 if unit is None else unit.width for unit in units],
                 [0 if unit is None else unit.kept_width for unit in units],
                 bands,
@@ -55,7 +85,7 @@ def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
             bands,
             panels,
             "Two rows of columns, one column for each block. Above: how far the block turns the "
-            "hidden state. Below: how many of its FFN channels stay, within the full width.",
+            f"hidden state. Below: how many of its {noun} stay, within the full width.",
         )
 
     def cells(run: int, index: int) -> list[str]:
@@ -71,10 +101,9 @@ def block_chart(runs: Sequence[RunFacts]) -> Chart | None:
 
     nouns = ("distance", "importance", "before", "kept")
     return Chart(
-        "blocks",
-        "What each block does, and what it keeps",
-        "A block that turns the hidden state further is worth more, and keeps more of its "
-        "channels. Distance is the mean angle between a block's input and output, in half turns.",
+        "blocks" if part == "ffn" else "attentions",
+        title,
+        caption,
         draw,
         block_table([run for run, _ in planned], nouns, names, cells),
         [Legend("kept", "kept"), Legend("gone", "removed")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cfsp.report.block_chart import block_chart
+from cfsp.report.block_chart import attention_chart, block_chart
 from cfsp.report.chart import Chart
 from cfsp.report.pareto_chart import pareto_chart
 from cfsp.report.recovery_chart import recovery_chart
@@ -53,7 +53,7 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
     groups = []
     for group in by_base.values():
         detailed = runs_in_detail(group)
-        by_block = (block_chart, repair_chart, recovery_chart)
+        by_block = (block_chart, attention_chart, repair_chart, recovery_chart)
         charts = [pareto_chart(group), *(kind(detailed) for kind in by_block)]
         shown = [chart for chart in charts if chart is not None]
         groups.append(ModelGroup(group[0].base_name, group, detailed, slider(group), shown))

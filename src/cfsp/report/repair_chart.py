@@ -42,16 +42,14 @@ _GREW = (
 
 def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
     """Return a panel for every step of every run; None if no run has errors of a step."""
-    shown = [
+    found = [
         (run, step) for run in runs for step in run.repair_steps if any(_entries(step).values())
     ]
-    if not shown:
+    if not found:
         return None
+    shown = _in_columns(found)
     entries = [entry for _, step in shown for entry in _entries(step).values()]
-    # Where blocks have several FFNs, an entry is of one of them.
-    blocks = None
-    if "block" in entries[0]:
-        blocks = [entry["block"] for entry in shown[0][1]["blocks"]]
+    blocks = _blocks_of_units(shown)
 
     def draw(width: int) -> Markup:
         bands = block_bands(max(len(step["blocks"]) for _, step in shown), width, blocks)
@@ -81,6 +79,31 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
         _table(shown, len(runs) > 1),
         legend,
     )
+
+
+def _blocks_of_units(shown: Sequence[tuple[RunFacts, Step]]) -> list[int] | None:
+    """Return the block of each column where columns are units; None where they are blocks."""
+    for _, step in shown:
+        if all(entry is not None and "block" in entry for entry in step["blocks"]):
+            return [entry["block"] for entry in step["blocks"]]
+    return None
+
+
+def _in_columns(found: Sequence[tuple[RunFacts, Step]]) -> list[tuple[RunFacts, Step]]:
+    """Return steps with an entry for each column: of what is told of a block, at its last unit."""
+    blocks = _blocks_of_units(found)
+    if blocks is None:
+        return list(found)
+    last = {block: column for column, block in enumerate(blocks)}
+    shown: list[tuple[RunFacts, Step]] = []
+    for run, step in found:
+        if not any("block" in entry for entry in _entries(step).values()):
+            columns: list[Any] = [None] * len(blocks)
+            for block, entry in _entries(step).items():
+                columns[last[block]] = entry
+            step = {**step, "blocks": columns}
+        shown.append((run, step))
+    return shown
 
 
 def _title(step: Step) -> str:

@@ -183,8 +183,7 @@ def _check_together(facts: RunFacts) -> None:
             f"{facts.directory}: {PLAN_FILE} and {MANIFEST_FILE} speak of different models; "
             "they are of different runs"
         )
-    widths = [unit.width for unit in plan.units] if plan else None
-    kept = plan.kept_widths if plan else None
+    widths, kept = plan.widths_of("ffn") if plan else (None, None)
     said = facts.manifest.get("widths_before", widths), facts.manifest.get("intermediate_sizes")
     if widths is not None and (said[0] != widths or (said[1] or kept) != kept):
         raise ReportError(
@@ -201,9 +200,10 @@ def _check_together(facts: RunFacts) -> None:
 
 
 def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
-    """Return whether a step of repair has an entry for every FFN of a plan."""
+    """Return whether a step of repair has an entry for every unit of a plan."""
     blocks = [unit.block for unit in plan.units]
-    if len(set(blocks)) < len(blocks):  # an entry for each FFN
+    is_by_unit = any("block" in entry for entry in step["blocks"] if entry)
+    if is_by_unit or (plan.has_ffns_only and len(set(blocks)) < len(blocks)):
         return [entry and entry.get("block") for entry in step["blocks"]] == blocks
     if plan.has_one_unit_each:
         return len(step["blocks"]) == len(blocks)

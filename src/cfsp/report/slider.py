@@ -111,7 +111,7 @@ def slider(runs: Sequence[RunFacts]) -> Slider | None:
     nouns = [("parameters", ""), ("FFN channels kept", "")]
     nouns += [(f"perplexity, {names[each.text]}", str(each)) for each in every]
     first = next(iter(series.values()))[0].manifest
-    plan = next((run.plan for run in runs if run.plan is not None), None)
+    plan = next((run.plan.only("ffn") for run in runs if run.plan is not None), None)
     before: list[int] = first["widths_before"]
     dense = {each: perplexity_of_original(runs, each) for each in every}
     original = Stop(

@@ -83,6 +83,10 @@ def headlines(run: RunFacts) -> list[Headline]:
                 percent_less(manifest["ffn_sparsity"]), "FFN channels", f"{before:,} to {after:,}"
             )
         )
+    if groups := manifest.get("kv_groups"):
+        before, after = sum(groups["before"]), sum(groups["after"])
+        share = percent_less(groups["sparsity"])
+        lines.append(Headline(share, "KV groups", f"{before:,} to {after:,}"))
     names = short_names(each.text for each in run.measured.perplexity)
     compared = {k: v for k, v in run.measured.perplexity.items() if len(v) == 2}
     for conditions, value in list(compared.items())[:2]:
@@ -137,6 +141,11 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
             ],
         ),
     ]
+    with_groups = [run.manifest["kv_groups"] for run in known if "kv_groups" in run.manifest]
+    if with_groups:
+        before = sum(with_groups[0]["before"])
+        cells = [_groups_cell(run.manifest.get("kv_groups"), before) for run in runs]
+        rows.append(Row("KV groups", [Cell(f"{before:,}"), *cells]))
     if not all(run.weight_bytes for run in runs):
         return rows  # a sweep keeps no weights
     each = known[0].weight_bytes / first["parameters_after"]
@@ -144,6 +153,13 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
     disk = [Cell(dense), *(Cell(megabytes(run.weight_bytes)) for run in runs)]
     hint = "the original's size is its parameters at the same bytes each"
     return [*rows, Row("weights on disk", disk, hint)]
+
+
+def _groups_cell(groups: dict[str, Any] | None, before: int) -> Cell:
+    """Return how many KV groups a run has left; where none could go, all."""
+    if not groups:
+        return Cell(f"{before:,}")
+    return Cell(f"{sum(groups['after']):,}", percent_less(groups["sparsity"]))
 
 
 def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:

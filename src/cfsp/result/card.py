@@ -101,7 +101,8 @@ def _what_it_is(
     if "ffn_sparsity" in manifest:
         what = "channels" if _counts_channels(plan) else "parameters"
         lines += [
-            f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN {what}, which are "
+            f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN {what}"
+            f"{_groups_in_words(manifest)}, which are "
             f"{manifest['model_sparsity']:.1%} of all parameters. cfsp removed the weakest of them "
             f"({_PAPER}); what is left is an ordinary dense checkpoint.",
             "",
@@ -142,6 +143,12 @@ def _on_which_text(manifest: dict[str, Any]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+def _groups_in_words(manifest: dict[str, Any]) -> str:
+    """Say which share of KV groups went, if any could."""
+    groups = manifest.get("kv_groups")
+    return f" and {groups['sparsity']:.1%} of its KV groups" if groups else ""
+
+
 def _counts_channels(plan: PruningPlan | None) -> bool:
     """Return whether the share of FFN channels that went is that of FFN parameters."""
     return plan is None or plan.counts_channels
@@ -157,7 +164,16 @@ def _size_table(manifest: dict[str, Any], plan: PruningPlan | None) -> str:
         f"| {manifest['model_sparsity']:.1%} |\n"
         f"| FFN channels{by_parameters} | {sum(manifest['widths_before']):,} "
         f"| {sum(manifest['intermediate_sizes']):,} | {manifest['ffn_sparsity']:.1%} |\n"
+        f"{_groups_row(manifest)}"
     )
+
+
+def _groups_row(manifest: dict[str, Any]) -> str:
+    groups = manifest.get("kv_groups")
+    if not groups:
+        return ""
+    before, after = sum(groups["before"]), sum(groups["after"])
+    return f"| KV groups | {before:,} | {after:,} | {groups['sparsity']:.1%} |\n"
 
 
 def _quality(manifest: dict[str, Any]) -> str:

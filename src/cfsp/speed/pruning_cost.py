@@ -252,7 +252,9 @@ def _stages(
         """A pass of so many windows, with Gram matrices of a share of their full size."""
         tokens = count * seqlen
         forward = work.prefill_flops(Workload(1, seqlen, 1)) * count
-        squares = sum(unit.width**2 * _seen(unit.ffns, work.routed_share) for unit in source.units)
+        squares = sum(
+            unit.columns**2 * _seen(unit.ffns, work.routed_share) for unit in source.units
+        )
         compute = tokens * (measured.forward + gram * measured.gram)
         return Stage(
             name,
@@ -264,7 +266,7 @@ def _stages(
     def solve(name: str, stays: float) -> Stage:
         hidden = text_config_of(source.config).hidden_size
         flop = sum(
-            unit.ffns * _solve_flop(round(unit.width * stays), unit.width, hidden)
+            unit.ffns * _solve_flop(round(unit.columns * stays), unit.columns, hidden)
             for unit in source.units
         )
         flop *= len(LAMBDAS)
@@ -276,10 +278,10 @@ def _stages(
     else:
         stages.append(one_pass("coarse pass", min(windows, COARSE_WINDOWS)))
     if follow_sensitivity(source, settings.criterion, engine, has_images=False):
-        # Half a forward pass of the whole model for each block.
+        # Half a forward pass of the whole model for each part of each block.
         sources = sources_drawn(settings.text.names, windows)
         tokens = min(windows, windows_measured(sources)) * min(seqlen, SENSITIVITY_TOKENS)
-        passes = 1 + len({unit.block for unit in source.units}) / 2
+        passes = 1 + len({(unit.block, unit.part) for unit in source.units}) / 2
         stages.append(one_pass("sensitivity", tokens / seqlen * passes))
     if settings.repair != "none":
         stages += [one_pass("ridge", windows, 1.0), solve("solve", stays)]
@@ -314,7 +316,7 @@ def _memory_bytes(source: WeightSource, settings: PruneSettings, engine: Engine)
     elements = [_block_elements(source, i) for i in range(source.architecture.block_count)]
     around = (parameter_count(source) - sum(elements)) * itemsize
     block = max(elements) * itemsize
-    width = max(unit.width for unit in source.units)
+    width = max(unit.columns for unit in source.units)
     batch = _random_windows(source, settings, engine).tokens_NT.numel()
     activations = batch * (6 * width + 24 * hidden_size)
     peak = max(around + block, 2 * block + activations)

@@ -103,13 +103,14 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
     head_parameters = config.vocab_size * config.hidden_size if head else 0
     attention = _attention_of(config)
     with_attention = _blocks_with_attention(config, source.architecture.block_count)
+    with_attention -= _attention_that_went(config, source)
     return ModelWork(
         block_parameters=parameters,
         block_bytes=parameters * itemsize,
         head_parameters=head_parameters,
         head_bytes=head_parameters * itemsize,
-        attention_width=with_attention * attention.width,
-        cache_bytes=with_attention * attention.cache_width * itemsize,
+        attention_width=round(with_attention * attention.width),
+        cache_bytes=round(with_attention * attention.cache_width * itemsize),
         expert_parameters=expert_parameters,
         routed_share=share,
     )
@@ -158,6 +159,15 @@ def _attention_of(config: Any) -> _Attention:
     ):
         kv_heads = 1
     return _Attention(heads * (key + value) // 2, kv_heads * (key + value))
+
+
+def _attention_that_went(config: Any, source: WeightSource) -> float:
+    """Return how many blocks' attention the KV groups make up that are fewer than the config has."""
+    attentions = source.architecture.of_part("kv").units
+    if not attentions:
+        return 0.0
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return sum(1 - unit.width / groups for unit in attentions if unit.width < groups)
 
 
 def _blocks_with_attention(config: Any, blocks: int) -> int:
