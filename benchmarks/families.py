@@ -40,8 +40,8 @@ def proved_types(families: Sequence[Mapping[str, Any]], transformers: str) -> st
         "",
         fill(", ".join(types), _LINE, break_long_words=False, break_on_hyphens=False),
         "",
-        f"KV groups of {len({row['model_type'] for row in proved if row['kv']})} of these types can "
-        "go as well (`--parts ffn,kv`), of at least some blocks: all but",
+        f"Of {len({row['model_type'] for row in proved if row['kv']})} of these types KV groups "
+        "can go as well (`--parts ffn,kv`), at least in some blocks: of all but",
         "",
         *_table(("why",), [(row, row["kv_reason"] or "") for row in proved if not row["kv"]]),
         "What the contract found of those (where the dense model fails a check as well, it is not "

@@ -15,6 +15,7 @@ from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
 from cfsp.exports.verification import greedy_after, logits_of, reference_model
+from cfsp.families.contract import save_with_tokenizer
 from ragged import cut, half_of, tiny
 from tiny_models import build_tiny_model
 
@@ -39,6 +40,37 @@ def types_of(path: Path) -> dict[str, str]:
     from gguf import GGUFReader
 
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [("llama", "deci"), ("qwen2", "deci"), ("qwen3", "openelm")]
+)
+def test_blocks_with_kv_groups_of_their_own(
+    tmp_path: Path, tokenizer: Any, text_file: Path, name: str, architecture: str
+) -> None:
+    model = tiny(name, sliding_window=None, use_sliding_window=False)
+    save_with_tokenizer(model, tokenizer, tmp_path / "dense")
+    report = cfsp.prune(
+        tmp_path / "dense",
+        out=tmp_path / "pruned",
+        sparsity=0.3,
+        parts=("ffn", "kv"),
+        multiple=32,
+        block_metric="angular",
+        repair="none",
+        data=[str(text_file)],
+        samples=4,
+        seqlen=32,
+    )
+    groups = report.kv_groups["after"]
+    assert len(set(groups)) > 1
+    found = export(Checkpoint(tmp_path / "pruned"), tmp_path / "m.gguf", "f32")
+    assert found.layout == f"{architecture} in f32"
+    assert found.verification.greedy_steps == 32
+    fields = fields_of(tmp_path / "m.gguf")
+    assert fields[f"{architecture}.attention.head_count_kv"] == groups
+    each = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert fields[f"{architecture}.attention.head_count"] == [each * count for count in groups]
 
 
 @pytest.mark.parametrize(

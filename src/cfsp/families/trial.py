@@ -62,7 +62,7 @@ def verdict_on(family: Family) -> Verdict:
 
 
 def why_not(family: Family, parts: tuple[Part, ...] = DEFAULT_PARTS) -> str | None:
-    """Prove parts of a family with a config of its type; return why they cannot be pruned, if so."""
+    """Prove parts of a family with a config of its type; return why they can't be pruned, if so."""
     try:
         reason: str | None = call_apart(_why_not, family, parts, seconds=PROOF_LIMIT)
     except NoAnswerError as error:

@@ -102,8 +102,8 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
     share = 1.0 if routed is None else experts_per_token(config, blocks, routed) / routed.ffns
     head_parameters = config.vocab_size * config.hidden_size if head else 0
     attention = _attention_of(config)
-    with_attention = _blocks_with_attention(config, source.architecture.block_count)
-    with_attention -= _attention_that_went(config, source)
+    blocks_with_attention = _blocks_with_attention(config, source.architecture.block_count)
+    with_attention = blocks_with_attention - _attention_that_went(config, source)
     return ModelWork(
         block_parameters=parameters,
         block_bytes=parameters * itemsize,
@@ -162,11 +162,11 @@ def _attention_of(config: Any) -> _Attention:
 
 
 def _attention_that_went(config: Any, source: WeightSource) -> float:
-    """Return how many blocks' attention the KV groups make up that are fewer than the config has."""
+    """Return how many blocks' attention the KV groups make up that the config counts too many."""
     attentions = source.architecture.of_part("kv").units
     if not attentions:
         return 0.0
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     return sum(1 - unit.width / groups for unit in attentions if unit.width < groups)
 
 
