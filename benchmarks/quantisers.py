@@ -200,14 +200,13 @@ def _bitsandbytes(**options: Any) -> Callable[[Path, Path], tuple[Predict, int]]
     return quantise
 
 
-def _llm_compressor(scheme: str) -> Callable[[Path, Path], tuple[Predict, int]]:
+def _llm_compressor(**how: Any) -> Callable[[Path, Path], tuple[Predict, int]]:
     def quantise(directory: Path, work: Path) -> tuple[Predict, int]:
         from llmcompressor import oneshot
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
-        recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
         model = _load(directory)
-        oneshot(model=model, recipe=recipe)
+        oneshot(model=model, recipe=QuantizationModifier(ignore=["lm_head"], **how))
         model.save_pretrained(work, save_compressed=True)
         nbytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
         # What was written is what others load.
@@ -216,7 +215,14 @@ def _llm_compressor(scheme: str) -> Callable[[Path, Path], tuple[Predict, int]]:
     return quantise
 
 
-def _openvino(mode: str) -> Callable[[Path, Path], tuple[Predict, int]]:
+# As the scheme W4A16, whose groups of 128 do not divide a hidden size such as 576.
+_GROUPS_OF_64 = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 64},
+}
+
+
+def _openvino(mode: str, **how: Any) -> Callable[[Path, Path], tuple[Predict, int]]:
     def quantise(directory: Path, work: Path) -> tuple[Predict, int]:
         import nncf
         import openvino
@@ -226,7 +232,7 @@ def _openvino(mode: str) -> Callable[[Path, Path], tuple[Predict, int]]:
         cfsp.export(directory, "openvino", work / "ov", verify=False)
         core = openvino.Core()
         model = core.read_model(work / "ov" / "openvino_model.xml")
-        model = nncf.compress_weights(model, mode=getattr(nncf.CompressWeightsMode, mode))
+        model = nncf.compress_weights(model, mode=getattr(nncf.CompressWeightsMode, mode), **how)
         openvino.save_model(model, work / "compressed.xml", compress_to_fp16=False)
         exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         compiled = core.compile_model(work / "compressed.xml", "CPU", exact)
@@ -273,10 +279,11 @@ METHODS: dict[str, Callable[[Path, Path], tuple[Predict, int]]] = {
     "torchao-int4": _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
     "bitsandbytes-nf4": _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes-int8": _bitsandbytes(load_in_8bit=True),
-    "llm-compressor-w8a8": _llm_compressor("W8A8"),
-    "llm-compressor-w4a16": _llm_compressor("W4A16"),
+    "llm-compressor-w8a8": _llm_compressor(targets="Linear", scheme="W8A8"),
+    "llm-compressor-w4a16": _llm_compressor(targets="Linear", scheme="W4A16"),
+    "llm-compressor-w4a16-g64": _llm_compressor(config_groups={"group_0": _GROUPS_OF_64}),
     "openvino-int8": _openvino("INT8_ASYM"),
-    "openvino-int4": _openvino("INT4_SYM"),
+    "openvino-int4": _openvino("INT4_SYM", group_size=64),
     "gguf-q8_0": _gguf("q8_0"),
     "gguf-q4_k_m": _gguf("q4_k_m"),
     "gguf-q4_0": _gguf("q4_0"),
