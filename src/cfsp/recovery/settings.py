@@ -215,8 +215,9 @@ class Distillation:
     """
 
     weight: float = option(
-        1.0,
-        "of the teacher against the text, in [0, 1]",
+        0.7,
+        "of the teacher against the text, in [0, 1]: the text wins back more perplexity, the "
+        "teacher keeps the dense model's answers",
         kind=float,
         flag="teacher-weight",
         advanced=True,
