@@ -45,6 +45,11 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         """Rate of training in this process's part of the run, without evaluations."""
         return self._tokens / max(self._schedule.elapsed - self._started - self._evaluating, 1e-6)
 
+    @property
+    def _loss_in_words(self) -> str:
+        """The loss of the last steps that were logged; nothing before the first."""
+        return "" if math.isnan(self._loss) else f"loss {self._loss:.3f}, "
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar, and take up what an interrupted run reported."""
         self.take_up(state)
@@ -66,8 +71,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.update(round(self._schedule.fraction * _PARTS) - self._bar.n)
             self._bar.set_postfix_str(
-                f"step {state.global_step}, loss {self._loss:.3f}, "
-                f"{self.tokens_per_second:,.0f} tok/s"
+                f"step {state.global_step}, {self._loss_in_words}{self.tokens_per_second:,.0f} tok/s"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -85,7 +89,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
                 self._bar.clear()
             logger.info(
                 f"step {state.global_step}, {self._schedule.fraction:.0%}: "
-                f"loss {self._loss:.3f}, held-out perplexity {entry['perplexity']:.2f}, "
+                f"{self._loss_in_words}held-out perplexity {entry['perplexity']:.2f}, "
                 f"{self.tokens_per_second:,.0f} tokens/s, "
                 f"{_minutes(self._schedule.seconds_left)} left"
             )
