@@ -71,7 +71,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.update(round(self._schedule.fraction * _PARTS) - self._bar.n)
             self._bar.set_postfix_str(
-                f"step {state.global_step}, {self._loss_in_words}{self.tokens_per_second:,.0f} tok/s"
+                f"step {state.global_step}, {self._loss_in_words}"
+                f"{self.tokens_per_second:,.0f} tok/s"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
