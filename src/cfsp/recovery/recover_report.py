@@ -69,10 +69,10 @@ def recover_report(
 
 
 def log_trainable(blocks: Sequence[TrainableBlock]) -> None:
-    """Say rank and trainable parameters of every block."""
+    """Say how many parameters are trained; the report has rank and parameters of each block."""
     if not is_first_process():
         return
-    for index, block in enumerate(blocks):
-        rank = f"rank {block.rank:3d}, " if block.rank is not None else ""
-        logger.info(f"block {index:3d}: {rank}{block.parameters:12,d} trainable")
-    logger.info(f"all blocks: {sum(b.parameters for b in blocks):,d} trainable parameters")
+    ranks = [block.rank for block in blocks if block.rank is not None]
+    of_rank = f" of rank {min(ranks)} to {max(ranks)}" if ranks else ""
+    total = sum(block.parameters for block in blocks)
+    logger.info(f"training {total:,d} parameters{of_rank} in {len(blocks)} blocks")
