@@ -51,6 +51,7 @@ class Size:
         engines: that models are timed with.
         workload: batch, prompt tokens and new tokens that they are timed with.
         rounds: of timing.
+        timed: the models that are timed.
     """
 
     shape: str
@@ -61,6 +62,7 @@ class Size:
     engines: tuple[str, ...]
     workload: dict[str, int]
     rounds: int
+    timed: tuple[str, ...]
 
 
 FULL = Size(
@@ -72,6 +74,7 @@ FULL = Size(
     ("transformers", "compile"),
     {"batch": 1, "prompt": 2048, "new_tokens": 64},
     5,
+    ("dense", "20", "50"),
 )
 TINY = Size(
     "smollm2-135m",
@@ -82,6 +85,7 @@ TINY = Size(
     ("transformers",),
     {"batch": 1, "prompt": 8, "new_tokens": 2},
     1,
+    ("dense", "50"),
 )
 
 
@@ -189,7 +193,7 @@ def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) 
 
 
 def _speed(size: Size, scratch: Path, engine: str) -> dict[str, Any]:
-    models = [scratch / name for name in ("dense", "20", "50") if (scratch / name).is_dir()]
+    models = [scratch / name for name in size.timed if (scratch / name).is_dir()]
     # Other programs do not compute where the models do.
     comparison = bench(
         models,

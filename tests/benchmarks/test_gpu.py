@@ -30,10 +30,10 @@ def test_all_stages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert set(stages["sequential 50%"]["result"]["passes"]) == {
         *("coarse pass", "ridge", "sequential")
     }
-    dense, *pruned = stages["speed, transformers"]["result"]["models"]
-    assert [model["model"] for model in pruned] == ["20", "50"]
-    assert all(model["parameters"] < dense["parameters"] for model in pruned)
-    assert pruned[1]["workloads"][0]["decode"]["ideal_ratio"] > 1
+    dense, pruned = stages["speed, transformers"]["result"]["models"]
+    assert pruned["model"] == "50"
+    assert pruned["parameters"] < dense["parameters"]
+    assert pruned["workloads"][0]["decode"]["ideal_ratio"] > 1
 
 
 def test_what_does_not_begin_in_time_is_left_out(

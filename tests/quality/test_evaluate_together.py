@@ -55,13 +55,13 @@ def test_after_a_death_the_same_command_goes_on(
     """Also where a process has nothing to do: of 4 windows there are 2 batches."""
     argv[argv.index("--windows") + 1] = "4"
     out = tmp_path / "many"
-    argv_of_three = [*argv, "--out", str(out), "--process-timeout", "0.1"]
+    argv_of_three = [*argv, "--out", str(out)]
     # Windows of the first text have passed both models.
     dying: dict[str, Any] = {"dies": "within", "count": 2 * BLOCKS + 1}
     deaths: list[dict[str, Any]] = [{}, {}, dying]
     ended = commands(
         *(
-            Command(argv_of_three, environment=rank, **death)
+            Command([*argv_of_three, "--process-timeout", "0.3"], environment=rank, **death)
             for rank, death in zip(ranks(3), deaths, strict=True)
         )
     )

@@ -84,7 +84,7 @@ def _eq8(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
 
 
 def _wanda(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    mean_F: Tensor = weights.down_DF.abs().float().mean(0)
+    mean_F: Tensor = _magnitudes(weights.down_DF).mean(0)
     return mean_F * statistics.norm_F.float()
 
 
@@ -103,16 +103,21 @@ def _random(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
 
 def _down_share(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     """Return the share of each channel in every output row, summed over rows."""
-    weighted_DF = weights.down_DF.abs().float().mul_(statistics.norm_F.float())
+    weighted_DF = _magnitudes(weights.down_DF).mul_(statistics.norm_F.float())
     share_F: Tensor = weighted_DF.div_(_positive(weighted_DF.sum(1, keepdim=True))).sum(0)
     return share_F
 
 
 def _across_channels(input_FD: Tensor) -> Tensor:
     """Return the share of each channel in every input column, summed over columns."""
-    magnitude_FD = input_FD.abs().float()
+    magnitude_FD = _magnitudes(input_FD)
     share_F: Tensor = magnitude_FD.div_(_positive(magnitude_FD.sum(0, keepdim=True))).sum(1)
     return share_F
+
+
+def _magnitudes(matrix: Tensor) -> Tensor:
+    """Return a float32 matrix of its own; nothing else as large is made on the way."""
+    return matrix.to(torch.float32, copy=True).abs_()
 
 
 def _positive(sums: Tensor) -> Tensor:
