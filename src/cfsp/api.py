@@ -189,11 +189,14 @@ def calibrate(
 
     Arguments are those of `prune`, `parts` those of later plans; `sensitivity` also measures what
     pruning each block alone does to the predictions, which requires the whole model in memory.
+    With `blocks` among the parts it is also measured in which order whole blocks go best, up to
+    half of them.
     """
     check_names(advanced, CalibrationText, Compute)
     text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
     check_texts(text.names, "calibration")
-    source = _source(model, from_names(Budget, {}, parts=parts))
+    budget = from_names(Budget, {}, parts=parts)
+    source = _source(model, budget)
     tokenizer, processor = parted(tokenizer)
     if tokenizer is None:
         if not isinstance(source, Checkpoint):
@@ -201,7 +204,13 @@ def calibrate(
         tokenizer = load_tokenizer(source.directory)
     compute = from_names(Compute, advanced, device=device)
     return calibrate_source(
-        source, tokenizer, text, compute, sensitivity=sensitivity, processor=processor
+        source,
+        tokenizer,
+        text,
+        compute,
+        sensitivity=sensitivity,
+        removing=PruneSettings.of_removal(budget.parts),
+        processor=processor,
     )
 
 

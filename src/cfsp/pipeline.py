@@ -10,7 +10,7 @@ smaller one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -40,7 +40,7 @@ from cfsp.engine.workplace import (
     remove_finished_work,
     temporary_workplace,
 )
-from cfsp.errors import OutputError, UsageError
+from cfsp.errors import OutputError
 from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
@@ -65,6 +65,7 @@ from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, check_is_text
+from cfsp.whole_model.block_choice import follow_runs, with_needed_removals
 from cfsp.whole_model.own_text import calibration_windows
 from cfsp.whole_model.sensitivity import with_sensitivity
 
@@ -225,6 +226,7 @@ def calibrate_source(
     place: Workplace | None = None,
     *,
     sensitivity: bool | Callable[[Windows], bool] = False,
+    removing: Sequence[PruneSettings] = (),
     processor: Any = None,
 ) -> Statistics:
     """Draw windows and run them through the model once.
@@ -238,6 +240,7 @@ def calibrate_source(
             temporary one.
         sensitivity: also measure that of every block; in one process only. A function is asked with
             the windows.
+        removing: also measure what the removal of blocks needs that these settings ask for.
         processor: of a multimodal model in memory.
     """
     if place is None:
@@ -249,6 +252,7 @@ def calibrate_source(
                 compute,
                 temporary,
                 sensitivity=sensitivity,
+                removing=removing,
                 processor=processor,
             )
     engine = engine_of(compute, source)
@@ -259,7 +263,11 @@ def calibrate_source(
         check_is_text(windows, "--sensitivity")
     check_same_work(place.team, [source], {"calibration text": windows.digest})
     check_enough(windows, place.team, engine.batch_windows)
-    statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place)
+    if any(each.budget.removes_blocks for each in removing):
+        check_is_text(windows, "--parts blocks")
+    runs = follow_runs(source, removing, engine)
+    statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place, runs=runs)
+    statistics = with_needed_removals(source, statistics, windows, removing, engine, place)
     if sensitivity:
         return with_sensitivity(source, statistics, windows, Criterion(), engine)
     return statistics
@@ -316,8 +324,6 @@ def _decide(
     watch: Stopwatch,
 ) -> _Decided:
     """Turn a goal into a budget, then decide what goes and repair what is left."""
-    if "blocks" in settings.budget.parts:
-        raise UsageError("--parts blocks can't be pruned yet; leave it out")
     facts: dict[str, Any] = {}
     if goal is not None:
         resolution, statistics = resolve_goal(
@@ -350,7 +356,7 @@ def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> d
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
     weights = write_pruned_weights(source, repaired.plan, target, repaired.tensors)
-    write_config(source, target, repaired.plan.kept_widths)
+    write_config(source, target, repaired.plan.kept_widths, repaired.plan.removed_blocks)
     copy_travelling_files(source.directory, target)
     return weights.digests | code_digests(target)
 

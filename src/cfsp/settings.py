@@ -119,6 +119,9 @@ PARTS: tuple[Part, ...] = get_args(Part)
 UNIT_PARTS: tuple[Part, ...] = ("ffn", "kv")
 DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
 
+# How much of the blocks a calibration measures the removal of.
+MOST_REMOVED = 0.5
+
 
 def parse_parts(text: str) -> tuple[str, ...]:
     """Return the parts that a text like `blocks,ffn` names; `Budget` checks them."""
@@ -184,9 +187,12 @@ class Budget:
         multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
         parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `kv`, KV groups; `blocks`, whole decoder blocks.
+            FFNs; `kv`, KV groups; `blocks`, whole decoder blocks. If blocks alone may go, the
+            sparsity is the share of their parameters.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
+        remove_blocks: how many blocks go; None for as many as the sparsity says. If channels may
+            go too, the sparsity is theirs, in the blocks that stay.
 
     Raises:
         UsageError: a value is out of its range.
@@ -194,7 +200,7 @@ class Budget:
 
     sparsity: float = option(
         0.0,
-        "fraction of the FFN channels to remove, such as 0.2 or 20%",
+        "fraction to remove, such as 0.2 or 20%: of the FFN channels, or what --parts says",
         kind=fraction,
         metavar="P",
         default="",
@@ -228,6 +234,15 @@ class Budget:
         metavar="KIND,...",
         default="ffn",
     )
+    remove_blocks: int | None = option(
+        None,
+        "with --parts blocks: how many blocks go; with --parts blocks,ffn the sparsity is then of "
+        "the channels in the others",
+        kind=int,
+        metavar="N",
+        default="as many as --sparsity says",
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts
@@ -240,6 +255,11 @@ class Budget:
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
+        if self.remove_blocks is not None:
+            if not self.removes_blocks:
+                raise UsageError("--remove-blocks belongs to --parts blocks or blocks,ffn")
+            if self.remove_blocks < 0:
+                raise UsageError(f"--remove-blocks must be at least 0, found {self.remove_blocks}")
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
         if self.of not in BUDGET_OF:
@@ -248,6 +268,16 @@ class Budget:
             raise UsageError(f"multiple must be at least 1, found {self.multiple}")
         if self.widths not in WIDTHS:
             raise UsageError(f"--widths must be one of {', '.join(WIDTHS)}, found {self.widths!r}")
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether whole blocks may go."""
+        return "blocks" in self.parts
+
+    @property
+    def removes_channels(self) -> bool:
+        """Whether channels of blocks may go, or KV groups."""
+        return any(part in UNIT_PARTS for part in self.parts)
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
@@ -381,6 +411,10 @@ SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
 SENSITIVITY_METRICS = (SENSITIVITY, ANGULAR_AND_SENSITIVITY)
 # By sensitivity where it was measured, else by angular distance.
 AUTO_METRIC = "auto"
+# Which blocks go whole: together by the predictions, together by how far runs of them turn the
+# hidden state, or each by what it alone does (ShortGPT's block influence).
+DIVERGENCE, RUNS, INFLUENCE = "divergence", "runs", "influence"
+REMOVALS = (DIVERGENCE, RUNS, INFLUENCE)
 CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude", "random")
 
 Clamp = Literal["water-fill", "published"]
@@ -399,6 +433,9 @@ class Criterion:
         channel_metric: one of `CHANNEL_METRICS`; see `cfsp.planning.fine`.
         clamp: what happens where a block would keep more than all (see
             `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
+        removal: how blocks that go whole are chosen, one of `REMOVALS`; see
+            `cfsp.planning.block_removal`. `auto` is `divergence` where the whole model fits into
+            memory, else `runs`.
     """
 
     block_metric: str = option(
@@ -421,6 +458,15 @@ class Criterion:
         "(water-fill), or shrink all importances as the published code does",
         choices=CLAMPS,
         default="water-fill by sensitivity, else published",
+        advanced=True,
+    )
+    removal: str = option(
+        AUTO_METRIC,
+        "how whole blocks are chosen: by what the predictions lose without them (divergence, which "
+        "requires the whole model in memory), by the angular distance over runs of them (runs), or "
+        "each by its own cosine distance (influence); auto: divergence where there is that "
+        "memory, else runs",
+        choices=(AUTO_METRIC, *REMOVALS),
         advanced=True,
     )
 
@@ -753,6 +799,11 @@ class PruneSettings:
         if self.repair != "none" or self.criterion.block_metric != AUTO_METRIC:
             return self
         return replace(self, criterion=replace(self.criterion, block_metric="angular"))
+
+    @staticmethod
+    def of_removal(parts: Sequence[Part]) -> list[PruneSettings]:
+        """Return settings by which as many blocks go as plans may ask; none if none may go."""
+        return [PruneSettings(Budget(MOST_REMOVED, parts=("blocks",)))] if "blocks" in parts else []
 
     def without_repair(self) -> PruneSettings:
         """Return the same settings, without repair."""

@@ -16,7 +16,7 @@ Shapes: E experts, F FFN channels, G KV groups, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -284,6 +284,27 @@ class Architecture:
     def of_part(self, part: Part) -> Architecture:
         """Return the same architecture with the units of one part only."""
         return replace(self, units=tuple(unit for unit in self.units if unit.part == part))
+
+    def without_blocks(self, removed: Collection[int]) -> Architecture:
+        """Return the architecture of the model without some blocks; the others move up."""
+        kept = [block for block in range(self.block_count) if block not in removed]
+        index_of = {block: index for index, block in enumerate(kept)}
+        refused = []
+        for refusal in self.refused:
+            block, dot, path = refusal.module.removeprefix(f"{self.blocks}.").partition(".")
+            if int(block) in index_of:
+                module = f"{self.blocks}.{index_of[int(block)]}{dot}{path}"
+                refused.append(Refusal(module, refusal.reason))
+        return replace(
+            self,
+            block_count=len(kept),
+            units=tuple(
+                replace(unit, block=index_of[unit.block])
+                for unit in self.units
+                if unit.block in index_of
+            ),
+            refused=tuple(refused),
+        )
 
     def units_of(self, block: int) -> tuple[FFNUnit, ...]:
         """Return the units of one block."""

@@ -76,7 +76,8 @@ def prove(
             try:
                 proved.append(_prove_part(config, model_class, part))
             except UnsupportedModelError:
-                if part in parts:
+                # Where only blocks go, FFNs are what they are known by.
+                if part in parts or not set(parts) & set(UNIT_PARTS):
                     raise
     # Attention comes before the FFN, or beside it.
     units = sorted(
@@ -112,6 +113,17 @@ def _prove_part(
     return replace(architecture, units=tuple(units), refused=tuple(refused))
 
 
+def run_without_verdict(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> SmallRun:
+    """Return a small model of a config that ran once, whatever its FFN units are.
+
+    Raises:
+        CheckpointError: no model can be built from the config.
+        UnsupportedModelError: no small model runs.
+    """
+    architecture, _ = _guess(config, model_class, "ffn")
+    return run_small(config, model_class, architecture)
+
+
 def _split(
     architecture: Architecture, shared: dict[str, list[str]]
 ) -> tuple[list[int], list[Refusal]]:
@@ -136,12 +148,13 @@ def _conduct(block: nn.Module, unit: FFNUnit) -> tuple[object, ...]:
     """Return what may make two units of a kind compute in different ways: types and numbers."""
     module = block.get_submodule(unit.path)
     return tuple(
-        (type(part), *sorted((k, v) for k, v in vars(part).items() if _may_matter(k, v)))
+        (type(part), *sorted((k, v) for k, v in vars(part).items() if may_matter(k, v)))
         for part in (block, *module.modules())
     )
 
 
-def _may_matter(name: str, value: object) -> bool:
+def may_matter(name: str, value: object) -> bool:
+    """Return whether an attribute of a module may change what it computes, by name and value."""
     is_plain = type(value) in (bool, int, float, str)
     return is_plain and not name.endswith(("idx", "index", "_id", "_number"))
 
@@ -199,13 +212,13 @@ def _prove_unit(run: SmallRun, unit: FFNUnit) -> FFNUnit | Refusal:
     if unit.part == "kv" and unit.width == 1:
         return Refusal(module, "heads: expected two KV groups or more, found one")
     call = run.calls[unit.block]
-    if not (error := _difference(run.output(unit.block), call.output)) <= TOLERANCE:
+    if not (error := difference(run.output(unit.block), call.output)) <= TOLERANCE:
         return Refusal(
             module, f"replay: expected the same output again, found a difference of {error:.1e}"
         )
     kept_EK = _random_half(unit)
     masked = _masked_output(run, unit, kept_EK)
-    if not (effect := _difference(masked, call.output)) > LEAST_EFFECT:
+    if not (effect := difference(masked, call.output)) > LEAST_EFFECT:
         return Refusal(
             module,
             f"bites: expected another output with half of the channels masked, found a difference "
@@ -241,7 +254,7 @@ def _elsewhere_fails(run: SmallRun, unit: FFNUnit, kept_EK: list[list[int]]) -> 
     masked = _masked_output(run, unit, kept_EK, run.decoder_output)
     with _cut(run.blocks[unit.block], unit, kept_EK):
         try:
-            error = _difference(run.decoder_output(), masked)
+            error = difference(run.decoder_output(), masked)
         except Exception as problem:
             found = first_line(problem)
             return f"whole: expected the decoder's output with masked groups, found {found}"
@@ -303,7 +316,7 @@ def _candidates(unit: FFNUnit) -> Iterator[FFNUnit]:
         yield unit.with_fusion(other)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference, relative to the largest value; infinite for other shapes."""
     if found.shape != expected.shape:
         return float("inf")
@@ -363,7 +376,7 @@ def _cut_fails(
             odd = sorted(changed ^ {prefix + name for name in unit.axes})
             return f"untouched: expected that only its own parameters change, found {odd[0]}"
         try:
-            error = _difference(run.output(unit.block), masked)
+            error = difference(run.output(unit.block), masked)
         except Exception as problem:
             return f"cut: expected the output with masked channels, found {first_line(problem)}"
         if not error <= TOLERANCE:
@@ -373,7 +386,7 @@ def _cut_fails(
             )
         for neighbour in (unit.block - 1, unit.block + 1):
             if 0 <= neighbour < len(run.blocks):
-                error = _difference(run.output(neighbour), run.calls[neighbour].output)
+                error = difference(run.output(neighbour), run.calls[neighbour].output)
                 if not error <= TOLERANCE:
                     return (
                         f"neighbours: expected the same output of block {neighbour}, found a "

@@ -66,12 +66,12 @@ class SmallRun:
     def output(self, block: int) -> Tensor:
         """Return what a block computes when it is called as in the run."""
         call = self.calls[block]
-        return _first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
+        return first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
 
     def decoder_output(self) -> Tensor:
         """Return what the decoder computes from the tokens of the run."""
         decoder: Any = self.model.get_submodule(self.architecture.decoder)
-        output: Tensor = decoder(input_ids=_tokens(self.model), use_cache=False)[0]
+        output: Tensor = decoder(input_ids=small_tokens(self.model), use_cache=False)[0]
         return output
 
 
@@ -92,7 +92,7 @@ def run_small(
     reason = "none has the same FFNs at the same places"
     for smaller in smaller_configs(config):
         try:
-            model = _skeleton(smaller, model_class)
+            model = small_skeleton(smaller, model_class)
             found = find_architecture(model, part)
             if not _has_units_of(found, architecture):
                 continue
@@ -118,8 +118,8 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def _skeleton(config: PreTrainedConfig, model_class: Any) -> Any:
-    """Return a model with parameters on the meta device and real buffers."""
+def small_skeleton(config: PreTrainedConfig, model_class: Any) -> Any:
+    """Return a small model with parameters on the meta device and real buffers."""
     from accelerate import init_empty_weights
 
     # The plain loop over experts takes any width; faster ones want rows of whole 16 bytes.
@@ -208,8 +208,8 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
 
     def after(index: int, output: Any) -> None:
         args, kwargs = begun.pop()
-        hidden = _first_tensor(kwargs.get("hidden_states", args or tuple(kwargs.values())))
-        calls.append(Call(index, args, kwargs, hidden, _first_tensor(output).clone()))
+        hidden = first_tensor(kwargs.get("hidden_states", args or tuple(kwargs.values())))
+        calls.append(Call(index, args, kwargs, hidden, first_tensor(output).clone()))
 
     hooks = []
     for index, block in enumerate(model.get_submodule(architecture.blocks)):
@@ -217,7 +217,7 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
         hooks.append(block.register_forward_hook(lambda _b, _a, out, i=index: after(i, out)))
     decoder: Any = model.get_submodule(architecture.decoder)
     try:
-        decoder(input_ids=_tokens(model), use_cache=False)
+        decoder(input_ids=small_tokens(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -225,8 +225,8 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
     return tuple(calls)
 
 
-def _tokens(model: Any) -> Tensor:
-    """Return a few token ids (B x T), the same ones every time."""
+def small_tokens(model: Any) -> Tensor:
+    """Return the few token ids that a small model runs on (B x T), the same ones every time."""
     # The first ids are often special ones.
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(1)
@@ -275,7 +275,10 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _first_tensor(value: Any) -> Tensor:
+def first_tensor(value: Any) -> Tensor:
+    """Return the hidden state of what a block or a decoder returns."""
+    if hasattr(value, "to_tuple"):
+        value = value.to_tuple()
     if isinstance(value, tuple | list):
         value = next(item for item in value if isinstance(item, Tensor))
     assert isinstance(value, Tensor)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cfsp.calibration.accumulators import ChannelSums, DistanceSums
+from cfsp.calibration.runs import TokenSample, run_distances
 from cfsp.calibration.statistics import (
     BlockStatistics,
     CalibrationRecord,
@@ -19,6 +22,7 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
+from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
@@ -45,6 +49,7 @@ def calibrate(
     place: Workplace | None = None,
     name: str = "calibrate",
     is_part: bool = False,
+    runs: bool = False,
 ) -> Statistics:
     """Run all windows through the model once, block by block, and gather statistics.
 
@@ -56,6 +61,7 @@ def calibrate(
         place: where to spill and to save; None for neither.
         name: of the pass, in its workplace and its progress bar.
         is_part: whether other processes have other windows, so that an expert may see no token.
+        runs: whether to compare runs of consecutive blocks as well.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite, or an FFN unit saw no token.
@@ -67,7 +73,10 @@ def calibrate(
     observed = pass_blocks(
         source,
         windows,
-        _observe_part if is_part else observe,
+        partial(
+            observe_part if is_part else observe,
+            sample=TokenSample.of(windows) if runs else None,
+        ),
         StatisticsFiles(record),
         name=name,
         device=engine.device,
@@ -75,7 +84,11 @@ def calibrate(
         batch_windows=engine.batch_windows,
         place=place,
     )
-    return Statistics.of(observed, record)
+    statistics = Statistics.of(observed, record)
+    if not runs:
+        return statistics
+    passing = [block.passing for block in observed if block.passing is not None]
+    return replace(statistics, runs=run_distances(passing))
 
 
 @dataclass(frozen=True)
@@ -89,16 +102,21 @@ class StatisticsFiles:
         units = tuple(replace(unit, block=0) for unit in result.units)
         file = self._path(directory, block)
         Statistics.of([ObservedBlock(result.block, units)], self.record).save(file)
+        if result.passing is not None:
+            data = save({"passing": result.passing.contiguous()})
+            write_atomically(self._path(directory, block, "passing"), data)
 
     def load(self, directory: Path, block: int) -> ObservedBlock:
         """Read them."""
         read = Statistics.load(self._path(directory, block))
         units = tuple(replace(unit, block=block) for unit in read.units)
-        return ObservedBlock(read.blocks[0], units)
+        passing = self._path(directory, block, "passing")
+        tensor = load_file(passing)["passing"] if passing.is_file() else None
+        return ObservedBlock(read.blocks[0], units, tensor)
 
     @staticmethod
-    def _path(directory: Path, block: int) -> Path:
-        return directory / f"statistics-{block:05d}.safetensors"
+    def _path(directory: Path, block: int, what: str = "statistics") -> Path:
+        return directory / f"{what}-{block:05d}.safetensors"
 
 
 def calibration_record(
@@ -119,26 +137,39 @@ def calibration_record(
     )
 
 
-def observe(block: StreamedBlock) -> ObservedBlock:
+def observe(block: StreamedBlock, sample: TokenSample | None = None) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
+
+    Args:
+        block: the block.
+        sample: the tokens whose hidden states are kept; None for none.
 
     Raises:
         CalibrationError: an activation is NaN or infinite, or an FFN unit saw no token.
     """
-    observed = _observe_part(block)
+    observed = observe_part(block, sample)
     check_seen(block.units, observed.units)
     return observed
 
 
-def _observe_part(block: StreamedBlock) -> ObservedBlock:
+def observe_part(block: StreamedBlock, sample: TokenSample | None = None) -> ObservedBlock:
+    """Do what `observe` does where an expert may see no token: others see other windows."""
     distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
     sublayers = [DistanceSums() for _ in block.units]
+    passing: list[Tensor] = []
+
+    def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
+        distances.add(input_BTD, output_BTD)
+        if sample is not None:
+            passing.append(torch.stack([sample.rows(input_BTD), sample.rows(output_BTD)]).cpu())
+
     block.advance(
         lambda unit, ffn, act_RF, window_R: channels[unit].add(act_RF, ffn),
-        distances.add,
+        on_hidden,
         lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
     )
-    return observed_block(block, distances, channels, sublayers)
+    observed = observed_block(block, distances, channels, sublayers)
+    return replace(observed, passing=torch.cat(passing, dim=1)) if passing else observed
 
 
 def observed_block(

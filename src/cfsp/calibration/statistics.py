@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,18 @@ class Sensitivity:
         """Return what pruning one part of each block alone does."""
         return self if part == "ffn" else replace(self, divergence_L=self.divergence_of[part])
 
+    def of_blocks(self, blocks: Sequence[int]) -> Sensitivity:
+        """Return that of some of the blocks."""
+        others = self.divergence_of.items()
+        return replace(
+            self,
+            divergence_L=tuple(self.divergence_L[block] for block in blocks),
+            divergence_of={
+                part: tuple(divergence_L[block] for block in blocks)
+                for part, divergence_L in others
+            },
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON types; see `sensitivity_from_json`."""
         fields = asdict(self)
@@ -174,11 +186,50 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """A block that goes next, after others (`cfsp.whole_model.block_choice`).
+
+    Attributes:
+        block: its index.
+        divergence: KL(dense || without it and those before it), in nats per token.
+    """
+
+    block: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class RunDistances:
+    """How far every run of consecutive blocks turns the hidden state.
+
+    Attributes:
+        sums: [i][j] is the sum over some tokens of the angular distance between what enters block
+            i and what enters block j; the last j stands for what leaves the last block.
+        tokens: number of tokens.
+    """
+
+    sums: tuple[tuple[float, ...], ...]
+    tokens: int
+
+    def between(self, first: int, end: int) -> float:
+        """Return the mean distance over the blocks from `first` on, `end` not included."""
+        return self.sums[first][end] / self.tokens
+
+
+@dataclass(frozen=True)
 class ObservedBlock:
-    """What calibration gathers in one block: the block's own statistics, and those of its units."""
+    """What calibration gathers in one block.
+
+    Attributes:
+        block: the block's own statistics.
+        units: those of its FFN units.
+        passing: the hidden states of some tokens, as they enter and leave it (2 x S x D); None
+            where runs of blocks are not compared.
+    """
 
     block: BlockStatistics
     units: tuple[UnitStatistics, ...]
+    passing: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -191,12 +242,17 @@ class Statistics:
         record: the conditions.
         sensitivity: of every block; None if it was not measured: it requires the whole model
             in memory.
+        removals: which blocks go best together, one after the other, as far as it was measured,
+            which requires the same.
+        runs: how far runs of blocks turn the hidden state; None if it was not measured.
     """
 
     blocks: tuple[BlockStatistics, ...]
     units: tuple[UnitStatistics, ...]
     record: CalibrationRecord
     sensitivity: Sensitivity | None = None
+    removals: tuple[Removal, ...] = ()
+    runs: RunDistances | None = None
 
     @classmethod
     def of(
@@ -241,6 +297,23 @@ class Statistics:
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
 
+    def without_blocks(self, removed: Collection[int]) -> Statistics:
+        """Return the statistics of the blocks that stay, numbered through."""
+        staying = [block for block in range(len(self.blocks)) if block not in removed]
+        index_of = {block: index for index, block in enumerate(staying)}
+        return replace(
+            self,
+            blocks=tuple(self.blocks[block] for block in staying),
+            units=tuple(
+                replace(unit, block=index_of[unit.block])
+                for unit in self.units
+                if unit.block in index_of
+            ),
+            sensitivity=self.sensitivity and self.sensitivity.of_blocks(staying),
+            removals=(),
+            runs=None,
+        )
+
     def distances(self, metric: str) -> list[float]:
         """Return one distance for every block."""
         return [block.distances[metric] for block in self.blocks]
@@ -278,6 +351,8 @@ class Statistics:
             "blocks": blocks,
             **more,
             **({"sensitivity": self.sensitivity.to_json()} if self.sensitivity else {}),
+            **({"removals": [asdict(each) for each in self.removals]} if self.removals else {}),
+            **({"runs": asdict(self.runs)} if self.runs else {}),
         }
         # One entry only: the library writes several in random order, and the same statistics
         # shall give the same bytes.
@@ -322,6 +397,8 @@ class Statistics:
             )
             _check_order(units, len(blocks))
             sensitivity = sensitivity_from_json(facts.get("sensitivity"), len(blocks))
+            removals = removals_from_json(facts.get("removals", ()), len(blocks))
+            runs = _runs(facts.get("runs"), len(blocks))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
@@ -334,7 +411,7 @@ class Statistics:
                 raise StatisticsError(
                     f"{path} has NaN, infinite or impossible values in block {i}; calibrate again"
                 )
-        return cls(blocks, units, record, sensitivity)
+        return cls(blocks, units, record, sensitivity, removals, runs)
 
 
 def _entry_of(unit: UnitStatistics) -> dict[str, Any]:
@@ -384,6 +461,34 @@ def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensiti
         int(fields["windows"]),
         {str(part): checked(values) for part, values in others.items()},
     )
+
+
+def removals_from_json(fields: Sequence[dict[str, Any]], blocks: int) -> tuple[Removal, ...]:
+    """Return the removals whose fields were written as JSON.
+
+    Args:
+        fields: their fields.
+        blocks: how many blocks the model has.
+
+    Raises:
+        ValueError: they cannot be those of so many blocks.
+    """
+    found = tuple(Removal(int(each["block"]), float(each["divergence"])) for each in fields)
+    indices = {each.block for each in found}
+    if len(indices) < len(found) or not indices <= set(range(blocks)):
+        raise ValueError(f"of {blocks} blocks those that go are {sorted(indices)}")
+    return found
+
+
+def _runs(fields: dict[str, Any] | None, blocks: int) -> RunDistances | None:
+    if fields is None:
+        return None
+    sums = tuple(tuple(float(value) for value in row) for row in fields["sums"])
+    if [len(row) for row in sums] != [blocks + 1] * (blocks + 1) or int(fields["tokens"]) < 1:
+        raise ValueError(f"the distances over runs are not those of {blocks} blocks")
+    if not all(math.isfinite(value) for row in sums for value in row):
+        raise ValueError("the distances over runs are NaN or infinite")
+    return RunDistances(sums, int(fields["tokens"]))
 
 
 def _block(entry: dict[str, Any], index: int) -> BlockStatistics:

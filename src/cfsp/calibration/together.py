@@ -21,6 +21,7 @@ from cfsp.calibration.statistics import (
     BlockStatistics,
     CalibrationRecord,
     ObservedBlock,
+    RunDistances,
     Statistics,
     UnitStatistics,
 )
@@ -52,6 +53,7 @@ def calibrate_together(
     seed: int = 0,
     place: Workplace,
     name: str = "calibrate",
+    runs: bool = False,
 ) -> Statistics:
     """Return the statistics of all windows, of which each process of a team calibrates a part.
 
@@ -64,6 +66,7 @@ def calibrate_together(
         seed: the seed that the windows were drawn by, for the record.
         place: where to spill and to save, and the team.
         name: of the pass.
+        runs: whether to compare runs of consecutive blocks as well.
 
     Raises:
         CfspError: as `calibrate` does.
@@ -71,13 +74,15 @@ def calibrate_together(
     """
     team = place.team
     if team.size == 1:
-        return calibrate(source, windows, engine, seed=seed, place=place, name=name)
+        return calibrate(source, windows, engine, seed=seed, place=place, name=name, runs=runs)
     record = calibration_record(source, windows, engine, seed=seed)
     own = windows.part(part_of(windows, team, engine.batch_windows))
     if len(own.tokens_NT):
-        part = calibrate(source, own, engine, seed=seed, place=place, name=name, is_part=True)
+        part = calibrate(
+            source, own, engine, seed=seed, place=place, name=name, is_part=True, runs=runs
+        )
     else:
-        part = _nothing_seen(source, record)
+        part = _nothing_seen(source, record, runs)
     total = add_up(part, team, engine.device)
     check_seen(source.units, total.units)
     return replace(total, record=record)
@@ -123,7 +128,7 @@ def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[s
         team.check_same({"model": models, **more, **software})
 
 
-def _nothing_seen(source: WeightSource, record: CalibrationRecord) -> Statistics:
+def _nothing_seen(source: WeightSource, record: CalibrationRecord, runs: bool) -> Statistics:
     """Return statistics of no windows."""
     observed = []
     for block in range(source.architecture.block_count):
@@ -141,7 +146,11 @@ def _nothing_seen(source: WeightSource, record: CalibrationRecord) -> Statistics
             if unit.block == block
         )
         observed.append(ObservedBlock(BlockStatistics(dict.fromkeys(DISTANCES, 0.0), 0), units))
-    return Statistics.of(observed, record)
+    statistics = Statistics.of(observed, record)
+    if not runs:
+        return statistics
+    boundaries = source.architecture.block_count + 1
+    return replace(statistics, runs=RunDistances(((0.0,) * boundaries,) * boundaries, 0))
 
 
 def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:
@@ -153,7 +162,19 @@ def add_up(part: Statistics, team: Team, device: torch.device) -> Statistics:
         device: where the sums are added up.
     """
     blocks, units = _added_up(part.blocks, part.units, team, device)
-    return replace(part, blocks=blocks, units=units)
+    return replace(part, blocks=blocks, units=units, runs=_added_up_runs(part.runs, team, device))
+
+
+def _added_up_runs(
+    runs: RunDistances | None, team: Team, device: torch.device
+) -> RunDistances | None:
+    if runs is None:
+        return None
+    own = torch.tensor([*(value for row in runs.sums for value in row), runs.tokens])
+    *sums, tokens = team.add_up(own.double().to(device)).cpu().tolist()
+    size = len(runs.sums)
+    rows = tuple(tuple(sums[row * size : (row + 1) * size]) for row in range(size))
+    return RunDistances(rows, int(tokens))
 
 
 def add_up_block(part: ObservedBlock, team: Team, device: torch.device) -> ObservedBlock:

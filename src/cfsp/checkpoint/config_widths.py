@@ -26,6 +26,7 @@ from cfsp.checkpoint.modeling_code import (
     ModelingFile,
     resized_attention,
 )
+from cfsp.checkpoint.text_config import text_path
 from cfsp.errors import CheckpointError
 from cfsp.settings import Part
 
@@ -149,7 +150,7 @@ def fields_and_file(
     """
     changes, file = _changes(config, architecture, widths)
     text_changes = changes.pop(_TEXT)
-    path = _text_path(config)
+    path = text_path(config)
     if not path:
         return _changed(fields, {**text_changes, **changes}), file
     changed = copy.deepcopy(_changed(fields, changes))
@@ -519,24 +520,10 @@ def _per_layer_key(
     """Return the key by which `per_layer_config` can say the widths; None if it cannot."""
     units = architecture.units
     one_each = [unit.block for unit in units] == list(range(architecture.block_count))
-    if not one_each or len({unit.path for unit in units}) != 1 or _text_path(config):
+    if not one_each or len({unit.path for unit in units}) != 1 or text_path(config):
         return None
     found = [key.name for key in keys if key.times.get(units[0].path) == 1]
     return found[0] if len(found) == 1 else None
-
-
-def _text_path(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the names of the configs that lead to the one of the text decoder."""
-    wanted = config.get_text_config(decoder=True)
-    if wanted is config:
-        return ()
-    for name in config.sub_configs:
-        inner = getattr(config, name, None)
-        if inner is wanted:
-            return (name,)
-        if inner is not None and inner.get_text_config(decoder=True) is wanted:
-            return (name, *_text_path(inner))
-    return ()
 
 
 def _changed(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

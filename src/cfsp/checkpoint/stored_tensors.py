@@ -13,8 +13,9 @@ Shapes: D hidden, E experts, F channels, K channels that stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,7 @@ from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
 _OLD_BUFFER = "rotary_emb.inv_freq"
@@ -147,6 +148,69 @@ class StoredTensors:
                 shape[axis.axis] = axis.entries * unit.width
                 tensors[full_name] = tensors[full_name].new_empty(shape)
         return replace(self, specs=specs, _shapes=ModelShapes(self._shapes.config, tensors))
+
+    def without_blocks(
+        self,
+        architecture: Architecture,
+        removed: Collection[int],
+        config: PreTrainedConfig,
+        specs: Mapping[str, TensorSpec],
+    ) -> StoredTensors:
+        """Return the same of the model without some blocks; stored tensors keep their names.
+
+        Args:
+            architecture: with all blocks.
+            removed: indices of the blocks that go.
+            config: of the model without them.
+            specs: of the stored tensors that stay.
+        """
+        name_of = partial(name_without_blocks, architecture, removed)
+        unit_of = {
+            number: index
+            for index, number in enumerate(
+                number
+                for number, unit in enumerate(architecture.units)
+                if unit.block not in removed
+            )
+        }
+        layouts = {
+            name: replace(layout, unit=unit_of[layout.unit])
+            for name, layout in self.layouts.items()
+            if layout.unit in unit_of
+        }
+        conversions = {
+            new: replace(conversion, target=name_of(conversion.target) or conversion.target)
+            for name, conversion in self._conversions.items()
+            if (new := name_of(name)) is not None
+        }
+        shapes = {
+            new: tensor
+            for name, tensor in self._shapes.tensors.items()
+            if (new := name_of(name)) is not None
+        }
+        return StoredTensors(
+            specs=specs,
+            layouts=layouts,
+            tied={
+                new: name_of(to) or to
+                for name, to in self.tied.items()
+                if (new := name_of(name)) is not None
+            },
+            unused=tuple(name for name in self.unused if name in specs),
+            stale=self.stale,
+            faults={
+                new: fault
+                for name, fault in self.faults.items()
+                if (new := name_of(name)) is not None
+            },
+            _shapes=ModelShapes(config, shapes),
+            _conversions=conversions,
+            _weights={
+                (unit_of[unit], role, ffn): name
+                for (unit, role, ffn), name in self._weights.items()
+                if unit in unit_of
+            },
+        )
 
     def layout_of(self, stored: str) -> ChannelLayout | None:
         """Return where a stored tensor keeps FFN channels; None if it has none."""
@@ -288,6 +352,26 @@ class StoredTensors:
             name = self._weights[unit, "down", ffn]
             tensors[name] = (down.T if self.layouts[name].transposed else down).contiguous()
         return tensors
+
+
+def name_without_blocks(
+    architecture: Architecture, removed: Collection[int], name: str
+) -> str | None:
+    """Return what a parameter is called when some blocks are gone; None if it goes with them.
+
+    Args:
+        architecture: with all blocks.
+        removed: indices of the blocks that go.
+        name: of the parameter in the model.
+    """
+    prefix = f"{architecture.blocks}."
+    if not name.startswith(prefix):
+        return name
+    block, _, rest = name.removeprefix(prefix).partition(".")
+    if int(block) in removed:
+        return None
+    index = int(block) - sum(other < int(block) for other in removed)
+    return f"{architecture.block_prefix(index)}{rest}"
 
 
 def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -31,3 +31,17 @@ def longest_input_of(config: PreTrainedConfig) -> int | None:
     text = text_config_of(config)
     found = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return None if found is None else int(found)
+
+
+def text_path(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the names of the configs that lead to the one of the text decoder."""
+    wanted = config.get_text_config(decoder=True)
+    if wanted is config:
+        return ()
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is wanted:
+            return (name,)
+        if inner is not None and inner.get_text_config(decoder=True) is wanted:
+            return (name, *text_path(inner))
+    return ()

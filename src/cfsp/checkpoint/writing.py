@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
-from cfsp.checkpoint.config_widths import fields_and_file
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.pruned_config import pruned_fields_and_file
 from cfsp.checkpoint.quantisation import QUANTISATION_FILES
 
 if TYPE_CHECKING:
@@ -24,16 +24,21 @@ _TEMPLATES = "additional_chat_templates"
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
-def write_config(source: Checkpoint, target: Path, widths: Sequence[int]) -> None:
+def write_config(
+    source: Checkpoint, target: Path, widths: Sequence[int], removed: Collection[int] = ()
+) -> None:
     """Write config.json of the pruned model, and its modelling file if it needs one.
 
     Args:
         source: the model that was pruned.
         target: the directory.
-        widths: of every FFN unit.
+        widths: of every FFN unit of the blocks that stay.
+        removed: indices of the blocks that go.
     """
     fields = read_plain_fields(source.directory)
-    pruned, file = fields_and_file(fields, source.config, source.architecture, widths)
+    pruned, file = pruned_fields_and_file(
+        fields, source.config, source.architecture, removed, widths
+    )
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     if file is not None:
         (target / MODELING_FILE).write_text(file.text, encoding="utf-8")

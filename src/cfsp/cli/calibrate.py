@@ -11,7 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import add_options, settings_from
 from cfsp.cli.output import human_bytes, print_json, print_passes
 from cfsp.processes import process_count
-from cfsp.settings import Budget
+from cfsp.settings import Budget, PruneSettings
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
                 compute,
                 place,
                 sensitivity=args.sensitivity,
+                removing=PruneSettings.of_removal(parts),
             )
         if team.is_first:
             statistics.save(args.out)

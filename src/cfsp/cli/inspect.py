@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from cfsp.architecture.block_names import blocks_in_words
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json
 
@@ -48,12 +49,16 @@ def run(args: argparse.Namespace) -> None:
     if pruned is None:
         print("pruned             not by cfsp")
         return
+    removed = pruned.get("removed_blocks")
     print(
-        f"pruned             {pruned['ffn_sparsity']:.1%} of FFN {_counted(facts)}, "
+        f"pruned             {f'{blocks_in_words(removed)}, in all ' if removed else ''}"
+        f"{pruned['ffn_sparsity']:.1%} of FFN {_counted(facts)}, "
         f"{_groups_that_went(pruned)}"
         f"{pruned['model_sparsity']:.1%} of parameters, from {pruned['base_model']['name']}"
     )
     criterion, calibration = pruned["criterion"], pruned["calibration"]
+    if "removal" in criterion:
+        print(f"blocks removed by  {criterion['removal']}")
     print(
         f"criterion          blocks by {criterion['block_metric']}, "
         f"channels by {criterion['channel_metric']}, multiples of {criterion['multiple']}"
@@ -96,11 +101,11 @@ def _print_widths(facts: dict[str, Any]) -> None:
     for (path, ffns), units in kinds.items():
         experts = f" ({ffns} experts)" if ffns > 1 else ""
         widths = _range([unit["width"] for unit in units])
-        blocks = _blocks([unit["block"] for unit in units])
+        blocks = blocks_in_words([unit["block"] for unit in units])
         lines.append(f"{path or 'FFN'}{experts} in {blocks}: {widths}")
     without = set(range(facts["blocks"])) - {unit["block"] for unit in facts["units"]}
     if without:
-        lines.append(f"no FFN in {_blocks(sorted(without))}")
+        lines.append(f"no FFN in {blocks_in_words(sorted(without))}")
     for name, line in zip_longest(("intermediate size",), lines, fillvalue=""):
         print(f"{name:<18} {line}")
 
@@ -110,15 +115,3 @@ def _range(widths: Sequence[int]) -> str:
     if len(set(widths)) == 1:
         return str(widths[0])
     return f"{min(widths)} to {max(widths)}: {list(widths)}"
-
-
-def _blocks(indices: Sequence[int]) -> str:
-    """Return ascending indices of blocks in words: `block 0`, `blocks 1 to 4, 6`."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][-1] == index - 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    named = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-    return f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(named)}"

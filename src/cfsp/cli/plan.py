@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfsp.architecture.block_names import blocks_in_words
 from cfsp.cli import arguments
 from cfsp.cli import goal as goals
 from cfsp.cli.output import print_json, print_table
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         print_json(
             {
                 "out": str(args.out),
+                **({"removed_blocks": plan.removed_blocks} if plan.removed_blocks else {}),
                 "ffn_sparsity": round(plan.ffn_sparsity, 6),
                 "intermediate_sizes": plan.widths_of("ffn")[1],
                 **({} if plan.has_ffns_only else {"kv_groups": plan.widths_of("kv")[1]}),
@@ -80,7 +82,7 @@ def print_plan(plan: PruningPlan) -> None:
             f"{unit.distance:.4f}",
             f"{unit.importance:.3f}",
             str(unit.width),
-            str(unit.kept_width),
+            str(unit.kept_width) if unit.kept else "removed",
             f"{unit.kept_width / unit.width:.0%}",
             "#" * round(20 * unit.kept_width / unit.width),
         )
@@ -90,6 +92,8 @@ def print_plan(plan: PruningPlan) -> None:
     print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
     what = "channels" if plan.counts_channels else "parameters"
     groups = "" if plan.has_ffns_only else f" and {plan.kv_sparsity:.1%} of the KV groups"
+    if plan.removed_blocks:
+        print(f"\n{blocks_in_words(plan.removed_blocks)}: removed", end="")
     print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
     if multiple := plan.criterion.get("multiple"):
         print(multiple_in_words(multiple))

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from cfsp.architecture.block_names import blocks_in_words
 from cfsp.cli import arguments, recover
 from cfsp.cli import goal as goals
 from cfsp.cli.options import Parser, add_advanced, add_options, given, settings_from
@@ -146,6 +147,7 @@ def _check_can_be_estimated(args: argparse.Namespace) -> None:
         "--dry-run": args.dry_run,
         "--repair local": _repair(args) == "local",
         "--recover": args.recover is not None,
+        "--parts blocks": "blocks" in (args.parts or ()),
         "--plan": args.plan,
         "--statistics": args.statistics,
         **{f"--{option.replace('_', '-')}": getattr(args, option) for option in _GOALS},
@@ -334,6 +336,7 @@ def _recover(
 
 _REPAIRS_IN_WORDS = {
     "ridge": "least squares: error of the FFN output",
+    "gaps": "least squares beside removed blocks: error of hidden states",
     "sequential": "least squares on the pruned stream: error of hidden states",
     "local": "training of a few blocks at a time: error of hidden states",
 }
@@ -371,6 +374,17 @@ def print_report(report: PruneReport) -> None:
     if report.kv_groups:
         groups, left = sum(report.kv_groups["before"]), sum(report.kv_groups["after"])
         rows.append(("KV groups", f"{groups:,}", f"{left:,}", f"{left / groups - 1:+.1%}"))
+    if removed := report.plan.removed_blocks:
+        share = len(removed) / report.blocks_before
+        rows.insert(
+            1,
+            (
+                "blocks",
+                f"{report.blocks_before}",
+                f"{report.blocks_before - len(removed)}",
+                f"-{share:.1%}",
+            ),
+        )
     for text, value in report.perplexity.items():
         change = f"{value['after'] / value['before'] - 1:+.1%}"
         rows.append(
@@ -378,6 +392,8 @@ def print_report(report: PruneReport) -> None:
         )
     print_table(("", "before", "after", "change"), rows)
     print()
+    if removed:
+        print(f"removed: {blocks_in_words(removed)}")
     if report.dequantised:
         print(
             f"dequantised from {report.dequantised['from']} to {report.dequantised['to']}: larger "

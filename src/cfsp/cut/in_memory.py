@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.config_widths import PRUNED_KEY, config_with_widths
+from cfsp.checkpoint.config_widths import PRUNED_KEY
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.cut.surgery import PrunedSource
 
@@ -38,11 +38,11 @@ def build_pruned_model(
         repaired: tensors that repair changed, by name, already in pruned shape.
         facts: how it was pruned, as JSON types; None to say nothing of it.
     """
-    config = config_with_widths(source.config, source.architecture, plan.kept_widths)
+    smaller = PrunedSource(source, plan, repaired)
+    config = smaller.config
     if facts is not None:
         setattr(config, PRUNED_KEY, facts)
     pruned = build_skeleton(config, model.dtype)
-    smaller = PrunedSource(source, plan, repaired)
     tensors = {
         name: smaller.stored.assemble(name, smaller.read)
         for name in pruned.state_dict()

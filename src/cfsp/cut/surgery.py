@@ -1,20 +1,23 @@
 """Surgery: obeys a plan, tensor by tensor.
 
-FFN tensors lose rows or columns, and the biases of removed channels; everything else is copied
-byte for byte. Tensors stream from the source to the new shards: one is in memory at a time.
+FFN tensors lose rows or columns, and the biases of removed channels. Tensors of removed blocks are
+left out, and those of later blocks get other names. Everything else is copied byte for byte.
+Tensors stream from the source to the new shards: one is in memory at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
-from cfsp.checkpoint.config_widths import config_with_widths
+from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
+from cfsp.checkpoint.stored_blocks import names_without_blocks
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
     TensorFile,
@@ -40,9 +43,15 @@ def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
 
 
 def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpec]:
-    """Return dtype and shape of every tensor of the pruned model, in the source's order."""
+    """Return dtype and shape of every tensor of the pruned model, by its name in the source.
+
+    They are in the source's order.
+    """
     specs = {}
+    staying = names_without_blocks(source, plan.removed_blocks)
     for name, spec in source.specs.items():
+        if name not in staying:
+            continue
         layout = source.layout_of(name)
         if layout is not None:
             spec = layout.resized(spec, plan.units[layout.unit].kept_width)
@@ -53,6 +62,8 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
 class PrunedSource(WeightSource):
     """A model as surgery would leave it, seen as a weight source; nothing is written.
 
+    Blocks are those that stay, numbered through; stored tensors have the names of the source.
+
     Args:
         source: the model.
         plan: which channels stay.
@@ -62,11 +73,16 @@ class PrunedSource(WeightSource):
     def __init__(
         self, source: WeightSource, plan: PruningPlan, repaired: Mapping[str, TensorFile]
     ) -> None:
-        self.config = config_with_widths(source.config, source.architecture, plan.kept_widths)
-        self.architecture = source.architecture.with_widths(plan.kept_widths)
+        removed = plan.removed_blocks
+        architecture = source.architecture.without_blocks(removed)
+        self.config = pruned_config(source.config, source.architecture, removed, plan.kept_widths)
+        self.architecture = architecture.with_widths(plan.kept_widths)
         self.label = source.label
         self._source, self._plan, self._repaired = source, plan, repaired
-        self.stored = source.stored.of_widths(self.architecture, self.specs)
+        stored = source.stored
+        if removed:
+            stored = stored.without_blocks(source.architecture, removed, self.config, self.specs)
+        self.stored = stored.of_widths(self.architecture, self.specs)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -108,8 +124,11 @@ def write_pruned_weights(
         OSError: the disk is full or not writable.
         CheckpointError: the source ended or changed.
     """
-    specs = pruned_specs(source, plan)
-    outgoing = [_outgoing(source, plan, name, spec, repaired or {}) for name, spec in specs.items()]
+    specs, new_names = pruned_specs(source, plan), names_without_blocks(source, plan.removed_blocks)
+    outgoing = [
+        replace(_outgoing(source, plan, name, spec, repaired or {}), name=new_names[name])
+        for name, spec in specs.items()
+    ]
     return write_shards(directory, outgoing, max_shard_bytes)
 
 

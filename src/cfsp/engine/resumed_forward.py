@@ -8,7 +8,7 @@ Shapes: B windows, T tokens, D hidden, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,6 +53,27 @@ def resumed_at(
 
     with replaced(blocks, first, stand_in):
         yield
+
+
+@contextmanager
+def skipped(
+    blocks: nn.ModuleList, indices: Collection[int], form: CallForm = PLAIN
+) -> Iterator[None]:
+    """Let some blocks leave the hidden state as it is, as if they were not there.
+
+    Args:
+        blocks: the model's list of decoder blocks.
+        indices: which of them.
+        form: how the model takes hidden states from its blocks.
+    """
+    originals = {index: blocks[index] for index in indices}
+    try:
+        for index, original in originals.items():
+            blocks[index] = _Given(original, None, form)
+        yield
+    finally:
+        for index, original in originals.items():
+            blocks[index] = original
 
 
 class _Given(StandIn):

@@ -1,7 +1,9 @@
 """One pass that carries two streams of the same windows: through a dense model, and a pruned one.
 
 The dense stream passes a block. Where a group of blocks ends, something may be done to the pruned
-blocks, which see both streams; then the pruned stream passes them. The pass has every window
+blocks, which see both streams; then the pruned stream passes them. Blocks that were removed whole
+belong to the one before them, or else to the first that stays: what that should give is what the
+dense stream holds after them. The pass has every window
 twice: of its 2 N windows the first N are the dense stream, the others the pruned.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden.
@@ -9,7 +11,7 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -139,7 +141,8 @@ class GroupAtWork:
     """A group of pruned blocks between the streams: what enters them, what they should give.
 
     Attributes:
-        last: index of the last of the blocks.
+        last: index of the last of the blocks in the pruned model.
+        dense_last: index of the dense block that the dense stream has passed last.
         group: the blocks, with their weights.
         streams: which windows of this process are what.
         whole: which windows of all processes are what.
@@ -148,6 +151,7 @@ class GroupAtWork:
     """
 
     last: int
+    dense_last: int
     group: BlockGroup
     streams: TwoStreams
     whole: TwoStreams
@@ -293,6 +297,7 @@ def pass_two_streams(
     streams: TwoStreams,
     own: slice = slice(None),
     group_of: Callable[[int], range] = lambda block: range(block, block + 1),
+    removed: Collection[int] = (),
 ) -> list[T | None]:
     """Let both streams pass all blocks; do something to each group of pruned blocks on the way.
 
@@ -308,17 +313,26 @@ def pass_two_streams(
         name: of the pass.
         streams: which of the windows are what.
         own: those that this process has, of the team of the workplace.
-        group_of: gives the blocks that are one group, from the index of any of them.
+        group_of: gives the blocks that are one group, from the index of any of them; indices are
+            those in the pruned model.
+        removed: the dense model's blocks that the pruned one does not have.
 
     Returns:
-        What `work` returned, at the last block of each group; None at the others.
+        For every block of the dense model what `work` returned, at the last of each group; None
+        at the others.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    modules = blocks_of(build_skeleton(pruned.config, engine.dtype), source.architecture)
+    modules = blocks_of(build_skeleton(pruned.config, engine.dtype), pruned.architecture)
     own = slice(*own.indices(streams.windows))
+    kept = [block for block in range(source.architecture.block_count) if block not in removed]
+    ends = {
+        (kept[group[-1] + 1] if group[-1] + 1 < len(kept) else source.architecture.block_count)
+        - 1: group
+        for group in map(group_of, range(len(kept)))
+    }
     visits = _Visits(
         pruned,
         modules,
@@ -329,10 +343,11 @@ def pass_two_streams(
         engine.dtype,
         place.team,
         work,
-        group_of,
+        kept,
+        ends,
     )
     windows = windows.part(own)
-    return pass_blocks(
+    results = pass_blocks(
         source,
         joined([windows, windows]),
         visits.visit,
@@ -344,8 +359,12 @@ def pass_two_streams(
         place=place,
         more_batch_sizes=visits.batch_sizes,
         team=place.team,
-        may_stop_after=lambda block: block == group_of(block)[-1],
+        may_stop_after=lambda block: block in ends,
     )
+    at_last: list[T | None] = [None] * len(results)
+    for end, group in ends.items():
+        at_last[kept[group[-1]]] = results[end]
+    return at_last
 
 
 @dataclass(frozen=True)
@@ -356,7 +375,10 @@ class _Visits(Generic[T]):
         streams: of this process.
         whole: of all processes.
         first_window: number of the first of this process among those of all.
-        dense_after: the dense stream's held-out windows after each block of the group so far.
+        kept: indices in the dense model of the pruned model's blocks.
+        ends: the dense block after which each group is at work.
+        dense_after: the dense stream's held-out windows after each block of the group so far, and
+            after the removed ones behind it.
     """
 
     pruned: WeightSource
@@ -368,7 +390,8 @@ class _Visits(Generic[T]):
     dtype: torch.dtype
     team: Team
     work: Callable[[GroupAtWork], T | None]
-    group_of: Callable[[int], range]
+    kept: Sequence[int]
+    ends: Mapping[int, range]
     dense_after: list[Tensor] = field(default_factory=list)
 
     @property
@@ -385,23 +408,30 @@ class _Visits(Generic[T]):
         unload(block.module)
         held_out = [hidden.read_written(slice(i, i + 1)) for i in streams.held_out]
         if held_out:  # those of another process may be all there are
-            self.dense_after.append(torch.cat(held_out))
+            if block.index not in self.kept:
+                del self.dense_after[-1:]
+            if block.index >= self.kept[0]:
+                self.dense_after.append(torch.cat(held_out))
         block.tokens_done(streams.windows * streams.seqlen)
-        indices = self.group_of(block.index)
+        indices = self.ends.get(block.index)
         waiting = map(streams.pruned, streams.dense)
         result = None
-        if block.index != indices[-1]:
+        if indices is None:
             block.pass_through(lambda batch, hidden_BTD: hidden_BTD, waiting)
         else:
             group = BlockGroup(
                 self.pruned,
                 [self.modules[index] for index in indices],
                 indices[0],
-                {size: [block.call(index, size) for index in indices] for size in self.batch_sizes},
+                {
+                    size: [block.call(self.kept[index], size) for index in indices]
+                    for size in self.batch_sizes
+                },
                 block.device,
             )
             group.fill(self.dtype, {})
             at_work = GroupAtWork(
+                indices[-1],
                 block.index,
                 group,
                 streams,

@@ -16,6 +16,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.engine.compute import engine_of
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
+from cfsp.errors import UsageError
 from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import check_possible, resolve_speedup
@@ -77,6 +78,11 @@ def resolve_goal(
     """
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
+    if settings.budget.removes_blocks:
+        raise UsageError(
+            "a loss or a speed is aimed at with FFN channels alone; give --target-params or "
+            "--sparsity with --parts blocks, or leave --parts out"
+        )
     if isinstance(goal, TargetSpeedup):
         check_possible(goal, source, settings)
     engine = engine_of(settings.compute, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,13 +17,24 @@ from cfsp.checkpoint.reading import (
     fingerprint,
     parameter_count,
 )
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
+from cfsp.planning.block_removal import blocks_to_remove
 from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.progress import item_progress
-from cfsp.settings import AUTO_METRIC, DEFAULT_PARTS, SENSITIVITY, UNIFORM, Budget, Criterion
+from cfsp.settings import (
+    AUTO_METRIC,
+    DEFAULT_PARTS,
+    DIVERGENCE,
+    RUNS,
+    SENSITIVITY,
+    UNIFORM,
+    Budget,
+    Criterion,
+)
 
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
 LEAST_TOKENS = 32
@@ -36,8 +47,14 @@ _MOST_NAMED = 8
 log = logging.getLogger(__name__)
 
 
-def model_size(source: WeightSource) -> ModelSize:
-    """Return the numbers of a model that budgets are about."""
+def model_size(source: WeightSource, removed: Collection[int] = ()) -> ModelSize:
+    """Return the numbers of a model that budgets of channels are about.
+
+    Args:
+        source: the model.
+        removed: blocks that go whole, and do not count.
+    """
+    parameters_L = parameters_of_blocks(source) if removed else []
     return ModelSize(
         units=tuple(
             UnitSize(
@@ -48,13 +65,16 @@ def model_size(source: WeightSource) -> ModelSize:
                 part=unit.part,
             )
             for unit, each in zip(source.units, ffn_parameters_per_channel(source), strict=True)
+            if unit.block not in removed
         ),
-        parameters=parameter_count(source),
+        parameters=parameter_count(source) - sum(parameters_L[block] for block in removed),
     )
 
 
 def definite_criterion(criterion: Criterion, statistics: Statistics, budget: Budget) -> Criterion:
-    """Return a criterion that names its block metric: of `auto` what the statistics allow."""
+    """Return a criterion that names its metrics: of `auto` what the statistics allow."""
+    if criterion.removal == AUTO_METRIC:
+        criterion = replace(criterion, removal=DIVERGENCE if statistics.removals else RUNS)
     if budget.widths == "equal":
         return replace(criterion, block_metric=UNIFORM)
     if criterion.block_metric != AUTO_METRIC:
@@ -68,8 +88,8 @@ class UnitWidths:
 
     Attributes:
         distance_U: coarse distance of every unit's block.
-        importance_U: normalised importance, in (0, 1).
-        kept_U: channels that stay in each FFN.
+        importance_U: normalised importance, in (0, 1); 0 in a block that goes whole.
+        kept_U: channels that stay in each FFN; 0 in a block that goes whole.
     """
 
     distance_U: list[float]
@@ -78,9 +98,20 @@ class UnitWidths:
 
 
 def plan_widths(
-    source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
+    source: WeightSource,
+    statistics: Statistics,
+    budget: Budget,
+    criterion: Criterion,
+    removed: Collection[int] = (),
 ) -> UnitWidths:
     """Decide how many channels every unit keeps.
+
+    Args:
+        source: the model.
+        statistics: of all its blocks.
+        budget: how much to remove.
+        criterion: what counts as important.
+        removed: blocks that go whole; the others are planned as if they were the model.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -88,10 +119,38 @@ def plan_widths(
         UsageError: a metric is unknown.
     """
     criterion = definite_criterion(criterion, statistics, budget)
-    size = model_size(source)
-    distance_U, importance_U = importance_of_units(statistics, criterion.block_metric, size)
-    kept_U = allocate(importance_U, budget, size, criterion.chosen_clamp)
-    return UnitWidths(distance_U, importance_U, kept_U)
+    size = model_size(source, removed)
+    staying = statistics.without_blocks(removed) if removed else statistics
+    distance_U, importance_U = importance_of_units(staying, criterion.block_metric, size)
+    kept_U = size.width_U
+    if budget.removes_channels:
+        budget = budget_of_channels(source, budget, size)
+        kept_U = allocate(importance_U, budget, size, criterion.chosen_clamp)
+    if not removed:
+        return UnitWidths(distance_U, importance_U, kept_U)
+    angular_L = statistics.distances("angular")
+    planned = zip(distance_U, importance_U, kept_U, strict=True)
+    rows = [
+        (angular_L[unit.block], 0.0, 0) if unit.block in removed else next(planned)
+        for unit in source.units
+    ]
+    return UnitWidths(*(list(column) for column in zip(*rows, strict=True)))
+
+
+def budget_of_channels(source: WeightSource, budget: Budget, size: ModelSize) -> Budget:
+    """Return what a budget removes of the FFN channels of a model without some blocks.
+
+    Of a share of all parameters, what the blocks had is gone already.
+
+    Args:
+        source: the model with all blocks.
+        budget: how much to remove.
+        size: of the model without those that go.
+    """
+    if budget.of == "ffn" or not budget.removes_blocks:
+        return budget
+    stay = (1 - budget.sparsity) * parameter_count(source)
+    return replace(budget, sparsity=max(0.0, 1 - stay / size.parameters))
 
 
 def choose_channels(
@@ -116,8 +175,12 @@ def choose_channels(
     Raises:
         UsageError: the channel metric is unknown.
     """
+    if width == statistics.width:
+        return tuple(range(statistics.ffns * width))
     kept: list[int] = []
     channels = source.units[unit].width
+    if not width:
+        return ()
     for ffn, score_F in enumerate(ffn_scores(source, unit, statistics, criterion)):
         kept += [ffn * channels + i for i in strongest_channels(score_F, width)]
     return tuple(kept)
@@ -173,7 +236,7 @@ def make_plan(
     criterion: Criterion,
     on_unit: Callable[[], object] = lambda: None,
 ) -> PruningPlan:
-    """Decide which channels stay.
+    """Decide which blocks and channels stay.
 
     Args:
         source: the model; its FFN weights are read one unit at a time.
@@ -188,12 +251,14 @@ def make_plan(
         UsageError: a metric is unknown.
     """
     check_statistics_fit(source, statistics)
-    widths = plan_widths(source, statistics, budget, criterion)
+    criterion = definite_criterion(criterion, statistics, budget)
+    removed = blocks_to_remove(source, statistics, budget, criterion.removal)
+    widths = plan_widths(source, statistics, budget, criterion, removed)
     kept = []
     for unit, width in enumerate(widths.kept_U):
         kept.append(choose_channels(source, unit, statistics.units[unit], width, criterion))
         on_unit()
-    return assemble_plan(source, statistics, budget, criterion, widths, kept)
+    return assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
 
 
 def assemble_plan(
@@ -203,8 +268,9 @@ def assemble_plan(
     criterion: Criterion,
     widths: UnitWidths,
     kept: Sequence[tuple[int, ...]],
+    removed: Collection[int] = (),
 ) -> PruningPlan:
-    """Return the plan that widths and channels amount to."""
+    """Return the plan that widths and channels amount to, and the blocks that go."""
     criterion = definite_criterion(criterion, statistics, budget)
     size = model_size(source)
     has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
@@ -234,17 +300,26 @@ def assemble_plan(
     return PruningPlan(
         model=ModelIdentity.of(source),
         criterion={
-            **asdict(criterion),
+            **_written(criterion, budget),
             "clamp": criterion.chosen_clamp,
             "sparsity": budget.sparsity,
-            "of": budget.of,
+            "of": "blocks" if budget.of == "ffn" and not budget.removes_channels else budget.of,
             # Of which all new FFN widths are multiples.
             "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
             **({} if budget.parts == DEFAULT_PARTS else {"parts": list(budget.parts)}),
         },
         calibration=asdict(statistics.record),
         units=tuple(units),
+        removed_blocks=tuple(sorted(removed)),
     )
+
+
+def _written(criterion: Criterion, budget: Budget) -> dict[str, Any]:
+    """Return what a plan says of a criterion; of the removal of blocks only where some may go."""
+    fields = asdict(criterion)
+    if not budget.removes_blocks:
+        del fields["removal"]
+    return fields
 
 
 def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
@@ -271,7 +346,10 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
 
 
 def plan_from_statistics(
-    source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
+    source: WeightSource,
+    statistics: Statistics,
+    budget: Budget,
+    criterion: Criterion,
 ) -> PruningPlan:
     """Make a plan from statistics, showing progress; see `make_plan`."""
     with item_progress("plan", len(source.units), "FFN") as bar:

@@ -19,7 +19,7 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from cfsp.errors import PlanError
 from cfsp.settings import UNIT_PARTS, Part
 
 PLAN_VERSION = 1
-# Of a plan with other parts than FFNs.
+# Of a plan with other parts than FFNs; one without is written as version 1, the same bytes.
 VERSION_WITH_PARTS = 2
 _MAX_WIDTH = 1 << 24
 _MAX_EXPERTS = 1 << 12
@@ -113,27 +113,39 @@ class PruningPlan:
         model: the model it was made for.
         criterion: block metric, channel metric, sparsity and what it is of, multiple.
         calibration: the conditions of the calibration (see `CalibrationRecord`).
-        units: one entry for each FFN unit, in the order of blocks.
+        units: one entry for each FFN unit of the model, in the order of blocks; those of removed
+            blocks keep no channel.
+        removed_blocks: indices of the blocks that go whole, ascending.
     """
 
     model: ModelIdentity
     criterion: dict[str, Any]
     calibration: dict[str, Any]
     units: tuple[UnitPlan, ...]
+    removed_blocks: tuple[int, ...] = ()
 
     @property
     def kept_widths(self) -> list[int]:
-        """Number of channels that every unit (each of its experts) keeps."""
-        return [unit.kept_width for unit in self.units]
+        """Number of channels of every unit (each of its experts) of the pruned model."""
+        return [unit.kept_width for unit in self.kept_units]
+
+    @property
+    def kept_units(self) -> list[UnitPlan]:
+        """The units of the blocks that stay."""
+        return [unit for unit in self.units if unit.block not in self.removed_blocks]
+
+    def index_of_block(self, block: int) -> int:
+        """Return the index in the pruned model of a block that stays."""
+        return block - sum(removed < block for removed in self.removed_blocks)
 
     def only(self, part: Part) -> PruningPlan:
         """Return the plan of one part's units."""
         return replace(self, units=self.of_part(part))
 
     def widths_of(self, part: Part) -> tuple[list[int], list[int]]:
-        """Return how many channels the units of a part have before, and keep."""
-        units = self.of_part(part)
-        return [unit.width for unit in units], [unit.kept_width for unit in units]
+        """Return how many channels the units of a part have before, and in the pruned model."""
+        before = [unit.width for unit in self.of_part(part)]
+        return before, [unit.kept_width for unit in self.kept_units if unit.part == part]
 
     @property
     def kept_channels(self) -> list[tuple[int, ...]]:
@@ -171,6 +183,11 @@ class PruningPlan:
         return all(unit.part == "ffn" for unit in self.units)
 
     @property
+    def has_parts(self) -> bool:
+        """Whether anything goes that version 1 cannot say."""
+        return bool(self.removed_blocks) or not self.has_ffns_only
+
+    @property
     def unit_parts(self) -> tuple[Part, ...]:
         """The parts that the plan's units are of."""
         return tuple(part for part in UNIT_PARTS if self.of_part(part))
@@ -204,6 +221,12 @@ class PruningPlan:
                 f"{self.model.fingerprint}), not for {source.label} ({found.model_type}, "
                 f"{found.fingerprint}); make a plan for this model"
             )
+        blocks = source.architecture.block_count
+        if self.removed_blocks and not max(self.removed_blocks) < blocks > len(self.removed_blocks):
+            raise PlanError(
+                f"the plan removes block {max(self.removed_blocks)} and others, and {source.label} "
+                f"has {blocks}; make a new plan"
+            )
         if [(unit.block, unit.part, unit.width) for unit in self.units] != [
             (unit.block, unit.part, unit.width) for unit in source.units
         ]:
@@ -222,10 +245,11 @@ class PruningPlan:
         return (
             json.dumps(
                 {
-                    "plan_version": PLAN_VERSION if self.has_ffns_only else VERSION_WITH_PARTS,
+                    "plan_version": VERSION_WITH_PARTS if self.has_parts else PLAN_VERSION,
                     "model": vars(self.model),
                     "criterion": self.criterion,
                     "calibration": self.calibration,
+                    **({"removed_blocks": self.removed_blocks} if self.removed_blocks else {}),
                     "blocks": [
                         {
                             **({} if self.has_one_unit_each else _place(unit)),
@@ -268,7 +292,8 @@ class PruningPlan:
         try:
             if not fields["blocks"]:
                 raise ValueError("it describes no block")
-            units = tuple(_unit(entry, i) for i, entry in enumerate(fields["blocks"]))
+            removed = _checked_blocks(fields.get("removed_blocks", []))
+            units = tuple(_unit(entry, i, removed) for i, entry in enumerate(fields["blocks"]))
             if [unit.block for unit in units] != sorted(unit.block for unit in units):
                 raise ValueError("its blocks are not in order")
             return cls(
@@ -276,6 +301,7 @@ class PruningPlan:
                 criterion=_checked_criterion(dict(fields["criterion"])),
                 calibration=_checked_calibration(dict(fields["calibration"])),
                 units=units,
+                removed_blocks=removed,
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"{where} is damaged: {error}; make a new plan") from error
@@ -368,7 +394,16 @@ def _check_words(fields: dict[str, Any], *keys: str) -> None:
             raise ValueError(f"it has {fields[key]!r} for {key}")
 
 
-def _unit(entry: dict[str, Any], index: int) -> UnitPlan:
+def _checked_blocks(blocks: list[Any]) -> tuple[int, ...]:
+    """Return the indices of removed blocks, ascending and each once."""
+    if not all(type(block) is int and 0 <= block <= _MAX_BLOCKS for block in blocks):
+        raise ValueError(f"it removes the impossible blocks {str(blocks)[:60]}")
+    if blocks != sorted(set(blocks)):
+        raise ValueError("its removed blocks are not in order")
+    return tuple(blocks)
+
+
+def _unit(entry: dict[str, Any], index: int, removed: Collection[int] = ()) -> UnitPlan:
     width, ffns = entry["width"], entry.get("experts", 1)
     if not isinstance(width, int) or not 0 < width <= _MAX_WIDTH:
         raise ValueError(f"a block has the impossible width {width}")
@@ -382,8 +417,9 @@ def _unit(entry: dict[str, Any], index: int) -> UnitPlan:
     mask = np.unpackbits(packed, bitorder="little")
     if len(mask) < total or len(mask) - total >= 8 or mask[total:].any():
         raise ValueError(f"kept channels do not fit a width of {width}")
+    is_removed = entry.get("block", index) in removed
     for kept in set(mask[:total].reshape(ffns, width).sum(axis=1, dtype=int).tolist()):
-        if not kept or kept != entry["kept_width"]:
+        if (not kept) != is_removed or kept != entry["kept_width"]:
             raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
     distance, importance = float(entry["distance"]), float(entry["importance"])
     if not math.isfinite(distance) or not math.isfinite(importance):

@@ -42,12 +42,13 @@ def _importances(source: Checkpoint) -> list[float]:
     # Attentions of a stock model are not opened, those of others are.
     plan = PruningPlan.load(path).only("ffn")
     expected = [unit.block for unit in source.architecture.of_part("ffn").units]
-    if [unit.block for unit in plan.units] != expected:
+    planned = [plan.index_of_block(unit.block) for unit in plan.kept_units]
+    if planned != expected:
         raise PlanError(
-            f"{path} describes {len(plan.units)} FFNs, the model has {len(expected)} in {blocks} "
+            f"{path} describes {len(planned)} FFNs, the model has {len(expected)} in {blocks} "
             "blocks; recover it with --rank-allocation uniform"
         )
-    importance_of = {unit.block: unit.importance for unit in plan.units}
+    importance_of = {plan.index_of_block(unit.block): unit.importance for unit in plan.kept_units}
     # Of blocks without an FFN nothing was removed, and no importance is known.
     mean = fmean(importance_of.values())
     return [importance_of.get(block, mean) for block in range(blocks)]

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough
 from cfsp.checkpoint.skeleton import check_complete
+from cfsp.engine.block_proof import check_blocks_can_go
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
+from cfsp.planning.block_budget import BlockBudget
+from cfsp.planning.block_removal import blocks_to_remove
 from cfsp.planning.make import (
     assemble_plan,
     choose_channels,
+    definite_criterion,
     model_size,
     plan_from_statistics,
     plan_widths,
@@ -32,9 +37,10 @@ from cfsp.repair import ridge_pass
 from cfsp.repair.local import repair_locally
 from cfsp.repair.repaired import Repaired, add_step
 from cfsp.repair.ridge_pass import ChosenBlock, choose_and_repair
-from cfsp.repair.sequential import repair_sequentially, streams_of
+from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
+from cfsp.whole_model.block_choice import follow_runs, with_needed_removals
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
     from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.settings import PruneSettings
+    from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
 
 # Angular distance settles with little text; study 7 (docs/STUDIES.md) shows how little.
@@ -63,7 +69,7 @@ def plan_and_repair(
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
 ) -> Repaired:
-    """Decide which channels stay, and repair what is left as far as the settings ask for.
+    """Decide which blocks and channels stay, and repair what is left as the settings ask for.
 
     Args:
         source: the model.
@@ -82,9 +88,10 @@ def plan_and_repair(
     check_complete(source)
     if plan is not None:
         plan.check_fits(source)
+        if plan.removed_blocks:
+            check_blocks_can_go(source, plan.removed_blocks)
     elif statistics is None:
-        # An impossible budget should be refused before it has cost a forward pass.
-        channels_to_keep(settings.budget, model_size(source))
+        _check_budget(source, settings.budget)
     else:
         with watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
@@ -110,6 +117,9 @@ def plan_and_repair(
             repaired = _choose_and_repair(source, windows, settings, engine, place)
         else:
             repaired = _obey_and_repair(source, plan, statistics, windows, engine, place)
+    if repaired.plan.removed_blocks and "sequential" not in steps:
+        with watch.stage("gaps"):
+            repaired = repair_gaps(source, repaired, windows, engine, place)
     if "sequential" in steps:
         with watch.stage("sequential"):
             repaired = repair_sequentially(source, repaired, windows, engine, place)
@@ -119,6 +129,18 @@ def plan_and_repair(
                 source, repaired, windows, engine, place, settings.local, settings.text.seed
             )
     return repaired
+
+
+def _check_budget(source: WeightSource, budget: Budget) -> None:
+    """Check a budget before it has cost a forward pass.
+
+    Raises:
+        BudgetError: it is impossible whatever goes.
+    """
+    if budget.removes_blocks:
+        BlockBudget.of(source, budget)
+    else:
+        channels_to_keep(budget, model_size(source))
 
 
 def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
@@ -132,6 +154,8 @@ def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
         check_is_text(windows, f"the block metric {settings.criterion.block_metric}")
     if settings.repair in ("sequential", "local"):
         check_is_text(windows, f"--repair {settings.repair}")
+    if settings.budget.removes_blocks:
+        check_is_text(windows, "--parts blocks")
     return windows
 
 
@@ -167,15 +191,39 @@ def _calibrate_and_plan(
     place: Workplace,
     watch: Stopwatch,
 ) -> Repaired:
+    budget, criterion = settings.budget, settings.criterion
     with watch.stage("calibrate"):
-        seed = settings.text.seed
-        statistics = calibrate_together(source, windows, engine, seed=seed, place=place)
-        statistics = with_needed_sensitivity(
-            source, statistics, windows, settings.criterion, engine, place
-        )
+        # Where no channels are chosen, nothing needs the whole text.
+        seen = windows if budget.removes_channels else few_windows(windows, COARSE_WINDOWS)
+        statistics = _calibrated(source, seen, settings, engine, place, "calibrate")
+        statistics = with_needed_removals(source, statistics, windows, [settings], engine, place)
+        if budget.removes_channels:
+            statistics = with_needed_sensitivity(
+                source, statistics, windows, criterion, engine, place
+            )
     with watch.stage("plan"):
-        plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+        plan = plan_from_statistics(source, statistics, budget, criterion)
     return Repaired(plan, statistics)
+
+
+def _calibrated(
+    source: WeightSource,
+    windows: Windows,
+    settings: PruneSettings,
+    engine: Engine,
+    place: Workplace,
+    name: str,
+) -> Statistics:
+    """Return the statistics of some windows; with runs of blocks if blocks go by these."""
+    return calibrate_together(
+        source,
+        windows,
+        engine,
+        seed=settings.text.seed,
+        place=place,
+        name=name,
+        runs=follow_runs(source, [settings], engine),
+    )
 
 
 def _choose_and_repair(
@@ -188,9 +236,14 @@ def _choose_and_repair(
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
-    coarse = calibrate_together(source, few, engine, seed=seed, place=place, name="coarse pass")
+    coarse = _calibrated(source, few, settings, engine, place, "coarse pass")
+    coarse = with_needed_removals(source, coarse, windows, [settings], engine, place)
+    if not budget.removes_channels:
+        return Repaired(plan_from_statistics(source, coarse, budget, criterion), coarse)
+    removal = definite_criterion(criterion, coarse, budget).removal
+    removed = blocks_to_remove(source, coarse, budget, removal)
     coarse = with_needed_sensitivity(source, coarse, windows, criterion, engine, place)
-    widths = plan_widths(source, coarse, budget, criterion)
+    widths = plan_widths(source, coarse, budget, criterion, removed)
     chosen = choose_and_repair(
         source,
         windows,
@@ -200,11 +253,16 @@ def _choose_and_repair(
         engine,
         place,
         seed=seed,
+        removed=removed,
     )
     record = calibration_record(source, windows, engine, seed=seed)
-    statistics = Statistics.of([each.observed for each in chosen], record, coarse.sensitivity)
+    statistics = replace(
+        Statistics.of([each.observed for each in chosen], record, coarse.sensitivity),
+        removals=coarse.removals,
+        runs=coarse.runs,
+    )
     kept = [kept_K for block in chosen for kept_K in block.kept]
-    plan = assemble_plan(source, statistics, budget, criterion, widths, kept)
+    plan = assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
     warn_of_few_tokens(plan)
     return _with_ridge(Repaired(plan, statistics), chosen)
 
@@ -217,18 +275,27 @@ def _obey_and_repair(
     engine: Engine,
     place: Workplace,
 ) -> Repaired:
+    if plan.removed_blocks and all(unit.kept_width == unit.width for unit in plan.kept_units):
+        return Repaired(plan, statistics)
     log.warning(
         "repairing by a plan that was made before: this requires a forward pass of its own "
         "(--repair none does without)"
     )
     kept = plan.kept_channels
-    chosen = choose_and_repair(source, windows, lambda unit, _: kept[unit], engine, place)
+    chosen = choose_and_repair(
+        source,
+        windows,
+        lambda unit, _: kept[unit],
+        engine,
+        place,
+        removed=plan.removed_blocks,
+    )
     return _with_ridge(Repaired(plan, statistics), chosen)
 
 
 def _with_ridge(repaired: Repaired, chosen: Sequence[ChosenBlock]) -> Repaired:
     if any(len(block.repaired) > 1 for block in chosen):
-        units = [unit for block in chosen for unit in block.repaired]
+        units = [unit for block in chosen for unit in block.repaired or (None,) * len(block.kept)]
         return add_step(repaired, ridge_pass.NAME, units)
     blocks = [block.repaired[0] if block.repaired else None for block in chosen]
     return add_step(repaired, ridge_pass.NAME, blocks)

@@ -79,8 +79,8 @@ def repair_locally(
         ResumeError: the workplace holds unfinished work of something else.
         UnsupportedModelError: trained weights cannot be stored in the checkpoint's own form.
     """
-    blocks = source.architecture.block_count
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
+    blocks = pruned.architecture.block_count
     streams, directory = TwoStreams.of(windows, training.tokens), place.first_directory_of(NAME)
     work = _LocalRepair(source, pruned, blocks, training, engine.dtype, seed, directory)
     results = pass_two_streams(
@@ -95,6 +95,7 @@ def repair_locally(
         streams=streams,
         own=part_of(windows, place.team, streams.batch),
         group_of=partial(group_of, training, blocks=blocks),
+        removed=repaired.plan.removed_blocks,
     )
     done = add_step(repaired, NAME, results)
     if rejected := rejected_blocks(done.steps[-1].to_json()):
@@ -124,7 +125,7 @@ class _LocalRepair:
             None if none of them has an FFN.
         """
         blocks = range(work.last + 1 - len(work.group.modules), work.last + 1)
-        if not any(unit.block in blocks for unit in self.source.units):
+        if not any(unit.block in blocks for unit in self.pruned.units):
             return None
         at_head = work.last + 1 == self.blocks
         loss_of: Loss = _hidden_loss
@@ -132,7 +133,7 @@ class _LocalRepair:
             loss_of = HeadLoss(self.source, work.device, self.dtype, self.training.text)
         work.gather_held_out()
         before, error_L = work.team.from_first(lambda: (work.judge(loss_of), work.errors()))
-        before.check_finite(work.last)
+        before.check_finite(work.dense_last)
         rates = [highest_rate(self.training, error, at_head=at_head) for error in error_L]
         parts = schedule(self.training, at_head=at_head)
         trained = self._train(work, loss_of, rates, parts)
@@ -146,7 +147,7 @@ class _LocalRepair:
                 after = work.accept(before, trained, loss_of)
             file = None
             if trained is not None and after is not None:
-                file = write_tensors(self.directory, work.last, trained)
+                file = write_tensors(self.directory, work.dense_last, trained)
             repair = block_repair(len(rates), before, after, training_steps=len(parts))
             return RepairedBlock(repair, file)
 

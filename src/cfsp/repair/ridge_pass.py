@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from cfsp.calibration.calibrate import (
     calibration_record,
     check_seen,
     check_tokens,
+    observe_part,
     observed_block,
 )
 from cfsp.calibration.statistics import ObservedBlock, UnitStatistics
@@ -78,7 +79,7 @@ class ChosenBlock:
     Attributes:
         observed: statistics of all windows, as calibration gathers them.
         kept: channels that stay in each of its FFN units, ascending.
-        repaired: what repair did with each.
+        repaired: what repair did with each; of none in a block that goes whole.
     """
 
     observed: ObservedBlock
@@ -94,6 +95,7 @@ def choose_and_repair(
     place: Workplace,
     *,
     seed: int = 0,
+    removed: Collection[int] = (),
 ) -> list[ChosenBlock]:
     """Pass all windows through the model once; choose and repair in every block.
 
@@ -104,6 +106,7 @@ def choose_and_repair(
         engine: where and in what to compute; sums are float32, the solve is float64.
         place: where new tensors go, until they are in the new checkpoint.
         seed: that the windows were drawn by, for the record.
+        removed: blocks that go whole; their statistics are gathered, and nothing is repaired.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
@@ -117,7 +120,7 @@ def choose_and_repair(
     chosen = pass_blocks(
         source,
         windows.part(own),
-        partial(_visit, source, windows.held_out_N[own], choose, tensors, place.team),
+        partial(_visit, source, windows.held_out_N[own], choose, tensors, place.team, removed),
         _ChosenFiles(StatisticsFiles(record), tensors),
         name=NAME,
         device=engine.device,
@@ -144,7 +147,11 @@ class _ChosenFiles:
 
     def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
         self.statistics.save(result.observed, directory, block)
-        units = _facts_of(result.kept, result.repaired)
+        units: list[dict[str, Any]] = [
+            {"kept": []} for _ in result.kept
+        ]  # of a block that goes whole
+        if result.repaired:
+            units = _facts_of(result.kept, result.repaired)
         write_atomically(_chosen_path(directory, block), json.dumps(units).encode())
 
     def load(self, directory: Path, block: int) -> ChosenBlock:
@@ -170,7 +177,7 @@ def _chosen_from(
     return ChosenBlock(
         observed,
         tuple(tuple(unit["kept"]) for unit in facts),
-        tuple(repaired_from(unit, directory, block) for unit in facts),
+        tuple(repaired_from(unit, directory, block) for unit in facts if "repair" in unit),
     )
 
 
@@ -184,9 +191,12 @@ def _visit(
     choose: ChooseChannels,
     directory: Path,
     team: Team,
+    removed: Collection[int],
     block: StreamedBlock,
 ) -> ChosenBlock:
     """Let the windows pass one block; the first process then chooses and repairs for all."""
+    if block.index in removed:
+        return _pass_removed(block, team)
     distances, sublayers = DistanceSums(), [DistanceSums() for _ in block.units]
     observations = [Observation(is_held_out_N, unit.ffns) for unit in block.units]
     block.advance(
@@ -203,6 +213,13 @@ def _visit(
         lambda: _repair_block(source, observed, observations, choose, directory, block.index)
     )
     return _chosen_from(facts, observed, directory, block.index)
+
+
+def _pass_removed(block: StreamedBlock, team: Team) -> ChosenBlock:
+    """Let the windows pass a block that goes whole."""
+    observed = add_up_block(observe_part(block), team, block.device)
+    check_seen(block.units, observed.units)
+    return ChosenBlock(observed, ((),) * len(block.units), ())
 
 
 def _repair_block(

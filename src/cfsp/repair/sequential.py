@@ -9,6 +9,9 @@ over what it can of the difference d between the hidden states that leave the bl
 
 Where attentions have lost KV groups, the FFN's matrix takes over what it can of that too; a block
 without an FFN is fitted by the output matrix of its attention.
+A block before blocks that were removed whole takes over what they did in the same way: d is then
+the difference to what the dense stream holds after them. Where the first blocks go, that is the
+first one that stays.
 
 No gradients. In memory are both streams, one dense block (and the next, which is read meanwhile),
 one pruned block, and a Gram matrix of its channels.
@@ -19,7 +22,9 @@ pruned block, C columns (a slice of D).
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,8 +60,12 @@ if TYPE_CHECKING:
     from cfsp.text.windows import Windows
 
 NAME = "sequential"
+# The same for blocks at removed ones alone.
+GAPS = "gaps"
 
 _TOKENS_IN_BATCH = 4096
+
+log = logging.getLogger(__name__)
 
 
 def repair_sequentially(
@@ -75,21 +84,69 @@ def repair_sequentially(
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
+    staying = source.architecture.block_count - len(repaired.plan.removed_blocks)
+    return _repair_blocks(source, repaired, windows, engine, place, NAME, range(staying))
+
+
+def repair_gaps(
+    source: WeightSource, repaired: Repaired, windows: Windows, engine: Engine, place: Workplace
+) -> Repaired:
+    """Fit the down projections of the blocks at removed ones; the others stay as they are.
+
+    Arguments and errors are those of `repair_sequentially`. A block that has no dense FFN, or
+    several, stays as it is too.
+    """
+    blocks = blocks_at_gaps(source.architecture.block_count, repaired.plan.removed_blocks)
+    done = _repair_blocks(source, repaired, windows, engine, place, GAPS, blocks)
+    if len(blocks) > sum(block is not None for block in done.steps[-1].blocks):
+        log.warning(
+            "not every removed block could be made up for: of the blocks beside them some have no "
+            "dense FFN, or several"
+        )
+    return done
+
+
+def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
+    """Return the blocks of a pruned model that make up for removed ones.
+
+    Args:
+        count: how many blocks the dense model has.
+        removed: indices of those that go.
+    """
+    kept = [block for block in range(count) if block not in removed]
+    return [
+        index
+        for index, block in enumerate(kept)
+        if block + 1 in removed or (index == 0 and block > 0)
+    ]
+
+
+def _repair_blocks(
+    source: WeightSource,
+    repaired: Repaired,
+    windows: Windows,
+    engine: Engine,
+    place: Workplace,
+    name: str,
+    blocks: Collection[int],
+) -> Repaired:
+    """Fit the down projections of some blocks of the pruned model, as a step of that name."""
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
-    streams, directory = streams_of(windows), place.first_directory_of(NAME)
-    blocks = pass_two_streams(
+    streams, directory = streams_of(windows), place.first_directory_of(name)
+    done = pass_two_streams(
         source,
         pruned,
         windows,
-        partial(_repair, pruned, directory),
+        partial(_repair, pruned, directory, blocks),
         RepairFiles(directory),
         engine,
         place,
-        name=NAME,
+        name=name,
         streams=streams,
         own=part_of(windows, place.team, streams.batch),
+        removed=repaired.plan.removed_blocks,
     )
-    return add_step(repaired, NAME, blocks)
+    return add_step(repaired, name, done)
 
 
 def streams_of(windows: Windows) -> TwoStreams:
@@ -97,17 +154,17 @@ def streams_of(windows: Windows) -> TwoStreams:
     return TwoStreams.of(windows, _TOKENS_IN_BATCH)
 
 
-def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> RepairedBlock | None:
+def _repair(
+    pruned: PrunedSource, directory: Path, blocks: Collection[int], work: GroupAtWork
+) -> RepairedBlock | None:
     """Repair the down projection of a block; the first process does it for all.
 
     Returns:
-        None for a block without an FFN.
+        None for a block without a dense FFN, or with several, and for one that is to stay.
     """
-    units = units_of_block(pruned, work.last)
-    if not units:
+    unit = _last_to_write(pruned, work.last)
+    if unit is None or work.last not in blocks:
         return None
-    # The last one writes to the hidden state last.
-    unit = units[-1]
     sums, held_out = _observe(pruned, work, unit)
     down_DK = down_matrix(pruned, unit).to(work.device)
     sums.add_up_at_first(work.team, down_DK)
@@ -120,6 +177,20 @@ def _repair(pruned: PrunedSource, directory: Path, work: GroupAtWork) -> Repaire
     )
 
 
+def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
+    """Return the unit of a block whose matrix can take over what is lost before the next block.
+
+    It is the only dense FFN, or else the attention. None of a block with several dense FFNs, or
+    with experts alone.
+    """
+    units = units_of_block(pruned, block)
+    ffns = [unit for unit in units if pruned.units[unit].part == "ffn"]
+    dense = [unit for unit in ffns if not pruned.units[unit].routed]
+    if ffns:
+        return dense[0] if len(dense) == 1 else None
+    return units[-1] if units else None
+
+
 def _repair_block(
     pruned: PrunedSource,
     directory: Path,
@@ -130,7 +201,7 @@ def _repair_block(
     held_out: _HeldOutRows,
 ) -> RepairedBlock:
     """Solve for the down projection; leave the block with the better of both weights."""
-    block = work.last
+    block = work.dense_last
     before = work.judge(_loss)
     before.check_finite(block)
     best: tuple[float, Tensor] | None = None

@@ -26,7 +26,7 @@ def done_by_first(
         CfspError: the first process raised it.
     """
     facts = work.team.from_first(lambda: facts_of(repair()))
-    repaired = repaired_from(facts, directory, work.last)
+    repaired = repaired_from(facts, directory, work.dense_last)
     if not work.team.is_first:
         file = repaired.file
         tensors = {} if file is None else {name: file.read(name) for name in file.specs}

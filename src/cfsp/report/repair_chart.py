@@ -83,9 +83,12 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
 
 def _blocks_of_units(shown: Sequence[tuple[RunFacts, Step]]) -> list[int] | None:
     """Return the block of each column where columns are units; None where they are blocks."""
-    for _, step in shown:
-        if all(entry is not None and "block" in entry for entry in step["blocks"]):
-            return [entry["block"] for entry in step["blocks"]]
+    for run, step in shown:
+        if any("block" in entry for entry in _entries(step).values()):
+            if run.plan is not None:
+                return [unit.block for unit in run.plan.units]
+            if len(_entries(step)) == len(step["blocks"]):
+                return [entry["block"] for entry in step["blocks"]]
     return None
 
 

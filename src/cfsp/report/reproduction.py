@@ -69,11 +69,14 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     criterion = manifest.get("criterion")
     if criterion:
-        of = {"ffn": "FFN channels", "model": "all parameters"}.get(criterion["of"], "?")
+        of = {"ffn": "FFN channels", "blocks": "block parameters", "model": "all parameters"}.get(
+            criterion["of"], "?"
+        )
         lines += [
             ("asked for", f"{criterion['sparsity']:.1%} of {of}"),
             ("blocks by", block_metric_in_words(criterion["block_metric"])),
             ("channels by", str(criterion["channel_metric"])),
+            *([("removed blocks by", str(criterion["removal"]))] if "removal" in criterion else []),
             ("widths", f"multiples of {criterion['multiple']}"),
         ]
     if goal := manifest.get("goal"):

@@ -78,6 +78,14 @@ class RunFacts:
         return str(self.manifest.get("base_model", {}).get("fingerprint", self.base_name))
 
     @property
+    def kept_by_unit(self) -> list[int]:
+        """Channels that every FFN of the original keeps, none in removed blocks."""
+        if self.plan is not None:
+            return [unit.kept_width for unit in self.plan.units]
+        kept: list[int] = self.manifest["intermediate_sizes"]
+        return kept + [0] * (len(self.manifest["widths_before"]) - len(kept))
+
+    @property
     def repair_steps(self) -> list[Step]:
         """The steps of repair; empty without repair."""
         return repair_steps(self.manifest)
@@ -203,8 +211,10 @@ def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
     """Return whether a step of repair has an entry for every unit of a plan."""
     blocks = [unit.block for unit in plan.units]
     is_by_unit = any("block" in entry for entry in step["blocks"] if entry)
-    if is_by_unit or (plan.has_ffns_only and len(set(blocks)) < len(blocks)):
-        return [entry and entry.get("block") for entry in step["blocks"]] == blocks
+    if is_by_unit:
+        named = [entry and entry.get("block") for entry in step["blocks"]]
+        pairs = zip(named, blocks, strict=False)
+        return len(named) == len(blocks) and all(name in (None, block) for name, block in pairs)
     if plan.has_one_unit_each:
         return len(step["blocks"]) == len(blocks)
     return len(step["blocks"]) > blocks[-1]

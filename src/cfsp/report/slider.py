@@ -139,7 +139,7 @@ def slider(runs: Sequence[RunFacts]) -> Slider | None:
         quality = [
             _perplexity(value, dense[each]) for value, each in zip(found, every, strict=True)
         ]
-        widths = _by_column(run.manifest["intermediate_sizes"], plan)
+        widths = _by_column(run.kept_by_unit, plan)
         return Stop(run.name, size + quality, widths)
 
     stops = {way: [original, *map(stop, found)] for way, found in series.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from cfsp.architecture.block_names import blocks_in_words
 from cfsp.report.runs import RunFacts
 from cfsp.result.conditions import Conditions
 
@@ -76,6 +77,8 @@ def headlines(run: RunFacts) -> list[Headline]:
                 f"{count(manifest['parameters_before'])} to {count(manifest['parameters_after'])}",
             )
         )
+    if removed := manifest.get("removed_blocks"):
+        lines.append(Headline(str(len(removed)), "blocks removed", blocks_in_words(removed)))
     if "ffn_sparsity" in manifest:
         before, after = sum(manifest["widths_before"]), sum(manifest["intermediate_sizes"])
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.coarse import block_metric_in_words
@@ -13,6 +14,7 @@ from cfsp.result.card_metadata import card_metadata
 from cfsp.result.conditions import Conditions
 from cfsp.result.origin import Origin
 from cfsp.result.repair_steps import changed_weights, repair_steps, steps_in_words
+from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS
 
 _PAPER = "[CFSP, arXiv 2409.13199](https://arxiv.org/abs/2409.13199)"
 
@@ -98,7 +100,9 @@ def _what_it_is(
         act for key, act in (("criterion", "pruned"), ("recovery", "recovered")) if key in manifest
     ]
     lines = [f"# {_plain(name)}, {' and '.join(acts)}", ""]
-    if "ffn_sparsity" in manifest:
+    if plan is not None and plan.removed_blocks:
+        lines += [_without_blocks(manifest, plan, link), ""]
+    elif "ffn_sparsity" in manifest:
         what = "channels" if _counts_channels(plan) else "parameters"
         lines += [
             f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN {what}"
@@ -117,6 +121,29 @@ def _what_it_is(
             "",
         ]
     return "\n".join([*lines, *_on_which_text(manifest)])
+
+
+def _without_blocks(manifest: dict[str, Any], plan: PruningPlan, link: str) -> str:
+    """Say which blocks went, and what went of the others."""
+    kept = sum(unit.kept_width * unit.cost for unit in plan.kept_units)
+    chosen = _CHOSEN.get(plan.criterion.get("removal", ""), "which cfsp was told to remove")
+    channels = 1 - kept / sum(unit.width * unit.cost for unit in plan.kept_units)
+    others = ""
+    if channels:
+        what = "channels" if _counts_channels(plan) else "parameters"
+        others = f", and of the others without {channels:.1%} of their FFN {what} ({_PAPER})"
+    return (
+        f"This is {link} without {blocks_in_words(plan.removed_blocks)}, {chosen}"
+        f"{others}. That is {manifest['model_sparsity']:.1%} of all parameters. What is left is an "
+        "ordinary dense checkpoint."
+    )
+
+
+_CHOSEN = {
+    DIVERGENCE: "without which its predictions change least",
+    RUNS: "over which its hidden states turn least",
+    INFLUENCE: "each of which turns its hidden states least",
+}
 
 
 def _on_which_text(manifest: dict[str, Any]) -> list[str]:
@@ -305,7 +332,7 @@ def _license(origin: Origin) -> str:
 def _block_table(plan: PruningPlan) -> str:
     rows = [
         f"| {unit.name} | {unit.distance:.4f} | {unit.importance:.3f} | {unit.width} "
-        f"| {unit.kept_width} |"
+        f"| {unit.kept_width if unit.kept else 'removed'} |"
         for unit in plan.units
     ]
     head = "| block | distance | importance | channels before | after |\n|---:|---:|---:|---:|---:|"

@@ -18,6 +18,7 @@ _FROM_MANIFEST = (
     "base_model",
     "criterion",
     "calibration",
+    "removed_blocks",
     "ffn_sparsity",
     "kv_groups",
     "model_sparsity",

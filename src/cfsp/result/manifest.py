@@ -44,14 +44,16 @@ def describe_pruning(
         "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
         "files": digests,
         "widths_before": plan.widths_of("ffn")[0],
+        **({"removed_blocks": list(plan.removed_blocks)} if plan.removed_blocks else {}),
         **report,
     }
 
 
 # What a model that was pruned in memory says of it, in its config.
 _IN_CONFIG = (
-    "operation", "created", "versions", "base_model", "criterion", "calibration", "ffn_sparsity",
-    "model_sparsity", "parameters_before", "repair", "perplexity", "command", "kv_groups",
+    "operation", "created", "versions", "base_model", "criterion", "calibration", "removed_blocks",
+    "ffn_sparsity", "model_sparsity", "parameters_before", "repair", "perplexity", "command",
+    "kv_groups",
 )  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
+from cfsp.cut.surgery import pruned_specs
 from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
-from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.repaired import Repaired
 
@@ -23,9 +23,10 @@ class PruneReport:
     Attributes:
         parameters_before: parameters of the source; tied embeddings count once.
         parameters_after: parameters of the result.
+        blocks_before: blocks of the source.
         ffn_sparsity: fraction of FFN channels removed, counted by the parameters that they own.
         model_sparsity: fraction of all parameters removed.
-        intermediate_sizes: channels of every FFN unit, in the order of blocks.
+        intermediate_sizes: channels of every FFN unit of the result, in the order of blocks.
         kv_groups: KV groups of every attention `before` and `after`, in the order of blocks, and
             the `sparsity`; empty where none may go.
         calibration_tokens: tokens that the statistics were gathered over.
@@ -48,6 +49,7 @@ class PruneReport:
 
     parameters_before: int
     parameters_after: int
+    blocks_before: int
     ffn_sparsity: float
     model_sparsity: float
     intermediate_sizes: list[int]
@@ -108,10 +110,11 @@ def prune_report(
     """
     plan = repaired.plan
     before = parameter_count(source)
-    after = model_size(source).parameters_with(plan.kept_widths)
+    after = sum(spec.elements for spec in pruned_specs(source, plan).values())
     return PruneReport(
         parameters_before=before,
         parameters_after=after,
+        blocks_before=source.architecture.block_count,
         ffn_sparsity=round(plan.ffn_sparsity, 6),
         model_sparsity=round(1 - after / before, 6),
         intermediate_sizes=plan.widths_of("ffn")[1],

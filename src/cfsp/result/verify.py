@@ -117,7 +117,8 @@ def _widths(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
 def _widths_of(
     part: Part, noun: str, source: Checkpoint, plan: PruningPlan, manifest: dict[str, Any]
 ) -> str | None:
-    units, planned = plan.of_part(part), plan.widths_of(part)[1]
+    units = [unit for unit in plan.kept_units if unit.part == part]
+    planned = [unit.kept_width for unit in units]
     if not units:
         return None
     # With equally many in all blocks the model is a stock one, which was not opened with its heads.

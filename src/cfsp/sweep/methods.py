@@ -1,7 +1,7 @@
 """Methods: what makes a block and a channel important, the repair, and how widths are rounded.
 
-All remove FFN channels only, so at one budget their results have the same size. A recipe can name
-others; these have a name of their own:
+All but the last two remove FFN channels only, so at one budget their results have the same size. A
+recipe can name others; these have a name of their own:
 
     cfsp            what `cfsp prune` does: blocks by sensitivity where the model fits into memory,
                     else by angular distance, channels by relative importance, repaired
@@ -12,13 +12,24 @@ others; these have a name of their own:
                     (Sun et al., arXiv 2306.11695, as others make it structured)
     magnitude-sp    the same width everywhere, channels by the down projection's column norm
     random          the same width everywhere, channels drawn by chance: what any method must beat
+    blocks          whole blocks, together, repaired; the sparsity is the share of block parameters
+    blocks-alone    the blocks that alone turn the hidden state least, not repaired (ShortGPT, arXiv
+                    2403.03853)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cfsp.settings import DEFAULT_REPAIR, Clamp, Criterion, Repair
+from cfsp.settings import (
+    DEFAULT_PARTS,
+    DEFAULT_REPAIR,
+    INFLUENCE,
+    Clamp,
+    Criterion,
+    Part,
+    Repair,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,9 @@ class Method:
         clamp: as for prune; None for what suits the block metric.
         repair: as for prune.
         multiple: widths become multiples of this; None for what suits the model.
+        parts: as for prune.
+        remove_blocks: as for prune; None for as many as the sparsity says.
+        removal: as for prune.
     """
 
     name: str
@@ -40,6 +54,9 @@ class Method:
     clamp: Clamp | None = None
     repair: Repair = DEFAULT_REPAIR
     multiple: int | None = None
+    parts: tuple[Part, ...] = DEFAULT_PARTS
+    remove_blocks: int | None = None
+    removal: str = Criterion.removal
 
 
 METHODS = {
@@ -51,5 +68,7 @@ METHODS = {
         Method("wanda-sp", "uniform", "wanda", repair="none"),
         Method("magnitude-sp", "uniform", "magnitude", repair="none"),
         Method("random", "uniform", "random", repair="none"),
+        Method("blocks", parts=("blocks",)),
+        Method("blocks-alone", repair="none", parts=("blocks",), removal=INFLUENCE),
     )
 }

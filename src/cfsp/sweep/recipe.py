@@ -20,6 +20,7 @@ from cfsp.settings import (
     CHANNEL_METRICS,
     CLAMPS,
     DEFAULT_TEXT,
+    REMOVALS,
     REPAIRS,
     SENSITIVITY_METRICS,
     Bos,
@@ -38,6 +39,7 @@ _KNOWN: dict[str, Sequence[str | None]] = {
     "channel_metric": CHANNEL_METRICS,
     "clamp": (None, *CLAMPS),
     "repair": REPAIRS,
+    "removal": (AUTO_METRIC, *REMOVALS),
 }
 # A method's name begins that of a directory.
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")
@@ -168,8 +170,14 @@ class Recipe:
         """
         method = point.method
         return PruneSettings(
-            Budget(point.sparsity, self.of, self.multiple or method.multiple),
-            Criterion(method.block_metric, method.channel_metric, method.clamp),
+            Budget(
+                point.sparsity,
+                self.of,
+                self.multiple or method.multiple,
+                parts=method.parts,
+                remove_blocks=method.remove_blocks,
+            ),
+            Criterion(method.block_metric, method.channel_metric, method.clamp, method.removal),
             self.text(point.seed),
             compute,
             method.repair,

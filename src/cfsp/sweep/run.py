@@ -32,6 +32,7 @@ from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning.allocation import channels_to_keep
+from cfsp.planning.block_budget import BlockBudget
 from cfsp.planning.make import model_size
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluation_windows
@@ -171,7 +172,11 @@ def _check(sweep: _Sweep) -> None:
     engine_of(sweep.compute, source)
     size, tokenizer = model_size(source), load_tokenizer(source.directory)
     for point in recipe.points:
-        channels_to_keep(recipe.settings(point, sweep.compute).budget, size)
+        budget = recipe.settings(point, sweep.compute).budget
+        if budget.removes_blocks:
+            BlockBudget.of(source, budget)
+        else:
+            channels_to_keep(budget, size)
     evaluation_windows(recipe.evaluation, source)
     if sweep.tasks is not None:
         check_fits(source, engine_of(sweep.compute, source), "scoring tasks")
@@ -224,13 +229,25 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
 
         def needs_sensitivity(windows: Windows) -> bool:
             return any(
-                follow_sensitivity(source, criterion, engine, has_images=windows.has_images)
-                for criterion in (each.with_suitable_metric().criterion for each in settings)
+                follow_sensitivity(
+                    source,
+                    each.with_suitable_metric().criterion,
+                    engine,
+                    has_images=windows.has_images,
+                )
+                for each in settings
+                if each.budget.removes_channels
             )
 
         with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
             found = calibrate_source(
-                source, tokenizer, text, compute, place, sensitivity=needs_sensitivity
+                source,
+                tokenizer,
+                text,
+                compute,
+                place,
+                sensitivity=needs_sensitivity,
+                removing=settings,
             )
             found.save(path)
     return Statistics.load(path)

@@ -181,7 +181,7 @@ def with_sensitivity(
     engine: Engine,
 ) -> Statistics:
     """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
-    few = _beginnings(few_windows(windows, windows_measured(len(windows.sources))))
+    few = few_beginnings(windows)
     return replace(
         statistics, sensitivity=measure_sensitivity(source, statistics, few, criterion, engine)
     )
@@ -192,9 +192,10 @@ def windows_measured(sources: int) -> int:
     return max(SENSITIVITY_WINDOWS, sources)
 
 
-def _beginnings(windows: Windows) -> Windows:
-    """Return the beginnings of windows: more kinds of text in the same time."""
-    return replace(windows, tokens_NT=windows.tokens_NT[:, :SENSITIVITY_TOKENS])
+def few_beginnings(windows: Windows) -> Windows:
+    """Return the beginnings of a few windows of every text: more kinds of it in the same time."""
+    few = few_windows(windows, windows_measured(len(windows.sources)))
+    return replace(few, tokens_NT=few.tokens_NT[:, :SENSITIVITY_TOKENS])
 
 
 def measure_sensitivity(

@@ -1,0 +1,18 @@
+"""Blocks by their numbers, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def blocks_in_words(indices: Iterable[int]) -> str:
+    """Return blocks in words: `block 0`, `blocks 1 to 4, 6`."""
+    runs: list[list[int]] = []
+    ascending = sorted(indices)
+    for index in ascending:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    named = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return f"{'block' if len(ascending) == 1 else 'blocks'} {', '.join(named)}"

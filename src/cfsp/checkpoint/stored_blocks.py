@@ -1,0 +1,98 @@
+"""Which block a stored tensor belongs to, and what it is called when blocks before it are gone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from cfsp.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+
+
+def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict[str, str]:
+    """Return the new names of the stored tensors that stay when some blocks go.
+
+    The number of a tensor's block is the first in its name that is the block's. Tensors that no
+    parameter takes, such as those of multi-token prediction behind the last block, stay as they
+    are.
+
+    Args:
+        source: the model.
+        removed: indices of the blocks that go.
+
+    Raises:
+        UnsupportedModelError: a stored tensor is of several blocks, its name has no number, or a
+            block that stays has weights of one that goes.
+    """
+    if not removed:
+        return {name: name for name in source.specs}
+    for name, to in source.stored.tied.items():
+        block, other = (_block_of(source, parameter) for parameter in (name, to))
+        if block not in removed and other is not None and other in removed:
+            raise UnsupportedModelError(
+                f"block {other} of {source.label} can't be removed: {name} has its values from it; "
+                "remove others, or FFN channels (--parts ffn)"
+            )
+    block_of = _blocks_of_stored(source)
+    names: dict[str, str] = {}
+    for name in source.specs:
+        block = block_of.get(name)
+        if block is None:
+            names[name] = name
+        elif block not in removed:
+            index = block - sum(other < block for other in removed)
+            pattern = rf"(?<!\d){block}(?!\d)"
+            if not re.search(pattern, name):
+                raise UnsupportedModelError(
+                    f"{source.label} stores {name} of block {block} under a name without that "
+                    "number, so that no block before it can be removed"
+                )
+            names[name] = re.sub(pattern, str(index), name, count=1)
+    if len(set(names.values())) < len(names):
+        raise UnsupportedModelError(
+            f"blocks of {source.label} can't be removed: two of its tensors would have one name"
+        )
+    return names
+
+
+def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
+    """Return the block of every stored tensor that is of one.
+
+    Raises:
+        UnsupportedModelError: one is of several.
+    """
+    block_of: dict[str, int] = {}
+    for block in range(source.architecture.block_count):
+        for name in source.stored.within(source.architecture.block_prefix(block)):
+            if block_of.setdefault(name, block) != block:
+                raise UnsupportedModelError(
+                    f"{source.label} stores blocks {block_of[name]} and {block} in one tensor "
+                    f"({name}), so that none of them can be removed"
+                )
+    for name in source.stored.unused:
+        if (own := _block_of(source, name)) is not None:
+            block_of[name] = own
+    return block_of
+
+
+def _block_of(source: WeightSource, name: str) -> int | None:
+    """Return the block that a name in the model is of; None if it is of none of them."""
+    found = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.", name)
+    block = None if found is None else int(found[1])
+    return block if block is not None and block < source.architecture.block_count else None
+
+
+def parameters_of_blocks(source: WeightSource) -> list[int]:
+    """Return how many parameters every block has.
+
+    Raises:
+        UnsupportedModelError: a stored tensor is of several blocks.
+    """
+    found = [0] * source.architecture.block_count
+    for name, block in _blocks_of_stored(source).items():
+        if name in source.specs:
+            found[block] += source.specs[name].elements
+    return found

@@ -1,0 +1,274 @@
+"""Which blocks go, where the whole model fits into memory: jointly, by the predictions.
+
+One after the other the block goes whose removal, together with those that are gone, changes the
+predictions least. A removed block is skipped: the hidden state passes it unchanged. What enters a
+block does not depend on later ones, so only the blocks behind a tried one are computed again.
+
+A block that did more harm than another before rarely does less once more blocks are gone, so
+those that did are tried again only if the best of the others has become worse than they were.
+
+Shapes: N windows, B windows in a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.calibration.statistics import Removal, Statistics, removals_from_json
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.engine.block_proof import check_blocks_can_go
+from cfsp.engine.call_form import CallForm, find_call_form
+from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skipped
+from cfsp.engine.whole import fits
+from cfsp.engine.workplace import kept
+from cfsp.errors import UnsupportedModelError
+from cfsp.planning.block_budget import BlockBudget
+from cfsp.progress import item_progress
+from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS
+from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.sensitivity import few_beginnings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.engine.workplace import Workplace
+    from cfsp.settings import Criterion, PruneSettings
+    from cfsp.text.windows import Windows
+    from cfsp.whole_model.divergence import DensePredictions
+
+_WINDOWS_IN_BATCH = 4
+# In nats: equal predictions, but for rounding.
+_SAME = 1e-4
+
+
+def order_of_removal(
+    source: WeightSource,
+    model: PreTrainedModel,
+    tokens_NT: Tensor,
+    is_enough: Callable[[Collection[int]], bool],
+    check: Callable[[Collection[int]], None],
+    on_removal: Callable[[], object] = lambda: None,
+) -> list[Removal]:
+    """Return the blocks that go, in the order in which they are chosen.
+
+    Args:
+        source: the dense model.
+        model: the whole of it in memory, in evaluation mode.
+        tokens_NT: windows without padding.
+        is_enough: whether these blocks are all that go.
+        check: raises UnsupportedModelError where the model cannot do without these blocks.
+        on_removal: is called after each block that is chosen.
+
+    Raises:
+        UnsupportedModelError: the model cannot do without any of the blocks that are left.
+    """
+    removed: list[Removal] = []
+    refusal: UnsupportedModelError | None = None
+    with torch.inference_mode():
+        trials = _Trials.of(source, model, tokens_NT)
+        left = set(range(len(trials.blocks)))
+        # What each block added to the divergence when it was last tried.
+        added = dict.fromkeys(left, -math.inf)
+        while not is_enough([each.block for each in removed]):
+            gone = [each.block for each in removed]
+            base = removed[-1].divergence if removed else 0.0
+            fresh: set[int] = set()
+            while True:
+                if not left:
+                    assert refusal is not None
+                    raise refusal
+                best = min(sorted(left), key=added.__getitem__)
+                if best not in fresh:
+                    added[best] = trials.divergence_without([*gone, best]) - base
+                    fresh.add(best)
+                    continue
+                try:
+                    check([*gone, best])
+                    break
+                except UnsupportedModelError as error:
+                    refusal = refusal or error
+                    left.discard(best)
+            left.discard(best)
+            removed.append(Removal(best, base + added[best]))
+            on_removal()
+            trials.remove([*gone, best])
+    return removed
+
+
+def follow_divergence(source: WeightSource, criterion: Criterion, engine: Engine) -> bool:
+    """Return whether blocks go by what the predictions lose.
+
+    Where the criterion is `auto`, they do if the whole model fits into memory.
+    """
+    if criterion.removal == AUTO_METRIC:
+        return fits(source, engine)
+    return criterion.removal == DIVERGENCE
+
+
+def follow_runs(source: WeightSource, settings: Sequence[PruneSettings], engine: Engine) -> bool:
+    """Return whether some blocks go by how far runs of them turn the hidden state."""
+    return any(
+        each.budget.removes_blocks
+        and each.criterion.removal in (AUTO_METRIC, RUNS)
+        and not follow_divergence(source, each.criterion, engine)
+        for each in settings
+    )
+
+
+def with_needed_removals(
+    source: WeightSource,
+    statistics: Statistics,
+    windows: Windows,
+    settings: Sequence[PruneSettings],
+    engine: Engine,
+    place: Workplace,
+) -> Statistics:
+    """Add the order in which blocks go, as far as budgets need it, where it is needed at all.
+
+    A killed run goes on with what it had chosen. Of several processes the first chooses.
+
+    Args:
+        source: the model.
+        statistics: of its calibration.
+        windows: the calibration text, of which the beginnings of a few are read.
+        settings: how much to remove, and by what, in one way or several.
+        engine: where and in what to compute.
+        place: where the choice is kept.
+
+    Raises:
+        BudgetError: the budget can't be met.
+        UsageError: the model does not fit into memory.
+        UnsupportedModelError: the model cannot do without enough of its blocks.
+    """
+    removing = [each for each in settings if each.budget.removes_blocks]
+    if not removing:
+        return statistics
+
+    def measure() -> dict[str, Any]:
+        wanted = [
+            BlockBudget.of(source, each.budget)
+            for each in removing
+            if follow_divergence(source, each.criterion, engine)
+        ]
+
+        def is_enough(removed: Collection[int]) -> bool:
+            return all(each.is_met_by(removed) for each in wanted)
+
+        if is_enough(()):
+            return {"removals": []}
+        removals = measure_removals(source, windows, is_enough, engine)
+        return {"removals": [asdict(each) for each in removals]}
+
+    # Other windows would be another choice.
+    name = f"removals-{windows.digest[:8]}"
+    found = place.team.from_first(lambda: kept(place, name, measure)["removals"])
+    return replace(statistics, removals=removals_from_json(found, len(statistics.blocks)))
+
+
+def measure_removals(
+    source: WeightSource,
+    windows: Windows,
+    is_enough: Callable[[Collection[int]], bool],
+    engine: Engine,
+) -> list[Removal]:
+    """Return the blocks that go, in the order in which they are chosen, on a little of the text.
+
+    Raises:
+        UsageError: the model does not fit into memory.
+        UnsupportedModelError: the model cannot do without enough of its blocks.
+    """
+    few = few_beginnings(windows)
+    model = load_whole(source, engine, "choosing the blocks that go")
+    blocks = range(source.architecture.block_count)
+    about = next(count for count in blocks if is_enough(range(count)))
+    with item_progress("choosing blocks", about, "block") as bar:
+        return order_of_removal(
+            source,
+            model,
+            few.tokens_NT,
+            is_enough,
+            partial(check_blocks_can_go, source),
+            bar.update,
+        )
+
+
+class _Trials:
+    """A whole model that runs without some of its blocks, on the same windows again and again."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        form: CallForm,
+        dense: Sequence[DensePredictions],
+    ) -> None:
+        self.blocks = blocks
+        self._model, self._form, self._dense = model, form, dense
+        self._entering: list[list[Tensor]] = []
+        self._resumes = True
+        self.remove([])
+        self._resumes = self._can_resume()
+
+    @staticmethod
+    def of(source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor) -> _Trials:
+        """Run the dense model."""
+        blocks = blocks_of(model, source.architecture)
+
+        def logits(tokens_BT: Tensor) -> Tensor:
+            found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
+            return found
+
+        form = find_call_form(logits, blocks, model.device)
+        batches = torch.split(tokens_NT, _WINDOWS_IN_BATCH)
+        return _Trials(model, blocks, form, [dense_predictions(model, each) for each in batches])
+
+    def remove(self, gone: Sequence[int]) -> None:
+        """Note what enters every block when some are gone."""
+        self._entering = []
+        for dense in self._dense:
+            with (
+                skipped(self.blocks, gone, self._form),
+                hidden_states_entering(self.blocks) as entering_L,
+            ):
+                dense.divergence(self._model)
+            self._entering.append(entering_L)
+
+    def divergence_without(self, gone: Sequence[int]) -> float:
+        """Return KL(dense || without these blocks); infinite where the model does not run.
+
+        Args:
+            gone: blocks of which all but the last are removed already.
+        """
+        first = gone[-1] + 1 if self._resumes else 0
+        total, windows = 0.0, 0
+        for dense, entering_L in zip(self._dense, self._entering, strict=True):
+            with (
+                skipped(self.blocks, gone, self._form),
+                resumed_at(self.blocks, first, entering_L[gone[-1]], self._form),
+            ):
+                try:
+                    divergence = dense.divergence(self._model)
+                except Exception:  # however a model misses what a block leaves to others
+                    return math.inf
+            total += divergence * len(dense.tokens_BT)
+            windows += len(dense.tokens_BT)
+        return total / windows if math.isfinite(total) else math.inf
+
+    def _can_resume(self) -> bool:
+        """Return whether the last block needs nothing of those before but a hidden state."""
+        last, entering_BTD = len(self.blocks) - 1, self._entering[0][-1]
+        try:
+            with resumed_at(self.blocks, last, entering_BTD, self._form):
+                return abs(self._dense[0].divergence(self._model)) < _SAME
+        except Exception:  # however a model misses what its stand-ins do not leave
+            return False
