@@ -187,12 +187,13 @@ class Budget:
         multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
         parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `kv`, KV groups; `blocks`, whole decoder blocks. If blocks alone may go, the
-            sparsity is the share of their parameters.
+            FFNs; `kv`, KV groups; `blocks`, whole decoder blocks. With blocks the sparsity is the
+            share of the parameters of all blocks.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
-        remove_blocks: how many blocks go; None for as many as the sparsity says. If channels may
-            go too, the sparsity is theirs, in the blocks that stay.
+        remove_blocks: how many blocks go; None for as many as the sparsity says or, if channels
+            may go too, as measures best (`cfsp.whole_model.block_count`). With a number the
+            sparsity is of the channels, in the blocks that stay.
 
     Raises:
         UsageError: a value is out of its range.
@@ -240,7 +241,7 @@ class Budget:
         "the channels in the others",
         kind=int,
         metavar="N",
-        default="as many as --sparsity says",
+        default="as many as --sparsity says, or with other parts as measures best",
         advanced=True,
     )
 
@@ -278,6 +279,11 @@ class Budget:
     def removes_channels(self) -> bool:
         """Whether channels of blocks may go, or KV groups."""
         return any(part in UNIT_PARTS for part in self.parts)
+
+    @property
+    def leaves_blocks_open(self) -> bool:
+        """Whether how many blocks go, and how many channels of the others, is to be found out."""
+        return self.removes_blocks and self.removes_channels and self.remove_blocks is None
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""

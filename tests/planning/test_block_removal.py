@@ -100,8 +100,8 @@ def test_budgets_that_contradict_themselves(fields: dict[str, Any], message: str
         Budget(0.2, **fields)
 
 
-def test_how_much_of_several_parts_is_blocks_must_be_said(source: LoadedModel) -> None:
-    with pytest.raises(UsageError, match="--parts ffn,blocks needs --set remove_blocks=N"):
+def test_without_the_model_how_much_is_blocks_must_be_said(source: LoadedModel) -> None:
+    with pytest.raises(UsageError, match="or say how many with --set remove_blocks=N"):
         BlockBudget.of(source, Budget(0.2, parts=("blocks", "ffn")))
 
 

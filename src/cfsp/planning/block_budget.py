@@ -40,10 +40,11 @@ class BlockBudget:
             BudgetError: more than all blocks but one.
             UsageError: it does not say how much of its parts is blocks.
         """
-        if budget.remove_blocks is None and budget.removes_channels:
+        if budget.leaves_blocks_open:
             raise UsageError(
-                f"--parts {','.join(budget.parts)} needs --set remove_blocks=N: how many blocks "
-                "go; the sparsity is of what the others lose"
+                f"--parts {','.join(budget.parts)} tries how many blocks should go, which requires "
+                "the model and a text; make the plan with cfsp prune, or say how many with --set "
+                "remove_blocks=N: the sparsity is then of what the others lose"
             )
         parameters_L = tuple(parameters_of_blocks(source))
         blocks, all_of_them = len(parameters_L), sum(parameters_L)

@@ -41,6 +41,7 @@ from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
 from cfsp.whole_model.block_choice import follow_runs, with_needed_removals
+from cfsp.whole_model.block_count import with_block_count
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def _check_budget(source: WeightSource, budget: Budget) -> None:
         BudgetError: it is impossible whatever goes.
     """
     if budget.removes_blocks:
-        BlockBudget.of(source, budget)
+        # Whether channels give what blocks leave over is tried.
+        BlockBudget.of(source, replace(budget, parts=("blocks",)))
     else:
         channels_to_keep(budget, model_size(source))
 
@@ -191,11 +193,16 @@ def _calibrate_and_plan(
     place: Workplace,
     watch: Stopwatch,
 ) -> Repaired:
-    budget, criterion = settings.budget, settings.criterion
+    criterion = settings.criterion
     with watch.stage("calibrate"):
         # Where no channels are chosen, nothing needs the whole text.
-        seen = windows if budget.removes_channels else few_windows(windows, COARSE_WINDOWS)
+        all_of_it = settings.budget.removes_channels
+        seen = windows if all_of_it else few_windows(windows, COARSE_WINDOWS)
         statistics = _calibrated(source, seen, settings, engine, place, "calibrate")
+        settings, statistics = with_block_count(
+            source, statistics, windows, settings, engine, place
+        )
+        budget = settings.budget
         statistics = with_needed_removals(source, statistics, windows, [settings], engine, place)
         if budget.removes_channels:
             statistics = with_needed_sensitivity(
@@ -234,9 +241,11 @@ def _choose_and_repair(
     place: Workplace,
 ) -> Repaired:
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
-    budget, criterion, seed = settings.budget, settings.criterion, settings.text.seed
+    criterion, seed = settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(source, few, settings, engine, place, "coarse pass")
+    settings, coarse = with_block_count(source, coarse, windows, settings, engine, place)
+    budget = settings.budget
     coarse = with_needed_removals(source, coarse, windows, [settings], engine, place)
     if not budget.removes_channels:
         return Repaired(plan_from_statistics(source, coarse, budget, criterion), coarse)

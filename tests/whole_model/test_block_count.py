@@ -1,0 +1,92 @@
+"""How many blocks go beside channels: as many as change the predictions least."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cfsp
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
+from cfsp.engine.compute import engine_of
+from cfsp.engine.workplace import temporary_workplace
+from cfsp.errors import UsageError
+from cfsp.families.tiny import tiny_model
+from cfsp.pipeline import calibrate_source
+from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
+from cfsp.text.windows import draw_text
+from cfsp.whole_model import block_count
+from cfsp.whole_model.block_count import Trial, with_block_count
+
+BLOCKS = 5
+
+
+@pytest.fixture(scope="module")
+def source() -> LoadedModel:
+    return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))
+
+
+def settings(text_file: Path, budget: Budget) -> PruneSettings:
+    text = CalibrationText((str(text_file),), samples=4, seqlen=32)
+    return PruneSettings(budget, text=text, compute=Compute("cpu", "float32"))
+
+
+def test_the_best_of_all_numbers_is_chosen(
+    source: LoadedModel, text_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(text_file, Budget(0.4, parts=("ffn", "blocks"), multiple=8))
+    engine = engine_of(asked.compute, source)
+    windows = draw_text(asked.text, tokenizer)
+    statistics = calibrate_source(source, tokenizer, asked.text, asked.compute)
+    tried: list[Trial] = []
+    original = block_count._try
+
+    def note(*args: Any) -> list[Trial]:
+        tried.extend(original(*args))
+        return tried
+
+    monkeypatch.setattr(block_count, "_try", note)
+    with temporary_workplace(None) as place:
+        chosen, measured = with_block_count(source, statistics, windows, asked, engine, place)
+    best = min(tried, key=lambda trial: trial.divergence)
+    assert (chosen.budget.remove_blocks, chosen.budget.sparsity) == (best.blocks, best.sparsity)
+    assert [trial.blocks for trial in tried] == list(range(len(tried)))
+    assert measured.sensitivity is not None
+    # Blocks and channels together are what was asked for.
+    parameters_L = parameters_of_blocks(source)
+    for trial in tried:
+        gone = sum(parameters_L[each.block] for each in measured.removals[: trial.blocks])
+        assert gone < 0.4 * sum(parameters_L) + max(parameters_L) / 2
+        assert trial.sparsity > 0 or trial.blocks == BLOCKS * 2 // 5
+
+
+def test_what_goes_together_is_what_was_asked_for(
+    source: LoadedModel, text_file: Path, tokenizer: Any
+) -> None:
+    model = source.model
+    smaller = cfsp.prune(
+        model, tokenizer, parts="ffn,blocks", sparsity=0.4, multiple=1, data=[text_file],
+        samples=4, seqlen=32, device="cpu",
+    )  # fmt: skip
+    blocks = sum(parameters_of_blocks(source))
+    gone = parameter_count(source) - sum(p.numel() for p in smaller.parameters())
+    assert gone == pytest.approx(0.4 * blocks, rel=0.02)
+
+
+def test_a_number_that_was_given_stays(source: LoadedModel, text_file: Path) -> None:
+    asked = settings(text_file, Budget(0.2, parts=("ffn", "blocks"), remove_blocks=1))
+    nothing: Any = None
+    found, _ = with_block_count(source, nothing, nothing, asked, nothing, nothing)
+    assert found is asked
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    source: LoadedModel, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_count, "follow_divergence", lambda *args: False)
+    asked = settings(text_file, Budget(0.2, parts=("ffn", "blocks")))
+    nothing: Any = None
+    with pytest.raises(UsageError, match="say how many with --set remove_blocks=N"):
+        with_block_count(source, nothing, nothing, asked, nothing, nothing)
