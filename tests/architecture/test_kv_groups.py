@@ -15,12 +15,13 @@ from torch import Tensor
 import cfsp
 from cfsp.architecture.found import Architecture, ChannelAxis
 from cfsp.architecture.proof import prove
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.config_widths import KV_GROUPS
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
-from cfsp.errors import BudgetError, CfspError, UnsupportedModelError
+from cfsp.errors import BudgetError, CfspError, StatisticsError, UnsupportedModelError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.families.contract import (
     SAMPLES,
@@ -205,6 +206,67 @@ def test_repair_lowers_the_error(case: Case, tmp_path: Path, repair: str) -> Non
     assert any(entry["error_after"] < entry["error_before"] for entry in of_attention)
     assert [step["name"] for step in later] == ([repair] if repair == "sequential" else [])
     logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
+
+
+def test_what_lost_groups_is_pruned_again(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
+    save_with_tokenizer(tiny_model("llama"), tokenizer, tmp_path / "dense")
+    asked = {"multiple": 1, "repair": "none", "block_metric": "angular", "data": [str(text_file)]}
+    first = cfsp.prune(
+        tmp_path / "dense", out=tmp_path / "once", parts="kv", sparsity=0.35, **asked, **SETTINGS
+    )
+    groups = first.kv_groups["after"]
+    assert len(set(groups)) > 1
+    again = cfsp.prune(tmp_path / "once", out=tmp_path / "twice", sparsity=0.3, **asked, **SETTINGS)
+    # Only FFN channels may go now; the heads stay as they are.
+    assert again.kv_groups["after"] == groups
+    assert sum(again.intermediate_sizes) < sum(first.intermediate_sizes)
+    assert Checkpoint(tmp_path / "twice").architecture.of_part("kv").widths == groups
+    logits_of(cfsp.load(tmp_path / "twice"), torch.arange(2, 26).view(2, 12))
+
+
+def test_the_report_shows_both_parts(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
+    save_with_tokenizer(tiny_model("llama"), tokenizer, tmp_path / "dense")
+    asked = {"sparsity": 0.4, "multiple": 8, "parts": PARTS, "repair": "sequential"}
+    asked |= {"block_metric": "angular", "data": [str(text_file)]}
+    cfsp.prune(tmp_path / "dense", out=tmp_path / "out", **asked, **SETTINGS)
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "out"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "KV groups that stay" in text and "What each attention does" in text
+    assert "1 self_attn" in text
+    assert "KV groups" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_stages_one_by_one(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
+    source, saved = tmp_path / "dense", tmp_path / "stats.safetensors"
+    save_with_tokenizer(tiny_model("llama"), tokenizer, source)
+    text = ["--data", str(text_file), "--samples", "6", "--seqlen", "32", "--device", "cpu"]
+    assert main(["calibrate", str(source), "--parts", "ffn,kv", *text, "--out", str(saved)]) == 0
+    statistics = Statistics.load(saved)
+    (attention,) = (unit for unit in statistics.units if unit.block == 1 and unit.part == "kv")
+    assert attention.distance_sums["angular"] > 0
+    assert attention.distance_sums != statistics.blocks[1].distance_sums
+    plan = tmp_path / "plan.json"
+    asked = ["--statistics", str(saved), "--sparsity", "0.4", "--set", "multiple=1"]
+    assert main(["plan", str(source), *asked, "--parts", "kv,ffn", "--out", str(plan)]) == 0
+    asked = ["--plan", str(plan), "--repair", "none"]
+    assert main(["prune", str(source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
+    direct = {"sparsity": 0.4, "multiple": 1, "parts": PARTS, "repair": "none"}
+    direct |= {"data": [str(text_file)]}
+    cfsp.prune(source, out=tmp_path / "direct", **direct, **SETTINGS)
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("by-plan", "direct")
+    )
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+def test_statistics_of_other_parts_are_refused(
+    tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    dense = tiny_model("llama")
+    statistics = cfsp.calibrate(dense, tokenizer, data=[str(text_file)], **SETTINGS)
+    with pytest.raises(StatisticsError, match="calibrate with the same --parts"):
+        cfsp.plan(dense, statistics, sparsity=0.2, parts="kv")
 
 
 def test_equally_many_groups_give_a_stock_checkpoint(

@@ -341,25 +341,26 @@ def _stock_heads(
 
     Args:
         stock: the config.
-        architecture: with the attentions of the stock model.
+        architecture: with the attentions.
         widths: KV groups of each.
     """
-    units = architecture.units
-    if all(unit.width == width for unit, width in zip(units, widths, strict=True)):
+    units, resized = architecture.units, _empty_stock_model(stock)
+    width_of_place = _width_of_place(resized, "kv")
+    stock_widths = [width_of_place[unit.block, unit.path] for unit in units]
+    if stock_widths == list(widths):
         return {}
     text_config: Any = stock.get_text_config(decoder=True)
     heads = getattr(text_config, "num_attention_heads", None)
     groups = getattr(text_config, "num_key_value_heads", None) or heads
     if len(set(widths)) != 1 or type(heads) is not int or type(groups) is not int:
         return None
-    if heads % groups or {unit.width for unit in units} != {groups}:
+    if heads % groups or set(stock_widths) != {groups}:
         return None
-    size = units[0].columns // heads
+    size = units[0].axes[units[0].down].entries * groups // heads
     values = {"num_attention_heads": heads // groups * widths[0], "head_dim": size}
     if getattr(text_config, "num_key_value_heads", None) is not None:
         values["num_key_value_heads"] = widths[0]
     changed = copy.deepcopy(stock)
-    resized = _empty_stock_model(stock)
     try:
         for name, value in values.items():
             setattr(changed.get_text_config(decoder=True), name, value)
@@ -436,9 +437,9 @@ def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[
     return found
 
 
-def _width_of_place(model: PreTrainedModel) -> dict[tuple[int, str], int]:
-    """Return the widths of the FFNs that a model seems to have, by their block and path in it."""
-    units = find_architecture(model).units
+def _width_of_place(model: PreTrainedModel, part: Part = "ffn") -> dict[tuple[int, str], int]:
+    """Return the widths of the units that a model seems to have, by their block and path in it."""
+    units = find_architecture(model, part).units
     return {(unit.block, unit.path): unit.width for unit in units}
 
 
