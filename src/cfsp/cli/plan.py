@@ -95,5 +95,6 @@ def print_plan(plan: PruningPlan) -> None:
     if plan.removed_blocks:
         print(f"\n{blocks_in_words(plan.removed_blocks)}: removed", end="")
     print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
-    if multiple := plan.criterion.get("multiple"):
+    multiple = plan.criterion.get("multiple")
+    if multiple and any(unit.kept_width < unit.width for unit in plan.kept_units):
         print(multiple_in_words(multiple))

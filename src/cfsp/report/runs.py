@@ -16,6 +16,7 @@ from typing import Any
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.repair.ridge_pass import NAME as RIDGE
 from cfsp.report.manifest_check import check_manifest
 from cfsp.result.conditions import Conditions
 from cfsp.result.manifest import read_manifest
@@ -211,7 +212,9 @@ def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
     """Return whether a step of repair has an entry for every unit of a plan."""
     blocks = [unit.block for unit in plan.units]
     is_by_unit = any("block" in entry for entry in step["blocks"] if entry)
-    if is_by_unit:
+    # Other steps speak of blocks also where these have several.
+    has_several = plan.has_ffns_only and len(set(blocks)) < len(blocks)
+    if is_by_unit or (has_several and step["name"] == RIDGE):
         named = [entry and entry.get("block") for entry in step["blocks"]]
         pairs = zip(named, blocks, strict=False)
         return len(named) == len(blocks) and all(name in (None, block) for name, block in pairs)
