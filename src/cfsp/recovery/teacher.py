@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.locating import open_checkpoint
@@ -10,6 +11,7 @@ from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.memory import available_bytes
 from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError
+from cfsp.processes import process_count
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Distillation, Method, TeacherChoice
 from cfsp.result.manifest import read_manifest
 from cfsp.text.tokenizers import load_tokenizer
@@ -34,7 +36,7 @@ def choose_teacher(
 
     Args:
         given: a model; `auto` for the dense model that was pruned, if it is still where its
-            manifest says and there is memory for both; `none` or None for nobody.
+            manifest says and one process has memory for both; `none` or None for nobody.
         source: the pruned model.
         method: how it will be trained.
         distillation: how much the teacher counts.
@@ -59,9 +61,11 @@ def _dense_model_of(source: Checkpoint, method: Method) -> str | None:
         if fingerprint(dense) != recorded.get("fingerprint"):
             reason = "what is there now is another model"
         else:
+            # Several processes must decide alike, and memory is not.
+            available = available_bytes() if process_count() == 1 else math.inf
             needed = _BYTES_OF_TEACHER * parameter_count(dense)
             needed += _BYTES_TO_TRAIN[method] * parameter_count(source)
-            if needed > (available := available_bytes()):
+            if needed > available:
                 reason = (
                     f"with it training needs {needed / 1e9:.3g} GB of memory, "
                     f"{available / 1e9:.3g} GB are available"
