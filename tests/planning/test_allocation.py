@@ -61,11 +61,11 @@ def test_keep_fractions_are_the_published_rule(distance_L: list[float], p: float
     assert max(keep_L) < 1
 
 
-@given(distances, sparsities, st.sampled_from(WIDTHS), st.sampled_from(MULTIPLES))
+# So little goes that a multiple stays of each width.
+@given(distances, st.floats(0.0, 0.8), st.sampled_from(WIDTHS), st.sampled_from(MULTIPLES))
 def test_equal_widths_are_equal_and_within_half_a_multiple(
     distance_L: list[float], p: float, width: int, multiple: int
 ) -> None:
-    assume((1 - p) * width >= multiple)
     budget = Budget(p, multiple=multiple, widths="equal")
     size = model_of(width, len(distance_L))
     kept_L = allocate(block_importance(distance_L), budget, size)
