@@ -215,9 +215,10 @@ def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
     # Other steps speak of blocks also where these have several.
     has_several = plan.has_ffns_only and len(set(blocks)) < len(blocks)
     if is_by_unit or (has_several and step["name"] == RIDGE):
-        named = [entry and entry.get("block") for entry in step["blocks"]]
-        pairs = zip(named, blocks, strict=False)
-        return len(named) == len(blocks) and all(name in (None, block) for name, block in pairs)
+        pairs = zip(step["blocks"], blocks, strict=False)
+        return len(step["blocks"]) == len(blocks) and all(
+            entry is None or entry.get("block") == block for entry, block in pairs
+        )
     if plan.has_one_unit_each:
         return len(step["blocks"]) == len(blocks)
     return len(step["blocks"]) > blocks[-1]
