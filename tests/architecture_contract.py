@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import cfsp
 from cfsp.architecture.activations import observed_activations
-from cfsp.architecture.found import Architecture, FFNUnit
+from cfsp.architecture.found import Architecture, Unit
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
@@ -78,11 +78,11 @@ class Case:
         """What to compute on."""
         return self.question.tokens_BT
 
-    def units(self) -> list[tuple[FFNUnit, UnitPlan]]:
+    def units(self) -> list[tuple[Unit, UnitPlan]]:
         """Every FFN unit, and what was decided for it."""
         return list(zip(self.architecture.units, self.report.plan.units, strict=True))
 
-    def block(self, model: nn.Module, unit: FFNUnit) -> nn.Module:
+    def block(self, model: nn.Module, unit: Unit) -> nn.Module:
         """The block of a unit in one of the models."""
         return blocks_of(model, self.architecture)[unit.block]
 
@@ -427,7 +427,7 @@ class ThoroughContract(ArchitectureContract):
             assert block.tokens == windows.tokens_NT.numel()
 
 
-def kept_part(unit: FFNUnit, entry: UnitPlan, name: str, tensor: Tensor) -> Tensor:
+def kept_part(unit: Unit, entry: UnitPlan, name: str, tensor: Tensor) -> Tensor:
     """Return what stays of a parameter, taken index by index."""
     axis = unit.axes[name]
     parts = []
@@ -465,7 +465,7 @@ def check_numbers(old: nn.Module, new: nn.Module, entry: UnitPlan) -> None:
             assert getattr(new, name) == value // entry.width * entry.kept_width, name
 
 
-def down_of(block: nn.Module, unit: FFNUnit, ffn: int) -> Tensor:
+def down_of(block: nn.Module, unit: Unit, ffn: int) -> Tensor:
     """Return a down matrix as outputs x inputs."""
     matrix = block.get_parameter(unit.down).detach()
     matrix, axis = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
-from cfsp.architecture.found import Architecture, ChannelAxis, FFNUnit
+from cfsp.architecture.found import Architecture, ChannelAxis, Unit
 from cfsp.errors import UnsupportedModelError
 from cfsp.families.tiny import tiny_model
 
@@ -38,7 +38,7 @@ class Seen:
     output: Tensor | None = None
 
 
-def down_of(block: nn.Module, unit: FFNUnit, ffn: int) -> Tensor:
+def down_of(block: nn.Module, unit: Unit, ffn: int) -> Tensor:
     """Return the down matrix of an FFN, inputs x outputs."""
     weight = block.get_parameter(unit.down)
     axis = unit.axes[unit.down].axis
@@ -47,7 +47,7 @@ def down_of(block: nn.Module, unit: FFNUnit, ffn: int) -> Tensor:
     return weight if axis == 0 else weight.T
 
 
-def run_observed(model: nn.Module, found: Architecture) -> tuple[dict[FFNUnit | int, Any], Tensor]:
+def run_observed(model: nn.Module, found: Architecture) -> tuple[dict[Unit | int, Any], Tensor]:
     """Run a model with all units observed; return what was seen of each, and the logits."""
     blocks = model.get_submodule(found.blocks)
     seen: dict[tuple[int, int], Seen] = defaultdict(Seen)
@@ -101,7 +101,7 @@ def test_rows_make_up_what_the_unit_gives(model_type: str) -> None:
             check_output(block, unit, unit_seen)
 
 
-def check_output(block: nn.Module, unit: FFNUnit, seen: Seen) -> None:
+def check_output(block: nn.Module, unit: Unit, seen: Seen) -> None:
     """Check that the rows, at their tokens, add up to the unit's output but for its bias."""
     output = seen.output.flatten(0, -2)
     tokens = TOKENS.numel()
@@ -129,7 +129,7 @@ def check_output(block: nn.Module, unit: FFNUnit, seen: Seen) -> None:
     torch.testing.assert_close(rest_RD, torch.zeros_like(rest_RD), rtol=0, atol=2e-5)
 
 
-def is_down_bias(name: str, unit: FFNUnit) -> bool:
+def is_down_bias(name: str, unit: Unit) -> bool:
     stem = unit.down.removesuffix(".weight")
     return name in (f"{stem}.bias", f"{stem}_bias")
 
@@ -187,7 +187,7 @@ class _Block(nn.Module):
 
 def test_weights_that_cannot_be_seen_are_refused() -> None:
     block = _Block(_Experts())
-    unit = FFNUnit(
+    unit = Unit(
         0, "mlp", 64, 4, "mlp.up_proj", None, "mlp.down_proj",
         {"mlp.up_proj": ChannelAxis(2), "mlp.down_proj": ChannelAxis(1)}, routed=True,
     )  # fmt: skip
@@ -228,7 +228,7 @@ class _HalfBlock(nn.Module):
 )
 def test_rows_of_unknown_tokens_are_refused(unused: bool, step: int, words: str) -> None:
     block = _HalfBlock(_Half(unused), step)
-    unit = FFNUnit(
+    unit = Unit(
         0, "mlp", 64, 1, "mlp.up.weight", None, "mlp.down.weight",
         {"mlp.up.weight": ChannelAxis(0), "mlp.down.weight": ChannelAxis(1)},
     )  # fmt: skip
@@ -250,7 +250,7 @@ def test_a_bare_parameter_is_watched() -> None:
             return (hidden @ self.up).relu() @ self.down
 
     block = _HalfBlock(Bare(), 1)
-    unit = FFNUnit(
+    unit = Unit(
         0, "mlp", 64, 1, "mlp.up", None, "mlp.down",
         {"mlp.up": ChannelAxis(1), "mlp.down": ChannelAxis(0)},
     )  # fmt: skip

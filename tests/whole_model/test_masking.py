@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.architecture.found import FFNUnit
+from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
@@ -38,7 +38,7 @@ def plan_for(model: Any) -> PruningPlan:
     return PruningPlan(ModelIdentity.of(source), {}, {"windows": 1, "seqlen": 2}, units)
 
 
-def kept_of_all(unit: FFNUnit) -> tuple[int, ...]:
+def kept_of_all(unit: Unit) -> tuple[int, ...]:
     own = [channel for channel in KEPT[unit.block] if channel < unit.width]
     return tuple(
         ffn * unit.width + channel

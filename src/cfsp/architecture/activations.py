@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cfsp.architecture.found import FFNUnit
+from cfsp.architecture.found import Unit
 from cfsp.errors import UnsupportedModelError
 
 # The position of a unit among those of the block, the index of an FFN in it, its activations
@@ -48,7 +48,7 @@ def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def observed_activations(
-    block: nn.Module, units: Sequence[FFNUnit], on_rows: OnRows
+    block: nn.Module, units: Sequence[Unit], on_rows: OnRows
 ) -> Iterator[None]:
     """Show the input of every down matrix of a block whenever the block runs.
 
@@ -69,7 +69,7 @@ def observed_activations(
     def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens[:] = _token_counts(hidden_state(args, kwargs))
 
-    def check_rows(unit: FFNUnit, rows: int) -> None:
+    def check_rows(unit: Unit, rows: int) -> None:
         if rows not in (0, *tokens):
             raise UnsupportedModelError(
                 f"{_told(block, unit)} is given {rows} rows of {max(tokens)} tokens, and it cannot "
@@ -88,7 +88,7 @@ def observed_activations(
 
 @contextmanager
 def observed_sublayers(
-    block: nn.Module, units: Sequence[FFNUnit], seen: dict[int, Tensor]
+    block: nn.Module, units: Sequence[Unit], seen: dict[int, Tensor]
 ) -> Iterator[None]:
     """Keep the hidden state after each attention of a block whenever the block runs.
 
@@ -119,7 +119,7 @@ def _token_counts(hidden: Tensor) -> list[int]:
     return [every, *(every // length for length in lengths if len(lengths) > 2)]
 
 
-def _told(block: nn.Module, unit: FFNUnit) -> str:
+def _told(block: nn.Module, unit: Unit) -> str:
     """Return a unit in words."""
     noun = "FFN" if unit.part == "ffn" else "attention"
     where = f"the {noun} {unit.path}" if unit.path else f"the {noun}"
@@ -128,7 +128,7 @@ def _told(block: nn.Module, unit: FFNUnit) -> str:
 
 @contextmanager
 def _observed_unit(
-    block: nn.Module, unit: FFNUnit, on_rows: _OnUnitRows, check_rows: Callable[[int], None]
+    block: nn.Module, unit: Unit, on_rows: _OnUnitRows, check_rows: Callable[[int], None]
 ) -> Iterator[None]:
     """Show the rows of one unit; `check_rows` is told of how many tokens they are or come from."""
     module: Any = block.get_submodule(unit.path)
@@ -252,7 +252,7 @@ def _is_part(tensor: Tensor, weight: Tensor) -> bool:
 
 def _watch_products(
     block: nn.Module,
-    unit: FFNUnit,
+    unit: Unit,
     on_rows: _OnUnitRows,
     *args: Any,
     **kwargs: Any,
@@ -288,7 +288,7 @@ def _watch_products(
 
 
 def _routed_rows(
-    block: nn.Module, unit: FFNUnit, expert: int, input_RD: Tensor, args: tuple[Any, ...]
+    block: nn.Module, unit: Unit, expert: int, input_RD: Tensor, args: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return which tokens the rows of an expert are, and the router's weights of them.
 
@@ -310,7 +310,7 @@ def _routed_rows(
 
 
 def _show_all_experts(
-    block: nn.Module, unit: FFNUnit, act_ERF: Tensor, output: Any, on_rows: _OnUnitRows
+    block: nn.Module, unit: Unit, act_ERF: Tensor, output: Any, on_rows: _OnUnitRows
 ) -> None:
     """Show the activations of experts that are all given all tokens.
 

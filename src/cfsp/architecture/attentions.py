@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from cfsp.architecture.found import ChannelAxis, FFNUnit, Refusal, WidthAttribute
+from cfsp.architecture.found import ChannelAxis, Refusal, Unit, WidthAttribute
 
 # Names of classes and modules that mix tokens.
 _MIXES = re.compile(
@@ -71,7 +71,7 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def attentions_of(
     block: nn.Module, index: int, hidden: int, text_config: Any
-) -> list[FFNUnit | Refusal]:
+) -> list[Unit | Refusal]:
     """Return the attentions of a block, and what mixes tokens in another way.
 
     Args:
@@ -80,7 +80,7 @@ def attentions_of(
         hidden: D.
         text_config: of the model, which counts heads.
     """
-    found: list[FFNUnit | Refusal] = []
+    found: list[Unit | Refusal] = []
     inside: list[str] = []
     for path, module in block.named_modules():
         if not path or path.startswith(tuple(inside)):
@@ -104,7 +104,7 @@ def attentions_of(
 
 def _attention(
     module: nn.Module, path: str, index: int, hidden: int, text_config: Any
-) -> FFNUnit | str:
+) -> Unit | str:
     """Return the attention that a module is, or why it is none that can be cut."""
     matrices = dict(_matrices(module, hidden))
     outputs = [name for name, (out, _) in matrices.items() if out == hidden]
@@ -124,7 +124,7 @@ def _attention(
     prefix = f"{path}."
     axes = dict(_axes(module, output, inputs, heads))
     queries = max(inputs, key=lambda name: inputs[name])
-    return FFNUnit(
+    return Unit(
         block=index,
         path=path,
         width=heads.groups,

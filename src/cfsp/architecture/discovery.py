@@ -28,9 +28,9 @@ from cfsp.architecture.attentions import attentions_of, own_parameters
 from cfsp.architecture.found import (
     Architecture,
     ChannelAxis,
-    FFNUnit,
     Fusion,
     Refusal,
+    Unit,
     WidthAttribute,
 )
 from cfsp.errors import UnsupportedModelError
@@ -74,9 +74,9 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
             "a ModuleList in its text decoder; please report the model type"
         )
 
-    def likelihood(candidate: tuple[str, nn.ModuleList, list[FFNUnit | Refusal]]) -> Any:
+    def likelihood(candidate: tuple[str, nn.ModuleList, list[Unit | Refusal]]) -> Any:
         _path, blocks, found = candidate
-        has_units = any(isinstance(unit, FFNUnit) for unit in found)
+        has_units = any(isinstance(unit, Unit) for unit in found)
         return len(blocks) == _layers(text_config), has_units, len(blocks)
 
     path, blocks, found = max(candidates, key=likelihood)
@@ -91,7 +91,7 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
         decoder=_innermost_model(model, path),
         blocks=path,
         block_count=len(blocks),
-        units=tuple(unit for unit in found if isinstance(unit, FFNUnit)),
+        units=tuple(unit for unit in found if isinstance(unit, Unit)),
         refused=tuple(refused),
         learnt_positions=_learnt_positions(decoder, text_config),
     )
@@ -162,8 +162,8 @@ def _first_number(text_config: Any, *keys: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def _units_of(block: nn.Module, index: int, hidden: int) -> list[FFNUnit | Refusal]:
-    found: dict[str, FFNUnit | Refusal] = {}
+def _units_of(block: nn.Module, index: int, hidden: int) -> list[Unit | Refusal]:
+    found: dict[str, Unit | Refusal] = {}
     for path, module in block.named_modules():
         unit = _unit(module, path, index, hidden)
         if unit is not None:
@@ -172,7 +172,7 @@ def _units_of(block: nn.Module, index: int, hidden: int) -> list[FFNUnit | Refus
     outer = {
         path
         for path in found
-        if path and any(isinstance(found[p], FFNUnit) for p in found if p.startswith(f"{path}."))
+        if path and any(isinstance(found[p], Unit) for p in found if p.startswith(f"{path}."))
     }
     return [unit for path, unit in found.items() if path not in outer]
 
@@ -218,7 +218,7 @@ class _Roles:
         return 0 if self.up.experts is None else 1
 
 
-def _unit(module: nn.Module, path: str, index: int, hidden: int) -> FFNUnit | Refusal | None:
+def _unit(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusal | None:
     """Return the FFN that a module is; None if it does not look like one."""
     matrices = list(_matrices(module))
     if not 2 <= len(matrices) <= 3 or len({matrix.experts for matrix in matrices}) != 1:
@@ -230,7 +230,7 @@ def _unit(module: nn.Module, path: str, index: int, hidden: int) -> FFNUnit | Re
     if isinstance(axes, str):
         return Refusal(f"{index}.{path}".removesuffix("."), axes)
     prefix = f"{path}." if path else ""
-    return FFNUnit(
+    return Unit(
         block=index,
         path=path,
         width=roles.width,

@@ -2,10 +2,10 @@
 
     Architecture
       blocks        "model.layers"
-      units         FFNUnit(block 0, "mlp", 1536 channels)
-                    FFNUnit(block 1, "self_attn", 3 channels, part "kv")
-                    FFNUnit(block 1, "mlp.experts", 768 channels in each of 64 FFNs)
-                    FFNUnit(block 1, "mlp.shared_expert", 1536 channels)
+      units         Unit(block 0, "mlp", 1536 channels)
+                    Unit(block 1, "self_attn", 3 channels, part "kv")
+                    Unit(block 1, "mlp.experts", 768 channels in each of 64 FFNs)
+                    Unit(block 1, "mlp.shared_expert", 1536 channels)
 
 The channels of an attention are its KV groups: a head of keys and values with the query heads that
 read it. It is found in the model (`cfsp.architecture.discovery`), not looked up by the model's
@@ -110,7 +110,7 @@ class WidthAttribute:
 
 
 @dataclass(frozen=True)
-class FFNUnit:
+class Unit:
     """The FFNs of a block that share a width (a dense one, or all routed experts), or an attention.
 
     Attributes:
@@ -202,7 +202,7 @@ class FFNUnit:
             return axis.select(parameter, kept_EK[0])
         return axis.select_of_experts(parameter, kept_EK)
 
-    def as_fused_as(self, other: FFNUnit) -> FFNUnit:
+    def as_fused_as(self, other: Unit) -> Unit:
         """Return the same unit with what shares a matrix sharing it as in another one."""
         if self.part == "kv":
             is_in_one = len(other.axes[other.up].spans) == 1
@@ -210,7 +210,7 @@ class FFNUnit:
         fusion = other.axes[other.up].fusion
         return self.with_fusion(fusion) if fusion else self
 
-    def with_fusion(self, fusion: Fusion) -> FFNUnit:
+    def with_fusion(self, fusion: Fusion) -> Unit:
         """Return the same unit with gate and up sharing their matrix in another way."""
         axes = {
             name: replace(axis, fusion=fusion) if axis.fusion else axis
@@ -218,7 +218,7 @@ class FFNUnit:
         }
         return replace(self, axes=axes)
 
-    def in_one_section(self) -> FFNUnit:
+    def in_one_section(self) -> Unit:
         """Return the same attention with the entries of each KV group side by side everywhere."""
         axes = {name: axis.in_one_section() for name, axis in self.axes.items()}
         return replace(self, axes=axes)
@@ -257,7 +257,7 @@ class Architecture:
     decoder: str
     blocks: str
     block_count: int
-    units: tuple[FFNUnit, ...]
+    units: tuple[Unit, ...]
     refused: tuple[Refusal, ...] = field(default=())
     learnt_positions: int | None = None
 
@@ -306,11 +306,11 @@ class Architecture:
             refused=tuple(refused),
         )
 
-    def units_of(self, block: int) -> tuple[FFNUnit, ...]:
+    def units_of(self, block: int) -> tuple[Unit, ...]:
         """Return the units of one block."""
         return tuple(unit for unit in self.units if unit.block == block)
 
-    def module_name(self, unit: FFNUnit) -> str:
+    def module_name(self, unit: Unit) -> str:
         """Return the dotted path from the model to the module of a unit."""
         return f"{self.block_prefix(unit.block)}{unit.path}".removesuffix(".")
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
-from cfsp.architecture.found import Architecture, FFNUnit, Fusion, Refusal
+from cfsp.architecture.found import Architecture, Fusion, Refusal, Unit
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.resizing import resize_attention, resize_ffn
 from cfsp.architecture.small_run import SmallRun, first_line, run_small, set_parameter
@@ -96,8 +96,8 @@ def _prove_part(
     if not alone:
         raise _unsupported(architecture, refused, part)
     run = run_small(config, model_class, architecture, part)
-    verdicts: dict[tuple[object, ...], FFNUnit | Refusal] = {}
-    units: list[FFNUnit] = []
+    verdicts: dict[tuple[object, ...], Unit | Refusal] = {}
+    units: list[Unit] = []
     for number in alone:
         unit, small = architecture.units[number], run.architecture.units[number]
         kind = (unit.kind, _conduct(run.blocks[unit.block], small))
@@ -144,7 +144,7 @@ def _split(
     return alone, refused
 
 
-def _conduct(block: nn.Module, unit: FFNUnit) -> tuple[object, ...]:
+def _conduct(block: nn.Module, unit: Unit) -> tuple[object, ...]:
     """Return what may make two units of a kind compute in different ways: types and numbers."""
     module = block.get_submodule(unit.path)
     return tuple(
@@ -206,7 +206,7 @@ def _guess(
     return find_architecture(model, part), shared
 
 
-def _prove_unit(run: SmallRun, unit: FFNUnit) -> FFNUnit | Refusal:
+def _prove_unit(run: SmallRun, unit: Unit) -> Unit | Refusal:
     """Return the unit with its fusion settled, or which check it failed."""
     module = run.architecture.module_name(unit)
     if unit.part == "kv" and unit.width == 1:
@@ -224,7 +224,7 @@ def _prove_unit(run: SmallRun, unit: FFNUnit) -> FFNUnit | Refusal:
             f"bites: expected another output with half of the channels masked, found a difference "
             f"of {effect:.1e}",
         )
-    verdict: FFNUnit | Refusal = unit
+    verdict: Unit | Refusal = unit
     for candidate in _candidates(unit):
         reason = _cut_fails(run, candidate, kept_EK, masked)
         if reason is None:
@@ -236,7 +236,7 @@ def _prove_unit(run: SmallRun, unit: FFNUnit) -> FFNUnit | Refusal:
     return verdict
 
 
-def _watching_fails(run: SmallRun, unit: FFNUnit) -> str | None:
+def _watching_fails(run: SmallRun, unit: Unit) -> str | None:
     """Return why the activations of a unit cannot be gathered; None if they can."""
     block = run.blocks[unit.block]
     try:
@@ -247,7 +247,7 @@ def _watching_fails(run: SmallRun, unit: FFNUnit) -> str | None:
     return None
 
 
-def _elsewhere_fails(run: SmallRun, unit: FFNUnit, kept_EK: list[list[int]]) -> str | None:
+def _elsewhere_fails(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> str | None:
     """Return why another block depends on an attention's keys and values; None if none does."""
     if unit.part != "kv":
         return None
@@ -266,7 +266,7 @@ def _elsewhere_fails(run: SmallRun, unit: FFNUnit, kept_EK: list[list[int]]) -> 
     return None
 
 
-def _module_after(run: SmallRun, unit: FFNUnit) -> str | None:
+def _module_after(run: SmallRun, unit: Unit) -> str | None:
     """Return the module that the hidden state after an attention enters; None if there is none.
 
     With an output matrix of zeros nothing is added to the hidden state, so that it enters that
@@ -306,7 +306,7 @@ def _module_after(run: SmallRun, unit: FFNUnit) -> str | None:
     return found[0] if found else None
 
 
-def _candidates(unit: FFNUnit) -> Iterator[FFNUnit]:
+def _candidates(unit: Unit) -> Iterator[Unit]:
     yield unit
     if unit.part == "kv":
         if unit.is_fused:
@@ -323,7 +323,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def _random_half(unit: FFNUnit) -> list[list[int]]:
+def _random_half(unit: Unit) -> list[list[int]]:
     """Return channels to keep of each FFN, in ascending order (E lists of K)."""
     generator = torch.Generator().manual_seed(unit.width)
     half = max(1, unit.width // 2)
@@ -335,7 +335,7 @@ def _random_half(unit: FFNUnit) -> list[list[int]]:
 
 def _masked_output(
     run: SmallRun,
-    unit: FFNUnit,
+    unit: Unit,
     kept_EK: list[list[int]],
     compute: Callable[[], Tensor] | None = None,
 ) -> Tensor:
@@ -363,9 +363,7 @@ def _masked_output(
     return output
 
 
-def _cut_fails(
-    run: SmallRun, unit: FFNUnit, kept_EK: list[list[int]], masked: Tensor
-) -> str | None:
+def _cut_fails(run: SmallRun, unit: Unit, kept_EK: list[list[int]], masked: Tensor) -> str | None:
     """Return which check a unit fails when it is cut, what was expected and what found."""
     before = _tensors(run.model)
     with _cut(run.blocks[unit.block], unit, kept_EK):
@@ -405,7 +403,7 @@ def _tensors(model: nn.Module) -> dict[str, int]:
 
 
 @contextmanager
-def _cut(block: nn.Module, unit: FFNUnit, kept_EK: list[list[int]]) -> Iterator[None]:
+def _cut(block: nn.Module, unit: Unit, kept_EK: list[list[int]]) -> Iterator[None]:
     """Cut all but the kept channels of a unit out of its block; put them back afterwards."""
     originals = {name: block.get_parameter(name) for name in unit.axes}
     module: Any = block.get_submodule(unit.path)
@@ -423,7 +421,7 @@ def _cut(block: nn.Module, unit: FFNUnit, kept_EK: list[list[int]]) -> Iterator[
             set_parameter(block, name, original)
 
 
-def _resize(block: nn.Module, unit: FFNUnit, width: int) -> None:
+def _resize(block: nn.Module, unit: Unit, width: int) -> None:
     """Give a unit another width."""
     if unit.part == "kv":
         numbers = dict(unit.config_numbers)

@@ -33,7 +33,7 @@ from cfsp.errors import CalibrationError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from cfsp.architecture.found import FFNUnit
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
@@ -217,7 +217,7 @@ def observed_block(
     return ObservedBlock(BlockStatistics(distance_sums, distances.tokens), tuple(units))
 
 
-def check_seen(units: Sequence[FFNUnit], statistics: Sequence[UnitStatistics]) -> None:
+def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> None:
     """Check that tokens have reached every FFN unit.
 
     Args:

@@ -33,7 +33,7 @@ from cfsp.settings import Part
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, FFNUnit
+    from cfsp.architecture.found import Architecture, Unit
 
 # In the config of a model that was pruned in memory: what a manifest says of one in files.
 PRUNED_KEY = "cfsp"
@@ -73,7 +73,7 @@ def resized_parts(config: PreTrainedConfig) -> tuple[Part, ...]:
     return (*(("ffn",) if has_ffns else ()), *(("kv",) if has_groups else ()))
 
 
-def with_given_widths(units: Sequence[FFNUnit], config: PreTrainedConfig) -> tuple[FFNUnit, ...]:
+def with_given_widths(units: Sequence[Unit], config: PreTrainedConfig) -> tuple[Unit, ...]:
     """Return the units of the stock model with the widths that a config of ours gives them.
 
     Raises:
@@ -237,7 +237,7 @@ class _Search:
     keys: Sequence[WidthKey]
 
     @staticmethod
-    def of(stock: PreTrainedConfig, units: Sequence[FFNUnit]) -> _Search:
+    def of(stock: PreTrainedConfig, units: Sequence[Unit]) -> _Search:
         """Search for the keys of the FFNs at the paths of some units."""
         widths = _widths_by_path(stock, {unit.path for unit in units})
         return _Search(stock, widths, width_keys(stock, widths))
@@ -323,7 +323,7 @@ def _ffn_changes(
     return {_TEXT: {key: max(widths)}, PER_LAYER_CONFIG: per_layer}, key
 
 
-def _by_place(units: Sequence[FFNUnit], widths: Sequence[int]) -> dict[str, dict[str, int]]:
+def _by_place(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[str, int]]:
     """Return the widths of units by their block and path."""
     width_of: dict[str, dict[str, int]] = {}
     for unit, width in zip(units, widths, strict=True):
@@ -451,7 +451,7 @@ def _empty_stock_model(config: PreTrainedConfig) -> PreTrainedModel:
 def _stock_values(
     keys: Sequence[WidthKey],
     stock_widths: Mapping[str, set[int]],
-    units: Sequence[FFNUnit],
+    units: Sequence[Unit],
     widths: Sequence[int],
 ) -> dict[str, int] | None:
     """Return the values that the keys must have for these widths; None if there are none."""
@@ -534,7 +534,7 @@ def _changed(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given_widths(
-    units: Sequence[FFNUnit], config: PreTrainedConfig
+    units: Sequence[Unit], config: PreTrainedConfig
 ) -> Iterator[tuple[tuple[int, str], Any]]:
     key = width_key_of(config)
     if key is not None:

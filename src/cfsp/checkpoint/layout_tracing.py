@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfsp.architecture.found import ChannelAxis, FFNUnit, Fusion
+from cfsp.architecture.found import ChannelAxis, Fusion, Unit
 from cfsp.checkpoint.conversion import Conversion, ModelShapes, convert
 from cfsp.checkpoint.stored_layout import ChannelLayout, Role
 from cfsp.checkpoint.tensor_file import TensorSpec
@@ -44,7 +44,7 @@ class ChannelParameter:
     """
 
     index: int
-    unit: FFNUnit
+    unit: Unit
     name: str
     axes: int
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, FFNUnit
+    from cfsp.architecture.found import Architecture, Unit
     from cfsp.settings import Part
 
 MODELING_FILE = "modeling_cfsp.py"
@@ -239,19 +239,19 @@ class ModelingFile:
         return text.rstrip() + "\n"
 
 
-def resized_attention(block: nn.Module, unit: FFNUnit, groups: int) -> None:
+def resized_attention(block: nn.Module, unit: Unit, groups: int) -> None:
     """Give an attention of a block another number of KV groups, as the modelling file does it."""
     numbers = dict(unit.config_numbers)
     axes, attributes = unit.plain_axes, unit.plain_attributes
     resize_attention(block, unit.path, groups, axes, attributes, numbers)
 
 
-def _table_of_ffns(units: Sequence[FFNUnit]) -> dict[str, Any]:
+def _table_of_ffns(units: Sequence[Unit]) -> dict[str, Any]:
     """Return what the modelling file has to know of FFNs, by their path."""
     return {unit.path: (unit.plain_axes, unit.plain_attributes) for unit in units}
 
 
-def _table_of_attentions(units: Sequence[FFNUnit]) -> list[tuple[Any, ...]]:
+def _table_of_attentions(units: Sequence[Unit]) -> list[tuple[Any, ...]]:
     """Return what it has to know of attentions: blocks, path, and where those have heads."""
     alike: dict[str, tuple[list[int], tuple[Any, ...]]] = {}
     for unit in units:

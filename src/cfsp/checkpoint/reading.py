@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from cfsp.architecture.found import Architecture, FFNUnit
+from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix
 from cfsp.checkpoint.links import check_links
@@ -57,7 +57,7 @@ class WeightSource(Protocol):
     label: str
 
     @property
-    def units(self) -> tuple[FFNUnit, ...]:
+    def units(self) -> tuple[Unit, ...]:
         """The units of the model, of the parts that it was opened with."""
         return self.architecture.units
 

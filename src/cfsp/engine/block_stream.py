@@ -37,7 +37,7 @@ from cfsp.errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.found import FFNUnit
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.text.windows import Windows
 
@@ -64,7 +64,7 @@ class StreamedBlock:
 
     index: int
     module: nn.Module
-    units: tuple[FFNUnit, ...]
+    units: tuple[Unit, ...]
     hidden: HiddenStates
     device: torch.device
     _batches: list[slice]

@@ -25,7 +25,7 @@ from cfsp.checkpoint.config_widths import stock_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, FFNUnit
+    from cfsp.architecture.found import Architecture, Unit
     from cfsp.recovery.settings import Method
 
 _TOLERANCE = 1e-4
@@ -57,7 +57,7 @@ def why_experts_stay(
     return None
 
 
-def _fails(run: SmallRun, unit: FFNUnit) -> str | None:
+def _fails(run: SmallRun, unit: Unit) -> str | None:
     """Return what goes wrong when the experts of a unit are adapted; None if nothing does."""
     import peft
 

@@ -18,7 +18,7 @@ from cfsp.recovery.expert_adapters import why_experts_stay
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, FFNUnit
+    from cfsp.architecture.found import Architecture, Unit
     from cfsp.checkpoint.reading import Checkpoint
     from cfsp.recovery.settings import Adaptation
 
@@ -93,7 +93,7 @@ def _targets_of_block(
     )
 
 
-def matrices_of_experts(unit: FFNUnit) -> list[str]:
+def matrices_of_experts(unit: Unit) -> list[str]:
     """Return the parameters, by their paths from the block, that hold matrices of experts."""
     if not unit.routed:
         return []
@@ -145,7 +145,7 @@ def _may_be_bypassed(block: nn.Module, name: str) -> bool:
     return leaf == "out_proj" and {"A_log", "D"} <= parameters.keys()
 
 
-def _in_ffn(names: Sequence[str], units: Sequence[FFNUnit]) -> set[str]:
+def _in_ffn(names: Sequence[str], units: Sequence[Unit]) -> set[str]:
     """Return the matrices of FFNs, and what lies beside these in the same module."""
     matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
     modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)

@@ -21,7 +21,7 @@ from cfsp.checkpoint.text_config import text_config_of
 from cfsp.speed.workload import Workload
 
 if TYPE_CHECKING:
-    from cfsp.architecture.found import FFNUnit
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
 
 # How configs call the number of experts that a token passes, where no router keeps it.
@@ -116,7 +116,7 @@ def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
     )
 
 
-def experts_per_token(config: Any, blocks: nn.ModuleList, unit: FFNUnit) -> float:
+def experts_per_token(config: Any, blocks: nn.ModuleList, unit: Unit) -> float:
     """Return how many of its experts a token passes; NaN if nothing says so.
 
     Args:

@@ -22,7 +22,7 @@ from cfsp.quality.perplexity import perplexity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.found import FFNUnit
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.text.windows import Windows
@@ -74,7 +74,7 @@ def masked_channels(
 
 
 @contextmanager
-def masked_unit(block: nn.Module, unit: FFNUnit, kept_K: Sequence[int]) -> Iterator[None]:
+def masked_unit(block: nn.Module, unit: Unit, kept_K: Sequence[int]) -> Iterator[None]:
     """Let one unit of a decoder block compute as if it had the kept channels only.
 
     The pruned columns of its down projections are zero meanwhile, and kept elsewhere.
