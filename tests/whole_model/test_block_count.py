@@ -75,6 +75,16 @@ def test_what_goes_together_is_what_was_asked_for(
     assert gone == pytest.approx(0.4 * blocks, rel=0.02)
 
 
+def test_more_than_the_channels_own_takes_blocks_too(
+    source: LoadedModel, text_file: Path, tokenizer: Any
+) -> None:
+    smaller = cfsp.prune(
+        source.model, tokenizer, parts="ffn,blocks", sparsity=0.75, multiple=1, data=[text_file],
+        samples=4, seqlen=32, device="cpu",
+    )  # fmt: skip
+    assert smaller.config.num_hidden_layers < BLOCKS
+
+
 def test_a_number_that_was_given_stays(source: LoadedModel, text_file: Path) -> None:
     asked = settings(text_file, Budget(0.2, parts=("ffn", "blocks"), remove_blocks=1))
     nothing: Any = None

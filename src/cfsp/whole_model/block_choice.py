@@ -23,7 +23,7 @@ import torch
 from cfsp.calibration.statistics import Removal, Statistics, removals_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.block_proof import check_blocks_can_go
-from cfsp.engine.call_form import CallForm, find_call_form
+from cfsp.engine.call_form import CallForm
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skipped
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
@@ -32,7 +32,7 @@ from cfsp.planning.block_budget import BlockBudget
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS
 from cfsp.whole_model.divergence import dense_predictions
-from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.sensitivity import few_beginnings
 
 if TYPE_CHECKING:
@@ -224,11 +224,7 @@ class _Trials:
         """Run the dense model."""
         blocks = blocks_of(model, source.architecture)
 
-        def logits(tokens_BT: Tensor) -> Tensor:
-            found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
-            return found
-
-        form = find_call_form(logits, blocks, model.device)
+        form = call_form_of(model, blocks)
         batches = torch.split(tokens_NT, _WINDOWS_IN_BATCH)
         return _Trials(model, blocks, form, [dense_predictions(model, each) for each in batches])
 

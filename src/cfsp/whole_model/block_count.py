@@ -21,7 +21,6 @@ import torch
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
-from cfsp.engine.call_form import find_call_form
 from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UsageError
@@ -29,7 +28,7 @@ from cfsp.planning.make import choose_channels, model_size, plan_widths
 from cfsp.progress import item_progress
 from cfsp.whole_model.block_choice import follow_divergence, with_needed_removals
 from cfsp.whole_model.divergence import dense_predictions
-from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import masked_unit
 from cfsp.whole_model.sensitivity import few_beginnings, with_needed_sensitivity
 
@@ -147,11 +146,13 @@ def _try(
             if trials and without_blocks > min(trial.divergence for trial in trials):
                 break  # whatever else goes as well makes it worse, and so does another block
             sparsity = _sparsity_of_others(source, budget, removed)
+            if sparsity >= 1:
+                continue  # the others do not own so much
             try:
                 rest = _budget_with(budget, count, sparsity)
                 kept_U = _plan(source, statistics, rest, settings.criterion, removed)
             except BudgetError:
-                continue  # the others cannot lose so much
+                continue  # or cannot lose it
             trials.append(Trial(count, sparsity, masked.divergence(removed, kept_U)))
             bar.update()
     if not trials:
@@ -180,8 +181,6 @@ def _plan(
     removed: Collection[int],
 ) -> list[tuple[int, ...]]:
     """Return the channels of every unit that stay."""
-    if budget.sparsity >= 1:
-        raise BudgetError("the others would keep nothing")
     widths = plan_widths(source, statistics, budget, criterion, removed)
     return [
         choose_channels(source, unit, statistics.units[unit], width, criterion)
@@ -196,12 +195,8 @@ class _MaskedModel:
         self._source, self._model = source, model
         self._blocks = blocks_of(model, source.architecture)
 
-        def logits(tokens_BT: Tensor) -> Tensor:
-            found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
-            return found
-
+        self._form = call_form_of(model, self._blocks)
         with torch.inference_mode():
-            self._form = find_call_form(logits, self._blocks, model.device)
             self._dense = [dense_predictions(model, tokens_T[None]) for tokens_T in tokens_NT]
 
     def divergence(self, removed: Collection[int], kept_U: Sequence[Sequence[int]]) -> float:

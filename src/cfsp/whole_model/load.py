@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.engine.call_form import CallForm, find_call_form
 from cfsp.engine.whole import check_fits
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
@@ -31,3 +35,14 @@ def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrained
     assert isinstance(source, Checkpoint)
     check_fits(source, engine, purpose)
     return load(source.directory, dtype=engine.dtype, device=engine.device)
+
+
+@torch.inference_mode()
+def call_form_of(model: PreTrainedModel, blocks: nn.ModuleList) -> CallForm:
+    """Return how a whole model takes hidden states from its blocks; see `find_call_form`."""
+
+    def logits(tokens_BT: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
+        return found
+
+    return find_call_form(logits, blocks, model.device)

@@ -23,7 +23,7 @@ import torch
 
 from cfsp.calibration.statistics import Sensitivity, Statistics, sensitivity_from_json
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.engine.call_form import CallForm, find_call_form
+from cfsp.engine.call_form import CallForm
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
@@ -33,7 +33,7 @@ from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS
 from cfsp.text.windows import few_windows
 from cfsp.whole_model.divergence import dense_predictions
-from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import masked_unit
 
 if TYPE_CHECKING:
@@ -81,12 +81,7 @@ def block_sensitivities(
     """
     blocks = blocks_of(model, source.architecture)
 
-    def logits(tokens_BT: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
-        return found
-
-    with torch.inference_mode():
-        form = find_call_form(logits, blocks, model.device)
+    form = call_form_of(model, blocks)
     places = _places(source)
     total_of: dict[Part, list[float]] = {part: [0.0] * len(blocks) for _, part in places}
     resumes: bool | None = None
