@@ -36,10 +36,7 @@ def pruned_config(
     Raises:
         UnsupportedModelError: no config of the class builds the blocks that stay as they are.
     """
-    if removed:
-        stock = stock_config(config)
-        config = config_without_blocks(stock, changes_without_blocks(stock, removed))
-        architecture = architecture.without_blocks(removed)
+    config, architecture, _ = _without_blocks(config, architecture, removed)
     return config_with_widths(config, architecture, widths)
 
 
@@ -62,10 +59,18 @@ def pruned_fields_and_file(
     Raises:
         UnsupportedModelError: no config of the class builds the blocks that stay as they are.
     """
+    shorter, architecture, changes = _without_blocks(config, architecture, removed)
     if removed:
-        stock = stock_config(config)
-        changes = changes_without_blocks(stock, removed)
         fields = fields_without_blocks(fields, config, changes)
-        config = config_without_blocks(stock, changes)
-        architecture = architecture.without_blocks(removed)
-    return fields_and_file(fields, config, architecture, widths)
+    return fields_and_file(fields, shorter, architecture, widths)
+
+
+def _without_blocks(
+    config: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
+) -> tuple[PreTrainedConfig, Architecture, dict[str, Any]]:
+    """Return config and architecture of the blocks that stay, and what changed in the config."""
+    if not removed:
+        return config, architecture, {}
+    stock = stock_config(config)
+    changes = changes_without_blocks(stock, removed)
+    return config_without_blocks(stock, changes), architecture.without_blocks(removed), changes
