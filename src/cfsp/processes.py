@@ -99,10 +99,11 @@ class Team:
         """Return which of so many things are this process's; shares differ by one at most."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def add_up_at_first(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors of the first process by their sums over all; others' are used up.
+    def add_up_at(self, rank: int, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors of one process by their sums over all; others' are used up.
 
         Args:
+            rank: of that process.
             tensors: each of the same shape everywhere, contiguous, on the device that the process
                 computes on; the next one is asked for when one has its sum.
 
@@ -115,12 +116,13 @@ class Team:
 
         with self._exchange():
             for numbers in tensors:
-                dist.reduce(numbers, dst=0)
+                dist.reduce(numbers, dst=rank)
 
-    def gather_at_first(self, value: T) -> list[T]:
-        """Return what every process has, in their order; nothing in all but the first.
+    def gather_at(self, rank: int, value: T) -> list[T]:
+        """Return what every process has, in their order; nothing in all but one of them.
 
         Args:
+            rank: of the one.
             value: anything that can be pickled; tensors on the CPU.
 
         Raises:
@@ -130,13 +132,13 @@ class Team:
             return [value]
         import torch.distributed as dist
 
-        found: list[Any] | None = [None] * self.size if self.is_first else None
+        found: list[Any] | None = [None] * self.size if self.rank == rank else None
         with self._exchange():
-            dist.gather_object(value, found, dst=0, group=self.barrier)
+            dist.gather_object(value, found, dst=rank, group=self.barrier)
         return found or []
 
     def gather(self, value: T) -> list[T]:
-        """Return what every process has, in their order; see `gather_at_first`."""
+        """Return what every process has, in their order; see `gather_at`."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -172,6 +174,25 @@ class Team:
             raise outcome[1]
         made: T = outcome[0]
         return made
+
+    def each_does(self, do: Callable[[], None]) -> None:
+        """Do something of this process's own; if it fails in one process, it fails in all.
+
+        Raises:
+            CfspError: a process raised it.
+            ProcessError: a process died, or is not there in time.
+        """
+        if self.size == 1:
+            do()
+            return
+        failure: CfspError | None = None
+        try:
+            do()
+        except CfspError as error:
+            failure = error
+        for found in self.gather(failure):
+            if found is not None:
+                raise found
 
     def check_same(self, facts: Mapping[str, str]) -> None:
         """Check that all processes work on the same thing.

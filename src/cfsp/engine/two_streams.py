@@ -215,7 +215,7 @@ class GroupAtWork:
         if self.team.size == 1:
             return
         own = [self.batch([window]).on(torch.device("cpu")) for window in self.streams.held_out]
-        gathered = self.team.gather_at_first((own, self._dense_after))
+        gathered = self.team.gather_at(0, (own, self._dense_after))
         for of_process, _ in gathered:
             self._gathered.extend(of_process)
         # A process without held-out windows has nothing of any block.

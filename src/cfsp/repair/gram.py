@@ -19,7 +19,7 @@ from cfsp.processes import Team
 _TILES = 4
 _LARGEST_TILE = 2048
 # Rows that are float32 at once: a batch of 4096 would be another 0.2 GB at 14336 channels.
-_ROWS = 1024
+ROWS = 1024
 
 
 class GramSums:
@@ -34,18 +34,19 @@ class GramSums:
         channels = act_RF.shape[1]
         if self._gram_FF is None:
             self._gram_FF = torch.zeros(channels, channels, device=act_RF.device)
-        for part_RF in torch.split(act_RF, _ROWS):
+        for part_RF in torch.split(act_RF, ROWS):
             exact_RF = part_RF.float()
-            with _exact_fast_matmul(act_RF.dtype, act_RF.device):
+            with exact_fast_matmul(act_RF.dtype, act_RF.device):
                 for tile in _tiles(channels):
                     rows, right = slice(*tile), slice(tile[0], channels)
                     self._gram_FF[rows, right].addmm_(exact_RF[:, rows].T, exact_RF[:, right])
         self.tokens += act_RF.shape[0]
 
-    def add_up_at_first(self, team: Team, channels: int, device: torch.device) -> None:
-        """Make the sums of the first process those of all; the others have none any more.
+    def add_up_at(self, rank: int, team: Team, channels: int, device: torch.device) -> None:
+        """Make the sums of one process those of all; the others have none any more.
 
         Args:
+            rank: of that process.
             team: the processes.
             channels: F, which a process without a row does not know.
             device: where the process computes, likewise.
@@ -55,9 +56,9 @@ class GramSums:
         if self._gram_FF is None:
             self._gram_FF = torch.zeros(channels, channels, device=device)
         tokens = torch.tensor([self.tokens], device=device)
-        team.add_up_at_first(chain([tokens], self._contiguous_parts()))
+        team.add_up_at(rank, chain([tokens], self._contiguous_parts()))
         self.tokens = int(tokens)
-        if not team.is_first:
+        if team.rank != rank:
             self._gram_FF = None
 
     def _contiguous_parts(self) -> Iterator[Tensor]:
@@ -88,7 +89,7 @@ def _tiles(channels: int) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def _exact_fast_matmul(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def exact_fast_matmul(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Multiply float32 copies of 16-bit values at 16-bit speed, without losing a bit.
 
     bfloat16 values survive the rounding of inputs to bfloat16 (oneDNN on a CPU) or to TF32

@@ -43,10 +43,11 @@ class Observation:
         if act_RF.shape[0]:
             self.gram_E[ffn].add(act_RF)
 
-    def add_up_at_first(self, team: Team, width: int, device: torch.device) -> None:
-        """Bring all but the channel sums of all processes together at the first.
+    def add_up_at(self, rank: int, team: Team, width: int, device: torch.device) -> None:
+        """Bring all but the channel sums of all processes together at one.
 
         Args:
+            rank: of that process.
             team: the processes.
             width: channels of an FFN.
             device: where the process computes.
@@ -55,10 +56,10 @@ class Observation:
             return
         self.device = device
         for gram in self.gram_E:
-            gram.add_up_at_first(team, width, device)
+            gram.add_up_at(rank, team, width, device)
         own_E = [[part.cpu() for part in parts] for parts in self._held_out_E]
         self._held_out_E = [[] for _ in self._held_out_E]
-        for of_process in team.gather_at_first(own_E):
+        for of_process in team.gather_at(rank, own_E):
             for parts, more in zip(self._held_out_E, of_process, strict=True):
                 parts += [part.to(device) for part in more]
 

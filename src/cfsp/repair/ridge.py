@@ -10,13 +10,14 @@ pruned, R rows (held-out tokens), C columns (a slice of D).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cfsp.repair.cholesky import PANEL, SOLVE_COLUMNS, ridge_factor, solve
+from cfsp.repair.gram import ROWS, exact_fast_matmul
 
 # Relative ridge strengths, to be chosen from on held-out tokens. With some 28,000 tokens of a
 # mixed text most blocks of SmolLM2-135M choose 0.1 or more; more tokens want less.
@@ -75,8 +76,8 @@ def repair_down_projection(
         kept: indices of the channels that stay, ascending.
         gram_FF: E[x xᵀ] over calibration tokens, float32.
         held_out_RF: activations of held-out tokens.
-        lambdas: relative strengths to try, ascending; once one does worse than the one before,
-            the rest is not tried.
+        lambdas: relative strengths to choose from, ascending; the middle one is tried first, and
+            in either direction no more once one does worse than the one before.
     """
     device = gram_FF.device
     mask_F = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=device)
@@ -86,32 +87,59 @@ def repair_down_projection(
     plain_DK = best.down_DK
     if len(pruned_P) == 0:
         return best
-    previous = math.inf
-    for ridge in lambdas:
+
+    def error_with(number: int) -> float:
+        """Return the error with one strength, and keep the weights if they are the best so far."""
+        nonlocal best
+        ridge = lambdas[number]
         candidate_DK = _solve(down_DF, plain_DK, gram_FF, kept_K, pruned_P, ridge)
         if candidate_DK is None:
-            continue
+            return math.inf
         error = error_of(candidate_DK)
-        if error > previous:
-            break
-        previous = error
         if error < best.error_after:
             best = replace(best, down_DK=candidate_DK, ridge=ridge, error_after=error)
+        return error
+
+    _descend(error_with, len(lambdas))
     return best
+
+
+def _descend(error_with: Callable[[int], float], count: int) -> None:
+    """Try strengths from the middle one on, upwards and then downwards, while they get better."""
+    middle = count // 2
+    at_middle = error_with(middle)
+    for numbers in (range(middle + 1, count), range(middle - 1, -1, -1)):
+        previous = at_middle
+        for number in numbers:
+            error = error_with(number)
+            if error > previous:
+                break
+            previous = error
+        if previous < at_middle:
+            break
 
 
 class _HeldOutError:
     """Relative squared error of the FFN's output on held-out tokens."""
 
     def __init__(self, down_DF: Tensor, held_out_RF: Tensor, kept_K: Tensor) -> None:
-        self._kept_RK = held_out_RF.index_select(1, kept_K).float()
-        self._target_RD = held_out_RF.float() @ down_DF.float().T
+        self._kept_RK = held_out_RF.index_select(1, kept_K)
+        self._target_RD = _output(held_out_RF, down_DF)
         self.energy = float(self._target_RD.double().square().sum())
 
     def __call__(self, down_DK: Tensor) -> float:
-        output_RD = self._kept_RK @ down_DK.float().T
+        output_RD = _output(self._kept_RK, down_DK)
         squares = float((output_RD - self._target_RD).double().square().sum())
         return squares / self.energy if self.energy > 0 else 0.0
+
+
+def _output(act_RF: Tensor, down_DF: Tensor) -> Tensor:
+    """Return the output of an FFN in float32; activations are float32 a few rows at a time."""
+    dtype = act_RF.dtype if act_RF.dtype == down_DF.dtype else torch.float32
+    exact_DF = down_DF.float()
+    with exact_fast_matmul(dtype, act_RF.device):
+        parts = [part_RF.float() @ exact_DF.T for part_RF in torch.split(act_RF, ROWS)]
+    return torch.cat(parts)
 
 
 def _solve(

@@ -1,9 +1,9 @@
 """The pass of ridge repair: statistics, choice of channels and repair, block by block, in one pass.
 
-Repair needs the Gram matrix of every FFN of a block (0.8 GB at 14336 channels), so those of two
-blocks are never held: a block's channels are chosen as soon as its windows have passed, its down
-projections are repaired and written to the work directory, and the Gram matrices are dropped, one
-after the other. Widths must therefore be known beforehand: from a plan, or from a coarse pass over
+Repair needs the Gram matrix of every FFN of a block (0.8 GB at 14336 channels), so a process alone
+never holds those of two blocks: a block's channels are chosen as soon as its windows have passed,
+its down projections are repaired and written to the work directory, and the Gram matrices are
+dropped, one after the other. Of several processes each repairs a block of its own. Widths must therefore be known beforehand: from a plan, or from a coarse pass over
 a few windows. A block without FFN units just passes: its distances are gathered.
 
 Shapes: D hidden, F FFN channels, K channels that stay, E experts.
@@ -15,7 +15,6 @@ import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
@@ -113,51 +112,106 @@ def choose_and_repair(
         ResumeError: the workplace holds unfinished work of something else.
     """
     check_tokens(source.config, windows.tokens_NT, source.label)
-    _warn_of_memory(source, engine)
+    _warn_of_memory(source, engine, place.team)
     record = calibration_record(source, windows, engine, seed=seed)
     own = part_of(windows, place.team, engine.batch_windows)
-    tensors = place.first_directory_of(NAME)
-    chosen = pass_blocks(
+    directory = place.first_directory_of(NAME)
+    repair = _RidgeRepair(
+        source, windows.held_out_N[own], choose, directory, place.team, frozenset(removed)
+    )
+    observed = pass_blocks(
         source,
         windows.part(own),
-        partial(_visit, source, windows.held_out_N[own], choose, tensors, place.team, removed),
-        _ChosenFiles(StatisticsFiles(record), tensors),
+        repair.visit,
+        StatisticsFiles(record),
         name=NAME,
         device=engine.device,
         dtype=engine.dtype,
         batch_windows=engine.batch_windows,
         place=place,
+        may_stop_after=repair.ends_turn,
         team=place.team,
     )
+    chosen = [repair.chosen(each, block) for block, each in enumerate(observed)]
     _warn_of_unrepaired(chosen)
     return chosen
 
 
-@dataclass(frozen=True)
-class _ChosenFiles:
-    """Keeps what the pass did with one block; the new tensors are in a file already.
+class _RidgeRepair:
+    """Lets the windows pass block after block; of N processes each repairs every Nth.
 
-    Attributes:
-        statistics: keeps those of the block.
-        tensors: the directory of those files.
+    Processes take turns: the Gram matrices of a block are added up at the one that repairs it, and
+    when each has a block, all repair at the same time. What was chosen and repaired is in files in
+    the directory of the first, so that every process can read it.
     """
 
-    statistics: StatisticsFiles
-    tensors: Path
+    def __init__(
+        self,
+        source: WeightSource,
+        is_held_out_N: Tensor,
+        choose: ChooseChannels,
+        directory: Path,
+        team: Team,
+        removed: frozenset[int],
+    ) -> None:
+        self._source, self._choose, self._directory = source, choose, directory
+        self._is_held_out_N, self._team, self._removed = is_held_out_N, team, removed
+        self._waiting: tuple[int, ObservedBlock, list[Observation]] | None = None
 
-    def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
-        self.statistics.save(result.observed, directory, block)
-        units: list[dict[str, Any]] = [
-            {"kept": []} for _ in result.kept
-        ]  # of a block that goes whole
-        if result.repaired:
-            units = _facts_of(result.kept, result.repaired)
-        write_atomically(_chosen_path(directory, block), json.dumps(units).encode())
+    def ends_turn(self, block: int) -> bool:
+        """Return whether all blocks so far are repaired when this one has been visited."""
+        is_last = block + 1 == self._source.architecture.block_count
+        return is_last or (block + 1) % self._team.size == 0
 
-    def load(self, directory: Path, block: int) -> ChosenBlock:
-        units = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
-        observed = self.statistics.load(directory, block)
-        return _chosen_from(units, observed, self.tensors, block)
+    def visit(self, block: StreamedBlock) -> ObservedBlock:
+        """Let the windows pass one block; repair it now, or when the others have one as well."""
+        observed = self._observe(block)
+        if self.ends_turn(block.index):
+            self._team.each_does(self._repair_waiting)
+        return observed
+
+    def chosen(self, observed: ObservedBlock, block: int) -> ChosenBlock:
+        """Return what was done with a block that was visited."""
+        if block in self._removed:
+            return ChosenBlock(observed, ((),) * len(observed.units), ())
+        units = json.loads(_chosen_path(self._directory, block).read_text(encoding="utf-8"))
+        return ChosenBlock(
+            observed,
+            tuple(tuple(unit["kept"]) for unit in units),
+            tuple(repaired_from(unit, self._directory, block) for unit in units),
+        )
+
+    def _observe(self, block: StreamedBlock) -> ObservedBlock:
+        if block.index in self._removed:
+            observed = add_up_block(observe_part(block), self._team, block.device)
+            check_seen(block.units, observed.units)
+            return observed
+        distances, sublayers = DistanceSums(), [DistanceSums() for _ in block.units]
+        observations = [Observation(self._is_held_out_N, unit.ffns) for unit in block.units]
+        block.advance(
+            lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
+            distances.add,
+            lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
+        )
+        own = observed_block(block, distances, [each.channels for each in observations], sublayers)
+        observed = add_up_block(own, self._team, block.device)
+        check_seen(block.units, observed.units)
+        repairing = block.index % self._team.size
+        for unit, observation in zip(block.units, observations, strict=True):
+            observation.add_up_at(repairing, self._team, unit.columns, block.device)
+        if self._team.rank == repairing:
+            self._waiting = block.index, observed, observations
+        return observed
+
+    def _repair_waiting(self) -> None:
+        """Choose what stays in the block that waits, if one does, and repair it."""
+        if self._waiting is None:
+            return
+        (block, observed, observations), self._waiting = self._waiting, None
+        facts = _repair_block(
+            self._source, observed, observations, self._choose, self._directory, block
+        )
+        write_atomically(_chosen_path(self._directory, block), json.dumps(facts).encode())
 
 
 def _facts_of(
@@ -170,56 +224,8 @@ def _facts_of(
     ]
 
 
-def _chosen_from(
-    facts: Sequence[dict[str, Any]], observed: ObservedBlock, directory: Path, block: int
-) -> ChosenBlock:
-    """Return the block that `_facts_of` told of; see `repaired_from`."""
-    return ChosenBlock(
-        observed,
-        tuple(tuple(unit["kept"]) for unit in facts),
-        tuple(repaired_from(unit, directory, block) for unit in facts if "repair" in unit),
-    )
-
-
 def _chosen_path(directory: Path, block: int) -> Path:
     return directory / f"chosen-{block:05d}.json"
-
-
-def _visit(
-    source: WeightSource,
-    is_held_out_N: Tensor,
-    choose: ChooseChannels,
-    directory: Path,
-    team: Team,
-    removed: Collection[int],
-    block: StreamedBlock,
-) -> ChosenBlock:
-    """Let the windows pass one block; the first process then chooses and repairs for all."""
-    if block.index in removed:
-        return _pass_removed(block, team)
-    distances, sublayers = DistanceSums(), [DistanceSums() for _ in block.units]
-    observations = [Observation(is_held_out_N, unit.ffns) for unit in block.units]
-    block.advance(
-        lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
-        distances.add,
-        lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
-    )
-    own = observed_block(block, distances, [each.channels for each in observations], sublayers)
-    observed = add_up_block(own, team, block.device)
-    check_seen(block.units, observed.units)
-    for unit, observation in zip(block.units, observations, strict=True):
-        observation.add_up_at_first(team, unit.columns, block.device)
-    facts = team.from_first(
-        lambda: _repair_block(source, observed, observations, choose, directory, block.index)
-    )
-    return _chosen_from(facts, observed, directory, block.index)
-
-
-def _pass_removed(block: StreamedBlock, team: Team) -> ChosenBlock:
-    """Let the windows pass a block that goes whole."""
-    observed = add_up_block(observe_part(block), team, block.device)
-    check_seen(block.units, observed.units)
-    return ChosenBlock(observed, ((),) * len(block.units), ())
 
 
 def _repair_block(
@@ -320,9 +326,13 @@ def gram_bytes(source: WeightSource, block: int) -> int:
     return sum(unit.ffns * unit.columns**2 * torch.float32.itemsize for unit in units)
 
 
-def _warn_of_memory(source: WeightSource, engine: Engine) -> None:
-    """Tell people where the Gram matrices of a block are more than there is memory."""
+def _warn_of_memory(source: WeightSource, engine: Engine, team: Team) -> None:
+    """Tell people where the Gram matrices of a block are more than there is memory.
+
+    Of several processes each has those of the block that it is to repair beside the next one's.
+    """
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
+    needed *= min(team.size, 2)
     available = available_bytes() / processes_on_machine()
     if engine.device.type == "cpu" and needed > available:
         log.warning(

@@ -285,8 +285,8 @@ class _Sums:
         outputs, channels = down_DK.shape
         if self._cross_KD is None:
             self._cross_KD = torch.zeros(channels, outputs, device=down_DK.device)
-        self._gram.add_up_at_first(team, channels, down_DK.device)
-        team.add_up_at_first([self._cross_KD])
+        self._gram.add_up_at(0, team, channels, down_DK.device)
+        team.add_up_at(0, [self._cross_KD])
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return both; the sums are used up."""
@@ -319,7 +319,7 @@ class _HeldOutRows:
         if team.size == 1:
             return
         kinds = self._act, self._output, self._dense
-        of_processes = team.gather_at_first([[part.cpu() for part in kind] for kind in kinds])
+        of_processes = team.gather_at(0, [[part.cpu() for part in kind] for kind in kinds])
         for number, kind in enumerate(kinds):
             kind[:] = [part.to(device) for found in of_processes for part in found[number]]
 
