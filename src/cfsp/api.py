@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -10,12 +11,21 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.errors import UsageError
-from cfsp.pipeline import calibrate_source, check_all_texts, prune_checkpoint, prune_model
+from cfsp.pipeline import (
+    best_effort,
+    calibrate_source,
+    check_all_texts,
+    prune_and_recover,
+    prune_checkpoint,
+    prune_model,
+)
 from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
+    BEST_EFFORT,
+    BEST_WITHOUT_TRAINING,
     DEFAULT_PARTS,
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
@@ -118,8 +128,9 @@ def prune(
         samples: windows in all; None for 128 or what there is.
         seqlen: tokens in a window.
         eval: texts to measure perplexity on, before and after; of a path only.
-        effort: `fast` repairs nothing, `standard` by least squares, `best` also by training a few
-            blocks at a time.
+        effort: `fast` repairs nothing, `standard` by least squares, `best` also trains: a path
+            that fits into memory whole, as `recover` does (the model before that stays in
+            `OUT-pruned`), others a few blocks at a time.
         repair: the repair by its name instead: `none`, `ridge`, `sequential` or `local`.
         device: where to compute; `auto` is an accelerator if there is one.
         **advanced: what `cfsp prune --help-all` lists, by the same names.
@@ -149,6 +160,7 @@ def prune(
         repair=repair or EFFORTS[effort],
         local=from_names(LocalTraining, advanced),
     )
+    trains = repair is None and effort == BEST_EFFORT
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
@@ -157,19 +169,30 @@ def prune(
         evaluation = from_names(EvaluationText, advanced, names=_texts(eval))
         # Before a model is downloaded or converted.
         check_all_texts(settings.text, evaluation, goal)
+        source, limit = open_checkpoint(model, parts=settings.budget.parts), None
+        if trains:
+            settings, limit = best_effort(source, settings)
+        if limit is not None:
+            report, _ = prune_and_recover(
+                source,
+                Path(out),
+                settings,
+                limit,
+                goal=goal,
+                evaluation=evaluation,
+                command=command,
+            )
+            return report
         return prune_checkpoint(
-            open_checkpoint(model, parts=settings.budget.parts),
-            Path(out),
-            settings,
-            goal=goal,
-            evaluation=evaluation,
-            command=command,
+            source, Path(out), settings, goal=goal, evaluation=evaluation, command=command
         )
     if tokenizer is None or out is not None or eval:
         raise UsageError(
             "pruning a model in memory needs its tokenizer, no out= and no eval=; "
             "it returns the new model, which save_pretrained can write"
         )
+    if trains:
+        settings = replace(settings, repair=BEST_WITHOUT_TRAINING)
     return prune_model(model, tokenizer, settings, goal)
 
 

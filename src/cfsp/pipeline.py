@@ -3,13 +3,14 @@
     text -> windows -> CALIBRATE -> Statistics -> PLAN -> PruningPlan
          -> REPAIR -> Repaired -> CUT -> checkpoint directory
 
-`prune_checkpoint` goes from directory to directory, `prune_model` from a model in memory to a
-smaller one.
+`prune_checkpoint` goes from directory to directory, `prune_and_recover` also trains what it gives,
+`prune_model` goes from a model in memory to a smaller one.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough, check_same_work
+from cfsp.checkpoint.loading import compute_device
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.modeling_code import code_digests
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -28,7 +31,7 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, fingerprint
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
@@ -44,15 +47,27 @@ from cfsp.errors import OutputError
 from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.processes import Team
+from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import before_and_after, evaluation_windows
+from cfsp.recovery.adaptation import check_installed
+from cfsp.recovery.memory import method_that_fits
+from cfsp.recovery.recover import recover_checkpoint
+from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Distillation, Limit, Training
+from cfsp.recovery.teacher import choose_teacher
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.result.card import model_card
-from cfsp.result.manifest import describe_pruning, facts_for_config, write_manifest
+from cfsp.result.manifest import (
+    add_to_manifest,
+    describe_pruning,
+    facts_for_config,
+    read_manifest,
+    write_manifest,
+)
 from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
+    BEST_WITHOUT_TRAINING,
     CalibrationText,
     Compute,
     Criterion,
@@ -71,6 +86,10 @@ from cfsp.whole_model.sensitivity import with_sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cfsp.recovery.recover_report import RecoverReport
+
+log = logging.getLogger(__name__)
 
 
 def prune_checkpoint(
@@ -149,6 +168,103 @@ def prune_checkpoint(
 
         team.from_first(describe)
     return report
+
+
+def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSettings, Limit | None]:
+    """Return how to prune with the best effort, and how long to train afterwards.
+
+    That is one pass over the text with the dense model as the teacher, where one process has
+    memory for both; else no end-to-end training, and local repair.
+    """
+    device = compute_device(settings.compute.device)
+    if process_count() == 1 and method_that_fits(source, device) is not None:
+        return settings, Limit(epochs=1)
+    return replace(settings, repair=BEST_WITHOUT_TRAINING), None
+
+
+def prune_and_recover(
+    source: Checkpoint,
+    out: Path,
+    settings: PruneSettings,
+    limit: Limit,
+    *,
+    goal: Goal | None = None,
+    statistics: Statistics | None = None,
+    plan: PruningPlan | None = None,
+    evaluation: EvaluationText | None = None,
+    command: str = "",
+) -> tuple[PruneReport, RecoverReport]:
+    """Prune a checkpoint, then train the result on the same texts towards the dense model.
+
+    The pruned model stays in `OUT-pruned`. A call that was killed while it trained goes on there.
+
+    Args:
+        source: the model.
+        out: where the trained model goes; must not exist, or be empty.
+        settings: how to prune.
+        limit: how long to train.
+        goal: as for `prune_checkpoint`, like all that follow.
+        statistics: of an earlier calibration.
+        plan: an earlier decision.
+        evaluation: texts to measure perplexity on, before and after each of the two.
+        command: what the user typed.
+
+    Raises:
+        CfspError: anything that a user can cause.
+    """
+    remove_finished_work(out)
+    check_output_is_free(out)
+    compute, text = settings.compute, settings.text
+    device = compute_device(compute.device)
+    method = method_that_fits(source, device) or "lora"
+    check_installed(method)
+    pruned = out.with_name(f"{out.name}-pruned")
+    asked = {
+        **_identity(settings, statistics, plan, goal),
+        "model": fingerprint(source),
+        "text": repr(text),
+    }
+    if _was_pruned(pruned, _digest(asked)):
+        log.info("%s was pruned before by the same command; going on from it", pruned)
+        report = PruneReport.of_checkpoint(pruned)
+    else:
+        report = prune_checkpoint(
+            source,
+            pruned,
+            settings,
+            goal=goal,
+            statistics=statistics,
+            plan=plan,
+            evaluation=evaluation,
+            command=command,
+        )
+        add_to_manifest(pruned, {_ASKED: _digest(asked)})
+    training = Training(
+        limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed, bos=text.bos
+    )
+    smaller = open_checkpoint(pruned)
+    recovery = recover_checkpoint(
+        smaller,
+        out,
+        data=text.names,
+        training=training,
+        adaptation=Adaptation(method),
+        teacher=choose_teacher(AUTO_TEACHER, smaller, method, Distillation(), device),
+        evaluation=evaluation,
+        # Training in float16 overflows.
+        compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
+        command=command,
+    )
+    return report, recovery
+
+
+# The digest of what a run was asked for, in the manifest of the pruned model that it trains.
+_ASKED = "asked_digest"
+
+
+def _was_pruned(directory: Path, asked: str) -> bool:
+    manifest = read_manifest(directory) if directory.is_dir() else None
+    return manifest is not None and manifest.get(_ASKED) == asked
 
 
 @contextmanager

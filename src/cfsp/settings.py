@@ -693,7 +693,10 @@ Repair = Literal["none", "ridge", "sequential", "local"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 DEFAULT_REPAIR: Repair = "ridge"
 
-EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "local"}
+EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "ridge"}
+# After its repair the model is trained whole, where there is memory for that; else blockwise.
+BEST_EFFORT = "best"
+BEST_WITHOUT_TRAINING: Repair = "local"
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_a_killed_calibration_refuses_other_pixels(
     ("options", "message"),
     [
         (["--repair", "sequential"], "--repair sequential reads text alone"),
-        (["--effort", "best"], "--repair local reads text alone"),
+        (["--repair", "local"], "--repair local reads text alone"),
         (
             ["--repair", "none", "--block-metric", "sensitivity"],
             "the block metric sensitivity reads text alone",

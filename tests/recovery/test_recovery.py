@@ -46,6 +46,8 @@ from commands import Command, ranks
 from forks import Job
 from tiny_models import TINY_CONFIGS
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Any, text_file: Path) -> Path:
@@ -303,14 +305,14 @@ def test_a_teacher_is_learnt_from(pruned, text_file, tiny_checkpoint, tmp_path):
 def test_the_dense_model_teaches_where_it_is_at_hand(pruned, tiny_checkpoint, monkeypatch, caplog):
     source, half = open_checkpoint(pruned), Distillation(0.5)
     dense = str(tiny_checkpoint("llama"))
-    assert choose_teacher("auto", source, "full", half) == TeacherChoice(dense, half)
-    assert choose_teacher("other", source, "full", half) == TeacherChoice("other", half)
-    assert choose_teacher("none", source, "full", half) is None
+    assert choose_teacher("auto", source, "full", half, CPU) == TeacherChoice(dense, half)
+    assert choose_teacher("other", source, "full", half, CPU) == TeacherChoice("other", half)
+    assert choose_teacher("none", source, "full", half, CPU) is None
     # A model that was not pruned has none.
-    assert choose_teacher("auto", open_checkpoint(dense), "full", half) is None
+    assert choose_teacher("auto", open_checkpoint(dense), "full", half, CPU) is None
     assert caplog.messages == []
-    monkeypatch.setattr("cfsp.recovery.teacher.available_bytes", lambda: 1000)
-    assert choose_teacher("auto", source, "full", half) is None
+    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    assert choose_teacher("auto", source, "full", half, CPU) is None
     assert "1e-06 GB are available" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,3 +228,60 @@ def test_prune_and_recover_in_one(
     assert '"recovery"' in capsys.readouterr().out
     assert read_manifest(out)["operation"] == "recover"
     assert read_manifest(tmp_path / "out-pruned")["operation"] == "prune"
+
+
+def test_best_effort_trains_and_goes_on_after_a_kill(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, pruned = tmp_path / "out", tmp_path / "out-pruned"
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    arguments = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4"]
+    arguments += ["--data", str(text), "--samples", "8", "--seqlen", "64"]
+    arguments += ["--effort", "best", "--out", str(out)]
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.pipeline.recover_checkpoint", killed)
+        assert main(arguments) == 130
+    assert not out.exists()
+    before = (pruned / "model.safetensors").stat().st_mtime_ns
+    # Another command does not take what this one left.
+    assert main([*arguments, "--seed", "1"]) == 2
+    assert f"{pruned} exists" in capsys.readouterr().err
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (pruned / "model.safetensors").stat().st_mtime_ns == before
+    assert found["ffn_sparsity"] == 0.5
+    assert (
+        found["recovery"]["history"][-1]["perplexity"]
+        < found["recovery"]["history"][0]["perplexity"]
+    )
+    assert read_manifest(out)["recovery"]["adaptation"]["method"] == "full"
+
+
+def test_best_effort_without_room_to_train_repairs_locally(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    report = cfsp.prune(
+        tiny_checkpoint("llama"),
+        out=tmp_path / "out",
+        sparsity=0.5,
+        multiple=4,
+        data=[str(text_file)],
+        samples=8,
+        seqlen=64,
+        effort="best",
+        local_steps=2,
+    )
+    assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential", "local"]

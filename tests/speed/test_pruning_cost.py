@@ -66,7 +66,7 @@ def test_people_read_a_table(argv: list[str], capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--sparsity", "0.5", "--effort", "best"], "--repair local"),
+        (["--sparsity", "0.5", "--effort", "best"], "--effort best"),
         (["--sparsity", "0.5", "--dry-run"], "--dry-run"),
         (["--target-params", "0.8"], "--target-params"),
     ],

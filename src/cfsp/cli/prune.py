@@ -16,6 +16,7 @@ from cfsp.cli.plan import print_plan
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import (
+    BEST_EFFORT,
     DEFAULT_REPAIR,
     EFFORTS,
     REPAIRS,
@@ -31,8 +32,6 @@ from cfsp.settings import (
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.recovery.recover_report import RecoverReport
-    from cfsp.recovery.settings import Training
     from cfsp.result.prune_report import PruneReport
     from cfsp.speed.pruning_cost import PruningCost
 
@@ -83,9 +82,9 @@ def _add_effort(parser: Parser) -> None:
         "--effort",
         choices=tuple(EFFORTS),
         help="fast: no repair, one forward pass. standard (default): a least-squares repair, two "
-        "to four times that; lower perplexity. best: two more repairs, the last by training a few "
-        "blocks at a time, half an hour of one core for 135M parameters; lowest perplexity on text "
-        "like --data, while tasks hardly gain",
+        "to four times that. best: then one pass of training over the text, towards the dense "
+        "model's predictions, as --recover does it (135M parameters: half an hour of two cores); "
+        "blockwise where memory is short",
     )
     by_name = group.add_argument(
         "--repair",
@@ -97,9 +96,9 @@ def _add_effort(parser: Parser) -> None:
         "--recover",
         type=float,
         metavar="MINUTES",
-        help="then train for so long on the same texts, LoRA by importance towards the dense "
-        "model's predictions; the pruned model stays in OUT-pruned (`cfsp recover` has all "
-        "options)",
+        help="then train for so long on the same texts towards the dense model's predictions, all "
+        "projections or, where memory is short, LoRA; the pruned model stays in OUT-pruned (`cfsp "
+        "recover` has all options)",
     )
     # How it was called before.
     group.add_argument("--restore", dest="repair", choices=REPAIRS, help=argparse.SUPPRESS)
@@ -146,6 +145,7 @@ def _check_can_be_estimated(args: argparse.Namespace) -> None:
     unknown = {
         "--dry-run": args.dry_run,
         "--repair local": _repair(args) == "local",
+        "--effort best": args.effort == BEST_EFFORT,
         "--recover": args.recover is not None,
         "--parts blocks": "blocks" in (args.parts or ()),
         "--plan": args.plan,
@@ -185,11 +185,11 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.checkpoint.output import check_output_is_free
     from cfsp.engine.compute import engine_of
-    from cfsp.pipeline import prune_checkpoint
+    from cfsp.pipeline import best_effort, prune_and_recover, prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
+    from cfsp.recovery.settings import Limit
     from cfsp.speed.pruning_cost import pruning_cost
 
     evaluation = settings_from(args, EvaluationText, bos=args.bos or "auto")
@@ -206,29 +206,26 @@ def run(args: argparse.Namespace) -> None:
             args, pruning_cost(source, args.out, settings, engine_of(settings.compute, source))
         )
         return
-    pruned, training = args.out, None
-    if args.recover is not None:
-        training = _training(args)
-        check_output_is_free(args.out)
-        pruned = args.out.with_name(f"{args.out.name}-pruned")
-    with joined(compute_device(settings.compute.device), timeout) as team:
-        report = prune_checkpoint(
-            source,
-            pruned,
-            settings,
-            goal=goal,
-            statistics=statistics,
-            plan=plan,
-            evaluation=evaluation,
-            dry_run=args.dry_run,
-            command=arguments.typed_command(),
-            team=team,
-        )
-    if not team.is_first:
-        return
+    limit = Limit(minutes=args.recover) if args.recover is not None else None
+    if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
+        settings, limit = best_effort(source, settings)
+    what: dict[str, Any] = {
+        "goal": goal,
+        "statistics": statistics,
+        "plan": plan,
+        "evaluation": evaluation,
+        "command": arguments.typed_command(),
+    }
     recovery = None
-    if training is not None:
-        recovery = _recover(args, pruned, settings, training, evaluation)
+    if limit is not None:
+        report, recovery = prune_and_recover(source, args.out, settings, limit, **what)
+    else:
+        with joined(compute_device(settings.compute.device), timeout) as team:
+            report = prune_checkpoint(
+                source, args.out, settings, dry_run=args.dry_run, team=team, **what
+            )
+        if not team.is_first:
+            return
     if args.json:
         print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
         return
@@ -298,39 +295,6 @@ def _settings(
         compute=arguments.compute(args),
         repair=repair,
         local=settings_from(args, LocalTraining),
-    )
-
-
-def _training(args: argparse.Namespace) -> Training:
-    from cfsp.recovery.settings import Limit, Training
-
-    limit, text = Limit(minutes=args.recover), settings_from(args, CalibrationText)
-    return Training(limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed, bos=text.bos)
-
-
-def _recover(
-    args: argparse.Namespace,
-    pruned: Path,
-    settings: PruneSettings,
-    training: Training,
-    evaluation: EvaluationText,
-) -> RecoverReport:
-    from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.recovery.recover import recover_checkpoint
-    from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Distillation
-    from cfsp.recovery.teacher import choose_teacher
-
-    compute, source, adaptation = settings.compute, open_checkpoint(pruned), Adaptation()
-    return recover_checkpoint(
-        source,
-        args.out,
-        data=settings.text.names,
-        training=training,
-        adaptation=adaptation,
-        teacher=choose_teacher(AUTO_TEACHER, source, adaptation.method, Distillation()),
-        evaluation=evaluation,
-        compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
-        command=arguments.typed_command(),
     )
 
 

@@ -20,7 +20,8 @@ _ROOM = 1.2
 
 def fits(source: WeightSource, engine: Engine) -> bool:
     """Return whether a whole model fits into the memory that is available where it computes."""
-    return isinstance(source, LoadedModel) or needed_bytes(source, engine.dtype) <= _free(engine)
+    needed = needed_bytes(source, engine.dtype)
+    return isinstance(source, LoadedModel) or needed <= free_bytes(engine.device)
 
 
 def check_fits(source: WeightSource, engine: Engine, purpose: str) -> None:
@@ -34,7 +35,7 @@ def check_fits(source: WeightSource, engine: Engine, purpose: str) -> None:
     Raises:
         UsageError: it does not.
     """
-    needed, available = needed_bytes(source, engine.dtype), _free(engine)
+    needed, available = needed_bytes(source, engine.dtype), free_bytes(engine.device)
     if needed > available:
         raise UsageError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
@@ -47,9 +48,9 @@ def needed_bytes(source: WeightSource, dtype: torch.dtype) -> int:
     return int(_ROOM * parameter_count(source) * dtype.itemsize)
 
 
-def _free(engine: Engine) -> int:
+def free_bytes(device: torch.device) -> int:
     """Return the memory that is available; weights come to a GPU through that of the machine."""
-    if engine.device.type != "cuda":
+    if device.type != "cuda":
         return available_bytes()
-    on_device, _ = torch.cuda.mem_get_info(engine.device)
+    on_device, _ = torch.cuda.mem_get_info(device)
     return min(available_bytes(), on_device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.errors import UsageError
 from cfsp.processes import take_own_accelerator
@@ -107,7 +108,9 @@ def recover(
         data=texts,
         training=training,
         adaptation=adaptation,
-        teacher=choose_teacher(teacher, source, method, distillation),
+        teacher=choose_teacher(
+            teacher, source, method, distillation, compute_device(compute.device)
+        ),
         evaluation=evaluation,
         compute=compute,
         keep_adapter=keep_adapter,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.engine.memory import available_bytes
+from cfsp.engine.whole import free_bytes
 from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError
 from cfsp.processes import process_count
+from cfsp.recovery.memory import training_bytes
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Distillation, Method, TeacherChoice
 from cfsp.result.manifest import read_manifest
 from cfsp.text.tokenizers import load_tokenizer
@@ -19,18 +20,18 @@ from cfsp.text.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from transformers import PreTrainedTokenizerBase
-
-# What training holds for each parameter: weights, gradients, AdamW's moments in float32. Adapters
-# leave the weights in the model's dtype and have little else.
-_BYTES_TO_TRAIN = {"full": 16, "lora": 4, "dora": 4}
-_BYTES_OF_TEACHER = 4
 
 log = logging.getLogger(__name__)
 
 
 def choose_teacher(
-    given: str | Path | None, source: Checkpoint, method: Method, distillation: Distillation
+    given: str | Path | None,
+    source: Checkpoint,
+    method: Method,
+    distillation: Distillation,
+    device: torch.device,
 ) -> TeacherChoice | None:
     """Return who teaches.
 
@@ -40,16 +41,17 @@ def choose_teacher(
         source: the pruned model.
         method: how it will be trained.
         distillation: how much the teacher counts.
+        device: where it will be trained.
     """
     if given is None or given == NO_TEACHER:
         return None
     if given != AUTO_TEACHER:
         return TeacherChoice(str(given), distillation)
-    dense = _dense_model_of(source, method)
+    dense = _dense_model_of(source, method, device)
     return None if dense is None else TeacherChoice(dense, distillation)
 
 
-def _dense_model_of(source: Checkpoint, method: Method) -> str | None:
+def _dense_model_of(source: Checkpoint, method: Method, device: torch.device) -> str | None:
     """Return the name of the dense model that a model was pruned from; None if it is of no use."""
     recorded = (read_manifest(source.directory) or {}).get("base_model")
     if not isinstance(recorded, dict):
@@ -63,9 +65,8 @@ def _dense_model_of(source: Checkpoint, method: Method) -> str | None:
         else:
             check_teacher(source, load_tokenizer(source.directory), dense)
             # Several processes must decide alike, and memory is not.
-            available = available_bytes() if process_count() == 1 else math.inf
-            needed = _BYTES_OF_TEACHER * parameter_count(dense)
-            needed += _BYTES_TO_TRAIN[method] * parameter_count(source)
+            available = free_bytes(device) if process_count() == 1 else math.inf
+            needed = training_bytes(method, parameter_count(source), parameter_count(dense))
             if needed > available:
                 reason = (
                     f"with it training needs {needed / 1e9:.3g} GB of memory, "

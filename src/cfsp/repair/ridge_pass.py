@@ -3,8 +3,9 @@
 Repair needs the Gram matrix of every FFN of a block (0.8 GB at 14336 channels), so a process alone
 never holds those of two blocks: a block's channels are chosen as soon as its windows have passed,
 its down projections are repaired and written to the work directory, and the Gram matrices are
-dropped, one after the other. Of several processes each repairs a block of its own. Widths must therefore be known beforehand: from a plan, or from a coarse pass over
-a few windows. A block without FFN units just passes: its distances are gathered.
+dropped, one after the other. Of several processes each repairs a block of its own. Widths must
+therefore be known beforehand: from a plan, or from a coarse pass over a few windows. A block
+without FFN units just passes: its distances are gathered.
 
 Shapes: D hidden, F FFN channels, K channels that stay, E experts.
 """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.cut.surgery import pruned_specs
 from cfsp.engine.memory import peak_rss_bytes
@@ -14,6 +15,7 @@ from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.repaired import Repaired
+from cfsp.result.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ class PruneReport:
     peak_rss_bytes: int
     out: str | None
     plan: PruningPlan = field(repr=False)
+
+    @staticmethod
+    def of_checkpoint(directory: Path) -> PruneReport:
+        """Return what pruning did to the checkpoint that it left in a directory."""
+        manifest = {"kv_groups": {}, **(read_manifest(directory) or {})}
+        names = {each.name for each in fields(PruneReport)} - {"plan"}
+        return PruneReport(
+            **{name: manifest[name] for name in names},
+            plan=PruningPlan.load(directory / PLAN_FILE),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the plan, as JSON types."""
