@@ -50,7 +50,7 @@ class UnitPlan:
         block: index of its block.
         width: channels of an FFN before.
         kept: indices of the channels that stay, ascending; channel i of expert e is
-            e * width + i.
+            e * width + i. None of an attention that goes whole, or of a removed block.
         distance: the block's coarse distance.
         importance: its normalised importance, in (0, 1).
         ffns: number of FFNs: 1, or the number of experts.
@@ -133,6 +133,16 @@ class PruningPlan:
     def kept_units(self) -> list[UnitPlan]:
         """The units of the blocks that stay."""
         return [unit for unit in self.units if unit.block not in self.removed_blocks]
+
+    @property
+    def removed_attentions(self) -> list[UnitPlan]:
+        """The attentions that go whole, in the blocks that stay."""
+        return [unit for unit in self.kept_units if not unit.kept]
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether blocks go whole, or attentions."""
+        return bool(self.removed_blocks or self.removed_attentions)
 
     def index_of_block(self, block: int) -> int:
         """Return the index in the pruned model of a block that stays."""
@@ -419,7 +429,9 @@ def _unit(entry: dict[str, Any], index: int, removed: Collection[int] = ()) -> U
         raise ValueError(f"kept channels do not fit a width of {width}")
     is_removed = entry.get("block", index) in removed
     for kept in set(mask[:total].reshape(ffns, width).sum(axis=1, dtype=int).tolist()):
-        if (not kept) != is_removed or kept != entry["kept_width"]:
+        # An attention may go whole, an FFN only with its block.
+        may_go = is_removed or entry.get("part") == "kv"
+        if (is_removed if kept else not may_go) or kept != entry["kept_width"]:
             raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
     distance, importance = float(entry["distance"]), float(entry["importance"])
     if not math.isfinite(distance) or not math.isfinite(importance):
