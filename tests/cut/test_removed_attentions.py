@@ -67,7 +67,7 @@ class Case:
 
     @property
     def removed(self) -> list[int]:
-        return [unit.block for unit in self.report.plan.removed_attentions]
+        return list(self.report.plan.removed_attentions)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -225,6 +225,8 @@ def test_the_plan_is_obeyed_and_commands_tell_of_it(
     assert main(["inspect", str(case.out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["kv_groups"] == case.report.kv_groups["after"]
+    assert told["pruned"]["removed_attentions"] == case.removed
+    assert "the attentions of block" in (case.out / "README.md").read_text()
     assert main(["verify", str(case.out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verified"]
 

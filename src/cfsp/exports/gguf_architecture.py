@@ -106,6 +106,12 @@ def architecture_of(source: Checkpoint) -> Architecture:
             f"llama.cpp's {found[0].name} graph has one width for all blocks, and this model's "
             f"differ; {_INSTEAD}"
         )
+    if source.architecture.gone and architecture is not _DECI:
+        raise ExportError(
+            f"llama.cpp runs blocks without attention only through its {_DECI.name} graph, and "
+            f"this {source.config.model_type} model needs {architecture.name}; prune it without "
+            "--parts attention"
+        )
     _check_expressible(source, architecture)
     return architecture
 

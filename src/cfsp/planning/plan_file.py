@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from cfsp.architecture.block_names import removed_in_words
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import PlanError
@@ -135,9 +136,14 @@ class PruningPlan:
         return [unit for unit in self.units if unit.block not in self.removed_blocks]
 
     @property
-    def removed_attentions(self) -> list[UnitPlan]:
-        """The attentions that go whole, in the blocks that stay."""
-        return [unit for unit in self.kept_units if not unit.kept]
+    def removed_attentions(self) -> tuple[int, ...]:
+        """The blocks that stay and whose attentions go whole, ascending."""
+        return tuple(unit.block for unit in self.kept_units if not unit.kept)
+
+    @property
+    def removed_in_words(self) -> str:
+        """What goes whole; empty if nothing does."""
+        return removed_in_words(self.removed_blocks, self.removed_attentions)
 
     @property
     def has_gaps(self) -> bool:

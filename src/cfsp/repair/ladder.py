@@ -91,8 +91,8 @@ def plan_and_repair(
         plan.check_fits(source)
         if plan.removed_blocks:
             check_blocks_can_go(source, plan.removed_blocks)
-        if attentions := plan.removed_attentions:
-            check_attentions_can_go(source, [unit.block for unit in attentions])
+        if plan.removed_attentions:
+            check_attentions_can_go(source, plan.removed_attentions)
     elif statistics is None:
         _check_budget(source, settings.budget)
     else:

@@ -98,8 +98,7 @@ def repair_gaps(
     """
     plan = repaired.plan
     beside = blocks_at_gaps(source.architecture.block_count, plan.removed_blocks)
-    within = (plan.index_of_block(unit.block) for unit in plan.removed_attentions)
-    blocks = sorted({*beside, *within})
+    blocks = sorted({*beside, *map(plan.index_of_block, plan.removed_attentions)})
     done = _repair_blocks(source, repaired, windows, engine, place, GAPS, blocks)
     if len(blocks) > sum(block is not None for block in done.steps[-1].blocks):
         log.warning(

@@ -19,6 +19,7 @@ _FROM_MANIFEST = (
     "criterion",
     "calibration",
     "removed_blocks",
+    "removed_attentions",
     "ffn_sparsity",
     "kv_groups",
     "model_sparsity",
