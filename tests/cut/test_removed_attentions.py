@@ -17,6 +17,7 @@ from torch import Tensor
 import cfsp
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.resizing import Gone
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions
@@ -280,3 +281,76 @@ def test_impossible_budgets_say_what_is_possible(text_file: Path, tokenizer: Any
         cfsp.prune(model, tokenizer, sparsity=0.0, remove_attentions=3, **asked)
     with pytest.raises(UsageError, match="one after the other"):
         Budget(0.2, parts=("attention", "blocks"))
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("llama") / "dense"
+    save_with_tokenizer(model_of("llama", num_hidden_layers=5), tokenizer, place)
+    return place
+
+
+@pytest.mark.parametrize("repair", ["ridge", "sequential"])
+def test_attentions_and_channels_go_together(
+    llama: Path, text_file: Path, tmp_path: Path, repair: str
+) -> None:
+    asked = {"sparsity": 0.4, "multiple": 8, "data": [str(text_file)], **SETTINGS}
+    report = cfsp.prune(llama, out=tmp_path / "out", parts="ffn,attention", repair=repair, **asked)
+    source = Checkpoint(llama, parts=ATTENTION)
+    owned = sum(parameters_of_attentions(source).values())
+    owned += sum(unit.width for unit in source.architecture.of_part("ffn").units) * 3 * 32
+    gone = report.parameters_before - report.parameters_after
+    assert gone == pytest.approx(0.4 * owned, rel=0.05)
+    names = [step["name"] for step in report.repair["steps"]]
+    gaps = ["gaps"] if report.plan.removed_attentions else []
+    assert names == ["ridge", *(gaps if repair == "ridge" else ["sequential"])]
+    logits_of(cfsp.load(tmp_path / "out"), torch.arange(2, 26).view(2, 12))
+
+
+def test_order_and_distances_are_in_the_statistics(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "stats.safetensors"
+    text = ["--data", str(text_file), "--samples", "6", "--seqlen", "32", "--device", "cpu"]
+    asked = ["--parts", "ffn,attention", *text, "--out", str(saved)]
+    assert main(["calibrate", str(llama), *asked]) == 0
+    statistics = Statistics.load(saved)
+    order = [each.block for each in statistics.removals_of("attention")]
+    assert len(order) == 3 and not statistics.removals_of("blocks")  # half of five
+    of_attentions = statistics.of_part("kv")
+    for removal, expected in (
+        ("divergence", order[:2]),
+        ("runs", nearest(of_attentions.distances("angular"))),
+        ("influence", nearest(of_attentions.distances("cosine"))),
+    ):
+        plan = cfsp.plan(llama, statistics, sparsity=0.4, parts="attention", removal=removal)
+        assert plan.removed_attentions == tuple(sorted(expected))
+        assert plan.criterion["removal"] == removal
+        assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
+    with pytest.raises(UsageError, match="say how many with --set remove_attentions=N"):
+        cfsp.plan(llama, statistics, sparsity=0.4, parts="ffn,attention")
+
+
+def nearest(distance_L: list[float]) -> list[int]:
+    """Return the two blocks of the least distances."""
+    return sorted(range(len(distance_L)), key=distance_L.__getitem__)[:2]
+
+
+def test_what_lost_attentions_is_pruned_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = {"sparsity": 0.0, "repair": "none", "data": [str(text_file)], **SETTINGS}
+    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove_attentions=1, **asked)
+    (gone,) = first.plan.removed_attentions
+    asked["sparsity"] = 0.3
+    second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", multiple=8, **asked)
+    assert Checkpoint(tmp_path / "2").architecture.gone[0].block == gone
+    assert sum(second.intermediate_sizes) < sum(first.intermediate_sizes)
+    third = cfsp.prune(tmp_path / "2", out=tmp_path / "3", parts="attention", **asked)
+    (other,) = third.plan.removed_attentions
+    found = Checkpoint(tmp_path / "3")
+    assert {unit.block for unit in found.architecture.gone} == {gone, other}
+    assert found.architecture.of_part("ffn").widths == second.intermediate_sizes
+    last = cfsp.prune(tmp_path / "3", out=tmp_path / "4", parts="blocks", **asked)
+    assert Checkpoint(tmp_path / "4").architecture.block_count == 5 - len(last.plan.removed_blocks)
+    model = cfsp.load(tmp_path / "4")
+    tokens_BT = torch.arange(2, 26).view(2, 12)
+    assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
