@@ -379,8 +379,9 @@ def calibrate_source(
         check_is_text(windows, "--sensitivity")
     check_same_work(place.team, [source], {"calibration text": windows.digest})
     check_enough(windows, place.team, engine.batch_windows)
-    if any(each.budget.removes_blocks for each in removing):
-        check_is_text(windows, "--parts blocks")
+    for each in removing:
+        if each.budget.whole_part is not None:
+            check_is_text(windows, f"--parts {each.budget.whole_part}")
     runs = follow_runs(source, removing, engine)
     statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place, runs=runs)
     statistics = with_needed_removals(source, statistics, windows, removing, engine, place)

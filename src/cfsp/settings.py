@@ -113,14 +113,23 @@ def fraction(text: str) -> float:
 
 # How much to remove, and of what.
 
-Part = Literal["ffn", "kv", "blocks"]
+Part = Literal["ffn", "kv", "attention", "blocks"]
 PARTS: tuple[Part, ...] = get_args(Part)
 # Those that are units of a block, which get narrower.
 UNIT_PARTS: tuple[Part, ...] = ("ffn", "kv")
 DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
+# Those that go whole or stay, one by one.
+WholePart = Literal["attention", "blocks"]
+WHOLE_PARTS: tuple[WholePart, ...] = get_args(WholePart)
 
-# How much of the blocks a calibration measures the removal of.
+# How much of the blocks, or attentions, a calibration measures the removal of.
 MOST_REMOVED = 0.5
+
+
+def unit_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Return of which parts a model's units are needed: an attention is a unit of KV groups."""
+    needed = {"kv" if part == "attention" else part for part in parts}
+    return tuple(part for part in UNIT_PARTS if part in needed)
 
 
 def parse_parts(text: str) -> tuple[str, ...]:
@@ -187,13 +196,15 @@ class Budget:
         multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
         parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `kv`, KV groups; `blocks`, whole decoder blocks. With blocks the sparsity is the
-            share of the parameters of all blocks.
+            FFNs; `kv`, KV groups; `attention`, whole attentions; `blocks`, whole decoder blocks.
+            With attentions the sparsity is the share of their parameters, and of those that the
+            channels of other parts own; with blocks that of the parameters of all blocks.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
         remove_blocks: how many blocks go; None for as many as the sparsity says or, if channels
             may go too, as measures best (`cfsp.whole_model.block_count`). With a number the
             sparsity is of the channels, in the blocks that stay.
+        remove_attentions: the same of attentions.
 
     Raises:
         UsageError: a value is out of its range.
@@ -230,7 +241,8 @@ class Budget:
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
         "what may go, with commas between several: ffn (channels), kv (KV groups: a head of keys "
-        "and values with its query heads), blocks (whole decoder blocks)",
+        "and values with its query heads), attention (whole attentions), blocks (whole decoder "
+        "blocks)",
         kind=parse_parts,
         metavar="KIND,...",
         default="ffn",
@@ -239,6 +251,14 @@ class Budget:
         None,
         "with --parts blocks: how many blocks go; with --parts blocks,ffn the sparsity is then of "
         "the channels in the others",
+        kind=int,
+        metavar="N",
+        default="as many as --sparsity says, or with other parts as measures best",
+        advanced=True,
+    )
+    remove_attentions: int | None = option(
+        None,
+        "the same with --parts attention or ffn,attention: how many attentions go",
         kind=int,
         metavar="N",
         default="as many as --sparsity says, or with other parts as measures best",
@@ -256,11 +276,19 @@ class Budget:
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
-        if self.remove_blocks is not None:
-            if not self.removes_blocks:
-                raise UsageError("--remove-blocks belongs to --parts blocks or blocks,ffn")
-            if self.remove_blocks < 0:
-                raise UsageError(f"--remove-blocks must be at least 0, found {self.remove_blocks}")
+        if {*WHOLE_PARTS} <= {*given}:
+            raise UsageError(
+                "--parts attention and blocks go one after the other: prune blocks, then "
+                "attentions of the result"
+            )
+        for part, count in (("blocks", self.remove_blocks), ("attention", self.remove_attentions)):
+            if count is None:
+                continue
+            name = "--remove-blocks" if part == "blocks" else "--remove-attentions"
+            if part not in given:
+                raise UsageError(f"{name} belongs to --parts {part} or {part},ffn")
+            if count < 0:
+                raise UsageError(f"{name} must be at least 0, found {count}")
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
         if self.of not in BUDGET_OF:
@@ -276,14 +304,24 @@ class Budget:
         return "blocks" in self.parts
 
     @property
+    def whole_part(self) -> WholePart | None:
+        """What may go whole; None where nothing may."""
+        return next((part for part in WHOLE_PARTS if part in self.parts), None)
+
+    @property
+    def remove_whole(self) -> int | None:
+        """How many of these go, where the budget says it."""
+        return self.remove_attentions if self.whole_part == "attention" else self.remove_blocks
+
+    @property
     def removes_channels(self) -> bool:
         """Whether channels of blocks may go, or KV groups."""
         return any(part in UNIT_PARTS for part in self.parts)
 
     @property
-    def leaves_blocks_open(self) -> bool:
-        """Whether how many blocks go, and how many channels of the others, is to be found out."""
-        return self.removes_blocks and self.removes_channels and self.remove_blocks is None
+    def leaves_number_open(self) -> bool:
+        """Whether how many go whole, and how many channels of the others, is to be found out."""
+        return bool(self.whole_part) and self.removes_channels and self.remove_whole is None
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
@@ -811,8 +849,9 @@ class PruneSettings:
 
     @staticmethod
     def of_removal(parts: Sequence[Part]) -> list[PruneSettings]:
-        """Return settings by which as many blocks go as plans may ask; none if none may go."""
-        return [PruneSettings(Budget(MOST_REMOVED, parts=("blocks",)))] if "blocks" in parts else []
+        """Return settings by which as much goes whole as plans may ask; none if nothing may."""
+        whole = (part for part in WHOLE_PARTS if part in parts)
+        return [PruneSettings(Budget(MOST_REMOVED, parts=(part,))) for part in whole]
 
     def without_repair(self) -> PruneSettings:
         """Return the same settings, without repair."""

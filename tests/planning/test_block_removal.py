@@ -92,7 +92,7 @@ def test_an_impossible_budget_names_the_range(
     [
         ({"parts": "ffn", "remove_blocks": 2}, "--remove-blocks belongs to --parts blocks"),
         ({"parts": "blocks", "remove_blocks": -1}, "must be at least 0"),
-        ({"parts": ""}, "--parts must be of ffn, kv, blocks"),
+        ({"parts": ""}, "--parts must be of ffn, kv, attention, blocks"),
     ],
 )
 def test_budgets_that_contradict_themselves(fields: dict[str, Any], message: str) -> None:

@@ -51,15 +51,15 @@ def test_the_best_of_all_numbers_is_chosen(
     with temporary_workplace(None) as place:
         chosen, measured = with_block_count(source, statistics, windows, asked, engine, place)
     best = min(tried, key=lambda trial: trial.divergence)
-    assert (chosen.budget.remove_blocks, chosen.budget.sparsity) == (best.blocks, best.sparsity)
-    assert [trial.blocks for trial in tried] == list(range(len(tried)))
+    assert (chosen.budget.remove_blocks, chosen.budget.sparsity) == (best.removed, best.sparsity)
+    assert [trial.removed for trial in tried] == list(range(len(tried)))
     assert measured.sensitivity is not None
     # Blocks and channels together are what was asked for.
     parameters_L = parameters_of_blocks(source)
     for trial in tried:
-        gone = sum(parameters_L[each.block] for each in measured.removals[: trial.blocks])
+        gone = sum(parameters_L[each.block] for each in measured.removals[: trial.removed])
         assert gone < 0.4 * sum(parameters_L) + max(parameters_L) / 2
-        assert trial.sparsity > 0 or trial.blocks == BLOCKS * 2 // 5
+        assert trial.sparsity > 0 or trial.removed == BLOCKS * 2 // 5
 
 
 def test_what_goes_together_is_what_was_asked_for(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def blocks_in_words(indices: Iterable[int]) -> str:
@@ -16,3 +16,12 @@ def blocks_in_words(indices: Iterable[int]) -> str:
             runs.append([index])
     named = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
     return f"{'block' if len(ascending) == 1 else 'blocks'} {', '.join(named)}"
+
+
+def removed_in_words(blocks: Collection[int], attentions: Collection[int]) -> str:
+    """Return in words what went whole: blocks, and the attentions of others; empty if nothing."""
+    named = [blocks_in_words(blocks)] if blocks else []
+    if attentions:
+        noun = "attention" if len(attentions) == 1 else "attentions"
+        named.append(f"the {noun} of {blocks_in_words(attentions)}")
+    return " and ".join(named)

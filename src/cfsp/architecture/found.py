@@ -131,6 +131,8 @@ class Unit:
             heads by their names there, each as how often the width it is.
         after: of an attention, the module that is entered by the hidden state after it, by its
             dotted path from the block; None if there is none.
+        extras: of an attention, how many values it returns besides its output, in a tuple; None if
+            it returns a tensor.
     """
 
     block: int
@@ -146,6 +148,7 @@ class Unit:
     part: Part = "ffn"
     config_numbers: tuple[tuple[str, int], ...] = ()
     after: str | None = None
+    extras: int | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -248,6 +251,8 @@ class Architecture:
         blocks: dotted path from the model to the list of blocks.
         block_count: how many blocks.
         units: in the order of blocks, and within a block as they are registered.
+        gone: attentions that a stock model of the config has and this one does not: no KV group of
+            theirs is left.
         refused: modules that look like FFNs or attentions but are none that can be cut.
         learnt_positions: the longest input, where each position has an embedding that was learnt;
             None where any input can be read.
@@ -260,6 +265,12 @@ class Architecture:
     units: tuple[Unit, ...]
     refused: tuple[Refusal, ...] = field(default=())
     learnt_positions: int | None = None
+    gone: tuple[Unit, ...] = ()
+
+    @property
+    def stock_units(self) -> tuple[Unit, ...]:
+        """The units of the model with all of its attentions; those that are gone have no width."""
+        return tuple(sorted((*self.gone, *self.units), key=lambda unit: unit.block))
 
     @property
     def has_experts(self) -> bool:
@@ -277,9 +288,16 @@ class Architecture:
         return [unit.width for unit in self.units]
 
     def with_widths(self, widths: Sequence[int]) -> Architecture:
-        """Return the same architecture with other numbers of channels."""
-        units = zip(self.units, widths, strict=True)
-        return replace(self, units=tuple(replace(unit, width=width) for unit, width in units))
+        """Return the same architecture with other numbers of channels.
+
+        Attentions without KV groups are gone.
+        """
+        units = [replace(unit, width=width) for unit, width in zip(self.units, widths, strict=True)]
+        return replace(
+            self,
+            units=tuple(unit for unit in units if unit.width),
+            gone=(*self.gone, *(unit for unit in units if not unit.width)),
+        )
 
     def of_part(self, part: Part) -> Architecture:
         """Return the same architecture with the units of one part only."""
@@ -295,16 +313,15 @@ class Architecture:
             if int(block) in index_of:
                 module = f"{self.blocks}.{index_of[int(block)]}{dot}{path}"
                 refused.append(Refusal(module, refusal.reason))
-        return replace(
-            self,
-            block_count=len(kept),
-            units=tuple(
+        units, gone = (
+            tuple(
                 replace(unit, block=index_of[unit.block])
-                for unit in self.units
+                for unit in units
                 if unit.block in index_of
-            ),
-            refused=tuple(refused),
+            )
+            for units in (self.units, self.gone)
         )
+        return replace(self, block_count=len(kept), units=units, gone=gone, refused=tuple(refused))
 
     def units_of(self, block: int) -> tuple[Unit, ...]:
         """Return the units of one block."""

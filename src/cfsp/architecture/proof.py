@@ -41,7 +41,7 @@ from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.resizing import resize_attention, resize_ffn
 from cfsp.architecture.small_run import SmallRun, first_line, run_small, set_parameter
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part
+from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,12 +72,12 @@ def prove(
     model_class = model_class or model_class_of(config)
     proved = []
     for part in UNIT_PARTS:
-        if part in parts or part == "ffn":
+        if part in (*unit_parts(parts), "ffn"):
             try:
-                proved.append(_prove_part(config, model_class, part))
+                proved.append(_prove_part(config, model_class, part, "attention" in parts))
             except UnsupportedModelError:
                 # Where only blocks go, FFNs are what they are known by.
-                if part in parts or not set(parts) & set(UNIT_PARTS):
+                if part != "ffn" or part in parts or not set(parts) & set(UNIT_PARTS):
                     raise
     # Attention comes before the FFN, or beside it.
     units = sorted(
@@ -88,9 +88,19 @@ def prove(
 
 
 def _prove_part(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel], part: Part
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    part: Part,
+    goes_whole: bool,
 ) -> Architecture:
-    """Return the blocks and the units of one part that can be cut."""
+    """Return the blocks and the units of one part that can be cut.
+
+    Args:
+        config: of the model.
+        model_class: what is built from it.
+        part: which.
+        goes_whole: whether attentions may go whole, so that one KV group is enough.
+    """
     architecture, shared = _guess(config, model_class, part)
     alone, refused = _split(architecture, shared)
     if not alone:
@@ -102,12 +112,13 @@ def _prove_part(
         unit, small = architecture.units[number], run.architecture.units[number]
         kind = (unit.kind, _conduct(run.blocks[unit.block], small))
         if kind not in verdicts:
-            verdicts[kind] = _prove_unit(run, small)
+            verdicts[kind] = _prove_unit(run, small, goes_whole)
         verdict = verdicts[kind]
         if isinstance(verdict, Refusal):
             refused.append(Refusal(architecture.module_name(unit), verdict.reason))
         else:
-            units.append(replace(unit.as_fused_as(verdict), after=verdict.after))
+            fused = unit.as_fused_as(verdict)
+            units.append(replace(fused, after=verdict.after, extras=verdict.extras))
     if not units:
         raise _unsupported(architecture, refused, part)
     return replace(architecture, units=tuple(units), refused=tuple(refused))
@@ -166,7 +177,7 @@ def _unsupported(
         found = f"{refused[0].module} failed the check {refused[0].reason}" if refused else "none"
         return UnsupportedModelError(
             f"no attention of {architecture.class_name} can lose KV groups: {found}; prune it "
-            "without the part kv"
+            "without the parts kv and attention"
         )
     if not refused:
         return UnsupportedModelError(
@@ -206,16 +217,20 @@ def _guess(
     return find_architecture(model, part), shared
 
 
-def _prove_unit(run: SmallRun, unit: Unit) -> Unit | Refusal:
+def _prove_unit(run: SmallRun, unit: Unit, goes_whole: bool) -> Unit | Refusal:
     """Return the unit with its fusion settled, or which check it failed."""
     module = run.architecture.module_name(unit)
-    if unit.part == "kv" and unit.width == 1:
+    if unit.part == "kv" and unit.width == 1 and not goes_whole:
         return Refusal(module, "heads: expected two KV groups or more, found one")
     call = run.calls[unit.block]
     if not (error := difference(run.output(unit.block), call.output)) <= TOLERANCE:
         return Refusal(
             module, f"replay: expected the same output again, found a difference of {error:.1e}"
         )
+    if unit.part == "kv" and unit.width == 1:
+        # Nothing of it can go but all, which `cfsp.engine.block_proof` proves.
+        reason = _watching_fails(run, unit)
+        return _as_entered(run, unit) if reason is None else Refusal(module, reason)
     kept_EK = _random_half(unit)
     masked = _masked_output(run, unit, kept_EK)
     if not (effect := difference(masked, call.output)) > LEAST_EFFECT:
@@ -231,7 +246,7 @@ def _prove_unit(run: SmallRun, unit: Unit) -> Unit | Refusal:
             reason = _watching_fails(run, candidate) or _elsewhere_fails(run, candidate, kept_EK)
             if reason is not None:
                 return Refusal(module, reason)
-            return replace(candidate, after=_module_after(run, candidate))
+            return _as_entered(run, candidate)
         verdict = Refusal(module, reason)
     return verdict
 
@@ -266,14 +281,14 @@ def _elsewhere_fails(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> str
     return None
 
 
-def _module_after(run: SmallRun, unit: Unit) -> str | None:
-    """Return the module that the hidden state after an attention enters; None if there is none.
+def _as_entered(run: SmallRun, unit: Unit) -> Unit:
+    """Return an attention with what it returns, and the module that is entered after it.
 
     With an output matrix of zeros nothing is added to the hidden state, so that it enters that
     module as it entered the block.
     """
     if unit.part != "kv":
-        return None
+        return unit
     block = run.blocks[unit.block]
     bias = f"{unit.down.removesuffix('weight')}bias"
     zeroed = {
@@ -281,14 +296,15 @@ def _module_after(run: SmallRun, unit: Unit) -> str | None:
     }
     hidden = run.calls[unit.block].hidden
     found: list[str] = []
-    ran: list[str] = []
+    ran: list[Any] = []
 
     def before(path: str, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if ran and inputs and inputs[0].shape == hidden.shape and torch.equal(inputs[0], hidden):
             found.append(path)
 
-    hooks = [block.get_submodule(unit.path).register_forward_hook(lambda *_: ran.append(unit.path))]
+    attention = block.get_submodule(unit.path)
+    hooks = [attention.register_forward_hook(lambda _module, _args, output: ran.append(output))]
     for path, module in block.named_modules():
         if path and not f"{path}.".startswith(f"{unit.path}."):
             before_this = partial(before, path)
@@ -303,7 +319,8 @@ def _module_after(run: SmallRun, unit: Unit) -> str | None:
             hook.remove()
         for name, parameter in zeroed.items():
             set_parameter(block, name, parameter)
-    return found[0] if found else None
+    extras = len(ran[0]) - 1 if isinstance(ran[0], tuple | list) else None
+    return replace(unit, after=found[0] if found else None, extras=extras)
 
 
 def _candidates(unit: Unit) -> Iterator[Unit]:

@@ -1,8 +1,9 @@
-"""Giving the FFNs and attentions of a decoder block another width, in place."""
+"""Giving the FFNs and attentions of decoder blocks another width, or none, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,3 +75,52 @@ class ConfigWith:
         if name.startswith("__") or name == "_whole":  # asked before there is one, by a copy
             raise AttributeError(name)
         return getattr(self._whole, name)
+
+
+def remove_attentions(
+    blocks: nn.ModuleList,
+    groups_of: Mapping[str, Mapping[str, int]],
+    extras: Mapping[str, int | None],
+    kinds: Sequence[str] | None,
+) -> None:
+    """Take out the attentions that have no KV group left.
+
+    The others take the first places in the cache among those of their kind, so that whoever asks
+    the first layer of a kind how long the text is asks one that knows.
+
+    Args:
+        blocks: the model's list of decoder blocks.
+        groups_of: the number of KV groups of every attention, by block and path.
+        extras: how many values an attention returns besides its output, by path; None if it returns
+            a tensor.
+        kinds: the kind of every block's cache; None if all are alike.
+    """
+    places: dict[str | None, list[int]] = defaultdict(list)
+    staying: dict[str | None, list[Any]] = defaultdict(list)
+    for block in sorted(map(int, groups_of)):
+        for path, groups in groups_of[str(block)].items():
+            kind = kinds[block] if kinds else None
+            places[kind].append(block)
+            if groups:
+                staying[kind].append(blocks[block].get_submodule(path))
+            else:
+                blocks[block].set_submodule(path, Gone(extras[path]))
+    for kind, attentions in staying.items():
+        for place, attention in zip(places[kind], attentions, strict=False):
+            attention.layer_idx = place
+
+
+# The name has no "Attention" in it: transformers takes a file with such a class for one that
+# brings attentions of its own.
+class Gone(nn.Module):
+    """Takes the place of an attention that is gone: nothing is added to the hidden state."""
+
+    def __init__(self, extras: int | None) -> None:
+        super().__init__()
+        self.extras = extras
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros where an attention returns its output, and None for all else."""
+        hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        nothing_BTD = torch.zeros_like(hidden_BTD)
+        return nothing_BTD if self.extras is None else (nothing_BTD, *[None] * self.extras)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
-from cfsp.settings import DISTANCES, UNIT_PARTS, Part
+from cfsp.settings import DISTANCES, UNIT_PARTS, WHOLE_PARTS, Part, WholePart
 
 # Version 1 held means of distances where version 2 holds sums; it is still read. Version 3 is for
 # models some of whose blocks have no FFN unit, or several: units are then listed by themselves.
@@ -187,15 +187,24 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Removal:
-    """A block that goes next, after others (`cfsp.whole_model.block_choice`).
+    """A block or an attention that goes next, after others (`cfsp.whole_model.block_choice`).
 
     Attributes:
-        block: its index.
+        block: its index, or that of the attention's block.
         divergence: KL(dense || without it and those before it), in nats per token.
+        part: what goes.
     """
 
     block: int
     divergence: float
+    part: WholePart = "blocks"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types; see `removals_from_json`."""
+        fields = asdict(self)
+        if self.part == "blocks":
+            del fields["part"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -242,8 +251,8 @@ class Statistics:
         record: the conditions.
         sensitivity: of every block; None if it was not measured: it requires the whole model
             in memory.
-        removals: which blocks go best together, one after the other, as far as it was measured,
-            which requires the same.
+        removals: which blocks, and which attentions, go best together, one after the other, as far
+            as it was measured, which requires the same.
         runs: how far runs of blocks turn the hidden state; None if it was not measured.
     """
 
@@ -296,6 +305,15 @@ class Statistics:
                 blocks[unit.block] = BlockStatistics(unit.distance_sums, unit.tokens)
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
+
+    def removals_of(self, part: WholePart | None) -> list[Removal]:
+        """Return the order in which blocks go, or attentions."""
+        return [each for each in self.removals if each.part == part]
+
+    def without_attentions(self, removed: Collection[int]) -> Statistics:
+        """Return the statistics without the attentions of some blocks."""
+        units = (unit for unit in self.units if unit.part != "kv" or unit.block not in removed)
+        return replace(self, units=tuple(units))
 
     def without_blocks(self, removed: Collection[int]) -> Statistics:
         """Return the statistics of the blocks that stay, numbered through."""
@@ -351,7 +369,7 @@ class Statistics:
             "blocks": blocks,
             **more,
             **({"sensitivity": self.sensitivity.to_json()} if self.sensitivity else {}),
-            **({"removals": [asdict(each) for each in self.removals]} if self.removals else {}),
+            **({"removals": [each.to_json() for each in self.removals]} if self.removals else {}),
             **({"runs": asdict(self.runs)} if self.runs else {}),
         }
         # One entry only: the library writes several in random order, and the same statistics
@@ -473,10 +491,14 @@ def removals_from_json(fields: Sequence[dict[str, Any]], blocks: int) -> tuple[R
     Raises:
         ValueError: they cannot be those of so many blocks.
     """
-    found = tuple(Removal(int(each["block"]), float(each["divergence"])) for each in fields)
-    indices = {each.block for each in found}
-    if len(indices) < len(found) or not indices <= set(range(blocks)):
-        raise ValueError(f"of {blocks} blocks those that go are {sorted(indices)}")
+    found = tuple(
+        Removal(int(each["block"]), float(each["divergence"]), each.get("part", "blocks"))
+        for each in fields
+    )
+    places = {(each.part, each.block) for each in found}
+    possible = {(part, block) for part in WHOLE_PARTS for block in range(blocks)}
+    if len(places) < len(found) or not places <= possible:
+        raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
     return found
 
 

@@ -69,34 +69,37 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def resized_parts(config: PreTrainedConfig) -> tuple[Part, ...]:
     """Return the parts to which a config of ours gives widths that the stock class cannot build."""
     has_ffns = width_key_of(config) is not None or getattr(config, FFN_WIDTHS, None) is not None
-    has_groups = getattr(config, KV_GROUPS, None) is not None
-    return (*(("ffn",) if has_ffns else ()), *(("kv",) if has_groups else ()))
+    groups = getattr(config, KV_GROUPS, None)
+    has_gone = any(0 in count_of.values() for count_of in (groups or {}).values())
+    has: dict[Part, bool] = {"ffn": has_ffns, "kv": groups is not None, "attention": has_gone}
+    return tuple(part for part in has if has[part])
 
 
-def with_given_widths(units: Sequence[Unit], config: PreTrainedConfig) -> tuple[Unit, ...]:
-    """Return the units of the stock model with the widths that a config of ours gives them.
+def with_given_widths(architecture: Architecture, config: PreTrainedConfig) -> Architecture:
+    """Return the architecture of the stock model with the widths that a config of ours gives it.
 
     Raises:
         CheckpointError: it speaks of an FFN that is not there, or of an impossible width.
     """
-    given = dict(_given_widths(units, config))
-    resized = []
-    for unit in units:
+    given = dict(_given_widths(architecture.units, config))
+    widths = []
+    for unit in architecture.units:
         width = given.pop((unit.block, unit.path), unit.width)
-        if type(width) is not int or not 0 < width <= unit.width:
+        least = 1 if unit.part == "ffn" else 0
+        if type(width) is not int or not least <= width <= unit.width:
             channels = "FFN channels" if unit.part == "ffn" else "KV groups"
             raise CheckpointError(
-                f"config.json gives block {unit.block} {width!r} {channels}, expected 1 to "
+                f"config.json gives block {unit.block} {width!r} {channels}, expected {least} to "
                 f"{unit.width}; download the model again"
             )
-        resized.append(replace(unit, width=width))
+        widths.append(width)
     if given:
         block, path = next(iter(given))
         raise CheckpointError(
             f"config.json gives a width for {path!r} of block {block}, which the model does not "
             "have; download the model again"
         )
-    return tuple(resized)
+    return architecture.with_widths(widths)
 
 
 def width_key_of(config: PreTrainedConfig) -> str | None:
@@ -263,6 +266,10 @@ def _changes(
     model_class, stock = model_class_of(config), stock_config(config)
     # That of a stock class stays.
     keeps_none = stock.to_dict().get(PER_LAYER_CONFIG) is None
+    # What is gone stays gone.
+    architecture = replace(architecture, units=architecture.stock_units, gone=())
+    given = iter(widths)
+    widths = [next(given) if unit.width else 0 for unit in architecture.units]
     changes: dict[str, Any] = {
         _TEXT: {},
         "architectures": [model_class.__name__],
@@ -289,7 +296,7 @@ def _changes(
             changes[_TEXT] |= heads
         else:
             changes[KV_GROUPS] = _by_place(attentions.units, width_of["kv"])
-            parts.append("kv")
+            parts += ["kv", "attention"] if 0 in width_of["kv"] else ["kv"]
     if not parts:
         return changes, None
     file = ModelingFile(architecture, model_class, type(config), ffn_key, tuple(parts))

@@ -21,7 +21,13 @@ from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.model_classes import auto_classes_of
-from cfsp.architecture.resizing import ConfigWith, resize_attention, resize_ffn
+from cfsp.architecture.resizing import (
+    ConfigWith,
+    Gone,
+    remove_attentions,
+    resize_attention,
+    resize_ffn,
+)
 from cfsp.checkpoint.output import write_atomically
 
 if TYPE_CHECKING:
@@ -37,7 +43,7 @@ MODELING_FILE = "modeling_cfsp.py"
 # for one FFN in each block, and ours for everything else.
 PER_LAYER_CONFIG = "per_layer_config"
 FFN_WIDTHS = "ffn_widths"
-# That which gives every attention a number of KV groups of its own.
+# That which gives every attention a number of KV groups of its own: 0 where there is none.
 KV_GROUPS = "kv_groups"
 
 _LINE = 100
@@ -62,6 +68,12 @@ _TABLE_OF_ATTENTIONS = """
 ATTENTIONS = @ATTENTIONS@
 """
 
+_TABLE_OF_EXTRAS = """
+# How many values an attention returns besides its output, by the path of the attention; None if it
+# returns a tensor.
+EXTRAS = @EXTRAS@
+"""
+
 _NARROW_FFNS = """
 def _narrow(blocks, width_of):
     \"\"\"Give every FFN the width that `width_of` names by block and path.\"\"\"
@@ -76,6 +88,13 @@ def _drop_groups(blocks, groups_of):
     for alike, path, *places in ATTENTIONS:
         for block in alike:
             resize_attention(blocks[block], path, groups_of[str(block)][path], *places)
+"""
+
+_DROP_ATTENTIONS = """
+def _drop_attentions(blocks, config):
+    \"\"\"Take out the attentions that have no KV group left.\"\"\"
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+    remove_attentions(blocks, config.kv_groups, EXTRAS, kinds)
 """
 
 _TAKE_FFN_WIDTHS = """
@@ -115,6 +134,7 @@ class Pruned@CLASS@(@FIRST@@CLASS@):
 _TAKE_WIDTHS = "        width_of = _take_widths(config)\n"
 _GIVE_WIDTHS = '        _narrow(attrgetter("@BLOCKS@")(self), width_of)\n'
 _GIVE_GROUPS = '        _drop_groups(attrgetter("@BLOCKS@")(self), config.kv_groups)\n'
+_REMOVE = '        _drop_attentions(attrgetter("@BLOCKS@")(self), config)\n'
 _GIVE_BACK = "        _give_back(config, width_of)\n"
 
 
@@ -178,7 +198,8 @@ class ModelingFile:
         if self._base_class is not None:
             in_base = blocks.removeprefix(f"{self.model_class.base_model_prefix}.")
             placed.insert(0, (self._base_class, in_base))
-        ffns, attentions = (self.architecture.of_part(part).units for part in ("ffn", "kv"))
+        units = self.architecture.stock_units
+        ffns, attentions = ([unit for unit in units if unit.part == part] for part in ("ffn", "kv"))
         in_class, tables, resize, narrow, keys = _CLASS, "", "", "", []
         give_back = ""
         if "ffn" in self.parts:
@@ -198,6 +219,14 @@ class ModelingFile:
                 resize += "\n\n" + inspect.getsource(each)
             narrow += "\n" * bool(narrow) + _NARROW_ATTENTIONS
             in_class += _GIVE_GROUPS
+        has_gone = "attention" in self.parts
+        if has_gone:
+            extras = {unit.path: unit.extras for unit in attentions}
+            tables += _TABLE_OF_EXTRAS.replace("@EXTRAS@", _literal(extras))
+            for new in (remove_attentions, Gone):
+                resize += "\n\n" + inspect.getsource(new)
+            narrow += "\n" + _DROP_ATTENTIONS
+            in_class += _REMOVE
         take = _TAKE_WIDTHS if "ffn" in self.parts else ""
         in_class = in_class.replace("@TAKE_WIDTHS@", take) + give_back
         is_of_transformers = self.model_class.__module__.startswith("transformers.")
@@ -214,13 +243,16 @@ class ModelingFile:
         imported = [*([self.config_class] if is_shared else []), *(stock for stock, _ in placed)]
         pairs = [f"(Pruned{stock.__name__}, {stock.__name__})" for stock, _ in placed]
         words = {"ffn": ("FFN channels", "FFN"), "kv": ("KV groups", "attention")}
-        channels, modules = zip(*(words[part] for part in self.parts), strict=True)
+        resized = [words[part] for part in self.parts if part in words]
+        channels, modules = zip(*resized, strict=True)
         values = {
             "CLASS": self.model_class.__name__,
             "CHANNELS": " and ".join(channels),
             "WIDTHS": "` and `".join(keys),
             "FFN": " and every ".join(modules),
             "TYPING": "from typing import Any\n\n" if "kv" in self.parts else "",
+            "DEFAULTDICT": "from collections import defaultdict\n" if has_gone else "",
+            "SEQUENCE": ", Sequence" if has_gone else "",
             "IMPORTS": _imports(imported),
             "TABLES": tables.strip(),
             "RESIZE": resize.rstrip(),

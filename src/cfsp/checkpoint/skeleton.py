@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +45,12 @@ def architecture_of(
     """
     stock = stock_config(config)
     # Proving takes a part of a second, and one command asks several times.
-    parts = tuple(part for part in UNIT_PARTS if part in (*parts, *resized_parts(config)))
+    wanted = (*parts, *resized_parts(config))
+    parts = tuple(part for part in (*UNIT_PARTS, "attention") if part in wanted)
     key = f"{type(config).__name__} {parts} {stock.to_json_string(use_diff=False)}"
     if key not in _proved:
         _proved[key] = prove(stock, parts=parts)
-    return replace(_proved[key], units=with_given_widths(_proved[key].units, config))
+    return with_given_widths(_proved[key], config)
 
 
 _proved: dict[str, Architecture] = {}

@@ -85,6 +85,16 @@ def _block_of(source: WeightSource, name: str) -> int | None:
     return block if block is not None and block < source.architecture.block_count else None
 
 
+def parameters_of_attentions(source: WeightSource) -> dict[int, int]:
+    """Return how many parameters the attention of every block has that can go whole, by block."""
+    found: dict[int, int] = {}
+    for unit in source.units:
+        if unit.part == "kv":
+            names = source.stored.within(f"{source.architecture.module_name(unit)}.")
+            found[unit.block] = sum(source.specs[name].elements for name in names)
+    return found
+
+
 def parameters_of_blocks(source: WeightSource) -> list[int]:
     """Return how many parameters every block has.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,30 +148,35 @@ class StoredTensors:
                 tensors[full_name] = tensors[full_name].new_empty(shape)
         return replace(self, specs=specs, _shapes=ModelShapes(self._shapes.config, tensors))
 
-    def without_blocks(
+    def without(
         self,
         architecture: Architecture,
         removed: Collection[int],
+        gone: Collection[int],
         config: PreTrainedConfig,
         specs: Mapping[str, TensorSpec],
     ) -> StoredTensors:
-        """Return the same of the model without some blocks; stored tensors keep their names.
+        """Return the same of the model without some blocks and attentions.
+
+        Stored tensors keep their names.
 
         Args:
-            architecture: with all blocks.
+            architecture: with all of them.
             removed: indices of the blocks that go.
+            gone: the units that go: attentions, and those of these blocks.
             config: of the model without them.
             specs: of the stored tensors that stay.
         """
-        name_of = partial(name_without_blocks, architecture, removed)
-        unit_of = {
-            number: index
-            for index, number in enumerate(
-                number
-                for number, unit in enumerate(architecture.units)
-                if unit.block not in removed
-            )
-        }
+        units = architecture.units
+        of_gone = tuple(f"{architecture.module_name(units[number])}." for number in gone)
+        staying = [number for number in range(len(units)) if number not in gone]
+        unit_of = {number: index for index, number in enumerate(staying)}
+
+        def name_of(name: str) -> str | None:
+            if name.startswith(of_gone):
+                return None
+            return name_without_blocks(architecture, removed, name)
+
         layouts = {
             name: replace(layout, unit=unit_of[layout.unit])
             for name, layout in self.layouts.items()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from cfsp.architecture.block_names import blocks_in_words
+from cfsp.architecture.block_names import blocks_in_words, removed_in_words
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json
 
@@ -49,16 +49,18 @@ def run(args: argparse.Namespace) -> None:
     if pruned is None:
         print("pruned             not by cfsp")
         return
-    removed = pruned.get("removed_blocks")
+    removed = removed_in_words(
+        *(pruned.get(key, ()) for key in ("removed_blocks", "removed_attentions"))
+    )
     print(
-        f"pruned             {f'{blocks_in_words(removed)}, in all ' if removed else ''}"
+        f"pruned             {f'{removed}, in all ' if removed else ''}"
         f"{pruned['ffn_sparsity']:.1%} of FFN {_counted(facts)}, "
         f"{_groups_that_went(pruned)}"
         f"{pruned['model_sparsity']:.1%} of parameters, from {pruned['base_model']['name']}"
     )
     criterion, calibration = pruned["criterion"], pruned["calibration"]
     if "removal" in criterion:
-        print(f"blocks removed by  {criterion['removal']}")
+        print(f"removed by         {criterion['removal']}")
     print(
         f"criterion          blocks by {criterion['block_metric']}, "
         f"channels by {criterion['channel_metric']}, multiples of {criterion['multiple']}"

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.architecture.block_names import blocks_in_words
 from cfsp.cli import arguments
 from cfsp.cli import goal as goals
 from cfsp.cli.output import print_json, print_table
@@ -43,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside
     from cfsp.goals.resolve import plan_for_goal
+    from cfsp.result.manifest import removed_facts
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         print_json(
             {
                 "out": str(args.out),
-                **({"removed_blocks": plan.removed_blocks} if plan.removed_blocks else {}),
+                **removed_facts(plan),
                 "ffn_sparsity": round(plan.ffn_sparsity, 6),
                 "intermediate_sizes": plan.widths_of("ffn")[1],
                 **({} if plan.has_ffns_only else {"kv_groups": plan.widths_of("kv")[1]}),
@@ -92,8 +92,8 @@ def print_plan(plan: PruningPlan) -> None:
     print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
     what = "channels" if plan.counts_channels else "parameters"
     groups = "" if plan.has_ffns_only else f" and {plan.kv_sparsity:.1%} of the KV groups"
-    if plan.removed_blocks:
-        print(f"\n{blocks_in_words(plan.removed_blocks)}: removed", end="")
+    if plan.has_gaps:
+        print(f"\n{plan.removed_in_words}: removed", end="")
     print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
     multiple = plan.criterion.get("multiple")
     if multiple and any(unit.kept_width < unit.width for unit in plan.kept_units):

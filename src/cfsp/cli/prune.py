@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from cfsp.architecture.block_names import blocks_in_words
 from cfsp.cli import arguments, recover
 from cfsp.cli import goal as goals
 from cfsp.cli.options import Parser, add_advanced, add_options, given, settings_from
@@ -300,7 +299,7 @@ def _settings(
 
 _REPAIRS_IN_WORDS = {
     "ridge": "least squares: error of the FFN output",
-    "gaps": "least squares beside removed blocks: error of hidden states",
+    "gaps": "least squares beside what was removed: error of hidden states",
     "sequential": "least squares on the pruned stream: error of hidden states",
     "local": "training of a few blocks at a time: error of hidden states",
 }
@@ -356,8 +355,8 @@ def print_report(report: PruneReport) -> None:
         )
     print_table(("", "before", "after", "change"), rows)
     print()
-    if removed:
-        print(f"removed: {blocks_in_words(removed)}")
+    if report.plan.has_gaps:
+        print(f"removed: {report.plan.removed_in_words}")
     if report.dequantised:
         print(
             f"dequantised from {report.dequantised['from']} to {report.dequantised['to']}: larger "

@@ -1,7 +1,8 @@
 """Surgery: obeys a plan, tensor by tensor.
 
-FFN tensors lose rows or columns, and the biases of removed channels. Tensors of removed blocks are
-left out, and those of later blocks get other names. Everything else is copied byte for byte.
+FFN tensors lose rows or columns, and the biases of removed channels. Tensors of removed attentions
+and blocks are left out, and those of later blocks get other names. Everything else is copied byte
+for byte.
 Tensors stream from the source to the new shards: one is in memory at a time.
 """
 
@@ -48,7 +49,7 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
     They are in the source's order.
     """
     specs = {}
-    staying = names_without_blocks(source, plan.removed_blocks)
+    staying = _new_names(source, plan)
     for name, spec in source.specs.items():
         if name not in staying:
             continue
@@ -57,6 +58,18 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
             spec = layout.resized(spec, plan.units[layout.unit].kept_width)
         specs[name] = spec
     return specs
+
+
+def _new_names(source: WeightSource, plan: PruningPlan) -> dict[str, str]:
+    """Return the names in the pruned model of the stored tensors that stay."""
+    names = names_without_blocks(source, plan.removed_blocks)
+    gone = {
+        name
+        for unit, entry in zip(source.units, plan.units, strict=True)
+        if not entry.kept
+        for name in source.stored.within(f"{source.architecture.module_name(unit)}.")
+    }
+    return {name: new for name, new in names.items() if name not in gone}
 
 
 class PrunedSource(WeightSource):
@@ -77,11 +90,12 @@ class PrunedSource(WeightSource):
         architecture = source.architecture.without_blocks(removed)
         self.config = pruned_config(source.config, source.architecture, removed, plan.kept_widths)
         self.architecture = architecture.with_widths(plan.kept_widths)
+        gone = [number for number, unit in enumerate(plan.units) if not unit.kept]
         self.label = source.label
         self._source, self._plan, self._repaired = source, plan, repaired
         stored = source.stored
-        if removed:
-            stored = stored.without_blocks(source.architecture, removed, self.config, self.specs)
+        if gone or removed:
+            stored = stored.without(source.architecture, removed, gone, self.config, self.specs)
         self.stored = stored.of_widths(self.architecture, self.specs)
 
     @cached_property
@@ -124,7 +138,7 @@ def write_pruned_weights(
         OSError: the disk is full or not writable.
         CheckpointError: the source ended or changed.
     """
-    specs, new_names = pruned_specs(source, plan), names_without_blocks(source, plan.removed_blocks)
+    specs, new_names = pruned_specs(source, plan), _new_names(source, plan)
     outgoing = [
         replace(_outgoing(source, plan, name, spec, repaired or {}), name=new_names[name])
         for name, spec in specs.items()

@@ -1,12 +1,15 @@
-"""The proof, by execution, that blocks of a model can go: skipped is cut.
+"""The proof, by execution, that blocks or attentions of a model can go: skipped is cut.
 
 A small random model of the same class runs on a few tokens, once with the blocks skipped, and once
-built without them, from a config of its own. Both must compute the same.
+built without them, from a config of its own. Both must compute the same. Attentions are skipped by
+zeros in the place of their output, and cut as the modelling file cuts them; a cache must then make
+no difference to what follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import LEAST_EFFECT, TOLERANCE, difference, run_without_verdict
+from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
     SmallRun,
     first_line,
@@ -25,6 +29,7 @@ from cfsp.architecture.small_run import (
 )
 from cfsp.checkpoint.config_blocks import changes_without_blocks, config_without_blocks
 from cfsp.checkpoint.config_widths import stock_config
+from cfsp.checkpoint.loading import cache_argument
 from cfsp.checkpoint.stored_blocks import names_without_blocks
 from cfsp.checkpoint.stored_tensors import name_without_blocks
 from cfsp.engine.call_form import find_call_form
@@ -34,6 +39,7 @@ from cfsp.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
 
 _CPU = torch.device("cpu")
@@ -81,6 +87,115 @@ def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
             f"{what}: they failed the check cut: expected the output with these blocks skipped, "
             f"found a relative difference of {error_found:.1e}"
         )
+
+
+@torch.no_grad()
+def check_attentions_can_go(source: WeightSource, removed: Collection[int]) -> None:
+    """Check that a model computes the same without some attentions as with nothing from them.
+
+    Args:
+        source: the model, opened with its attentions.
+        removed: indices of the blocks whose attentions go.
+
+    Raises:
+        UnsupportedModelError: none of a kind would stay, or others need something of them.
+    """
+    stock = stock_config(source.config)
+    run = _small_run(stock)
+    decoder: Any = run.model.get_submodule(run.architecture.decoder)
+    attentions = [unit for unit in source.architecture.stock_units if unit.part == "kv"]
+    gone = {unit.block for unit in source.architecture.gone}
+    name = run.architecture.class_name
+    kinds = getattr(stock.get_text_config(decoder=True), "layer_types", None)
+    what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"
+    _check_some_stay(attentions, {*removed, *gone}, kinds, what)
+    leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
+    tokens_BT = small_tokens(run.model)
+    dense = _run(decoder, tokens_BT)
+    with ExitStack() as stack:
+        for unit in leaving:
+            attention = run.blocks[unit.block].get_submodule(unit.path)
+            stack.callback(attention.register_forward_hook(_nothing).remove)
+        expected = _run(decoder, tokens_BT)
+    effect = difference(dense, expected)
+    if not effect > LEAST_EFFECT:
+        raise UnsupportedModelError(
+            f"{what}: they failed the check bites: expected another output without them, found a "
+            f"difference of {effect:.1e}"
+        )
+    caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
+    with _without_attentions(run, attentions, leaving, kinds):
+        for check, compute in (("cut", _run), ("cache", _run_with_cache)):
+            if check == "cache" and not caches:
+                continue  # nor does the model with all of them
+            try:
+                error = difference(compute(decoder, tokens_BT), expected)
+            except Exception as problem:  # however a model misses what is gone
+                raise UnsupportedModelError(
+                    f"{what}: they failed the check {check}: expected the output with nothing from "
+                    f"them, found {first_line(problem)}"
+                ) from problem
+            if not error <= TOLERANCE:
+                raise UnsupportedModelError(
+                    f"{what}: they failed the check {check}: expected the output with nothing from "
+                    f"them, found a relative difference of {error:.1e}"
+                )
+
+
+def _check_some_stay(
+    attentions: Sequence[Unit],
+    removed: Collection[int],
+    kinds: Sequence[str] | None,
+    what: str,
+) -> None:
+    """Check that every removed attention can be told apart, and that one of its kind stays."""
+    blocks = [unit.block for unit in attentions]
+    for block in removed:
+        if blocks.count(block) != 1:
+            raise UnsupportedModelError(
+                f"{what}: expected one attention in block {block} whose heads are found, found "
+                f"{blocks.count(block)}"
+            )
+        alike = [other for other in blocks if kinds is None or kinds[other] == kinds[block]]
+        if set(alike) <= set(removed):
+            kind = "" if kinds is None else f" of the kind {kinds[block]}"
+            raise UnsupportedModelError(f"{what}: at least one{kind} must stay")
+
+
+@contextmanager
+def _without_attentions(
+    run: SmallRun, attentions: Sequence[Unit], leaving: Sequence[Unit], kinds: Sequence[str] | None
+) -> Iterator[None]:
+    """Cut attentions out of a small model; put them back afterwards."""
+    originals: list[Any] = [run.blocks[unit.block].get_submodule(unit.path) for unit in attentions]
+    indices = [getattr(original, "layer_idx", None) for original in originals]
+    groups_of: dict[str, dict[str, int]] = {}
+    for unit in attentions:
+        groups_of.setdefault(str(unit.block), {})[unit.path] = 0 if unit in leaving else 1
+    extras = {unit.path: unit.extras for unit in attentions}
+    remove_attentions(run.blocks, groups_of, extras, kinds)
+    try:
+        yield
+    finally:
+        for unit, original, index in zip(attentions, originals, indices, strict=True):
+            original.layer_idx = index
+            run.blocks[unit.block].set_submodule(unit.path, original)
+
+
+def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
+    """Return zeros in the place of what an attention gave."""
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output)
+    return (torch.zeros_like(output[0]), *output[1:])
+
+
+def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
+    """Return what the decoder gives for tokens that it sees in two parts."""
+    half = tokens_BT.shape[1] // 2
+    first, name = decoder(input_ids=tokens_BT[:, :half], use_cache=True), cache_argument(decoder)
+    seen = {name: getattr(first, name)}
+    second = decoder(input_ids=tokens_BT[:, half:], use_cache=True, **seen)
+    return torch.cat([first_tensor(first), first_tensor(second)], dim=1)
 
 
 def _small_run(stock: PreTrainedConfig) -> SmallRun:

@@ -106,6 +106,12 @@ def architecture_of(source: Checkpoint) -> Architecture:
             f"llama.cpp's {found[0].name} graph has one width for all blocks, and this model's "
             f"differ; {_INSTEAD}"
         )
+    if source.architecture.gone and architecture is not _DECI:
+        raise ExportError(
+            f"llama.cpp runs blocks without attention only through its {_DECI.name} graph, and "
+            f"this {source.config.model_type} model needs {architecture.name}; prune it without "
+            "--parts attention"
+        )
     _check_expressible(source, architecture)
     return architecture
 
@@ -180,8 +186,9 @@ def heads_of_blocks(source: Checkpoint) -> list[tuple[int, int]]:
     config: Any = source.config
     heads, groups = int(config.num_attention_heads), int(config.num_key_value_heads)
     found = [(heads, groups)] * source.architecture.block_count
-    for unit in source.architecture.of_part("kv").units:
-        found[unit.block] = heads // groups * unit.width, unit.width
+    for unit in source.architecture.stock_units:
+        if unit.part == "kv":
+            found[unit.block] = heads // groups * unit.width, unit.width
     return found
 
 

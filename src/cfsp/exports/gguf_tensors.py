@@ -87,6 +87,12 @@ def gguf_tensors(
         pieces = list(_with_fused_qkv(source))
     else:
         pieces = [(name, (name,)) for name in source.specs]
+    # The norm before an attention that is gone is read by nothing.
+    unread = {
+        f"{source.architecture.block_prefix(unit.block)}input_layernorm.weight"
+        for unit in source.architecture.gone
+    }
+    pieces = [(name, parts) for name, parts in pieces if name not in unread]
     return [_tensor(source, architecture, name, parts, kind) for name, parts in pieces]
 
 

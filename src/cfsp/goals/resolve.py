@@ -78,10 +78,10 @@ def resolve_goal(
     """
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
-    if settings.budget.removes_blocks:
+    if (part := settings.budget.whole_part) is not None:
         raise UsageError(
             "a loss or a speed is aimed at with FFN channels alone; give --target-params or "
-            "--sparsity with --parts blocks, or leave --parts out"
+            f"--sparsity with --parts {part}, or leave --parts out"
         )
     if isinstance(goal, TargetSpeedup):
         check_possible(goal, source, settings)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,9 +17,9 @@ from cfsp.checkpoint.reading import (
     fingerprint,
     parameter_count,
 )
-from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
+from cfsp.planning.block_budget import parameters_of_whole
 from cfsp.planning.block_removal import blocks_to_remove
 from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
@@ -36,6 +36,9 @@ from cfsp.settings import (
     Criterion,
 )
 
+if TYPE_CHECKING:
+    from cfsp.architecture.found import Unit
+
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
 LEAST_TOKENS = 32
 WEIGHTS_ALONE = "magnitude"
@@ -47,14 +50,18 @@ _MOST_NAMED = 8
 log = logging.getLogger(__name__)
 
 
-def model_size(source: WeightSource, removed: Collection[int] = ()) -> ModelSize:
+def model_size(
+    source: WeightSource, budget: Budget | None = None, removed: Collection[int] = ()
+) -> ModelSize:
     """Return the numbers of a model that budgets of channels are about.
 
     Args:
         source: the model.
-        removed: blocks that go whole, and do not count.
+        budget: says what goes whole.
+        removed: blocks that go whole, or whose attentions do, which do not count.
     """
-    parameters_L = parameters_of_blocks(source) if removed else []
+    assert budget is not None or not removed
+    gone = parameters_of_whole(source, budget) if budget is not None and removed else {}
     return ModelSize(
         units=tuple(
             UnitSize(
@@ -65,16 +72,30 @@ def model_size(source: WeightSource, removed: Collection[int] = ()) -> ModelSize
                 part=unit.part,
             )
             for unit, each in zip(source.units, ffn_parameters_per_channel(source), strict=True)
-            if unit.block not in removed
+            if budget is None or not goes_whole(unit, budget, removed)
         ),
-        parameters=parameter_count(source) - sum(parameters_L[block] for block in removed),
+        parameters=parameter_count(source) - sum(gone[block] for block in removed),
     )
+
+
+def goes_whole(unit: Unit, budget: Budget, removed: Collection[int]) -> bool:
+    """Return whether a unit goes whole.
+
+    Args:
+        unit: of the model.
+        budget: says whether blocks go or attentions.
+        removed: the blocks that do, or whose attentions do.
+    """
+    return unit.block in removed and (budget.removes_blocks or unit.part == "kv")
 
 
 def definite_criterion(criterion: Criterion, statistics: Statistics, budget: Budget) -> Criterion:
     """Return a criterion that names its metrics: of `auto` what the statistics allow."""
     if criterion.removal == AUTO_METRIC:
-        criterion = replace(criterion, removal=DIVERGENCE if statistics.removals else RUNS)
+        criterion = replace(
+            criterion,
+            removal=DIVERGENCE if statistics.removals_of(budget.whole_part) else RUNS,
+        )
     if budget.widths == "equal":
         return replace(criterion, block_metric=UNIFORM)
     if criterion.block_metric != AUTO_METRIC:
@@ -88,8 +109,8 @@ class UnitWidths:
 
     Attributes:
         distance_U: coarse distance of every unit's block.
-        importance_U: normalised importance, in (0, 1); 0 in a block that goes whole.
-        kept_U: channels that stay in each FFN; 0 in a block that goes whole.
+        importance_U: normalised importance, in (0, 1); 0 of what goes whole.
+        kept_U: channels that stay in each FFN; 0 of what goes whole.
     """
 
     distance_U: list[float]
@@ -111,7 +132,8 @@ def plan_widths(
         statistics: of all its blocks.
         budget: how much to remove.
         criterion: what counts as important.
-        removed: blocks that go whole; the others are planned as if they were the model.
+        removed: blocks that go whole, or whose attentions do; the rest is planned as if it were the
+            model.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -119,8 +141,12 @@ def plan_widths(
         UsageError: a metric is unknown.
     """
     criterion = definite_criterion(criterion, statistics, budget)
-    size = model_size(source, removed)
-    staying = statistics.without_blocks(removed) if removed else statistics
+    size = model_size(source, budget, removed)
+    staying = statistics
+    if removed:
+        blocks_go = budget.removes_blocks
+        leave_out = statistics.without_blocks if blocks_go else statistics.without_attentions
+        staying = leave_out(removed)
     distance_U, importance_U = importance_of_units(staying, criterion.block_metric, size)
     kept_U = size.width_U
     if budget.removes_channels:
@@ -128,26 +154,27 @@ def plan_widths(
         kept_U = allocate(importance_U, budget, size, criterion.chosen_clamp)
     if not removed:
         return UnitWidths(distance_U, importance_U, kept_U)
-    angular_L = statistics.distances("angular")
+    seen = statistics if budget.removes_blocks else statistics.of_part("kv")
+    angular_L = seen.distances("angular")
     planned = zip(distance_U, importance_U, kept_U, strict=True)
     rows = [
-        (angular_L[unit.block], 0.0, 0) if unit.block in removed else next(planned)
+        (angular_L[unit.block], 0.0, 0) if goes_whole(unit, budget, removed) else next(planned)
         for unit in source.units
     ]
     return UnitWidths(*(list(column) for column in zip(*rows, strict=True)))
 
 
 def budget_of_channels(source: WeightSource, budget: Budget, size: ModelSize) -> Budget:
-    """Return what a budget removes of the FFN channels of a model without some blocks.
+    """Return what a budget removes of the channels of a model without what goes whole.
 
-    Of a share of all parameters, what the blocks had is gone already.
+    Of a share of all parameters, what went whole is gone already.
 
     Args:
-        source: the model with all blocks.
+        source: the whole model.
         budget: how much to remove.
         size: of the model without those that go.
     """
-    if budget.of == "ffn" or not budget.removes_blocks:
+    if budget.of == "ffn" or budget.whole_part is None:
         return budget
     stay = (1 - budget.sparsity) * parameter_count(source)
     return replace(budget, sparsity=max(0.0, 1 - stay / size.parameters))
@@ -270,7 +297,7 @@ def assemble_plan(
     kept: Sequence[tuple[int, ...]],
     removed: Collection[int] = (),
 ) -> PruningPlan:
-    """Return the plan that widths and channels amount to, and the blocks that go."""
+    """Return the plan that widths and channels amount to, and what goes whole."""
     criterion = definite_criterion(criterion, statistics, budget)
     size = model_size(source)
     has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
@@ -303,21 +330,25 @@ def assemble_plan(
             **_written(criterion, budget),
             "clamp": criterion.chosen_clamp,
             "sparsity": budget.sparsity,
-            "of": "blocks" if budget.of == "ffn" and not budget.removes_channels else budget.of,
+            "of": (
+                str(budget.whole_part)
+                if budget.of == "ffn" and not budget.removes_channels
+                else budget.of
+            ),
             # Of which all new FFN widths are multiples.
             "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
             **({} if budget.parts == DEFAULT_PARTS else {"parts": list(budget.parts)}),
         },
         calibration=asdict(statistics.record),
         units=tuple(units),
-        removed_blocks=tuple(sorted(removed)),
+        removed_blocks=tuple(sorted(removed)) if budget.removes_blocks else (),
     )
 
 
 def _written(criterion: Criterion, budget: Budget) -> dict[str, Any]:
-    """Return what a plan says of a criterion; of the removal of blocks only where some may go."""
+    """Return what a plan says of a criterion; of removal only where something may go whole."""
     fields = asdict(criterion)
-    if not budget.removes_blocks:
+    if budget.whole_part is None:
         del fields["removal"]
     return fields
 

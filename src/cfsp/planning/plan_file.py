@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from cfsp.architecture.block_names import removed_in_words
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import PlanError
@@ -50,7 +51,7 @@ class UnitPlan:
         block: index of its block.
         width: channels of an FFN before.
         kept: indices of the channels that stay, ascending; channel i of expert e is
-            e * width + i.
+            e * width + i. None of an attention that goes whole, or of a removed block.
         distance: the block's coarse distance.
         importance: its normalised importance, in (0, 1).
         ffns: number of FFNs: 1, or the number of experts.
@@ -133,6 +134,21 @@ class PruningPlan:
     def kept_units(self) -> list[UnitPlan]:
         """The units of the blocks that stay."""
         return [unit for unit in self.units if unit.block not in self.removed_blocks]
+
+    @property
+    def removed_attentions(self) -> tuple[int, ...]:
+        """The blocks that stay and whose attentions go whole, ascending."""
+        return tuple(unit.block for unit in self.kept_units if not unit.kept)
+
+    @property
+    def removed_in_words(self) -> str:
+        """What goes whole; empty if nothing does."""
+        return removed_in_words(self.removed_blocks, self.removed_attentions)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether blocks go whole, or attentions."""
+        return bool(self.removed_blocks or self.removed_attentions)
 
     def index_of_block(self, block: int) -> int:
         """Return the index in the pruned model of a block that stays."""
@@ -419,7 +435,9 @@ def _unit(entry: dict[str, Any], index: int, removed: Collection[int] = ()) -> U
         raise ValueError(f"kept channels do not fit a width of {width}")
     is_removed = entry.get("block", index) in removed
     for kept in set(mask[:total].reshape(ffns, width).sum(axis=1, dtype=int).tolist()):
-        if (not kept) != is_removed or kept != entry["kept_width"]:
+        # An attention may go whole, an FFN only with its block.
+        may_go = is_removed or entry.get("part") == "kv"
+        if (is_removed if kept else not may_go) or kept != entry["kept_width"]:
             raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
     distance, importance = float(entry["distance"]), float(entry["importance"])
     if not math.isfinite(distance) or not math.isfinite(importance):

@@ -18,7 +18,7 @@ from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough
 from cfsp.checkpoint.skeleton import check_complete
-from cfsp.engine.block_proof import check_blocks_can_go
+from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
@@ -91,6 +91,8 @@ def plan_and_repair(
         plan.check_fits(source)
         if plan.removed_blocks:
             check_blocks_can_go(source, plan.removed_blocks)
+        if plan.removed_attentions:
+            check_attentions_can_go(source, plan.removed_attentions)
     elif statistics is None:
         _check_budget(source, settings.budget)
     else:
@@ -118,7 +120,7 @@ def plan_and_repair(
             repaired = _choose_and_repair(source, windows, settings, engine, place)
         else:
             repaired = _obey_and_repair(source, plan, statistics, windows, engine, place)
-    if repaired.plan.removed_blocks and "sequential" not in steps:
+    if repaired.plan.has_gaps and "sequential" not in steps:
         with watch.stage("gaps"):
             repaired = repair_gaps(source, repaired, windows, engine, place)
     if "sequential" in steps:
@@ -138,11 +140,11 @@ def _check_budget(source: WeightSource, budget: Budget) -> None:
     Raises:
         BudgetError: it is impossible whatever goes.
     """
-    if budget.removes_blocks:
-        # Whether channels give what blocks leave over is tried.
-        BlockBudget.of(source, replace(budget, parts=("blocks",)))
-    else:
+    if budget.whole_part is None:
         channels_to_keep(budget, model_size(source))
+    elif not budget.leaves_number_open or budget.removes_blocks:
+        # Whether channels give what blocks leave over is tried.
+        BlockBudget.of(source, replace(budget, parts=(budget.whole_part,)))
 
 
 def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
@@ -156,8 +158,8 @@ def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
         check_is_text(windows, f"the block metric {settings.criterion.block_metric}")
     if settings.repair in ("sequential", "local"):
         check_is_text(windows, f"--repair {settings.repair}")
-    if settings.budget.removes_blocks:
-        check_is_text(windows, "--parts blocks")
+    if settings.budget.whole_part is not None:
+        check_is_text(windows, f"--parts {settings.budget.whole_part}")
     return windows
 
 
@@ -262,7 +264,7 @@ def _choose_and_repair(
         engine,
         place,
         seed=seed,
-        removed=removed,
+        removed=removed if budget.removes_blocks else (),
     )
     record = calibration_record(source, windows, engine, seed=seed)
     statistics = replace(
@@ -284,7 +286,8 @@ def _obey_and_repair(
     engine: Engine,
     place: Workplace,
 ) -> Repaired:
-    if plan.removed_blocks and all(unit.kept_width == unit.width for unit in plan.kept_units):
+    widths = ((unit.kept_width, unit.width) for unit in plan.kept_units)
+    if plan.has_gaps and all(kept in (0, width) for kept, width in widths):
         return Repaired(plan, statistics)
     log.warning(
         "repairing by a plan that was made before: this requires a forward pass of its own "

@@ -52,7 +52,7 @@ def leave_as_it_is(down_DF: Tensor, kept: Sequence[int], held_out_RF: Tensor) ->
 def _unrepaired(
     down_DF: Tensor, kept: Sequence[int], held_out_RF: Tensor
 ) -> tuple[RidgeSolution, _HeldOutError]:
-    kept_K = torch.tensor(kept, device=down_DF.device)
+    kept_K = torch.tensor(kept, dtype=torch.long, device=down_DF.device)
     plain_DK = down_DF.index_select(1, kept_K)
     error_of = _HeldOutError(down_DF, held_out_RF, kept_K)
     error = error_of(plain_DK)

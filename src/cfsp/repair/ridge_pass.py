@@ -288,7 +288,7 @@ def _repair_unit(
             or observed.held_out_rows(ffn) < LEAST_HELD_OUT
         )
         held_out_RF = observed.held_out_RF(ffn, unit.width)
-        if few:
+        if few or not own:  # of an attention that goes whole nothing is left to repair
             solution = leave_as_it_is(down_DF, own, held_out_RF)
         else:
             gram_FF = observed.gram_E[ffn].mean()

@@ -11,7 +11,7 @@ Where attentions have lost KV groups, the FFN's matrix takes over what it can of
 without an FFN is fitted by the output matrix of its attention.
 A block before blocks that were removed whole takes over what they did in the same way: d is then
 the difference to what the dense stream holds after them. Where the first blocks go, that is the
-first one that stays.
+first one that stays. A block whose attention was removed takes over what that did.
 
 No gradients. In memory are both streams, one dense block (and the next, which is read meanwhile),
 one pruned block, and a Gram matrix of its channels.
@@ -91,16 +91,18 @@ def repair_sequentially(
 def repair_gaps(
     source: WeightSource, repaired: Repaired, windows: Windows, engine: Engine, place: Workplace
 ) -> Repaired:
-    """Fit the down projections of the blocks at removed ones; the others stay as they are.
+    """Fit the down projections of the blocks at removed ones, and of those without attention.
 
-    Arguments and errors are those of `repair_sequentially`. A block that has no dense FFN, or
-    several, stays as it is too.
+    Arguments and errors are those of `repair_sequentially`. The other blocks stay as they are, and
+    so does one that has no dense FFN, or several.
     """
-    blocks = blocks_at_gaps(source.architecture.block_count, repaired.plan.removed_blocks)
+    plan = repaired.plan
+    beside = blocks_at_gaps(source.architecture.block_count, plan.removed_blocks)
+    blocks = sorted({*beside, *map(plan.index_of_block, plan.removed_attentions)})
     done = _repair_blocks(source, repaired, windows, engine, place, GAPS, blocks)
     if len(blocks) > sum(block is not None for block in done.steps[-1].blocks):
         log.warning(
-            "not every removed block could be made up for: of the blocks beside them some have no "
+            "not all that was removed could be made up for: some of the blocks that should have no "
             "dense FFN, or several"
         )
     return done

@@ -85,8 +85,8 @@ def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
             bands,
             panels,
             "Two rows of columns, one column for each block. Above: how far the block turns the "
-            f"hidden state. Below: how many of its {noun} stay, within the full width; none of a "
-            "block that was removed.",
+            f"hidden state. Below: how many of its {noun} stay, within the full width; none of "
+            "what was removed whole.",
         )
 
     def cells(run: int, index: int) -> list[str]:
@@ -186,7 +186,7 @@ def width_panel(
         full = _column(x, scale(before), bar, scale(0.0), "gone")
         stays = _column(x, scale(after), bar, scale(0.0), "kept")
         say = f"Block {name}: keeps {after:,} of {before:,} channels ({after / before:.0%})"
-        if not after:  # a unit always keeps some, unless its block goes
+        if not after:  # a unit keeps some, unless it goes whole
             say = f"Block {name}: removed"
         columns.append(Column(say, join([full, stays])))
     marks = [0.0, highest / 4, highest / 2, highest * 3 / 4, float(highest)]

@@ -77,8 +77,11 @@ def headlines(run: RunFacts) -> list[Headline]:
                 f"{count(manifest['parameters_before'])} to {count(manifest['parameters_after'])}",
             )
         )
-    if removed := manifest.get("removed_blocks"):
-        lines.append(Headline(str(len(removed)), "blocks removed", blocks_in_words(removed)))
+    lines += [
+        Headline(str(len(removed)), f"{noun} removed", blocks_in_words(removed))
+        for noun in ("blocks", "attentions")
+        if (removed := manifest.get(f"removed_{noun}"))
+    ]
     if "ffn_sparsity" in manifest:
         before, after = sum(manifest["widths_before"]), sum(manifest["intermediate_sizes"])
         lines.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
-from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.coarse import block_metric_in_words
@@ -54,9 +53,13 @@ _LIMITS = """\
   the model may have lost more than the numbers here show: measure it on what you use it for.
 - Nothing was measured about safety or about following instructions; what holds for the original
   need not hold for this model.
-- Only FFN channels were removed. Attention and the KV cache are as large as the original's.
-- A perplexity compares only with one of the same text, windows and first token.
+{only_ffns}- A perplexity compares only with one of the same text, windows and first token.
 {license}"""
+
+
+_ONLY_FFNS = """\
+- Only FFN channels were removed. Attention and the KV cache are as large as the original's.
+"""
 
 
 def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origin) -> str:
@@ -80,7 +83,10 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         _VERIFY if plan else "",
         _how_it_was_pruned(manifest, plan) if plan else "",
         _how_it_was_recovered(manifest),
-        _LIMITS.format(license=_license(origin)),
+        _LIMITS.format(
+            license=_license(origin),
+            only_ffns="" if plan is not None and plan.has_parts else _ONLY_FFNS,
+        ),
         f"## What was removed\n\n{_block_table(plan)}" if plan else "",
     ]
     return "\n".join(section for section in sections if section)
@@ -100,7 +106,7 @@ def _what_it_is(
         act for key, act in (("criterion", "pruned"), ("recovery", "recovered")) if key in manifest
     ]
     lines = [f"# {_plain(name)}, {' and '.join(acts)}", ""]
-    if plan is not None and plan.removed_blocks:
+    if plan is not None and plan.has_gaps:
         lines += [_without_blocks(manifest, plan, link), ""]
     elif "ffn_sparsity" in manifest:
         what = "channels" if _counts_channels(plan) else "parameters"
@@ -124,16 +130,17 @@ def _what_it_is(
 
 
 def _without_blocks(manifest: dict[str, Any], plan: PruningPlan, link: str) -> str:
-    """Say which blocks went, and what went of the others."""
-    kept = sum(unit.kept_width * unit.cost for unit in plan.kept_units)
+    """Say which blocks or attentions went, and what went of the others."""
+    staying = [unit for unit in plan.kept_units if unit.kept]
+    kept = sum(unit.kept_width * unit.cost for unit in staying)
     chosen = _CHOSEN.get(plan.criterion.get("removal", ""), "which cfsp was told to remove")
-    channels = 1 - kept / sum(unit.width * unit.cost for unit in plan.kept_units)
+    channels = 1 - kept / sum(unit.width * unit.cost for unit in staying)
     others = ""
     if channels:
         what = "channels" if _counts_channels(plan) else "parameters"
         others = f", and of the others without {channels:.1%} of their FFN {what} ({_PAPER})"
     return (
-        f"This is {link} without {blocks_in_words(plan.removed_blocks)}, {chosen}"
+        f"This is {link} without {plan.removed_in_words}, {chosen}"
         f"{others}. That is {manifest['model_sparsity']:.1%} of all parameters. What is left is an "
         "ordinary dense checkpoint."
     )

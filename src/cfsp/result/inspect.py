@@ -19,6 +19,7 @@ _FROM_MANIFEST = (
     "criterion",
     "calibration",
     "removed_blocks",
+    "removed_attentions",
     "ffn_sparsity",
     "kv_groups",
     "model_sparsity",
@@ -41,7 +42,8 @@ _SHOWN = {
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
     units = checkpoint.architecture.of_part("ffn").units
-    attentions = checkpoint.architecture.of_part("kv").units
+    stock_units = checkpoint.architecture.stock_units
+    attentions = [unit for unit in stock_units if unit.part == "kv"]
     blocks = int(checkpoint.architecture.block_count)
     widths = [unit.width for unit in units]
     has_one_unit_each = [unit.block for unit in units] == list(range(blocks))

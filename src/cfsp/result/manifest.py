@@ -44,16 +44,25 @@ def describe_pruning(
         "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
         "files": digests,
         "widths_before": plan.widths_of("ffn")[0],
-        **({"removed_blocks": list(plan.removed_blocks)} if plan.removed_blocks else {}),
+        **removed_facts(plan),
         **report,
     }
+
+
+def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
+    """Return which blocks and attentions go whole, as JSON types; of each part only if some do."""
+    removed = {
+        "removed_blocks": list(plan.removed_blocks),
+        "removed_attentions": list(plan.removed_attentions),
+    }
+    return {key: blocks for key, blocks in removed.items() if blocks}
 
 
 # What a model that was pruned in memory says of it, in its config.
 _IN_CONFIG = (
     "operation", "created", "versions", "base_model", "criterion", "calibration", "removed_blocks",
     "ffn_sparsity", "model_sparsity", "parameters_before", "repair", "perplexity", "command",
-    "kv_groups",
+    "kv_groups", "removed_attentions",
 )  # fmt: skip
 
 

@@ -122,8 +122,8 @@ def _widths_of(
     if not units:
         return None
     # With equally many in all blocks the model is a stock one, which was not opened with its heads.
-    found = source.architecture.of_part(part).units
-    found = found or find_architecture(empty_model(source.config), part).units
+    found = [unit for unit in source.architecture.stock_units if unit.part == part]
+    found = found or list(find_architecture(empty_model(source.config), part).units)
     widths = [unit.width for unit in found]
     told = manifest["intermediate_sizes"] if part == "ffn" else manifest["kv_groups"]["after"]
     for name, numbers in (("config.json", widths), (MANIFEST_FILE, told)):

@@ -163,7 +163,7 @@ def _attention_of(config: Any) -> _Attention:
 
 def _attention_that_went(config: Any, source: WeightSource) -> float:
     """Return how many blocks' attention the KV groups make up that the config counts too many."""
-    attentions = source.architecture.of_part("kv").units
+    attentions = [unit for unit in source.architecture.stock_units if unit.part == "kv"]
     if not attentions:
         return 0.0
     groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

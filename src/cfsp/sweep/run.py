@@ -173,7 +173,7 @@ def _check(sweep: _Sweep) -> None:
     size, tokenizer = model_size(source), load_tokenizer(source.directory)
     for point in recipe.points:
         budget = recipe.settings(point, sweep.compute).budget
-        if budget.removes_blocks:
+        if budget.whole_part is not None:
             BlockBudget.of(source, budget)
         else:
             channels_to_keep(budget, size)

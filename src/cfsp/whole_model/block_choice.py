@@ -1,8 +1,9 @@
-"""Which blocks go, where the whole model fits into memory: jointly, by the predictions.
+"""Which blocks or attentions go, where the whole model fits into memory: by the predictions.
 
 One after the other the block goes whose removal, together with those that are gone, changes the
 predictions least. A removed block is skipped: the hidden state passes it unchanged. What enters a
-block does not depend on later ones, so only the blocks behind a tried one are computed again.
+block does not depend on later ones, so only the blocks behind a tried one are computed again. The
+same of attentions, whose own blocks are computed again as well.
 
 A block that did more harm than another before rarely does less once more blocks are gone, so
 those that did are tried again only if the best of the others has become worse than they were.
@@ -13,8 +14,9 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,27 +24,29 @@ import torch
 
 from cfsp.calibration.statistics import Removal, Statistics, removals_from_json
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.engine.block_proof import check_blocks_can_go
 from cfsp.engine.call_form import CallForm
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skipped
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
 from cfsp.errors import UnsupportedModelError
-from cfsp.planning.block_budget import BlockBudget
+from cfsp.planning.block_budget import BlockBudget, whole_in_words
+from cfsp.planning.block_removal import check_can_go
 from cfsp.progress import item_progress
-from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS
+from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import call_form_of, load_whole
+from cfsp.whole_model.masks import without_attention
 from cfsp.whole_model.sensitivity import few_beginnings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.settings import Criterion, PruneSettings
+    from cfsp.settings import Budget, Criterion, PruneSettings, WholePart
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
 
@@ -58,25 +62,27 @@ def order_of_removal(
     is_enough: Callable[[Collection[int]], bool],
     check: Callable[[Collection[int]], None],
     on_removal: Callable[[], object] = lambda: None,
+    part: WholePart = "blocks",
 ) -> list[Removal]:
-    """Return the blocks that go, in the order in which they are chosen.
+    """Return the blocks that go, or whose attentions do, in the order in which they are chosen.
 
     Args:
         source: the dense model.
         model: the whole of it in memory, in evaluation mode.
         tokens_NT: windows without padding.
-        is_enough: whether these blocks are all that go.
-        check: raises UnsupportedModelError where the model cannot do without these blocks.
-        on_removal: is called after each block that is chosen.
+        is_enough: whether these are all that go.
+        check: raises UnsupportedModelError where the model cannot do without these.
+        on_removal: is called after each that is chosen.
+        part: what goes.
 
     Raises:
-        UnsupportedModelError: the model cannot do without any of the blocks that are left.
+        UnsupportedModelError: the model cannot do without any of those that are left.
     """
     removed: list[Removal] = []
     refusal: UnsupportedModelError | None = None
     with torch.inference_mode():
-        trials = _Trials.of(source, model, tokens_NT)
-        left = set(range(len(trials.blocks)))
+        trials = _Trials.of(source, model, tokens_NT, part)
+        left = set(trials.candidates)
         # What each block added to the divergence when it was last tried.
         added = dict.fromkeys(left, -math.inf)
         while not is_enough([each.block for each in removed]):
@@ -99,14 +105,14 @@ def order_of_removal(
                     refusal = refusal or error
                     left.discard(best)
             left.discard(best)
-            removed.append(Removal(best, base + added[best]))
+            removed.append(Removal(best, base + added[best], part))
             on_removal()
             trials.remove([*gone, best])
     return removed
 
 
 def follow_divergence(source: WeightSource, criterion: Criterion, engine: Engine) -> bool:
-    """Return whether blocks go by what the predictions lose.
+    """Return whether blocks or attentions go by what the predictions lose.
 
     Where the criterion is `auto`, they do if the whole model fits into memory.
     """
@@ -133,7 +139,7 @@ def with_needed_removals(
     engine: Engine,
     place: Workplace,
 ) -> Statistics:
-    """Add the order in which blocks go, as far as budgets need it, where it is needed at all.
+    """Add the order in which blocks or attentions go, as far as budgets need it.
 
     A killed run goes on with what it had chosen. Of several processes the first chooses.
 
@@ -150,24 +156,22 @@ def with_needed_removals(
         UsageError: the model does not fit into memory.
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
-    removing = [each for each in settings if each.budget.removes_blocks]
+    removing = [each for each in settings if each.budget.whole_part]
     if not removing:
         return statistics
 
     def measure() -> dict[str, Any]:
-        wanted = [
-            BlockBudget.of(source, each.budget)
-            for each in removing
-            if follow_divergence(source, each.criterion, engine)
-        ]
-
-        def is_enough(removed: Collection[int]) -> bool:
-            return all(each.is_met_by(removed) for each in wanted)
-
-        if is_enough(()):
-            return {"removals": []}
-        removals = measure_removals(source, windows, is_enough, engine)
-        return {"removals": [asdict(each) for each in removals]}
+        removals: list[Removal] = []
+        for part in WHOLE_PARTS:
+            budgets = [
+                each.budget
+                for each in removing
+                if each.budget.whole_part == part
+                and follow_divergence(source, each.criterion, engine)
+            ]
+            if budgets:
+                removals += measure_removals(source, windows, budgets, engine)
+        return {"removals": [each.to_json() for each in removals]}
 
     # Other windows would be another choice.
     name = f"removals-{windows.digest[:8]}"
@@ -176,34 +180,54 @@ def with_needed_removals(
 
 
 def measure_removals(
-    source: WeightSource,
-    windows: Windows,
-    is_enough: Callable[[Collection[int]], bool],
-    engine: Engine,
+    source: WeightSource, windows: Windows, budgets: Sequence[Budget], engine: Engine
 ) -> list[Removal]:
-    """Return the blocks that go, in the order in which they are chosen, on a little of the text.
+    """Return what goes, in the order in which it is chosen, on a little of the text.
+
+    Args:
+        source: the model.
+        windows: the calibration text.
+        budgets: how much goes, in one way or several; of the same part.
+        engine: where and in what to compute.
 
     Raises:
         UsageError: the model does not fit into memory.
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
+    wanted = [BlockBudget.of(source, budget) for budget in budgets]
+
+    def is_enough(removed: Collection[int]) -> bool:
+        return all(each.is_met_by(removed) for each in wanted)
+
+    if is_enough(()):
+        return []
+    budget = budgets[0]
+    what = whole_in_words(budget)
     few = few_beginnings(windows)
-    model = load_whole(source, engine, "choosing the blocks that go")
-    blocks = range(source.architecture.block_count)
-    about = next(count for count in blocks if is_enough(range(count)))
-    with item_progress("choosing blocks", about, "block") as bar:
+    model = load_whole(source, engine, f"choosing the {what} that go")
+    candidates = list(wanted[0].parameters_of)
+    counts = range(len(candidates))
+    about = next(count for count in counts if is_enough(candidates[:count]))
+    with item_progress(f"choosing {what}", about, what.removesuffix("s")) as bar:
         return order_of_removal(
             source,
             model,
             few.tokens_NT,
             is_enough,
-            partial(check_blocks_can_go, source),
+            partial(check_can_go, source, budget=budget),
             bar.update,
+            budget.whole_part or "blocks",
         )
 
 
 class _Trials:
-    """A whole model that runs without some of its blocks, on the same windows again and again."""
+    """A whole model that runs without some of its blocks, on the same windows again and again.
+
+    Or without some of its attentions, by the indices of their blocks.
+
+    Attributes:
+        candidates: what may go.
+    """
 
     def __init__(
         self,
@@ -211,8 +235,10 @@ class _Trials:
         blocks: nn.ModuleList,
         form: CallForm,
         dense: Sequence[DensePredictions],
+        attentions: Mapping[int, Unit] | None,
     ) -> None:
-        self.blocks = blocks
+        self.candidates = range(len(blocks)) if attentions is None else list(attentions)
+        self._blocks, self._attentions = blocks, attentions
         self._model, self._form, self._dense = model, form, dense
         self._entering: list[list[Tensor]] = []
         self._resumes = True
@@ -220,37 +246,52 @@ class _Trials:
         self._resumes = self._can_resume()
 
     @staticmethod
-    def of(source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor) -> _Trials:
+    def of(
+        source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor, part: WholePart
+    ) -> _Trials:
         """Run the dense model."""
         blocks = blocks_of(model, source.architecture)
-
+        attentions = None
+        if part == "attention":
+            attentions = {unit.block: unit for unit in source.units if unit.part == "kv"}
         form = call_form_of(model, blocks)
         batches = torch.split(tokens_NT, _WINDOWS_IN_BATCH)
-        return _Trials(model, blocks, form, [dense_predictions(model, each) for each in batches])
+        dense = [dense_predictions(model, each) for each in batches]
+        return _Trials(model, blocks, form, dense, attentions)
+
+    @contextmanager
+    def _without(self, gone: Sequence[int]) -> Iterator[None]:
+        """Let the model run without these."""
+        with ExitStack() as stack:
+            if self._attentions is None:
+                stack.enter_context(skipped(self._blocks, gone, self._form))
+            else:
+                for block in gone:
+                    unit = self._attentions[block]
+                    stack.enter_context(without_attention(self._blocks[block], unit))
+            yield
 
     def remove(self, gone: Sequence[int]) -> None:
         """Note what enters every block when some are gone."""
         self._entering = []
         for dense in self._dense:
-            with (
-                skipped(self.blocks, gone, self._form),
-                hidden_states_entering(self.blocks) as entering_L,
-            ):
+            with self._without(gone), hidden_states_entering(self._blocks) as entering_L:
                 dense.divergence(self._model)
             self._entering.append(entering_L)
 
     def divergence_without(self, gone: Sequence[int]) -> float:
-        """Return KL(dense || without these blocks); infinite where the model does not run.
+        """Return KL(dense || without these); infinite where the model does not run.
 
         Args:
-            gone: blocks of which all but the last are removed already.
+            gone: those of which all but the last are removed already.
         """
-        first = gone[-1] + 1 if self._resumes else 0
+        # A block without its attention computes, one that is gone does not.
+        first = gone[-1] + (self._attentions is None) if self._resumes else 0
         total, windows = 0.0, 0
         for dense, entering_L in zip(self._dense, self._entering, strict=True):
             with (
-                skipped(self.blocks, gone, self._form),
-                resumed_at(self.blocks, first, entering_L[gone[-1]], self._form),
+                self._without(gone),
+                resumed_at(self._blocks, first, entering_L[gone[-1]], self._form),
             ):
                 try:
                     divergence = dense.divergence(self._model)
@@ -262,9 +303,9 @@ class _Trials:
 
     def _can_resume(self) -> bool:
         """Return whether the last block needs nothing of those before but a hidden state."""
-        last, entering_BTD = len(self.blocks) - 1, self._entering[0][-1]
+        last, entering_BTD = len(self._blocks) - 1, self._entering[0][-1]
         try:
-            with resumed_at(self.blocks, last, entering_BTD, self._form):
+            with resumed_at(self._blocks, last, entering_BTD, self._form):
                 return abs(self._dense[0].divergence(self._model)) < _SAME
         except Exception:  # however a model misses what its stand-ins do not leave
             return False

@@ -1,4 +1,4 @@
-"""How many whole blocks go where channels of the others may go as well.
+"""How many whole blocks or attentions go where channels of the others may go as well.
 
 Every number of blocks leaves less to take from the channels. Each is tried: its blocks are skipped,
 the channels that a plan would remove of the others are masked, and the one whose predictions are
@@ -20,12 +20,13 @@ import torch
 
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UsageError
+from cfsp.planning.block_budget import parameters_of_whole, whole_in_words
 from cfsp.planning.make import choose_channels, model_size, plan_widths
 from cfsp.progress import item_progress
+from cfsp.settings import MOST_REMOVED
 from cfsp.whole_model.block_choice import follow_divergence, with_needed_removals
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import call_form_of, load_whole
@@ -48,15 +49,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """A number of blocks that was tried.
+    """A number of blocks or attentions that was tried.
 
     Attributes:
-        blocks: how many go.
+        removed: how many go.
         sparsity: share of what the channels of the others own that goes with them.
         divergence: KL(dense || pruned, not repaired), in nats per token.
     """
 
-    blocks: int
+    removed: int
     sparsity: float
     divergence: float
 
@@ -69,7 +70,7 @@ def with_block_count(
     engine: Engine,
     place: Workplace,
 ) -> tuple[PruneSettings, Statistics]:
-    """Return the settings with a number of blocks, and the statistics with what that took.
+    """Return the settings with a number of what goes whole, and the statistics with what it took.
 
     Both stay as they are where the budget does not leave the number open.
 
@@ -88,15 +89,16 @@ def with_block_count(
         UsageError: the model does not fit into memory.
     """
     budget = settings.budget
-    if not budget.leaves_blocks_open:
+    if not budget.leaves_number_open:
         return settings, statistics
+    what = whole_in_words(budget)
     if not follow_divergence(source, settings.criterion, engine):
         raise UsageError(
-            f"--parts {','.join(budget.parts)} tries how many blocks should go, which requires the "
-            "whole model in memory; say how many with --set remove_blocks=N"
+            f"--parts {','.join(budget.parts)} tries how many {what} should go, which requires the "
+            f"whole model in memory; say how many with --set remove_{what}=N"
         )
 
-    alone = replace(settings, budget=replace(budget, parts=("blocks",)))
+    alone = replace(settings, budget=_whole_alone(source, budget))
     statistics = with_needed_removals(source, statistics, windows, [alone], engine, place)
     statistics = with_needed_sensitivity(
         source, statistics, windows, settings.criterion, engine, place
@@ -106,25 +108,36 @@ def with_block_count(
         trials = _try(source, statistics, windows, settings, engine)
         return {"trials": [vars(each) for each in trials]}
 
-    name = f"blocks-{windows.digest[:8]}"
+    name = f"{what}-{windows.digest[:8]}"
     found = place.team.from_first(lambda: kept(place, name, measure)["trials"])
     trials = [Trial(**each) for each in found]
     best = min(trials, key=lambda trial: trial.divergence)
     for trial in trials:
         log.info(
-            "%d blocks and %.1f%% of what the others can lose: divergence %.4f%s",
-            trial.blocks,
+            "%d %s and %.1f%% of what the others can lose: divergence %.4f%s",
+            trial.removed,
+            what,
             100 * trial.sparsity,
             trial.divergence,
             " (chosen)" if trial is best else "",
         )
-    chosen = _budget_with(budget, best.blocks, best.sparsity)
+    chosen = _budget_with(budget, best.removed, best.sparsity)
     return replace(settings, budget=chosen), statistics
 
 
-def _budget_with(budget: Budget, blocks: int, sparsity: float) -> Budget:
-    """Return a budget that says how many blocks go, and which share of the others' channels."""
-    return replace(budget, remove_blocks=blocks, sparsity=sparsity, of="ffn")
+def _whole_alone(source: WeightSource, budget: Budget) -> Budget:
+    """Return the budget by which as many blocks or attentions go as may be tried."""
+    if budget.removes_blocks:
+        return replace(budget, parts=("blocks",))
+    attentions = sum(parameters_of_whole(source, budget).values())
+    share = budget.sparsity * _counted(source, budget) / attentions
+    return replace(budget, parts=("attention",), sparsity=min(share, MOST_REMOVED), of="ffn")
+
+
+def _budget_with(budget: Budget, removed: int, sparsity: float) -> Budget:
+    """Return a budget that says how many go whole, and which share of the others' channels."""
+    number: Any = {f"remove_{whole_in_words(budget)}": removed}
+    return replace(budget, **number, sparsity=sparsity, of="ffn")
 
 
 def _try(
@@ -134,17 +147,18 @@ def _try(
     settings: PruneSettings,
     engine: Engine,
 ) -> list[Trial]:
-    """Measure every number of blocks that may be the best one."""
+    """Measure every number of blocks or attentions that may be the best one."""
     budget = settings.budget
-    model = load_whole(source, engine, "choosing how many blocks go")
+    model = load_whole(source, engine, f"choosing how many {whole_in_words(budget)} go")
     masked = _MaskedModel(source, model, few_beginnings(windows).tokens_NT)
+    removals = statistics.removals_of(budget.whole_part)
     trials: list[Trial] = []
-    with item_progress("choosing how many", len(statistics.removals) + 1, "number") as bar:
-        for count in range(len(statistics.removals) + 1):
-            removed = sorted(each.block for each in statistics.removals[:count])
-            without_blocks = statistics.removals[count - 1].divergence if count else 0.0
-            if trials and without_blocks > min(trial.divergence for trial in trials):
-                break  # whatever else goes as well makes it worse, and so does another block
+    with item_progress("choosing how many", len(removals) + 1, "number") as bar:
+        for count in range(len(removals) + 1):
+            removed = sorted(each.block for each in removals[:count])
+            alone = removals[count - 1].divergence if count else 0.0
+            if trials and alone > min(trial.divergence for trial in trials):
+                break  # whatever else goes as well makes it worse, and so does another one
             sparsity = _sparsity_of_others(source, budget, removed)
             if sparsity >= 1:
                 continue  # the others do not own so much
@@ -153,24 +167,39 @@ def _try(
                 kept_U = _plan(source, statistics, rest, settings.criterion, removed)
             except BudgetError:
                 continue  # or cannot lose it
-            trials.append(Trial(count, sparsity, masked.divergence(removed, kept_U)))
+            blocks = removed if budget.removes_blocks else ()
+            trials.append(Trial(count, sparsity, masked.divergence(blocks, kept_U)))
             bar.update()
     if not trials:
         raise BudgetError(
-            f"cannot remove {budget.sparsity:.1%}: neither blocks alone nor with channels of the "
-            "others can so much go; remove less"
+            f"cannot remove {budget.sparsity:.1%}: neither {whole_in_words(budget)} alone nor with "
+            "channels of the others can so much go; remove less"
         )
     return trials
 
 
 def _sparsity_of_others(source: WeightSource, budget: Budget, removed: Collection[int]) -> float:
-    """Return the share of what the channels of the other blocks own that is still to go."""
-    parameters_L = parameters_of_blocks(source)
-    total = sum(parameters_L) if budget.of == "ffn" else parameter_count(source)
-    missing = budget.sparsity * total - sum(parameters_L[block] for block in removed)
-    size = model_size(source, removed).of_parts(budget.parts)
-    owned = size.cost_of(size.width_U) * size.parameters_per_cost
-    return max(0.0, missing / owned)
+    """Return the share of what the channels of the others own that is still to go."""
+    parameters_of = parameters_of_whole(source, budget)
+    missing = budget.sparsity * _counted(source, budget)
+    missing -= sum(parameters_of[block] for block in removed)
+    return max(0.0, missing / _owned_by_channels(source, budget, removed))
+
+
+def _counted(source: WeightSource, budget: Budget) -> int:
+    """Return the parameters that the sparsity of a budget is a share of."""
+    if budget.of == "model":
+        return parameter_count(source)
+    total = sum(parameters_of_whole(source, budget).values())
+    if budget.removes_blocks or "ffn" not in budget.parts:  # KV groups are of the attentions
+        return total
+    return total + _owned_by_channels(source, replace(budget, parts=("ffn", "attention")), ())
+
+
+def _owned_by_channels(source: WeightSource, budget: Budget, removed: Collection[int]) -> int:
+    """Return the parameters of the channels that a budget may remove beside what goes whole."""
+    size = model_size(source, budget, removed).of_parts(budget.parts)
+    return size.cost_of(size.width_U) * size.parameters_per_cost
 
 
 def _plan(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.quality.perplexity import perplexity
 
@@ -74,11 +75,27 @@ def masked_channels(
 
 
 @contextmanager
+def without_attention(block: nn.Module, unit: Unit) -> Iterator[None]:
+    """Let a decoder block run as if one of its attentions were gone."""
+    attention = block.get_submodule(unit.path)
+    block.set_submodule(unit.path, Gone(unit.extras))
+    try:
+        yield
+    finally:
+        block.set_submodule(unit.path, attention)
+
+
+@contextmanager
 def masked_unit(block: nn.Module, unit: Unit, kept_K: Sequence[int]) -> Iterator[None]:
     """Let one unit of a decoder block compute as if it had the kept channels only.
 
-    The pruned columns of its down projections are zero meanwhile, and kept elsewhere.
+    The pruned columns of its down projections are zero meanwhile, and kept elsewhere. An attention
+    that keeps none is not there meanwhile.
     """
+    if unit.part == "kv" and not kept_K:
+        with without_attention(block, unit):
+            yield
+        return
     axis = unit.axes[unit.down].axis
     down = block.get_parameter(unit.down).detach()
     matrices = [down]

@@ -1,0 +1,356 @@
+"""Whole attentions go: nothing from them is cut, for stock software and with any cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import cfsp
+from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.resizing import Gone
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.checkpoint.stored_blocks import parameters_of_attentions
+from cfsp.cli import main
+from cfsp.engine.block_proof import check_attentions_can_go
+from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
+from cfsp.families.contract import question_of, save_with_tokenizer
+from cfsp.families.stock import Answer
+from cfsp.families.tiny import random_model, tiny_config
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.prune_report import PruneReport
+from cfsp.settings import Budget
+from forks import Forks, Job
+
+ATTENTION = ("attention",)
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+# Grouped heads, biases, norms of queries and keys, two kinds of cache, queries, keys and values in
+# one matrix, and a bias of the output.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 5},
+    "qwen2": {"num_hidden_layers": 4},
+    "qwen3": {"num_hidden_layers": 4},
+    "gemma3_text": {
+        "num_hidden_layers": 5,
+        "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL, _SLIDING],
+    },
+    "phi3": {"num_hidden_layers": 4},
+    "gpt2": {"n_layer": 4},
+}
+SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
+
+
+def model_of(name: str, **values: Any) -> Any:
+    config = tiny_config(name, **values)
+    return random_model(model_class_of(config), config)
+
+
+@dataclass
+class Case:
+    """A tiny model, and what is left without two of its attentions."""
+
+    dense: Any
+    source: Path
+    out: Path
+    report: PruneReport
+    tokens_BT: Tensor
+    asked: dict[str, Any]
+
+    @property
+    def removed(self) -> list[int]:
+        return list(self.report.plan.removed_attentions)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(
+    request: pytest.FixtureRequest,
+    tokenizer: Any,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    place = tmp_path_factory.mktemp(request.param)
+    dense = model_of(request.param, **CONFIGS[request.param])
+    save_with_tokenizer(dense, tokenizer, place / "dense")
+    asked = {"parts": "attention", "sparsity": 0.0, "remove_attentions": 2}
+    asked |= {"data": [str(text_file)], **SETTINGS}
+    report = cfsp.prune(place / "dense", out=place / "out", repair="none", **asked)
+    tokens_BT = question_of(dense, place / "dense").tokens_BT
+    return Case(dense, place / "dense", place / "out", report, tokens_BT, asked)
+
+
+def logits_of(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens_BT, **options).logits
+    return logits
+
+
+@contextmanager
+def nothing_from(case: Case) -> Iterator[None]:
+    """Let the dense model's removed attentions give zeros."""
+    source = LoadedModel(case.dense, ATTENTION)
+    blocks = blocks_of(case.dense, source.architecture)
+
+    def zeros(module: Any, args: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    with ExitStack() as stack:
+        for unit in source.units:
+            if unit.part == "kv" and unit.block in case.removed:
+                attention = blocks[unit.block].get_submodule(unit.path)
+                stack.callback(attention.register_forward_hook(zeros).remove)
+        yield
+
+
+def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.generate(
+            tokens_BT,
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            **{"attention_mask": torch.ones_like(tokens_BT), **options},
+        )
+    return found
+
+
+def test_nothing_from_it_is_cut(case: Case) -> None:
+    with nothing_from(case):
+        expected = logits_of(case.dense, case.tokens_BT)
+    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits_of(case.dense, case.tokens_BT)).abs().max() > 1e-2
+    assert len(case.removed) == 2
+    owned = parameters_of_attentions(Checkpoint(case.source, parts=ATTENTION))
+    gone = case.report.parameters_before - case.report.parameters_after
+    assert gone == sum(owned[block] for block in case.removed)
+
+
+def test_caches_agree_with_none(case: Case) -> None:
+    model = cfsp.load(case.out)
+    expected = generated(model, case.tokens_BT, use_cache=False)
+    assert torch.equal(generated(model, case.tokens_BT), expected)
+    assert torch.equal(generated(model, case.tokens_BT, cache_implementation="static"), expected)
+    for tokens_T, expected_T in zip(case.tokens_BT, expected, strict=True):
+        assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
+
+
+def test_padding_on_the_left_changes_nothing(case: Case) -> None:
+    model = cfsp.load(case.out)
+    short, long = case.tokens_BT[0, :5], case.tokens_BT[1]
+    padding = len(long) - len(short)
+    batch = torch.stack([torch.cat([short.new_zeros(padding), short]), long])
+    mask = torch.ones_like(batch)
+    mask[0, :padding] = 0
+    for options in ({}, {"cache_implementation": "static"}):
+        found = generated(model, batch, attention_mask=mask, **options)
+        assert torch.equal(found[0, padding:], generated(model, short[None], use_cache=False)[0])
+        assert torch.equal(found[1], generated(model, long[None], use_cache=False)[0])
+
+
+def test_places_in_the_cache_are_filled_from_the_first_of_their_kind(case: Case) -> None:
+    model = cfsp.load(case.out)
+    blocks = blocks_of(model, Checkpoint(case.out).architecture)
+    units = Checkpoint(case.source, parts=ATTENTION).architecture.of_part("kv").units
+    kinds = getattr(model.config, "layer_types", None) or [None] * len(blocks)
+    filled: dict[object, list[int]] = {}
+    for unit in units:
+        attention: Any = blocks[unit.block].get_submodule(unit.path)
+        assert (type(attention).__name__ == Gone.__name__) is (unit.block in case.removed)
+        if unit.block not in case.removed:
+            filled.setdefault(kinds[unit.block], []).append(attention.layer_idx)
+    for kind, places in filled.items():
+        of_kind = [block for block in range(len(blocks)) if kinds[block] == kind]
+        assert places == of_kind[: len(places)]
+    assert set(filled) == set(kinds)
+
+
+def test_a_fresh_process_keeps_the_contract(
+    case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    work = tmp_path_factory.mktemp("stock")
+    question_of(case.dense, case.out, case.report.plan).save(work / "question.pt")
+    (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
+    assert finished.status == 0, finished.stderr
+    answer = Answer(**torch.load(work / "answer.pt"))
+    assert not answer.problems
+    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
+
+
+def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
+    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
+    expected = cfsp.load(case.out).state_dict()
+    assert pruned.state_dict().keys() == expected.keys()
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    pruned.save_pretrained(tmp_path / "saved")
+    again = cfsp.load(tmp_path / "saved")
+    assert torch.equal(logits_of(again, case.tokens_BT), logits_of(pruned, case.tokens_BT))
+
+
+def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
+    asked = {**case.asked, "remove_attentions": None}
+    cfsp.prune(case.source, out=tmp_path / "same", **asked)
+    before, after = (load_file(at / "model.safetensors") for at in (case.source, tmp_path / "same"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    fields = [
+        json.loads((at / "config.json").read_text()) for at in (case.source, tmp_path / "same")
+    ]
+    assert fields[0] == fields[1]
+
+
+def test_the_plan_is_obeyed_and_commands_tell_of_it(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = PruningPlan.load(case.out / "cfsp_plan.json")
+    assert plan == case.report.plan
+    assert [unit.kept_width == 0 for unit in plan.of_part("kv")] == [
+        unit.block in case.removed for unit in plan.of_part("kv")
+    ]
+    asked = ["--plan", str(case.out / "cfsp_plan.json"), "--repair", "none"]
+    assert main(["prune", str(case.source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
+    first, second = (load_file(at / "model.safetensors") for at in (case.out, tmp_path / "by-plan"))
+    assert first.keys() == second.keys()
+    capsys.readouterr()
+    assert main(["inspect", str(case.out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kv_groups"] == case.report.kv_groups["after"]
+    assert told["pruned"]["removed_attentions"] == case.removed
+    assert "the attentions of block" in (case.out / "README.md").read_text()
+    assert main(["verify", str(case.out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"]
+
+
+def test_the_block_takes_over_what_its_attention_did(case: Case, tmp_path: Path) -> None:
+    report = cfsp.prune(case.source, out=tmp_path / "out", **case.asked)
+    assert report.plan == case.report.plan
+    (step,) = report.repair["steps"]
+    assert step["name"] == "gaps"
+    fitted = [block for block, entry in enumerate(step["blocks"]) if entry is not None]
+    assert fitted == case.removed
+    before, after = (load_file(at / "model.safetensors") for at in (case.out, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    source = Checkpoint(case.source)
+    assert changed == {
+        name
+        for number, unit in enumerate(source.units)
+        if unit.block in fitted and step["blocks"][unit.block]["kept"]
+        for name in source.stored.down_names(number)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "removed", "message"),
+    [
+        ("llama", (0, 1, 2), "blocks 0 to 2 of .* can't be removed: at least one must stay"),
+        ("gemma3_text", (2,), "block 2 .*: at least one of the kind full_attention must stay"),
+        ("qwen3_next", (0,), "expected one attention in block 0 whose heads are found, found 0"),
+        # Blocks that read the keys and values of others.
+        ("gemma3n_text", (0,), "failed the check heads: expected queries, keys and values"),
+    ],
+)
+def test_what_the_model_cannot_do_without_is_refused_by_name(
+    name: str, removed: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_attentions_can_go(LoadedModel(model_of(name), ATTENTION), removed)
+
+
+def test_attentions_of_one_kv_group_and_beside_the_ffn_can_go() -> None:
+    for name in ("gpt_bigcode", "gptj"):
+        check_attentions_can_go(LoadedModel(model_of(name), ATTENTION), [0, 1])
+
+
+def test_impossible_budgets_say_what_is_possible(text_file: Path, tokenizer: Any) -> None:
+    model = model_of("llama")
+    asked = {"parts": "attention", "data": [str(text_file)], **SETTINGS}
+    with pytest.raises(BudgetError, match="at least one of 3 attentions must stay; between 0 and"):
+        cfsp.prune(model, tokenizer, sparsity=0.9, **asked)
+    with pytest.raises(BudgetError, match="cannot remove 3 attentions"):
+        cfsp.prune(model, tokenizer, sparsity=0.0, remove_attentions=3, **asked)
+    with pytest.raises(UsageError, match="one after the other"):
+        Budget(0.2, parts=("attention", "blocks"))
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("llama") / "dense"
+    save_with_tokenizer(model_of("llama", num_hidden_layers=5), tokenizer, place)
+    return place
+
+
+@pytest.mark.parametrize("repair", ["ridge", "sequential"])
+def test_attentions_and_channels_go_together(
+    llama: Path, text_file: Path, tmp_path: Path, repair: str
+) -> None:
+    asked = {"sparsity": 0.4, "multiple": 8, "data": [str(text_file)], **SETTINGS}
+    report = cfsp.prune(llama, out=tmp_path / "out", parts="ffn,attention", repair=repair, **asked)
+    source = Checkpoint(llama, parts=ATTENTION)
+    owned = sum(parameters_of_attentions(source).values())
+    owned += sum(unit.width for unit in source.architecture.of_part("ffn").units) * 3 * 32
+    gone = report.parameters_before - report.parameters_after
+    assert gone == pytest.approx(0.4 * owned, rel=0.05)
+    names = [step["name"] for step in report.repair["steps"]]
+    gaps = ["gaps"] if report.plan.removed_attentions else []
+    assert names == ["ridge", *(gaps if repair == "ridge" else ["sequential"])]
+    logits_of(cfsp.load(tmp_path / "out"), torch.arange(2, 26).view(2, 12))
+
+
+def test_order_and_distances_are_in_the_statistics(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "stats.safetensors"
+    text = ["--data", str(text_file), "--samples", "6", "--seqlen", "32", "--device", "cpu"]
+    asked = ["--parts", "ffn,attention", *text, "--out", str(saved)]
+    assert main(["calibrate", str(llama), *asked]) == 0
+    statistics = Statistics.load(saved)
+    order = [each.block for each in statistics.removals_of("attention")]
+    assert len(order) == 3 and not statistics.removals_of("blocks")  # half of five
+    of_attentions = statistics.of_part("kv")
+    for removal, expected in (
+        ("divergence", order[:2]),
+        ("runs", nearest(of_attentions.distances("angular"))),
+        ("influence", nearest(of_attentions.distances("cosine"))),
+    ):
+        plan = cfsp.plan(llama, statistics, sparsity=0.4, parts="attention", removal=removal)
+        assert plan.removed_attentions == tuple(sorted(expected))
+        assert plan.criterion["removal"] == removal
+        assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
+    with pytest.raises(UsageError, match="say how many with --set remove_attentions=N"):
+        cfsp.plan(llama, statistics, sparsity=0.4, parts="ffn,attention")
+
+
+def nearest(distance_L: list[float]) -> list[int]:
+    """Return the two blocks of the least distances."""
+    return sorted(range(len(distance_L)), key=distance_L.__getitem__)[:2]
+
+
+def test_what_lost_attentions_is_pruned_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = {"sparsity": 0.0, "repair": "none", "data": [str(text_file)], **SETTINGS}
+    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove_attentions=1, **asked)
+    (gone,) = first.plan.removed_attentions
+    asked["sparsity"] = 0.3
+    second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", multiple=8, **asked)
+    assert Checkpoint(tmp_path / "2").architecture.gone[0].block == gone
+    assert sum(second.intermediate_sizes) < sum(first.intermediate_sizes)
+    third = cfsp.prune(tmp_path / "2", out=tmp_path / "3", parts="attention", **asked)
+    (other,) = third.plan.removed_attentions
+    found = Checkpoint(tmp_path / "3")
+    assert {unit.block for unit in found.architecture.gone} == {gone, other}
+    assert found.architecture.of_part("ffn").widths == second.intermediate_sizes
+    last = cfsp.prune(tmp_path / "3", out=tmp_path / "4", parts="blocks", **asked)
+    assert Checkpoint(tmp_path / "4").architecture.block_count == 5 - len(last.plan.removed_blocks)
+    model = cfsp.load(tmp_path / "4")
+    tokens_BT = torch.arange(2, 26).view(2, 12)
+    assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
