@@ -21,6 +21,7 @@ PUBLIC = [
     "PruneReport",
     "PruningPlan",
     "Statistics",
+    "TargetKVCache",
     "TargetParameters",
     "TargetSpeedup",
     "Text",

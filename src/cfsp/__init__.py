@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.recovery.api import recover
     from cfsp.result.prune_report import PruneReport
-    from cfsp.settings import MaxLossIncrease, TargetParameters, TargetSpeedup, Text
+    from cfsp.settings import (
+        MaxLossIncrease,
+        TargetKVCache,
+        TargetParameters,
+        TargetSpeedup,
+        Text,
+    )
     from cfsp.speed.bench import bench
 
     __version__: str
@@ -36,6 +42,7 @@ _HOME = {
     "PruneReport": "cfsp.result.prune_report",
     "PruningPlan": "cfsp.planning.plan_file",
     "Statistics": "cfsp.calibration.statistics",
+    "TargetKVCache": "cfsp.settings",
     "TargetParameters": "cfsp.settings",
     "TargetSpeedup": "cfsp.settings",
     "Text": "cfsp.settings",
@@ -55,6 +62,7 @@ __all__ = [
     "PruneReport",
     "PruningPlan",
     "Statistics",
+    "TargetKVCache",
     "TargetParameters",
     "TargetSpeedup",
     "Text",

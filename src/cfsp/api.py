@@ -122,7 +122,8 @@ def prune(
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
         parts: what may go: `ffn`, `kv`, `blocks`, or several.
-        goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
+        goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
+            `TargetSpeedup`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
             themselves.
         samples: windows in all; None for 128 or what there is.
@@ -151,7 +152,7 @@ def prune(
     known = (Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining)
     check_names(advanced, *known)
     settings = PruneSettings(
-        budget=from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts),
+        budget=from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts).for_goal(goal),
         criterion=from_names(Criterion, advanced),
         text=from_names(
             CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen

@@ -298,6 +298,21 @@ class Budget:
         if self.widths not in WIDTHS:
             raise UsageError(f"--widths must be one of {', '.join(WIDTHS)}, found {self.widths!r}")
 
+    def for_goal(self, goal: object) -> Budget:
+        """Return the budget with the parts that a goal is met by.
+
+        Raises:
+            UsageError: other parts were asked for.
+        """
+        if not isinstance(goal, TargetKVCache):
+            return self
+        if self.parts not in (DEFAULT_PARTS, ("kv",)):
+            raise UsageError(
+                "--target-kv-cache removes KV groups and nothing else; leave --parts out, found "
+                f"--parts {','.join(self.parts)}"
+            )
+        return replace(self, parts=("kv",))
+
     @property
     def removes_blocks(self) -> bool:
         """Whether whole blocks may go."""
@@ -356,6 +371,28 @@ class TargetParameters:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise UsageError(f"--target-params must be in (0, 1], found {self.fraction}")
+
+
+@dataclass(frozen=True)
+class TargetKVCache:
+    """The goal to keep a fraction of the KV cache, by KV groups alone.
+
+    Attributes:
+        fraction: of the KV groups that stays at most, in (0, 1].
+    """
+
+    fraction: float = option(
+        1.0,
+        "fraction of the KV cache that stays; KV groups go, and nothing else",
+        kind=fraction,
+        flag="target-kv-cache",
+        metavar="F",
+        default="",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"--target-kv-cache must be in (0, 1], found {self.fraction}")
 
 
 @dataclass(frozen=True)
@@ -440,7 +477,7 @@ class MaxLossIncrease:
             raise UsageError(f"--held-out-windows must be at least 1, found {self.windows}")
 
 
-Goal = TargetParameters | MaxLossIncrease | TargetSpeedup
+Goal = TargetParameters | TargetKVCache | MaxLossIncrease | TargetSpeedup
 
 
 # What counts as important.

@@ -142,8 +142,32 @@ def test_target_params(model: Path, text_file: Path, tmp_path: Path, repair: str
     assert manifest["goal"]["goal"] == "target_params"
     assert manifest["goal"]["asked"] == 0.75
     budget = {"sparsity": 0.25, "of": "model", "multiple": 8, "widths": "importance"}
-    assert manifest["goal"]["budget"] == {**budget, "parts": ["ffn"], "remove_blocks": None}
+    whole = {"remove_blocks": None, "remove_attentions": None}
+    assert manifest["goal"]["budget"] == {**budget, "parts": ["ffn"], **whole}
     assert "keep 0.75 of all parameters" in (out / "README.md").read_text()
+
+
+def test_target_kv_cache(model: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert prune(model, text_file, out, "--target-kv-cache", 0.5, "--effort", "fast") == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    before, after = manifest["kv_groups"]["before"], manifest["kv_groups"]["after"]
+    assert sum(after) <= 0.5 * sum(before) < sum(after) + 1
+    assert manifest["goal"]["goal"] == "target_kv_cache"
+    assert manifest["ffn_sparsity"] == 0.0
+    assert "keep 0.5 of the KV cache" in (out / "README.md").read_text()
+
+
+def test_a_kv_cache_that_cannot_be_is_refused(
+    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prune(model, text_file, out, "--target-kv-cache", 0.2) == 2
+    assert "--target-kv-cache must be at least 0.5, found 0.2" in capsys.readouterr().err
+    assert prune(model, text_file, out, "--target-kv-cache", 0.5, "--parts", "ffn") == 0
+    assert prune(model, text_file, out, "--target-kv-cache", 0.5, "--parts", "blocks") == 2
+    assert "removes KV groups and nothing else" in capsys.readouterr().err
 
 
 def test_target_params_in_equal_widths(model: Path, text_file: Path, tmp_path: Path) -> None:

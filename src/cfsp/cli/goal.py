@@ -13,6 +13,7 @@ from cfsp.settings import (
     Criterion,
     Goal,
     MaxLossIncrease,
+    TargetKVCache,
     TargetParameters,
     TargetSpeedup,
     options_of,
@@ -21,6 +22,7 @@ from cfsp.settings import (
 # The field of each that is the goal itself; the others belong to it.
 _GOALS: tuple[tuple[type[Any], str], ...] = (
     (TargetParameters, "fraction"),
+    (TargetKVCache, "fraction"),
     (TargetSpeedup, "ratio"),
     (MaxLossIncrease, "nats"),
 )
@@ -61,7 +63,8 @@ def check_goal(args: argparse.Namespace) -> None:
     found = asked(args)
     if len(found) != 1:
         raise UsageError(
-            "exactly one of --sparsity, --target-params, --max-loss-increase and --target-speedup "
+            "exactly one of --sparsity, --target-params, --target-kv-cache, --max-loss-increase "
+            "and --target-speedup "
             f"says how much to remove (or --plan, a complete decision); found "
             f"{' and '.join(found) or 'none'}"
         )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cfsp.speed.pruning_cost import PruningCost
 
 # Goals whose budget is found by trying.
-_GOALS = ("max_loss_increase", "target_speedup", "target_params")
+_GOALS = ("max_loss_increase", "target_speedup", "target_params", "target_kv_cache")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -192,8 +192,8 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.speed.pruning_cost import pruning_cost
 
     evaluation = settings_from(args, EvaluationText, bos=args.bos or "auto")
-    budget = Budget(0.0) if args.plan else arguments.budget(args)
     goal = goals.goal(args)
+    budget = Budget(0.0) if args.plan else arguments.budget(args).for_goal(goal)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
     timeout = arguments.process_timeout(args)

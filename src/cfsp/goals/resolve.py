@@ -7,6 +7,7 @@ measure anew and come to other widths than those of the blocks that are finished
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,18 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.engine.compute import engine_of
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
-from cfsp.errors import UsageError
+from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import check_possible, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
-from cfsp.settings import Goal, MaxLossIncrease, TargetParameters, TargetSpeedup
+from cfsp.settings import (
+    Goal,
+    MaxLossIncrease,
+    TargetKVCache,
+    TargetParameters,
+    TargetSpeedup,
+)
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
@@ -48,6 +55,29 @@ def resolve_parameters(
     budget = replace(settings.budget, sparsity=sparsity, of="model")
     before = {"parameters_before": model_size(source).parameters}
     return Resolution(budget, "target_params", goal.fraction, (), before)
+
+
+def resolve_kv_cache(
+    goal: TargetKVCache, source: WeightSource, settings: PruneSettings
+) -> Resolution:
+    """Return the budget that leaves a fraction of the KV groups; nothing needs to be tried.
+
+    Raises:
+        BudgetError: attentions would be left without any.
+    """
+    widths = [unit.width for unit in source.units if unit.part == "kv"]
+    groups = sum(widths)
+    stay = math.floor(goal.fraction * groups + 1e-9)
+    if stay < len(widths):
+        raise BudgetError(
+            f"each of the {len(widths)} attentions keeps one of its KV groups, so "
+            "--target-kv-cache must be at least "
+            f"{math.ceil(1000 * len(widths) / groups) / 1000:g}, found "
+            f"{goal.fraction:g}; whole attentions go with --parts attention"
+        )
+    # The rest goes; rounded, so that a half that stays is a half that goes.
+    budget = replace(settings.budget, sparsity=round(1 - stay / groups, 12))
+    return Resolution(budget, "target_kv_cache", goal.fraction, (), {"groups_before": groups})
 
 
 def resolve_goal(
@@ -78,6 +108,8 @@ def resolve_goal(
     """
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
+    if isinstance(goal, TargetKVCache):
+        return resolve_kv_cache(goal, source, settings), statistics
     if (part := settings.budget.whole_part) is not None:
         raise UsageError(
             "a loss or a speed is aimed at with FFN channels alone; give --target-params or "

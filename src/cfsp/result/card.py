@@ -273,6 +273,7 @@ def _how_it_was_pruned(manifest: dict[str, Any], plan: PruningPlan) -> str:
 
 _GOALS = {
     "target_params": "to keep {asked:g} of all parameters",
+    "target_kv_cache": "to keep {asked:g} of the KV cache",
     "max_loss_increase": "a loss of at most {asked:g} nats per token more than the dense model's, "
     "on held-out text, before repair",
     "target_speedup": "to be {asked:g} times faster, as predicted from latencies",
