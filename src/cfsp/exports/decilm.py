@@ -77,8 +77,8 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
         if reader.old_rope_words:
             _add_old_rope_words(out / "config.json")
         note = (
-            f"all blocks are equally wide: {reader.name}'s own class for {source.config.model_type} "
-            "runs it, if it has one"
+            f"all blocks are equally wide: {reader.name}'s own class for "
+            f"{source.config.model_type} runs it, if it has one"
         )
         return Written(plain.layout, (note,), reader.serve)
     _check_is_llama(reader, source)
