@@ -2,7 +2,7 @@
 
     make serve-check
 
-prunes the demo model in a hurry, and a small random model of each --family, and serves each of
+prunes the demo model in a hurry, and a small random model of each of some types, and serves each of
 them in every runtime in the form that this one reads: the plain directory through vLLM's
 Transformers backend, the DeciLM export through vLLM's own class and through mlx-lm, the GGUF file
 through llama.cpp's server. All are asked through the OpenAI client for greedy continuations of a
@@ -47,7 +47,7 @@ TEXTS = (
 NEW_TOKENS = 24
 ROUNDS = 3
 PATIENCE_SECONDS = 900
-FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+TYPES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 # llama.cpp runs these with one width for all blocks only.
 _EQUAL = ("gemma2", "gemma3_text")
 
@@ -113,16 +113,17 @@ def main() -> int:
     """Prune, export, serve, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model",
-        nargs=2,
-        metavar=("PRUNED", "DENSE"),
-        help="a pruned checkpoint and what it was made of (default: the demo, pruned here)",
+        "models",
+        nargs="*",
+        default=(DEMO_NAME, *TYPES),
+        help=f"{DEMO_NAME}, or a model type of which a random one is made "
+        f"(default: {DEMO_NAME} {' '.join(TYPES)})",
     )
     parser.add_argument(
-        "--family",
-        nargs="*",
-        default=FAMILIES,
-        help=f"model types of which a random model is served, too (default: {' '.join(FAMILIES)})",
+        "--demo",
+        nargs=2,
+        metavar=("PRUNED", "DENSE"),
+        help="two directories in place of the demo: a pruned checkpoint and what it was made of",
     )
     names = tuple(server.name for server in SERVERS)
     parser.add_argument("--server", choices=names, action="append", help="(default: all)")
@@ -135,11 +136,11 @@ def main() -> int:
         )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in (DEMO_NAME, *args.family):
+        for name in args.models:
             work = Path(folder) / name
             work.mkdir()
-            if name == DEMO_NAME and args.model:
-                pruned, dense = map(Path, args.model)
+            if name == DEMO_NAME and args.demo:
+                pruned, dense = map(Path, args.demo)
             else:
                 pruned, dense = _pruned(name, work)
             # How fast tiny models are says nothing about any other.
