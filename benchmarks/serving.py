@@ -1,31 +1,37 @@
-"""Serve pruned checkpoints and their exports over HTTP and compare greedy tokens.
+"""Serve pruned checkpoints and their exports over HTTP; compare greedy tokens and speed.
 
     make serve-check
 
-prunes the demo model in a hurry, and a small random model of each --family, and serves each of
-them three ways: the plain directory through vLLM's Transformers backend, the DeciLM export through
-vLLM's own class, and the GGUF file through llama.cpp's server. All are asked through the OpenAI
-protocol for greedy continuations of a few texts, whose tokens are compared with those of
-transformers. It prints a table and ends with status 1 if any token differs. All is in float32,
-where a token has no excuse.
+prunes the demo model in a hurry, and a small random model of each of some types, and serves each of
+them in every runtime in the form that this one reads: the plain directory through vLLM's
+Transformers backend, the DeciLM export through vLLM's own class and through mlx-lm, the GGUF file
+through llama.cpp's server. All are asked through the OpenAI client for greedy continuations of a
+few texts, whose tokens are compared with those of transformers. The dense demo is served beside the
+pruned one and both answer in turns; speeds are in tokens per second of processor time, which other
+programs on the machine disturb least. It prints a table and ends with status 1 if any token
+differs. All is in float32, where a token has no excuse, and with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import requests
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -39,8 +45,9 @@ TEXTS = (
     "Water boils when",
 )
 NEW_TOKENS = 24
-PATIENCE_SECONDS = 3600
-FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+ROUNDS = 3
+PATIENCE_SECONDS = 900
+TYPES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 # llama.cpp runs these with one width for all blocks only.
 _EQUAL = ("gemma2", "gemma3_text")
 
@@ -62,69 +69,104 @@ while True:
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """A server and the form of a checkpoint that it is given.
+class Asked:
+    """A model that answers.
+
+    Attributes:
+        continued: continues every text and returns the tokens of each continuation.
+        cpu_seconds: processor time that the model has taken so far.
+    """
+
+    continued: Callable[[], list[list[int]]]
+    cpu_seconds: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that speaks the OpenAI protocol, and the form of a checkpoint that it is given.
 
     Attributes:
         name: in the table.
+        package: the module that must be installed.
         make: writes that form of a checkpoint into a folder and returns its path; raises
             ExportError.
-        command: of the server, from its Python, the path and the port.
+        command: from the path and the port.
+        tokens: of an answer's choice.
         question: fields of a request that ask for tokens beside the text.
-        tokens: of an answer.
+        for_pruned: options of the command for the pruned model only.
     """
 
     name: str
+    package: str
     make: Callable[[Path, Path], Path]
-    command: Callable[[str, Path, int], list[str]]
-    question: dict[str, Any]
+    command: Callable[[Path, int], list[str]]
     tokens: Callable[[dict[str, Any]], list[int]]
+    question: dict[str, Any] = field(default_factory=dict)
+    for_pruned: tuple[str, ...] = ()
+
+
+class ServerError(Exception):
+    """A server did not start, or did not answer."""
 
 
 def main() -> int:
     """Prune, export, serve, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("python", help="the Python of an environment with vLLM and xllamacpp")
-    parser.add_argument("--model", help="a pruned checkpoint (default: the demo, pruned here)")
     parser.add_argument(
-        "--family",
-        action="append",
-        help=f"a model type of which a random model is served, too; repeat it "
-        f"(default: {', '.join(FAMILIES)})",
+        "models",
+        nargs="*",
+        default=(DEMO_NAME, *TYPES),
+        help=f"{DEMO_NAME}, or a model type of which a random one is made "
+        f"(default: {DEMO_NAME} {' '.join(TYPES)})",
     )
-    parser.add_argument("--runtime", choices=tuple(r.name for r in RUNTIMES), action="append")
+    parser.add_argument(
+        "--demo",
+        nargs=2,
+        metavar=("PRUNED", "DENSE"),
+        help="two directories in place of the demo: a pruned checkpoint and what it was made of",
+    )
+    names = tuple(server.name for server in SERVERS)
+    parser.add_argument("--server", choices=names, action="append", help="(default: all)")
     args = parser.parse_args()
+    servers = [server for server in SERVERS if server.name in (args.server or names)]
+    if missing := {s.package for s in servers if importlib.util.find_spec(s.package) is None}:
+        parser.error(
+            f"{', '.join(sorted(missing))} not installed here; `make serve-check` installs all "
+            "servers in .serve, or name others with --server"
+        )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        names = [args.model or DEMO_NAME, *(args.family or FAMILIES)]
-        for number, name in enumerate(names):
-            work = Path(folder) / str(number)
-            plain = Path(args.model) if number == 0 and args.model else _pruned(name, work)
-            prompts = _prompts(plain)
-            expected = _greedy(plain, prompts)
-            for runtime in RUNTIMES:
-                if args.runtime and runtime.name not in args.runtime:
-                    continue
-                rows.append(
-                    (name, runtime.name, *_cell(args.python, runtime, plain, work, expected))
-                )
+        for name in args.models:
+            work = Path(folder) / name
+            work.mkdir()
+            if name == DEMO_NAME and args.demo:
+                pruned, dense = map(Path, args.demo)
+            else:
+                pruned, dense = _pruned(name, work)
+            # How fast tiny models are says nothing about any other.
+            for row in _rows(servers, pruned, dense if name == DEMO_NAME else None, work):
+                rows.append((name, *row))
                 print(" | ".join(rows[-1]), flush=True)
-    print("\n| model | runtime | same tokens | tokens/s |\n|---|---|---|---:|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    print(
+        "\n| model | runtime | same tokens | tokens/s | over dense |\n|---|---|---|---:|---:|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        sep="\n",
+    )
     return 1 if any(row[2].startswith("NO") for row in rows) else 0
 
 
-def _pruned(name: str, work: Path) -> Path:
-    """Prune the demo, or a random model of a type, in multiples of 256; return the directory."""
-    model: str | Path = name
-    if name != DEMO_NAME:
-        model = work / "dense"
-        _random_model(name).save_pretrained(model)
-        AutoTokenizer.from_pretrained(locate_model(DEMO_NAME)).save_pretrained(model)
+def _pruned(name: str, work: Path) -> tuple[Path, Path]:
+    """Prune the demo, or a random model of a type, in multiples of 256; return it and the dense."""
+    dense, demo = work / "dense", locate_model(DEMO_NAME)
+    if name == DEMO_NAME:
+        model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    else:
+        model = _random_model(name)
+    model.save_pretrained(dense)
+    AutoTokenizer.from_pretrained(demo).save_pretrained(dense)
     # In multiples of 256 the DeciLM export is the one that SGLang and mlx-lm read, too.
     cfsp.prune(
-        str(model),
+        dense,
         out=work / "plain",
         sparsity=0.3,
         samples=2,
@@ -133,7 +175,7 @@ def _pruned(name: str, work: Path) -> Path:
         multiple=256,
         widths="equal" if name in _EQUAL else "importance",
     )
-    return work / "plain"
+    return work / "plain", dense
 
 
 def _random_model(model_type: str) -> Any:
@@ -162,97 +204,139 @@ def _random_model(model_type: str) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _cell(
-    python: str, runtime: Runtime, plain: Path, work: Path, expected: list[list[int]]
-) -> tuple[str, str]:
-    """Serve one checkpoint in one runtime; return what of it is the same, and tokens a second."""
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        path = runtime.make(plain, work)
-    except ExportError as error:
-        return f"refused: {error}", ""
-    try:
-        found, speed = _served(python, runtime, path, _prompts(plain))
-    except ServerError as error:
-        return f"NO: {error}", ""
-    equal = sum(a == b for a, b in zip(expected, found, strict=True))
-    said = "yes" if equal == len(expected) else "NO"
-    return f"{said}: {equal} of {len(expected)}", f"{speed:.1f}"
+def _rows(
+    servers: Sequence[Server], pruned: Path, dense: Path | None, work: Path
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield runtime, what is the same, tokens a second, and those over the dense model's."""
+    stock = _transformers(pruned)
+    expected = stock.continued()
+    yield "transformers", "", *_speeds(stock, _transformers(dense) if dense else None)
+    for server in servers:
+        try:
+            with ExitStack() as stack:
+                ours = _served(server, pruned, work / "of-pruned", server.for_pruned)
+                asked = stack.enter_context(ours)
+                theirs = None
+                if dense:
+                    theirs = stack.enter_context(_served(server, dense, work / "of-dense", ()))
+                equal = sum(map(list.__eq__, expected, asked.continued()))
+                said = "yes" if equal == len(expected) else "NO"
+                yield server.name, f"{said}: {equal} of {len(expected)}", *_speeds(asked, theirs)
+        except ExportError as error:
+            yield server.name, f"refused: {error}", "", ""
+        except ServerError as error:
+            yield server.name, f"NO: {error}", "", ""
 
 
-def _prompts(directory: Path) -> list[list[int]]:
+def _speeds(pruned: Asked, dense: Asked | None) -> tuple[str, str]:
+    """Return tokens a second, and their ratio to the dense model's, medians of rounds in turns."""
+    both = [asked for asked in (pruned, dense) if asked]
+    for asked in both:
+        # The first answer takes longer than all others.
+        asked.continued()
+    rounds = [[_seconds(asked) for asked in both] for _ in range(ROUNDS)]
+    rate = median(NEW_TOKENS * len(TEXTS) / seconds[0] for seconds in rounds)
+    ratios = sorted(seconds[-1] / seconds[0] for seconds in rounds)
+    ratio = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if dense else ""
+    return f"{rate:.1f}", ratio
+
+
+def _seconds(asked: Asked) -> float:
+    start = asked.cpu_seconds()
+    asked.continued()
+    return asked.cpu_seconds() - start
+
+
+def _transformers(directory: Path) -> Asked:
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return [list(tokenizer(text).input_ids) for text in TEXTS]
-
-
-def _greedy(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Return what transformers continues the prompts with."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=True, dtype=torch.float32
     )
-    continued = []
-    for prompt in prompts:
-        tokens = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
-        )
-        continued.append(tokens[0, len(prompt) :].tolist())
-    return continued
 
+    def continued() -> list[list[int]]:
+        found = []
+        for text in TEXTS:
+            prompt = tokenizer(text, return_tensors="pt")
+            tokens_BT = model.generate(
+                **prompt, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
+            )
+            found.append(tokens_BT[0, prompt.input_ids.shape[1] :].tolist())
+        return found
 
-class ServerError(Exception):
-    """A server did not start."""
-
-
-def _served(
-    python: str, runtime: Runtime, path: Path, prompts: list[list[int]]
-) -> tuple[list[list[int]], float]:
-    """Return what a server continues the prompts with, and its tokens a second."""
-    continued = []
-    with _server(python, runtime, path) as address:
-        # The first answer of a server takes longer than all others.
-        for prompt in (prompts[0], *prompts):
-            if not continued:
-                start = time.perf_counter()
-            question = {
-                "model": str(path),
-                "prompt": prompt,
-                "max_tokens": NEW_TOKENS,
-                "temperature": 0,
-                "ignore_eos": True,
-                **runtime.question,
-            }
-            answer = requests.post(f"{address}/v1/completions", json=question, timeout=300)
-            answer.raise_for_status()
-            continued.append(runtime.tokens(answer.json()["choices"][0]))
-        seconds = time.perf_counter() - start
-    return continued[1:], NEW_TOKENS * len(prompts) / seconds
+    return Asked(continued, time.process_time)
 
 
 @contextmanager
-def _server(python: str, runtime: Runtime, path: Path) -> Iterator[str]:
-    """Serve a model; yield its address once it answers."""
+def _served(
+    server: Server, directory: Path, work: Path, options: tuple[str, ...]
+) -> Iterator[Asked]:
+    """Start a server of a checkpoint; yield how to ask it."""
+    import openai
+
+    path = server.make(directory, work)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = runtime.command(python, path, port)
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    # The server's own programs are beside it.
-    environment["PATH"] = f"{Path(python).absolute().parent}:{environment['PATH']}"
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process,
+        subprocess.Popen(
+            [*server.command(path, port), *options], stdout=log, stderr=log, env=_environment()
+        ) as process,
     ):
+        address = f"http://127.0.0.1:{port}"
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300, max_retries=0)
+
+        def continued() -> list[list[int]]:
+            try:
+                return [_continued(server, client, path, text) for text in TEXTS]
+            except openai.OpenAIError as error:
+                raise ServerError(f"{type(error).__name__}: {error}") from error
+
         try:
-            address = f"http://127.0.0.1:{port}"
             if not _answers(process, f"{address}/health"):
                 log.seek(0)
                 text = log.read()
                 print(text[-5000:], file=sys.stderr)
                 raise ServerError(next((t for t in text.splitlines()[::-1] if "Error" in t), "?"))
-            yield address
+            yield Asked(continued, partial(_cpu_seconds, process.pid))
         finally:
             process.terminate()
+
+
+def _continued(server: Server, client: Any, path: Path, text: str) -> list[int]:
+    answer = client.completions.create(
+        model=str(path),
+        prompt=text,
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        extra_body={"ignore_eos": True, **server.question},
+    )
+    return server.tokens(answer.to_dict()["choices"][0])
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process and what it started."""
+    process = psutil.Process(pid)
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def _environment() -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    environment.pop("PYTHONPATH", None)
+    # The servers' own programs are beside this Python.
+    environment["PATH"] = f"{_programs()}:{environment['PATH']}"
+    return environment
+
+
+def _programs() -> Path:
+    return Path(sys.executable).parent
 
 
 def _answers(process: subprocess.Popen[bytes], address: str) -> bool:
@@ -260,64 +344,78 @@ def _answers(process: subprocess.Popen[bytes], address: str) -> bool:
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:
-            if requests.get(address, timeout=5).ok:
+            with urllib.request.urlopen(address, timeout=5):
                 return True
-        except requests.RequestException:
-            pass
-        time.sleep(1)
+        except OSError:
+            time.sleep(1)
     return False
 
 
-def _exported(target: str, name: str, **options: Any) -> Callable[[Path, Path], Path]:
-    def make(plain: Path, work: Path) -> Path:
-        cfsp.export(plain, target, work / name, **options)
-        return work / name
+def _exported(target: str, **options: Any) -> Callable[[Path, Path], Path]:
+    def make(directory: Path, work: Path) -> Path:
+        work.mkdir(exist_ok=True)
+        out = work / ("model.gguf" if target == "gguf" else target)
+        if not out.exists():
+            cfsp.export(directory, target, out, verify=False, **options)
+        return out
 
     return make
 
 
-def _vllm(*options: str) -> Callable[[str, Path, int], list[str]]:
-    def command(python: str, path: Path, port: int) -> list[str]:
-        return [
-            # What `vllm serve` starts; that command does not run in the package vllm-cpu 0.32.
-            *(python, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(path), "--trust-remote-code", *options),
-            *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
-            *("--max-model-len", "256", "--max-num-seqs", "2"),
-        ]
-
-    return command
+def _vllm(path: Path, port: int) -> list[str]:
+    return [
+        *(str(_programs() / "vllm"), "serve", str(path), "--trust-remote-code"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "256", "--max-num-seqs", "2", "--no-enable-prefix-caching"),
+    ]
 
 
-def _tokens_of_vllm(choice: dict[str, Any]) -> list[int]:
+def _mlx_lm(path: Path, port: int) -> list[str]:
+    program = str(_programs() / "mlx_lm.server")
+    return [program, "--model", str(path), "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _token_ids(choice: dict[str, Any]) -> list[int]:
     return list(choice["token_ids"])
 
 
-def _tokens_of_llama_cpp(choice: dict[str, Any]) -> list[int]:
+def _logged_tokens(choice: dict[str, Any]) -> list[int]:
     return [token["id"] for token in choice["logprobs"]["content"]]
 
 
-RUNTIMES = (
-    Runtime(
+SERVERS = (
+    Server(
         "vLLM, plain directory",
-        lambda plain, work: plain,
-        _vllm("--model-impl", "transformers"),
+        "vllm",
+        lambda directory, work: directory,
+        _vllm,
+        _token_ids,
         {"return_token_ids": True},
-        _tokens_of_vllm,
+        ("--model-impl", "transformers"),
     ),
-    Runtime(
+    Server(
         "vLLM, DeciLM export",
-        _exported("vllm", "decilm"),
-        _vllm(),
+        "vllm",
+        _exported("vllm"),
+        _vllm,
+        _token_ids,
         {"return_token_ids": True},
-        _tokens_of_vllm,
     ),
-    Runtime(
+    Server(
         "llama.cpp server",
-        _exported("gguf", "model.gguf", weight_type="f32"),
-        lambda python, path, port: [python, "-c", _LLAMA_SERVER, str(path), str(port)],
+        "xllamacpp",
+        _exported("gguf", weight_type="f32"),
+        lambda path, port: [sys.executable, "-c", _LLAMA_SERVER, str(path), str(port)],
+        _logged_tokens,
         {"logprobs": 1},
-        _tokens_of_llama_cpp,
+    ),
+    Server(
+        "mlx-lm server",
+        "mlx_lm",
+        _exported("mlx-lm"),
+        _mlx_lm,
+        _logged_tokens,
+        {"logprobs": True},
     ),
 )
 

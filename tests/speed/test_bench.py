@@ -296,7 +296,16 @@ def test_bench_knows_before_it_starts_what_it_cannot_time(
     with pytest.raises(CheckpointError, match="absent does not exist"):
         bench([model, tmp_path / "absent"])
     with pytest.raises(UsageError, match=r"llama\.cpp cannot run .*llama"):
-        bench([tmp_path / "a.gguf", model], engine="llama.cpp")
+        bench([model], engine="llama.cpp")
+    file = tmp_path / "a.gguf"
+    file.touch()
+    with pytest.raises(CheckpointError, match=r"b\.gguf does not exist; make it with: cfsp export"):
+        bench([file, tmp_path / "b.gguf"], engine="llama.cpp")
+    with pytest.raises(CheckpointError, match=r"has no openvino_model\.xml; make one with: cfsp"):
+        bench([model], engine="openvino")
+    for engine in ("llama.cpp", "openvino", "vllm"):
+        with pytest.raises(UsageError, match="llama-2-7b: a true shape runs in transformers and"):
+            bench([ShapedModel("llama-2-7b", 2)], engine=engine)
     with pytest.raises(UsageError, match="at least one model"):
         bench([])
     with pytest.raises(UsageError, match="disturbance must be at least 0, found nan"):
@@ -340,11 +349,12 @@ def test_missing_engine_names_the_extra(
     for module in ("openvino", "vllm", "llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
         monkeypatch.setitem(sys.modules, module, None)
     model: Path = tiny_checkpoint("llama")
-    if engine == "llama.cpp":
-        model = tmp_path / "model.gguf"
+    if engine != "vllm":
+        model = tmp_path / ("model.gguf" if engine == "llama.cpp" else "openvino_model.xml")
+        model.touch()
     extra = engine.replace(".", "")
     with pytest.raises(MissingExtraError, match=rf"pip install '\.\[{extra}\]' in the clone"):
-        start_engine(Subject(model, "m"), Conditions(engine=engine))
+        start_engine(Subject(tmp_path if engine == "openvino" else model, "m"), Conditions(engine))
 
 
 @pytest.mark.parametrize(

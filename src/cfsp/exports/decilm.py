@@ -76,7 +76,10 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
         plain = padded.write(source, out, options)
         if reader.old_rope_words:
             _add_old_rope_words(out / "config.json")
-        note = "all blocks are equally wide: the ordinary class runs it"
+        note = (
+            f"all blocks are equally wide: {reader.name}'s own class for "
+            f"{source.config.model_type} runs it, if it has one"
+        )
         return Written(plain.layout, (note,), reader.serve)
     _check_is_llama(reader, source)
     config, model = decilm_config(source), described(source)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from cfsp.errors import UsageError
+from cfsp.errors import CheckpointError, UsageError
 from cfsp.exports.decilm import is_decilm
+from cfsp.exports.openvino import MODEL_FILE
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
+
+_OF_TRANSFORMERS = ("transformers", "compile")
 
 
 class Engine(Protocol):
@@ -30,17 +33,39 @@ class Engine(Protocol):
 
 
 def check_engine_reads(model: object, label: str, engine: str) -> None:
-    """Check that an engine can run a kind of model.
+    """Check that an engine can run a model, as far as names and files tell.
+
+    Args:
+        model: a name as for prune, a .gguf file, or a shape.
+        label: what to call it.
+        engine: one of `ENGINES`.
 
     Raises:
         UsageError: it cannot.
+        CheckpointError: the file is missing.
     """
-    if str(model).endswith(".gguf") != (engine == "llama.cpp"):
+    if not isinstance(model, str | Path):
+        if engine not in _OF_TRANSFORMERS:
+            raise UsageError(
+                f"the engine {engine} cannot run {label}: a true shape runs in "
+                f"{' and '.join(_OF_TRANSFORMERS)} only"
+            )
+        return
+    path = Path(model)
+    if (path.suffix == ".gguf") != (engine == "llama.cpp"):
         raise UsageError(
             f"the engine {engine} cannot run {label}: llama.cpp runs .gguf "
             "files (make one with: cfsp export DIR --to gguf), the others run model directories"
         )
-    if engine != "vllm" and isinstance(model, str | Path) and is_decilm(Path(model)):
+    if engine == "llama.cpp" and not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
+        )
+    if engine == "openvino" and not (path / MODEL_FILE).is_file():
+        raise CheckpointError(
+            f"{label} has no {MODEL_FILE}; make one with: cfsp export DIR --to openvino"
+        )
+    if engine != "vllm" and is_decilm(path):
         raise UsageError(
             f"the engine {engine} cannot run {label}, which is an export for vLLM; give --engine "
             "vllm, or the checkpoint that was exported"
@@ -55,7 +80,7 @@ def start_engine(subject: Subject, conditions: Conditions) -> Engine:
         CheckpointError: the model is missing, damaged, or nothing that the engine reads.
     """
     check_engine_reads(subject.model, subject.label, conditions.engine)
-    if conditions.engine in ("transformers", "compile"):
+    if conditions.engine in _OF_TRANSFORMERS:
         from cfsp.speed.transformers_engine import TransformersEngine
 
         return TransformersEngine(subject, conditions)

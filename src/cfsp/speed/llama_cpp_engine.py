@@ -33,8 +33,6 @@ class LlamaCppEngine:
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
         self._ffi, self._lib = llama_cpp_library("the engine llama.cpp", "llamacpp")
         path = Path(str(subject.model))
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist")
         self.footprint = gguf_footprint(path, head=subject.head)
         self._threads = conditions.threads or os.cpu_count() or 1
         self._model = self._lib.llama_model_load_from_file(

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cfsp.errors import CheckpointError, MissingExtraError
+from cfsp.errors import MissingExtraError
+from cfsp.exports.openvino import MODEL_FILE
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
-
-MODEL_FILE = "openvino_model.xml"
 
 
 class OpenVinoEngine:
@@ -35,17 +34,12 @@ class OpenVinoEngine:
         except ImportError as error:
             raise MissingExtraError("the engine openvino", "openvino") from error
         directory = Path(str(subject.model))
-        path = directory / MODEL_FILE
-        if not path.is_file():
-            raise CheckpointError(
-                f"{directory} has no {MODEL_FILE}; make one with: cfsp export DIR --to openvino"
-            )
         self.footprint = _footprint(directory, head=subject.head)
         self._version = str(openvino.__version__)
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if conditions.threads is not None:
             options["INFERENCE_NUM_THREADS"] = conditions.threads
-        compiled = openvino.Core().compile_model(path, "CPU", options)
+        compiled = openvino.Core().compile_model(directory / MODEL_FILE, "CPU", options)
         self._precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self._threads = compiled.get_property("INFERENCE_NUM_THREADS")
         self._inputs = {name for each in compiled.inputs for name in each.get_names()}
