@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from cfsp.architecture.found import ChannelAxis, Refusal, Unit, WidthAttribute
+from cfsp.settings import Part
 
 # Names of classes and modules that mix tokens.
 _MIXES = re.compile(
@@ -70,7 +71,7 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def attentions_of(
-    block: nn.Module, index: int, hidden: int, text_config: Any
+    block: nn.Module, index: int, hidden: int, text_config: Any, part: Part
 ) -> list[Unit | Refusal]:
     """Return the attentions of a block, and what mixes tokens in another way.
 
@@ -79,6 +80,7 @@ def attentions_of(
         index: of it.
         hidden: D.
         text_config: of the model, which counts heads.
+        part: `attention` for attentions whose heads are not found as well: they can go whole.
     """
     found: list[Unit | Refusal] = []
     inside: list[str] = []
@@ -97,6 +99,8 @@ def attentions_of(
         )
         if isinstance(unit, str) and has_inner:
             continue  # what is inside it may be one
+        if isinstance(unit, str) and part == "attention":
+            unit = _whole_attention(module, path, index, hidden) or unit
         inside.append(f"{path}.")
         found.append(Refusal(f"{index}.{path}", unit) if isinstance(unit, str) else unit)
     return found
@@ -136,6 +140,34 @@ def _attention(
         attributes=tuple(_attributes(module, path, heads, axes, output)),
         part="kv",
         config_numbers=tuple(_config_numbers(module, heads)),
+    )
+
+
+def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> Unit | None:
+    """Return the attention that a module is, whatever its heads are; None if it seems to be none.
+
+    Its one KV group is the whole of it.
+    """
+    if "Attention" not in type(module).__name__:
+        return None
+    matrices = dict(_matrices(module, hidden))
+    outputs = [name for name, (out, _) in matrices.items() if out == hidden]
+    output = next((name for name in outputs if _OUTPUT.search(name)), None)
+    other = next((name for name in matrices if name != output), None)
+    if output is None or other is None:
+        return None
+    is_transposed = hasattr(module.get_submodule(output.rpartition(".")[0]), "nf")
+    axis = ChannelAxis(0 if is_transposed else 1, spans=(matrices[output][1],))
+    return Unit(
+        block=index,
+        path=path,
+        width=1,
+        ffns=1,
+        up=f"{path}.{other}",
+        gate=None,
+        down=f"{path}.{output}",
+        axes={f"{path}.{output}": axis},
+        part="kv",
     )
 
 

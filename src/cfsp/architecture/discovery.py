@@ -47,7 +47,8 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
 
     Args:
         model: a causal language model, or a multimodal one with a text decoder inside.
-        part: which units; attentions are found by `cfsp.architecture.attentions`.
+        part: which units; attentions are found by `cfsp.architecture.attentions`, those that can
+            only go whole with `attention`.
 
     Raises:
         UnsupportedModelError: there is no list of blocks.
@@ -64,7 +65,7 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
             for unit in (
                 _units_of(block, index, hidden)
                 if part == "ffn"
-                else attentions_of(block, index, hidden, text_config)
+                else attentions_of(block, index, hidden, text_config, part)
             )
         ]
         candidates.append((path, blocks, found))

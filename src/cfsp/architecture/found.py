@@ -166,6 +166,11 @@ class Unit:
         return index_K.tolist()
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is an attention that stays or goes as one."""
+        return self.part == "kv" and set(self.axes) == {self.down}
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """All but the place: units of a kind are proved once."""
         return (self.width, self.ffns, tuple(self.axes.items()), *self.form)
@@ -220,6 +225,11 @@ class Unit:
             for name, axis in self.axes.items()
         }
         return replace(self, axes=axes)
+
+    def whole(self) -> Unit:
+        """Return the same attention as one that stays or goes, whatever its heads are."""
+        axes = {self.down: replace(self.axes[self.down], spans=(self.columns,))}
+        return replace(self, width=1, axes=axes, attributes=(), config_numbers=())
 
     def in_one_section(self) -> Unit:
         """Return the same attention with the entries of each KV group side by side everywhere."""

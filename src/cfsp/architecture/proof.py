@@ -74,7 +74,9 @@ def prove(
     for part in UNIT_PARTS:
         if part in (*unit_parts(parts), "ffn"):
             try:
-                proved.append(_prove_part(config, model_class, part, "attention" in parts))
+                goes_whole = part == "kv" and "attention" in parts
+                found = _prove_part(config, model_class, "attention" if goes_whole else part)
+                proved.append(found)
             except UnsupportedModelError:
                 # Where only blocks go, FFNs are what they are known by.
                 if part != "ffn" or part in parts or not set(parts) & set(UNIT_PARTS):
@@ -88,18 +90,11 @@ def prove(
 
 
 def _prove_part(
-    config: PreTrainedConfig,
-    model_class: type[PreTrainedModel],
-    part: Part,
-    goes_whole: bool,
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], part: Part
 ) -> Architecture:
     """Return the blocks and the units of one part that can be cut.
 
-    Args:
-        config: of the model.
-        model_class: what is built from it.
-        part: which.
-        goes_whole: whether attentions may go whole, so that one KV group is enough.
+    With `attention` an attention whose KV groups can't be cut is one that can go whole.
     """
     architecture, shared = _guess(config, model_class, part)
     alone, refused = _split(architecture, shared)
@@ -112,12 +107,14 @@ def _prove_part(
         unit, small = architecture.units[number], run.architecture.units[number]
         kind = (unit.kind, _conduct(run.blocks[unit.block], small))
         if kind not in verdicts:
-            verdicts[kind] = _prove_unit(run, small, goes_whole)
+            verdicts[kind] = _prove_unit(run, small, part)
+            if isinstance(verdicts[kind], Refusal) and part == "attention":
+                verdicts[kind] = _prove_unit(run, small.whole(), part)
         verdict = verdicts[kind]
         if isinstance(verdict, Refusal):
             refused.append(Refusal(architecture.module_name(unit), verdict.reason))
         else:
-            fused = unit.as_fused_as(verdict)
+            fused = unit.whole() if verdict.is_whole else unit.as_fused_as(verdict)
             units.append(replace(fused, after=verdict.after, extras=verdict.extras))
     if not units:
         raise _unsupported(architecture, refused, part)
@@ -173,11 +170,12 @@ def may_matter(name: str, value: object) -> bool:
 def _unsupported(
     architecture: Architecture, refused: list[Refusal], part: Part
 ) -> UnsupportedModelError:
-    if part == "kv":
+    if part != "ffn":
         found = f"{refused[0].module} failed the check {refused[0].reason}" if refused else "none"
+        what = "lose KV groups" if part == "kv" else "go"
         return UnsupportedModelError(
-            f"no attention of {architecture.class_name} can lose KV groups: {found}; prune it "
-            "without the parts kv and attention"
+            f"no attention of {architecture.class_name} can {what}: {found}; prune it "
+            f"without the part {part}"
         )
     if not refused:
         return UnsupportedModelError(
@@ -217,10 +215,10 @@ def _guess(
     return find_architecture(model, part), shared
 
 
-def _prove_unit(run: SmallRun, unit: Unit, goes_whole: bool) -> Unit | Refusal:
+def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit | Refusal:
     """Return the unit with its fusion settled, or which check it failed."""
     module = run.architecture.module_name(unit)
-    if unit.part == "kv" and unit.width == 1 and not goes_whole:
+    if unit.part == "kv" and unit.width == 1 and part == "kv":
         return Refusal(module, "heads: expected two KV groups or more, found one")
     call = run.calls[unit.block]
     if not (error := difference(run.output(unit.block), call.output)) <= TOLERANCE:
@@ -230,7 +228,7 @@ def _prove_unit(run: SmallRun, unit: Unit, goes_whole: bool) -> Unit | Refusal:
     if unit.part == "kv" and unit.width == 1:
         # Nothing of it can go but all, which `cfsp.engine.block_proof` proves.
         reason = _watching_fails(run, unit)
-        return _as_entered(run, unit) if reason is None else Refusal(module, reason)
+        return _as_entered(run, unit.whole()) if reason is None else Refusal(module, reason)
     kept_EK = _random_half(unit)
     masked = _masked_output(run, unit, kept_EK)
     if not (effect := difference(masked, call.output)) > LEAST_EFFECT:

@@ -353,7 +353,8 @@ def _stock_heads(
     """
     units, resized = architecture.units, _empty_stock_model(stock)
     width_of_place = _width_of_place(resized, "kv")
-    stock_widths = [width_of_place[unit.block, unit.path] for unit in units]
+    # What can only go whole has no groups that are found.
+    stock_widths = [width_of_place.get((unit.block, unit.path), unit.width) for unit in units]
     if stock_widths == list(widths):
         return {}
     text_config: Any = stock.get_text_config(decoder=True)

@@ -167,7 +167,8 @@ def _attention_that_went(config: Any, source: WeightSource) -> float:
     if not attentions:
         return 0.0
     groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    return sum(1 - unit.width / groups for unit in attentions if unit.width < groups)
+    shares = (unit.width / (1 if unit.is_whole else groups) for unit in attentions)
+    return sum(1 - share for share in shares if share < 1)
 
 
 def _blocks_with_attention(config: Any, blocks: int) -> int:
