@@ -44,6 +44,7 @@ from cfsp.planning.experts import (
 )
 from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.report.write import write_report
 from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
@@ -191,6 +192,9 @@ def test_it_says_of_itself_what_went(pruned: Pruned) -> None:
     facts = inspect_checkpoint(Checkpoint(pruned.directory))
     assert facts["experts"] == pruned.case.kept
     assert facts["pruned"]["experts"] == manifest["experts"]
+    write_report([pruned.directory], pruned.directory.parent / "report.html")
+    before, after = (sum(manifest["experts"][when]) for when in ("before", "after"))
+    assert f"{before} to {after}" in (pruned.directory.parent / "report.html").read_text()
     card = (pruned.directory / "README.md").read_text()
     assert f"without {manifest['experts']['before'][0] - pruned.case.kept} of the" in card
 

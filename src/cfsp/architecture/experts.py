@@ -438,15 +438,22 @@ def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[
         for name, axis in {**dict.fromkeys(unit.axes, 0), **unit.expert_axes}.items()
     }
     whole: Any = run.model
+    # Blocks that are built alike have the same tensors, and mostly the same experts stay.
+    selected: dict[object, Tensor] = {}
     for named in (whole.named_parameters, whole.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             if tensor.is_meta:
                 continue
             if name in axes:
                 block, axis = axes[name]
-                tensor = tensor.index_select(axis, torch.tensor(kept[block]))
-                if isinstance(model.get_parameter_or_buffer(name), nn.Parameter):
-                    tensor = nn.Parameter(tensor, requires_grad=False)
+                key = (id(tensor), tuple(kept[block]))
+                if key not in selected:
+                    fewer = tensor.index_select(axis, torch.tensor(kept[block]))
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    selected[key] = (
+                        nn.Parameter(fewer, requires_grad=False) if is_parameter else fewer
+                    )
+                tensor = selected[key]
             elif not isinstance(tensor, nn.Parameter):
                 continue
             set_parameter(model, name, tensor)
