@@ -121,7 +121,7 @@ def prune(
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
-        parts: what may go: `ffn`, `kv`, `blocks`, or several.
+        parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or several.
         goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
             `TargetSpeedup`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts

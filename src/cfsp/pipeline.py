@@ -473,7 +473,8 @@ def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> d
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
     weights = write_pruned_weights(source, repaired.plan, target, repaired.tensors)
-    write_config(source, target, repaired.plan.kept_widths, repaired.plan.removed_blocks)
+    plan = repaired.plan
+    write_config(source, target, plan.kept_widths, plan.removed_blocks, plan.kept_experts)
     copy_travelling_files(source.directory, target)
     return weights.digests | code_digests(target)
 

@@ -113,10 +113,12 @@ def fraction(text: str) -> float:
 
 # How much to remove, and of what.
 
-Part = Literal["ffn", "kv", "attention", "blocks"]
+Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
 PARTS: tuple[Part, ...] = get_args(Part)
 # Those that are units of a block, which get narrower.
 UNIT_PARTS: tuple[Part, ...] = ("ffn", "kv")
+# Those that are proved when a model is opened; of blocks it depends on which go.
+PROVED_PARTS: tuple[Part, ...] = (*UNIT_PARTS, "attention", "experts")
 DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
 # Those that go whole or stay, one by one.
 WholePart = Literal["attention", "blocks"]
@@ -196,15 +198,19 @@ class Budget:
         multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
         parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `kv`, KV groups; `attention`, whole attentions; `blocks`, whole decoder blocks.
-            With attentions the sparsity is the share of their parameters, and of those that the
-            channels of other parts own; with blocks that of the parameters of all blocks.
+            FFNs; `kv`, KV groups; `attention`, whole attentions; `blocks`, whole decoder blocks;
+            `experts`, whole routed experts, equally many of every block. With attentions the
+            sparsity is the share of their parameters, and of those that the channels of other parts
+            own; with blocks that of the parameters of all blocks; with experts alone their share.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
         remove_blocks: how many blocks go; None for as many as the sparsity says or, if channels
             may go too, as measures best (`cfsp.whole_model.block_count`). With a number the
             sparsity is of the channels, in the blocks that stay.
         remove_attentions: the same of attentions.
+        remove_experts: how many of the routed experts of each block go; None for as many as the
+            sparsity says, which it can only where nothing else may go. With channels the sparsity
+            is of those in the experts that stay.
 
     Raises:
         UsageError: a value is out of its range.
@@ -242,7 +248,7 @@ class Budget:
         DEFAULT_PARTS,
         "what may go, with commas between several: ffn (channels), kv (KV groups: a head of keys "
         "and values with its query heads), attention (whole attentions), blocks (whole decoder "
-        "blocks)",
+        "blocks), experts (whole routed experts)",
         kind=parse_parts,
         metavar="KIND,...",
         default="ffn",
@@ -264,6 +270,15 @@ class Budget:
         default="as many as --sparsity says, or with other parts as measures best",
         advanced=True,
     )
+    remove_experts: int | None = option(
+        None,
+        "with --parts experts: how many routed experts of each block go; with --parts ffn,experts "
+        "the sparsity is then of the channels of the others",
+        kind=int,
+        metavar="N",
+        default="as many as --sparsity says",
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts
@@ -281,10 +296,19 @@ class Budget:
                 "--parts attention and blocks go one after the other: prune blocks, then "
                 "attentions of the result"
             )
-        for part, count in (("blocks", self.remove_blocks), ("attention", self.remove_attentions)):
+        if self.removes_experts and self.whole_part is not None:
+            raise UsageError(
+                f"--parts {self.whole_part} and experts go one after the other: prune "
+                f"{self.whole_part}, then experts of the result"
+            )
+        counts: tuple[tuple[Part, str, int | None], ...] = (
+            ("blocks", "--remove-blocks", self.remove_blocks),
+            ("attention", "--remove-attentions", self.remove_attentions),
+            ("experts", "--remove-experts", self.remove_experts),
+        )
+        for part, name, count in counts:
             if count is None:
                 continue
-            name = "--remove-blocks" if part == "blocks" else "--remove-attentions"
             if part not in given:
                 raise UsageError(f"{name} belongs to --parts {part} or {part},ffn")
             if count < 0:
@@ -312,6 +336,11 @@ class Budget:
                 f"--parts {','.join(self.parts)}"
             )
         return replace(self, parts=("kv",))
+
+    @property
+    def removes_experts(self) -> bool:
+        """Whether whole routed experts may go."""
+        return "experts" in self.parts
 
     @property
     def removes_blocks(self) -> bool:

@@ -194,11 +194,11 @@ def test_matrices_are_read_and_written(saved: Saved) -> None:
             downs, saved.stored.matrices(index, "down", unit.ffns, read), strict=True
         ):
             assert torch.equal(found, down)
-        tensors = saved.stored.down_tensors(index, downs)
+        tensors = saved.stored.down_tensors(index, dict(enumerate(downs)))
         for name, tensor in tensors.items():
             assert torch.equal(tensor, read(name)) and tensor.is_contiguous()
         narrow_downs = [down[:, : unit.width // 2] for down in downs]
-        narrow = saved.stored.down_tensors(index, narrow_downs)
+        narrow = saved.stored.down_tensors(index, dict(enumerate(narrow_downs)))
         for ffn, down in enumerate(narrow_downs):
             assert torch.equal(saved.stored.matrix(index, "down", ffn, narrow.get), down)
 

@@ -30,6 +30,9 @@ from cfsp.errors import UnsupportedModelError
 # (rows x F), and which token of the batch each row is.
 OnRows = Callable[[int, int, Tensor, Tensor], None]
 
+# Likewise what an expert adds to the output of its unit (rows x D), and of which token each row is.
+OnOutput = Callable[[int, int, Tensor, Tensor], None]
+
 # The same of one unit.
 _OnUnitRows = Callable[[int, Tensor, Tensor], None]
 
@@ -37,7 +40,7 @@ _OnUnitRows = Callable[[int, Tensor, Tensor], None]
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 # Products whose second operand may be a weight.
-_PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -48,7 +51,7 @@ def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def observed_activations(
-    block: nn.Module, units: Sequence[Unit], on_rows: OnRows
+    block: nn.Module, units: Sequence[Unit], on_rows: OnRows, on_output: OnOutput | None = None
 ) -> Iterator[None]:
     """Show the input of every down matrix of a block whenever the block runs.
 
@@ -59,6 +62,8 @@ def observed_activations(
             act_RF, and the index of each row's token in the flattened batch (of a dense FFN on the
             CPU). The activations of an expert are those of the tokens that are routed to it, times
             the router's weight: what they are worth in the block's output.
+        on_output: is given likewise what every expert that has tokens adds to the output of its
+            unit, times the router's weight; None where nobody looks.
 
     Raises:
         UnsupportedModelError: while the block runs: it cannot be told which token a row is of, or
@@ -81,9 +86,19 @@ def observed_activations(
         stack.callback(before.remove)
         for position, unit in enumerate(units):
             stack.enter_context(
-                _observed_unit(block, unit, partial(on_rows, position), partial(check_rows, unit))
+                _observed_unit(
+                    block,
+                    unit,
+                    partial(on_rows, position),
+                    partial(check_rows, unit),
+                    _nobody_looks if on_output is None else partial(on_output, position),
+                )
             )
         yield
+
+
+def _nobody_looks(ffn: int, output_RD: Tensor, token_R: Tensor) -> None:
+    """Do nothing with what an expert adds."""
 
 
 @contextmanager
@@ -128,13 +143,17 @@ def _told(block: nn.Module, unit: Unit) -> str:
 
 @contextmanager
 def _observed_unit(
-    block: nn.Module, unit: Unit, on_rows: _OnUnitRows, check_rows: Callable[[int], None]
+    block: nn.Module,
+    unit: Unit,
+    on_rows: _OnUnitRows,
+    check_rows: Callable[[int], None],
+    on_output: _OnUnitRows,
 ) -> Iterator[None]:
     """Show the rows of one unit; `check_rows` is told of how many tokens they are or come from."""
     module: Any = block.get_submodule(unit.path)
     owner = unit.down.rpartition(".")[0]
     if unit.routed and all(hasattr(module, name) for name in _PROTOCOL):
-        module.forward = partial(_run_experts, module, on_rows, check_rows)
+        module.forward = partial(_run_experts, module, on_rows, check_rows, on_output)
         try:
             yield
         finally:
@@ -158,7 +177,7 @@ def _observed_unit(
 
     with ExitStack() as stack:
         if unit.routed or owner == unit.path:
-            module.forward = partial(_watch_products, block, unit, on_seen)
+            module.forward = partial(_watch_products, block, unit, on_seen, on_output)
             stack.callback(delattr, module, "forward")
         else:
             down = block.get_submodule(owner)
@@ -182,6 +201,7 @@ def _run_experts(
     experts: Any,
     on_rows: _OnUnitRows,
     check_rows: Callable[[int], None],
+    on_output: _OnUnitRows,
     hidden_RD: Tensor,
     expert_RK: Tensor,
     weight_RK: Tensor,
@@ -204,6 +224,7 @@ def _run_experts(
         share_R = weight_RK[token_R, slot_R, None]
         on_rows(expert, act_RF * share_R.to(act_RF.dtype), token_R)
         part_RD = _expert_linear(experts, "down_proj", expert, act_RF) * share_R
+        on_output(expert, part_RD, token_R)
         output_RD.index_add_(0, token_R, part_RD.to(output_RD.dtype))
     return output_RD
 
@@ -226,11 +247,13 @@ class _Products(TorchFunctionMode):
 
     Args:
         weights: by name.
-        on_product: is given the name, the part of the weight, and the first operand.
+        on_product: is given the name, the part of the weight, the first operand and the product.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], on_product: Callable[[str, Tensor, Tensor], None]
+        self,
+        weights: Mapping[str, Tensor],
+        on_product: Callable[[str, Tensor, Tensor, Tensor], None],
     ) -> None:
         super().__init__()
         self._weights, self._on_product = weights, on_product
@@ -238,14 +261,16 @@ class _Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
+        product = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in PRODUCTS and len(args) >= 2:
             for name, weight in self._weights.items():
-                if isinstance(args[1], Tensor) and _is_part(args[1], weight):
-                    self._on_product(name, args[1], args[0])
-        return func(*args, **(kwargs or {}))
+                if isinstance(args[1], Tensor) and is_part(args[1], weight):
+                    self._on_product(name, args[1], args[0], product)
+        return product
 
 
-def _is_part(tensor: Tensor, weight: Tensor) -> bool:
+def is_part(tensor: Tensor, weight: Tensor) -> bool:
+    """Return whether a tensor is a view of a part of another one, or of the whole."""
     start = weight.data_ptr()
     return start <= tensor.data_ptr() < start + weight.nbytes
 
@@ -254,23 +279,24 @@ def _watch_products(
     block: nn.Module,
     unit: Unit,
     on_rows: _OnUnitRows,
+    on_output: _OnUnitRows,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a unit's module as it is; show what its down matrices are multiplied with."""
+    """Run a unit's module as it is; show what its down matrices are multiplied with, and give."""
     module = block.get_submodule(unit.path)
     weights = {name: block.get_parameter(name) for name in (unit.up, unit.down)}
     inputs: dict[int, Tensor] = {}
-    everything: list[Tensor] = []
+    everything: list[tuple[Tensor, Tensor]] = []
 
-    def on_product(name: str, part: Tensor, operand: Tensor) -> None:
+    def on_product(name: str, part: Tensor, operand: Tensor, product: Tensor) -> None:
         if not unit.routed:
             if name == unit.down:
                 act_RF = operand.flatten(0, -2)
                 on_rows(0, act_RF, torch.arange(len(act_RF)))
         elif part.ndim == 3:
             if name == unit.down:
-                everything.append(operand)
+                everything.append((operand, product))
         else:
             weight = weights[name]
             expert = (part.data_ptr() - weight.data_ptr()) // weight[0].nbytes
@@ -279,11 +305,12 @@ def _watch_products(
             else:
                 token_R, share_R = _routed_rows(block, unit, expert, inputs[expert], args)
                 on_rows(expert, operand * share_R[:, None].to(operand.dtype), token_R)
+                on_output(expert, product * share_R[:, None].to(product.dtype), token_R)
 
     with _Products(weights, on_product):
         output = type(module).forward(module, *args, **kwargs)
-    for act_ERF in everything:
-        _show_all_experts(block, unit, act_ERF, output, on_rows)
+    for act_ERF, added_ERD in everything:
+        _show_all_experts(block, unit, act_ERF, added_ERD, output, on_rows, on_output)
     return output
 
 
@@ -310,7 +337,13 @@ def _routed_rows(
 
 
 def _show_all_experts(
-    block: nn.Module, unit: Unit, act_ERF: Tensor, output: Any, on_rows: _OnUnitRows
+    block: nn.Module,
+    unit: Unit,
+    act_ERF: Tensor,
+    added_ERD: Tensor,
+    output: Any,
+    on_rows: _OnUnitRows,
+    on_output: _OnUnitRows,
 ) -> None:
     """Show the activations of experts that are all given all tokens.
 
@@ -333,3 +366,4 @@ def _show_all_experts(
     for expert, act_RF in enumerate(act_ERF):
         token_R = routed_ER[expert].nonzero().flatten()
         on_rows(expert, act_RF[token_R], token_R)
+        on_output(expert, added_ERD[expert, token_R], token_R)

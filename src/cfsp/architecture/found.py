@@ -83,14 +83,16 @@ class ChannelAxis:
 
         Args:
             tensor: begins with the axis of experts.
-            kept_EK: for each expert the channels to keep, as many of each.
+            kept_EK: for each expert the channels to keep, as many of each; none of one that goes.
         """
+        staying = [expert for expert, kept_K in enumerate(kept_EK) if kept_K]
         shape = list(tensor.shape)
-        shape[self.axis] = self.entries * len(kept_EK[0])
+        shape[0] = len(staying)
+        shape[self.axis] = self.entries * len(kept_EK[staying[0]])
         selected = tensor.new_empty(shape)
         of_one = replace(self, axis=self.axis - 1)
-        for expert, kept_K in enumerate(kept_EK):
-            selected[expert] = of_one.select(tensor[expert], kept_K)
+        for index, expert in enumerate(staying):
+            selected[index] = of_one.select(tensor[expert], kept_EK[expert])
         return selected
 
 
@@ -133,6 +135,9 @@ class Unit:
             dotted path from the block; None if there is none.
         extras: of an attention, how many values it returns besides its output, in a tuple; None if
             it returns a tensor.
+        expert_axes: what else has the axis of its experts, such as the router's rows and the biases
+            of outputs: parameters and buffers by their dotted path from the block, and which axis
+            it is. Only there where whole experts can go.
     """
 
     block: int
@@ -149,6 +154,7 @@ class Unit:
     config_numbers: tuple[tuple[str, int], ...] = ()
     after: str | None = None
     extras: int | None = None
+    expert_axes: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_fused(self) -> bool:
@@ -251,6 +257,22 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """How a model says how many routed experts its blocks have, where whole ones can go.
+
+    Attributes:
+        key: of the text config.
+        count: how many each block has.
+        groups: of how many groups, one after the other, the router chooses the best before it
+            chooses experts: equally many of each must stay. 1 where any may go.
+    """
+
+    key: str
+    count: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The blocks of a model and their units, of the parts that are asked for.
 
@@ -266,6 +288,8 @@ class Architecture:
         refused: modules that look like FFNs or attentions but are none that can be cut.
         learnt_positions: the longest input, where each position has an embedding that was learnt;
             None where any input can be read.
+        experts: of the routed experts, where whole ones can go; None where they can't, or were not
+            asked for.
     """
 
     class_name: str
@@ -276,6 +300,7 @@ class Architecture:
     refused: tuple[Refusal, ...] = field(default=())
     learnt_positions: int | None = None
     gone: tuple[Unit, ...] = ()
+    experts: RoutedExperts | None = None
 
     @property
     def stock_units(self) -> tuple[Unit, ...]:
@@ -308,6 +333,14 @@ class Architecture:
             units=tuple(unit for unit in units if unit.width),
             gone=(*self.gone, *(unit for unit in units if not unit.width)),
         )
+
+    def with_experts(self, count: int) -> Architecture:
+        """Return the same architecture with another number of routed experts in its blocks."""
+        assert self.experts is not None
+        units = tuple(
+            replace(unit, ffns=count) if unit.expert_axes else unit for unit in self.units
+        )
+        return replace(self, units=units, experts=replace(self.experts, count=count))
 
     def of_part(self, part: Part) -> Architecture:
         """Return the same architecture with the units of one part only."""

@@ -25,7 +25,7 @@ Shapes: B windows, T tokens, D hidden, F channels, E experts, K kept channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -36,19 +36,24 @@ from torch import Tensor, nn
 
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.experts import experts_fail, refused_experts, why_not, with_experts
 from cfsp.architecture.found import Architecture, Fusion, Refusal, Unit
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.resizing import resize_attention, resize_ffn
-from cfsp.architecture.small_run import SmallRun, first_line, run_small, set_parameter
+from cfsp.architecture.small_run import (
+    LEAST_EFFECT,
+    TOLERANCE,
+    SmallRun,
+    difference,
+    first_line,
+    run_small,
+    set_parameter,
+)
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-TOLERANCE = 1e-5
-# A mask that changes less than this proves nothing: cut and masked would agree by chance.
-LEAST_EFFECT = 1e-3
 
 
 @torch.no_grad()
@@ -86,7 +91,10 @@ def prove(
         (unit for found in reversed(proved) for unit in found.units), key=lambda unit: unit.block
     )
     refused = tuple(refusal for found in proved for refusal in found.refused)
-    return replace(proved[0], units=tuple(units), refused=refused)
+    architecture = replace(proved[0], units=tuple(units), refused=refused)
+    if "experts" not in parts:
+        return architecture
+    return with_experts(architecture, config, small_run_of(config, model_class))
 
 
 def _prove_part(
@@ -130,6 +138,49 @@ def run_without_verdict(config: PreTrainedConfig, model_class: type[PreTrainedMo
     """
     architecture, _ = _guess(config, model_class, "ffn")
     return run_small(config, model_class, architecture)
+
+
+# Of one command, which asks about one set of blocks or experts after the other.
+_small_runs: dict[str, SmallRun] = {}
+
+
+def small_run_of(
+    stock: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
+) -> SmallRun:
+    """Return what `run_without_verdict` does; the last one is kept."""
+    key = f"{type(stock).__name__} {stock.to_json_string(use_diff=False)}"
+    if key not in _small_runs:
+        _small_runs.clear()
+        _small_runs[key] = run_without_verdict(stock, model_class or model_class_of(stock))
+    return _small_runs[key]
+
+
+def why_not_experts(stock: PreTrainedConfig, architecture: Architecture, count: int) -> str | None:
+    """Return why a model does not run with so many experts in every block; None if it does.
+
+    Args:
+        stock: config of the model.
+        architecture: of the model, with what has the axis of experts.
+        count: how many.
+    """
+    return why_not(architecture, small_run_of(stock), count)
+
+
+def check_experts_can_go(
+    stock: PreTrainedConfig, architecture: Architecture, kept: Mapping[int, Sequence[int]]
+) -> None:
+    """Check that a model with some experts only computes as if its router chose among these.
+
+    Args:
+        stock: config of the model.
+        architecture: of the model, with what has the axis of experts.
+        kept: block -> the experts that stay.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    if reason := experts_fail(architecture, small_run_of(stock), kept):
+        raise refused_experts(architecture, f"they failed {reason}")
 
 
 def _split(
@@ -329,13 +380,6 @@ def _candidates(unit: Unit) -> Iterator[Unit]:
     elif unit.is_fused:
         other: Fusion = "interleaved" if unit.axes[unit.up].fusion == "halves" else "halves"
         yield unit.with_fusion(other)
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest value; infinite for other shapes."""
-    if found.shape != expected.shape:
-        return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _random_half(unit: Unit) -> list[list[int]]:

@@ -27,6 +27,10 @@ WINDOWS, TOKENS = 2, 12
 LEAST_CHANNELS = 8
 MOST_BYTES = 2_000_000_000
 
+TOLERANCE = 1e-5
+# A mask that changes less than this proves nothing: cut and masked would agree by chance.
+LEAST_EFFECT = 1e-3
+
 
 @dataclass(frozen=True)
 class Call:
@@ -273,6 +277,13 @@ def _copied(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_copied(item) for item in value)
     return value
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest value; infinite for other shapes."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def first_tensor(value: Any) -> Tensor:

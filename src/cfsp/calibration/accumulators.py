@@ -9,6 +9,7 @@ less than 2^29: the order in which batches come, and so the number of processes,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -108,3 +109,27 @@ class ChannelSums:
             # Not in place: of float32 activations `exact` is the block's own tensor, no copy.
             self.sum_of_squares_F[own] += exact.square().sum(0)
         self.tokens_E[ffn] += rows.shape[0]
+
+
+class OutputNorms:
+    """Sum of the L2 norm of what every expert of a block adds, over the tokens routed to it.
+
+    What it adds is its output times the router's weight.
+
+    Args:
+        experts_U: how many experts each unit of the block has; 0 where nobody asks.
+
+    Attributes:
+        norm_UE: the sums of each unit, float64.
+    """
+
+    def __init__(self, experts_U: Sequence[int]) -> None:
+        self.norm_UE = [torch.zeros(experts, dtype=torch.float64) for experts in experts_U]
+
+    def add(self, unit: int, expert: int, output_RD: Tensor, token_R: Tensor) -> None:
+        """Add tokens of one batch: what one expert adds."""
+        if not len(self.norm_UE[unit]):
+            return
+        norm_R = torch.linalg.vector_norm(output_RD.float(), dim=1)
+        self.norm_UE[unit] = norm_E = self.norm_UE[unit].to(norm_R.device)
+        norm_E[expert] += norm_R.sum(dtype=torch.float64).float()

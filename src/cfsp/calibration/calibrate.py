@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cfsp.calibration.accumulators import ChannelSums, DistanceSums
+from cfsp.calibration.accumulators import ChannelSums, DistanceSums, OutputNorms
 from cfsp.calibration.runs import TokenSample, run_distances
 from cfsp.calibration.statistics import (
     BlockStatistics,
@@ -156,6 +156,7 @@ def observe_part(block: StreamedBlock, sample: TokenSample | None = None) -> Obs
     """Do what `observe` does where an expert may see no token: others see other windows."""
     distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
     sublayers = [DistanceSums() for _ in block.units]
+    outputs = OutputNorms([unit.ffns if unit.expert_axes else 0 for unit in block.units])
     passing: list[Tensor] = []
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
@@ -167,8 +168,9 @@ def observe_part(block: StreamedBlock, sample: TokenSample | None = None) -> Obs
         lambda unit, ffn, act_RF, window_R: channels[unit].add(act_RF, ffn),
         on_hidden,
         lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
+        outputs.add,
     )
-    observed = observed_block(block, distances, channels, sublayers)
+    observed = observed_block(block, distances, channels, sublayers, outputs)
     return replace(observed, passing=torch.cat(passing, dim=1)) if passing else observed
 
 
@@ -177,6 +179,7 @@ def observed_block(
     distances: DistanceSums,
     channels: Sequence[ChannelSums],
     sublayers: Sequence[DistanceSums],
+    outputs: OutputNorms,
 ) -> ObservedBlock:
     """Return what the sums of one block and its units amount to: zeros where nothing was seen.
 
@@ -186,6 +189,7 @@ def observed_block(
         channels: of each of its units.
         sublayers: of each, between the hidden states before and after it; without tokens where
             they are not seen.
+        outputs: what their experts add.
 
     Raises:
         CalibrationError: an activation was NaN or infinite.
@@ -193,7 +197,9 @@ def observed_block(
     units = []
     distance_sums = distances.sums
     are_finite = all(map(math.isfinite, distance_sums.values()))
-    for unit, sums, sublayer in zip(block.units, channels, sublayers, strict=True):
+    for unit, sums, sublayer, norm_E in zip(
+        block.units, channels, sublayers, outputs.norm_UE, strict=True
+    ):
         none = torch.zeros(unit.ffns * unit.columns, dtype=torch.float64)
         sum_F = none if sums.sum_F is None else sums.sum_F.cpu()
         squares_F = none if sums.sum_of_squares_F is None else sums.sum_of_squares_F.cpu()
@@ -207,6 +213,7 @@ def observed_block(
                 tuple(sums.tokens_E) if len(sums.tokens_E) > 1 else (),
                 unit.part,
                 dict(sublayer.sums) if unit.after is not None else {},
+                norm_E.cpu(),
             )
         )
     if not are_finite:

@@ -31,6 +31,9 @@ STATISTICS_VERSION = 2
 VERSION_WITH_UNITS = 3
 _METADATA_KEY = "cfsp_statistics"
 
+# Of units whose experts' outputs are not looked at.
+NOT_SEEN = torch.zeros(0, dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class BlockStatistics:
@@ -66,6 +69,8 @@ class UnitStatistics:
         part: what it is a unit of.
         distance_sums: of an attention, sum over tokens of each distance between the hidden state
             before it and that after it; empty where these are not seen.
+        output_norm_E: sum over the tokens routed to each expert of the L2 norm of what it adds,
+            its output times the router's weight, float64; empty where whole experts can't go.
     """
 
     block: int
@@ -75,6 +80,7 @@ class UnitStatistics:
     routed_E: tuple[int, ...] = ()
     part: Part = "ffn"
     distance_sums: dict[str, float] = field(default_factory=dict)
+    output_norm_E: Tensor = NOT_SEEN
 
     @property
     def ffns(self) -> int:
@@ -363,6 +369,8 @@ class Statistics:
         for i, unit in enumerate(self.units):
             tensors[f"{stem}.{i}.sum"] = unit.sum_F.contiguous()
             tensors[f"{stem}.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
+            if len(unit.output_norm_E):
+                tensors[f"{stem}.{i}.output_norm"] = unit.output_norm_E.contiguous()
         facts = {
             "version": version,
             "record": asdict(self.record),
@@ -534,6 +542,9 @@ def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitS
     routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
     if routed_E and (min(routed_E) < 0 or len(sum_F) % len(routed_E)):
         raise ValueError(f"{name} has {len(sum_F)} channels in {len(routed_E)} experts")
+    output_norm_E = tensors.get(f"{name}.output_norm", NOT_SEEN).double()
+    if len(output_norm_E) not in (0, len(routed_E)):
+        raise ValueError(f"{name} has outputs of {len(output_norm_E)} experts")
     part = entry.get("part", "ffn")
     if part not in UNIT_PARTS:
         raise ValueError(f"{name} is of the part {part!r}")
@@ -541,7 +552,14 @@ def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitS
     sums = dict(entry["distance_sums"]) if part != "ffn" and "distance_sums" in entry else {}
     distance_sums = {distance: float(sums[distance]) for distance in DISTANCES if sums}
     return UnitStatistics(
-        block, sum_F.double(), squares_F.double(), tokens, routed_E, part, distance_sums
+        block,
+        sum_F.double(),
+        squares_F.double(),
+        tokens,
+        routed_E,
+        part,
+        distance_sums,
+        output_norm_E,
     )
 
 
@@ -554,5 +572,7 @@ def _check_order(units: Sequence[UnitStatistics], blocks: int) -> None:
 def _is_possible(unit: UnitStatistics) -> bool:
     sums = torch.stack([unit.sum_F, unit.sum_of_squares_F])
     if not all(map(math.isfinite, unit.distance_sums.values())):
+        return False
+    if not bool(torch.isfinite(unit.output_norm_E).all()) or bool((unit.output_norm_E < 0).any()):
         return False
     return bool(torch.isfinite(sums).all()) and bool((unit.sum_of_squares_F >= 0).all())

@@ -42,7 +42,9 @@ Part = TypeVar("Part", BlockStatistics, UnitStatistics)
 
 # What is summed over tokens.
 _SUMS = ("distance_sums", "tokens")
-_SUMS_OF_UNIT = ("sum_F", "sum_of_squares_F", "tokens", "routed_E", "distance_sums")
+_SUMS_OF_UNIT = (
+    "sum_F", "sum_of_squares_F", "tokens", "routed_E", "distance_sums", "output_norm_E",
+)  # fmt: skip
 
 
 def calibrate_together(
@@ -141,6 +143,7 @@ def _nothing_seen(source: WeightSource, record: CalibrationRecord, runs: bool) -
                 (0,) * unit.ffns if unit.ffns > 1 else (),
                 unit.part,
                 dict.fromkeys(DISTANCES, 0.0) if unit.after is not None else {},
+                torch.zeros(unit.ffns if unit.expert_axes else 0, dtype=torch.float64),
             )
             for unit in source.units
             if unit.block == block

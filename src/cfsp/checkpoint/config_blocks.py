@@ -117,7 +117,11 @@ def fields_without_blocks(
     text_fields = changed
     for name in text_path(config):
         text_fields = text_fields.setdefault(name, {})
-    text_fields.update(changes)
+    # What a class calls a key now may stand there under an older name, and both under one.
+    names = text_config_of(config).attribute_map
+    for key, value in changes.items():
+        given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
+        text_fields.update(dict.fromkeys(sorted(given) or [key], value))
     return changed
 
 

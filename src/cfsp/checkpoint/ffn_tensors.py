@@ -5,7 +5,7 @@ Shapes: D hidden, F FFN channels, K channels that stay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.stored_layout import Role
@@ -36,13 +36,13 @@ def down_matrix(source: WeightSource, unit: int, ffn: int = 0) -> Tensor:
 
 
 def tensors_with_down(
-    source: WeightSource, unit: int, down_EDK: Sequence[Tensor]
+    source: WeightSource, unit: int, down_of: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
     """Return the stored tensors of a unit whose FFNs have new down projections.
 
     Args:
         source: the model.
         unit: index of the FFN unit in the model.
-        down_EDK: the new matrix of every FFN of the unit, D x K each.
+        down_of: FFN of the unit -> its new matrix, D x K, of all that stay.
     """
-    return source.stored.down_tensors(unit, down_EDK)
+    return source.stored.down_tensors(unit, down_of)

@@ -1,10 +1,11 @@
-"""The config of a pruned model: without the blocks that go, with the widths that stay."""
+"""The config of a pruned model: without blocks and experts that go, with the widths that stay."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cfsp.architecture.experts import config_with_experts
 from cfsp.checkpoint.config_blocks import (
     changes_without_blocks,
     config_without_blocks,
@@ -24,6 +25,7 @@ def pruned_config(
     architecture: Architecture,
     removed: Collection[int],
     widths: Sequence[int],
+    experts: int | None = None,
 ) -> PreTrainedConfig:
     """Return the config of the pruned model, of the class that the source's config has.
 
@@ -32,11 +34,12 @@ def pruned_config(
         architecture: of the source.
         removed: indices of the blocks that go.
         widths: of every FFN unit of the blocks that stay.
+        experts: how many routed experts of each block stay; None for all.
 
     Raises:
         UnsupportedModelError: no config of the class builds the blocks that stay as they are.
     """
-    config, architecture, _ = _without_blocks(config, architecture, removed)
+    config, architecture, _ = _smaller(config, architecture, removed, experts)
     return config_with_widths(config, architecture, widths)
 
 
@@ -46,6 +49,7 @@ def pruned_fields_and_file(
     architecture: Architecture,
     removed: Collection[int],
     widths: Sequence[int],
+    experts: int | None = None,
 ) -> tuple[dict[str, Any], ModelingFile | None]:
     """Return config.json of the pruned model, and the modelling file if it needs one.
 
@@ -55,22 +59,34 @@ def pruned_fields_and_file(
         architecture: of the source.
         removed: indices of the blocks that go.
         widths: of every FFN unit of the blocks that stay.
+        experts: how many routed experts of each block stay; None for all.
 
     Raises:
         UnsupportedModelError: no config of the class builds the blocks that stay as they are.
     """
-    shorter, architecture, changes = _without_blocks(config, architecture, removed)
-    if removed:
+    smaller, architecture, changes = _smaller(config, architecture, removed, experts)
+    if changes:
         fields = fields_without_blocks(fields, config, changes)
-    return fields_and_file(fields, shorter, architecture, widths)
+    return fields_and_file(fields, smaller, architecture, widths)
 
 
-def _without_blocks(
-    config: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
+def _smaller(
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    removed: Collection[int],
+    experts: int | None,
 ) -> tuple[PreTrainedConfig, Architecture, dict[str, Any]]:
-    """Return config and architecture of the blocks that stay, and what changed in the config."""
-    if not removed:
-        return config, architecture, {}
-    stock = stock_config(config)
-    changes = changes_without_blocks(stock, removed)
-    return config_without_blocks(stock, changes), architecture.without_blocks(removed), changes
+    """Return config and architecture of what stays whole, and what changed in the config."""
+    changes: dict[str, Any] = {}
+    if removed:
+        config = stock_config(config)
+        changes = changes_without_blocks(config, removed)
+        config = config_without_blocks(config, changes)
+        architecture = architecture.without_blocks(removed)
+    if experts is not None:
+        assert architecture.experts is not None
+        key = architecture.experts.key
+        config = config_with_experts(config, key, experts)
+        architecture = architecture.with_experts(experts)
+        changes |= {key: experts}
+    return config, architecture, changes

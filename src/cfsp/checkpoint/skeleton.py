@@ -21,7 +21,7 @@ from cfsp.checkpoint.config_widths import (
 from cfsp.checkpoint.modeling_code import pruned_class
 from cfsp.checkpoint.tensor_file import AGAIN
 from cfsp.errors import CheckpointError
-from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part
+from cfsp.settings import DEFAULT_PARTS, PROVED_PARTS, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,7 +46,7 @@ def architecture_of(
     stock = stock_config(config)
     # Proving takes a part of a second, and one command asks several times.
     wanted = (*parts, *resized_parts(config))
-    parts = tuple(part for part in (*UNIT_PARTS, "attention") if part in wanted)
+    parts = tuple(part for part in PROVED_PARTS if part in wanted)
     key = f"{type(config).__name__} {parts} {stock.to_json_string(use_diff=False)}"
     if key not in _proved:
         _proved[key] = prove(stock, parts=parts)

@@ -52,6 +52,8 @@ class StoredTensors:
     Attributes:
         specs: of the stored tensors.
         layouts: where stored tensors keep FFN channels; the others are not in it.
+        expert_axes: of stored tensors without channels that have an axis of experts (see
+            `Unit.expert_axes`), the index of the unit in the architecture and which axis it is.
         tied: parameters that nothing is stored of, and the one whose value each has.
         unused: stored tensors that no parameter takes: of modules that the model does not have
             (multi-token prediction), and stale ones.
@@ -62,6 +64,7 @@ class StoredTensors:
 
     specs: Mapping[str, TensorSpec]
     layouts: Mapping[str, ChannelLayout]
+    expert_axes: Mapping[str, tuple[int, int]]
     tied: Mapping[str, str]
     unused: tuple[str, ...]
     stale: tuple[str, ...]
@@ -115,6 +118,7 @@ class StoredTensors:
         return StoredTensors(
             specs=specs,
             layouts=layouts,
+            expert_axes=_expert_axes(architecture, made_by, faults, label),
             tied=tied,
             unused=tuple(unused),
             stale=tuple(_stale(model, unused)),
@@ -131,7 +135,7 @@ class StoredTensors:
     def of_widths(
         self, architecture: Architecture, specs: Mapping[str, TensorSpec]
     ) -> StoredTensors:
-        """Return the same of a model whose FFN units have other widths.
+        """Return the same of a model whose FFN units have other widths, or fewer experts.
 
         Some converters compare shapes with those of the model.
 
@@ -145,6 +149,13 @@ class StoredTensors:
                 full_name = architecture.block_prefix(unit.block) + name
                 shape = list(tensors[full_name].shape)
                 shape[axis.axis] = axis.entries * unit.width
+                if unit.routed:
+                    shape[0] = unit.ffns
+                tensors[full_name] = tensors[full_name].new_empty(shape)
+            for name, expert_axis in unit.expert_axes.items():
+                full_name = architecture.block_prefix(unit.block) + name
+                shape = list(tensors[full_name].shape)
+                shape[expert_axis] = unit.ffns
                 tensors[full_name] = tensors[full_name].new_empty(shape)
         return replace(self, specs=specs, _shapes=ModelShapes(self._shapes.config, tensors))
 
@@ -195,6 +206,11 @@ class StoredTensors:
         return StoredTensors(
             specs=specs,
             layouts=layouts,
+            expert_axes={
+                name: (unit_of[unit], axis)
+                for name, (unit, axis) in self.expert_axes.items()
+                if unit in unit_of
+            },
             tied={
                 new: name_of(to) or to
                 for name, to in self.tied.items()
@@ -215,6 +231,55 @@ class StoredTensors:
                 if unit in unit_of
             },
         )
+
+    def with_experts(self, kept: Mapping[int, Sequence[int]]) -> StoredTensors:
+        """Return the same of the model with some experts only; stored tensors keep their names.
+
+        Args:
+            kept: unit -> the experts that stay, of every unit that loses some.
+        """
+
+        def new(unit: int, ffn: int | None) -> int | None:
+            return ffn if ffn is None or unit not in kept else list(kept[unit]).index(ffn)
+
+        gone = self.of_gone_experts(kept)
+        return replace(
+            self,
+            layouts={
+                name: replace(layout, ffn=new(layout.unit, layout.ffn))
+                for name, layout in self.layouts.items()
+                if name not in gone
+            },
+            _conversions={
+                name: replace(
+                    conversion,
+                    sources={
+                        pattern: [source for source in sources if source not in gone]
+                        for pattern, sources in conversion.sources.items()
+                    },
+                )
+                for name, conversion in self._conversions.items()
+            },
+            _weights={
+                (unit, role, new(unit, ffn)): name
+                for (unit, role, ffn), name in self._weights.items()
+                if name not in gone
+            },
+        )
+
+    def of_gone_experts(self, kept: Mapping[int, Sequence[int]]) -> set[str]:
+        """Return the stored tensors that are those of one expert each, which goes.
+
+        Args:
+            kept: unit -> the experts that stay, of every unit that loses some.
+        """
+        return {
+            name
+            for name, layout in self.layouts.items()
+            if layout.unit in kept
+            and layout.ffn is not None
+            and layout.ffn not in kept[layout.unit]
+        }
 
     def layout_of(self, stored: str) -> ChannelLayout | None:
         """Return where a stored tensor keeps FFN channels; None if it has none."""
@@ -340,19 +405,19 @@ class StoredTensors:
             name for (of, role, _), name in self._weights.items() if (of, role) == (unit, "down")
         ]
 
-    def down_tensors(self, unit: int, downs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def down_tensors(self, unit: int, downs: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return the stored tensors of a unit whose FFNs have new down projections.
 
         Args:
             unit: index of the FFN unit.
-            downs: the new matrix of every FFN of the unit, D x K each.
+            downs: FFN of the unit -> its new matrix, D x K, of all that stay.
         """
         name = self._weights.get((unit, "down", None))
         if name is not None:
-            stored = (down.T if self.layouts[name].transposed else down for down in downs)
+            stored = (down.T if self.layouts[name].transposed else down for down in downs.values())
             return {name: torch.stack(list(stored))}
         tensors = {}
-        for ffn, down in enumerate(downs):
+        for ffn, down in downs.items():
             name = self._weights[unit, "down", ffn]
             tensors[name] = (down.T if self.layouts[name].transposed else down).contiguous()
         return tensors
@@ -396,6 +461,34 @@ def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     if len(tensors) < len(specs):
         tensors |= as_saved(model, state)
     return {name: tensors[name] for name in specs}
+
+
+def _expert_axes(
+    architecture: Architecture,
+    made_by: Mapping[str, Conversion],
+    faults: Mapping[str, str],
+    label: str,
+) -> dict[str, tuple[int, int]]:
+    """Return which stored tensors without channels have an axis of experts; see `StoredTensors`.
+
+    Raises:
+        CheckpointError: one is missing or has another shape.
+        UnsupportedModelError: one is converted when it is loaded.
+    """
+    found = {}
+    for index, unit in enumerate(architecture.units):
+        for name, axis in unit.expert_axes.items():
+            full_name = architecture.block_prefix(unit.block) + name
+            if full_name in faults:
+                raise CheckpointError(f"{label} {faults[full_name]}; {AGAIN}")
+            conversion = made_by[full_name]
+            if conversion.converter is not None:
+                raise UnsupportedModelError(
+                    f"{conversion.stored[0]} is converted when it is loaded, and cfsp cannot tell "
+                    "where it has its experts; prune the model without the part experts"
+                )
+            found[conversion.stored[0]] = (index, axis)
+    return found
 
 
 def _channel_parameters(

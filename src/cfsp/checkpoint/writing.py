@@ -25,7 +25,11 @@ _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
 def write_config(
-    source: Checkpoint, target: Path, widths: Sequence[int], removed: Collection[int] = ()
+    source: Checkpoint,
+    target: Path,
+    widths: Sequence[int],
+    removed: Collection[int] = (),
+    experts: int | None = None,
 ) -> None:
     """Write config.json of the pruned model, and its modelling file if it needs one.
 
@@ -34,10 +38,11 @@ def write_config(
         target: the directory.
         widths: of every FFN unit of the blocks that stay.
         removed: indices of the blocks that go.
+        experts: how many routed experts of each block stay; None for all.
     """
     fields = read_plain_fields(source.directory)
     pruned, file = pruned_fields_and_file(
-        fields, source.config, source.architecture, removed, widths
+        fields, source.config, source.architecture, removed, widths, experts
     )
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     if file is not None:

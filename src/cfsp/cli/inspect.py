@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"pruned             {f'{removed}, in all ' if removed else ''}"
         f"{pruned['ffn_sparsity']:.1%} of FFN {_counted(facts)}, "
-        f"{_groups_that_went(pruned)}"
+        f"{_groups_that_went(pruned)}{_experts_that_went(pruned)}"
         f"{pruned['model_sparsity']:.1%} of parameters, from {pruned['base_model']['name']}"
     )
     criterion, calibration = pruned["criterion"], pruned["calibration"]
@@ -84,8 +84,18 @@ def _groups_that_went(pruned: dict[str, Any]) -> str:
     return f"{groups['sparsity']:.1%} of KV groups, " if groups else ""
 
 
+def _experts_that_went(pruned: dict[str, Any]) -> str:
+    experts = pruned.get("experts")
+    if not experts:
+        return ""
+    before, after = experts["before"][0], experts["after"][0]
+    return f"{before - after} of {before} experts of each block, "
+
+
 def _counted(facts: dict[str, Any]) -> str:
     """Return what the share that went is of: channels of several kinds own unlike numbers."""
+    if "experts" in facts["pruned"]:
+        return "parameters"
     kinds = {(unit["path"], unit["ffns"]) for unit in facts.get("units", ())}
     return "parameters" if len(kinds) > 1 else "channels"
 

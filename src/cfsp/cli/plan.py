@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
                 **removed_facts(plan),
                 "ffn_sparsity": round(plan.ffn_sparsity, 6),
                 "intermediate_sizes": plan.widths_of("ffn")[1],
+                **({} if plan.kept_experts is None else {"kept_experts": plan.kept_experts}),
                 **({} if plan.has_ffns_only else {"kv_groups": plan.widths_of("kv")[1]}),
                 "experts_with_few_tokens": plan.experts_with_few_tokens,
                 "goal": resolution,
@@ -82,9 +83,9 @@ def print_plan(plan: PruningPlan) -> None:
             f"{unit.distance:.4f}",
             f"{unit.importance:.3f}",
             str(unit.width),
-            str(unit.kept_width) if unit.kept else "removed",
-            f"{unit.kept_width / unit.width:.0%}",
-            "#" * round(20 * unit.kept_width / unit.width),
+            unit.kept_in_words,
+            f"{unit.kept_share:.0%}",
+            "#" * round(20 * unit.kept_share),
         )
         for unit in plan.units
     ]
@@ -92,6 +93,8 @@ def print_plan(plan: PruningPlan) -> None:
     print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
     what = "channels" if plan.counts_channels else "parameters"
     groups = "" if plan.has_ffns_only else f" and {plan.kv_sparsity:.1%} of the KV groups"
+    if plan.kept_experts is not None:
+        print(f"\n{plan.experts_in_words}", end="")
     if plan.has_gaps:
         print(f"\n{plan.removed_in_words}: removed", end="")
     print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")

@@ -147,6 +147,7 @@ def _check_can_be_estimated(args: argparse.Namespace) -> None:
         "--effort best": args.effort == BEST_EFFORT,
         "--recover": args.recover is not None,
         "--parts blocks": "blocks" in (args.parts or ()),
+        "--parts experts": "experts" in (args.parts or ()),
         "--plan": args.plan,
         "--statistics": args.statistics,
         **{f"--{option.replace('_', '-')}": getattr(args, option) for option in _GOALS},
@@ -337,6 +338,9 @@ def print_report(report: PruneReport) -> None:
     if report.kv_groups:
         groups, left = sum(report.kv_groups["before"]), sum(report.kv_groups["after"])
         rows.append(("KV groups", f"{groups:,}", f"{left:,}", f"{left / groups - 1:+.1%}"))
+    if experts := report.experts:
+        had, left = sum(experts["before"]), sum(experts["after"])
+        rows.append(("experts", f"{had:,}", f"{left:,}", f"{left / had - 1:+.1%}"))
     if removed := report.plan.removed_blocks:
         share = len(removed) / report.blocks_before
         rows.insert(
@@ -355,6 +359,8 @@ def print_report(report: PruneReport) -> None:
         )
     print_table(("", "before", "after", "change"), rows)
     print()
+    if experts:
+        print(report.plan.experts_in_words)
     if report.plan.has_gaps:
         print(f"removed: {report.plan.removed_in_words}")
     if report.dequantised:

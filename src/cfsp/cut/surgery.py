@@ -1,8 +1,8 @@
 """Surgery: obeys a plan, tensor by tensor.
 
-FFN tensors lose rows or columns, and the biases of removed channels. Tensors of removed attentions
-and blocks are left out, and those of later blocks get other names. Everything else is copied byte
-for byte.
+FFN tensors lose rows or columns, and the biases of removed channels. Tensors of removed attentions,
+experts and blocks are left out, those of later experts and blocks get other names, and routers lose
+rows. Everything else is copied byte for byte.
 Tensors stream from the source to the new shards: one is in memory at a time.
 """
 
@@ -13,12 +13,14 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
 from cfsp.checkpoint.stored_blocks import names_without_blocks
+from cfsp.checkpoint.stored_experts import names_without_experts
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
     TensorFile,
@@ -31,11 +33,14 @@ from cfsp.planning.plan_file import PruningPlan
 def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
     """Return one tensor of the pruned model, in the source's dtype."""
     tensor = source.read(name)
+    if name in source.stored.expert_axes:
+        unit, axis = source.stored.expert_axes[name]
+        return tensor.index_select(axis, torch.tensor(plan.units[unit].kept_ffns).to(tensor.device))
     layout = source.layout_of(name)
     if layout is None:
         return tensor
     entry = plan.units[layout.unit]
-    if entry.kept_width == entry.width:
+    if entry.kept_width == entry.width and not entry.loses_experts:
         return tensor
     pruned = layout.select(tensor, [entry.kept_of(ffn) for ffn in range(entry.ffns)])
     assert layout.width(tensor.shape) == entry.width
@@ -55,7 +60,13 @@ def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpe
             continue
         layout = source.layout_of(name)
         if layout is not None:
-            spec = layout.resized(spec, plan.units[layout.unit].kept_width)
+            unit = plan.units[layout.unit]
+            spec = layout.resized(spec, unit.kept_width)
+            if unit.loses_experts and layout.ffn is None:
+                spec = spec.with_length(0, len(unit.kept_ffns))
+        elif name in source.stored.expert_axes:
+            index, axis = source.stored.expert_axes[name]
+            spec = spec.with_length(axis, len(plan.units[index].kept_ffns))
         specs[name] = spec
     return specs
 
@@ -69,7 +80,13 @@ def _new_names(source: WeightSource, plan: PruningPlan) -> dict[str, str]:
         if not entry.kept
         for name in source.stored.within(f"{source.architecture.module_name(unit)}.")
     }
-    return {name: new for name, new in names.items() if name not in gone}
+    names = {name: new for name, new in names.items() if name not in gone}
+    return names_without_experts(source, _kept_experts(plan), names)
+
+
+def _kept_experts(plan: PruningPlan) -> dict[int, list[int]]:
+    """Return the experts that stay in every unit that loses some, by its index."""
+    return {i: unit.kept_ffns for i, unit in enumerate(plan.units) if unit.loses_experts}
 
 
 class PrunedSource(WeightSource):
@@ -88,12 +105,16 @@ class PrunedSource(WeightSource):
     ) -> None:
         removed = plan.removed_blocks
         architecture = source.architecture.without_blocks(removed)
-        self.config = pruned_config(source.config, source.architecture, removed, plan.kept_widths)
+        self.config = pruned_config(
+            source.config, source.architecture, removed, plan.kept_widths, plan.kept_experts
+        )
+        if plan.kept_experts is not None:
+            architecture = architecture.with_experts(plan.kept_experts)
         self.architecture = architecture.with_widths(plan.kept_widths)
         gone = [number for number, unit in enumerate(plan.units) if not unit.kept]
         self.label = source.label
         self._source, self._plan, self._repaired = source, plan, repaired
-        stored = source.stored
+        stored = source.stored.with_experts(_kept_experts(plan))
         if gone or removed:
             stored = stored.without(source.architecture, removed, gone, self.config, self.specs)
         self.stored = stored.of_widths(self.architecture, self.specs)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.block_names import blocks_in_words
-from cfsp.architecture.model_classes import model_class_of
-from cfsp.architecture.proof import LEAST_EFFECT, TOLERANCE, difference, run_without_verdict
+from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
+    LEAST_EFFECT,
+    TOLERANCE,
     SmallRun,
+    difference,
     first_line,
     first_tensor,
     set_parameter,
@@ -37,14 +39,10 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
 
 _CPU = torch.device("cpu")
-# Of one command, which asks about set after set.
-_small_runs: dict[str, SmallRun] = {}
 
 
 @torch.no_grad()
@@ -62,7 +60,7 @@ def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
     names_without_blocks(source, removed)
     stock = stock_config(source.config)
     changes_without_blocks(stock, removed)
-    run = _small_run(stock)
+    run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     tokens_BT = small_tokens(run.model)
     what = f"{blocks_in_words(removed)} of {run.architecture.class_name} can't be removed"
@@ -101,7 +99,7 @@ def check_attentions_can_go(source: WeightSource, removed: Collection[int]) -> N
         UnsupportedModelError: none of a kind would stay, or others need something of them.
     """
     stock = stock_config(source.config)
-    run = _small_run(stock)
+    run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     attentions = [unit for unit in source.architecture.stock_units if unit.part == "kv"]
     gone = {unit.block for unit in source.architecture.gone}
@@ -196,14 +194,6 @@ def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
     seen = {name: getattr(first, name)}
     second = decoder(input_ids=tokens_BT[:, half:], use_cache=True, **seen)
     return torch.cat([first_tensor(first), first_tensor(second)], dim=1)
-
-
-def _small_run(stock: PreTrainedConfig) -> SmallRun:
-    key = f"{type(stock).__name__} {stock.to_json_string(use_diff=False)}"
-    if key not in _small_runs:
-        _small_runs.clear()
-        _small_runs[key] = run_without_verdict(stock, model_class_of(stock))
-    return _small_runs[key]
 
 
 def _cut(run: SmallRun, removed: Collection[int]) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.activations import observed_activations, observed_sublayers
+from cfsp.architecture.activations import OnOutput, observed_activations, observed_sublayers
 from cfsp.checkpoint.skeleton import (
     blocks_of,
     build_skeleton,
@@ -77,6 +77,7 @@ class StreamedBlock:
         on_activations: OnActivations | None = None,
         on_hidden: OnHidden = lambda input_BTD, output_BTD: None,
         on_sublayer: OnSublayer | None = None,
+        on_output: OnOutput | None = None,
     ) -> None:
         """Let all windows pass the block; the hidden states become its outputs.
 
@@ -89,6 +90,8 @@ class StreamedBlock:
             on_hidden: is given the block's input and output hidden states, both BTD.
             on_sublayer: is given the position of an attention among the block's units, the block's
                 input and the hidden state after the attention, both BTD, where it can be seen.
+            on_output: is given what experts add, see `observed_activations`; looks only beside
+                `on_activations`.
         """
         after: dict[int, Tensor] = {}
         first_window, seqlen = 0, 1
@@ -100,7 +103,7 @@ class StreamedBlock:
         with (
             nullcontext()
             if on_activations is None or not self.units
-            else observed_activations(self.module, self.units, on_rows),
+            else observed_activations(self.module, self.units, on_rows, on_output),
             nullcontext()
             if on_sublayer is None
             else observed_sublayers(self.module, self.units, after),

@@ -110,7 +110,8 @@ def resolve_goal(
         return resolve_parameters(goal, source, settings), statistics
     if isinstance(goal, TargetKVCache):
         return resolve_kv_cache(goal, source, settings), statistics
-    if (part := settings.budget.whole_part) is not None:
+    part = "experts" if settings.budget.removes_experts else settings.budget.whole_part
+    if part is not None:
         raise UsageError(
             "a loss or a speed is aimed at with FFN channels alone; give --target-params or "
             f"--sparsity with --parts {part}, or leave --parts out"

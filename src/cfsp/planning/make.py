@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cfsp.architecture.proof import check_experts_can_go
 from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.reading import (
     WeightSource,
     ffn_parameters_per_channel,
@@ -22,6 +24,14 @@ from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.block_budget import parameters_of_whole
 from cfsp.planning.block_removal import blocks_to_remove
 from cfsp.planning.coarse import importance_of_units
+from cfsp.planning.experts import (
+    expert_scores,
+    experts_to_keep,
+    lost_output,
+    parameters_of_experts,
+    strongest_experts,
+    warn_of_lost_experts,
+)
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.progress import item_progress
@@ -51,7 +61,10 @@ log = logging.getLogger(__name__)
 
 
 def model_size(
-    source: WeightSource, budget: Budget | None = None, removed: Collection[int] = ()
+    source: WeightSource,
+    budget: Budget | None = None,
+    removed: Collection[int] = (),
+    experts: int | None = None,
 ) -> ModelSize:
     """Return the numbers of a model that budgets of channels are about.
 
@@ -59,14 +72,25 @@ def model_size(
         source: the model.
         budget: says what goes whole.
         removed: blocks that go whole, or whose attentions do, which do not count.
+        experts: how many routed experts of each block stay; None for all.
     """
     assert budget is not None or not removed
-    gone = parameters_of_whole(source, budget) if budget is not None and removed else {}
+    parameters = parameter_count(source)
+    if budget is not None and removed:
+        of_whole = parameters_of_whole(source, budget)
+        parameters -= sum(of_whole[block] for block in removed)
+    if experts is not None:
+        of_model = source.architecture.experts
+        assert of_model is not None
+        each = parameters_of_experts(source) // of_model.count
+        parameters -= each * (of_model.count - experts)
     return ModelSize(
         units=tuple(
             UnitSize(
                 width=unit.width,
-                channel_parameters=each,
+                channel_parameters=each
+                if experts is None or not unit.expert_axes
+                else each // unit.ffns * experts,
                 kind=unit.path,
                 grain=EXPERTS_GRAIN if unit.routed else 1,
                 part=unit.part,
@@ -74,7 +98,7 @@ def model_size(
             for unit, each in zip(source.units, ffn_parameters_per_channel(source), strict=True)
             if budget is None or not goes_whole(unit, budget, removed)
         ),
-        parameters=parameter_count(source) - sum(gone[block] for block in removed),
+        parameters=parameters,
     )
 
 
@@ -124,6 +148,7 @@ def plan_widths(
     budget: Budget,
     criterion: Criterion,
     removed: Collection[int] = (),
+    experts: int | None = None,
 ) -> UnitWidths:
     """Decide how many channels every unit keeps.
 
@@ -134,6 +159,7 @@ def plan_widths(
         criterion: what counts as important.
         removed: blocks that go whole, or whose attentions do; the rest is planned as if it were the
             model.
+        experts: how many routed experts of each block stay; None for all.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -141,7 +167,7 @@ def plan_widths(
         UsageError: a metric is unknown.
     """
     criterion = definite_criterion(criterion, statistics, budget)
-    size = model_size(source, budget, removed)
+    size = model_size(source, budget, removed, experts)
     staying = statistics
     if removed:
         blocks_go = budget.removes_blocks
@@ -174,7 +200,7 @@ def budget_of_channels(source: WeightSource, budget: Budget, size: ModelSize) ->
         budget: how much to remove.
         size: of the model without those that go.
     """
-    if budget.of == "ffn" or budget.whole_part is None:
+    if budget.of == "ffn" or not (budget.whole_part or budget.removes_experts):
         return budget
     stay = (1 - budget.sparsity) * parameter_count(source)
     return replace(budget, sparsity=max(0.0, 1 - stay / size.parameters))
@@ -186,8 +212,9 @@ def choose_channels(
     statistics: UnitStatistics,
     width: int,
     criterion: Criterion,
+    experts: int | None = None,
 ) -> tuple[int, ...]:
-    """Return the strongest channels of one unit, ascending; of each expert its own.
+    """Return the strongest channels of one unit, ascending; of each of the strongest experts.
 
     An expert that saw fewer than `LEAST_TOKENS` tokens is scored by its weights alone
     (`magnitude`), and the plan says so.
@@ -198,27 +225,54 @@ def choose_channels(
         statistics: of the unit.
         width: channels that stay in each FFN.
         criterion: what counts as important.
+        experts: how many stay of routed experts; None for all.
 
     Raises:
         UsageError: the channel metric is unknown.
     """
-    if width == statistics.width:
-        return tuple(range(statistics.ffns * width))
-    kept: list[int] = []
+    staying = (
+        range(statistics.ffns) if experts is None else _staying(source, unit, statistics, experts)
+    )
     channels = source.units[unit].width
+    if width == statistics.width:
+        return tuple(ffn * width + i for ffn in staying for i in range(width))
+    kept: list[int] = []
     if not width:
         return ()
-    for ffn, score_F in enumerate(ffn_scores(source, unit, statistics, criterion)):
+    scores = ffn_scores(source, unit, statistics, criterion, staying)
+    for ffn, score_F in zip(staying, scores, strict=True):
         kept += [ffn * channels + i for i in strongest_channels(score_F, width)]
     return tuple(kept)
 
 
+def _staying(
+    source: WeightSource, unit: int, statistics: UnitStatistics, experts: int
+) -> Sequence[int]:
+    """Return the FFNs of a unit that stay if so many routed experts do."""
+    of_model = source.architecture.experts
+    if not source.units[unit].expert_axes or of_model is None or experts == of_model.count:
+        return range(statistics.ffns)
+    return strongest_experts(expert_scores(statistics), experts, of_model.groups)
+
+
 def ffn_scores(
-    source: WeightSource, unit: int, statistics: UnitStatistics, criterion: Criterion
+    source: WeightSource,
+    unit: int,
+    statistics: UnitStatistics,
+    criterion: Criterion,
+    ffns: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the channel scores of every FFN of a unit, as float32 [F]; see `choose_channels`."""
+    """Yield the channel scores of FFNs of a unit, as float32 [F]; see `choose_channels`.
+
+    Args:
+        source: the model.
+        unit: index of the unit in the model.
+        statistics: of the unit.
+        criterion: what counts as important.
+        ffns: of which; None for all.
+    """
     few = few_tokens(statistics)
-    for ffn in range(statistics.ffns):
+    for ffn in range(statistics.ffns) if ffns is None else ffns:
         weights = read_ffn_weights(source, unit, ffn)
         metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
         score_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
@@ -280,10 +334,12 @@ def make_plan(
     check_statistics_fit(source, statistics)
     criterion = definite_criterion(criterion, statistics, budget)
     removed = blocks_to_remove(source, statistics, budget, criterion.removal)
-    widths = plan_widths(source, statistics, budget, criterion, removed)
+    experts = experts_to_keep(source, budget)
+    widths = plan_widths(source, statistics, budget, criterion, removed, experts)
     kept = []
     for unit, width in enumerate(widths.kept_U):
-        kept.append(choose_channels(source, unit, statistics.units[unit], width, criterion))
+        observed = statistics.units[unit]
+        kept.append(choose_channels(source, unit, observed, width, criterion, experts))
         on_unit()
     return assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
 
@@ -302,17 +358,20 @@ def assemble_plan(
     size = model_size(source)
     has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
     units = [
-        UnitPlan(
-            block=unit.block,
-            width=unit.width,
-            kept=kept_K,
-            distance=distance,
-            importance=importance,
-            ffns=observed.ffns,
-            few_tokens=few_tokens(observed),
-            path="" if has_one_ffn_each else unit.path,
-            cost=cost,
-            part=unit.part,
+        _without_gone_experts(
+            UnitPlan(
+                block=unit.block,
+                width=unit.width,
+                kept=kept_K,
+                distance=distance,
+                importance=importance,
+                ffns=observed.ffns,
+                few_tokens=few_tokens(observed),
+                path="" if has_one_ffn_each else unit.path,
+                cost=cost,
+                part=unit.part,
+            ),
+            observed,
         )
         for unit, observed, kept_K, distance, importance, cost in zip(
             source.units,
@@ -324,16 +383,14 @@ def assemble_plan(
             strict=True,
         )
     ]
-    return PruningPlan(
+    plan = PruningPlan(
         model=ModelIdentity.of(source),
         criterion={
             **_written(criterion, budget),
             "clamp": criterion.chosen_clamp,
             "sparsity": budget.sparsity,
             "of": (
-                str(budget.whole_part)
-                if budget.of == "ffn" and not budget.removes_channels
-                else budget.of
+                budget.parts[0] if budget.of == "ffn" and not budget.removes_channels else budget.of
             ),
             # Of which all new FFN widths are multiples.
             "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
@@ -343,6 +400,21 @@ def assemble_plan(
         units=tuple(units),
         removed_blocks=tuple(sorted(removed)) if budget.removes_blocks else (),
     )
+    if plan.kept_experts is not None:
+        check_experts_can_go(
+            stock_config(source.config), source.architecture, plan.experts_of_blocks
+        )
+    return plan
+
+
+def _without_gone_experts(unit: UnitPlan, observed: UnitStatistics) -> UnitPlan:
+    """Return the plan of a unit that says what the experts added that go whole, if some do."""
+    if not unit.loses_experts:
+        return unit
+    scored = unit.kept_ffns if unit.kept_width < unit.width else ()
+    few = {expert: seen for expert, seen in unit.few_tokens.items() if expert in scored}
+    lost = round(lost_output(observed, unit.kept_ffns), 6)
+    return replace(unit, few_tokens=few, lost_output=lost)
 
 
 def _written(criterion: Criterion, budget: Budget) -> dict[str, Any]:
@@ -368,6 +440,13 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
             f"the statistics are of the parts {', '.join(sorted(have))}, expected "
             f"{', '.join(sorted(need))}; calibrate with the same --parts"
         )
+    if statistics.record.fingerprint == found and any(
+        unit.expert_axes and not len(seen.output_norm_E)
+        for unit, seen in zip(source.units, statistics.units, strict=False)
+    ):
+        raise StatisticsError(
+            "the statistics do not have what the experts add; calibrate with the same --parts"
+        )
     if statistics.record.fingerprint != found or shapes != expected:
         raise StatisticsError(
             f"the statistics were made for {statistics.record.model} "
@@ -386,4 +465,5 @@ def plan_from_statistics(
     with item_progress("plan", len(source.units), "FFN") as bar:
         plan = make_plan(source, statistics, budget, criterion, on_unit=bar.update)
     warn_of_few_tokens(plan)
+    warn_of_lost_experts(plan)
     return plan

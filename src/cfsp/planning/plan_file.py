@@ -4,7 +4,8 @@ Surgery only obeys it. On disk it is JSON; the kept channels of an FFN unit are 
 channel first, in base64, so that a plan of a large model stays below a megabyte.
 
 A unit has one FFN, or several of the same width (experts), of which each keeps as many channels
-of its own. The channels of all of them are numbered through, expert after expert.
+of its own, or none: then it goes whole. The channels of all of them are numbered through, expert
+after expert.
 
 On disk the units are called blocks: most models have one in every block, and entries that do not
 name their block are of the first, the second, and so on.
@@ -21,6 +22,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ class UnitPlan:
         cost: parameters that a channel of all its FFNs owns, relative to other units; 1 where all
             units' channels own as many.
         part: what it is of: `ffn`, or `kv`, whose channels are KV groups.
+        lost_output: the share of what all its experts add that those add which go whole.
     """
 
     block: int
@@ -74,6 +77,7 @@ class UnitPlan:
     path: str = ""
     cost: int = 1
     part: Part = "ffn"
+    lost_output: float = 0.0
 
     @property
     def name(self) -> str:
@@ -81,15 +85,43 @@ class UnitPlan:
         experts = f" ({self.ffns})" if self.ffns > 1 else ""
         return f"{self.block} {self.path}{experts}" if self.path else str(self.block)
 
+    @cached_property
+    def kept_ffns(self) -> list[int]:
+        """The FFNs that keep channels, ascending: all, but for experts that go whole."""
+        kept: list[int] = np.unique(np.array(self.kept, dtype=np.int64) // self.width).tolist()
+        return kept
+
+    @property
+    def loses_experts(self) -> bool:
+        """Whether some of its experts go whole, and others stay."""
+        return 0 < len(self.kept_ffns) < self.ffns
+
     @property
     def kept_width(self) -> int:
-        """Number of channels that each FFN keeps."""
-        return len(self.kept) // self.ffns
+        """Number of channels that each FFN keeps that stays."""
+        return len(self.kept) // max(1, len(self.kept_ffns))
+
+    @property
+    def kept_share(self) -> float:
+        """Share of all its channels that stays."""
+        return len(self.kept) / (self.ffns * self.width)
+
+    @property
+    def kept_in_words(self) -> str:
+        """What stays of it in a table: channels of each FFN, and how many experts if some go."""
+        if not self.kept:
+            return "removed"
+        experts = f" in {len(self.kept_ffns)} experts" if self.loses_experts else ""
+        return f"{self.kept_width}{experts}"
 
     def kept_of(self, ffn: int) -> list[int]:
-        """Return the channels that stay in one FFN, numbered within it."""
-        kept_K = self.kept[ffn * self.kept_width : (ffn + 1) * self.kept_width]
-        return [channel - ffn * self.width for channel in kept_K]
+        """Return the channels that stay in one FFN, numbered within it; none if it goes whole."""
+        if ffn not in self.kept_ffns:
+            return []
+        start = self.kept_ffns.index(ffn) * self.kept_width
+        return [
+            channel - ffn * self.width for channel in self.kept[start : start + self.kept_width]
+        ]
 
 
 @dataclass(frozen=True)
@@ -180,13 +212,14 @@ class PruningPlan:
 
     def _sparsity_of(self, part: Part) -> float:
         units = self.of_part(part)
-        kept = sum(unit.kept_width * unit.cost for unit in units)
+        kept = sum(len(unit.kept) / unit.ffns * unit.cost for unit in units)
         return 1 - kept / sum(unit.width * unit.cost for unit in units) if units else 0.0
 
     @property
     def counts_channels(self) -> bool:
         """Whether channels of all FFNs own as many parameters: a share of one is of the other."""
-        return len({unit.cost for unit in self.of_part("ffn")}) <= 1
+        costs = {unit.cost for unit in self.of_part("ffn")}
+        return len(costs) <= 1 and self.kept_experts is None
 
     @property
     def has_one_unit_each(self) -> bool:
@@ -201,12 +234,42 @@ class PruningPlan:
     @property
     def has_parts(self) -> bool:
         """Whether anything goes that version 1 cannot say."""
-        return bool(self.removed_blocks) or not self.has_ffns_only
+        gone = self.removed_blocks or self.kept_experts is not None
+        return bool(gone) or not self.has_ffns_only
+
+    @property
+    def kept_experts(self) -> int | None:
+        """How many experts every block with routed ones keeps; None where none goes whole."""
+        return next((len(u.kept_ffns) for u in self.kept_units if u.loses_experts), None)
+
+    @property
+    def lost_output(self) -> float:
+        """Share of what all experts add that those add which go whole, mean over their blocks."""
+        lost = [unit.lost_output for unit in self.kept_units if unit.loses_experts]
+        return sum(lost) / len(lost) if lost else 0.0
+
+    @property
+    def experts_in_words(self) -> str:
+        """What goes of the experts, and how much that is of what all add."""
+        units = [unit for unit in self.kept_units if unit.loses_experts]
+        first, worst = units[0], max(units, key=lambda unit: unit.lost_output)
+        gone = first.ffns - len(first.kept_ffns)
+        return (
+            f"{gone} of {first.ffns} experts of each block go ({gone / first.ffns:.1%}), which add "
+            f"{self.lost_output:.1%} of what all experts add to the hidden states (most in block "
+            f"{worst.block}: {worst.lost_output:.1%})"
+        )
+
+    @property
+    def experts_of_blocks(self) -> dict[int, list[int]]:
+        """Which experts stay in every block that loses some."""
+        return {unit.block: unit.kept_ffns for unit in self.kept_units if unit.loses_experts}
 
     @property
     def unit_parts(self) -> tuple[Part, ...]:
-        """The parts that the plan's units are of."""
-        return tuple(part for part in UNIT_PARTS if self.of_part(part))
+        """The parts that the plan's units are of, and `experts` if whole ones go."""
+        experts: tuple[Part, ...] = () if self.kept_experts is None else ("experts",)
+        return (*(part for part in UNIT_PARTS if self.of_part(part)), *experts)
 
     def of_part(self, part: Part) -> tuple[UnitPlan, ...]:
         """Return the units of one part."""
@@ -247,6 +310,8 @@ class PruningPlan:
             (unit.block, unit.part, unit.width) for unit in source.units
         ]:
             raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
+        if self.kept_experts is not None:
+            self._check_experts()
         if [unit.ffns for unit in self.units] != [unit.ffns for unit in source.units]:
             raise PlanError(f"the plan's experts are not those of {source.label}; make a new plan")
         for planned, found_unit in zip(self.units, source.units, strict=True):
@@ -255,6 +320,19 @@ class PruningPlan:
                     f"the plan is for {planned.path} of block {planned.block}, and {source.label} "
                     f"has {found_unit.path} there; make a new plan"
                 )
+
+    def _check_experts(self) -> None:
+        """Check that blocks keep as many experts as each other.
+
+        Raises:
+            PlanError: they do not.
+        """
+        counts = {len(unit.kept_ffns) for unit in self.kept_units if unit.ffns > 1}
+        if len(counts) > 1:
+            raise PlanError(
+                f"the plan keeps {' or '.join(map(str, sorted(counts)))} experts, expected as many "
+                "in every block; make a new plan"
+            )
 
     def to_json(self) -> str:
         """Return the plan as JSON; the same plan gives the same bytes."""
@@ -362,6 +440,8 @@ def _place(unit: UnitPlan) -> dict[str, Any]:
 def _rare(unit: UnitPlan) -> dict[str, Any]:
     """Return what is written of a unit only where it differs from what most are."""
     fields: dict[str, Any] = {"experts": unit.ffns} if unit.ffns > 1 else {}
+    if unit.loses_experts:
+        fields |= {"kept_experts": len(unit.kept_ffns), "lost_output": unit.lost_output}
     if unit.part != "ffn":
         fields["part"] = unit.part
     if unit.cost > 1:
@@ -434,11 +514,18 @@ def _unit(entry: dict[str, Any], index: int, removed: Collection[int] = ()) -> U
     if len(mask) < total or len(mask) - total >= 8 or mask[total:].any():
         raise ValueError(f"kept channels do not fit a width of {width}")
     is_removed = entry.get("block", index) in removed
-    for kept in set(mask[:total].reshape(ffns, width).sum(axis=1, dtype=int).tolist()):
+    kept_E = mask[:total].reshape(ffns, width).sum(axis=1, dtype=int)
+    experts = entry.get("kept_experts", ffns)
+    for kept in set(kept_E.tolist()) - ({0} if experts < ffns else set()):
         # An attention may go whole, an FFN only with its block.
         may_go = is_removed or entry.get("part") == "kv"
         if (is_removed if kept else not may_go) or kept != entry["kept_width"]:
             raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
+    if not is_removed and np.count_nonzero(kept_E) != experts:
+        raise ValueError(f"{np.count_nonzero(kept_E)} experts are kept, {experts} are announced")
+    lost_output = float(entry.get("lost_output", 0.0))
+    if not 0 <= lost_output <= 1:
+        raise ValueError(f"a block's experts that go added {lost_output} of what all added")
     distance, importance = float(entry["distance"]), float(entry["importance"])
     if not math.isfinite(distance) or not math.isfinite(importance):
         raise ValueError(f"a block has the distance {distance} and the importance {importance}")
@@ -464,4 +551,5 @@ def _unit(entry: dict[str, Any], index: int, removed: Collection[int] = ()) -> U
         path=path,
         cost=cost,
         part=part,
+        lost_output=lost_output,
     )

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cfsp.architecture.proof import check_experts_can_go
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough
+from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.engine.two_streams import TwoStreams
@@ -24,8 +26,10 @@ from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
 from cfsp.planning.block_budget import BlockBudget
 from cfsp.planning.block_removal import blocks_to_remove
+from cfsp.planning.experts import experts_to_keep, warn_of_lost_experts
 from cfsp.planning.make import (
     assemble_plan,
+    budget_of_channels,
     choose_channels,
     definite_criterion,
     model_size,
@@ -93,12 +97,17 @@ def plan_and_repair(
             check_blocks_can_go(source, plan.removed_blocks)
         if plan.removed_attentions:
             check_attentions_can_go(source, plan.removed_attentions)
+        if plan.kept_experts is not None:
+            stock = stock_config(source.config)
+            check_experts_can_go(stock, source.architecture, plan.experts_of_blocks)
     elif statistics is None:
         _check_budget(source, settings.budget)
     else:
         with watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     steps = REPAIRS[1 : REPAIRS.index(settings.repair) + 1]
+    if _only_experts_go(settings.budget, plan):
+        steps = ()  # nothing that stays could take over what they did
     if not steps:
         if plan is not None:
             return Repaired(plan, statistics)
@@ -134,14 +143,25 @@ def plan_and_repair(
     return repaired
 
 
+def _only_experts_go(budget: Budget, plan: PruningPlan | None) -> bool:
+    """Return whether nothing but whole experts goes."""
+    if plan is None:
+        return budget.parts == ("experts",)
+    is_whole = all(unit.kept_width == unit.width for unit in plan.units)
+    return plan.kept_experts is not None and is_whole
+
+
 def _check_budget(source: WeightSource, budget: Budget) -> None:
     """Check a budget before it has cost a forward pass.
 
     Raises:
         BudgetError: it is impossible whatever goes.
     """
+    experts = experts_to_keep(source, budget)
     if budget.whole_part is None:
-        channels_to_keep(budget, model_size(source))
+        if budget.removes_channels:
+            size = model_size(source, experts=experts)
+            channels_to_keep(budget_of_channels(source, budget, size), size)
     elif not budget.leaves_number_open or budget.removes_blocks:
         # Whether channels give what blocks leave over is tried.
         BlockBudget.of(source, replace(budget, parts=(budget.whole_part,)))
@@ -197,8 +217,8 @@ def _calibrate_and_plan(
 ) -> Repaired:
     criterion = settings.criterion
     with watch.stage("calibrate"):
-        # Where no channels are chosen, nothing needs the whole text.
-        all_of_it = settings.budget.removes_channels
+        # Where only blocks are chosen, nothing needs the whole text.
+        all_of_it = settings.budget.removes_channels or settings.budget.removes_experts
         seen = windows if all_of_it else few_windows(windows, COARSE_WINDOWS)
         statistics = _calibrated(source, seen, settings, engine, place, "calibrate")
         settings, statistics = with_block_count(
@@ -254,12 +274,13 @@ def _choose_and_repair(
     removal = definite_criterion(criterion, coarse, budget).removal
     removed = blocks_to_remove(source, coarse, budget, removal)
     coarse = with_needed_sensitivity(source, coarse, windows, criterion, engine, place)
-    widths = plan_widths(source, coarse, budget, criterion, removed)
+    experts = experts_to_keep(source, budget)
+    widths = plan_widths(source, coarse, budget, criterion, removed, experts)
     chosen = choose_and_repair(
         source,
         windows,
         lambda unit, observed: choose_channels(
-            source, unit, observed, widths.kept_U[unit], criterion
+            source, unit, observed, widths.kept_U[unit], criterion, experts
         ),
         engine,
         place,
@@ -275,6 +296,7 @@ def _choose_and_repair(
     kept = [kept_K for block in chosen for kept_K in block.kept]
     plan = assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
     warn_of_few_tokens(plan)
+    warn_of_lost_experts(plan)
     return _with_ridge(Repaired(plan, statistics), chosen)
 
 

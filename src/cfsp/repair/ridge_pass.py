@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.accumulators import DistanceSums
+from cfsp.calibration.accumulators import DistanceSums, OutputNorms
 from cfsp.calibration.calibrate import (
     StatisticsFiles,
     calibration_record,
@@ -189,12 +189,15 @@ class _RidgeRepair:
             return observed
         distances, sublayers = DistanceSums(), [DistanceSums() for _ in block.units]
         observations = [Observation(self._is_held_out_N, unit.ffns) for unit in block.units]
+        outputs = OutputNorms([unit.ffns if unit.expert_axes else 0 for unit in block.units])
         block.advance(
             lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
             distances.add,
             lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
+            outputs.add,
         )
-        own = observed_block(block, distances, [each.channels for each in observations], sublayers)
+        channels = [each.channels for each in observations]
+        own = observed_block(block, distances, channels, sublayers, outputs)
         observed = add_up_block(own, self._team, block.device)
         check_seen(block.units, observed.units)
         repairing = block.index % self._team.size
@@ -264,8 +267,8 @@ def _repair_block(
             repair = replace(repair, block=block, path=source.units[index].path)
         repairs.append(repair)
         if repair.kept:
-            down_EDK = [solution.down_DK for solution in solutions]
-            tensors |= tensors_with_down(source, index, down_EDK)
+            down_of = {ffn: solution.down_DK for ffn, solution in solutions.items()}
+            tensors |= tensors_with_down(source, index, down_of)
     file = write_tensors(directory, block, tensors) if tensors else None
     repaired = [RepairedBlock(repair, file if repair.kept else None) for repair in repairs]
     return _facts_of(kept, repaired)
@@ -273,15 +276,19 @@ def _repair_block(
 
 def _repair_unit(
     source: WeightSource, index: int, kept: Sequence[int], observed: Observation
-) -> tuple[list[RidgeSolution], BlockRepair]:
-    """Return the repaired down projections of an FFN unit, and what was done with them."""
+) -> tuple[dict[int, RidgeSolution], BlockRepair]:
+    """Return the repaired down projections of the FFNs of a unit, and what was done with them.
+
+    Of experts that go whole there are none.
+    """
     unit = source.units[index]
-    kept_width = len(kept) // unit.ffns
-    solutions, experts = [], []
-    for ffn in range(unit.ffns):
+    kept_of: dict[int, list[int]] = {}
+    for channel in kept:
+        kept_of.setdefault(channel // unit.width, []).append(channel % unit.width)
+    solutions, experts = {}, []
+    for ffn, own_K in kept_of.items():
         down_DF = down_matrix(source, index, ffn).to(observed.device)
-        own_K = kept[ffn * kept_width : (ffn + 1) * kept_width]
-        own = unit.columns_of([channel - ffn * unit.width for channel in own_K])
+        own = unit.columns_of(own_K)
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
         few = unit.ffns > 1 and (
             observed.gram_E[ffn].tokens < LEAST_TOKENS
@@ -293,11 +300,11 @@ def _repair_unit(
         else:
             gram_FF = observed.gram_E[ffn].mean()
             solution = repair_down_projection(down_DF, own, gram_FF, held_out_RF)
-        solutions.append(solution)
+        solutions[ffn] = solution
         errors = round(solution.error_before, 6), round(solution.error_after, 6)
         kept_new = solution.ridge is not None
         experts.append(ExpertRepair(*errors, kept_new, solution.ridge, few))
-    return solutions, _of_unit(solutions, tuple(experts))
+    return solutions, _of_unit(list(solutions.values()), tuple(experts))
 
 
 def _of_unit(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, ...]) -> BlockRepair:

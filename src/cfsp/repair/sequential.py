@@ -221,7 +221,7 @@ def _repair_block(
             best, least = (ridge, new_DK), loss
     if best is not None:
         ridge, new_DK = best
-        tensors = tensors_with_down(pruned, unit, [new_DK])
+        tensors = tensors_with_down(pruned, unit, {0: new_DK})
         # Where something follows the down projection, a norm for one, it is not as predicted.
         after = work.accept(before, tensors, _loss)
         if after is not None:

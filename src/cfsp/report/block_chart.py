@@ -74,7 +74,8 @@ def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
                     "Channels that stay" if part == "ffn" else "KV groups that stay", run, runs
                 ),
                 [0 if unit is None else unit.width for unit in units],
-                [0 if unit is None else unit.kept_width for unit in units],
+                # Experts that go whole take their channels along.
+                [0 if unit is None else round(unit.width * unit.kept_share) for unit in units],
                 bands,
                 names,
             )
@@ -97,7 +98,7 @@ def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
             f"{unit.distance:.4f}",
             f"{unit.importance:.3f}",
             f"{unit.width:,}",
-            f"{unit.kept_width:,}",
+            unit.kept_in_words,
         ]
 
     nouns = ("distance", "importance", "before", "kept")

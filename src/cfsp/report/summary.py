@@ -65,6 +65,10 @@ def summary_rows(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
     return {heading: rows for heading, rows in sections.items() if rows}
 
 
+# What a manifest says of the same form, and what it is called.
+_OTHER_PARTS = {"kv_groups": "KV groups", "experts": "experts"}
+
+
 def headlines(run: RunFacts) -> list[Headline]:
     """Return the few numbers that sum up a run."""
     manifest = run.manifest
@@ -85,14 +89,13 @@ def headlines(run: RunFacts) -> list[Headline]:
     if "ffn_sparsity" in manifest:
         before, after = sum(manifest["widths_before"]), sum(manifest["intermediate_sizes"])
         lines.append(
-            Headline(
-                percent_less(manifest["ffn_sparsity"]), "FFN channels", f"{before:,} to {after:,}"
-            )
+            Headline(percent_less(_channels_gone(run)), "FFN channels", f"{before:,} to {after:,}")
         )
-    if groups := manifest.get("kv_groups"):
-        before, after = sum(groups["before"]), sum(groups["after"])
-        share = percent_less(groups["sparsity"])
-        lines.append(Headline(share, "KV groups", f"{before:,} to {after:,}"))
+    for key, noun in _OTHER_PARTS.items():
+        if part := manifest.get(key):
+            before, after = sum(part["before"]), sum(part["after"])
+            share = percent_less(part["sparsity"])
+            lines.append(Headline(share, noun, f"{before:,} to {after:,}"))
     names = short_names(each.text for each in run.measured.perplexity)
     compared = {k: v for k, v in run.measured.perplexity.items() if len(v) == 2}
     for conditions, value in list(compared.items())[:2]:
@@ -108,6 +111,14 @@ def headlines(run: RunFacts) -> list[Headline]:
             lines.append(Headline(f"{_TIMES} {speed['ratio']:.2f}", "decode speed", detail))
             break
     return lines
+
+
+def _channels_gone(run: RunFacts) -> float:
+    """Return the share of FFN channels that went; beside experts only of those that stay."""
+    manifest = run.manifest
+    if "experts" not in manifest:
+        return float(manifest["ffn_sparsity"])
+    return 1 - float(sum(manifest["intermediate_sizes"]) / sum(manifest["widths_before"]))
 
 
 def _size(runs: Sequence[RunFacts]) -> list[Row]:
@@ -138,7 +149,7 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
                 *(
                     Cell(
                         f"{sum(run.manifest['intermediate_sizes']):,}",
-                        percent_less(run.manifest["ffn_sparsity"]),
+                        percent_less(_channels_gone(run)),
                     )
                     if run in known
                     else _NOTHING
@@ -147,11 +158,12 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
             ],
         ),
     ]
-    with_groups = [run.manifest["kv_groups"] for run in known if "kv_groups" in run.manifest]
-    if with_groups:
-        before = sum(with_groups[0]["before"])
-        cells = [_groups_cell(run.manifest.get("kv_groups"), before) for run in runs]
-        rows.append(Row("KV groups", [Cell(f"{before:,}"), *cells]))
+    for key, noun in _OTHER_PARTS.items():
+        with_part = [run.manifest[key] for run in known if key in run.manifest]
+        if with_part:
+            before = sum(with_part[0]["before"])
+            cells = [_part_cell(run.manifest.get(key), before) for run in runs]
+            rows.append(Row(noun, [Cell(f"{before:,}"), *cells]))
     if not all(run.weight_bytes for run in runs):
         return rows  # a sweep keeps no weights
     each = known[0].weight_bytes / first["parameters_after"]
@@ -161,11 +173,11 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
     return [*rows, Row("weights on disk", disk, hint)]
 
 
-def _groups_cell(groups: dict[str, Any] | None, before: int) -> Cell:
-    """Return how many KV groups a run has left; where none could go, all."""
-    if not groups:
+def _part_cell(part: dict[str, Any] | None, before: int) -> Cell:
+    """Return how many KV groups or experts a run has left; where none could go, all."""
+    if not part:
         return Cell(f"{before:,}")
-    return Cell(f"{sum(groups['after']):,}", percent_less(groups["sparsity"]))
+    return Cell(f"{sum(part['after']):,}", percent_less(part["sparsity"]))
 
 
 def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePath
+from statistics import fmean
 from typing import Any
 
 from cfsp.architecture.model_classes import auto_class_of_type
@@ -112,7 +113,7 @@ def _what_it_is(
         what = "channels" if _counts_channels(plan) else "parameters"
         lines += [
             f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN {what}"
-            f"{_groups_in_words(manifest)}, which are "
+            f"{_groups_in_words(manifest)}{_experts_in_words(manifest)}, which are "
             f"{manifest['model_sparsity']:.1%} of all parameters. cfsp removed the weakest of them "
             f"({_PAPER}); what is left is an ordinary dense checkpoint.",
             "",
@@ -183,6 +184,18 @@ def _groups_in_words(manifest: dict[str, Any]) -> str:
     return f" and {groups['sparsity']:.1%} of its KV groups" if groups else ""
 
 
+def _experts_in_words(manifest: dict[str, Any]) -> str:
+    """Say how many experts went, if some did, and what these did."""
+    experts = manifest.get("experts")
+    if not experts:
+        return ""
+    before, after = experts["before"][0], experts["after"][0]
+    return (
+        f" (without {before - after} of the {before} experts of each block, which added "
+        f"{fmean(experts['lost_output']):.1%} of what all experts add to the hidden states)"
+    )
+
+
 def _counts_channels(plan: PruningPlan | None) -> bool:
     """Return whether the share of FFN channels that went is that of FFN parameters."""
     return plan is None or plan.counts_channels
@@ -198,16 +211,16 @@ def _size_table(manifest: dict[str, Any], plan: PruningPlan | None) -> str:
         f"| {manifest['model_sparsity']:.1%} |\n"
         f"| FFN channels{by_parameters} | {sum(manifest['widths_before']):,} "
         f"| {sum(manifest['intermediate_sizes']):,} | {manifest['ffn_sparsity']:.1%} |\n"
-        f"{_groups_row(manifest)}"
+        f"{_row_of(manifest.get('kv_groups'), 'KV groups')}"
+        f"{_row_of(manifest.get('experts'), 'experts')}"
     )
 
 
-def _groups_row(manifest: dict[str, Any]) -> str:
-    groups = manifest.get("kv_groups")
-    if not groups:
+def _row_of(part: dict[str, Any] | None, noun: str) -> str:
+    if not part:
         return ""
-    before, after = sum(groups["before"]), sum(groups["after"])
-    return f"| KV groups | {before:,} | {after:,} | {groups['sparsity']:.1%} |\n"
+    before, after = sum(part["before"]), sum(part["after"])
+    return f"| {noun} | {before:,} | {after:,} | {part['sparsity']:.1%} |\n"
 
 
 def _quality(manifest: dict[str, Any]) -> str:
@@ -340,7 +353,7 @@ def _license(origin: Origin) -> str:
 def _block_table(plan: PruningPlan) -> str:
     rows = [
         f"| {unit.name} | {unit.distance:.4f} | {unit.importance:.3f} | {unit.width} "
-        f"| {unit.kept_width if unit.kept else 'removed'} |"
+        f"| {unit.kept_in_words} |"
         for unit in plan.units
     ]
     head = "| block | distance | importance | channels before | after |\n|---:|---:|---:|---:|---:|"

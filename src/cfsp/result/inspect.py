@@ -22,6 +22,7 @@ _FROM_MANIFEST = (
     "removed_attentions",
     "ffn_sparsity",
     "kv_groups",
+    "experts",
     "model_sparsity",
     "parameters_before",
     "repair",

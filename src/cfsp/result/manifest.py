@@ -62,7 +62,7 @@ def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
 _IN_CONFIG = (
     "operation", "created", "versions", "base_model", "criterion", "calibration", "removed_blocks",
     "ffn_sparsity", "model_sparsity", "parameters_before", "repair", "perplexity", "command",
-    "kv_groups", "removed_attentions",
+    "kv_groups", "experts", "removed_attentions",
 )  # fmt: skip
 
 

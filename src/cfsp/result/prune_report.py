@@ -31,6 +31,9 @@ class PruneReport:
         intermediate_sizes: channels of every FFN unit of the result, in the order of blocks.
         kv_groups: KV groups of every attention `before` and `after`, in the order of blocks, and
             the `sparsity`; empty where none may go.
+        experts: routed experts of every block that has them `before` and `after`, the `sparsity`,
+            and by block the share of what all add that those added which went (`lost_output`);
+            empty where none went.
         calibration_tokens: tokens that the statistics were gathered over.
         repair: what each step of repair did with each block (see `Repaired.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
@@ -56,6 +59,7 @@ class PruneReport:
     model_sparsity: float
     intermediate_sizes: list[int]
     kv_groups: dict[str, Any]
+    experts: dict[str, Any]
     calibration_tokens: int
     repair: dict[str, Any]
     experts_with_few_tokens: list[dict[str, Any]]
@@ -80,7 +84,8 @@ class PruneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the plan, as JSON types."""
-        hidden = {"plan"} if self.kv_groups else {"plan", "kv_groups"}
+        only_if_there = ("kv_groups", "experts")
+        hidden = {"plan", *(name for name in only_if_there if not getattr(self, name))}
         return {k: v for k, v in vars(self).items() if k not in hidden}
 
 
@@ -90,6 +95,20 @@ def _kv_groups(plan: PruningPlan) -> dict[str, Any]:
     if not before:
         return {}
     return {"before": before, "after": after, "sparsity": round(plan.kv_sparsity, 6)}
+
+
+def _experts(plan: PruningPlan) -> dict[str, Any]:
+    """Return what becomes of routed experts, as JSON types; empty where none goes whole."""
+    units = [unit for unit in plan.kept_units if unit.loses_experts]
+    if not units:
+        return {}
+    before, after = [unit.ffns for unit in units], [len(unit.kept_ffns) for unit in units]
+    return {
+        "before": before,
+        "after": after,
+        "sparsity": round(1 - sum(after) / sum(before), 6),
+        "lost_output": [unit.lost_output for unit in units],
+    }
 
 
 def dequantisation_of(source: WeightSource) -> dict[str, str]:
@@ -131,6 +150,7 @@ def prune_report(
         model_sparsity=round(1 - after / before, 6),
         intermediate_sizes=plan.widths_of("ffn")[1],
         kv_groups=_kv_groups(plan),
+        experts=_experts(plan),
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
         repair=repaired.to_json(),
         experts_with_few_tokens=plan.experts_with_few_tokens,

@@ -110,8 +110,17 @@ def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
 def _widths(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
     plan = PruningPlan.load(source.directory / PLAN_FILE)
     nouns: dict[Part, str] = {"ffn": "FFNs", "kv": "attentions"}
-    problems = (_widths_of(part, nouns[part], source, plan, manifest) for part in nouns)
+    problems = [_widths_of(part, nouns[part], source, plan, manifest) for part in nouns]
+    problems.append(_experts(source, plan))
     return next((problem for problem in problems if problem is not None), None)
+
+
+def _experts(source: Checkpoint, plan: PruningPlan) -> str | None:
+    found = [unit.ffns for unit in source.architecture.of_part("ffn").units]
+    planned = [len(unit.kept_ffns) for unit in plan.kept_units if unit.part == "ffn"]
+    if found == planned:
+        return None
+    return f"config.json says that FFNs have {found} experts, the plan {planned}"
 
 
 def _widths_of(

@@ -1,7 +1,7 @@
 """Methods: what makes a block and a channel important, the repair, and how widths are rounded.
 
-All but the last two remove FFN channels only, so at one budget their results have the same size. A
-recipe can name others; these have a name of their own:
+All but the last three remove FFN channels only, so at one budget their results have the same size.
+A recipe can name others; these have a name of their own:
 
     cfsp            what `cfsp prune` does: blocks by sensitivity where the model fits into memory,
                     else by angular distance, channels by relative importance, repaired
@@ -15,6 +15,7 @@ recipe can name others; these have a name of their own:
     blocks          whole blocks, together, repaired; the sparsity is the share of block parameters
     blocks-alone    the blocks that alone turn the hidden state least, not repaired (ShortGPT, arXiv
                     2403.03853)
+    experts         whole routed experts, by REAP's score; the sparsity is the share of experts
 """
 
 from __future__ import annotations
@@ -70,5 +71,6 @@ METHODS = {
         Method("random", "uniform", "random", repair="none"),
         Method("blocks", parts=("blocks",)),
         Method("blocks-alone", repair="none", parts=("blocks",), removal=INFLUENCE),
+        Method("experts", parts=("experts",)),
     )
 }

@@ -33,12 +33,13 @@ from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning.allocation import channels_to_keep
 from cfsp.planning.block_budget import BlockBudget
+from cfsp.planning.experts import experts_to_keep
 from cfsp.planning.make import model_size
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.result.manifest import add_to_manifest
-from cfsp.settings import OWN_TEXT, Compute
+from cfsp.settings import DEFAULT_PARTS, OWN_TEXT, Compute, Part
 from cfsp.sweep.measured import (
     Row,
     check_conditions,
@@ -103,7 +104,10 @@ def run_sweep(
     check_texts(recipe.eval, "evaluation")
     selection = recipe.task_selection
     tasks = None if selection is None else TaskRunner.of(selection)
-    source = open_checkpoint(recipe.model)
+    parts: tuple[Part, ...] = DEFAULT_PARTS
+    if any("experts" in method.parts for method in recipe.methods):
+        parts = (*parts, "experts")
+    source = open_checkpoint(recipe.model, parts=parts)
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
         _claim(out, recipe)
@@ -173,9 +177,10 @@ def _check(sweep: _Sweep) -> None:
     size, tokenizer = model_size(source), load_tokenizer(source.directory)
     for point in recipe.points:
         budget = recipe.settings(point, sweep.compute).budget
+        experts_to_keep(source, budget)
         if budget.whole_part is not None:
             BlockBudget.of(source, budget)
-        else:
+        elif budget.removes_channels:
             channels_to_keep(budget, size)
     evaluation_windows(recipe.evaluation, source)
     if sweep.tasks is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.experts import masked_experts
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.quality.perplexity import perplexity
@@ -89,8 +90,8 @@ def without_attention(block: nn.Module, unit: Unit) -> Iterator[None]:
 def masked_unit(block: nn.Module, unit: Unit, kept_K: Sequence[int]) -> Iterator[None]:
     """Let one unit of a decoder block compute as if it had the kept channels only.
 
-    The pruned columns of its down projections are zero meanwhile, and kept elsewhere. An attention
-    that keeps none is not there meanwhile.
+    The pruned columns of its down projections are zero meanwhile, and kept elsewhere. To experts
+    that keep none the router sends no token, and an attention that keeps none is not there.
     """
     if unit.part == "kv" and not kept_K:
         with without_attention(block, unit):
@@ -108,12 +109,21 @@ def masked_unit(block: nn.Module, unit: Unit, kept_K: Sequence[int]) -> Iterator
         for is_pruned_F in is_pruned_EF
     ]
     saved: list[Tensor] = []
-    try:
+    staying = (~is_pruned_EF).any(1).nonzero().flatten().tolist()
+    with ExitStack() as stack:
+        stack.callback(_put_back, matrices, axis, pruned, saved)
+        if 0 < len(staying) < unit.ffns and unit.expert_axes:
+            stack.enter_context(masked_experts(block, unit, staying))
         for matrix, pruned_P in zip(matrices, pruned, strict=True):
             saved.append(matrix.index_select(axis, pruned_P))
             matrix.index_fill_(axis, pruned_P, 0)
         yield
-    finally:
-        # Fewer are saved than there are where the loop was interrupted.
-        for matrix, pruned_P, columns in zip(matrices, pruned, saved, strict=False):
-            matrix.index_copy_(axis, pruned_P, columns)
+
+
+def _put_back(
+    matrices: Sequence[Tensor], axis: int, pruned: Sequence[Tensor], saved: Sequence[Tensor]
+) -> None:
+    """Give matrices their pruned columns again."""
+    # Fewer are saved than there are where the loop was interrupted.
+    for matrix, pruned_P, columns in zip(matrices, pruned, saved, strict=False):
+        matrix.index_copy_(axis, pruned_P, columns)

@@ -1,0 +1,154 @@
+"""Which routed experts stay: equally many in every block, so that a stock config says it.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cfsp.architecture.experts import counts_near
+from cfsp.architecture.proof import why_not_experts
+from cfsp.checkpoint.config_widths import stock_config
+from cfsp.checkpoint.reading import parameter_count
+from cfsp.errors import BudgetError, StatisticsError, UsageError
+
+if TYPE_CHECKING:
+    from cfsp.architecture.found import RoutedExperts
+    from cfsp.calibration.statistics import UnitStatistics
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.planning.plan_file import PruningPlan
+    from cfsp.settings import Budget
+
+# Where experts are redundant, those that go add much less than their share of all experts.
+MUCH_OF_THEIR_SHARE = 0.5
+
+log = logging.getLogger(__name__)
+
+
+def expert_scores(statistics: UnitStatistics) -> Tensor:
+    """Return the score of every expert of a unit, float64 [E].
+
+    REAP, router-weighted expert activation pruning (Lasby et al., ICLR 2026, arXiv 2510.13999): the
+    mean over the tokens that are routed to the expert of the router's weight times the L2 norm of
+    the expert's output. An expert that no token was routed to scores 0.
+
+    Raises:
+        StatisticsError: what the experts give was not looked at.
+    """
+    if not len(statistics.output_norm_E):
+        raise StatisticsError(
+            "the removal of experts needs what each of them adds, which these statistics do not "
+            "have; make them with: cfsp calibrate --parts experts"
+        )
+    routed_E = torch.tensor(statistics.routed_E, dtype=torch.float64)
+    return statistics.output_norm_E / routed_E.clamp_min(1)
+
+
+def strongest_experts(score_E: Tensor, count: int, groups: int = 1) -> list[int]:
+    """Return the experts with the highest scores, ascending; of equal ones the first.
+
+    Args:
+        score_E: of every expert.
+        count: how many stay.
+        groups: of how many groups, one after the other, equally many stay.
+    """
+    order_GE = score_E.view(groups, -1).argsort(dim=1, descending=True, stable=True)
+    first_G1 = torch.arange(0, len(score_E), len(score_E) // groups)[:, None]
+    kept: list[int] = (first_G1 + order_GE)[:, : count // groups].flatten().sort().values.tolist()
+    return kept
+
+
+def experts_to_keep(source: WeightSource, budget: Budget) -> int | None:
+    """Return how many experts every block keeps; None where none may go.
+
+    It is the number that is nearest to the budget of those by which the model runs.
+
+    Raises:
+        BudgetError: more experts would go than the router can do without.
+        UsageError: it is not said how much of the parts is experts.
+    """
+    if not budget.removes_experts:
+        return None
+    experts = source.architecture.experts
+    assert experts is not None
+    if budget.remove_experts is not None:
+        wanted = float(experts.count - budget.remove_experts)
+    elif budget.removes_channels:
+        raise UsageError(
+            f"--parts {','.join(budget.parts)} requires how many experts of each block go: --set "
+            "remove_experts=N; the sparsity is then of what the others lose"
+        )
+    elif budget.of == "model":
+        each = parameters_of_experts(source) / experts.count
+        wanted = experts.count - budget.sparsity * parameter_count(source) / each
+    else:
+        wanted = experts.count * (1 - budget.sparsity)
+    rounded = experts.groups * round(wanted / experts.groups)
+    if rounded == experts.count:
+        return rounded
+    possible = (n for n in counts_near(rounded, experts) if _is_possible(source, n))
+    found = next(possible, experts.count)
+    # A router may want a multiple of something, which is one step away, or a least number.
+    if found > rounded and not any(_is_possible(source, n) for n in range(1, rounded)):
+        raise _out_of_reach(source, experts, rounded)
+    if budget.remove_experts is not None and found != wanted:
+        raise BudgetError(
+            f"cannot remove {budget.remove_experts} of {experts.count} experts of each block: the "
+            f"router of {source.label} does not run with {wanted:.0f}; {experts.count - found} can "
+            "be removed"
+        )
+    return found
+
+
+def _is_possible(source: WeightSource, count: int) -> bool:
+    return why_not_experts(stock_config(source.config), source.architecture, count) is None
+
+
+def _out_of_reach(source: WeightSource, experts: RoutedExperts, wanted: int) -> BudgetError:
+    counts = range(experts.groups, experts.count + 1, experts.groups)
+    least = next((n for n in counts if _is_possible(source, n)), experts.count)
+    most = experts.count - least
+    return BudgetError(
+        f"cannot remove {experts.count - wanted} of {experts.count} experts of each block: the "
+        f"router of {source.label} needs {least}; between 0 and {most} can be removed "
+        f"({most / experts.count:.1%})"
+    )
+
+
+def parameters_of_experts(source: WeightSource) -> int:
+    """Return how many parameters go with all experts of a model: theirs and the router's."""
+    stored, units = source.stored, source.units
+    return sum(
+        spec.elements
+        for name, spec in source.specs.items()
+        if name in stored.expert_axes
+        or ((layout := source.layout_of(name)) is not None and units[layout.unit].expert_axes)
+    )
+
+
+def lost_output(statistics: UnitStatistics, kept: list[int]) -> float:
+    """Return the share of what the experts of a unit add that those add which go.
+
+    It is a share of the summed norms of all that they add: how much of the mixture is gone before
+    the router gives the tokens to others.
+    """
+    total = float(statistics.output_norm_E.sum())
+    return 1 - float(statistics.output_norm_E[kept].sum()) / total if total else 0.0
+
+
+def warn_of_lost_experts(plan: PruningPlan) -> None:
+    """Tell people where the experts that go do nearly as much as the others."""
+    if plan.kept_experts is None:
+        return
+    gone = 1 - plan.kept_experts / max(unit.ffns for unit in plan.units)
+    if plan.lost_output > MUCH_OF_THEIR_SHARE * gone:
+        log.warning(
+            "the experts of this model are not redundant on this text: %s; expect much worse "
+            "answers, measure tasks, and try channels inside the experts (--parts ffn)",
+            plan.experts_in_words,
+        )

@@ -1,0 +1,406 @@
+"""Whole experts go: masked is cut, and the checkpoint is a stock one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import cfsp
+from cfsp.architecture.activations import observed_activations
+from cfsp.architecture.proof import prove
+from cfsp.calibration.accumulators import OutputNorms
+from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.tensor_file import TensorFile
+from cfsp.cut.in_memory import build_pruned_model
+from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.families.contract import (
+    SAMPLES,
+    SEQLEN,
+    question_of,
+    save_with_tokenizer,
+    tiny_text,
+    tiny_tokenizer,
+    tokens_of_question,
+)
+from cfsp.families.stock import computed
+from cfsp.families.tiny import tiny_config, tiny_model
+from cfsp.pipeline import prune_checkpoint
+from cfsp.planning.experts import (
+    expert_scores,
+    experts_to_keep,
+    lost_output,
+    strongest_experts,
+    warn_of_lost_experts,
+)
+from cfsp.planning.make import plan_from_statistics
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.report.write import write_report
+from cfsp.result.inspect import inspect_checkpoint
+from cfsp.result.prune_report import PruneReport
+from cfsp.result.verify import verify_checkpoint
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings
+from cfsp.whole_model.masks import masked_channels
+from forks import Forks, Job
+
+PARTS: tuple[Part, ...] = ("experts",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A type, what its config says besides, and the key that says how many experts there are."""
+
+    model_type: str
+    key: str
+    values: dict[str, Any] = field(default_factory=dict)
+    kept: int = 2
+
+
+CASES = {
+    "mixtral": Case("mixtral", "num_local_experts"),
+    "qwen2_moe": Case("qwen2_moe", "num_experts"),
+    "qwen3_moe": Case("qwen3_moe", "num_local_experts", {"num_experts": 6}, kept=3),
+    "olmoe": Case("olmoe", "num_experts"),
+    "granitemoe": Case("granitemoe", "num_local_experts"),
+    "gpt_oss": Case("gpt_oss", "num_local_experts"),
+    "llama4_text": Case("llama4_text", "num_local_experts"),
+    # Groups of experts are chosen first: as many of each must stay.
+    "deepseek_v3": Case(
+        "deepseek_v3",
+        "n_routed_experts",
+        {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+        kept=4,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model without half of its experts, as it was and as a checkpoint."""
+
+    case: Case
+    dense: PreTrainedModel
+    source: Path
+    directory: Path
+    report: PruneReport
+
+
+def settings_for(budget: Budget) -> PruneSettings:
+    return PruneSettings(
+        budget, text=CalibrationText((tiny_text(),), samples=SAMPLES, seqlen=SEQLEN),
+        compute=Compute("cpu"),
+    )  # fmt: skip
+
+
+def dense_model(case: Case) -> PreTrainedModel:
+    model = tiny_model(case.model_type, **case.values)
+    generator = torch.Generator().manual_seed(5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    case, place = CASES[request.param], tmp_path_factory.mktemp(request.param)
+    dense = dense_model(case)
+    save_with_tokenizer(dense, tiny_tokenizer(), place / "dense")
+    source = Checkpoint(place / "dense", parts=PARTS)
+    report = prune_checkpoint(source, place / "out", settings_for(Budget(0.5, parts=PARTS)))
+    return Pruned(case, dense, place / "dense", place / "out", report)
+
+
+def test_the_checkpoint_is_a_stock_one(pruned: Pruned) -> None:
+    config = json.loads((pruned.directory / "config.json").read_text())
+    assert config[pruned.case.key] == pruned.case.kept
+    assert "auto_map" not in config
+    assert not list(pruned.directory.glob("*.py"))
+    smaller = Checkpoint(pruned.directory)
+    # A loader would make up what has another name.
+    model = type(pruned.dense)._from_config(smaller.config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    loaded, info = type(pruned.dense).from_pretrained(pruned.directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {name: tuple(t.shape) for name, t in loaded.state_dict().items()} == expected
+
+
+def test_masked_is_cut(pruned: Pruned) -> None:
+    source, plan = LoadedModel(pruned.dense, PARTS), pruned.report.plan
+    loaded = type(pruned.dense).from_pretrained(pruned.directory).eval()
+    with torch.inference_mode():
+        dense = logits_of(pruned.dense)
+        with masked_channels(source, pruned.dense, dict(enumerate(plan.kept_channels))):
+            masked = logits_of(pruned.dense)
+        torch.testing.assert_close(logits_of(loaded), masked, rtol=1e-5, atol=1e-5)
+        assert (masked - dense).abs().max() > 1e-2
+        torch.testing.assert_close(logits_of(pruned.dense), dense)
+
+
+def logits_of(model: Any) -> Tensor:
+    logits: Tensor = model(input_ids=tokens_of_question()).logits
+    return logits
+
+
+@pytest.mark.parametrize("pruned", ["mixtral", "deepseek_v3", "gpt_oss"], indirect=True)
+def test_stock_software_computes_what_the_masked_model_does(
+    pruned: Pruned, forks: Forks, tmp_path: Path
+) -> None:
+    """In a process without cfsp: logits, generation with a cache, saved again, adapters."""
+    question = question_of(pruned.dense, pruned.directory, pruned.report.plan)
+    assert not question.failed
+    question.save(tmp_path / "question.pt")
+    (finished,) = forks(Job("stock_process.check", {"directory": str(tmp_path)}))
+    assert finished.status == 0, finished.stderr
+    assert torch.load(tmp_path / "answer.pt")["problems"] == {}
+
+
+def test_in_memory_is_what_files_have(pruned: Pruned) -> None:
+    plan = PruningPlan.load(pruned.directory / PLAN_FILE)
+    assert plan == pruned.report.plan
+    in_memory = build_pruned_model(pruned.dense, LoadedModel(pruned.dense, PARTS), plan, {})
+    loaded = type(pruned.dense).from_pretrained(pruned.directory)
+    assert in_memory.config.get_text_config().to_dict()[pruned.case.key] == pruned.case.kept
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, in_memory.state_dict()[name]), name
+
+
+def test_it_says_of_itself_what_went(pruned: Pruned) -> None:
+    plan = pruned.report.plan
+    assert plan.kept_experts == pruned.case.kept
+    manifest = json.loads((pruned.directory / "cfsp.json").read_text())
+    count = len(plan.experts_of_blocks)
+    assert manifest["experts"]["after"] == [pruned.case.kept] * count
+    assert manifest["experts"]["lost_output"] == [
+        unit.lost_output for unit in plan.units if unit.loses_experts
+    ]
+    assert manifest["ffn_sparsity"] == pytest.approx(
+        1 - sum(len(u.kept) * u.cost / u.ffns for u in plan.units)
+        / sum(u.width * u.cost for u in plan.units)
+    )  # fmt: skip
+    checks = verify_checkpoint(Checkpoint(pruned.directory), Compute("cpu"))
+    assert [check.problem for check in checks] == [None] * len(checks)
+    facts = inspect_checkpoint(Checkpoint(pruned.directory))
+    assert facts["experts"] == pruned.case.kept
+    assert facts["pruned"]["experts"] == manifest["experts"]
+    write_report([pruned.directory], pruned.directory.parent / "report.html")
+    before, after = (sum(manifest["experts"][when]) for when in ("before", "after"))
+    assert f"{before} to {after}" in (pruned.directory.parent / "report.html").read_text()
+    card = (pruned.directory / "README.md").read_text()
+    assert f"without {manifest['experts']['before'][0] - pruned.case.kept} of the" in card
+
+
+def test_those_go_that_add_least(pruned: Pruned) -> None:
+    statistics = Statistics.load(pruned.directory / STATISTICS_FILE)
+    for unit, observed in zip(pruned.report.plan.units, statistics.units, strict=True):
+        if unit.ffns == 1:
+            continue
+        groups = pruned.case.values.get("n_group", 1)
+        score_GE = expert_scores(observed).view(groups, -1)
+        expected = [
+            group * score_GE.shape[1] + int(expert)
+            for group, score_E in enumerate(score_GE)
+            for expert in sorted(np.argsort(-score_E.numpy())[: pruned.case.kept // groups])
+        ]
+        assert unit.kept_ffns == expected
+        assert unit.kept_width == unit.width
+        gone = [expert for expert in range(unit.ffns) if expert not in expected]
+        share = observed.output_norm_E[gone].sum() / observed.output_norm_E.sum()
+        assert unit.lost_output == pytest.approx(float(share), abs=1e-6)
+
+
+def test_scores_are_those_of_the_published_formula() -> None:
+    """REAP in NumPy, on the experts and the router of a block of Mixtral."""
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    block = model.model.layers[0]
+    hidden_RD = torch.randn(
+        40, model.config.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
+    source = LoadedModel(model, PARTS)
+    (unit,) = source.units
+    outputs = OutputNorms([unit.ffns])
+    with torch.no_grad(), observed_activations(block, [unit], lambda *_: None, outputs.add):
+        # The pre-hook of the block is what tells how many tokens there are.
+        for hook in block._forward_pre_hooks.values():
+            hook(block, (hidden_RD[None],), {})
+        block.mlp(hidden_RD[None])
+    router_ED, up_EFD, down_EDF = (
+        tensor.detach().numpy()
+        for tensor in (
+            block.mlp.gate.weight, block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj
+        )
+    )  # fmt: skip
+    sum_E, count_E = np.zeros(unit.ffns), np.zeros(unit.ffns)
+    for token_D in hidden_RD.numpy():
+        weight_E = np.exp(router_ED @ token_D)
+        chosen = np.argsort(-weight_E)[:2]
+        for expert in chosen:
+            gate_F, up_F = np.split(up_EFD[expert] @ token_D, 2)
+            output_D = down_EDF[expert] @ (gate_F / (1 + np.exp(-gate_F)) * up_F)
+            sum_E[expert] += weight_E[expert] / weight_E[chosen].sum() * np.linalg.norm(output_D)
+            count_E[expert] += 1
+    seen = tuple(int(count) for count in count_E)
+    zeros = torch.zeros(unit.ffns * unit.width, dtype=torch.float64)
+    statistics = UnitStatistics(0, zeros, zeros, 40, seen, output_norm_E=outputs.norm_UE[0])
+    expected_E = sum_E / np.maximum(count_E, 1)
+    np.testing.assert_allclose(expert_scores(statistics).numpy(), expected_E, rtol=1e-5)
+
+
+def test_an_expert_without_tokens_scores_nothing() -> None:
+    zeros = torch.zeros(12, dtype=torch.float64)
+    norms = torch.tensor([4.0, 0.0, 9.0], dtype=torch.float64)
+    statistics = UnitStatistics(0, zeros, zeros, 10, (2, 0, 3), output_norm_E=norms)
+    assert expert_scores(statistics).tolist() == [2.0, 0.0, 3.0]
+    assert lost_output(statistics, [2]) == pytest.approx(4 / 13)
+
+
+def test_equal_scores_and_groups() -> None:
+    assert strongest_experts(torch.tensor([1.0, 1.0, 1.0, 0.0]), 2) == [0, 1]
+    score_E = torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0])
+    assert strongest_experts(score_E, 4) == [0, 1, 2, 3]
+    assert strongest_experts(score_E, 4, groups=2) == [0, 1, 6, 7]
+    assert strongest_experts(score_E, 4, groups=4) == [0, 2, 5, 7]
+
+
+def saved(place: Path, case: Case) -> Path:
+    save_with_tokenizer(dense_model(case), tiny_tokenizer(), place / "dense")
+    return place / "dense"
+
+
+def test_what_a_router_needs_stays(tmp_path: Path) -> None:
+    source = Checkpoint(saved(tmp_path, CASES["mixtral"]), parts=PARTS)
+    with pytest.raises(BudgetError, match=r"needs 2; between 0 and 2 can be removed \(50.0%\)"):
+        prune_checkpoint(source, tmp_path / "out", settings_for(Budget(0.8, parts=PARTS)))
+    assert not (tmp_path / "out").exists()
+    for removed, kept in ((0, 4), (1, 3), (2, 2)):
+        assert experts_to_keep(source, Budget(parts=PARTS, remove_experts=removed)) == kept
+    assert experts_to_keep(source, Budget(0.3, parts=PARTS)) == 3
+    # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
+    assert experts_to_keep(source, Budget(0.37, of="model", parts=PARTS)) == 2
+    assert experts_to_keep(source, Budget(0.2, of="model", parts=PARTS)) == 3
+    assert experts_to_keep(source, Budget(0.5)) is None
+    grouped = Checkpoint(saved(tmp_path / "grouped", CASES["deepseek_v3"]), parts=PARTS)
+    assert grouped.architecture.experts is not None
+    assert grouped.architecture.experts.groups == 2
+    assert experts_to_keep(grouped, Budget(0.3, parts=PARTS)) == 6
+    with pytest.raises(BudgetError, match="does not run with 5"):
+        experts_to_keep(grouped, Budget(parts=PARTS, remove_experts=3))
+
+
+def test_nothing_removed_is_the_model(tmp_path: Path) -> None:
+    source, out = saved(tmp_path, CASES["mixtral"]), tmp_path / "out"
+    settings = settings_for(Budget(0.0, parts=PARTS))
+    prune_checkpoint(Checkpoint(source, parts=PARTS), out, settings)
+    before, after = (TensorFile(place / "model.safetensors") for place in (source, out))
+    assert before.specs == after.specs
+    for name in before.specs:
+        assert torch.equal(before.read(name), after.read(name))
+    assert json.loads((out / PLAN_FILE).read_text())["plan_version"] == 1
+
+
+def test_channels_of_what_stays_go_too(tmp_path: Path) -> None:
+    """With their repair, from one pass, by its plan and by its statistics."""
+    case, parts = CASES["qwen2_moe"], "ffn,experts"
+    dense, source = dense_model(case), saved(tmp_path, case)
+    asked: dict[str, Any] = {
+        "parts": parts, "remove_experts": 1, "sparsity": 0.25, "multiple": 8,
+        "data": [tiny_text()], "samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu",
+    }  # fmt: skip
+    report = cfsp.prune(source, out=tmp_path / "out", **asked)
+    plan = report.plan
+    experts = [unit for unit in plan.units if unit.ffns > 1]
+    assert {len(unit.kept_ffns) for unit in experts} == {3}
+    kept = sum(unit.kept_width * unit.cost for unit in plan.units)
+    assert kept / sum(unit.width * unit.cost for unit in plan.units) == pytest.approx(
+        0.75, abs=0.05
+    )
+    assert report.repair["steps"][0]["name"] == "ridge"
+    loaded = cfsp.load(tmp_path / "out")
+    again = cfsp.prune(dense, tiny_tokenizer(), **asked)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    unrepaired = cfsp.prune(source, out=tmp_path / "unrepaired", repair="none", **asked)
+    question = question_of(dense, tmp_path / "unrepaired", unrepaired.plan)
+    found, _ = computed(cfsp.load(tmp_path / "unrepaired"), question.tokens_BT)
+    torch.testing.assert_close(found["logits"], question.expected["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_one_plan_after_the_other_from_the_same_statistics(tmp_path: Path) -> None:
+    source = saved(tmp_path, CASES["mixtral"])
+    text: dict[str, Any] = {
+        "data": [tiny_text()], "samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu",
+    }  # fmt: skip
+    statistics = cfsp.calibrate(source, parts="experts", **text)
+    statistics.save(tmp_path / "statistics")
+    again = Statistics.load(tmp_path / "statistics")
+    checkpoint = Checkpoint(source, parts=PARTS)
+    for removed in (1, 2):
+        budget = Budget(parts=PARTS, remove_experts=removed)
+        plan = plan_from_statistics(checkpoint, again, budget, Criterion())
+        assert plan.kept_experts == 4 - removed
+        assert PruningPlan.from_json(plan.to_json()) == plan
+    by_channels = cfsp.calibrate(source, **text)
+    with pytest.raises(StatisticsError, match="calibrate with the same --parts"):
+        plan_from_statistics(checkpoint, by_channels, Budget(0.5, parts=PARTS), Criterion())
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"parts": "experts,blocks"}, "experts go one after the other"),
+        ({"parts": "ffn", "remove_experts": 1}, "belongs to --parts experts"),
+        ({"parts": "experts", "remove_experts": -1}, "at least 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        Budget(0.5, **{**values, "parts": tuple(values["parts"].split(","))})
+
+
+def test_channels_beside_experts_require_their_number(tmp_path: Path) -> None:
+    parts: tuple[Part, ...] = ("ffn", "experts")
+    source = Checkpoint(saved(tmp_path, CASES["mixtral"]), parts=parts)
+    with pytest.raises(UsageError, match="--set remove_experts=N"):
+        prune_checkpoint(source, tmp_path / "out", settings_for(Budget(0.5, parts=parts)))
+
+
+REFUSED = {
+    "no experts": ("llama", {}, "it has no routed experts"),
+    "as few as are chosen": ("mixtral", {"num_local_experts": 2}, "it runs with 1 experts"),
+    # Their router chooses among groups by the two best of each.
+    "groups of two": (
+        "deepseek_v3",
+        {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+        "it runs with 7 experts",
+    ),
+    "other experts by the same number": ("jetmoe", {}, "prune|report"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_go_is_refused_by_name(name: str) -> None:
+    model_type, values, expected = REFUSED[name]
+    config = tiny_config(model_type, **values)
+    with pytest.raises(UnsupportedModelError, match=expected):
+        prove(config, parts=PARTS)
+
+
+def test_experts_that_are_not_redundant_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Checkpoint(saved(tmp_path, CASES["mixtral"]), parts=PARTS)
+    plan = prune_checkpoint(source, tmp_path / "out", settings_for(Budget(0.5, parts=PARTS))).plan
+    assert "not redundant on this text: 2 of 4 experts of each block go (50.0%)" in caplog.text
+    caplog.clear()
+    units = tuple(replace(unit, lost_output=0.1) for unit in plan.units)
+    warn_of_lost_experts(replace(plan, units=units))
+    assert not caplog.text
