@@ -417,6 +417,7 @@ class TargetKVCache:
         flag="target-kv-cache",
         metavar="F",
         default="",
+        advanced=True,
     )
 
     def __post_init__(self) -> None:

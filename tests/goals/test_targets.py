@@ -142,7 +142,7 @@ def test_target_params(model: Path, text_file: Path, tmp_path: Path, repair: str
     assert manifest["goal"]["goal"] == "target_params"
     assert manifest["goal"]["asked"] == 0.75
     budget = {"sparsity": 0.25, "of": "model", "multiple": 8, "widths": "importance"}
-    whole = {"remove_blocks": None, "remove_attentions": None}
+    whole = {"remove_blocks": None, "remove_attentions": None, "remove_experts": None}
     assert manifest["goal"]["budget"] == {**budget, "parts": ["ffn"], **whole}
     assert "keep 0.75 of all parameters" in (out / "README.md").read_text()
 

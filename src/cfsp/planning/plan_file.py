@@ -516,12 +516,12 @@ def _unit(entry: dict[str, Any], index: int, removed: Collection[int] = ()) -> U
     is_removed = entry.get("block", index) in removed
     kept_E = mask[:total].reshape(ffns, width).sum(axis=1, dtype=int)
     experts = entry.get("kept_experts", ffns)
+    # An attention may go whole, an FFN only with its block.
+    may_go = is_removed or entry.get("part") == "kv"
     for kept in set(kept_E.tolist()) - ({0} if experts < ffns else set()):
-        # An attention may go whole, an FFN only with its block.
-        may_go = is_removed or entry.get("part") == "kv"
         if (is_removed if kept else not may_go) or kept != entry["kept_width"]:
             raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
-    if not is_removed and np.count_nonzero(kept_E) != experts:
+    if not (may_go and entry["kept_width"] == 0) and np.count_nonzero(kept_E) != experts:
         raise ValueError(f"{np.count_nonzero(kept_E)} experts are kept, {experts} are announced")
     lost_output = float(entry.get("lost_output", 0.0))
     if not 0 <= lost_output <= 1:
