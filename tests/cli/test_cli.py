@@ -130,10 +130,8 @@ def test_parts_are_known_and_kept_in_one_order(cli: Cli, tmp_path: Path) -> None
     assert Budget(parts=("blocks", "ffn")).parts == ("ffn", "blocks")
     prune = ("prune", "demo", "--out", tmp_path / "o", "--sparsity", 0.2)
     _, error = cli(*prune, "--parts", "ffn,bloks", status=2)
-    assert (
-        "--parts must be of ffn, kv, attention, blocks, experts, found 'bloks'; did you mean blocks?"
-        in error
-    )
+    assert "--parts must be of ffn, kv, attention, blocks, experts, found 'bloks'" in error
+    assert "; did you mean blocks?" in error
 
 
 @pytest.mark.parametrize("command", commands())
