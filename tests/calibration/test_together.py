@@ -153,8 +153,10 @@ def test_more_processes_than_batches_are_refused() -> None:
 
 def test_one_process_adds_up_to_itself() -> None:
     observed = [random_block(8), random_block(12, block=1)]
-    # A block without FFNs, and one with two.
-    units = (*observed[0].units, *random_block(6, block=0).units)
+    # A block without FFNs, and one with two, of which one has experts.
+    norm_E = torch.tensor([1.5, 0.0], dtype=torch.float64)
+    experts = replace(random_block(6, block=0).units[0], routed_E=(3, 0), output_norm_E=norm_E)
+    units = (*observed[0].units, experts)
     none = replace(random_block(8), units=())
     statistics = Statistics.of([replace(observed[0], units=units), none, observed[1]], RECORD)
     total = add_up(statistics, Team(), torch.device("cpu"))
@@ -163,6 +165,7 @@ def test_one_process_adds_up_to_itself() -> None:
         assert (got.block, got.tokens) == (want.block, want.tokens)
         assert torch.equal(got.sum_F, want.sum_F)
         assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
+        assert torch.equal(got.output_norm_E, want.output_norm_E)
 
 
 def test_without_torchrun_there_is_a_team_of_one() -> None:

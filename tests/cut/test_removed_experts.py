@@ -404,3 +404,16 @@ def test_experts_that_are_not_redundant_are_told(
     units = tuple(replace(unit, lost_output=0.1) for unit in plan.units)
     warn_of_lost_experts(replace(plan, units=units))
     assert not caplog.text
+
+
+def test_a_config_keeps_the_name_that_it_has_for_the_number(tmp_path: Path) -> None:
+    """Published Qwen3 has `num_experts`, which transformers now calls `num_local_experts`."""
+    source, out = saved(tmp_path, CASES["qwen3_moe"]), tmp_path / "out"
+    config = json.loads((source / "config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts")
+    (source / "config.json").write_text(json.dumps(config))
+    prune_checkpoint(Checkpoint(source, parts=PARTS), out, settings_for(Budget(0.5, parts=PARTS)))
+    written = json.loads((out / "config.json").read_text())
+    assert written["num_experts"] == 3
+    assert "num_local_experts" not in written
+    Checkpoint(out).stored.check_complete("the pruned model")

@@ -88,7 +88,7 @@ def experts_to_keep(source: WeightSource, budget: Budget) -> int | None:
         wanted = experts.count - budget.sparsity * parameter_count(source) / each
     else:
         wanted = experts.count * (1 - budget.sparsity)
-    rounded = experts.groups * round(wanted / experts.groups)
+    rounded = max(0, experts.groups * round(wanted / experts.groups))
     if rounded == experts.count:
         return rounded
     possible = (n for n in counts_near(rounded, experts) if _is_possible(source, n))
