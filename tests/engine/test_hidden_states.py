@@ -24,8 +24,7 @@ from cfsp.engine.compute import Engine
 from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.read_ahead import read_ahead
 from cfsp.engine.workplace import Workplace
-from cfsp.errors import OutputError, UsageError
-from cfsp.settings import parse_size
+from cfsp.errors import OutputError
 from cfsp.text.windows import Windows, draw_windows
 
 SHAPE = (5, 7, 3)
@@ -227,21 +226,6 @@ def test_what_reading_raises_is_raised_where_it_is_wanted() -> None:
 
 
 # The budget.
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("2GB", 2_000_000_000), ("512MiB", 512 << 20), ("0", 0), ("1.5 kb", 1500), ("1e9", 10**9),
-     ("3g", 3_000_000_000), ("1TiB", 1 << 40)],
-)  # fmt: skip
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "1.2.3", "5iB", "many"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match=r"expected a size such as 2GB or 512MiB, found"):
-        parse_size(text)
 
 
 def test_a_container_limits_what_is_available(

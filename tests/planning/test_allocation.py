@@ -20,7 +20,7 @@ from cfsp.planning.allocation import (
     water_fill,
 )
 from cfsp.planning.coarse import block_importance
-from cfsp.settings import CLAMPS, Budget, Clamp, multiple_in_words
+from cfsp.settings import CLAMPS, Budget, Clamp
 
 WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)
 MULTIPLES = (1, 32, 64, 128, 256)
@@ -72,15 +72,6 @@ def test_equal_widths_are_equal_and_within_half_a_multiple(
     assert len(set(kept_L)) == 1
     assert kept_L[0] % multiple == 0 or kept_L[0] == width
     assert abs(kept_L[0] - (1 - p) * width) <= multiple / 2 + 1e-6
-
-
-def test_a_multiple_says_for_whom_it_is() -> None:
-    right, wrong = multiple_in_words(64).split(";")
-    assert right.startswith("widths are multiples of 64, right for nf4")
-    assert "K-quants" in wrong
-    assert "Marlin" in wrong
-    assert ";" not in multiple_in_words(512)
-    assert "right" not in multiple_in_words(1)
 
 
 def test_equal_widths_of_kinds_of_their_own() -> None:

@@ -1,0 +1,50 @@
+"""Where and in what to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cfsp.errors import UsageError
+from cfsp.settings.options import option, parse_size
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where to compute and in what; `cfsp.engine.compute.resolve` makes `auto` definite.
+
+    Attributes:
+        device: `auto` or a device that torch knows.
+        dtype: `auto` or a name.
+        batch_windows: windows that pass a block together; None for about 4096 tokens.
+        memory_budget: bytes of hidden states above which they go to a file; None for a share
+            of the available memory.
+    """
+
+    device: str = option(
+        "auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator if there is one"
+    )
+    dtype: str = option(
+        "auto", "what to compute in", choices=DTYPES, default="the model's own", advanced=True
+    )
+    batch_windows: int | None = option(
+        None,
+        "windows that pass a block together",
+        kind=int,
+        metavar="N",
+        default="about 4096 tokens",
+        advanced=True,
+    )
+    memory_budget: int | None = option(
+        None,
+        "hidden states above this size (2GB, 512MiB) go to a file beside the output",
+        kind=lambda text: parse_size(text),
+        metavar="SIZE",
+        default="half of the available memory",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_windows is not None and self.batch_windows < 1:
+            raise UsageError(f"--batch-windows must be at least 1, found {self.batch_windows}")

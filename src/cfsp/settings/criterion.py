@@ -1,0 +1,83 @@
+"""What counts as important."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cfsp.settings.options import option
+
+DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
+# All blocks are alike.
+UNIFORM = "uniform"
+BLOCK_METRICS = (*DISTANCES, UNIFORM)
+# By pruning each block (`cfsp.whole_model.sensitivity`), alone or with the angular importance.
+# Not every calibration measures that: the whole model must be in memory.
+SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
+SENSITIVITY_METRICS = (SENSITIVITY, ANGULAR_AND_SENSITIVITY)
+# By sensitivity where it was measured, else by angular distance.
+AUTO_METRIC = "auto"
+# Which blocks go whole: together by the predictions, together by how far runs of them turn the
+# hidden state, or each by what it alone does (ShortGPT's block influence).
+DIVERGENCE, RUNS, INFLUENCE = "divergence", "runs", "influence"
+REMOVALS = (DIVERGENCE, RUNS, INFLUENCE)
+CHANNEL_METRICS = ("relative", "eq8", "activation", "wanda", "magnitude", "random")
+
+Clamp = Literal["water-fill", "published"]
+CLAMPS: tuple[Clamp, ...] = get_args(Clamp)
+DEFAULT_CLAMP: Clamp = "published"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What makes a block and a channel important.
+
+    Attributes:
+        block_metric: one of `BLOCK_METRICS` or `SENSITIVITY_METRICS`; see `cfsp.planning.coarse`.
+            `auto` is `sensitivity` where the statistics have it, else `angular`; it is measured
+            where repair follows and the whole model fits into memory.
+        channel_metric: one of `CHANNEL_METRICS`; see `cfsp.planning.fine`.
+        clamp: what happens where a block would keep more than all (see
+            `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
+        removal: how blocks that go whole are chosen, one of `REMOVALS`; see
+            `cfsp.planning.block_removal`. `auto` is `divergence` where the whole model fits into
+            memory, else `runs`.
+    """
+
+    block_metric: str = option(
+        AUTO_METRIC,
+        "what makes a block important: a distance between its input and output, or sensitivity, "
+        "what pruning the block alone does to the predictions, which requires the whole model in "
+        "memory; auto: sensitivity where there is repair and that memory, else angular",
+        choices=(AUTO_METRIC, *BLOCK_METRICS, *SENSITIVITY_METRICS),
+        advanced=True,
+    )
+    channel_metric: str = option(
+        "relative",
+        "score that makes a channel important",
+        choices=CHANNEL_METRICS,
+        advanced=True,
+    )
+    clamp: Clamp | None = option(
+        None,
+        "a block that would keep more than all: keep it whole and give the rest to the others "
+        "(water-fill), or shrink all importances as the published code does",
+        choices=CLAMPS,
+        default="water-fill by sensitivity, else published",
+        advanced=True,
+    )
+    removal: str = option(
+        AUTO_METRIC,
+        "how whole blocks are chosen: by what the predictions lose without them (divergence, which "
+        "requires the whole model in memory), by the angular distance over runs of them (runs), or "
+        "each by its own cosine distance (influence); auto: divergence where there is that "
+        "memory, else runs",
+        choices=(AUTO_METRIC, *REMOVALS),
+        advanced=True,
+    )
+
+    @property
+    def chosen_clamp(self) -> Clamp:
+        """The clamp, also where none is named: `water-fill` by sensitivity, else `published`."""
+        by_sensitivity = self.block_metric in SENSITIVITY_METRICS
+        return self.clamp or ("water-fill" if by_sensitivity else DEFAULT_CLAMP)

@@ -1,0 +1,143 @@
+"""What to aim at instead of a fraction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cfsp.errors import UsageError
+from cfsp.settings.options import fraction, option
+from cfsp.settings.text import Text
+
+Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True)
+class TargetParameters:
+    """The goal to keep a fraction of the whole model's parameters.
+
+    Attributes:
+        fraction: of all parameters that stays, in (0, 1].
+    """
+
+    fraction: float = option(
+        1.0,
+        "fraction of all parameters that stays",
+        kind=fraction,
+        flag="target-params",
+        metavar="F",
+        default="",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"--target-params must be in (0, 1], found {self.fraction}")
+
+
+@dataclass(frozen=True)
+class TargetKVCache:
+    """The goal to keep a fraction of the KV cache, by KV groups alone.
+
+    Attributes:
+        fraction: of the KV groups that stays at most, in (0, 1].
+    """
+
+    fraction: float = option(
+        1.0,
+        "fraction of the KV cache that stays; KV groups go, and nothing else",
+        kind=fraction,
+        flag="target-kv-cache",
+        metavar="F",
+        default="",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"--target-kv-cache must be in (0, 1], found {self.fraction}")
+
+
+@dataclass(frozen=True)
+class TargetSpeedup:
+    """The goal to prune as little as makes the model this much faster on this machine.
+
+    Attributes:
+        ratio: tokens per second over those of the model as it is, above 1.
+        phase: what shall be faster.
+    """
+
+    ratio: float = option(
+        2.0,
+        "as little as is predicted to make the model X times faster on this machine, which must be "
+        "quiet",
+        kind=float,
+        flag="target-speedup",
+        metavar="X",
+        default="",
+    )
+    phase: Phase = option(
+        "decode",
+        "what --target-speedup is about",
+        flag="target-speedup-of",
+        choices=PHASES,
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 < self.ratio < float("inf"):
+            raise UsageError(f"--target-speedup must be above 1, found {self.ratio}")
+        if self.phase not in PHASES:
+            raise UsageError(
+                f"--target-speedup-of must be one of {', '.join(PHASES)}, found {self.phase!r}"
+            )
+
+
+@dataclass(frozen=True)
+class MaxLossIncrease:
+    """The goal to prune as much as keeps the loss within a bound.
+
+    The bound holds for the pruned model before repair, on text that calibration has not seen.
+
+    Attributes:
+        nats: by how much the mean negative log-likelihood of a token may rise.
+        held_out: texts to measure it on; none for windows of the calibration texts that
+            calibration leaves over.
+        windows: how many windows in all, or of each text in `held_out`.
+    """
+
+    nats: float = option(
+        0.1,
+        "as much as keeps the loss on held-out text within so many nats per token of the dense "
+        "model's, before repair; the model must fit into memory",
+        kind=float,
+        flag="max-loss-increase",
+        metavar="NATS",
+        default="",
+    )
+    held_out: tuple[str | Text, ...] = option(
+        (),
+        "text for --max-loss-increase",
+        flag="held-out",
+        metavar="TEXT",
+        default="windows of --data that calibration leaves over",
+        repeats=True,
+        advanced=True,
+    )
+    windows: int = option(
+        12,
+        "windows in all, or of each --held-out text",
+        kind=int,
+        flag="held-out-windows",
+        metavar="N",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.nats < float("inf"):
+            raise UsageError(f"--max-loss-increase must be above 0 nats, found {self.nats}")
+        if self.windows < 1:
+            raise UsageError(f"--held-out-windows must be at least 1, found {self.windows}")
+
+
+Goal = TargetParameters | TargetKVCache | MaxLossIncrease | TargetSpeedup

@@ -1,0 +1,128 @@
+"""A field that is a command-line option, and what is made of such fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from cfsp.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field is set on a command line.
+
+    Attributes:
+        help: what it does; the CLI adds the default.
+        kind: makes the value of what was typed.
+        flag: `--flag`; None for the field's name.
+        choices: the only values there are.
+        metavar: what the help calls the value.
+        default: what the help calls the default, where its value does not say it; empty for none.
+        repeats: whether it is given once for each of several values.
+        switch: whether to give it is to set it.
+        advanced: whether only a researcher sets it.
+    """
+
+    help: str
+    kind: Callable[[str], Any] = str
+    flag: str | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    default: str | None = None
+    repeats: bool = False
+    switch: bool = False
+    advanced: bool = False
+
+
+def option(value: Any, help: str, **facts: Any) -> Any:
+    """Return a dataclass field that is an option; see `Option`."""
+    return field(default=value, metadata={"option": Option(help, **facts)})
+
+
+def options_of(settings: type[Any]) -> dict[str, Option]:
+    """Return the options of a class of settings, by field, each with its default in words."""
+    found = {}
+    for each in fields(settings):
+        if (known := each.metadata.get("option")) is not None:
+            default = str(each.default) if known.default is None else known.default
+            found[each.name] = replace(known, default=default)
+    return found
+
+
+def name_of(field: str, known: Option) -> str:
+    """Return what an option is called in Python and by `--set`."""
+    return (known.flag or field).replace("-", "_")
+
+
+def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:
+    """Return settings with some values by the names of their options; the rest has its default.
+
+    Args:
+        settings: a class of settings.
+        values: by name; those that belong to other classes are passed over.
+        others: values of fields that are no options, or were decided otherwise.
+    """
+    found = {}
+    for each, known in options_of(settings).items():
+        if (name := name_of(each, known)) in values:
+            value = values[name]
+            found[each] = tuple(value) if known.repeats else value
+    return settings(**{**found, **others})
+
+
+def check_names(given: Iterable[str], *known: type[Any]) -> None:
+    """Check that every keyword is the name of an option of some class of settings.
+
+    Raises:
+        UsageError: one is not.
+    """
+    names = [name_of(each, option) for cls in known for each, option in options_of(cls).items()]
+    for name in given:
+        if name not in names:
+            raise UsageError(
+                f"unknown argument {name}{did_you_mean(name, names)}; known are: {', '.join(names)}"
+            )
+
+
+def fraction(text: str) -> float:
+    """Return the number that `0.2` or `20%` means."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+def number_or_auto(text: str) -> int | None:
+    """Return the number, or None for `auto`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"expected a number or auto, found {text!r}") from None
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means.
+
+    Raises:
+        UsageError: it means none.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    try:
+        if match is None or (match[3] and not match[2]):
+            raise ValueError
+        unit = _BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]
+        return int(float(match[1]) * unit)
+    except (ValueError, OverflowError):
+        raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None

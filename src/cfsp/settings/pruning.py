@@ -1,0 +1,145 @@
+"""How much repair there is, and all that a pruning is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from cfsp.errors import UsageError
+from cfsp.settings.budget import MOST_REMOVED, WHOLE_PARTS, Budget, Part
+from cfsp.settings.compute import Compute
+from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
+from cfsp.settings.options import option
+from cfsp.settings.text import CalibrationText
+
+Repair = Literal["none", "ridge", "sequential", "local"]
+# Each is a step beyond the one before it.
+REPAIRS: tuple[Repair, ...] = get_args(Repair)
+DEFAULT_REPAIR: Repair = "ridge"
+
+EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "ridge"}
+# After its repair the model is trained whole, where there is memory for that; else blockwise.
+BEST_EFFORT = "best"
+BEST_WITHOUT_TRAINING: Repair = "local"
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How local repair trains blocks; see `cfsp.repair.local`.
+
+    Attributes:
+        steps: of Adam, in each group of blocks; twice as many in the last group.
+        blocks: how many consecutive blocks train together, towards the hidden states after the
+            last of them. The time hardly depends on it; what training holds in memory does. The
+            model's last group, whose loss is what counts in the end, is twice as large.
+        text: the part of the text itself in the last group's loss, from 0 to 1; the rest is the
+            divergence from the dense model's predictions.
+        rate: the highest learning rate of any block, as a part of the root mean square of each
+            tensor, because models differ in the size of their weights and Adam's steps do not
+            follow it.
+        rate_per_error: the highest learning rate of a block by its error before. The first
+            blocks of a model have hardly any, and steps as long as those of others only add some.
+        head_rate: the highest learning rate of the last group, whose loss at the head, of few
+            tokens and of many words, is far noisier.
+        warm_up: steps in which the rate rises; it falls along a cosine to zero.
+        tokens: about how many there are in a batch.
+
+    Raises:
+        UsageError: there are no steps, no blocks in a group, or no such part of the text.
+    """
+
+    steps: int = option(
+        100,
+        "of local repair: training steps for each group of blocks",
+        kind=int,
+        flag="local-steps",
+        metavar="N",
+        advanced=True,
+    )
+    blocks: int = option(
+        3,
+        "of local repair: how many consecutive blocks train together, twice as many at the model's "
+        "end; more need more memory",
+        kind=int,
+        flag="local-blocks",
+        metavar="N",
+        advanced=True,
+    )
+    text: float = option(
+        0.5,
+        "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
+        "the rest is the divergence from the dense model",
+        kind=float,
+        flag="local-text",
+        metavar="F",
+        advanced=True,
+    )
+    rate: float = 0.012
+    rate_per_error: float = 0.04
+    head_rate: float = 0.003
+    warm_up: int = 10
+    tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"--local-steps must be at least 1, found {self.steps}")
+        if self.blocks < 1:
+            raise UsageError(f"--local-blocks must be at least 1, found {self.blocks}")
+        if not 0 <= self.text <= 1:
+            raise UsageError(f"--local-text must be from 0 to 1, found {self.text}")
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How to prune.
+
+    Attributes:
+        budget: how much to remove; without meaning when a plan is given.
+        criterion: what counts as important; likewise.
+        text: what to calibrate and repair on.
+        compute: where and in what.
+        repair: how far up the ladder to go: `none`; `ridge` repairs the down projections by least
+            squares; `sequential` then repairs them on the pruned model's own hidden states;
+            `local` goes on from there and trains a few blocks at a time.
+        local: how `local` trains.
+    """
+
+    budget: Budget
+    criterion: Criterion = field(default_factory=Criterion)
+    text: CalibrationText = field(default_factory=CalibrationText)
+    compute: Compute = field(default_factory=Compute)
+    repair: Repair = DEFAULT_REPAIR
+    local: LocalTraining = field(default_factory=LocalTraining)
+
+    def __post_init__(self) -> None:
+        if self.repair not in REPAIRS:
+            raise UsageError(f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}")
+        metric = self.criterion.block_metric
+        if self.budget.widths == "equal" and metric not in (AUTO_METRIC, UNIFORM):
+            raise UsageError(
+                f"--widths equal makes all blocks alike, so --set block_metric={metric} would do "
+                "nothing; give one of the two"
+            )
+
+    def with_suitable_metric(self) -> PruneSettings:
+        """Return the same settings; of `auto`, blocks go by angular distance without repair.
+
+        Widths by sensitivity are better with repair and worse without (LOG.md). Equal widths
+        follow nothing.
+        """
+        if self.budget.widths == "equal":
+            return replace(self, criterion=replace(self.criterion, block_metric=UNIFORM))
+        if self.repair != "none" or self.criterion.block_metric != AUTO_METRIC:
+            return self
+        return replace(self, criterion=replace(self.criterion, block_metric="angular"))
+
+    @staticmethod
+    def of_removal(parts: Sequence[Part]) -> list[PruneSettings]:
+        """Return settings by which as much goes whole as plans may ask; none if nothing may."""
+        whole = (part for part in WHOLE_PARTS if part in parts)
+        return [PruneSettings(Budget(MOST_REMOVED, parts=(part,))) for part in whole]
+
+    def without_repair(self) -> PruneSettings:
+        """Return the same settings, without repair."""
+        return replace(self, repair="none")

@@ -1,0 +1,155 @@
+"""What is read, to calibrate on and to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cfsp.errors import TextError, UsageError
+from cfsp.settings.options import option
+
+LONGEST_WINDOW = 1 << 24
+DEFAULT_EVALUATION_WINDOWS = 12
+MOST_WINDOWS = 1 << 32
+
+DEFAULT_TEXT = "mixed"
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQLEN = 1024
+# What `--data` calls text that the model writes itself.
+OWN_TEXT = "self"
+
+# Whether windows begin with BOS: as the tokenizer begins an input, always, never.
+Bos = Literal["auto", "yes", "no"]
+BOS: tuple[Bos, ...] = get_args(Bos)
+BOS_HELP = "whether windows begin with BOS; auto: as the model's own tokenizer begins an input"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text itself, where otherwise the name of one is given.
+
+    Attributes:
+        name: what manifests and tables call it.
+        documents: one string, or several.
+
+    Raises:
+        TextError: there is no text in it.
+    """
+
+    name: str
+    documents: Sequence[str]
+
+    def __post_init__(self) -> None:
+        documents = (self.documents,) if isinstance(self.documents, str) else self.documents
+        if not self.name or not all(isinstance(part, str) for part in (self.name, *documents)):
+            raise TextError(
+                f"Text(name, documents) needs a name and strings, found {self.name!r} and "
+                f"{str(self.documents)[:60]!r}"
+            )
+        if not any(document.strip() for document in documents):
+            raise TextError(f"the text {self.name!r} is empty")
+        object.__setattr__(self, "documents", tuple(documents))
+
+
+def check_bos(bos: str) -> None:
+    """Check that a choice is one of those there are."""
+    if bos not in BOS:
+        raise UsageError(f"--bos must be one of {', '.join(BOS)}, found {bos!r}")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text to calibrate on; see `cfsp.text.windows.draw_windows`.
+
+    Attributes:
+        names: of texts, or texts themselves; `self` stands for text that the model writes.
+        samples: windows in all; None for 128, or all that there are if that is less.
+        seqlen: tokens in a window, BOS included.
+        seed: of the draw of windows.
+        bos: whether windows begin with BOS.
+    """
+
+    names: tuple[str | Text, ...] = option(
+        (DEFAULT_TEXT,),
+        "text to calibrate on: wikitext2, c4, a hub data set as NAME:CONFIG:SPLIT:COLUMN, a .txt, "
+        ".jsonl or .parquet file (also of conversations, with images), mixed (nine kinds of text "
+        "that come with cfsp) or one of them as mixed/KIND, or self (the model writes it); repeat "
+        "it to mix",
+        flag="data",
+        metavar="TEXT",
+        default=DEFAULT_TEXT,
+        repeats=True,
+    )
+    samples: int | None = option(
+        None,
+        "windows of text in all",
+        kind=int,
+        metavar="N",
+        default="128, or all there are",
+    )
+    seqlen: int = option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T")
+    seed: int = option(0, "of the draw of windows", kind=int, advanced=True)
+    bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
+
+    def __post_init__(self) -> None:
+        check_bos(self.bos)
+        if not self.names:
+            raise UsageError(
+                "there is no text to calibrate on; give one or several: wikitext2, c4, "
+                "mixed, a .txt, .jsonl or .parquet file, or Text(name, documents)"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed must be in [0, 2^63), found {self.seed}")
+        if self.seqlen > LONGEST_WINDOW:
+            raise UsageError(f"--seqlen must be at most {LONGEST_WINDOW}, found {self.seqlen}")
+        if self.samples is not None and self.samples > MOST_WINDOWS:
+            raise UsageError(f"--samples must be at most {MOST_WINDOWS}, found {self.samples}")
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Which texts to measure perplexity on: the first windows of each.
+
+    Attributes:
+        names: of texts, or texts themselves.
+        windows: of each text; None for all.
+        seqlen: tokens in a window, BOS included; None for 1024, or what the model can read if that
+            is less.
+        stride: tokens between the starts of windows; None for windows that stand on their own.
+        bos: whether windows begin with BOS.
+    """
+
+    names: tuple[str | Text, ...] = option(
+        (),
+        "text to measure perplexity on, before and after",
+        flag="eval",
+        metavar="TEXT",
+        default="none",
+        repeats=True,
+    )
+    windows: int | None = option(
+        12, "windows of each --eval text", kind=int, flag="eval-windows", metavar="N", advanced=True
+    )
+    seqlen: int | None = option(
+        None,
+        "tokens in a window of an --eval text",
+        kind=int,
+        flag="eval-seqlen",
+        metavar="T",
+        default="1024, or what the model can read",
+        advanced=True,
+    )
+    stride: int | None = None
+    bos: Bos = "auto"
+
+    def __post_init__(self) -> None:
+        check_bos(self.bos)
+        # Now, not after an hour of pruning.
+        if self.windows is not None and self.windows < 1:
+            raise UsageError(f"expected at least 1 window to measure on, found {self.windows}")
+        if self.seqlen is not None and not 2 <= self.seqlen <= LONGEST_WINDOW:
+            raise UsageError(
+                f"expected windows of 2 to {LONGEST_WINDOW} tokens to measure on, found "
+                f"{self.seqlen}"
+            )

@@ -1,0 +1,61 @@
+"""Settings are checked when they are made, and say what they mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from cfsp.errors import UsageError
+from cfsp.settings import (
+    Budget,
+    Compute,
+    TargetKVCache,
+    TargetParameters,
+    check_names,
+    from_names,
+    multiple_in_words,
+    parse_size,
+)
+
+
+def test_parts_are_kept_in_one_order() -> None:
+    assert Budget().parts == ("ffn",)
+    assert Budget(parts="blocks, ffn").parts == Budget(parts=["blocks", "ffn"]).parts
+    assert Budget(parts=("blocks", "ffn")).parts == ("ffn", "blocks")
+
+
+def test_a_goal_brings_the_parts_that_it_is_met_by() -> None:
+    assert Budget().for_goal(TargetParameters(0.5)) == Budget()
+    assert Budget().for_goal(TargetKVCache(0.5)) == Budget(parts="kv")
+    with pytest.raises(UsageError, match="leave --parts out, found --parts ffn,kv"):
+        Budget(parts="ffn,kv").for_goal(TargetKVCache(0.5))
+
+
+def test_options_are_found_by_their_names() -> None:
+    asked = {"device": "cpu", "batch_windows": 2, "of_another": 1}
+    assert from_names(Compute, asked) == Compute("cpu", batch_windows=2)
+    with pytest.raises(UsageError, match="unknown argument devise; did you mean device"):
+        check_names({"devise": "cpu"}, Compute)
+
+
+def test_a_multiple_says_for_whom_it_is() -> None:
+    right, wrong = multiple_in_words(64).split(";")
+    assert right.startswith("widths are multiples of 64, right for nf4")
+    assert "K-quants" in wrong
+    assert "Marlin" in wrong
+    assert ";" not in multiple_in_words(512)
+    assert "right" not in multiple_in_words(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2_000_000_000), ("512MiB", 512 << 20), ("0", 0), ("1.5 kb", 1500), ("1e9", 10**9),
+     ("3g", 3_000_000_000), ("1TiB", 1 << 40)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "1.2.3", "5iB", "many"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"expected a size such as 2GB or 512MiB, found"):
+        parse_size(text)
