@@ -121,7 +121,7 @@ def prune(
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
-        parts: what may go: `ffn`, `kv`, `blocks`, or several.
+        parts: what may go: `ffn`, `kv`, `attention`, `blocks`, or several.
         goal: what to aim at instead: `TargetParameters`, `MaxLossIncrease` or `TargetSpeedup`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
             themselves.
@@ -212,8 +212,8 @@ def calibrate(
 
     Arguments are those of `prune`, `parts` those of later plans; `sensitivity` also measures what
     pruning each block alone does to the predictions, which requires the whole model in memory.
-    With `blocks` among the parts it is also measured in which order whole blocks go best, up to
-    half of them.
+    With `blocks` or `attention` among the parts it is also measured in which order these go best,
+    up to half of them.
     """
     check_names(advanced, CalibrationText, Compute)
     text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
