@@ -81,12 +81,16 @@ class VllmEngine:
 
     Args:
         subject: a model directory or hub id.
-        conditions: dtype; the device is the one that vLLM was built for.
+        conditions: dtype and threads; the device is the one that vLLM was built for.
     """
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
         # In this process, so that its memory and its processor time are seen as ours.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if conditions.threads is not None:
+            # Otherwise vLLM takes every processor and binds its threads to them.
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            torch.set_num_threads(conditions.threads)
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
@@ -111,7 +115,12 @@ class VllmEngine:
         # The builds for the CPU go by other distribution names.
         import vllm
 
-        return {"engine": "vllm", "vllm": vllm.__version__, "dtype": self._dtype}
+        return {
+            "engine": "vllm",
+            "vllm": vllm.__version__,
+            "dtype": self._dtype,
+            "threads": torch.get_num_threads(),
+        }
 
     def run(self, workload: Workload) -> Timing:
         """Time one prefill and the decoding after it."""
