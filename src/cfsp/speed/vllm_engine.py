@@ -93,6 +93,7 @@ class VllmEngine:
             torch.set_num_threads(conditions.threads)
         try:
             from vllm import LLM, SamplingParams
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise MissingExtraError("the engine vllm", "vllm") from error
         loadable = readable_by_vllm(subject, conditions.dtype)
@@ -106,6 +107,8 @@ class VllmEngine:
             trust_remote_code=loadable.has_our_code,
             # The same prompt comes again and again; it shall be computed every time.
             enable_prefix_caching=False,
+            # On the CPU, compiling each model takes longer than all rounds.
+            enforce_eager=current_platform.is_cpu(),
             disable_log_stats=True,
             seed=0,
         )
