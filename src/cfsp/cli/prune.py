@@ -314,7 +314,8 @@ def describe_step(step: dict[str, Any]) -> str:
     after = fmean(
         block["error_after"] if block["kept"] else block["error_before"] for block in blocks
     )
-    rejected = sum(not block["kept"] for block in blocks)
+    # Of what lost nothing there was nothing to repair.
+    rejected = sum(not block["kept"] and block["error_before"] > 0 for block in blocks)
     text = f"{_REPAIRS_IN_WORDS[step['name']]} on held-out windows {before:.3f} -> {after:.3f}"
     # Where blocks have several FFNs each has an entry, which names its block.
     noun = "FFNs or attentions" if any("block" in block for block in blocks) else "blocks"

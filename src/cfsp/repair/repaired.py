@@ -115,11 +115,14 @@ def entry_name(entry: Mapping[str, Any], index: int) -> str:
 
 
 def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
-    """Return the blocks or FFNs that a step in JSON left as they were, for it did not help."""
+    """Return the blocks or FFNs that a step in JSON left as they were, for it did not help.
+
+    What lost nothing is not among them.
+    """
     return [
         entry_name(entry, index)
         for last, entry in enumerate(step["blocks"])
-        if entry is not None and not entry["kept"]
+        if entry is not None and not entry["kept"] and entry["error_before"] > 0
         for index in range(last + 1 - entry["blocks"], last + 1)
     ]
 

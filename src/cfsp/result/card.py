@@ -159,7 +159,7 @@ def _on_which_text(manifest: dict[str, Any]) -> list[str]:
     lines = []
     calibrated = _sources(manifest.get("calibration"))
     if calibrated:
-        lines.append(f"- Calibrated on {calibrated}: that text decided which channels stay.")
+        lines.append(f"- Calibrated on {calibrated}: that text decided what stays.")
     steps = [step for step in repair_steps(manifest) if changed_weights(step)]
     if steps:
         names = ", ".join(step["name"] for step in steps)
