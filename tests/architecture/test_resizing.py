@@ -70,4 +70,4 @@ def test_its_source_needs_nothing_but_torch() -> None:
             [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
         )
     }
-    assert modules == {"__future__", "collections.abc", "typing", "torch"}
+    assert modules == {"__future__", "collections", "collections.abc", "typing", "torch"}

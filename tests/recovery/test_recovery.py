@@ -325,11 +325,11 @@ def test_another_model_in_the_dense_one_s_place_does_not_teach(
     fields = json.loads(path.read_text())
     fields["base_model"]["name"] = str(tiny_checkpoint("qwen2"))
     path.write_text(json.dumps(fields))
-    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation()) is None
+    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation(), CPU) is None
     assert "is another model" in caplog.text
     fields["base_model"]["name"] = "/no/such"
     path.write_text(json.dumps(fields))
-    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation()) is None
+    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation(), CPU) is None
     assert "/no/such does not exist" in caplog.text
 
 

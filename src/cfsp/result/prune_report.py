@@ -17,6 +17,9 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.repaired import Repaired
 from cfsp.result.manifest import read_manifest
 
+# Told only where these parts may go.
+_ONLY_IF_THERE = ("kv_groups", "experts")
+
 
 @dataclass(frozen=True)
 class PruneReport:
@@ -75,7 +78,8 @@ class PruneReport:
     @staticmethod
     def of_checkpoint(directory: Path) -> PruneReport:
         """Return what pruning did to the checkpoint that it left in a directory."""
-        manifest = {"kv_groups": {}, **(read_manifest(directory) or {})}
+        absent: dict[str, Any] = {name: {} for name in _ONLY_IF_THERE}
+        manifest = absent | (read_manifest(directory) or {})
         names = {each.name for each in fields(PruneReport)} - {"plan"}
         return PruneReport(
             **{name: manifest[name] for name in names},
@@ -84,8 +88,7 @@ class PruneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the plan, as JSON types."""
-        only_if_there = ("kv_groups", "experts")
-        hidden = {"plan", *(name for name in only_if_there if not getattr(self, name))}
+        hidden = {"plan", *(name for name in _ONLY_IF_THERE if not getattr(self, name))}
         return {k: v for k, v in vars(self).items() if k not in hidden}
 
 
