@@ -91,6 +91,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The digest of what a run was asked for, in the manifest of the pruned model that it trains.
+_ASKED = "asked_digest"
+
 
 def prune_checkpoint(
     source: Checkpoint,
@@ -223,6 +226,7 @@ def prune_and_recover(
         **_identity(settings, statistics, plan, goal),
         "model": fingerprint(source),
         "text": repr(text),
+        "dtype": compute.dtype,
     }
     if _was_pruned(pruned, _digest(asked)):
         log.info("%s was pruned before by the same command; going on from it", pruned)
@@ -256,10 +260,6 @@ def prune_and_recover(
         command=command,
     )
     return report, recovery
-
-
-# The digest of what a run was asked for, in the manifest of the pruned model that it trains.
-_ASKED = "asked_digest"
 
 
 def _was_pruned(directory: Path, asked: str) -> bool:
