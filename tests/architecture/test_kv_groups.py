@@ -30,14 +30,19 @@ from cfsp.families.contract import (
     question_of,
     save_with_tokenizer,
 )
-from cfsp.families.stock import Answer
 from cfsp.families.tiny import tiny_config, tiny_model
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, Part
 from cfsp.whole_model.masks import masked_channels
-from forks import Forks, Job
+from forks import Forks
+from pruned_checks import (
+    check_a_fresh_process_keeps_the_contract,
+    check_caches_agree_with_none,
+    check_in_memory_is_the_checkpoint,
+    logits_of,
+)
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
 SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu"}
@@ -79,30 +84,10 @@ def case(
     return Case(dense, place / "dense", place / "out", report, tokens_BT, texts)
 
 
-def logits_of(model: Any, tokens_BT: Tensor) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=tokens_BT).logits
-    return logits
-
-
 def masked_logits(case: Case, plan: PruningPlan) -> Tensor:
     source = LoadedModel(case.dense, PARTS)
     with masked_channels(source, case.dense, dict(enumerate(plan.kept_channels))):
         return logits_of(case.dense, case.tokens_BT)
-
-
-def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = model.generate(
-            tokens_BT,
-            attention_mask=torch.ones_like(tokens_BT),
-            max_new_tokens=8,
-            min_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            **options,
-        )
-    return found
 
 
 def test_pruned_logits_are_those_of_the_masked_original(case: Case) -> None:
@@ -125,36 +110,20 @@ def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
 
 
 def test_caches_agree_with_none(case: Case) -> None:
-    model = cfsp.load(case.out)
-    expected = generated(model, case.tokens_BT, use_cache=False)
-    assert torch.equal(generated(model, case.tokens_BT), expected)
-    assert torch.equal(generated(model, case.tokens_BT, cache_implementation="static"), expected)
-    for tokens_T, expected_T in zip(case.tokens_BT, expected, strict=True):
-        assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
+    check_caches_agree_with_none(case.out, case.tokens_BT)
 
 
-def test_a_fresh_process_keeps_the_contract(
-    case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    work = tmp_path_factory.mktemp("stock")
-    question_of(case.dense, case.out, case.report.plan).save(work / "question.pt")
-    (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
-    assert finished.status == 0, finished.stderr
-    answer = Answer(**torch.load(work / "answer.pt"))
-    assert not answer.problems
-    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
+def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
+    plan = case.report.plan
+    check_a_fresh_process_keeps_the_contract(
+        case.dense, case.out, plan, case.tokens_BT, forks, tmp_path
+    )
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
     asked = {"sparsity": 0.4, "multiple": 1, "parts": "ffn,kv", "repair": "none"}
     pruned = cfsp.prune(case.dense, tokenizer, data=case.texts, **asked, **SETTINGS)
-    expected = cfsp.load(case.out).state_dict()
-    assert pruned.state_dict().keys() == expected.keys()
-    for name, tensor in pruned.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    pruned.save_pretrained(tmp_path / "saved")
-    again = cfsp.load(tmp_path / "saved")
-    assert torch.equal(logits_of(again, case.tokens_BT), logits_of(pruned, case.tokens_BT))
+    check_in_memory_is_the_checkpoint(pruned, case.out, case.tokens_BT, tmp_path)
 
 
 def test_config_and_modules_say_the_numbers(case: Case) -> None:

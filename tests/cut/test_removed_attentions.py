@@ -25,12 +25,18 @@ from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.families.contract import question_of, save_with_tokenizer
-from cfsp.families.stock import Answer
 from cfsp.families.tiny import random_model, tiny_config
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget
-from forks import Forks, Job
+from forks import Forks
+from pruned_checks import (
+    check_a_fresh_process_keeps_the_contract,
+    check_caches_agree_with_none,
+    check_in_memory_is_the_checkpoint,
+    generated,
+    logits_of,
+)
 
 ATTENTION = ("attention",)
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -88,12 +94,6 @@ def case(
     return Case(dense, place / "dense", place / "out", report, tokens_BT, asked)
 
 
-def logits_of(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=tokens_BT, **options).logits
-    return logits
-
-
 @contextmanager
 def nothing_from(case: Case) -> Iterator[None]:
     """Let the dense model's removed attentions give zeros."""
@@ -111,19 +111,6 @@ def nothing_from(case: Case) -> Iterator[None]:
         yield
 
 
-def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = model.generate(
-            tokens_BT,
-            max_new_tokens=8,
-            min_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            **{"attention_mask": torch.ones_like(tokens_BT), **options},
-        )
-    return found
-
-
 def test_nothing_from_it_is_cut(case: Case) -> None:
     with nothing_from(case):
         expected = logits_of(case.dense, case.tokens_BT)
@@ -137,12 +124,7 @@ def test_nothing_from_it_is_cut(case: Case) -> None:
 
 
 def test_caches_agree_with_none(case: Case) -> None:
-    model = cfsp.load(case.out)
-    expected = generated(model, case.tokens_BT, use_cache=False)
-    assert torch.equal(generated(model, case.tokens_BT), expected)
-    assert torch.equal(generated(model, case.tokens_BT, cache_implementation="static"), expected)
-    for tokens_T, expected_T in zip(case.tokens_BT, expected, strict=True):
-        assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
+    check_caches_agree_with_none(case.out, case.tokens_BT)
 
 
 def test_padding_on_the_left_changes_nothing(case: Case) -> None:
@@ -175,27 +157,16 @@ def test_places_in_the_cache_are_filled_from_the_first_of_their_kind(case: Case)
     assert set(filled) == set(kinds)
 
 
-def test_a_fresh_process_keeps_the_contract(
-    case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    work = tmp_path_factory.mktemp("stock")
-    question_of(case.dense, case.out, case.report.plan).save(work / "question.pt")
-    (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
-    assert finished.status == 0, finished.stderr
-    answer = Answer(**torch.load(work / "answer.pt"))
-    assert not answer.problems
-    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
+def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
+    plan = case.report.plan
+    check_a_fresh_process_keeps_the_contract(
+        case.dense, case.out, plan, case.tokens_BT, forks, tmp_path
+    )
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
     pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
-    expected = cfsp.load(case.out).state_dict()
-    assert pruned.state_dict().keys() == expected.keys()
-    for name, tensor in pruned.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    pruned.save_pretrained(tmp_path / "saved")
-    again = cfsp.load(tmp_path / "saved")
-    assert torch.equal(logits_of(again, case.tokens_BT), logits_of(pruned, case.tokens_BT))
+    check_in_memory_is_the_checkpoint(pruned, case.out, case.tokens_BT, tmp_path)
 
 
 def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:

@@ -91,14 +91,10 @@ def observed_activations(
                     unit,
                     partial(on_rows, position),
                     partial(check_rows, unit),
-                    _nobody_looks if on_output is None else partial(on_output, position),
+                    None if on_output is None else partial(on_output, position),
                 )
             )
         yield
-
-
-def _nobody_looks(ffn: int, output_RD: Tensor, token_R: Tensor) -> None:
-    """Do nothing with what an expert adds."""
 
 
 @contextmanager
@@ -147,7 +143,7 @@ def _observed_unit(
     unit: Unit,
     on_rows: _OnUnitRows,
     check_rows: Callable[[int], None],
-    on_output: _OnUnitRows,
+    on_output: _OnUnitRows | None,
 ) -> Iterator[None]:
     """Show the rows of one unit; `check_rows` is told of how many tokens they are or come from."""
     module: Any = block.get_submodule(unit.path)
@@ -201,7 +197,7 @@ def _run_experts(
     experts: Any,
     on_rows: _OnUnitRows,
     check_rows: Callable[[int], None],
-    on_output: _OnUnitRows,
+    on_output: _OnUnitRows | None,
     hidden_RD: Tensor,
     expert_RK: Tensor,
     weight_RK: Tensor,
@@ -224,7 +220,8 @@ def _run_experts(
         share_R = weight_RK[token_R, slot_R, None]
         on_rows(expert, act_RF * share_R.to(act_RF.dtype), token_R)
         part_RD = _expert_linear(experts, "down_proj", expert, act_RF) * share_R
-        on_output(expert, part_RD, token_R)
+        if on_output is not None:
+            on_output(expert, part_RD, token_R)
         output_RD.index_add_(0, token_R, part_RD.to(output_RD.dtype))
     return output_RD
 
@@ -279,7 +276,7 @@ def _watch_products(
     block: nn.Module,
     unit: Unit,
     on_rows: _OnUnitRows,
-    on_output: _OnUnitRows,
+    on_output: _OnUnitRows | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -305,7 +302,8 @@ def _watch_products(
             else:
                 token_R, share_R = _routed_rows(block, unit, expert, inputs[expert], args)
                 on_rows(expert, operand * share_R[:, None].to(operand.dtype), token_R)
-                on_output(expert, product * share_R[:, None].to(product.dtype), token_R)
+                if on_output is not None:
+                    on_output(expert, product * share_R[:, None].to(product.dtype), token_R)
 
     with _Products(weights, on_product):
         output = type(module).forward(module, *args, **kwargs)
@@ -343,7 +341,7 @@ def _show_all_experts(
     added_ERD: Tensor,
     output: Any,
     on_rows: _OnUnitRows,
-    on_output: _OnUnitRows,
+    on_output: _OnUnitRows | None,
 ) -> None:
     """Show the activations of experts that are all given all tokens.
 
@@ -366,4 +364,5 @@ def _show_all_experts(
     for expert, act_RF in enumerate(act_ERF):
         token_R = routed_ER[expert].nonzero().flatten()
         on_rows(expert, act_RF[token_R], token_R)
-        on_output(expert, added_ERD[expert, token_R], token_R)
+        if on_output is not None:
+            on_output(expert, added_ERD[expert, token_R], token_R)

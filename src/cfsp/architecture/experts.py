@@ -38,6 +38,7 @@ from cfsp.architecture.small_run import (
     difference,
     first_line,
     first_tensor,
+    run_decoder,
     set_parameter,
     small_skeleton,
     small_tokens,
@@ -308,7 +309,7 @@ def why_not(architecture: Architecture, run: SmallRun, count: int) -> str | None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]
     kept = dict.fromkeys(blocks, _last_of_groups(architecture, count))
     try:
-        output = _decoder_output(_cut(architecture, run, kept), run)
+        output = run_decoder(_cut(architecture, run, kept), small_tokens(run.model))
     except Exception as error:  # whatever a router does with too few experts
         return f"expected that it runs with {count} experts, found {first_line(error)}"
     is_finite = bool(torch.isfinite(output).all())
@@ -339,7 +340,9 @@ def experts_fail(
             f"{effect:.1e}"
         )
     try:
-        error = difference(_decoder_output(_cut(architecture, run, kept), run), masked)
+        error = difference(
+            run_decoder(_cut(architecture, run, kept), small_tokens(run.model)), masked
+        )
     except Exception as problem:  # whatever a router does with fewer experts
         return (
             f"the check cut: expected the output with masked experts, found {first_line(problem)}"
@@ -425,8 +428,8 @@ def _fill_buffers(architecture: Architecture, run: SmallRun) -> None:
                 buffers[name].copy_(0.1 * values)
 
 
-def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]) -> Any:
-    """Return the small model, built with fewer experts and with the weights of the others."""
+def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]) -> nn.Module:
+    """Return the decoder of the small model, built with fewer experts and the others' weights."""
     assert architecture.experts is not None
     count = len(next(iter(kept.values())))
     config = config_with_experts(run.model.config, architecture.experts.key, count)
@@ -457,10 +460,5 @@ def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[
             elif not isinstance(tensor, nn.Parameter):
                 continue
             set_parameter(model, name, tensor)
-    return model
-
-
-def _decoder_output(model: Any, run: SmallRun) -> Tensor:
-    """Return what the decoder of a model like that of the run computes from its tokens."""
-    decoder: Any = model.get_submodule(run.architecture.decoder)
-    return first_tensor(decoder(input_ids=small_tokens(run.model), use_cache=False))
+    decoder: nn.Module = model.get_submodule(run.architecture.decoder)
+    return decoder

@@ -157,6 +157,11 @@ class Unit:
     expert_axes: dict[str, int] = field(default_factory=dict)
 
     @property
+    def removable_experts(self) -> int:
+        """Number of its experts that were proved to be able to go whole; 0 if none was."""
+        return self.ffns if self.expert_axes else 0
+
+    @property
     def is_fused(self) -> bool:
         """Whether gate and up are one matrix, or queries, keys and values are."""
         return self.gate == self.up or any(len(axis.spans) > 1 for axis in self.axes.values())

@@ -74,9 +74,8 @@ class SmallRun:
 
     def decoder_output(self) -> Tensor:
         """Return what the decoder computes from the tokens of the run."""
-        decoder: Any = self.model.get_submodule(self.architecture.decoder)
-        output: Tensor = decoder(input_ids=small_tokens(self.model), use_cache=False)[0]
-        return output
+        decoder = self.model.get_submodule(self.architecture.decoder)
+        return run_decoder(decoder, small_tokens(self.model))
 
 
 def run_small(
@@ -284,6 +283,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def run_decoder(decoder: Any, tokens_BT: Tensor) -> Tensor:
+    """Return the hidden state that a decoder computes, without a cache."""
+    return first_tensor(decoder(input_ids=tokens_BT, use_cache=False))
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -117,7 +117,7 @@ class OutputNorms:
     What it adds is its output times the router's weight.
 
     Args:
-        experts_U: how many experts each unit of the block has; 0 where nobody asks.
+        experts_U: how many experts of each unit of the block can go whole; 0 where none can.
 
     Attributes:
         norm_UE: the sums of each unit, float64.

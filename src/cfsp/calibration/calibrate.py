@@ -156,7 +156,7 @@ def observe_part(block: StreamedBlock, sample: TokenSample | None = None) -> Obs
     """Do what `observe` does where an expert may see no token: others see other windows."""
     distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
     sublayers = [DistanceSums() for _ in block.units]
-    outputs = OutputNorms([unit.ffns if unit.expert_axes else 0 for unit in block.units])
+    outputs = OutputNorms([unit.removable_experts for unit in block.units])
     passing: list[Tensor] = []
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:

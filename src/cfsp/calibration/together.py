@@ -143,7 +143,7 @@ def _nothing_seen(source: WeightSource, record: CalibrationRecord, runs: bool) -
                 (0,) * unit.ffns if unit.ffns > 1 else (),
                 unit.part,
                 dict.fromkeys(DISTANCES, 0.0) if unit.after is not None else {},
-                torch.zeros(unit.ffns if unit.expert_axes else 0, dtype=torch.float64),
+                torch.zeros(unit.removable_experts, dtype=torch.float64),
             )
             for unit in source.units
             if unit.block == block

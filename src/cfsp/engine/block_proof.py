@@ -25,6 +25,7 @@ from cfsp.architecture.small_run import (
     difference,
     first_line,
     first_tensor,
+    run_decoder,
     set_parameter,
     small_skeleton,
     small_tokens,
@@ -65,21 +66,21 @@ def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
     tokens_BT = small_tokens(run.model)
     what = f"{blocks_in_words(removed)} of {run.architecture.class_name} can't be removed"
     try:
-        form = find_call_form(lambda tokens: _run(decoder, tokens), run.blocks, _CPU)
+        form = find_call_form(lambda tokens: run_decoder(decoder, tokens), run.blocks, _CPU)
         with skipped(run.blocks, removed, form):
-            expected = _run(decoder, tokens_BT)
+            expected = run_decoder(decoder, tokens_BT)
     except Exception as error:  # however a model misses what its stand-ins do not leave
         raise UnsupportedModelError(
             f"{what}: they failed the check skipped: expected that the others need nothing of them "
             f"but a hidden state, found {first_line(error)}"
         ) from error
-    effect = difference(_run(decoder, tokens_BT), expected)
+    effect = difference(run_decoder(decoder, tokens_BT), expected)
     if not effect > LEAST_EFFECT:
         raise UnsupportedModelError(
             f"{what}: they failed the check bites: expected another output without them, found a "
             f"difference of {effect:.1e}"
         )
-    found = _run(_cut(run, removed), tokens_BT)
+    found = run_decoder(_cut(run, removed), tokens_BT)
     if not (error_found := difference(found, expected)) <= TOLERANCE:
         raise UnsupportedModelError(
             f"{what}: they failed the check cut: expected the output with these blocks skipped, "
@@ -109,12 +110,12 @@ def check_attentions_can_go(source: WeightSource, removed: Collection[int]) -> N
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
     leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
     tokens_BT = small_tokens(run.model)
-    dense = _run(decoder, tokens_BT)
+    dense = run_decoder(decoder, tokens_BT)
     with ExitStack() as stack:
         for unit in leaving:
             attention = run.blocks[unit.block].get_submodule(unit.path)
             stack.callback(attention.register_forward_hook(_nothing).remove)
-        expected = _run(decoder, tokens_BT)
+        expected = run_decoder(decoder, tokens_BT)
     effect = difference(dense, expected)
     if not effect > LEAST_EFFECT:
         raise UnsupportedModelError(
@@ -123,7 +124,7 @@ def check_attentions_can_go(source: WeightSource, removed: Collection[int]) -> N
         )
     caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
     with _without_attentions(run, attentions, leaving, kinds):
-        for check, compute in (("cut", _run), ("cache", _run_with_cache)):
+        for check, compute in (("cut", run_decoder), ("cache", _run_with_cache)):
             if check == "cache" and not caches:
                 continue  # nor does the model with all of them
             try:
@@ -207,7 +208,3 @@ def _cut(run: SmallRun, removed: Collection[int]) -> nn.Module:
             set_parameter(model, new, parameter)
     decoder: nn.Module = model.get_submodule(run.architecture.decoder)
     return decoder
-
-
-def _run(decoder: Any, tokens_BT: Tensor) -> Tensor:
-    return first_tensor(decoder(input_ids=tokens_BT, use_cache=False))

@@ -95,6 +95,8 @@ class StreamedBlock:
         """
         after: dict[int, Tensor] = {}
         first_window, seqlen = 0, 1
+        if not any(unit.removable_experts for unit in self.units):
+            on_output = None  # to look costs a product for each expert
 
         def on_rows(unit: int, ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
             assert on_activations is not None

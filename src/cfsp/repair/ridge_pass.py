@@ -189,7 +189,7 @@ class _RidgeRepair:
             return observed
         distances, sublayers = DistanceSums(), [DistanceSums() for _ in block.units]
         observations = [Observation(self._is_held_out_N, unit.ffns) for unit in block.units]
-        outputs = OutputNorms([unit.ffns if unit.expert_axes else 0 for unit in block.units])
+        outputs = OutputNorms([unit.removable_experts for unit in block.units])
         block.advance(
             lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
             distances.add,

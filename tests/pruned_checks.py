@@ -1,0 +1,61 @@
+"""What holds of every pruned checkpoint of a tiny model, whichever parts went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cfsp
+from architecture_contract import logits_of
+from cfsp.families.contract import question_of
+from cfsp.families.stock import Answer
+from cfsp.planning.plan_file import PruningPlan
+from forks import Forks, Job
+
+
+def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.generate(
+            tokens_BT,
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            **{"attention_mask": torch.ones_like(tokens_BT), **options},
+        )
+    return found
+
+
+def check_caches_agree_with_none(out: Path, tokens_BT: Tensor) -> None:
+    model = cfsp.load(out)
+    expected = generated(model, tokens_BT, use_cache=False)
+    assert torch.equal(generated(model, tokens_BT), expected)
+    assert torch.equal(generated(model, tokens_BT, cache_implementation="static"), expected)
+    for tokens_T, expected_T in zip(tokens_BT, expected, strict=True):
+        assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
+
+
+def check_a_fresh_process_keeps_the_contract(
+    dense: Any, out: Path, plan: PruningPlan, tokens_BT: Tensor, forks: Forks, work: Path
+) -> None:
+    question_of(dense, out, plan).save(work / "question.pt")
+    (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
+    assert finished.status == 0, finished.stderr
+    answer = Answer(**torch.load(work / "answer.pt"))
+    assert not answer.problems
+    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(out), tokens_BT))
+
+
+def check_in_memory_is_the_checkpoint(
+    pruned: Any, out: Path, tokens_BT: Tensor, work: Path
+) -> None:
+    expected = cfsp.load(out).state_dict()
+    assert pruned.state_dict().keys() == expected.keys()
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    pruned.save_pretrained(work / "saved")
+    again = cfsp.load(work / "saved")
+    assert torch.equal(logits_of(again, tokens_BT), logits_of(pruned, tokens_BT))
