@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cfsp
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.engine.compute import engine_of
@@ -15,10 +18,10 @@ from cfsp.engine.workplace import temporary_workplace
 from cfsp.errors import UsageError
 from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
-from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
+from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
 from cfsp.text.windows import draw_text
 from cfsp.whole_model import block_count
-from cfsp.whole_model.block_count import Trial, with_block_count
+from cfsp.whole_model.block_count import Trial, best_of, with_block_count, worth_a_repair
 
 BLOCKS = 5
 
@@ -60,6 +63,47 @@ def test_the_best_of_all_numbers_is_chosen(
         gone = sum(parameters_L[each.block] for each in measured.removals[: trial.removed])
         assert gone < 0.4 * sum(parameters_L) + max(parameters_L) / 2
         assert trial.sparsity > 0 or trial.removed == BLOCKS * 2 // 5
+
+
+def tried(*divergences: float, parts: tuple[Part, ...] = ("ffn",)) -> list[Trial]:
+    return [Trial(count, 0.1, each, parts) for count, each in enumerate(divergences)]
+
+
+def test_few_are_worth_a_repair_of_each_choice_of_channels() -> None:
+    channels = tried(0.9, 0.8, 0.7, 0.6, 0.65)
+    both = tried(0.3, 0.4, parts=("ffn", "kv"))
+    few = worth_a_repair([*channels, *both])
+    assert [(each.removed, each.parts) for each in few] == [
+        (0, ("ffn",)), (1, ("ffn",)), (3, ("ffn",)), (0, ("ffn", "kv")),
+    ]  # fmt: skip
+
+
+def test_what_was_repaired_is_compared_after_it() -> None:
+    trials = tried(0.9, 0.5, 0.4)
+    assert best_of(trials) is trials[2]
+    trials[0] = replace(trials[0], repaired=0.3)
+    trials[1] = replace(trials[1], repaired=0.35)
+    assert best_of(trials) is trials[0]
+
+
+def test_the_number_is_chosen_after_repair(
+    source: LoadedModel, text_file: Path, tokenizer: Any
+) -> None:
+    asked = settings(text_file, Budget(0.5, parts=("ffn", "blocks"), multiple=8))
+    engine = engine_of(asked.compute, source)
+    windows = draw_text(asked.text, tokenizer)
+    statistics = calibrate_source(source, tokenizer, asked.text, asked.compute)
+
+    def divergence(best: int) -> Callable[[Statistics, Budget], float]:
+        return lambda measured, budget: abs((budget.remove_blocks or 0) - best)
+
+    for best in (0, 2):
+        with temporary_workplace(None) as place:
+            chosen, _ = with_block_count(
+                source, statistics, windows, asked, engine, place, divergence(best)
+            )
+        assert chosen.budget.remove_blocks is not None
+        assert chosen.budget.remove_blocks <= best
 
 
 def test_what_goes_together_is_what_was_asked_for(

@@ -10,7 +10,7 @@ pass over all. Each further step goes on from what the one before it gave.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,12 @@ from cfsp.planning.make import (
     plan_widths,
     warn_of_few_tokens,
 )
-from cfsp.repair import ridge_pass
 from cfsp.repair.local import repair_locally
-from cfsp.repair.repaired import Repaired, add_step
-from cfsp.repair.ridge_pass import ChosenBlock, choose_and_repair
+from cfsp.repair.repaired import Repaired
+from cfsp.repair.ridge_pass import choose_and_repair
+from cfsp.repair.ridge_step import repair_by_plan, with_ridge
 from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
+from cfsp.repair.trial import divergence_when_repaired
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
 from cfsp.whole_model.block_choice import follow_runs, with_needed_removals
@@ -128,7 +129,11 @@ def plan_and_repair(
         if plan is None:
             repaired = _choose_and_repair(source, windows, settings, engine, place)
         else:
-            repaired = _obey_and_repair(source, plan, statistics, windows, engine, place)
+            log.warning(
+                "repairing by a plan that was made before: this requires a forward pass of its own "
+                "(--repair none does without)"
+            )
+            repaired = repair_by_plan(source, plan, statistics, windows, engine, place)
     if repaired.plan.has_gaps and "sequential" not in steps:
         with watch.stage("gaps"):
             repaired = repair_gaps(source, repaired, windows, engine, place)
@@ -266,7 +271,8 @@ def _choose_and_repair(
     criterion, seed = settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(source, few, settings, engine, place, "coarse pass")
-    settings, coarse = with_block_count(source, coarse, windows, settings, engine, place)
+    repaired = divergence_when_repaired(source, windows, settings, engine)
+    settings, coarse = with_block_count(source, coarse, windows, settings, engine, place, repaired)
     budget = settings.budget
     coarse = with_needed_removals(source, coarse, windows, [settings], engine, place)
     if not budget.removes_channels:
@@ -297,39 +303,4 @@ def _choose_and_repair(
     plan = assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
     warn_of_few_tokens(plan)
     warn_of_lost_experts(plan)
-    return _with_ridge(Repaired(plan, statistics), chosen)
-
-
-def _obey_and_repair(
-    source: WeightSource,
-    plan: PruningPlan,
-    statistics: Statistics | None,
-    windows: Windows,
-    engine: Engine,
-    place: Workplace,
-) -> Repaired:
-    widths = ((unit.kept_width, unit.width) for unit in plan.kept_units)
-    if plan.has_gaps and all(kept in (0, width) for kept, width in widths):
-        return Repaired(plan, statistics)
-    log.warning(
-        "repairing by a plan that was made before: this requires a forward pass of its own "
-        "(--repair none does without)"
-    )
-    kept = plan.kept_channels
-    chosen = choose_and_repair(
-        source,
-        windows,
-        lambda unit, _: kept[unit],
-        engine,
-        place,
-        removed=plan.removed_blocks,
-    )
-    return _with_ridge(Repaired(plan, statistics), chosen)
-
-
-def _with_ridge(repaired: Repaired, chosen: Sequence[ChosenBlock]) -> Repaired:
-    if any(len(block.repaired) > 1 for block in chosen):
-        units = [unit for block in chosen for unit in block.repaired or (None,) * len(block.kept)]
-        return add_step(repaired, ridge_pass.NAME, units)
-    blocks = [block.repaired[0] if block.repaired else None for block in chosen]
-    return add_step(repaired, ridge_pass.NAME, blocks)
+    return with_ridge(Repaired(plan, statistics), chosen)

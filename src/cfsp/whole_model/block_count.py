@@ -1,9 +1,14 @@
 """How many whole blocks or attentions go where channels of the others may go as well.
 
 Every number of blocks leaves less to take from the channels. Each is tried: its blocks are skipped,
-the channels that a plan would remove of the others are masked, and the one whose predictions are
-nearest to the dense model's is chosen. What is compared is the whole, not a sum of damages that
-were measured apart: parts that are hardly missed alone are missed together (LOG.md).
+the channels that a plan would remove of the others are masked, and the predictions are compared
+with the dense model's. What is compared is the whole, not a sum of damages that were measured
+apart: parts that are hardly missed alone are missed together (LOG.md).
+
+Where KV groups may go as well as FFN channels, each number is tried with them and without.
+
+Repair wins back more of what channels lose than of what blocks or KV groups do. Where there will be
+one, a few of the numbers are therefore repaired on a little text and compared again.
 
 Shapes: N windows, T tokens, U units.
 """
@@ -11,7 +16,7 @@ Shapes: N windows, T tokens, U units.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +31,7 @@ from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.block_budget import parameters_of_whole, whole_in_words
 from cfsp.planning.make import choose_channels, model_size, plan_widths
 from cfsp.progress import item_progress
-from cfsp.settings import MOST_REMOVED
+from cfsp.settings import MOST_REMOVED, UNIT_PARTS
 from cfsp.whole_model.block_choice import follow_divergence, with_needed_removals
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import call_form_of, load_whole
@@ -41,10 +46,12 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.settings import Budget, Criterion, PruneSettings
+    from cfsp.settings import Budget, Criterion, Part, PruneSettings
     from cfsp.text.windows import Windows
 
 log = logging.getLogger(__name__)
+
+_CHANNELS: dict[Part, str] = {"ffn": "FFN channels", "kv": "KV groups"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,30 @@ class Trial:
         removed: how many go.
         sparsity: share of what the channels of the others own that goes with them.
         divergence: KL(dense || pruned, not repaired), in nats per token.
+        parts: of what the channels are.
+        repaired: the same divergence after a repair on a little text; None where it was not tried.
     """
 
     removed: int
     sparsity: float
     divergence: float
+    parts: tuple[Part, ...]
+    repaired: float | None = None
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Trial:
+        """Return what was written as JSON types."""
+        return Trial(**{**fields, "parts": tuple(fields["parts"])})
+
+    def in_words(self, what: str) -> str:
+        """Return what goes, for people.
+
+        Args:
+            what: goes whole.
+        """
+        channels = " and ".join(_CHANNELS[part] for part in self.parts)
+        share = f"{100 * self.sparsity:.1f}% of the {channels} of the others"
+        return f"{self.removed} {what} and {share}"
 
 
 def with_block_count(
@@ -69,6 +95,7 @@ def with_block_count(
     settings: PruneSettings,
     engine: Engine,
     place: Workplace,
+    repaired: Callable[[Statistics, Budget], float] | None = None,
 ) -> tuple[PruneSettings, Statistics]:
     """Return the settings with a number of what goes whole, and the statistics with what it took.
 
@@ -83,6 +110,7 @@ def with_block_count(
         settings: how to prune.
         engine: where and in what to compute.
         place: where the choice is kept.
+        repaired: gives the same divergence after repair; None where nothing will be repaired.
 
     Raises:
         BudgetError: no number of blocks meets the budget.
@@ -108,21 +136,56 @@ def with_block_count(
         trials = _try(source, statistics, windows, settings, engine)
         return {"trials": [vars(each) for each in trials]}
 
+    def when_repaired(trial: Trial) -> Trial:
+        assert repaired is not None
+        again, rest = repaired, _budget_with(budget, trial)
+        log.info("repairing on a little text: %s", trial.in_words(what))
+        number = f"{name}-repaired-{trial.removed}-{'-'.join(trial.parts)}"
+        found = kept(place, number, lambda: {"repaired": again(statistics, rest)})
+        return replace(trial, **found)
+
+    def compare() -> list[dict[str, Any]]:
+        trials = [Trial.from_json(each) for each in kept(place, name, measure)["trials"]]
+        few = worth_a_repair(trials) if repaired is not None else []
+        return [vars(when_repaired(each) if each in few else each) for each in trials]
+
     name = f"{what}-{windows.digest[:8]}"
-    found = place.team.from_first(lambda: kept(place, name, measure)["trials"])
-    trials = [Trial(**each) for each in found]
-    best = min(trials, key=lambda trial: trial.divergence)
+    trials = [Trial.from_json(each) for each in place.team.from_first(compare)]
+    best = best_of(trials)
     for trial in trials:
         log.info(
-            "%d %s and %.1f%% of what the others can lose: divergence %.4f%s",
-            trial.removed,
-            what,
-            100 * trial.sparsity,
+            "%s: divergence %.4f%s%s",
+            trial.in_words(what),
             trial.divergence,
+            "" if trial.repaired is None else f", {trial.repaired:.4f} repaired",
             " (chosen)" if trial is best else "",
         )
-    chosen = _budget_with(budget, best.removed, best.sparsity)
-    return replace(settings, budget=chosen), statistics
+    return replace(settings, budget=_budget_with(budget, best)), statistics
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """Return the trial whose predictions are nearest to the dense model's.
+
+    Only those that were repaired count, if some were.
+    """
+    repaired = [(each.repaired, each) for each in trials if each.repaired is not None]
+    if not repaired:
+        return min(trials, key=lambda trial: trial.divergence)
+    return min(repaired, key=lambda pair: pair[0])[1]
+
+
+def worth_a_repair(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the few that may be the best after repair.
+
+    For each choice of channels: the best before it, the one with the fewest blocks or attentions
+    gone, because repair wins back more of what channels lose, and the one in the middle between.
+    """
+    few: list[Trial] = []
+    for parts in dict.fromkeys(trial.parts for trial in trials):
+        own = [trial for trial in trials if trial.parts == parts]
+        best = own.index(min(own, key=lambda trial: trial.divergence))
+        few += [own[index] for index in sorted({0, best // 2, best})]
+    return few
 
 
 def _whole_alone(source: WeightSource, budget: Budget) -> Budget:
@@ -134,10 +197,17 @@ def _whole_alone(source: WeightSource, budget: Budget) -> Budget:
     return replace(budget, parts=("attention",), sparsity=min(share, MOST_REMOVED), of="ffn")
 
 
-def _budget_with(budget: Budget, removed: int, sparsity: float) -> Budget:
+def _budget_with(budget: Budget, trial: Trial) -> Budget:
     """Return a budget that says how many go whole, and which share of the others' channels."""
-    number: Any = {f"remove_{whole_in_words(budget)}": removed}
-    return replace(budget, **number, sparsity=sparsity, of="ffn")
+    number: Any = {f"remove_{whole_in_words(budget)}": trial.removed}
+    parts = (*trial.parts, *(part for part in budget.parts if part not in UNIT_PARTS))
+    return replace(budget, **number, parts=parts, sparsity=trial.sparsity, of="ffn")
+
+
+def _choices_of_channels(budget: Budget) -> list[tuple[Part, ...]]:
+    """Return of which parts channels may go: of all, or of FFNs alone."""
+    parts = tuple(part for part in UNIT_PARTS if part in budget.parts)
+    return [("ffn",), parts] if len(parts) > 1 else [parts]
 
 
 def _try(
@@ -153,23 +223,29 @@ def _try(
     masked = _MaskedModel(source, model, few_beginnings(windows).tokens_NT)
     removals = statistics.removals_of(budget.whole_part)
     trials: list[Trial] = []
-    with item_progress("choosing how many", len(removals) + 1, "number") as bar:
-        for count in range(len(removals) + 1):
-            removed = sorted(each.block for each in removals[:count])
-            alone = removals[count - 1].divergence if count else 0.0
-            if trials and alone > min(trial.divergence for trial in trials):
-                break  # whatever else goes as well makes it worse, and so does another one
-            sparsity = _sparsity_of_others(source, budget, removed)
-            if sparsity >= 1:
-                continue  # the others do not own so much
-            try:
-                rest = _budget_with(budget, count, sparsity)
-                kept_U = _plan(source, statistics, rest, settings.criterion, removed)
-            except BudgetError:
-                continue  # or cannot lose it
-            blocks = removed if budget.removes_blocks else ()
-            trials.append(Trial(count, sparsity, masked.divergence(blocks, kept_U)))
-            bar.update()
+    choices = _choices_of_channels(budget)
+    total = (len(removals) + 1) * len(choices)
+    with item_progress("choosing how many", total, "number") as bar:
+        for parts in choices:
+            own: list[Trial] = []
+            for count in range(len(removals) + 1):
+                alone = removals[count - 1].divergence if count else 0.0
+                if own and alone > min(trial.divergence for trial in own):
+                    break  # whatever else goes as well makes it worse, and so does another one
+                removed = sorted(each.block for each in removals[:count])
+                sparsity = _sparsity_of_others(source, budget, parts, removed)
+                if sparsity >= 1:
+                    continue  # the others do not own so much
+                trial = Trial(count, sparsity, 0.0, parts)
+                try:
+                    rest = _budget_with(budget, trial)
+                    kept_U = _plan(source, statistics, rest, settings.criterion, removed)
+                except BudgetError:
+                    continue  # or cannot lose it
+                blocks = removed if budget.removes_blocks else ()
+                own.append(replace(trial, divergence=masked.divergence(blocks, kept_U)))
+                bar.update()
+            trials += own
     if not trials:
         raise BudgetError(
             f"cannot remove {budget.sparsity:.1%}: neither {whole_in_words(budget)} alone nor with "
@@ -178,12 +254,14 @@ def _try(
     return trials
 
 
-def _sparsity_of_others(source: WeightSource, budget: Budget, removed: Collection[int]) -> float:
-    """Return the share of what the channels of the others own that is still to go."""
+def _sparsity_of_others(
+    source: WeightSource, budget: Budget, parts: tuple[Part, ...], removed: Collection[int]
+) -> float:
+    """Return the share of what channels of these parts of the others own that is still to go."""
     parameters_of = parameters_of_whole(source, budget)
     missing = budget.sparsity * _counted(source, budget)
     missing -= sum(parameters_of[block] for block in removed)
-    return max(0.0, missing / _owned_by_channels(source, budget, removed))
+    return max(0.0, missing / _owned_by_channels(source, budget, parts, removed))
 
 
 def _counted(source: WeightSource, budget: Budget) -> int:
@@ -193,12 +271,14 @@ def _counted(source: WeightSource, budget: Budget) -> int:
     total = sum(parameters_of_whole(source, budget).values())
     if budget.removes_blocks or "ffn" not in budget.parts:  # KV groups are of the attentions
         return total
-    return total + _owned_by_channels(source, replace(budget, parts=("ffn", "attention")), ())
+    return total + _owned_by_channels(source, budget, ("ffn",), ())
 
 
-def _owned_by_channels(source: WeightSource, budget: Budget, removed: Collection[int]) -> int:
-    """Return the parameters of the channels that a budget may remove beside what goes whole."""
-    size = model_size(source, budget, removed).of_parts(budget.parts)
+def _owned_by_channels(
+    source: WeightSource, budget: Budget, parts: tuple[Part, ...], removed: Collection[int]
+) -> int:
+    """Return the parameters of channels of these parts beside what goes whole by a budget."""
+    size = model_size(source, budget, removed).of_parts(parts)
     return size.cost_of(size.width_U) * size.parameters_per_cost
 
 

@@ -1,0 +1,75 @@
+"""A budget tried with its repair, on a little text, judged by the dense model's predictions.
+
+It is fitted on some windows and judged on the beginnings of others, where there are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.cut.in_memory import build_pruned_model
+from cfsp.engine.workplace import temporary_workplace
+from cfsp.planning.make import make_plan
+from cfsp.repair.ridge_step import repair_by_plan
+from cfsp.repair.sequential import repair_gaps
+from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.sensitivity import few_beginnings
+
+if TYPE_CHECKING:
+    from cfsp.calibration.statistics import Statistics
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.settings import Budget, PruneSettings
+    from cfsp.text.windows import Windows
+
+
+def divergence_when_repaired(
+    source: WeightSource, windows: Windows, settings: PruneSettings, engine: Engine
+) -> Callable[[Statistics, Budget], float]:
+    """Return a function that prunes by a budget, repairs by ridge, and compares the predictions.
+
+    It gives KL(dense || repaired) in nats per token. The model is in memory twice meanwhile; what
+    was not pruned is there once.
+
+    Args:
+        source: the model.
+        windows: the calibration text.
+        settings: by what channels and blocks are chosen, and what a workplace may take.
+        engine: where and in what to compute.
+    """
+    fit, judged = apart(windows)
+
+    def divergence(statistics: Statistics, budget: Budget) -> float:
+        model = load_whole(source, engine, "trying a repair")
+        loaded = LoadedModel(model, settings.budget.parts)
+        plan = make_plan(source, statistics, budget, settings.criterion)
+        with temporary_workplace(settings.compute.memory_budget) as place:
+            repaired = repair_by_plan(source, plan, statistics, fit, engine, place)
+            if plan.has_gaps:
+                repaired = repair_gaps(source, repaired, fit, engine, place)
+            smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
+        smaller.to(dtype=model.dtype).eval()
+        with torch.inference_mode():
+            total = sum(
+                dense_predictions(model, tokens_T[None]).divergence(smaller)
+                for tokens_T in judged.tokens_NT
+            )
+        return total / len(judged.tokens_NT)
+
+    return divergence
+
+
+def apart(windows: Windows) -> tuple[Windows, Windows]:
+    """Return a few windows to fit on, and the beginnings of a few others to judge by.
+
+    Both are spread over all texts. Of fewer than twice as many windows some are in both.
+    """
+    judged = few_beginnings(windows)
+    wanted, count = len(judged.tokens_NT), len(windows.tokens_NT)
+    stride = count // wanted
+    return windows.part(slice(stride // 2, stride * wanted, stride)), judged
