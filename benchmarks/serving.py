@@ -52,7 +52,8 @@ TYPES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _EQUAL = ("gemma2", "gemma3_text")
 
 # The server of llama.cpp as the package xllamacpp has it: llama-server in this process. One
-# thread: several wait for each other busily, which is endless where other programs run.
+# thread: several wait for each other busily, which is endless where other programs run. Its flash
+# attention rounds to 16 bits, which decides between two tokens that are nearly as likely.
 _LLAMA_SERVER = """
 import sys, time
 import xllamacpp
@@ -62,6 +63,7 @@ params.model.path, params.port = sys.argv[1], int(sys.argv[2])
 params.n_ctx, params.n_parallel = 256, 1
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)
 while True:
     time.sleep(1)
