@@ -177,11 +177,17 @@ def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSetti
     """Return how to prune with the best effort, and how long to train afterwards.
 
     That is one pass over the text with the dense model as the teacher, where one process has
-    memory for both; else no end-to-end training, and local repair.
+    memory for both; else no end-to-end training, and local repair. People are told which.
     """
     device = compute_device(settings.compute.device)
-    if process_count() == 1 and method_that_fits(source, device) is not None:
+    if process_count() > 1:
+        why = "several processes prune together; cfsp recover trains what they give"
+    elif method_that_fits(source, device) is None:
+        why = "there is no memory to train the whole model beside the dense one"
+    else:
+        log.info("best effort: repair by ridge, then one pass of training towards the dense model")
         return settings, Limit(epochs=1)
+    log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
     return replace(settings, repair=BEST_WITHOUT_TRAINING), None
 
 

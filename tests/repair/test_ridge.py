@@ -271,8 +271,10 @@ def test_best_effort_without_room_to_train_repairs_locally(
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    caplog.set_level("INFO", logger="cfsp")
     report = cfsp.prune(
         tiny_checkpoint("llama"),
         out=tmp_path / "out",
@@ -285,3 +287,4 @@ def test_best_effort_without_room_to_train_repairs_locally(
         local_steps=2,
     )
     assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential", "local"]
+    assert "repair by local, because there is no memory to train" in caplog.text
