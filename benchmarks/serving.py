@@ -138,6 +138,7 @@ def main() -> int:
             f"{', '.join(sorted(missing))} not installed here; `make serve-check` installs all "
             "servers in .serve, or name others with --server"
         )
+    torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
