@@ -11,7 +11,6 @@ right-hand sides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -24,22 +23,15 @@ SOLVE_COLUMNS = 512
 def lower_panels(gram_FF: Tensor, index_K: Tensor) -> list[Tensor]:
     """Return the lower triangle of G_KK in float64, as column panels.
 
-    All are parts of one piece of memory. Each by itself is of a size that the system does not get
-    back while the process runs, and holes between them would make it grow with every block.
-
     Args:
         gram_FF: a complete symmetric matrix.
         index_K: which rows and columns of it.
     """
-    size = len(index_K)
-    shapes = [(size - start, min(PANEL, size - start)) for start in range(0, size, PANEL)]
-    whole = torch.empty(sum(map(prod, shapes)), dtype=torch.float64, device=gram_FF.device)
-    parts = whole.split([prod(shape) for shape in shapes])
-    panels = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-    for start, panel in zip(range(0, size, PANEL), panels, strict=True):
+    panels = []
+    for start in range(0, len(index_K), PANEL):
         columns = index_K[start : start + PANEL]
         # Rows are contiguous, columns are not: gather the transpose.
-        panel.copy_(gram_FF[columns].index_select(1, index_K[start:]).T)
+        panels.append(gram_FF[columns].index_select(1, index_K[start:]).T.double().contiguous())
     return panels
 
 

@@ -84,7 +84,6 @@ def repair_down_projection(
     mask_F[torch.tensor(kept, device=device)] = True
     kept_K, pruned_P = mask_F.nonzero().flatten(), (~mask_F).nonzero().flatten()
     best, error_of = _unrepaired(down_DF, kept, held_out_RF)
-    plain_DK = best.down_DK
     if len(pruned_P) == 0:
         return best
 
@@ -92,7 +91,7 @@ def repair_down_projection(
         """Return the error with one strength, and keep the weights if they are the best so far."""
         nonlocal best
         ridge = lambdas[number]
-        candidate_DK = _solve(down_DF, plain_DK, gram_FF, kept_K, pruned_P, ridge)
+        candidate_DK = _solve(down_DF, gram_FF, kept_K, pruned_P, ridge)
         if candidate_DK is None:
             return math.inf
         error = error_of(candidate_DK)
@@ -144,7 +143,6 @@ def _output(act_RF: Tensor, down_DF: Tensor) -> Tensor:
 
 def _solve(
     down_DF: Tensor,
-    plain_DK: Tensor,
     gram_FF: Tensor,
     kept_K: Tensor,
     pruned_P: Tensor,
@@ -154,13 +152,14 @@ def _solve(
     system = ridge_factor(gram_FF, kept_K, ridge)
     if system is None:
         return None
-    repaired_DK = torch.empty_like(plain_DK)
+    repaired_DK = down_DF.new_empty(down_DF.shape[0], len(kept_K))
     for start in range(0, down_DF.shape[0], SOLVE_COLUMNS):
         part = slice(start, start + SOLVE_COLUMNS)
         pruned_CP = down_DF[part].index_select(1, pruned_P).double()
         lost_KC = _times_gram(gram_FF, kept_K, pruned_P, pruned_CP)
         solve(system, lost_KC)
-        repaired_DK[part] = (plain_DK[part].double() + lost_KC.T).to(plain_DK.dtype)
+        plain_CK = down_DF[part].index_select(1, kept_K)
+        repaired_DK[part] = (plain_CK.double() + lost_KC.T).to(down_DF.dtype)
     return repaired_DK
 
 
