@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 from cfsp.cli import arguments
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError, did_you_mean
+from cfsp.settings import Part
 
 if TYPE_CHECKING:
     from cfsp.families.catalogue import Family
     from cfsp.families.trial import Verdict
+
+# What is tried besides FFN channels, and what a column of it is called.
+_PARTS: dict[Part, str] = {
+    "kv": "KV groups",
+    "attention": "attentions",
+    "experts": "experts",
+    "blocks": "blocks",
+}
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -26,8 +35,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--prove",
         metavar="TYPE",
         nargs="*",
-        help="prove these model types on small random models, and check that the pruned checkpoint "
-        "of a tiny one works in transformers (without a name: all of them)",
+        help="prove on small random models which parts of these model types can go, and check that "
+        "the pruned checkpoint of a tiny one works in transformers (without a name: all of them)",
     )
     arguments.add_json(parser)
     parser.set_defaults(run=run)
@@ -66,25 +75,26 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         print_table(
-            ("model type", "class", "proved", "contract", "KV groups", "reason"),
+            ("model type", "class", "proved", "contract", *_PARTS.values(), "reason"),
             [
                 (
                     row["model_type"],
                     row["class"],
                     "yes" if row["proved"] else "no",
                     row["contract"] or "",
-                    "yes" if row["kv"] else "no",
+                    *("yes" if row[part] else "no" for part in _PARTS),
                     row["reason"] or _in_one_line(row["contract_notes"]),
                 )
                 for row in rows
             ],
-            left=6,
+            left=5 + len(_PARTS),
         )
 
 
 def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
     """Return what is known of a family, as JSON types; nothing of proof and contract is None."""
     contract = verdict.contract if verdict else None
+    reasons = {part: verdict.part_reasons[part] if verdict else None for part in _PARTS}
     return {
         "model_type": family.model_type,
         "class": family.class_name,
@@ -92,8 +102,8 @@ def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
         "reason": verdict.reason if verdict else None,
         "contract": contract.result if contract else None,
         "contract_notes": contract.notes if contract else {},
-        "kv": verdict.groups_reason is None if verdict else None,
-        "kv_reason": verdict.groups_reason if verdict else None,
+        **{part: reasons[part] is None if verdict else None for part in reasons},
+        **{f"{part}_reason": reason for part, reason in reasons.items()},
     }
 
 

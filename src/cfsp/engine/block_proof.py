@@ -40,13 +40,14 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
+    from transformers import PreTrainedConfig
+
+    from cfsp.architecture.found import Architecture, Unit
     from cfsp.checkpoint.reading import WeightSource
 
 _CPU = torch.device("cpu")
 
 
-@torch.no_grad()
 def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
     """Check that a model can be written without some blocks, and computes as if they were skipped.
 
@@ -59,7 +60,21 @@ def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
             besides the hidden state, or tensors cannot be told apart.
     """
     names_without_blocks(source, removed)
-    stock = stock_config(source.config)
+    prove_without_blocks(stock_config(source.config), removed)
+
+
+@torch.no_grad()
+def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> None:
+    """Check the same of the model of a config, whatever its tensors are stored as.
+
+    Args:
+        stock: config of the model.
+        removed: indices of the blocks that go; not all.
+
+    Raises:
+        UnsupportedModelError: its config cannot say it, or blocks that stay need something of them
+            besides the hidden state.
+    """
     changes_without_blocks(stock, removed)
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
@@ -88,7 +103,6 @@ def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
         )
 
 
-@torch.no_grad()
 def check_attentions_can_go(source: WeightSource, removed: Collection[int]) -> None:
     """Check that a model computes the same without some attentions as with nothing from them.
 
@@ -99,11 +113,27 @@ def check_attentions_can_go(source: WeightSource, removed: Collection[int]) -> N
     Raises:
         UnsupportedModelError: none of a kind would stay, or others need something of them.
     """
-    stock = stock_config(source.config)
+    prove_without_attentions(stock_config(source.config), source.architecture, removed)
+
+
+@torch.no_grad()
+def prove_without_attentions(
+    stock: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
+) -> None:
+    """Check the same of the model of a config.
+
+    Args:
+        stock: config of the stock model.
+        architecture: of the model, with its attentions.
+        removed: indices of the blocks whose attentions go.
+
+    Raises:
+        UnsupportedModelError: none of a kind would stay, or others need something of them.
+    """
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
-    attentions = [unit for unit in source.architecture.stock_units if unit.part == "kv"]
-    gone = {unit.block for unit in source.architecture.gone}
+    attentions = [unit for unit in architecture.stock_units if unit.part == "kv"]
+    gone = {unit.block for unit in architecture.gone}
     name = run.architecture.class_name
     kinds = getattr(stock.get_text_config(decoder=True), "layer_types", None)
     what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"

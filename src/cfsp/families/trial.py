@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cfsp.architecture.model_classes import check_is_decoder
 from cfsp.architecture.proof import prove
-from cfsp.errors import CfspError
+from cfsp.engine.block_proof import prove_without_attentions, prove_without_blocks
+from cfsp.errors import CfspError, UnsupportedModelError
 from cfsp.families.apart import NoAnswerError, call_apart, stop_calls
 from cfsp.families.catalogue import Family
 from cfsp.families.contract import Contract, begin_contract, judged
@@ -19,6 +21,8 @@ from cfsp.families.default_configs import default_config
 from cfsp.families.stock import CHECKS, Question, ask, first_line, without_cfsp
 from cfsp.settings import DEFAULT_PARTS, Part
 
+# What is tried besides the channels of FFNs, each by itself.
+OTHER_PARTS: tuple[Part, ...] = ("kv", "attention", "experts", "blocks")
 # Seconds of a process. The slowest proof takes a tenth of that.
 PROOF_LIMIT = 120.0
 # The slowest part of a contract takes a tenth as well.
@@ -33,12 +37,12 @@ class Verdict:
     Attributes:
         reason: why it was not proved; None if it was.
         contract: None where it was not proved.
-        groups_reason: why no attention of it can lose KV groups; None if some can.
+        part_reasons: for each of `OTHER_PARTS` why none of it can go; None if some can.
     """
 
     reason: str | None
     contract: Contract | None = None
-    groups_reason: str | None = None
+    part_reasons: dict[Part, str | None] = field(default_factory=dict)
 
 
 def verdicts(families: Sequence[Family]) -> Iterator[Verdict]:
@@ -52,13 +56,13 @@ def verdicts(families: Sequence[Family]) -> Iterator[Verdict]:
 
 
 def verdict_on(family: Family) -> Verdict:
-    """Prove a family; if it is proved, run the contract."""
+    """Prove a family, part by part; if its FFNs are proved, run the contract."""
     reason = why_not(family)
+    part_reasons = {part: why_not(family, (part,)) for part in OTHER_PARTS}
     if reason is not None:
-        return Verdict(reason, groups_reason=reason)
+        return Verdict(reason, part_reasons=part_reasons)
     with TemporaryDirectory(prefix="cfsp-families-") as place:
-        contract = contract_of(family, Path(place))
-    return Verdict(None, contract, why_not(family, ("kv",)))
+        return Verdict(None, contract_of(family, Path(place)), part_reasons)
 
 
 def why_not(family: Family, parts: tuple[Part, ...] = DEFAULT_PARTS) -> str | None:
@@ -109,13 +113,45 @@ def _ask(place: Path, name: str) -> dict[str, str]:
     return ask(Question.load(place / f"{name}.pt"), work).problems
 
 
+def _check_one_goes(blocks: Sequence[int], check: Callable[[Sequence[int]], None]) -> None:
+    """Check that one of some blocks can go: that in the middle, the last, or one of the first.
+
+    Args:
+        blocks: ascending.
+        check: of those that go.
+
+    Raises:
+        UnsupportedModelError: none of these can; why the first one can't.
+    """
+    first: UnsupportedModelError | None = None
+    for block in dict.fromkeys((blocks[len(blocks) // 2], blocks[-1], *blocks[:2])):
+        try:
+            check([block])
+            return
+        except UnsupportedModelError as refusal:
+            first = first or refusal
+    assert first is not None
+    raise first
+
+
 def _why_not(family: Family, parts: tuple[Part, ...]) -> str | None:
     try:
         model_class, config = family.class_and_config(default_config)
         check_is_decoder(config)
-        prove(config, model_class, parts)
     except CfspError as refusal:
         return str(refusal)
     except Exception as error:  # anything may be wrong with a default config
         return f"no config could be made ({first_line(error)})"
+    try:
+        architecture = prove(config, model_class, parts)
+        if "attention" in parts:
+            blocks = [unit.block for unit in architecture.of_part("kv").units]
+            _check_one_goes(blocks, partial(prove_without_attentions, config, architecture))
+        if "blocks" in parts:
+            blocks = list(range(architecture.block_count))
+            _check_one_goes(blocks, partial(prove_without_blocks, config))
+    except CfspError as refusal:
+        return str(refusal)
+    except Exception as error:  # a bug of ours, or of the class
+        return f"the proof did not end ({first_line(error)})"
     return None
