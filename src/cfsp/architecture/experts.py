@@ -327,7 +327,13 @@ def experts_fail(
         run: of a small model.
         kept: block -> the experts that stay, equally many everywhere and in every group.
     """
-    _fill_buffers(architecture, run)
+    with _filled_buffers(architecture, run):
+        return _cut_fails(architecture, run, kept)
+
+
+def _cut_fails(
+    architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]
+) -> str | None:
     with ExitStack() as stack:
         for unit in architecture.units:
             if unit.block in kept and unit.expert_axes:
@@ -417,15 +423,23 @@ class _Unchosen(TorchFunctionMode):
         return output
 
 
-def _fill_buffers(architecture: Architecture, run: SmallRun) -> None:
-    """Give buffers with the axis of experts values: zeros would hide an error."""
+@contextmanager
+def _filled_buffers(architecture: Architecture, run: SmallRun) -> Iterator[None]:
+    """Give buffers with the axis of experts values for a while: zeros would hide an error."""
     generator = torch.Generator().manual_seed(2)
+    originals: list[tuple[Tensor, Tensor]] = []
     for unit in architecture.units:
         buffers = dict(run.blocks[unit.block].named_buffers())
         for name in unit.expert_axes:
             if name in buffers and buffers[name].is_floating_point():
+                originals.append((buffers[name], buffers[name].clone()))
                 values = torch.randn(buffers[name].shape, generator=generator)
                 buffers[name].copy_(0.1 * values)
+    try:
+        yield
+    finally:
+        for buffer, original in originals:
+            buffer.copy_(original)
 
 
 def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]) -> nn.Module:

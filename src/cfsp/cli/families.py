@@ -94,16 +94,16 @@ def run(args: argparse.Namespace) -> None:
 def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
     """Return what is known of a family, as JSON types; nothing of proof and contract is None."""
     contract = verdict.contract if verdict else None
-    reasons = {part: verdict.part_reasons[part] if verdict else None for part in _PARTS}
+    reasons = verdict.reasons if verdict else dict.fromkeys(("ffn", *_PARTS))
     return {
         "model_type": family.model_type,
         "class": family.class_name,
-        "proved": verdict.reason is None if verdict else None,
-        "reason": verdict.reason if verdict else None,
+        "proved": reasons["ffn"] is None if verdict else None,
+        "reason": reasons["ffn"],
         "contract": contract.result if contract else None,
         "contract_notes": contract.notes if contract else {},
-        **{part: reasons[part] is None if verdict else None for part in reasons},
-        **{f"{part}_reason": reason for part, reason in reasons.items()},
+        **{part: reasons[part] is None if verdict else None for part in _PARTS},
+        **{f"{part}_reason": reasons[part] for part in _PARTS},
     }
 
 

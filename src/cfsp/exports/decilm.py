@@ -1,10 +1,10 @@
 """Targets `vllm`, `sglang`, `tensorrt-llm` and `mlx-lm`: DeciLM's layout, which all four read.
 
-DeciLM is a Llama whose blocks have widths of their own. Weights are copied byte for byte. The
-config names the width of every block in `block_configs`: as `ffn_mult` where all widths are
-multiples of 256, which all four readers turn into exactly these widths; otherwise as
-`intermediate_size`, which only vLLM reads. A small config class beside it makes the blocks
-readable as attributes, as readers want them.
+DeciLM is a Llama whose blocks have widths of their own, or no attention. Weights are copied byte
+for byte. The config names the width of every block in `block_configs`: as `ffn_mult` where all
+widths are multiples of 256, which all four readers turn into exactly these widths; otherwise as
+`intermediate_size`, which only vLLM reads. An attention that is gone is `no_op`. A small config
+class beside it makes the blocks readable as attributes, as readers want them.
 
 Without this export vLLM runs the checkpoint itself through its Transformers backend.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
@@ -27,7 +28,7 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, outgoing_ten
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
 from cfsp.exports import padded
-from cfsp.exports.context import context_limit
+from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
 from cfsp.exports.decilm_readers import (
     READERS,
     VLLM,
@@ -85,17 +86,21 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
     config, model = decilm_config(source), described(source)
     if reason := obstacle(reader, model):
         raise ExportError(
-            f"{reader.name} reads DeciLM with {reason}; use --to vllm or --to gguf, or --to padded "
-            f"for {reader.name}'s own class"
+            f"{reader.name} reads DeciLM with {reason}; use {_instead(reader, model)}"
         )
-    tensors = [_copied(source, name, spec) for name, spec in source.specs.items()]
+    unread = unread_norms(source)
+    tensors = [
+        _copied(source, name, spec) for name, spec in source.specs.items() if name not in unread
+    ]
     write_shards(out, tensors + _zero_output_biases(source, model))
     copy_travelling_files(source.directory, out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (out / CONFIG_FILE).write_text(_config_code(), encoding="utf-8")
     narrow, wide = min(model.widths), max(model.widths)
+    gone = model.groups.count(0)
     return Written(
-        f"DeciLMForCausalLM, {len(model.widths)} blocks of {narrow} to {wide} channels",
+        f"DeciLMForCausalLM, {len(model.widths)} blocks of {narrow} to {wide} channels"
+        + (f", {gone} without attention" if gone else ""),
         _notes(reader, model),
         f"{reader.serve} {reader.trust}".rstrip(),
     )
@@ -113,6 +118,15 @@ def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
         f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; use --to padded "
         f"for {reader.name}'s own class{backend if reader is VLLM else ''}"
     )
+
+
+def _instead(reader: Reader, model: DeciLMModel) -> str:
+    """Return what to export to where one reader cannot run a model, in words."""
+    ways = [f"--to {VLLM.target}"] if obstacle(VLLM, model) is None else []
+    in_words = " or ".join([*ways, "--to gguf"])
+    if not model.has_same_heads:
+        return in_words
+    return f"{in_words}, or --to padded for {reader.name}'s own class"
 
 
 def is_decilm(directory: Path) -> bool:
@@ -137,16 +151,15 @@ def described(source: Checkpoint) -> DeciLMModel:
     names = source.specs
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    head_width = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    heads, groups = zip(*heads_of_blocks(source), strict=True)
     return DeciLMModel(
-        widths=tuple(source.architecture.widths),
+        widths=tuple(source.architecture.of_part("ffn").widths),
+        groups=groups,
         activation=config.hidden_act,
         attention_bias=any("self_attn" in name and name.endswith(".bias") for name in names),
         mlp_bias=any("mlp" in name and name.endswith(".bias") for name in names),
         sliding_window=bool(window) and "sliding_attention" in layer_types,
-        own_head_width=head_width * config.num_attention_heads != config.hidden_size,
+        own_head_width=head_size(config) * max(heads) != config.hidden_size,
         rope_type=(config.rope_parameters or {}).get("rope_type", "default"),
     )
 
@@ -154,15 +167,24 @@ def described(source: Checkpoint) -> DeciLMModel:
 def decilm_config(source: Checkpoint) -> dict[str, Any]:
     """Return config.json of a Llama-like checkpoint in DeciLM's terms."""
     config: Any = source.config
-    prefix = source.architecture.block_prefix(0)
+    heads_of, groups_of = zip(*heads_of_blocks(source), strict=True)
+    heads, groups = max(heads_of), max(groups_of)
+    prefix = source.architecture.block_prefix(groups_of.index(groups))
     biased = {m: f"{prefix}self_attn.{m}_proj.bias" in source.specs for m in "qkvo"}
-    group = config.num_attention_heads // config.num_key_value_heads
-    widths = tuple(source.architecture.widths)
+    widths = tuple(source.architecture.of_part("ffn").widths)
     fields = {key: getattr(config, key) for key in _SHARED if hasattr(config, key)}
     fields = {key: value for key, value in fields.items() if value is not None}
     if fields.get("sliding_window") and "layer_types" not in fields:
         fields["layer_types"] = ["sliding_attention"] * len(widths)
+    if groups != config.num_key_value_heads:
+        fields |= {
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "head_dim": head_size(config),
+        }
     for_all = has_multiples(widths)
+    # mlx-lm refuses keys that it does not know, and TensorRT-LLM asks for this one.
+    linear = {"replace_with_linear": False} if for_all else {}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
@@ -178,27 +200,25 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
         "qkv_bias": biased["q"],
         "mlp_bias": f"{prefix}mlp.up_proj.bias" in source.specs,
         "block_configs": [
-            _block_for_all(group, width, config.hidden_size)
-            if for_all
-            else _block_for_vllm(group, width)
-            for width in widths
+            {
+                "attention": {
+                    "no_op": own == 0,
+                    **linear,
+                    # TensorRT-LLM makes no cache for a block without a number here.
+                    "n_heads_in_group": heads // groups if own else None,
+                },
+                "ffn": {
+                    "no_op": False,
+                    **linear,
+                    **(
+                        {"ffn_mult": ffn_mult(width, config.hidden_size)}
+                        if for_all
+                        else {"intermediate_size": width}
+                    ),
+                },
+            }
+            for width, own in zip(widths, groups_of, strict=True)
         ],
-    }
-
-
-def _block_for_all(group: int, width: int, hidden: int) -> dict[str, Any]:
-    # mlx-lm refuses keys that it does not know, and TensorRT-LLM asks for `replace_with_linear`.
-    acts = {"no_op": False, "replace_with_linear": False}
-    return {
-        "attention": {**acts, "n_heads_in_group": group},
-        "ffn": {**acts, "ffn_mult": ffn_mult(width, hidden)},
-    }
-
-
-def _block_for_vllm(group: int, width: int) -> dict[str, Any]:
-    return {
-        "attention": {"no_op": False, "n_heads_in_group": group},
-        "ffn": {"no_op": False, "intermediate_size": width},
     }
 
 
@@ -223,9 +243,9 @@ def _zero_output_biases(source: Checkpoint, model: DeciLMModel) -> list[Outgoing
     if not (model.attention_bias and has_multiples(model.widths)):
         return []
     zeros = []
-    for block in range(len(model.widths)):
+    for block, groups in enumerate(model.groups):
         prefix = f"{source.architecture.block_prefix(block)}self_attn."
-        if f"{prefix}o_proj.bias" not in source.specs:
+        if groups and f"{prefix}o_proj.bias" not in source.specs:
             spec = source.specs[f"{prefix}o_proj.weight"]
             bias = torch.zeros(spec.shape[0], dtype=spec.dtype)
             zeros.append(outgoing_tensor(f"{prefix}o_proj.bias", bias))
@@ -281,7 +301,9 @@ def build_described_model(directory: Path) -> PreTrainedModel:
     for layer, block in zip(model.model.layers, written.block_configs, strict=True):
         config.intermediate_size = _width(block.ffn, written.hidden_size)
         layer.mlp = LlamaMLP(config)
-        if not written.attention_bias:
+        if block.attention.no_op:
+            layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
+        elif not written.attention_bias:
             layer.self_attn.o_proj.register_parameter("bias", None)
     for path in sorted(directory.glob("*.safetensors")):
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}

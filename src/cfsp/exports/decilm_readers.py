@@ -1,7 +1,10 @@
 """What the readers of DeciLM's layout read of it, and what they cannot.
 
 All of them know blocks of different widths as `ffn_mult`, a multiple of the hidden size that they
-round up to 256 channels. Only vLLM also reads a width as it is.
+round up to 256 channels. Only vLLM also reads a width as it is. All of them know blocks without
+attention (`no_op`) and how many query heads share a head of keys and values (`n_heads_in_group`),
+but take the number of query heads from the config of the whole model. So a block whose attention
+has lost KV groups, with their query heads, cannot be said.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ class DeciLMModel:
 
     Attributes:
         widths: channels of every block's FFN.
+        groups: KV groups of every block's attention; 0 where it is gone.
         activation: the config's name of it.
         attention_bias: whether any projection of the attention has a bias.
         mlp_bias: whether the FFN has biases.
@@ -27,12 +31,18 @@ class DeciLMModel:
     """
 
     widths: tuple[int, ...]
+    groups: tuple[int, ...]
     activation: str
     attention_bias: bool
     mlp_bias: bool
     sliding_window: bool
     own_head_width: bool
     rope_type: str
+
+    @property
+    def has_same_heads(self) -> bool:
+        """Whether all blocks have an attention, with as many heads."""
+        return len(set(self.groups)) == 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Reader:
         mlp_bias: whether it has biases in the FFN.
         sliding_window: whether it has sliding windows.
         own_head_width: whether heads can be of any width.
+        first_without_attention: whether the first block may have no attention.
         rope_types: which ways to scale positions it has; None for those of transformers.
         old_rope_words: whether it looks for `rope_theta` and `rope_scaling` in the config, as
             transformers did before version 5.
@@ -65,6 +76,7 @@ class Reader:
     mlp_bias: bool
     sliding_window: bool
     own_head_width: bool
+    first_without_attention: bool
     rope_types: tuple[str, ...] | None
     old_rope_words: bool
 
@@ -80,6 +92,7 @@ VLLM = Reader(
     mlp_bias=True,
     sliding_window=True,
     own_head_width=True,
+    first_without_attention=False,
     rope_types=None,
     old_rope_words=False,
 )
@@ -94,6 +107,7 @@ SGLANG = Reader(
     mlp_bias=False,
     sliding_window=False,
     own_head_width=True,
+    first_without_attention=False,
     rope_types=None,
     old_rope_words=False,
 )
@@ -108,6 +122,7 @@ TENSORRT_LLM = Reader(
     mlp_bias=False,
     sliding_window=False,
     own_head_width=True,
+    first_without_attention=True,
     rope_types=None,
     old_rope_words=True,
 )
@@ -122,6 +137,7 @@ MLX_LM = Reader(
     mlp_bias=True,
     sliding_window=False,
     own_head_width=False,
+    first_without_attention=True,
     rope_types=("default", "linear", "llama3", "yarn"),
     old_rope_words=True,
 )
@@ -154,12 +170,23 @@ def width_of(ffn_mult: float, hidden: int) -> int:
 def obstacle(reader: Reader, model: DeciLMModel) -> str | None:
     """Return why a reader cannot run a model, as the end of a sentence; None if it can."""
     odd = [block for block, width in enumerate(model.widths) if width % ROUNDING]
+    of_attentions = sorted({groups for groups in model.groups if groups})
     has_rope = reader.rope_types is None or model.rope_type in reader.rope_types
     obstacles = (
         (
             bool(odd) and not reader.any_width,
             f"widths that are multiples of {ROUNDING} only, and {len(odd)} of "
             f"{len(model.widths)} blocks have others; prune with --set multiple={ROUNDING}",
+        ),
+        (
+            len(of_attentions) > 1,
+            "one number of heads for all attentions (n_heads_in_group says only how many of them "
+            f"share keys and values), and the model's have {of_attentions[0]} to "
+            f"{of_attentions[-1]} KV groups",
+        ),
+        (
+            model.groups[0] == 0 and not reader.first_without_attention,
+            "an attention in the first block, and the model has none there",
         ),
         (
             model.activation != "silu" and not reader.any_activation,

@@ -15,12 +15,10 @@ import torch
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import MissingExtraError, UsageError
-from cfsp.exports.context import context_limit
+from cfsp.exports.context import context_limit, head_size, heads_of_blocks
 from cfsp.exports.gguf_architecture import (
     Architecture,
     architecture_of,
-    head_size,
-    heads_of_blocks,
 )
 from cfsp.exports.gguf_rope import Rope, rope_of
 from cfsp.exports.gguf_tensors import GgufTensor, fallbacks, gguf_tensors

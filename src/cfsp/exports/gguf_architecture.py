@@ -18,6 +18,7 @@ from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
+from cfsp.exports.context import head_size, heads_of_blocks
 
 
 @dataclass(frozen=True)
@@ -179,21 +180,3 @@ def _check_is_gemma(config: Any, architecture: Architecture) -> None:
 def _qkv_specs_differ(source: Checkpoint) -> bool:
     prefix = source.architecture.block_prefix(0)
     return len({source.specs[f"{prefix}self_attn.{m}_proj.weight"].dtype for m in "qkv"}) > 1
-
-
-def heads_of_blocks(source: Checkpoint) -> list[tuple[int, int]]:
-    """Return the numbers of query heads and KV heads of every block."""
-    config: Any = source.config
-    heads, groups = int(config.num_attention_heads), int(config.num_key_value_heads)
-    found = [(heads, groups)] * source.architecture.block_count
-    for unit in source.architecture.stock_units:
-        if unit.part == "kv":
-            found[unit.block] = heads // groups * unit.width, unit.width
-    return found
-
-
-def head_size(config: Any) -> int:
-    """Return the number of elements of one attention head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.exports.gguf_architecture import Architecture, heads_of_blocks
+from cfsp.exports.context import heads_of_blocks, unread_norms
+from cfsp.exports.gguf_architecture import Architecture
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -87,11 +88,7 @@ def gguf_tensors(
         pieces = list(_with_fused_qkv(source))
     else:
         pieces = [(name, (name,)) for name in source.specs]
-    # The norm before an attention that is gone is read by nothing.
-    unread = {
-        f"{source.architecture.block_prefix(unit.block)}input_layernorm.weight"
-        for unit in source.architecture.gone
-    }
+    unread = unread_norms(source)
     pieces = [(name, parts) for name, parts in pieces if name not in unread]
     return [_tensor(source, architecture, name, parts, kind) for name, parts in pieces]
 

@@ -19,10 +19,8 @@ TARGETS: dict[str, Target] = {
 }
 
 _TYPED = ("gguf", "openvino")
-
-
-# The formats whose blocks may have different numbers of heads.
-_WITH_OWN_HEADS = ("gguf",)
+# The formats whose blocks all have an attention, with as many heads.
+_SAME_HEADS = ("openvino", "padded")
 
 
 def export(
@@ -97,10 +95,11 @@ def export_checkpoint(
         )
     check_is_outside(out, source.directory)
     check_complete(source)
-    if source.architecture.has_attentions and to not in _WITH_OWN_HEADS:
+    if source.architecture.has_attentions and to in _SAME_HEADS:
         raise ExportError(
-            f"{to} cannot express blocks with KV groups of their own, and those of {source.label} "
-            f"have different numbers; what can is {' and '.join(_WITH_OWN_HEADS)}, and transformers"
+            f"{to} cannot express blocks with different numbers of KV groups, or without "
+            f"attention, and {source.label} has such; what can is gguf and transformers, and where "
+            "the attentions that stay are alike vllm and its kin"
         )
     watch = Stopwatch()
     with staged_file(out) if target.suffix else staged_directory(out) as staging:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
+from cfsp.architecture.experts import with_experts
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import check_is_decoder
-from cfsp.architecture.proof import prove
+from cfsp.architecture.proof import prove, small_run_of
 from cfsp.engine.block_proof import prove_without_attentions, prove_without_blocks
 from cfsp.errors import CfspError, UnsupportedModelError
 from cfsp.families.apart import NoAnswerError, call_apart, stop_calls
@@ -19,10 +22,11 @@ from cfsp.families.catalogue import Family
 from cfsp.families.contract import Contract, begin_contract, judged
 from cfsp.families.default_configs import default_config
 from cfsp.families.stock import CHECKS, Question, ask, first_line, without_cfsp
-from cfsp.settings import DEFAULT_PARTS, Part
+from cfsp.settings import PARTS, Part
 
-# What is tried besides the channels of FFNs, each by itself.
-OTHER_PARTS: tuple[Part, ...] = ("kv", "attention", "experts", "blocks")
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 # Seconds of a process. The slowest proof takes a tenth of that.
 PROOF_LIMIT = 120.0
 # The slowest part of a contract takes a tenth as well.
@@ -35,14 +39,12 @@ class Verdict:
     """What came of a type.
 
     Attributes:
-        reason: why it was not proved; None if it was.
-        contract: None where it was not proved.
-        part_reasons: for each of `OTHER_PARTS` why none of it can go; None if some can.
+        reasons: for each part why none of it can go; None if some can.
+        contract: None where no channels of FFNs can go.
     """
 
-    reason: str | None
+    reasons: dict[Part, str | None]
     contract: Contract | None = None
-    part_reasons: dict[Part, str | None] = field(default_factory=dict)
 
 
 def verdicts(families: Sequence[Family]) -> Iterator[Verdict]:
@@ -57,21 +59,20 @@ def verdicts(families: Sequence[Family]) -> Iterator[Verdict]:
 
 def verdict_on(family: Family) -> Verdict:
     """Prove a family, part by part; if its FFNs are proved, run the contract."""
-    reason = why_not(family)
-    part_reasons = {part: why_not(family, (part,)) for part in OTHER_PARTS}
-    if reason is not None:
-        return Verdict(reason, part_reasons=part_reasons)
+    reasons = why_not(family)
+    if reasons["ffn"] is not None:
+        return Verdict(reasons)
     with TemporaryDirectory(prefix="cfsp-families-") as place:
-        return Verdict(None, contract_of(family, Path(place)), part_reasons)
+        return Verdict(reasons, contract_of(family, Path(place)))
 
 
-def why_not(family: Family, parts: tuple[Part, ...] = DEFAULT_PARTS) -> str | None:
-    """Prove parts of a family with a config of its type; return why they can't be pruned, if so."""
+def why_not(family: Family) -> dict[Part, str | None]:
+    """Prove a family with a config of its type; return for each part why none can go, if so."""
     try:
-        reason: str | None = call_apart(_why_not, family, parts, seconds=PROOF_LIMIT)
+        reasons: dict[Part, str | None] = call_apart(_why_not, family, seconds=PROOF_LIMIT)
     except NoAnswerError as error:
-        return str(error)
-    return reason
+        return dict.fromkeys(PARTS, str(error))
+    return reasons
 
 
 def contract_of(family: Family, place: Path) -> Contract:
@@ -134,24 +135,64 @@ def _check_one_goes(blocks: Sequence[int], check: Callable[[Sequence[int]], None
     raise first
 
 
-def _why_not(family: Family, parts: tuple[Part, ...]) -> str | None:
+def _why_not(family: Family) -> dict[Part, str | None]:
     try:
         model_class, config = family.class_and_config(default_config)
         check_is_decoder(config)
     except CfspError as refusal:
-        return str(refusal)
+        return dict.fromkeys(PARTS, str(refusal))
     except Exception as error:  # anything may be wrong with a default config
-        return f"no config could be made ({first_line(error)})"
+        return dict.fromkeys(PARTS, f"no config could be made ({first_line(error)})")
+    ffns = _tried(prove, config, model_class)
+    attentions = _tried(prove, config, model_class, ("attention",))
+    found: dict[Part, object] = dict.fromkeys(PARTS, ffns)
+    found["kv"] = found["attention"] = attentions
+    # An attention that goes whole was first tried with fewer KV groups.
+    if isinstance(attentions, str) or all(unit.is_whole for unit in attentions.of_part("kv").units):
+        found["kv"] = _tried(prove, config, model_class, ("kv",))
+    if not isinstance(attentions, str):
+        blocks = [unit.block for unit in attentions.of_part("kv").units]
+        proof = partial(prove_without_attentions, config, attentions)
+        found["attention"] = _tried(_one_goes, blocks, proof)
+    if not isinstance(ffns, str):
+        blocks = list(range(ffns.block_count))
+        found["blocks"] = _tried(_one_goes, blocks, partial(prove_without_blocks, config))
+        found["experts"] = _tried(_experts_go, ffns, config, model_class)
+    return {part: reason if isinstance(reason, str) else None for part, reason in found.items()}
+
+
+def _tried(proof: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a proof returns, or in words why it failed."""
     try:
-        architecture = prove(config, model_class, parts)
-        if "attention" in parts:
-            blocks = [unit.block for unit in architecture.of_part("kv").units]
-            _check_one_goes(blocks, partial(prove_without_attentions, config, architecture))
-        if "blocks" in parts:
-            blocks = list(range(architecture.block_count))
-            _check_one_goes(blocks, partial(prove_without_blocks, config))
+        return proof(*arguments)
     except CfspError as refusal:
         return str(refusal)
     except Exception as error:  # a bug of ours, or of the class
         return f"the proof did not end ({first_line(error)})"
-    return None
+
+
+def _one_goes(blocks: Sequence[int], proof: Callable[[Sequence[int]], None]) -> None:
+    """Prove that one of some blocks can go: that in the middle, the last, or one of the first.
+
+    Args:
+        blocks: ascending.
+        proof: of those that go.
+
+    Raises:
+        UnsupportedModelError: none of these can; why the first one can't.
+    """
+    first: UnsupportedModelError | None = None
+    for block in dict.fromkeys((blocks[len(blocks) // 2], blocks[-1], *blocks[:2])):
+        try:
+            proof([block])
+            return
+        except UnsupportedModelError as refusal:
+            first = first or refusal
+    assert first is not None
+    raise first
+
+
+def _experts_go(
+    architecture: Architecture, config: PreTrainedConfig, model_class: type[PreTrainedModel]
+) -> None:
+    with_experts(architecture, config, small_run_of(config, model_class))

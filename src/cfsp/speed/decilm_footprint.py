@@ -28,13 +28,13 @@ def decilm_footprint(directory: Path, *, head: bool, itemsize: int) -> Footprint
     specs = {name: spec for file in files for name, spec in TensorFile(file).specs.items()}
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_text("utf-8"))
-        heads, kv_heads, hidden, blocks, vocabulary = (
+        attentions = sum(not block["attention"]["no_op"] for block in config["block_configs"])
+        heads, kv_heads, hidden, vocabulary = (
             int(config[key])
             for key in (
                 "num_attention_heads",
                 "num_key_value_heads",
                 "hidden_size",
-                "num_hidden_layers",
                 "vocab_size",
             )
         )
@@ -54,8 +54,8 @@ def decilm_footprint(directory: Path, *, head: bool, itemsize: int) -> Footprint
         block_bytes=in_blocks * itemsize,
         head_parameters=in_head,
         head_bytes=in_head * itemsize,
-        attention_width=blocks * heads * size,
-        cache_bytes=2 * blocks * kv_heads * size * itemsize,
+        attention_width=attentions * heads * size,
+        cache_bytes=2 * attentions * kv_heads * size * itemsize,
     )
     parameters = sum(math.prod(spec.shape) for spec in specs.values())
     return Footprint(parameters, sum(spec.nbytes for spec in specs.values()), work)
