@@ -22,6 +22,7 @@ def cut(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     widths: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Checkpoint:
     """Return a checkpoint of the model with these widths, made in an existing directory.
 
@@ -31,14 +32,18 @@ def cut(
         directory: for the dense and the pruned model.
         widths: of every FFN unit; None for `WIDTHS` of units of 96 channels, and for others in
             the same proportion.
+        groups: KV groups of every attention, 0 where it goes; None if attentions stay.
     """
     dense, pruned = directory / "dense", directory / "pruned"
     pruned.mkdir()
     model.save_pretrained(dense)
     tokenizer.save_pretrained(dense)
-    source = Checkpoint(dense)
+    source = Checkpoint(dense, parts=("ffn",) if groups is None else ("ffn", "kv", "attention"))
     if widths is None:
-        widths = [WIDTHS[u.block] * u.width // max(WIDTHS) // 8 * 8 for u in source.units]
+        ffns = source.architecture.of_part("ffn").units
+        widths = [WIDTHS[u.block] * u.width // max(WIDTHS) // 8 * 8 for u in ffns]
+    if groups is not None:  # in a block the attention comes first
+        widths = [width for pair in zip(groups, widths, strict=True) for width in pair]
     blocks = tuple(
         UnitPlan(
             unit.block,
@@ -48,6 +53,7 @@ def cut(
             0.5,
             unit.ffns,
             path=unit.path,
+            part=unit.part,
         )
         for i, (unit, kept) in enumerate(zip(source.units, widths, strict=True))
     )

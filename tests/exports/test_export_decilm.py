@@ -36,6 +36,7 @@ from cfsp.exports.decilm_readers import (
 )
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.verification import greedy_after, reference_model
+from cfsp.speed.decilm_footprint import decilm_footprint
 from ragged import cut, tiny
 
 FULL = 1024
@@ -67,10 +68,16 @@ print("FOUND", json.dumps([widths, found]))
 """
 
 
-def wide(name: str, tokenizer: Any, directory: Path, **changes: Any) -> Checkpoint:
-    """Return a checkpoint whose widths are multiples of 256."""
+def wide(
+    name: str,
+    tokenizer: Any,
+    directory: Path,
+    groups: tuple[int, ...] | None = None,
+    **changes: Any,
+) -> Checkpoint:
+    """Return a checkpoint whose widths are multiples of 256, with these KV groups if any."""
     model = tiny(name, intermediate_size=FULL, sliding_window=None, **changes)
-    return cut(model, tokenizer, directory, WIDTHS)
+    return cut(model, tokenizer, directory, WIDTHS, groups)
 
 
 def test_every_multiple_of_256_is_exact() -> None:
@@ -177,6 +184,62 @@ def test_what_a_reader_cannot_run_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_an_attention_that_is_gone_is_no_op(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    source = wide(name, tokenizer, tmp_path, (2, 0, 2))
+    report = export_checkpoint(source, "mlx-lm", tmp_path / "out")
+    assert report.layout == (
+        "DeciLMForCausalLM, 3 blocks of 256 to 1024 channels, 1 without attention"
+    )
+    assert report.verification is not None
+    assert report.verification.max_difference == 0.0
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [block["attention"] for block in fields["block_configs"]] == [
+        {"no_op": gone, "replace_with_linear": False, "n_heads_in_group": None if gone else 2}
+        for gone in (False, True, False)
+    ]
+    assert not any(block["ffn"]["no_op"] for block in fields["block_configs"])
+    # Readers build neither of them for such a block.
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert not [n for n in tensors if "layers.1.self_attn" in n or "layers.1.input_layernorm" in n]
+    footprint = decilm_footprint(tmp_path / "out", head=False, itemsize=4)
+    assert footprint.work.cache_bytes == 2 * 2 * 2 * 8 * 4
+
+
+def test_attentions_that_are_all_narrower_are_said_by_the_config(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    report = export_checkpoint(
+        wide("llama", tokenizer, tmp_path, (1, 0, 1)), "sglang", tmp_path / "out"
+    )
+    assert report.verification is not None
+    assert report.verification.max_difference == 0.0
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    numbers = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    assert [fields[key] for key in numbers] == [2, 1, 8]
+    assert any("not for mlx-lm, which reads DeciLM with heads" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("target", "groups", "message"),
+    [
+        *(
+            (target, (2, 1, 2), "one number of heads for all .* have 1 to 2 KV groups; use --to gg")
+            for target in ("vllm", "sglang", "tensorrt-llm", "mlx-lm")
+        ),
+        ("vllm", (0, 2, 2), "vLLM reads DeciLM with an attention in the first block.*--to gguf$"),
+        ("sglang", (0, 2, 2), "SGLang reads DeciLM with an attention in the first block"),
+    ],
+)
+def test_heads_that_a_reader_cannot_have_are_refused(
+    tmp_path: Path, tokenizer: Any, target: str, groups: tuple[int, ...], message: str
+) -> None:
+    source = wide("llama", tokenizer, tmp_path, groups)
+    with pytest.raises(ExportError, match=message):
+        export_checkpoint(source, target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("target", ["sglang", "tensorrt-llm", "mlx-lm"])
 def test_other_widths_are_for_vllm_alone(tmp_path: Path, tokenizer: Any, target: str) -> None:
     source = cut(tiny("llama"), tokenizer, tmp_path)
@@ -189,9 +252,9 @@ def test_other_widths_are_for_vllm_alone(tmp_path: Path, tokenizer: Any, target:
 
 
 def test_windows_are_for_vllm_alone() -> None:
-    model = DeciLMModel((256,), "silu", False, False, True, False, "default")
+    model = DeciLMModel((256,), (2,), "silu", False, False, True, False, "default")
     assert [reader for reader in READERS if obstacle(reader, model) is None] == [VLLM]
-    plain = DeciLMModel((256,), "silu", False, False, False, False, "default")
+    plain = DeciLMModel((256,), (2,), "silu", False, False, False, False, "default")
     able = [reader for reader in READERS if obstacle(reader, plain) is None]
     assert able == [VLLM, SGLANG, TENSORRT_LLM, MLX_LM]
 
@@ -205,9 +268,22 @@ def test_equal_widths_say_positions_in_the_old_words_too(tmp_path: Path, tokeniz
 
 
 @pytest.mark.parametrize(
-    ("name", "widths"), [("llama", WIDTHS), ("qwen2", WIDTHS), ("llama", (FULL,) * 3)]
+    ("name", "widths", "groups"),
+    [
+        ("llama", WIDTHS, None),
+        ("qwen2", WIDTHS, None),
+        ("llama", (FULL,) * 3, None),
+        ("llama", WIDTHS, (2, 0, 2)),
+        ("qwen2", WIDTHS, (0, 2, 2)),
+    ],
 )
-def test_mlx_itself(tmp_path: Path, tokenizer: Any, name: str, widths: tuple[int, ...]) -> None:
+def test_mlx_itself(
+    tmp_path: Path,
+    tokenizer: Any,
+    name: str,
+    widths: tuple[int, ...],
+    groups: tuple[int, ...] | None,
+) -> None:
     python = os.environ.get("CFSP_MLX_PYTHON")
     if not python and importlib.util.find_spec("mlx_lm") is None:
         pytest.skip("mlx-lm is not installed and CFSP_MLX_PYTHON names no Python that has it")
@@ -217,7 +293,7 @@ def test_mlx_itself(tmp_path: Path, tokenizer: Any, name: str, widths: tuple[int
         sliding_window=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1234.0},
     )
-    source = cut(model, tokenizer, tmp_path, widths)
+    source = cut(model, tokenizer, tmp_path, widths, groups)
     export_checkpoint(source, "mlx-lm", tmp_path / "out")
     tokens = [5, 300, 7, 111, 42, 260, 9, 77, 13, 200, 31, 90]
     done = subprocess.run(

@@ -113,15 +113,20 @@ def test_a_config_that_describes_other_tensors_is_noticed(
     assert not (tmp_path / "vllm").exists()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
-def test_vllm_itself(tmp_path: Path, tokenizer: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [("llama", None), ("mistral", None), ("qwen2", None), ("llama", (2, 0, 2))],
+)
+def test_vllm_itself(
+    tmp_path: Path, tokenizer: Any, name: str, groups: tuple[int, ...] | None
+) -> None:
     """Opt in: CFSP_VLLM_PYTHON names the Python of an environment with vLLM (its CPU build)."""
     python = os.environ.get("CFSP_VLLM_PYTHON")
     if not python:
         pytest.skip("CFSP_VLLM_PYTHON names no Python with vLLM")
     # vLLM's CPU attention wants heads of at least 32.
     model = tiny(name, hidden_size=128, head_dim=32)
-    source = cut(model, tokenizer, tmp_path)
+    source = cut(model, tokenizer, tmp_path, groups=groups)
     export_checkpoint(source, "vllm", tmp_path / "vllm")
     script = tmp_path / "run.py"
     script.write_text(_RUN_VLLM)
