@@ -13,11 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Any
+
+from cfsp.cli.families import COLUMNS
 
 BEGIN, END = "<!-- proved types: begin -->\n", "<!-- proved types: end -->\n"
 _LINE = 110
+# A dense model is not refused: it has none.
+_NO_EXPERTS = "has no routed experts"
 _LONGEST_REASON = 160
 
 
@@ -30,21 +33,26 @@ def proved_types(families: Sequence[Mapping[str, Any]], transformers: str) -> st
         transformers: the version that they are of.
     """
     proved = [row for row in families if row["proved"]]
-    types = sorted({row["model_type"] for row in proved})
+    listed = [row for row in families if row["proved"] or any(row[part] for part in COLUMNS)]
+    types = {row["model_type"] for row in proved}
     results = Counter(row["contract"] for row in proved)
     lines = [
         f"Of transformers {transformers}: {len(proved)} of {len(families)} classes are proved, of "
         f"{len(types)} model types. The contract passed for {results['passed']} of these classes, "
         f"failed for {results['failed']} and was not run for {results['not run']}, of which no "
-        "tiny model runs. Proved:",
+        "tiny model runs.",
         "",
-        fill(", ".join(types), _LINE, break_long_words=False, break_on_hyphens=False),
+        "What can go (`--parts`), at least of some blocks; why not stands in the tables below:",
         "",
-        f"Of {len({row['model_type'] for row in proved if row['kv']})} of these types KV groups "
-        "can go as well (`--parts ffn,kv`), at least in some blocks: of all but",
-        "",
-        *_table(("why",), [(row, row["kv_reason"] or "") for row in proved if not row["kv"]]),
-        "What the contract found of those (where the dense model fails a check as well, it is not "
+        *_table(
+            ("FFN channels", *COLUMNS.values()),
+            [
+                (row, "yes" if row["proved"] else "no", *(_cell(row, part) for part in COLUMNS))
+                for row in listed
+            ],
+        ),
+        *(line for part in COLUMNS for line in _why_not(part, listed)),
+        "What the contract found (where the dense model fails a check as well, it is not "
         "held against the type):",
         "",
         *_table(
@@ -55,7 +63,7 @@ def proved_types(families: Sequence[Mapping[str, Any]], transformers: str) -> st
                 for check, note in row["contract_notes"].items()
             ],
         ),
-        "Refused:",
+        "FFN channels can't go of",
         "",
         *_table(("why",), [(row, row["reason"] or "") for row in families if not row["proved"]]),
     ]
@@ -72,6 +80,24 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
             for row, *cells in rows
         ),
         "",
+    ]
+
+
+def _cell(row: Mapping[str, Any], part: str) -> str:
+    """Return whether a part can go; `-` of a model that has none."""
+    if row[part]:
+        return "yes"
+    return "-" if _NO_EXPERTS in row[f"{part}_reason"] else "no"
+
+
+def _why_not(part: str, families: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return of how many classes a part can go, and of which it can't."""
+    rows = [(row, row[f"{part}_reason"]) for row in families if _cell(row, part) == "no"]
+    count = sum(row[part] for row in families)
+    return [
+        f"`--parts {part}`: {COLUMNS[part]} can go of {count} of these classes, and not of",
+        "",
+        *_table(("why",), rows),
     ]
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from cfsp.cli import main
+from cfsp.cli.families import COLUMNS
 from cfsp.families import trial
 from cfsp.families.catalogue import Family, installed_families
 from cfsp.families.contract import Contract
 from cfsp.families.trial import contract_of, why_not
 
 LLAMA = Family("llama", "LlamaForCausalLM")
+PARTS_OF_DENSE = ("kv", "attention", "blocks")
 
 
 def test_the_command_lists_what_transformers_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,8 +34,8 @@ def test_what_is_not_proved_is_not_said(capsys: pytest.CaptureFixture[str]) -> N
         "reason": None,
         "contract": None,
         "contract_notes": {},
-        "kv": None,
-        "kv_reason": None,
+        **dict.fromkeys(COLUMNS),
+        **dict.fromkeys(f"{part}_reason" for part in COLUMNS),
     } in listed
 
 
@@ -47,13 +49,17 @@ def test_named_types_are_proved_and_their_checkpoints_work(
     for row, name in ((text, "Qwen3_5ForCausalLM"), (whole, "Qwen3_5ForConditionalGeneration")):
         assert (row["class"], row["proved"], row["contract"]) == (name, True, "passed")
         assert (row["reason"], row["contract_notes"]) == (None, {})
-        assert (row["kv"], row["kv_reason"]) == (True, None)
+        assert all((row[part], row[f"{part}_reason"]) == (True, None) for part in PARTS_OF_DENSE)
+        assert not row["experts"]
+        assert "has no routed experts" in row["experts_reason"]
+    assert not any(bert[part] for part in COLUMNS)
 
 
 def test_the_table_says_why_no_tiny_model_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families", "--prove", "llama4"]) == 0
     *_, text, whole = capsys.readouterr().out.splitlines()
-    assert text.split() == ["llama4", "Llama4ForCausalLM", "yes", "passed", "yes"]
+    parts = ["yes", "yes", "yes", "no"]
+    assert text.split()[:8] == ["llama4", "Llama4ForCausalLM", "yes", "passed", *parts]
     assert "tiny model: AttributeError" in whole and "not run" in whole
 
 
@@ -65,9 +71,10 @@ def test_an_unknown_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_type_that_crashes_or_never_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nothing = Family("llama", "NoSuchClass")
-    assert "no config could be made (AttributeError" in str(why_not(nothing))
+    (reason,) = set(why_not(nothing).values())
+    assert "no config could be made (AttributeError" in str(reason)
     monkeypatch.setattr(trial, "PROOF_LIMIT", 0.0)
-    assert why_not(LLAMA) == "no verdict after 0 seconds"
+    assert set(why_not(LLAMA).values()) == {"no verdict after 0 seconds"}
     monkeypatch.setattr(trial, "CONTRACT_LIMIT", 0.0)
     assert contract_of(LLAMA, tmp_path) == Contract(
         "failed", {"pruned": "no verdict after 0 seconds"}
@@ -91,3 +98,9 @@ def never_end(family: Family, place: Path) -> None:
 
 def crash(family: Family, place: Path) -> None:
     raise SystemExit(3)
+
+
+def test_parts_are_tried_by_themselves() -> None:
+    reasons = why_not(Family("deepseek_v2", "DeepseekV2ForCausalLM"))
+    assert "queries, keys and values of whole heads" in str(reasons.pop("kv"))
+    assert reasons == dict.fromkeys(("ffn", "attention", "experts", "blocks"))

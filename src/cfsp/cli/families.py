@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from cfsp.families.catalogue import Family
     from cfsp.families.trial import Verdict
 
-# What is tried besides FFN channels, and what a column of it is called.
-_PARTS: dict[Part, str] = {
+# What is tried besides FFN channels, and what a column of a table of it is called.
+COLUMNS: dict[Part, str] = {
     "kv": "KV groups",
     "attention": "attentions",
     "experts": "experts",
@@ -75,26 +75,26 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         print_table(
-            ("model type", "class", "proved", "contract", *_PARTS.values(), "reason"),
+            ("model type", "class", "proved", "contract", *COLUMNS.values(), "reason"),
             [
                 (
                     row["model_type"],
                     row["class"],
                     "yes" if row["proved"] else "no",
                     row["contract"] or "",
-                    *("yes" if row[part] else "no" for part in _PARTS),
+                    *("yes" if row[part] else "no" for part in COLUMNS),
                     row["reason"] or _in_one_line(row["contract_notes"]),
                 )
                 for row in rows
             ],
-            left=5 + len(_PARTS),
+            left=5 + len(COLUMNS),
         )
 
 
 def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
     """Return what is known of a family, as JSON types; nothing of proof and contract is None."""
     contract = verdict.contract if verdict else None
-    reasons = verdict.reasons if verdict else dict.fromkeys(("ffn", *_PARTS))
+    reasons = verdict.reasons if verdict else dict.fromkeys(("ffn", *COLUMNS))
     return {
         "model_type": family.model_type,
         "class": family.class_name,
@@ -102,8 +102,8 @@ def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
         "reason": reasons["ffn"],
         "contract": contract.result if contract else None,
         "contract_notes": contract.notes if contract else {},
-        **{part: reasons[part] is None if verdict else None for part in _PARTS},
-        **{f"{part}_reason": reasons[part] for part in _PARTS},
+        **{part: reasons[part] is None if verdict else None for part in COLUMNS},
+        **{f"{part}_reason": reasons[part] for part in COLUMNS},
     }
 
 

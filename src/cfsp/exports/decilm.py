@@ -110,13 +110,17 @@ def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
     model_type = source.config.model_type
     if model_type in _LIKE_LLAMA:
         return
-    backend = (
-        ", or its Transformers backend, which runs the checkpoint itself where it can: vllm serve "
-        f"{source.directory} --trust-remote-code --model-impl transformers"
-    )
+    ways = []
+    if not source.architecture.has_attentions:
+        ways.append(f"--to padded for {reader.name}'s own class")
+    if reader is VLLM:
+        ways.append(
+            "its Transformers backend, which runs the checkpoint itself where it can: vllm serve "
+            f"{source.directory} --trust-remote-code --model-impl transformers"
+        )
     raise ExportError(
-        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; use --to padded "
-        f"for {reader.name}'s own class{backend if reader is VLLM else ''}"
+        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; use "
+        f"{', or '.join(ways or ['--to gguf'])}"
     )
 
 
