@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    ArceeConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import cfsp
 from builders import CALIBRATION, CRITERION
@@ -20,7 +26,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.engine.block_proof import check_blocks_can_go
+from cfsp.engine.block_proof import check_blocks_can_go, prove_without_blocks
 from cfsp.engine.call_form import find_call_form
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
@@ -257,3 +263,8 @@ def test_blocks_that_the_model_cannot_do_without_are_refused_by_name(
     source = LoadedModel(random_model(model_class_of(config()), config()))
     with pytest.raises(UnsupportedModelError, match=message):
         check_blocks_can_go(source, removed)
+
+
+def test_the_small_model_of_the_proof_need_not_have_a_valid_config() -> None:
+    # Its hidden size is no multiple of its heads, which the class checks when it reads a config.
+    prove_without_blocks(ArceeConfig(num_hidden_layers=3), (1,))

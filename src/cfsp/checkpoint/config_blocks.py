@@ -94,6 +94,23 @@ def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -
     return {name: value for name, value in best[0].items() if value != fields.get(name)}
 
 
+def same_changes(
+    config: PreTrainedConfig, changes: Mapping[str, Any], kept: Sequence[int], count: int
+) -> dict[str, Any]:
+    """Return the changes of another config of as many blocks, which may have other widths.
+
+    It is not read again: a config that was made smaller need not be one that its class accepts.
+
+    Args:
+        config: that is to be changed in the same way; stays as it is.
+        changes: see `changes_without_blocks`.
+        kept: indices of the blocks that stay.
+        count: how many there are.
+    """
+    own = dict(_renumbered(text_config_of(config).to_dict(), kept, count))
+    return {name: own.get(name, value) for name, value in changes.items()}
+
+
 def config_without_blocks(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
     """Return a config with changed keys of its text config; see `changes_without_blocks`."""
     changed = copy.deepcopy(config)

@@ -8,7 +8,7 @@ no difference to what follows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,11 @@ from cfsp.architecture.small_run import (
     small_skeleton,
     small_tokens,
 )
-from cfsp.checkpoint.config_blocks import changes_without_blocks, config_without_blocks
+from cfsp.checkpoint.config_blocks import (
+    changes_without_blocks,
+    config_without_blocks,
+    same_changes,
+)
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import cache_argument
 from cfsp.checkpoint.stored_blocks import names_without_blocks
@@ -75,7 +79,7 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
         UnsupportedModelError: its config cannot say it, or blocks that stay need something of them
             besides the hidden state.
     """
-    changes_without_blocks(stock, removed)
+    changes = changes_without_blocks(stock, removed)
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     tokens_BT = small_tokens(run.model)
@@ -95,7 +99,7 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
             f"{what}: they failed the check bites: expected another output without them, found a "
             f"difference of {effect:.1e}"
         )
-    found = run_decoder(_cut(run, removed), tokens_BT)
+    found = run_decoder(_cut(run, changes, removed), tokens_BT)
     if not (error_found := difference(found, expected)) <= TOLERANCE:
         raise UnsupportedModelError(
             f"{what}: they failed the check cut: expected the output with these blocks skipped, "
@@ -227,10 +231,18 @@ def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
     return torch.cat([first_tensor(first), first_tensor(second)], dim=1)
 
 
-def _cut(run: SmallRun, removed: Collection[int]) -> nn.Module:
-    """Return the decoder of the small model, built without some blocks and with its weights."""
+def _cut(run: SmallRun, changes: Mapping[str, Any], removed: Collection[int]) -> nn.Module:
+    """Return the decoder of the small model, built without some blocks and with its weights.
+
+    Args:
+        run: of the small model.
+        changes: of the large model's config.
+        removed: indices of the blocks that go.
+    """
     config: Any = run.model.config
-    smaller = config_without_blocks(config, changes_without_blocks(config, removed))
+    count = run.architecture.block_count
+    kept = [block for block in range(count) if block not in removed]
+    smaller = config_without_blocks(config, same_changes(config, changes, kept, count))
     model: Any = small_skeleton(smaller, type(run.model))
     for name, parameter in run.model.named_parameters(remove_duplicate=False):
         new = name_without_blocks(run.architecture, removed, name)
