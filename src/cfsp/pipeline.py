@@ -80,7 +80,11 @@ from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, check_is_text
-from cfsp.whole_model.block_choice import follow_runs, with_needed_removals
+from cfsp.whole_model.block_choice import (
+    check_can_be_compared,
+    follow_runs,
+    with_needed_removals,
+)
 from cfsp.whole_model.own_text import calibration_windows
 from cfsp.whole_model.sensitivity import with_sensitivity
 
@@ -378,6 +382,7 @@ def calibrate_source(
                 processor=processor,
             )
     engine = engine_of(compute, source)
+    check_can_be_compared(source, removing, engine)
     windows = calibration_windows(source, tokenizer, text, engine, processor)
     if callable(sensitivity):
         sensitivity = sensitivity(windows)
@@ -386,8 +391,8 @@ def calibrate_source(
     check_same_work(place.team, [source], {"calibration text": windows.digest})
     check_enough(windows, place.team, engine.batch_windows)
     for each in removing:
-        if each.budget.whole_part is not None:
-            check_is_text(windows, f"--parts {each.budget.whole_part}")
+        if each.budget.whole_parts:
+            check_is_text(windows, f"--parts {','.join(each.budget.whole_parts)}")
     runs = follow_runs(source, removing, engine)
     statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place, runs=runs)
     statistics = with_needed_removals(source, statistics, windows, removing, engine, place)

@@ -18,7 +18,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.block_budget import BlockBudget
+from cfsp.planning.block_budget import BlockBudget, RemovedWhole
 from cfsp.planning.block_removal import blocks_to_remove, cheapest_runs
 from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, Budget
 
@@ -64,12 +64,14 @@ def test_a_budget_is_met_to_within_half_a_block(source: LoadedModel) -> None:
     total = parameter_count(source)
     for sparsity, expected in ((0.0, 0), (0.08, 0), (0.09, 1), (0.5, 3), (0.83, 5)):
         budget = BlockBudget.of(source, Budget(sparsity, parts=("blocks",)))
-        assert next(n for n in range(BLOCKS) if budget.is_met_by(range(n))) == expected
+        first = (RemovedWhole(tuple(range(count))) for count in range(BLOCKS))
+        assert len(next(filter(budget.is_met_by, first)).blocks) == expected
     of_model = Budget(2 * each[0] / total, "model", parts=("blocks",))
-    assert BlockBudget.of(source, of_model).is_met_by((0, 4))
-    assert not BlockBudget.of(source, of_model).is_met_by((0,))
+    assert BlockBudget.of(source, of_model).is_met_by(RemovedWhole((0, 4)))
+    assert not BlockBudget.of(source, of_model).is_met_by(RemovedWhole((0,)))
     by_count = BlockBudget.of(source, Budget(0.3, parts=("blocks", "ffn"), remove_blocks=2))
-    assert by_count.is_met_by((1, 2)) and not by_count.is_met_by((1,))
+    assert by_count.is_met_by(RemovedWhole((1, 2)))
+    assert not by_count.is_met_by(RemovedWhole((1,)))
 
 
 @pytest.mark.parametrize(
@@ -110,16 +112,16 @@ def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
     statistics = statistics_with_distances(
         {"cosine": [0.9, 0.1, 0.5, 0.4, 0.2, 0.8], "angular": [0.1] * BLOCKS}
     )
-    assert blocks_to_remove(source, statistics, budget, INFLUENCE) == (1, 4)
-    assert blocks_to_remove(source, statistics, Budget(0.5), INFLUENCE) == ()
+    assert blocks_to_remove(source, statistics, budget, INFLUENCE).blocks == (1, 4)
+    assert blocks_to_remove(source, statistics, Budget(0.5), INFLUENCE).blocks == ()
     measured = replace(
         statistics,
         removals=(Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7)),
         runs=random_runs(0),
     )
-    assert blocks_to_remove(source, measured, budget, DIVERGENCE) == (2, 5)
+    assert blocks_to_remove(source, measured, budget, DIVERGENCE).blocks == (2, 5)
     expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
-    assert blocks_to_remove(source, measured, budget, RUNS) == expected
+    assert blocks_to_remove(source, measured, budget, RUNS).blocks == expected
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
         blocks_to_remove(source, statistics, budget, RUNS)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
@@ -135,9 +137,9 @@ def test_a_block_that_cannot_go_is_left_out() -> None:
     statistics = statistics_with_distances({"cosine": [0.9, 0.8, 0.3, 0.1]})
     budget = Budget(0.0, parts=("blocks",), remove_blocks=1)
     # Without the last block the rule says the same of the others.
-    assert blocks_to_remove(source, statistics, budget, INFLUENCE) == (3,)
+    assert blocks_to_remove(source, statistics, budget, INFLUENCE).blocks == (3,)
     statistics = statistics_with_distances({"cosine": [0.9, 0.1, 0.3, 0.8]})
-    assert blocks_to_remove(source, statistics, budget, INFLUENCE) == (3,)
+    assert blocks_to_remove(source, statistics, budget, INFLUENCE).blocks == (3,)
 
 
 def test_statistics_keep_what_the_choice_needs(
@@ -165,9 +167,8 @@ def test_statistics_keep_what_the_choice_needs(
     for block, distance in enumerate(kept.distances("angular")):
         # Of a part of the tokens.
         assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
-    assert by_runs.plan.removed_blocks == blocks_to_remove(
-        Checkpoint(source), kept, Budget(0.3, parts=("blocks",)), RUNS
-    )
+    by_them = blocks_to_remove(Checkpoint(source), kept, Budget(0.3, parts=("blocks",)), RUNS)
+    assert by_runs.plan.removed_blocks == by_them.blocks
 
 
 def test_names_of_stored_tensors_that_share_a_block_are_refused(source: LoadedModel) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
 
+from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import PLAIN
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 from cfsp.families.tiny import tiny_model
+from cfsp.planning.block_budget import BlockBudget, RemovedWhole
+from cfsp.settings import Budget
 from cfsp.whole_model.block_choice import order_of_removal
 from cfsp.whole_model.divergence import dense_predictions
 
@@ -37,11 +40,16 @@ def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))
 
 
+def order_of(
+    source: LoadedModel, count: int, check: Callable[[RemovedWhole], None] = lambda removed: None
+) -> list[Removal]:
+    wanted = BlockBudget.of(source, Budget(parts=("blocks",), remove_blocks=count))
+    return order_of_removal(source, source.model, tokens(), [wanted], check)
+
+
 def test_the_first_is_the_best_of_all_and_so_on(source: LoadedModel) -> None:
     before = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
-    order = order_of_removal(
-        source, source.model, tokens(), lambda removed: len(removed) == 3, lambda removed: None
-    )
+    order = order_of(source, 3)
     gone: list[int] = []
     for count, found in enumerate(order):
         gone.append(found.block)
@@ -56,19 +64,12 @@ def test_the_first_is_the_best_of_all_and_so_on(source: LoadedModel) -> None:
 
 
 def test_what_the_model_cannot_do_without_stays(source: LoadedModel) -> None:
-    free = order_of_removal(
-        source, source.model, tokens(), lambda removed: len(removed) == 1, lambda removed: None
-    )
+    first, second = order_of(source, 2)
 
-    def check(removed: Collection[int]) -> None:
-        if free[0].block in removed:
+    def check(removed: RemovedWhole) -> None:
+        if {first.block, second.block} & {*removed.blocks}:
             raise UnsupportedModelError("it is needed")
 
-    order = order_of_removal(
-        source, source.model, tokens(), lambda removed: len(removed) == 2, check
-    )
-    assert free[0].block not in [each.block for each in order]
+    assert not {first.block, second.block} & {each.block for each in order_of(source, 2, check)}
     with pytest.raises(UnsupportedModelError, match="it is needed"):
-        order_of_removal(
-            source, source.model, tokens(), lambda removed: len(removed) == BLOCKS, check
-        )
+        order_of(source, BLOCKS - 1, check)

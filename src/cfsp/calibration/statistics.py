@@ -167,9 +167,12 @@ class Sensitivity:
     windows: int
     divergence_of: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
-    def of_part(self, part: Part) -> Sensitivity:
-        """Return what pruning one part of each block alone does."""
-        return self if part == "ffn" else replace(self, divergence_L=self.divergence_of[part])
+    def of_part(self, part: Part) -> Sensitivity | None:
+        """Return what pruning one part of each block alone does; None if it was not measured."""
+        if part == "ffn":
+            return self
+        found_L = self.divergence_of.get(part)
+        return None if found_L is None else replace(self, divergence_L=found_L)
 
     def of_blocks(self, blocks: Sequence[int]) -> Sensitivity:
         """Return that of some of the blocks."""
@@ -199,17 +202,21 @@ class Removal:
         block: its index, or that of the attention's block.
         divergence: KL(dense || without it and those before it), in nats per token.
         part: what goes.
+        among: the parts that it was chosen among, where these are several.
     """
 
     block: int
     divergence: float
     part: WholePart = "blocks"
+    among: tuple[WholePart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types; see `removals_from_json`."""
         fields = asdict(self)
         if self.part == "blocks":
             del fields["part"]
+        if not self.among:
+            del fields["among"]
         return fields
 
 
@@ -257,8 +264,8 @@ class Statistics:
         record: the conditions.
         sensitivity: of every block; None if it was not measured: it requires the whole model
             in memory.
-        removals: which blocks, and which attentions, go best together, one after the other, as far
-            as it was measured, which requires the same.
+        removals: which blocks, which attentions, or which of both go best together, one after the
+            other, as far as it was measured, which requires the same.
         runs: how far runs of blocks turn the hidden state; None if it was not measured.
     """
 
@@ -312,9 +319,10 @@ class Statistics:
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
 
-    def removals_of(self, part: WholePart | None) -> list[Removal]:
-        """Return the order in which blocks go, or attentions."""
-        return [each for each in self.removals if each.part == part]
+    def removals_of(self, parts: Sequence[WholePart]) -> list[Removal]:
+        """Return the order in which blocks go, attentions, or both together."""
+        among = tuple(parts) if len(parts) > 1 else ()
+        return [each for each in self.removals if each.among == among and each.part in parts]
 
     def without_attentions(self, removed: Collection[int]) -> Statistics:
         """Return the statistics without the attentions of some blocks."""
@@ -500,11 +508,21 @@ def removals_from_json(fields: Sequence[dict[str, Any]], blocks: int) -> tuple[R
         ValueError: they cannot be those of so many blocks.
     """
     found = tuple(
-        Removal(int(each["block"]), float(each["divergence"]), each.get("part", "blocks"))
+        Removal(
+            int(each["block"]),
+            float(each["divergence"]),
+            each.get("part", "blocks"),
+            tuple(each.get("among", ())),
+        )
         for each in fields
     )
-    places = {(each.part, each.block) for each in found}
-    possible = {(part, block) for part in WHOLE_PARTS for block in range(blocks)}
+    places = {(each.among, each.part, each.block) for each in found}
+    possible = {
+        (among, part, block)
+        for among in ((), WHOLE_PARTS)
+        for part in WHOLE_PARTS
+        for block in range(blocks)
+    }
     if len(places) < len(found) or not places <= possible:
         raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
     return found

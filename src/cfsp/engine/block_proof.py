@@ -107,22 +107,29 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
         )
 
 
-def check_attentions_can_go(source: WeightSource, removed: Collection[int]) -> None:
+def check_attentions_can_go(
+    source: WeightSource, removed: Collection[int], removed_blocks: Collection[int] = ()
+) -> None:
     """Check that a model computes the same without some attentions as with nothing from them.
 
     Args:
         source: the model, opened with its attentions.
         removed: indices of the blocks whose attentions go.
+        removed_blocks: of blocks that go whole and can (see `check_blocks_can_go`).
 
     Raises:
         UnsupportedModelError: none of a kind would stay, or others need something of them.
     """
-    prove_without_attentions(stock_config(source.config), source.architecture, removed)
+    stock = stock_config(source.config)
+    prove_without_attentions(stock, source.architecture, removed, removed_blocks)
 
 
 @torch.no_grad()
 def prove_without_attentions(
-    stock: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
+    stock: PreTrainedConfig,
+    architecture: Architecture,
+    removed: Collection[int],
+    removed_blocks: Collection[int] = (),
 ) -> None:
     """Check the same of the model of a config.
 
@@ -130,17 +137,23 @@ def prove_without_attentions(
         stock: config of the stock model.
         architecture: of the model, with its attentions.
         removed: indices of the blocks whose attentions go.
+        removed_blocks: of blocks that go whole and can.
 
     Raises:
         UnsupportedModelError: none of a kind would stay, or others need something of them.
     """
+    name = architecture.class_name
+    what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"
+    if removed_blocks:
+        what += f" beside {blocks_in_words(sorted(removed_blocks))}"
+        stock = config_without_blocks(stock, changes_without_blocks(stock, removed_blocks))
+        architecture = architecture.without_blocks(removed_blocks)
+        removed = [block - sum(other < block for other in removed_blocks) for block in removed]
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     attentions = [unit for unit in architecture.stock_units if unit.part == "kv"]
     gone = {unit.block for unit in architecture.gone}
-    name = run.architecture.class_name
     kinds = getattr(stock.get_text_config(decoder=True), "layer_types", None)
-    what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
     leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
     tokens_BT = small_tokens(run.model)

@@ -110,11 +110,11 @@ def resolve_goal(
         return resolve_parameters(goal, source, settings), statistics
     if isinstance(goal, TargetKVCache):
         return resolve_kv_cache(goal, source, settings), statistics
-    part = "experts" if settings.budget.removes_experts else settings.budget.whole_part
-    if part is not None:
+    budget = settings.budget
+    if budget.whole_parts or budget.removes_experts:
         raise UsageError(
             "a loss or a speed is aimed at with FFN channels alone; give --target-params or "
-            f"--sparsity with --parts {part}, or leave --parts out"
+            f"--sparsity with --parts {','.join(budget.parts)}, or leave --parts out"
         )
     if isinstance(goal, TargetSpeedup):
         check_possible(goal, source, settings)
@@ -128,7 +128,7 @@ def resolve_goal(
         with watch.stage("calibrate"):
             statistics = calibrate(source, windows, engine, seed=settings.text.seed, place=place)
             statistics = with_needed_sensitivity(
-                source, statistics, windows, settings.criterion, engine, place
+                source, statistics, windows, settings, engine, place
             )
     check_statistics_fit(source, statistics)
     identity = json.dumps([place.identity, type(goal).__name__, asdict(goal)])

@@ -5,8 +5,9 @@ Shapes: L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.reading import parameter_count
@@ -14,8 +15,118 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_o
 from cfsp.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
+    from cfsp.architecture.found import Unit
+    from cfsp.calibration.statistics import Removal
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Budget
+    from cfsp.settings import Budget, WholePart
+
+# What may go next: a block, or the attention of one.
+Candidate = tuple["WholePart", int]
+
+
+@dataclass(frozen=True)
+class RemovedWhole:
+    """What goes whole.
+
+    Attributes:
+        blocks: indices of the blocks that go, ascending.
+        attentions: of the blocks that stay and whose attentions go, ascending.
+    """
+
+    blocks: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(removals: Iterable[Removal]) -> RemovedWhole:
+        """Return what is gone after some removals."""
+        removed = RemovedWhole()
+        for each in removals:
+            removed = removed.plus((each.part, each.block))
+        return removed
+
+    def plus(self, candidate: Candidate) -> RemovedWhole:
+        """Return what is gone when another one goes; with a block its attention is."""
+        part, block = candidate
+        blocks, attentions = set(self.blocks), set(self.attentions)
+        (blocks if part == "blocks" else attentions).add(block)
+        return RemovedWhole(tuple(sorted(blocks)), tuple(sorted(attentions - blocks)))
+
+    @property
+    def touched(self) -> int:
+        """How many blocks lose something."""
+        return len(self.blocks) + len(self.attentions)
+
+    @property
+    def parts(self) -> tuple[WholePart, ...]:
+        """The parts that it is of."""
+        gone: dict[WholePart, tuple[int, ...]] = {
+            "attention": self.attentions,
+            "blocks": self.blocks,
+        }
+        return tuple(part for part, blocks in gone.items() if blocks)
+
+    def counted(self, budget: Budget) -> str:
+        """Return in words how many go of what a budget may remove."""
+        return _counted(budget, len(self.blocks), len(self.attentions))
+
+    def takes(self, unit: Unit) -> bool:
+        """Return whether a unit of the model goes with it."""
+        return unit.block in self.blocks or (unit.part == "kv" and unit.block in self.attentions)
+
+
+@dataclass(frozen=True)
+class WholeSizes:
+    """The parameters of everything that may go whole, by its block.
+
+    Attributes:
+        block_of: those of blocks, with their attentions; empty where blocks may not go.
+        attention_of: those of attentions; empty where attentions may not go by themselves.
+    """
+
+    block_of: Mapping[int, int]
+    attention_of: Mapping[int, int]
+
+    @staticmethod
+    def of(source: WeightSource, parts: Sequence[WholePart]) -> WholeSizes:
+        """Return the sizes of a model's blocks, attentions, or both."""
+        return WholeSizes(
+            dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {},
+            parameters_of_attentions(source) if "attention" in parts else {},
+        )
+
+    @cached_property
+    def total(self) -> int:
+        """The parameters of all that may go."""
+        return sum((self.block_of or self.attention_of).values())
+
+    @cached_property
+    def largest(self) -> int:
+        """The parameters of the largest that may go."""
+        return max((self.block_of or self.attention_of).values())
+
+    def candidates(self, removed: RemovedWhole) -> list[Candidate]:
+        """Return what may go next, in a definite order."""
+        attentions = self.attention_of.keys() - {*removed.blocks, *removed.attentions}
+        blocks = self.block_of.keys() - {*removed.blocks}
+        return [
+            *(("attention", block) for block in sorted(attentions)),
+            *(("blocks", block) for block in sorted(blocks)),
+        ]
+
+    def leaves_some(self, removed: RemovedWhole) -> bool:
+        """Return whether a block stays, and an attention where these may go by themselves."""
+        staying = self.attention_of.keys() - {*removed.blocks, *removed.attentions}
+        has_block = not self.block_of or len(removed.blocks) < len(self.block_of)
+        return has_block and (not self.attention_of or bool(staying))
+
+    def parameters(self, removed: RemovedWhole) -> int:
+        """Return how many parameters go."""
+        blocks = sum(self.block_of[block] for block in removed.blocks)
+        return blocks + sum(self.attention_of[block] for block in removed.attentions)
+
+    def parameters_with(self, removed: RemovedWhole, candidate: Candidate) -> int:
+        """Return how many more parameters go if another one does."""
+        return self.parameters(removed.plus(candidate)) - self.parameters(removed)
 
 
 @dataclass(frozen=True)
@@ -23,13 +134,14 @@ class BlockBudget:
     """When enough blocks or attentions are removed.
 
     Attributes:
-        parameters_of: those of everything that may go, by its block.
-        count: how many go; None where `parameters` says it.
+        sizes: of everything that may go.
+        counts: how many blocks go, and how many attentions of others; None where `parameters` says
+            it.
         parameters: how many parameters go, to within half of what goes.
     """
 
-    parameters_of: Mapping[int, int]
-    count: int | None
+    sizes: WholeSizes
+    counts: tuple[int, int] | None
     parameters: float
 
     @staticmethod
@@ -40,52 +152,78 @@ class BlockBudget:
             BudgetError: more than all but one.
             UsageError: it does not say how much of its parts goes whole.
         """
-        what = whole_in_words(budget)
         if budget.leaves_number_open:
             raise UsageError(
-                f"--parts {','.join(budget.parts)} tries how many {what} should go, which requires "
-                "the model and a text; make the plan with cfsp prune, or say how many with --set "
-                f"remove_{what}=N: the sparsity is then of what the others lose"
+                f"--parts {','.join(budget.parts)} tries how many {whole_in_words(budget)} should "
+                "go, which requires the model and a text; make the plan with cfsp prune, or say "
+                f"how many with {counts_in_words(budget)}: the sparsity is then of what the others "
+                "lose"
             )
-        parameters_of = parameters_of_whole(source, budget)
-        count, all_of_them = len(parameters_of), sum(parameters_of.values())
-        least = min(parameters_of.values())
-        total, noun = all_of_them, f"{what.removesuffix('s')} parameters"
+        sizes = WholeSizes.of(source, budget.whole_parts)
+        of_one = sizes.block_of or sizes.attention_of
+        count, least = len(of_one), min(of_one.values())
+        noun = f"{'block' if sizes.block_of else 'attention'} parameters"
+        total = sizes.total
         if budget.of == "model":
             total, noun = parameter_count(source), "model's parameters"
         wanted = budget.sparsity * total
-        most = all_of_them - least
-        number = budget.remove_whole
-        if number is not None and number >= count:
+        most = sizes.total - least
+        counts = budget.remove_whole
+        noun_of_one = "blocks" if sizes.block_of else "attentions"
+        if counts is not None and sum(counts) >= count:
             raise BudgetError(
-                f"cannot remove {number} {what}: {source.label} has {count}, and at "
-                f"least one must stay; between 0 and {count - 1} can be removed"
+                f"cannot remove {_counted(budget, *counts)}: "
+                f"{source.label} has {count} {noun_of_one}, and at least one must stay; between 0 "
+                f"and {count - 1} can be removed"
             )
-        if number is None and wanted > most + least / 2:
+        if counts is None and wanted > most + least / 2:
             raise BudgetError(
                 f"cannot remove {budget.sparsity:.1%} of the {noun}: at least one of {count} "
-                f"{what} must stay; between 0 and {most / total:.1%} can be removed"
+                f"{noun_of_one} must stay; between 0 and {most / total:.1%} can be removed"
             )
-        return BlockBudget(parameters_of, number, wanted)
+        return BlockBudget(sizes, counts, wanted)
 
-    def is_met_by(self, removed: Collection[int]) -> bool:
-        """Return whether removing another one would not come closer."""
-        staying = [n for block, n in self.parameters_of.items() if block not in removed]
-        if len(staying) <= 1:
-            return True
-        if self.count is not None:
-            return len(removed) >= self.count
-        missing = self.parameters - (sum(self.parameters_of.values()) - sum(staying))
-        return missing < sum(staying) / len(staying) / 2
+    def has_room_for(self, removed: RemovedWhole, candidate: Candidate) -> bool:
+        """Return whether removing another one comes closer to the budget."""
+        after = removed.plus(candidate)
+        if not self.sizes.leaves_some(after):
+            return False
+        if self.counts is not None:
+            # An attention that is one too many may go with its block later.
+            return len(after.blocks) <= self.counts[0] and after.touched <= sum(self.counts)
+        missing = self.parameters - self.sizes.parameters(removed)
+        return self.sizes.parameters_with(removed, candidate) <= 2 * missing
+
+    def is_met_by(self, removed: RemovedWhole) -> bool:
+        """Return whether removing another one of the mean size would not come closer."""
+        if self.counts is not None:
+            return len(removed.blocks) >= self.counts[0] and removed.touched >= sum(self.counts)
+        possible = [
+            candidate
+            for candidate in self.sizes.candidates(removed)
+            if self.sizes.leaves_some(removed.plus(candidate))
+        ]
+        missing = self.parameters - self.sizes.parameters(removed)
+        sizes = [self.sizes.parameters_with(removed, candidate) for candidate in possible]
+        return not sizes or missing < sum(sizes) / len(sizes) / 2
 
 
 def whole_in_words(budget: Budget) -> str:
     """Return what may go whole."""
-    return "attentions" if budget.whole_part == "attention" else "blocks"
+    return " and ".join(_words(budget))
 
 
-def parameters_of_whole(source: WeightSource, budget: Budget) -> dict[int, int]:
-    """Return the parameters of everything that may go whole, by its block."""
-    if budget.whole_part == "attention":
-        return parameters_of_attentions(source)
-    return dict(enumerate(parameters_of_blocks(source)))
+def counts_in_words(budget: Budget) -> str:
+    """Return the options that say how many go whole."""
+    return " ".join(f"--set remove_{word}=N" for word in _words(budget))
+
+
+def _counted(budget: Budget, blocks: int, attentions: int) -> str:
+    """Return how many go of what a budget may remove, in words."""
+    counts = {"blocks": blocks, "attentions": attentions}
+    return " and ".join(f"{counts[word]} {word}" for word in _words(budget))
+
+
+def _words(budget: Budget) -> list[str]:
+    words = {"blocks": "blocks", "attention": "attentions"}
+    return [word for part, word in words.items() if part in budget.parts]

@@ -1,4 +1,4 @@
-"""Which blocks go whole, or which attentions, from statistics.
+"""Which blocks go whole, and which attentions, from statistics.
 
     divergence   those without which the predictions change least, one after the other
                  (`cfsp.whole_model.block_choice`)
@@ -7,6 +7,7 @@
     influence    the blocks that turn it least, each by itself: 1 - cosine (ShortGPT, arXiv
                  2403.03853)
 
+Blocks and attentions together go by the divergence alone: distances of the two are not comparable.
 Distances of attentions are over the sublayer, from its hidden state before to that after; `runs` is
 then by the angular distance of each. Only what the model can be written without can go, and the
 others must compute what they did then.
@@ -22,19 +23,25 @@ from typing import TYPE_CHECKING
 
 from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
-from cfsp.planning.block_budget import BlockBudget, whole_in_words
-from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS
+from cfsp.planning.block_budget import BlockBudget, RemovedWhole, whole_in_words
+from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import RunDistances, Statistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.settings import Budget
 
+NEEDS_PREDICTIONS = (
+    f"--parts {','.join(WHOLE_PARTS)} compares blocks with attentions by the predictions, which "
+    "requires the whole model in memory and --set removal=divergence; prune blocks, then "
+    "attentions of the result"
+)
+
 
 def blocks_to_remove(
     source: WeightSource, statistics: Statistics, budget: Budget, removal: str
-) -> tuple[int, ...]:
-    """Return the blocks that go whole, or whose attentions do, ascending.
+) -> RemovedWhole:
+    """Return the blocks and attentions that go whole.
 
     There are none where the budget has no such part.
 
@@ -50,15 +57,17 @@ def blocks_to_remove(
         UnsupportedModelError: the model cannot do without enough of its blocks.
         UsageError: the choice is unknown.
     """
-    if budget.whole_part is None:
-        return ()
-    wanted = BlockBudget.of(source, budget)
-    if wanted.is_met_by(()):
-        return ()
+    if not budget.whole_parts:
+        return RemovedWhole()
     if removal not in REMOVALS:
         raise UsageError(f"unknown removal {removal!r}; known are: {', '.join(REMOVALS)}")
+    wanted = BlockBudget.of(source, budget)
     if removal == DIVERGENCE:
-        return _first_removals(statistics, wanted, budget)
+        return _first_removals(source, statistics, wanted, budget)
+    if wanted.is_met_by(RemovedWhole()):
+        return RemovedWhole()
+    if len(budget.whole_parts) > 1:
+        raise UsageError(NEEDS_PREDICTIONS)
     if removal == RUNS and budget.removes_blocks and statistics.runs is None:
         raise StatisticsError(
             "the removal of blocks by runs needs their distances, which these statistics do not "
@@ -68,9 +77,10 @@ def blocks_to_remove(
     while True:
         removed = _chosen(statistics, wanted, budget, removal, banned)
         try:
-            check_can_go(source, removed, budget)
+            check_can_go(source, removed)
         except UnsupportedModelError:
-            alone = {block for block in removed if not _can_go_alone(source, block, budget)}
+            chosen = (*removed.blocks, *removed.attentions)
+            alone = {block for block in chosen if not _can_go_alone(source, block, budget)}
             if not alone:
                 raise
             banned |= alone
@@ -78,27 +88,37 @@ def blocks_to_remove(
         return removed
 
 
-def check_can_go(source: WeightSource, removed: Collection[int], budget: Budget) -> None:
-    """Check that a model can do without some blocks, or without their attentions.
+def check_can_go(source: WeightSource, removed: RemovedWhole) -> None:
+    """Check that a model can do without some blocks, and without the attentions of others.
 
     Raises:
         UnsupportedModelError: it can't.
     """
-    if budget.whole_part == "attention":
-        check_attentions_can_go(source, removed)
-    else:
-        check_blocks_can_go(source, removed)
+    if removed.blocks:
+        check_blocks_can_go(source, removed.blocks)
+    if removed.attentions:
+        check_attentions_can_go(source, removed.attentions, removed.blocks)
 
 
-def _first_removals(statistics: Statistics, wanted: BlockBudget, budget: Budget) -> tuple[int, ...]:
-    order = [each.block for each in statistics.removals_of(budget.whole_part)]
-    for count in range(1, len(order) + 1):
-        if wanted.is_met_by(order[:count]):
-            return tuple(sorted(order[:count]))
+def _first_removals(
+    source: WeightSource, statistics: Statistics, wanted: BlockBudget, budget: Budget
+) -> RemovedWhole:
+    """Return the first in the order of removal that come closer to the budget, each in its turn."""
+    order = statistics.removals_of(budget.whole_parts)
+    removed = RemovedWhole()
+    taken = [
+        removed := removed.plus((each.part, each.block))
+        for each in order
+        if wanted.has_room_for(removed, (each.part, each.block))
+    ]
+    if wanted.is_met_by(removed):
+        if removed != RemovedWhole.of(order[: len(taken)]):  # the first ones are proved already
+            check_can_go(source, removed)
+        return removed
     raise StatisticsError(
         f"the statistics say of {len(order)} {whole_in_words(budget)} in which order they go, and "
         "the budget needs more; make statistics that say it of more with: cfsp calibrate --parts "
-        f"{budget.whole_part}"
+        f"{','.join(budget.whole_parts)}"
     )
 
 
@@ -108,30 +128,38 @@ def _chosen(
     budget: Budget,
     removal: str,
     banned: Collection[int],
-) -> tuple[int, ...]:
+) -> RemovedWhole:
     """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
     blocks = len(statistics.blocks)
-    candidates = [block for block in wanted.parameters_of if block not in banned]
+    every = wanted.sizes.block_of or wanted.sizes.attention_of
+    candidates = [block for block in every if block not in banned]
     seen = statistics if budget.removes_blocks else statistics.of_part("kv")
     for count in range(1, len(candidates) + 1):
         if removal == INFLUENCE or not budget.removes_blocks:
             distance_L = seen.distances("cosine" if removal == INFLUENCE else "angular")
-            removed = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
+            chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
         else:
             assert statistics.runs is not None
-            removed = cheapest_runs(statistics.runs, blocks, count, banned)
+            chosen = cheapest_runs(statistics.runs, blocks, count, banned)
+        removed = _of_one_part(budget, chosen)
         if wanted.is_met_by(removed):
-            return tuple(removed)
+            return removed
     raise UnsupportedModelError(
-        f"only {len(candidates)} of {len(wanted.parameters_of)} {whole_in_words(budget)} can go, "
+        f"only {len(candidates)} of {len(every)} {whole_in_words(budget)} can go, "
         f"which is less than the budget asks for; that of block {min(banned)} is one that cannot; "
-        f"remove FFN channels too (--parts {budget.whole_part},ffn)"
+        f"remove FFN channels too (--parts {','.join(budget.whole_parts)},ffn)"
     )
+
+
+def _of_one_part(budget: Budget, blocks: Collection[int]) -> RemovedWhole:
+    """Return blocks as those that go, or as those whose attentions do."""
+    chosen = tuple(blocks)
+    return RemovedWhole(chosen) if budget.removes_blocks else RemovedWhole((), chosen)
 
 
 def _can_go_alone(source: WeightSource, block: int, budget: Budget) -> bool:
     try:
-        check_can_go(source, [block], budget)
+        check_can_go(source, _of_one_part(budget, [block]))
     except UnsupportedModelError:
         return False
     return True

@@ -21,6 +21,7 @@ from cfsp.settings import (
     DISTANCES,
     SENSITIVITY_METRICS,
     UNIFORM,
+    Part,
 )
 
 # The published code sums angular distances over 128 windows of 1024 tokens and divides by 1e4
@@ -104,7 +105,7 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
 
 
 def importance_of_units(
-    statistics: Statistics, metric: str, size: ModelSize
+    statistics: Statistics, metric: str, size: ModelSize, spent: Sequence[Part]
 ) -> tuple[list[float], list[float]]:
     """Return the distance and the normalised importance of every unit.
 
@@ -117,16 +118,19 @@ def importance_of_units(
         statistics: of the model.
         metric: what makes a block important.
         size: the model's numbers.
+        spent: the parts that may lose channels; what was not measured of others is not needed.
     """
     parts = list(dict.fromkeys(unit.part for unit in statistics.units))
+    compared = metric in SENSITIVITY_METRICS and len([part for part in parts if part in spent]) > 1
     distance_of: dict[int, float] = {}
     importance_of: dict[int, float] = {}
     for part in parts:
         own = statistics.of_part(part)
         numbers = [index for index, unit in enumerate(statistics.units) if unit.part == part]
         distances = of_units(own, block_distances(own, metric))
-        importances = of_units(own, importance_by(own, metric))
-        if len(parts) > 1 and metric in SENSITIVITY_METRICS and own.sensitivity is not None:
+        is_needed = part in spent or own.sensitivity is not None
+        importances = of_units(own, importance_by(own, metric if is_needed else "angular"))
+        if compared and own.sensitivity is not None:
             largest = max(_of_blocks_with_units(own, own.sensitivity.divergence_L))
             each = fmean(size.units[i].width * size.units[i].channel_parameters for i in numbers)
             scale = math.sqrt(largest / each)
@@ -135,7 +139,7 @@ def importance_of_units(
         importance_of |= dict(zip(numbers, importances, strict=True))
     count = range(len(statistics.units))
     importance_U = [importance_of[index] for index in count]
-    if len(parts) > 1 and metric in SENSITIVITY_METRICS:
+    if compared:
         # Where nothing depends on anything, all count alike.
         largest = max(importance_U) or 1.0
         importance_U = [max(value / largest, _LEAST_SHARE**2) for value in importance_U]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import (
 )
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
-from cfsp.planning.block_budget import parameters_of_whole
+from cfsp.planning.block_budget import RemovedWhole, WholeSizes
 from cfsp.planning.block_removal import blocks_to_remove
 from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.experts import (
@@ -46,9 +46,6 @@ from cfsp.settings import (
     Criterion,
 )
 
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
 LEAST_TOKENS = 32
 WEIGHTS_ALONE = "magnitude"
@@ -57,28 +54,24 @@ WEIGHTS_ALONE = "magnitude"
 EXPERTS_GRAIN = 8
 _MOST_NAMED = 8
 
+NOTHING = RemovedWhole()
+
 log = logging.getLogger(__name__)
 
 
 def model_size(
-    source: WeightSource,
-    budget: Budget | None = None,
-    removed: Collection[int] = (),
-    experts: int | None = None,
+    source: WeightSource, removed: RemovedWhole = NOTHING, experts: int | None = None
 ) -> ModelSize:
     """Return the numbers of a model that budgets of channels are about.
 
     Args:
         source: the model.
-        budget: says what goes whole.
-        removed: blocks that go whole, or whose attentions do, which do not count.
+        removed: what goes whole, which does not count.
         experts: how many routed experts of each block stay; None for all.
     """
-    assert budget is not None or not removed
     parameters = parameter_count(source)
-    if budget is not None and removed:
-        of_whole = parameters_of_whole(source, budget)
-        parameters -= sum(of_whole[block] for block in removed)
+    if removed.parts:
+        parameters -= WholeSizes.of(source, removed.parts).parameters(removed)
     if experts is not None:
         of_model = source.architecture.experts
         assert of_model is not None
@@ -96,30 +89,18 @@ def model_size(
                 part=unit.part,
             )
             for unit, each in zip(source.units, ffn_parameters_per_channel(source), strict=True)
-            if budget is None or not goes_whole(unit, budget, removed)
+            if not removed.takes(unit)
         ),
         parameters=parameters,
     )
 
 
-def goes_whole(unit: Unit, budget: Budget, removed: Collection[int]) -> bool:
-    """Return whether a unit goes whole.
-
-    Args:
-        unit: of the model.
-        budget: says whether blocks go or attentions.
-        removed: the blocks that do, or whose attentions do.
-    """
-    return unit.block in removed and (budget.removes_blocks or unit.part == "kv")
-
-
 def definite_criterion(criterion: Criterion, statistics: Statistics, budget: Budget) -> Criterion:
     """Return a criterion that names its metrics: of `auto` what the statistics allow."""
     if criterion.removal == AUTO_METRIC:
-        criterion = replace(
-            criterion,
-            removal=DIVERGENCE if statistics.removals_of(budget.whole_part) else RUNS,
-        )
+        parts = budget.whole_parts
+        measured = len(parts) > 1 or statistics.removals_of(parts)
+        criterion = replace(criterion, removal=DIVERGENCE if measured else RUNS)
     if budget.widths == "equal":
         return replace(criterion, block_metric=UNIFORM)
     if criterion.block_metric != AUTO_METRIC:
@@ -147,7 +128,7 @@ def plan_widths(
     statistics: Statistics,
     budget: Budget,
     criterion: Criterion,
-    removed: Collection[int] = (),
+    removed: RemovedWhole = NOTHING,
     experts: int | None = None,
 ) -> UnitWidths:
     """Decide how many channels every unit keeps.
@@ -157,8 +138,7 @@ def plan_widths(
         statistics: of all its blocks.
         budget: how much to remove.
         criterion: what counts as important.
-        removed: blocks that go whole, or whose attentions do; the rest is planned as if it were the
-            model.
+        removed: what goes whole; the rest is planned as if it were the model.
         experts: how many routed experts of each block stay; None for all.
 
     Raises:
@@ -167,26 +147,29 @@ def plan_widths(
         UsageError: a metric is unknown.
     """
     criterion = definite_criterion(criterion, statistics, budget)
-    size = model_size(source, budget, removed, experts)
+    size = model_size(source, removed, experts)
     staying = statistics
-    if removed:
-        blocks_go = budget.removes_blocks
-        leave_out = statistics.without_blocks if blocks_go else statistics.without_attentions
-        staying = leave_out(removed)
-    distance_U, importance_U = importance_of_units(staying, criterion.block_metric, size)
+    if removed.parts:
+        staying = statistics.without_attentions(removed.attentions).without_blocks(removed.blocks)
+    distance_U, importance_U = importance_of_units(
+        staying, criterion.block_metric, size, budget.parts
+    )
     kept_U = size.width_U
     if budget.removes_channels:
         budget = budget_of_channels(source, budget, size)
         kept_U = allocate(importance_U, budget, size, criterion.chosen_clamp)
-    if not removed:
+    if not removed.parts:
         return UnitWidths(distance_U, importance_U, kept_U)
-    seen = statistics if budget.removes_blocks else statistics.of_part("kv")
-    angular_L = seen.distances("angular")
+    block_L = statistics.distances("angular")
+    attention_L = statistics.of_part("kv").distances("angular")
     planned = zip(distance_U, importance_U, kept_U, strict=True)
-    rows = [
-        (angular_L[unit.block], 0.0, 0) if goes_whole(unit, budget, removed) else next(planned)
-        for unit in source.units
-    ]
+    rows = []
+    for unit in source.units:
+        if removed.takes(unit):
+            alone = unit.block in removed.attentions
+            rows.append(((attention_L if alone else block_L)[unit.block], 0.0, 0))
+        else:
+            rows.append(next(planned))
     return UnitWidths(*(list(column) for column in zip(*rows, strict=True)))
 
 
@@ -200,7 +183,7 @@ def budget_of_channels(source: WeightSource, budget: Budget, size: ModelSize) ->
         budget: how much to remove.
         size: of the model without those that go.
     """
-    if budget.of == "ffn" or not (budget.whole_part or budget.removes_experts):
+    if budget.of == "ffn" or not (budget.whole_parts or budget.removes_experts):
         return budget
     stay = (1 - budget.sparsity) * parameter_count(source)
     return replace(budget, sparsity=max(0.0, 1 - stay / size.parameters))
@@ -351,7 +334,7 @@ def assemble_plan(
     criterion: Criterion,
     widths: UnitWidths,
     kept: Sequence[tuple[int, ...]],
-    removed: Collection[int] = (),
+    removed: RemovedWhole = NOTHING,
 ) -> PruningPlan:
     """Return the plan that widths and channels amount to, and what goes whole."""
     criterion = definite_criterion(criterion, statistics, budget)
@@ -389,22 +372,28 @@ def assemble_plan(
             **_written(criterion, budget),
             "clamp": criterion.chosen_clamp,
             "sparsity": budget.sparsity,
-            "of": (
-                budget.parts[0] if budget.of == "ffn" and not budget.removes_channels else budget.of
-            ),
+            "of": _counted_part(budget),
             # Of which all new FFN widths are multiples.
             "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
             **({} if budget.parts == DEFAULT_PARTS else {"parts": list(budget.parts)}),
         },
         calibration=asdict(statistics.record),
         units=tuple(units),
-        removed_blocks=tuple(sorted(removed)) if budget.removes_blocks else (),
+        removed_blocks=removed.blocks,
     )
     if plan.kept_experts is not None:
         check_experts_can_go(
             stock_config(source.config), source.architecture, plan.experts_of_blocks
         )
     return plan
+
+
+def _counted_part(budget: Budget) -> str:
+    """Return what the sparsity of a budget is a share of."""
+    if budget.of != "ffn" or budget.removes_channels:
+        return budget.of
+    # An attention is a part of its block.
+    return "blocks" if budget.removes_blocks else budget.parts[0]
 
 
 def _without_gone_experts(unit: UnitPlan, observed: UnitStatistics) -> UnitPlan:
@@ -420,7 +409,7 @@ def _without_gone_experts(unit: UnitPlan, observed: UnitStatistics) -> UnitPlan:
 def _written(criterion: Criterion, budget: Budget) -> dict[str, Any]:
     """Return what a plan says of a criterion; of removal only where something may go whole."""
     fields = asdict(criterion)
-    if budget.whole_part is None:
+    if not budget.whole_parts:
         del fields["removal"]
     return fields
 

@@ -20,12 +20,11 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.skeleton import check_complete
-from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
-from cfsp.planning.block_budget import BlockBudget
-from cfsp.planning.block_removal import blocks_to_remove
+from cfsp.planning.block_budget import BlockBudget, RemovedWhole
+from cfsp.planning.block_removal import blocks_to_remove, check_can_go
 from cfsp.planning.experts import experts_to_keep, warn_of_lost_experts
 from cfsp.planning.make import (
     assemble_plan,
@@ -45,7 +44,11 @@ from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
 from cfsp.repair.trial import divergence_when_repaired
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
-from cfsp.whole_model.block_choice import follow_runs, with_needed_removals
+from cfsp.whole_model.block_choice import (
+    check_can_be_compared,
+    follow_runs,
+    with_needed_removals,
+)
 from cfsp.whole_model.block_count import with_block_count
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
@@ -94,15 +97,13 @@ def plan_and_repair(
     check_complete(source)
     if plan is not None:
         plan.check_fits(source)
-        if plan.removed_blocks:
-            check_blocks_can_go(source, plan.removed_blocks)
-        if plan.removed_attentions:
-            check_attentions_can_go(source, plan.removed_attentions)
+        check_can_go(source, RemovedWhole(plan.removed_blocks, plan.removed_attentions))
         if plan.kept_experts is not None:
             stock = stock_config(source.config)
             check_experts_can_go(stock, source.architecture, plan.experts_of_blocks)
     elif statistics is None:
         _check_budget(source, settings.budget)
+        check_can_be_compared(source, [settings], engine)
     else:
         with watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
@@ -163,13 +164,13 @@ def _check_budget(source: WeightSource, budget: Budget) -> None:
         BudgetError: it is impossible whatever goes.
     """
     experts = experts_to_keep(source, budget)
-    if budget.whole_part is None:
+    if not budget.whole_parts:
         if budget.removes_channels:
             size = model_size(source, experts=experts)
             channels_to_keep(budget_of_channels(source, budget, size), size)
     elif not budget.leaves_number_open or budget.removes_blocks:
         # Whether channels give what blocks leave over is tried.
-        BlockBudget.of(source, replace(budget, parts=(budget.whole_part,)))
+        BlockBudget.of(source, replace(budget, parts=budget.whole_parts))
 
 
 def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
@@ -183,8 +184,8 @@ def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
         check_is_text(windows, f"the block metric {settings.criterion.block_metric}")
     if settings.repair in ("sequential", "local"):
         check_is_text(windows, f"--repair {settings.repair}")
-    if settings.budget.whole_part is not None:
-        check_is_text(windows, f"--parts {settings.budget.whole_part}")
+    if settings.budget.whole_parts:
+        check_is_text(windows, f"--parts {','.join(settings.budget.whole_parts)}")
     return windows
 
 
@@ -233,7 +234,7 @@ def _calibrate_and_plan(
         statistics = with_needed_removals(source, statistics, windows, [settings], engine, place)
         if budget.removes_channels:
             statistics = with_needed_sensitivity(
-                source, statistics, windows, criterion, engine, place
+                source, statistics, windows, settings, engine, place
             )
     with watch.stage("plan"):
         plan = plan_from_statistics(source, statistics, budget, criterion)
@@ -279,7 +280,7 @@ def _choose_and_repair(
         return Repaired(plan_from_statistics(source, coarse, budget, criterion), coarse)
     removal = definite_criterion(criterion, coarse, budget).removal
     removed = blocks_to_remove(source, coarse, budget, removal)
-    coarse = with_needed_sensitivity(source, coarse, windows, criterion, engine, place)
+    coarse = with_needed_sensitivity(source, coarse, windows, settings, engine, place)
     experts = experts_to_keep(source, budget)
     widths = plan_widths(source, coarse, budget, criterion, removed, experts)
     chosen = choose_and_repair(
@@ -291,7 +292,7 @@ def _choose_and_repair(
         engine,
         place,
         seed=seed,
-        removed=removed if budget.removes_blocks else (),
+        removed=removed.blocks,
     )
     record = calibration_record(source, windows, engine, seed=seed)
     statistics = replace(

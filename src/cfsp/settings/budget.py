@@ -84,13 +84,15 @@ class Budget:
             FFNs; `kv`, KV groups; `attention`, whole attentions; `blocks`, whole decoder blocks;
             `experts`, whole routed experts, equally many of every block. With attentions the
             sparsity is the share of their parameters, and of those that the channels of other parts
-            own; with blocks that of the parameters of all blocks; with experts alone their share.
+            own; with blocks, whatever else may go, that of the parameters of all blocks; with
+            experts alone their share.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
         remove_blocks: how many blocks go; None for as many as the sparsity says or, if channels
             may go too, as measures best (`cfsp.whole_model.block_count`). With a number the
             sparsity is of the channels, in the blocks that stay.
-        remove_attentions: the same of attentions.
+        remove_attentions: the same of attentions; where blocks may go too, of those that stay, and
+            either both numbers are given or none.
         remove_experts: how many of the routed experts of each block go; None for as many as the
             sparsity says, which it can only where nothing else may go. With channels the sparsity
             is of those in the experts that stay.
@@ -174,15 +176,10 @@ class Budget:
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
-        if {*WHOLE_PARTS} <= {*given}:
+        if self.removes_experts and self.whole_parts:
             raise UsageError(
-                "--parts attention and blocks go one after the other: prune blocks, then "
-                "attentions of the result"
-            )
-        if self.removes_experts and self.whole_part is not None:
-            raise UsageError(
-                f"--parts {self.whole_part} and experts go one after the other: prune "
-                f"{self.whole_part}, then experts of the result"
+                f"--parts {' and '.join(self.whole_parts)} and experts go one after the other: "
+                f"prune {' and '.join(self.whole_parts)}, then experts of the result"
             )
         counts: tuple[tuple[Part, str, int | None], ...] = (
             ("blocks", "--remove-blocks", self.remove_blocks),
@@ -196,6 +193,13 @@ class Budget:
                 raise UsageError(f"{name} belongs to --parts {part} or {part},ffn")
             if count < 0:
                 raise UsageError(f"{name} must be at least 0, found {count}")
+        if self.whole_parts == WHOLE_PARTS and self.remove_whole is None:
+            given_alone = next((name for _, name, count in counts[:2] if count is not None), None)
+            if given_alone is not None:
+                raise UsageError(
+                    "--parts attention,blocks requires both --remove-blocks and "
+                    f"--remove-attentions or neither, found {given_alone} alone"
+                )
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
         if self.of not in BUDGET_OF:
@@ -231,14 +235,18 @@ class Budget:
         return "blocks" in self.parts
 
     @property
-    def whole_part(self) -> WholePart | None:
-        """What may go whole; None where nothing may."""
-        return next((part for part in WHOLE_PARTS if part in self.parts), None)
+    def whole_parts(self) -> tuple[WholePart, ...]:
+        """What may go whole, one by one; none where nothing may."""
+        return tuple(part for part in WHOLE_PARTS if part in self.parts)
 
     @property
-    def remove_whole(self) -> int | None:
-        """How many of these go, where the budget says it."""
-        return self.remove_attentions if self.whole_part == "attention" else self.remove_blocks
+    def remove_whole(self) -> tuple[int, int] | None:
+        """How many blocks go and how many attentions of others, where the budget says it."""
+        counts = {"blocks": self.remove_blocks, "attention": self.remove_attentions}
+        asked = [counts[part] for part in self.whole_parts]
+        if not asked or None in asked:
+            return None
+        return self.remove_blocks or 0, self.remove_attentions or 0
 
     @property
     def removes_channels(self) -> bool:
@@ -248,7 +256,7 @@ class Budget:
     @property
     def leaves_number_open(self) -> bool:
         """Whether how many go whole, and how many channels of the others, is to be found out."""
-        return bool(self.whole_part) and self.removes_channels and self.remove_whole is None
+        return bool(self.whole_parts) and self.removes_channels and self.remove_whole is None
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""

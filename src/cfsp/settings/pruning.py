@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings.budget import MOST_REMOVED, WHOLE_PARTS, Budget, Part
+from cfsp.settings.budget import MOST_REMOVED, Budget, Part
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.options import option
@@ -137,8 +137,8 @@ class PruneSettings:
     @staticmethod
     def of_removal(parts: Sequence[Part]) -> list[PruneSettings]:
         """Return settings by which as much goes whole as plans may ask; none if nothing may."""
-        whole = (part for part in WHOLE_PARTS if part in parts)
-        return [PruneSettings(Budget(MOST_REMOVED, parts=(part,))) for part in whole]
+        whole = Budget(parts=tuple(parts)).whole_parts
+        return [PruneSettings(Budget(MOST_REMOVED, parts=whole))] if whole else []
 
     def without_repair(self) -> PruneSettings:
         """Return the same settings, without repair."""

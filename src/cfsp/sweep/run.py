@@ -178,7 +178,7 @@ def _check(sweep: _Sweep) -> None:
     for point in recipe.points:
         budget = recipe.settings(point, sweep.compute).budget
         experts_to_keep(source, budget)
-        if budget.whole_part is not None:
+        if budget.whole_parts:
             BlockBudget.of(source, budget)
         elif budget.removes_channels:
             channels_to_keep(budget, size)

@@ -1,9 +1,12 @@
-"""Which blocks or attentions go, where the whole model fits into memory: by the predictions.
+"""Which blocks and attentions go, where the whole model fits into memory: by the predictions.
 
 One after the other the block goes whose removal, together with those that are gone, changes the
 predictions least. A removed block is skipped: the hidden state passes it unchanged. What enters a
 block does not depend on later ones, so only the blocks behind a tried one are computed again. The
 same of attentions, whose own blocks are computed again as well.
+
+Where blocks and attentions may go, and where blocks differ in size, the change is compared for each
+parameter that goes. A block whose attention is gone may go later, with what is left of it.
 
 A block that did more harm than another before rarely does less once more blocks are gone, so
 those that did are tried again only if the best of the others has become worse than they were.
@@ -28,9 +31,9 @@ from cfsp.engine.call_form import CallForm
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skipped
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
-from cfsp.errors import UnsupportedModelError
-from cfsp.planning.block_budget import BlockBudget, whole_in_words
-from cfsp.planning.block_removal import check_can_go
+from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
+from cfsp.planning.block_budget import BlockBudget, RemovedWhole, whole_in_words
+from cfsp.planning.block_removal import NEEDS_PREDICTIONS, check_can_go
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
 from cfsp.whole_model.divergence import dense_predictions
@@ -46,7 +49,8 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.settings import Budget, Criterion, PruneSettings, WholePart
+    from cfsp.planning.block_budget import Candidate, WholeSizes
+    from cfsp.settings import Budget, Criterion, PruneSettings
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
 
@@ -59,10 +63,9 @@ def order_of_removal(
     source: WeightSource,
     model: PreTrainedModel,
     tokens_NT: Tensor,
-    is_enough: Callable[[Collection[int]], bool],
-    check: Callable[[Collection[int]], None],
+    wanted: Sequence[BlockBudget],
+    check: Callable[[RemovedWhole], None],
     on_removal: Callable[[], object] = lambda: None,
-    part: WholePart = "blocks",
 ) -> list[Removal]:
     """Return the blocks that go, or whose attentions do, in the order in which they are chosen.
 
@@ -70,45 +73,79 @@ def order_of_removal(
         source: the dense model.
         model: the whole of it in memory, in evaluation mode.
         tokens_NT: windows without padding.
-        is_enough: whether these are all that go.
+        wanted: how much goes, in one way or several; of the same parts.
         check: raises UnsupportedModelError where the model cannot do without these.
         on_removal: is called after each that is chosen.
-        part: what goes.
 
     Raises:
+        BudgetError: less goes than is wanted.
         UnsupportedModelError: the model cannot do without any of those that are left.
     """
+    sizes = wanted[0].sizes
+    among = WHOLE_PARTS if sizes.block_of and sizes.attention_of else ()
     removed: list[Removal] = []
-    refusal: UnsupportedModelError | None = None
+    gone, divergence = RemovedWhole(), 0.0
+    refusals: dict[Candidate, UnsupportedModelError] = {}
+    # What each added to the divergence when it was last tried.
+    added: dict[Candidate, float] = {}
     with torch.inference_mode():
-        trials = _Trials.of(source, model, tokens_NT, part)
-        left = set(trials.candidates)
-        # What each block added to the divergence when it was last tried.
-        added = dict.fromkeys(left, -math.inf)
-        while not is_enough([each.block for each in removed]):
-            gone = [each.block for each in removed]
-            base = removed[-1].divergence if removed else 0.0
-            fresh: set[int] = set()
-            while True:
-                if not left:
-                    assert refusal is not None
-                    raise refusal
-                best = min(sorted(left), key=added.__getitem__)
-                if best not in fresh:
-                    added[best] = trials.divergence_without([*gone, best]) - base
-                    fresh.add(best)
+        trials = _Trials.of(source, model, tokens_NT)
+        while True:
+            left = _room(wanted, gone) - refusals.keys()
+            fresh: set[Candidate] = set()
+            best = None
+            while left and best is None:
+                cheapest = _cheapest(left, added, sizes, gone)
+                if cheapest not in fresh:
+                    added[cheapest] = trials.divergence_without(gone, cheapest) - divergence
+                    fresh.add(cheapest)
                     continue
                 try:
-                    check([*gone, best])
-                    break
+                    check(gone.plus(cheapest))
+                    best = cheapest
                 except UnsupportedModelError as error:
-                    refusal = refusal or error
-                    left.discard(best)
-            left.discard(best)
-            removed.append(Removal(best, base + added[best], part))
+                    refusals[cheapest] = error
+                    left.discard(cheapest)
+            if best is None:
+                break
+            part, block = best
+            gone, divergence = gone.plus(best), divergence + added[best]
+            removed.append(Removal(block, divergence, part, among))
+            # A block without its attention is another one than was tried.
+            added.pop(("blocks", block), None)
             on_removal()
-            trials.remove([*gone, best])
+            trials.remove(gone)
+    if not all(each.is_met_by(gone) for each in wanted):
+        whole = f"{len(gone.blocks)} blocks and {len(gone.attentions)} attentions"
+        raise next(
+            iter(refusals.values()),
+            BudgetError(f"of {source.label} no more than {whole} can go together; remove less"),
+        )
     return removed
+
+
+def _room(wanted: Sequence[BlockBudget], gone: RemovedWhole) -> set[Candidate]:
+    """Return what may go next for one of the budgets."""
+    return {
+        candidate
+        for candidate in wanted[0].sizes.candidates(gone)
+        if any(each.has_room_for(gone, candidate) for each in wanted)
+    }
+
+
+def _cheapest(
+    left: Collection[Candidate],
+    added: Mapping[Candidate, float],
+    sizes: WholeSizes,
+    gone: RemovedWhole,
+) -> Candidate:
+    """Return what adds the least for each parameter that goes with it, or was not tried yet."""
+
+    def price(candidate: Candidate) -> float:
+        share = sizes.parameters_with(gone, candidate) / sizes.largest
+        return added.get(candidate, -math.inf) / share
+
+    return min(sorted(left), key=price)
 
 
 def follow_divergence(source: WeightSource, criterion: Criterion, engine: Engine) -> bool:
@@ -119,6 +156,20 @@ def follow_divergence(source: WeightSource, criterion: Criterion, engine: Engine
     if criterion.removal == AUTO_METRIC:
         return fits(source, engine)
     return criterion.removal == DIVERGENCE
+
+
+def check_can_be_compared(
+    source: WeightSource, settings: Sequence[PruneSettings], engine: Engine
+) -> None:
+    """Check that blocks and attentions go by what the predictions lose, where both may go.
+
+    Raises:
+        UsageError: they do not.
+    """
+    for each in settings:
+        compares = each.budget.whole_parts == WHOLE_PARTS
+        if compares and not follow_divergence(source, each.criterion, engine):
+            raise UsageError(NEEDS_PREDICTIONS)
 
 
 def follow_runs(source: WeightSource, settings: Sequence[PruneSettings], engine: Engine) -> bool:
@@ -156,17 +207,17 @@ def with_needed_removals(
         UsageError: the model does not fit into memory.
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
-    removing = [each for each in settings if each.budget.whole_part]
+    removing = [each for each in settings if each.budget.whole_parts]
     if not removing:
         return statistics
 
     def measure() -> dict[str, Any]:
         removals: list[Removal] = []
-        for part in WHOLE_PARTS:
+        for parts in sorted({each.budget.whole_parts for each in removing}):
             budgets = [
                 each.budget
                 for each in removing
-                if each.budget.whole_part == part
+                if each.budget.whole_parts == parts
                 and follow_divergence(source, each.criterion, engine)
             ]
             if budgets:
@@ -195,39 +246,21 @@ def measure_removals(
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
     wanted = [BlockBudget.of(source, budget) for budget in budgets]
-
-    def is_enough(removed: Collection[int]) -> bool:
-        return all(each.is_met_by(removed) for each in wanted)
-
-    if is_enough(()):
+    if not _room(wanted, RemovedWhole()):
         return []
-    budget = budgets[0]
-    what = whole_in_words(budget)
+    what = whole_in_words(budgets[0])
     few = few_beginnings(windows)
     model = load_whole(source, engine, f"choosing the {what} that go")
-    candidates = list(wanted[0].parameters_of)
-    counts = range(len(candidates))
-    about = next(count for count in counts if is_enough(candidates[:count]))
-    with item_progress(f"choosing {what}", about, what.removesuffix("s")) as bar:
-        return order_of_removal(
-            source,
-            model,
-            few.tokens_NT,
-            is_enough,
-            partial(check_can_go, source, budget=budget),
-            bar.update,
-            budget.whole_part or "blocks",
-        )
+    gone, about = RemovedWhole(), 0
+    while room := _room(wanted, gone):
+        gone, about = gone.plus(max(room)), about + 1
+    with item_progress(f"choosing {what}", about, "removal") as bar:
+        check = partial(check_can_go, source)
+        return order_of_removal(source, model, few.tokens_NT, wanted, check, bar.update)
 
 
 class _Trials:
-    """A whole model that runs without some of its blocks, on the same windows again and again.
-
-    Or without some of its attentions, by the indices of their blocks.
-
-    Attributes:
-        candidates: what may go.
-    """
+    """A whole model that runs without some of its parts, on the same windows again and again."""
 
     def __init__(
         self,
@@ -235,43 +268,36 @@ class _Trials:
         blocks: nn.ModuleList,
         form: CallForm,
         dense: Sequence[DensePredictions],
-        attentions: Mapping[int, Unit] | None,
+        attentions: Mapping[int, Unit],
     ) -> None:
-        self.candidates = range(len(blocks)) if attentions is None else list(attentions)
         self._blocks, self._attentions = blocks, attentions
         self._model, self._form, self._dense = model, form, dense
         self._entering: list[list[Tensor]] = []
         self._resumes = True
-        self.remove([])
+        self.remove(RemovedWhole())
         self._resumes = self._can_resume()
 
     @staticmethod
-    def of(
-        source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor, part: WholePart
-    ) -> _Trials:
+    def of(source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor) -> _Trials:
         """Run the dense model."""
         blocks = blocks_of(model, source.architecture)
-        attentions = None
-        if part == "attention":
-            attentions = {unit.block: unit for unit in source.units if unit.part == "kv"}
+        attentions = {unit.block: unit for unit in source.units if unit.part == "kv"}
         form = call_form_of(model, blocks)
         batches = torch.split(tokens_NT, _WINDOWS_IN_BATCH)
         dense = [dense_predictions(model, each) for each in batches]
         return _Trials(model, blocks, form, dense, attentions)
 
     @contextmanager
-    def _without(self, gone: Sequence[int]) -> Iterator[None]:
+    def _without(self, gone: RemovedWhole) -> Iterator[None]:
         """Let the model run without these."""
         with ExitStack() as stack:
-            if self._attentions is None:
-                stack.enter_context(skipped(self._blocks, gone, self._form))
-            else:
-                for block in gone:
-                    unit = self._attentions[block]
-                    stack.enter_context(without_attention(self._blocks[block], unit))
+            for block in gone.attentions:
+                unit = self._attentions[block]
+                stack.enter_context(without_attention(self._blocks[block], unit))
+            stack.enter_context(skipped(self._blocks, gone.blocks, self._form))
             yield
 
-    def remove(self, gone: Sequence[int]) -> None:
+    def remove(self, gone: RemovedWhole) -> None:
         """Note what enters every block when some are gone."""
         self._entering = []
         for dense in self._dense:
@@ -279,19 +305,21 @@ class _Trials:
                 dense.divergence(self._model)
             self._entering.append(entering_L)
 
-    def divergence_without(self, gone: Sequence[int]) -> float:
+    def divergence_without(self, gone: RemovedWhole, candidate: Candidate) -> float:
         """Return KL(dense || without these); infinite where the model does not run.
 
         Args:
-            gone: those of which all but the last are removed already.
+            gone: what is removed already.
+            candidate: what goes as well.
         """
+        part, block = candidate
         # A block without its attention computes, one that is gone does not.
-        first = gone[-1] + (self._attentions is None) if self._resumes else 0
+        first = block + (part == "blocks") if self._resumes else 0
         total, windows = 0.0, 0
         for dense, entering_L in zip(self._dense, self._entering, strict=True):
             with (
-                self._without(gone),
-                resumed_at(self._blocks, first, entering_L[gone[-1]], self._form),
+                self._without(gone.plus(candidate)),
+                resumed_at(self._blocks, first, entering_L[block], self._form),
             ):
                 try:
                     divergence = dense.divergence(self._model)

@@ -28,7 +28,12 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UsageError
-from cfsp.planning.block_budget import parameters_of_whole, whole_in_words
+from cfsp.planning.block_budget import (
+    RemovedWhole,
+    WholeSizes,
+    counts_in_words,
+    whole_in_words,
+)
 from cfsp.planning.make import choose_channels, model_size, plan_widths
 from cfsp.progress import item_progress
 from cfsp.settings import MOST_REMOVED, UNIT_PARTS
@@ -56,10 +61,10 @@ _CHANNELS: dict[Part, str] = {"ffn": "FFN channels", "kv": "KV groups"}
 
 @dataclass(frozen=True)
 class Trial:
-    """A number of blocks or attentions that was tried.
+    """A number of blocks and attentions that was tried.
 
     Attributes:
-        removed: how many go.
+        removed: how many go, the first in their order.
         sparsity: share of what the channels of the others own that goes with them.
         divergence: KL(dense || pruned, not repaired), in nats per token.
         parts: of what the channels are.
@@ -81,11 +86,11 @@ class Trial:
         """Return what goes, for people.
 
         Args:
-            what: goes whole.
+            what: goes whole, and how much of it.
         """
         channels = " and ".join(_CHANNELS[part] for part in self.parts)
         share = f"{100 * self.sparsity:.1f}% of the {channels} of the others"
-        return f"{self.removed} {what} and {share}"
+        return f"{what} and {share}"
 
 
 def with_block_count(
@@ -119,18 +124,23 @@ def with_block_count(
     budget = settings.budget
     if not budget.leaves_number_open:
         return settings, statistics
-    what = whole_in_words(budget)
     if not follow_divergence(source, settings.criterion, engine):
         raise UsageError(
-            f"--parts {','.join(budget.parts)} tries how many {what} should go, which requires the "
-            f"whole model in memory; say how many with --set remove_{what}=N"
+            f"--parts {','.join(budget.parts)} tries how many {whole_in_words(budget)} should go, "
+            f"which requires the whole model in memory; say how many with {counts_in_words(budget)}"
         )
 
     alone = replace(settings, budget=_whole_alone(source, budget))
     statistics = with_needed_removals(source, statistics, windows, [alone], engine, place)
-    statistics = with_needed_sensitivity(
-        source, statistics, windows, settings.criterion, engine, place
-    )
+    statistics = with_needed_sensitivity(source, statistics, windows, settings, engine, place)
+
+    removals = statistics.removals_of(budget.whole_parts)
+
+    def whole(trial: Trial) -> RemovedWhole:
+        return RemovedWhole.of(removals[: trial.removed])
+
+    def in_words(trial: Trial) -> str:
+        return trial.in_words(whole(trial).counted(budget))
 
     def measure() -> dict[str, Any]:
         trials = _try(source, statistics, windows, settings, engine)
@@ -138,8 +148,8 @@ def with_block_count(
 
     def when_repaired(trial: Trial) -> Trial:
         assert repaired is not None
-        again, rest = repaired, _budget_with(budget, trial)
-        log.info("repairing on a little text: %s", trial.in_words(what))
+        again, rest = repaired, _budget_with(budget, trial, whole(trial))
+        log.info("repairing on a little text: %s", in_words(trial))
         number = f"{name}-repaired-{trial.removed}-{'-'.join(trial.parts)}"
         found = kept(place, number, lambda: {"repaired": again(statistics, rest)})
         return replace(trial, **found)
@@ -149,18 +159,19 @@ def with_block_count(
         few = worth_a_repair(trials) if repaired is not None else []
         return [vars(when_repaired(each) if each in few else each) for each in trials]
 
-    name = f"{what}-{windows.digest[:8]}"
+    name = f"{whole_in_words(budget).replace(' ', '-')}-{windows.digest[:8]}"
     trials = [Trial.from_json(each) for each in place.team.from_first(compare)]
     best = best_of(trials)
     for trial in trials:
         log.info(
             "%s: divergence %.4f%s%s",
-            trial.in_words(what),
+            in_words(trial),
             trial.divergence,
             "" if trial.repaired is None else f", {trial.repaired:.4f} repaired",
             " (chosen)" if trial is best else "",
         )
-    return replace(settings, budget=_budget_with(budget, best)), statistics
+    chosen = _budget_with(budget, best, whole(best))
+    return replace(settings, budget=chosen), statistics
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
@@ -191,17 +202,22 @@ def worth_a_repair(trials: Sequence[Trial]) -> list[Trial]:
 def _whole_alone(source: WeightSource, budget: Budget) -> Budget:
     """Return the budget by which as many blocks or attentions go as may be tried."""
     if budget.removes_blocks:
-        return replace(budget, parts=("blocks",))
-    attentions = sum(parameters_of_whole(source, budget).values())
+        return replace(budget, parts=budget.whole_parts)
+    attentions = WholeSizes.of(source, budget.whole_parts).total
     share = budget.sparsity * _counted(source, budget) / attentions
     return replace(budget, parts=("attention",), sparsity=min(share, MOST_REMOVED), of="ffn")
 
 
-def _budget_with(budget: Budget, trial: Trial) -> Budget:
+def _budget_with(budget: Budget, trial: Trial, removed: RemovedWhole) -> Budget:
     """Return a budget that says how many go whole, and which share of the others' channels."""
-    number: Any = {f"remove_{whole_in_words(budget)}": trial.removed}
-    parts = (*trial.parts, *(part for part in budget.parts if part not in UNIT_PARTS))
-    return replace(budget, **number, parts=parts, sparsity=trial.sparsity, of="ffn")
+    return replace(
+        budget,
+        remove_blocks=len(removed.blocks) if budget.removes_blocks else None,
+        remove_attentions=len(removed.attentions) if "attention" in budget.parts else None,
+        parts=(*trial.parts, *(part for part in budget.parts if part not in UNIT_PARTS)),
+        sparsity=trial.sparsity,
+        of="ffn",
+    )
 
 
 def _choices_of_channels(budget: Budget) -> list[tuple[Part, ...]]:
@@ -221,7 +237,7 @@ def _try(
     budget = settings.budget
     model = load_whole(source, engine, f"choosing how many {whole_in_words(budget)} go")
     masked = _MaskedModel(source, model, few_beginnings(windows).tokens_NT)
-    removals = statistics.removals_of(budget.whole_part)
+    removals = statistics.removals_of(budget.whole_parts)
     trials: list[Trial] = []
     choices = _choices_of_channels(budget)
     total = (len(removals) + 1) * len(choices)
@@ -232,18 +248,18 @@ def _try(
                 alone = removals[count - 1].divergence if count else 0.0
                 if own and alone > min(trial.divergence for trial in own):
                     break  # whatever else goes as well makes it worse, and so does another one
-                removed = sorted(each.block for each in removals[:count])
+                removed = RemovedWhole.of(removals[:count])
                 sparsity = _sparsity_of_others(source, budget, parts, removed)
                 if sparsity >= 1:
                     continue  # the others do not own so much
                 trial = Trial(count, sparsity, 0.0, parts)
                 try:
-                    rest = _budget_with(budget, trial)
+                    rest = _budget_with(budget, trial, removed)
                     kept_U = _plan(source, statistics, rest, settings.criterion, removed)
                 except BudgetError:
                     continue  # or cannot lose it
-                blocks = removed if budget.removes_blocks else ()
-                own.append(replace(trial, divergence=masked.divergence(blocks, kept_U)))
+                divergence = masked.divergence(removed.blocks, kept_U)
+                own.append(replace(trial, divergence=divergence))
                 bar.update()
             trials += own
     if not trials:
@@ -255,30 +271,27 @@ def _try(
 
 
 def _sparsity_of_others(
-    source: WeightSource, budget: Budget, parts: tuple[Part, ...], removed: Collection[int]
+    source: WeightSource, budget: Budget, parts: tuple[Part, ...], removed: RemovedWhole
 ) -> float:
     """Return the share of what channels of these parts of the others own that is still to go."""
-    parameters_of = parameters_of_whole(source, budget)
     missing = budget.sparsity * _counted(source, budget)
-    missing -= sum(parameters_of[block] for block in removed)
-    return max(0.0, missing / _owned_by_channels(source, budget, parts, removed))
+    missing -= WholeSizes.of(source, budget.whole_parts).parameters(removed)
+    return max(0.0, missing / _owned_by_channels(source, parts, removed))
 
 
 def _counted(source: WeightSource, budget: Budget) -> int:
     """Return the parameters that the sparsity of a budget is a share of."""
     if budget.of == "model":
         return parameter_count(source)
-    total = sum(parameters_of_whole(source, budget).values())
+    total = WholeSizes.of(source, budget.whole_parts).total
     if budget.removes_blocks or "ffn" not in budget.parts:  # KV groups are of the attentions
         return total
-    return total + _owned_by_channels(source, budget, ("ffn",), ())
+    return total + _owned_by_channels(source, ("ffn",), RemovedWhole())
 
 
-def _owned_by_channels(
-    source: WeightSource, budget: Budget, parts: tuple[Part, ...], removed: Collection[int]
-) -> int:
-    """Return the parameters of channels of these parts beside what goes whole by a budget."""
-    size = model_size(source, budget, removed).of_parts(parts)
+def _owned_by_channels(source: WeightSource, parts: tuple[Part, ...], removed: RemovedWhole) -> int:
+    """Return the parameters of channels of these parts beside what goes whole."""
+    size = model_size(source, removed).of_parts(parts)
     return size.cost_of(size.width_U) * size.parameters_per_cost
 
 
@@ -287,7 +300,7 @@ def _plan(
     statistics: Statistics,
     budget: Budget,
     criterion: Criterion,
-    removed: Collection[int],
+    removed: RemovedWhole,
 ) -> list[tuple[int, ...]]:
     """Return the channels of every unit that stay."""
     widths = plan_widths(source, statistics, budget, criterion, removed)

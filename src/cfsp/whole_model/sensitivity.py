@@ -30,7 +30,7 @@ from cfsp.engine.workplace import kept
 from cfsp.errors import CalibrationError
 from cfsp.planning.make import choose_channels
 from cfsp.progress import item_progress
-from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS
+from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
 from cfsp.text.windows import few_windows
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import call_form_of, load_whole
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.settings import Criterion, Part
+    from cfsp.settings import Criterion, Part, PruneSettings
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
 
@@ -66,6 +66,7 @@ def block_sensitivities(
     tokens_NT: Tensor,
     kept_U: Sequence[Sequence[int]],
     on_block: Callable[[], object] = lambda: None,
+    parts: Sequence[Part] = UNIT_PARTS,
 ) -> dict[Part, list[float]]:
     """Return how far pruning a part of each block alone moves the predictions, in nats per token.
 
@@ -78,11 +79,12 @@ def block_sensitivities(
         tokens_NT: windows without padding; they pass one at a time.
         kept_U: channels of each FFN unit that stay when its block is pruned.
         on_block: is called after each block of each window.
+        parts: those that are pruned.
     """
     blocks = blocks_of(model, source.architecture)
 
     form = call_form_of(model, blocks)
-    places = _places(source)
+    places = _places(source, parts)
     total_of: dict[Part, list[float]] = {part: [0.0] * len(blocks) for _, part in places}
     resumes: bool | None = None
     with torch.inference_mode():
@@ -104,9 +106,9 @@ def block_sensitivities(
     }
 
 
-def _places(source: WeightSource) -> list[tuple[int, Part]]:
+def _places(source: WeightSource, parts: Sequence[Part]) -> list[tuple[int, Part]]:
     """Return the parts of blocks that are pruned alone, block by block."""
-    return sorted({(unit.block, unit.part) for unit in source.units})
+    return sorted({(unit.block, unit.part) for unit in source.units if unit.part in parts})
 
 
 def _resumes(
@@ -144,20 +146,21 @@ def with_needed_sensitivity(
     source: WeightSource,
     statistics: Statistics,
     windows: Windows,
-    criterion: Criterion,
+    settings: PruneSettings,
     engine: Engine,
     place: Workplace,
 ) -> Statistics:
-    """Add the sensitivity of blocks where widths follow it.
+    """Add the sensitivity of blocks where widths follow it, of the parts that may lose channels.
 
     A killed run goes on with what it had measured, or had decided not to measure: there may be
     another amount of memory now. Of several processes the first decides and measures.
     """
+    criterion, parts = settings.criterion, ("ffn", *settings.budget.parts)
 
     def measure() -> dict[str, Any]:
         if not follow_sensitivity(source, criterion, engine, has_images=windows.has_images):
             return {"sensitivity": None}
-        found = with_sensitivity(source, statistics, windows, criterion, engine)
+        found = with_sensitivity(source, statistics, windows, criterion, engine, parts)
         assert found.sensitivity is not None
         return {"sensitivity": found.sensitivity.to_json()}
 
@@ -174,12 +177,12 @@ def with_sensitivity(
     windows: Windows,
     criterion: Criterion,
     engine: Engine,
+    parts: Sequence[Part] = UNIT_PARTS,
 ) -> Statistics:
     """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
     few = few_beginnings(windows)
-    return replace(
-        statistics, sensitivity=measure_sensitivity(source, statistics, few, criterion, engine)
-    )
+    found = measure_sensitivity(source, statistics, few, criterion, engine, parts)
+    return replace(statistics, sensitivity=found)
 
 
 def windows_measured(sources: int) -> int:
@@ -199,6 +202,7 @@ def measure_sensitivity(
     windows: Windows,
     criterion: Criterion,
     engine: Engine,
+    parts: Sequence[Part] = UNIT_PARTS,
 ) -> Sensitivity:
     """Prune the FFNs of every block alone by half and measure what that does to the predictions.
 
@@ -208,6 +212,7 @@ def measure_sensitivity(
         windows: to measure on; a few are enough.
         criterion: what makes a channel important.
         engine: where and in what to compute.
+        parts: those that are pruned.
 
     Raises:
         UsageError: the model does not fit into memory.
@@ -224,9 +229,9 @@ def measure_sensitivity(
         for unit, observed in enumerate(statistics.units)
     ]
     model = load_whole(source, engine, "measuring the sensitivity of blocks")
-    total = len(windows.tokens_NT) * len(_places(source))
+    total = len(windows.tokens_NT) * len(_places(source, parts))
     with item_progress("sensitivity", total, "pass") as bar:
-        found = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update)
+        found = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update, parts)
     if not all(map(math.isfinite, chain(*found.values()))):
         raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
     # Equal predictions may differ by rounding, in either direction.
