@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from itertools import combinations
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from cfsp.planning.block_budget import BlockBudget, RemovedWhole
 from cfsp.settings import Budget
 from cfsp.whole_model.block_choice import order_of_removal
 from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.masks import without_attention
 
 BLOCKS = 5
 
@@ -73,3 +76,63 @@ def test_what_the_model_cannot_do_without_stays(source: LoadedModel) -> None:
     assert not {first.block, second.block} & {each.block for each in order_of(source, 2, check)}
     with pytest.raises(UnsupportedModelError, match="it is needed"):
         order_of(source, BLOCKS - 1, check)
+
+
+def without(source: LoadedModel, removed: RemovedWhole) -> float:
+    """Return the divergence without blocks and attentions, without resuming anywhere."""
+    model = source.model
+    blocks = blocks_of(model, source.architecture)
+    units = {unit.block: unit for unit in source.units if unit.part == "kv"}
+    with torch.inference_mode(), ExitStack() as stack:
+        dense = dense_predictions(model, tokens())
+        for block in removed.attentions:
+            stack.enter_context(without_attention(blocks[block], units[block]))
+        stack.enter_context(skipped(blocks, removed.blocks, PLAIN))
+        return dense.divergence(model)
+
+
+@pytest.fixture(scope="module")
+def both() -> LoadedModel:
+    """A model whose last attentions do little."""
+    model = tiny_model("llama", num_hidden_layers=BLOCKS)
+    for block in (3, 4):
+        model.model.layers[block].self_attn.o_proj.weight.data *= 0.1
+    return LoadedModel(model, ("attention", "blocks"))
+
+
+def test_blocks_and_attentions_are_compared_for_each_parameter(both: LoadedModel) -> None:
+    wanted = BlockBudget.of(both, Budget(0.7, parts=("attention", "blocks")))
+    order = order_of_removal(both, both.model, tokens(), [wanted], lambda removed: None)
+    gone = RemovedWhole()
+    for count, found in enumerate(order):
+        added = {
+            candidate: without(both, gone.plus(candidate)) - without(both, gone)
+            for candidate in wanted.sizes.candidates(gone)
+            if wanted.has_room_for(gone, candidate)
+        }
+        price_of = {
+            candidate: each / wanted.sizes.parameters_with(gone, candidate)
+            for candidate, each in added.items()
+        }
+        chosen = found.part, found.block
+        if count == 0:  # later ones are not all tried again
+            assert chosen == min(price_of, key=price_of.__getitem__)
+        gone = gone.plus(chosen)
+        assert found.divergence == pytest.approx(without(both, gone), rel=1e-3)
+    assert {each.part for each in order} == {"attention", "blocks"}
+    # With a block goes what is left of it.
+    assert any(
+        (each.part, other.part) == ("attention", "blocks") and each.block == other.block
+        for each, other in combinations(order, 2)
+    )
+
+
+def test_numbers_of_both_are_met(both: LoadedModel) -> None:
+    for blocks, attentions in ((2, 1), (0, 3), (3, 0)):
+        budget = Budget(
+            parts=("attention", "blocks"), remove_blocks=blocks, remove_attentions=attentions
+        )
+        wanted = [BlockBudget.of(both, budget)]
+        order = order_of_removal(both, both.model, tokens(), wanted, lambda removed: None)
+        gone = RemovedWhole.of(order)
+        assert (len(gone.blocks), len(gone.attentions)) == (blocks, attentions)

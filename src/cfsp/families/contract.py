@@ -26,6 +26,7 @@ from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import auto_classes_of
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
+from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 from cfsp.families.catalogue import Family
 from cfsp.families.stock import Question, computed, first_line
@@ -41,6 +42,7 @@ from cfsp.settings import (
     PruneSettings,
     Text,
 )
+from cfsp.whole_model.load import call_form_of
 from cfsp.whole_model.masks import masked_unit
 
 if TYPE_CHECKING:
@@ -131,10 +133,14 @@ def question_of(
     model = copy.deepcopy(dense)
     architecture = architecture_of(dense.config, plan.unit_parts if plan else DEFAULT_PARTS)
     blocks = blocks_of(model, architecture)
+    removed = plan.removed_blocks if plan else ()
     masks = zip(architecture.units, plan.kept_channels, strict=True) if plan else ()
     with ExitStack() as stack:
         for unit, kept_K in masks:
-            stack.enter_context(masked_unit(blocks[unit.block], unit, kept_K))
+            if unit.block not in removed:
+                stack.enter_context(masked_unit(blocks[unit.block], unit, kept_K))
+        if removed:
+            stack.enter_context(skipped(blocks, removed, call_form_of(model, blocks)))
         expected, failed = computed(model, tokens_of_question())
     return Question(
         checkpoint=str(checkpoint),
@@ -143,7 +149,7 @@ def question_of(
         tokens_BT=tokens_of_question(),
         expected=expected,
         failed=failed,
-        matrices=matrices_of(architecture),
+        matrices=matrices_of(architecture.without_blocks(removed)),
     )
 
 

@@ -1,0 +1,272 @@
+"""Blocks and attentions go together, by one joint choice: what is masked is what is cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cfsp
+from cfsp.architecture.model_classes import model_class_of
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
+from cfsp.cli import main
+from cfsp.engine.block_proof import check_attentions_can_go
+from cfsp.engine.resumed_forward import skipped
+from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.families.contract import question_of, save_with_tokenizer
+from cfsp.families.tiny import random_model, tiny_config
+from cfsp.planning.block_budget import RemovedWhole
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.prune_report import PruneReport
+from cfsp.settings import Budget
+from cfsp.whole_model import block_choice
+from cfsp.whole_model.load import call_form_of
+from forks import Forks
+from pruned_checks import (
+    check_a_fresh_process_keeps_the_contract,
+    check_caches_agree_with_none,
+    check_in_memory_is_the_checkpoint,
+    generated,
+    logits_of,
+)
+
+BOTH = ("attention", "blocks")
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+# Grouped heads, two kinds of cache, and queries, keys and values in one matrix.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 6},
+    "gemma3_text": {
+        "num_hidden_layers": 7,
+        "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL, _SLIDING, _FULL, _SLIDING],
+    },
+    "gpt2": {"n_layer": 5},
+}
+SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
+
+
+@dataclass
+class Case:
+    """A tiny model, and what is left without a block and the attentions of two others."""
+
+    dense: Any
+    source: Path
+    out: Path
+    report: PruneReport
+    tokens_BT: Tensor
+    asked: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(
+    request: pytest.FixtureRequest,
+    tokenizer: Any,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    place = tmp_path_factory.mktemp(request.param)
+    config = tiny_config(request.param, **CONFIGS[request.param])
+    dense = random_model(model_class_of(config), config)
+    save_with_tokenizer(dense, tokenizer, place / "dense")
+    asked = {"parts": "attention,blocks", "remove_blocks": 1, "remove_attentions": 2}
+    asked |= {"sparsity": 0.0, "data": [str(text_file)], **SETTINGS}
+    report = cfsp.prune(place / "dense", out=place / "out", repair="none", **asked)
+    tokens_BT = question_of(dense, place / "dense").tokens_BT
+    return Case(dense, place / "dense", place / "out", report, tokens_BT, asked)
+
+
+@contextmanager
+def nothing_from(dense: Any, plan: PruningPlan) -> Iterator[None]:
+    """Let the removed attentions of the dense model give zeros, and skip its removed blocks."""
+    source = LoadedModel(dense, BOTH)
+    blocks = blocks_of(dense, source.architecture)
+
+    def zeros(module: Any, args: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    form = call_form_of(dense, blocks)
+    with ExitStack() as stack:
+        for unit in source.units:
+            if unit.part == "kv" and unit.block in plan.removed_attentions:
+                attention = blocks[unit.block].get_submodule(unit.path)
+                stack.callback(attention.register_forward_hook(zeros).remove)
+        stack.enter_context(skipped(blocks, plan.removed_blocks, form))
+        yield
+
+
+def test_what_is_masked_is_cut(case: Case) -> None:
+    plan = case.report.plan
+    assert (len(plan.removed_blocks), len(plan.removed_attentions)) == (1, 2)
+    with nothing_from(case.dense, plan):
+        expected = logits_of(case.dense, case.tokens_BT)
+    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    source = Checkpoint(case.source, parts=BOTH)
+    gone = sum(parameters_of_blocks(source)[block] for block in plan.removed_blocks)
+    gone += sum(parameters_of_attentions(source)[block] for block in plan.removed_attentions)
+    assert case.report.parameters_before - case.report.parameters_after == gone
+
+
+def test_caches_agree_with_none(case: Case) -> None:
+    check_caches_agree_with_none(case.out, case.tokens_BT)
+
+
+def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
+    check_a_fresh_process_keeps_the_contract(
+        case.dense, case.out, case.report.plan, case.tokens_BT, forks, tmp_path
+    )
+
+
+def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
+    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
+    check_in_memory_is_the_checkpoint(pruned, case.out, case.tokens_BT, tmp_path)
+
+
+def test_commands_tell_of_both(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = PruningPlan.load(case.out / "cfsp_plan.json")
+    assert plan == case.report.plan
+    asked = ["--plan", str(case.out / "cfsp_plan.json"), "--repair", "none"]
+    assert main(["prune", str(case.source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
+    first, second = (cfsp.load(place).state_dict() for place in (case.out, tmp_path / "by-plan"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    capsys.readouterr()
+    assert main(["inspect", str(case.out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kv_groups"] == case.report.kv_groups["after"]
+    assert told["kv_groups"].count(0) == 2
+    assert told["pruned"]["removed_attentions"] == list(plan.removed_attentions)
+    assert told["pruned"]["removed_blocks"] == list(plan.removed_blocks)
+    assert main(["inspect", str(case.out)]) == 0
+    assert plan.removed_in_words in capsys.readouterr().out
+    assert plan.removed_in_words in (case.out / "README.md").read_text()
+    assert main(["verify", str(case.out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"]
+
+
+def test_blocks_make_up_for_both(case: Case, tmp_path: Path) -> None:
+    report = cfsp.prune(case.source, out=tmp_path / "out", **case.asked)
+    assert report.plan == case.report.plan
+    (step,) = report.repair["steps"]
+    assert step["name"] == "gaps"
+    (gone,) = report.plan.removed_blocks
+    before = [block for block in range(gone) if block not in report.plan.removed_blocks]
+    beside = before[-1] if before else gone + 1
+    fitted = [block for block, entry in enumerate(step["blocks"]) if entry is not None]
+    assert fitted == sorted({beside, *report.plan.removed_attentions})
+    changed = {
+        name
+        for name, tensor in cfsp.load(case.out).state_dict().items()
+        if not torch.equal(tensor, cfsp.load(tmp_path / "out").state_dict()[name])
+    }
+    assert len(changed) == sum(step["blocks"][block]["kept"] for block in fitted) > 0
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("llama") / "dense"
+    config = tiny_config("llama", num_hidden_layers=5)
+    save_with_tokenizer(random_model(model_class_of(config), config), tokenizer, place)
+    return place
+
+
+def gone_of_blocks(source: Path, report: PruneReport) -> float:
+    """Return the share of the block parameters that went."""
+    total = sum(parameters_of_blocks(Checkpoint(source, parts=BOTH)))
+    return (report.parameters_before - report.parameters_after) / total
+
+
+def test_a_share_is_met_to_within_half_an_attention(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    source = Checkpoint(llama, parts=BOTH)
+    attention = parameters_of_attentions(source)[0] / sum(parameters_of_blocks(source))
+    saved = tmp_path / "stats.safetensors"
+    asked = ["--parts", "attention,blocks", "--data", str(text_file), "--device", "cpu"]
+    asked += ["--samples", "6", "--seqlen", "32", "--out", str(saved)]
+    assert main(["calibrate", str(llama), *asked]) == 0
+    statistics = Statistics.load(saved)
+    order = statistics.removals_of(BOTH)
+    assert order and not statistics.removals_of(("blocks",))
+    for sparsity in (0.05, 0.3, 0.5):
+        plan = cfsp.plan(llama, statistics, sparsity=sparsity, parts="attention,blocks")
+        out = tmp_path / f"{sparsity}"
+        report = cfsp.prune(llama, out=out, plan=plan, data=[str(text_file)], **SETTINGS)
+        assert abs(gone_of_blocks(llama, report) - sparsity) <= attention / 2 + 1e-9
+    assert plan.criterion["of"] == "blocks"
+    removed = RemovedWhole.of(order)
+    assert (plan.removed_blocks, plan.removed_attentions) == (removed.blocks, removed.attentions)
+    with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
+        cfsp.plan(llama, statistics, sparsity=0.3, parts="blocks")
+    with pytest.raises(UsageError, match="prune blocks, then attentions of the result"):
+        cfsp.plan(llama, statistics, sparsity=0.3, parts="attention,blocks", removal="runs")
+    with pytest.raises(UsageError, match="--set remove_blocks=N --set remove_attentions=N"):
+        cfsp.plan(llama, statistics, sparsity=0.3, parts="ffn,attention,blocks")
+
+
+@pytest.mark.parametrize(
+    ("parts", "repair"), [("ffn,attention,blocks", "ridge"), ("kv,attention,blocks", "sequential")]
+)
+def test_channels_of_the_others_go_too(
+    llama: Path, text_file: Path, tmp_path: Path, parts: str, repair: str
+) -> None:
+    asked = {"sparsity": 0.4, "multiple": 1, "data": [str(text_file)], **SETTINGS}
+    report = cfsp.prune(llama, out=tmp_path / "out", parts=parts, repair=repair, **asked)
+    assert gone_of_blocks(llama, report) == pytest.approx(0.4, abs=0.02)
+    asked = {**asked, "remove_blocks": 1, "remove_attentions": 1, "sparsity": 0.3}
+    report = cfsp.prune(llama, out=tmp_path / "told", parts=parts, repair=repair, **asked)
+    plan = report.plan
+    assert (len(plan.removed_blocks), len(plan.removed_attentions)) == (1, 1)
+    assert (plan.ffn_sparsity, plan.kv_sparsity) > (0.19, 0.19)
+    names = [step["name"] for step in report.repair["steps"]]
+    assert names == ["ridge", "gaps" if repair == "ridge" else "sequential"]
+    model, tokens_BT = cfsp.load(tmp_path / "told"), torch.arange(2, 26).view(2, 12)
+    assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
+
+
+def test_a_killed_run_goes_on_with_what_it_had_chosen(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"sparsity": 0.3, "parts": "attention,blocks", "data": [str(text_file)], **SETTINGS}
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.repair.ladder.plan_from_statistics", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cfsp.prune(llama, out=tmp_path / "out", **asked)
+    expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
+    monkeypatch.setattr(block_choice, "measure_removals", killed)
+    assert cfsp.prune(llama, out=tmp_path / "out", **asked).plan == expected.plan
+
+
+def test_impossible_mixes_are_refused(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"both .* or neither, found --remove-blocks alone"):
+        Budget(0.2, parts=BOTH, remove_blocks=2)
+    asked = {"parts": "attention,blocks", "data": [str(text_file)], **SETTINGS}
+    with pytest.raises(BudgetError, match=r"cannot remove 3 blocks and 2 attentions: .* 0 and 4"):
+        cfsp.prune(
+            llama, out=tmp_path / "o", sparsity=0.0, remove_blocks=3, remove_attentions=2, **asked
+        )
+    monkeypatch.setattr(block_choice, "fits", lambda *args: False)
+    with pytest.raises(UsageError, match="requires the whole model in memory"):
+        cfsp.prune(llama, out=tmp_path / "o", sparsity=0.2, **asked)
+    config = tiny_config("gemma3_text", **CONFIGS["gemma3_text"])
+    source = LoadedModel(random_model(model_class_of(config), config), BOTH)
+    with pytest.raises(UnsupportedModelError, match=r"of block 1 .* beside blocks 3, 5: at least"):
+        check_attentions_can_go(source, [1], [3, 5])
+    check_attentions_can_go(source, [1], [0, 5])
