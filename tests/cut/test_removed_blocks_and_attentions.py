@@ -202,7 +202,9 @@ def test_a_share_is_met_to_within_half_an_attention(
     for sparsity in (0.05, 0.3, 0.5):
         plan = cfsp.plan(llama, statistics, sparsity=sparsity, parts="attention,blocks")
         out = tmp_path / f"{sparsity}"
-        report = cfsp.prune(llama, out=out, plan=plan, data=[str(text_file)], **SETTINGS)
+        report = cfsp.prune(
+            llama, out=out, sparsity=sparsity, plan=plan, data=[str(text_file)], **SETTINGS
+        )
         assert abs(gone_of_blocks(llama, report) - sparsity) <= attention / 2 + 1e-9
     assert plan.criterion["of"] == "blocks"
     removed = RemovedWhole.of(order)

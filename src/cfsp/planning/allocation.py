@@ -146,8 +146,8 @@ def _noun(budget: Budget) -> str:
     """Return what a sparsity is a fraction of."""
     if budget.of == "model":
         return "model's parameters"
-    nouns = {"ffn": "FFN channels", "kv": "KV groups"}
-    return " and ".join(nouns[part] for part in budget.parts)
+    nouns: dict[Part, str] = {"ffn": "FFN channels", "kv": "KV groups"}
+    return " and ".join(noun for part, noun in nouns.items() if part in budget.parts)
 
 
 def _least(multiple_U: Sequence[int], size: ModelSize) -> str:
