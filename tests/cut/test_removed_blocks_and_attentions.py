@@ -25,7 +25,7 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.families.contract import question_of, save_with_tokenizer
 from cfsp.families.tiny import random_model, tiny_config
-from cfsp.planning.block_budget import RemovedWhole
+from cfsp.planning.block_budget import RemovedWhole, WholeSizes
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget
@@ -42,9 +42,8 @@ from pruned_checks import (
 
 BOTH = ("attention", "blocks")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-# Grouped heads, two kinds of cache, and queries, keys and values in one matrix.
+# Two kinds of cache, and queries, keys and values in one matrix.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"num_hidden_layers": 6},
     "gemma3_text": {
         "num_hidden_layers": 7,
         "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL, _SLIDING, _FULL, _SLIDING],
@@ -161,15 +160,11 @@ def test_blocks_make_up_for_both(case: Case, tmp_path: Path) -> None:
     (step,) = report.repair["steps"]
     assert step["name"] == "gaps"
     (gone,) = report.plan.removed_blocks
-    before = [block for block in range(gone) if block not in report.plan.removed_blocks]
-    beside = before[-1] if before else gone + 1
+    beside = gone - 1 if gone else 1
     fitted = [block for block, entry in enumerate(step["blocks"]) if entry is not None]
     assert fitted == sorted({beside, *report.plan.removed_attentions})
-    changed = {
-        name
-        for name, tensor in cfsp.load(case.out).state_dict().items()
-        if not torch.equal(tensor, cfsp.load(tmp_path / "out").state_dict()[name])
-    }
+    before, after = (cfsp.load(place).state_dict() for place in (case.out, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert len(changed) == sum(step["blocks"][block]["kept"] for block in fitted) > 0
 
 
@@ -181,17 +176,8 @@ def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def gone_of_blocks(source: Path, report: PruneReport) -> float:
-    """Return the share of the block parameters that went."""
-    total = sum(parameters_of_blocks(Checkpoint(source, parts=BOTH)))
-    return (report.parameters_before - report.parameters_after) / total
-
-
-def test_a_share_is_met_to_within_half_an_attention(
-    llama: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_plans_follow_the_order_in_statistics(llama: Path, text_file: Path, tmp_path: Path) -> None:
     source = Checkpoint(llama, parts=BOTH)
-    attention = parameters_of_attentions(source)[0] / sum(parameters_of_blocks(source))
     saved = tmp_path / "stats.safetensors"
     asked = ["--parts", "attention,blocks", "--data", str(text_file), "--device", "cpu"]
     asked += ["--samples", "6", "--seqlen", "32", "--out", str(saved)]
@@ -199,16 +185,15 @@ def test_a_share_is_met_to_within_half_an_attention(
     statistics = Statistics.load(saved)
     order = statistics.removals_of(BOTH)
     assert order and not statistics.removals_of(("blocks",))
+    sizes = WholeSizes.of(source, BOTH)
     for sparsity in (0.05, 0.3, 0.5):
         plan = cfsp.plan(llama, statistics, sparsity=sparsity, parts="attention,blocks")
-        out = tmp_path / f"{sparsity}"
-        report = cfsp.prune(
-            llama, out=out, sparsity=sparsity, plan=plan, data=[str(text_file)], **SETTINGS
-        )
-        assert abs(gone_of_blocks(llama, report) - sparsity) <= attention / 2 + 1e-9
+        removed = RemovedWhole(plan.removed_blocks, plan.removed_attentions)
+        gone = sizes.parameters(removed)
+        assert abs(gone - sparsity * sizes.total) <= sizes.largest / 2
+    # What was measured up to half of the blocks is the plan for half of them.
+    assert removed == RemovedWhole.of(order)
     assert plan.criterion["of"] == "blocks"
-    removed = RemovedWhole.of(order)
-    assert (plan.removed_blocks, plan.removed_attentions) == (removed.blocks, removed.attentions)
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
         cfsp.plan(llama, statistics, sparsity=0.3, parts="blocks")
     with pytest.raises(UsageError, match="prune blocks, then attentions of the result"):
@@ -217,23 +202,38 @@ def test_a_share_is_met_to_within_half_an_attention(
         cfsp.plan(llama, statistics, sparsity=0.3, parts="ffn,attention,blocks")
 
 
+def test_how_many_go_beside_channels_is_tried(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    report = cfsp.prune(
+        llama, out=tmp_path / "out", parts="ffn,attention,blocks", sparsity=0.4, repair="none",
+        multiple=1, data=[str(text_file)], **SETTINGS,
+    )  # fmt: skip
+    total = sum(parameters_of_blocks(Checkpoint(llama)))
+    gone = report.parameters_before - report.parameters_after
+    assert gone == pytest.approx(0.4 * total, rel=0.02)
+    assert report.plan.has_gaps
+
+
 @pytest.mark.parametrize(
-    ("parts", "repair"), [("ffn,attention,blocks", "ridge"), ("kv,attention,blocks", "sequential")]
+    ("parts", "repair"),
+    [("ffn,attention,blocks", "ridge"), ("ffn,kv,attention,blocks", "sequential")],
 )
-def test_channels_of_the_others_go_too(
+def test_channels_of_the_others_are_repaired(
     llama: Path, text_file: Path, tmp_path: Path, parts: str, repair: str
 ) -> None:
-    asked = {"sparsity": 0.4, "multiple": 1, "data": [str(text_file)], **SETTINGS}
-    report = cfsp.prune(llama, out=tmp_path / "out", parts=parts, repair=repair, **asked)
-    assert gone_of_blocks(llama, report) == pytest.approx(0.4, abs=0.02)
-    asked = {**asked, "remove_blocks": 1, "remove_attentions": 1, "sparsity": 0.3}
-    report = cfsp.prune(llama, out=tmp_path / "told", parts=parts, repair=repair, **asked)
+    report = cfsp.prune(
+        llama, out=tmp_path / "out", parts=parts, repair=repair, remove_blocks=1,
+        remove_attentions=1, sparsity=0.3, multiple=1, data=[str(text_file)], **SETTINGS,
+    )  # fmt: skip
     plan = report.plan
     assert (len(plan.removed_blocks), len(plan.removed_attentions)) == (1, 1)
-    assert (plan.ffn_sparsity, plan.kv_sparsity) > (0.19, 0.19)
-    names = [step["name"] for step in report.repair["steps"]]
-    assert names == ["ridge", "gaps" if repair == "ridge" else "sequential"]
-    model, tokens_BT = cfsp.load(tmp_path / "told"), torch.arange(2, 26).view(2, 12)
+    ridge, beside = report.repair["steps"]
+    assert (ridge["name"], beside["name"]) == (
+        "ridge",
+        "gaps" if repair == "ridge" else "sequential",
+    )
+    # What goes whole is not among what was repaired.
+    assert [entry is None for entry in ridge["blocks"]] == [not unit.kept for unit in plan.units]
+    model, tokens_BT = cfsp.load(tmp_path / "out"), torch.arange(2, 26).view(2, 12)
     assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
 
 

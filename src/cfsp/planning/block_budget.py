@@ -195,17 +195,15 @@ class BlockBudget:
         return self.sizes.parameters_with(removed, candidate) <= 2 * missing
 
     def is_met_by(self, removed: RemovedWhole) -> bool:
-        """Return whether removing another one of the mean size would not come closer."""
+        """Return whether removing another one of the largest would not come closer."""
         if self.counts is not None:
             return len(removed.blocks) >= self.counts[0] and removed.touched >= sum(self.counts)
-        possible = [
-            candidate
+        sizes = [
+            self.sizes.parameters_with(removed, candidate)
             for candidate in self.sizes.candidates(removed)
             if self.sizes.leaves_some(removed.plus(candidate))
         ]
-        missing = self.parameters - self.sizes.parameters(removed)
-        sizes = [self.sizes.parameters_with(removed, candidate) for candidate in possible]
-        return not sizes or missing < sum(sizes) / len(sizes) / 2
+        return not sizes or self.parameters - self.sizes.parameters(removed) < max(sizes) / 2
 
 
 def whole_in_words(budget: Budget) -> str:

@@ -79,12 +79,13 @@ class ChosenBlock:
     Attributes:
         observed: statistics of all windows, as calibration gathers them.
         kept: channels that stay in each of its FFN units, ascending.
-        repaired: what repair did with each; of none in a block that goes whole.
+        repaired: what repair did with each, None of an attention that goes whole; of none in a
+            block that does.
     """
 
     observed: ObservedBlock
     kept: tuple[tuple[int, ...], ...]
-    repaired: tuple[RepairedBlock, ...]
+    repaired: tuple[RepairedBlock | None, ...]
 
 
 def choose_and_repair(
@@ -179,7 +180,12 @@ class _RidgeRepair:
         return ChosenBlock(
             observed,
             tuple(tuple(unit["kept"]) for unit in units),
-            tuple(repaired_from(unit, self._directory, block) for unit in units),
+            tuple(
+                None
+                if unit["repaired"] is None
+                else repaired_from(unit["repaired"], self._directory, block)
+                for unit in units
+            ),
         )
 
     def _observe(self, block: StreamedBlock) -> ObservedBlock:
@@ -219,11 +225,11 @@ class _RidgeRepair:
 
 
 def _facts_of(
-    kept_U: Sequence[Sequence[int]], repaired_U: Sequence[RepairedBlock]
+    kept_U: Sequence[Sequence[int]], repaired_U: Sequence[RepairedBlock | None]
 ) -> list[dict[str, Any]]:
     """Return as JSON types what stays in the units of a block, and what was done with them."""
     return [
-        {"kept": list(kept), **facts_of(repaired)}
+        {"kept": list(kept), "repaired": None if repaired is None else facts_of(repaired)}
         for kept, repaired in zip(kept_U, repaired_U, strict=True)
     ]
 
@@ -256,12 +262,15 @@ def _repair_block(
     indices = units_of_block(source, block)
     has_several = len({unit.block for unit in source.units}) < len(source.units)
     kept: list[tuple[int, ...]] = []
-    repairs: list[BlockRepair] = []
+    repairs: list[BlockRepair | None] = []
     tensors: dict[str, Tensor] = {}
     for index, statistics in zip(indices, observed.units, strict=True):
         kept.append(tuple(choose(index, statistics)))
         # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
         observation = observations.pop(0)
+        if not kept[-1]:  # an attention that goes whole
+            repairs.append(None)
+            continue
         solutions, repair = _repair_unit(source, index, kept[-1], observation)
         if has_several:
             repair = replace(repair, block=block, path=source.units[index].path)
@@ -270,7 +279,10 @@ def _repair_block(
             down_of = {ffn: solution.down_DK for ffn, solution in solutions.items()}
             tensors |= tensors_with_down(source, index, down_of)
     file = write_tensors(directory, block, tensors) if tensors else None
-    repaired = [RepairedBlock(repair, file if repair.kept else None) for repair in repairs]
+    repaired = [
+        None if repair is None else RepairedBlock(repair, file if repair.kept else None)
+        for repair in repairs
+    ]
     return _facts_of(kept, repaired)
 
 
@@ -295,7 +307,7 @@ def _repair_unit(
             or observed.held_out_rows(ffn) < LEAST_HELD_OUT
         )
         held_out_RF = observed.held_out_RF(ffn, unit.width)
-        if few or not own:  # of an attention that goes whole nothing is left to repair
+        if few:
             solution = leave_as_it_is(down_DF, own, held_out_RF)
         else:
             gram_FF = observed.gram_E[ffn].mean()
@@ -356,7 +368,7 @@ def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:
     """Tell people which experts saw too few tokens to be repaired."""
     few = []
     for index, block in enumerate(chosen):
-        for repaired in block.repaired:
+        for repaired in filter(None, block.repaired):
             experts = [
                 str(i) for i, expert in enumerate(repaired.repair.experts) if expert.few_tokens
             ]
