@@ -194,8 +194,8 @@ def test_plans_follow_the_order_in_statistics(llama: Path, text_file: Path, tmp_
     # What was measured up to half of the blocks is the plan for half of them.
     assert removed == RemovedWhole.of(order)
     assert plan.criterion["of"] == "blocks"
-    with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
-        cfsp.plan(llama, statistics, sparsity=0.3, parts="blocks")
+    with pytest.raises(StatisticsError, match="cfsp calibrate --parts attention"):
+        cfsp.plan(llama, statistics, sparsity=0.3, parts="attention", removal="divergence")
     with pytest.raises(UsageError, match="prune blocks, then attentions of the result"):
         cfsp.plan(llama, statistics, sparsity=0.3, parts="attention,blocks", removal="runs")
     with pytest.raises(UsageError, match="--set remove_blocks=N --set remove_attentions=N"):
