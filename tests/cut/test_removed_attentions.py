@@ -252,7 +252,7 @@ def test_impossible_budgets_say_what_is_possible(text_file: Path, tokenizer: Any
     with pytest.raises(BudgetError, match="cannot remove 3 attentions"):
         cfsp.prune(model, tokenizer, sparsity=0.0, remove_attentions=3, **asked)
     with pytest.raises(UsageError, match="one after the other"):
-        Budget(0.2, parts=("attention", "blocks"))
+        Budget(0.2, parts=("attention", "experts"))
 
 
 @pytest.fixture(scope="module")
