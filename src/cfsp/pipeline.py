@@ -80,12 +80,12 @@ from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, check_is_text
-from cfsp.whole_model.block_choice import (
+from cfsp.whole_model.own_text import calibration_windows
+from cfsp.whole_model.removal_order import (
     check_can_be_compared,
     follow_runs,
     with_needed_removals,
 )
-from cfsp.whole_model.own_text import calibration_windows
 from cfsp.whole_model.sensitivity import with_sensitivity
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.families.contract import question_of, save_with_tokenizer
 from cfsp.families.tiny import random_model, tiny_config
-from cfsp.planning.block_budget import RemovedWhole, WholeSizes
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget
-from cfsp.whole_model import block_choice
+from cfsp.whole_model import removal_order
 from cfsp.whole_model.load import call_form_of
 from forks import Forks
 from pruned_checks import (
@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on_with_what_it_had_chosen(
         with pytest.raises(KeyboardInterrupt):
             cfsp.prune(llama, out=tmp_path / "out", **asked)
     expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
-    monkeypatch.setattr(block_choice, "measure_removals", killed)
+    monkeypatch.setattr(removal_order, "measure_removals", killed)
     assert cfsp.prune(llama, out=tmp_path / "out", **asked).plan == expected.plan
 
 
@@ -264,7 +264,7 @@ def test_impossible_mixes_are_refused(
         cfsp.prune(
             llama, out=tmp_path / "o", sparsity=0.0, remove_blocks=3, remove_attentions=2, **asked
         )
-    monkeypatch.setattr(block_choice, "fits", lambda *args: False)
+    monkeypatch.setattr(removal_order, "fits", lambda *args: False)
     with pytest.raises(UsageError, match="requires the whole model in memory"):
         cfsp.prune(llama, out=tmp_path / "o", sparsity=0.2, **asked)
     config = tiny_config("gemma3_text", **CONFIGS["gemma3_text"])

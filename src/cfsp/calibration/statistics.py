@@ -196,7 +196,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Removal:
-    """A block or an attention that goes next, after others (`cfsp.whole_model.block_choice`).
+    """A block or an attention that goes next, after others (`cfsp.whole_model.removal_order`).
 
     Attributes:
         block: its index, or that of the attention's block.

@@ -21,8 +21,6 @@ from cfsp.checkpoint.reading import (
 )
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
-from cfsp.planning.block_budget import RemovedWhole, WholeSizes
-from cfsp.planning.block_removal import blocks_to_remove
 from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.experts import (
     expert_scores,
@@ -34,6 +32,8 @@ from cfsp.planning.experts import (
 )
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.removal import whole_removal
+from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
 from cfsp.progress import item_progress
 from cfsp.settings import (
     AUTO_METRIC,
@@ -316,7 +316,7 @@ def make_plan(
     """
     check_statistics_fit(source, statistics)
     criterion = definite_criterion(criterion, statistics, budget)
-    removed = blocks_to_remove(source, statistics, budget, criterion.removal)
+    removed = whole_removal(source, statistics, budget, criterion.removal)
     experts = experts_to_keep(source, budget)
     widths = plan_widths(source, statistics, budget, criterion, removed, experts)
     kept = []

@@ -23,8 +23,6 @@ from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
-from cfsp.planning.block_budget import BlockBudget, RemovedWhole
-from cfsp.planning.block_removal import blocks_to_remove, check_can_go
 from cfsp.planning.experts import experts_to_keep, warn_of_lost_experts
 from cfsp.planning.make import (
     assemble_plan,
@@ -36,6 +34,8 @@ from cfsp.planning.make import (
     plan_widths,
     warn_of_few_tokens,
 )
+from cfsp.planning.removal import check_can_go, whole_removal
+from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.repair.local import repair_locally
 from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import choose_and_repair
@@ -44,12 +44,12 @@ from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
 from cfsp.repair.trial import divergence_when_repaired
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
-from cfsp.whole_model.block_choice import (
+from cfsp.whole_model.removal_count import with_removal_count
+from cfsp.whole_model.removal_order import (
     check_can_be_compared,
     follow_runs,
     with_needed_removals,
 )
-from cfsp.whole_model.block_count import with_block_count
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _check_budget(source: WeightSource, budget: Budget) -> None:
             channels_to_keep(budget_of_channels(source, budget, size), size)
     elif not budget.leaves_number_open or budget.removes_blocks:
         # Whether channels give what blocks leave over is tried.
-        BlockBudget.of(source, replace(budget, parts=budget.whole_parts))
+        RemovalBudget.of(source, replace(budget, parts=budget.whole_parts))
 
 
 def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
@@ -227,7 +227,7 @@ def _calibrate_and_plan(
         all_of_it = settings.budget.removes_channels or settings.budget.removes_experts
         seen = windows if all_of_it else few_windows(windows, COARSE_WINDOWS)
         statistics = _calibrated(source, seen, settings, engine, place, "calibrate")
-        settings, statistics = with_block_count(
+        settings, statistics = with_removal_count(
             source, statistics, windows, settings, engine, place
         )
         budget = settings.budget
@@ -273,13 +273,15 @@ def _choose_and_repair(
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(source, few, settings, engine, place, "coarse pass")
     repaired = divergence_when_repaired(source, windows, settings, engine)
-    settings, coarse = with_block_count(source, coarse, windows, settings, engine, place, repaired)
+    settings, coarse = with_removal_count(
+        source, coarse, windows, settings, engine, place, repaired
+    )
     budget = settings.budget
     coarse = with_needed_removals(source, coarse, windows, [settings], engine, place)
     if not budget.removes_channels:
         return Repaired(plan_from_statistics(source, coarse, budget, criterion), coarse)
     removal = definite_criterion(criterion, coarse, budget).removal
-    removed = blocks_to_remove(source, coarse, budget, removal)
+    removed = whole_removal(source, coarse, budget, removal)
     coarse = with_needed_sensitivity(source, coarse, windows, settings, engine, place)
     experts = experts_to_keep(source, budget)
     widths = plan_widths(source, coarse, budget, criterion, removed, experts)

@@ -89,7 +89,7 @@ class Budget:
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
         remove_blocks: how many blocks go; None for as many as the sparsity says or, if channels
-            may go too, as measures best (`cfsp.whole_model.block_count`). With a number the
+            may go too, as measures best (`cfsp.whole_model.removal_count`). With a number the
             sparsity is of the channels, in the blocks that stay.
         remove_attentions: the same of attentions; where blocks may go too, of those that stay, and
             either both numbers are given or none.

@@ -40,7 +40,7 @@ class Criterion:
         clamp: what happens where a block would keep more than all (see
             `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
         removal: how blocks that go whole are chosen, one of `REMOVALS`; see
-            `cfsp.planning.block_removal`. `auto` is `divergence` where the whole model fits into
+            `cfsp.planning.removal`. `auto` is `divergence` where the whole model fits into
             memory, else `runs`.
     """
 

@@ -32,9 +32,9 @@ from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning.allocation import channels_to_keep
-from cfsp.planning.block_budget import BlockBudget
 from cfsp.planning.experts import experts_to_keep
 from cfsp.planning.make import model_size
+from cfsp.planning.removal_budget import RemovalBudget
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.tasks.harness import TaskRunner
@@ -179,7 +179,7 @@ def _check(sweep: _Sweep) -> None:
         budget = recipe.settings(point, sweep.compute).budget
         experts_to_keep(source, budget)
         if budget.whole_parts:
-            BlockBudget.of(source, budget)
+            RemovalBudget.of(source, budget)
         elif budget.removes_channels:
             channels_to_keep(budget, size)
     evaluation_windows(recipe.evaluation, source)

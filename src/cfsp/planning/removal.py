@@ -1,7 +1,7 @@
 """Which blocks go whole, and which attentions, from statistics.
 
     divergence   those without which the predictions change least, one after the other
-                 (`cfsp.whole_model.block_choice`)
+                 (`cfsp.whole_model.removal_order`)
     runs         the runs of consecutive blocks that turn the hidden state least: the sum of the
                  angular distances between what enters each run and what leaves it
     influence    the blocks that turn it least, each by itself: 1 - cosine (ShortGPT, arXiv
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
-from cfsp.planning.block_budget import BlockBudget, RemovedWhole, whole_in_words
+from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, whole_in_words
 from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ NEEDS_PREDICTIONS = (
 )
 
 
-def blocks_to_remove(
+def whole_removal(
     source: WeightSource, statistics: Statistics, budget: Budget, removal: str
 ) -> RemovedWhole:
     """Return the blocks and attentions that go whole.
@@ -61,7 +61,7 @@ def blocks_to_remove(
         return RemovedWhole()
     if removal not in REMOVALS:
         raise UsageError(f"unknown removal {removal!r}; known are: {', '.join(REMOVALS)}")
-    wanted = BlockBudget.of(source, budget)
+    wanted = RemovalBudget.of(source, budget)
     if removal == DIVERGENCE:
         return _first_removals(source, statistics, wanted, budget)
     if wanted.is_met_by(RemovedWhole()):
@@ -101,7 +101,7 @@ def check_can_go(source: WeightSource, removed: RemovedWhole) -> None:
 
 
 def _first_removals(
-    source: WeightSource, statistics: Statistics, wanted: BlockBudget, budget: Budget
+    source: WeightSource, statistics: Statistics, wanted: RemovalBudget, budget: Budget
 ) -> RemovedWhole:
     """Return the first in the order of removal that come closer to the budget, each in its turn."""
     order = statistics.removals_of(budget.whole_parts)
@@ -124,7 +124,7 @@ def _first_removals(
 
 def _chosen(
     statistics: Statistics,
-    wanted: BlockBudget,
+    wanted: RemovalBudget,
     budget: Budget,
     removal: str,
     banned: Collection[int],

@@ -32,8 +32,8 @@ from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skip
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.planning.block_budget import BlockBudget, RemovedWhole, whole_in_words
-from cfsp.planning.block_removal import NEEDS_PREDICTIONS, check_can_go
+from cfsp.planning.removal import NEEDS_PREDICTIONS, check_can_go
+from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, whole_in_words
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
 from cfsp.whole_model.divergence import dense_predictions
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.planning.block_budget import Candidate, WholeSizes
+    from cfsp.planning.removal_budget import Candidate, WholeSizes
     from cfsp.settings import Budget, Criterion, PruneSettings
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
@@ -63,7 +63,7 @@ def order_of_removal(
     source: WeightSource,
     model: PreTrainedModel,
     tokens_NT: Tensor,
-    wanted: Sequence[BlockBudget],
+    wanted: Sequence[RemovalBudget],
     check: Callable[[RemovedWhole], None],
     on_removal: Callable[[], object] = lambda: None,
 ) -> list[Removal]:
@@ -124,7 +124,7 @@ def order_of_removal(
     return removed
 
 
-def _room(wanted: Sequence[BlockBudget], gone: RemovedWhole) -> set[Candidate]:
+def _room(wanted: Sequence[RemovalBudget], gone: RemovedWhole) -> set[Candidate]:
     """Return what may go next for one of the budgets."""
     return {
         candidate
@@ -245,7 +245,7 @@ def measure_removals(
         UsageError: the model does not fit into memory.
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
-    wanted = [BlockBudget.of(source, budget) for budget in budgets]
+    wanted = [RemovalBudget.of(source, budget) for budget in budgets]
     if not _room(wanted, RemovedWhole()):
         return []
     what = whole_in_words(budgets[0])

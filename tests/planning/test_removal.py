@@ -18,8 +18,8 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.block_budget import BlockBudget, RemovedWhole
-from cfsp.planning.block_removal import blocks_to_remove, cheapest_runs
+from cfsp.planning.removal import cheapest_runs, whole_removal
+from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, Budget
 
 BLOCKS = 6
@@ -63,13 +63,13 @@ def test_a_budget_is_met_to_within_half_a_block(source: LoadedModel) -> None:
     assert len(set(each)) == 1
     total = parameter_count(source)
     for sparsity, expected in ((0.0, 0), (0.08, 0), (0.09, 1), (0.5, 3), (0.83, 5)):
-        budget = BlockBudget.of(source, Budget(sparsity, parts=("blocks",)))
+        budget = RemovalBudget.of(source, Budget(sparsity, parts=("blocks",)))
         first = (RemovedWhole(tuple(range(count))) for count in range(BLOCKS))
         assert len(next(filter(budget.is_met_by, first)).blocks) == expected
     of_model = Budget(2 * each[0] / total, "model", parts=("blocks",))
-    assert BlockBudget.of(source, of_model).is_met_by(RemovedWhole((0, 4)))
-    assert not BlockBudget.of(source, of_model).is_met_by(RemovedWhole((0,)))
-    by_count = BlockBudget.of(source, Budget(0.3, parts=("blocks", "ffn"), remove_blocks=2))
+    assert RemovalBudget.of(source, of_model).is_met_by(RemovedWhole((0, 4)))
+    assert not RemovalBudget.of(source, of_model).is_met_by(RemovedWhole((0,)))
+    by_count = RemovalBudget.of(source, Budget(0.3, parts=("blocks", "ffn"), remove_blocks=2))
     assert by_count.is_met_by(RemovedWhole((1, 2)))
     assert not by_count.is_met_by(RemovedWhole((1,)))
 
@@ -86,7 +86,7 @@ def test_an_impossible_budget_names_the_range(
     source: LoadedModel, budget: Budget, message: str
 ) -> None:
     with pytest.raises(BudgetError, match=message):
-        BlockBudget.of(source, budget)
+        RemovalBudget.of(source, budget)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_budgets_that_contradict_themselves(fields: dict[str, Any], message: str
 
 def test_without_the_model_how_much_is_blocks_must_be_said(source: LoadedModel) -> None:
     with pytest.raises(UsageError, match="or say how many with --set remove_blocks=N"):
-        BlockBudget.of(source, Budget(0.2, parts=("blocks", "ffn")))
+        RemovalBudget.of(source, Budget(0.2, parts=("blocks", "ffn")))
 
 
 def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
@@ -112,22 +112,22 @@ def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
     statistics = statistics_with_distances(
         {"cosine": [0.9, 0.1, 0.5, 0.4, 0.2, 0.8], "angular": [0.1] * BLOCKS}
     )
-    assert blocks_to_remove(source, statistics, budget, INFLUENCE).blocks == (1, 4)
-    assert blocks_to_remove(source, statistics, Budget(0.5), INFLUENCE).blocks == ()
+    assert whole_removal(source, statistics, budget, INFLUENCE).blocks == (1, 4)
+    assert whole_removal(source, statistics, Budget(0.5), INFLUENCE).blocks == ()
     measured = replace(
         statistics,
         removals=(Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7)),
         runs=random_runs(0),
     )
-    assert blocks_to_remove(source, measured, budget, DIVERGENCE).blocks == (2, 5)
+    assert whole_removal(source, measured, budget, DIVERGENCE).blocks == (2, 5)
     expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
-    assert blocks_to_remove(source, measured, budget, RUNS).blocks == expected
+    assert whole_removal(source, measured, budget, RUNS).blocks == expected
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
-        blocks_to_remove(source, statistics, budget, RUNS)
+        whole_removal(source, statistics, budget, RUNS)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
-        blocks_to_remove(source, measured, Budget(0.8, parts=("blocks",)), DIVERGENCE)
+        whole_removal(source, measured, Budget(0.8, parts=("blocks",)), DIVERGENCE)
     with pytest.raises(UsageError, match="unknown removal"):
-        blocks_to_remove(source, statistics, budget, "chance")
+        whole_removal(source, statistics, budget, "chance")
 
 
 def test_a_block_that_cannot_go_is_left_out() -> None:
@@ -137,9 +137,9 @@ def test_a_block_that_cannot_go_is_left_out() -> None:
     statistics = statistics_with_distances({"cosine": [0.9, 0.8, 0.3, 0.1]})
     budget = Budget(0.0, parts=("blocks",), remove_blocks=1)
     # Without the last block the rule says the same of the others.
-    assert blocks_to_remove(source, statistics, budget, INFLUENCE).blocks == (3,)
+    assert whole_removal(source, statistics, budget, INFLUENCE).blocks == (3,)
     statistics = statistics_with_distances({"cosine": [0.9, 0.1, 0.3, 0.8]})
-    assert blocks_to_remove(source, statistics, budget, INFLUENCE).blocks == (3,)
+    assert whole_removal(source, statistics, budget, INFLUENCE).blocks == (3,)
 
 
 def test_statistics_keep_what_the_choice_needs(
@@ -167,7 +167,7 @@ def test_statistics_keep_what_the_choice_needs(
     for block, distance in enumerate(kept.distances("angular")):
         # Of a part of the tokens.
         assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
-    by_them = blocks_to_remove(Checkpoint(source), kept, Budget(0.3, parts=("blocks",)), RUNS)
+    by_them = whole_removal(Checkpoint(source), kept, Budget(0.3, parts=("blocks",)), RUNS)
     assert by_runs.plan.removed_blocks == by_them.blocks
 
 

@@ -28,19 +28,19 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UsageError
-from cfsp.planning.block_budget import (
+from cfsp.planning.make import choose_channels, model_size, plan_widths
+from cfsp.planning.removal_budget import (
     RemovedWhole,
     WholeSizes,
     counts_in_words,
     whole_in_words,
 )
-from cfsp.planning.make import choose_channels, model_size, plan_widths
 from cfsp.progress import item_progress
 from cfsp.settings import MOST_REMOVED, UNIT_PARTS
-from cfsp.whole_model.block_choice import follow_divergence, with_needed_removals
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import masked_unit
+from cfsp.whole_model.removal_order import follow_divergence, with_needed_removals
 from cfsp.whole_model.sensitivity import few_beginnings, with_needed_sensitivity
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Trial:
         return f"{what} and {share}"
 
 
-def with_block_count(
+def with_removal_count(
     source: WeightSource,
     statistics: Statistics,
     windows: Windows,

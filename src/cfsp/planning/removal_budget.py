@@ -130,7 +130,7 @@ class WholeSizes:
 
 
 @dataclass(frozen=True)
-class BlockBudget:
+class RemovalBudget:
     """When enough blocks or attentions are removed.
 
     Attributes:
@@ -145,7 +145,7 @@ class BlockBudget:
     parameters: float
 
     @staticmethod
-    def of(source: WeightSource, budget: Budget) -> BlockBudget:
+    def of(source: WeightSource, budget: Budget) -> RemovalBudget:
         """Return what a budget by which blocks or attentions go removes of a model.
 
         Raises:
@@ -181,7 +181,7 @@ class BlockBudget:
                 f"cannot remove {budget.sparsity:.1%} of the {noun}: at least one of {count} "
                 f"{noun_of_one} must stay; between 0 and {most / total:.1%} can be removed"
             )
-        return BlockBudget(sizes, counts, wanted)
+        return RemovalBudget(sizes, counts, wanted)
 
     def has_room_for(self, removed: RemovedWhole, candidate: Candidate) -> bool:
         """Return whether removing another one comes closer to the budget."""

@@ -16,11 +16,11 @@ from cfsp.engine.call_form import PLAIN
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.block_budget import BlockBudget, RemovedWhole
+from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.settings import Budget
-from cfsp.whole_model.block_choice import order_of_removal
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.masks import without_attention
+from cfsp.whole_model.removal_order import order_of_removal
 
 BLOCKS = 5
 
@@ -46,7 +46,7 @@ def source() -> LoadedModel:
 def order_of(
     source: LoadedModel, count: int, check: Callable[[RemovedWhole], None] = lambda removed: None
 ) -> list[Removal]:
-    wanted = BlockBudget.of(source, Budget(parts=("blocks",), remove_blocks=count))
+    wanted = RemovalBudget.of(source, Budget(parts=("blocks",), remove_blocks=count))
     return order_of_removal(source, source.model, tokens(), [wanted], check)
 
 
@@ -101,7 +101,7 @@ def both() -> LoadedModel:
 
 
 def test_blocks_and_attentions_are_compared_for_each_parameter(both: LoadedModel) -> None:
-    wanted = BlockBudget.of(both, Budget(0.7, parts=("attention", "blocks")))
+    wanted = RemovalBudget.of(both, Budget(0.7, parts=("attention", "blocks")))
     order = order_of_removal(both, both.model, tokens(), [wanted], lambda removed: None)
     gone = RemovedWhole()
     for count, found in enumerate(order):
@@ -134,7 +134,7 @@ def test_numbers_of_both_are_met(both: LoadedModel) -> None:
         budget = Budget(
             parts=("attention", "blocks"), remove_blocks=blocks, remove_attentions=attentions
         )
-        wanted = [BlockBudget.of(both, budget)]
+        wanted = [RemovalBudget.of(both, budget)]
         order = order_of_removal(both, both.model, tokens(), wanted, lambda removed: None)
         gone = RemovedWhole.of(order)
         assert (len(gone.blocks), len(gone.attentions)) == (blocks, attentions)

@@ -20,8 +20,8 @@ from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
 from cfsp.text.windows import draw_text
-from cfsp.whole_model import block_count
-from cfsp.whole_model.block_count import Trial, best_of, with_block_count, worth_a_repair
+from cfsp.whole_model import removal_count
+from cfsp.whole_model.removal_count import Trial, best_of, with_removal_count, worth_a_repair
 
 BLOCKS = 5
 
@@ -44,15 +44,15 @@ def test_the_best_of_all_numbers_is_chosen(
     windows = draw_text(asked.text, tokenizer)
     statistics = calibrate_source(source, tokenizer, asked.text, asked.compute)
     tried: list[Trial] = []
-    original = block_count._try
+    original = removal_count._try
 
     def note(*args: Any) -> list[Trial]:
         tried.extend(original(*args))
         return tried
 
-    monkeypatch.setattr(block_count, "_try", note)
+    monkeypatch.setattr(removal_count, "_try", note)
     with temporary_workplace(None) as place:
-        chosen, measured = with_block_count(source, statistics, windows, asked, engine, place)
+        chosen, measured = with_removal_count(source, statistics, windows, asked, engine, place)
     best = min(tried, key=lambda trial: trial.divergence)
     assert (chosen.budget.remove_blocks, chosen.budget.sparsity) == (best.removed, best.sparsity)
     assert [trial.removed for trial in tried] == list(range(len(tried)))
@@ -99,7 +99,7 @@ def test_the_number_is_chosen_after_repair(
 
     for best in (0, 2):
         with temporary_workplace(None) as place:
-            chosen, _ = with_block_count(
+            chosen, _ = with_removal_count(
                 source, statistics, windows, asked, engine, place, divergence(best)
             )
         assert chosen.budget.remove_blocks is not None
@@ -132,15 +132,15 @@ def test_more_than_the_channels_own_takes_blocks_too(
 def test_a_number_that_was_given_stays(source: LoadedModel, text_file: Path) -> None:
     asked = settings(text_file, Budget(0.2, parts=("ffn", "blocks"), remove_blocks=1))
     nothing: Any = None
-    found, _ = with_block_count(source, nothing, nothing, asked, nothing, nothing)
+    found, _ = with_removal_count(source, nothing, nothing, asked, nothing, nothing)
     assert found is asked
 
 
 def test_a_model_that_does_not_fit_is_refused(
     source: LoadedModel, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_count, "follow_divergence", lambda *args: False)
+    monkeypatch.setattr(removal_count, "follow_divergence", lambda *args: False)
     asked = settings(text_file, Budget(0.2, parts=("ffn", "blocks")))
     nothing: Any = None
     with pytest.raises(UsageError, match="say how many with --set remove_blocks=N"):
-        with_block_count(source, nothing, nothing, asked, nothing, nothing)
+        with_removal_count(source, nothing, nothing, asked, nothing, nothing)
