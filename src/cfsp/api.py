@@ -214,7 +214,7 @@ def calibrate(
     Arguments are those of `prune`, `parts` those of later plans; `sensitivity` also measures what
     pruning each block alone does to the predictions, which requires the whole model in memory.
     With `blocks` or `attention` among the parts it is also measured in which order these go best,
-    up to half of them.
+    or both together, up to half of them.
     """
     check_names(advanced, CalibrationText, Compute)
     text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
