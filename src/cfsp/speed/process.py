@@ -25,6 +25,8 @@ from cfsp.speed.workload import Conditions, Timing, Workload
 if TYPE_CHECKING:
     from cfsp.speed.engine import Engine
 
+# A fresh interpreter: a forked one would carry this process's memory.
+START_METHOD = "spawn"
 _STOP_SECONDS = 30.0
 _INTERRUPTED_SECONDS = 1.0
 
@@ -110,8 +112,7 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
     Raises:
         CfspError: what loading the model raised in the process.
     """
-    # A fresh interpreter: a forked one would carry this process's memory.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     ours, theirs = context.Pipe()
     # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
     process = context.Process(target=_serve, args=(theirs, subject, conditions))
