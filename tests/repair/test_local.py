@@ -27,7 +27,7 @@ from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
 from cfsp.text.windows import Windows, draw_windows
-from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model
+from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 Checkpoints = Callable[[str], Path]
 
@@ -276,8 +276,8 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
-def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_kind_of_dense_model(name: str, tokenizer: Any, text_file: Path) -> None:
     settings = PruneSettings(
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=64, seqlen=32),
