@@ -38,7 +38,7 @@ from cfsp.families.contract import (
 )
 from cfsp.families.stock import Answer, Question, attention_of_layers
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.plan_file import UnitPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.text.windows import Windows, draw_windows
 from forks import Forks, Job
