@@ -18,8 +18,9 @@ import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.engine import pass_state
+from cfsp.engine.group_at_work import Batch
 from cfsp.engine.judge import hidden_loss, token_error
-from cfsp.engine.two_streams import Batch, TwoStreams
+from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
 from cfsp.repair import local as local_repair
