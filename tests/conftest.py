@@ -165,8 +165,9 @@ def commands(forks: Forks) -> Commands:
 def models_start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the processes that models are timed in from one that has imported torch."""
     # No effect where `cfsp families` has started that process: it imports the same.
-    multiprocessing.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.engine"])
-    monkeypatch.setattr("cfsp.speed.process.START_METHOD", "forkserver")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.engine"])
+    monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
 
 
 @pytest.fixture(scope="session")
