@@ -23,6 +23,8 @@ families: $(TEST_READY)  ## proof and contract for every type of the installed t
 	$(BIN)/cfsp families --prove --json > families.json
 	$(BIN)/python benchmarks/families.py families.json docs/families.md
 	CFSP_EVERY_TYPE=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests/architecture/test_contract.py
+	CFSP_EVERY_FAMILY=1 $(BIN)/python -m pytest -n 2 tests/repair/test_local.py \
+		tests/repair/test_sequential.py tests/recovery/test_recovery.py
 
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions

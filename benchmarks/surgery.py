@@ -24,7 +24,8 @@ from transformers import LlamaConfig
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cut.surgery import write_pruned_weights
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 
 HIDDEN, FFN = 2048, 8192
 

@@ -30,7 +30,8 @@ from cfsp.calibration.statistics import (
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.errors import CfspError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.settings import DISTANCES
 
 MEMORY_BYTES = 256 << 20

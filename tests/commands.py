@@ -21,7 +21,8 @@ class Command:
 
     Attributes:
         argv: what follows `cfsp`.
-        dies: `within` or `after` a block, `training`, or `writing` the output; None to live.
+        dies: `within` or `after` a block, `training`, or `writing` the output; `terminated` by
+            SIGTERM after a block; None to live.
         count: of blocks that windows have passed then, over all passes, from 1; or of the step of
             training.
         environment: more variables.
@@ -105,6 +106,8 @@ def prepare(dies: str | None, count: int) -> None:
         original_block_done(saver, hidden)
         if dies == "after" and passed == count:
             die()
+        if dies == "terminated" and passed == count:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     original_advance, StreamedBlock.advance = StreamedBlock.advance, advance
     original_block_done = block_pass._Saver.block_done

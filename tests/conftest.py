@@ -7,6 +7,7 @@ takes a minute to convert, is converted only once on a machine.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import random
 import tempfile
@@ -19,6 +20,7 @@ import torch
 
 from commands import Commands
 from forks import Forks
+from shortcuts import take_shortcuts
 
 # transformers reads these at import, so nothing above and no module-level import imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +31,7 @@ _MODULES_CACHE = tempfile.TemporaryDirectory(prefix="cfsp-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 
 pytest.register_assert_rewrite("architecture_contract")
+take_shortcuts()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -156,6 +159,15 @@ def forks() -> Iterator[Forks]:
 def commands(forks: Forks) -> Commands:
     """Commands in processes of their own, which may die."""
     return Commands(forks)
+
+
+@pytest.fixture
+def models_start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that models are timed in from one that has imported torch."""
+    # No effect where `cfsp families` has started that process: it imports the same.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.engine"])
+    monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
 
 
 @pytest.fixture(scope="session")

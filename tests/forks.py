@@ -17,8 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# What takes seconds to import and what most jobs need.
-IMPORTED = ("transformers.models.llama.modeling_llama", "peft")
+from shortcuts import take_shortcuts
+
+# What takes long to import and what most jobs need.
+IMPORTED = ("transformers.models.llama.modeling_llama", "transformers.trainer", "peft")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Forks:
 def serve() -> None:
     for module in IMPORTED:
         import_module(module)
+    take_shortcuts()
     gc.freeze()
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as scratch:

@@ -7,6 +7,7 @@ attention and FFN, sliding windows and layers of different attention types.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,19 @@ DENSE_CONFIGS = {
     for name, config in TINY_CONFIGS.items()
     if name.split("-")[0] not in ("mixtral", "qwen2_moe", "qwen3_moe")
 }
+
+# Those that are repaired or trained, a second each. Of each kind one: gate and up apart, the same
+# with biases and tied embeddings, both in one matrix, neither but transposed matrices, norms after
+# the FFN and capped logits, scaled residuals and logits, attention and FFN side by side, and
+# projections around the blocks. `make families` sets the variable.
+TRAINED = (
+    tuple(sorted(DENSE_CONFIGS))
+    if "CFSP_EVERY_FAMILY" in os.environ
+    else (
+        "gemma2", "gpt2", "granite", "llama", "llama-biased", "opt-projected", "phi3",
+        "stablelm-parallel",
+    )
+)  # fmt: skip
 
 
 def build_tiny_model(

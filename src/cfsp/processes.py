@@ -33,11 +33,6 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def is_first_on_machine() -> bool:
-    """Return whether this process is the only one or the first of those on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
 def process_count() -> int:
     """Return how many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

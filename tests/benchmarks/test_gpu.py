@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from gpu import main
 
 
+@pytest.mark.usefixtures("models_start_quickly")
 def test_all_stages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
     main(["--tiny", "--directory", str(tmp_path), "--out", str(out)])

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from conftest import REPOSITORY
+from forks import Forks, Job
 
 KILLS = 2
 
 
-def test_killed_commands_end_in_the_same_bytes() -> None:
-    ended = subprocess.run(
-        [sys.executable, "benchmarks/kills.py", "--kills", str(KILLS), "--seed", "0"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
+def test_killed_commands_end_in_the_same_bytes(forks: Forks) -> None:
+    argv = ["kills.py", "--kills", str(KILLS), "--seed", "0"]
+    code = f"""
+import sys
+sys.argv = {argv}
+sys.path.insert(0, {str(REPOSITORY / "benchmarks")!r})
+import kills
+sys.exit(kills.main())
+"""
+    (ended,) = forks(Job("forks.run_code", {"code": code}))
+    assert ended.status == 0, ended.stderr
     rows = [line.split("|") for line in ended.stdout.splitlines()[2:]]
     assert [(row[1].strip(), int(row[2]), int(row[4])) for row in rows] == [
         (f"`{name}`", KILLS, 0) for name in ("prune", "recover", "sweep")

@@ -22,23 +22,6 @@ from cfsp.text.windows import Windows
 from commands import Command, Commands, ranks
 from tiny_models import BLOCKS
 
-# Process 1 dies (-9) when its windows have passed the second block.
-DYING = """
-import os, signal, sys
-from cfsp.engine.block_stream import StreamedBlock
-from cfsp.cli import main
-
-original = StreamedBlock.advance
-
-def advance(block, *args):
-    original(block, *args)
-    if os.environ["RANK"] == "1" and block.index == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-StreamedBlock.advance = advance
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
@@ -50,19 +33,15 @@ def text(text_file: Path) -> list[str]:
     return ["--data", str(text_file), "--samples", "9", "--seqlen", "32", "--batch-windows", "2"]
 
 
-def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", *argv]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
-def test_two_processes_give_what_one_gives(
+def test_two_processes_of_torchrun_give_what_one_gives(
     model: Path, text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["calibrate", str(model), *text]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*argv, "--out", str(one)]) == 0
-    finished = torchrun("-m", "cfsp", *argv, "--out", str(two), "--json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "cfsp", *argv, "--out", str(two), "--json"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count('"processes": 2') == 1  # the first process alone prints
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
@@ -81,20 +60,20 @@ def test_two_processes_give_what_one_gives(
     assert Path(f"{one}.json").read_bytes() == Path(f"{two}.json").read_bytes()
 
 
-def test_a_process_that_dies_ends_the_job_and_leaves_no_output(
-    model: Path, text: list[str], tmp_path: Path
+def test_a_process_that_torchrun_ends_leaves_no_output(
+    commands: Commands, model: Path, text: list[str], tmp_path: Path
 ) -> None:
-    script = tmp_path / "dying.py"
-    script.write_text(DYING)
+    """Process 1 is killed, and process 0 is told to end as torchrun then tells it."""
     out = tmp_path / "out" / "stats"
     argv = ["calibrate", str(model), *text, "--out", str(out)]
-    finished = torchrun(str(script), *argv)
-    assert finished.returncode != 0
+    first, second = ranks(2)
+    ended = commands(
+        Command(argv, dies="terminated", count=2, environment=first),
+        Command(argv, dies="after", count=2, environment=second),
+    )
+    assert [each.status for each in ended] == [128 + signal.SIGTERM, -signal.SIGKILL], ended
+    assert "[process 0] terminated (torchrun does that when another" in ended[0].stderr
     assert not out.exists()
-    # torchrun ended the survivor, or the survivor noticed first; either is said.
-    survivor = [line for line in finished.stderr.splitlines() if "[process 0]" in line]
-    assert len(survivor) == 1, finished.stderr
-    assert "terminated (torchrun" in survivor[0] or "lost another process" in survivor[0]
 
 
 def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(

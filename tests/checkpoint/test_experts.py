@@ -24,7 +24,8 @@ from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import CheckpointError, PlanError, UsageError
 from cfsp.planning.make import LEAST_TOKENS
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.processes import Team
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.report.write import write_report

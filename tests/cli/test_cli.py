@@ -98,14 +98,14 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
 
 def test_module_runs_like_the_script() -> None:
     finished = subprocess.run(
-        [sys.executable, "-m", "cfsp", "inspect", "./no/such/model"],
+        [sys.executable, "-m", "cfsp", "calibrate", "m", "--out", "o", "--data", "./no/such.txt"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert finished.returncode == 2
     assert finished.stderr.count("\n") == 1
-    assert "does not exist" in finished.stderr
+    assert "./no/such.txt is neither a file nor a known text" in finished.stderr
     assert finished.stdout == ""
 
 

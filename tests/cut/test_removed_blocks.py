@@ -34,7 +34,8 @@ from cfsp.families.contract import matrices_of, save_with_tokenizer, tokens_of_q
 from cfsp.families.stock import Question, generated
 from cfsp.families.tiny import random_model, tiny_config
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.settings import Budget, PruneSettings
 from forks import Forks, Job
 

@@ -20,7 +20,8 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.surgery import pruned_specs, write_pruned_weights
 from cfsp.errors import CfspError, CheckpointError, OutputError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from tiny_models import build_tiny_model, save_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from cfsp.engine.read_ahead import read_ahead
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import OutputError
 from cfsp.text.windows import Windows, draw_windows
+from forks import Forks, Job
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -108,15 +107,15 @@ def test_a_full_disk_is_an_error_and_not_a_crash(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_hidden_states_in_a_file_take_no_memory(tmp_path: Path) -> None:
+def test_hidden_states_in_a_file_take_no_memory(forks: Forks, tmp_path: Path) -> None:
     code = (
-        "import sys, torch\n"
+        "import torch\n"
         "from pathlib import Path\n"
         "from cfsp.engine.hidden_states import HiddenInFile\n"
         "def resident():\n"
         "    text = Path('/proc/self/status').read_text()\n"
         "    return int(text.split('VmRSS:')[1].split()[0]) * 1024\n"
-        "hidden = HiddenInFile((64, 1024, 1024), torch.bfloat16, Path(sys.argv[1]))\n"
+        f"hidden = HiddenInFile((64, 1024, 1024), torch.bfloat16, Path({str(tmp_path)!r}))\n"
         "states = torch.ones(1, 1024, 1024, dtype=torch.bfloat16)\n"
         "before, highest = resident(), 0\n"
         "for _ in range(2):\n"
@@ -129,7 +128,9 @@ def test_hidden_states_in_a_file_take_no_memory(tmp_path: Path) -> None:
         "    hidden.save()\n"
         "print(highest - before)\n"
     )
-    grown = int(subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True))
+    (done,) = forks(Job("forks.run_code", {"code": code}))
+    assert done.status == 0, done.stderr
+    grown = int(done.stdout)
     assert grown < 32 << 20, f"{grown} of {64 << 21} bytes were resident"
 
 

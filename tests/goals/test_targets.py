@@ -387,6 +387,7 @@ def test_command_with_a_target_speedup(
     assert json.loads(capsys.readouterr().out)["goal"]["conditions"]["widths"] == [8, 48, 96]
 
 
+@pytest.mark.usefixtures("models_start_quickly")
 def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "WORKLOAD", latency.Workload(prompt=8, new_tokens=2))

@@ -16,7 +16,8 @@ from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cut.surgery import write_pruned_weights
 from cfsp.errors import PlanError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 
 
 @st.composite

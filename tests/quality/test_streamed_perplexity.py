@@ -16,7 +16,8 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import CalibrationError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.quality import perplexity as measuring
 from cfsp.quality import streaming
 from cfsp.quality.perplexity import negative_log_likelihood

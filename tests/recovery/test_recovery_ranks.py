@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.errors import PlanError, UsageError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.recovery.ranks import allocate_ranks, ranks_of
 from cfsp.recovery.settings import Adaptation
 

@@ -18,8 +18,9 @@ import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.engine import pass_state
+from cfsp.engine.group_at_work import Batch
 from cfsp.engine.judge import hidden_loss, token_error
-from cfsp.engine.two_streams import Batch, TwoStreams
+from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
 from cfsp.repair import local as local_repair
@@ -27,7 +28,7 @@ from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
 from cfsp.text.windows import Windows, draw_windows
-from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model
+from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 Checkpoints = Callable[[str], Path]
 
@@ -276,8 +277,8 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
-def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_kind_of_dense_model(name: str, tokenizer: Any, text_file: Path) -> None:
     settings = PruneSettings(
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=64, seqlen=32),

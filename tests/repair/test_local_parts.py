@@ -15,9 +15,10 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.block_group import BlockGroup
 from cfsp.engine.call_recorder import record_calls
+from cfsp.engine.group_at_work import Batch
 from cfsp.engine.resumed_forward import hidden_states_entering
-from cfsp.engine.two_streams import Batch
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.repair.head import HeadLoss
 from cfsp.repair.repaired import BlockRepair, ExpertRepair
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model

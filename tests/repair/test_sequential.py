@@ -20,7 +20,7 @@ from cfsp.repair import sequential
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.windows import draw_windows
-from tiny_models import BLOCKS, DENSE_CONFIGS, build_tiny_model
+from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 Checkpoints = Callable[[str], Path]
 # Their FFN's output passes a norm before it is added, so least squares predict it less well.
@@ -152,8 +152,8 @@ def test_with_all_channels_no_bit_changes(
     assert all(torch.equal(new.read(name), old.read(name)) for name in old.specs)
 
 
-@pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
-def test_every_dense_family(name: str, tokenizer: Any, text_file: Path) -> None:
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_kind_of_dense_model(name: str, tokenizer: Any, text_file: Path) -> None:
     settings = PruneSettings(
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=64, seqlen=32),

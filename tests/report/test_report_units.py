@@ -10,7 +10,8 @@ import pytest
 
 from builders import CALIBRATION, CRITERION
 from cfsp.errors import ReportError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.report.block_chart import block_chart
 from cfsp.report.repair_chart import repair_chart
 from cfsp.report.runs import RunFacts, read_run

@@ -164,7 +164,7 @@ def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cfsp.speed.measuring.RETRIES", 0)
 
 
-@pytest.mark.usefixtures("no_retries")
+@pytest.mark.usefixtures("no_retries", "models_start_quickly")
 def test_comparison_reports_every_round_of_every_model(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +192,7 @@ def test_comparison_reports_every_round_of_every_model(
     assert first["dtype"] == "float32"
 
 
-@pytest.mark.usefixtures("no_retries")
+@pytest.mark.usefixtures("no_retries", "models_start_quickly")
 def test_table_shows_ideal_beside_measured(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +253,7 @@ def test_share_of_others_is_what_the_machine_did_beyond_us() -> None:
     assert busy_seconds() > before
 
 
+@pytest.mark.usefixtures("models_start_quickly")
 def test_errors_in_a_model_process_reach_the_user_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ from cfsp.checkpoint.reading import fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.block_pass import pass_blocks
-from cfsp.engine.block_stream import StreamedBlock
+from cfsp.engine.block_stream import OnActivations, StreamedBlock
 from cfsp.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
@@ -152,12 +152,30 @@ def observe(block: StreamedBlock, sample: TokenSample | None = None) -> Observed
     return observed
 
 
-def observe_part(block: StreamedBlock, sample: TokenSample | None = None) -> ObservedBlock:
-    """Do what `observe` does where an expert may see no token: others see other windows."""
+def observe_part(
+    block: StreamedBlock,
+    sample: TokenSample | None = None,
+    on_activations: OnActivations | None = None,
+) -> ObservedBlock:
+    """Do what `observe` does where an expert may see no token: others see other windows.
+
+    Args:
+        block: the block.
+        sample: the tokens whose hidden states are kept; None for none.
+        on_activations: is given all activations as well; see `StreamedBlock.advance`.
+
+    Raises:
+        CalibrationError: an activation is NaN or infinite.
+    """
     distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
     sublayers = [DistanceSums() for _ in block.units]
     outputs = OutputNorms([unit.removable_experts for unit in block.units])
     passing: list[Tensor] = []
+
+    def on_act(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
+        channels[unit].add(act_RF, ffn)
+        if on_activations is not None:
+            on_activations(unit, ffn, act_RF, window_R)
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
         distances.add(input_BTD, output_BTD)
@@ -165,35 +183,11 @@ def observe_part(block: StreamedBlock, sample: TokenSample | None = None) -> Obs
             passing.append(torch.stack([sample.rows(input_BTD), sample.rows(output_BTD)]).cpu())
 
     block.advance(
-        lambda unit, ffn, act_RF, window_R: channels[unit].add(act_RF, ffn),
+        on_act,
         on_hidden,
         lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
         outputs.add,
     )
-    observed = observed_block(block, distances, channels, sublayers, outputs)
-    return replace(observed, passing=torch.cat(passing, dim=1)) if passing else observed
-
-
-def observed_block(
-    block: StreamedBlock,
-    distances: DistanceSums,
-    channels: Sequence[ChannelSums],
-    sublayers: Sequence[DistanceSums],
-    outputs: OutputNorms,
-) -> ObservedBlock:
-    """Return what the sums of one block and its units amount to: zeros where nothing was seen.
-
-    Args:
-        block: the block.
-        distances: between its input and output.
-        channels: of each of its units.
-        sublayers: of each, between the hidden states before and after it; without tokens where
-            they are not seen.
-        outputs: what their experts add.
-
-    Raises:
-        CalibrationError: an activation was NaN or infinite.
-    """
     units = []
     distance_sums = distances.sums
     are_finite = all(map(math.isfinite, distance_sums.values()))
@@ -221,7 +215,11 @@ def observed_block(
             f"block {block.index} produced NaN or infinite activations; "
             "calibrate with --dtype float32 or bfloat16"
         )
-    return ObservedBlock(BlockStatistics(distance_sums, distances.tokens), tuple(units))
+    return ObservedBlock(
+        BlockStatistics(distance_sums, distances.tokens),
+        tuple(units),
+        torch.cat(passing, dim=1) if passing else None,
+    )
 
 
 def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> None:

@@ -16,11 +16,6 @@ def text_config_of(config: PreTrainedConfig) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Return whether the text decoder is only a part of the model."""
-    return text_config_of(config) is not config
-
-
 def vocabulary_of(config: PreTrainedConfig) -> int:
     """Return the number of tokens that the model knows."""
     return int(text_config_of(config).vocab_size)

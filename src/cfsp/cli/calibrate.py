@@ -109,7 +109,7 @@ def _report(
 ) -> None:
     from cfsp.engine.memory import peak_rss_bytes
     from cfsp.planning.make import LEAST_TOKENS, few_tokens
-    from cfsp.planning.plan_file import few_experts
+    from cfsp.planning.unit_plan import few_experts
 
     facts: dict[str, Any] = {
         "out": str(args.out),

@@ -31,9 +31,10 @@ from cfsp.planning.experts import (
     warn_of_lost_experts,
 )
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.removal import whole_removal
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress
 from cfsp.settings import (
     AUTO_METRIC,

@@ -14,7 +14,7 @@ from cfsp.engine.head import Head
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.two_streams import Batch
+    from cfsp.engine.group_at_work import Batch
 
 # Predictions that count in a batch, at least. The head is a large part of a small model's
 # arithmetic.

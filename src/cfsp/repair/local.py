@@ -24,8 +24,9 @@ from torch import Tensor
 
 from cfsp.calibration.together import part_of
 from cfsp.cut.surgery import PrunedSource
+from cfsp.engine.group_at_work import Batch, GroupAtWork, Loss
 from cfsp.engine.judge import hidden_loss
-from cfsp.engine.two_streams import Batch, GroupAtWork, Loss, TwoStreams, pass_two_streams
+from cfsp.engine.two_streams import TwoStreams, pass_two_streams
 from cfsp.errors import UnsupportedModelError
 from cfsp.repair.head import HeadLoss
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks

@@ -1,5 +1,4 @@
-"""What the repair of an FFN unit needs of its windows: sums of all, Gram matrices of most, a few
-whole.
+"""What the repair of an FFN unit needs of its windows: Gram matrices of most, a few whole.
 
 Shapes: E FFNs of the unit (1, or its experts), R rows (tokens), F FFN channels.
 """
@@ -9,22 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfsp.calibration.accumulators import ChannelSums
 from cfsp.processes import Team
 from cfsp.repair.gram import GramSums
 
 
 class Observation:
-    """Channel sums of all windows; of each FFN the Gram matrix and held-out activations.
+    """The Gram matrix and held-out activations of each FFN.
 
     Attributes:
-        channels: sums over all windows.
         gram_E: sums over the windows that are not held out.
         device: where the activations are.
     """
 
     def __init__(self, is_held_out_N: Tensor, ffns: int) -> None:
-        self.channels = ChannelSums(ffns)
         self.gram_E = [GramSums() for _ in range(ffns)]
         self.device = torch.device("cpu")
         self._is_held_out_N = is_held_out_N
@@ -35,7 +31,6 @@ class Observation:
         self.device = act_RF.device
         # Rows of a dense FFN are told on the CPU, so that no accelerator is waited for.
         self._is_held_out_N = self._is_held_out_N.to(window_R.device)
-        self.channels.add(act_RF, ffn)
         held_out_R = self._is_held_out_N[window_R]
         if bool(held_out_R.any()):
             self._held_out_E[ffn].append(act_RF[_places(held_out_R, act_RF.device)])
@@ -44,7 +39,7 @@ class Observation:
             self.gram_E[ffn].add(act_RF)
 
     def add_up_at(self, rank: int, team: Team, width: int, device: torch.device) -> None:
-        """Bring all but the channel sums of all processes together at one.
+        """Bring what all processes observed together at one.
 
         Args:
             rank: of that process.

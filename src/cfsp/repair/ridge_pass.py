@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.accumulators import DistanceSums, OutputNorms
 from cfsp.calibration.calibrate import (
     StatisticsFiles,
     calibration_record,
     check_seen,
     check_tokens,
     observe_part,
-    observed_block,
 )
 from cfsp.calibration.statistics import ObservedBlock, UnitStatistics
 from cfsp.calibration.together import add_up_block, part_of
@@ -189,25 +187,19 @@ class _RidgeRepair:
         )
 
     def _observe(self, block: StreamedBlock) -> ObservedBlock:
-        if block.index in self._removed:
-            observed = add_up_block(observe_part(block), self._team, block.device)
-            check_seen(block.units, observed.units)
-            return observed
-        distances, sublayers = DistanceSums(), [DistanceSums() for _ in block.units]
-        observations = [Observation(self._is_held_out_N, unit.ffns) for unit in block.units]
-        outputs = OutputNorms([unit.removable_experts for unit in block.units])
-        block.advance(
-            lambda unit, ffn, act_RF, window_R: observations[unit].add(ffn, act_RF, window_R),
-            distances.add,
-            lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
-            outputs.add,
-        )
-        channels = [each.channels for each in observations]
-        own = observed_block(block, distances, channels, sublayers, outputs)
+        units = () if block.index in self._removed else block.units
+        observations = [Observation(self._is_held_out_N, unit.ffns) for unit in units]
+
+        def add(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
+            observations[unit].add(ffn, act_RF, window_R)
+
+        own = observe_part(block, on_activations=add if units else None)
         observed = add_up_block(own, self._team, block.device)
         check_seen(block.units, observed.units)
+        if block.index in self._removed:
+            return observed
         repairing = block.index % self._team.size
-        for unit, observation in zip(block.units, observations, strict=True):
+        for unit, observation in zip(units, observations, strict=True):
             observation.add_up_at(repairing, self._team, unit.columns, block.device)
         if self._team.rank == repairing:
             self._waiting = block.index, observed, observations

@@ -37,8 +37,9 @@ from cfsp.calibration.together import part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.cut.surgery import PrunedSource
+from cfsp.engine.group_at_work import Batch, GroupAtWork
 from cfsp.engine.judge import hidden_loss
-from cfsp.engine.two_streams import Batch, GroupAtWork, TwoStreams, pass_two_streams
+from cfsp.engine.two_streams import TwoStreams, pass_two_streams
 from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.gram import GramSums
 from cfsp.repair.repaired import (

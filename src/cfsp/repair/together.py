@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cfsp.repair.repaired import RepairedBlock, facts_of, repaired_from
 
 if TYPE_CHECKING:
-    from cfsp.engine.two_streams import GroupAtWork
+    from cfsp.engine.group_at_work import GroupAtWork
 
 
 def done_by_first(

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from cfsp.planning.plan_file import PruningPlan, UnitPlan
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.report.chart import (
     TITLE,
     Chart,

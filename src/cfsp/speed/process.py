@@ -23,8 +23,12 @@ from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from cfsp.speed.engine import Engine
 
+# A fresh interpreter: a forked one would carry this process's memory.
+PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 _STOP_SECONDS = 30.0
 _INTERRUPTED_SECONDS = 1.0
 
@@ -110,11 +114,9 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
     Raises:
         CfspError: what loading the model raised in the process.
     """
-    # A fresh interpreter: a forked one would carry this process's memory.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    ours, theirs = PROCESSES.Pipe()
     # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
-    process = context.Process(target=_serve, args=(theirs, subject, conditions))
+    process = PROCESSES.Process(target=_serve, args=(theirs, subject, conditions))
     with _interrupts_held_back():
         process.start()
     theirs.close()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.accumulators import DistanceSums
+from cfsp.calibration.calibrate import observe_part
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
@@ -202,7 +202,7 @@ def _time_block(block: StreamedBlock, windows: Windows) -> tuple[float, float]:
         gram += _now(block.device) - start
 
     start = _now(block.device)
-    block.advance(add, DistanceSums().add)
+    observe_part(block, on_activations=add)
     return _now(block.device) - start - gram, gram
 
 

@@ -1,0 +1,26 @@
+"""What no test can tell from the real thing, and what takes a good part of all the time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import init
+
+
+def take_shortcuts() -> None:
+    """In this process wait for no disk, and draw nothing for tensors that have no data."""
+    os.fsync = lambda descriptor: None
+    for name in ("_no_grad_normal_", "kaiming_uniform_"):
+        setattr(init, name, _only_with_data(getattr(init, name)))
+
+
+def _only_with_data(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Without it torch goes through all operations of drawing, to find their shapes."""
+
+    def draw_if_there(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return tensor if tensor.is_meta else draw(tensor, *args, **options)
+
+    return draw_if_there
