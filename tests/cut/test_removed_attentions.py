@@ -287,8 +287,8 @@ def test_order_and_distances_are_in_the_statistics(
     asked = ["--parts", "ffn,attention", *text, "--out", str(saved)]
     assert main(["calibrate", str(llama), *asked]) == 0
     statistics = Statistics.load(saved)
-    order = [each.block for each in statistics.removals_of("attention")]
-    assert len(order) == 3 and not statistics.removals_of("blocks")  # half of five
+    order = [each.block for each in statistics.removals_of(("attention",))]
+    assert len(order) == 3 and not statistics.removals_of(("blocks",))  # half of five
     of_attentions = statistics.of_part("kv")
     for removal, expected in (
         ("divergence", order[:2]),
