@@ -59,6 +59,7 @@ def test_repair_brings_the_predictions_nearer(
         with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
             unrepaired = dense.divergence(model)
     before = [parameter.clone() for parameter in model.parameters()]
+    assert divergence is not None
     assert 0 < divergence(statistics, budget) < unrepaired
     assert all(map(torch.equal, before, model.parameters()))
 
@@ -71,4 +72,19 @@ def test_nothing_removed_changes_nothing(
     engine = engine_of(settings.compute, source)
     statistics = calibrate_source(source, tokenizer, text, settings.compute)
     divergence = divergence_when_repaired(source, draw_text(text, tokenizer), settings, engine)
+    assert divergence is not None
     assert divergence(statistics, Budget(0.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_without_room_for_a_second_model_nothing_is_repaired(
+    source: LoadedModel,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    budget = Budget(0.5, parts=("ffn", "blocks"))
+    settings = PruneSettings(budget, compute=Compute("cpu", "float32"))
+    engine = engine_of(settings.compute, source)
+    assert divergence_when_repaired(source, windows(16, 1), settings, engine) is None
+    assert "compared before repair" in caplog.text

@@ -5,6 +5,7 @@ It is fitted on some windows and judged on the beginnings of others, where there
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
+from cfsp.engine.whole import free_bytes, needed_bytes
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.planning.make import make_plan
 from cfsp.repair.ridge_step import repair_by_plan
@@ -27,14 +29,16 @@ if TYPE_CHECKING:
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
 
+log = logging.getLogger(__name__)
+
 
 def divergence_when_repaired(
     source: WeightSource, windows: Windows, settings: PruneSettings, engine: Engine
-) -> Callable[[Statistics, Budget], float]:
+) -> Callable[[Statistics, Budget], float] | None:
     """Return a function that prunes by a budget, repairs by ridge, and compares the predictions.
 
-    It gives KL(dense || repaired) in nats per token. The model is in memory twice meanwhile; what
-    was not pruned is there once.
+    It gives KL(dense || repaired) in nats per token. The model and a pruned one are in memory
+    meanwhile; None where there is no room for both.
 
     Args:
         source: the model.
@@ -42,6 +46,10 @@ def divergence_when_repaired(
         settings: by what channels and blocks are chosen, and what a workplace may take.
         engine: where and in what to compute.
     """
+    if not _has_room_for_two(source, engine):
+        if settings.budget.leaves_number_open:
+            log.warning("no memory for a pruned model beside the dense one: compared before repair")
+        return None
     fit, judged = apart(windows)
 
     def divergence(statistics: Statistics, budget: Budget) -> float:
@@ -73,3 +81,9 @@ def apart(windows: Windows) -> tuple[Windows, Windows]:
     wanted, count = len(judged.tokens_NT), len(windows.tokens_NT)
     stride = count // wanted
     return windows.part(slice(stride // 2, stride * wanted, stride)), judged
+
+
+def _has_room_for_two(source: WeightSource, engine: Engine) -> bool:
+    """Return whether there is memory for the model and for a pruned one beside it."""
+    missing = 1 if isinstance(source, LoadedModel) else 2
+    return missing * needed_bytes(source, engine.dtype) <= free_bytes(engine.device)
