@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,33 @@ from torch import Tensor
 
 import cfsp
 from architecture_contract import logits_of
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.engine.resumed_forward import skipped
 from cfsp.families.contract import question_of
 from cfsp.families.stock import Answer
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.whole_model.load import call_form_of
 from forks import Forks, Job
+
+
+@contextmanager
+def nothing_from(dense: Any, plan: PruningPlan) -> Iterator[None]:
+    """Let the removed attentions of the dense model give zeros, and skip its removed blocks."""
+    source = LoadedModel(dense, ("attention", "blocks"))
+    blocks = blocks_of(dense, source.architecture)
+
+    def zeros(module: Any, args: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    form = call_form_of(dense, blocks)
+    with ExitStack() as stack:
+        for unit in source.units:
+            if unit.part == "kv" and unit.block in plan.removed_attentions:
+                attention = blocks[unit.block].get_submodule(unit.path)
+                stack.callback(attention.register_forward_hook(zeros).remove)
+        stack.enter_context(skipped(blocks, plan.removed_blocks, form))
+        yield
 
 
 def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:

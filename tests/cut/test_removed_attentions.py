@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from pruned_checks import (
     check_in_memory_is_the_checkpoint,
     generated,
     logits_of,
+    nothing_from,
 )
 
 ATTENTION = ("attention",)
@@ -94,25 +93,8 @@ def case(
     return Case(dense, place / "dense", place / "out", report, tokens_BT, asked)
 
 
-@contextmanager
-def nothing_from(case: Case) -> Iterator[None]:
-    """Let the dense model's removed attentions give zeros."""
-    source = LoadedModel(case.dense, ATTENTION)
-    blocks = blocks_of(case.dense, source.architecture)
-
-    def zeros(module: Any, args: Any, output: Any) -> Any:
-        return (torch.zeros_like(output[0]), *output[1:])
-
-    with ExitStack() as stack:
-        for unit in source.units:
-            if unit.part == "kv" and unit.block in case.removed:
-                attention = blocks[unit.block].get_submodule(unit.path)
-                stack.callback(attention.register_forward_hook(zeros).remove)
-        yield
-
-
 def test_nothing_from_it_is_cut(case: Case) -> None:
-    with nothing_from(case):
+    with nothing_from(case.dense, case.report.plan):
         expected = logits_of(case.dense, case.tokens_BT)
     actual = logits_of(cfsp.load(case.out), case.tokens_BT)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,9 @@ import cfsp
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
-from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.families.contract import question_of, save_with_tokenizer
 from cfsp.families.tiny import random_model, tiny_config
@@ -30,7 +26,6 @@ from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget
 from cfsp.whole_model import removal_order
-from cfsp.whole_model.load import call_form_of
 from forks import Forks
 from pruned_checks import (
     check_a_fresh_process_keeps_the_contract,
@@ -38,6 +33,7 @@ from pruned_checks import (
     check_in_memory_is_the_checkpoint,
     generated,
     logits_of,
+    nothing_from,
 )
 
 BOTH = ("attention", "blocks")
@@ -81,25 +77,6 @@ def case(
     report = cfsp.prune(place / "dense", out=place / "out", repair="none", **asked)
     tokens_BT = question_of(dense, place / "dense").tokens_BT
     return Case(dense, place / "dense", place / "out", report, tokens_BT, asked)
-
-
-@contextmanager
-def nothing_from(dense: Any, plan: PruningPlan) -> Iterator[None]:
-    """Let the removed attentions of the dense model give zeros, and skip its removed blocks."""
-    source = LoadedModel(dense, BOTH)
-    blocks = blocks_of(dense, source.architecture)
-
-    def zeros(module: Any, args: Any, output: Any) -> Any:
-        return (torch.zeros_like(output[0]), *output[1:])
-
-    form = call_form_of(dense, blocks)
-    with ExitStack() as stack:
-        for unit in source.units:
-            if unit.part == "kv" and unit.block in plan.removed_attentions:
-                attention = blocks[unit.block].get_submodule(unit.path)
-                stack.callback(attention.register_forward_hook(zeros).remove)
-        stack.enter_context(skipped(blocks, plan.removed_blocks, form))
-        yield
 
 
 def test_what_is_masked_is_cut(case: Case) -> None:

@@ -114,27 +114,6 @@ def _ask(place: Path, name: str) -> dict[str, str]:
     return ask(Question.load(place / f"{name}.pt"), work).problems
 
 
-def _check_one_goes(blocks: Sequence[int], check: Callable[[Sequence[int]], None]) -> None:
-    """Check that one of some blocks can go: that in the middle, the last, or one of the first.
-
-    Args:
-        blocks: ascending.
-        check: of those that go.
-
-    Raises:
-        UnsupportedModelError: none of these can; why the first one can't.
-    """
-    first: UnsupportedModelError | None = None
-    for block in dict.fromkeys((blocks[len(blocks) // 2], blocks[-1], *blocks[:2])):
-        try:
-            check([block])
-            return
-        except UnsupportedModelError as refusal:
-            first = first or refusal
-    assert first is not None
-    raise first
-
-
 def _why_not(family: Family) -> dict[Part, str | None]:
     try:
         model_class, config = family.class_and_config(default_config)

@@ -146,8 +146,13 @@ def _noun(budget: Budget) -> str:
     """Return what a sparsity is a fraction of."""
     if budget.of == "model":
         return "model's parameters"
+    return channels_in_words(budget.parts)
+
+
+def channels_in_words(parts: Sequence[Part]) -> str:
+    """Return what units of these parts lose; nothing of parts that go whole."""
     nouns: dict[Part, str] = {"ffn": "FFN channels", "kv": "KV groups"}
-    return " and ".join(noun for part, noun in nouns.items() if part in budget.parts)
+    return " and ".join(noun for part, noun in nouns.items() if part in parts)
 
 
 def _least(multiple_U: Sequence[int], size: ModelSize) -> str:

@@ -272,9 +272,15 @@ def _choose_and_repair(
     criterion, seed = settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(source, few, settings, engine, place, "coarse pass")
-    repaired = divergence_when_repaired(source, windows, settings, engine)
+    # Not under a name: it holds the dense model.
     settings, coarse = with_removal_count(
-        source, coarse, windows, settings, engine, place, repaired
+        source,
+        coarse,
+        windows,
+        settings,
+        engine,
+        place,
+        divergence_when_repaired(source, windows, settings, engine),
     )
     budget = settings.budget
     coarse = with_needed_removals(source, coarse, windows, [settings], engine, place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.text.windows import Windows
-
-log = logging.getLogger(__name__)
 
 
 def repair_by_plan(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,11 +24,14 @@ from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.sensitivity import few_beginnings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
+    from cfsp.whole_model.divergence import DensePredictions
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +56,14 @@ def divergence_when_repaired(
         return None
     fit, judged = apart(windows)
 
-    def divergence(statistics: Statistics, budget: Budget) -> float:
+    @cache
+    def dense_and_predictions() -> tuple[PreTrainedModel, list[DensePredictions]]:
         model = load_whole(source, engine, "trying a repair")
+        with torch.inference_mode():
+            return model, [dense_predictions(model, each[None]) for each in judged.tokens_NT]
+
+    def divergence(statistics: Statistics, budget: Budget) -> float:
+        model, dense = dense_and_predictions()
         loaded = LoadedModel(model, settings.budget.parts)
         plan = make_plan(source, statistics, budget, settings.criterion)
         with temporary_workplace(settings.compute.memory_budget) as place:
@@ -63,11 +73,7 @@ def divergence_when_repaired(
             smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():
-            total = sum(
-                dense_predictions(model, tokens_T[None]).divergence(smaller)
-                for tokens_T in judged.tokens_NT
-            )
-        return total / len(judged.tokens_NT)
+            return sum(each.divergence(smaller) for each in dense) / len(dense)
 
     return divergence
 

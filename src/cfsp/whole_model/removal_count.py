@@ -28,6 +28,7 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UsageError
+from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.make import choose_channels, model_size, plan_widths
 from cfsp.planning.removal_budget import (
     RemovedWhole,
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
     from cfsp.text.windows import Windows
 
 log = logging.getLogger(__name__)
-
-_CHANNELS: dict[Part, str] = {"ffn": "FFN channels", "kv": "KV groups"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Trial:
         Args:
             what: goes whole, and how much of it.
         """
-        channels = " and ".join(_CHANNELS[part] for part in self.parts)
+        channels = channels_in_words(self.parts)
         share = f"{100 * self.sparsity:.1f}% of the {channels} of the others"
         return f"{what} and {share}"
 
