@@ -1,12 +1,15 @@
-"""Prune, quantise, or both: bytes, speed and perplexity of one model in llama.cpp.
+"""Prune, quantise, or both: bytes, speed, perplexity and tasks of one model in llama.cpp.
 
-    python benchmarks/choose.py demo --out DIR --data wikitext2 --data c4
+    python benchmarks/choose.py demo --out DIR --data wikitext2 --data c4 \
+        --tasks piqa arc_easy --task-data TASKS --limit 200
 
 exports the dense model and pruned ones as F16, Q8_0 and Q4_K_M, and measures each file in the same
 program: its size, CPU seconds of one thread for the prompt and for new tokens, the perplexity on
-each text, and how often its first choice of a token is that of the dense model in F16. Results are
-in DIR/choose.json, one entry a file, and a table and a picture are made of them. A run that is
-stopped goes on where it was.
+each text, how often its first choice of a token is that of the dense model in F16, and how it does
+on multiple-choice tasks. Results are in DIR/choose.json, one entry a file, and a table and a
+picture are made of them. What each file made of each document is in DIR/tasks.json, which
+`cfsp compare DIR/tasks.json --against dense-f16` reads. A run that is stopped goes on where it
+was; tasks that are asked for later are added.
 
 Speeds are CPU time, not time on the clock, because one thread's CPU time hardly depends on what
 other programs do. On a quiet machine, for several threads, use `cfsp bench --engine llama.cpp`.
@@ -30,11 +33,16 @@ from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.exports.llama_cpp import LlamaCpp
 from cfsp.exports.llama_cpp_library import llama_cpp_version
+from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluation_windows
+from cfsp.quality.results_file import measured_model
+from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import EvaluationText
 from cfsp.speed.llama_cpp_engine import LlamaCppEngine
 from cfsp.speed.subjects import Subject
 from cfsp.speed.workload import Conditions, Workload
+from cfsp.text.tokenizers import load_tokenizer
 
 TYPES = ("f16", "q8_0", "q4_k_m")
 DENSE = "dense"
@@ -83,8 +91,15 @@ def main() -> None:
         "--pruned", type=Path, action="append", default=[], help="a finished pruned directory"
     )
     parser.add_argument("--types", nargs="+", default=list(TYPES))
+    parser.add_argument("--tasks", nargs="+", help="multiple-choice tasks, as for cfsp eval")
+    parser.add_argument("--task-data", type=Path, help="a directory of JSONL files")
+    parser.add_argument("--limit", type=int, help="documents of each task (default: all)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    tasks = None
+    if args.tasks:
+        selection = TaskSelection(tuple(args.tasks), args.limit, data=args.task_data)
+        tasks = TaskRunner.of(selection)
     file = args.out / "choose.json"
     found = json.loads(file.read_text()) if file.is_file() else {"files": []}
     models = {DENSE: locate_model(args.model), **{path.name: path for path in args.pruned}}
@@ -101,15 +116,21 @@ def main() -> None:
         "new_tokens": NEW_TOKENS,
         "rounds": ROUNDS,
     }
-    done = {(entry["model"], entry["weight_type"]) for entry in found["files"]}
+    done = {(entry["model"], entry["weight_type"]): entry for entry in found["files"]}
     for name, directory in models.items():
         for weight_type in args.types:
-            if (name, weight_type) in done:
-                continue
-            entry = _measured(name, directory, weight_type, texts, args.out)
-            found["files"].append(asdict(entry))
-            file.write_text(json.dumps(found, indent=2) + "\n")
-            print(entry, flush=True)
+            if (name, weight_type) not in done:
+                entry = asdict(_measured(name, directory, weight_type, texts, args.out))
+                done[name, weight_type] = entry
+                found["files"].append(entry)
+                file.write_text(json.dumps(found, indent=2) + "\n")
+                print(entry, flush=True)
+            if tasks is not None:
+                entry = done[name, weight_type]
+                gguf, _ = _exported(name, directory, weight_type, args.out)
+                entry["tasks"] = _scored(tasks, gguf, directory, args.out / "tasks.json")
+                file.write_text(json.dumps(found, indent=2) + "\n")
+                print(name, weight_type, entry["tasks"], flush=True)
     print(table(found["files"]))
     (args.out / "choose.svg").write_text(picture(found["files"]))
 
@@ -137,11 +158,7 @@ def _texts(args: argparse.Namespace, dense: Path) -> dict[str, torch.Tensor]:
 def _measured(
     name: str, directory: Path, weight_type: str, texts: dict[str, torch.Tensor], work: Path
 ) -> Measured:
-    file = work / f"{name.replace(' ', '-')}-{weight_type}.gguf"
-    notes: tuple[str, ...] = ()
-    if not file.is_file():
-        # What the logits are compared with below is text, not the checkpoint.
-        notes = cfsp.export(directory, "gguf", file, weight_type=weight_type, verify=False).notes
+    file, notes = _exported(name, directory, weight_type, work)
     choices = work / "dense-choices.pt"
     perplexity, chosen = _read(file, texts)
     if name == DENSE and weight_type == "f16":
@@ -151,6 +168,62 @@ def _measured(
     return Measured(
         name, weight_type, file.stat().st_size, prefill, decode, perplexity, float(same), notes
     )
+
+
+def _exported(
+    name: str, directory: Path, weight_type: str, work: Path
+) -> tuple[Path, tuple[str, ...]]:
+    """Return the file, made if it is not there, and what the export said."""
+    file = work / f"{name.replace(' ', '-')}-{weight_type}.gguf"
+    if file.is_file():
+        return file, ()
+    # What the logits are compared with is text, not the checkpoint.
+    result = cfsp.export(directory, "gguf", file, weight_type=weight_type, verify=False)
+    return file, result.notes
+
+
+def _scored(tasks: TaskRunner, file: Path, directory: Path, results: Path) -> dict[str, Any]:
+    """Score one file on all tasks, unless it was, and compare it with the first file of all.
+
+    Args:
+        tasks: which.
+        file: the model.
+        directory: its checkpoint, for the tokenizer.
+        results: what was scored so far, in the form of `cfsp eval --out`; added to.
+
+    Returns:
+        `accuracy`, its `difference` to that of the first file in pairs, and how many of its answers
+        are `kept`: each the mean over the tasks `counted`, on which the first file is better than a
+        guess; None without any such task.
+    """
+    from llama_cpp_tasks import scorer
+
+    asked = json.loads(json.dumps(tasks.identity()))
+    found = json.loads(results.read_text()) if results.is_file() else {"asked": asked, "models": []}
+    if found["asked"] != asked:
+        raise SystemExit(f"{results} is of other tasks or another --limit; remove it to go on")
+    models = {model["fingerprint"]: model for model in found["models"]}
+    if file.name not in models:
+        model = {"model": file.stem, "fingerprint": file.name, "windows": {}}
+        model |= {"tasks": {}, "documents": {}}
+        scores = scorer(tasks, file, load_tokenizer(directory))
+        for name in tasks.selection.task_names:
+            for part, value in scores.score(name).items():
+                model[part] |= value
+        models[file.name] = model
+        found["models"].append(model)
+        results.write_text(json.dumps(found) + "\n")
+    first = measured_model(results.name, found["models"][0])
+    pairs = compare(first, measured_model(results.name, models[file.name]), first)
+    counted = [pair.task for pair in pairs.tasks if pair.is_above_chance]
+    if pairs.accuracy is None or pairs.kept is None:
+        return {"counted": counted, "accuracy": None, "difference": None, "kept": None}
+    return {
+        "counted": counted,
+        "accuracy": pairs.accuracy.second.to_json(),
+        "difference": pairs.accuracy.difference.to_json(),
+        "kept": pairs.kept.second.to_json(),
+    }
 
 
 def _read(file: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, float], torch.Tensor]:
@@ -189,7 +262,9 @@ def table(files: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table, as ratios to the dense model in F16."""
     first = files[0]
     texts = list(first["perplexity"])
+    has_tasks = any("tasks" in entry for entry in files)
     head = ["model", "type", "MB", "size", "prefill", "decode", *texts, "same choice"]
+    head += ["tasks", "to dense F16"] if has_tasks else []
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for entry in files:
         cells = [
@@ -202,8 +277,19 @@ def table(files: list[dict[str, Any]]) -> str:
             *(f"{entry['perplexity'][text]:.1f}" for text in texts),
             f"{entry['same_choice']:.0%}",
         ]
+        cells += _task_cells(entry.get("tasks")) if has_tasks else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _task_cells(tasks: dict[str, Any] | None) -> list[str]:
+    """Return the mean accuracy and the paired difference with its standard error, in percent."""
+    if tasks is None or tasks["accuracy"] is None:
+        return ["", ""]
+    change = tasks["difference"]
+    # A single document has no standard error.
+    error = "" if change["stderr"] is None else f" ({100 * change['stderr']:.1f})"
+    return [f"{100 * tasks['accuracy']['value']:.1f}", f"{100 * change['value']:+.1f}{error}"]
 
 
 def picture(files: list[dict[str, Any]]) -> str:

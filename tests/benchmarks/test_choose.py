@@ -45,3 +45,15 @@ def test_the_picture_has_a_point_for_every_file() -> None:
     # One for every file, one for every model in the legend.
     assert len(circles) == len(FILES) + 2
     assert len([node for node in root.iter() if node.tag.endswith("polyline")]) == 2
+
+
+def test_tasks_get_columns_where_they_were_scored() -> None:
+    scored = {
+        "accuracy": {"value": 0.432, "stderr": 0.02},
+        "difference": {"value": -0.031, "stderr": 0.008},
+        "kept": {"value": 0.8, "stderr": 0.01},
+    }
+    lines = choose.table([FILES[0], FILES[2] | {"tasks": scored}]).splitlines()
+    assert lines[0].endswith("| same choice | tasks | to dense F16 |")
+    assert lines[2].endswith("| 50% |  |  |")
+    assert lines[3].endswith("| 50% | 43.2 | -3.1 (0.8) |")

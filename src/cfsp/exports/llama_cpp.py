@@ -73,8 +73,24 @@ class LlamaCpp:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._past = 0
 
-    def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Read more tokens of the sequence and return logits_TV after each of them."""
+    def rewind(self, length: int) -> None:
+        """Forget all tokens of the sequence but the first ones."""
+        memory = self._lib.llama_get_memory(self._context)
+        removed = self._lib.llama_memory_seq_rm(memory, 0, length, -1)
+        assert removed, "a cache of keys and values can be cut anywhere"
+        self._past = length
+
+    def feed(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
+        """Read more tokens of the sequence and return the logits after them.
+
+        Args:
+            tokens: one at least.
+            last: of how many of them logits are wanted; None for all.
+
+        Returns:
+            logits_TV after each of the last tokens.
+        """
+        wanted = len(tokens) if last is None else last
         batch = self._lib.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
@@ -83,7 +99,7 @@ class LlamaCpp:
                 batch.pos[i] = self._past + i
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = 0
-                batch.logits[i] = 1
+                batch.logits[i] = i >= len(tokens) - wanted
             status = self._lib.llama_decode(self._context, batch)
         finally:
             self._lib.llama_batch_free(batch)
@@ -92,8 +108,8 @@ class LlamaCpp:
         self._past += len(tokens)
         width = self._lib.llama_vocab_n_tokens(self._vocabulary)
         pointer = self._lib.llama_get_logits(self._context)
-        data = self._ffi.buffer(pointer, len(tokens) * width * 4)
-        logits = np.frombuffer(data, dtype=np.float32).reshape(len(tokens), width)
+        data = self._ffi.buffer(pointer, wanted * width * 4)
+        logits = np.frombuffer(data, dtype=np.float32).reshape(wanted, width)
         return torch.from_numpy(logits.copy())
 
     def tokenize(self, text: str) -> list[int]:
