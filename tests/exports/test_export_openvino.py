@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import ExportError, UsageError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
 from cfsp.exports.verification import greedy_after, logits_of, reference_model
+from cfsp.speed.openvino_engine import OpenVinoEngine
+from cfsp.speed.subjects import Subject
+from cfsp.speed.work import work_of
+from cfsp.speed.workload import Conditions
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
@@ -87,6 +91,16 @@ def test_inputs_are_those_that_runtimes_expect(llama: tuple[Checkpoint, Path]) -
     names = {port.get_any_name() for port in model.inputs}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
     assert [port.get_any_name() for port in model.outputs] == ["logits"]
+
+
+def test_the_bench_counts_the_widths_that_were_exported(llama: tuple[Checkpoint, Path]) -> None:
+    source, out = llama
+    engine = OpenVinoEngine(Subject(out, "export"), Conditions("openvino", threads=1))
+    expected = work_of(source, head=True, itemsize=4)
+    assert len(set(source.architecture.widths)) > 1
+    assert engine.footprint.parameters == parameter_count(source)
+    assert engine.footprint.work.block_parameters == expected.block_parameters
+    assert engine.footprint.work.block_bytes == pytest.approx(expected.block_bytes, rel=0.05)
 
 
 def test_two_rows_and_padding(llama: tuple[Checkpoint, Path]) -> None:

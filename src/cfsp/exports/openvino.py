@@ -5,6 +5,7 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,8 @@ from cfsp.exports.verification import (
 from cfsp.text.tokenizers import load_tokenizer
 
 MODEL_FILE = "openvino_model.xml"
+# The folder with the config of the checkpoint, whose widths are not padded.
+OWN_CONFIG = "pruned"
 _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
 
@@ -49,6 +52,9 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     widths = padded_widths(source.config, source.architecture)
     (out / "config.json").write_text(stock_config_json(source, widths), encoding="utf-8")
+    # What the model really computes, for `cfsp bench`.
+    (out / OWN_CONFIG).mkdir()
+    shutil.copy(source.directory / "config.json", out / OWN_CONFIG)
     copy_travelling_files(source.directory, out)
     return Written(f"stateful OpenVINO model in {kind}", tuple(_write_tokenizer(source, out)))
 

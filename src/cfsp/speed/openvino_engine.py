@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cfsp.errors import MissingExtraError
-from cfsp.exports.openvino import MODEL_FILE
+from cfsp.exports.openvino import MODEL_FILE, OWN_CONFIG
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -92,15 +92,18 @@ class OpenVinoEngine:
 
 
 def _footprint(directory: Path, *, head: bool) -> Footprint:
-    """Return the work of the model that the config describes, in the bytes that are stored."""
+    """Return the work of the model that was exported, in the bytes that are stored."""
     import torch
-    from transformers import AutoConfig
 
+    from cfsp.checkpoint.config_file import read_config
     from cfsp.checkpoint.reading import LoadedModel, parameter_count
     from cfsp.checkpoint.skeleton import build_skeleton
     from cfsp.speed.work import work_of
 
-    source = LoadedModel(build_skeleton(AutoConfig.from_pretrained(directory), torch.float16))
+    # Other software's exports, and those of a dense model, have the one config that says it all.
+    own = directory / OWN_CONFIG
+    config, _ = read_config(own if own.is_dir() else directory)
+    source = LoadedModel(build_skeleton(config, torch.float16))
     size = (directory / MODEL_FILE).with_suffix(".bin").stat().st_size
     parameters = parameter_count(source)
     work = work_of(source, head=head, itemsize=size / parameters)
