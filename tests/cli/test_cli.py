@@ -109,6 +109,25 @@ def test_module_runs_like_the_script() -> None:
     assert finished.stdout == ""
 
 
+def test_a_process_that_a_library_forked_dies_of_a_polite_kill_in_silence() -> None:
+    script = """
+import os, signal, time
+import cfsp.cli
+def wait(args):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+cfsp.cli.cache.run = wait
+cfsp.cli.main(["cache"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("-15\n", "")
+
+
 def test_no_command_prints_help_and_fails(cli: Cli) -> None:
     out, _ = cli(status=2)
     assert "COMMAND" in out

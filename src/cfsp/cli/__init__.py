@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from cfsp.cli import (
     bench,
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if threading.current_thread() is threading.main_thread():
         # A polite kill must clean up as Ctrl-C does.
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
     show_messages()
     try:
         args.run(args)
@@ -145,5 +146,9 @@ def _process() -> str:
     return f"[process {os.environ['RANK']}] " if process_count() > 1 else ""
 
 
-def _stop(signal_number: int, frame: object) -> None:
+def _stop(own: int, signal_number: int, frame: object) -> None:
+    if os.getpid() != own:
+        # A library forked it (OpenVINO, to send its telemetry): it dies as it would without cfsp.
+        signal.signal(signal_number, signal.SIG_DFL)
+        os.kill(os.getpid(), signal_number)
     raise _TerminatedError(signal_number)
