@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,43 @@ from architecture_contract import logits_of
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import skipped
-from cfsp.families.contract import question_of
+from cfsp.families.contract import question_of, save_with_tokenizer
 from cfsp.families.stock import Answer
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.load import call_form_of
 from forks import Forks, Job
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model, and what pruning without repair leaves of it.
+
+    Attributes:
+        dense: the model, and `source` its checkpoint.
+        out: the pruned checkpoint, and `report` of it.
+        tokens_BT: to ask both.
+        asked: of `cfsp.prune`, but for the repair.
+    """
+
+    dense: Any
+    source: Path
+    out: Path
+    report: PruneReport
+    tokens_BT: Tensor
+    asked: dict[str, Any]
+
+    @property
+    def removed_attentions(self) -> list[int]:
+        return list(self.report.plan.removed_attentions)
+
+
+def pruned_case(dense: Any, tokenizer: Any, place: Path, asked: dict[str, Any]) -> Case:
+    """Save and prune a tiny model in a directory of its own."""
+    source, out = place / "dense", place / "out"
+    save_with_tokenizer(dense, tokenizer, source)
+    report = cfsp.prune(source, out=out, repair="none", **asked)
+    return Case(dense, source, out, report, question_of(dense, source).tokens_BT, asked)
 
 
 @contextmanager
@@ -54,8 +87,8 @@ def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
     return found
 
 
-def check_caches_agree_with_none(out: Path, tokens_BT: Tensor) -> None:
-    model = cfsp.load(out)
+def check_caches_agree_with_none(case: Case) -> None:
+    model, tokens_BT = cfsp.load(case.out), case.tokens_BT
     expected = generated(model, tokens_BT, use_cache=False)
     assert torch.equal(generated(model, tokens_BT), expected)
     assert torch.equal(generated(model, tokens_BT, cache_implementation="static"), expected)
@@ -63,24 +96,21 @@ def check_caches_agree_with_none(out: Path, tokens_BT: Tensor) -> None:
         assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
 
 
-def check_a_fresh_process_keeps_the_contract(
-    dense: Any, out: Path, plan: PruningPlan, tokens_BT: Tensor, forks: Forks, work: Path
-) -> None:
-    question_of(dense, out, plan).save(work / "question.pt")
+def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Path) -> None:
+    question_of(case.dense, case.out, case.report.plan).save(work / "question.pt")
     (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
     assert finished.status == 0, finished.stderr
     answer = Answer(**torch.load(work / "answer.pt"))
     assert not answer.problems
-    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(out), tokens_BT))
+    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
 
 
-def check_in_memory_is_the_checkpoint(
-    pruned: Any, out: Path, tokens_BT: Tensor, work: Path
-) -> None:
-    expected = cfsp.load(out).state_dict()
+def check_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, work: Path) -> None:
+    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
+    expected = cfsp.load(case.out).state_dict()
     assert pruned.state_dict().keys() == expected.keys()
     for name, tensor in pruned.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     pruned.save_pretrained(work / "saved")
     again = cfsp.load(work / "saved")
-    assert torch.equal(logits_of(again, tokens_BT), logits_of(pruned, tokens_BT))
+    assert torch.equal(logits_of(again, case.tokens_BT), logits_of(pruned, case.tokens_BT))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cfsp
-from cfsp.architecture.found import Architecture, ChannelAxis
+from cfsp.architecture.found import ChannelAxis
 from cfsp.architecture.proof import prove
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.config_widths import KV_GROUPS
@@ -26,22 +25,21 @@ from cfsp.exports.registry import export_checkpoint
 from cfsp.families.contract import (
     SAMPLES,
     SEQLEN,
-    prune_tiny,
-    question_of,
     save_with_tokenizer,
 )
 from cfsp.families.tiny import tiny_config, tiny_model
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, Part
 from cfsp.whole_model.masks import masked_channels
 from forks import Forks
 from pruned_checks import (
+    Case,
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
     logits_of,
+    pruned_case,
 )
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
@@ -51,22 +49,6 @@ SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu
 NAMES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2")
 
 
-@dataclass
-class Case:
-    """One tiny model, and what pruning both parts made of it."""
-
-    dense: Any
-    source: Path
-    out: Path
-    report: PruneReport
-    tokens_BT: Tensor
-    texts: list[str]
-
-    @property
-    def architecture(self) -> Architecture:
-        return architecture_of(self.dense.config, PARTS)
-
-
 @pytest.fixture(scope="module", params=NAMES)
 def case(
     request: pytest.FixtureRequest,
@@ -74,14 +56,11 @@ def case(
     text_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:
-    place = tmp_path_factory.mktemp(request.param)
+    asked = {"sparsity": 0.4, "multiple": 1, "parts": PARTS, "data": [str(text_file)], **SETTINGS}
     dense = tiny_model(request.param)
-    save_with_tokenizer(dense, tokenizer, place / "dense")
-    texts = [str(text_file)]
-    report = prune_tiny(place / "dense", place / "out", texts, 1, PARTS)
-    assert len(set(report.kv_groups["after"])) > 1, "the case must have different numbers"
-    tokens_BT = question_of(dense, place / "dense").tokens_BT
-    return Case(dense, place / "dense", place / "out", report, tokens_BT, texts)
+    found = pruned_case(dense, tokenizer, tmp_path_factory.mktemp(request.param), asked)
+    assert len(set(found.report.kv_groups["after"])) > 1, "the case must have different numbers"
+    return found
 
 
 def masked_logits(case: Case, plan: PruningPlan) -> Tensor:
@@ -98,8 +77,8 @@ def test_pruned_logits_are_those_of_the_masked_original(case: Case) -> None:
 
 
 def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
-    asked = {"sparsity": 0.0, "parts": PARTS, "repair": "none", "data": case.texts}
-    cfsp.prune(case.source, out=tmp_path / "same", **asked, **SETTINGS)
+    asked = {**case.asked, "sparsity": 0.0, "repair": "none"}
+    cfsp.prune(case.source, out=tmp_path / "same", **asked)
     before, after = (load_file(at / "model.safetensors") for at in (case.source, tmp_path / "same"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -110,20 +89,15 @@ def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
 
 
 def test_caches_agree_with_none(case: Case) -> None:
-    check_caches_agree_with_none(case.out, case.tokens_BT)
+    check_caches_agree_with_none(case)
 
 
 def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
-    plan = case.report.plan
-    check_a_fresh_process_keeps_the_contract(
-        case.dense, case.out, plan, case.tokens_BT, forks, tmp_path
-    )
+    check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
-    asked = {"sparsity": 0.4, "multiple": 1, "parts": "ffn,kv", "repair": "none"}
-    pruned = cfsp.prune(case.dense, tokenizer, data=case.texts, **asked, **SETTINGS)
-    check_in_memory_is_the_checkpoint(pruned, case.out, case.tokens_BT, tmp_path)
+    check_in_memory_is_the_checkpoint(case, tokenizer, tmp_path)
 
 
 def test_config_and_modules_say_the_numbers(case: Case) -> None:
@@ -132,9 +106,9 @@ def test_config_and_modules_say_the_numbers(case: Case) -> None:
     assert [count for block in fields[KV_GROUPS].values() for count in block.values()] == groups
     found = Checkpoint(case.out).architecture.of_part("kv")
     assert found.widths == groups
-    model = cfsp.load(case.out)
-    for unit, count in zip(case.architecture.of_part("kv").units, groups, strict=True):
-        block = blocks_of(model, case.architecture)[unit.block]
+    model, architecture = cfsp.load(case.out), architecture_of(case.dense.config, PARTS)
+    for unit, count in zip(architecture.of_part("kv").units, groups, strict=True):
+        block = blocks_of(model, architecture)[unit.block]
         for attribute in unit.attributes:
             value = getattr(block.get_submodule(attribute.module), attribute.name)
             assert value == attribute.times * count
@@ -165,10 +139,9 @@ def test_the_plan_names_each_part_and_is_read_again(case: Case) -> None:
 
 @pytest.mark.parametrize("repair", ["ridge", "sequential"])
 def test_repair_lowers_the_error(case: Case, tmp_path: Path, repair: str) -> None:
-    asked = {"sparsity": 0.4, "multiple": 8, "parts": PARTS, "repair": repair, "data": case.texts}
     # Without sensitivity: that of a random model keeps its attentions.
-    asked["block_metric"] = "angular"
-    report = cfsp.prune(case.source, out=tmp_path / "out", **asked, **SETTINGS)
+    asked = {**case.asked, "multiple": 8, "repair": repair, "block_metric": "angular"}
+    report = cfsp.prune(case.source, out=tmp_path / "out", **asked)
     ridge, *later = report.repair["steps"]
     of_attention = [entry for entry in ridge["blocks"] if "attn" in entry["path"]]
     assert len(of_attention) == len(case.report.kv_groups["before"])
@@ -241,19 +214,16 @@ def test_statistics_of_other_parts_are_refused(
 def test_equally_many_groups_give_a_stock_checkpoint(
     tokenizer: Any, text_file: Path, tmp_path: Path
 ) -> None:
-    dense = tiny_model("llama")
-    save_with_tokenizer(dense, tokenizer, tmp_path / "dense")
-    asked = {"sparsity": 0.5, "parts": "kv", "repair": "none", "data": [str(text_file)]}
-    report = cfsp.prune(tmp_path / "dense", out=tmp_path / "out", **asked, **SETTINGS)
-    assert report.kv_groups["after"] == [1, 1, 1]
-    assert report.intermediate_sizes == [96, 96, 96]
+    asked = {"sparsity": 0.5, "parts": "kv", "data": [str(text_file)], **SETTINGS}
+    case = pruned_case(tiny_model("llama"), tokenizer, tmp_path, asked)
+    assert case.report.kv_groups["after"] == [1, 1, 1]
+    assert case.report.intermediate_sizes == [96, 96, 96]
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLM"]
     assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (2, 1)
     assert not list((tmp_path / "out").glob("*.py"))
     assert main(["verify", str(tmp_path / "out")]) == 0
-    case = Case(dense, tmp_path, tmp_path / "out", report, torch.arange(2, 26).view(2, 12), [])
-    expected = masked_logits(case, report.plan)
+    expected = masked_logits(case, case.report.plan)
     actual = logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import cfsp
-from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.resizing import Gone
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -22,19 +19,20 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions
 from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.families.contract import question_of, save_with_tokenizer
-from cfsp.families.tiny import random_model, tiny_config
+from cfsp.families.contract import save_with_tokenizer
+from cfsp.families.tiny import tiny_model
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget
 from forks import Forks
 from pruned_checks import (
+    Case,
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
     generated,
     logits_of,
     nothing_from,
+    pruned_case,
 )
 
 ATTENTION = ("attention",)
@@ -55,27 +53,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 
 
-def model_of(name: str, **values: Any) -> Any:
-    config = tiny_config(name, **values)
-    return random_model(model_class_of(config), config)
-
-
-@dataclass
-class Case:
-    """A tiny model, and what is left without two of its attentions."""
-
-    dense: Any
-    source: Path
-    out: Path
-    report: PruneReport
-    tokens_BT: Tensor
-    asked: dict[str, Any]
-
-    @property
-    def removed(self) -> list[int]:
-        return list(self.report.plan.removed_attentions)
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(
     request: pytest.FixtureRequest,
@@ -83,14 +60,10 @@ def case(
     text_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:
-    place = tmp_path_factory.mktemp(request.param)
-    dense = model_of(request.param, **CONFIGS[request.param])
-    save_with_tokenizer(dense, tokenizer, place / "dense")
     asked = {"parts": "attention", "sparsity": 0.0, "remove_attentions": 2}
     asked |= {"data": [str(text_file)], **SETTINGS}
-    report = cfsp.prune(place / "dense", out=place / "out", repair="none", **asked)
-    tokens_BT = question_of(dense, place / "dense").tokens_BT
-    return Case(dense, place / "dense", place / "out", report, tokens_BT, asked)
+    dense = tiny_model(request.param, **CONFIGS[request.param])
+    return pruned_case(dense, tokenizer, tmp_path_factory.mktemp(request.param), asked)
 
 
 def test_nothing_from_it_is_cut(case: Case) -> None:
@@ -99,14 +72,14 @@ def test_nothing_from_it_is_cut(case: Case) -> None:
     actual = logits_of(cfsp.load(case.out), case.tokens_BT)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert (expected - logits_of(case.dense, case.tokens_BT)).abs().max() > 1e-2
-    assert len(case.removed) == 2
+    assert len(case.removed_attentions) == 2
     owned = parameters_of_attentions(Checkpoint(case.source, parts=ATTENTION))
     gone = case.report.parameters_before - case.report.parameters_after
-    assert gone == sum(owned[block] for block in case.removed)
+    assert gone == sum(owned[block] for block in case.removed_attentions)
 
 
 def test_caches_agree_with_none(case: Case) -> None:
-    check_caches_agree_with_none(case.out, case.tokens_BT)
+    check_caches_agree_with_none(case)
 
 
 def test_padding_on_the_left_changes_nothing(case: Case) -> None:
@@ -130,8 +103,10 @@ def test_places_in_the_cache_are_filled_from_the_first_of_their_kind(case: Case)
     filled: dict[object, list[int]] = {}
     for unit in units:
         attention: Any = blocks[unit.block].get_submodule(unit.path)
-        assert (type(attention).__name__ == Gone.__name__) is (unit.block in case.removed)
-        if unit.block not in case.removed:
+        assert (type(attention).__name__ == Gone.__name__) is (
+            unit.block in case.removed_attentions
+        )
+        if unit.block not in case.removed_attentions:
             filled.setdefault(kinds[unit.block], []).append(attention.layer_idx)
     for kind, places in filled.items():
         of_kind = [block for block in range(len(blocks)) if kinds[block] == kind]
@@ -140,15 +115,11 @@ def test_places_in_the_cache_are_filled_from_the_first_of_their_kind(case: Case)
 
 
 def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
-    plan = case.report.plan
-    check_a_fresh_process_keeps_the_contract(
-        case.dense, case.out, plan, case.tokens_BT, forks, tmp_path
-    )
+    check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
-    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
-    check_in_memory_is_the_checkpoint(pruned, case.out, case.tokens_BT, tmp_path)
+    check_in_memory_is_the_checkpoint(case, tokenizer, tmp_path)
 
 
 def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
@@ -169,7 +140,7 @@ def test_the_plan_is_obeyed_and_commands_tell_of_it(
     plan = PruningPlan.load(case.out / "cfsp_plan.json")
     assert plan == case.report.plan
     assert [unit.kept_width == 0 for unit in plan.of_part("kv")] == [
-        unit.block in case.removed for unit in plan.of_part("kv")
+        unit.block in case.removed_attentions for unit in plan.of_part("kv")
     ]
     asked = ["--plan", str(case.out / "cfsp_plan.json"), "--repair", "none"]
     assert main(["prune", str(case.source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
@@ -179,7 +150,7 @@ def test_the_plan_is_obeyed_and_commands_tell_of_it(
     assert main(["inspect", str(case.out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["kv_groups"] == case.report.kv_groups["after"]
-    assert told["pruned"]["removed_attentions"] == case.removed
+    assert told["pruned"]["removed_attentions"] == case.removed_attentions
     assert "the attentions of block" in (case.out / "README.md").read_text()
     assert main(["verify", str(case.out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verified"]
@@ -191,7 +162,7 @@ def test_the_block_takes_over_what_its_attention_did(case: Case, tmp_path: Path)
     (step,) = report.repair["steps"]
     assert step["name"] == "gaps"
     fitted = [block for block, entry in enumerate(step["blocks"]) if entry is not None]
-    assert fitted == case.removed
+    assert fitted == case.removed_attentions
     before, after = (load_file(at / "model.safetensors") for at in (case.out, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     source = Checkpoint(case.source)
@@ -217,17 +188,17 @@ def test_what_the_model_cannot_do_without_is_refused_by_name(
     name: str, removed: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        check_attentions_can_go(LoadedModel(model_of(name), ATTENTION), removed)
+        check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), removed)
 
 
 def test_attentions_can_go_whatever_their_heads_are() -> None:
     # One KV group, beside the FFN, latent, and with norms over all heads together.
     for name in ("gpt_bigcode", "gptj", "deepseek_v3", "olmo2"):
-        check_attentions_can_go(LoadedModel(model_of(name), ATTENTION), [0, 1])
+        check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), [0, 1])
 
 
 def test_impossible_budgets_say_what_is_possible(text_file: Path, tokenizer: Any) -> None:
-    model = model_of("llama")
+    model = tiny_model("llama")
     asked = {"parts": "attention", "data": [str(text_file)], **SETTINGS}
     with pytest.raises(BudgetError, match="at least one of 3 attentions must stay; between 0 and"):
         cfsp.prune(model, tokenizer, sparsity=0.9, **asked)
@@ -240,7 +211,7 @@ def test_impossible_budgets_say_what_is_possible(text_file: Path, tokenizer: Any
 @pytest.fixture(scope="module")
 def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("llama") / "dense"
-    save_with_tokenizer(model_of("llama", num_hidden_layers=5), tokenizer, place)
+    save_with_tokenizer(tiny_model("llama", num_hidden_layers=5), tokenizer, place)
     return place
 
 

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import cfsp
-from cfsp.architecture.model_classes import model_class_of
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
-from cfsp.families.contract import question_of, save_with_tokenizer
-from cfsp.families.tiny import random_model, tiny_config
+from cfsp.families.contract import save_with_tokenizer
+from cfsp.families.tiny import tiny_model
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
-from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget
 from cfsp.whole_model import removal_order
 from forks import Forks
 from pruned_checks import (
+    Case,
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
     generated,
     logits_of,
     nothing_from,
+    pruned_case,
 )
 
 BOTH = ("attention", "blocks")
@@ -49,18 +47,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 
 
-@dataclass
-class Case:
-    """A tiny model, and what is left without a block and the attentions of two others."""
-
-    dense: Any
-    source: Path
-    out: Path
-    report: PruneReport
-    tokens_BT: Tensor
-    asked: dict[str, Any]
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(
     request: pytest.FixtureRequest,
@@ -68,15 +54,10 @@ def case(
     text_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:
-    place = tmp_path_factory.mktemp(request.param)
-    config = tiny_config(request.param, **CONFIGS[request.param])
-    dense = random_model(model_class_of(config), config)
-    save_with_tokenizer(dense, tokenizer, place / "dense")
     asked = {"parts": "attention,blocks", "remove_blocks": 1, "remove_attentions": 2}
     asked |= {"sparsity": 0.0, "data": [str(text_file)], **SETTINGS}
-    report = cfsp.prune(place / "dense", out=place / "out", repair="none", **asked)
-    tokens_BT = question_of(dense, place / "dense").tokens_BT
-    return Case(dense, place / "dense", place / "out", report, tokens_BT, asked)
+    dense = tiny_model(request.param, **CONFIGS[request.param])
+    return pruned_case(dense, tokenizer, tmp_path_factory.mktemp(request.param), asked)
 
 
 def test_what_is_masked_is_cut(case: Case) -> None:
@@ -93,18 +74,15 @@ def test_what_is_masked_is_cut(case: Case) -> None:
 
 
 def test_caches_agree_with_none(case: Case) -> None:
-    check_caches_agree_with_none(case.out, case.tokens_BT)
+    check_caches_agree_with_none(case)
 
 
 def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
-    check_a_fresh_process_keeps_the_contract(
-        case.dense, case.out, case.report.plan, case.tokens_BT, forks, tmp_path
-    )
+    check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
-    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
-    check_in_memory_is_the_checkpoint(pruned, case.out, case.tokens_BT, tmp_path)
+    check_in_memory_is_the_checkpoint(case, tokenizer, tmp_path)
 
 
 def test_commands_tell_of_both(
@@ -148,8 +126,7 @@ def test_blocks_make_up_for_both(case: Case, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("llama") / "dense"
-    config = tiny_config("llama", num_hidden_layers=5)
-    save_with_tokenizer(random_model(model_class_of(config), config), tokenizer, place)
+    save_with_tokenizer(tiny_model("llama", num_hidden_layers=5), tokenizer, place)
     return place
 
 
@@ -244,8 +221,7 @@ def test_impossible_mixes_are_refused(
     monkeypatch.setattr(removal_order, "fits", lambda *args: False)
     with pytest.raises(UsageError, match="requires the whole model in memory"):
         cfsp.prune(llama, out=tmp_path / "o", sparsity=0.2, **asked)
-    config = tiny_config("gemma3_text", **CONFIGS["gemma3_text"])
-    source = LoadedModel(random_model(model_class_of(config), config), BOTH)
+    source = LoadedModel(tiny_model("gemma3_text", **CONFIGS["gemma3_text"]), BOTH)
     with pytest.raises(UnsupportedModelError, match=r"of block 1 .* beside blocks 3, 5: at least"):
         check_attentions_can_go(source, [1], [3, 5])
     check_attentions_can_go(source, [1], [0, 5])

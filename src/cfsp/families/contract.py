@@ -38,7 +38,6 @@ from cfsp.settings import (
     Budget,
     CalibrationText,
     Compute,
-    Part,
     PruneSettings,
     Text,
 )
@@ -86,13 +85,7 @@ def save_with_tokenizer(
     tokenizer.save_pretrained(directory)
 
 
-def prune_tiny(
-    source: Path,
-    out: Path,
-    texts: Sequence[str | Text],
-    multiple: int,
-    parts: tuple[Part, ...] = DEFAULT_PARTS,
-) -> PruneReport:
+def prune_tiny(source: Path, out: Path, texts: Sequence[str | Text], multiple: int) -> PruneReport:
     """Prune the checkpoint of a tiny model, without repair, which changes weights.
 
     Args:
@@ -100,18 +93,17 @@ def prune_tiny(
         out: the new one.
         texts: to calibrate on, with token ids below those with a meaning of their own.
         multiple: that FFN widths are multiples of.
-        parts: what may go.
 
     Raises:
         CfspError: it cannot be pruned.
     """
     settings = PruneSettings(
-        budget=Budget(SPARSITY, multiple=multiple, parts=parts),
+        budget=Budget(SPARSITY, multiple=multiple),
         text=CalibrationText(tuple(texts), samples=SAMPLES, seqlen=SEQLEN),
         compute=Compute("cpu"),
         repair="none",
     )
-    return prune_checkpoint(Checkpoint(source, parts=parts), out, settings)
+    return prune_checkpoint(Checkpoint(source), out, settings)
 
 
 def least_multiple(architecture: Architecture) -> int:
