@@ -51,7 +51,6 @@ from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.recovery.adaptation import check_installed
 from cfsp.recovery.memory import method_that_fits
-from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Distillation, Limit, Training
 from cfsp.recovery.teacher import choose_teacher
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
@@ -225,6 +224,9 @@ def prune_and_recover(
     Raises:
         CfspError: anything that a user can cause.
     """
+    # It imports the Trainer, and with it much that pruning alone does without.
+    from cfsp.recovery.recover import recover_checkpoint
+
     remove_finished_work(out)
     check_output_is_free(out)
     compute, text = settings.compute, settings.text

@@ -71,8 +71,10 @@ def commands() -> list[str]:
 # Help.
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["prune", "--help"], ["--version"]])
-def test_help_does_not_import_torch(argv: list[str]) -> None:
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["prune", "--help"], ["--version"], ["inspect", "./no/such"]]
+)
+def test_what_answers_at_once_does_not_import_torch(argv: list[str]) -> None:
     code = (
         "import sys\nfrom cfsp.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
@@ -83,7 +85,7 @@ def test_help_does_not_import_torch(argv: list[str]) -> None:
         [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
-    assert "cfsp" in finished.stdout
+    assert "cfsp" in finished.stdout + finished.stderr
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,7 +248,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.pipeline.recover_checkpoint", killed)
+        patch.setattr("cfsp.recovery.recover.recover_checkpoint", killed)
         assert main(arguments) == 130
     assert not out.exists()
     before = (pruned / "model.safetensors").stat().st_mtime_ns

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.hub import hub_is_reachable
 from cfsp.checkpoint.own_files import STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import Checkpoint
 
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
@@ -43,18 +45,22 @@ def open_checkpoint(
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    return Checkpoint(locate_model(name, revision), label=str(name), parts=parts)
+    directory = locate_model(name, revision)
+    # It imports torch, which a wrong name need not wait for.
+    from cfsp.checkpoint.reading import Checkpoint
+
+    return Checkpoint(directory, label=str(name), parts=parts)
 
 
 def locate_model(name: str | Path, revision: str | None = None) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
     if name == DEMO_NAME:  # only the word: Path("demo") is a directory of that name
-        return import_gguf(demo_gguf())
+        return _import_gguf(demo_gguf())
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; {_GIVE}")
-        return import_gguf(path)
+        return _import_gguf(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -62,6 +68,12 @@ def locate_model(name: str | Path, revision: str | None = None) -> Path:
     if not _looks_like_hub_id(str(name)):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name), revision)
+
+
+def _import_gguf(path: Path) -> Path:
+    from cfsp.checkpoint.gguf_import import import_gguf
+
+    return import_gguf(path)
 
 
 def demo_gguf() -> Path:

@@ -28,14 +28,22 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Inspect and print."""
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.result.conditions import Conditions
-    from cfsp.result.inspect import inspect_checkpoint
-    from cfsp.result.repair_steps import repair_steps, steps_in_words
 
-    facts = inspect_checkpoint(open_checkpoint(args.model, args.revision))
+    checkpoint = open_checkpoint(args.model, args.revision)
+    # It imports torch, which a wrong name does not wait for.
+    from cfsp.result.inspect import inspect_checkpoint
+
+    facts = inspect_checkpoint(checkpoint)
     if args.json:
         print_json(facts)
-        return
+    else:
+        _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from cfsp.result.conditions import Conditions
+    from cfsp.result.repair_steps import repair_steps, steps_in_words
+
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
     print(f"hidden size        {facts['hidden_size']}")
     _print_widths(facts)
