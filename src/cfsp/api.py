@@ -149,8 +149,9 @@ def prune(
         )
     if effort not in EFFORTS:
         raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
-    known = (Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining)
-    check_names(advanced, *known)
+    check_names(
+        advanced, Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining
+    )
     settings = PruneSettings(
         budget=from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts).for_goal(goal),
         criterion=from_names(Criterion, advanced),
@@ -166,26 +167,14 @@ def prune(
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
         asked = f"goal={goal}" if goal else f"sparsity={sparsity}"
-        command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
-        evaluation = from_names(EvaluationText, advanced, names=_texts(eval))
-        # Before a model is downloaded or converted.
-        check_all_texts(settings.text, evaluation, goal)
-        source, limit = open_checkpoint(model, parts=settings.budget.parts), None
-        if trains:
-            settings, limit = best_effort(source, settings)
-        if limit is not None:
-            report, _ = prune_and_recover(
-                source,
-                Path(out),
-                settings,
-                limit,
-                goal=goal,
-                evaluation=evaluation,
-                command=command,
-            )
-            return report
-        return prune_checkpoint(
-            source, Path(out), settings, goal=goal, evaluation=evaluation, command=command
+        return _prune_path(
+            model,
+            Path(out),
+            settings,
+            goal,
+            trains=trains,
+            evaluation=from_names(EvaluationText, advanced, names=_texts(eval)),
+            command=f"cfsp.prune({str(model)!r}, {asked}, ...)",
         )
     if tokenizer is None or out is not None or eval:
         raise UsageError(
@@ -195,6 +184,29 @@ def prune(
     if trains:
         settings = replace(settings, repair=BEST_WITHOUT_TRAINING)
     return prune_model(model, tokenizer, settings, goal)
+
+
+def _prune_path(
+    model: str | Path,
+    out: Path,
+    settings: PruneSettings,
+    goal: Goal | None,
+    *,
+    trains: bool,
+    evaluation: EvaluationText,
+    command: str,
+) -> PruneReport:
+    """Prune a path into a new directory; train the result too if asked to, and if that fits."""
+    # Before a model is downloaded or converted.
+    check_all_texts(settings.text, evaluation, goal)
+    source, limit = open_checkpoint(model, parts=settings.budget.parts), None
+    if trains:
+        settings, limit = best_effort(source, settings)
+    what: dict[str, Any] = {"goal": goal, "evaluation": evaluation, "command": command}
+    if limit is None:
+        return prune_checkpoint(source, out, settings, **what)
+    report, _ = prune_and_recover(source, out, settings, limit, **what)
+    return report
 
 
 def calibrate(

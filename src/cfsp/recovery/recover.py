@@ -35,13 +35,13 @@ from cfsp.recovery.adaptation import (
     save_adapter,
     trained_parameters,
 )
-from cfsp.recovery.evaluation import baseline_of, before_and_after
+from cfsp.recovery.evaluation import Baseline, baseline_of, before_and_after
 from cfsp.recovery.prepare import Prepared, Request, prepare
 from cfsp.recovery.recover_report import RecoverReport, log_trainable, recover_report
 from cfsp.recovery.saved import SaveState, last_checkpoint
 from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
 from cfsp.recovery.sharding import shard, trained_tensors
-from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, train
+from cfsp.recovery.training import BYTES_PER_SECOND, TrainingOutcome, load_to_train, train
 from cfsp.recovery.writing import (
     copy_everything_else,
     recovery_facts,
@@ -136,17 +136,8 @@ def _recover(
     request: Request, prepared: Prepared, watch: Stopwatch, place: Workplace | None
 ) -> RecoverReport:
     """Do the work; only the first process has a place, and writes."""
-    source, training, text = request.source, request.training, prepared.text
-    baseline = None
-    if place is not None and prepared.evaluation is not None:
-        with watch.stage("evaluate"):
-            baseline = baseline_of(
-                source.directory,
-                prepared.evaluation,
-                request.compute,
-                training.limit.seconds,
-                PassState(place.directory_of(_BEFORE), prepared.identity),
-            )
+    source, training = request.source, request.training
+    baseline = _measured_before(request, prepared, watch, place)
     device, dtype = compute_device(request.compute.device), request.compute.dtype
 
     def load(which: Checkpoint) -> PreTrainedModel:
@@ -164,31 +155,9 @@ def _recover(
     names = trained_parameters(model, prepared.targets, request.adaptation.method)
     adapted, blocks = attached(model)
     log_trainable(blocks)
-
-    directory, callbacks = directory_of_process(request.out) / _TRAIN, []
-    if place is not None:
-        state = PassState(place.directory_of(_TRAIN), prepared.identity)
-        callbacks = [SaveState(state)]
-    # Without a state, what lies there is not complete, and the first process removes it.
-    goes_on = (directory / STATE_FILE).is_file()
+    later = _seconds_to_write(source, watch) + (baseline.seconds if baseline else 0)
     with watch.stage("train"), joined(device, _PATIENCE) if training.shard else nullcontext():
-        outcome = train(
-            adapted,
-            model,
-            text,
-            training,
-            directory=directory,
-            started=request.started,
-            after_training=_MARGIN
-            * (_seconds_to_write(source, watch) + (baseline.seconds if baseline else 0)),
-            resume_from=last_checkpoint(directory) if goes_on else None,
-            teacher=dense,
-            distillation=request.teacher.distillation if request.teacher else None,
-            callbacks=callbacks,
-            shard=partial(_shard, source, adapted, model, prepared.teacher, dense, device)
-            if training.shard
-            else None,
-        )
+        outcome = _train(request, prepared, place, adapted, model, dense, _MARGIN * later)
         trained = {}
         if training.shard:
             trained = trained_tensors(adapted, keeps=place is not None)
@@ -217,7 +186,7 @@ def _recover(
         report = recover_report(blocks, outcome, measured, watch, request.out)
         facts = recovery_facts(
             report,
-            text,
+            prepared.text,
             training,
             request.adaptation,
             request.teacher,
@@ -226,6 +195,57 @@ def _recover(
         )
         write_record(source, staging, facts, digests)
     return report
+
+
+def _measured_before(
+    request: Request, prepared: Prepared, watch: Stopwatch, place: Workplace | None
+) -> Baseline | None:
+    """Return the perplexity before training, which the first process measures if it is asked to."""
+    if place is None or prepared.evaluation is None:
+        return None
+    with watch.stage("evaluate"):
+        return baseline_of(
+            request.source.directory,
+            prepared.evaluation,
+            request.compute,
+            request.training.limit.seconds,
+            PassState(place.directory_of(_BEFORE), prepared.identity),
+        )
+
+
+def _train(
+    request: Request,
+    prepared: Prepared,
+    place: Workplace | None,
+    adapted: nn.Module,
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    after_training: float,
+) -> TrainingOutcome:
+    """Train, from where a killed run was; the first process notes what there is to go on from."""
+    directory, callbacks = directory_of_process(request.out) / _TRAIN, []
+    if place is not None:
+        state = PassState(place.directory_of(_TRAIN), prepared.identity)
+        callbacks = [SaveState(state)]
+    # Without a state, what lies there is not complete, and the first process removes it.
+    goes_on = (directory / STATE_FILE).is_file()
+    device = compute_device(request.compute.device)
+    return train(
+        adapted,
+        model,
+        prepared.text,
+        request.training,
+        directory=directory,
+        started=request.started,
+        after_training=after_training,
+        resume_from=last_checkpoint(directory) if goes_on else None,
+        teacher=dense,
+        distillation=request.teacher.distillation if request.teacher else None,
+        callbacks=callbacks,
+        shard=partial(_shard, request.source, adapted, model, prepared.teacher, dense, device)
+        if request.training.shard
+        else None,
+    )
 
 
 def _shard(

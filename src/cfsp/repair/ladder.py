@@ -10,7 +10,7 @@ pass over all. Each further step goes on from what the one before it gave.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.plan_file import PruningPlan
+    from cfsp.processes import Team
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
 
@@ -96,17 +97,13 @@ def plan_and_repair(
     check_can_be_repaired(source, settings)
     check_complete(source)
     if plan is not None:
-        plan.check_fits(source)
-        check_can_go(source, RemovedWhole(plan.removed_blocks, plan.removed_attentions))
-        if plan.kept_experts is not None:
-            stock = stock_config(source.config)
-            check_experts_can_go(stock, source.architecture, plan.experts_of_blocks)
-    elif statistics is None:
-        _check_budget(source, settings.budget)
-        check_can_be_compared(source, [settings], engine)
-    else:
+        _check_plan(source, plan)
+    elif statistics is not None:
         with watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
+    else:
+        _check_budget(source, settings.budget)
+        check_can_be_compared(source, [settings], engine)
     steps = REPAIRS[1 : REPAIRS.index(settings.repair) + 1]
     if _only_experts_go(settings.budget, plan):
         steps = ()  # nothing that stays could take over what they did
@@ -116,16 +113,7 @@ def plan_and_repair(
         windows = _drawn(draw, settings)
         return _calibrate_and_plan(source, windows, settings, engine, place, watch)
     windows = _drawn(draw, settings)
-    if len(windows.tokens_NT) < 2:
-        raise TextError(
-            "repair needs at least 2 windows, one of them held out, found 1; give more --samples, "
-            "or --repair none"
-        )
-    if "sequential" in steps:
-        check_enough(windows, place.team, streams_of(windows).batch)
-    if "local" in steps:
-        batch = TwoStreams.of(windows, settings.local.tokens).batch
-        check_enough(windows, place.team, batch)
+    _check_windows(windows, steps, settings, place.team)
     with watch.stage("ridge"):
         if plan is None:
             repaired = _choose_and_repair(source, windows, settings, engine, place)
@@ -147,6 +135,39 @@ def plan_and_repair(
                 source, repaired, windows, engine, place, settings.local, settings.text.seed
             )
     return repaired
+
+
+def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
+    """Check a plan that was made before.
+
+    Raises:
+        PlanError: it is of another model.
+        UnsupportedModelError: the model cannot do without what goes whole.
+    """
+    plan.check_fits(source)
+    check_can_go(source, RemovedWhole(plan.removed_blocks, plan.removed_attentions))
+    if plan.kept_experts is not None:
+        stock = stock_config(source.config)
+        check_experts_can_go(stock, source.architecture, plan.experts_of_blocks)
+
+
+def _check_windows(
+    windows: Windows, steps: Sequence[str], settings: PruneSettings, team: Team
+) -> None:
+    """Check that there are enough windows for the steps, and for every process.
+
+    Raises:
+        TextError: there are too few.
+    """
+    if len(windows.tokens_NT) < 2:
+        raise TextError(
+            "repair needs at least 2 windows, one of them held out, found 1; give more --samples, "
+            "or --repair none"
+        )
+    if "sequential" in steps:
+        check_enough(windows, team, streams_of(windows).batch)
+    if "local" in steps:
+        check_enough(windows, team, TwoStreams.of(windows, settings.local.tokens).batch)
 
 
 def _only_experts_go(budget: Budget, plan: PruningPlan | None) -> bool:

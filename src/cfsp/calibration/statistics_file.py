@@ -1,0 +1,223 @@
+"""Statistics on disk: one file is one calibration.
+
+It is `statistics.safetensors`: sums of channels as tensors, all else as JSON in its metadata.
+What is read is checked, so that a damaged file is told from a calibration.
+
+Shapes: E experts, F FFN channels, L blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cfsp.calibration.statistics import (
+    NOT_SEEN,
+    BlockStatistics,
+    CalibrationRecord,
+    RunDistances,
+    Statistics,
+    UnitStatistics,
+    removals_from_json,
+    sensitivity_from_json,
+)
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import StatisticsError
+from cfsp.settings import DISTANCES, UNIT_PARTS
+
+# Version 1 held means of distances where version 2 holds sums; it is still read. Version 3 is for
+# models some of whose blocks have no FFN unit, or several: units are then listed by themselves.
+STATISTICS_VERSION = 2
+VERSION_WITH_UNITS = 3
+_METADATA_KEY = "cfsp_statistics"
+
+
+def write_statistics(statistics: Statistics, path: Path) -> None:
+    """Write statistics to one file, atomically; see `Statistics.save`."""
+    units = [_entry_of(unit) for unit in statistics.units]
+    blocks: list[dict[str, Any]]
+    if statistics.has_one_unit_each and all(unit.part == "ffn" for unit in statistics.units):
+        stem, version, more = "blocks", STATISTICS_VERSION, {}
+        blocks = [
+            {"distance_sums": block.distance_sums, **unit}
+            for block, unit in zip(statistics.blocks, units, strict=True)
+        ]
+    else:
+        stem, version = "units", VERSION_WITH_UNITS
+        blocks = [asdict(block) for block in statistics.blocks]
+        more = {
+            "units": [
+                {"block": unit.block, **entry}
+                for unit, entry in zip(statistics.units, units, strict=True)
+            ]
+        }
+    tensors: dict[str, Tensor] = {}
+    for i, unit in enumerate(statistics.units):
+        tensors[f"{stem}.{i}.sum"] = unit.sum_F.contiguous()
+        tensors[f"{stem}.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
+        if len(unit.output_norm_E):
+            tensors[f"{stem}.{i}.output_norm"] = unit.output_norm_E.contiguous()
+    facts: dict[str, Any] = {
+        "version": version,
+        "record": asdict(statistics.record),
+        "blocks": blocks,
+        **more,
+    }
+    if statistics.sensitivity:
+        facts["sensitivity"] = statistics.sensitivity.to_json()
+    if statistics.removals:
+        facts["removals"] = [each.to_json() for each in statistics.removals]
+    if statistics.runs:
+        facts["runs"] = asdict(statistics.runs)
+    # One entry only: the library writes several in random order, and the same statistics
+    # shall give the same bytes.
+    write_atomically(path, save(tensors, metadata={_METADATA_KEY: json.dumps(facts)}))
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Read statistics from a file; see `Statistics.load`."""
+    if not path.is_file():
+        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
+        ) from error
+    try:
+        facts = json.loads(metadata[_METADATA_KEY])
+        version = facts["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
+        ) from error
+    if version not in (1, STATISTICS_VERSION, VERSION_WITH_UNITS):
+        raise StatisticsError(
+            f"{path} has statistics version {version}, "
+            f"expected 1 to {VERSION_WITH_UNITS}; calibrate again"
+        )
+    try:
+        record = _record(facts["record"])
+        blocks = tuple(_block(entry, i) for i, entry in enumerate(facts["blocks"]))
+        stem = "units" if version == VERSION_WITH_UNITS else "blocks"
+        units = tuple(
+            _unit({"block": i, **entry}, tensors, f"{stem}.{i}")
+            for i, entry in enumerate(facts[stem])
+        )
+        _check_order(units, len(blocks))
+        sensitivity = sensitivity_from_json(facts.get("sensitivity"), len(blocks))
+        removals = removals_from_json(facts.get("removals", ()), len(blocks))
+        runs = _runs(facts.get("runs"), len(blocks))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
+    if not blocks:
+        raise StatisticsError(f"{path} describes no block; calibrate again")
+    for i, block in enumerate(blocks):
+        own = [unit for unit in units if unit.block == i]
+        if not all(map(math.isfinite, block.distance_sums.values())) or not all(
+            map(_is_possible, own)
+        ):
+            raise StatisticsError(
+                f"{path} has NaN, infinite or impossible values in block {i}; calibrate again"
+            )
+    return Statistics(blocks, units, record, sensitivity, removals, runs)
+
+
+def _entry_of(unit: UnitStatistics) -> dict[str, Any]:
+    """Return what is written of a unit besides its sums."""
+    entry: dict[str, Any] = {"tokens": unit.tokens}
+    if unit.routed_E:
+        entry["routed"] = unit.routed_E
+    if unit.part != "ffn":
+        entry["part"] = unit.part
+    if unit.distance_sums:
+        entry["distance_sums"] = unit.distance_sums
+    return entry
+
+
+def _record(fields: dict[str, Any]) -> CalibrationRecord:
+    record = CalibrationRecord(**fields)
+    for key, kind in CalibrationRecord.__annotations__.items():
+        expected = {"str": str, "int": int, "bool": bool}.get(kind, dict)
+        if type(getattr(record, key)) is not expected:
+            raise TypeError(f"{key} is not of type {expected.__name__}")
+    return record
+
+
+def _runs(fields: dict[str, Any] | None, blocks: int) -> RunDistances | None:
+    if fields is None:
+        return None
+    sums = tuple(tuple(float(value) for value in row) for row in fields["sums"])
+    if [len(row) for row in sums] != [blocks + 1] * (blocks + 1) or int(fields["tokens"]) < 1:
+        raise ValueError(f"the distances over runs are not those of {blocks} blocks")
+    if not all(math.isfinite(value) for row in sums for value in row):
+        raise ValueError("the distances over runs are NaN or infinite")
+    return RunDistances(sums, int(fields["tokens"]))
+
+
+def _block(entry: dict[str, Any], index: int) -> BlockStatistics:
+    tokens = int(entry["tokens"])
+    if tokens < 1:
+        raise ValueError(f"block {index} has seen {tokens} tokens")
+    if "distances" in entry:
+        sums = {name: float(entry["distances"][name]) * tokens for name in DISTANCES}
+    else:
+        sums = {name: float(entry["distance_sums"][name]) for name in DISTANCES}
+    return BlockStatistics(sums, tokens)
+
+
+def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitStatistics:
+    sum_F, squares_F = tensors[f"{name}.sum"], tensors[f"{name}.sum_of_squares"]
+    if sum_F.ndim != 1 or sum_F.shape != squares_F.shape:
+        raise ValueError(f"{name} has sums of shapes {sum_F.shape} and {squares_F.shape}")
+    block, tokens = int(entry["block"]), int(entry["tokens"])
+    if tokens < 1:
+        raise ValueError(f"{name} has seen {tokens} tokens")
+    routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
+    if routed_E and (min(routed_E) < 0 or len(sum_F) % len(routed_E)):
+        raise ValueError(f"{name} has {len(sum_F)} channels in {len(routed_E)} experts")
+    output_norm_E = tensors.get(f"{name}.output_norm", NOT_SEEN).double()
+    if len(output_norm_E) not in (0, len(routed_E)):
+        raise ValueError(f"{name} has outputs of {len(output_norm_E)} experts")
+    part = entry.get("part", "ffn")
+    if part not in UNIT_PARTS:
+        raise ValueError(f"{name} is of the part {part!r}")
+    # Of a file with one unit in each block, these are the block's.
+    sums = dict(entry["distance_sums"]) if part != "ffn" and "distance_sums" in entry else {}
+    distance_sums = {distance: float(sums[distance]) for distance in DISTANCES if sums}
+    return UnitStatistics(
+        block,
+        sum_F.double(),
+        squares_F.double(),
+        tokens,
+        routed_E,
+        part,
+        distance_sums,
+        output_norm_E,
+    )
+
+
+def _check_order(units: Sequence[UnitStatistics], blocks: int) -> None:
+    order = [unit.block for unit in units]
+    if order != sorted(order) or not all(0 <= block < blocks for block in order):
+        raise ValueError(f"the FFNs of {blocks} blocks are said to be in blocks {order}")
+
+
+def _is_possible(unit: UnitStatistics) -> bool:
+    sums = torch.stack([unit.sum_F, unit.sum_of_squares_F])
+    if not all(map(math.isfinite, unit.distance_sums.values())):
+        return False
+    if not bool(torch.isfinite(unit.output_norm_E).all()) or bool((unit.output_norm_E < 0).any()):
+        return False
+    return bool(torch.isfinite(sums).all()) and bool((unit.sum_of_squares_F >= 0).all())
