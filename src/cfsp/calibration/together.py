@@ -52,10 +52,10 @@ def calibrate_together(
     windows: Windows,
     engine: Engine,
     *,
-    seed: int = 0,
+    seed: int,
     place: Workplace,
     name: str = "calibrate",
-    runs: bool = False,
+    runs: bool,
 ) -> Statistics:
     """Return the statistics of all windows, of which each process of a team calibrates a part.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
 
 
-def ffn_matrix(source: WeightSource, unit: int, role: Role, ffn: int = 0) -> Tensor | None:
+def ffn_matrix(source: WeightSource, unit: int, role: Role, ffn: int) -> Tensor | None:
     """Return a matrix of one FFN as outputs x inputs; None for the gate of one that has none.
 
     Args:

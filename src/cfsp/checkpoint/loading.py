@@ -95,7 +95,7 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def compute_device(name: str = "auto") -> torch.device:
+def compute_device(name: str) -> torch.device:
     """Return a device by name; `auto` is an accelerator if there is one, else the CPU.
 
     Raises:

@@ -7,19 +7,9 @@ stored as safetensors, have an ending of their own.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 MANIFEST_FILE = "cfsp.json"
 PLAN_FILE = "cfsp_plan.json"
 STATISTICS_FILE = "cfsp.statistics"
 CARD_FILE = "README.md"
 # As they were called until November 2026; found in old directories.
 OLD_STATISTICS_FILE = "cfsp_statistics.safetensors"
-
-
-def statistics_in(directory: Path) -> Path | None:
-    """Return where a directory keeps its statistics; None if it has none."""
-    for name in (STATISTICS_FILE, OLD_STATISTICS_FILE):
-        if (directory / name).is_file():
-            return directory / name
-    return None

@@ -25,7 +25,7 @@ def pruned_config(
     architecture: Architecture,
     removed: Collection[int],
     widths: Sequence[int],
-    experts: int | None = None,
+    experts: int | None,
 ) -> PreTrainedConfig:
     """Return the config of the pruned model, of the class that the source's config has.
 
@@ -49,7 +49,7 @@ def pruned_fields_and_file(
     architecture: Architecture,
     removed: Collection[int],
     widths: Sequence[int],
-    experts: int | None = None,
+    experts: int | None,
 ) -> tuple[dict[str, Any], ModelingFile | None]:
     """Return config.json of the pruned model, and the modelling file if it needs one.
 

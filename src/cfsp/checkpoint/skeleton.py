@@ -133,7 +133,7 @@ def read_tensors(
 def read_parameter(
     source: WeightSource,
     name: str,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None,
     instead: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return a parameter as the model in memory holds it.

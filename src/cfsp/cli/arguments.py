@@ -14,12 +14,10 @@ from cfsp.errors import UsageError
 from cfsp.settings import (
     BOS,
     DEFAULT_TEXT,
-    Bos,
     Budget,
     CalibrationText,
     Compute,
     Criterion,
-    EvaluationText,
 )
 
 __all__ = ["command_parser"]
@@ -135,17 +133,6 @@ def budget(args: argparse.Namespace) -> Budget:
 def criterion(args: argparse.Namespace) -> Criterion:
     """Return what counts as important."""
     return settings_from(args, Criterion)
-
-
-def evaluation_text(
-    names: list[str] | None,
-    windows: int | None,
-    seqlen: int | None = None,
-    stride: int | None = None,
-    bos: Bos = "auto",
-) -> EvaluationText:
-    """Return which texts to measure perplexity on."""
-    return EvaluationText(tuple(names or ()), windows, seqlen, stride, bos)
 
 
 def typed_command() -> str:

@@ -11,6 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli.output import estimate, human_count, print_json, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
+from cfsp.settings import EvaluationText
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.quality.results_file import measured_into
     from cfsp.quality.tasks.harness import TaskRunner
 
-    texts = arguments.evaluation_text(args.data, args.windows, args.seqlen, args.stride, args.bos)
+    texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.stride, args.bos)
     runner = TaskRunner.of(selection) if selection else None
     compute = arguments.compute(args)
     take_own_accelerator(compute.device)

@@ -105,7 +105,7 @@ class GroupAtWork:
             turn,
         ).on(device)
 
-    def batch_of_all(self, windows: Sequence[int], turn: int = 0) -> Batch:
+    def batch_of_all(self, windows: Sequence[int], turn: int) -> Batch:
         """Return some windows of all processes, which call this together.
 
         Args:

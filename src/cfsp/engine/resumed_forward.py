@@ -56,9 +56,7 @@ def resumed_at(
 
 
 @contextmanager
-def skipped(
-    blocks: nn.ModuleList, indices: Collection[int], form: CallForm = PLAIN
-) -> Iterator[None]:
+def skipped(blocks: nn.ModuleList, indices: Collection[int], form: CallForm) -> Iterator[None]:
     """Let some blocks leave the hidden state as it is, as if they were not there.
 
     Args:

@@ -108,9 +108,9 @@ def pass_two_streams(
     *,
     name: str,
     streams: TwoStreams,
-    own: slice = slice(None),
+    own: slice,
     group_of: Callable[[int], range] = lambda block: range(block, block + 1),
-    removed: Collection[int] = (),
+    removed: Collection[int],
 ) -> list[T | None]:
     """Let both streams pass all blocks; do something to each group of pruned blocks on the way.
 

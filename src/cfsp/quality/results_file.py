@@ -25,7 +25,7 @@ def measured_into(
     out: Path,
     asked: dict[str, Any],
     measure: Callable[[Path], dict[str, Any]],
-    team: Team | None = None,
+    team: Team | None,
 ) -> dict[str, Any]:
     """Return results from a file, which is written if it is not there yet.
 

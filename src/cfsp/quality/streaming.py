@@ -98,9 +98,9 @@ def streamed_sums(
     windows: Windows,
     engine: Engine,
     *,
-    place: Workplace | None = None,
-    name: str = "perplexity",
-    label: str | None = None,
+    place: Workplace | None,
+    name: str,
+    label: str | None,
     dense: DenseEnd | None = None,
     on_end: Callable[[HiddenStates], None] = lambda hidden: None,
 ) -> WindowSums:

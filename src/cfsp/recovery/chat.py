@@ -29,8 +29,8 @@ def chat_windows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seqlen: int,
-    limit: int | None = None,
-    begins_with: Sequence[int] = (),
+    limit: int,
+    begins_with: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Return conversations one after another, cut into windows: token ids and labels, [N, T].
 
@@ -54,7 +54,7 @@ def chat_windows(
         ids, answer = answer_tokens(conversation, tokenizer, number)
         tokens += ids
         labels += [i if keep else IGNORED for i, keep in zip(ids, answer, strict=True)]
-        if limit is not None and len(tokens) >= limit * seqlen:
+        if len(tokens) >= limit * seqlen:
             break
     token_R, label_R = torch.tensor([tokens, labels], dtype=torch.int64)
     cut = spans(token_R, seqlen, begins_with)

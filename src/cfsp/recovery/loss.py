@@ -96,8 +96,8 @@ def language_model_loss(
 def whole_logits_loss(
     logit_NV: Tensor,
     label_N: Tensor,
-    teacher: Teacher | None = None,
-    distillation: Distillation | None = None,
+    teacher: Teacher | None,
+    distillation: Distillation | None,
 ) -> Tensor:
     """Return the same loss from logits, in one piece and differentiable by autograd.
 

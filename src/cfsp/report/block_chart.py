@@ -163,7 +163,7 @@ def width_panel(
     before_U: Sequence[int],
     after_U: Sequence[int],
     bands: Bands,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | None,
 ) -> Panel:
     """Return a panel of the channels that FFNs keep, within those that they had.
 

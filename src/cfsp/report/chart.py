@@ -140,6 +140,6 @@ def block_table(
     return Table(["block", *head], rows)
 
 
-def block_bands(count: int, width: int, blocks: Sequence[int] | None = None) -> Bands:
+def block_bands(count: int, width: int, blocks: Sequence[int] | None) -> Bands:
     """Return the columns of `count` blocks in a drawing of this width; see `Bands`."""
     return Bands(count, LEFT, width - RIGHT, blocks)

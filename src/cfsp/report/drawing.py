@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 Value = str | float | int | None
+# Pixels between labels of columns, and the characters of a label.
+_LEAST_GAP = 26.0
+_LONGEST_LABEL = 24
 
 
 def element(tag: str, *children: str, **attributes: Value) -> Markup:
@@ -38,10 +41,9 @@ def join(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
-def path(points: Sequence[tuple[float, float]], *, closed: bool = False) -> str:
+def path(points: Sequence[tuple[float, float]]) -> str:
     """Return the `d` of a path through points."""
-    text = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return text + "Z" if closed else text
+    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _text(value: Value) -> str:
@@ -122,10 +124,10 @@ class Bands:
         """Return the middle of a column."""
         return self.left(index) + self.width / 2
 
-    def labelled(self, least_gap: float = 26.0) -> list[int]:
+    def labelled(self) -> list[int]:
         """Return the columns that have room for a label."""
         every = next(
-            (n for n in (1, 2, 5, 10, 20, 50) if n * self.width >= least_gap), self.count
+            (n for n in (1, 2, 5, 10, 20, 50) if n * self.width >= _LEAST_GAP), self.count
         )  # fmt: skip
         return list(range(0, self.count, every))
 
@@ -152,9 +154,9 @@ def block_axis(bands: Bands, y: float) -> Markup:
     return join([line, *numbers, name])
 
 
-def short_label(name: str, most: int = 24) -> str:
+def short_label(name: str) -> str:
     """Return the end of a long name, which tells paths apart better than the beginning."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    return name if len(name) <= _LONGEST_LABEL else f"…{name[1 - _LONGEST_LABEL :]}"
 
 
 def panel_title(text: str, x: float, y: float) -> Markup:

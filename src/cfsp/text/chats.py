@@ -82,7 +82,7 @@ def templated(
     )
 
 
-def checked_conversation(value: Any, where: str, *, beside_images: bool = False) -> Conversation:
+def checked_conversation(value: Any, where: str, *, beside_images: bool) -> Conversation:
     """Check that a value is a list of messages, each with a role and a content.
 
     Args:
