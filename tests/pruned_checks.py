@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import cfsp
@@ -72,6 +74,14 @@ def nothing_from(dense: Any, plan: PruningPlan) -> Iterator[None]:
                 stack.callback(attention.register_forward_hook(zeros).remove)
         stack.enter_context(skipped(blocks, plan.removed_blocks, form))
         yield
+
+
+def check_is_the_same(source: Path, out: Path) -> None:
+    before, after = (load_file(at / "model.safetensors") for at in (source, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    first, second = (json.loads((at / "config.json").read_text()) for at in (source, out))
+    assert first == second
 
 
 def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -371,36 +371,28 @@ def calibrate_source(
         removing: also measure what the removal of blocks needs that these settings ask for.
         processor: of a multimodal model in memory.
     """
-    if place is None:
-        with temporary_workplace(compute.memory_budget) as temporary:
-            return calibrate_source(
-                source,
-                tokenizer,
-                text,
-                compute,
-                temporary,
-                sensitivity=sensitivity,
-                removing=removing,
-                processor=processor,
-            )
-    engine = engine_of(compute, source)
-    check_can_be_compared(source, removing, engine)
-    windows = calibration_windows(source, tokenizer, text, engine, processor)
-    if callable(sensitivity):
-        sensitivity = sensitivity(windows)
-    if sensitivity:
-        check_is_text(windows, "--sensitivity")
-    check_same_work(place.team, [source], {"calibration text": windows.digest})
-    check_enough(windows, place.team, engine.batch_windows)
-    for each in removing:
-        if each.budget.whole_parts:
-            check_is_text(windows, f"--parts {','.join(each.budget.whole_parts)}")
-    runs = follow_runs(source, removing, engine)
-    statistics = calibrate_together(source, windows, engine, seed=text.seed, place=place, runs=runs)
-    statistics = with_needed_removals(source, statistics, windows, removing, engine, place)
-    if sensitivity:
-        return with_sensitivity(source, statistics, windows, Criterion(), engine)
-    return statistics
+    own: AbstractContextManager[Workplace] = temporary_workplace(compute.memory_budget)
+    with own if place is None else nullcontext(place) as place:
+        engine = engine_of(compute, source)
+        check_can_be_compared(source, removing, engine)
+        windows = calibration_windows(source, tokenizer, text, engine, processor)
+        if callable(sensitivity):
+            sensitivity = sensitivity(windows)
+        if sensitivity:
+            check_is_text(windows, "--sensitivity")
+        check_same_work(place.team, [source], {"calibration text": windows.digest})
+        check_enough(windows, place.team, engine.batch_windows)
+        for each in removing:
+            if each.budget.whole_parts:
+                check_is_text(windows, f"--parts {','.join(each.budget.whole_parts)}")
+        runs = follow_runs(source, removing, engine)
+        statistics = calibrate_together(
+            source, windows, engine, seed=text.seed, place=place, runs=runs
+        )
+        statistics = with_needed_removals(source, statistics, windows, removing, engine, place)
+        if sensitivity:
+            return with_sensitivity(source, statistics, windows, Criterion(), engine)
+        return statistics
 
 
 def _digest(identity: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ import cfsp
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.engine.workplace import temporary_workplace
 from cfsp.errors import TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality import evaluate
@@ -68,14 +69,16 @@ def test_before_and_after_is_what_the_manifest_has(
     before, after = (Checkpoint(tiny_checkpoint(name)) for name in ("llama", "qwen3"))
     compute, texts = Compute(dtype="float32"), EvaluationText((str(text_file),), 2, 24)
     windows = evaluation_windows(texts, before)
-    found = before_and_after(before, after, windows, compute)
+    with temporary_workplace(None) as place:
+        found = before_and_after(before, after, windows, compute, place)
+        assert before_and_after(before, after, {}, compute, place) == {}
+    assert evaluation_windows(None, before) == {}
     single = evaluate_models([before.directory, after.directory], texts, compute)
     (value,) = found.values()
     assert set(value) == {"before", "after", *CONDITIONS}
     assert [value["before"], value["after"]] == [
         model["perplexity"][str(text_file)]["value"] for model in single
     ]
-    assert before_and_after(before, after, evaluation_windows(None, before), compute) == {}
 
 
 def test_pruning_measures_in_windows_of_its_own_length(

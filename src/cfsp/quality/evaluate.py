@@ -235,8 +235,7 @@ def before_and_after(
     after: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,
-    place: Workplace | None = None,
-    labels: tuple[str, str] = ("dense", "pruned"),
+    place: Workplace,
 ) -> dict[str, dict[str, Any]]:
     """Return text -> {"before", "after"} and their conditions, as the manifest has them.
 
@@ -245,16 +244,10 @@ def before_and_after(
         after: the other, with the same tokenizer.
         windows: of each text (see `evaluation_windows`).
         compute: how.
-        place: where to spill and to save; None for a temporary one.
-        labels: what progress calls the models.
+        place: where to spill and to save.
     """
-    if place is None:
-        with temporary_workplace(compute.memory_budget) as temporary:
-            return before_and_after(before, after, windows, compute, temporary, labels)
-    first, second = (
-        _perplexities(source, windows, compute, place, label)
-        for source, label in zip((before, after), labels, strict=True)
-    )
+    first = _perplexities(before, windows, compute, place, "dense")
+    second = _perplexities(after, windows, compute, place, "pruned")
     return {
         text: {
             "before": round(value.value, 4),
@@ -279,7 +272,7 @@ def _perplexities(
             of_text,
             engine,
             place=place,
-            name=f"perplexity-{Path(label).name}-{of_text.digest[:8]}",
+            name=f"perplexity-{label}-{of_text.digest[:8]}",
             label=f"{label} on {text}",
         )
         for text, of_text in windows.items()
