@@ -22,6 +22,7 @@ from transformers import (
 import cfsp
 from builders import CALIBRATION, CRITERION
 from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.tensor_file import TensorFile
@@ -267,5 +268,8 @@ def test_blocks_that_the_model_cannot_do_without_are_refused_by_name(
 
 
 def test_the_small_model_of_the_proof_need_not_have_a_valid_config() -> None:
-    # Its hidden size is no multiple of its heads, which the class checks when it reads a config.
-    prove_without_blocks(ArceeConfig(num_hidden_layers=3), (1,))
+    config = ArceeConfig(num_hidden_layers=3)
+    # Its class checks this when it reads a config.
+    with pytest.raises(ValueError, match="is not a multiple of the number of attention heads"):
+        small_run_of(config).model.config.validate_architecture()
+    prove_without_blocks(config, (1,))

@@ -47,7 +47,10 @@ def architecture_of(
     # Proving takes a part of a second, and one command asks several times.
     wanted = (*parts, *resized_parts(config))
     parts = tuple(part for part in PROVED_PARTS if part in wanted)
-    key = f"{type(config).__name__} {parts} {stock.to_json_string(use_diff=False)}"
+    fields = stock.to_dict()
+    for name in ("architectures", "auto_map"):  # those of a pruned model are not the stock one's
+        fields.pop(name, None)
+    key = f"{model_class_of(stock).__name__} {type(config).__name__} {parts} {fields}"
     if key not in _proved:
         _proved[key] = prove(stock, parts=parts)
     return with_given_widths(_proved[key], config)

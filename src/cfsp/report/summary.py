@@ -126,37 +126,13 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
     if not known:
         return []
     first = known[0].manifest
+    left = [_left(run) if run in known else {} for run in runs]
     rows = [
-        Row(
-            "parameters",
-            [
-                Cell(f"{first['parameters_before']:,}"),
-                *(
-                    Cell(
-                        f"{run.manifest['parameters_after']:,}",
-                        percent_less(run.manifest["model_sparsity"]),
-                    )
-                    if run in known
-                    else _NOTHING
-                    for run in runs
-                ),
-            ],
-        ),
-        Row(
-            "FFN channels",
-            [
-                Cell(f"{sum(first['widths_before']):,}"),
-                *(
-                    Cell(
-                        f"{sum(run.manifest['intermediate_sizes']):,}",
-                        percent_less(_channels_gone(run)),
-                    )
-                    if run in known
-                    else _NOTHING
-                    for run in runs
-                ),
-            ],
-        ),
+        Row(name, [Cell(f"{before:,}"), *(cells.get(name, _NOTHING) for cells in left)])
+        for name, before in (
+            ("parameters", first["parameters_before"]),
+            ("FFN channels", sum(first["widths_before"])),
+        )
     ]
     for key, noun in _OTHER_PARTS.items():
         with_part = [run.manifest[key] for run in known if key in run.manifest]
@@ -171,6 +147,16 @@ def _size(runs: Sequence[RunFacts]) -> list[Row]:
     disk = [Cell(dense), *(Cell(megabytes(run.weight_bytes)) for run in runs)]
     hint = "the original's size is its parameters at the same bytes each"
     return [*rows, Row("weights on disk", disk, hint)]
+
+
+def _left(run: RunFacts) -> dict[str, Cell]:
+    """Return what a run has left, by the name of its row."""
+    parameters, channels = run.manifest["parameters_after"], run.manifest["intermediate_sizes"]
+    gone = run.manifest["model_sparsity"]
+    return {
+        "parameters": Cell(f"{parameters:,}", percent_less(gone)),
+        "FFN channels": Cell(f"{sum(channels):,}", percent_less(_channels_gone(run))),
+    }
 
 
 def _part_cell(part: dict[str, Any] | None, before: int) -> Cell:
