@@ -48,7 +48,7 @@ def architecture_of(
     wanted = (*parts, *resized_parts(config))
     parts = tuple(part for part in PROVED_PARTS if part in wanted)
     fields = stock.to_dict()
-    for name in ("architectures", "auto_map"):  # those of a pruned model are not the stock one's
+    for name in ("architectures", "auto_map", "_name_or_path"):  # where it is from, and pruned how
         fields.pop(name, None)
     key = f"{model_class_of(stock).__name__} {type(config).__name__} {parts} {fields}"
     if key not in _proved:

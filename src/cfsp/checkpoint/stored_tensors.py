@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+T = TypeVar("T")
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
 _OLD_BUFFER = "rotary_emb.inv_freq"
@@ -71,7 +74,15 @@ class StoredTensors:
     faults: Mapping[str, str]
     _shapes: ModelShapes = field(repr=False)
     _conversions: Mapping[str, Conversion] = field(repr=False)
-    _weights: Mapping[tuple[int, Role, int | None], str] = field(repr=False)
+
+    @cached_property
+    def _weights(self) -> dict[tuple[int, Role, int | None], str]:
+        """The stored tensor of each matrix, by unit, role and FFN: None where it is of all FFNs."""
+        return {
+            (layout.unit, layout.role, layout.ffn): name
+            for name, layout in self.layouts.items()
+            if not layout.is_bias
+        }
 
     @staticmethod
     def of(
@@ -114,10 +125,9 @@ class StoredTensors:
                     f"{name} of an FFN has its values from {tied[name]}; FFNs that share weights "
                     "cannot be pruned"
                 )
-        layouts = _layouts(conversions, specs, parameters, made_by, shapes)
         return StoredTensors(
             specs=specs,
-            layouts=layouts,
+            layouts=_layouts(conversions, specs, parameters, made_by, shapes),
             expert_axes=_expert_axes(architecture, made_by, faults, label),
             tied=tied,
             unused=tuple(unused),
@@ -125,11 +135,6 @@ class StoredTensors:
             faults=faults,
             _shapes=shapes,
             _conversions=made_by,
-            _weights={
-                (layout.unit, layout.role, layout.ffn): name
-                for name, layout in layouts.items()
-                if not layout.is_bias
-            },
         )
 
     def of_widths(
@@ -188,48 +193,33 @@ class StoredTensors:
                 return None
             return name_without_blocks(architecture, removed, name)
 
-        layouts = {
-            name: replace(layout, unit=unit_of[layout.unit])
-            for name, layout in self.layouts.items()
-            if layout.unit in unit_of
-        }
+        def renamed(of_all: Mapping[str, T]) -> dict[str, T]:
+            return {
+                new: value for name, value in of_all.items() if (new := name_of(name)) is not None
+            }
+
         conversions = {
-            new: replace(conversion, target=name_of(conversion.target) or conversion.target)
+            name: replace(conversion, target=name_of(conversion.target) or conversion.target)
             for name, conversion in self._conversions.items()
-            if (new := name_of(name)) is not None
-        }
-        shapes = {
-            new: tensor
-            for name, tensor in self._shapes.tensors.items()
-            if (new := name_of(name)) is not None
         }
         return StoredTensors(
             specs=specs,
-            layouts=layouts,
+            layouts={
+                name: replace(layout, unit=unit_of[layout.unit])
+                for name, layout in self.layouts.items()
+                if layout.unit in unit_of
+            },
             expert_axes={
                 name: (unit_of[unit], axis)
                 for name, (unit, axis) in self.expert_axes.items()
                 if unit in unit_of
             },
-            tied={
-                new: name_of(to) or to
-                for name, to in self.tied.items()
-                if (new := name_of(name)) is not None
-            },
+            tied=renamed({name: name_of(to) or to for name, to in self.tied.items()}),
             unused=tuple(name for name in self.unused if name in specs),
             stale=self.stale,
-            faults={
-                new: fault
-                for name, fault in self.faults.items()
-                if (new := name_of(name)) is not None
-            },
-            _shapes=ModelShapes(config, shapes),
-            _conversions=conversions,
-            _weights={
-                (unit_of[unit], role, ffn): name
-                for (unit, role, ffn), name in self._weights.items()
-                if unit in unit_of
-            },
+            faults=renamed(self.faults),
+            _shapes=ModelShapes(config, renamed(self._shapes.tensors)),
+            _conversions=renamed(conversions),
         )
 
     def with_experts(self, kept: Mapping[int, Sequence[int]]) -> StoredTensors:
@@ -259,11 +249,6 @@ class StoredTensors:
                     },
                 )
                 for name, conversion in self._conversions.items()
-            },
-            _weights={
-                (unit, role, new(unit, ffn)): name
-                for (unit, role, ffn), name in self._weights.items()
-                if name not in gone
             },
         )
 
