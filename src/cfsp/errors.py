@@ -123,6 +123,11 @@ class MissingExtraError(CfspError):
         )
 
 
+def first_line(error: Exception) -> str:
+    """Return what is wrong, in one line of bounded length."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` if something known is like what was found, else nothing."""
     close = difflib.get_close_matches(found, list(known), n=1)

@@ -36,14 +36,13 @@ from cfsp.architecture.small_run import (
     TOLERANCE,
     SmallRun,
     difference,
-    first_line,
     first_tensor,
     run_decoder,
     set_parameter,
     small_skeleton,
     small_tokens,
 )
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

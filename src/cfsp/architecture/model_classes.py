@@ -1,16 +1,34 @@
-"""Which transformers class a config belongs to."""
+"""Which transformers class a config belongs to, and a new model of it."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import CheckpointError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # What the classes that cfsp writes are called: that of transformers with this in front.
 PRUNED = "Pruned"
+
+
+def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a new model of a config, which stays as it is.
+
+    Raises:
+        CheckpointError: no model can be built from the config.
+    """
+    try:
+        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+    except Exception as error:  # whatever a config's numbers and names make transformers do
+        raise CheckpointError(
+            f"no {config.model_type} model can be built from the numbers and names in config.json "
+            f"({first_line(error)}); correct it or download it again"
+        ) from error
+    return model
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -24,7 +24,6 @@ Shapes: B windows, T tokens, D hidden, F channels, E experts, K kept channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,18 +37,17 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.experts import experts_fail, refused_experts, why_not, with_experts
 from cfsp.architecture.found import Architecture, Fusion, Refusal, Unit
-from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.model_classes import build_model, model_class_of
 from cfsp.architecture.resizing import resize_attention, resize_ffn
 from cfsp.architecture.small_run import (
     LEAST_EFFECT,
     TOLERANCE,
     SmallRun,
     difference,
-    first_line,
     run_small,
     set_parameter,
 )
-from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
 
 if TYPE_CHECKING:
@@ -246,14 +244,8 @@ def _guess(
     config: PreTrainedConfig, model_class: Any, part: Part
 ) -> tuple[Architecture, dict[str, list[str]]]:
     """Return what discovery finds, and for every shared parameter its other names."""
-    try:
-        with torch.device("meta"):
-            model = model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
-    except Exception as error:  # whatever a config's numbers and names make transformers do
-        raise CheckpointError(
-            f"no {config.model_type} model can be built from the numbers and names in config.json "
-            f"({first_line(error)}); correct it or download it again"
-        ) from error
+    with torch.device("meta"):
+        model = build_model(model_class, config, torch.float32)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.architecture.shrinking import smaller_configs
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.settings import Part
 
 if TYPE_CHECKING:
@@ -114,11 +114,6 @@ def run_small(
         f"the decoder of {architecture.class_name} could not be tried on random weights "
         f"({reason}); please report the model type with this sentence"
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return what is wrong, in one line of bounded length."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def small_skeleton(config: PreTrainedConfig, model_class: Any) -> Any:

@@ -22,9 +22,8 @@ from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import may_matter
-from cfsp.architecture.small_run import first_line
 from cfsp.checkpoint.text_config import text_config_of, text_path
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -75,12 +75,12 @@ class WeightSource(Protocol):
         ...
 
     def read_prefix(self, name: str, elements: int) -> Tensor:
-        """Return the first elements of one tensor, flattened."""
-        ...
+        """Return the first elements of one tensor, flattened, on the CPU."""
+        return self.read(name).reshape(-1)[:elements].cpu()
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor."""
-        ...
+        return tensor_chunks(self.read(name))
 
 
 class Checkpoint(WeightSource):
@@ -174,14 +174,6 @@ class LoadedModel(WeightSource):
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
         return self._tensors[name].detach()
-
-    def read_prefix(self, name: str, elements: int) -> Tensor:
-        """Return the first elements of one tensor, flattened."""
-        return self._tensors[name].detach().reshape(-1)[:elements].cpu()
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one tensor."""
-        return tensor_chunks(self._tensors[name])
 
 
 def fingerprint(source: WeightSource) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.model_classes import build_model, model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.checkpoint.config_widths import (
     modeling_file,
@@ -84,17 +83,9 @@ def _built(
     config: PreTrainedConfig, dtype: torch.dtype, without_weights: Callable[[], Any]
 ) -> PreTrainedModel:
     # Before the context: finding the class may run a small model.
-    build: Any = model_class(config)
-    try:
-        with without_weights():
-            model: PreTrainedModel = build._from_config(copy.deepcopy(config), dtype=dtype)
-    except Exception as error:  # whatever a config's numbers and names make transformers do
-        raise CheckpointError(
-            f"no {config.model_type} model can be built from the numbers and names in config.json "
-            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}); "
-            "correct it or download it again"
-        ) from error
-    return model
+    build = model_class(config)
+    with without_weights():
+        return build_model(build, config, dtype)
 
 
 def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:

@@ -130,14 +130,6 @@ class PrunedSource(WeightSource):
             return self._repaired[name].read(name)
         return pruned_tensor(self._source, self._plan, name)
 
-    def read_prefix(self, name: str, elements: int) -> Tensor:
-        """Return the first elements of one tensor, flattened."""
-        return self.read(name).reshape(-1)[:elements].cpu()
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one tensor."""
-        return tensor_chunks(self.read(name))
-
 
 def write_pruned_weights(
     source: WeightSource,

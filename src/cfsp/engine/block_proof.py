@@ -23,7 +23,6 @@ from cfsp.architecture.small_run import (
     TOLERANCE,
     SmallRun,
     difference,
-    first_line,
     first_tensor,
     run_decoder,
     set_parameter,
@@ -41,7 +40,7 @@ from cfsp.checkpoint.stored_blocks import names_without_blocks
 from cfsp.checkpoint.stored_tensors import name_without_blocks
 from cfsp.engine.call_form import find_call_form
 from cfsp.engine.resumed_forward import skipped
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,12 +92,7 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
             f"{what}: they failed the check skipped: expected that the others need nothing of them "
             f"but a hidden state, found {first_line(error)}"
         ) from error
-    effect = difference(run_decoder(decoder, tokens_BT), expected)
-    if not effect > LEAST_EFFECT:
-        raise UnsupportedModelError(
-            f"{what}: they failed the check bites: expected another output without them, found a "
-            f"difference of {effect:.1e}"
-        )
+    _check_bites(run_decoder(decoder, tokens_BT), expected, what)
     found = run_decoder(_cut(run, changes, removed), tokens_BT)
     if not (error_found := difference(found, expected)) <= TOLERANCE:
         raise UnsupportedModelError(
@@ -163,12 +157,7 @@ def prove_without_attentions(
             attention = run.blocks[unit.block].get_submodule(unit.path)
             stack.callback(attention.register_forward_hook(_nothing).remove)
         expected = run_decoder(decoder, tokens_BT)
-    effect = difference(dense, expected)
-    if not effect > LEAST_EFFECT:
-        raise UnsupportedModelError(
-            f"{what}: they failed the check bites: expected another output without them, found a "
-            f"difference of {effect:.1e}"
-        )
+    _check_bites(dense, expected, what)
     caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
     with _without_attentions(run, attentions, leaving, kinds):
         for check, compute in (("cut", run_decoder), ("cache", _run_with_cache)):
@@ -186,6 +175,16 @@ def prove_without_attentions(
                     f"{what}: they failed the check {check}: expected the output with nothing from "
                     f"them, found a relative difference of {error:.1e}"
                 )
+
+
+def _check_bites(dense: Tensor, expected: Tensor, what: str) -> None:
+    """Check that the output is another without what goes: else comparing it proves nothing."""
+    effect = difference(dense, expected)
+    if not effect > LEAST_EFFECT:
+        raise UnsupportedModelError(
+            f"{what}: they failed the check bites: expected another output without them, found a "
+            f"difference of {effect:.1e}"
+        )
 
 
 def _check_some_stay(

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.architecture.model_classes import model_class_of
-from cfsp.architecture.small_run import SmallRun, first_line, run_small
+from cfsp.architecture.small_run import SmallRun, run_small
 from cfsp.checkpoint.config_widths import stock_config
+from cfsp.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
