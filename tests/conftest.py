@@ -149,6 +149,22 @@ def tiny_checkpoint(
 
 
 @pytest.fixture(scope="session")
+def pruned(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+) -> Path:
+    """A tiny Llama whose blocks have different widths."""
+    import cfsp
+
+    out = tmp_path_factory.mktemp("pruned") / "model"
+    asked: dict[str, Any] = {"sparsity": 0.5, "multiple": 4, "samples": 8, "seqlen": 32}
+    report = cfsp.prune(tiny_checkpoint("llama"), out=out, data=[str(text_file)], **asked)
+    assert len(set(report.intermediate_sizes)) > 1
+    return out
+
+
+@pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Fresh processes that need not import torch anew."""
     with Forks() as running:

@@ -18,20 +18,6 @@ from cfsp.cli import main
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "npz", "gguf", "h5", "msgpack", "ckpt")
 
 
-@pytest.fixture(scope="module")
-def pruned(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    out = tmp_path_factory.mktemp("beside") / "pruned"
-    cfsp.prune(
-        tiny_checkpoint("llama"), out=out, sparsity=0.4, multiple=4, data=[text_file],
-        samples=4, seqlen=32, device="cpu",
-    )  # fmt: skip
-    return out
-
-
 def test_every_weight_file_holds_tensors_of_the_model_only(pruned: Path) -> None:
     files = [path for ending in WEIGHTS for path in pruned.rglob(f"*.{ending}")]
     assert {path.suffix for path in files} == {".safetensors"}

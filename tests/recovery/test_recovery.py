@@ -49,24 +49,6 @@ from tiny_models import TRAINED
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def pruned(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Any, text_file: Path) -> Path:
-    """A tiny Llama whose blocks have different widths."""
-    out = tmp_path_factory.mktemp("pruned") / "model"
-    cfsp.prune(
-        tiny_checkpoint("llama"),
-        out=out,
-        sparsity=0.5,
-        multiple=4,
-        data=[str(text_file)],
-        samples=8,
-        seqlen=32,
-    )
-    plan = PruningPlan.load(out / PLAN_FILE)
-    assert len(set(plan.kept_widths)) > 1
-    return out
-
-
 def training(steps: int = 6, **changes: Any) -> Training:
     options: dict[str, Any] = {"batch_windows": 4, "seqlen": 32, "evaluations": 2} | changes
     return Training(Limit(steps=steps), **options)

@@ -11,32 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import cfsp
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from checkpoint_tensors import tensors
 from commands import Command, Commands, ranks
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def pruned(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-) -> Path:
-    out = tmp_path_factory.mktemp("sharding") / "pruned"
-    cfsp.prune(
-        tiny_checkpoint("llama"),
-        out=out,
-        sparsity=0.5,
-        multiple=4,
-        data=[str(text_file)],
-        samples=8,
-        seqlen=32,
-    )
-    return out
 
 
 @pytest.fixture

@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from cfsp.result.conditions import Conditions
     from cfsp.result.repair_steps import repair_steps, steps_in_words
 
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
@@ -76,15 +75,19 @@ def _print(facts: dict[str, Any]) -> None:
     texts = ", ".join(f"{name} ({count})" for name, count in calibration["sources"].items())
     print(f"calibration        {texts} windows of {calibration['seqlen']}")
     print(f"repair             {steps_in_words(repair_steps(pruned))}")
-    for text, value in pruned["perplexity"].items():
-        change = f"{value['before']:.2f} -> {value['after']:.2f}"
-        print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
+    _print_perplexity(pruned["perplexity"])
     if "recovery" in pruned:
         print(f"recovery           {pruned['recovery']['steps']:,} steps of training")
-        for text, value in pruned["recovery"].get("perplexity", {}).items():
-            change = f"{value['before']:.2f} -> {value['after']:.2f}"
-            print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
+        _print_perplexity(pruned["recovery"].get("perplexity", {}))
     print(f"command            {pruned['command']}")
+
+
+def _print_perplexity(of_texts: dict[str, Any]) -> None:
+    from cfsp.result.conditions import Conditions
+
+    for text, value in of_texts.items():
+        change = f"{value['before']:.2f} -> {value['after']:.2f}"
+        print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
 
 
 def _groups_that_went(pruned: dict[str, Any]) -> str:

@@ -325,23 +325,19 @@ def describe_step(step: dict[str, Any]) -> str:
 def print_report(report: PruneReport) -> None:
     """Print what pruning gained and lost."""
     before, after = report.parameters_before, report.parameters_after
-    channels_before = sum(report.plan.widths_of("ffn")[0])
-    channels_after = sum(report.intermediate_sizes)
-    rows = [
-        ("parameters", human_count(before), human_count(after), f"{after / before - 1:+.1%}"),
-        (
-            "FFN channels",
-            f"{channels_before:,}",
-            f"{channels_after:,}",
-            f"{channels_after / channels_before - 1:+.1%}",
-        ),
-    ]
-    if report.kv_groups:
-        groups, left = sum(report.kv_groups["before"]), sum(report.kv_groups["after"])
-        rows.append(("KV groups", f"{groups:,}", f"{left:,}", f"{left / groups - 1:+.1%}"))
-    if experts := report.experts:
-        had, left = sum(experts["before"]), sum(experts["after"])
-        rows.append(("experts", f"{had:,}", f"{left:,}", f"{left / had - 1:+.1%}"))
+    rows = [("parameters", human_count(before), human_count(after), f"{after / before - 1:+.1%}")]
+    channels: dict[str, Any] = {
+        "before": report.plan.widths_of("ffn")[0],
+        "after": report.intermediate_sizes,
+    }
+    for noun, part in (
+        ("FFN channels", channels),
+        ("KV groups", report.kv_groups),
+        ("experts", report.experts),
+    ):
+        if part:
+            had, left = sum(part["before"]), sum(part["after"])
+            rows.append((noun, f"{had:,}", f"{left:,}", f"{left / had - 1:+.1%}"))
     if removed := report.plan.removed_blocks:
         share = len(removed) / report.blocks_before
         rows.insert(
@@ -360,7 +356,7 @@ def print_report(report: PruneReport) -> None:
         )
     print_table(("", "before", "after", "change"), rows)
     print()
-    if experts:
+    if report.experts:
         print(report.plan.experts_in_words)
     if report.plan.has_gaps:
         print(f"removed: {report.plan.removed_in_words}")
