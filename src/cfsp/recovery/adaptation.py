@@ -8,6 +8,7 @@ a trained length for every row (arXiv 2402.09353).
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -123,6 +124,17 @@ def trained_parameters(
             names += [f"{matrix}.{key}" for key in of_matrix if method == "full" or key == "weight"]
         names += block.experts
     return names
+
+
+def size_of_weights(model: PreTrainedModel, names: Sequence[str]) -> float:
+    """Return the root mean square of the matrices among these parameters."""
+    squares, count = 0.0, 0
+    for name in names:
+        weights = model.get_parameter(name)
+        if weights.ndim > 1:  # biases have sizes of their own
+            squares += float(weights.detach().float().square().sum())
+            count += weights.numel()
+    return math.sqrt(squares / count)
 
 
 def save_adapter(adapted: Any, source: Checkpoint, directory: Path) -> None:

@@ -33,6 +33,7 @@ from cfsp.recovery.adaptation import (
     attach,
     merge,
     save_adapter,
+    size_of_weights,
     trained_parameters,
 )
 from cfsp.recovery.evaluation import Baseline, baseline_of, before_and_after
@@ -106,7 +107,7 @@ def recover_checkpoint(
         source=source,
         out=out,
         data=data,
-        training=training.with_rate_for(adaptation.method),
+        training=training,
         adaptation=adaptation,
         teacher=teacher,
         evaluation=evaluation if evaluation is not None and evaluation.names else None,
@@ -136,12 +137,12 @@ def _recover(
     request: Request, prepared: Prepared, watch: Stopwatch, place: Workplace | None
 ) -> RecoverReport:
     """Do the work; only the first process has a place, and writes."""
-    source, training = request.source, request.training
+    source = request.source
     baseline = _measured_before(request, prepared, watch, place)
     device, dtype = compute_device(request.compute.device), request.compute.dtype
 
     def load(which: Checkpoint) -> PreTrainedModel:
-        return load_to_train(which, device, dtype, stays_on_cpu=training.shard)
+        return load_to_train(which, device, dtype, stays_on_cpu=request.training.shard)
 
     def attached(model: PreTrainedModel) -> tuple[nn.Module, list[TrainableBlock]]:
         return attach(
@@ -151,26 +152,30 @@ def _recover(
     with watch.stage("load"):
         model = load(source)
         dense = None if prepared.teacher is None else load(prepared.teacher)
+    method = request.adaptation.method
+    names = trained_parameters(model, prepared.targets, method)
+    training = request.training.with_rate_for(method, size_of_weights(model, names))
     torch.manual_seed(training.seed)
-    names = trained_parameters(model, prepared.targets, request.adaptation.method)
     adapted, blocks = attached(model)
     log_trainable(blocks)
     later = _seconds_to_write(source, watch) + (baseline.seconds if baseline else 0)
     with watch.stage("train"), joined(device, _PATIENCE) if training.shard else nullcontext():
-        outcome = _train(request, prepared, place, adapted, model, dense, _MARGIN * later)
+        outcome = _train(request, training, prepared, place, adapted, model, dense, _MARGIN * later)
         trained = {}
         if training.shard:
             trained = trained_tensors(adapted, keeps=place is not None)
     if place is None:
         return recover_report(blocks, outcome, {}, watch, request.out)
     del dense
-    if training.shard:
+    if training.shard or not outcome.best_step:
         # The parts of this process are not all: what was trained goes into the model as it was.
+        # Where that was no better, the model stays as it was.
         del adapted, model
         with watch.stage("load"):
             model = load(source)
             adapted, _ = attached(model)
-            adapted.load_state_dict(trained, strict=False)
+            if outcome.best_step:
+                adapted.load_state_dict(trained, strict=False)
     with staged_directory(request.out) as staging:
         with watch.stage("write"):
             if request.keep_adapter:
@@ -215,6 +220,7 @@ def _measured_before(
 
 def _train(
     request: Request,
+    training: Training,
     prepared: Prepared,
     place: Workplace | None,
     adapted: nn.Module,
@@ -234,7 +240,7 @@ def _train(
         adapted,
         model,
         prepared.text,
-        request.training,
+        training,
         directory=directory,
         started=request.started,
         after_training=after_training,
@@ -243,7 +249,7 @@ def _train(
         distillation=request.teacher.distillation if request.teacher else None,
         callbacks=callbacks,
         shard=partial(_shard, request.source, adapted, model, prepared.teacher, dense, device)
-        if request.training.shard
+        if training.shard
         else None,
     )
 

@@ -187,6 +187,7 @@ class TimeSchedule(Schedule):
     def evaluated(self) -> None:
         """Note that evaluating and saving are done and the next step begins."""
         self._evaluation_seconds.append(self.elapsed - self._mark)
+        self._has_evaluated = True
         super().evaluated()
 
     def step_done(self, step: int, device: torch.device) -> None:
@@ -196,7 +197,6 @@ class TimeSchedule(Schedule):
         decision = _from_first_process(self._decide(), device)
         assert decision[0] >= self.fraction
         self.fraction, self.evaluates, self.is_over = decision
-        self._has_evaluated |= self.evaluates
 
     def _decide(self) -> tuple[float, bool, bool]:
         """Return the fraction that is over, whether to evaluate, and whether this is the end."""

@@ -139,6 +139,12 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
             elapsed, fraction = progress_in(state.log_history)
             self._schedule.go_on_from(elapsed, fraction)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to train after the evaluation before the first step."""
+        if not state.global_step:
+            self._schedule.evaluated()
+            self._schedule.training_begins()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the time of an evaluation from that of a step."""
         if self._schedule.evaluates:

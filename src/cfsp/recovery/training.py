@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from cfsp.recovery.settings import ENDLESS_STEPS, Distillation, Training
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+logger = logging.getLogger(__name__)
 # A slow disk writes so much; better is measured as soon as something is written.
 BYTES_PER_SECOND = 200e6
 
@@ -33,10 +35,11 @@ class TrainingOutcome:
 
     Attributes:
         steps: optimizer steps, those before an interruption included.
-        best_step: the step with the lowest held-out loss; the model has its weights.
+        best_step: the step with the lowest held-out loss, which the model has the weights of; 0
+            where training made it no lower, and the model as it was is the best.
         tokens_in_step: tokens of one step, over all processes.
         tokens_per_second: without evaluations.
-        history: step, held-out perplexity and loss at each evaluation.
+        history: step, held-out perplexity and loss at each evaluation, the first before training.
     """
 
     steps: int
@@ -102,7 +105,9 @@ def train(
             shard()
         trainer = (RecoveryTrainer if shard is None else ShardedTrainer)(
             adapted,
-            training_arguments(training, directory, steps or ENDLESS_STEPS, model),
+            training_arguments(
+                training, directory, steps or ENDLESS_STEPS, model, begins=resume_from is None
+            ),
             text,
             schedule=schedule,
             loss=loss,
@@ -118,11 +123,25 @@ def train(
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return TrainingOutcome(
         steps=trainer.state.global_step,
-        best_step=trainer.state.best_global_step or trainer.state.global_step,
+        best_step=_best_step(reporter.history),
         tokens_in_step=tokens_in_step,
         tokens_per_second=round(reporter.tokens_per_second, 1),
         history=reporter.history,
     )
+
+
+def _best_step(history: Sequence[dict[str, float]]) -> int:
+    """Return the step after which held-out text was predicted best; 0 for before the first."""
+    before, *after = history
+    best = min(after, key=lambda entry: entry["perplexity"])
+    if best["perplexity"] < before["perplexity"]:
+        return int(best["step"])
+    logger.warning(
+        f"training did not make the held-out perplexity lower ({before['perplexity']:.2f} before, "
+        f"{best['perplexity']:.2f} at best), so the weights stay as they were; give it more steps "
+        "or minutes, other text, or another --learning-rate"
+    )
+    return 0
 
 
 def _schedule(
@@ -150,9 +169,9 @@ def _schedule(
 
 
 def training_arguments(
-    training: Training, directory: Path, steps: int, model: PreTrainedModel
+    training: Training, directory: Path, steps: int, model: PreTrainedModel, *, begins: bool
 ) -> TrainingArguments:
-    """Return the Trainer's arguments for a run of at most `steps` steps."""
+    """Return the Trainer's arguments for a run of at most `steps` steps that begins or goes on."""
     from transformers import TrainingArguments
 
     on_cpu = model.device.type == "cpu"
@@ -175,6 +194,8 @@ def training_arguments(
         remove_unused_columns=False,
         prediction_loss_only=True,
         # The clock decides when; the Trainer only needs to know that it may.
+        # The held-out loss before training is what every later one is compared with.
+        eval_on_start=begins,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=ENDLESS_STEPS,
