@@ -116,9 +116,10 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, text_file, tmp_path)
     recovery = manifest["recovery"]
     assert recovery["trainable_parameters"] == report.trainable_parameters
     assert recovery["adaptation"]["allocation"] == "importance"
-    rate = recovery["training"]["learning_rate"]
-    assert rate == pytest.approx(0.005 * root_mean_square(pruned), rel=0.01)
-    assert [entry["step"] for entry in recovery["history"]] == [3, 6]
+    trained = [t.double().flatten() for n, t in tensors(pruned).items() if n.endswith("_proj.weight")]
+    size = float(torch.cat(trained).square().mean().sqrt())
+    assert recovery["training"]["learning_rate"] == pytest.approx(0.005 * size, rel=0.01)
+    assert [entry["step"] for entry in recovery["history"]] == [0, 3, 6]
     card = (out / "README.md").read_text()
     assert "## How it was pruned" in card
     assert "## How it was recovered" in card
@@ -233,20 +234,19 @@ def test_every_kind_of_model_recovers_by_its_stock_loss(
     held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
     with torch.inference_mode():
         stock = cfsp.load(dense)(input_ids=held_NT, labels=held_NT).loss.exp()
-    still = training(1, evaluations=1, learning_rate=1e-9)
-    report = recover(dense, tmp_path / "a", text_file, training=still, adaptation=adaptation)
-    assert report.history[0]["perplexity"] == pytest.approx(float(stock), rel=1e-4)
     report = recover(
         dense,
-        tmp_path / "b",
+        tmp_path / "out",
         text_file,
         training=training(8, evaluations=1, learning_rate=6e-3),
         adaptation=adaptation,
         teacher=TeacherChoice(str(dense), Distillation(0.1)),
     )
-    assert report.history[0]["perplexity"] < float(stock)
-    assert changed(dense, tmp_path / "b")
-    assert cfsp.load(tmp_path / "b")(input_ids=held_NT[:1]).logits.isfinite().all()
+    before, after = report.history
+    assert before["perplexity"] == pytest.approx(float(stock), rel=1e-4)
+    assert after["perplexity"] < float(stock)
+    assert changed(dense, tmp_path / "out")
+    assert cfsp.load(tmp_path / "out")(input_ids=held_NT[:1]).logits.isfinite().all()
 
 
 def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
@@ -327,7 +327,7 @@ def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):
         ),
     )
     assert 2 < time.monotonic() - started < 20
-    assert len(report.history) == 3
+    assert len(report.history) == 4
     assert report.steps > 10
 
 
@@ -425,7 +425,7 @@ def test_other_arguments_are_refused_and_the_work_stays(pruned, text_file, tmp_p
         patch.setattr("cfsp.recovery.recover.merge", stop)
         recover(pruned, out, text_file, evaluation=evaluation)
     before = sorted(work_of(out).rglob("*"))
-    other = r"another learning_rate \(0\.001; now it is 0\.02\); repeat that .* rm -r .*out\.work"
+    other = r"another learning_rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
     with pytest.raises(ResumeError, match=other):
         recover(
             pruned,
@@ -471,7 +471,7 @@ def test_two_processes_reach_the_loss_of_one(pruned, text_file, tmp_path, comman
     assert second.stdout == ""
     single = read_manifest(one)["recovery"]
     assert report["tokens_in_step"] == single["tokens_in_step"]
-    assert len(report["history"]) == 4
+    assert len(report["history"]) == 5
     for a, b in zip(single["history"], report["history"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
         assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-3)
@@ -498,6 +498,24 @@ def test_a_loss_that_is_nan_stops_and_a_lower_rate_begins_anew(
             recover(pruned, out, text_file, training=training(20, evaluations=10))
     assert list(tmp_path.iterdir()) == []
     recover(pruned, out, text_file, training=training(1, learning_rate=1e-5))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_that_does_harm_leaves_the_model_as_it_was(
+    pruned, text_file, tmp_path, caplog, monkeypatch, method
+):
+    # Training goes uphill.
+    monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction, warm_up: -1.0)
+    out, adaptation = tmp_path / "out", Adaptation(method, rank=2)
+    how = training(4, learning_rate=1e-2)
+    report = recover(pruned, out, text_file, training=how, adaptation=adaptation)
+    before, *after = report.history
+    assert before["step"] == 0
+    assert all(entry["perplexity"] > before["perplexity"] for entry in after)
+    assert report.best_step == 0
+    assert changed(pruned, out) == set()
+    assert "training did not make the held-out perplexity lower" in caplog.text
+    assert "so the weights stay as they were; give it more steps" in caplog.text
 
 
 def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_path):

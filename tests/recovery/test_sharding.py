@@ -39,7 +39,7 @@ def check_alike(one: Path, many: Path) -> None:
     expected, found = (read_manifest(path) for path in (one, many))
     assert expected is not None
     assert found is not None
-    assert len(found["recovery"]["history"]) == 3
+    assert len(found["recovery"]["history"]) == 4
     for a, b in zip(expected["recovery"]["history"], found["recovery"]["history"], strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     weights = tensors(one)
