@@ -111,7 +111,7 @@ def _train_plainly(
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    arguments = training_arguments(training, directory, meter.steps + 1, model)
+    arguments = training_arguments(training, directory, meter.steps + 1, model, begins=False)
     arguments.load_best_model_at_end = False
     arguments.eval_strategy = "no"
     Trainer(get_peft_model(model, config), arguments, train_dataset=data, callbacks=[meter]).train()
