@@ -116,7 +116,8 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, text_file, tmp_path)
     recovery = manifest["recovery"]
     assert recovery["trainable_parameters"] == report.trainable_parameters
     assert recovery["adaptation"]["allocation"] == "importance"
-    trained = [t.double().flatten() for n, t in tensors(pruned).items() if n.endswith("_proj.weight")]
+    stored = tensors(pruned).items()
+    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
     size = float(torch.cat(trained).square().mean().sqrt())
     assert recovery["training"]["learning_rate"] == pytest.approx(0.005 * size, rel=0.01)
     assert [entry["step"] for entry in recovery["history"]] == [0, 3, 6]
@@ -220,7 +221,8 @@ def test_accumulation_and_checkpointing_change_nothing(pruned, text_file, tmp_pa
     plain = recover(pruned, tmp_path / "a", text_file)
     other = recover(pruned, tmp_path / "b", text_file, training=training(**same))
     assert other.tokens_in_step == plain.tokens_in_step
-    for a, b in zip(plain.history, other.history, strict=True):
+    # Before the first step there is no loss of training.
+    for a, b in zip(plain.history[1:], other.history[1:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
         assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-3)
 
@@ -472,7 +474,7 @@ def test_two_processes_reach_the_loss_of_one(pruned, text_file, tmp_path, comman
     single = read_manifest(one)["recovery"]
     assert report["tokens_in_step"] == single["tokens_in_step"]
     assert len(report["history"]) == 5
-    for a, b in zip(single["history"], report["history"], strict=True):
+    for a, b in zip(single["history"][1:], report["history"][1:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
         assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-3)
 
