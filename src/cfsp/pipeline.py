@@ -47,6 +47,7 @@ from cfsp.errors import OutputError
 from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.removal_budget import whole_in_words
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.recovery.adaptation import check_installed
@@ -138,6 +139,12 @@ def prune_checkpoint(
     check_output_is_free(out)
     settings = settings.with_suitable_metric()
     if dry_run:
+        if settings.budget.leaves_number_open and settings.repair != "none" and plan is None:
+            log.warning(
+                "--dry-run compares before repair how many %s go; the run itself repairs a few of "
+                "the numbers, and may choose another",
+                whole_in_words(settings.budget),
+            )
         settings = settings.without_repair()
     check_can_be_repaired(source, settings)
     watch = Stopwatch()

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cfsp
+from cfsp.architecture import experts
 from cfsp.architecture.activations import observed_activations
-from cfsp.architecture.proof import prove
+from cfsp.architecture.proof import prove, small_run_of
 from cfsp.calibration.accumulators import OutputNorms
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
@@ -42,8 +43,9 @@ from cfsp.planning.experts import (
     strongest_experts,
     warn_of_lost_experts,
 )
-from cfsp.planning.make import plan_from_statistics
-from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.make import plan_from_statistics, warn_of_few_tokens
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.report.write import write_report
 from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.prune_report import PruneReport
@@ -294,6 +296,44 @@ def test_what_a_router_needs_stays(tmp_path: Path) -> None:
     assert experts_to_keep(grouped, Budget(0.3, parts=PARTS)) == 6
     with pytest.raises(BudgetError, match="does not run with 5"):
         experts_to_keep(grouped, Budget(parts=PARTS, remove_experts=3))
+
+
+def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding may add up over all blocks; a block that computes something else may not."""
+    architecture = prove(tiny_config("mixtral", num_hidden_layers=12), parts=("experts",))
+    run = small_run_of(tiny_config("mixtral", num_hidden_layers=12))
+    kept = dict.fromkeys(range(12), (0, 2))
+    assert experts.experts_fail(architecture, run, kept) is None
+    original = experts._cut
+
+    def faulty(*arguments: Any) -> Any:
+        smaller = original(*arguments)
+        gate = smaller.blocks[7].mlp.gate
+        gate.weight = torch.nn.Parameter(gate.weight * 1.001, requires_grad=False)
+        return smaller
+
+    monkeypatch.setattr(experts, "_cut", faulty)
+    reason = experts.experts_fail(architecture, run, kept)
+    assert reason is not None and "the check cut" in reason and "in block 7" in reason
+
+
+def test_experts_that_few_tokens_reached_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Whole experts go by scores that are then noisy."""
+    kept = tuple(range(8)) + tuple(range(16, 24))
+    unit = UnitPlan(0, 8, kept, 0.1, 0.5, ffns=3, few_tokens={1: 3, 2: 9})
+    warn_of_few_tokens(plan_of(unit))
+    assert (
+        "2 of 3 experts saw fewer than 32 calibration tokens, so whether they go is decided by "
+        "noisy scores: block 0 expert 1 (3), block 0 expert 2 (9); give more --samples"
+    ) in caplog.text
+    caplog.clear()
+    warn_of_few_tokens(plan_of(replace(unit, kept=(0, 1, 16, 17))))
+    assert "noisy scores, and their channels are chosen by their weights alone" in caplog.text
+
+
+def plan_of(unit: UnitPlan) -> PruningPlan:
+    identity = ModelIdentity("a", "mixtral", "b")
+    return PruningPlan(identity, {}, {}, (unit,))
 
 
 def test_nothing_removed_is_the_model(tmp_path: Path) -> None:

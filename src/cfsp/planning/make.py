@@ -265,19 +265,22 @@ def ffn_scores(
 
 
 def warn_of_few_tokens(plan: PruningPlan) -> None:
-    """Tell people which experts are scored by their weights alone."""
+    """Tell people which experts saw too few tokens for their scores to be good."""
     few = plan.experts_with_few_tokens
     if not few:
         return
     named = [expert_in_words(expert) for expert in few[:_MOST_NAMED]]
     more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
+    loses_channels = any(unit.few_tokens and unit.kept_width < unit.width for unit in plan.units)
+    consequences = ["whether they go is decided by noisy scores"] if plan.kept_experts else []
+    if loses_channels or not consequences:
+        consequences.append(f"their channels are chosen by their weights alone ({WEIGHTS_ALONE})")
     log.warning(
-        "%d of %d experts saw fewer than %d calibration tokens, so their channels are chosen by "
-        "their weights alone (%s): %s%s; give more --samples",
+        "%d of %d experts saw fewer than %d calibration tokens, so %s: %s%s; give more --samples",
         len(few),
         sum(unit.ffns for unit in plan.units if unit.ffns > 1),
         LEAST_TOKENS,
-        WEIGHTS_ALONE,
+        ", and ".join(consequences),
         ", ".join(named),
         more,
     )
@@ -401,10 +404,7 @@ def _without_gone_experts(unit: UnitPlan, observed: UnitStatistics) -> UnitPlan:
     """Return the plan of a unit that says what the experts added that go whole, if some do."""
     if not unit.loses_experts:
         return unit
-    scored = unit.kept_ffns if unit.kept_width < unit.width else ()
-    few = {expert: seen for expert, seen in unit.few_tokens.items() if expert in scored}
-    lost = round(lost_output(observed, unit.kept_ffns), 6)
-    return replace(unit, few_tokens=few, lost_output=lost)
+    return replace(unit, lost_output=round(lost_output(observed, unit.kept_ffns), 6))
 
 
 def _written(criterion: Criterion, budget: Budget) -> dict[str, Any]:

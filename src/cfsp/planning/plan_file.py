@@ -180,7 +180,7 @@ class PruningPlan:
 
     @property
     def experts_with_few_tokens(self) -> list[dict[str, Any]]:
-        """Block, expert and tokens of every expert that is scored by its weights alone.
+        """Block, expert and tokens of every expert that saw too few tokens to be scored by them.
 
         Where the block is not enough to name the unit, its path too.
         """

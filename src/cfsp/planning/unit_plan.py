@@ -42,7 +42,8 @@ class UnitPlan:
         importance: its normalised importance, in (0, 1).
         ffns: number of FFNs: 1, or the number of experts.
         few_tokens: expert -> calibration tokens that it saw, of those that saw too few to be
-            scored by; they are scored by their weights alone.
+            scored by: their channels are scored by their weights alone, and whether they go whole
+            is decided by what these few tokens say.
         path: dotted path from the block to the unit's module; empty in a model that has one unit
             in every block.
         cost: parameters that a channel of all its FFNs owns, relative to other units; 1 where all

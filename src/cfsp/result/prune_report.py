@@ -40,7 +40,8 @@ class PruneReport:
         calibration_tokens: tokens that the statistics were gathered over.
         repair: what each step of repair did with each block (see `Repaired.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
-            calibration tokens to be scored by them, and was scored by its weights alone.
+            calibration tokens to be scored by them: its channels were scored by its weights alone,
+            and whether it went whole was decided by these few.
         goal: what was asked for instead of a sparsity, what was tried, and the budget that it came
             to (see `Resolution`); under `max_loss_increase` also `result`, the increase of the
             finished model; empty without a goal.
