@@ -16,31 +16,53 @@ from hypothesis import strategies as st
 import cfsp
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.skeleton import empty_model
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError, TextError, UsageError
 from cfsp.goals import latency, loss, resolve, speedup
-from cfsp.goals.latency import WORKLOAD, Latencies, measure_latencies, widths_to_measure
+from cfsp.goals.latency import (
+    WORKLOAD,
+    Curve,
+    Latencies,
+    measure_latencies,
+    models_to_time,
+    widths_to_measure,
+)
 from cfsp.goals.resolve import resolve_goal
 from cfsp.goals.search import STEPS, highest_step, last_that_holds
-from cfsp.planning.make import model_size
+from cfsp.planning.make import NOTHING, model_size
+from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import (
     PHASES,
     Budget,
     MaxLossIncrease,
+    Part,
     PruneSettings,
     TargetParameters,
     TargetSpeedup,
 )
+from cfsp.settings.budget import parse_parts
 from cfsp.speed.work import work_of
 from cfsp.text.windows import draw_left_over, draw_windows
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 # Half of the width saves a quarter of the time, all of it four tenths.
-LATENCIES = Latencies((8, 48, 96), (0.6, 0.75, 1.0), {"disturbance": 0.0})
+FFN = Curve((8, 48, 96), (0.6, 0.75, 1.0))
+# A group of two saves a tenth, an attention three tenths; all blocks 95 hundredths.
+LATENCIES = Latencies(
+    {
+        "ffn": FFN,
+        "kv": Curve((0, 1, 2), (0.7, 0.9, 1.0)),
+        "blocks": Curve((0, BLOCKS), (0.05, 1.0)),
+    },
+    {"disturbance": 0.0},
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +189,23 @@ def test_a_kv_cache_that_cannot_be_is_refused(
     assert "--target-kv-cache must be at least 0.5, found 0.2" in capsys.readouterr().err
     assert prune(model, text_file, out, "--target-kv-cache", 0.5, "--parts", "ffn") == 0
     assert prune(model, text_file, out, "--target-kv-cache", 0.5, "--parts", "blocks") == 2
-    assert "removes KV groups and nothing else" in capsys.readouterr().err
+    assert "removes KV groups (the default), whole attentions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("parts", "fraction"), [("attention", 0.7), ("kv,attention", 0.5)])
+def test_a_kv_cache_without_some_attentions(
+    model: Path, text_file: Path, tmp_path: Path, parts: str, fraction: float
+) -> None:
+    out = tmp_path / "out"
+    options = ["--target-kv-cache", fraction, "--parts", parts]
+    assert prune(model, text_file, out, *options) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    before, after = manifest["kv_groups"]["before"], manifest["kv_groups"]["after"]
+    assert sum(after) <= fraction * sum(before) < sum(after) + (2 if parts == "attention" else 1)
+    assert manifest["ffn_sparsity"] == 0.0
+    if parts == "attention":
+        assert {*after} == {0, 2}
 
 
 def test_target_params_in_equal_widths(model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -283,11 +321,46 @@ def test_a_bound_that_nothing_keeps(
 
 
 def test_latencies_are_linear_between_the_measured_widths() -> None:
-    assert [LATENCIES.at(w) for w in (8, 48, 96)] == [0.6, 0.75, 1.0]
-    assert LATENCIES.at(28) == pytest.approx(0.675)
-    assert LATENCIES.at(72) == pytest.approx(0.875)
+    assert [FFN.at(w) for w in (8, 48, 96)] == [0.6, 0.75, 1.0]
+    assert FFN.at(28) == pytest.approx(0.675)
+    assert FFN.at(72) == pytest.approx(0.875)
+
+
+def test_what_parts_save_is_added_up(model: Path) -> None:
+    units = open_checkpoint(model, None, ("ffn", "kv", "blocks")).units
+    whole = [unit.width for unit in units]
+
+    def speedup(kept: dict[tuple[str, int], int], removed: RemovedWhole = NOTHING) -> float:
+        kept_U = [kept.get((unit.part, unit.block), unit.width) for unit in units]
+        return LATENCIES.speedup(units, kept_U, removed, BLOCKS)
+
+    assert LATENCIES.speedup(units, whole, NOTHING, BLOCKS) == 1
     # A model of different widths takes the mean of what they take.
-    assert LATENCIES.speedup([96, 96], [96, 8]) == pytest.approx(1 / 0.8)
+    assert speedup({("ffn", 0): 8}) == pytest.approx(1 / (1 - 0.4 / BLOCKS))
+    assert speedup({("kv", 0): 0, ("kv", 1): 1}) == pytest.approx(1 / (1 - 0.4 / BLOCKS))
+    both = {("ffn", 0): 8, ("kv", 1): 1}
+    assert speedup(both) == pytest.approx(1 / (1 - 0.5 / BLOCKS))
+    # What a block saves is not counted again for its channels.
+    gone = {("ffn", 0): 0, ("kv", 0): 0}
+    assert speedup(gone, RemovedWhole((0,))) == pytest.approx(1 / (1 - 0.95 / BLOCKS))
+
+
+def test_models_to_time_have_less_of_each_part(model: Path) -> None:
+    parts: tuple[Part, ...] = ("ffn", "kv", "attention", "blocks")
+    source = open_checkpoint(model, None, parts)
+    whole, timed = models_to_time(source, Budget(multiple=48, parts=parts), 48)
+    assert [(each.part, each.kept) for each in timed] == [
+        ("ffn", 48), ("kv", 1), ("kv", 0), ("blocks", 0),
+    ]  # fmt: skip
+    assert [each.share for each in timed] == [1, 1, (BLOCKS // 2) / BLOCKS, (BLOCKS // 2) / BLOCKS]
+    sizes = [
+        sum(p.numel() for p in empty_model(each.config()).parameters())
+        for each in (whole, *(each.model for each in timed))
+    ]
+    assert sizes[0] == parameter_count(source)
+    assert all(size < sizes[0] for size in sizes[1:])
+    of_blocks = parameters_of_blocks(source)
+    assert sizes[-1] == sizes[0] - sum(of_blocks[(BLOCKS + 1) // 2 :])
 
 
 @given(st.integers(1, 20000), st.sampled_from([1, 8, 32, 128, 256]))
@@ -300,20 +373,19 @@ def test_widths_to_measure(widest: int, multiple: int) -> None:
     assert all(width % multiple == 0 for width in widths[:-1])
 
 
-def resolved(
-    model: Path, statistics: Path, goal: TargetSpeedup, monkeypatch: pytest.MonkeyPatch
-) -> Any:
-    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: LATENCIES)
+def resolved(model: Path, statistics: Path, goal: TargetSpeedup) -> Any:
     source = open_checkpoint(model)
     settings = PruneSettings(Budget(0.0, "ffn", 8))
-    return speedup.resolve_speedup(goal, source, Statistics.load(statistics), settings)
+    found = replace(LATENCIES, curves={"ffn": FFN})
+    asked = speedup.Speed(goal, source, settings, found)
+    return speedup.resolve_speedup(asked, Statistics.load(statistics))
 
 
 @pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
 def test_target_speedup_is_the_least_that_is_enough(
-    model: Path, statistics: Path, ratio: float, monkeypatch: pytest.MonkeyPatch
+    model: Path, statistics: Path, ratio: float
 ) -> None:
-    found = resolved(model, statistics, TargetSpeedup(ratio), monkeypatch)
+    found = resolved(model, statistics, TargetSpeedup(ratio))
     chosen = found.budget.sparsity
     values = {entry.sparsity: entry.value for entry in found.tried}
     assert values[chosen] >= ratio
@@ -322,11 +394,70 @@ def test_target_speedup_is_the_least_that_is_enough(
     assert any(sparsity == pytest.approx(below) for sparsity in values) or chosen == 1 / STEPS
 
 
-def test_a_speedup_that_attention_forbids(
-    model: Path, statistics: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(BudgetError, match=r"cannot become 1\.7 times.*91\.5%.*1\.6\d times"):
-        resolved(model, statistics, TargetSpeedup(1.7), monkeypatch)
+def test_a_speedup_that_attention_forbids(model: Path, statistics: Path) -> None:
+    with pytest.raises(BudgetError, match=r"cannot become 1\.7 times.*1\.6\d times.*reach 1\.67"):
+        resolved(model, statistics, TargetSpeedup(1.7))
+
+
+@pytest.mark.parametrize(
+    ("parts", "ratio", "budget"),
+    [
+        ("blocks", 1.3, {"remove_blocks": 1}),
+        ("blocks", 1.9, {"remove_blocks": 2}),
+        ("attention", 1.15, {"remove_attentions": 2}),
+        ("attention,blocks", 1.2, None),
+        ("ffn,kv", 1.4, None),
+        ("ffn,blocks", 1.6, None),
+        ("ffn,attention", 1.4, None),
+    ],
+)
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_a_speed_by_other_parts(
+    model: Path, text_file: Path, tmp_path: Path, parts: str, ratio: float,
+    budget: dict[str, int] | None, repair: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if repair == "ridge" and parts != "ffn,blocks":
+        pytest.skip("once is enough")
+    source = open_checkpoint(model, None, tuple(parts.split(",")))  # type: ignore[arg-type]
+    curves = {
+        part: curve
+        for part, curve in LATENCIES.curves.items()
+        if part in latency.measured_parts(Budget(parts=parse_parts(parts)).parts)  # type: ignore[arg-type]
+    }
+    found = replace(LATENCIES, curves=curves)
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
+    monkeypatch.setattr(speedup, "most_speedup", lambda *_: 9.0)
+    options = ["--target-speedup", ratio, "--parts", parts, "--repair", repair]
+    assert prune(model, text_file, tmp_path / "out", *options) == 0
+    printed = capsys.readouterr().out
+    assert f"at least {ratio:g} times faster in decode: " in printed
+    goal = read_manifest(tmp_path / "out")["goal"]  # type: ignore[index]
+    if budget is not None:
+        assert {key: goal["budget"][key] for key in budget} == budget
+    plan = cfsp.PruningPlan.load(tmp_path / "out" / "cfsp_plan.json")
+    kept_U = [unit.kept_width for unit in plan.units]
+    removed = RemovedWhole(plan.removed_blocks, plan.removed_attentions)
+    assert found.speedup(source.units, kept_U, removed, BLOCKS) >= ratio
+    assert goal["tried"]
+
+
+def test_a_speed_out_of_reach_names_that_of_each_part(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    slow = replace(LATENCIES, curves={"ffn": FFN, "blocks": Curve((0, BLOCKS), (0.5, 1.0))})
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: slow)
+    monkeypatch.setattr(speedup, "most_speedup", lambda *_: 9.0)
+    options = ["--target-speedup", 4, "--parts", "ffn,blocks"]
+    assert prune(model, text_file, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot become 4 times faster with --parts ffn,blocks" in error
+    assert "alone, FFN channels reach 1.67, blocks reach" in error
+    assert (
+        prune(model, text_file, tmp_path / "out", "--target-speedup", 4, "--parts", "experts") == 2
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -342,12 +473,13 @@ def test_a_speedup_beyond_all_sizes_is_refused_before_any_work(
         raise AssertionError("nothing needs to be timed or calibrated")
 
     monkeypatch.setattr(speedup, "measure_latencies", work)
-    monkeypatch.setattr(resolve, "calibrate", work)
+    monkeypatch.setattr(resolve, "calibrate_together", work)
     arguments = ["--target-speedup", "50", "--target-speedup-of", phase]
     assert prune(model, text_file, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{phase} cannot become 50 times faster" in error
-    assert "at least 8 channels of every block stay" in error
+    assert "head and at least 8 channels of every block and attention stay" in error
+    assert "FFN channels reach" in error and "blocks reach" in error
     assert not list(tmp_path.iterdir())
 
 
@@ -359,8 +491,16 @@ def test_the_most_that_sizes_allow_is_the_ratio_of_work(model: Path) -> None:
     engine = Engine(torch.device("cpu"), torch.float32)
     bytes_ratio = before.decode_bytes(WORKLOAD) / after.decode_bytes(WORKLOAD)
     flops_ratio = before.prefill_flops(WORKLOAD) / after.prefill_flops(WORKLOAD)
-    assert latency.most_speedup(source, 8, "decode", engine) == pytest.approx(bytes_ratio)
-    assert latency.most_speedup(source, 8, "prefill", engine) == pytest.approx(flops_ratio)
+    budget = Budget(multiple=8)
+
+    def most(*asked: Any) -> float:
+        return latency.most_speedup(source, budget, *asked, engine)
+
+    assert most(("ffn",), "decode") == pytest.approx(bytes_ratio)
+    assert most(("ffn",), "prefill") == pytest.approx(flops_ratio)
+    head = before.head_bytes
+    whole = before.decode_bytes(WORKLOAD)
+    assert most(("blocks",), "decode") == pytest.approx(whole / (head + (whole - head) / BLOCKS))
 
 
 def test_command_with_a_target_speedup(
@@ -370,7 +510,8 @@ def test_command_with_a_target_speedup(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: LATENCIES)
+    found = replace(LATENCIES, curves={"ffn": FFN})
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
     plan = tmp_path / "plan.json"
     command = [
         "plan", str(model), "--statistics", str(statistics), "--multiple", "8",
@@ -381,10 +522,11 @@ def test_command_with_a_target_speedup(
     assert "predicted speed-up" in out
     assert "at least 1.3 times faster in prefill" in out
     kept = cfsp.PruningPlan.load(plan).kept_widths
-    assert LATENCIES.speedup([WIDTH] * BLOCKS, kept) >= 1.3
+    assert found.speedup(open_checkpoint(model).units, kept, NOTHING, BLOCKS) >= 1.3
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "b.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["goal"]["conditions"]["widths"] == [8, 48, 96]
+    conditions = json.loads(capsys.readouterr().out)["goal"]["conditions"]
+    assert conditions["relative_latency"] == {"ffn": {"8": 0.6, "48": 0.75, "96": 1.0}}
 
 
 @pytest.mark.usefixtures("models_start_quickly")
@@ -395,17 +537,18 @@ def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("cfsp.speed.measuring.RETRIES", 0)
     source = open_checkpoint(model)
     engine = Engine(torch.device("cpu"), torch.float32)
-    found = measure_latencies(source.config, model_size(source), 48, "decode", engine)
-    assert found.widths == (48, 96)
-    assert found.relative[-1] == 1.0
-    assert found.relative[0] > 0
+    found = measure_latencies(source, Budget(multiple=48), 48, "decode", engine)
+    assert found.curves["ffn"].kept == (48, 96)
+    assert found.curves["ffn"].relative[-1] == 1.0
+    assert found.curves["ffn"].relative[0] > 0
+    assert Latencies.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert found.conditions["dtype"] == "float32"
 
 
 def test_a_busy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
     speedup.warn_of_disturbance(LATENCIES)
     assert caplog.messages == []
-    speedup.warn_of_disturbance(Latencies((8, 96), (0.5, 1.0), {"disturbance": 0.8}))
+    speedup.warn_of_disturbance(replace(LATENCIES, conditions={"disturbance": 0.8}))
     assert "took 80% of the processors" in caplog.text
 
 
@@ -414,7 +557,7 @@ def test_models_that_do_not_fit_are_not_timed(model: Path, monkeypatch: pytest.M
     source = open_checkpoint(model)
     engine = Engine(torch.device("cpu"), torch.float32)
     with pytest.raises(UsageError, match=r"5 models.*2\.5 GB; 1\.0 GB are available"):
-        measure_latencies(source.config, model_size(source), 8, "decode", engine)
+        measure_latencies(source, Budget(multiple=8), 8, "decode", engine)
 
 
 def _no_text() -> Any:
@@ -429,7 +572,7 @@ def test_a_resumed_run_does_not_measure_again(
     def measure(*_: object) -> Latencies:
         measured.append(1)
         slower = 0.3 * len(measured)
-        return Latencies((8, 96), (slower, 1.0), {"disturbance": 0.0})
+        return replace(LATENCIES, curves={"ffn": Curve((8, 96), (slower, 1.0))})
 
     monkeypatch.setattr(speedup, "measure_latencies", measure)
     source = open_checkpoint(model)

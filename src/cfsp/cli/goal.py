@@ -8,6 +8,7 @@ from typing import Any
 from cfsp.cli.options import Parser, add_options, given, settings_from
 from cfsp.cli.output import human_count, print_table
 from cfsp.errors import UsageError
+from cfsp.planning.allocation import channels_in_words
 from cfsp.settings import (
     Budget,
     Criterion,
@@ -102,8 +103,17 @@ def print_goal(resolution: dict[str, Any]) -> None:
         for entry in sorted(resolution["tried"], key=lambda entry: entry["sparsity"])
     ]
     print_table(("sparsity", "parameters", noun, "fits"), rows)
-    chosen = f"{resolution['budget']['sparsity']:.1%} of the FFN channels go"
-    print(f"\n{_in_words(resolution)}: {chosen}\n")
+    print(f"\n{_in_words(resolution)}: {_chosen_in_words(resolution['budget'])}\n")
+
+
+def _chosen_in_words(budget: dict[str, Any]) -> str:
+    """Return what goes by a budget, as its JSON has it."""
+    counts = {"remove_blocks": "blocks", "remove_attentions": "attentions"}
+    words = [f"{budget[key]} {noun}" for key, noun in counts.items() if budget[key] is not None]
+    others = " of the others" if words else ""
+    if channels := channels_in_words(budget["parts"]):
+        words.append(f"{budget['sparsity']:.1%} of the {channels}{others}")
+    return f"{' and '.join(words)} go"
 
 
 def _in_words(resolution: dict[str, Any]) -> str:

@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
     goals.check_goal(args)
-    settings = PruneSettings(
-        arguments.budget(args), arguments.criterion(args), compute=arguments.compute(args)
-    )
     goal = goals.goal(args)
+    settings = PruneSettings(
+        arguments.budget(args).for_goal(goal),
+        arguments.criterion(args),
+        compute=arguments.compute(args),
+    )
     source = open_checkpoint(args.model, args.revision, settings.budget.parts)
     check_is_outside(args.out, source.directory)
     plan, resolution = plan_for_goal(source, Statistics.load(args.statistics), settings, goal)

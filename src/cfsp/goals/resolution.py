@@ -13,7 +13,8 @@ class Try:
     """One sparsity that was tried.
 
     Attributes:
-        sparsity: fraction of the FFN channels that goes.
+        sparsity: fraction that goes: of the channels of what stays or, where none may go, of the
+            parameters of all that may go whole.
         parameters: of the model that would be left.
         value: what the goal is about: loss increase in nats per token, or predicted speed-up.
         fits: whether the goal is met.

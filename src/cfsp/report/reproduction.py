@@ -8,9 +8,11 @@ from typing import Any
 
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.coarse import block_metric_in_words
 from cfsp.report.runs import RunFacts
 from cfsp.result.repair_steps import repair_steps, steps_in_words
+from cfsp.settings import DEFAULT_PARTS, WHOLE_PARTS
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,15 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     criterion = manifest.get("criterion")
     if criterion:
-        of = {"ffn": "FFN channels", "blocks": "block parameters", "model": "all parameters"}.get(
-            criterion["of"], "?"
-        )
+        parts = criterion.get("parts", DEFAULT_PARTS)
+        channels = channels_in_words(parts)
+        of = {
+            "ffn": f"{channels} of what stays" if {*parts} & {*WHOLE_PARTS} else channels,
+            "attention": "attention parameters",
+            "blocks": "block parameters",
+            "experts": "experts",
+            "model": "all parameters",
+        }.get(criterion["of"], "?")
         lines += [
             ("asked for", f"{criterion['sparsity']:.1%} of {of}"),
             ("blocks by", block_metric_in_words(criterion["block_metric"])),

@@ -8,6 +8,7 @@ from typing import Any
 
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.coarse import block_metric_in_words
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card_metadata import card_metadata
@@ -303,7 +304,9 @@ def _goal(resolution: dict[str, Any] | None) -> str:
     if "result" in resolution:
         lines.append(f"The finished model's loss is {resolution['result']:+.4f} nats higher.")
     if resolution["tried"]:
-        lines += ["", f"| FFN channels removed | parameters | {_VALUES[name]} | fits |"]
+        channels = channels_in_words(resolution["budget"]["parts"])
+        what = channels or "parameters that may go"
+        lines += ["", f"| {what} removed | parameters | {_VALUES[name]} | fits |"]
         lines += ["|---:|---:|---:|---|"]
         lines += [
             f"| {entry['sparsity']:.1%} | {entry['parameters']:,} | {entry['value']:.4f} "

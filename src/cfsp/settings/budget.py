@@ -217,12 +217,15 @@ class Budget:
         """
         if not isinstance(goal, TargetKVCache):
             return self
-        if self.parts not in (DEFAULT_PARTS, ("kv",)):
+        if self.parts == DEFAULT_PARTS:
+            return replace(self, parts=("kv",))
+        if not {*self.parts} <= {"kv", "attention"}:
             raise UsageError(
-                "--target-kv-cache removes KV groups and nothing else; leave --parts out, found "
-                f"--parts {','.join(self.parts)}"
+                "--target-kv-cache removes KV groups (the default), whole attentions (--parts "
+                "attention) or both (--parts kv,attention), and nothing else; found --parts "
+                f"{','.join(self.parts)}"
             )
-        return replace(self, parts=("kv",))
+        return self
 
     @property
     def removes_experts(self) -> bool:

@@ -37,7 +37,7 @@ class TargetParameters:
 
 @dataclass(frozen=True)
 class TargetKVCache:
-    """The goal to keep a fraction of the KV cache, by KV groups alone.
+    """The goal to keep a fraction of the KV cache, by KV groups, whole attentions, or both.
 
     Attributes:
         fraction: of the KV groups that stays at most, in (0, 1].
@@ -45,7 +45,8 @@ class TargetKVCache:
 
     fraction: float = option(
         1.0,
-        "fraction of the KV cache that stays; KV groups go, and nothing else",
+        "fraction of the KV cache that stays; KV groups go, with --parts attention or "
+        "kv,attention whole attentions, and nothing else",
         kind=fraction,
         flag="target-kv-cache",
         metavar="F",

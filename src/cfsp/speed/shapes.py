@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.config_widths import config_with_widths
+from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import round_widths
-from cfsp.settings import Budget
+from cfsp.settings import Budget, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -75,22 +76,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class UniformModel:
-    """A model with random weights in the shapes of another, with one FFN width in all blocks.
+class SmallerModel:
+    """A model with random weights in the shapes of another that lost something.
 
     Attributes:
         original: config of the other model; stays as it is.
-        width: FFN channels of every block.
+        parts: may have lost something.
+        widths: of every unit that a model opened with these parts has, in the blocks that stay.
+        removed: indices of blocks that are gone.
     """
 
     original: PreTrainedConfig
-    width: int
+    parts: tuple[Part, ...]
+    widths: tuple[int, ...]
+    removed: tuple[int, ...] = ()
 
     def config(self) -> PreTrainedConfig:
         """Return the config."""
-        architecture = architecture_of(self.original)
-        widths = [self.width] * len(architecture.units)
-        return config_with_widths(self.original, architecture, widths)
+        architecture = architecture_of(self.original, self.parts)
+        return pruned_config(self.original, architecture, self.removed, self.widths)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cfsp.speed.shapes import ShapedModel, UniformModel
+from cfsp.speed.shapes import ShapedModel, SmallerModel
 from cfsp.speed.work import ModelWork, work_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Subject:
             shape, where it would weigh more than it does in the whole model.
     """
 
-    model: str | Path | ShapedModel | UniformModel
+    model: str | Path | ShapedModel | SmallerModel
     label: str
     head: bool = True
 
@@ -58,7 +58,7 @@ def build_model(
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    if isinstance(subject.model, ShapedModel | UniformModel):
+    if isinstance(subject.model, ShapedModel | SmallerModel):
         return _random_model(subject, subject.model, dtype_name, device)
     from cfsp.checkpoint.loading import compute_dtype, load
     from cfsp.checkpoint.locating import open_checkpoint
@@ -74,7 +74,7 @@ def build_model(
 
 
 def _random_model(
-    subject: Subject, shaped: ShapedModel | UniformModel, dtype_name: str, device: torch.device
+    subject: Subject, shaped: ShapedModel | SmallerModel, dtype_name: str, device: torch.device
 ) -> tuple[PreTrainedModel, Footprint]:
     from cfsp.checkpoint.reading import LoadedModel, parameter_count
     from cfsp.checkpoint.skeleton import build_skeleton

@@ -92,6 +92,33 @@ class Trial:
         return f"{what} and {share}"
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What is kept equal between numbers of blocks and attentions that are compared.
+
+    Attributes:
+        alone: the budget by which as many blocks or attentions go as may be tried.
+        share: gives, from statistics, parts and what goes whole, the share that channels of these
+            parts lose of what stays; 1 or more where that is not enough.
+    """
+
+    alone: Budget
+    share: Callable[[Statistics, tuple[Part, ...], RemovedWhole], float]
+
+
+def half_alone(budget: Budget) -> Budget:
+    """Return the budget by which as many blocks or attentions go as are ever compared."""
+    return replace(budget, parts=budget.whole_parts, sparsity=MOST_REMOVED, of="ffn")
+
+
+def aim_at_parameters(source: WeightSource, budget: Budget) -> Aim:
+    """Return the aim that the sparsity of a budget is: so many parameters go."""
+    return Aim(
+        _whole_alone(source, budget),
+        lambda _, parts, removed: _sparsity_of_others(source, budget, parts, removed),
+    )
+
+
 def with_removal_count(
     source: WeightSource,
     statistics: Statistics,
@@ -100,6 +127,7 @@ def with_removal_count(
     engine: Engine,
     place: Workplace,
     repaired: Callable[[Statistics, Budget], float] | None = None,
+    aim: Aim | None = None,
 ) -> tuple[PruneSettings, Statistics]:
     """Return the settings with a number of what goes whole, and the statistics with what it took.
 
@@ -115,6 +143,7 @@ def with_removal_count(
         engine: where and in what to compute.
         place: where the choice is kept.
         repaired: gives the same divergence after repair; None where nothing will be repaired.
+        aim: what all numbers have in common; None for the parameters that the budget says.
 
     Raises:
         BudgetError: no number of blocks meets the budget.
@@ -129,7 +158,8 @@ def with_removal_count(
             f"which requires the whole model in memory; say how many with {counts_in_words(budget)}"
         )
 
-    alone = replace(settings, budget=_whole_alone(source, budget))
+    aim = aim or aim_at_parameters(source, budget)
+    alone = replace(settings, budget=aim.alone)
     statistics = with_needed_removals(source, statistics, windows, [alone], engine, place)
     statistics = with_needed_sensitivity(source, statistics, windows, settings, engine, place)
 
@@ -142,7 +172,7 @@ def with_removal_count(
         return trial.in_words(whole(trial).counted(budget))
 
     def measure() -> dict[str, Any]:
-        trials = _try(source, statistics, windows, settings, engine)
+        trials = _try(source, statistics, windows, settings, engine, aim)
         return {"trials": [vars(each) for each in trials]}
 
     def when_repaired(trial: Trial) -> Trial:
@@ -231,6 +261,7 @@ def _try(
     windows: Windows,
     settings: PruneSettings,
     engine: Engine,
+    aim: Aim,
 ) -> list[Trial]:
     """Measure every number of blocks or attentions that may be the best one."""
     budget = settings.budget
@@ -248,7 +279,7 @@ def _try(
                 if own and alone > min(trial.divergence for trial in own):
                     break  # whatever else goes as well makes it worse, and so does another one
                 removed = RemovedWhole.of(removals[:count])
-                sparsity = _sparsity_of_others(source, budget, parts, removed)
+                sparsity = aim.share(statistics, parts, removed)
                 if sparsity >= 1:
                     continue  # the others do not own so much
                 trial = Trial(count, sparsity, 0.0, parts)
@@ -263,8 +294,8 @@ def _try(
             trials += own
     if not trials:
         raise BudgetError(
-            f"cannot remove {budget.sparsity:.1%}: neither {whole_in_words(budget)} alone nor with "
-            "channels of the others can so much go; remove less"
+            f"cannot remove so much: neither {whole_in_words(budget)} alone nor with channels of "
+            "the others can so much go; remove less"
         )
     return trials
 
