@@ -67,6 +67,28 @@ def test_two_processes_give_what_one_gives(
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
+@pytest.mark.parametrize("options", [["--method", "lora"], ["--method", "full", "--shard"]])
+def test_two_processes_train_what_lost_other_parts(
+    commands: Commands,
+    argv: list[str],
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    options: list[str],
+) -> None:
+    """A block, an attention, KV groups and channels are gone."""
+    dense, pruned = tiny_checkpoint("llama"), tmp_path / "pruned"
+    cfsp.prune(
+        dense, out=pruned, sparsity=0.4, parts="ffn,kv,attention,blocks", remove_blocks=1,
+        remove_attentions=1, multiple=8, data=[str(text_file)], samples=8, seqlen=32, repair="none",
+    )  # fmt: skip
+    argv = ["recover", str(pruned), *argv[2:], *options, "--teacher", str(dense)]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    ended = recovered_by(commands, argv, tmp_path / "two", 2)
+    assert [each.status for each in ended] == [0, 0], ended
+    check_alike(tmp_path / "one", tmp_path / "two")
+
+
 def test_another_number_of_processes_goes_on(
     commands: Commands, argv: list[str], tmp_path: Path
 ) -> None:

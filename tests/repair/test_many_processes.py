@@ -82,6 +82,28 @@ def test_two_processes_give_what_one_gives(
     check_alike(argv)
 
 
+@pytest.mark.parametrize(
+    "goal",
+    [
+        ["--sparsity", "0.4", "--parts", "ffn,kv,attention,blocks"],
+        ["--target-kv-cache", "0.5", "--parts", "kv,attention"],
+    ],
+)
+def test_two_processes_take_the_same_parts(
+    commands: Commands,
+    argv: list[str],
+    tmp_path: Path,
+    check_alike: Callable[[list[str]], None],
+    goal: list[str],
+) -> None:
+    """The first chooses how many go whole; all calibrate and repair."""
+    argv = [*argv[: argv.index("--sparsity")], *goal, "--multiple", "8", "--dtype", "float32"]
+    argv_of_two = [*argv, "--out", str(tmp_path / "many")]
+    ended = commands(*(Command(argv_of_two, environment=rank) for rank in ranks(2)))
+    assert [each.status for each in ended] == [0, 0], ended
+    check_alike(argv)
+
+
 def test_after_a_death_the_same_command_goes_on(
     commands: Commands,
     argv: list[str],

@@ -32,7 +32,7 @@ def resolve_kv_cache(
     budget = settings.budget
     facts = {"groups_before": groups}
     if "attention" in budget.parts:
-        least = 1 if "kv" in budget.parts else min(widths)
+        least = 1 if "kv" in budget.parts else max(widths)
         who, instead = f"at least {least} of the KV groups stays", ""
     else:
         least, who = len(widths), f"each of the {len(widths)} attentions keeps one of its KV groups"
@@ -46,8 +46,9 @@ def resolve_kv_cache(
         # What `aim_at_kv_cache` says instead of a sparsity.
         return Resolution(budget, "target_kv_cache", goal.fraction, (), facts)
     if budget.parts == ("attention",):
-        widest = sorted(widths, reverse=True)
-        gone = next(n for n in range(len(widths) + 1) if sum(widest[n:]) <= stay)
+        # Enough whichever go: as if they were those with the fewest.
+        ascending = sorted(widths)
+        gone = next(n for n in range(len(widths)) if sum(ascending[n:]) <= stay)
         budget = replace(budget, remove_attentions=gone)
         return Resolution(budget, "target_kv_cache", goal.fraction, (), facts)
     # The rest goes; rounded, so that a half that stays is a half that goes.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings.goals import TargetKVCache
+from cfsp.settings.goals import TargetKVCache, TargetSpeedup
 from cfsp.settings.options import fraction, number_or_auto, option
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
@@ -213,8 +213,16 @@ class Budget:
         """Return the budget with the parts that a goal is met by.
 
         Raises:
-            UsageError: other parts were asked for.
+            UsageError: other parts were asked for, or how many go whole, which the goal says.
         """
+        is_said = isinstance(goal, TargetKVCache) or (
+            isinstance(goal, TargetSpeedup) and not self.removes_channels
+        )
+        if is_said and (self.remove_blocks, self.remove_attentions) != (None, None):
+            name = "--target-speedup" if isinstance(goal, TargetSpeedup) else "--target-kv-cache"
+            raise UsageError(
+                f"{name} says how many go; leave out --remove-blocks and --remove-attentions"
+            )
         if not isinstance(goal, TargetKVCache):
             return self
         if self.parts == DEFAULT_PARTS:
