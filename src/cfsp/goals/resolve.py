@@ -33,7 +33,11 @@ from cfsp.settings import (
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.removal_count import half_alone, with_removal_count
-from cfsp.whole_model.removal_order import follow_runs, with_needed_removals
+from cfsp.whole_model.removal_order import (
+    check_can_be_compared,
+    follow_runs,
+    with_needed_removals,
+)
 from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
@@ -115,6 +119,7 @@ def resolve_goal(
         alone = settings
         if budget.whole_parts and budget.remove_whole is None:
             alone = replace(settings, budget=half_alone(budget))
+            check_can_be_compared(source, [alone], engine)
         with watch.stage("calibrate"):
             statistics = calibrate_together(
                 source,
