@@ -11,6 +11,7 @@ from cfsp.engine.compute import engine_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
+from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.make import make_plan, model_size
 from cfsp.quality.perplexity import perplexity
 from cfsp.settings import OWN_TEXT
@@ -117,9 +118,10 @@ def resolve_loss(
     chosen = last_that_holds(highest, holds)
     if chosen == 0:
         least = min(tried, key=lambda entry: entry.sparsity)
+        channels = channels_in_words(settings.budget.parts)
         raise BudgetError(
             f"the loss cannot stay within {goal.nats:g} nats per token of the dense model's "
-            f"{dense:.3f}: already {least.sparsity:.1%} of the FFN channels cost "
+            f"{dense:.3f}: already {least.sparsity:.1%} of the {channels} cost "
             f"{least.value:.3f}; allow more, "
             "or calibrate on text like that it is measured on"
         )
