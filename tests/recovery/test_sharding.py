@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import cfsp
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from checkpoint_tensors import tensors

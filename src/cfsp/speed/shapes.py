@@ -94,7 +94,7 @@ class SmallerModel:
     def config(self) -> PreTrainedConfig:
         """Return the config."""
         architecture = architecture_of(self.original, self.parts)
-        return pruned_config(self.original, architecture, self.removed, self.widths)
+        return pruned_config(self.original, architecture, self.removed, self.widths, None)
 
 
 @dataclass(frozen=True)
