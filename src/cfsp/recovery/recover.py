@@ -157,7 +157,7 @@ def _recover(
     training = request.training.with_rate_for(method, size_of_weights(model, names))
     torch.manual_seed(training.seed)
     adapted, blocks = attached(model)
-    log_trainable(blocks)
+    log_trainable(blocks, training.learning_rate)
     later = _seconds_to_write(source, watch) + (baseline.seconds if baseline else 0)
     with watch.stage("train"), joined(device, _PATIENCE) if training.shard else nullcontext():
         outcome = _train(request, training, prepared, place, adapted, model, dense, _MARGIN * later)

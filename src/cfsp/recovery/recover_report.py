@@ -27,8 +27,8 @@ class RecoverReport:
         steps: optimizer steps.
         tokens_in_step: tokens of one step, over all processes.
         tokens_per_second: of training, without evaluations.
-        history: held-out perplexity and loss at each evaluation.
-        best_step: the step whose weights were kept.
+        history: held-out perplexity and loss at each evaluation, the first before training.
+        best_step: the step whose weights were kept; 0 for those from before training.
         perplexity: text -> {"before", "after", "tokens", "windows", "seqlen", "stride", "bos"}, if
             it was measured.
         seconds: stage -> seconds.
@@ -68,11 +68,13 @@ def recover_report(
     )
 
 
-def log_trainable(blocks: Sequence[TrainableBlock]) -> None:
-    """Say how many parameters are trained; the report has rank and parameters of each block."""
+def log_trainable(blocks: Sequence[TrainableBlock], rate: float | None) -> None:
+    """Say how many parameters are trained, and how fast; the report has those of each block."""
     if not is_first_process():
         return
     ranks = [block.rank for block in blocks if block.rank is not None]
     of_rank = f" of rank {min(ranks)} to {max(ranks)}" if ranks else ""
     total = sum(block.parameters for block in blocks)
-    logger.info(f"training {total:,d} parameters{of_rank} in {len(blocks)} blocks")
+    logger.info(
+        f"training {total:,d} parameters{of_rank} in {len(blocks)} blocks, learning rate {rate:g}"
+    )
