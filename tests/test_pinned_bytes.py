@@ -162,7 +162,9 @@ def test_recover(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_fi
         open_checkpoint(pruned),
         out,
         data=[str(text_file)],
-        training=Training(Limit(steps=4), batch_windows=2, seqlen=32, evaluations=2),
+        training=Training(
+            Limit(steps=4), learning_rate=1e-3, batch_windows=2, seqlen=32, evaluations=2
+        ),
         adaptation=Adaptation(rank=2),
     )
     compare("recover", settings_digests(out), {"weights": weights_digest(out)})

@@ -26,7 +26,7 @@ def test_parts_are_kept_in_one_order() -> None:
 def test_a_goal_brings_the_parts_that_it_is_met_by() -> None:
     assert Budget().for_goal(TargetParameters(0.5)) == Budget()
     assert Budget().for_goal(TargetKVCache(0.5)) == Budget(parts="kv")
-    with pytest.raises(UsageError, match="leave --parts out, found --parts ffn,kv"):
+    with pytest.raises(UsageError, match="and nothing else; found --parts ffn,kv"):
         Budget(parts="ffn,kv").for_goal(TargetKVCache(0.5))
 
 
