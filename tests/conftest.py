@@ -165,6 +165,20 @@ def pruned(
 
 
 @pytest.fixture(scope="session")
+def make_case(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file: Path
+) -> Callable[..., Any]:
+    """Prune a tiny model of a type on the prose, without repair (`pruned_checks.Case`)."""
+    from pruned_checks import pruned_case
+
+    def make(name: str, config: dict[str, Any] | None = None, **asked: Any) -> Any:
+        asked["data"] = [str(text_file)]
+        return pruned_case(name, config or {}, tokenizer, tmp_path_factory.mktemp(name), asked)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Fresh processes that need not import torch anew."""
     with Forks() as running:

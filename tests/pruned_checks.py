@@ -20,6 +20,7 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import skipped
 from cfsp.families.contract import question_of, save_with_tokenizer
 from cfsp.families.stock import Answer
+from cfsp.families.tiny import tiny_model
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.load import call_form_of
@@ -49,8 +50,11 @@ class Case:
         return list(self.report.plan.removed_attentions)
 
 
-def pruned_case(dense: Any, tokenizer: Any, place: Path, asked: dict[str, Any]) -> Case:
-    """Save and prune a tiny model in a directory of its own."""
+def pruned_case(
+    name: str, config: dict[str, Any], tokenizer: Any, place: Path, asked: dict[str, Any]
+) -> Case:
+    """Save and prune a tiny model of a type in a directory of its own."""
+    dense = tiny_model(name, **config)
     source, out = place / "dense", place / "out"
     save_with_tokenizer(dense, tokenizer, source)
     report = cfsp.prune(source, out=out, repair="none", **asked)

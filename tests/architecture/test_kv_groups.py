@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from pruned_checks import (
     check_in_memory_is_the_checkpoint,
     check_is_the_same,
     logits_of,
-    pruned_case,
 )
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
@@ -51,15 +51,9 @@ NAMES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2")
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def case(
-    request: pytest.FixtureRequest,
-    tokenizer: Any,
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
-    asked = {"sparsity": 0.4, "multiple": 1, "parts": PARTS, "data": [str(text_file)], **SETTINGS}
-    dense = tiny_model(request.param)
-    found = pruned_case(dense, tokenizer, tmp_path_factory.mktemp(request.param), asked)
+def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
+    asked = {"sparsity": 0.4, "multiple": 1, "parts": PARTS, **SETTINGS}
+    found = make_case(request.param, **asked)
     assert len(set(found.report.kv_groups["after"])) > 1, "the case must have different numbers"
     return found
 
@@ -206,20 +200,17 @@ def test_statistics_of_other_parts_are_refused(
         cfsp.plan(dense, statistics, sparsity=0.2, parts="kv")
 
 
-def test_equally_many_groups_give_a_stock_checkpoint(
-    tokenizer: Any, text_file: Path, tmp_path: Path
-) -> None:
-    asked = {"sparsity": 0.5, "parts": "kv", "data": [str(text_file)], **SETTINGS}
-    case = pruned_case(tiny_model("llama"), tokenizer, tmp_path, asked)
+def test_equally_many_groups_give_a_stock_checkpoint(make_case: Callable[..., Case]) -> None:
+    case = make_case("llama", sparsity=0.5, parts="kv", **SETTINGS)
     assert case.report.kv_groups["after"] == [1, 1, 1]
     assert case.report.intermediate_sizes == [96, 96, 96]
-    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    fields = json.loads((case.out / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLM"]
     assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (2, 1)
-    assert not list((tmp_path / "out").glob("*.py"))
-    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert not list(case.out.glob("*.py"))
+    assert main(["verify", str(case.out)]) == 0
     expected = masked_logits(case, case.report.plan)
-    actual = logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
+    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

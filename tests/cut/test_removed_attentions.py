@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from pruned_checks import (
     generated,
     logits_of,
     nothing_from,
-    pruned_case,
 )
 
 ATTENTION = ("attention",)
@@ -55,16 +55,9 @@ SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def case(
-    request: pytest.FixtureRequest,
-    tokenizer: Any,
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
-    asked = {"parts": "attention", "sparsity": 0.0, "remove_attentions": 2}
-    asked |= {"data": [str(text_file)], **SETTINGS}
-    dense = tiny_model(request.param, **CONFIGS[request.param])
-    return pruned_case(dense, tokenizer, tmp_path_factory.mktemp(request.param), asked)
+def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
+    asked = {"parts": "attention", "sparsity": 0.0, "remove_attentions": 2, **SETTINGS}
+    return make_case(request.param, CONFIGS[request.param], **asked)
 
 
 def test_nothing_from_it_is_cut(case: Case) -> None:

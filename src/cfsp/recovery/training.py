@@ -123,24 +123,25 @@ def train(
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return TrainingOutcome(
         steps=trainer.state.global_step,
-        best_step=_best_step(reporter.history),
+        best_step=_kept_step(trainer.state.best_global_step, reporter.history),
         tokens_in_step=tokens_in_step,
         tokens_per_second=round(reporter.tokens_per_second, 1),
         history=reporter.history,
     )
 
 
-def _best_step(history: Sequence[dict[str, float]]) -> int:
-    """Return the step after which held-out text was predicted best; 0 for before the first."""
-    before, *after = history
-    best = min(after, key=lambda entry: entry["perplexity"])
-    if best["perplexity"] < before["perplexity"]:
-        return int(best["step"])
-    logger.warning(
-        f"training did not make the held-out perplexity lower ({before['perplexity']:.2f} before, "
-        f"{best['perplexity']:.2f} at best), so the weights stay as they were; give it more steps "
-        "or minutes, other text, or another --learning-rate"
-    )
+def _kept_step(best_step: int, history: Sequence[dict[str, float]]) -> int:
+    """Return the Trainer's best step, or 0 if held-out text was predicted no worse before all."""
+    perplexity = {entry["step"]: entry["perplexity"] for entry in history}
+    before, best = perplexity[0], perplexity[best_step]
+    if best < before:
+        return best_step
+    if is_first_process():
+        logger.warning(
+            f"training did not make the held-out perplexity lower ({before:.2f} before, {best:.2f} "
+            "at best), so the weights stay as they were; give it more steps or minutes, other "
+            "text, or another --learning-rate"
+        )
     return 0
 
 
@@ -193,9 +194,9 @@ def training_arguments(
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         prediction_loss_only=True,
-        # The clock decides when; the Trainer only needs to know that it may.
         # The held-out loss before training is what every later one is compared with.
         eval_on_start=begins,
+        # The clock decides when; the Trainer only needs to know that it may.
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=ENDLESS_STEPS,
