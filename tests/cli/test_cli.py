@@ -116,9 +116,14 @@ def test_a_process_that_a_library_forked_dies_of_a_polite_kill_in_silence() -> N
 import os, signal, time
 import cfsp.cli
 def wait(args):
+    reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
+        # Only now: Python forgets a signal that arrives before its side of the fork is done.
+        os.write(writes, b"ready")
         time.sleep(60)
+        os._exit(0)
+    os.read(reads, 5)
     os.kill(child, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 cfsp.cli.cache.run = wait
