@@ -20,6 +20,7 @@ sys.path.insert(0, str(REPOSITORY / "studies"))
 import architectures
 import block_ranking
 import flap
+import parts
 import run as runner
 import stability
 import study
@@ -106,6 +107,23 @@ def test_flap_keeps_the_best_of_all_blocks_and_the_mean_of_the_rest(
     expected = down[:, gone] @ statistics.units[-1].mean_F.numpy()[gone]
     bias = pruned.model.layers[-1].mlp.down_proj.bias.detach().numpy()
     np.testing.assert_allclose(bias, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_parts(run: Callable[..., Any], tmp_path: Path) -> None:
+    options = ("--models", str(tmp_path / "models"), "--stays", "0.6")
+    rows, printed = run(parts, *options, "--choices", "ffn", "all")
+    assert [(row["parts"], row["state"]) for row in rows] == [
+        (choice, state)
+        for choice in ("ffn", "all")
+        for state in ("unrepaired", "repaired")
+    ]
+    assert max(row["parameters"] for row in rows) < 1.1 * min(row["parameters"] for row in rows)
+    assert [row["KL - ffn"][0] for row in rows[:2]] == [0, 0]
+    for row in rows[2:]:
+        alone = rows[row["state"] == "repaired"]
+        assert row["KL - ffn"][0] == pytest.approx(row["KL"][0] - alone["KL"][0], abs=2e-3)
+    assert all(row["worst"] >= row["mean"] > 0.9 and "%" in row["what"] for row in rows)
+    assert "| 60.0% | ffn | unrepaired |" in printed
 
 
 def test_stability(run: Callable[..., Any], other_text_file: Path) -> None:
@@ -287,7 +305,7 @@ def test_a_recipe_runs(
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ("2", "there is no study '2'; known are: 1, 5, 6, 7, 8"),
+        ("2", "there is no study '2'; known are: 1, 5, 6, 7, 8, 9"),
         ("7", "wikitext2/validation.parquet, which is not there; --texts is a directory with"),
     ],
 )

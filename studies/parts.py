@@ -1,0 +1,234 @@
+"""Study 9: which parts should go, at equal parameters?
+
+    python studies/run.py 9 --texts DIR --models DIRECTORY
+
+For each share of the block parameters that stays, every choice of parts gives a model before and
+after the standard repair. What goes of a choice is decided before repair, so that the same is
+compared with and without one; `all` is what `cfsp prune` itself chooses after a repair, where
+everything may go. Every step is a `cfsp` command that is printed. What is finished is not done
+again: models stay in DIRECTORY, with what was measured of them.
+
+Prints Markdown: perplexity as ratio to the dense model, the geometric mean over all texts and the
+worst; KL to the dense model in nats per token, and its difference to `ffn` in the same state,
+window by window, with standard errors; equal first choices in percent; and with `--tasks` the
+accuracy - dense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.cli import main as cfsp_main
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.quality.compare import Comparison, compare
+from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
+from cfsp.quality.results_file import MeasuredModel, read_models
+from conditions import conditions, parser_of_model
+from results import Results
+
+# What may go, as for `cfsp prune`.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "ffn": ("--parts", "ffn"),
+    "ffn,kv": ("--parts", "ffn,kv"),
+    "ffn,attention": ("--parts", "ffn,attention"),
+    "blocks": ("--parts", "blocks"),
+    "blocks by influence": ("--parts", "blocks", "--set", "removal=influence"),
+    "ffn,blocks": ("--parts", "ffn,blocks"),
+    "all": ("--parts", "ffn,kv,attention,blocks"),
+}
+# Chosen after repair.
+_BY_REPAIR = "all"
+_BEFORE, _AFTER, _TRAINED = "unrepaired", "repaired", "recovered"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prune, measure, print."""
+    args = parser().parse_args(arguments)
+    limits = {"tasks": args.tasks, "limit": args.limit, "minutes": args.minutes}
+    results = Results(args.out, conditions(args, **limits))
+    rows = [
+        row for stays in args.stays for row in _rows_of(args, results, stays, list(args.choices))
+    ]
+    values = ["mean", "worst", "KL", "KL - ffn", "equal", *(["tasks"] if args.tasks else [])]
+    print(f"\n{_shown(rows, values)}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = parser_of_model("parts", __doc__.splitlines()[0])
+    found.add_argument("--models", type=Path, required=True, help="where pruned models go")
+    found.add_argument(
+        "--stays", type=float, nargs="+", default=[0.75, 0.625, 0.5], help="of block parameters"
+    )
+    found.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="parts")
+    found.add_argument("--minutes", type=float, default=0, help="of recovery, of each repaired one")
+    found.add_argument("--tasks", default="", help="as for cfsp eval")
+    found.add_argument("--task-data", type=Path, help="likewise")
+    found.add_argument("--limit", type=int, default=200, help="documents of each task")
+    return found
+
+
+def _rows_of(
+    args: argparse.Namespace, results: Results, stays: float, choices: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the rows of one size, which are measured together."""
+    states = [_BEFORE, _AFTER, *([_TRAINED] if args.minutes else [])]
+    models = [(parts, state) for parts in choices for state in states]
+    keys = [{"stays": stays, "parts": parts, "state": state} for parts, state in models]
+    known = [row for key in keys for row in results.rows if key.items() <= row.items()]
+    if len(known) == len(keys):
+        return known
+    directories = [_pruned(args, stays, parts, state) for parts, state in models]
+    measured = {each.name: each for each in _measured(args, stays, directories)}
+    dense = measured[args.model]
+    found = []
+    for (_, state), key, directory in zip(models, keys, directories, strict=True):
+        base = measured.get(str(_directory(args, stays, "ffn", state)))
+        model = measured[str(directory)]
+        found.append(results.measure(key, _figures, dense, model, base, directory))
+    return found
+
+
+def target_of(source: Checkpoint, stays: float) -> float:
+    """Return the share of all parameters that stays with this share of those of the blocks."""
+    stored = source.stored.within(f"{source.architecture.blocks}.")
+    blocks = sum(source.specs[name].elements for name in stored)
+    return 1 - (1 - stays) * blocks / parameter_count(source)
+
+
+def _directory(args: argparse.Namespace, stays: float, parts: str, state: str) -> Path:
+    name = parts.replace(",", "-").replace(" ", "-")
+    found: Path = args.models / f"{100 * stays:g}-{name}-{state}"
+    return found
+
+
+def _pruned(args: argparse.Namespace, stays: float, parts: str, state: str) -> Path:
+    """Return the directory of a model, which is made if it is not there yet."""
+    out = _directory(args, stays, parts, state)
+    if (out / MANIFEST_FILE).is_file():
+        return out
+    if state == _TRAINED:
+        pruned = _pruned(args, stays, parts, _AFTER)
+        _step("recover", pruned, "--max-minutes", args.minutes, "--out", out)
+        return out
+    text = [option for name in args.data for option in ("--data", name)]
+    text += ["--samples", args.samples, "--seqlen", args.seqlen]
+    effort = ("--effort", "fast" if state == _BEFORE else "standard")
+    decides = _AFTER if parts == _BY_REPAIR else _BEFORE
+    if state == decides:
+        target = target_of(open_checkpoint(args.model), stays)
+        what = (*CHOICES[parts], "--target-params", f"{target:.6f}")
+        _step(
+            *("prune", args.model, *what, "--set", "block_metric=sensitivity"),
+            *effort,
+            *text,
+            "--out",
+            out,
+        )
+    else:
+        plan = _pruned(args, stays, parts, decides) / PLAN_FILE
+        _step("prune", args.model, "--plan", plan, *effort, *text, "--out", out)
+    return out
+
+
+def _measured(
+    args: argparse.Namespace, stays: float, directories: Sequence[Path]
+) -> list[MeasuredModel]:
+    """Return the dense model and these, measured in one run each of texts and of tasks."""
+    text = [option for name in args.eval for option in ("--data", name)]
+    files = [args.models / f"{100 * stays:g}-texts.json"]
+    _step(
+        *("eval", *directories, "--against", args.model, *text, "--windows", args.windows),
+        *("--seqlen", args.seqlen, "--out", files[0]),
+    )
+    if args.tasks:
+        files.append(args.models / f"{100 * stays:g}-tasks.json")
+        data = () if args.task_data is None else ("--task-data", args.task_data)
+        whole = [each for each in directories if not each.name.endswith(_BEFORE)]
+        _step(
+            *("eval", args.model, *whole, "--tasks", args.tasks, "--limit", args.limit, *data),
+            *("--out", files[-1]),
+        )
+    return read_models(files)
+
+
+def _figures(
+    dense: MeasuredModel, model: MeasuredModel, base: MeasuredModel | None, directory: Path
+) -> dict[str, Any]:
+    """Return what a row says of a model beside the dense one and `ffn` alone."""
+    found = compare(dense, model, dense)
+    ratios = [math.exp(pair.loss.difference.value) for pair in found.texts]
+    figures: dict[str, Any] = {
+        "what": _in_words(PruningPlan.load(directory / PLAN_FILE)),
+        "parameters": parameter_count(open_checkpoint(directory)),
+        "mean": round(geometric_mean(ratios), 3),
+        "worst": round(max(ratios), 3),
+        "KL": _divergence(found, "second"),
+        "equal": round(
+            100 * mean_of_tasks([pair.agreed.second for pair in found.texts if pair.agreed]).value,
+            1,
+        ),
+    }
+    if base is not None:
+        figures["KL - ffn"] = _divergence(compare(base, model, dense), "difference")
+    if found.accuracy is not None:
+        figures["tasks"] = _rounded(found.accuracy.difference.times(100), 1)
+    return figures
+
+
+def _divergence(found: Comparison, side: str) -> list[float | None]:
+    pairs = [pair.divergence for pair in found.texts if pair.divergence is not None]
+    return _rounded(mean_of_tasks([getattr(pair, side) for pair in pairs]), 3)
+
+
+def _rounded(found: Estimate, digits: int) -> list[float | None]:
+    error = None if found.stderr is None else round(found.stderr, digits)
+    return [round(found.value, digits), error]
+
+
+def _in_words(plan: PruningPlan) -> str:
+    """Return what of each part goes."""
+    words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
+    if "ffn" in plan.unit_parts and plan.ffn_sparsity:
+        words.append(f"{plan.ffn_sparsity:.1%} of the FFN channels")
+    if "kv" in plan.unit_parts and plan.kv_sparsity:
+        words.append(f"{plan.kv_sparsity:.1%} of the KV groups")
+    return ", ".join(words)
+
+
+def _shown(rows: Sequence[dict[str, Any]], values: Sequence[str]) -> str:
+    """Return the rows as Markdown."""
+    head = ["stays", "parts", "state", "what goes", "parameters", *values]
+    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
+    for row in rows:
+        cells = [f"{row['stays']:.1%}", row["parts"], row["state"], row["what"]]
+        cells += [f"{row['parameters']:,}", *(_cell(row.get(name)) for name in values)]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{value[0]} ({value[1]})"
+    return "" if value is None else str(value)
+
+
+def _step(*arguments: object) -> None:
+    argv = [str(argument) for argument in arguments]
+    print(f"\n$ {shlex.join(['cfsp', *argv])}", file=sys.stderr, flush=True)
+    status = cfsp_main(argv)
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
