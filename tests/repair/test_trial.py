@@ -13,7 +13,7 @@ from cfsp.engine.compute import engine_of
 from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.make import make_plan
-from cfsp.repair.trial import apart, divergence_when_repaired
+from cfsp.repair.trial import FITTED_PER_JUDGED, apart, divergence_when_repaired
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.windows import Windows, draw_text
 from cfsp.whole_model.divergence import dense_predictions
@@ -26,10 +26,12 @@ def windows(count: int, texts: int) -> Windows:
     return Windows(tokens_NT, {f"text {i}": count // texts for i in range(texts)})
 
 
-@pytest.mark.parametrize(("count", "texts"), [(128, 1), (128, 8), (126, 9), (16, 2)])
+@pytest.mark.parametrize(("count", "texts"), [(128, 1), (128, 8), (126, 9), (36, 9), (16, 2)])
 def test_it_is_judged_by_other_windows_than_it_is_fitted_to(count: int, texts: int) -> None:
     fit, judged = apart(windows(count, texts))
-    assert len(fit.tokens_NT) == len(judged.tokens_NT) == max(8, texts)
+    of_each = min(FITTED_PER_JUDGED, count // max(8, texts) - 1)
+    assert len(judged.tokens_NT) == max(8, texts)
+    assert len({*fit.tokens_NT[:, 0].tolist()}) == of_each * max(8, texts)
     assert not {*fit.tokens_NT[:, 0].tolist()} & {*judged.tokens_NT[:, 0].tolist()}
 
 

@@ -113,9 +113,7 @@ def test_parts(run: Callable[..., Any], tmp_path: Path) -> None:
     options = ("--models", str(tmp_path / "models"), "--stays", "0.6")
     rows, printed = run(parts, *options, "--choices", "ffn", "all")
     assert [(row["parts"], row["state"]) for row in rows] == [
-        (choice, state)
-        for choice in ("ffn", "all")
-        for state in ("unrepaired", "repaired")
+        (choice, state) for choice in ("ffn", "all") for state in ("unrepaired", "repaired")
     ]
     assert max(row["parameters"] for row in rows) < 1.1 * min(row["parameters"] for row in rows)
     assert [row["KL - ffn"][0] for row in rows[:2]] == [0, 0]

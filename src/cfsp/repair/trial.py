@@ -19,6 +19,7 @@ from cfsp.engine.workplace import temporary_workplace
 from cfsp.planning.make import make_plan
 from cfsp.repair.ridge_step import repair_by_plan
 from cfsp.repair.sequential import repair_gaps
+from cfsp.text.windows import joined
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.sensitivity import few_beginnings
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
+
+# So many windows are fitted on for each that is judged by. On one for each a ridge fits noise, most
+# of all where most channels go, and other parts seem cheaper than they are (LOG.md).
+FITTED_PER_JUDGED = 4
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +84,17 @@ def divergence_when_repaired(
 
 
 def apart(windows: Windows) -> tuple[Windows, Windows]:
-    """Return a few windows to fit on, and the beginnings of a few others to judge by.
+    """Return windows to fit on, and the beginnings of a few others to judge by.
 
-    Both are spread over all texts. Of fewer than twice as many windows some are in both.
+    Both are spread over all texts. Where every window is judged by, all are in both.
     """
     judged = few_beginnings(windows)
-    wanted, count = len(judged.tokens_NT), len(windows.tokens_NT)
-    stride = count // wanted
-    return windows.part(slice(stride // 2, stride * wanted, stride)), judged
+    stride = len(windows.tokens_NT) // len(judged.tokens_NT)
+    # The first of every so many windows is judged by.
+    offsets = range(1, stride, max(1, stride // FITTED_PER_JUDGED))[:FITTED_PER_JUDGED]
+    whole = stride * len(judged.tokens_NT)
+    fitted = [windows.part(slice(offset, whole, stride)) for offset in offsets]
+    return joined(fitted) if fitted else windows, judged
 
 
 def _has_room_for_two(source: WeightSource, engine: Engine) -> bool:
