@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -44,16 +46,27 @@ CASES = {
 }
 
 
+def digest(content: bytes) -> str:
+    return sha256(content).hexdigest()[:16]
+
+
+def processor() -> str:
+    """Return what libraries choose their code by; the set of instructions alone does not say it."""
+    told = Path("/proc/cpuinfo")
+    if not told.is_file():
+        return platform.processor()
+    first, _, _ = told.read_text().partition("\n\n")
+    chosen_by = ("vendor_id", "cpu family", "model\t", "stepping", "cache size", "flags")
+    return digest("".join(re.findall(rf"^(?:{'|'.join(chosen_by)}).*", first, re.M)).encode())
+
+
 def arithmetic() -> dict[str, str]:
     return {
+        "processor": processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
     }
-
-
-def digest(content: bytes) -> str:
-    return sha256(content).hexdigest()[:16]
 
 
 def weights_digest(directory: Path) -> str:
