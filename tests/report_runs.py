@@ -47,8 +47,8 @@ def prune_tiny(
             CalibrationText((str(text),), samples=8, seqlen=32),
             Compute("cpu", "float32"),
             repair=repair,
+            evaluation=EvaluationText((str(text),), windows=2, seqlen=32),
         ),
-        evaluation=EvaluationText((str(text),), windows=2, seqlen=32),
         command=f"cfsp prune {model} --sparsity {budget.sparsity} --out {out}",
     )
     return out

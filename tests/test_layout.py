@@ -37,6 +37,7 @@ LAYERS = (
     ("speed",),
     ("goals", "recovery"),
     ("pipeline",),
+    ("prune_and_recover",),
     ("api", "families", "sweep"),
     ("report",),
     ("demo",),

@@ -12,15 +12,14 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.errors import UsageError
 from cfsp.pipeline import (
-    best_effort,
     calibrate_source,
     check_all_texts,
-    prune_and_recover,
     prune_checkpoint,
     prune_model,
 )
 from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.prune_and_recover import best_effort, prune_and_recover
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
@@ -161,21 +160,16 @@ def prune(
         compute=from_names(Compute, advanced, device=device),
         repair=repair or EFFORTS[effort],
         local=from_names(LocalTraining, advanced),
+        goal=goal,
+        evaluation=from_names(EvaluationText, advanced, names=_texts(eval)),
     )
     trains = repair is None and effort == BEST_EFFORT
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
         asked = f"goal={goal}" if goal else f"sparsity={sparsity}"
-        return _prune_path(
-            model,
-            Path(out),
-            settings,
-            goal,
-            trains=trains,
-            evaluation=from_names(EvaluationText, advanced, names=_texts(eval)),
-            command=f"cfsp.prune({str(model)!r}, {asked}, ...)",
-        )
+        command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
+        return _prune_path(model, Path(out), settings, trains, command)
     if tokenizer is None or out is not None or eval:
         raise UsageError(
             "pruning a model in memory needs its tokenizer, no out= and no eval=; "
@@ -183,30 +177,21 @@ def prune(
         )
     if trains:
         settings = replace(settings, repair=BEST_WITHOUT_TRAINING)
-    return prune_model(model, tokenizer, settings, goal)
+    return prune_model(model, tokenizer, settings)
 
 
 def _prune_path(
-    model: str | Path,
-    out: Path,
-    settings: PruneSettings,
-    goal: Goal | None,
-    *,
-    trains: bool,
-    evaluation: EvaluationText,
-    command: str,
+    model: str | Path, out: Path, settings: PruneSettings, trains: bool, command: str
 ) -> PruneReport:
     """Prune a path into a new directory; train the result too if asked to, and if that fits."""
     # Before a model is downloaded or converted.
-    check_all_texts(settings.text, evaluation, goal)
+    check_all_texts(settings)
     source, limit = open_checkpoint(model, parts=settings.budget.parts), None
     if trains:
         settings, limit = best_effort(source, settings)
-    what: dict[str, Any] = {"goal": goal, "evaluation": evaluation, "command": command}
     if limit is None:
-        return prune_checkpoint(source, out, settings, **what)
-    report, _ = prune_and_recover(source, out, settings, limit, **what)
-    return report
+        return prune_checkpoint(source, out, settings, command=command)
+    return prune_and_recover(source, out, settings, limit, command=command)[0]
 
 
 def calibrate(

@@ -42,16 +42,12 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
     # Before the model is converted, which takes a while.
     # Three windows of each kind, of which one judges the repair.
     text = CalibrationText((MIXED,), samples=27, seqlen=512)
-    settings = PruneSettings(Budget(sparsity), text=text)
+    evaluation = EvaluationText((MIXED, "python-docs"), windows=9, seqlen=512)
+    settings = PruneSettings(Budget(sparsity), text=text, evaluation=evaluation)
     check_output_is_free(out)
     source = open_checkpoint(DEMO_NAME)
-    report = prune_checkpoint(
-        source,
-        out,
-        settings,
-        evaluation=EvaluationText((MIXED, "python-docs"), windows=9, seqlen=512),
-        command=f"cfsp demo --out {out} --sparsity {sparsity}",
-    )
+    command = f"cfsp demo --out {out} --sparsity {sparsity}"
+    report = prune_checkpoint(source, out, settings, command=command)
     speed = compare_speed(
         [Subject(source.directory, "dense"), Subject(out, "pruned")],
         [Workload(batch=1, prompt=512, new_tokens=32)],

@@ -160,8 +160,7 @@ def test_pruning_reads_its_evaluation_texts_first(
         prune_checkpoint(
             Checkpoint(tiny_checkpoint("llama")),
             tmp_path / "out",
-            PruneSettings(Budget(0.5)),
-            evaluation=EvaluationText((str(text_file),), 1000),
+            PruneSettings(Budget(0.5), evaluation=EvaluationText((str(text_file),), 1000)),
         )
     assert not list(tmp_path.iterdir())
 
@@ -207,11 +206,11 @@ def test_a_killed_evaluation_of_pruning_goes_on(
         Budget(0.5, multiple=8),
         text=CalibrationText((text,), samples=4, seqlen=16),
         compute=Compute(dtype="float32"),
+        evaluation=EvaluationText((text,), 2, 24),
     )
-    evaluation = EvaluationText((text,), 2, 24)
 
     def prune(out: Path) -> PruneReport:
-        return prune_checkpoint(source, out, settings, evaluation=evaluation)
+        return prune_checkpoint(source, out, settings)
 
     def killed(source: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs["label"].startswith("pruned"):

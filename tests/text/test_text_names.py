@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,8 @@ def test_functions_refuse_a_text_before_any_work(
         lambda: cfsp.calibrate("no-model", data=[ABSENT]),
         lambda: cfsp.evaluate(["no-model"], [ABSENT]),
         lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), text=absent)),
-        lambda: prune_checkpoint(source, out, settings, evaluation=evaluation),
-        lambda: prune_checkpoint(source, out, settings, goal=goal),
+        lambda: prune_checkpoint(source, out, replace(settings, evaluation=evaluation)),
+        lambda: prune_checkpoint(source, out, replace(settings, goal=goal)),
         lambda: recover_checkpoint(source, out, data=[ABSENT], training=training),
         lambda: recover_checkpoint(
             source, out, data=["python-docs"], training=training, evaluation=evaluation

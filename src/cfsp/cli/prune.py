@@ -29,8 +29,6 @@ from cfsp.settings import (
 )
 
 if TYPE_CHECKING:
-    from cfsp.calibration.statistics import Statistics
-    from cfsp.planning.plan_file import PruningPlan
     from cfsp.result.prune_report import PruneReport
     from cfsp.speed.pruning_cost import PruningCost
 
@@ -186,21 +184,23 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.engine.compute import engine_of
-    from cfsp.pipeline import best_effort, prune_and_recover, prune_checkpoint
+    from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
+    from cfsp.prune_and_recover import best_effort, prune_and_recover
     from cfsp.recovery.settings import Limit
     from cfsp.speed.pruning_cost import pruning_cost
 
-    evaluation = settings_from(args, EvaluationText, bos=args.bos or "auto")
-    goal = goals.goal(args)
-    budget = Budget(0.0) if args.plan else arguments.budget(args).for_goal(goal)
+    settings = _settings(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
     timeout = arguments.process_timeout(args)
-    take_own_accelerator(arguments.compute(args).device)
-    source = open_checkpoint(args.model, args.revision, plan.unit_parts if plan else budget.parts)
-    settings = _settings(args, budget, plan, statistics)
+    take_own_accelerator(settings.compute.device)
+    parts = plan.unit_parts if plan else settings.budget.parts
+    source = open_checkpoint(args.model, args.revision, parts)
+    repairs = settings.repair != "none" and not args.dry_run
+    if not args.data and (repairs or (statistics is None and plan is None)):
+        arguments.tell_of_the_default_text()
     if args.estimate:
         _print_estimate(
             args, pruning_cost(source, args.out, settings, engine_of(settings.compute, source))
@@ -209,20 +209,22 @@ def run(args: argparse.Namespace) -> None:
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
         settings, limit = best_effort(source, settings)
-    what: dict[str, Any] = {
-        "goal": goal,
-        "statistics": statistics,
-        "plan": plan,
-        "evaluation": evaluation,
-        "command": arguments.typed_command(),
-    }
-    recovery = None
+    command, recovery = arguments.typed_command(), None
     if limit is not None:
-        report, recovery = prune_and_recover(source, args.out, settings, limit, **what)
+        report, recovery = prune_and_recover(
+            source, args.out, settings, limit, statistics=statistics, plan=plan, command=command
+        )
     else:
         with joined(compute_device(settings.compute.device), timeout) as team:
             report = prune_checkpoint(
-                source, args.out, settings, dry_run=args.dry_run, team=team, **what
+                source,
+                args.out,
+                settings,
+                statistics=statistics,
+                plan=plan,
+                dry_run=args.dry_run,
+                command=command,
+                team=team,
             )
         if not team.is_first:
             return
@@ -276,25 +278,18 @@ def _repair(args: argparse.Namespace) -> Repair:
     return args.repair or DEFAULT_REPAIR
 
 
-def _settings(
-    args: argparse.Namespace,
-    budget: Budget,
-    plan: PruningPlan | None,
-    statistics: Statistics | None,
-) -> PruneSettings:
-    """Return how to prune; the text is left out where none is needed."""
-    repair = _repair(args)
-    repairs = repair != "none" and not args.dry_run
-    needs_text = repairs or (statistics is None and plan is None)
+def _settings(args: argparse.Namespace) -> PruneSettings:
+    """Return all that a pruning is asked for; a plan has its own budget."""
+    goal = goals.goal(args)
     return PruneSettings(
-        budget=budget,
+        budget=Budget(0.0) if args.plan else arguments.budget(args).for_goal(goal),
         criterion=arguments.criterion(args),
-        text=arguments.calibration_text(args)
-        if needs_text
-        else settings_from(args, CalibrationText),
+        text=settings_from(args, CalibrationText),
         compute=arguments.compute(args),
-        repair=repair,
+        repair=_repair(args),
         local=settings_from(args, LocalTraining),
+        goal=goal,
+        evaluation=settings_from(args, EvaluationText, bos=args.bos or "auto"),
     )
 
 

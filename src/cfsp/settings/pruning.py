@@ -10,8 +10,9 @@ from cfsp.errors import UsageError
 from cfsp.settings.budget import MOST_REMOVED, Budget, Part
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
+from cfsp.settings.goals import Goal
 from cfsp.settings.options import option
-from cfsp.settings.text import CalibrationText
+from cfsp.settings.text import CalibrationText, EvaluationText
 
 Repair = Literal["none", "ridge", "sequential", "local"]
 # Each is a step beyond the one before it.
@@ -103,6 +104,9 @@ class PruneSettings:
             squares; `sequential` then repairs them on the pruned model's own hidden states;
             `local` goes on from there and trains a few blocks at a time.
         local: how `local` trains.
+        goal: gives the budget; of that here only the parts, the multiple and the kind of widths
+            then count.
+        evaluation: texts to measure perplexity on, before and after.
     """
 
     budget: Budget
@@ -111,6 +115,8 @@ class PruneSettings:
     compute: Compute = field(default_factory=Compute)
     repair: Repair = DEFAULT_REPAIR
     local: LocalTraining = field(default_factory=LocalTraining)
+    goal: Goal | None = None
+    evaluation: EvaluationText = field(default_factory=EvaluationText)
 
     def __post_init__(self) -> None:
         if self.repair not in REPAIRS:

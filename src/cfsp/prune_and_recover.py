@@ -1,0 +1,130 @@
+"""Pruning with the best effort: then what is left is trained towards the dense model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.loading import compute_device
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.output import check_output_is_free
+from cfsp.checkpoint.reading import Checkpoint, fingerprint
+from cfsp.engine.workplace import remove_finished_work
+from cfsp.pipeline import digest_of, prune_checkpoint, pruning_identity
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.processes import process_count
+from cfsp.recovery.adaptation import check_installed
+from cfsp.recovery.memory import method_that_fits
+from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Distillation, Limit, Training
+from cfsp.recovery.teacher import choose_teacher
+from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.result.prune_report import PruneReport
+from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, PruneSettings
+
+if TYPE_CHECKING:
+    from cfsp.recovery.recover_report import RecoverReport
+
+log = logging.getLogger(__name__)
+
+# The digest of what a run was asked for, in the manifest of the pruned model that it trains.
+_ASKED = "asked_digest"
+
+
+def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSettings, Limit | None]:
+    """Return how to prune with the best effort, and how long to train afterwards.
+
+    That is one pass over the text with the dense model as the teacher, where one process has
+    memory for both; else no end-to-end training, and local repair. People are told which.
+    """
+    device = compute_device(settings.compute.device)
+    if process_count() > 1:
+        why = "several processes prune together; cfsp recover trains what they give"
+    elif method_that_fits(source, device) is None:
+        why = "there is no memory to train the whole model beside the dense one"
+    else:
+        log.info("best effort: repair by ridge, then one pass of training towards the dense model")
+        return settings, Limit(epochs=1)
+    log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
+    return replace(settings, repair=BEST_WITHOUT_TRAINING), None
+
+
+def prune_and_recover(
+    source: Checkpoint,
+    out: Path,
+    settings: PruneSettings,
+    limit: Limit,
+    *,
+    statistics: Statistics | None = None,
+    plan: PruningPlan | None = None,
+    command: str = "",
+) -> tuple[PruneReport, RecoverReport]:
+    """Prune a checkpoint, then train the result on the same texts towards the dense model.
+
+    The pruned model stays in `OUT-pruned`. A call that was killed while it trained goes on there.
+
+    Args:
+        source: the model.
+        out: where the trained model goes; must not exist, or be empty.
+        settings: how to prune; perplexity is measured before and after each of the two.
+        limit: how long to train.
+        statistics: as for `prune_checkpoint`, like all that follow.
+        plan: an earlier decision.
+        command: what the user typed.
+
+    Raises:
+        CfspError: anything that a user can cause.
+    """
+    # It imports the Trainer, and with it much that pruning alone does without.
+    from cfsp.recovery.recover import recover_checkpoint
+
+    remove_finished_work(out)
+    check_output_is_free(out)
+    compute, text = settings.compute, settings.text
+    device = compute_device(compute.device)
+    method = method_that_fits(source, device) or "lora"
+    check_installed(method)
+    pruned = out.with_name(f"{out.name}-pruned")
+    asked = {
+        **pruning_identity(settings, statistics, plan),
+        "model": fingerprint(source),
+        "text": repr(text),
+        "dtype": compute.dtype,
+    }
+    if _was_pruned(pruned, digest_of(asked)):
+        log.info("%s was pruned before by the same command; going on from it", pruned)
+        report = PruneReport.of_checkpoint(pruned)
+    else:
+        report = prune_checkpoint(
+            source,
+            pruned,
+            settings,
+            statistics=statistics,
+            plan=plan,
+            command=command,
+        )
+        add_to_manifest(pruned, {_ASKED: digest_of(asked)})
+    training = Training(
+        limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed, bos=text.bos
+    )
+    smaller = open_checkpoint(pruned)
+    recovery = recover_checkpoint(
+        smaller,
+        out,
+        data=text.names,
+        training=training,
+        adaptation=Adaptation(method),
+        teacher=choose_teacher(AUTO_TEACHER, smaller, method, Distillation(), device),
+        evaluation=settings.evaluation,
+        # Training in float16 overflows.
+        compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
+        command=command,
+    )
+    return report, recovery
+
+
+def _was_pruned(directory: Path, asked: str) -> bool:
+    manifest = read_manifest(directory) if directory.is_dir() else None
+    return manifest is not None and manifest.get(_ASKED) == asked
