@@ -72,7 +72,7 @@ def test_before_and_after_is_what_the_manifest_has(
     with temporary_workplace(None) as place:
         found = before_and_after(before, after, windows, compute, place)
         assert before_and_after(before, after, {}, compute, place) == {}
-    assert evaluation_windows(None, before) == {}
+    assert evaluation_windows(EvaluationText(), before) == {}
     single = evaluate_models([before.directory, after.directory], texts, compute)
     (value,) = found.values()
     assert set(value) == {"before", "after", *CONDITIONS}

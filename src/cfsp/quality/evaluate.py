@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,43 @@ if TYPE_CHECKING:
     from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model that is measured.
+
+    Attributes:
+        source: its weights.
+        engine: where and in what it computes.
+        windows: of each text, by its own tokenizer.
+        facts: which model it is, as the results begin.
+    """
+
+    source: Checkpoint
+    engine: Engine
+    windows: Mapping[str, Windows]
+    facts: Mapping[str, Any]
+
+    @staticmethod
+    def of(source: Checkpoint, texts: EvaluationText, compute: Compute) -> _Model:
+        engine = engine_of(compute, source)
+        facts = {
+            "model": source.label,
+            "fingerprint": fingerprint(source),
+            "parameters": parameter_count(source),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+        }
+        return _Model(source, engine, evaluation_windows(texts, source), facts)
+
+    def result(self, measured: Mapping[str, WindowSums]) -> dict[str, Any]:
+        """Return what was measured on each text, as JSON types."""
+        perplexity, windows = {}, {}
+        for text, sums in measured.items():
+            label = f"{self.source.label} on {text}"
+            perplexity[text] = perplexity_of(sum(sums.loss), self.windows[text], label).to_json()
+            windows[text] = _windows_json(sums, self.windows[text])
+        return {**self.facts, "perplexity": perplexity, "windows": windows}
 
 
 def evaluate_models(
@@ -83,44 +120,30 @@ def evaluate_models(
         names = [against, *(name for name in names if str(name) != str(against))]
     sources = [open_checkpoint(name) for name in names]
     length = min(_window_length(texts, source) for source in sources)
-    windows = [evaluation_windows(replace(texts, seqlen=length), source) for source in sources]
+    models = [_Model.of(source, replace(texts, seqlen=length), compute) for source in sources]
     if against is None:
-        _warn_of_other_tokens(sources, windows)
+        _warn_of_other_tokens(models)
     else:
-        _check_same_tokens(sources, windows)
+        _check_same_tokens(models)
     if tasks is not None:
-        for source in sources:
-            check_fits(source, engine_of(compute, source), "scoring tasks")
+        for model in models:
+            check_fits(model.source, model.engine, "scoring tasks")
         tasks.read_data()
-    engines = [engine_of(compute, source) for source in sources]
-    dtypes = [str(engine.dtype).removeprefix("torch.") for engine in engines]
-    results: list[dict[str, Any]] = [
-        {
-            "model": source.label,
-            "fingerprint": fingerprint(source),
-            "parameters": parameter_count(source),
-            "dtype": dtype,
-            "perplexity": {},
-            "windows": {},
-        }
-        for source, dtype in zip(sources, dtypes, strict=True)
-    ]
-    identity = _identity(results, windows, against, tasks, compute)
+    identity = _identity(models, against, tasks, compute)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
-    with _place_beside(out, identity, compute, team) as place:
-        for number, text in enumerate(windows[0]):
-            of_text = [of_texts[text] for of_texts in windows]
-            measured = _measure_text(
-                sources, of_text, engines, text, number, against is not None, compute, place, team
-            )
-            for result, of_model, sums in zip(results, of_text, measured, strict=True):
-                label = f"{result['model']} on {text}"
-                value = perplexity_of(sum(sums.loss), of_model, label)
-                result["perplexity"][text] = value.to_json()
-                result["windows"][text] = _windows_json(sums, of_model)
+    beside = output_workplace(out, identity, compute.memory_budget, team) if out else nullcontext()
+    with beside as place:
+        sums = {
+            text: _measure_text(models, text, number, against is not None, compute, place, team)
+            for number, text in enumerate(models[0].windows)
+        }
+        results = [
+            model.result({text: of_models[number] for text, of_models in sums.items()})
+            for number, model in enumerate(models)
+        ]
         if tasks is not None:
-            for number, (source, engine) in enumerate(zip(sources, engines, strict=True)):
-                results[number].update(_score_tasks(tasks, source, engine, number, place))
+            for number, model in enumerate(models):
+                results[number].update(_score_tasks(tasks, model, number, place))
     if against is not None:
         for result in results[1:]:
             result["agreement"] = _agreement(results[0], result)
@@ -128,11 +151,9 @@ def evaluate_models(
 
 
 def _measure_text(
-    sources: Sequence[Checkpoint],
-    windows: Sequence[Windows],
-    engines: Sequence[Engine],
+    models: Sequence[_Model],
     text: str,
-    number: int,
+    text_number: int,
     compares: bool,
     compute: Compute,
     place: Workplace | None,
@@ -147,49 +168,52 @@ def _measure_text(
     with temporary_workplace(budget // 2 if compares else budget) as passes:
         ends: list[DenseEnd] = []
 
-        def stream(model: int) -> dict[str, Any]:
-            source, engine = sources[model], engines[model]
-            own = windows[model].part(part_of(windows[model], team, engine.batch_windows))
+        def stream(number: int) -> dict[str, Any]:
+            model, is_compared = models[number], compares and number > 0
+            engine, label = model.engine, f"{model.source.label} on {text}"
+            windows = model.windows[text]
+            own = windows.part(part_of(windows, team, engine.batch_windows))
             if not len(own.tokens_NT):
-                return asdict(WindowSums((), (), ()) if compares and model else WindowSums(()))
+                return asdict(WindowSums((), (), ()) if is_compared else WindowSums(()))
 
             def keep(hidden: HiddenStates) -> None:
-                if compares and model == 0:
-                    head = Head(source, engine.device, engine.dtype)
+                if compares and number == 0:
+                    head = Head(model.source, engine.device, engine.dtype)
                     ends.append(DenseEnd(head, hidden, engine.device))
 
-            if compares and model > 0 and not ends:  # an earlier run had its sums already
+            if is_compared and not ends:  # an earlier run had its sums already
                 stream(0)
             sums = streamed_sums(
-                source,
+                model.source,
                 own,
                 engine,
                 place=passes,
-                name=f"perplexity-{model}",
-                label=f"{source.label} on {text}",
-                dense=ends[0] if ends and model > 0 else None,
+                name=f"perplexity-{number}",
+                label=label,
+                dense=ends[0] if ends and is_compared else None,
                 on_end=keep,
             )
-            perplexity_of(sum(sums.loss), own, f"{source.label} on {text}")  # no NaN
+            perplexity_of(sum(sums.loss), own, label)  # no NaN
             return asdict(sums)
 
         found = []
-        for model in range(len(sources)):
-            own = kept(place, f"text-{number}-{model}", partial(stream, model))
+        for number in range(len(models)):
+            own = kept(place, f"text-{text_number}-{number}", partial(stream, number))
             found.append(WindowSums.joined(team.gather(WindowSums.from_json(own))))
         return found
 
 
 def _score_tasks(
-    tasks: TaskRunner, source: Checkpoint, engine: Engine, number: int, place: Workplace | None
+    tasks: TaskRunner, model: _Model, number: int, place: Workplace | None
 ) -> dict[str, Any]:
     """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
     scorers: list[TaskScorer] = []
 
     def score(name: str) -> dict[str, Any]:
         if not scorers:
-            model = load(source.directory, dtype=engine.dtype, device=engine.device)
-            scorers.append(tasks.scorer(model, load_tokenizer(source.directory)))
+            directory, engine = model.source.directory, model.engine
+            loaded = load(directory, dtype=engine.dtype, device=engine.device)
+            scorers.append(tasks.scorer(loaded, load_tokenizer(directory)))
         return scorers[0].score(name)
 
     found: dict[str, Any] = {"tasks": {}, "documents": {}}
@@ -200,11 +224,11 @@ def _score_tasks(
     return found
 
 
-def evaluation_windows(texts: EvaluationText | None, source: Checkpoint) -> dict[str, Windows]:
+def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, Windows]:
     """Read the windows of every evaluation text, so that no mistake is left for later.
 
     Args:
-        texts: what to measure on; None for nothing.
+        texts: what to measure on; may be none.
         source: the model; its tokenizer lies beside it.
 
     Raises:
@@ -212,7 +236,7 @@ def evaluation_windows(texts: EvaluationText | None, source: Checkpoint) -> dict
         UsageError: the windows are longer than what the model can read.
         CalibrationError: the tokenizer belongs to another model.
     """
-    if texts is None or not texts.names:
+    if not texts.names:
         return {}
     tokenizer, length = load_tokenizer(source.directory), _window_length(texts, source)
     found = {}
@@ -320,8 +344,7 @@ def _agreement(dense: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(
-    results: Sequence[dict[str, Any]],
-    windows: Sequence[Mapping[str, Windows]],
+    models: Sequence[_Model],
     against: str | Path | None,
     tasks: TaskRunner | None,
     compute: Compute,
@@ -329,25 +352,14 @@ def _identity(
     """Return what results depend on, for what an interrupted run left."""
     return {
         "command": "eval",
-        "models": [[result["model"], result["fingerprint"]] for result in results],
+        "models": [[each.facts["model"], each.facts["fingerprint"]] for each in models],
         "batch of windows": compute.batch_windows,
-        "dtypes": [result["dtype"] for result in results],
-        "texts": {text: of_text.digest for text, of_text in windows[0].items()},
+        "dtypes": [each.facts["dtype"] for each in models],
+        "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},
         "dense model": None if against is None else str(against),
         "tasks": None if tasks is None else tasks.identity(),
         "version": {name: versions()[name] for name in ("cfsp-llm", "torch", "transformers")},
     }
-
-
-@contextmanager
-def _place_beside(
-    out: Path | None, identity: dict[str, Any], compute: Compute, team: Team
-) -> Iterator[Workplace | None]:
-    if out is None:
-        yield None
-    else:
-        with output_workplace(out, identity, compute.memory_budget, team) as place:
-            yield place
 
 
 def _window_length(texts: EvaluationText, source: WeightSource) -> int:
@@ -356,33 +368,39 @@ def _window_length(texts: EvaluationText, source: WeightSource) -> int:
     return min(DEFAULT_SEQLEN, longest_input_of(source.config) or DEFAULT_SEQLEN)
 
 
-def _check_same_tokens(
-    sources: Sequence[Checkpoint], windows: Sequence[Mapping[str, Windows]]
-) -> None:
+def _other_tokens(model: _Model, first: _Model) -> list[str]:
+    """Return the texts that a model cuts into other tokens than the first one."""
+    return [
+        text
+        for text, windows in first.windows.items()
+        if model.windows[text].digest != windows.digest
+    ]
+
+
+def _check_same_tokens(models: Sequence[_Model]) -> None:
     """Check that models can be compared token by token with the first one."""
-    dense = sources[0]
-    for source, of_texts in zip(sources[1:], windows[1:], strict=True):
-        for text, first in windows[0].items():
-            if of_texts[text].digest != first.digest:
-                raise UsageError(
-                    f"--against needs models with one tokenizer, but {source.label} cuts {text} "
-                    f"into other tokens than {dense.label}; measure them without --against"
-                )
-        found, expected = (vocabulary_of(each.config) for each in (source, dense))
+    dense, *others = models
+    for model in others:
+        for text in _other_tokens(model, dense):
+            raise UsageError(
+                f"--against needs models with one tokenizer, but {model.source.label} cuts "
+                f"{text} into other tokens than {dense.source.label}; measure them without "
+                "--against"
+            )
+        found, expected = (vocabulary_of(each.source.config) for each in (model, dense))
         if found != expected:
             raise UsageError(
-                f"--against needs models with one vocabulary, but {source.label} predicts {found} "
-                f"tokens and {dense.label} {expected}; measure them without --against"
+                f"--against needs models with one vocabulary, but {model.source.label} predicts "
+                f"{found} tokens and {dense.source.label} {expected}; measure them without "
+                "--against"
             )
 
 
-def _warn_of_other_tokens(
-    sources: Sequence[Checkpoint], windows: Sequence[Mapping[str, Windows]]
-) -> None:
-    for source, of_texts in zip(sources[1:], windows[1:], strict=True):
-        if any(of_texts[text].digest != first.digest for text, first in windows[0].items()):
+def _warn_of_other_tokens(models: Sequence[_Model]) -> None:
+    for model in models[1:]:
+        if _other_tokens(model, models[0]):
             logger.warning(
                 "%s cuts text into other tokens than %s: their perplexities do not compare",
-                source.label,
-                sources[0].label,
+                model.source.label,
+                models[0].source.label,
             )
