@@ -14,13 +14,13 @@ import cfsp.text.mixed
 from cfsp.errors import TextError
 from cfsp.settings import DEFAULT_TEXT
 from cfsp.text.mixed import KINDS, MIXED, records
+from cfsp.text.pools import sources_drawn
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import (
     consecutive_windows,
     draw_left_over,
     draw_windows,
-    sources_drawn,
 )
 
 MIXTURE = Path(cfsp.text.mixed.__file__).with_name("mixture")

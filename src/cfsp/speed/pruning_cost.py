@@ -30,7 +30,8 @@ from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.settings import DEFAULT_SAMPLES
 from cfsp.speed.work import work_of
 from cfsp.speed.workload import Workload
-from cfsp.text.windows import Windows, sources_drawn
+from cfsp.text.pools import sources_drawn
+from cfsp.text.windows import Windows
 from cfsp.whole_model.sensitivity import (
     SENSITIVITY_TOKENS,
     follow_sensitivity,

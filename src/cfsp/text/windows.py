@@ -8,7 +8,7 @@ Shapes: N windows, T tokens in a window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -20,8 +20,8 @@ from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
 from cfsp.text.cutting import gather, overlapping_spans, spans
 from cfsp.text.hold_out import is_held_out
-from cfsp.text.image_windows import ImageWindows, ProcessorOf, shuffled
-from cfsp.text.mixed import parts_of
+from cfsp.text.image_windows import ProcessorOf
+from cfsp.text.pools import parts_with_shares, shuffled_pools
 from cfsp.text.sources import TextSource, name_of
 from cfsp.text.stream import token_stream
 from cfsp.text.tokenizers import beginning
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cfsp.settings import CalibrationText
-
-# How much more text than needed windows are drawn from, where a source is that long.
-_POOL_FACTOR = 16
-# Of samples with images, how many are held to be drawn from, for each window.
-_SAMPLES_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,7 @@ def draw_windows(
     """
     begins_with = beginning(tokenizer, bos)
     drawn: list[Windows] = []
-    for pool in _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with, processor):
+    for pool in shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with, processor):
         if pool.share:
             own_NT = pool.tokens_NT[: pool.share]
             counts = {pool.name: len(own_NT)}
@@ -288,8 +283,8 @@ def draw_left_over(
     begins_with = beginning(tokenizer, bos)
     drawn: list[Tensor] = []
     counts: dict[str, int] = {}
-    pools = _shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with)
-    for (_, share), pool in zip(_parts_with_shares(texts, count), pools, strict=True):
+    pools = shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with)
+    for (_, share), pool in zip(parts_with_shares(texts, count), pools, strict=True):
         if not share:
             continue
         left_NT = pool.tokens_NT[pool.share :]
@@ -302,93 +297,6 @@ def draw_left_over(
         drawn.append(left_NT[:share])
         counts[pool.name] = counts.get(pool.name, 0) + share
     return Windows(torch.cat(drawn), counts, begins_with)
-
-
-@dataclass(frozen=True)
-class _ShuffledPool:
-    """The windows of one text in the order in which they are drawn, and how many are."""
-
-    name: str
-    tokens_NT: Tensor
-    share: int
-    images_N: tuple[Mapping[str, Tensor], ...] = ()
-
-
-def _shuffled_pools(
-    texts: Sequence[str | Text],
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int | None,
-    seqlen: int,
-    seed: int,
-    begins_with: tuple[int, ...],
-    processor: ProcessorOf | None = None,
-) -> Iterator[_ShuffledPool]:
-    if (samples is not None and samples < len(texts)) or seqlen < 2 + len(begins_with[1:]):
-        raise UsageError(
-            f"expected at least one window for each text and 2 tokens in a window, "
-            f"found {samples} windows for {len(texts)} texts and {seqlen} tokens"
-        )
-    wanted = DEFAULT_SAMPLES if samples is None else samples
-    generator = torch.Generator().manual_seed(seed)
-    for text, share in _parts_with_shares(texts, wanted):
-        source = TextSource(text, "calibration")
-        least = 1 if samples is None else share
-        if processor is not None and source.has_images:
-            order = shuffled(source.samples(), generator, _SAMPLES_TOGETHER * share)
-            made = ImageWindows(order, processor(), seqlen, begins_with)
-            yield _image_pool(source.name, made, share, least)
-            continue
-        pool_NT = _pool(source, tokenizer, seqlen, _POOL_FACTOR * max(share, 1), begins_with)
-        have = pool_NT.shape[0]
-        if have < least:
-            raise TextError(
-                f"{source.name} holds {have} windows of {seqlen} tokens, {share} are needed "
-                f"({share * (seqlen - len(begins_with))} tokens); give more text, fewer --samples "
-                "or a shorter --seqlen"
-            )
-        yield _ShuffledPool(source.name, pool_NT[torch.randperm(have, generator=generator)], share)
-
-
-def _parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str | Text, int]]:
-    """Return what windows are drawn from, kinds of the mixed text apart, and how many of each."""
-    found: list[tuple[str | Text, int]] = []
-    for text, share in zip(texts, _shares(total, len(texts)), strict=True):
-        parts = parts_of(text) if isinstance(text, str) else (text,)
-        found += zip(parts, _shares(share, len(parts)), strict=True)
-    return found
-
-
-def _image_pool(name: str, made: ImageWindows, share: int, least: int) -> _ShuffledPool:
-    """Return as many windows with images as are drawn.
-
-    Raises:
-        TextError: there are too few.
-    """
-    windows = made.take(share)
-    if len(windows) < least:
-        cure = "give more samples, fewer --samples or a shorter --seqlen"
-        if made.left_out:
-            cure = (
-                f"{made.left_out} samples have images that need up to {made.needed} tokens: raise "
-                "--seqlen to at least that, or give smaller images"
-            )
-        raise TextError(
-            f"{name} holds {len(windows)} windows of {made.seqlen} tokens with images, {share} are "
-            f"needed; {cure}"
-        )
-    tokens_NT = torch.stack([window.tokens_T for window in windows])
-    return _ShuffledPool(name, tokens_NT, share, tuple(window.images for window in windows))
-
-
-def sources_drawn(texts: Sequence[str | Text], samples: int) -> int:
-    """Return from how many sources so many windows are drawn; a kind of the mixed text is one."""
-    drawn = {name_of(part) for part, share in _parts_with_shares(texts, samples) if share}
-    return len(drawn)
-
-
-def _shares(total: int, parts: int) -> list[int]:
-    """Share a number out as evenly as possible."""
-    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def consecutive_windows(
@@ -463,17 +371,7 @@ def all_windows(
     """
     begins_with = beginning(tokenizer, bos)
     source = TextSource(text, "calibration")
-    tokens_NT = _pool(source, tokenizer, seqlen, limit, begins_with)[:limit]
-    return Windows(tokens_NT, {source.name: len(tokens_NT)}, begins_with)
-
-
-def _pool(
-    source: TextSource,
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int,
-    limit: int | None,
-    begins_with: tuple[int, ...],
-) -> Tensor:
-    """Return the text as consecutive windows, at least `limit` of them if it is that long."""
     stream_R = token_stream(source, tokenizer, None if limit is None else limit * seqlen)
-    return gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
+    whole = spans(stream_R, seqlen, begins_with, limit)
+    tokens_NT = gather(stream_R, whole, seqlen, begins_with)
+    return Windows(tokens_NT, {source.name: len(tokens_NT)}, begins_with)
