@@ -38,7 +38,7 @@ from cfsp.recovery.adaptation import (
 )
 from cfsp.recovery.evaluation import Baseline, baseline_of, before_and_after
 from cfsp.recovery.prepare import Prepared, Request, prepare
-from cfsp.recovery.recover_report import RecoverReport, log_trainable, recover_report
+from cfsp.recovery.recover_report import RecoverReport, recover_report
 from cfsp.recovery.saved import SaveState, last_checkpoint
 from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
 from cfsp.recovery.sharding import shard, trained_tensors
@@ -157,7 +157,7 @@ def _recover(
     training = request.training.with_rate_for(method, size_of_weights(model, names))
     torch.manual_seed(training.seed)
     adapted, blocks = attached(model)
-    log_trainable(blocks, training.learning_rate)
+    _tell_what_is_trained(blocks, training)
     later = _seconds_to_write(source, watch) + (baseline.seconds if baseline else 0)
     with watch.stage("train"), joined(device, _PATIENCE) if training.shard else nullcontext():
         outcome = _train(request, training, prepared, place, adapted, model, dense, _MARGIN * later)
@@ -200,6 +200,19 @@ def _recover(
         )
         write_record(source, staging, facts, digests)
     return report
+
+
+def _tell_what_is_trained(blocks: Sequence[TrainableBlock], training: Training) -> None:
+    """Say how many parameters are trained, and how fast; the report has those of each block."""
+    if not is_first_process():
+        return
+    ranks = [block.rank for block in blocks if block.rank is not None]
+    of_rank = f" of rank {min(ranks)} to {max(ranks)}" if ranks else ""
+    total = sum(block.parameters for block in blocks)
+    logger.info(
+        f"training {total:,d} parameters{of_rank} in {len(blocks)} blocks, learning rate "
+        f"{training.learning_rate:g}"
+    )
 
 
 def _measured_before(

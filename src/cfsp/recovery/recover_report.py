@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.stopwatch import Stopwatch
-from cfsp.processes import is_first_process
 from cfsp.recovery.adaptation import TrainableBlock
 from cfsp.recovery.evaluation import Perplexities
 from cfsp.recovery.training import TrainingOutcome
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,4 @@ def recover_report(
         peak_rss_bytes=peak_rss_bytes(),
         out=str(out),
         **asdict(outcome),
-    )
-
-
-def log_trainable(blocks: Sequence[TrainableBlock], rate: float | None) -> None:
-    """Say how many parameters are trained, and how fast; the report has those of each block."""
-    if not is_first_process():
-        return
-    ranks = [block.rank for block in blocks if block.rank is not None]
-    of_rank = f" of rank {min(ranks)} to {max(ranks)}" if ranks else ""
-    total = sum(block.parameters for block in blocks)
-    logger.info(
-        f"training {total:,d} parameters{of_rank} in {len(blocks)} blocks, learning rate {rate:g}"
     )
