@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,11 @@ from transformers.core_model_loading import (
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
-from cfsp.checkpoint import stored_tensors
-from cfsp.checkpoint.conversion import missing_prefix, saved_state
-from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
-from cfsp.checkpoint.tensor_file import TensorFile, TensorSpec
+from cfsp.checkpoint import layout_tracing
+from cfsp.checkpoint.conversion import missing_prefix, saved_state, stored_from_memory
+from cfsp.checkpoint.ffn_tensors import ffn_matrix, tensors_with_down
+from cfsp.checkpoint.stored_tensors import StoredTensors
+from cfsp.checkpoint.tensor_file import TensorFile, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.families.tiny import model_class, tiny_config, tiny_model
 
@@ -136,7 +138,7 @@ def test_cutting_stored_tensors_is_cutting_in_memory(saved: Saved) -> None:
     assert set(expected) == set(saved.file.specs)
     for name, tensor in expected.items():
         cut, spec = saved.file.read(name), saved.file.specs[name]
-        layout = stored.layout_of(name)
+        layout = stored.layouts.get(name)
         if layout is not None:
             unit = architecture.units[layout.unit]
             assert layout.width(spec.shape) == unit.width
@@ -180,31 +182,30 @@ def matrices_in_memory(model: nn.Module, architecture: Architecture, unit: int) 
         yield matrices
 
 
+def matrix_of(
+    stored: StoredTensors, unit: int, role: Any, ffn: int, read: Callable[[str], Tensor]
+) -> Tensor | None:
+    source: Any = SimpleNamespace(stored=stored, read=read)
+    return ffn_matrix(source, unit, role, ffn)
+
+
 def test_matrices_are_read_and_written(saved: Saved) -> None:
     read = saved.file.read
     for index, unit in enumerate(saved.architecture.units):
         in_memory = list(matrices_in_memory(saved.model, saved.architecture, index))
         for ffn, expected in enumerate(in_memory):
             for role, matrix in zip(("gate", "up", "down"), expected, strict=True):
-                found = saved.stored.matrix(index, role, ffn, read)
+                found = matrix_of(saved.stored, index, role, ffn, read)
                 assert (found is None) == (matrix is None)
                 assert matrix is None or torch.equal(found, matrix)
         downs = [down for _, _, down in in_memory]
-        for down, found in zip(
-            downs, saved.stored.matrices(index, "down", unit.ffns, read), strict=True
-        ):
-            assert torch.equal(found, down)
-        tensors = saved.stored.down_tensors(index, dict(enumerate(downs)))
+        tensors = tensors_with_down(saved, index, dict(enumerate(downs)))
         for name, tensor in tensors.items():
             assert torch.equal(tensor, read(name)) and tensor.is_contiguous()
         narrow_downs = [down[:, : unit.width // 2] for down in downs]
-        narrow = saved.stored.down_tensors(index, dict(enumerate(narrow_downs)))
+        narrow = tensors_with_down(saved, index, dict(enumerate(narrow_downs)))
         for ffn, down in enumerate(narrow_downs):
-            assert torch.equal(saved.stored.matrix(index, "down", ffn, narrow.get), down)
-
-
-def specs_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            assert torch.equal(matrix_of(saved.stored, index, "down", ffn, narrow.get), down)
 
 
 def found_in(model: PreTrainedModel, tensors: dict[str, Tensor]) -> StoredTensors:
@@ -242,8 +243,8 @@ def test_experts_that_the_hub_has_transposed() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(stored.assemble(name, old.__getitem__), value)
     for role in ("gate", "up", "down"):
-        expected = found_in(model, modern).matrix(1, role, 2, modern.get)
-        assert torch.equal(stored.matrix(1, role, 2, old.get), expected)
+        expected = matrix_of(found_in(model, modern), 1, role, 2, modern.get)
+        assert torch.equal(matrix_of(stored, 1, role, 2, old.get), expected)
 
 
 def with_converters(monkeypatch: pytest.MonkeyPatch, *converters: WeightConverter) -> None:
@@ -272,7 +273,7 @@ def test_one_stored_tensor_becomes_gate_and_up(
         WeightConverter("mlp.fused.weight", targets[::-1] if up_first else targets, operations),
     )
     stored = found_in(model, tensors)
-    layout = stored.layout_of("model.layers.1.mlp.fused.weight")
+    layout = stored.layouts.get("model.layers.1.mlp.fused.weight")
     assert layout is not None
     assert (layout.role, layout.axis.fusion, layout.up_first) == ("both", fusion, up_first)
     for name, value in model.state_dict().items():
@@ -281,7 +282,7 @@ def test_one_stored_tensor_becomes_gate_and_up(
     cut = {"fused": layout.select(tensors["model.layers.1.mlp.fused.weight"], [kept])}
     for role in ("gate", "up"):
         whole = getattr(model.model.layers[1].mlp, f"{role}_proj").weight
-        assert torch.equal(stored.matrix(1, role, 0, tensors.get), whole)
+        assert torch.equal(matrix_of(stored, 1, role, 0, tensors.get), whole)
         assert torch.equal(layout.matrix(cut["fused"], role, 0), whole[kept])
 
 
@@ -305,10 +306,10 @@ def test_a_conversion_is_traced_once_for_all_blocks(monkeypatch: pytest.MonkeyPa
 
     def counted(conversion: Any, *args: Any) -> Any:
         calls.append(conversion.target)
-        return stored_tensors_trace(conversion, *args)
+        return trace(conversion, *args)
 
-    stored_tensors_trace = stored_tensors.trace
-    monkeypatch.setattr(stored_tensors, "trace", counted)
+    trace = layout_tracing._trace
+    monkeypatch.setattr(layout_tracing, "_trace", counted)
     model = tiny_model("mixtral")
     found_in(model, stored_from_memory(model))
     assert [name.rpartition(".")[2] for name in calls] == ["gate_up_proj", "down_proj"]

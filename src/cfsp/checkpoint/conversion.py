@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.tensor_file import TensorSpec
+from cfsp.checkpoint.tensor_file import TensorSpec, specs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,6 +229,26 @@ def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
         if tied in state and to in state and _is_same(state[tied], state[to]):
             del state[tied]
     return state
+
+
+def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of a model in memory as `save_pretrained` would store them.
+
+    They are views into the model. Only where saving does more than take apart what lies side by
+    side (transposed or interleaved experts of a few classes) are they copies.
+    """
+    state = saved_state(model)
+    empty = {name: tensor.to("meta") for name, tensor in state.items()}
+    specs = specs_of(as_saved(model, empty))
+    tensors: dict[str, Tensor] = {}
+    for conversion in find_conversions(model, specs)[0]:
+        placed = places(conversion, specs)
+        if placed is not None and conversion.target in state:
+            whole = state.pop(conversion.target)
+            tensors |= {name: whole[place] for name, place in placed[0].items()}
+    if len(tensors) < len(specs):
+        tensors |= as_saved(model, state)
+    return {name: tensors[name] for name in specs}
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Where converted tensors keep FFN channels, found by watching the conversion.
+"""Where stored tensors keep FFN channels; of converted ones found by watching the conversion.
 
 Small stand-ins of the stored tensors get a number for every entry. transformers' own converter
 makes the parameter of them. In the parameter it is known which channel an entry belongs to, and
@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cfsp.architecture.found import ChannelAxis, Fusion, Unit
+from cfsp.architecture.found import Architecture, ChannelAxis, Fusion, Unit
 from cfsp.checkpoint.conversion import Conversion, ModelShapes, convert
 from cfsp.checkpoint.stored_layout import ChannelLayout, Role
 from cfsp.checkpoint.tensor_file import TensorSpec
@@ -87,7 +87,60 @@ class ChannelParameter:
         )
 
 
-def trace(
+def channel_parameters(
+    architecture: Architecture, shapes: ModelShapes
+) -> dict[str, ChannelParameter]:
+    """Return the parameters of a model that have channels, by name."""
+    found = {}
+    for index, unit in enumerate(architecture.units):
+        for name in unit.axes:
+            full_name = architecture.block_prefix(unit.block) + name
+            axes = shapes.tensors[full_name].ndim
+            found[full_name] = ChannelParameter(index, unit, name, axes)
+    return found
+
+
+def layouts_of(
+    conversions: Sequence[Conversion],
+    specs: Mapping[str, TensorSpec],
+    parameters: Mapping[str, ChannelParameter],
+    made_by: Mapping[str, Conversion],
+    shapes: ModelShapes,
+) -> dict[str, ChannelLayout]:
+    """Return the layouts of all stored tensors that have channels."""
+    made: dict[int, dict[str, ChannelParameter]] = {}
+    for name, parameter in parameters.items():
+        made.setdefault(id(made_by[name]), {})[name] = parameter
+    layouts: dict[str, ChannelLayout] = {}
+    # Of converted tensors of a kind, from one block and one unit to the next.
+    traced: dict[object, list[ChannelLayout | None]] = {}
+    for conversion in conversions:
+        targets = made.get(id(conversion))
+        if targets is None:
+            continue
+        if conversion.converter is None:
+            layouts[conversion.stored[0]] = targets[conversion.target].layout
+            continue
+        kind = (
+            id(conversion.converter),
+            tuple((pattern, tuple(specs[name].shape for name in names))
+                  for pattern, names in conversion.sources.items()),
+            tuple((target.name, target.unit.kind) for target in targets.values()),
+        )  # fmt: skip
+        units = list(dict.fromkeys(target.index for target in targets.values()))
+        if kind not in traced:
+            first = {
+                name: replace(target, index=units.index(target.index))
+                for name, target in targets.items()
+            }
+            traced[kind] = _trace(conversion, specs, first, shapes)
+        for name, layout in zip(conversion.stored, traced[kind], strict=True):
+            if layout is not None:
+                layouts[name] = replace(layout, unit=units[layout.unit])
+    return layouts
+
+
+def _trace(
     conversion: Conversion,
     specs: Mapping[str, TensorSpec],
     parameters: Mapping[str, ChannelParameter],

@@ -53,16 +53,8 @@ def pruned_fields_and_file(
 ) -> tuple[dict[str, Any], ModelingFile | None]:
     """Return config.json of the pruned model, and the modelling file if it needs one.
 
-    Args:
-        fields: the source's config.json; stays as it is.
-        config: the same, as an object.
-        architecture: of the source.
-        removed: indices of the blocks that go.
-        widths: of every FFN unit of the blocks that stay.
-        experts: how many routed experts of each block stay; None for all.
-
-    Raises:
-        UnsupportedModelError: no config of the class builds the blocks that stay as they are.
+    Arguments beside `fields`, the source's config.json, are those of `pruned_config`, which fails
+    as this does.
     """
     smaller, architecture, changes = _smaller(config, architecture, removed, experts)
     if changes:

@@ -19,18 +19,19 @@ from torch import Tensor
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
-from cfsp.checkpoint.conversion import missing_prefix
+from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.quantisation import Quantisation, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_layout import ChannelLayout
-from cfsp.checkpoint.stored_tensors import StoredTensors, stored_from_memory
+from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
     FileTensor,
     StoredTensor,
     TensorFile,
     TensorSpec,
+    specs_of,
     tensor_chunks,
 )
 from cfsp.checkpoint.text_config import text_config_of
@@ -68,7 +69,7 @@ class WeightSource(Protocol):
 
     def layout_of(self, name: str) -> ChannelLayout | None:
         """Return where a tensor keeps FFN channels; None if it has none."""
-        return self.stored.layout_of(name)
+        return self.stored.layouts.get(name)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
@@ -169,7 +170,7 @@ class LoadedModel(WeightSource):
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, in storage order."""
-        return {k: TensorSpec(v.dtype, tuple(v.shape)) for k, v in self._tensors.items()}
+        return specs_of(self._tensors)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""

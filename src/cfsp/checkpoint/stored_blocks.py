@@ -1,4 +1,4 @@
-"""Which block a stored tensor belongs to, and what it is called when blocks before it are gone."""
+"""Which block a tensor belongs to, and what it is called when blocks before it are gone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cfsp.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from cfsp.architecture.found import Architecture
     from cfsp.checkpoint.reading import WeightSource
 
 
@@ -43,19 +44,42 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
         if block is None:
             names[name] = name
         elif block not in removed:
-            index = block - sum(other < block for other in removed)
             pattern = rf"(?<!\d){block}(?!\d)"
             if not re.search(pattern, name):
                 raise UnsupportedModelError(
                     f"{source.label} stores {name} of block {block} under a name without that "
                     "number, so that no block before it can be removed"
                 )
-            names[name] = re.sub(pattern, str(index), name, count=1)
+            names[name] = re.sub(pattern, str(_index_without(removed, block)), name, count=1)
     if len(set(names.values())) < len(names):
         raise UnsupportedModelError(
             f"blocks of {source.label} can't be removed: two of its tensors would have one name"
         )
     return names
+
+
+def name_without_blocks(
+    architecture: Architecture, removed: Collection[int], name: str
+) -> str | None:
+    """Return what a parameter is called when some blocks are gone; None if it goes with them.
+
+    Args:
+        architecture: with all blocks.
+        removed: indices of the blocks that go.
+        name: of the parameter in the model.
+    """
+    prefix = f"{architecture.blocks}."
+    if not name.startswith(prefix):
+        return name
+    block, _, rest = name.removeprefix(prefix).partition(".")
+    if int(block) in removed:
+        return None
+    return f"{architecture.block_prefix(_index_without(removed, int(block)))}{rest}"
+
+
+def _index_without(removed: Collection[int], block: int) -> int:
+    """Return the index of a block that stays when others are gone."""
+    return block - sum(other < block for other in removed)
 
 
 def _blocks_of_stored(source: WeightSource) -> dict[str, int]:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from cfsp.checkpoint.conversion import (
     Conversion,
     ModelShapes,
@@ -18,7 +16,7 @@ from cfsp.checkpoint.conversion import (
     places,
     saved_state,
 )
-from cfsp.checkpoint.tensor_file import TensorSpec
+from cfsp.checkpoint.tensor_file import TensorSpec, specs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,8 +96,3 @@ def shapes_made(
     except Exception:  # whatever a converter says to shapes that do not fit
         return {}
     return {name: tuple(tensor.shape) for name, tensor in made.items()}
-
-
-def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """Return dtypes and shapes of tensors."""
-    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}

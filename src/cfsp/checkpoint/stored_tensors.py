@@ -6,9 +6,7 @@ as they are stored; this module goes between the two, by transformers' own rules
     stored = StoredTensors.of(model, architecture, specs)
     stored.sources("model.layers.0.mlp.experts.down_proj")  # model.layers.0.block_sparse_moe...
     stored.assemble("model.layers.0.mlp.experts.down_proj", checkpoint.read)
-    stored.layout_of("model.layers.0.block_sparse_moe.experts.5.w2.weight")
-
-Shapes: D hidden, E experts, F channels, K channels that stay.
+    stored.layouts["model.layers.0.block_sparse_moe.experts.5.w2.weight"]
 """
 
 from __future__ import annotations
@@ -18,21 +16,19 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import Tensor
 
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import (
     Conversion,
     ModelShapes,
-    as_saved,
     convert,
     find_conversions,
     places,
-    saved_state,
 )
-from cfsp.checkpoint.layout_tracing import ChannelParameter, trace
-from cfsp.checkpoint.stored_faults import faults_of, shapes_made, specs_of
+from cfsp.checkpoint.layout_tracing import channel_parameters, layouts_of
+from cfsp.checkpoint.stored_blocks import name_without_blocks
+from cfsp.checkpoint.stored_faults import faults_of, shapes_made
 from cfsp.checkpoint.stored_layout import ChannelLayout, Role
 from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec
 from cfsp.errors import CheckpointError, UnsupportedModelError
@@ -76,7 +72,7 @@ class StoredTensors:
     _conversions: Mapping[str, Conversion] = field(repr=False)
 
     @cached_property
-    def _weights(self) -> dict[tuple[int, Role, int | None], str]:
+    def matrix_names(self) -> dict[tuple[int, Role, int | None], str]:
         """The stored tensor of each matrix, by unit, role and FFN: None where it is of all FFNs."""
         return {
             (layout.unit, layout.role, layout.ffn): name
@@ -116,7 +112,7 @@ class StoredTensors:
                 made_by[name], found_shapes[name] = conversion, shape
         tied = _tied(model, made_by)
         faults = faults_of(model, shapes, specs, made_by, found_shapes, tied)
-        parameters = _channel_parameters(architecture, shapes)
+        parameters = channel_parameters(architecture, shapes)
         for name in parameters:
             if name in faults:
                 raise CheckpointError(f"{label} {faults[name]}; {AGAIN}")
@@ -127,7 +123,7 @@ class StoredTensors:
                 )
         return StoredTensors(
             specs=specs,
-            layouts=_layouts(conversions, specs, parameters, made_by, shapes),
+            layouts=layouts_of(conversions, specs, parameters, made_by, shapes),
             expert_axes=_expert_axes(architecture, made_by, faults, label),
             tied=tied,
             unused=tuple(unused),
@@ -266,10 +262,6 @@ class StoredTensors:
             and layout.ffn not in kept[layout.unit]
         }
 
-    def layout_of(self, stored: str) -> ChannelLayout | None:
-        """Return where a stored tensor keeps FFN channels; None if it has none."""
-        return self.layouts.get(stored)
-
     def sources(self, parameter: str) -> tuple[str, ...]:
         """Return the stored tensors that a parameter is made of; none if it is tied or missing."""
         conversion = self._conversions.get(parameter)
@@ -336,116 +328,9 @@ class StoredTensors:
             return None
         return {name: tensor[place] for name, place in placed[0].items()}
 
-    def matrix(
-        self, unit: int, role: Role, ffn: int, read: Callable[[str], Tensor]
-    ) -> Tensor | None:
-        """Return a matrix of one FFN as outputs x inputs; None for the gate of one without.
-
-        Args:
-            unit: index of the FFN unit.
-            role: gate, up or down.
-            ffn: index of the FFN in the unit: of an expert, 0 of a dense one.
-            read: gives a stored tensor by name; what holds all experts is read whole.
-        """
-        name = self._holder(unit, role, ffn)
-        return None if name is None else self.layouts[name].matrix(read(name), role, ffn)
-
-    def matrices(
-        self, unit: int, role: Role, ffns: int, read: Callable[[str], Tensor]
-    ) -> Iterator[Tensor | None]:
-        """Yield a matrix of every FFN of a unit, as `matrix` gives it; nothing is read twice.
-
-        Args:
-            unit: index of the FFN unit.
-            role: gate, up or down.
-            ffns: how many FFNs the unit has.
-            read: gives a stored tensor by name.
-        """
-        held, tensor = None, torch.empty(0)
-        for ffn in range(ffns):
-            name = self._holder(unit, role, ffn)
-            if name is None:
-                yield None
-                continue
-            if name != held:
-                held, tensor = name, read(name)
-            yield self.layouts[name].matrix(tensor, role, ffn)
-
-    def _holder(self, unit: int, role: Role, ffn: int) -> str | None:
-        """Return the stored tensor that has a matrix of an FFN."""
-        for stored_role in (role, "both") if role != "down" else (role,):
-            for holder in (ffn, None):
-                name = self._weights.get((unit, stored_role, holder))
-                if name is not None:
-                    return name
-        assert role == "gate", (unit, role, ffn)
-        return None
-
     def down_names(self, unit: int) -> list[str]:
         """Return the stored tensors with the down projections of a unit, in the order of FFNs."""
-        whole = self._weights.get((unit, "down", None))
-        if whole is not None:
-            return [whole]
-        return [
-            name for (of, role, _), name in self._weights.items() if (of, role) == (unit, "down")
-        ]
-
-    def down_tensors(self, unit: int, downs: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Return the stored tensors of a unit whose FFNs have new down projections.
-
-        Args:
-            unit: index of the FFN unit.
-            downs: FFN of the unit -> its new matrix, D x K, of all that stay.
-        """
-        name = self._weights.get((unit, "down", None))
-        if name is not None:
-            stored = (down.T if self.layouts[name].transposed else down for down in downs.values())
-            return {name: torch.stack(list(stored))}
-        tensors = {}
-        for ffn, down in downs.items():
-            name = self._weights[unit, "down", ffn]
-            tensors[name] = (down.T if self.layouts[name].transposed else down).contiguous()
-        return tensors
-
-
-def name_without_blocks(
-    architecture: Architecture, removed: Collection[int], name: str
-) -> str | None:
-    """Return what a parameter is called when some blocks are gone; None if it goes with them.
-
-    Args:
-        architecture: with all blocks.
-        removed: indices of the blocks that go.
-        name: of the parameter in the model.
-    """
-    prefix = f"{architecture.blocks}."
-    if not name.startswith(prefix):
-        return name
-    block, _, rest = name.removeprefix(prefix).partition(".")
-    if int(block) in removed:
-        return None
-    index = int(block) - sum(other < int(block) for other in removed)
-    return f"{architecture.block_prefix(index)}{rest}"
-
-
-def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors of a model in memory as `save_pretrained` would store them.
-
-    They are views into the model. Only where saving does more than take apart what lies side by
-    side (transposed or interleaved experts of a few classes) are they copies.
-    """
-    state = saved_state(model)
-    empty = {name: tensor.to("meta") for name, tensor in state.items()}
-    specs = specs_of(as_saved(model, empty))
-    tensors: dict[str, Tensor] = {}
-    for conversion in find_conversions(model, specs)[0]:
-        placed = places(conversion, specs)
-        if placed is not None and conversion.target in state:
-            whole = state.pop(conversion.target)
-            tensors |= {name: whole[place] for name, place in placed[0].items()}
-    if len(tensors) < len(specs):
-        tensors |= as_saved(model, state)
-    return {name: tensors[name] for name in specs}
+        return [name for key, name in self.matrix_names.items() if key[:2] == (unit, "down")]
 
 
 def _expert_axes(
@@ -476,18 +361,6 @@ def _expert_axes(
     return found
 
 
-def _channel_parameters(
-    architecture: Architecture, shapes: ModelShapes
-) -> dict[str, ChannelParameter]:
-    found = {}
-    for index, unit in enumerate(architecture.units):
-        for name in unit.axes:
-            full_name = architecture.block_prefix(unit.block) + name
-            axes = shapes.tensors[full_name].ndim
-            found[full_name] = ChannelParameter(index, unit, name, axes)
-    return found
-
-
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:
     """Return the parameters that nothing is stored of, and those that they are tied to."""
     groups: dict[object, list[str]] = {}
@@ -511,43 +384,3 @@ def _stale(model: PreTrainedModel, unused: Mapping[str, str]) -> Iterator[str]:
         prefixed = f"{model.base_model_prefix}.{module}"
         if module in modules or prefixed in modules or name.endswith(_OLD_BUFFER):
             yield name
-
-
-def _layouts(
-    conversions: Sequence[Conversion],
-    specs: Mapping[str, TensorSpec],
-    parameters: Mapping[str, ChannelParameter],
-    made_by: Mapping[str, Conversion],
-    shapes: ModelShapes,
-) -> dict[str, ChannelLayout]:
-    """Return the layouts of all stored tensors that have channels."""
-    made: dict[int, dict[str, ChannelParameter]] = {}
-    for name, parameter in parameters.items():
-        made.setdefault(id(made_by[name]), {})[name] = parameter
-    layouts: dict[str, ChannelLayout] = {}
-    # Of converted tensors of a kind, from one block and one unit to the next.
-    traced: dict[object, list[ChannelLayout | None]] = {}
-    for conversion in conversions:
-        targets = made.get(id(conversion))
-        if targets is None:
-            continue
-        if conversion.converter is None:
-            layouts[conversion.stored[0]] = targets[conversion.target].layout
-            continue
-        kind = (
-            id(conversion.converter),
-            tuple((pattern, tuple(specs[name].shape for name in names))
-                  for pattern, names in conversion.sources.items()),
-            tuple((target.name, target.unit.kind) for target in targets.values()),
-        )  # fmt: skip
-        units = list(dict.fromkeys(target.index for target in targets.values()))
-        if kind not in traced:
-            first = {
-                name: replace(target, index=units.index(target.index))
-                for name, target in targets.items()
-            }
-            traced[kind] = trace(conversion, specs, first, shapes)
-        for name, layout in zip(conversion.stored, traced[kind], strict=True):
-            if layout is not None:
-                layouts[name] = replace(layout, unit=units[layout.unit])
-    return layouts

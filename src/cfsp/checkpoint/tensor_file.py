@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,11 @@ class TensorSpec:
         shape = list(self.shape)
         shape[axis] = length
         return TensorSpec(self.dtype, tuple(shape))
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Return dtypes and shapes of tensors."""
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
 class TensorFile:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
+from cfsp.checkpoint.conversion import stored_from_memory
 from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.stored_tensors import stored_from_memory
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.engine.versions import versions
