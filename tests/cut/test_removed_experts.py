@@ -38,7 +38,7 @@ from cfsp.families.tiny import tiny_config, tiny_model
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.experts import (
     expert_scores,
-    experts_to_keep,
+    experts_to_remove,
     lost_output,
     strongest_experts,
     warn_of_lost_experts,
@@ -283,19 +283,19 @@ def test_what_a_router_needs_stays(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"needs 2; between 0 and 2 can be removed \(50.0%\)"):
         prune_checkpoint(source, tmp_path / "out", settings_for(Budget(0.8, parts=PARTS)))
     assert not (tmp_path / "out").exists()
-    for removed, kept in ((0, 4), (1, 3), (2, 2)):
-        assert experts_to_keep(source, Budget(parts=PARTS, remove_experts=removed)) == kept
-    assert experts_to_keep(source, Budget(0.3, parts=PARTS)) == 3
+    for removed in (0, 1, 2):
+        assert experts_to_remove(source, Budget(parts=PARTS, remove_experts=removed)) == removed
+    assert experts_to_remove(source, Budget(0.3, parts=PARTS)) == 1
     # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
-    assert experts_to_keep(source, Budget(0.37, of="model", parts=PARTS)) == 2
-    assert experts_to_keep(source, Budget(0.2, of="model", parts=PARTS)) == 3
-    assert experts_to_keep(source, Budget(0.5)) is None
+    assert experts_to_remove(source, Budget(0.37, of="model", parts=PARTS)) == 2
+    assert experts_to_remove(source, Budget(0.2, of="model", parts=PARTS)) == 1
+    assert experts_to_remove(source, Budget(0.5)) == 0
     grouped = Checkpoint(saved(tmp_path / "grouped", CASES["deepseek_v3"]), parts=PARTS)
     assert grouped.architecture.experts is not None
     assert grouped.architecture.experts.groups == 2
-    assert experts_to_keep(grouped, Budget(0.3, parts=PARTS)) == 6
+    assert experts_to_remove(grouped, Budget(0.3, parts=PARTS)) == 2
     with pytest.raises(BudgetError, match="does not run with 5"):
-        experts_to_keep(grouped, Budget(parts=PARTS, remove_experts=3))
+        experts_to_remove(grouped, Budget(parts=PARTS, remove_experts=3))
 
 
 def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,6 @@ def test_one_plan_after_the_other_from_the_same_statistics(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"parts": "experts,blocks"}, "experts go one after the other"),
         ({"parts": "ffn", "remove_experts": 1}, "belongs to --parts experts"),
         ({"parts": "experts", "remove_experts": -1}, "at least 0"),
     ],

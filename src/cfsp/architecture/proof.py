@@ -24,7 +24,7 @@ Shapes: B windows, T tokens, D hidden, F channels, E experts, K kept channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
-from cfsp.architecture.experts import experts_fail, refused_experts, why_not, with_experts
+from cfsp.architecture.experts import why_not, with_experts
 from cfsp.architecture.found import Architecture, Fusion, Refusal, Unit
 from cfsp.architecture.model_classes import build_model, model_class_of
 from cfsp.architecture.resizing import resize_attention, resize_ffn
@@ -162,23 +162,6 @@ def why_not_experts(stock: PreTrainedConfig, architecture: Architecture, count: 
         count: how many.
     """
     return why_not(architecture, small_run_of(stock), count)
-
-
-def check_experts_can_go(
-    stock: PreTrainedConfig, architecture: Architecture, kept: Mapping[int, Sequence[int]]
-) -> None:
-    """Check that a model with some experts only computes as if its router chose among these.
-
-    Args:
-        stock: config of the model.
-        architecture: of the model, with what has the axis of experts.
-        kept: block -> the experts that stay.
-
-    Raises:
-        UnsupportedModelError: it does not.
-    """
-    if reason := experts_fail(architecture, small_run_of(stock), kept):
-        raise refused_experts(architecture, f"they failed {reason}")
 
 
 def _split(

@@ -28,6 +28,8 @@ from cfsp.errors import UnsupportedModelError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from cfsp.architecture.found import Architecture
+
 # What keys that count or number blocks are called, as opposed to experts, tokens or sections.
 _OF_BLOCKS = re.compile(r"layer|block|depth|idx|indices|index")
 # Lists of as many numbers as there are blocks that have nothing to do with them.
@@ -117,6 +119,25 @@ def config_without_blocks(config: PreTrainedConfig, changes: Mapping[str, Any]) 
     for name, value in changes.items():
         setattr(text_config, name, value)
     return changed
+
+
+def stock_without_blocks(
+    stock: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
+) -> tuple[PreTrainedConfig, Architecture, dict[str, Any]]:
+    """Return config and architecture of a model without some blocks, and what keys became.
+
+    Args:
+        stock: config of the stock model.
+        architecture: of the model.
+        removed: indices of the blocks that go; none is allowed.
+
+    Raises:
+        UnsupportedModelError: as `changes_without_blocks` does.
+    """
+    if not removed:
+        return stock, architecture, {}
+    changes = changes_without_blocks(stock, removed)
+    return config_without_blocks(stock, changes), architecture.without_blocks(removed), changes
 
 
 def fields_without_blocks(

@@ -6,11 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.experts import config_with_experts
-from cfsp.checkpoint.config_blocks import (
-    changes_without_blocks,
-    config_without_blocks,
-    fields_without_blocks,
-)
+from cfsp.checkpoint.config_blocks import fields_without_blocks, stock_without_blocks
 from cfsp.checkpoint.config_widths import config_with_widths, fields_and_file, stock_config
 
 if TYPE_CHECKING:
@@ -71,10 +67,9 @@ def _smaller(
     """Return config and architecture of what stays whole, and what changed in the config."""
     changes: dict[str, Any] = {}
     if removed:
-        config = stock_config(config)
-        changes = changes_without_blocks(config, removed)
-        config = config_without_blocks(config, changes)
-        architecture = architecture.without_blocks(removed)
+        config, architecture, changes = stock_without_blocks(
+            stock_config(config), architecture, removed
+        )
     if experts is not None:
         assert architecture.experts is not None
         key = architecture.experts.key

@@ -1,4 +1,4 @@
-"""What stored tensors of experts are called when some experts are gone."""
+"""What an expert owns, and what stored tensors of experts are called when some are gone."""
 
 from __future__ import annotations
 
@@ -54,6 +54,19 @@ def names_without_experts(
             new = ".".join(parts)
         renamed[name] = new
     return renamed
+
+
+def parameters_of_an_expert(source: WeightSource) -> dict[int, int]:
+    """Return how many parameters go with one expert, its part of the router included, by block."""
+    units = source.units
+    of_all = {index: 0 for index, unit in enumerate(units) if unit.expert_axes}
+    for name, spec in source.specs.items():
+        layout = source.layout_of(name)
+        routed, _ = source.stored.expert_axes.get(name, (None, 0))
+        index = routed if layout is None else layout.unit
+        if index in of_all:
+            of_all[index] += spec.elements
+    return {units[index].block: owned // units[index].ffns for index, owned in of_all.items()}
 
 
 def _place_of_number(

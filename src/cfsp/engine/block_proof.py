@@ -1,4 +1,4 @@
-"""The proof, by execution, that blocks or attentions of a model can go: skipped is cut.
+"""The proof, by execution, that blocks, attentions or experts of a model can go: skipped is cut.
 
 A small random model of the same class runs on a few tokens, once with the blocks skipped, and once
 built without them, from a config of its own. Both must compute the same. Attentions are skipped by
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.block_names import blocks_in_words
+from cfsp.architecture.experts import experts_fail, refused_experts
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
@@ -33,6 +34,7 @@ from cfsp.checkpoint.config_blocks import (
     changes_without_blocks,
     config_without_blocks,
     same_changes,
+    stock_without_blocks,
 )
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import cache_argument
@@ -139,9 +141,8 @@ def prove_without_attentions(
     what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"
     if removed_blocks:
         what += f" beside {blocks_in_words(sorted(removed_blocks))}"
-        stock = config_without_blocks(stock, changes_without_blocks(stock, removed_blocks))
-        architecture = architecture.without_blocks(removed_blocks)
-        removed = [block - sum(other < block for other in removed_blocks) for block in removed]
+        stock, architecture, _ = stock_without_blocks(stock, architecture, removed_blocks)
+        removed = [_index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     attentions = [unit for unit in architecture.stock_units if unit.part == "kv"]
@@ -174,6 +175,32 @@ def prove_without_attentions(
                     f"{what}: they failed the check {check}: expected the output with nothing from "
                     f"them, found a relative difference of {error:.1e}"
                 )
+
+
+def check_experts_can_go(
+    source: WeightSource, kept: Mapping[int, Sequence[int]], removed_blocks: Collection[int] = ()
+) -> None:
+    """Check that a model with some experts only computes as if its router chose among these.
+
+    Args:
+        source: the model, opened with its experts.
+        kept: block -> the experts that stay.
+        removed_blocks: of blocks that go whole and can (see `check_blocks_can_go`).
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    stock, architecture, _ = stock_without_blocks(
+        stock_config(source.config), source.architecture, removed_blocks
+    )
+    kept = {_index_without(removed_blocks, block): experts for block, experts in kept.items()}
+    if reason := experts_fail(architecture, small_run_of(stock), kept):
+        raise refused_experts(architecture, f"they failed {reason}")
+
+
+def _index_without(removed_blocks: Collection[int], block: int) -> int:
+    """Return the index that a block has where some are gone."""
+    return block - sum(removed < block for removed in removed_blocks)
 
 
 def _check_bites(dense: Tensor, expected: Tensor, what: str) -> None:

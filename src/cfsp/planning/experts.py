@@ -16,6 +16,7 @@ from cfsp.architecture.proof import why_not_experts
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.errors import BudgetError, StatisticsError, UsageError
+from cfsp.planning.removal_budget import parameters_with_experts
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import RoutedExperts
@@ -63,8 +64,8 @@ def strongest_experts(score_E: Tensor, count: int, groups: int = 1) -> list[int]
     return kept
 
 
-def experts_to_keep(source: WeightSource, budget: Budget) -> int | None:
-    """Return how many experts every block keeps; None where none may go.
+def experts_to_remove(source: WeightSource, budget: Budget) -> int:
+    """Return how many experts of every block go.
 
     It is the number that is nearest to the budget of those by which the model runs.
 
@@ -73,24 +74,24 @@ def experts_to_keep(source: WeightSource, budget: Budget) -> int | None:
         UsageError: it is not said how much of the parts is experts.
     """
     if not budget.removes_experts:
-        return None
+        return 0
     experts = source.architecture.experts
     assert experts is not None
     if budget.remove_experts is not None:
         wanted = float(experts.count - budget.remove_experts)
-    elif budget.removes_channels:
+    elif budget.parts != ("experts",):
         raise UsageError(
             f"--parts {','.join(budget.parts)} requires how many experts of each block go: --set "
             "remove_experts=N; the sparsity is then of what the others lose"
         )
     elif budget.of == "model":
-        each = parameters_of_experts(source) / experts.count
+        each = parameters_with_experts(source, 1)
         wanted = experts.count - budget.sparsity * parameter_count(source) / each
     else:
         wanted = experts.count * (1 - budget.sparsity)
     rounded = max(0, experts.groups * round(wanted / experts.groups))
     if rounded == experts.count:
-        return rounded
+        return 0
     possible = (n for n in counts_near(rounded, experts) if _is_possible(source, n))
     found = next(possible, experts.count)
     # A router may want a multiple of something, which is one step away, or a least number.
@@ -102,7 +103,7 @@ def experts_to_keep(source: WeightSource, budget: Budget) -> int | None:
             f"router of {source.label} does not run with {wanted:.0f}; {experts.count - found} can "
             "be removed"
         )
-    return found
+    return experts.count - found
 
 
 def _is_possible(source: WeightSource, count: int) -> bool:
@@ -117,17 +118,6 @@ def _out_of_reach(source: WeightSource, experts: RoutedExperts, wanted: int) -> 
         f"cannot remove {experts.count - wanted} of {experts.count} experts of each block: the "
         f"router of {source.label} needs {least}; between 0 and {most} can be removed "
         f"({most / experts.count:.1%})"
-    )
-
-
-def parameters_of_experts(source: WeightSource) -> int:
-    """Return how many parameters go with all experts of a model: theirs and the router's."""
-    stored, units = source.stored, source.units
-    return sum(
-        spec.elements
-        for name, spec in source.specs.items()
-        if name in stored.expert_axes
-        or ((layout := source.layout_of(name)) is not None and units[layout.unit].expert_axes)
     )
 
 

@@ -10,30 +10,27 @@ from typing import Any
 
 from torch import Tensor
 
-from cfsp.architecture.proof import check_experts_can_go
 from cfsp.calibration.statistics import Statistics, UnitStatistics
-from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.reading import (
     WeightSource,
     ffn_parameters_per_channel,
     fingerprint,
     parameter_count,
 )
+from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.experts import (
     expert_scores,
-    experts_to_keep,
     lost_output,
-    parameters_of_experts,
     strongest_experts,
     warn_of_lost_experts,
 )
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.removal import whole_removal
-from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
+from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, parameters_with_experts
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress
 from cfsp.settings import (
@@ -60,31 +57,24 @@ NOTHING = RemovedWhole()
 log = logging.getLogger(__name__)
 
 
-def model_size(
-    source: WeightSource, removed: RemovedWhole = NOTHING, experts: int | None = None
-) -> ModelSize:
+def model_size(source: WeightSource, removed: RemovedWhole = NOTHING) -> ModelSize:
     """Return the numbers of a model that budgets of channels are about.
 
     Args:
         source: the model.
         removed: what goes whole, which does not count.
-        experts: how many routed experts of each block stay; None for all.
     """
-    parameters = parameter_count(source)
+    parameters = parameter_count(source) - parameters_with_experts(source, removed.experts)
     if removed.parts:
-        parameters -= WholeSizes.of(source, removed.parts).parameters(removed)
-    if experts is not None:
-        of_model = source.architecture.experts
-        assert of_model is not None
-        each = parameters_of_experts(source) // of_model.count
-        parameters -= each * (of_model.count - experts)
+        sizes = WholeSizes.of(source, removed.parts, removed.experts)
+        parameters -= sizes.parameters(removed)
     return ModelSize(
         units=tuple(
             UnitSize(
                 width=unit.width,
-                channel_parameters=each
-                if experts is None or not unit.expert_axes
-                else each // unit.ffns * experts,
+                channel_parameters=each // unit.ffns * (unit.ffns - removed.experts)
+                if unit.expert_axes
+                else each,
                 kind=unit.path,
                 grain=EXPERTS_GRAIN if unit.routed else 1,
                 part=unit.part,
@@ -130,7 +120,6 @@ def plan_widths(
     budget: Budget,
     criterion: Criterion,
     removed: RemovedWhole = NOTHING,
-    experts: int | None = None,
 ) -> UnitWidths:
     """Decide how many channels every unit keeps.
 
@@ -140,7 +129,6 @@ def plan_widths(
         budget: how much to remove.
         criterion: what counts as important.
         removed: what goes whole; the rest is planned as if it were the model.
-        experts: how many routed experts of each block stay; None for all.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -148,7 +136,7 @@ def plan_widths(
         UsageError: a metric is unknown.
     """
     criterion = definite_criterion(criterion, statistics, budget)
-    size = model_size(source, removed, experts)
+    size = model_size(source, removed)
     staying = statistics
     if removed.parts:
         staying = statistics.without_attentions(removed.attentions).without_blocks(removed.blocks)
@@ -196,7 +184,7 @@ def choose_channels(
     statistics: UnitStatistics,
     width: int,
     criterion: Criterion,
-    experts: int | None = None,
+    experts: int = 0,
 ) -> tuple[int, ...]:
     """Return the strongest channels of one unit, ascending; of each of the strongest experts.
 
@@ -209,14 +197,12 @@ def choose_channels(
         statistics: of the unit.
         width: channels that stay in each FFN.
         criterion: what counts as important.
-        experts: how many stay of routed experts; None for all.
+        experts: how many go of routed experts.
 
     Raises:
         UsageError: the channel metric is unknown.
     """
-    staying = (
-        range(statistics.ffns) if experts is None else _staying(source, unit, statistics, experts)
-    )
+    staying = _staying(source, unit, statistics, experts)
     channels = source.units[unit].width
     if width == statistics.width:
         return tuple(ffn * width + i for ffn in staying for i in range(width))
@@ -232,11 +218,12 @@ def choose_channels(
 def _staying(
     source: WeightSource, unit: int, statistics: UnitStatistics, experts: int
 ) -> Sequence[int]:
-    """Return the FFNs of a unit that stay if so many routed experts do."""
+    """Return the FFNs of a unit that stay if so many routed experts go."""
     of_model = source.architecture.experts
-    if not source.units[unit].expert_axes or of_model is None or experts == of_model.count:
+    if not experts or not source.units[unit].expert_axes or of_model is None:
         return range(statistics.ffns)
-    return strongest_experts(expert_scores(statistics), experts, of_model.groups)
+    count = statistics.ffns - experts
+    return strongest_experts(expert_scores(statistics), count, of_model.groups)
 
 
 def ffn_scores(
@@ -321,12 +308,11 @@ def make_plan(
     check_statistics_fit(source, statistics)
     criterion = definite_criterion(criterion, statistics, budget)
     removed = whole_removal(source, statistics, budget, criterion.removal)
-    experts = experts_to_keep(source, budget)
-    widths = plan_widths(source, statistics, budget, criterion, removed, experts)
+    widths = plan_widths(source, statistics, budget, criterion, removed)
     kept = []
     for unit, width in enumerate(widths.kept_U):
         observed = statistics.units[unit]
-        kept.append(choose_channels(source, unit, observed, width, criterion, experts))
+        kept.append(choose_channels(source, unit, observed, width, criterion, removed.experts))
         on_unit()
     return assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
 
@@ -386,9 +372,7 @@ def assemble_plan(
         removed_blocks=removed.blocks,
     )
     if plan.kept_experts is not None:
-        check_experts_can_go(
-            stock_config(source.config), source.architecture, plan.experts_of_blocks
-        )
+        check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
     return plan
 
 

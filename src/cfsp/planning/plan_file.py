@@ -170,9 +170,14 @@ class PruningPlan:
 
     @property
     def unit_parts(self) -> tuple[Part, ...]:
-        """The parts that the plan's units are of, and `experts` if whole ones go."""
-        experts: tuple[Part, ...] = () if self.kept_experts is None else ("experts",)
-        return (*(part for part in UNIT_PARTS if self.of_part(part)), *experts)
+        """The parts that the plan's units are of, as the model is opened to find the same."""
+        whole: dict[Part, bool] = {
+            # Some attentions can go only as a whole.
+            "attention": "attention" in self.criterion.get("parts", ()),
+            "experts": self.kept_experts is not None,
+        }
+        units = (part for part in UNIT_PARTS if self.of_part(part))
+        return (*units, *(part for part in whole if whole[part]))
 
     def of_part(self, part: Part) -> tuple[UnitPlan, ...]:
         """Return the units of one part."""

@@ -1,4 +1,4 @@
-"""Which blocks go whole, and which attentions, from statistics.
+"""What goes whole, from statistics: which blocks and which attentions, and how many experts.
 
     divergence   those without which the predictions change least, one after the other
                  (`cfsp.whole_model.removal_order`)
@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
+from cfsp.planning.experts import experts_to_remove
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, whole_in_words
 from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
 
@@ -41,9 +43,7 @@ NEEDS_PREDICTIONS = (
 def whole_removal(
     source: WeightSource, statistics: Statistics, budget: Budget, removal: str
 ) -> RemovedWhole:
-    """Return the blocks and attentions that go whole.
-
-    There are none where the budget has no such part.
+    """Return what goes whole; nothing where the budget has no such part.
 
     Args:
         source: the model.
@@ -57,8 +57,16 @@ def whole_removal(
         UnsupportedModelError: the model cannot do without enough of its blocks.
         UsageError: the choice is unknown.
     """
+    experts = experts_to_remove(source, budget)
     if not budget.whole_parts:
-        return RemovedWhole()
+        return RemovedWhole(experts=experts)
+    return replace(_one_by_one(source, statistics, budget, removal), experts=experts)
+
+
+def _one_by_one(
+    source: WeightSource, statistics: Statistics, budget: Budget, removal: str
+) -> RemovedWhole:
+    """Return the blocks and attentions that go."""
     if removal not in REMOVALS:
         raise UsageError(f"unknown removal {removal!r}; known are: {', '.join(REMOVALS)}")
     wanted = RemovalBudget.of(source, budget)

@@ -1,4 +1,4 @@
-"""How many whole blocks or attentions a budget removes.
+"""What goes whole: how many blocks, attentions or experts a budget removes.
 
 Shapes: L blocks.
 """
@@ -6,12 +6,13 @@ Shapes: L blocks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
+from cfsp.checkpoint.stored_experts import parameters_of_an_expert
 from cfsp.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -31,15 +32,17 @@ class RemovedWhole:
     Attributes:
         blocks: indices of the blocks that go, ascending.
         attentions: of the blocks that stay and whose attentions go, ascending.
+        experts: how many routed experts go of every block that stays and has some.
     """
 
     blocks: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
+    experts: int = 0
 
     @staticmethod
-    def of(removals: Iterable[Removal]) -> RemovedWhole:
-        """Return what is gone after some removals."""
-        removed = RemovedWhole()
+    def of(removals: Iterable[Removal], experts: int = 0) -> RemovedWhole:
+        """Return what is gone after some removals, beside experts."""
+        removed = RemovedWhole(experts=experts)
         for each in removals:
             removed = removed.plus((each.part, each.block))
         return removed
@@ -49,7 +52,8 @@ class RemovedWhole:
         part, block = candidate
         blocks, attentions = set(self.blocks), set(self.attentions)
         (blocks if part == "blocks" else attentions).add(block)
-        return RemovedWhole(tuple(sorted(blocks)), tuple(sorted(attentions - blocks)))
+        attentions -= blocks
+        return replace(self, blocks=tuple(sorted(blocks)), attentions=tuple(sorted(attentions)))
 
     @property
     def touched(self) -> int:
@@ -58,7 +62,7 @@ class RemovedWhole:
 
     @property
     def parts(self) -> tuple[WholePart, ...]:
-        """The parts that it is of."""
+        """Of which parts something goes one by one."""
         gone: dict[WholePart, tuple[int, ...]] = {
             "attention": self.attentions,
             "blocks": self.blocks,
@@ -76,7 +80,9 @@ class RemovedWhole:
 
 @dataclass(frozen=True)
 class WholeSizes:
-    """The parameters of everything that may go whole, by its block.
+    """The parameters of everything that may go whole one by one, by its block.
+
+    Those of experts that go do not count.
 
     Attributes:
         block_of: those of blocks, with their attentions; empty where blocks may not go.
@@ -87,11 +93,20 @@ class WholeSizes:
     attention_of: Mapping[int, int]
 
     @staticmethod
-    def of(source: WeightSource, parts: Sequence[WholePart]) -> WholeSizes:
-        """Return the sizes of a model's blocks, attentions, or both."""
+    def of(source: WeightSource, parts: Sequence[WholePart], experts: int = 0) -> WholeSizes:
+        """Return the sizes of a model's blocks, attentions, or both.
+
+        Args:
+            source: the model.
+            parts: of which.
+            experts: how many go of every block.
+        """
+        block_of = dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {}
+        if block_of and experts:
+            for block, each in parameters_of_an_expert(source).items():
+                block_of[block] -= experts * each
         return WholeSizes(
-            dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {},
-            parameters_of_attentions(source) if "attention" in parts else {},
+            block_of, parameters_of_attentions(source) if "attention" in parts else {}
         )
 
     @cached_property
@@ -120,7 +135,7 @@ class WholeSizes:
         return has_block and (not self.attention_of or bool(staying))
 
     def parameters(self, removed: RemovedWhole) -> int:
-        """Return how many parameters go."""
+        """Return how many parameters go with blocks and attentions."""
         blocks = sum(self.block_of[block] for block in removed.blocks)
         return blocks + sum(self.attention_of[block] for block in removed.attentions)
 
@@ -159,14 +174,16 @@ class RemovalBudget:
                 f"how many with {counts_in_words(budget)}: the sparsity is then of what the others "
                 "lose"
             )
-        sizes = WholeSizes.of(source, budget.whole_parts)
+        experts = budget.remove_experts or 0
+        sizes = WholeSizes.of(source, budget.whole_parts, experts)
         of_one = sizes.block_of or sizes.attention_of
         count, least = len(of_one), min(of_one.values())
         noun = f"{'block' if sizes.block_of else 'attention'} parameters"
-        total = sizes.total
+        total, beside = sizes.total, 0
         if budget.of == "model":
             total, noun = parameter_count(source), "model's parameters"
-        wanted = budget.sparsity * total
+            beside = parameters_with_experts(source, experts)
+        wanted = budget.sparsity * total - beside
         most = sizes.total - least
         counts = budget.remove_whole
         noun_of_one = "blocks" if sizes.block_of else "attentions"
@@ -179,7 +196,8 @@ class RemovalBudget:
         if counts is None and wanted > most + least / 2:
             raise BudgetError(
                 f"cannot remove {budget.sparsity:.1%} of the {noun}: at least one of {count} "
-                f"{noun_of_one} must stay; between 0 and {most / total:.1%} can be removed"
+                f"{noun_of_one} must stay; between 0 and {(beside + most) / total:.1%} can be "
+                "removed"
             )
         return RemovalBudget(sizes, counts, wanted)
 
@@ -204,6 +222,11 @@ class RemovalBudget:
             if self.sizes.leaves_some(removed.plus(candidate))
         ]
         return not sizes or self.parameters - self.sizes.parameters(removed) < max(sizes) / 2
+
+
+def parameters_with_experts(source: WeightSource, experts: int) -> int:
+    """Return how many parameters go with so many experts of every block."""
+    return experts * sum(parameters_of_an_expert(source).values()) if experts else 0
 
 
 def whole_in_words(budget: Budget) -> str:

@@ -14,16 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cfsp.architecture.proof import check_experts_can_go
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough
-from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.skeleton import check_complete
+from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep
-from cfsp.planning.experts import experts_to_keep, warn_of_lost_experts
+from cfsp.planning.experts import experts_to_remove, warn_of_lost_experts
 from cfsp.planning.make import (
     assemble_plan,
     budget_of_channels,
@@ -114,15 +113,18 @@ def plan_and_repair(
         return _calibrate_and_plan(source, windows, settings, engine, place, watch)
     windows = _drawn(draw, settings)
     _check_windows(windows, steps, settings, place.team)
-    with watch.stage("ridge"):
-        if plan is None:
-            repaired = _choose_and_repair(source, windows, settings, engine, place)
-        else:
-            log.warning(
-                "repairing by a plan that was made before: this requires a forward pass of its own "
-                "(--repair none does without)"
-            )
-            repaired = repair_by_plan(source, plan, statistics, windows, engine, place)
+    if plan is None and not settings.budget.removes_channels:
+        repaired = _calibrate_and_plan(source, windows, settings, engine, place, watch)
+    else:
+        with watch.stage("ridge"):
+            if plan is None:
+                repaired = _choose_and_repair(source, windows, settings, engine, place)
+            else:
+                log.warning(
+                    "repairing by a plan that was made before: this requires a forward pass of its "
+                    "own (--repair none does without)"
+                )
+                repaired = repair_by_plan(source, plan, statistics, windows, engine, place)
     if repaired.plan.has_gaps and "sequential" not in steps:
         with watch.stage("gaps"):
             repaired = repair_gaps(source, repaired, windows, engine, place)
@@ -147,8 +149,7 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
     plan.check_fits(source)
     check_can_go(source, RemovedWhole(plan.removed_blocks, plan.removed_attentions))
     if plan.kept_experts is not None:
-        stock = stock_config(source.config)
-        check_experts_can_go(stock, source.architecture, plan.experts_of_blocks)
+        check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
 
 
 def _check_windows(
@@ -184,14 +185,14 @@ def _check_budget(source: WeightSource, budget: Budget) -> None:
     Raises:
         BudgetError: it is impossible whatever goes.
     """
-    experts = experts_to_keep(source, budget)
+    experts = experts_to_remove(source, budget)
     if not budget.whole_parts:
         if budget.removes_channels:
-            size = model_size(source, experts=experts)
+            size = model_size(source, RemovedWhole(experts=experts))
             channels_to_keep(budget_of_channels(source, budget, size), size)
     elif not budget.leaves_number_open or budget.removes_blocks:
         # Whether channels give what blocks leave over is tried.
-        RemovalBudget.of(source, replace(budget, parts=budget.whole_parts))
+        RemovalBudget.of(source, budget.without_channels())
 
 
 def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
@@ -305,18 +306,15 @@ def _choose_and_repair(
     )
     budget = settings.budget
     coarse = with_needed_removals(source, coarse, windows, [settings], engine, place)
-    if not budget.removes_channels:
-        return Repaired(plan_from_statistics(source, coarse, budget, criterion), coarse)
     removal = definite_criterion(criterion, coarse, budget).removal
     removed = whole_removal(source, coarse, budget, removal)
     coarse = with_needed_sensitivity(source, coarse, windows, settings, engine, place)
-    experts = experts_to_keep(source, budget)
-    widths = plan_widths(source, coarse, budget, criterion, removed, experts)
+    widths = plan_widths(source, coarse, budget, criterion, removed)
     chosen = choose_and_repair(
         source,
         windows,
         lambda unit, observed: choose_channels(
-            source, unit, observed, widths.kept_U[unit], criterion, experts
+            source, unit, observed, widths.kept_U[unit], criterion, removed.experts
         ),
         engine,
         place,

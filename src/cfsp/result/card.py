@@ -112,9 +112,10 @@ def _what_it_is(
         lines += [_without_blocks(manifest, plan, link), ""]
     elif "ffn_sparsity" in manifest:
         what = "channels" if _counts_channels(plan) else "parameters"
+        experts = _experts_in_words(manifest)
         lines += [
             f"This is {link} without {manifest['ffn_sparsity']:.1%} of its FFN {what}"
-            f"{_groups_in_words(manifest)}{_experts_in_words(manifest)}, which are "
+            f"{_groups_in_words(manifest)}{f' (without {experts})' if experts else ''}, which are "
             f"{manifest['model_sparsity']:.1%} of all parameters. cfsp removed the weakest of them "
             f"({_PAPER}); what is left is an ordinary dense checkpoint.",
             "",
@@ -134,17 +135,22 @@ def _what_it_is(
 def _without_blocks(manifest: dict[str, Any], plan: PruningPlan, link: str) -> str:
     """Say which blocks or attentions went, and what went of the others."""
     staying = [unit for unit in plan.kept_units if unit.kept]
-    kept = sum(unit.kept_width * unit.cost for unit in staying)
+    # Of experts that go no channel is counted.
+    weights = [len(unit.kept_ffns) / unit.ffns * unit.cost for unit in staying]
+    kept = sum(unit.kept_width * each for unit, each in zip(staying, weights, strict=True))
     chosen = _CHOSEN.get(plan.criterion.get("removal", ""), "which cfsp was told to remove")
-    channels = 1 - kept / sum(unit.width * unit.cost for unit in staying)
+    whole = sum(unit.width * each for unit, each in zip(staying, weights, strict=True))
+    channels = 1 - kept / whole
     others = ""
     if channels:
         what = "channels" if _counts_channels(plan) else "parameters"
         others = f", and of the others without {channels:.1%} of their FFN {what} ({_PAPER})"
+    experts = _experts_in_words(manifest)
     return (
         f"This is {link} without {plan.removed_in_words}, {chosen}"
-        f"{others}. That is {manifest['model_sparsity']:.1%} of all parameters. What is left is an "
-        "ordinary dense checkpoint."
+        f"{others}{f', and without {experts}' if experts else ''}. That is "
+        f"{manifest['model_sparsity']:.1%} of all parameters. What is left is an ordinary dense "
+        "checkpoint."
     )
 
 
@@ -192,8 +198,8 @@ def _experts_in_words(manifest: dict[str, Any]) -> str:
         return ""
     before, after = experts["before"][0], experts["after"][0]
     return (
-        f" (without {before - after} of the {before} experts of each block, which added "
-        f"{fmean(experts['lost_output']):.1%} of what all experts add to the hidden states)"
+        f"{before - after} of the {before} experts of each block, which added "
+        f"{fmean(experts['lost_output']):.1%} of what all experts add to the hidden states"
     )
 
 

@@ -35,8 +35,8 @@ class PruneReport:
         kv_groups: KV groups of every attention `before` and `after`, in the order of blocks, and
             the `sparsity`; empty where none may go.
         experts: routed experts of every block that has them `before` and `after`, the `sparsity`,
-            and by block the share of what all add that those added which went (`lost_output`);
-            empty where none went.
+            and by block that stays the share of what all add that those added which went
+            (`lost_output`); empty where none went but with their block.
         calibration_tokens: tokens that the statistics were gathered over.
         repair: what each step of repair did with each block (see `Repaired.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
@@ -106,7 +106,8 @@ def _experts(plan: PruningPlan) -> dict[str, Any]:
     units = [unit for unit in plan.kept_units if unit.loses_experts]
     if not units:
         return {}
-    before, after = [unit.ffns for unit in units], [len(unit.kept_ffns) for unit in units]
+    before = [unit.ffns for unit in plan.units if unit.ffns > 1]
+    after = [len(unit.kept_ffns) for unit in units]
     return {
         "before": before,
         "after": after,

@@ -94,8 +94,8 @@ class Budget:
         remove_attentions: the same of attentions; where blocks may go too, of those that stay, and
             either both numbers are given or none.
         remove_experts: how many of the routed experts of each block go; None for as many as the
-            sparsity says, which it can only where nothing else may go. With channels the sparsity
-            is of those in the experts that stay.
+            sparsity says, which it can only where nothing else may go. With other parts the
+            sparsity is of what these own beside the experts that go.
 
     Raises:
         UsageError: a value is out of its range.
@@ -157,8 +157,8 @@ class Budget:
     )
     remove_experts: int | None = option(
         None,
-        "with --parts experts: how many routed experts of each block go; with --parts ffn,experts "
-        "the sparsity is then of the channels of the others",
+        "with --parts experts: how many routed experts of each block go; the sparsity is then of "
+        "what other parts lose beside these",
         kind=int,
         metavar="N",
         default="as many as --sparsity says",
@@ -176,11 +176,6 @@ class Budget:
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
-        if self.removes_experts and self.whole_parts:
-            raise UsageError(
-                f"--parts {' and '.join(self.whole_parts)} and experts go one after the other: "
-                f"prune {' and '.join(self.whole_parts)}, then experts of the result"
-            )
         counts: tuple[tuple[Part, str, int | None], ...] = (
             ("blocks", "--remove-blocks", self.remove_blocks),
             ("attention", "--remove-attentions", self.remove_attentions),
@@ -258,6 +253,10 @@ class Budget:
         if not asked or None in asked:
             return None
         return self.remove_blocks or 0, self.remove_attentions or 0
+
+    def without_channels(self) -> Budget:
+        """Return the same budget where channels of what stays may not go."""
+        return replace(self, parts=tuple(part for part in self.parts if part not in UNIT_PARTS))
 
     @property
     def removes_channels(self) -> bool:

@@ -32,7 +32,7 @@ from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.planning.allocation import channels_to_keep
-from cfsp.planning.experts import experts_to_keep
+from cfsp.planning.experts import experts_to_remove
 from cfsp.planning.make import model_size
 from cfsp.planning.removal_budget import RemovalBudget
 from cfsp.progress import item_progress
@@ -177,7 +177,7 @@ def _check(sweep: _Sweep) -> None:
     size, tokenizer = model_size(source), load_tokenizer(source.directory)
     for point in recipe.points:
         budget = recipe.settings(point, sweep.compute).budget
-        experts_to_keep(source, budget)
+        experts_to_remove(source, budget)
         if budget.whole_parts:
             RemovalBudget.of(source, budget)
         elif budget.removes_channels:

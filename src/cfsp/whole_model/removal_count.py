@@ -34,6 +34,7 @@ from cfsp.planning.removal_budget import (
     RemovedWhole,
     WholeSizes,
     counts_in_words,
+    parameters_with_experts,
     whole_in_words,
 )
 from cfsp.progress import item_progress
@@ -108,7 +109,7 @@ class Aim:
 
 def half_alone(budget: Budget) -> Budget:
     """Return the budget by which as many blocks or attentions go as are ever compared."""
-    return replace(budget, parts=budget.whole_parts, sparsity=MOST_REMOVED, of="ffn")
+    return replace(budget.without_channels(), sparsity=MOST_REMOVED, of="ffn")
 
 
 def aim_at_parameters(source: WeightSource, budget: Budget) -> Aim:
@@ -166,7 +167,7 @@ def with_removal_count(
     removals = statistics.removals_of(budget.whole_parts)
 
     def whole(trial: Trial) -> RemovedWhole:
-        return RemovedWhole.of(removals[: trial.removed])
+        return RemovedWhole.of(removals[: trial.removed], budget.remove_experts or 0)
 
     def in_words(trial: Trial) -> str:
         return trial.in_words(whole(trial).counted(budget))
@@ -230,11 +231,12 @@ def worth_a_repair(trials: Sequence[Trial]) -> list[Trial]:
 
 def _whole_alone(source: WeightSource, budget: Budget) -> Budget:
     """Return the budget by which as many blocks or attentions go as may be tried."""
+    alone = budget.without_channels()
     if budget.removes_blocks:
-        return replace(budget, parts=budget.whole_parts)
+        return alone
     attentions = WholeSizes.of(source, budget.whole_parts).total
-    share = budget.sparsity * _counted(source, budget) / attentions
-    return replace(budget, parts=("attention",), sparsity=min(share, MOST_REMOVED), of="ffn")
+    share = max(0.0, _to_go(source, budget) / attentions)
+    return replace(alone, sparsity=min(share, MOST_REMOVED), of="ffn")
 
 
 def _budget_with(budget: Budget, trial: Trial, removed: RemovedWhole) -> Budget:
@@ -278,7 +280,7 @@ def _try(
                 alone = removals[count - 1].divergence if count else 0.0
                 if own and alone > min(trial.divergence for trial in own):
                     break  # whatever else goes as well makes it worse, and so does another one
-                removed = RemovedWhole.of(removals[:count])
+                removed = RemovedWhole.of(removals[:count], budget.remove_experts or 0)
                 sparsity = aim.share(statistics, parts, removed)
                 if sparsity >= 1:
                     continue  # the others do not own so much
@@ -304,19 +306,21 @@ def _sparsity_of_others(
     source: WeightSource, budget: Budget, parts: tuple[Part, ...], removed: RemovedWhole
 ) -> float:
     """Return the share of what channels of these parts of the others own that is still to go."""
-    missing = budget.sparsity * _counted(source, budget)
-    missing -= WholeSizes.of(source, budget.whole_parts).parameters(removed)
+    sizes = WholeSizes.of(source, budget.whole_parts, removed.experts)
+    missing = _to_go(source, budget) - sizes.parameters(removed)
     return max(0.0, missing / _owned_by_channels(source, parts, removed))
 
 
-def _counted(source: WeightSource, budget: Budget) -> int:
-    """Return the parameters that the sparsity of a budget is a share of."""
+def _to_go(source: WeightSource, budget: Budget) -> float:
+    """Return how many parameters are to go beside experts."""
+    experts = budget.remove_experts or 0
     if budget.of == "model":
-        return parameter_count(source)
-    total = WholeSizes.of(source, budget.whole_parts).total
-    if budget.removes_blocks or "ffn" not in budget.parts:  # KV groups are of the attentions
-        return total
-    return total + _owned_by_channels(source, ("ffn",), RemovedWhole())
+        beside = parameters_with_experts(source, experts)
+        return budget.sparsity * parameter_count(source) - beside
+    total = WholeSizes.of(source, budget.whole_parts, experts).total
+    if not budget.removes_blocks and "ffn" in budget.parts:  # KV groups are of the attentions
+        total += _owned_by_channels(source, ("ffn",), RemovedWhole(experts=experts))
+    return budget.sparsity * total
 
 
 def _owned_by_channels(source: WeightSource, parts: tuple[Part, ...], removed: RemovedWhole) -> int:
@@ -335,7 +339,7 @@ def _plan(
     """Return the channels of every unit that stay."""
     widths = plan_widths(source, statistics, budget, criterion, removed)
     return [
-        choose_channels(source, unit, statistics.units[unit], width, criterion)
+        choose_channels(source, unit, statistics.units[unit], width, criterion, removed.experts)
         for unit, width in enumerate(widths.kept_U)
     ]
 
