@@ -12,7 +12,7 @@ from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.coarse import block_metric_in_words
 from cfsp.report.runs import RunFacts
 from cfsp.result.repair_steps import repair_steps, steps_in_words
-from cfsp.settings import DEFAULT_PARTS, WHOLE_PARTS
+from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         parts = criterion.get("parts", DEFAULT_PARTS)
         channels = channels_in_words(parts)
         of = {
-            "ffn": f"{channels} of what stays" if {*parts} & {*WHOLE_PARTS} else channels,
+            "ffn": f"{channels} of what stays" if {*parts} - {*UNIT_PARTS} else channels,
             "attention": "attention parameters",
             "blocks": "block parameters",
             "experts": "experts",
