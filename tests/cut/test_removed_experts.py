@@ -23,7 +23,8 @@ from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.exports.gguf_architecture import architecture_of
 from cfsp.families.contract import (
     SAMPLES,
     SEQLEN,
@@ -134,6 +135,8 @@ def test_the_checkpoint_is_a_stock_one(pruned: Pruned) -> None:
     loaded, info = type(pruned.dense).from_pretrained(pruned.directory, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert {name: tuple(t.shape) for name, t in loaded.state_dict().items()} == expected
+    with pytest.raises(ExportError, match=r"a stock one: run llama\.cpp's own converter"):
+        architecture_of(smaller)
 
 
 def test_masked_is_cut(pruned: Pruned) -> None:

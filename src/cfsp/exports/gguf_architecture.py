@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cfsp.checkpoint.config_widths import resized_parts
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports.context import head_size, heads_of_blocks
@@ -95,10 +96,15 @@ def architecture_of(source: Checkpoint) -> Architecture:
     widths = source.architecture.of_part("ffn").widths
     found = ARCHITECTURES.get(source.config.model_type)
     if found is None:
+        instead = (
+            "prune with --widths equal, or use --to padded, and run llama.cpp's own converter on "
+            "that"
+            if resized_parts(source.config)
+            else "this checkpoint is a stock one: run llama.cpp's own converter on it"
+        )
         raise ExportError(
             f"gguf export of {source.config.model_type} models is not supported; supported are: "
-            f"{', '.join(sorted(ARCHITECTURES))}; prune with --widths equal, or use --to padded, "
-            "and run llama.cpp's own converter on that"
+            f"{', '.join(sorted(ARCHITECTURES))}; {instead}"
         )
     differ = len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1
     architecture = found[differ]
