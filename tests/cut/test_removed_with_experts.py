@@ -155,6 +155,21 @@ def test_how_many_go_beside_channels_is_tried_without_these_experts(
     assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
 
 
+def test_blocks_of_experts_alone_have_no_step_of_repair(
+    mixtral: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing beside a gap could take over what went; the command says so, and goes on."""
+    asked = ["--parts", "blocks,experts", "--set", "remove_experts=1", "--sparsity", "0.2"]
+    asked += ["--data", str(text_file), "--samples", "6", "--seqlen", "32", "--device", "cpu"]
+    assert main(["prune", str(mixtral), *asked, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert "what was removed is not made up for in 1 of the 1 blocks" in told.err
+    assert "repaired" not in told.out
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert "repair             none" in told.out and "(REAP)" in told.out
+
+
 def test_plans_from_statistics(mixtral: Path, text_file: Path) -> None:
     statistics = cfsp.calibrate(mixtral, parts="blocks,experts", data=[str(text_file)], **SETTINGS)
     for experts in (0, 1, 2):

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(facts: dict[str, Any]) -> None:
+    from cfsp.planning.experts import SCORE_IN_WORDS
     from cfsp.result.repair_steps import repair_steps, steps_in_words
 
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
@@ -68,6 +69,8 @@ def _print(facts: dict[str, Any]) -> None:
     criterion, calibration = pruned["criterion"], pruned["calibration"]
     if "removal" in criterion:
         print(f"removed by         {criterion['removal']}")
+    if "experts" in pruned:
+        print(f"experts by         {SCORE_IN_WORDS}")
     print(
         f"criterion          blocks by {criterion['block_metric']}, "
         f"channels by {criterion['channel_metric']}, multiples of {criterion['multiple']}"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Where experts are redundant, those that go add much less than their share of all experts.
 MUCH_OF_THEIR_SHARE = 0.5
 
+SCORE_IN_WORDS = "router weight x output norm, mean over their tokens (REAP)"
+
 log = logging.getLogger(__name__)
 
 

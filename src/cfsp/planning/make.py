@@ -254,18 +254,17 @@ def ffn_scores(
 def warn_of_few_tokens(plan: PruningPlan) -> None:
     """Tell people which experts saw too few tokens for their scores to be good."""
     few = plan.experts_with_few_tokens
-    if not few:
-        return
     named = [expert_in_words(expert) for expert in few[:_MOST_NAMED]]
     more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
-    loses_channels = any(unit.few_tokens and unit.kept_width < unit.width for unit in plan.units)
     consequences = ["whether they go is decided by noisy scores"] if plan.kept_experts else []
-    if loses_channels or not consequences:
+    if any(unit.few_tokens and unit.kept_width < unit.width for unit in plan.kept_units):
         consequences.append(f"their channels are chosen by their weights alone ({WEIGHTS_ALONE})")
+    if not (few and consequences):
+        return
     log.warning(
         "%d of %d experts saw fewer than %d calibration tokens, so %s: %s%s; give more --samples",
         len(few),
-        sum(unit.ffns for unit in plan.units if unit.ffns > 1),
+        sum(unit.ffns for unit in plan.kept_units if unit.ffns > 1),
         LEAST_TOKENS,
         ", and ".join(consequences),
         ", ".join(named),

@@ -187,11 +187,12 @@ class PruningPlan:
     def experts_with_few_tokens(self) -> list[dict[str, Any]]:
         """Block, expert and tokens of every expert that saw too few tokens to be scored by them.
 
+        Those of blocks that go whole are not among them.
         Where the block is not enough to name the unit, its path too.
         """
         return [
             expert
-            for unit in self.units
+            for unit in self.kept_units
             for expert in few_experts(unit.block, unit.path, unit.few_tokens)
         ]
 

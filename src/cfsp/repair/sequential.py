@@ -86,7 +86,8 @@ def repair_sequentially(
         ResumeError: the workplace holds unfinished work of something else.
     """
     staying = source.architecture.block_count - len(repaired.plan.removed_blocks)
-    return _repair_blocks(source, repaired, windows, engine, place, NAME, range(staying))
+    pruned = PrunedSource(source, repaired.plan, repaired.tensors)
+    return _repair_blocks(source, pruned, repaired, windows, engine, place, NAME, range(staying))
 
 
 def repair_gaps(
@@ -95,18 +96,23 @@ def repair_gaps(
     """Fit the down projections of the blocks at removed ones, and of those without attention.
 
     Arguments and errors are those of `repair_sequentially`. The other blocks stay as they are, and
-    so does one that has no dense FFN, or several.
+    so does one that has no dense FFN, or several; where all are such there is no step.
     """
     plan = repaired.plan
     beside = blocks_at_gaps(source.architecture.block_count, plan.removed_blocks)
     blocks = sorted({*beside, *map(plan.index_of_block, plan.removed_attentions)})
-    done = _repair_blocks(source, repaired, windows, engine, place, GAPS, blocks)
-    if len(blocks) > sum(block is not None for block in done.steps[-1].blocks):
+    pruned = PrunedSource(source, plan, repaired.tensors)
+    able = [block for block in blocks if _last_to_write(pruned, block) is not None]
+    if len(able) < len(blocks):
         log.warning(
-            "not all that was removed could be made up for: some of the blocks that should have no "
-            "dense FFN, or several"
+            "what was removed is not made up for in %d of the %d blocks beside it, which have no "
+            "dense FFN, or several",
+            len(blocks) - len(able),
+            len(blocks),
         )
-    return done
+    if not able:
+        return repaired
+    return _repair_blocks(source, pruned, repaired, windows, engine, place, GAPS, able)
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
@@ -126,6 +132,7 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
 
 def _repair_blocks(
     source: WeightSource,
+    pruned: PrunedSource,
     repaired: Repaired,
     windows: Windows,
     engine: Engine,
@@ -134,7 +141,6 @@ def _repair_blocks(
     blocks: Collection[int],
 ) -> Repaired:
     """Fit the down projections of some blocks of the pruned model, as a step of that name."""
-    pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     streams, directory = streams_of(windows), place.first_directory_of(name)
     done = pass_two_streams(
         source,

@@ -10,6 +10,7 @@ from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.coarse import block_metric_in_words
+from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card_metadata import card_metadata
 from cfsp.result.conditions import Conditions
@@ -282,6 +283,7 @@ def _how_it_was_pruned(manifest: dict[str, Any], plan: PruningPlan) -> str:
         f"- blocks by {block_metric_in_words(plan.criterion['block_metric'])}, "
         f"channels by {plan.criterion['channel_metric']}, "
         f"widths in multiples of {plan.criterion['multiple']}",
+        *([f"- experts by {SCORE_IN_WORDS}"] if plan.kept_experts is not None else []),
         f"- repair: {_plain(steps_in_words(repair_steps(manifest)))}",
         f"- versions: {packages}",
         "- `cfsp.json` holds digests and all conditions, `cfsp_plan.json` the exact channels",
