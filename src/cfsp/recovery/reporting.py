@@ -88,11 +88,16 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if self._shown:
             if self._bar is not None:
                 self._bar.clear()
+            # Before the first step nothing says how fast it goes.
+            pace = (
+                f", {self.tokens_per_second:,.0f} tokens/s, "
+                f"{_minutes(self._schedule.seconds_left)} left"
+                if self._tokens
+                else ""
+            )
             logger.info(
                 f"step {state.global_step}, {self._schedule.fraction:.0%}: "
-                f"{self._loss_in_words}held-out perplexity {entry['perplexity']:.2f}, "
-                f"{self.tokens_per_second:,.0f} tokens/s, "
-                f"{_minutes(self._schedule.seconds_left)} left"
+                f"{self._loss_in_words}held-out perplexity {entry['perplexity']:.2f}{pace}"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
