@@ -23,7 +23,6 @@ from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.families.contract import save_with_tokenizer
 from cfsp.families.tiny import tiny_model
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import Budget
 from forks import Forks
 from pruned_checks import (
     Case,
@@ -192,8 +191,6 @@ def test_impossible_budgets_say_what_is_possible(text_file: Path, tokenizer: Any
         cfsp.prune(model, tokenizer, sparsity=0.9, **asked)
     with pytest.raises(BudgetError, match="cannot remove 3 attentions"):
         cfsp.prune(model, tokenizer, sparsity=0.0, remove_attentions=3, **asked)
-    with pytest.raises(UsageError, match="one after the other"):
-        Budget(0.2, parts=("attention", "experts"))
 
 
 @pytest.fixture(scope="module")
