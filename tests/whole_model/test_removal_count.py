@@ -20,7 +20,7 @@ from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
 from cfsp.text.windows import draw_text
-from cfsp.whole_model import removal_count
+from cfsp.whole_model import removal_count, removal_order
 from cfsp.whole_model.removal_count import Trial, best_of, with_removal_count, worth_a_repair
 
 BLOCKS = 5
@@ -139,7 +139,7 @@ def test_a_number_that_was_given_stays(source: LoadedModel, text_file: Path) -> 
 def test_a_model_that_does_not_fit_is_refused(
     source: LoadedModel, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(removal_count, "follow_divergence", lambda *args: False)
+    monkeypatch.setattr(removal_order, "follow_divergence", lambda *args: False)
     asked = settings(text_file, Budget(0.2, parts=("ffn", "blocks")))
     nothing: Any = None
     with pytest.raises(UsageError, match="say how many with --set remove_blocks=N"):

@@ -7,10 +7,9 @@ measure anew and come to other widths than those of the blocks that are finished
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cfsp.calibration.together import calibrate_together
 from cfsp.engine.compute import engine_of
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import kept, temporary_workplace
@@ -22,7 +21,8 @@ from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import Speed, aim_at_speed, check_possible, measured, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, WholeSizes
-from cfsp.repair.trial import divergence_when_repaired
+from cfsp.repair.ladder import calibrated, drawn
+from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import (
     Goal,
     MaxLossIncrease,
@@ -32,23 +32,20 @@ from cfsp.settings import (
 )
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import load_whole
-from cfsp.whole_model.removal_count import half_alone, with_removal_count
-from cfsp.whole_model.removal_order import (
-    check_can_be_compared,
-    follow_runs,
-    with_needed_removals,
-)
-from cfsp.whole_model.sensitivity import with_needed_sensitivity
+from cfsp.whole_model.removal_count import half_alone
+from cfsp.whole_model.removal_order import check_can_be_compared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.reading import Checkpoint, WeightSource
+    from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
+    from cfsp.whole_model.removal_count import Aim
 
 
 def resolve_parameters(
@@ -88,76 +85,112 @@ def resolve_goal(
     Raises:
         CfspError: the goal cannot be met, or cannot be measured here.
     """
-    budget = settings.budget
+    work = _Work(source, draw, settings, place, watch, statistics)
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
     if isinstance(goal, TargetKVCache):
-        resolution = resolve_kv_cache(goal, source, settings)
-        if not budget.leaves_number_open:
-            return resolution, statistics
-    elif isinstance(goal, MaxLossIncrease) and (budget.whole_parts or budget.removes_experts):
+        return _with_kv_cache(goal, work)
+    if isinstance(goal, TargetSpeedup):
+        return _with_speedup(goal, work)
+    return _within_loss(goal, work, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a goal is resolved from; see `resolve_goal`."""
+
+    source: WeightSource
+    draw: Callable[[], Windows]
+    settings: PruneSettings
+    place: Workplace
+    watch: Stopwatch
+    statistics: Statistics | None
+
+    @property
+    def engine(self) -> Engine:
+        return engine_of(self.settings.compute, self.source)
+
+    def calibrated(self) -> Statistics:
+        """Return the statistics, with the order of all that may go whole if they are made now."""
+        statistics, settings = self.statistics, self.settings
+        if statistics is None:
+            windows, budget = drawn(self.draw, settings), settings.budget
+            if budget.whole_parts and budget.remove_whole is None:
+                check_can_be_compared(self.source, [settings], self.engine)
+                settings = replace(settings, budget=half_alone(budget))
+            with self.watch.stage("calibrate"):
+                statistics = calibrated(self.source, windows, settings, self.engine, self.place)
+        check_statistics_fit(self.source, statistics)
+        return statistics
+
+    def with_count(self, statistics: Statistics, aim: Aim) -> tuple[PruneSettings, Statistics]:
+        """Choose how many go whole, of numbers that all meet the aim."""
+        settings = self.settings
+        return with_count_by_repair(
+            self.source,
+            statistics,
+            drawn(self.draw, settings),
+            settings,
+            self.engine,
+            self.place,
+            aim,
+        )
+
+
+def _with_kv_cache(goal: TargetKVCache, work: _Work) -> tuple[Resolution, Statistics | None]:
+    resolution = resolve_kv_cache(goal, work.source, work.settings)
+    if not work.settings.budget.leaves_number_open:
+        return resolution, work.statistics
+    statistics = work.calibrated()
+    with work.watch.stage("try"):
+        aim = aim_at_kv_cache(goal, work.source, work.settings.budget)
+        chosen, statistics = work.with_count(statistics, aim)
+    return replace(resolution, budget=chosen.budget), statistics
+
+
+def _with_speedup(goal: TargetSpeedup, work: _Work) -> tuple[Resolution, Statistics | None]:
+    source, settings, place = work.source, work.settings, work.place
+    check_possible(goal, source, settings)
+
+    def speed() -> Speed:
+        """Take what a killed run measured, or measure it; of several processes in the first."""
+        found = place.team.from_first(
+            lambda: kept(place, "latencies", lambda: measured(goal, source, settings).to_json())
+        )
+        return Speed(goal, source, settings, Latencies.from_json(found))
+
+    if _is_one_whole_part(settings.budget):
+        with work.watch.stage("try"):
+            return speed().fewest(_beginnings(source, settings.budget)), work.statistics
+    statistics = work.calibrated()
+    with work.watch.stage("try"):
+        wanted = speed()
+        if settings.budget.leaves_number_open:
+            wanted.check_reached(statistics)
+            settings, statistics = work.with_count(statistics, aim_at_speed(wanted))
+        return resolve_speedup(replace(wanted, settings=settings), statistics), statistics
+
+
+def _within_loss(
+    goal: MaxLossIncrease, work: _Work, tokenizer: Callable[[], PreTrainedTokenizerBase]
+) -> tuple[Resolution, Statistics]:
+    source, settings, budget = work.source, work.settings, work.settings.budget
+    if budget.whole_parts or budget.removes_experts:
         raise UsageError(
             "--max-loss-increase is met by FFN channels and KV groups alone, which are masked to "
             "measure it; give --target-params, --target-speedup or --sparsity with --parts "
             f"{','.join(budget.parts)}, or leave --parts out"
         )
-    if isinstance(goal, TargetSpeedup):
-        check_possible(goal, source, settings)
-    engine = engine_of(settings.compute, source)
-    if budget.leaves_number_open and statistics is not None:
-        RemovalBudget.of(source, budget)  # says what it requires
-    if isinstance(goal, TargetSpeedup) and _is_one_whole_part(budget):
-        with watch.stage("try"):
-            speed = Speed(goal, source, settings, _latencies(goal, source, settings, place))
-            return speed.fewest(_beginnings(source, budget)), statistics
-    texts = []
-    if isinstance(goal, MaxLossIncrease):
-        # Too little text should be found out before the calibration.
-        texts = held_out_windows(goal, settings.text, tokenizer())
-    if statistics is None:
-        windows = draw()
-        alone = settings
-        if budget.whole_parts and budget.remove_whole is None:
-            alone = replace(settings, budget=half_alone(budget))
-            check_can_be_compared(source, [alone], engine)
-        with watch.stage("calibrate"):
-            statistics = calibrate_together(
-                source,
-                windows,
-                engine,
-                seed=settings.text.seed,
-                place=place,
-                runs=follow_runs(source, [alone], engine),
-            )
-            statistics = with_needed_removals(source, statistics, windows, [alone], engine, place)
-            if budget.removes_channels:
-                statistics = with_needed_sensitivity(
-                    source, statistics, windows, settings, engine, place
-                )
-    check_statistics_fit(source, statistics)
-    if budget.leaves_number_open:
-        with watch.stage("try"):
-            return _with_number(goal, source, statistics, draw(), settings, place)
-    if isinstance(goal, TargetSpeedup):
-        with watch.stage("try"):
-            latencies = _latencies(goal, source, settings, place)
-            return resolve_speedup(Speed(goal, source, settings, latencies), statistics), statistics
+    # Too little text should be found out before the calibration.
+    texts = held_out_windows(goal, settings.text, tokenizer())
+    statistics = work.calibrated()
 
     def measure() -> dict[str, Any]:
-        assert isinstance(goal, MaxLossIncrease)
-        model = load_whole(source, engine, "--max-loss-increase")
+        model = load_whole(source, work.engine, "--max-loss-increase")
         return resolve_loss(goal, source, model, texts, statistics, settings).to_json()
 
-    with watch.stage("try"):
-        return Resolution.from_json(kept(place, "goal", measure)), statistics
-
-
-def _latencies(
-    goal: TargetSpeedup, source: WeightSource, settings: PruneSettings, place: Workplace
-) -> Latencies:
-    """Return what a killed run measured, or measure it."""
-    found = kept(place, "latencies", lambda: measured(goal, source, settings).to_json())
-    return Latencies.from_json(found)
+    with work.watch.stage("try"):
+        return Resolution.from_json(kept(work.place, "goal", measure)), statistics
 
 
 def _is_one_whole_part(budget: Budget) -> bool:
@@ -175,39 +208,6 @@ def _beginnings(source: WeightSource, budget: Budget) -> Iterator[RemovedWhole]:
         yield removed
 
 
-def _with_number(
-    goal: Goal,
-    source: WeightSource,
-    statistics: Statistics,
-    windows: Windows,
-    settings: PruneSettings,
-    place: Workplace,
-) -> tuple[Resolution, Statistics]:
-    """Choose how many go whole, of numbers that all meet a goal: the nearest to the dense model.
-
-    Raises:
-        BudgetError: none meets it.
-    """
-    engine = engine_of(settings.compute, source)
-    repaired = None
-    if settings.repair != "none":
-        repaired = divergence_when_repaired(source, windows, settings, engine)
-    if isinstance(goal, TargetKVCache):
-        resolution = resolve_kv_cache(goal, source, settings)
-        aim = aim_at_kv_cache(goal, source, settings.budget)
-    else:
-        assert isinstance(goal, TargetSpeedup)
-        speed = Speed(goal, source, settings, _latencies(goal, source, settings, place))
-        speed.check_reached(statistics)
-        aim = aim_at_speed(speed)
-    chosen, statistics = with_removal_count(
-        source, statistics, windows, settings, engine, place, repaired, aim
-    )
-    if isinstance(goal, TargetKVCache):
-        return replace(resolution, budget=chosen.budget), statistics
-    return resolve_speedup(replace(speed, settings=chosen), statistics), statistics
-
-
 def plan_for_goal(
     source: Checkpoint, statistics: Statistics, settings: PruneSettings, goal: Goal | None
 ) -> tuple[PruningPlan, dict[str, Any]]:
@@ -217,6 +217,8 @@ def plan_for_goal(
         CfspError: the statistics do not fit, or the goal cannot be met.
     """
     facts: dict[str, Any] = {}
+    if settings.budget.leaves_number_open:
+        RemovalBudget.of(source, settings.budget)  # says what it requires
     if goal is not None:
         with temporary_workplace(settings.compute.memory_budget) as place:
             resolution, _ = resolve_goal(

@@ -29,7 +29,7 @@ from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, whole_in_w
 from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
 
 if TYPE_CHECKING:
-    from cfsp.calibration.statistics import RunDistances, Statistics
+    from cfsp.calibration.statistics import Removal, RunDistances, Statistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.settings import Budget
 
@@ -71,7 +71,7 @@ def _one_by_one(
         raise UsageError(f"unknown removal {removal!r}; known are: {', '.join(REMOVALS)}")
     wanted = RemovalBudget.of(source, budget)
     if removal == DIVERGENCE:
-        return _first_removals(source, statistics, wanted, budget)
+        return _by_order(source, statistics, budget)
     if wanted.is_met_by(RemovedWhole()):
         return RemovedWhole()
     if len(budget.whole_parts) > 1:
@@ -108,26 +108,43 @@ def check_can_go(source: WeightSource, removed: RemovedWhole) -> None:
         check_attentions_can_go(source, removed.attentions, removed.blocks)
 
 
-def _first_removals(
-    source: WeightSource, statistics: Statistics, wanted: RemovalBudget, budget: Budget
-) -> RemovedWhole:
-    """Return the first in the order of removal that come closer to the budget, each in its turn."""
+def first_removals(
+    source: WeightSource, statistics: Statistics, budget: Budget
+) -> list[Removal] | None:
+    """Return the first in the order of removal that come closer to a budget, each in its turn.
+
+    None if the order was not measured so far.
+
+    Args:
+        source: the model.
+        statistics: say the order.
+        budget: how much goes whole.
+
+    Raises:
+        BudgetError: more than all but one.
+    """
+    wanted, removed = RemovalBudget.of(source, budget), RemovedWhole()
+    taken = []
+    for each in statistics.removals_of(budget.whole_parts):
+        if wanted.has_room_for(removed, (each.part, each.block)):
+            taken.append(each)
+            removed = removed.plus((each.part, each.block))
+    return taken if wanted.is_met_by(removed) else None
+
+
+def _by_order(source: WeightSource, statistics: Statistics, budget: Budget) -> RemovedWhole:
     order = statistics.removals_of(budget.whole_parts)
-    removed = RemovedWhole()
-    taken = [
-        removed := removed.plus((each.part, each.block))
-        for each in order
-        if wanted.has_room_for(removed, (each.part, each.block))
-    ]
-    if wanted.is_met_by(removed):
-        if removed != RemovedWhole.of(order[: len(taken)]):  # the first ones are proved already
-            check_can_go(source, removed)
-        return removed
-    raise StatisticsError(
-        f"the statistics say of {len(order)} {whole_in_words(budget)} in which order they go, and "
-        "the budget needs more; make statistics that say it of more with: cfsp calibrate --parts "
-        f"{','.join(budget.whole_parts)}"
-    )
+    taken = first_removals(source, statistics, budget)
+    if taken is None:
+        raise StatisticsError(
+            f"the statistics say of {len(order)} {whole_in_words(budget)} in which order they go, "
+            "and the budget needs more; make statistics that say it of more with: cfsp calibrate "
+            f"--parts {','.join(budget.whole_parts)}"
+        )
+    removed = RemovedWhole.of(taken)
+    if taken != order[: len(taken)]:  # the first ones are proved already
+        check_can_go(source, removed)
+    return removed
 
 
 def _chosen(

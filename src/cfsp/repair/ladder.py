@@ -26,6 +26,7 @@ from cfsp.planning.experts import experts_to_remove, warn_of_lost_experts
 from cfsp.planning.make import (
     assemble_plan,
     budget_of_channels,
+    check_statistics_fit,
     choose_channels,
     definite_criterion,
     model_size,
@@ -40,10 +41,10 @@ from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.repair.ridge_step import repair_by_plan, with_ridge
 from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
-from cfsp.repair.trial import divergence_when_repaired
+from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
-from cfsp.whole_model.removal_count import with_removal_count
+from cfsp.whole_model.removal_count import whole_alone
 from cfsp.whole_model.removal_order import (
     check_can_be_compared,
     follow_runs,
@@ -98,10 +99,17 @@ def plan_and_repair(
     if plan is not None:
         _check_plan(source, plan)
     elif statistics is not None:
+        check_statistics_fit(source, statistics)
+        if settings.budget.leaves_number_open:
+            with watch.stage("try"):
+                windows = drawn(draw, settings)
+                settings, statistics = with_count_by_repair(
+                    source, statistics, windows, settings, engine, place
+                )
         with watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     else:
-        _check_budget(source, settings.budget)
+        check_budget(source, settings.budget)
         check_can_be_compared(source, [settings], engine)
     steps = REPAIRS[1 : REPAIRS.index(settings.repair) + 1]
     if _only_experts_go(settings.budget, plan):
@@ -109,9 +117,9 @@ def plan_and_repair(
     if not steps:
         if plan is not None:
             return Repaired(plan, statistics)
-        windows = _drawn(draw, settings)
+        windows = drawn(draw, settings)
         return _calibrate_and_plan(source, windows, settings, engine, place, watch)
-    windows = _drawn(draw, settings)
+    windows = drawn(draw, settings)
     _check_windows(windows, steps, settings, place.team)
     if plan is None and not settings.budget.removes_channels:
         repaired = _calibrate_and_plan(source, windows, settings, engine, place, watch)
@@ -179,7 +187,7 @@ def _only_experts_go(budget: Budget, plan: PruningPlan | None) -> bool:
     return plan.kept_experts is not None and is_whole
 
 
-def _check_budget(source: WeightSource, budget: Budget) -> None:
+def check_budget(source: WeightSource, budget: Budget) -> None:
     """Check a budget before it has cost a forward pass.
 
     Raises:
@@ -195,7 +203,7 @@ def _check_budget(source: WeightSource, budget: Budget) -> None:
         RemovalBudget.of(source, budget.without_channels())
 
 
-def _drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
+def drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
     """Return the calibration windows.
 
     Raises:
@@ -243,44 +251,53 @@ def _calibrate_and_plan(
     place: Workplace,
     watch: Stopwatch,
 ) -> Repaired:
-    criterion = settings.criterion
     with watch.stage("calibrate"):
         # Where only blocks are chosen, nothing needs the whole text.
         all_of_it = settings.budget.removes_channels or settings.budget.removes_experts
         seen = windows if all_of_it else few_windows(windows, COARSE_WINDOWS)
-        statistics = _calibrated(source, seen, settings, engine, place, "calibrate")
-        settings, statistics = with_removal_count(
+        statistics = calibrated(source, windows, settings, engine, place, seen)
+        settings, statistics = with_count_by_repair(
             source, statistics, windows, settings, engine, place
         )
-        budget = settings.budget
-        statistics = with_needed_removals(source, statistics, windows, [settings], engine, place)
-        if budget.removes_channels:
-            statistics = with_needed_sensitivity(
-                source, statistics, windows, settings, engine, place
-            )
     with watch.stage("plan"):
-        plan = plan_from_statistics(source, statistics, budget, criterion)
+        plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     return Repaired(plan, statistics)
 
 
-def _calibrated(
+def calibrated(
     source: WeightSource,
     windows: Windows,
     settings: PruneSettings,
     engine: Engine,
     place: Workplace,
-    name: str,
+    seen: Windows | None = None,
+    name: str = "calibrate",
 ) -> Statistics:
-    """Return the statistics of some windows; with runs of blocks if blocks go by these."""
-    return calibrate_together(
+    """Calibrate, and measure what else the settings need: an order of removal, a sensitivity.
+
+    Args:
+        source: the model.
+        windows: the calibration text.
+        settings: how to prune.
+        engine: where and in what to compute.
+        place: where to work.
+        seen: windows that pass the blocks; None for all.
+        name: of that pass.
+    """
+    settings = replace(settings, budget=whole_alone(source, settings.budget))
+    statistics = calibrate_together(
         source,
-        windows,
+        windows if seen is None else seen,
         engine,
         seed=settings.text.seed,
         place=place,
         name=name,
         runs=follow_runs(source, [settings], engine),
     )
+    statistics = with_needed_removals(source, statistics, windows, [settings], engine, place)
+    if settings.budget.removes_channels:
+        statistics = with_needed_sensitivity(source, statistics, windows, settings, engine, place)
+    return statistics
 
 
 def _choose_and_repair(
@@ -293,22 +310,11 @@ def _choose_and_repair(
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     criterion, seed = settings.criterion, settings.text.seed
     few = few_windows(windows, COARSE_WINDOWS)
-    coarse = _calibrated(source, few, settings, engine, place, "coarse pass")
-    # Not under a name: it holds the dense model.
-    settings, coarse = with_removal_count(
-        source,
-        coarse,
-        windows,
-        settings,
-        engine,
-        place,
-        divergence_when_repaired(source, windows, settings, engine),
-    )
+    coarse = calibrated(source, windows, settings, engine, place, few, "coarse pass")
+    settings, coarse = with_count_by_repair(source, coarse, windows, settings, engine, place)
     budget = settings.budget
-    coarse = with_needed_removals(source, coarse, windows, [settings], engine, place)
     removal = definite_criterion(criterion, coarse, budget).removal
     removed = whole_removal(source, coarse, budget, removal)
-    coarse = with_needed_sensitivity(source, coarse, windows, settings, engine, place)
     widths = plan_widths(source, coarse, budget, criterion, removed)
     chosen = choose_and_repair(
         source,

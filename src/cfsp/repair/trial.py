@@ -22,6 +22,7 @@ from cfsp.repair.sequential import repair_gaps
 from cfsp.text.windows import joined
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import load_whole
+from cfsp.whole_model.removal_count import with_removal_count
 from cfsp.whole_model.sensitivity import few_beginnings
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
+    from cfsp.engine.workplace import Workplace
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
+    from cfsp.whole_model.removal_count import Aim
 
 # So many windows are fitted on for each that is judged by. On one for each a ridge fits noise, most
 # of all where most channels go, and other parts seem cheaper than they are (LOG.md).
@@ -41,13 +44,39 @@ FITTED_PER_JUDGED = 4
 log = logging.getLogger(__name__)
 
 
+def with_count_by_repair(
+    source: WeightSource,
+    statistics: Statistics,
+    windows: Windows,
+    settings: PruneSettings,
+    engine: Engine,
+    place: Workplace,
+    aim: Aim | None = None,
+) -> tuple[PruneSettings, Statistics]:
+    """Choose how many blocks or attentions go, after repair where there will be one.
+
+    Arguments, result and errors are those of `with_removal_count`.
+    """
+    # Not under a name: it holds the dense model.
+    return with_removal_count(
+        source,
+        statistics,
+        windows,
+        settings,
+        engine,
+        place,
+        divergence_when_repaired(source, windows, settings, engine),
+        aim,
+    )
+
+
 def divergence_when_repaired(
     source: WeightSource, windows: Windows, settings: PruneSettings, engine: Engine
 ) -> Callable[[Statistics, Budget], float] | None:
     """Return a function that prunes by a budget, repairs by ridge, and compares the predictions.
 
     It gives KL(dense || repaired) in nats per token. The model and a pruned one are in memory
-    meanwhile; None where there is no room for both.
+    meanwhile; None where there is no room for both, or no repair is asked for.
 
     Args:
         source: the model.
@@ -55,6 +84,8 @@ def divergence_when_repaired(
         settings: by what channels and blocks are chosen, and what a workplace may take.
         engine: where and in what to compute.
     """
+    if settings.repair == "none":
+        return None
     if not _has_room_for_two(source, engine):
         if settings.budget.leaves_number_open:
             log.warning("no memory for a pruned model beside the dense one: compared before repair")

@@ -27,13 +27,13 @@ from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
-from cfsp.errors import BudgetError, UsageError
+from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.make import choose_channels, model_size, plan_widths
+from cfsp.planning.removal import first_removals
 from cfsp.planning.removal_budget import (
     RemovedWhole,
     WholeSizes,
-    counts_in_words,
     parameters_with_experts,
     whole_in_words,
 )
@@ -42,7 +42,7 @@ from cfsp.settings import MOST_REMOVED, UNIT_PARTS
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import masked_unit
-from cfsp.whole_model.removal_order import follow_divergence, with_needed_removals
+from cfsp.whole_model.removal_order import check_can_be_compared, with_needed_removals
 from cfsp.whole_model.sensitivity import few_beginnings, with_needed_sensitivity
 
 if TYPE_CHECKING:
@@ -112,10 +112,25 @@ def half_alone(budget: Budget) -> Budget:
     return replace(budget.without_channels(), sparsity=MOST_REMOVED, of="ffn")
 
 
+def whole_alone(source: WeightSource, budget: Budget) -> Budget:
+    """Return the budget by which as many blocks or attentions go as may be tried.
+
+    One that does not leave the number open stays as it is.
+    """
+    if not budget.leaves_number_open:
+        return budget
+    alone = budget.without_channels()
+    if budget.removes_blocks:
+        return alone
+    attentions = WholeSizes.of(source, budget.whole_parts).total
+    share = max(0.0, _to_go(source, budget) / attentions)
+    return replace(alone, sparsity=min(share, MOST_REMOVED), of="ffn")
+
+
 def aim_at_parameters(source: WeightSource, budget: Budget) -> Aim:
     """Return the aim that the sparsity of a budget is: so many parameters go."""
     return Aim(
-        _whole_alone(source, budget),
+        whole_alone(source, budget),
         lambda _, parts, removed: _sparsity_of_others(source, budget, parts, removed),
     )
 
@@ -153,18 +168,15 @@ def with_removal_count(
     budget = settings.budget
     if not budget.leaves_number_open:
         return settings, statistics
-    if not follow_divergence(source, settings.criterion, engine):
-        raise UsageError(
-            f"--parts {','.join(budget.parts)} tries how many {whole_in_words(budget)} should go, "
-            f"which requires the whole model in memory; say how many with {counts_in_words(budget)}"
-        )
-
+    check_can_be_compared(source, [settings], engine)
     aim = aim or aim_at_parameters(source, budget)
     alone = replace(settings, budget=aim.alone)
     statistics = with_needed_removals(source, statistics, windows, [alone], engine, place)
     statistics = with_needed_sensitivity(source, statistics, windows, settings, engine, place)
 
-    removals = statistics.removals_of(budget.whole_parts)
+    removals = first_removals(source, statistics, aim.alone) or []
+    # No more of an order that was measured for more: a plan takes the first of it.
+    statistics = replace(statistics, removals=tuple(removals))
 
     def whole(trial: Trial) -> RemovedWhole:
         return RemovedWhole.of(removals[: trial.removed], budget.remove_experts or 0)
@@ -227,16 +239,6 @@ def worth_a_repair(trials: Sequence[Trial]) -> list[Trial]:
         best = own.index(min(own, key=lambda trial: trial.divergence))
         few += [own[index] for index in sorted({0, best // 2, best})]
     return few
-
-
-def _whole_alone(source: WeightSource, budget: Budget) -> Budget:
-    """Return the budget by which as many blocks or attentions go as may be tried."""
-    alone = budget.without_channels()
-    if budget.removes_blocks:
-        return alone
-    attentions = WholeSizes.of(source, budget.whole_parts).total
-    share = max(0.0, _to_go(source, budget) / attentions)
-    return replace(alone, sparsity=min(share, MOST_REMOVED), of="ffn")
 
 
 def _budget_with(budget: Budget, trial: Trial, removed: RemovedWhole) -> Budget:

@@ -32,8 +32,13 @@ from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skip
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.planning.removal import NEEDS_PREDICTIONS, check_can_go
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, whole_in_words
+from cfsp.planning.removal import NEEDS_PREDICTIONS, check_can_go, first_removals
+from cfsp.planning.removal_budget import (
+    RemovalBudget,
+    RemovedWhole,
+    counts_in_words,
+    whole_in_words,
+)
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
 from cfsp.whole_model.divergence import dense_predictions
@@ -161,15 +166,22 @@ def follow_divergence(source: WeightSource, criterion: Criterion, engine: Engine
 def check_can_be_compared(
     source: WeightSource, settings: Sequence[PruneSettings], engine: Engine
 ) -> None:
-    """Check that blocks and attentions go by what the predictions lose, where both may go.
+    """Check that what is compared with other parts, or in number, goes by what predictions lose.
 
     Raises:
-        UsageError: they do not.
+        UsageError: it does not.
     """
     for each in settings:
-        compares = each.budget.whole_parts == WHOLE_PARTS
-        if compares and not follow_divergence(source, each.criterion, engine):
+        budget = each.budget
+        compares = budget.whole_parts == WHOLE_PARTS or budget.leaves_number_open
+        if not compares or follow_divergence(source, each.criterion, engine):
+            continue
+        if budget.whole_parts == WHOLE_PARTS:
             raise UsageError(NEEDS_PREDICTIONS)
+        raise UsageError(
+            f"--parts {','.join(budget.parts)} tries how many {whole_in_words(budget)} should go, "
+            f"which requires the whole model in memory; say how many with {counts_in_words(budget)}"
+        )
 
 
 def follow_runs(source: WeightSource, settings: Sequence[PruneSettings], engine: Engine) -> bool:
@@ -190,7 +202,7 @@ def with_needed_removals(
     engine: Engine,
     place: Workplace,
 ) -> Statistics:
-    """Add the order in which blocks or attentions go, as far as budgets need it.
+    """Add the order in which blocks or attentions go, where budgets need more of it.
 
     A killed run goes on with what it had chosen. Of several processes the first chooses.
 
@@ -207,13 +219,18 @@ def with_needed_removals(
         UsageError: the model does not fit into memory.
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
-    removing = [each for each in settings if each.budget.whole_parts]
+    removing = [
+        each
+        for each in settings
+        if each.budget.whole_parts and first_removals(source, statistics, each.budget) is None
+    ]
     if not removing:
         return statistics
+    needed = {each.budget.whole_parts for each in removing}
 
     def measure() -> dict[str, Any]:
         removals: list[Removal] = []
-        for parts in sorted({each.budget.whole_parts for each in removing}):
+        for parts in sorted(needed):
             budgets = [
                 each.budget
                 for each in removing
@@ -227,7 +244,9 @@ def with_needed_removals(
     # Other windows would be another choice.
     name = f"removals-{windows.digest[:8]}"
     found = place.team.from_first(lambda: kept(place, name, measure)["removals"])
-    return replace(statistics, removals=removals_from_json(found, len(statistics.blocks)))
+    others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
+    measured = removals_from_json(found, len(statistics.blocks))
+    return replace(statistics, removals=(*others, *measured))
 
 
 def measure_removals(

@@ -152,10 +152,15 @@ def with_needed_sensitivity(
 ) -> Statistics:
     """Add the sensitivity of blocks where widths follow it, of the parts that may lose channels.
 
-    A killed run goes on with what it had measured, or had decided not to measure: there may be
-    another amount of memory now. Of several processes the first decides and measures.
+    Statistics that have it stay as they are. A killed run goes on with what it had measured, or had
+    decided not to measure: there may be another amount of memory now. Of several processes the
+    first decides and measures.
     """
     criterion, parts = settings.criterion, ("ffn", *settings.budget.parts)
+    if statistics.sensitivity is not None and all(
+        statistics.sensitivity.of_part(part) for part in UNIT_PARTS if part in parts
+    ):
+        return statistics
 
     def measure() -> dict[str, Any]:
         if not follow_sensitivity(source, criterion, engine, has_images=windows.has_images):
