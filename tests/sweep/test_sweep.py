@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
@@ -24,7 +25,7 @@ from cfsp.result.manifest import read_manifest
 from cfsp.settings import CalibrationText, Compute
 from cfsp.sweep.front import pareto_front
 from cfsp.sweep.measured import Row
-from cfsp.sweep.methods import METHODS, Method
+from cfsp.sweep.methods import METHODS, Method, method_named
 from cfsp.sweep.recipe import Recipe, read_recipe
 from cfsp.sweep.table import loss_rise, tables
 from cfsp.text.tokenizers import load_tokenizer
@@ -258,13 +259,17 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
         'model = "m"\nsparsity = [0.5]\neval = ["t"]\nseed = [0, 1]\n'
-        'methods = ["random", {name = "by mse", block_metric = "mse", repair = "none"}]'
+        'methods = ["random", {name = "by mse", block_metric = "mse", repair = "none"}, '
+        '{name = "two", parts = ["ffn", "attention"], remove_attentions = 2}]'
     )
     recipe = read_recipe(path)
-    assert recipe.methods == (METHODS["random"], Method("by mse", "mse", repair="none"))
+    two = Method("two", parts=("ffn", "attention"), remove_attentions=2)
+    assert recipe.methods == (METHODS["random"], Method("by mse", "mse", repair="none"), two)
     assert [point.name for point in recipe.points] == [
         "random-0.5-seed0", "random-0.5-seed1", "by mse-0.5-seed0", "by mse-0.5-seed1",
+        "two-0.5-seed0", "two-0.5-seed1",
     ]  # fmt: skip
+    assert recipe.settings(recipe.points[-1], Compute()).budget.remove_whole == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -483,3 +488,70 @@ def test_differences_are_those_of_the_same_draw() -> None:
 def test_loss_rise_is_in_nats() -> None:
     before = {"a": 10.0, "b": 20.0}
     assert loss_rise({"a": 20.0, "b": 20.0}, before) == pytest.approx(math.log(2) / 2)
+
+
+def test_a_method_is_a_name_or_parts() -> None:
+    assert method_named("blocks-alone") is METHODS["blocks-alone"]
+    assert method_named("blocks,ffn") == Method("ffn,blocks", parts=("ffn", "blocks"))
+    with pytest.raises(
+        UsageError, match=r"unknown method 'fnn,blocks'.*known are: cfsp, .*--parts"
+    ):
+        method_named("fnn,blocks")
+
+
+def test_parts_are_compared_at_one_size(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """How many go whole is chosen as `cfsp prune` chooses it."""
+    out, model = tmp_path / "out", str(tiny_checkpoint("llama"))
+    # So few windows that all are those of the coarse pass.
+    text = ["--data", str(text_file), "--samples", "8", "--seqlen", "32"]
+    size = ["--sparsity", "0.3", "--set", "of=model", "--set", "multiple=8"]
+    methods = ["ffn", "blocks", "ffn,blocks", "ffn,attention"]
+    measured = ["--eval", str(text_file), "--eval-windows", "1"]
+    assert (
+        main(["sweep", model, *size, *text, *measured, "--method", *methods, "--out", str(out)])
+        == 0
+    )
+    dense, *rows = json.loads((out / "table.json").read_text())
+    assert [row["method"] for row in rows] == methods
+    block = next(iter(parameters_of_blocks(open_checkpoint(model))))
+    for row in rows:
+        room = block / 2 if row["method"] == "blocks" else 3 * 8 * 32
+        assert abs(row["parameters"] - 0.7 * dense["parameters"]) <= room
+    for parts in methods:
+        alone = tmp_path / parts
+        assert main(["prune", model, *size, *text, "--parts", parts, "--out", str(alone)]) == 0
+        swept = out / f"{parts}-0.3"
+        chosen, expected = (PruningPlan.load(d / "cfsp_plan.json") for d in (swept, alone))
+        assert chosen.kept_channels == expected.kept_channels
+        assert chosen.removed_blocks == expected.removed_blocks
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("ffn,blocks", "requires the whole model in memory; say how many with --set remove_blocks"),
+        ("ffn,experts", "requires how many experts of each block go: --set remove_experts=N"),
+    ],
+)
+def test_parts_whose_number_is_not_known_are_refused_before_any_work(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    message: str,
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr("cfsp.sweep.run.measure_dense", never)
+    monkeypatch.setattr("cfsp.whole_model.removal_order.fits", lambda *_: False)
+    model, text = str(tiny_checkpoint("mixtral")), str(text_file)
+    arguments = ["sweep", model, "--sparsity", "0.3", "--method", method, "--seqlen", "32"]
+    out = tmp_path / "made" / "out"
+    assert main([*arguments, "--data", text, "--eval", text, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.parent.exists()

@@ -307,6 +307,10 @@ class Statistics:
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
 
+    def of_units(self, parts: Collection[Part]) -> Statistics:
+        """Return the statistics of a model that was opened with fewer parts, by those of units."""
+        return replace(self, units=tuple(unit for unit in self.units if unit.part in parts))
+
     def removals_of(self, parts: Sequence[WholePart]) -> list[Removal]:
         """Return the order in which blocks go, attentions, or both together."""
         among = tuple(parts) if len(parts) > 1 else ()

@@ -185,17 +185,19 @@ def _add(group: Any, flag: str, option: Option) -> argparse.Action:
     elif option.repeats:
         facts["action"] = "append"
     elif not option.choices:
-        facts["type"] = _kind(option)
+        facts["type"] = typed(option.kind)
     action: argparse.Action = group.add_argument(f"--{flag}", **facts)
     return action
 
 
-def _kind(option: Option) -> Callable[[str], Any]:
+def typed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a type of argparse whose mistakes are those of a function that reads text."""
+
     def parse(text: str) -> Any:
         try:
-            return option.kind(text)
+            return kind(text)
         except CfspError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    parse.__name__ = getattr(option.kind, "__name__", "value")
+    parse.__name__ = getattr(kind, "__name__", "value")
     return parse

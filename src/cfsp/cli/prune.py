@@ -199,7 +199,8 @@ def run(args: argparse.Namespace) -> None:
     parts = plan.unit_parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, args.revision, parts)
     repairs = settings.repair != "none" and not args.dry_run
-    if not args.data and (repairs or (statistics is None and plan is None)):
+    is_decided = statistics is not None and not settings.budget.leaves_number_open
+    if not args.data and (repairs or (plan is None and not is_decided)):
         arguments.tell_of_the_default_text()
     if args.estimate:
         _print_estimate(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_advanced, add_options
+from cfsp.cli.options import Parser, add_advanced, add_options, typed
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError
 from cfsp.settings import Budget, fraction
-from cfsp.sweep.methods import METHODS
+from cfsp.sweep.methods import METHODS, method_named
 
 if TYPE_CHECKING:
     from cfsp.sweep.recipe import Recipe
@@ -40,7 +40,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         metavar="FILE",
         help="model, texts, methods and all that is measured, as TOML, as --out has one; a method "
         "is a table there: name, block_metric, channel_metric, clamp, repair, multiple, parts, "
-        "remove_blocks, removal",
+        "remove_blocks, remove_attentions, remove_experts, removal",
     )
     parser.add_argument(
         "--keep-weights", action="store_true", help="keep the pruned models, not only their plans"
@@ -61,9 +61,10 @@ def _add_recipe(parser: Parser) -> None:
         "--method",
         nargs="+",
         dest="methods",
-        choices=METHODS,
+        type=typed(method_named),
         metavar="NAME",
-        help=f"of {', '.join(METHODS)} (default: cfsp)",
+        help=f"of {', '.join(METHODS)}, or parts as `cfsp prune --parts` has them, such as "
+        "ffn,blocks (default: cfsp)",
     )
     add_options(parser, parser, Budget, fields=("of", "multiple"))
     arguments.add_calibration_text(parser)
@@ -138,8 +139,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise UsageError("expected a model or a --recipe, found neither")
     if "data" not in given:
         arguments.tell_of_the_default_text()
-    if "methods" in given:
-        given["methods"] = [METHODS[name] for name in given["methods"]]
     if "seed" in given:
         given["seed"] = [given["seed"]]
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}

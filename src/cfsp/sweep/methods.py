@@ -16,20 +16,26 @@ A recipe can name others; these have a name of their own:
     blocks-alone    the blocks that alone turn the hidden state least, not repaired (ShortGPT, arXiv
                     2403.03853)
     experts         whole routed experts, by REAP's score; the sparsity is the share of experts
+
+Parts as `cfsp prune --parts` names them, such as `ffn,blocks`, are a method too: what `cfsp prune`
+does with them. Sizes are equal where the sparsity is of all parameters (`--set of=model`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings import (
     DEFAULT_PARTS,
     DEFAULT_REPAIR,
     INFLUENCE,
+    PARTS,
     Clamp,
     Criterion,
     Part,
     Repair,
+    parse_parts,
 )
 
 
@@ -45,7 +51,9 @@ class Method:
         repair: as for prune.
         multiple: widths become multiples of this; None for what suits the model.
         parts: as for prune.
-        remove_blocks: as for prune; None for as many as the sparsity says.
+        remove_blocks: as for prune; None for as many as the sparsity says, or as measures best.
+        remove_attentions: likewise.
+        remove_experts: as for prune.
         removal: as for prune.
     """
 
@@ -57,6 +65,8 @@ class Method:
     multiple: int | None = None
     parts: tuple[Part, ...] = DEFAULT_PARTS
     remove_blocks: int | None = None
+    remove_attentions: int | None = None
+    remove_experts: int | None = None
     removal: str = Criterion.removal
 
 
@@ -74,3 +84,21 @@ METHODS = {
         Method("experts", parts=("experts",)),
     )
 }
+
+
+def method_named(name: str) -> Method:
+    """Return the method of a name, or what `cfsp prune` does with the parts that it lists.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    given = parse_parts(name)
+    if not {*given} <= {*PARTS}:
+        raise UsageError(
+            f"unknown method {name!r}{did_you_mean(name, METHODS)}; known are: "
+            f"{', '.join(METHODS)}, and parts as cfsp prune --parts has them, such as ffn,blocks"
+        )
+    parts = tuple(part for part in PARTS if part in given)
+    return Method(",".join(parts), parts=parts)

@@ -32,7 +32,7 @@ from cfsp.settings import (
     EvaluationText,
     PruneSettings,
 )
-from cfsp.sweep.methods import METHODS, Method
+from cfsp.sweep.methods import METHODS, Method, method_named
 
 _KNOWN: dict[str, Sequence[str | None]] = {
     "block_metric": (AUTO_METRIC, *BLOCK_METRICS, *SENSITIVITY_METRICS),
@@ -69,8 +69,8 @@ class Recipe:
     Attributes:
         model: the model, as for prune.
         sparsity: fractions to remove.
-        methods: how to prune; in a file each is a name of `cfsp.sweep.methods.METHODS` or a table
-            with the keys of `Method`.
+        methods: how to prune; in a file each is a name that `cfsp.sweep.methods.method_named`
+            knows or a table with the keys of `Method`.
         of: what the fractions are of, as for prune.
         multiple: widths become multiples of this, whatever the method; None for its own choice.
         data: calibration texts.
@@ -176,6 +176,8 @@ class Recipe:
                 self.multiple or method.multiple,
                 parts=method.parts,
                 remove_blocks=method.remove_blocks,
+                remove_attentions=method.remove_attentions,
+                remove_experts=method.remove_experts,
             ),
             Criterion(method.block_metric, method.channel_metric, method.clamp, method.removal),
             self.text(point.seed),
@@ -265,6 +267,7 @@ def _method(where: str, value: Any) -> Method:
     """Return the method that a name or a table stands for."""
     if isinstance(value, dict):
         return Method(**_values(where, value, Method))
-    if value not in list(METHODS):
-        raise UsageError(f"{where}: unknown method {value!r}; known are: {', '.join(METHODS)}")
-    return METHODS[value]
+    try:
+        return method_named(_value(where, value, str))
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,15 +31,12 @@ from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
-from cfsp.planning.allocation import channels_to_keep
-from cfsp.planning.experts import experts_to_remove
-from cfsp.planning.make import model_size
-from cfsp.planning.removal_budget import RemovalBudget
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.repair.ladder import check_budget, check_can_be_repaired
 from cfsp.result.manifest import add_to_manifest
-from cfsp.settings import DEFAULT_PARTS, OWN_TEXT, Compute, Part
+from cfsp.settings import OWN_TEXT, Compute, Part
 from cfsp.sweep.measured import (
     Row,
     check_conditions,
@@ -53,6 +50,8 @@ from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, draw_text
 from cfsp.whole_model.own_text import processor_of
+from cfsp.whole_model.removal_count import whole_alone
+from cfsp.whole_model.removal_order import check_can_be_compared
 from cfsp.whole_model.sensitivity import follow_sensitivity
 
 logger = logging.getLogger(__name__)
@@ -64,10 +63,16 @@ _WORKING = ".working"
 
 @dataclass(frozen=True)
 class _Sweep:
-    """What a sweep is made of; see `run_sweep`."""
+    """What a sweep is made of; see `run_sweep`.
+
+    Attributes:
+        source: the model, opened with the parts of all methods: it is calibrated.
+        source_by: the model as `cfsp prune` opens it, by the parts that may go.
+    """
 
     recipe: Recipe
     source: Checkpoint
+    source_by: Mapping[tuple[Part, ...], Checkpoint]
     out: Path
     compute: Compute
     keep_weights: bool
@@ -104,14 +109,16 @@ def run_sweep(
     check_texts(recipe.eval, "evaluation")
     selection = recipe.task_selection
     tasks = None if selection is None else TaskRunner.of(selection)
-    parts: tuple[Part, ...] = DEFAULT_PARTS
-    if any("experts" in method.parts for method in recipe.methods):
-        parts = (*parts, "experts")
+    parts: tuple[Part, ...] = tuple({p: None for method in recipe.methods for p in method.parts})
     source = open_checkpoint(recipe.model, parts=parts)
+    source_by = {
+        each: source if each == parts else open_checkpoint(recipe.model, parts=each)
+        for each in dict.fromkeys(method.parts for method in recipe.methods)
+    }
     check_is_outside(out, source.directory)
     with created_parents(out), exclusive(out), _kept(out, recipe):
         _claim(out, recipe)
-        sweep = _Sweep(recipe, source, out, compute, keep_weights, command, tasks)
+        sweep = _Sweep(recipe, source, source_by, out, compute, keep_weights, command, tasks)
         missing = [point for point in recipe.points if not sweep.is_finished(point)]
         if missing:
             _check(sweep)
@@ -173,18 +180,15 @@ def _check(sweep: _Sweep) -> None:
         CfspError: a text is too short, no plan meets a budget, or there is no such device.
     """
     recipe, source = sweep.recipe, sweep.source
-    engine_of(sweep.compute, source)
-    size, tokenizer = model_size(source), load_tokenizer(source.directory)
+    engine, tokenizer = engine_of(sweep.compute, source), load_tokenizer(source.directory)
     for point in recipe.points:
-        budget = recipe.settings(point, sweep.compute).budget
-        experts_to_remove(source, budget)
-        if budget.whole_parts:
-            RemovalBudget.of(source, budget)
-        elif budget.removes_channels:
-            channels_to_keep(budget, size)
+        settings, own = recipe.settings(point, sweep.compute), sweep.source_by[point.method.parts]
+        check_budget(own, settings.budget)
+        check_can_be_compared(own, [settings], engine)
+        check_can_be_repaired(own, settings)
     evaluation_windows(recipe.evaluation, source)
     if sweep.tasks is not None:
-        check_fits(source, engine_of(sweep.compute, source), "scoring tasks")
+        check_fits(source, engine, "scoring tasks")
         sweep.tasks.read_data()
     text = recipe.text(recipe.seed[0])
     others = tuple(name for name in text.names if name != OWN_TEXT)
@@ -252,7 +256,9 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
                 compute,
                 place,
                 sensitivity=needs_sensitivity,
-                removing=settings,
+                removing=[
+                    replace(each, budget=whole_alone(source, each.budget)) for each in settings
+                ],
             )
             found.save(path)
     return Statistics.load(path)
@@ -263,8 +269,14 @@ def _make(sweep: _Sweep, point: Point, dense: dict[str, Any]) -> None:
     recipe, source, compute = sweep.recipe, sweep.source, sweep.compute
     statistics = _statistics(sweep, point.seed)
     with _working_directory(sweep.out) as working:
-        settings = recipe.settings(point, compute)
-        prune_checkpoint(source, working, settings, statistics=statistics, command=sweep.command)
+        settings, own = recipe.settings(point, compute), sweep.source_by[point.method.parts]
+        prune_checkpoint(
+            own,
+            working,
+            settings,
+            statistics=statistics.of_units({unit.part for unit in own.units}),
+            command=sweep.command,
+        )
         facts: dict[str, Any] = {
             **measure_pruned(working, source, dense, recipe, compute, sweep.tasks),
             "sweep": {
