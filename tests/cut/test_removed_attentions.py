@@ -138,6 +138,10 @@ def test_the_plan_is_obeyed_and_commands_tell_of_it(
     told = json.loads(capsys.readouterr().out)
     assert told["kv_groups"] == case.report.kv_groups["after"]
     assert told["pruned"]["removed_attentions"] == case.removed_attentions
+    assert main(["inspect", str(case.out)]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("pruned "))
+    assert f"{plan.removed_in_words}, in all " in said
+    assert "KV groups" in said and "FFN" not in said
     assert "the attentions of block" in (case.out / "README.md").read_text()
     assert main(["verify", str(case.out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verified"]

@@ -53,6 +53,12 @@ def test_runs_are_the_cheapest_of_all(seed: int, count: int, banned: tuple[int, 
     assert tuple(cheapest_runs(runs, BLOCKS, count, banned)) == best
 
 
+def test_one_of_several_is_said_so() -> None:
+    both = Budget(parts=("ffn", "attention", "blocks"))
+    assert RemovedWhole((3,), (0, 1)).counted(both) == "1 block and 2 attentions"
+    assert RemovedWhole((), (4,)).counted(both) == "0 blocks and 1 attention"
+
+
 @pytest.fixture(scope="module")
 def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 
+def counted(count: int, nouns: str) -> str:
+    """Return a number of things in words: `1 block`, `2 blocks`."""
+    return f"{count} {nouns.removesuffix('s') if count == 1 else nouns}"
+
+
 def blocks_in_words(indices: Iterable[int]) -> str:
     """Return blocks in words: `block 0`, `blocks 1 to 4, 6`."""
     runs: list[list[int]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_options, given, settings_from
 from cfsp.cli.output import human_count, print_table
 from cfsp.errors import UsageError
@@ -109,11 +110,12 @@ def print_goal(resolution: dict[str, Any]) -> None:
 def _chosen_in_words(budget: dict[str, Any]) -> str:
     """Return what goes by a budget, as its JSON has it."""
     counts = {"remove_blocks": "blocks", "remove_attentions": "attentions"}
-    words = [f"{budget[key]} {noun}" for key, noun in counts.items() if budget[key] is not None]
+    words = [counted(budget[key], noun) for key, noun in counts.items() if budget[key] is not None]
     others = " of the others" if words else ""
     if channels := channels_in_words(budget["parts"]):
         words.append(f"{budget['sparsity']:.1%} of the {channels}{others}")
-    return f"{' and '.join(words)} go"
+    goes = words == ["1 block"] or words == ["1 attention"]
+    return f"{' and '.join(words)} {'goes' if goes else 'go'}"
 
 
 def _in_words(resolution: dict[str, Any]) -> str:

@@ -57,15 +57,7 @@ def _print(facts: dict[str, Any]) -> None:
     if pruned is None:
         print("pruned             not by cfsp")
         return
-    removed = removed_in_words(
-        *(pruned.get(key, ()) for key in ("removed_blocks", "removed_attentions"))
-    )
-    print(
-        f"pruned             {f'{removed}, in all ' if removed else ''}"
-        f"{pruned['ffn_sparsity']:.1%} of FFN {_counted(facts)}, "
-        f"{_groups_that_went(pruned)}{_experts_that_went(pruned)}"
-        f"{pruned['model_sparsity']:.1%} of parameters, from {pruned['base_model']['name']}"
-    )
+    print(f"pruned             {_what_went(facts)}, from {pruned['base_model']['name']}")
     criterion, calibration = pruned["criterion"], pruned["calibration"]
     if "removal" in criterion:
         print(f"removed by         {criterion['removal']}")
@@ -93,20 +85,25 @@ def _print_perplexity(of_texts: dict[str, Any]) -> None:
         print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
 
 
-def _groups_that_went(pruned: dict[str, Any]) -> str:
-    groups = pruned.get("kv_groups")
-    return f"{groups['sparsity']:.1%} of KV groups, " if groups else ""
+def _what_went(facts: dict[str, Any]) -> str:
+    """Return what went of each part that lost something, and of all parameters."""
+    pruned = facts["pruned"]
+    removed = removed_in_words(
+        *(pruned.get(key, ()) for key in ("removed_blocks", "removed_attentions"))
+    )
+    shares = {
+        f"FFN {_nouns_of_share(facts)}": pruned["ffn_sparsity"],
+        "KV groups": pruned.get("kv_groups", {}).get("sparsity", 0.0),
+    }
+    went = [f"{share:.1%} of {nouns}" for nouns, share in shares.items() if share]
+    if experts := pruned.get("experts"):
+        before, after = experts["before"][0], experts["after"][0]
+        went.append(f"{before - after} of {before} experts of each block")
+    in_all = ", ".join([*went, f"{pruned['model_sparsity']:.1%} of parameters"])
+    return f"{removed}, in all {in_all}" if removed else in_all
 
 
-def _experts_that_went(pruned: dict[str, Any]) -> str:
-    experts = pruned.get("experts")
-    if not experts:
-        return ""
-    before, after = experts["before"][0], experts["after"][0]
-    return f"{before - after} of {before} experts of each block, "
-
-
-def _counted(facts: dict[str, Any]) -> str:
+def _nouns_of_share(facts: dict[str, Any]) -> str:
     """Return what the share that went is of: channels of several kinds own unlike numbers."""
     if "experts" in facts["pruned"]:
         return "parameters"

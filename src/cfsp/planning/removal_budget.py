@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.checkpoint.stored_experts import parameters_of_an_expert
@@ -242,7 +243,7 @@ def counts_in_words(budget: Budget) -> str:
 def _counted(budget: Budget, blocks: int, attentions: int) -> str:
     """Return how many go of what a budget may remove, in words."""
     counts = {"blocks": blocks, "attentions": attentions}
-    return " and ".join(f"{counts[word]} {word}" for word in _words(budget))
+    return " and ".join(counted(counts[word], word) for word in _words(budget))
 
 
 def _words(budget: Budget) -> list[str]:

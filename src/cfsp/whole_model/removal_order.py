@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.architecture.block_names import counted
 from cfsp.calibration.statistics import Removal, Statistics, removals_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import CallForm
@@ -121,7 +122,8 @@ def order_of_removal(
             on_removal()
             trials.remove(gone)
     if not all(each.is_met_by(gone) for each in wanted):
-        whole = f"{len(gone.blocks)} blocks and {len(gone.attentions)} attentions"
+        blocks, attentions = len(gone.blocks), len(gone.attentions)
+        whole = f"{counted(blocks, 'blocks')} and {counted(attentions, 'attentions')}"
         raise next(
             iter(refusals.values()),
             BudgetError(f"of {source.label} no more than {whole} can go together; remove less"),
