@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.engine.pass_state import PassState
+from cfsp.goals import speedup
+from cfsp.goals.latency import Curve, Latencies
 from cfsp.settings import REPAIRS
 from commands import Command, Commands, ranks
+from forks import Forks, Job
 from tiny_models import BLOCKS
 
 
@@ -104,6 +107,45 @@ def test_two_processes_take_the_same_parts(
     check_alike(argv)
 
 
+LATENCIES = Latencies(
+    {"ffn": Curve((8, 96), (0.6, 1.0)), "blocks": Curve((0, BLOCKS), (0.05, 1.0))},
+    {"disturbance": 0.0},
+)
+PRUNE_WITH_LATENCIES = """
+import os
+import sys
+
+import cfsp.goals.speedup as speedup
+from cfsp.cli import main
+from cfsp.goals.latency import Latencies
+
+def measure(*_):
+    assert os.environ["RANK"] == "0", "another process would measure something else"
+    return Latencies.from_json({latencies})
+
+speedup.measure_latencies = measure
+sys.exit(main({argv}))
+"""
+
+
+def test_the_first_process_times_for_all(
+    forks: Forks,
+    argv: list[str],
+    tmp_path: Path,
+    check_alike: Callable[[list[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budget = ["--target-speedup", "1.2", "--parts", "ffn,blocks", "--multiple", "8"]
+    argv = [*argv[: argv.index("--sparsity")], *budget, "--dtype", "float32"]
+    argv_of_two = [*argv, "--out", str(tmp_path / "many")]
+    code = PRUNE_WITH_LATENCIES.format(latencies=LATENCIES.to_json(), argv=argv_of_two)
+    ended = forks(*(Job("forks.run_code", {"code": code}, rank) for rank in ranks(2)))
+    assert [each.status for each in ended] == [0, 0], ended
+    assert "1.2 times faster" in ended[0].stdout
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: LATENCIES)
+    check_alike(argv)
+
+
 def test_after_a_death_the_same_command_goes_on(
     commands: Commands,
     argv: list[str],
@@ -169,6 +211,7 @@ def test_processes_with_different_work_are_refused(
     ("options", "message"),
     [
         (["--recover", "1"], "--recover runs in one process, found 2"),
+        (["--max-loss-increase", "1"], "--max-loss-increase runs in one process, found 2"),
         (["--process-timeout", "0"], "--process-timeout must be positive"),
     ],
 )

@@ -164,7 +164,6 @@ def _check_many_can(args: argparse.Namespace) -> None:
     alone = {
         "--recover": args.recover is not None,
         "--estimate": args.estimate,
-        "--target-speedup": args.target_speedup is not None,
         "--max-loss-increase": args.max_loss_increase is not None,
     }
     for option, is_asked in alone.items():
