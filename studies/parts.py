@@ -1,12 +1,12 @@
 """Study 9: which parts should go, at equal parameters?
 
-    python studies/run.py 9 --texts DIR --models DIRECTORY
+    python studies/run.py 9 --texts DIR --out rows.json
 
 For each share of the block parameters that stays, every choice of parts gives a model before and
 after the standard repair. What goes of a choice is decided before repair, so that the same is
 compared with and without one; `all` is what `cfsp prune` itself chooses after a repair, where
 everything may go. Every step is a `cfsp` command that is printed. What is finished is not done
-again: models stay in DIRECTORY, with what was measured of them.
+again: models stay beside the results, with what was measured of them.
 
 Prints Markdown: perplexity as ratio to the dense model, the geometric mean over all texts and the
 worst; KL to the dense model in nats per token, and its difference to `ffn` in the same state,
@@ -53,6 +53,7 @@ _BEFORE, _AFTER, _TRAINED = "unrepaired", "repaired", "recovered"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prune, measure, print."""
     args = parser().parse_args(arguments)
+    args.models = args.models or args.out.with_suffix("")
     limits = {"tasks": args.tasks, "limit": args.limit, "minutes": args.minutes}
     results = Results(args.out, conditions(args, **limits))
     rows = [
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = parser_of_model("parts", __doc__.splitlines()[0])
-    found.add_argument("--models", type=Path, required=True, help="where pruned models go")
+    found.add_argument(
+        "--models", type=Path, help="where pruned models go (default: beside the results)"
+    )
     found.add_argument(
         "--stays", type=float, nargs="+", default=[0.75, 0.625, 0.5], help="of block parameters"
     )

@@ -13,7 +13,7 @@ from cfsp.engine.compute import engine_of
 from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.make import make_plan
-from cfsp.repair.trial import FITTED_PER_JUDGED, apart, divergence_when_repaired
+from cfsp.repair.trial import FITTED_WINDOWS, apart, divergence_when_repaired
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.windows import Windows, draw_text
 from cfsp.whole_model.divergence import dense_predictions
@@ -26,18 +26,27 @@ def windows(count: int, texts: int) -> Windows:
     return Windows(tokens_NT, {f"text {i}": count // texts for i in range(texts)})
 
 
-@pytest.mark.parametrize(("count", "texts"), [(128, 1), (128, 8), (126, 9), (36, 9), (16, 2)])
+@pytest.mark.parametrize(("count", "texts"), [(128, 1), (16, 2), (128, 8), (126, 9), (5, 1)])
 def test_it_is_judged_by_other_windows_than_it_is_fitted_to(count: int, texts: int) -> None:
     fit, judged = apart(windows(count, texts))
-    of_each = min(FITTED_PER_JUDGED, count // max(8, texts) - 1)
-    assert len(judged.tokens_NT) == max(8, texts)
-    assert len({*fit.tokens_NT[:, 0].tolist()}) == of_each * max(8, texts)
-    assert not {*fit.tokens_NT[:, 0].tolist()} & {*judged.tokens_NT[:, 0].tolist()}
+    firsts = [{*part.tokens_NT[:, 0].tolist()} for part in (fit, judged)]
+    assert not firsts[0] & firsts[1]
+    assert 2 <= len(firsts[1]) <= 9
+    assert len(firsts[0]) <= FITTED_WINDOWS
+    assert len(firsts[0]) >= min(count // 2, FITTED_WINDOWS - texts)
 
 
-def test_of_little_text_all_is_used() -> None:
-    fit, judged = apart(windows(5, 1))
-    assert len(fit.tokens_NT) == len(judged.tokens_NT) == 5
+def test_of_many_kinds_of_text_some_are_for_fitting_and_others_for_judging() -> None:
+    kinds = windows(126, 9)
+    fit, judged = (
+        {int(first) // (14 * 8) for first in part.tokens_NT[:, 0]} for part in apart(kinds)
+    )
+    assert (fit, judged) == ({0, 2, 4, 6, 8}, {1, 3, 5, 7})
+
+
+def test_of_three_windows_all_are_for_both() -> None:
+    fit, judged = apart(windows(3, 1))
+    assert len(fit.tokens_NT) == len(judged.tokens_NT) == 3
 
 
 @pytest.fixture(scope="module")

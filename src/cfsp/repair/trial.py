@@ -1,6 +1,6 @@
 """A budget tried with its repair, on a little text, judged by the dense model's predictions.
 
-It is fitted on some windows and judged on the beginnings of others, where there are enough.
+It is fitted on some kinds of text and judged by others, or else by other windows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cfsp.engine.workplace import temporary_workplace
 from cfsp.planning.make import make_plan
 from cfsp.repair.ridge_step import repair_by_plan
 from cfsp.repair.sequential import repair_gaps
-from cfsp.text.windows import joined
+from cfsp.text.windows import few_windows, joined
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.removal_count import with_removal_count
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from cfsp.whole_model.divergence import DensePredictions
     from cfsp.whole_model.removal_count import Aim
 
-# So many windows are fitted on for each that is judged by. On one for each a ridge fits noise, most
-# of all where most channels go, and other parts seem cheaper than they are (LOG.md).
-FITTED_PER_JUDGED = 4
+# On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
+# other parts seem cheaper than they are (LOG.md).
+FITTED_WINDOWS = 36
+# Kinds of text, or windows, so that there are two to fit on and two to judge by.
+_LEAST_APART = 4
 
 log = logging.getLogger(__name__)
 
@@ -117,15 +119,18 @@ def divergence_when_repaired(
 def apart(windows: Windows) -> tuple[Windows, Windows]:
     """Return windows to fit on, and the beginnings of a few others to judge by.
 
-    Both are spread over all texts. Where every window is judged by, all are in both.
+    Of a text of many kinds these are of other kinds: what goes whole is made up for by less than
+    what channels lose, on text that the repair has not seen the like of (LOG.md). Of fewer than
+    four windows all are in both.
     """
-    judged = few_beginnings(windows)
-    stride = len(windows.tokens_NT) // len(judged.tokens_NT)
-    # The first of every so many windows is judged by.
-    offsets = range(1, stride, max(1, stride // FITTED_PER_JUDGED))[:FITTED_PER_JUDGED]
-    whole = stride * len(judged.tokens_NT)
-    fitted = [windows.part(slice(offset, whole, stride)) for offset in offsets]
-    return joined(fitted) if fitted else windows, judged
+    kinds = windows.by_source()
+    if len(windows.tokens_NT) < _LEAST_APART:
+        return windows, few_beginnings(windows)
+    if len(kinds) < _LEAST_APART:
+        kinds = [windows.part(slice(0, None, 2)), windows.part(slice(1, None, 2))]
+    fitted, judged = kinds[::2], kinds[1::2]
+    of_each = max(1, FITTED_WINDOWS // len(fitted))
+    return joined([few_windows(kind, of_each) for kind in fitted]), few_beginnings(joined(judged))
 
 
 def _has_room_for_two(source: WeightSource, engine: Engine) -> bool:

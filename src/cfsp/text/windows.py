@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -72,6 +73,17 @@ class Windows:
             counted_N=counted_N,
             images_N=self.images_N[windows],
         )
+
+    def by_source(self) -> list[Windows]:
+        """Return the windows of each source; all together where it isn't known which are whose."""
+        if sum(self.sources.values()) != len(self.tokens_NT):
+            return [self]
+        ends = accumulate(self.sources.values())
+        return [
+            replace(self.part(slice(end - count, end)), sources={name: count})
+            for (name, count), end in zip(self.sources.items(), ends, strict=True)
+            if count
+        ]
 
     @property
     def bos(self) -> bool:
