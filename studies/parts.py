@@ -184,7 +184,7 @@ def _figures(
     if base is not None:
         figures["KL - ffn"] = _divergence(compare(base, model, dense), "difference")
     if found.accuracy is not None:
-        figures["tasks"] = _rounded(found.accuracy.difference.times(100), 1)
+        figures["tasks"] = _rounded(found.accuracy.difference.times(100), 3)
     return figures
 
 
@@ -199,12 +199,12 @@ def _rounded(found: Estimate, digits: int) -> list[float | None]:
 
 
 def _in_words(plan: PruningPlan) -> str:
-    """Return what of each part goes."""
+    """Return what of each part goes; shares count what goes with whole blocks and attentions."""
     words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
     if "ffn" in plan.unit_parts and plan.ffn_sparsity:
-        words.append(f"{plan.ffn_sparsity:.1%} of the FFN channels")
+        words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")
     if "kv" in plan.unit_parts and plan.kv_sparsity:
-        words.append(f"{plan.kv_sparsity:.1%} of the KV groups")
+        words.append(f"{plan.kv_sparsity:.1%} of all KV groups")
     return ", ".join(words)
 
 
@@ -221,7 +221,7 @@ def _shown(rows: Sequence[dict[str, Any]], values: Sequence[str]) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, list):
-        return f"{value[0]} ({value[1]})"
+        return f"{value[0]:.3f}" + ("" if value[1] is None else f" ({value[1]:.3f})")
     return "" if value is None else str(value)
 
 
