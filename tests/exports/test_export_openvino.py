@@ -95,7 +95,8 @@ def test_inputs_are_those_that_runtimes_expect(llama: tuple[Checkpoint, Path]) -
 
 def test_the_bench_counts_the_widths_that_were_exported(llama: tuple[Checkpoint, Path]) -> None:
     source, out = llama
-    engine = OpenVinoEngine(Subject(out, "export"), Conditions("openvino", threads=1))
+    # With one thread OpenVINO 2026.4 divides by zero where it computes in bfloat16 by AMX.
+    engine = OpenVinoEngine(Subject(out, "export"), Conditions("openvino", threads=2))
     expected = work_of(source, head=True, itemsize=4)
     assert len(set(source.architecture.widths)) > 1
     assert engine.footprint.parameters == parameter_count(source)
