@@ -22,13 +22,13 @@ from tiny_models import TINY_CONFIGS, build_tiny_model
 
 
 @pytest.mark.parametrize("name", sorted(TINY_CONFIGS))
-def test_stock_class_bit_equal_logits(tmp_path: Path, tokenizer: Any, name: str) -> None:
+def test_stock_class_same_logits(tmp_path: Path, tokenizer: Any, name: str) -> None:
     source = cut(build_tiny_model(name), tokenizer, tmp_path)
     out = tmp_path / "padded"
     report = export_checkpoint(source, "padded", out)
     assert report.verification is not None
-    # The padded shared expert of qwen2_moe adds up its channels in another order.
-    assert report.verification.max_difference <= (2e-6 if name == "qwen2_moe" else 0.0)
+    # Zeros change no sum, but libraries may add up wider rows in another order.
+    assert report.verification.relative_error <= 1e-6
     units = source.units
     widest = {unit.path: max(u.width for u in units if u.path == unit.path) for unit in units}
     whole = sum(widest[unit.path] for unit in units)
