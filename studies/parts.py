@@ -27,6 +27,7 @@ from typing import Any
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main as cfsp_main
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import Comparison, compare
@@ -103,9 +104,7 @@ def _rows_of(
 
 def target_of(source: Checkpoint, stays: float) -> float:
     """Return the share of all parameters that stays with this share of those of the blocks."""
-    stored = source.stored.within(f"{source.architecture.blocks}.")
-    blocks = sum(source.specs[name].elements for name in stored)
-    return 1 - (1 - stays) * blocks / parameter_count(source)
+    return 1 - (1 - stays) * sum(parameters_of_blocks(source)) / parameter_count(source)
 
 
 def _directory(args: argparse.Namespace, stays: float, parts: str, state: str) -> Path:

@@ -1,4 +1,4 @@
-"""Blocks by their numbers, in words."""
+"""Blocks by their numbers: in words, and where others are gone."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def removed_in_words(blocks: Collection[int], attentions: Collection[int]) -> st
         noun = "attention" if len(attentions) == 1 else "attentions"
         named.append(f"the {noun} of {blocks_in_words(attentions)}")
     return " and ".join(named)
+
+
+def index_without(removed: Collection[int], block: int) -> int:
+    """Return the index of a block that stays when others are gone."""
+    return block - sum(other < block for other in removed)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from cfsp.architecture.block_names import index_without
 from cfsp.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
                     f"{source.label} stores {name} of block {block} under a name without that "
                     "number, so that no block before it can be removed"
                 )
-            names[name] = re.sub(pattern, str(_index_without(removed, block)), name, count=1)
+            names[name] = re.sub(pattern, str(index_without(removed, block)), name, count=1)
     if len(set(names.values())) < len(names):
         raise UnsupportedModelError(
             f"blocks of {source.label} can't be removed: two of its tensors would have one name"
@@ -74,12 +75,7 @@ def name_without_blocks(
     block, _, rest = name.removeprefix(prefix).partition(".")
     if int(block) in removed:
         return None
-    return f"{architecture.block_prefix(_index_without(removed, int(block)))}{rest}"
-
-
-def _index_without(removed: Collection[int], block: int) -> int:
-    """Return the index of a block that stays when others are gone."""
-    return block - sum(other < block for other in removed)
+    return f"{architecture.block_prefix(index_without(removed, int(block)))}{rest}"
 
 
 def _blocks_of_stored(source: WeightSource) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.block_names import blocks_in_words
+from cfsp.architecture.block_names import blocks_in_words, index_without
 from cfsp.architecture.experts import experts_fail, refused_experts
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
@@ -142,7 +142,7 @@ def prove_without_attentions(
     if removed_blocks:
         what += f" beside {blocks_in_words(sorted(removed_blocks))}"
         stock, architecture, _ = stock_without_blocks(stock, architecture, removed_blocks)
-        removed = [_index_without(removed_blocks, block) for block in removed]
+        removed = [index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     attentions = [unit for unit in architecture.stock_units if unit.part == "kv"]
@@ -193,14 +193,9 @@ def check_experts_can_go(
     stock, architecture, _ = stock_without_blocks(
         stock_config(source.config), source.architecture, removed_blocks
     )
-    kept = {_index_without(removed_blocks, block): experts for block, experts in kept.items()}
+    kept = {index_without(removed_blocks, block): experts for block, experts in kept.items()}
     if reason := experts_fail(architecture, small_run_of(stock), kept):
         raise refused_experts(architecture, f"they failed {reason}")
-
-
-def _index_without(removed_blocks: Collection[int], block: int) -> int:
-    """Return the index that a block has where some are gone."""
-    return block - sum(removed < block for removed in removed_blocks)
 
 
 def _check_bites(dense: Tensor, expected: Tensor, what: str) -> None:

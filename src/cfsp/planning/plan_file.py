@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.architecture.block_names import removed_in_words
+from cfsp.architecture.block_names import index_without, removed_in_words
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import PlanError
@@ -87,7 +87,7 @@ class PruningPlan:
 
     def index_of_block(self, block: int) -> int:
         """Return the index in the pruned model of a block that stays."""
-        return block - sum(removed < block for removed in self.removed_blocks)
+        return index_without(self.removed_blocks, block)
 
     def only(self, part: Part) -> PruningPlan:
         """Return the plan of one part's units."""
