@@ -71,4 +71,4 @@ def aim_at_kv_cache(goal: TargetKVCache, source: WeightSource, budget: Budget) -
         ]
         return max(0.0, 1 - stay / sum(groups)) if stay >= len(groups) else 1.0
 
-    return Aim(half_alone(budget), share)
+    return Aim(lambda _: half_alone(budget), share)

@@ -274,7 +274,7 @@ def aim_at_speed(speed: Speed) -> Aim:
         sparsity, _ = speed.least_sparsity(statistics, rest, removed)
         return 1.0 if sparsity is None else sparsity
 
-    return Aim(half_alone(budget), share)
+    return Aim(lambda _: half_alone(budget), share)
 
 
 def _out_of_reach(goal: TargetSpeedup, budget: Budget, why: str) -> BudgetError:

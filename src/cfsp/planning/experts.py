@@ -6,6 +6,7 @@ Shapes: E experts.
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from cfsp.architecture.experts import counts_near
 from cfsp.architecture.proof import why_not_experts
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.reading import parameter_count
-from cfsp.errors import BudgetError, StatisticsError, UsageError
+from cfsp.errors import BudgetError, StatisticsError
 from cfsp.planning.removal_budget import parameters_with_experts
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.settings import Budget
 
+# In which steps it is tried how many go beside other parts.
+_STEPS = 8
 # Where experts are redundant, those that go add much less than their share of all experts.
 MUCH_OF_THEIR_SHARE = 0.5
 
@@ -71,21 +74,18 @@ def experts_to_remove(source: WeightSource, budget: Budget) -> int:
 
     It is the number that is nearest to the budget of those by which the model runs.
 
+    With other parts the budget says the number.
+
     Raises:
         BudgetError: more experts would go than the router can do without.
-        UsageError: it is not said how much of the parts is experts.
     """
     if not budget.removes_experts:
         return 0
     experts = source.architecture.experts
     assert experts is not None
+    assert not budget.leaves_experts_open  # it is chosen before (`cfsp.whole_model.removal_count`)
     if budget.remove_experts is not None:
         wanted = float(experts.count - budget.remove_experts)
-    elif budget.parts != ("experts",):
-        raise UsageError(
-            f"--parts {','.join(budget.parts)} requires how many experts of each block go: --set "
-            "remove_experts=N; the sparsity is then of what the others lose"
-        )
     elif budget.of == "model":
         each = parameters_with_experts(source, 1)
         wanted = experts.count - budget.sparsity * parameter_count(source) / each
@@ -106,6 +106,29 @@ def experts_to_remove(source: WeightSource, budget: Budget) -> int:
             "be removed"
         )
     return experts.count - found
+
+
+def numbers_to_try(source: WeightSource, parameters: float) -> list[int]:
+    """Return how many experts of every block may go where it is tried how many should, ascending.
+
+    None, eighths of them, at least one of each group, and as many as own what is to go; of these
+    the numbers without which the model runs.
+
+    Args:
+        source: the model.
+        parameters: to go at most.
+    """
+    experts = source.architecture.experts
+    assert experts is not None
+    group = experts.groups
+    room = parameters / parameters_with_experts(source, group)
+    most = group * min(math.floor(room + 1e-9), experts.count // group - 1)
+    steps = (round(step * experts.count / group / _STEPS) for step in range(1, _STEPS))
+    numbers = {most, *(group * max(1, step) for step in steps)}
+    return [
+        0,
+        *(n for n in sorted(numbers) if 0 < n <= most and _is_possible(source, experts.count - n)),
+    ]
 
 
 def _is_possible(source: WeightSource, count: int) -> bool:

@@ -72,7 +72,10 @@ class RemovedWhole:
 
     def counted(self, budget: Budget) -> str:
         """Return in words how many go of what a budget may remove."""
-        return _counted(budget, len(self.blocks), len(self.attentions))
+        named = [_counted(budget, len(self.blocks), len(self.attentions))]
+        if budget.removes_experts:
+            named.insert(0, f"{counted(self.experts, 'experts')} of each block")
+        return ", ".join(filter(None, named))
 
     def takes(self, unit: Unit) -> bool:
         """Return whether a unit of the model goes with it."""
@@ -114,6 +117,11 @@ class WholeSizes:
     def total(self) -> int:
         """The parameters of all that may go."""
         return sum((self.block_of or self.attention_of).values())
+
+    @cached_property
+    def most(self) -> int:
+        """The parameters of all but the smallest, which stays."""
+        return self.total - min((self.block_of or self.attention_of).values())
 
     @cached_property
     def largest(self) -> int:
@@ -185,7 +193,7 @@ class RemovalBudget:
             total, noun = parameter_count(source), "model's parameters"
             beside = parameters_with_experts(source, experts)
         wanted = budget.sparsity * total - beside
-        most = sizes.total - least
+        most = sizes.most
         counts = budget.remove_whole
         noun_of_one = "blocks" if sizes.block_of else "attentions"
         if counts is not None and sum(counts) >= count:
@@ -231,19 +239,24 @@ def parameters_with_experts(source: WeightSource, experts: int) -> int:
 
 
 def whole_in_words(budget: Budget) -> str:
-    """Return what may go whole."""
-    return " and ".join(_words(budget))
+    """Return what may go whole; of experts only where their number is open."""
+    return " and ".join(_open_words(budget))
 
 
 def counts_in_words(budget: Budget) -> str:
-    """Return the options that say how many go whole."""
-    return " ".join(f"--set remove_{word}=N" for word in _words(budget))
+    """Return the options that say how many go whole; without channels the rest follows."""
+    words = _open_words(budget) if budget.removes_channels else ["experts"]
+    return " ".join(f"--set remove_{word}=N" for word in words)
 
 
 def _counted(budget: Budget, blocks: int, attentions: int) -> str:
     """Return how many go of what a budget may remove, in words."""
     counts = {"blocks": blocks, "attentions": attentions}
     return " and ".join(counted(counts[word], word) for word in _words(budget))
+
+
+def _open_words(budget: Budget) -> list[str]:
+    return [*_words(budget), *(["experts"] if budget.leaves_experts_open else [])]
 
 
 def _words(budget: Budget) -> list[str]:

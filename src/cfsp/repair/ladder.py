@@ -44,7 +44,7 @@ from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
 from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
-from cfsp.whole_model.removal_count import whole_alone
+from cfsp.whole_model.removal_count import check_others_own_enough, whole_alone
 from cfsp.whole_model.removal_order import (
     check_can_be_compared,
     follow_runs,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import Team
-    from cfsp.settings import Budget, PruneSettings
+    from cfsp.settings import Budget, Part, PruneSettings
     from cfsp.text.windows import Windows
 
 # Angular distance settles with little text; study 7 (docs/STUDIES.md) shows how little.
@@ -193,6 +193,11 @@ def check_budget(source: WeightSource, budget: Budget) -> None:
     Raises:
         BudgetError: it is impossible whatever goes.
     """
+    if budget.leaves_experts_open:
+        # How much blocks and attentions can give beside experts is tried.
+        if not budget.whole_parts:
+            check_others_own_enough(source, budget)
+        return
     experts = experts_to_remove(source, budget)
     if not budget.whole_parts:
         if budget.removes_channels:
@@ -214,8 +219,11 @@ def drawn(draw: Callable[[], Windows], settings: PruneSettings) -> Windows:
         check_is_text(windows, f"the block metric {settings.criterion.block_metric}")
     if settings.repair in ("sequential", "local"):
         check_is_text(windows, f"--repair {settings.repair}")
-    if settings.budget.whole_parts:
-        check_is_text(windows, f"--parts {','.join(settings.budget.whole_parts)}")
+    whole: list[Part] = [*settings.budget.whole_parts]
+    if settings.budget.leaves_experts_open:
+        whole.append("experts")
+    if whole:
+        check_is_text(windows, f"--parts {','.join(whole)}")
     return windows
 
 

@@ -94,8 +94,9 @@ class Budget:
         remove_attentions: the same of attentions; where blocks may go too, of those that stay, and
             either both numbers are given or none.
         remove_experts: how many of the routed experts of each block go; None for as many as the
-            sparsity says, which it can only where nothing else may go. With other parts the
-            sparsity is of what these own beside the experts that go.
+            sparsity says or, if other parts may go too, as measures best. With a number the
+            sparsity is of what the other parts own beside these experts, else of what all own.
+            Whoever says how many blocks or attentions go says it of experts as well.
 
     Raises:
         UsageError: a value is out of its range.
@@ -161,7 +162,7 @@ class Budget:
         "what other parts lose beside these",
         kind=int,
         metavar="N",
-        default="as many as --sparsity says",
+        default="as many as --sparsity says, or with other parts as measures best",
         advanced=True,
     )
 
@@ -188,13 +189,17 @@ class Budget:
                 raise UsageError(f"{name} belongs to --parts {part} or {part},ffn")
             if count < 0:
                 raise UsageError(f"{name} must be at least 0, found {count}")
-        if self.whole_parts == WHOLE_PARTS and self.remove_whole is None:
-            given_alone = next((name for _, name, count in counts[:2] if count is not None), None)
-            if given_alone is not None:
-                raise UsageError(
-                    "--parts attention,blocks requires both --remove-blocks and "
-                    f"--remove-attentions or neither, found {given_alone} alone"
-                )
+        said = next((name for _, name, count in counts[:2] if count is not None), None)
+        if said is not None and self.whole_parts == WHOLE_PARTS and self.remove_whole is None:
+            raise UsageError(
+                "--parts attention,blocks requires both --remove-blocks and --remove-attentions or "
+                f"neither, found {said} alone"
+            )
+        if said is not None and self.leaves_experts_open:
+            raise UsageError(
+                f"--parts {','.join(self.parts)} requires --remove-experts beside {said}, or "
+                "neither: then both numbers are tried"
+            )
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
         if self.of not in BUDGET_OF:
@@ -264,9 +269,15 @@ class Budget:
         return any(part in UNIT_PARTS for part in self.parts)
 
     @property
+    def leaves_experts_open(self) -> bool:
+        """Whether how many experts go beside other parts is to be found out."""
+        return self.removes_experts and self.remove_experts is None and len(self.parts) > 1
+
+    @property
     def leaves_number_open(self) -> bool:
-        """Whether how many go whole, and how many channels of the others, is to be found out."""
-        return bool(self.whole_parts) and self.removes_channels and self.remove_whole is None
+        """Whether how many go whole, and how much of the others, is to be found out."""
+        beside_channels = bool(self.whole_parts) and self.removes_channels
+        return self.leaves_experts_open or (beside_channels and self.remove_whole is None)
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
