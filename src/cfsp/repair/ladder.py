@@ -194,9 +194,7 @@ def check_budget(source: WeightSource, budget: Budget) -> None:
         BudgetError: it is impossible whatever goes.
     """
     if budget.leaves_experts_open:
-        # How much blocks and attentions can give beside experts is tried.
-        if not budget.whole_parts:
-            check_others_own_enough(source, budget)
+        check_others_own_enough(source, budget)
         return
     experts = experts_to_remove(source, budget)
     if not budget.whole_parts:

@@ -132,7 +132,9 @@ def _widths_of(
         return None
     # With equally many in all blocks the model is a stock one, which was not opened with its heads.
     found = [unit for unit in source.architecture.stock_units if unit.part == part]
-    found = found or list(find_architecture(empty_model(source.config), part).units)
+    goes_whole = part == "kv" and "attention" in plan.criterion.get("parts", ())
+    kind: Part = "attention" if goes_whole else part
+    found = found or list(find_architecture(empty_model(source.config), kind).units)
     widths = [unit.width for unit in found]
     told = manifest["intermediate_sizes"] if part == "ffn" else manifest["kv_groups"]["after"]
     for name, numbers in (("config.json", widths), (MANIFEST_FILE, told)):

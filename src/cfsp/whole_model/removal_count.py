@@ -146,7 +146,8 @@ def whole_alone(source: WeightSource, budget: Budget, experts: int = 0) -> Budge
         return alone
     experts = alone.remove_experts or 0
     sizes = WholeSizes.of(source, budget.whole_parts, experts)
-    most = sizes.most / sizes.total if budget.removes_blocks else MOST_REMOVED
+    is_all = budget.removes_blocks or not budget.removes_channels
+    most = sizes.most / sizes.total if is_all else MOST_REMOVED
     share = max(0.0, _to_go(source, budget, experts) / sizes.total)
     return replace(alone, sparsity=min(share, most), of="ffn")
 
@@ -164,14 +165,13 @@ def aim_at_parameters(source: WeightSource, budget: Budget) -> Aim:
 
 
 def check_others_own_enough(source: WeightSource, budget: Budget) -> None:
-    """Check that channels own what is left to go beside as many experts as may go.
+    """Check that the other parts own what is left to go beside as many experts as are tried.
 
     Raises:
         BudgetError: they do not.
     """
-    aim = aim_at_parameters(source, budget)
-    most = RemovedWhole(experts=aim.experts[-1])
-    if _sparsity_of_others(source, budget, _channels(budget), most) >= 1:
+    most = aim_at_parameters(source, budget).experts[-1]
+    if _to_go(source, budget, most) >= _owned(source, budget, most):
         raise _too_much(budget)
 
 
