@@ -408,13 +408,6 @@ def test_what_makes_no_sense_is_refused(values: dict[str, Any], expected: str) -
         Budget(0.5, **{**values, "parts": tuple(values["parts"].split(","))})
 
 
-def test_channels_beside_experts_require_their_number(tmp_path: Path) -> None:
-    parts: tuple[Part, ...] = ("ffn", "experts")
-    source = Checkpoint(saved(tmp_path, CASES["mixtral"]), parts=parts)
-    with pytest.raises(UsageError, match="--set remove_experts=N"):
-        prune_checkpoint(source, tmp_path / "out", settings_for(Budget(0.5, parts=parts)))
-
-
 REFUSED = {
     "no experts": ("llama", {}, "it has no routed experts"),
     "as few as are chosen": ("mixtral", {"num_local_experts": 2}, "it runs with 1 experts"),

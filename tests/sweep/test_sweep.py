@@ -532,7 +532,10 @@ def test_parts_are_compared_at_one_size(
     ("method", "message"),
     [
         ("ffn,blocks", "requires the whole model in memory; say how many with --set remove_blocks"),
-        ("ffn,experts", "requires how many experts of each block go: --set remove_experts=N"),
+        (
+            "ffn,experts",
+            "requires the whole model in memory; say how many with --set remove_experts=N",
+        ),
     ],
 )
 def test_parts_whose_number_is_not_known_are_refused_before_any_work(
