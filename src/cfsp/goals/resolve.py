@@ -20,7 +20,7 @@ from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import Speed, aim_at_speed, check_possible, measured, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, WholeSizes
+from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, check_is_definite
 from cfsp.repair.ladder import calibrated, drawn
 from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import (
@@ -217,8 +217,7 @@ def plan_for_goal(
         CfspError: the statistics do not fit, or the goal cannot be met.
     """
     facts: dict[str, Any] = {}
-    if settings.budget.leaves_number_open:
-        RemovalBudget.of(source, settings.budget)  # says what it requires
+    check_is_definite(settings.budget)
     if goal is not None:
         with temporary_workplace(settings.compute.memory_budget) as place:
             resolution, _ = resolve_goal(

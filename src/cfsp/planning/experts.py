@@ -83,7 +83,6 @@ def experts_to_remove(source: WeightSource, budget: Budget) -> int:
         return 0
     experts = source.architecture.experts
     assert experts is not None
-    assert not budget.leaves_experts_open  # it is chosen before (`cfsp.whole_model.removal_count`)
     if budget.remove_experts is not None:
         wanted = float(experts.count - budget.remove_experts)
     elif budget.of == "model":

@@ -25,7 +25,12 @@ from typing import TYPE_CHECKING
 from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
 from cfsp.planning.experts import experts_to_remove
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole, whole_in_words
+from cfsp.planning.removal_budget import (
+    RemovalBudget,
+    RemovedWhole,
+    check_is_definite,
+    whole_in_words,
+)
 from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
 
 if TYPE_CHECKING:
@@ -55,8 +60,9 @@ def whole_removal(
         BudgetError: the budget can't be met.
         StatisticsError: the statistics lack what the choice needs.
         UnsupportedModelError: the model cannot do without enough of its blocks.
-        UsageError: the choice is unknown.
+        UsageError: the choice is unknown, or how many go is to be tried.
     """
+    check_is_definite(budget)
     experts = experts_to_remove(source, budget)
     if not budget.whole_parts:
         return RemovedWhole(experts=experts)

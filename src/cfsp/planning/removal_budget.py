@@ -176,13 +176,7 @@ class RemovalBudget:
             BudgetError: more than all but one.
             UsageError: it does not say how much of its parts goes whole.
         """
-        if budget.leaves_number_open:
-            raise UsageError(
-                f"--parts {','.join(budget.parts)} tries how many {whole_in_words(budget)} should "
-                "go, which requires the model and a text; make the plan with cfsp prune, or say "
-                f"how many with {counts_in_words(budget)}: the sparsity is then of what the others "
-                "lose"
-            )
+        check_is_definite(budget)
         experts = budget.remove_experts or 0
         sizes = WholeSizes.of(source, budget.whole_parts, experts)
         of_one = sizes.block_of or sizes.attention_of
@@ -231,6 +225,20 @@ class RemovalBudget:
             if self.sizes.leaves_some(removed.plus(candidate))
         ]
         return not sizes or self.parameters - self.sizes.parameters(removed) < max(sizes) / 2
+
+
+def check_is_definite(budget: Budget) -> None:
+    """Check that a budget says how much of its parts goes whole.
+
+    Raises:
+        UsageError: it is to be tried.
+    """
+    if budget.leaves_number_open:
+        raise UsageError(
+            f"--parts {','.join(budget.parts)} tries how many {whole_in_words(budget)} should go, "
+            "which requires the model and a text; make the plan with cfsp prune, or say how many "
+            f"with {counts_in_words(budget)}: the sparsity is then of what the others lose"
+        )
 
 
 def parameters_with_experts(source: WeightSource, experts: int) -> int:
