@@ -11,16 +11,20 @@ again: models stay beside the results, with what was measured of them.
 Prints Markdown: perplexity as ratio to the dense model, the geometric mean over all texts and the
 worst; KL to the dense model in nats per token, and its difference to `ffn` in the same state,
 window by window, with standard errors; equal first choices in percent; and with `--tasks` the
-accuracy - dense.
+accuracy - dense. A second table has what repair does not change: the share of the KV cache that is
+left, and with `--rounds` speed as ratio to the dense model, all models interleaved in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import math
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import Comparison, compare
 from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
+from cfsp.speed.work import work_of
 from conditions import conditions, parser_of_model
 from results import Results
 
@@ -55,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prune, measure, print."""
     args = parser().parse_args(arguments)
     args.models = args.models or args.out.with_suffix("")
-    limits = {"tasks": args.tasks, "limit": args.limit, "minutes": args.minutes}
+    limits = {name: getattr(args, name) for name in ("seed", "tasks", "limit", "minutes")}
     results = Results(args.out, conditions(args, **limits))
-    rows = [
-        row for stays in args.stays for row in _rows_of(args, results, stays, list(args.choices))
-    ]
+    rows = [row for stays in args.stays for row in _rows_of(args, results, stays)]
     values = ["mean", "worst", "KL", "KL - ffn", "equal", *(["tasks"] if args.tasks else [])]
-    print(f"\n{_shown(rows, values)}")
+    print(f"\n{_shown(rows, ['what goes', 'parameters', *values])}")
+    rows = [row for stays in args.stays for row in _costs_of(args, results, stays)]
+    print(f"\n{_shown(rows, ['KV cache', *(['prefill', 'decode'] if args.rounds else [])])}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
         "--stays", type=float, nargs="+", default=[0.75, 0.625, 0.5], help="of block parameters"
     )
     found.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="parts")
+    found.add_argument("--seed", type=int, default=0, help="of the draw of calibration windows")
+    found.add_argument("--rounds", type=int, default=0, help="of cfsp bench; 0: no speed")
     found.add_argument("--minutes", type=float, default=0, help="of recovery, of each repaired one")
     found.add_argument("--tasks", default="", help="as for cfsp eval")
     found.add_argument("--task-data", type=Path, help="likewise")
@@ -81,12 +88,10 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _rows_of(
-    args: argparse.Namespace, results: Results, stays: float, choices: Sequence[str]
-) -> list[dict[str, Any]]:
+def _rows_of(args: argparse.Namespace, results: Results, stays: float) -> list[dict[str, Any]]:
     """Return the rows of one size, which are measured together."""
     states = [_BEFORE, _AFTER, *([_TRAINED] if args.minutes else [])]
-    models = [(parts, state) for parts in choices for state in states]
+    models = [(parts, state) for parts in args.choices for state in states]
     keys = [{"stays": stays, "parts": parts, "state": state} for parts, state in models]
     known = [row for key in keys for row in results.rows if key.items() <= row.items()]
     if len(known) == len(keys):
@@ -100,6 +105,41 @@ def _rows_of(
         model = measured[str(directory)]
         found.append(results.measure(key, _figures, dense, model, base, directory))
     return found
+
+
+def _costs_of(args: argparse.Namespace, results: Results, stays: float) -> list[dict[str, Any]]:
+    """Return what each choice costs to run at one size; speed is measured in one run."""
+    state = f"{args.rounds} rounds" if args.rounds else "not timed"
+    keys = [{"stays": stays, "parts": parts, "state": state} for parts in args.choices]
+    known = [row for key in keys for row in results.rows if key.items() <= row.items()]
+    if len(known) == len(keys):
+        return known
+    directories = [_pruned(args, stays, parts, _AFTER) for parts in args.choices]
+    timed = _timed(args, directories) if args.rounds else [{} for _ in directories]
+    return [
+        results.measure(key, lambda *found: {**found[0], **found[1]}, _cache(args, each), speed)
+        for key, each, speed in zip(keys, directories, timed, strict=True)
+    ]
+
+
+def _cache(args: argparse.Namespace, directory: Path) -> dict[str, str]:
+    """Return the bytes of keys and values of a token as share of the dense model's."""
+    before, after = (
+        work_of(open_checkpoint(model), head=False, itemsize=2).cache_bytes
+        for model in (args.model, directory)
+    )
+    return {"KV cache": f"{after / before:.0%}"}
+
+
+def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[str, float]]:
+    """Return the speed of these models over the dense one's, the median over rounds."""
+    options = ("--prompt", 512, "--new-tokens", 16, "--rounds", args.rounds, "--json")
+    with redirect_stdout(io.StringIO()) as printed:
+        _step("bench", args.model, *directories, *options)
+    models = [each["workloads"][0] for each in json.loads(printed.getvalue())["models"][1:]]
+    return [
+        {name: round(each[name]["ratio"], 2) for name in ("prefill", "decode")} for each in models
+    ]
 
 
 def target_of(source: Checkpoint, stays: float) -> float:
@@ -124,6 +164,7 @@ def _pruned(args: argparse.Namespace, stays: float, parts: str, state: str) -> P
         return out
     text = [option for name in args.data for option in ("--data", name)]
     text += ["--samples", args.samples, "--seqlen", args.seqlen]
+    text += ["--set", f"seed={args.seed}"] if args.seed else []
     effort = ("--effort", "fast" if state == _BEFORE else "standard")
     decides = _AFTER if parts == _BY_REPAIR else _BEFORE
     if state == decides:
@@ -170,7 +211,7 @@ def _figures(
     found = compare(dense, model, dense)
     ratios = [math.exp(pair.loss.difference.value) for pair in found.texts]
     figures: dict[str, Any] = {
-        "what": _in_words(PruningPlan.load(directory / PLAN_FILE)),
+        "what goes": _in_words(PruningPlan.load(directory / PLAN_FILE)),
         "parameters": parameter_count(open_checkpoint(directory)),
         "mean": round(geometric_mean(ratios), 3),
         "worst": round(max(ratios), 3),
@@ -209,19 +250,19 @@ def _in_words(plan: PruningPlan) -> str:
 
 def _shown(rows: Sequence[dict[str, Any]], values: Sequence[str]) -> str:
     """Return the rows as Markdown."""
-    head = ["stays", "parts", "state", "what goes", "parameters", *values]
-    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
+    head = ["stays", "parts", "state", *values]
+    text = ("state", "what goes")
+    lines = [head, ["---"] * 2 + ["---" if name in text else "---:" for name in head[2:]]]
     for row in rows:
-        cells = [f"{row['stays']:.1%}", row["parts"], row["state"], row["what"]]
-        cells += [f"{row['parameters']:,}", *(_cell(row.get(name)) for name in values)]
-        lines.append(cells)
+        cells = [f"{row['stays']:.1%}", row["parts"], row["state"]]
+        lines.append([*cells, *(_cell(row.get(name)) for name in values)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return f"{value[0]:.3f}" + ("" if value[1] is None else f" ({value[1]:.3f})")
-    return "" if value is None else str(value)
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _step(*arguments: object) -> None:

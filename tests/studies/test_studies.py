@@ -111,7 +111,8 @@ def test_flap_keeps_the_best_of_all_blocks_and_the_mean_of_the_rest(
 
 def test_parts(run: Callable[..., Any], tmp_path: Path) -> None:
     options = ("--models", str(tmp_path / "models"), "--stays", "0.6")
-    rows, printed = run(parts, *options, "--choices", "ffn", "all")
+    rows, printed = run(parts, *options, "--choices", "ffn", "all", "--rounds", "1")
+    rows, timed = rows[:4], rows[4:]
     assert [(row["parts"], row["state"]) for row in rows] == [
         (choice, state) for choice in ("ffn", "all") for state in ("unrepaired", "repaired")
     ]
@@ -120,8 +121,12 @@ def test_parts(run: Callable[..., Any], tmp_path: Path) -> None:
     for row in rows[2:]:
         alone = rows[row["state"] == "repaired"]
         assert row["KL - ffn"][0] == pytest.approx(row["KL"][0] - alone["KL"][0], abs=2e-3)
-    assert all(row["worst"] >= row["mean"] > 0.9 and "%" in row["what"] for row in rows)
+    assert all(row["worst"] >= row["mean"] > 0.9 and "%" in row["what goes"] for row in rows)
     assert "| 60.0% | ffn | unrepaired |" in printed
+    assert [row["parts"] for row in timed] == ["ffn", "all"]
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in timed)
+    assert timed[0]["KV cache"] == "100%"
+    assert "| 60.0% | ffn | 1 rounds | 100% |" in printed
 
 
 def test_stability(run: Callable[..., Any], other_text_file: Path) -> None:
