@@ -1,7 +1,8 @@
 """A tiny config for any decoder type of transformers: one table of names, one of exceptions.
 
 `SMALL` says how large anything is, by the name that a config calls it; a config takes what it has
-a field for. `OVERRIDES` has what a type needs besides, such as one block of each kind.
+a field for. Each kind of block of a default config is there. `OVERRIDES` has what a type needs
+besides.
 """
 
 from __future__ import annotations
@@ -240,6 +241,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"],
         "use_mamba_kernels": False,
     },
+    "modernbert-decoder": {"pad_token_id": 2},
     "olmo3": {"layer_types": _SLIDING_THEN_FULL},
     "paligemma": {
         "projection_dim": HIDDEN,
@@ -295,6 +297,8 @@ def _values(
     if "kv_lora_rank" in fields and "num_key_value_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent: has no groups
     values |= overrides
+    if sizes is SMALL and "layer_types" in fields and "layer_types" not in overrides:
+        values |= _missing_kinds(config_class, values)
     for part in config_class.sub_configs:
         own = overrides.get(part, {})
         if own is None:
@@ -310,6 +314,20 @@ def _values(
         if "model_type" in fields:
             values[part].setdefault("model_type", part_class.model_type)
     return values
+
+
+def _missing_kinds(
+    config_class: type[PreTrainedConfig], values: dict[str, Any]
+) -> dict[str, list[str]]:
+    """Return kinds of blocks in which each kind of a default config is, if these values lack one.
+
+    A rule such as one full attention every fourth block gives a tiny model none.
+    """
+    found, default = (config_class(**given).layer_types or [] for given in (values, {}))
+    kinds = list(dict.fromkeys(default))
+    if set(kinds) <= set(found) or not 1 < len(kinds) <= BLOCKS:
+        return {}
+    return {"layer_types": [*kinds[:1] * (BLOCKS - len(kinds)), *kinds]}
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
