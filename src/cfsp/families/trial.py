@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Seconds of a process. The slowest proof takes a tenth of that.
-PROOF_LIMIT = 120.0
+PROOF_LIMIT = 300.0
 # The slowest part of a contract takes a tenth as well.
 CONTRACT_LIMIT = 60.0
 MOST_AT_A_TIME = 4
