@@ -34,14 +34,15 @@ from cfsp.settings import (
     CalibrationText,
     Compute,
     Criterion,
+    Data,
     EvaluationText,
     Goal,
     LocalTraining,
     PruneSettings,
     Repair,
-    Text,
     check_names,
     from_names,
+    texts_of,
 )
 from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
@@ -49,10 +50,6 @@ from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# One text or several: names, or texts themselves.
-Data = str | Path | Text | Sequence[str | Path | Text]
-DEFAULT_DATA = (DEFAULT_TEXT,)
 
 
 @overload
@@ -103,7 +100,7 @@ def prune(
     sparsity: float | None = None,
     parts: str | Sequence[str] = DEFAULT_PARTS,
     goal: Goal | None = None,
-    data: Data = DEFAULT_DATA,
+    data: Data = DEFAULT_TEXT,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     eval: Data = (),
@@ -146,22 +143,27 @@ def prune(
             "expected a sparsity or a goal that says how much to remove, found "
             + ("neither" if goal is None else "both")
         )
+    if goal is not None and not isinstance(goal, Goal):
+        raise UsageError(
+            "goal must be TargetParameters, TargetKVCache, TargetSpeedup or MaxLossIncrease, found "
+            f"{goal!r}"
+        )
     if effort not in EFFORTS:
         raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
     check_names(
-        advanced, Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining
+        prune, advanced, Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining
     )
     settings = PruneSettings(
         budget=from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts).for_goal(goal),
         criterion=from_names(Criterion, advanced),
         text=from_names(
-            CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen
+            CalibrationText, advanced, names=texts_of(data), samples=samples, seqlen=seqlen
         ),
         compute=from_names(Compute, advanced, device=device),
         repair=repair or EFFORTS[effort],
         local=from_names(LocalTraining, advanced),
         goal=goal,
-        evaluation=from_names(EvaluationText, advanced, names=_texts(eval)),
+        evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
     )
     trains = repair is None and effort == BEST_EFFORT
     if isinstance(model, str | Path):
@@ -198,7 +200,7 @@ def calibrate(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    data: Data = DEFAULT_DATA,
+    data: Data = DEFAULT_TEXT,
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     device: str = "auto",
@@ -213,8 +215,10 @@ def calibrate(
     With `blocks` or `attention` among the parts it is also measured in which order these go best,
     or both together, up to half of them.
     """
-    check_names(advanced, CalibrationText, Compute)
-    text = from_names(CalibrationText, advanced, names=_texts(data), samples=samples, seqlen=seqlen)
+    check_names(calibrate, advanced, CalibrationText, Compute)
+    text = from_names(
+        CalibrationText, advanced, names=texts_of(data), samples=samples, seqlen=seqlen
+    )
     check_texts(text.names, "calibration")
     budget = from_names(Budget, {}, parts=parts)
     source = _source(model, budget)
@@ -244,14 +248,14 @@ def plan(
     **advanced: Any,
 ) -> PruningPlan:
     """Decide from statistics which channels stay; arguments are those of `prune`."""
-    check_names(advanced, Budget, Criterion)
+    check_names(plan, advanced, Budget, Criterion)
     budget = from_names(Budget, advanced, sparsity=sparsity, parts=parts)
     criterion = from_names(Criterion, advanced)
     return plan_from_statistics(_source(model, budget), statistics, budget, criterion)
 
 
 def evaluate(
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     data: Data,
     *,
     windows: int | None = EvaluationText.windows,
@@ -264,7 +268,7 @@ def evaluate(
     """Return perplexities of models on texts, as `cfsp eval --json` prints them.
 
     Args:
-        models: directories, hub ids, .gguf files or `demo`.
+        models: one or several directories, hub ids, .gguf files or `demo`.
         data: texts, as for `prune`.
         windows: consecutive windows from the beginning of each text; None for all.
         seqlen: tokens in a window, BOS included; None for 1024, or what all models can read if
@@ -276,19 +280,14 @@ def evaluate(
         against: the dense model, which is measured too, and how far the others are from its
             predictions.
     """
-    texts = EvaluationText(_texts(data), windows, seqlen, bos=bos)
+    texts = EvaluationText(texts_of(data), windows, seqlen, bos=bos)
     if not texts.names:
         raise UsageError(
             "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
         )
-    names = [str(model) for model in models]
+    names = list(map(str, [models] if isinstance(models, str | Path) else models))
     against = None if against is None else str(against)
     return evaluate_models(names, texts, Compute(device, dtype), against=against)
-
-
-def _texts(data: Data) -> tuple[str | Text, ...]:
-    given = (data,) if isinstance(data, str | Path | Text) else data
-    return tuple(text if isinstance(text, Text) else str(text) for text in given)
 
 
 def _source(model: str | Path | PreTrainedModel, budget: Budget) -> WeightSource:

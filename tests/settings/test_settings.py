@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+import cfsp
 from cfsp.errors import UsageError
 from cfsp.settings import (
     Budget,
+    CalibrationText,
     Compute,
     TargetKVCache,
     TargetParameters,
@@ -34,7 +36,17 @@ def test_options_are_found_by_their_names() -> None:
     asked = {"device": "cpu", "batch_windows": 2, "of_another": 1}
     assert from_names(Compute, asked) == Compute("cpu", batch_windows=2)
     with pytest.raises(UsageError, match="unknown argument devise; did you mean device"):
-        check_names({"devise": "cpu"}, Compute)
+        check_names(cfsp.recover, {"devise": "cpu"}, Compute)
+    with pytest.raises(UsageError, match=r"unknown argument stpes; did you mean steps\?"):
+        check_names(cfsp.recover, {"stpes": 2}, Compute)
+
+
+def test_a_text_is_read_as_on_a_command_line() -> None:
+    found = from_names(Budget, {"multiple": "auto"}, sparsity="20%", parts="ffn,kv")
+    assert found == Budget(0.2, parts=("ffn", "kv"))
+    assert from_names(Compute, {"memory_budget": "2GB"}).memory_budget == 2_000_000_000
+    with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
+        from_names(CalibrationText, {"samples": "many"})
 
 
 def test_a_multiple_says_for_whom_it_is() -> None:

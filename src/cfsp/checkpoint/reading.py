@@ -150,10 +150,14 @@ class LoadedModel(WeightSource):
         parts: what may be removed; nothing else of it is a unit.
 
     Raises:
-        CheckpointError: it is quantised.
+        CheckpointError: it is no such model, or quantised.
     """
 
     def __init__(self, model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS) -> None:
+        if not hasattr(model, "config"):
+            raise CheckpointError(
+                f"expected a path or a transformers model, found a {type(model).__name__}"
+            )
         if getattr(model.config, "quantization_config", None):
             raise CheckpointError(
                 "the model in memory is quantised, or transformers will save it so; give its path "

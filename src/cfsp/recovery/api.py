@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,15 @@ from cfsp.recovery.settings import (
     Training,
 )
 from cfsp.recovery.teacher import choose_teacher
-from cfsp.settings import DEFAULT_TEXT, Compute, EvaluationText, Text, check_names, from_names
+from cfsp.settings import (
+    DEFAULT_TEXT,
+    Compute,
+    Data,
+    EvaluationText,
+    check_names,
+    from_names,
+    texts_of,
+)
 from cfsp.text.sources import check_texts
 
 SETTINGS = (Adaptation, Training, Distillation, EvaluationText, Compute)
@@ -32,14 +39,14 @@ def recover(
     model: str | Path,
     *,
     out: str | Path,
-    data: Sequence[str | Path | Text] = (DEFAULT_TEXT,),
+    data: Data = DEFAULT_TEXT,
     max_minutes: float | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     method: Method = "lora",
     learning_rate: float | None = None,
     teacher: str | Path | None = AUTO_TEACHER,
-    eval: Sequence[str | Path | Text] = (),
+    eval: Data = (),
     seqlen: int = Training.seqlen,
     keep_adapter: bool = False,
     device: str = "auto",
@@ -82,9 +89,9 @@ def recover(
     """
     started = time.monotonic() if started is None else started
     take_own_accelerator(device)
-    texts = tuple(map(_text, data))
-    check_names(advanced, *SETTINGS)
-    evaluation = from_names(EvaluationText, advanced, names=tuple(map(_text, eval)))
+    texts = texts_of(data)
+    check_names(recover, advanced, *SETTINGS)
+    evaluation = from_names(EvaluationText, advanced, names=texts_of(eval))
     adaptation = from_names(Adaptation, advanced, method=method)
     training = from_names(
         Training,
@@ -117,7 +124,3 @@ def recover(
         started=started,
         command=f"cfsp.recover({str(model)!r}, ...)" if command is None else command,
     )
-
-
-def _text(given: str | Path | Text) -> str | Text:
-    return str(given) if isinstance(given, Path) else given

@@ -89,9 +89,11 @@ from cfsp.settings.text import (
     OWN_TEXT,
     Bos,
     CalibrationText,
+    Data,
     EvaluationText,
     Text,
     check_bos,
+    texts_of,
 )
 
 __all__ = [
@@ -141,6 +143,7 @@ __all__ = [
     "Clamp",
     "Compute",
     "Criterion",
+    "Data",
     "EvaluationText",
     "Goal",
     "LocalTraining",
@@ -167,5 +170,6 @@ __all__ = [
     "options_of",
     "parse_parts",
     "parse_size",
+    "texts_of",
     "unit_parts",
 ]

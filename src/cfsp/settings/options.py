@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 from cfsp.errors import UsageError, did_you_mean
@@ -62,26 +63,45 @@ def name_of(field: str, known: Option) -> str:
 def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:
     """Return settings with some values by the names of their options; the rest has its default.
 
+    A text is read as on a command line, such as 20% or 2GB.
+
     Args:
         settings: a class of settings.
         values: by name; those that belong to other classes are passed over.
         others: values of fields that are no options, or were decided otherwise.
+
+    Raises:
+        UsageError: a text means no value of its option, or a value is out of range.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for each, known in options_of(settings).items():
         if (name := name_of(each, known)) in values:
             value = values[name]
             found[each] = tuple(value) if known.repeats else value
-    return settings(**{**found, **others})
+    found |= others
+    for each, known in options_of(settings).items():
+        if isinstance(found.get(each), str) and not known.choices:
+            found[each] = _read(found[each], known, name_of(each, known))
+    return settings(**found)
 
 
-def check_names(given: Iterable[str], *known: type[Any]) -> None:
-    """Check that every keyword is the name of an option of some class of settings.
+def _read(text: str, known: Option, name: str) -> Any:
+    try:
+        return known.kind(text)
+    except ValueError:
+        raise UsageError(f"{name} must be a number, found {text!r}") from None
+
+
+def check_names(function: Callable[..., Any], given: Iterable[str], *known: type[Any]) -> None:
+    """Check that every other keyword of a call is the name of an option of some class of settings.
 
     Raises:
         UsageError: one is not.
     """
-    names = [name_of(each, option) for cls in known for each, option in options_of(cls).items()]
+    own = signature(function).parameters.values()
+    names = [each.name for each in own if each.kind is Parameter.KEYWORD_ONLY]
+    names += [name_of(each, option) for cls in known for each, option in options_of(cls).items()]
+    names = list(dict.fromkeys(names))
     for name in given:
         if name not in names:
             raise UsageError(
@@ -90,8 +110,15 @@ def check_names(given: Iterable[str], *known: type[Any]) -> None:
 
 
 def fraction(text: str) -> float:
-    """Return the number that `0.2` or `20%` means."""
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    """Return the number that `0.2` or `20%` means.
+
+    Raises:
+        UsageError: it means none.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise UsageError(f"expected a fraction such as 0.2 or 20%, found {text!r}") from None
 
 
 def number_or_auto(text: str) -> int | None:

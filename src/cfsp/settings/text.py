@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from cfsp.errors import TextError, UsageError
@@ -52,6 +53,16 @@ class Text:
         object.__setattr__(self, "documents", tuple(documents))
 
 
+# One text or several: names, or texts themselves.
+Data = str | Path | Text | Sequence[str | Path | Text]
+
+
+def texts_of(data: Data) -> tuple[str | Text, ...]:
+    """Return the names and texts that are given as one or as several."""
+    given = (data,) if isinstance(data, str | Path | Text) else data
+    return tuple(text if isinstance(text, Text) else str(text) for text in given)
+
+
 def check_bos(bos: str) -> None:
     """Check that a choice is one of those there are."""
     if bos not in BOS:
@@ -60,7 +71,7 @@ def check_bos(bos: str) -> None:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Which text to calibrate on; see `cfsp.text.windows.draw_windows`.
+    """Which text to calibrate on; see `cfsp.text.drawing.draw_windows`.
 
     Attributes:
         names: of texts, or texts themselves; `self` stands for text that the model writes.

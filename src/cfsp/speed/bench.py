@@ -19,7 +19,7 @@ _WARMUPS = {"compile": 3}
 
 
 def bench(
-    models: Sequence[str | Path | ShapedModel],
+    models: str | Path | ShapedModel | Sequence[str | Path | ShapedModel],
     *,
     batch: int | Sequence[int] = 1,
     prompt: int | Sequence[int] = 512,
@@ -37,8 +37,8 @@ def bench(
     The processes import the script that calls this: call it under `if __name__ == "__main__":`.
 
     Args:
-        models: as for prune, .gguf files for llama.cpp, or shapes (`ShapedModel`); ratios are to
-            the first.
+        models: one or several: as for prune, .gguf files for llama.cpp, or shapes
+            (`ShapedModel`); ratios are to the first.
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
@@ -59,6 +59,8 @@ def bench(
         CheckpointError: there is no such model, or it is damaged.
         MissingExtraError: the engine is not installed.
     """
+    if isinstance(models, str | Path | ShapedModel):
+        models = [models]
     if not models:
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]

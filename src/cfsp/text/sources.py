@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What is longer and no file is taken for the text itself.
+_LONGEST_NAME = 200
+
 _OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
     **mixed_texts(),
     "python-docs": python_docs,
@@ -170,7 +173,7 @@ class TextSource:
         if (on_hub := _hub_place(text, self.purpose)) is not None:
             return hub_documents(*on_hub)
         path, column = _split_column(text)
-        if path.exists():
+        if _exists(path):
             return local_documents(path, column)
         raise TextError(_not_found(text))
 
@@ -211,7 +214,7 @@ def _hub_place(text: str, purpose: Purpose) -> tuple[str, str, str, str] | None:
     if text in _HUB:
         hub_id, config, splits, column = _HUB[text]
         return hub_id, config, splits[purpose], column
-    if text in _OFFLINE or _split_column(text)[0].exists():
+    if text in _OFFLINE or _exists(_split_column(text)[0]):
         return None
     parts = text.split(":")
     return (parts[0], parts[1], parts[2], parts[3]) if len(parts) == 4 else None
@@ -225,17 +228,27 @@ def _not_found(name: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}..."
+        meant = " a text itself is Text(name, documents) in Python;"
     return (
         f"{name} is neither a file nor a known text;{meant} known are: {', '.join(shown)}, or "
         "NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # longer than a name can be: a text itself
+        return False
+
+
 def _split_column(name: str) -> tuple[Path, str]:
     path = Path(name).expanduser()
-    if not path.exists() and ":" in name:
+    if not _exists(path) and ":" in name:
         before, column = name.rsplit(":", 1)
-        if Path(before).expanduser().exists():
+        if _exists(Path(before).expanduser()):
             return Path(before).expanduser(), column
     # Where there are conversations and no text.
     columns = column_names(path, lines=1)
