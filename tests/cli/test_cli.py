@@ -169,6 +169,14 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         texts.append(capsys.readouterr().out)
     short, long = texts
     assert "example:" in short
+    positional = {
+        "eval": "MODEL ...",
+        "bench": "[MODEL ...]",
+        "sweep": "[MODEL]",
+        "push": "DIR REPO",
+    }
+    if command in positional:
+        assert short.startswith(f"usage: cfsp {command} [options] {positional[command]}\n")
     assert len(re.findall(r"^  --", short, re.MULTILINE)) <= 17
     if "--set" in short:
         assert len(long) > len(short)
@@ -180,7 +188,9 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         ("block_metrik=x", "unknown argument --block-metrik=x; did you mean --block-metric?"),
         ("block_metric=cosin", "found 'cosin'; did you mean cosine?"),
         ("multiple", "--set needs NAME=VALUE, found 'multiple'"),
+        ("multiple=", "expected a value after --multiple, found nothing"),
         ("memory_budget=much", "expected a size such as 2GB or 512MiB, found 'much'"),
+        ("target_kv_cache=0,5", "expected a fraction such as 0.2 or 20%, found '0,5'"),
     ],
 )
 def test_advanced_options_are_checked_as_others_are(
@@ -286,6 +296,7 @@ def test_dry_run_writes_only_the_plan(
             "--repair", repair, *text]  # fmt: skip
     out, _ = cli(*argv)
     assert entries(tmp_path / "dry") == {"cfsp_plan.json"}
+    assert f"plan written to {tmp_path}/dry/cfsp_plan.json" in out
     plan = PruningPlan.load(tmp_path / "dry" / "cfsp_plan.json")
     for unit in plan.units:
         assert f"{unit.distance:.4f}" in out
@@ -463,7 +474,9 @@ def test_truncated_shard_is_named(refused: Callable[..., str], copy: Path) -> No
 def test_no_tokenizer(refused: Callable[..., str], copy: Path) -> None:
     for path in copy.glob("tokenizer*"):
         path.unlink()
-    assert "no usable tokenizer" in refused(copy)
+    message = refused(copy)
+    assert "no usable tokenizer" in message
+    assert "copy the files of the model's own" in message
 
 
 def test_texts_that_do_not_do(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
@@ -525,6 +538,13 @@ def test_statistics_file_that_exists_is_kept(
     _, err = cli("calibrate", model, "--out", tmp_path / "s", *text, status=2)
     assert "exists already" in err
     assert (tmp_path / "s").read_text() == "mine"
+
+
+def test_an_empty_variable_of_the_shell_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["prune", "demo", "--sparsity", "0.2", "--out", ""])
+    assert stop.value.code == 2
+    assert "expected a value after --out, found nothing" in capsys.readouterr().err
 
 
 def test_unknown_argument_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:

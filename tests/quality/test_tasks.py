@@ -350,7 +350,7 @@ def test_unknown_task_is_told_before_any_model_is_looked_for(
     assert main([*argv, "cfsp-papr"]) == 2
     assert "did you mean cfsp-paper?" in capsys.readouterr().err
     assert main([*argv, "zzz"]) == 2
-    assert "it has, for example: " in capsys.readouterr().err
+    assert "it has, for example: hellaswag, piqa, " in capsys.readouterr().err
 
 
 def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forward_pass(
@@ -434,8 +434,8 @@ def test_impossible_selection_is_an_error(fields: dict[str, Any], message: str) 
 def test_perplexity_with_stride_equals_token_by_token(
     stride: int | None, tiny_checkpoint: Callable[[str], Path], text_file: Path
 ) -> None:
+    from cfsp.text.drawing import consecutive_windows
     from cfsp.text.tokenizers import load_tokenizer
-    from cfsp.text.windows import consecutive_windows
 
     directory = tiny_checkpoint("llama")
     seqlen = 32

@@ -60,7 +60,10 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
 
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
+        raise CheckpointError(
+            f"{directory} is not a model directory: it has no {CONFIG_FILE}; give one that has it "
+            "beside its safetensors"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         model_type = fields["model_type"]

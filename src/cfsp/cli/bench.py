@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
+from cfsp.cli.options import typed
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.errors import UsageError
+from cfsp.settings import fraction
 
 if TYPE_CHECKING:
     from cfsp.speed import Comparison, Workload
@@ -29,9 +31,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "cfsp bench MODEL smaller --prompt 512 --new-tokens 32\n"
         "  cfsp bench --shape llama-2-7b --blocks 4 --sparsity 0.5 --dtype bfloat16",
     )
-    parser.usage = (
-        "cfsp bench MODEL [MODEL ...] [options]\n       cfsp bench --shape NAME [options]"
-    )
     parser.add_argument(
         "models",
         nargs="*",
@@ -45,7 +44,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     shape.add_argument(
         "--sparsity",
-        type=float,
+        type=typed(fraction),
         nargs="+",
         metavar="P",
         help="FFN channels to leave out, against the dense shape",

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from cfsp.cli import arguments
 from cfsp.cli.bench import print_comparison
+from cfsp.cli.options import typed
 from cfsp.cli.output import print_json
 from cfsp.cli.plan import print_plan
 from cfsp.cli.prune import print_report
+from cfsp.settings import fraction
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -23,7 +25,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("pruned-demo"), help="(default: pruned-demo)"
     )
-    parser.add_argument("--sparsity", type=float, default=0.3, metavar="P", help="(default: 0.3)")
+    parser.add_argument(
+        "--sparsity", type=typed(fraction), default=0.3, metavar="P", help="(default: 0.3)"
+    )
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 

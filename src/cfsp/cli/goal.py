@@ -38,7 +38,7 @@ def add_goals(parser: Parser, *, has_text: bool) -> Any:
         parser: of the command.
         has_text: whether the command has calibration text, of which some can be held out.
     """
-    group = parser.add_argument_group("what to remove (one of)")
+    group = parser.add_argument_group("what to remove (one of these, of what --parts names)")
     add_options(parser, group, Budget)
     for goal, _ in _GOALS:
         if has_text or goal is not MaxLossIncrease:

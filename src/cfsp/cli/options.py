@@ -19,6 +19,8 @@ from cfsp.settings import Option, from_names, name_of, options_of
 
 T = TypeVar("T")
 
+_NUMBER_OF = {"+": "{} ...", "*": "[{} ...]", "?": "[{}]"}
+
 
 class Parser(argparse.ArgumentParser):
     """Refuses arguments with one sentence, and shows advanced options only if asked to."""
@@ -38,8 +40,11 @@ class Parser(argparse.ArgumentParser):
 
     def format_usage(self) -> str:
         """Return one line: the options are listed below it."""
-        words = [action.metavar or action.dest for action in self._get_positional_actions()]
-        return f"usage: {' '.join([self.prog, '[options]', *map(str, words)])}\n"
+        words = [
+            _NUMBER_OF.get(action.nargs, "{}").format(action.metavar or action.dest)
+            for action in self._get_positional_actions()
+        ]
+        return f"usage: {' '.join([self.prog, '[options]', *words])}\n"
 
     def format_help(self) -> str:
         """Return the help, with a line on how to reach the rest."""
@@ -154,7 +159,7 @@ def expand_sets(argv: Sequence[str]) -> list[str]:
     """Return arguments with every `--set name=value` turned into `--name=value`.
 
     Raises:
-        UsageError: one is not of that form.
+        UsageError: one is not of that form, or an argument is empty.
     """
     expanded, rest = [], list(argv)
     while rest:
@@ -169,6 +174,12 @@ def expand_sets(argv: Sequence[str]) -> list[str]:
                     "names"
                 )
             word = f"--{name.replace('_', '-')}={value}"
+        flag, equals, value = word.partition("=")
+        if not word or (flag.startswith("--") and equals and not value):
+            before = flag or (expanded[-1] if expanded else "cfsp")
+            raise UsageError(
+                f"expected a value after {before}, found nothing; is a variable of the shell empty?"
+            )
         expanded.append(word)
     return expanded
 

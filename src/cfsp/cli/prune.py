@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.cli import arguments, recover
 from cfsp.cli import goal as goals
 from cfsp.cli.options import Parser, add_advanced, add_options, given, settings_from
@@ -236,6 +237,8 @@ def run(args: argparse.Namespace) -> None:
         print_plan(report.plan)
         print()
     print_report(report)
+    if args.dry_run:
+        print(f"plan written to {args.out / PLAN_FILE}")
     if recovery is not None:
         print()
         recover.print_report(recovery)
@@ -351,6 +354,8 @@ def print_report(report: PruneReport) -> None:
         )
     print_table(("", "before", "after", "change"), rows)
     print()
+    if after == before:
+        print("nothing was removed: the least that can go is more than what was asked for")
     if report.experts:
         print(report.plan.experts_in_words)
     if report.plan.has_gaps:

@@ -55,7 +55,11 @@ def _add_recipe(parser: Parser) -> None:
         "model", nargs="?", metavar="MODEL", help="as for prune; or it is in the recipe"
     )
     parser.add_argument(
-        "--sparsity", nargs="+", type=fraction, metavar="P", help="fractions, such as 0.2 or 20%%"
+        "--sparsity",
+        nargs="+",
+        type=typed(fraction),
+        metavar="P",
+        help="fractions, such as 0.2 or 20%%",
     )
     parser.add_argument(
         "--method",

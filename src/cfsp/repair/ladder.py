@@ -9,7 +9,6 @@ pass over all. Each further step goes on from what the one before it gave.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -64,8 +63,6 @@ if TYPE_CHECKING:
 
 # Angular distance settles with little text; study 7 (docs/STUDIES.md) shows how little.
 COARSE_WINDOWS = 8
-
-log = logging.getLogger(__name__)
 
 
 def plan_and_repair(
@@ -128,10 +125,6 @@ def plan_and_repair(
             if plan is None:
                 repaired = _choose_and_repair(source, windows, settings, engine, place)
             else:
-                log.warning(
-                    "repairing by a plan that was made before: this requires a forward pass of its "
-                    "own (--repair none does without)"
-                )
                 repaired = repair_by_plan(source, plan, statistics, windows, engine, place)
     if repaired.plan.has_gaps and "sequential" not in steps:
         with watch.stage("gaps"):
@@ -170,8 +163,8 @@ def _check_windows(
     """
     if len(windows.tokens_NT) < 2:
         raise TextError(
-            "repair needs at least 2 windows, one of them held out, found 1; give more --samples, "
-            "or --repair none"
+            "repair needs at least 2 windows, one of them held out, found 1; give more text, more "
+            "--samples or shorter windows (--seqlen), or --effort fast"
         )
     if "sequential" in steps:
         check_enough(windows, team, streams_of(windows).batch)

@@ -114,7 +114,7 @@ def read_run(directory: Path) -> RunFacts:
     """
     if not directory.is_dir():
         raise ReportError(
-            f"{directory} is not a directory; expected one that cfsp prune or cfsp sweep wrote"
+            f"{directory} is not a directory; expected one that cfsp prune, recover or sweep wrote"
         )
     manifest = read_manifest(directory)
     if manifest is None:

@@ -65,7 +65,7 @@ def multiple_in_words(multiple: int) -> str:
     if right:
         text += f", right for {', '.join(right)}"
     if wrong:
-        text += f"; --multiple is for who wants others: {', '.join(wrong)}"
+        text += f"; --set multiple=N makes them fit {', '.join(wrong)}"
     return text
 
 
@@ -201,7 +201,7 @@ class Budget:
                 "neither: then both numbers are tried"
             )
         if not 0.0 <= self.sparsity < 1.0:
-            raise UsageError(f"sparsity must be in [0, 1), found {self.sparsity}")
+            raise UsageError(f"sparsity must be in [0, 1), such as 0.2, found {self.sparsity}")
         if self.of not in BUDGET_OF:
             raise UsageError(f"a budget is of 'ffn' or of 'model', found {self.of!r}")
         if self.multiple is not None and self.multiple < 1:

@@ -32,7 +32,9 @@ class TargetParameters:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise UsageError(f"--target-params must be in (0, 1], found {self.fraction}")
+            raise UsageError(
+                f"--target-params must be in (0, 1], such as 0.7, found {self.fraction}"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class TargetKVCache:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise UsageError(f"--target-kv-cache must be in (0, 1], found {self.fraction}")
+            raise UsageError(
+                f"--target-kv-cache must be in (0, 1], such as 0.5, found {self.fraction}"
+            )
 
 
 @dataclass(frozen=True)

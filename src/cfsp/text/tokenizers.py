@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.errors import CheckpointError, UsageError
+from cfsp.errors import CheckpointError, UsageError, first_line
 from cfsp.settings import Bos
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers has no one exception type for this
         raise CheckpointError(
-            f"{directory} carries no usable tokenizer (tokenizer.json or tokenizer.model): "
-            f"{str(error).splitlines()[0]}"
+            f"{directory} carries no usable tokenizer ({first_line(error).rstrip(' :')}); copy the "
+            "files of the model's own (tokenizer.json or tokenizer.model, and "
+            "tokenizer_config.json) into it"
         ) from error
     return tokenizer
 

@@ -44,7 +44,9 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"cannot read the task file {path}: {error}") from error
+        raise TaskError(
+            f"cannot read the task file {path}: {error}; --task-data is the directory that has it"
+        ) from error
     documents = [
         _document(line, f"{path}, line {number}")
         for number, line in enumerate(text.split("\n"), start=1)

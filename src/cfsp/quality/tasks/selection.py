@@ -73,9 +73,10 @@ def check_known(names: list[str], known: list[str], where: str) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *SUITES], n=3)
+            usual = [task for suite in SUITES.values() for task in suite if task in known]
             advice = (
                 f"did you mean {' or '.join(close)}?"
                 if close
-                else f"it has, for example: {', '.join(known[:12])}"
+                else f"it has, for example: {', '.join((usual or known)[:12])}"
             )
             raise TaskError(f"{where} has no task {name!r}; {advice}")
