@@ -31,7 +31,8 @@ from typing import Any
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
-from cfsp.cli import main as cfsp_main
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
+from cfsp.cli import step
 from cfsp.engine.versions import versions
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import MeasuredModel, read_models, read_results
@@ -118,14 +119,12 @@ def pruned_models(
     source: Checkpoint, of_blocks: Sequence[float], of_channels: Sequence[float]
 ) -> Iterator[Pruned]:
     """Yield the models; a share of block parameters becomes one of all parameters."""
-    stored = source.stored.within(f"{source.architecture.blocks}.")
-    blocks = sum(source.specs[name].elements for name in stored)
+    of_all = sum(parameters_of_blocks(source)) / parameter_count(source)
     for share in of_blocks:
-        of_model = share * blocks / parameter_count(source)
         yield Pruned(
             f"blocks-{100 * share:g}",
             f"{100 * share:g}% of block parameters",
-            ("--sparsity", f"{of_model:.6f}", "--of", "model"),
+            ("--sparsity", f"{share * of_all:.6f}", "--of", "model"),
         )
     for share in of_channels:
         yield Pruned(
@@ -133,19 +132,6 @@ def pruned_models(
             f"{100 * share:g}% of FFN channels",
             ("--sparsity", f"{share:g}"),
         )
-
-
-def step(*arguments: object) -> None:
-    """Run one command of cfsp.
-
-    Raises:
-        SystemExit: it failed; what it did is kept.
-    """
-    argv = [str(argument) for argument in arguments]
-    print(f"\n$ {shlex.join(['cfsp', *argv])}", file=sys.stderr, flush=True)
-    status = cfsp_main(argv)
-    if status:
-        raise SystemExit(status)
 
 
 def prune_all(

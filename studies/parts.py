@@ -21,8 +21,6 @@ import argparse
 import io
 import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -32,7 +30,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
-from cfsp.cli import main as cfsp_main
+from cfsp.cli import step
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import Comparison, compare
 from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
@@ -160,7 +158,7 @@ def _pruned(args: argparse.Namespace, stays: float, parts: str, state: str) -> P
         return out
     if state == _TRAINED:
         pruned = _pruned(args, stays, parts, _AFTER)
-        _step("recover", pruned, "--max-minutes", args.minutes, "--out", out)
+        step("recover", pruned, "--max-minutes", args.minutes, "--out", out)
         return out
     text = [option for name in args.data for option in ("--data", name)]
     text += ["--samples", args.samples, "--seqlen", args.seqlen]
@@ -170,7 +168,7 @@ def _pruned(args: argparse.Namespace, stays: float, parts: str, state: str) -> P
     if state == decides:
         target = target_of(open_checkpoint(args.model), stays)
         what = (*CHOICES[parts], "--target-params", f"{target:.6f}")
-        _step(
+        step(
             *("prune", args.model, *what, "--set", "block_metric=sensitivity"),
             *effort,
             *text,
@@ -179,7 +177,7 @@ def _pruned(args: argparse.Namespace, stays: float, parts: str, state: str) -> P
         )
     else:
         plan = _pruned(args, stays, parts, decides) / PLAN_FILE
-        _step("prune", args.model, "--plan", plan, *effort, *text, "--out", out)
+        step("prune", args.model, "--plan", plan, *effort, *text, "--out", out)
     return out
 
 
@@ -189,7 +187,7 @@ def _measured(
     """Return the dense model and these, measured in one run each of texts and of tasks."""
     text = [option for name in args.eval for option in ("--data", name)]
     files = [args.models / f"{100 * stays:g}-texts.json"]
-    _step(
+    step(
         *("eval", *directories, "--against", args.model, *text, "--windows", args.windows),
         *("--seqlen", args.seqlen, "--out", files[0]),
     )
@@ -197,7 +195,7 @@ def _measured(
         files.append(args.models / f"{100 * stays:g}-tasks.json")
         data = () if args.task_data is None else ("--task-data", args.task_data)
         whole = [each for each in directories if not each.name.endswith(_BEFORE)]
-        _step(
+        step(
             *("eval", args.model, *whole, "--tasks", args.tasks, "--limit", args.limit, *data),
             *("--out", files[-1]),
         )
@@ -263,14 +261,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return f"{value[0]:.3f}" + ("" if value[1] is None else f" ({value[1]:.3f})")
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _step(*arguments: object) -> None:
-    argv = [str(argument) for argument in arguments]
-    print(f"\n$ {shlex.join(['cfsp', *argv])}", file=sys.stderr, flush=True)
-    status = cfsp_main(argv)
-    if status:
-        raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -131,6 +132,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return stop.status
     return 0
+
+
+def step(*arguments: object) -> None:
+    """Print and run one command of a script that is made of them.
+
+    Raises:
+        SystemExit: it failed; what it did is kept.
+    """
+    argv = [str(argument) for argument in arguments]
+    print(f"\n$ {shlex.join(['cfsp', *argv])}", file=sys.stderr, flush=True)
+    if status := main(argv):
+        raise SystemExit(status)
 
 
 class _TerminatedError(BaseException):
