@@ -44,8 +44,9 @@ from cfsp.settings import (
     Criterion,
     PruneSettings,
 )
+from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, draw_text
+from cfsp.text.windows import Windows
 
 
 def main() -> None:

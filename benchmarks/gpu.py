@@ -173,8 +173,8 @@ def _settings(size: Size, sparsity: float, repair: Repair) -> PruneSettings:
 
 def _calibrate(size: Size, dense: Path, scratch: Path) -> dict[str, Any]:
     from cfsp.engine.stopwatch import Stopwatch
+    from cfsp.text.drawing import draw_text
     from cfsp.text.tokenizers import load_tokenizer
-    from cfsp.text.windows import draw_text
 
     source, settings = Checkpoint(dense), _settings(size, 0.5, "none")
     windows = draw_text(settings.text, load_tokenizer(dense))

@@ -24,7 +24,8 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.engine.compute import engine_of
 from cfsp.settings import DISTANCES, SENSITIVITY_METRICS, Compute, Criterion
 from cfsp.sweep.table import loss_rise
-from cfsp.text.windows import draw_text, few_windows
+from cfsp.text.drawing import draw_text
+from cfsp.text.windows import few_windows
 from cfsp.whole_model.sensitivity import measure_sensitivity
 from conditions import calibration_text, conditions, parser_of_texts
 from damage import damage_of, rank_correlation

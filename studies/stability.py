@@ -23,7 +23,7 @@ from cfsp.calibration.statistics import BlockStatistics, Statistics, UnitStatist
 from cfsp.engine.compute import engine_of
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import CalibrationText, Compute
-from cfsp.text.windows import draw_text
+from cfsp.text.drawing import draw_text
 from conditions import parser_of_model
 from results import Row, table
 from study import Study

@@ -21,8 +21,9 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.repair.ladder import plan_and_repair
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
+from cfsp.text.drawing import consecutive_windows, draw_text
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, consecutive_windows, draw_text
+from cfsp.text.windows import Windows
 from cfsp.whole_model.masks import masked_channels
 
 if TYPE_CHECKING:

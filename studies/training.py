@@ -37,8 +37,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cfsp.text.drawing import all_windows
 from cfsp.text.sources import TextSource
-from cfsp.text.windows import all_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -40,7 +40,8 @@ from cfsp.families.stock import Answer, Question, attention_of_layers
 from cfsp.families.tiny import tiny_model
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.text.windows import Windows, draw_windows
+from cfsp.text.drawing import draw_windows
+from cfsp.text.windows import Windows
 from forks import Forks, Job
 from tiny_models import TINY_CONFIGS, build_tiny_model
 

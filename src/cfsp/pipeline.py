@@ -310,7 +310,6 @@ def _decide(
     facts: dict[str, Any] = {}
     if settings.goal is not None:
         resolution, statistics = resolve_goal(
-            settings.goal,
             source,
             tokenizer,
             draw,

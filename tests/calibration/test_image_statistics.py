@@ -24,9 +24,10 @@ from cfsp.engine.compute import engine_of
 from cfsp.families.tiny import BLOCKS, tiny_model
 from cfsp.processes import Team
 from cfsp.settings import Compute
+from cfsp.text.drawing import draw_windows
 from cfsp.text.image_windows import load_processor
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, draw_windows
+from cfsp.text.windows import Windows
 from image_inputs import image_inputs
 from image_processors import TYPES, chats_with_images, image_tokenizer, save_multimodal
 

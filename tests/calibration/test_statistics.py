@@ -17,7 +17,8 @@ from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.compute import Engine
 from cfsp.errors import CalibrationError, StatisticsError
-from cfsp.text.windows import Windows, draw_windows
+from cfsp.text.drawing import draw_windows
+from cfsp.text.windows import Windows
 
 
 @pytest.fixture(scope="module")

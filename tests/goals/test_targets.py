@@ -49,7 +49,7 @@ from cfsp.settings import (
 )
 from cfsp.settings.budget import parse_parts
 from cfsp.speed.work import work_of
-from cfsp.text.windows import draw_left_over, draw_windows
+from cfsp.text.drawing import draw_left_over, draw_windows
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 # Half of the width saves a quarter of the time, all of it four tenths.
@@ -580,14 +580,12 @@ def test_a_resumed_run_does_not_measure_again(
 
     def resolve(ratio: float, identity: str) -> Any:
         place = Workplace(tmp_path, identity={"command": identity})
-        goal = TargetSpeedup(ratio)
         loaded = Statistics.load(statistics)
         return resolve_goal(
-            goal,
             source,
             _no_text,
             _no_text,
-            settings,
+            replace(settings, goal=TargetSpeedup(ratio)),
             place=place,
             watch=Stopwatch(),
             statistics=loaded,

@@ -19,8 +19,9 @@ from cfsp.quality import evaluate, streaming
 from cfsp.quality.agreement import divergence_and_agreement
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.settings import Compute, EvaluationText
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, consecutive_windows
+from cfsp.text.windows import Windows
 from tiny_models import VOCABULARY
 
 FLOAT32 = Compute(dtype="float32")

@@ -26,8 +26,8 @@ from cfsp.quality.streaming import streamed_perplexity
 from cfsp.result.manifest import read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import consecutive_windows
 
 CONDITIONS = {"tokens", "windows", "seqlen", "stride", "bos"}
 

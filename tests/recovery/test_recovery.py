@@ -40,7 +40,8 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.teacher import choose_teacher
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
-from cfsp.text.windows import Windows, consecutive_windows
+from cfsp.text.drawing import consecutive_windows
+from cfsp.text.windows import Windows
 from checkpoint_tensors import changed, tensors
 from commands import Command, ranks
 from forks import Job

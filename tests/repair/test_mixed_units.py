@@ -32,7 +32,8 @@ from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.repair_steps import steps_in_words
 from cfsp.settings import Budget, CalibrationText, Criterion, LocalTraining, PruneSettings
-from cfsp.text.windows import Windows, draw_windows
+from cfsp.text.drawing import draw_windows
+from cfsp.text.windows import Windows
 from cfsp.whole_model.sensitivity import with_sensitivity
 from tiny_models import build_tiny_model
 

@@ -19,7 +19,7 @@ from cfsp.pipeline import prune_model
 from cfsp.repair import sequential
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, PruneSettings
-from cfsp.text.windows import draw_windows
+from cfsp.text.drawing import draw_windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 Checkpoints = Callable[[str], Path]

@@ -25,14 +25,9 @@ from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
+from cfsp.text.drawing import all_windows, consecutive_windows, draw_text, draw_windows
 from cfsp.text.tokenizers import beginning
-from cfsp.text.windows import (
-    Windows,
-    all_windows,
-    consecutive_windows,
-    draw_text,
-    draw_windows,
-)
+from cfsp.text.windows import Windows
 from tiny_models import save_tiny_model
 
 BOS = 0

@@ -13,17 +13,11 @@ import pytest
 import torch
 
 from cfsp.errors import CheckpointError, MissingExtraError, TextError, UsageError
+from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_windows
 from cfsp.text.image_windows import is_processor, load_processor
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import beginning
-from cfsp.text.windows import (
-    Windows,
-    consecutive_windows,
-    draw_left_over,
-    draw_windows,
-    few_windows,
-    joined,
-)
+from cfsp.text.windows import Windows, few_windows, joined
 from image_processors import chats_with_images, image_tokenizer, picture, tiny_processor
 
 SEQLEN = 64
@@ -223,6 +217,12 @@ def test_images_in_messages_need_their_column(tmp_path: Path) -> None:
     path = written(tmp_path, {"messages": [{"role": "user", "content": [{"type": "image"}]}]})
     with pytest.raises(TextError, match="a message has an image, but there is no column 'images'"):
         TextSource(str(path), "calibration").open()
+
+
+def test_half_of_a_surrogate_pair_is_no_text_beside_images_either(tmp_path: Path) -> None:
+    path = written(tmp_path, {"text": "x\ud800", "images": []})
+    with pytest.raises(TextError, match="line 1: half of a surrogate pair at character 1"):
+        list(TextSource(str(path), "calibration").samples())
 
 
 def test_a_model_without_processor_is_told(tmp_path: Path, tokenizer: Any) -> None:

@@ -13,15 +13,11 @@ import pytest
 import cfsp.text.mixed
 from cfsp.errors import TextError
 from cfsp.settings import DEFAULT_TEXT
+from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_windows
 from cfsp.text.mixed import KINDS, MIXED, records
 from cfsp.text.pools import sources_drawn
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import (
-    consecutive_windows,
-    draw_left_over,
-    draw_windows,
-)
 
 MIXTURE = Path(cfsp.text.mixed.__file__).with_name("mixture")
 LICENCES = {path.stem for path in (MIXTURE / "licences").glob("*.txt")}

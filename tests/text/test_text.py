@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from cfsp.errors import TextError, UsageError
+from cfsp.text.drawing import consecutive_windows, draw_windows
 from cfsp.text.sources import TextSource
-from cfsp.text.windows import Windows, consecutive_windows, draw_windows
+from cfsp.text.windows import Windows
 
 DOCUMENTS = ["The first document.", "The second,\nin two lines.", "Das dritte: äöü €."]
 

@@ -34,8 +34,8 @@ from cfsp.settings import (
     Text,
 )
 from cfsp.text import hub, sources
+from cfsp.text.drawing import draw_windows
 from cfsp.text.sources import TextSource, check_texts
-from cfsp.text.windows import draw_windows
 
 ABSENT = "nothing.txt"
 
@@ -52,6 +52,7 @@ def test_a_text_that_is_not_there_says_which_is_meant(tmp_path: Path) -> None:
         "nothing.txt is neither a file nor a known text; known are: mixed, python-docs, "
         "python-source, wikitext2, c4, or NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
+    assert "a text itself is Text(name, documents)" in refused("a river " * 100)
     assert "did you mean wikitext2?" in refused("wikitext")
     assert "did you mean python-docs?" in refused("python_docs", "evaluation")
     assert "did you mean mixed/books?" in refused("mixed/book")
@@ -142,8 +143,8 @@ def test_functions_refuse_a_text_before_any_work(
     def no_work(*args: Any, **options: Any) -> None:
         raise AssertionError("worked before the texts were opened")
 
-    monkeypatch.setattr(torch.nn.Module, "__call__", no_work)
     source = open_checkpoint(tiny_checkpoint("llama"))
+    monkeypatch.setattr(torch.nn.Module, "__call__", no_work)
     settings, out = PruneSettings(Budget(0.2)), tmp_path / "out"
     absent = CalibrationText((ABSENT,))
     evaluation = EvaluationText((ABSENT,))

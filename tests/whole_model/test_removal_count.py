@@ -19,7 +19,7 @@ from cfsp.errors import UsageError
 from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
-from cfsp.text.windows import draw_text
+from cfsp.text.drawing import draw_text
 from cfsp.whole_model import removal_count, removal_order
 from cfsp.whole_model.removal_count import Trial, best_of, with_removal_count, worth_a_repair
 

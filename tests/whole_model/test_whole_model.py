@@ -24,7 +24,7 @@ from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair import ladder
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
-from cfsp.text.windows import draw_text
+from cfsp.text.drawing import draw_text
 from cfsp.whole_model import sensitivity
 from cfsp.whole_model.load import load_whole
 from tiny_models import WIDTH, build_tiny_model

@@ -52,10 +52,11 @@ def run(args: argparse.Namespace) -> None:
         arguments.budget(args).for_goal(goal),
         arguments.criterion(args),
         compute=arguments.compute(args),
+        goal=goal,
     )
     source = open_checkpoint(args.model, args.revision, settings.budget.parts)
     check_is_outside(args.out, source.directory)
-    plan, resolution = plan_for_goal(source, Statistics.load(args.statistics), settings, goal)
+    plan, resolution = plan_for_goal(source, Statistics.load(args.statistics), settings)
     plan.save(args.out)
     if args.json:
         print_json(

@@ -15,8 +15,9 @@ from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.make import make_plan, model_size
 from cfsp.quality.perplexity import perplexity
 from cfsp.settings import OWN_TEXT
+from cfsp.text.drawing import consecutive_windows, draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, consecutive_windows, draw_left_over
+from cfsp.text.windows import Windows
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.masks import masked_loss
 

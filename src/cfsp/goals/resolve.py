@@ -24,7 +24,6 @@ from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, check_is_defi
 from cfsp.repair.ladder import calibrated, drawn
 from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import (
-    Goal,
     MaxLossIncrease,
     TargetKVCache,
     TargetParameters,
@@ -60,7 +59,6 @@ def resolve_parameters(
 
 
 def resolve_goal(
-    goal: Goal,
     source: WeightSource,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     draw: Callable[[], Windows],
@@ -73,11 +71,11 @@ def resolve_goal(
     """Return what a goal comes to, and the statistics if it took any.
 
     Args:
-        goal: the goal.
         source: the model.
         tokenizer: gives its tokenizer; called only if there is text to read.
         draw: gives the calibration windows; called only if they are needed.
-        settings: how to prune; of its budget only the multiple and the kind of widths count.
+        settings: how to prune, by which goal; of its budget only the parts, the multiple and the
+            kind of widths count.
         place: where to work.
         watch: is told the time of each stage.
         statistics: of an earlier calibration of this model.
@@ -85,13 +83,14 @@ def resolve_goal(
     Raises:
         CfspError: the goal cannot be met, or cannot be measured here.
     """
-    work = _Work(source, draw, settings, place, watch, statistics)
+    work, goal = _Work(source, draw, settings, place, watch, statistics), settings.goal
     if isinstance(goal, TargetParameters):
         return resolve_parameters(goal, source, settings), statistics
     if isinstance(goal, TargetKVCache):
         return _with_kv_cache(goal, work)
     if isinstance(goal, TargetSpeedup):
         return _with_speedup(goal, work)
+    assert goal is not None
     return _within_loss(goal, work, tokenizer)
 
 
@@ -209,7 +208,7 @@ def _beginnings(source: WeightSource, budget: Budget) -> Iterator[RemovedWhole]:
 
 
 def plan_for_goal(
-    source: Checkpoint, statistics: Statistics, settings: PruneSettings, goal: Goal | None
+    source: Checkpoint, statistics: Statistics, settings: PruneSettings
 ) -> tuple[PruningPlan, dict[str, Any]]:
     """Return the plan that statistics and settings give, and what its goal came to, as JSON types.
 
@@ -218,10 +217,9 @@ def plan_for_goal(
     """
     facts: dict[str, Any] = {}
     check_is_definite(settings.budget)
-    if goal is not None:
+    if settings.goal is not None:
         with temporary_workplace(settings.compute.memory_budget) as place:
             resolution, _ = resolve_goal(
-                goal,
                 source,
                 lambda: load_tokenizer(source.directory),
                 _never,

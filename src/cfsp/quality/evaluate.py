@@ -32,9 +32,10 @@ from cfsp.quality.paired import difference, geometric_mean, per_count
 from cfsp.quality.perplexity import Perplexity, perplexity_of
 from cfsp.quality.streaming import WindowSums, streamed_perplexity, streamed_sums
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, consecutive_windows
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from cfsp.quality.tasks.harness import TaskRunner, TaskScorer

@@ -20,9 +20,10 @@ from cfsp.errors import TextError
 from cfsp.recovery.chat import chat_windows
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
+from cfsp.text.drawing import all_windows
 from cfsp.text.sources import TextSource, name_of
 from cfsp.text.tokenizers import beginning
-from cfsp.text.windows import Windows, all_windows
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

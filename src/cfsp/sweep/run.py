@@ -46,9 +46,10 @@ from cfsp.sweep.measured import (
     read_row,
 )
 from cfsp.sweep.recipe import Point, Recipe
+from cfsp.text.drawing import draw_text
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows, draw_text
+from cfsp.text.windows import Windows
 from cfsp.whole_model.own_text import processor_of
 from cfsp.whole_model.removal_count import whole_alone
 from cfsp.whole_model.removal_order import check_can_be_compared

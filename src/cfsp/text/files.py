@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.chats import CHAT_COLUMN, checked_conversation
 from cfsp.text.images import IMAGE_COLUMN, Sample, sample_of
+from cfsp.text.records import document_of
 
 # A record, and where it is.
 Record = tuple[Any, str]
@@ -34,7 +34,9 @@ def local_documents(path: Path, column: str) -> Iterator[Any]:
         return _text_file(path)
     has_images = IMAGE_COLUMN in column_names(path)
     records = _records(path, (column,))
-    return (field(record, column, where, beside_images=has_images) for record, where in records)
+    return (
+        document_of(record, column, where, beside_images=has_images) for record, where in records
+    )
 
 
 def local_samples(path: Path, column: str) -> Iterator[Sample]:
@@ -172,36 +174,6 @@ def import_datasets() -> Any:
     except ImportError as error:
         raise MissingExtraError("this text source", "data") from error
     return datasets
-
-
-def field(record: Any, column: str, where: str, *, beside_images: bool = False) -> Any:
-    """Return the document in a record: text, or a conversation in the column `messages`.
-
-    Args:
-        record: a dictionary by columns.
-        column: of the document.
-        where: it is, for errors.
-        beside_images: whether there is a column of images, of which nothing is taken.
-
-    Raises:
-        TextError: there is none.
-    """
-    if not isinstance(record, dict) or column not in record:
-        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise TextError(f"{where}: no column {column!r}; found: {keys}")
-    value = record[column]
-    if column == CHAT_COLUMN:
-        return checked_conversation(value, where, beside_images=beside_images)
-    if not isinstance(value, str):
-        raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"{where}: half of a surrogate pair at character {error.start}, which is no text; "
-            "leave that line out"
-        ) from error
-    return value
 
 
 def _read_text(path: Path) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from cfsp.checkpoint.hub import hub_is_reachable, is_told_to_stay_offline
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.files import field, import_datasets
+from cfsp.text.files import import_datasets
 from cfsp.text.images import IMAGE_COLUMN, Sample, sample_of
+from cfsp.text.records import document_of
 
 
 def hub_documents(hub_id: str, config: str, split: str, column: str) -> Iterator[Any]:
@@ -23,7 +24,7 @@ def hub_documents(hub_id: str, config: str, split: str, column: str) -> Iterator
         hub_id,
         config,
         split,
-        lambda record: field(record, column, hub_id, beside_images=IMAGE_COLUMN in record),
+        lambda record: document_of(record, column, hub_id, beside_images=IMAGE_COLUMN in record),
     )
 
 

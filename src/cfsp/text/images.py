@@ -14,6 +14,7 @@ from typing import Any
 
 from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.chats import CHAT_COLUMN, Conversation, checked_messages
+from cfsp.text.records import document_of, value_of
 
 IMAGE_COLUMN = "images"
 
@@ -45,20 +46,15 @@ def sample_of(record: Any, column: str, where: str, directory: Path | None) -> S
     Raises:
         TextError: the record has no such text, or something else than images.
     """
-    if not isinstance(record, dict) or column not in record:
-        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise TextError(f"{where}: no column {column!r}; found: {keys}")
+    content = value_of(record, column, where)
     found = record.get(IMAGE_COLUMN)
     if found is None:
         found = []
     values = list(found) if isinstance(found, list | tuple) else [found]
     images = tuple(_image(value, where, directory) for value in values)
-    content = record[column]
     if column == CHAT_COLUMN:
         return Sample(_with_places(checked_messages(content, where), images, where), images, where)
-    if not isinstance(content, str):
-        raise TextError(f"{where}: column {column!r} is {type(content).__name__}, expected text")
-    return Sample(content, images, where)
+    return Sample(document_of(record, column, where), images, where)
 
 
 def _image(value: Any, where: str, directory: Path | None) -> Any:

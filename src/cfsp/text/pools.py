@@ -48,7 +48,7 @@ def shuffled_pools(
     begins_with: tuple[int, ...],
     processor: ProcessorOf | None = None,
 ) -> Iterator[ShuffledPool]:
-    """Yield the pool of each text; arguments are those of `cfsp.text.windows.draw_windows`.
+    """Yield the pool of each text; arguments are those of `cfsp.text.drawing.draw_windows`.
 
     Raises:
         TextError: a text is missing, or holds too few tokens for its share.

@@ -22,8 +22,8 @@ from cfsp.checkpoint.text_config import text_config_of
 from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CalibrationError, TextError, UsageError
 from cfsp.progress import item_progress
+from cfsp.text.drawing import draw_text
 from cfsp.text.image_windows import ProcessorOf, load_processor
-from cfsp.text.windows import draw_text
 from cfsp.whole_model.load import load_whole
 
 if TYPE_CHECKING:

@@ -1,0 +1,259 @@
+"""From texts to windows: drawn by seed to calibrate on, consecutive to measure or to train on.
+
+Shapes: N windows, T tokens in a window, R tokens of a stream, P that a window begins with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from cfsp.errors import TextError, UsageError
+from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
+from cfsp.text.cutting import gather, overlapping_spans, spans
+from cfsp.text.image_windows import ProcessorOf
+from cfsp.text.pools import parts_with_shares, shuffled_pools
+from cfsp.text.sources import TextSource, name_of
+from cfsp.text.stream import token_stream
+from cfsp.text.tokenizers import beginning
+from cfsp.text.windows import Windows, joined
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cfsp.settings import CalibrationText
+
+
+def draw_windows(
+    texts: Sequence[str | Text],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int | None = None,
+    seqlen: int = DEFAULT_SEQLEN,
+    seed: int = 0,
+    bos: Bos = "auto",
+    processor: ProcessorOf | None = None,
+) -> Windows:
+    """Draw calibration windows evenly from each text, without overlap, by seed.
+
+    The kinds of the mixed text are drawn from evenly too, each as a source of its own.
+
+    Args:
+        texts: what to draw from; see `cfsp.text.sources`.
+        tokenizer: the model's own.
+        samples: windows in all; None for 128, or all that there are if that is less.
+        seqlen: tokens in a window, BOS included.
+        seed: the same seed draws the same windows from the same text.
+        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
+        processor: loads that of the model, for texts with images; None if it reads text alone.
+
+    Raises:
+        TextError: a text is missing, or holds too few tokens for its share.
+        UsageError: samples or seqlen is not positive, or there is no BOS.
+        CheckpointError: a text has images, and the model no processor.
+    """
+    begins_with = beginning(tokenizer, bos)
+    drawn: list[Windows] = []
+    for pool in shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with, processor):
+        if pool.share:
+            own_NT = pool.tokens_NT[: pool.share]
+            counts = {pool.name: len(own_NT)}
+            drawn.append(Windows(own_NT, counts, begins_with, images_N=pool.images_N))
+    return joined(drawn)
+
+
+class WriteWindows(Protocol):
+    """Lets a model write windows; see `cfsp.whole_model.own_text`."""
+
+    def __call__(self, *, count: int, seqlen: int, seed: int) -> Tensor:
+        """Return `count` windows of `seqlen` tokens, as int64 [N, T]."""
+        ...
+
+
+def draw_text(
+    text: CalibrationText,
+    tokenizer: PreTrainedTokenizerBase,
+    write: WriteWindows | None = None,
+    processor: ProcessorOf | None = None,
+) -> Windows:
+    """Draw the windows of a calibration text.
+
+    Args:
+        text: what to draw.
+        tokenizer: the model's own.
+        write: gives windows that the model wrote itself, for the text `self`.
+        processor: loads that of the model, for texts with images; None if it reads text alone.
+
+    Raises:
+        TextError: a text is missing or too short.
+        UsageError: the model cannot write here.
+        CheckpointError: a text has images, and the model no processor.
+    """
+
+    def drawn_from(texts: Sequence[str | Text], samples: int | None) -> Windows:
+        return draw_windows(
+            texts,
+            tokenizer,
+            samples=samples,
+            seqlen=text.seqlen,
+            seed=text.seed,
+            bos=text.bos,
+            processor=processor,
+        )
+
+    others = tuple(name for name in text.names if name != OWN_TEXT)
+    if others == text.names:
+        return drawn_from(others, text.samples)
+    if write is None:
+        raise UsageError(
+            f"--data {OWN_TEXT} is text that the model writes to be calibrated on by prune and "
+            "calibrate; name another text here"
+        )
+    total = DEFAULT_SAMPLES if text.samples is None else text.samples
+    share = total * len(others) // len(text.names)
+    begins_with = beginning(tokenizer, text.bos)
+    length = text.seqlen - len(begins_with)
+    if length < 1:
+        raise UsageError(f"--seqlen must be at least 2, found {text.seqlen}")
+    written_NT = write(count=total - share, seqlen=length, seed=text.seed)
+    begin_P = torch.tensor(begins_with, dtype=written_NT.dtype)
+    own_NT = torch.cat([begin_P.expand(len(written_NT), -1), written_NT], dim=1)
+    own = Windows(own_NT, {OWN_TEXT: len(own_NT)}, begins_with)
+    if not others:
+        return own
+    return joined([drawn_from(others, share), own])
+
+
+def draw_left_over(
+    texts: Sequence[str | Text],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int | None,
+    seqlen: int,
+    seed: int,
+    count: int,
+    bos: Bos = "auto",
+) -> Windows:
+    """Draw windows that `draw_windows` with the same arguments does not draw.
+
+    Args:
+        texts: as for `draw_windows`.
+        tokenizer: the model's own.
+        samples: as for `draw_windows`.
+        seqlen: tokens in a window.
+        seed: as for `draw_windows`.
+        count: windows in all, as evenly from each text as possible.
+        bos: as for `draw_windows`.
+
+    Raises:
+        TextError: the texts have not so many windows left.
+        UsageError: a text is named twice, or has images.
+    """
+    if len(set(texts)) < len(texts):
+        raise UsageError(
+            "windows are left over of texts that are named once, found "
+            f"{', '.join(map(name_of, texts))}; give a --held-out text"
+        )
+    if any(TextSource(text, "calibration").has_images for text in texts):
+        raise UsageError(
+            "a loss is measured on text alone, and a text to calibrate on has images; give a "
+            "--held-out text"
+        )
+    begins_with = beginning(tokenizer, bos)
+    drawn: list[Tensor] = []
+    counts: dict[str, int] = {}
+    pools = shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with)
+    for (_, share), pool in zip(parts_with_shares(texts, count), pools, strict=True):
+        if not share:
+            continue
+        left_NT = pool.tokens_NT[pool.share :]
+        if len(left_NT) < share:
+            raise TextError(
+                f"{pool.name} holds {len(pool.tokens_NT)} windows of {seqlen} tokens, of which "
+                f"calibration takes {min(pool.share, len(pool.tokens_NT))}; {share} others are "
+                "needed to measure on: give fewer --samples, or a --held-out text"
+            )
+        drawn.append(left_NT[:share])
+        counts[pool.name] = counts.get(pool.name, 0) + share
+    return Windows(torch.cat(drawn), counts, begins_with)
+
+
+def consecutive_windows(
+    text: str | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int | None,
+    seqlen: int,
+    stride: int | None = None,
+    bos: Bos = "auto",
+) -> Windows:
+    """Return the first `count` windows of a text's evaluation part.
+
+    Args:
+        text: see `cfsp.text.sources`.
+        tokenizer: the model's own.
+        count: windows N; None for all. With a stride, what N windows have without overlap.
+        seqlen: tokens in a window, BOS included.
+        stride: tokens from one window's start to the next one's; None for windows that do not
+            overlap.
+        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
+
+    Raises:
+        TextError: the text is missing or too short.
+        UsageError: count, seqlen or stride is out of range, or there is no BOS.
+    """
+    begins_with = beginning(tokenizer, bos)
+    if (count is not None and count < 1) or seqlen < 2 + len(begins_with[1:]):
+        raise UsageError(
+            f"expected at least 1 window of 2 tokens, found {count} windows of {seqlen} tokens"
+        )
+    source = TextSource(text, "evaluation")
+    stream_R = token_stream(source, tokenizer, None if count is None else count * seqlen)
+    whole = spans(stream_R, seqlen, begins_with, count)
+    have, needed = len(whole), count or 1
+    if have < needed:
+        raise TextError(
+            f"{source.name} holds {have} windows of {seqlen} tokens, {needed} are needed "
+            f"({needed * (seqlen - len(begins_with))} tokens); give more text, fewer windows or a "
+            "shorter --seqlen"
+        )
+    counts = {source.name: have}
+    if stride is None:
+        return Windows(gather(stream_R, whole, seqlen, begins_with), counts, begins_with)
+    stream_R = stream_R[: whole[-1].end]
+    overlapping = overlapping_spans(stream_R, seqlen, stride, begins_with)
+    return Windows(
+        gather(stream_R, overlapping, seqlen, begins_with),
+        counts,
+        begins_with,
+        torch.tensor([span.scored for span in overlapping]),
+        stride,
+    )
+
+
+def all_windows(
+    text: str | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    limit: int | None = None,
+    bos: Bos = "auto",
+) -> Windows:
+    """Return the calibration part of a text as consecutive windows.
+
+    Args:
+        text: see `cfsp.text.sources`.
+        tokenizer: the model's own.
+        seqlen: tokens in a window, BOS included.
+        limit: about how many windows to read; None for the whole text.
+        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
+    """
+    begins_with = beginning(tokenizer, bos)
+    source = TextSource(text, "calibration")
+    stream_R = token_stream(source, tokenizer, None if limit is None else limit * seqlen)
+    whole = spans(stream_R, seqlen, begins_with, limit)
+    tokens_NT = gather(stream_R, whole, seqlen, begins_with)
+    return Windows(tokens_NT, {source.name: len(tokens_NT)}, begins_with)
