@@ -171,9 +171,9 @@ def make_case(
     """Prune a tiny model of a type on the prose, without repair (`pruned_checks.Case`)."""
     from pruned_checks import pruned_case
 
-    def make(name: str, config: dict[str, Any] | None = None, **asked: Any) -> Any:
+    def make(name: str, config: dict[str, Any], **asked: Any) -> Any:
         asked["data"] = [str(text_file)]
-        return pruned_case(name, config or {}, tokenizer, tmp_path_factory.mktemp(name), asked)
+        return pruned_case(name, config, tokenizer, tmp_path_factory.mktemp(name), asked)
 
     return make
 

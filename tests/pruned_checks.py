@@ -17,6 +17,7 @@ import cfsp
 from architecture_contract import logits_of
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.cli import main
 from cfsp.engine.resumed_forward import skipped
 from cfsp.families.contract import question_of, save_with_tokenizer
 from cfsp.families.stock import Answer
@@ -25,6 +26,9 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.load import call_form_of
 from forks import Forks, Job
+
+# Of a calibration that a tiny model needs.
+SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def pruned_case(
     name: str, config: dict[str, Any], tokenizer: Any, place: Path, asked: dict[str, Any]
 ) -> Case:
     """Save and prune a tiny model of a type in a directory of its own."""
+    asked = {**SETTINGS, **asked}
     dense = tiny_model(name, **config)
     source, out = place / "dense", place / "out"
     save_with_tokenizer(dense, tokenizer, source)
@@ -86,6 +91,15 @@ def check_is_the_same(source: Path, out: Path) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     first, second = (json.loads((at / "config.json").read_text()) for at in (source, out))
     assert first == second
+
+
+def check_its_plan_gives_the_same(case: Case, work: Path) -> None:
+    """Prune by the plan that was written, with the command."""
+    plan = case.out / "cfsp_plan.json"
+    assert PruningPlan.load(plan) == case.report.plan
+    asked = ["--plan", str(plan), "--repair", "none", "--out", str(work / "by-plan")]
+    assert main(["prune", str(case.source), *asked]) == 0
+    check_is_the_same(case.out, work / "by-plan")
 
 
 def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:

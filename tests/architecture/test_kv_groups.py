@@ -24,8 +24,6 @@ from cfsp.cli import main
 from cfsp.errors import BudgetError, CfspError, StatisticsError, UnsupportedModelError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.families.contract import (
-    SAMPLES,
-    SEQLEN,
     save_with_tokenizer,
 )
 from cfsp.families.tiny import tiny_config, tiny_model
@@ -35,6 +33,7 @@ from cfsp.settings import Budget, Part
 from cfsp.whole_model.masks import masked_channels
 from forks import Forks
 from pruned_checks import (
+    SETTINGS,
     Case,
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
@@ -44,7 +43,6 @@ from pruned_checks import (
 )
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
-SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu"}
 # Grouped heads, biases, norms of queries and keys, norms after attention, queries, keys and values
 # in one matrix, and as many heads of keys and values as of queries.
 NAMES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2")
@@ -52,8 +50,8 @@ NAMES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2")
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
-    asked = {"sparsity": 0.4, "multiple": 1, "parts": PARTS, **SETTINGS}
-    found = make_case(request.param, **asked)
+    asked = {"sparsity": 0.4, "multiple": 1, "parts": PARTS}
+    found = make_case(request.param, {}, **asked)
     assert len(set(found.report.kv_groups["after"])) > 1, "the case must have different numbers"
     return found
 
@@ -201,7 +199,7 @@ def test_statistics_of_other_parts_are_refused(
 
 
 def test_equally_many_groups_give_a_stock_checkpoint(make_case: Callable[..., Case]) -> None:
-    case = make_case("llama", sparsity=0.5, parts="kv", **SETTINGS)
+    case = make_case("llama", {}, sparsity=0.5, parts="kv")
     assert case.report.kv_groups["after"] == [1, 1, 1]
     assert case.report.intermediate_sizes == [96, 96, 96]
     fields = json.loads((case.out / "config.json").read_text())

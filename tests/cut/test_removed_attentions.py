@@ -22,14 +22,15 @@ from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.families.contract import save_with_tokenizer
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.plan_file import PruningPlan
 from forks import Forks
 from pruned_checks import (
+    SETTINGS,
     Case,
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
     check_is_the_same,
+    check_its_plan_gives_the_same,
     generated,
     logits_of,
     nothing_from,
@@ -50,12 +51,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"num_hidden_layers": 4},
     "gpt2": {"n_layer": 4},
 }
-SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
-    asked = {"parts": "attention", "sparsity": 0.0, "remove_attentions": 2, **SETTINGS}
+    asked = {"parts": "attention", "sparsity": 0.0, "remove_attentions": 2}
     return make_case(request.param, CONFIGS[request.param], **asked)
 
 
@@ -124,15 +124,11 @@ def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
 def test_the_plan_is_obeyed_and_commands_tell_of_it(
     case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = PruningPlan.load(case.out / "cfsp_plan.json")
-    assert plan == case.report.plan
+    plan = case.report.plan
     assert [unit.kept_width == 0 for unit in plan.of_part("kv")] == [
         unit.block in case.removed_attentions for unit in plan.of_part("kv")
     ]
-    asked = ["--plan", str(case.out / "cfsp_plan.json"), "--repair", "none"]
-    assert main(["prune", str(case.source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
-    first, second = (load_file(at / "model.safetensors") for at in (case.out, tmp_path / "by-plan"))
-    assert first.keys() == second.keys()
+    check_its_plan_gives_the_same(case, tmp_path)
     capsys.readouterr()
     assert main(["inspect", str(case.out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -19,16 +19,17 @@ from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.families.contract import save_with_tokenizer
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
 from cfsp.settings import Budget
 from cfsp.whole_model import removal_order
 from forks import Forks
 from pruned_checks import (
+    SETTINGS,
     Case,
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
+    check_its_plan_gives_the_same,
     generated,
     logits_of,
     nothing_from,
@@ -44,14 +45,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"n_layer": 5},
 }
-SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
-    asked = {"parts": "attention,blocks", "remove_blocks": 1, "remove_attentions": 2}
-    asked |= {"sparsity": 0.0, **SETTINGS}
-    return make_case(request.param, CONFIGS[request.param], **asked)
+    asked = {"parts": "attention,blocks", "sparsity": 0.0, "remove_blocks": 1}
+    return make_case(request.param, CONFIGS[request.param], remove_attentions=2, **asked)
 
 
 def test_what_is_masked_is_cut(case: Case) -> None:
@@ -82,13 +81,8 @@ def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path)
 def test_commands_tell_of_both(
     case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = PruningPlan.load(case.out / "cfsp_plan.json")
-    assert plan == case.report.plan
-    asked = ["--plan", str(case.out / "cfsp_plan.json"), "--repair", "none"]
-    assert main(["prune", str(case.source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
-    first, second = (cfsp.load(place).state_dict() for place in (case.out, tmp_path / "by-plan"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    plan = case.report.plan
+    check_its_plan_gives_the_same(case, tmp_path)
     capsys.readouterr()
     assert main(["inspect", str(case.out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

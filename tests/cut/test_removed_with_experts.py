@@ -19,19 +19,19 @@ from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.families.contract import save_with_tokenizer
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Part
 from cfsp.whole_model.masks import masked_channels
 from pruned_checks import (
+    SETTINGS,
     Case,
     check_in_memory_is_the_checkpoint,
+    check_its_plan_gives_the_same,
     generated,
     logits_of,
     nothing_from,
 )
 
 ALL: tuple[Part, ...] = ("attention", "blocks", "experts")
-SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 BLOCKS, BOTH = {"remove_blocks": 1}, {"remove_blocks": 1, "remove_attentions": 1}
 # With a shared expert; with a dense first block, groups of experts and latent attention.
 CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, int]]] = {
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, int]]] = {
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
     model_type, config, parts, counts = CASES[request.param]
-    asked = {"parts": parts, "remove_experts": 2, "sparsity": 0.0, **counts, **SETTINGS}
+    asked = {"parts": parts, "sparsity": 0.0, "remove_experts": 2, **counts}
     return make_case(model_type, config, **asked)
 
 
@@ -89,15 +89,10 @@ def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path)
 def test_commands_tell_of_all(
     case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = PruningPlan.load(case.out / "cfsp_plan.json")
-    assert plan == case.report.plan
-    asked = ["--plan", str(case.out / "cfsp_plan.json"), "--repair", "none"]
-    assert main(["prune", str(case.source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
+    plan = case.report.plan
+    check_its_plan_gives_the_same(case, tmp_path)
     told = capsys.readouterr().out
     assert plan.experts_in_words in told and f"removed: {plan.removed_in_words}" in told
-    first, second = (cfsp.load(place).state_dict() for place in (case.out, tmp_path / "by-plan"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert main(["inspect", str(case.out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["experts"] == plan.kept_experts

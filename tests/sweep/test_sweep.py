@@ -367,9 +367,10 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
 
     for name in ("measure_dense", "calibrate_source", "prune_checkpoint"):
         monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
-    out = tmp_path / "made" / "out"
+    model, out = tiny_checkpoint("llama"), tmp_path / "made" / "out"
+    capsys.readouterr()  # a model that is saved here for the first time shows its progress
     arguments = [
-        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4",
+        "sweep", str(model), "--sparsity", "0.5", "--multiple", "4",
         "--seqlen", "32", "--data", str(text_file), "--eval", str(text_file), "--out", str(out),
     ]  # fmt: skip
     assert main([*arguments, *more]) == 2
