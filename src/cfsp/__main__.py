@@ -1,6 +1,7 @@
 """The console script `cfsp`, which is the same as `python -m cfsp`."""
 
 import os
+import select
 import signal
 import sys
 from types import FrameType
@@ -9,7 +10,7 @@ _INTERRUPTED = "\ncfsp: interrupted before any work was done\n"
 
 
 def main() -> int:
-    """Run one command and return its exit status; Ctrl-C never shows a traceback."""
+    """Run one command and return its exit status; neither Ctrl-C nor `| head` shows a traceback."""
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:  # not if whoever started us ignores it
         signal.signal(signal.SIGINT, _leave)
@@ -17,16 +18,31 @@ def main() -> int:
 
     signal.signal(signal.SIGINT, previous)
     try:
-        return run()
+        try:
+            return run()
+        finally:
+            print(end="", flush=True)
     except KeyboardInterrupt:
         sys.stderr.write(_INTERRUPTED)
         return 130
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        # Else Python would complain at exit of what it could not write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> None:
     # No exception: modules that are half imported may turn it into another one.
     os.write(2, _INTERRUPTED.encode())
     os._exit(130)
+
+
+def _reader_has_gone() -> bool:
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 if __name__ == "__main__":

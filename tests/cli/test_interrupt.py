@@ -1,7 +1,8 @@
-"""Ctrl-C before a command has begun: one line and status 130."""
+"""Ctrl-C before a command has begun: one line and status 130; a reader that goes: status 141."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -48,3 +49,17 @@ def test_while_the_command_line_is_read(
     assert cfsp.__main__.main() == 130
     assert capsys.readouterr().err == f"\n{LINE}\n"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_reader_that_reads_no_further_gets_no_traceback() -> None:
+    """As `cfsp prune --help-all | head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, "-m", "cfsp", "prune", "--help-all"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
