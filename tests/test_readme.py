@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import cfsp
-from cfsp.cli import main
+from cfsp.cli import build_parser, main
+from cfsp.cli.options import expand_sets
 from cfsp.settings import CalibrationText
 from conftest import REPOSITORY
 
@@ -83,3 +84,18 @@ def _small_draw(text: CalibrationText, tokenizer: Any, *_: Any) -> Any:
 def test_its_picture_and_pages_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (REPOSITORY / target).is_file(), target
+
+
+def test_the_commands_of_all_pages_are_understood() -> None:
+    """Each that stands in a line of its own parses, but with `...`, one capital or `a|b` in it."""
+    understood = 0
+    for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
+        text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+        for line in re.findall(r"^ +(?:\$ )?cfsp (\w+ .*)$", text, flags=re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            if "..." in words or any(re.fullmatch(r"[A-Z]|.*\|.*", word) for word in words):
+                continue
+            _, unknown = build_parser().parse_known_args(expand_sets(words))
+            assert not unknown, (page.name, line)
+            understood += 1
+    assert understood > 50

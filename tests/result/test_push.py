@@ -149,6 +149,16 @@ def test_offline_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push(small, "me/small")
 
 
+def test_a_hub_that_cannot_be_reached_is_one_sentence(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(OutputError, match=r"the hub cannot be reached \(.*refused\); check"):
+        push(small, "me/small")
+
+
 def test_the_card_shows_the_lineage(small: Path, hub: Hub) -> None:
     card = small / "README.md"
     text = card.read_text()

@@ -96,7 +96,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     reachable = hub_is_reachable()
     try:
@@ -109,7 +109,7 @@ def _download(name: str, revision: str | None) -> Path:
                 local_files_only=not reachable,
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # also of the HTTP library, whichever the client uses
         if isinstance(error, LocalEntryNotFoundError) and not reachable:
             raise CheckpointError(
                 f"{name} is no local path, and the hub cannot be reached from here to look for it "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import OutputError, UsageError
+from cfsp.errors import CfspError, OutputError, UsageError, first_line
 
 # Weights, or what stands for them, of the layouts that prune, recover and export write.
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
@@ -88,8 +88,12 @@ def push(directory: str | Path, repository: str, *, public: bool = False) -> Pus
             else "; try again, nothing was changed by halves"
         )
         raise OutputError(f"the hub refuses {repository} ({status}){advice}") from error
-    except OSError as error:
-        raise OutputError(f"the hub cannot be reached ({error}); try again") from error
+    except CfspError:
+        raise
+    except Exception as error:  # of the HTTP library, whichever the client uses
+        raise OutputError(
+            f"the hub cannot be reached ({first_line(error)}); check the network and try again"
+        ) from error
     return Pushed(made.repo_id, str(made), private, commit.oid, _lacking(directory))
 
 
