@@ -276,6 +276,11 @@ def test_prune_of_all_parameters(cli: Cli, model: Path, text: list[object], tmp_
     assert report["model_sparsity"] == pytest.approx(0.2, abs=one_channel)
 
 
+def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
+    argv = ["--out", tmp_path / "out", "--sparsity", 0.01, "--repair", "none", *text]
+    assert "nothing was removed: the least that can go is more" in cli("prune", model, *argv)[0]
+
+
 def test_model_card_says_what_was_done(
     cli: Cli, model: Path, text: list[object], tmp_path: Path
 ) -> None:

@@ -47,6 +47,12 @@ def test_a_text_is_read_as_on_a_command_line() -> None:
     assert from_names(Compute, {"memory_budget": "2GB"}).memory_budget == 2_000_000_000
     with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
         from_names(CalibrationText, {"samples": "many"})
+    for wrong, message in (
+        ({"goal": 0.7}, "goal must be TargetParameters"),
+        ({"sparsity": 20}, r"sparsity must be in \[0, 1\), such as 0.2, found 20"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            cfsp.prune("no-model", out="out", **wrong)
 
 
 def test_a_multiple_says_for_whom_it_is() -> None:

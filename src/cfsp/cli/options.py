@@ -19,7 +19,7 @@ from cfsp.settings import Option, from_names, name_of, options_of
 
 T = TypeVar("T")
 
-_NUMBER_OF = {"+": "{} ...", "*": "[{} ...]", "?": "[{}]"}
+_NUMBER_OF: dict[object, str] = {"+": "{} ...", "*": "[{} ...]", "?": "[{}]"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,7 +161,8 @@ def expand_sets(argv: Sequence[str]) -> list[str]:
     Raises:
         UsageError: one is not of that form, or an argument is empty.
     """
-    expanded, rest = [], list(argv)
+    expanded: list[str] = []
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "--set":

@@ -178,7 +178,7 @@ def prove_without_attentions(
 
 
 def check_experts_can_go(
-    source: WeightSource, kept: Mapping[int, Sequence[int]], removed_blocks: Collection[int] = ()
+    source: WeightSource, kept: Mapping[int, Sequence[int]], removed_blocks: Collection[int]
 ) -> None:
     """Check that a model with some experts only computes as if its router chose among these.
 

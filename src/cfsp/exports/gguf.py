@@ -202,9 +202,9 @@ def _mixture_notes(path: Path, name: str) -> list[str]:
     return notes
 
 
-def _some(numbers: list[int], most: int = 6) -> str:
-    shown = ", ".join(str(n) for n in numbers[:most])
-    return shown if len(numbers) <= most else f"{shown}, ..."
+def _some(numbers: list[int]) -> str:
+    shown = ", ".join(str(n) for n in numbers[:6])
+    return shown if len(numbers) <= 6 else f"{shown}, ..."
 
 
 TARGET = Target("gguf", ".gguf", write, verify)

@@ -78,7 +78,7 @@ class GgufTokenizer:
 
 
 def read_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre_tokenizer: str | None = None
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre_tokenizer: str | None
 ) -> GgufTokenizer:
     """Translate a tokenizer.
 

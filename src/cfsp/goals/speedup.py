@@ -140,7 +140,7 @@ class Speed:
         raise self.out_of_reach(max((each.value for each in tried), default=1.0))
 
     def least_sparsity(
-        self, statistics: Statistics, budget: Budget, removed: RemovedWhole = NOTHING
+        self, statistics: Statistics, budget: Budget, removed: RemovedWhole
     ) -> tuple[float | None, list[Try]]:
         """Return the least share of channels that is enough beside what goes whole, and the tries.
 
@@ -187,12 +187,12 @@ class Speed:
         if sparsity is None:
             raise self.out_of_reach(max(each.value for each in tried))
 
-    def with_counts(self, removed: RemovedWhole, sparsity: float = 0.0) -> Budget:
-        """Return the budget that says how many go whole, and which share of channels beside."""
+    def with_counts(self, removed: RemovedWhole) -> Budget:
+        """Return the budget that says how many go whole, and no channels beside."""
         budget = self._budget
         return replace(
             budget,
-            sparsity=sparsity,
+            sparsity=0.0,
             of="ffn",
             remove_blocks=len(removed.blocks) if budget.removes_blocks else None,
             remove_attentions=len(removed.attentions) if "attention" in budget.parts else None,

@@ -119,7 +119,7 @@ def plan_widths(
     statistics: Statistics,
     budget: Budget,
     criterion: Criterion,
-    removed: RemovedWhole = NOTHING,
+    removed: RemovedWhole,
 ) -> UnitWidths:
     """Decide how many channels every unit keeps.
 
@@ -231,7 +231,7 @@ def ffn_scores(
     unit: int,
     statistics: UnitStatistics,
     criterion: Criterion,
-    ffns: Sequence[int] | None = None,
+    ffns: Sequence[int] | None,
 ) -> Iterator[Tensor]:
     """Yield the channel scores of FFNs of a unit, as float32 [F]; see `choose_channels`.
 
@@ -323,7 +323,7 @@ def assemble_plan(
     criterion: Criterion,
     widths: UnitWidths,
     kept: Sequence[tuple[int, ...]],
-    removed: RemovedWhole = NOTHING,
+    removed: RemovedWhole,
 ) -> PruningPlan:
     """Return the plan that widths and channels amount to, and what goes whole."""
     criterion = definite_criterion(criterion, statistics, budget)

@@ -147,7 +147,7 @@ def _rare(unit: UnitPlan) -> dict[str, Any]:
     return fields
 
 
-def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int] = ()) -> UnitPlan:
+def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) -> UnitPlan:
     """Return the unit that `UnitPlan.to_json` described.
 
     Args:

@@ -105,14 +105,12 @@ class ShapedModel:
         shape: a name in `SHAPES`.
         blocks: how many blocks; None for all.
         sparsity: fraction of FFN channels that is missing, the same in every block.
-        multiple: of which the widths are multiples; None for the one that pruning would take.
-        width: exact FFN width instead of `sparsity` and `multiple`.
+        width: exact FFN width instead of `sparsity`.
     """
 
     shape: str
     blocks: int | None = None
     sparsity: float = 0.0
-    multiple: int | None = None
     width: int | None = None
 
     def __post_init__(self) -> None:
@@ -143,7 +141,7 @@ class ShapedModel:
             return [self.width] * len(dense)
         total = (1 - self.sparsity) * sum(dense)
         ideal = [(1 - self.sparsity) * width for width in dense]
-        multiple = Budget(self.sparsity, multiple=self.multiple).multiple_for(dense)
+        multiple = Budget(self.sparsity).multiple_for(dense)
         alike = len(dense)
         return round_widths(ideal, dense, [1] * alike, [multiple] * alike, total)
 

@@ -107,7 +107,7 @@ def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     text: CalibrationText,
     engine: Engine,
-    processor: Any = None,
+    processor: Any,
 ) -> Windows:
     """Draw the calibration windows; the model may write some itself.
 
