@@ -280,6 +280,7 @@ def evaluate(
         against: the dense model, which is measured too, and how far the others are from its
             predictions.
     """
+    compute = from_names(Compute, {}, device=device, dtype=dtype)
     texts = EvaluationText(texts_of(data), windows, seqlen, bos=bos)
     if not texts.names:
         raise UsageError(
@@ -287,7 +288,7 @@ def evaluate(
         )
     names = list(map(str, [models] if isinstance(models, str | Path) else models))
     against = None if against is None else str(against)
-    return evaluate_models(names, texts, Compute(device, dtype), against=against)
+    return evaluate_models(names, texts, compute, against=against)
 
 
 def _source(model: str | Path | PreTrainedModel, budget: Budget) -> WeightSource:

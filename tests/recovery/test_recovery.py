@@ -543,7 +543,7 @@ def must_not_load(*args: Any) -> Any:
         ({"eval": ["no_such.txt"]}, "no_such.txt"),
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"eval": ["{text}"], "eval_windows": 10**6}, "1000000 are needed"),
-        ({"data": ["{text}"], "method": "best"}, "--method must be one of lora, dora, full"),
+        ({"data": ["{text}"], "method": "best"}, "method must be one of lora, dora, full"),
     ],
 )
 def test_a_wrong_name_is_told_before_any_work(

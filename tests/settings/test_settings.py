@@ -45,6 +45,8 @@ def test_a_text_is_read_as_on_a_command_line() -> None:
     found = from_names(Budget, {"multiple": "auto"}, sparsity="20%", parts="ffn,kv")
     assert found == Budget(0.2, parts=("ffn", "kv"))
     assert from_names(Compute, {"memory_budget": "2GB"}).memory_budget == 2_000_000_000
+    with pytest.raises(UsageError, match=r"found 'float31'; did you mean float32\?"):
+        from_names(Compute, {"dtype": "float31"})
     with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
         from_names(CalibrationText, {"samples": "many"})
     for wrong, message in (

@@ -80,16 +80,23 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
             found[each] = tuple(value) if known.repeats else value
     found |= others
     for each, known in options_of(settings).items():
-        if isinstance(found.get(each), str) and not known.choices:
-            found[each] = _read(found[each], known, name_of(each, known))
+        if (value := found.get(each)) is not None:
+            found[each] = _read(value, known, name_of(each, known))
     return settings(**found)
 
 
-def _read(text: str, known: Option, name: str) -> Any:
+def _read(value: Any, known: Option, name: str) -> Any:
+    if known.choices:
+        if value not in known.choices:
+            raise UsageError(
+                f"{name} must be one of {', '.join(known.choices)}, found {value!r}"
+                f"{did_you_mean(str(value), known.choices)}"
+            )
+        return value
     try:
-        return known.kind(text)
+        return known.kind(value) if isinstance(value, str) else value
     except ValueError:
-        raise UsageError(f"{name} must be a number, found {text!r}") from None
+        raise UsageError(f"{name} must be a number, found {value!r}") from None
 
 
 def check_names(function: Callable[..., Any], given: Iterable[str], *known: type[Any]) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp.errors import CheckpointError, MissingExtraError, OutputError, TextError
+from cfsp.errors import CheckpointError, MissingExtraError, OutputError, TextError, UsageError
 from cfsp.text.chats import CHAT_COLUMN
 from cfsp.text.images import Sample, open_image
 
@@ -88,7 +88,16 @@ def is_processor(value: Any) -> bool:
 
 
 def parted(given: Any) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Return the tokenizer, and the processor or None, of what a user gives as either."""
+    """Return the tokenizer, and the processor or None, of what a user gives as either.
+
+    Raises:
+        UsageError: it is the name of one.
+    """
+    if isinstance(given, str | Path):
+        raise UsageError(
+            "expected the tokenizer itself, such as AutoTokenizer.from_pretrained gives, found "
+            f"{str(given)!r}"
+        )
     return (given.tokenizer, given) if is_processor(given) else (given, None)
 
 
