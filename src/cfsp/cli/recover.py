@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
 from cfsp.cli.options import add_options
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
@@ -118,7 +119,7 @@ def print_report(report: RecoverReport) -> None:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     kept = f"of step {report.best_step}" if report.best_step else "from before training"
     print(
-        f"{report.steps} steps of {report.tokens_in_step:,} tokens, "
+        f"{counted(report.steps, 'steps')} of {report.tokens_in_step:,} tokens, "
         f"{report.tokens_per_second:,.0f} tokens/s; "
         f"{human_count(report.trainable_parameters)} parameters trained; "
         f"kept the weights {kept}\n"

@@ -6,6 +6,7 @@ from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
+from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
@@ -343,7 +344,7 @@ def _how_it_was_recovered(manifest: dict[str, Any]) -> str:
         f"- trained: {how}; targets: {adaptation['targets']}; "
         f"{recovery['trainable_parameters']:,} trainable parameters",
         f"- text: {_sources(recovery['data'])} of {training['seqlen']} tokens",
-        f"- {recovery['steps']} steps of {recovery['tokens_in_step']:,} tokens in "
+        f"- {counted(recovery['steps'], 'steps')} of {recovery['tokens_in_step']:,} tokens in "
         f"{recovery['seconds']['train'] / 60:.1f} minutes, peak learning rate "
         f"{training['learning_rate']:g}, seed {training['seed']}",
     ]
