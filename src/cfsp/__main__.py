@@ -21,7 +21,8 @@ def main() -> int:
         try:
             return run()
         finally:
-            print(end="", flush=True)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write(_INTERRUPTED)
         return 130
