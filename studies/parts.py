@@ -133,7 +133,7 @@ def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[s
     """Return the speed of these models over the dense one's, the median over rounds."""
     options = ("--prompt", 512, "--new-tokens", 16, "--rounds", args.rounds, "--json")
     with redirect_stdout(io.StringIO()) as printed:
-        _step("bench", args.model, *directories, *options)
+        step("bench", args.model, *directories, *options)
     models = [each["workloads"][0] for each in json.loads(printed.getvalue())["models"][1:]]
     return [
         {name: round(each[name]["ratio"], 2) for name in ("prefill", "decode")} for each in models
