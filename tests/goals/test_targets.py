@@ -611,7 +611,7 @@ def test_a_resumed_run_does_not_measure_again(
         (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
         (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
         (["--sparsity", "0.5", "--target-speedup-of", "decode"], "belongs to --target-speedup"),
-        (["--target-params", "0"], "--target-params must be in (0, 1], found 0.0"),
+        (["--target-params", "0"], "--target-params must be in (0, 1], such as 0.7, found 0.0"),
         (["--target-params", "1.5"], "--target-params must be in (0, 1]"),
         (["--target-params", "nan"], "--target-params must be in (0, 1]"),
         (["--target-speedup", "1"], "--target-speedup must be above 1"),

@@ -275,7 +275,7 @@ def test_multiple_is_chosen_by_width(width: int, multiple: int) -> None:
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
 def test_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
-    with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\), found"):
+    with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\), such as 0.2, found"):
         Budget(sparsity)
 
 

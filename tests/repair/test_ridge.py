@@ -181,14 +181,12 @@ def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     text = ["--data", str(text_file), "--samples", "16", "--seqlen", "64"]
     plan = str(repaired_model / "cfsp_plan.json")
     model = str(tiny_checkpoint("llama"))
     assert main(["prune", model, "--plan", plan, *text, "--out", str(out)]) == 0
-    assert "a forward pass of its own" in capsys.readouterr().err
     first, second = Checkpoint(repaired_model), Checkpoint(out)
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.specs)
 

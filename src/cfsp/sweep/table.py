@@ -57,12 +57,12 @@ def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
     return fmean(math.log(after[text] / before[text]) for text in before)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Return the mean and, of several, in brackets the lowest and the highest."""
-    mean = f"{fmean(values):z,.2f}"
+    mean = f"{fmean(values):z,.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ({min(values):z,.2f} to {max(values):z,.2f})"
+    return f"{mean} ({min(values):z,.{digits}f} to {max(values):z,.{digits}f})"
 
 
 def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:

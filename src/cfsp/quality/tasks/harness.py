@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 HARNESS_METRICS = ("acc", "acc_norm", "exact_match")
 # That of the harness's own command.
 _FEWSHOT_SEED = 1234
+# With none it computes no standard error at all.
+_FEWEST_DRAWS = 2
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class TaskScorer:
         """
         from lm_eval import evaluate
 
-        with _quiet():
+        with _quiet(), _in_one_process():
             loaded = self.runner.load(name)
             everything = self.runner.manager.load(loaded.roots)
             for task in everything["tasks"].values():
@@ -201,6 +204,8 @@ class TaskScorer:
                 task_dict=everything,
                 limit=self.runner.selection.limit,
                 log_samples=True,
+                # Errors that nothing here reports, such as that of a perplexity, are by bootstrap.
+                bootstrap_iters=_FEWEST_DRAWS,
             )
         scores, documents = {}, {}
         for entry, members in loaded.entries(name, results["results"]):
@@ -227,6 +232,21 @@ def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str,
                 # Of a single document there is none: the harness says "N/A".
                 scores[f"{metric}_stderr"] = float(error) if isinstance(error, float) else None
     return scores
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Keep the harness from forking for its bootstrap: a fork of many threads can hang for ever."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager
