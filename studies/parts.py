@@ -12,7 +12,8 @@ Prints Markdown: perplexity as ratio to the dense model, the geometric mean over
 worst; KL to the dense model in nats per token, and its difference to `ffn` in the same state,
 window by window, with standard errors; equal first choices in percent; and with `--tasks` the
 accuracy - dense. A second table has what repair does not change: the share of the KV cache that is
-left, and with `--rounds` speed as ratio to the dense model, all models interleaved in one run.
+left, and with `--rounds` speed as ratio to the dense model, all models interleaved in one run,
+beside the ratio that FLOPs and bytes promise (ideal).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import Comparison, compare
 from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
+from cfsp.speed.measuring import PHASES
 from cfsp.speed.work import work_of
 from conditions import conditions, parser_of_model
 from results import Results
@@ -51,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Chosen after repair.
 _BY_REPAIR = "all"
+_SPEEDS = [f"{phase}{ideal}" for phase in PHASES for ideal in ("", ", ideal")]
 _BEFORE, _AFTER, _TRAINED = "unrepaired", "repaired", "recovered"
 
 
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = ["mean", "worst", "KL", "KL - ffn", "equal", *(["tasks"] if args.tasks else [])]
     print(f"\n{_shown(rows, ['what goes', 'parameters', *values])}")
     rows = [row for stays in args.stays for row in _costs_of(args, results, stays)]
-    print(f"\n{_shown(rows, ['KV cache', *(['prefill', 'decode'] if args.rounds else [])])}")
+    print(f"\n{_shown(rows, ['KV cache', *(_SPEEDS if args.rounds else [])])}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,10 +137,14 @@ def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[s
     options = ("--prompt", 512, "--new-tokens", 16, "--rounds", args.rounds, "--json")
     with redirect_stdout(io.StringIO()) as printed:
         step("bench", args.model, *directories, *options)
-    models = [each["workloads"][0] for each in json.loads(printed.getvalue())["models"][1:]]
-    return [
-        {name: round(each[name]["ratio"], 2) for name in ("prefill", "decode")} for each in models
-    ]
+    models = json.loads(printed.getvalue())["models"][1:]
+    return [_speeds(model["workloads"][0]) for model in models]
+
+
+def _speeds(measured: dict[str, Any]) -> dict[str, float]:
+    keys = [(phase, key) for phase in PHASES for key in ("ratio", "ideal_ratio")]
+    values = [round(measured[phase][key], 2) for phase, key in keys]
+    return dict(zip(_SPEEDS, values, strict=True))
 
 
 def target_of(source: Checkpoint, stays: float) -> float:
