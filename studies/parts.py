@@ -94,8 +94,7 @@ def _rows_of(args: argparse.Namespace, results: Results, stays: float) -> list[d
     states = [_BEFORE, _AFTER, *([_TRAINED] if args.minutes else [])]
     models = [(parts, state) for parts in args.choices for state in states]
     keys = [{"stays": stays, "parts": parts, "state": state} for parts, state in models]
-    known = [row for key in keys for row in results.rows if key.items() <= row.items()]
-    if len(known) == len(keys):
+    if known := _known(results, keys):
         return known
     directories = [_pruned(args, stays, parts, state) for parts, state in models]
     measured = {each.name: each for each in _measured(args, stays, directories)}
@@ -108,28 +107,31 @@ def _rows_of(args: argparse.Namespace, results: Results, stays: float) -> list[d
     return found
 
 
+def _known(results: Results, keys: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of these keys; none if some are missing, for they are measured together."""
+    found = [row for key in keys for row in results.rows if key.items() <= row.items()]
+    return found if len(found) == len(keys) else []
+
+
 def _costs_of(args: argparse.Namespace, results: Results, stays: float) -> list[dict[str, Any]]:
     """Return what each choice costs to run at one size; speed is measured in one run."""
     state = f"{args.rounds} rounds" if args.rounds else "not timed"
     keys = [{"stays": stays, "parts": parts, "state": state} for parts in args.choices]
-    known = [row for key in keys for row in results.rows if key.items() <= row.items()]
-    if len(known) == len(keys):
+    if known := _known(results, keys):
         return known
     directories = [_pruned(args, stays, parts, _AFTER) for parts in args.choices]
     timed = _timed(args, directories) if args.rounds else [{} for _ in directories]
-    return [
-        results.measure(key, lambda *found: {**found[0], **found[1]}, _cache(args, each), speed)
-        for key, each, speed in zip(keys, directories, timed, strict=True)
+    dense = _cache_bytes(args.model)
+    costs = [
+        {"KV cache": f"{_cache_bytes(each) / dense:.0%}", **speed}
+        for each, speed in zip(directories, timed, strict=True)
     ]
+    return [results.measure(key, dict, each) for key, each in zip(keys, costs, strict=True)]
 
 
-def _cache(args: argparse.Namespace, directory: Path) -> dict[str, str]:
-    """Return the bytes of keys and values of a token as share of the dense model's."""
-    before, after = (
-        work_of(open_checkpoint(model), head=False, itemsize=2).cache_bytes
-        for model in (args.model, directory)
-    )
-    return {"KV cache": f"{after / before:.0%}"}
+def _cache_bytes(model: str | Path) -> float:
+    """Return the bytes of keys and values of a token, in 16 bits."""
+    return work_of(open_checkpoint(model), head=False, itemsize=2).cache_bytes
 
 
 def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[str, float]]:

@@ -27,9 +27,9 @@ from cfsp.settings import PARTS, Part
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Seconds of a process. The slowest proof takes a tenth of that.
+# Seconds of a process. For a few types all proofs take more than two minutes on a slow core.
 PROOF_LIMIT = 300.0
-# The slowest part of a contract takes a tenth as well.
+# The slowest part of a contract takes a tenth.
 CONTRACT_LIMIT = 60.0
 MOST_AT_A_TIME = 4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
-from cfsp.text.cutting import gather, overlapping_spans, spans
+from cfsp.text.cutting import Span, gather, overlapping_spans, spans
 from cfsp.text.image_windows import ProcessorOf
 from cfsp.text.pools import parts_with_shares, shuffled_pools
 from cfsp.text.sources import TextSource, name_of
@@ -211,8 +211,7 @@ def consecutive_windows(
             f"expected at least 1 window of 2 tokens, found {count} windows of {seqlen} tokens"
         )
     source = TextSource(text, "evaluation")
-    stream_R = token_stream(source, tokenizer, None if count is None else count * seqlen)
-    whole = spans(stream_R, seqlen, begins_with, count)
+    stream_R, whole = _consecutive(source, tokenizer, seqlen, begins_with, count)
     have, needed = len(whole), count or 1
     if have < needed:
         raise TextError(
@@ -253,7 +252,18 @@ def all_windows(
     """
     begins_with = beginning(tokenizer, bos)
     source = TextSource(text, "calibration")
-    stream_R = token_stream(source, tokenizer, None if limit is None else limit * seqlen)
-    whole = spans(stream_R, seqlen, begins_with, limit)
+    stream_R, whole = _consecutive(source, tokenizer, seqlen, begins_with, limit)
     tokens_NT = gather(stream_R, whole, seqlen, begins_with)
     return Windows(tokens_NT, {source.name: len(tokens_NT)}, begins_with)
+
+
+def _consecutive(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    begins_with: tuple[int, ...],
+    count: int | None,
+) -> tuple[Tensor, list[Span]]:
+    """Return the beginning of a text as tokens, and up to `count` windows of it; None for all."""
+    stream_R = token_stream(source, tokenizer, None if count is None else count * seqlen)
+    return stream_R, spans(stream_R, seqlen, begins_with, count)
