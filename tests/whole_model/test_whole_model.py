@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import cfsp
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -227,3 +230,35 @@ def test_the_command_line_measures_once_and_plans_without_the_model(
     run("plan", model, "--statistics", statistics, *budget, "--clamp", "published", "--out", out)
     plan = PruningPlan.load(out)
     assert (plan.criterion["block_metric"], plan.criterion["clamp"]) == (budget[-1], "published")
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_config_may_ask_for_more_than_logits(
+    in_memory: bool,
+    tiny_checkpoint: Callable[[str], Path],
+    tokenizer: Any,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    """Mixtures of experts that were fine-tuned often return router logits."""
+    plain, asking = tiny_checkpoint("mixtral"), tmp_path / "asking"
+    shutil.copytree(plain, asking)
+    config = json.loads((plain / "config.json").read_text())
+    asked = {"output_router_logits": True, "output_hidden_states": True}
+    (asking / "config.json").write_text(json.dumps(config | asked))
+    options: dict[str, Any] = {
+        "goal": cfsp.TargetParameters(0.8), "parts": ["ffn", "blocks"], "data": [str(text_file)],
+        "samples": 4, "seqlen": 16, "multiple": 8, "device": "cpu",
+    }  # fmt: skip
+    found = []
+    for source in (plain, asking):
+        out = tmp_path / f"pruned-{source.name}"
+        if in_memory:
+            pruned = cfsp.prune(cfsp.load(source), tokenizer, **options)
+            pruned.save_pretrained(out)
+        else:
+            cfsp.prune(source, out=out, **options)
+        found.append((out / "model.safetensors").read_bytes())
+        wanted = json.loads((out / "config.json").read_text()).get("output_router_logits", False)
+        assert wanted is (source == asking)
+    assert found[0] == found[1]

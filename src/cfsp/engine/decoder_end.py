@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.engine.call_form import CallForm, find_call_form
+from cfsp.engine.logits_only import logits_only
 from cfsp.engine.resumed_forward import resumed_at
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class DecoderEnd:
         return find_call_form(self._run, self._blocks, self._device)
 
     def _run(self, tokens_BT: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=tokens_BT, use_cache=False).logits
+        with logits_only(self._model):
+            logits: Tensor = self._model(input_ids=tokens_BT, use_cache=False).logits
         return logits
 
     def logits(self, hidden_PD: Tensor) -> Tensor:

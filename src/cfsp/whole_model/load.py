@@ -9,6 +9,7 @@ import torch
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.engine.call_form import CallForm, find_call_form
+from cfsp.engine.logits_only import logits_only
 from cfsp.engine.whole import check_fits
 
 if TYPE_CHECKING:
@@ -45,4 +46,5 @@ def call_form_of(model: PreTrainedModel, blocks: nn.ModuleList) -> CallForm:
         found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
         return found
 
-    return find_call_form(logits, blocks, model.device)
+    with logits_only(model):
+        return find_call_form(logits, blocks, model.device)
