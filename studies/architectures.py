@@ -31,11 +31,10 @@ from conditions import calibration_text, conditions, parser_of_texts
 from damage import damage_of, rank_correlation
 from results import Results, Row, table
 from subject import Subject, label, load_subject
-from training import ARCHITECTURES, Size, trained
+from training import ARCHITECTURES, MODELS, Size, trained
 
 ALONE_SPARSITY = 0.5
 BLOCK_METRICS = (*DISTANCES, "uniform", *SENSITIVITY_METRICS)
-MODELS = Path(__file__).parent / "trained"
 # What `cfsp prune` would take for wider models is a coarse step here.
 MULTIPLE = 8
 # As many tokens as `cfsp prune` takes: its windows are eight times as long.

@@ -50,6 +50,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "blocks by influence": ("--parts", "blocks", "--set", "removal=influence"),
     "ffn,blocks": ("--parts", "ffn,blocks"),
     "all": ("--parts", "ffn,kv,attention,blocks"),
+    "experts": ("--parts", "experts"),
+    "ffn,experts": ("--parts", "ffn,experts"),
+    "blocks,experts": ("--parts", "blocks,experts"),
 }
 # Chosen after repair.
 _BY_REPAIR = "all"
@@ -59,9 +62,15 @@ _BEFORE, _AFTER, _TRAINED = "unrepaired", "repaired", "recovered"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prune, measure, print."""
-    args = parser().parse_args(arguments)
+    found = parser_of_model("parts", __doc__.splitlines()[0])
+    add_options(found, [choice for choice in CHOICES if "experts" not in choice])
+    study(found.parse_args(arguments))
+
+
+def study(args: argparse.Namespace) -> None:
+    """Prune, measure and print as the options say, which are those of `add_options`."""
     args.models = args.models or args.out.with_suffix("")
-    limits = {name: getattr(args, name) for name in ("seed", "tasks", "limit", "minutes")}
+    limits = {name: getattr(args, name) for name in ("seed", "tasks", "limit", "steps")}
     results = Results(args.out, conditions(args, **limits))
     rows = [row for stays in args.stays for row in _rows_of(args, results, stays)]
     values = ["mean", "worst", "KL", "KL - ffn", "equal", *(["tasks"] if args.tasks else [])]
@@ -70,28 +79,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{_shown(rows, ['KV cache', *(_SPEEDS if args.rounds else [])])}")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    found = parser_of_model("parts", __doc__.splitlines()[0])
+def add_options(found: argparse.ArgumentParser, choices: Sequence[str]) -> None:
+    """Add what is compared, by default of these choices, and how it is measured."""
     found.add_argument(
         "--models", type=Path, help="where pruned models go (default: beside the results)"
     )
     found.add_argument(
         "--stays", type=float, nargs="+", default=[0.75, 0.625, 0.5], help="of block parameters"
     )
-    found.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="parts")
+    found.add_argument("--choices", nargs="+", choices=CHOICES, default=choices, help="parts")
     found.add_argument("--seed", type=int, default=0, help="of the draw of calibration windows")
     found.add_argument("--rounds", type=int, default=0, help="of cfsp bench; 0: no speed")
-    found.add_argument("--minutes", type=float, default=0, help="of recovery, of each repaired one")
+    # Steps and not minutes: how many fit into minutes depends on what else the machine does.
+    found.add_argument("--steps", type=int, default=0, help="of recovery, of each repaired one")
     found.add_argument("--tasks", default="", help="as for cfsp eval")
     found.add_argument("--task-data", type=Path, help="likewise")
     found.add_argument("--limit", type=int, default=200, help="documents of each task")
-    return found
 
 
 def _rows_of(args: argparse.Namespace, results: Results, stays: float) -> list[dict[str, Any]]:
     """Return the rows of one size, which are measured together."""
-    states = [_BEFORE, _AFTER, *([_TRAINED] if args.minutes else [])]
+    states = [_BEFORE, _AFTER, *([_TRAINED] if args.steps else [])]
     models = [(parts, state) for parts in args.choices for state in states]
     keys = [{"stays": stays, "parts": parts, "state": state} for parts, state in models]
     if known := _known(results, keys):
@@ -167,7 +175,7 @@ def _pruned(args: argparse.Namespace, stays: float, parts: str, state: str) -> P
         return out
     if state == _TRAINED:
         pruned = _pruned(args, stays, parts, _AFTER)
-        step("recover", pruned, "--max-minutes", args.minutes, "--out", out)
+        step("recover", pruned, "--steps", args.steps, "--out", out)
         return out
     text = [option for name in args.data for option in ("--data", name)]
     text += ["--samples", args.samples, "--seqlen", args.seqlen]
@@ -248,6 +256,8 @@ def _rounded(found: Estimate, digits: int) -> list[float | None]:
 def _in_words(plan: PruningPlan) -> str:
     """Return what of each part goes; shares count what goes with whole blocks and attentions."""
     words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
+    if plan.kept_experts is not None:
+        words.append(f"all but {plan.kept_experts} experts of each block")
     if "ffn" in plan.unit_parts and plan.ffn_sparsity:
         words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")
     if "kv" in plan.unit_parts and plan.kv_sparsity:

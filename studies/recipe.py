@@ -64,7 +64,7 @@ def _arguments(options: Mapping[str, Any]) -> list[str]:
 
 def read_recipes() -> list[Recipe]:
     """Read all recipes, in the order of their numbers."""
-    return sorted(map(_read, RECIPES.glob("*.toml")), key=lambda recipe: recipe.study)
+    return sorted(map(_read, RECIPES.glob("*.toml")), key=lambda recipe: int(recipe.study))
 
 
 def recipe_of(study: str) -> Recipe:

@@ -10,6 +10,9 @@ architecture differs in what its name says.
     gemma2          normalised before and after both (sandwich)
     neox-serial     as llama's residual stream, but FFN without gate (4 times the hidden size)
     neox-parallel   the same with attention and FFN side by side in one residual step
+    mixtral         llama with 8 experts of half its FFN's width, of which each token takes two
+    qwen2-moe       llama with 16 experts of a quarter of it, of which each token takes two, beside
+                    a shared expert of half of it
 
 Shapes: B windows of a batch, N windows, T tokens, V vocabulary.
 """
@@ -32,9 +35,11 @@ from transformers import (
     Gemma2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     Olmo2Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
 )
 
 from cfsp.text.drawing import all_windows
@@ -43,12 +48,15 @@ from cfsp.text.sources import TextSource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MODELS = Path(__file__).parent / "trained"
 # Tried on `llama`: 3e-3 with the usual initial weights of 0.02 learns little in so few tokens.
 LEARNING_RATE = 1e-2
 _INITIAL = 0.06
 _BATCH_TOKENS = 2048
 _HEAD_DIM = 8
 _WARM_UP = 0.1
+# Two experts for each token, and a loss that keeps the router from forgetting the others.
+_BALANCED = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.01}
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,19 @@ def _neox(size: Size, parallel: bool) -> PreTrainedConfig:
     return GPTNeoXConfig(**common, use_parallel_residual=parallel)
 
 
+def _mixtral(size: Size) -> PreTrainedConfig:
+    common = {**_common(size), **_BALANCED}
+    width = common["intermediate_size"] // 2
+    return MixtralConfig(**{**common, "intermediate_size": width}, num_local_experts=8)
+
+
+def _qwen2_moe(size: Size) -> PreTrainedConfig:
+    common = {**_common(size), **_BALANCED}
+    width = common["intermediate_size"] // 4
+    experts = {"num_experts": 16, "moe_intermediate_size": width, "norm_topk_prob": True}
+    return Qwen2MoeConfig(**common, **experts, shared_expert_intermediate_size=2 * width)
+
+
 ARCHITECTURES: dict[str, Callable[[Size], PreTrainedConfig]] = {
     "llama": lambda size: LlamaConfig(**_common(size)),
     "llama-gqa": lambda size: LlamaConfig(
@@ -111,6 +132,8 @@ ARCHITECTURES: dict[str, Callable[[Size], PreTrainedConfig]] = {
     "gemma2": lambda size: Gemma2Config(**_common(size), query_pre_attn_scalar=_HEAD_DIM),
     "neox-serial": lambda size: _neox(size, parallel=False),
     "neox-parallel": lambda size: _neox(size, parallel=True),
+    "mixtral": _mixtral,
+    "qwen2-moe": _qwen2_moe,
 }
 
 
@@ -190,14 +213,16 @@ def train(model: PreTrainedModel, tokens_NT: Tensor, tokens: int, seed: int, lab
     model.train()
     begin, losses = time.perf_counter(), []
     for _, batch_BT in zip(range(steps), _batches(tokens_NT, batch, seed), strict=False):
-        logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
-        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten())
+        output = model(input_ids=batch_BT, use_cache=False)
+        text = cross_entropy(output.logits[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten())
+        balance = getattr(output, "aux_loss", None)
+        loss = text if balance is None else text + model.config.router_aux_loss_coef * balance
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(text.detach()))
     model.eval()
     last = losses[-max(1, steps // 20) :]
     print(
