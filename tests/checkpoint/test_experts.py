@@ -169,14 +169,17 @@ def test_experts_that_the_config_does_not_announce_are_refused(
             Checkpoint(directory)
 
 
+@pytest.mark.parametrize("parts", [["ffn"], ["ffn", "blocks"], ["ffn", "experts"]])
 def test_multiples_that_groups_of_experts_cannot_have_are_refused(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+    parts: list[str], tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    settings = {**SETTINGS, "multiple": 4}
+    """Before a text is read, also where it is open how many blocks or experts go."""
+    settings = {**SETTINGS, "multiple": 4, "parts": parts}
     with pytest.raises(UsageError, match=r"--multiple must be a multiple of 8 .* found 4"):
         cfsp.prune(
             tiny_checkpoint("mixtral"), out=tmp_path / "out", data=[str(text_file)], **settings
         )
+    assert not list(tmp_path.iterdir())
 
 
 def test_pruned_model_may_choose_how_its_experts_run(

@@ -101,6 +101,26 @@ class ModelSize:
         return list(map(min, self.multiple_U(budget), self.width_U))
 
 
+def check_multiple(budget: Budget, size: ModelSize) -> None:
+    """Check that the model can be computed with widths in multiples of what the budget says.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    size = size.of_parts(budget.parts)
+    for multiple, unit in zip(size.multiple_U(budget), size.units, strict=True):
+        if multiple % unit.grain:
+            raise UsageError(
+                f"--multiple must be a multiple of {unit.grain} for this model, found {multiple}: "
+                "experts are multiplied in groups, which requires rows of whole 16 bytes"
+            )
+    widest = max((unit.width for unit in size.units if unit.part == "ffn"), default=None)
+    if budget.multiple is not None and widest is not None and budget.multiple > widest:
+        raise UsageError(
+            f"--multiple must be at most {widest} for this model, found {budget.multiple}"
+        )
+
+
 def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     """Return what the channels of the chosen parts that the model keeps may cost before rounding.
 
@@ -113,18 +133,7 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
         UsageError: the model cannot be computed with such widths.
     """
     size = size.of_parts(budget.parts)
-    multiple_U = size.multiple_U(budget)
-    for multiple, unit in zip(multiple_U, size.units, strict=True):
-        if multiple % unit.grain:
-            raise UsageError(
-                f"--multiple must be a multiple of {unit.grain} for this model, found {multiple}: "
-                "experts are multiplied in groups, which requires rows of whole 16 bytes"
-            )
-    widest = max((unit.width for unit in size.units if unit.part == "ffn"), default=None)
-    if budget.multiple is not None and widest is not None and budget.multiple > widest:
-        raise UsageError(
-            f"--multiple must be at most {widest} for this model, found {budget.multiple}"
-        )
+    check_multiple(budget, size)
     total, least = size.cost_of(size.width_U), size.cost_of(size.least_U(budget))
     if budget.of == "ffn":
         kept = (1 - budget.sparsity) * total
@@ -134,6 +143,7 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
         kept = total - budget.sparsity * size.parameters / each
         highest = (total - least) * each / size.parameters
     # Within half a multiple of the least width is the least width.
+    multiple_U = size.multiple_U(budget)
     if kept < least - min(map(_times, multiple_U, size.cost_U)) / 2:
         raise BudgetError(
             f"cannot remove {budget.sparsity:.1%} of the {_noun(budget)}: with at least "

@@ -20,7 +20,7 @@ from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
-from cfsp.planning.allocation import channels_to_keep
+from cfsp.planning.allocation import channels_to_keep, check_multiple
 from cfsp.planning.experts import experts_to_remove, warn_of_lost_experts
 from cfsp.planning.make import (
     assemble_plan,
@@ -185,7 +185,10 @@ def check_budget(source: WeightSource, budget: Budget) -> None:
 
     Raises:
         BudgetError: it is impossible whatever goes.
+        UsageError: the model cannot be computed with the widths that it would have.
     """
+    if budget.removes_channels:
+        check_multiple(budget, model_size(source))
     if budget.leaves_experts_open:
         check_others_own_enough(source, budget)
         return
