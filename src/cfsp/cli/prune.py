@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
         settings, limit = best_effort(source, settings)
-    command, recovery = arguments.typed_command(), None
+    command, recovery = arguments.typed_command(args), None
     if limit is not None:
         report, recovery = prune_and_recover(
             source, args.out, settings, limit, statistics=statistics, plan=plan, command=command
