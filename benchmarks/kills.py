@@ -197,7 +197,6 @@ def become_command(argv: Sequence[str], temporary: Path, log: Path) -> None:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
-        sys.argv = ["cfsp", *argv]
         from cfsp.cli import main as cfsp_main
         from cfsp.engine import pass_state
 

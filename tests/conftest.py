@@ -72,6 +72,15 @@ def random_prose(words: int, seed: int) -> str:
     return "\n\n".join(" ".join(sentences[i : i + 8]) for i in range(0, len(sentences), 8))
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network without a hub: nothing listens on the port for discarding."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of about 6000 words."""

@@ -151,10 +151,14 @@ def prune_checkpoint(
             return prune_report(source, repaired, facts, {}, watch, place, None)
         with watch.stage("cut"):
             digests = team.from_first(lambda: _write_checkpoint(source, repaired, staging))
-        with watch.stage("evaluate"):
+            # Also where nothing is measured: what cannot be read again is not left behind.
             pruned = Checkpoint(staging, "the pruned model")
-            measured = before_and_after(source, pruned, measured_on, settings.compute, place)
-            if isinstance(settings.goal, MaxLossIncrease):
+        measured: dict[str, dict[str, Any]] = {}
+        if measured_on:
+            with watch.stage("evaluate"):
+                measured = before_and_after(source, pruned, measured_on, settings.compute, place)
+        if isinstance(settings.goal, MaxLossIncrease):
+            with watch.stage("evaluate"):
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, settings.goal, dense, settings)
         report = prune_report(source, repaired, facts, measured, watch, place, out)

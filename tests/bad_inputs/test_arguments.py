@@ -29,6 +29,9 @@ FLAGS: Table = {
     "no length of training": BadInput(
         RECOVER, "one of the arguments --max-minutes --steps --epochs is required", "--help"
     ),
+    "prune without a place": BadInput(
+        "prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write into"
+    ),
     "export without a format": BadInput(
         "export {model} --out {out}", "the following arguments are required: --to", "--help"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -243,10 +244,11 @@ def test_prune_reports_all_that_the_readme_promises(
     cli: Cli, model: Path, text: list[object], text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    report = cli.json(
-        "prune", model, "--out", out, "--sparsity", 0.4, "--multiple", 4, *text,
+    argv = [
+        "prune", model, "--out", out, "--sparsity", 0.4, "--set", "multiple=4", *text,
         "--eval", text_file, "--eval-windows", 2,
-    )  # fmt: skip
+    ]  # fmt: skip
+    report = cli.json(*argv)
     before = sum(p.numel() for p in build_tiny_model("llama").parameters())
     removed = 3 * 96 - sum(report["intermediate_sizes"])
     assert report["parameters_before"] == before
@@ -257,7 +259,7 @@ def test_prune_reports_all_that_the_readme_promises(
     assert report["calibration_tokens"] == 192
     assert report["peak_rss_bytes"] > 50e6
     assert report["out"] == str(out)
-    assert report["seconds"]
+    assert list(report["seconds"]) == ["ridge", "cut", "evaluate"]
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     value = report["perplexity"][str(text_file)]
     assert value["before"] > 1 and value["after"] > 1
@@ -265,6 +267,7 @@ def test_prune_reports_all_that_the_readme_promises(
     manifest = json.loads((out / "cfsp.json").read_text())
     assert {key: manifest[key] for key in report} == report
     assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["command"] == shlex.join(["cfsp", *map(str, argv), "--json"])
 
 
 def test_prune_of_all_parameters(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
@@ -278,7 +281,9 @@ def test_prune_of_all_parameters(cli: Cli, model: Path, text: list[object], tmp_
 
 def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
     argv = ["--out", tmp_path / "out", "--sparsity", 0.01, "--repair", "none", *text]
-    assert "nothing was removed: the least that can go is more" in cli("prune", model, *argv)[0]
+    told, _ = cli("prune", model, *argv)
+    assert "nothing was removed: the least that can go is more" in told
+    assert "cut " in told and "evaluate" not in told  # no stage that did not run
 
 
 def test_model_card_says_what_was_done(
@@ -553,7 +558,7 @@ def test_an_empty_variable_of_the_shell_is_no_path(capsys: pytest.CaptureFixture
 
 
 def test_unknown_argument_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], ["prune", "m"]):
+    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], ["calibrate", "m"]):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2

@@ -349,6 +349,18 @@ def test_unknown_task_names_those_that_look_alike(task_data: Path) -> None:
         TaskRunner.of(TaskSelection(("piqaa",)))
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_hub_that_cannot_be_reached_is_told_before_the_harness_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: pytest.fail("too late"))
+    assert main(["eval", "no/such/model", "--tasks", "piqa,arc_easy"]) == 2
+    told = capsys.readouterr().err
+    assert "the hub, which has the data of piqa, arc_easy, cannot be reached from here" in told
+    with pytest.raises(TaskError, match="give local files with --task-data"):
+        TaskRunner.of(TaskSelection(("piqa",)))
+
+
 def test_unknown_task_is_told_before_any_model_is_looked_for(
     task_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,13 +220,6 @@ def test_an_empty_list_of_texts_is_an_error(tmp_path: Path) -> None:
 # The hub.
 
 
-@pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network without a hub: nothing listens on the port for discarding."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-
-
 @pytest.mark.usefixtures("no_hub")
 def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []

@@ -19,12 +19,13 @@ from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.families.contract import save_with_tokenizer
 from cfsp.families.tiny import tiny_model
-from cfsp.planning.experts import numbers_to_try
+from cfsp.planning.numbers_to_try import experts_to_try
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.settings import Budget, Part
-from cfsp.whole_model import removal_count
+from cfsp.whole_model import removal_trial
 from cfsp.whole_model.divergence import dense_predictions
-from cfsp.whole_model.removal_count import Trial, worth_a_repair
+from cfsp.whole_model.removal_trial import Trial, worth_a_repair
 from cfsp.whole_model.sensitivity import few_beginnings
 
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu", "multiple": 8}
@@ -80,14 +81,14 @@ def test_the_nearest_of_all_that_were_tried_is_chosen(
     source = saved(tmp_path / "dense", asked, tokenizer)
     tried: list[Trial] = []
     seen: list[torch.Tensor] = []
-    original = removal_count._try
+    original = removal_trial.tried
 
     def note(*args: Any) -> list[Trial]:
         seen.append(few_beginnings(args[2]).tokens_NT)
         tried.extend(original(*args))
         return tried
 
-    monkeypatch.setattr(removal_count, "_try", note)
+    monkeypatch.setattr(removal_trial, "tried", note)
     out = tmp_path / "out"
     assert main(command(source, asked.parts, text_file, out, "--effort", "fast")) == 0
     told = re.findall(
@@ -97,27 +98,27 @@ def test_the_nearest_of_all_that_were_tried_is_chosen(
     )
     best = min(tried, key=lambda trial: trial.divergence)
     assert told == [
-        (str(each.experts), f"{each.divergence:.4f}", " (chosen)" if each is best else "")
+        (str(each.removed.experts), f"{each.divergence:.4f}", " (chosen)" if each is best else "")
         for each in tried
     ]
-    assert list(dict.fromkeys(each.experts for each in tried)) == asked.experts
+    assert list(dict.fromkeys(each.removed.experts for each in tried)) == asked.experts
     plan = PruningPlan.load(out / PLAN_FILE)
-    assert len(plan.removed_blocks) + len(plan.removed_attentions) == best.removed
+    assert len(plan.removed_blocks) + len(plan.removed_attentions) == best.count
     manifest = json.loads((out / MANIFEST_FILE).read_text())
-    assert ("experts" in manifest) == bool(best.experts)
+    assert ("experts" in manifest) == bool(best.removed.experts)
 
     dense = cfsp.load(source)
     with torch.inference_mode():
         expected = [dense_predictions(dense, tokens_T[None]) for tokens_T in seen[0]]
-    most = max(tried, key=lambda trial: trial.experts)
+    most = max(tried, key=lambda trial: trial.removed.experts)
     given = dict(zip(("remove_blocks", "remove_attentions"), _counts(asked, most), strict=False))
     report = cfsp.prune(
-        source, out=tmp_path / "given", parts=asked.parts, remove_experts=most.experts,
+        source, out=tmp_path / "given", parts=asked.parts, remove_experts=most.removed.experts,
         sparsity=most.sparsity, repair="none", data=[str(text_file)], dtype="float32",
         **given, **SETTINGS,
     )  # fmt: skip
     experts = {unit.ffns for unit in report.plan.units if unit.ffns > 1}
-    assert experts == {most.experts + (report.plan.kept_experts or 0)}
+    assert experts == {most.removed.experts + (report.plan.kept_experts or 0)}
     for trial, directory in ((best, out), (most, tmp_path / "given")):
         with torch.inference_mode():
             cut = cfsp.load(directory)
@@ -130,7 +131,7 @@ def _counts(asked: Asked, trial: Trial) -> list[int]:
     """Return how many blocks and attentions go in a trial where all that goes is blocks."""
     if "blocks" not in asked.parts:
         return []
-    return [trial.removed, 0] if "attention" in asked.parts else [trial.removed]
+    return [trial.count, 0] if "attention" in asked.parts else [trial.count]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_experts_that_are_not_missed_go_and_a_killed_run_keeps_the_choice(
     with monkeypatch.context() as killed:
         killed.setattr("cfsp.repair.ladder.choose_and_repair", _interrupted)
         assert main(asked) == 130
-    monkeypatch.setattr(removal_count, "_try", _never)
+    monkeypatch.setattr(removal_trial, "tried", _never)
     monkeypatch.setattr("cfsp.repair.trial.repair_by_plan", _never)
     assert main(asked) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -204,20 +205,20 @@ def test_none_eighths_and_as_many_as_are_to_go_are_tried(tmp_path: Path, tokeniz
     place = saved(tmp_path / "dense", Asked("mixtral", values, "", []), tokenizer)
     source = Checkpoint(place, parts=parts)
     each = sum(parameters_of_an_expert(source).values())
-    assert numbers_to_try(source, 9.5 * each) == [0, 2, 5, 8, 9]
-    assert numbers_to_try(source, 0.5 * each) == [0]
+    assert experts_to_try(source, 9.5 * each) == [0, 2, 5, 8, 9]
+    assert experts_to_try(source, 0.5 * each) == [0]
     # The router chooses two.
-    assert numbers_to_try(source, 30 * each) == [0, 2, 5, 8, 10, 12, 15, 18]
+    assert experts_to_try(source, 30 * each) == [0, 2, 5, 8, 10, 12, 15, 18]
 
 
 def test_few_are_worth_a_repair_of_each_number_of_experts() -> None:
     divergences = {0: (0.9, 0.5), 1: (0.6, 0.4), 2: (0.7, 0.3, 0.35)}
     trials = [
-        Trial(count, 0.1, divergence, ("ffn",), experts)
+        Trial(count, RemovedWhole(experts=experts), ("ffn",), 0.1, divergence)
         for experts, found in divergences.items()
         for count, divergence in enumerate(found)
     ]
-    few = {(each.experts, each.removed) for each in worth_a_repair(trials)}
+    few = {(each.removed.experts, each.count) for each in worth_a_repair(trials)}
     assert few == {(0, 1), (1, 1), (2, 0), (2, 1)}
 
 

@@ -12,6 +12,11 @@ def is_told_to_stay_offline() -> bool:
     return constants.is_offline_mode()
 
 
+def hub_is_missed() -> bool:
+    """Return whether the hub cannot be reached, by one who did not say to do without."""
+    return not is_told_to_stay_offline() and not hub_is_reachable()
+
+
 def hub_is_reachable() -> bool:
     """Ask the hub for anything, once; False also where the user set HF_HUB_OFFLINE."""
     from huggingface_hub import constants, get_session

@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Status: 0 success, 2 an error that the user can cure (one sentence on standard error),
     130 interrupted. Bugs keep their traceback.
     """
-    parser = build_parser()
+    parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     try:
-        typed = expand_sets(sys.argv[1:] if argv is None else argv)
+        expanded = expand_sets(argv)
     except UsageError as error:
         parser.error(str(error))
-    args, unknown = parser.parse_known_args(typed)
+    args, unknown = parser.parse_known_args(expanded, argparse.Namespace(argv=argv))
     if unknown and args.command is not None:
         args.parser.error(
             f"unknown argument {unknown[0]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,6 +134,6 @@ def criterion(args: argparse.Namespace) -> Criterion:
     return settings_from(args, Criterion)
 
 
-def typed_command() -> str:
+def typed_command(args: argparse.Namespace) -> str:
     """Return the command line as the user could type it again."""
-    return shlex.join(["cfsp", *sys.argv[1:]])
+    return shlex.join(["cfsp", *args.argv])

@@ -46,7 +46,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out small",
     )
     arguments.add_model(parser)
-    parser.add_argument("--out", required=True, type=Path, help="new directory")
+    parser.add_argument("--out", type=Path, help="new directory; required, but for --estimate")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write only it into --out"
     )
@@ -109,6 +109,8 @@ def check_together(args: argparse.Namespace) -> None:
     Raises:
         UsageError: some exclude each other, or one needs another.
     """
+    if args.out is None and not args.estimate:
+        raise UsageError("expected --out, the directory to write into, found none")
     if process_count() > 1:
         _check_many_can(args)
     if args.plan and args.statistics:
@@ -203,14 +205,13 @@ def run(args: argparse.Namespace) -> None:
     if not args.data and (repairs or (plan is None and not is_decided)):
         arguments.tell_of_the_default_text()
     if args.estimate:
-        _print_estimate(
-            args, pruning_cost(source, args.out, settings, engine_of(settings.compute, source))
-        )
+        engine = engine_of(settings.compute, source)
+        _print_estimate(args, pruning_cost(source, args.out or Path(), settings, engine))
         return
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
         settings, limit = best_effort(source, settings)
-    command, recovery = arguments.typed_command(), None
+    command, recovery = arguments.typed_command(args), None
     if limit is not None:
         report, recovery = prune_and_recover(
             source, args.out, settings, limit, statistics=statistics, plan=plan, command=command

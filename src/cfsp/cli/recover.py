@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     report = recover(
         args.model,
         out=args.out,
-        command=arguments.typed_command(),
+        command=arguments.typed_command(args),
         started=started,
         **typed,
     )

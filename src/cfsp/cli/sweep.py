@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         arguments.compute(args),
         keep_weights=args.keep_weights,
-        command=arguments.typed_command(),
+        command=arguments.typed_command(args),
     )
     written = write_tables(rows, args.out)
     if args.json:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from cfsp.errors import BudgetError
 from cfsp.goals.resolution import Resolution
-from cfsp.whole_model.removal_count import Aim, half_alone
+from cfsp.planning.numbers_to_try import Aim, half_alone
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.removal_budget import RemovedWhole
@@ -65,10 +67,10 @@ def aim_at_kv_cache(goal: TargetKVCache, source: WeightSource, budget: Budget) -
     """Return the aim that as many KV groups stay, whatever number of attentions goes."""
     stay = _groups_that_stay(goal, source)
 
-    def share(_: Statistics, parts: tuple[Part, ...], removed: RemovedWhole) -> float:
+    def share(_: Statistics, parts: Sequence[Part], removed: RemovedWhole) -> float:
         groups = [
             unit.width for unit in source.units if unit.part == "kv" and not removed.takes(unit)
         ]
         return max(0.0, 1 - stay / sum(groups)) if stay >= len(groups) else 1.0
 
-    return Aim(lambda _: half_alone(budget), share)
+    return Aim({0: half_alone(budget)}, share)

@@ -20,6 +20,7 @@ from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import Speed, aim_at_speed, check_possible, measured, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
+from cfsp.planning.numbers_to_try import half_alone
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, check_is_definite
 from cfsp.repair.ladder import calibrated, drawn
 from cfsp.repair.trial import with_count_by_repair
@@ -31,7 +32,6 @@ from cfsp.settings import (
 )
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.whole_model.load import load_whole
-from cfsp.whole_model.removal_count import half_alone
 from cfsp.whole_model.removal_order import check_can_be_compared
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint, WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
+    from cfsp.planning.numbers_to_try import Aim
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
-    from cfsp.whole_model.removal_count import Aim
 
 
 def resolve_parameters(

@@ -13,10 +13,10 @@ from cfsp.goals.latency import Latencies, measure_latencies, most_speedup
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.make import NOTHING, definite_criterion, model_size, plan_widths
+from cfsp.planning.numbers_to_try import Aim, half_alone
 from cfsp.planning.removal import whole_removal
-from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
+from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, with_counts
 from cfsp.speed import Conditions
-from cfsp.whole_model.removal_count import Aim, half_alone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -189,14 +189,7 @@ class Speed:
 
     def with_counts(self, removed: RemovedWhole) -> Budget:
         """Return the budget that says how many go whole, and no channels beside."""
-        budget = self._budget
-        return replace(
-            budget,
-            sparsity=0.0,
-            of="ffn",
-            remove_blocks=len(removed.blocks) if budget.removes_blocks else None,
-            remove_attentions=len(removed.attentions) if "attention" in budget.parts else None,
-        )
+        return replace(with_counts(self._budget, removed), sparsity=0.0)
 
     def resolution(self, tried: Iterable[Try], budget: Budget) -> Resolution:
         """Return what the goal came to."""
@@ -269,12 +262,12 @@ def aim_at_speed(speed: Speed) -> Aim:
     """Return the aim that all are as fast, whatever number of blocks and attentions goes."""
     budget = speed.settings.budget
 
-    def share(statistics: Statistics, parts: tuple[Part, ...], removed: RemovedWhole) -> float:
+    def share(statistics: Statistics, parts: Sequence[Part], removed: RemovedWhole) -> float:
         rest = replace(speed.with_counts(removed), parts=(*parts, *budget.whole_parts))
         sparsity, _ = speed.least_sparsity(statistics, rest, removed)
         return 1.0 if sparsity is None else sparsity
 
-    return Aim(lambda _: half_alone(budget), share)
+    return Aim({0: half_alone(budget)}, share)
 
 
 def _out_of_reach(goal: TargetSpeedup, budget: Budget, why: str) -> BudgetError:

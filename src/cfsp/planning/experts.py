@@ -6,7 +6,6 @@ Shapes: E experts.
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.settings import Budget
 
-# In which steps it is tried how many go beside other parts.
-_STEPS = 8
 # Where experts are redundant, those that go add much less than their share of all experts.
 MUCH_OF_THEIR_SHARE = 0.5
 
@@ -93,10 +90,10 @@ def experts_to_remove(source: WeightSource, budget: Budget) -> int:
     rounded = max(0, experts.groups * round(wanted / experts.groups))
     if rounded == experts.count:
         return 0
-    possible = (n for n in counts_near(rounded, experts) if _is_possible(source, n))
+    possible = (n for n in counts_near(rounded, experts) if runs_with(source, n))
     found = next(possible, experts.count)
     # A router may want a multiple of something, which is one step away, or a least number.
-    if found > rounded and not any(_is_possible(source, n) for n in range(1, rounded)):
+    if found > rounded and not any(runs_with(source, n) for n in range(1, rounded)):
         raise _out_of_reach(source, experts, rounded)
     if budget.remove_experts is not None and found != wanted:
         raise BudgetError(
@@ -107,36 +104,14 @@ def experts_to_remove(source: WeightSource, budget: Budget) -> int:
     return experts.count - found
 
 
-def numbers_to_try(source: WeightSource, parameters: float) -> list[int]:
-    """Return how many experts of every block may go where it is tried how many should, ascending.
-
-    None, eighths of them, at least one of each group, and as many as own what is to go; of these
-    the numbers without which the model runs.
-
-    Args:
-        source: the model.
-        parameters: to go at most.
-    """
-    experts = source.architecture.experts
-    assert experts is not None
-    group = experts.groups
-    room = parameters / parameters_with_experts(source, group)
-    most = group * min(math.floor(room + 1e-9), experts.count // group - 1)
-    steps = (round(step * experts.count / group / _STEPS) for step in range(1, _STEPS))
-    numbers = {most, *(group * max(1, step) for step in steps)}
-    return [
-        0,
-        *(n for n in sorted(numbers) if 0 < n <= most and _is_possible(source, experts.count - n)),
-    ]
-
-
-def _is_possible(source: WeightSource, count: int) -> bool:
+def runs_with(source: WeightSource, count: int) -> bool:
+    """Return whether the model runs with so many experts in every block."""
     return why_not_experts(stock_config(source.config), source.architecture, count) is None
 
 
 def _out_of_reach(source: WeightSource, experts: RoutedExperts, wanted: int) -> BudgetError:
     counts = range(experts.groups, experts.count + 1, experts.groups)
-    least = next((n for n in counts if _is_possible(source, n)), experts.count)
+    least = next((n for n in counts if runs_with(source, n)), experts.count)
     most = experts.count - least
     return BudgetError(
         f"cannot remove {experts.count - wanted} of {experts.count} experts of each block: the "

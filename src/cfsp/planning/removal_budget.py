@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.reading import parameter_count
@@ -55,6 +55,12 @@ class RemovedWhole:
         (blocks if part == "blocks" else attentions).add(block)
         attentions -= blocks
         return replace(self, blocks=tuple(sorted(blocks)), attentions=tuple(sorted(attentions)))
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> RemovedWhole:
+        """Return what was written as JSON types."""
+        blocks, attentions = tuple(fields["blocks"]), tuple(fields["attentions"])
+        return RemovedWhole(blocks, attentions, fields["experts"])
 
     @property
     def touched(self) -> int:
@@ -239,6 +245,17 @@ def check_is_definite(budget: Budget) -> None:
             "which requires the model and a text; make the plan with cfsp prune, or say how many "
             f"with {counts_in_words(budget)}: the sparsity is then of what the others lose"
         )
+
+
+def with_counts(budget: Budget, removed: RemovedWhole) -> Budget:
+    """Return the budget that says how many go whole; its sparsity is then of the others."""
+    return replace(
+        budget,
+        remove_blocks=len(removed.blocks) if budget.removes_blocks else None,
+        remove_attentions=len(removed.attentions) if "attention" in budget.parts else None,
+        remove_experts=removed.experts if budget.removes_experts else None,
+        of="ffn",
+    )
 
 
 def parameters_with_experts(source: WeightSource, experts: int) -> int:

@@ -33,6 +33,7 @@ from cfsp.planning.make import (
     plan_widths,
     warn_of_few_tokens,
 )
+from cfsp.planning.numbers_to_try import check_others_own_enough, whole_alone
 from cfsp.planning.removal import check_can_go, whole_removal
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.repair.local import repair_locally
@@ -43,7 +44,6 @@ from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
 from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import REPAIRS, SENSITIVITY_METRICS
 from cfsp.text.windows import check_is_text, few_windows
-from cfsp.whole_model.removal_count import check_others_own_enough, whole_alone
 from cfsp.whole_model.removal_order import (
     check_can_be_compared,
     follow_runs,

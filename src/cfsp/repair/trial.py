@@ -22,7 +22,7 @@ from cfsp.repair.sequential import repair_gaps
 from cfsp.text.windows import few_windows, joined
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.load import load_whole
-from cfsp.whole_model.removal_count import with_removal_count
+from cfsp.whole_model.removal_trial import with_removal_count
 from cfsp.whole_model.sensitivity import few_beginnings
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
+    from cfsp.planning.numbers_to_try import Aim
     from cfsp.settings import Budget, PruneSettings
     from cfsp.text.windows import Windows
     from cfsp.whole_model.divergence import DensePredictions
-    from cfsp.whole_model.removal_count import Aim
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
 # other parts seem cheaper than they are (LOG.md).

@@ -89,7 +89,7 @@ class Budget:
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
         remove_blocks: how many blocks go; None for as many as the sparsity says or, if channels
-            may go too, as measures best (`cfsp.whole_model.removal_count`). With a number the
+            may go too, as measures best (`cfsp.whole_model.removal_trial`). With a number the
             sparsity is of the channels, in the blocks that stay.
         remove_attentions: the same of attentions; where blocks may go too, of those that stay, and
             either both numbers are given or none.
@@ -259,6 +259,11 @@ class Budget:
             return None
         return self.remove_blocks or 0, self.remove_attentions or 0
 
+    @property
+    def channel_parts(self) -> tuple[Part, ...]:
+        """What may lose channels, or KV groups; none where nothing may."""
+        return tuple(part for part in UNIT_PARTS if part in self.parts)
+
     def without_channels(self) -> Budget:
         """Return the same budget where channels of what stays may not go."""
         return replace(self, parts=tuple(part for part in self.parts if part not in UNIT_PARTS))
@@ -266,7 +271,7 @@ class Budget:
     @property
     def removes_channels(self) -> bool:
         """Whether channels of blocks may go, or KV groups."""
-        return any(part in UNIT_PARTS for part in self.parts)
+        return bool(self.channel_parts)
 
     @property
     def leaves_experts_open(self) -> bool:

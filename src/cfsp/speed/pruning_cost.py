@@ -126,7 +126,7 @@ def pruning_cost(
 
     Args:
         source: the model.
-        out: where the smaller model is to go; need not exist.
+        out: where the smaller model is to go, or a directory on the same disk; need not exist.
         settings: how to prune, without local repair; a text with fewer windows than asked for is
             not noticed.
         engine: where and in what to compute.
@@ -137,13 +137,14 @@ def pruning_cost(
     settings = settings.with_suitable_metric()
     measured = _measure(source, settings, engine)
     stages = _stages(source, settings, engine, measured)
-    parent = next(path for path in out.absolute().parents if path.exists())
+    out = out.absolute()
+    place = next(path for path in (out, *out.parents) if path.exists())
     return PruningCost(
         tuple(stages),
         _memory_bytes(source, settings, engine),
         available_bytes(),
         _disk_bytes(source, settings, engine),
-        shutil.disk_usage(parent).free,
+        shutil.disk_usage(place).free,
         measured.tokens,
     )
 

@@ -31,6 +31,7 @@ from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
+from cfsp.planning.numbers_to_try import whole_alone
 from cfsp.progress import item_progress
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.tasks.harness import TaskRunner
@@ -51,7 +52,6 @@ from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 from cfsp.whole_model.own_text import processor_of
-from cfsp.whole_model.removal_count import whole_alone
 from cfsp.whole_model.removal_order import check_can_be_compared
 from cfsp.whole_model.sensitivity import follow_sensitivity
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from cfsp.checkpoint.hub import hub_is_reachable, is_told_to_stay_offline
+from cfsp.checkpoint.hub import hub_is_missed
 from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.files import import_datasets
 from cfsp.text.images import IMAGE_COLUMN, Sample, sample_of
@@ -51,7 +51,7 @@ def hub_has_images(hub_id: str, config: str, split: str) -> bool:
 
 def _values(hub_id: str, config: str, split: str, value_of: Callable[[Any], Any]) -> Iterator[Any]:
     datasets = import_datasets()
-    if not is_told_to_stay_offline() and not hub_is_reachable():
+    if hub_is_missed():
         raise TextError(
             f"the hub, which has {hub_id}, cannot be reached from here; give a local file "
             "or mixed, or set HF_HUB_OFFLINE=1 to read a copy in its cache"

@@ -47,9 +47,10 @@ class TaskRunner:
         """Index the tasks and check that all those selected exist, before any model is loaded.
 
         Raises:
-            TaskError: a task is unknown.
+            TaskError: a task is unknown, or the hub cannot be reached, which has its data.
             MissingExtraError: the harness is not installed.
         """
+        selection.check_source()
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:

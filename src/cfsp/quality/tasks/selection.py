@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from cfsp.checkpoint.hub import hub_is_missed
 from cfsp.errors import TaskError, UsageError
 
 # The tasks of the paper's tables, by their names in the harness.
@@ -57,6 +58,22 @@ class TaskSelection:
         """Names with suites replaced by their tasks, each once, in the order given."""
         names = [task for name in self.names for task in SUITES.get(name, (name,))]
         return list(dict.fromkeys(names))
+
+    def check_source(self) -> None:
+        """Check that the hub can be reached where the data come from there.
+
+        The harness takes seconds to be imported and to index its tasks, and the hub's client then
+        tries for half a minute.
+
+        Raises:
+            TaskError: it cannot.
+        """
+        if self.data is None and hub_is_missed():
+            raise TaskError(
+                f"the hub, which has the data of {', '.join(self.task_names)}, cannot be reached "
+                "from here; give local files with --task-data, or set HF_HUB_OFFLINE=1 to read a "
+                "copy in its cache"
+            )
 
 
 def jsonl_task_directory() -> Path:

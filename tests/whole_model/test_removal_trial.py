@@ -18,10 +18,11 @@ from cfsp.engine.workplace import temporary_workplace
 from cfsp.errors import UsageError
 from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
+from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
 from cfsp.text.drawing import draw_text
-from cfsp.whole_model import removal_count, removal_order
-from cfsp.whole_model.removal_count import Trial, best_of, with_removal_count, worth_a_repair
+from cfsp.whole_model import removal_order, removal_trial
+from cfsp.whole_model.removal_trial import Trial, best_of, with_removal_count, worth_a_repair
 
 BLOCKS = 5
 
@@ -44,36 +45,39 @@ def test_the_best_of_all_numbers_is_chosen(
     windows = draw_text(asked.text, tokenizer)
     statistics = calibrate_source(source, tokenizer, asked.text, asked.compute)
     tried: list[Trial] = []
-    original = removal_count._try
+    original = removal_trial.tried
 
     def note(*args: Any) -> list[Trial]:
         tried.extend(original(*args))
         return tried
 
-    monkeypatch.setattr(removal_count, "_try", note)
+    monkeypatch.setattr(removal_trial, "tried", note)
     with temporary_workplace(None) as place:
         chosen, measured = with_removal_count(source, statistics, windows, asked, engine, place)
     best = min(tried, key=lambda trial: trial.divergence)
-    assert (chosen.budget.remove_blocks, chosen.budget.sparsity) == (best.removed, best.sparsity)
-    assert [trial.removed for trial in tried] == list(range(len(tried)))
+    assert (chosen.budget.remove_blocks, chosen.budget.sparsity) == (best.count, best.sparsity)
+    assert [trial.count for trial in tried] == list(range(len(tried)))
     assert measured.sensitivity is not None
     # Blocks and channels together are what was asked for.
     parameters_L = parameters_of_blocks(source)
     for trial in tried:
-        gone = sum(parameters_L[each.block] for each in measured.removals[: trial.removed])
+        gone = sum(parameters_L[each.block] for each in measured.removals[: trial.count])
         assert gone < 0.4 * sum(parameters_L) + max(parameters_L) / 2
-        assert trial.sparsity > 0 or trial.removed == BLOCKS * 2 // 5
+        assert trial.sparsity > 0 or trial.count == BLOCKS * 2 // 5
 
 
 def tried(*divergences: float, parts: tuple[Part, ...] = ("ffn",)) -> list[Trial]:
-    return [Trial(count, 0.1, each, parts) for count, each in enumerate(divergences)]
+    removed = [RemovedWhole(tuple(range(count))) for count, _ in enumerate(divergences)]
+    return [
+        Trial(count, removed[count], parts, 0.1, each) for count, each in enumerate(divergences)
+    ]
 
 
 def test_few_are_worth_a_repair_of_each_choice_of_channels() -> None:
     channels = tried(0.9, 0.8, 0.7, 0.6, 0.65)
     both = tried(0.3, 0.4, parts=("ffn", "kv"))
     few = worth_a_repair([*channels, *both])
-    assert [(each.removed, each.parts) for each in few] == [
+    assert [(each.count, each.parts) for each in few] == [
         (0, ("ffn",)), (1, ("ffn",)), (3, ("ffn",)), (0, ("ffn", "kv")),
     ]  # fmt: skip
 
