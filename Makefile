@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 
+# Tests start many processes: compiling all modules anew in each would take a part of the time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check families versions serve-check format clean
 
 demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain and loss

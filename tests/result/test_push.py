@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,11 +14,9 @@ from typing import Any
 
 import pytest
 
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import OutputError, UsageError
 from cfsp.result.push import push
-from ragged import half_of
 
 
 @dataclass
@@ -101,9 +100,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def small(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
-    half_of(Checkpoint(tiny_checkpoint("llama")), tmp_path / "small")
-    return tmp_path / "small"
+def small(tmp_path: Path, pruned: Path) -> Path:
+    return Path(shutil.copytree(pruned, tmp_path / "small"))
 
 
 def test_a_directory_becomes_a_private_repository(

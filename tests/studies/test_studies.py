@@ -109,6 +109,7 @@ def test_flap_keeps_the_best_of_all_blocks_and_the_mean_of_the_rest(
     np.testing.assert_allclose(bias, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("models_start_quickly")
 def test_parts(run: Callable[..., Any], tmp_path: Path) -> None:
     options = ("--models", str(tmp_path / "models"), "--stays", "0.6")
     rows, printed = run(parts, *options, "--choices", "ffn", "all", "--rounds", "1")
