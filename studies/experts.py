@@ -10,11 +10,12 @@ again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from conditions import parser_of_texts
 from parts import add_options, study
-from training import ARCHITECTURES, MODELS, Size, trained
+from training import ARCHITECTURES, MODELS, Size, place_of, trained
 
 CHOICES = ["ffn", "experts", "ffn,experts", "ffn,blocks", "blocks,experts"]
 
@@ -27,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found.add_argument("--trained", type=Path, default=MODELS, help="where trained models are kept")
     add_options(found, CHOICES)
     args = found.parse_args(arguments)
-    size = Size(tokens=args.tokens)
-    args.model = str(trained(args.architecture, args.seed, args.data, size, args.trained))
-    study(args)
+    named = (args.architecture, args.seed, Size(tokens=args.tokens), args.trained)
+    args.model = str(place_of(*named))
+    study(args, partial(trained, *named, texts=args.data))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import argparse
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study(found.parse_args(arguments))
 
 
-def study(args: argparse.Namespace) -> None:
-    """Prune, measure and print as the options say, which are those of `add_options`."""
+def study(args: argparse.Namespace, ready: Callable[[], Any] | None = None) -> None:
+    """Prune, measure and print as the options say, which are those of `add_options`.
+
+    Args:
+        args: the options.
+        ready: sees to it that the model is there; called only where something is to be measured.
+    """
     args.models = args.models or args.out.with_suffix("")
     limits = {name: getattr(args, name) for name in ("seed", "tasks", "limit", "steps")}
     results = Results(args.out, conditions(args, **limits))
-    rows = [row for stays in args.stays for row in _rows_of(args, results, stays)]
+    rows = [row for stays in args.stays for row in _rows_of(args, results, stays, ready)]
     values = ["mean", "worst", "KL", "KL - ffn", "equal", *(["tasks"] if args.tasks else [])]
     print(f"\n{_shown(rows, ['what goes', 'parameters', *values])}")
     rows = [row for stays in args.stays for row in _costs_of(args, results, stays)]
@@ -97,13 +102,17 @@ def add_options(found: argparse.ArgumentParser, choices: Sequence[str]) -> None:
     found.add_argument("--limit", type=int, default=200, help="documents of each task")
 
 
-def _rows_of(args: argparse.Namespace, results: Results, stays: float) -> list[dict[str, Any]]:
+def _rows_of(
+    args: argparse.Namespace, results: Results, stays: float, ready: Callable[[], Any] | None
+) -> list[dict[str, Any]]:
     """Return the rows of one size, which are measured together."""
     states = [_BEFORE, _AFTER, *([_TRAINED] if args.steps else [])]
     models = [(parts, state) for parts in args.choices for state in states]
     keys = [{"stays": stays, "parts": parts, "state": state} for parts, state in models]
     if known := _known(results, keys):
         return known
+    if ready is not None:
+        ready()
     directories = [_pruned(args, stays, parts, state) for parts, state in models]
     measured = {each.name: each for each in _measured(args, stays, directories)}
     dense = measured[args.model]
@@ -257,7 +266,8 @@ def _in_words(plan: PruningPlan) -> str:
     """Return what of each part goes; shares count what goes with whole blocks and attentions."""
     words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
     if plan.kept_experts is not None:
-        words.append(f"all but {plan.kept_experts} experts of each block")
+        all_of_one = next(unit.ffns for unit in plan.kept_units if unit.loses_experts)
+        words.append(f"{all_of_one - plan.kept_experts} of {all_of_one} experts of each block")
     if "ffn" in plan.unit_parts and plan.ffn_sparsity:
         words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")
     if "kv" in plan.unit_parts and plan.kv_sparsity:

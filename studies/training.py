@@ -137,23 +137,27 @@ ARCHITECTURES: dict[str, Callable[[Size], PreTrainedConfig]] = {
 }
 
 
+def place_of(architecture: str, seed: int, size: Size, directory: Path) -> Path:
+    """Return the directory of a trained model, whether it is there or not; see `trained`."""
+    return directory / f"{architecture}-{size.hidden}x{size.blocks}-{size.tokens}-seed{seed}"
+
+
 def trained(
-    architecture: str, seed: int, texts: Sequence[str], size: Size, directory: Path
+    architecture: str, seed: int, size: Size, directory: Path, texts: Sequence[str]
 ) -> Path:
     """Train a model, or find it trained before.
 
     Args:
         architecture: a name of `ARCHITECTURES`.
         seed: of the initial weights and of the order of the windows.
-        texts: what to train on, as for `--data`.
         size: of the model, and how long.
         directory: where models of this size and text are kept.
+        texts: what to train on, as for `--data`.
 
     Returns:
         The directory of the model, with its tokenizer.
     """
-    name = f"{architecture}-{size.hidden}x{size.blocks}-{size.tokens}-seed{seed}"
-    place = directory / name
+    place = place_of(architecture, seed, size, directory)
     if not (place / "config.json").is_file():
         tokenizer = tokenizer_of(texts, size.vocabulary, directory)
         torch.manual_seed(seed)
@@ -161,7 +165,7 @@ def trained(
             ARCHITECTURES[architecture](size), dtype=torch.float32
         )
         parts = [all_windows(text, tokenizer, seqlen=size.seqlen).tokens_NT for text in texts]
-        train(model, torch.cat(parts), size.tokens, seed, name)
+        train(model, torch.cat(parts), size.tokens, seed, place.name)
         tokenizer.save_pretrained(place)
         model.save_pretrained(place)
     return place

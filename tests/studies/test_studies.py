@@ -309,7 +309,7 @@ def test_a_recipe_runs(
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ("2", "there is no study '2'; known are: 1, 5, 6, 7, 8, 9"),
+        ("2", "there is no study '2'; known are: 1, 5, 6, 7, 8, 9, 10"),
         ("7", "wikitext2/validation.parquet, which is not there; --texts is a directory with"),
     ],
 )
