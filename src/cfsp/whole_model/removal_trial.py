@@ -40,11 +40,11 @@ from cfsp.planning.removal import first_removals
 from cfsp.planning.removal_budget import RemovedWhole, whole_in_words, with_counts
 from cfsp.progress import item_progress
 from cfsp.settings import UNIT_PARTS
-from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.divergence import dense_predictions, few_beginnings
 from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import masked_unit
 from cfsp.whole_model.removal_order import check_can_be_compared, with_needed_removals
-from cfsp.whole_model.sensitivity import few_beginnings, with_needed_sensitivity
+from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
     from torch import Tensor
