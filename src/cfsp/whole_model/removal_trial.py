@@ -29,7 +29,7 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.make import choose_channels, plan_widths
+from cfsp.planning.make import channels_that_stay, plan_widths
 from cfsp.planning.numbers_to_try import (
     aim_at_parameters,
     channels_to_try,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.numbers_to_try import Aim
-    from cfsp.settings import Budget, Criterion, Part, PruneSettings
+    from cfsp.settings import Budget, Part, PruneSettings
     from cfsp.text.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ def tried(
     Raises:
         BudgetError: none is possible.
     """
-    budget = settings.budget
+    budget, criterion = settings.budget, settings.criterion
     model = load_whole(source, engine, f"choosing how many {whole_in_words(budget)} go")
     masked = _MaskedModel(source, model, few_beginnings(windows).tokens_NT)
     choices = channels_to_try(budget)
@@ -290,9 +290,10 @@ def tried(
             trial = Trial(count, removed, parts, sparsity, 0.0)
             try:
                 rest = trial.budget(budget)
-                kept_U = _plan(source, statistics, rest, settings.criterion, removed)
+                widths = plan_widths(source, statistics, rest, criterion, removed)
             except BudgetError:
                 return None  # or cannot lose it
+            kept_U = list(channels_that_stay(source, statistics, widths, criterion, removed))
             bar.update()
             return replace(trial, divergence=masked.divergence(removed.blocks, kept_U))
 
@@ -333,21 +334,6 @@ def _of_one_choice(
         if len(bests) > 2 and min(bests[-2:]) >= min(bests[:-2]):
             break
     return trials
-
-
-def _plan(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: Budget,
-    criterion: Criterion,
-    removed: RemovedWhole,
-) -> list[tuple[int, ...]]:
-    """Return the channels of every unit that stay."""
-    widths = plan_widths(source, statistics, budget, criterion, removed)
-    return [
-        choose_channels(source, unit, statistics.units[unit], width, criterion, removed.experts)
-        for unit, width in enumerate(widths.kept_U)
-    ]
 
 
 class _MaskedModel:
