@@ -268,9 +268,9 @@ def _in_words(plan: PruningPlan) -> str:
     if plan.kept_experts is not None:
         all_of_one = next(unit.ffns for unit in plan.kept_units if unit.loses_experts)
         words.append(f"{all_of_one - plan.kept_experts} of {all_of_one} experts of each block")
-    if "ffn" in plan.unit_parts and plan.ffn_sparsity:
+    if "ffn" in plan.parts and plan.ffn_sparsity:
         words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")
-    if "kv" in plan.unit_parts and plan.kv_sparsity:
+    if "kv" in plan.parts and plan.kv_sparsity:
         words.append(f"{plan.kv_sparsity:.1%} of all KV groups")
     return ", ".join(words)
 

@@ -21,7 +21,7 @@ from cfsp.cli import main
 from cfsp.repair import ladder
 from cfsp.repair.repaired import Repaired
 from cfsp.settings import REPAIRS
-from cfsp.whole_model import sensitivity
+from cfsp.whole_model import divergence
 
 pytestmark = pytest.mark.real
 
@@ -58,8 +58,8 @@ def pruned(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
     with pytest.MonkeyPatch.context() as patch:
         # A minute less, and widths as good.
-        patch.setattr(sensitivity, "SENSITIVITY_WINDOWS", 4)
-        patch.setattr(sensitivity, "SENSITIVITY_TOKENS", 64)
+        patch.setattr(divergence, "LEAST_WINDOWS", 4)
+        patch.setattr(divergence, "BEGINNING_TOKENS", 64)
         for name, step in (("ridge", "_choose_and_repair"), ("sequential", "repair_sequentially")):
             patch.setattr(ladder, step, written(name, getattr(ladder, step)))
         cfsp.prune(

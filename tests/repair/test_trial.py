@@ -17,9 +17,8 @@ from cfsp.repair.trial import FITTED_WINDOWS, apart, divergence_when_repaired
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.divergence import dense_predictions, few_beginnings
 from cfsp.whole_model.masks import masked_channels
-from cfsp.whole_model.sensitivity import few_beginnings
 
 
 def windows(count: int, texts: int) -> Windows:

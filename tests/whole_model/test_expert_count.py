@@ -24,9 +24,8 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.settings import Budget, Part
 from cfsp.whole_model import removal_trial
-from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.divergence import dense_predictions, few_beginnings
 from cfsp.whole_model.removal_trial import Trial, worth_a_repair
-from cfsp.whole_model.sensitivity import few_beginnings
 
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu", "multiple": 8}
 STAYS = 0.6

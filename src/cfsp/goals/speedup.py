@@ -12,7 +12,7 @@ from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.latency import Latencies, measure_latencies, most_speedup
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
-from cfsp.planning.make import NOTHING, definite_criterion, model_size, plan_widths
+from cfsp.planning.make import NOTHING, model_size, plan_widths
 from cfsp.planning.numbers_to_try import Aim, half_alone
 from cfsp.planning.removal import whole_removal
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, with_counts
@@ -250,8 +250,7 @@ def resolve_speedup(speed: Speed, statistics: Statistics) -> Resolution:
     if not budget.removes_channels:
         order = statistics.removals_of(budget.whole_parts)
         return speed.fewest(RemovedWhole.of(order[:count]) for count in range(1, len(order) + 1))
-    removal = definite_criterion(speed.settings.criterion, statistics, budget).removal
-    removed = whole_removal(source, statistics, budget, removal)
+    removed = whole_removal(source, statistics, budget, speed.settings.criterion.removal)
     sparsity, tried = speed.least_sparsity(statistics, budget, removed)
     if sparsity is None:
         raise speed.out_of_reach(max(each.value for each in tried))

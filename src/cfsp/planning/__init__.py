@@ -1,1 +1,1 @@
-"""Importance: pure functions from statistics and weights to scores; higher means keep."""
+"""From statistics to a plan: what is important, how much of it goes, and what that is."""

@@ -1,7 +1,7 @@
 """Coarse importance: how much each block matters, from how far it moves the hidden state.
 
-Only blocks that have an FFN count: the budget is spent there. Every FFN unit is as important as
-its block. The same of attentions, by how far these move the hidden state where that is seen.
+Only blocks that have a unit count: the budget is spent there. Every FFN unit is as important as its
+block. The same of attentions, by how far these move the hidden state where that is seen.
 
 Shapes: L blocks that have a unit, in their order, U units.
 """
@@ -37,7 +37,7 @@ def block_metric_in_words(metric: str) -> str:
 
 
 def block_distances(statistics: Statistics, metric: str) -> list[float]:
-    """Return the distance of every block with an FFN, on the scale of angular distance.
+    """Return the distance of every block with a unit, on the scale of angular distance.
 
     `cosine`, `euclidean`, `mse` and `mae` have other units than the angular distance that the
     sigmoid's gain was made for; they are scaled to its mean over the blocks. `uniform` gives
@@ -74,7 +74,7 @@ def block_importance(distance_L: Sequence[float]) -> list[float]:
 
 
 def importance_by(statistics: Statistics, metric: str) -> list[float]:
-    """Return the normalised importance of every block with an FFN by one metric, in (0, 1].
+    """Return the normalised importance of every block with a unit by one metric, in (0, 1].
 
         sensitivity           s_l = sqrt(KL_l)
         angular+sensitivity   the mean of that and the angular importance, each divided by its mean

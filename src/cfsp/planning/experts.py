@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cfsp.settings import Budget
 
 # Where experts are redundant, those that go add much less than their share of all experts.
-MUCH_OF_THEIR_SHARE = 0.5
+_MUCH_OF_THEIR_SHARE = 0.5
 
 SCORE_IN_WORDS = "router weight x output norm, mean over their tokens (REAP)"
 
@@ -135,7 +135,7 @@ def warn_of_lost_experts(plan: PruningPlan) -> None:
     if plan.kept_experts is None:
         return
     gone = 1 - plan.kept_experts / max(unit.ffns for unit in plan.units)
-    if plan.lost_output > MUCH_OF_THEIR_SHARE * gone:
+    if plan.lost_output > _MUCH_OF_THEIR_SHARE * gone:
         log.warning(
             "the experts of this model are not redundant on this text: %s; expect much worse "
             "answers, measure tasks, and try channels inside the experts (--parts ffn)",

@@ -29,15 +29,13 @@ from cfsp.planning.experts import (
 )
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
-from cfsp.planning.removal import whole_removal
+from cfsp.planning.removal import definite_removal, whole_removal
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, parameters_with_experts
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress
 from cfsp.settings import (
     AUTO_METRIC,
     DEFAULT_PARTS,
-    DIVERGENCE,
-    RUNS,
     SENSITIVITY,
     UNIFORM,
     Budget,
@@ -88,10 +86,8 @@ def model_size(source: WeightSource, removed: RemovedWhole = NOTHING) -> ModelSi
 
 def definite_criterion(criterion: Criterion, statistics: Statistics, budget: Budget) -> Criterion:
     """Return a criterion that names its metrics: of `auto` what the statistics allow."""
-    if criterion.removal == AUTO_METRIC:
-        parts = budget.whole_parts
-        measured = len(parts) > 1 or statistics.removals_of(parts)
-        criterion = replace(criterion, removal=DIVERGENCE if measured else RUNS)
+    removal = definite_removal(criterion.removal, statistics, budget)
+    criterion = replace(criterion, removal=removal)
     if budget.widths == "equal":
         return replace(criterion, block_metric=UNIFORM)
     if criterion.block_metric != AUTO_METRIC:
@@ -215,6 +211,19 @@ def choose_channels(
     return tuple(kept)
 
 
+def channels_that_stay(
+    source: WeightSource,
+    statistics: Statistics,
+    widths: UnitWidths,
+    criterion: Criterion,
+    removed: RemovedWhole,
+) -> Iterator[tuple[int, ...]]:
+    """Yield the channels of every unit that stay, in the order of units; see `choose_channels`."""
+    for unit, width in enumerate(widths.kept_U):
+        observed = statistics.units[unit]
+        yield choose_channels(source, unit, observed, width, criterion, removed.experts)
+
+
 def _staying(
     source: WeightSource, unit: int, statistics: UnitStatistics, experts: int
 ) -> Sequence[int]:
@@ -231,7 +240,7 @@ def ffn_scores(
     unit: int,
     statistics: UnitStatistics,
     criterion: Criterion,
-    ffns: Sequence[int] | None,
+    ffns: Sequence[int],
 ) -> Iterator[Tensor]:
     """Yield the channel scores of FFNs of a unit, as float32 [F]; see `choose_channels`.
 
@@ -240,10 +249,10 @@ def ffn_scores(
         unit: index of the unit in the model.
         statistics: of the unit.
         criterion: what counts as important.
-        ffns: of which; None for all.
+        ffns: of which.
     """
     few = few_tokens(statistics)
-    for ffn in range(statistics.ffns) if ffns is None else ffns:
+    for ffn in ffns:
         weights = read_ffn_weights(source, unit, ffn)
         metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
         score_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
@@ -309,9 +318,8 @@ def make_plan(
     removed = whole_removal(source, statistics, budget, criterion.removal)
     widths = plan_widths(source, statistics, budget, criterion, removed)
     kept = []
-    for unit, width in enumerate(widths.kept_U):
-        observed = statistics.units[unit]
-        kept.append(choose_channels(source, unit, observed, width, criterion, removed.experts))
+    for kept_K in channels_that_stay(source, statistics, widths, criterion, removed):
+        kept.append(kept_K)
         on_unit()
     return assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
 

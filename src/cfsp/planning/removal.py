@@ -31,7 +31,7 @@ from cfsp.planning.removal_budget import (
     check_is_definite,
     whole_in_words,
 )
-from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
+from cfsp.settings import AUTO_METRIC, DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Removal, RunDistances, Statistics
@@ -45,6 +45,14 @@ NEEDS_PREDICTIONS = (
 )
 
 
+def definite_removal(removal: str, statistics: Statistics, budget: Budget) -> str:
+    """Return how it is chosen what goes whole: of `auto` what the statistics allow."""
+    if removal != AUTO_METRIC:
+        return removal
+    parts = budget.whole_parts
+    return DIVERGENCE if len(parts) > 1 or statistics.removals_of(parts) else RUNS
+
+
 def whole_removal(
     source: WeightSource, statistics: Statistics, budget: Budget, removal: str
 ) -> RemovedWhole:
@@ -54,7 +62,7 @@ def whole_removal(
         source: the model.
         statistics: of its calibration.
         budget: how much to remove.
-        removal: how they are chosen, one of `REMOVALS`.
+        removal: how they are chosen, one of `REMOVALS`, or `auto`.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -66,6 +74,7 @@ def whole_removal(
     experts = experts_to_remove(source, budget)
     if not budget.whole_parts:
         return RemovedWhole(experts=experts)
+    removal = definite_removal(removal, statistics, budget)
     return replace(_one_by_one(source, statistics, budget, removal), experts=experts)
 
 

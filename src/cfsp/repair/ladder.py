@@ -27,7 +27,6 @@ from cfsp.planning.make import (
     budget_of_channels,
     check_statistics_fit,
     choose_channels,
-    definite_criterion,
     model_size,
     plan_from_statistics,
     plan_widths,
@@ -315,8 +314,7 @@ def _choose_and_repair(
     coarse = calibrated(source, windows, settings, engine, place, few, "coarse pass")
     settings, coarse = with_count_by_repair(source, coarse, windows, settings, engine, place)
     budget = settings.budget
-    removal = definite_criterion(criterion, coarse, budget).removal
-    removed = whole_removal(source, coarse, budget, removal)
+    removed = whole_removal(source, coarse, budget, criterion.removal)
     widths = plan_widths(source, coarse, budget, criterion, removed)
     chosen = choose_and_repair(
         source,

@@ -20,10 +20,9 @@ from cfsp.planning.make import make_plan
 from cfsp.repair.ridge_step import repair_by_plan
 from cfsp.repair.sequential import repair_gaps
 from cfsp.text.windows import few_windows, joined
-from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.divergence import dense_predictions, few_beginnings
 from cfsp.whole_model.load import load_whole
 from cfsp.whole_model.removal_trial import with_removal_count
-from cfsp.whole_model.sensitivity import few_beginnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -32,11 +32,8 @@ from cfsp.speed.work import work_of
 from cfsp.speed.workload import Workload
 from cfsp.text.pools import sources_drawn
 from cfsp.text.windows import Windows
-from cfsp.whole_model.sensitivity import (
-    SENSITIVITY_TOKENS,
-    follow_sensitivity,
-    windows_measured,
-)
+from cfsp.whole_model.divergence import BEGINNING_TOKENS, windows_compared
+from cfsp.whole_model.sensitivity import follow_sensitivity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -282,7 +279,7 @@ def _stages(
     if follow_sensitivity(source, settings.criterion, engine, has_images=False):
         # Half a forward pass of the whole model for each part of each block.
         sources = sources_drawn(settings.text.names, windows)
-        tokens = min(windows, windows_measured(sources)) * min(seqlen, SENSITIVITY_TOKENS)
+        tokens = min(windows, windows_compared(sources)) * min(seqlen, BEGINNING_TOKENS)
         passes = 1 + len({(unit.block, unit.part) for unit in source.units}) / 2
         stages.append(one_pass("sensitivity", tokens / seqlen * passes))
     if settings.repair != "none":

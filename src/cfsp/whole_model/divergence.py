@@ -9,20 +9,34 @@ Shapes: B windows, T tokens, P positions in a window, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cfsp.engine.decoder_end import text_model
+from cfsp.engine.resumed_forward import resumed_at
+from cfsp.text.windows import few_windows
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
+
+    from cfsp.engine.call_form import CallForm
+    from cfsp.text.windows import Windows
+
+# At least so many windows are compared, one of each text, and of each this beginning. The
+# divergence has little noise (LOG.md), and each window costs a forward pass for every change.
+LEAST_WINDOWS = 8
+BEGINNING_TOKENS = 256
 
 # Predictions of neighbours are alike: of every few tokens one is compared, which keeps the cost
 # of a large vocabulary small.
 POSITION_STRIDE = 4
+
+# In nats: equal predictions, but for rounding.
+_SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,42 @@ def dense_predictions(model: PreTrainedModel, tokens_BT: Tensor) -> DensePredict
     probability_BPV = _logits(model, tokens_BT).softmax(-1)
     negative_entropy_BP = torch.xlogy(probability_BPV, probability_BPV).sum(-1)
     return DensePredictions(tokens_BT, probability_BPV, negative_entropy_BP)
+
+
+def windows_compared(sources: int) -> int:
+    """Return on how many windows models are compared, of a text from so many sources."""
+    return max(LEAST_WINDOWS, sources)
+
+
+def few_beginnings(windows: Windows) -> Windows:
+    """Return the beginnings of a few windows of every text: more kinds of it in the same time."""
+    few = few_windows(windows, windows_compared(len(windows.sources)))
+    return replace(few, tokens_NT=few.tokens_NT[:, :BEGINNING_TOKENS])
+
+
+def can_resume(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    entering_BTD: Tensor,
+    form: CallForm,
+    dense: DensePredictions,
+) -> bool:
+    """Return whether the last block needs nothing of those before but a hidden state.
+
+    Some models take keys and values from an earlier block; they run from the beginning.
+
+    Args:
+        model: the dense one, in evaluation mode.
+        blocks: its own.
+        entering_BTD: what enters the last block.
+        form: how the model takes hidden states from its blocks.
+        dense: what it predicts.
+    """
+    try:
+        with resumed_at(blocks, len(blocks) - 1, entering_BTD, form):
+            return abs(dense.divergence(model)) < _SAME
+    except Exception:  # however a model misses what its stand-ins do not leave
+        return False
 
 
 def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:

@@ -42,10 +42,9 @@ from cfsp.planning.removal_budget import (
 )
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
-from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.divergence import can_resume, dense_predictions, few_beginnings
 from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import without_attention
-from cfsp.whole_model.sensitivity import few_beginnings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,8 +60,6 @@ if TYPE_CHECKING:
     from cfsp.whole_model.divergence import DensePredictions
 
 _WINDOWS_IN_BATCH = 4
-# In nats: equal predictions, but for rounding.
-_SAME = 1e-4
 
 
 def order_of_removal(
@@ -95,7 +92,7 @@ def order_of_removal(
     # What each added to the divergence when it was last tried.
     added: dict[Candidate, float] = {}
     with torch.inference_mode():
-        trials = _Trials.of(source, model, tokens_NT)
+        skipping = _SkippingModel.of(source, model, tokens_NT)
         while True:
             left = _room(wanted, gone) - refusals.keys()
             fresh: set[Candidate] = set()
@@ -103,7 +100,7 @@ def order_of_removal(
             while left and best is None:
                 cheapest = _cheapest(left, added, sizes, gone)
                 if cheapest not in fresh:
-                    added[cheapest] = trials.divergence_without(gone, cheapest) - divergence
+                    added[cheapest] = skipping.divergence_without(gone, cheapest) - divergence
                     fresh.add(cheapest)
                     continue
                 try:
@@ -120,7 +117,7 @@ def order_of_removal(
             # A block without its attention is another one than was tried.
             added.pop(("blocks", block), None)
             on_removal()
-            trials.remove(gone)
+            skipping.remove(gone)
     if not all(each.is_met_by(gone) for each in wanted):
         blocks, attentions = len(gone.blocks), len(gone.attentions)
         whole = f"{counted(blocks, 'blocks')} and {counted(attentions, 'attentions')}"
@@ -280,7 +277,7 @@ def measure_removals(
         return order_of_removal(source, model, few.tokens_NT, wanted, check, bar.update)
 
 
-class _Trials:
+class _SkippingModel:
     """A whole model that runs without some of its parts, on the same windows again and again."""
 
     def __init__(
@@ -294,19 +291,18 @@ class _Trials:
         self._blocks, self._attentions = blocks, attentions
         self._model, self._form, self._dense = model, form, dense
         self._entering: list[list[Tensor]] = []
-        self._resumes = True
         self.remove(RemovedWhole())
-        self._resumes = self._can_resume()
+        self._resumes = can_resume(model, blocks, self._entering[0][-1], form, dense[0])
 
     @staticmethod
-    def of(source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor) -> _Trials:
+    def of(source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor) -> _SkippingModel:
         """Run the dense model."""
         blocks = blocks_of(model, source.architecture)
         attentions = {unit.block: unit for unit in source.units if unit.part == "kv"}
         form = call_form_of(model, blocks)
         batches = torch.split(tokens_NT, _WINDOWS_IN_BATCH)
         dense = [dense_predictions(model, each) for each in batches]
-        return _Trials(model, blocks, form, dense, attentions)
+        return _SkippingModel(model, blocks, form, dense, attentions)
 
     @contextmanager
     def _without(self, gone: RemovedWhole) -> Iterator[None]:
@@ -349,12 +345,3 @@ class _Trials:
             total += divergence * len(dense.tokens_BT)
             windows += len(dense.tokens_BT)
         return total / windows if math.isfinite(total) else math.inf
-
-    def _can_resume(self) -> bool:
-        """Return whether the last block needs nothing of those before but a hidden state."""
-        last, entering_BTD = len(self._blocks) - 1, self._entering[0][-1]
-        try:
-            with resumed_at(self._blocks, last, entering_BTD, self._form):
-                return abs(self._dense[0].divergence(self._model)) < _SAME
-        except Exception:  # however a model misses what its stand-ins do not leave
-            return False

@@ -29,7 +29,7 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.make import choose_channels, plan_widths
+from cfsp.planning.make import channels_that_stay, plan_widths
 from cfsp.planning.numbers_to_try import (
     aim_at_parameters,
     channels_to_try,
@@ -40,11 +40,11 @@ from cfsp.planning.removal import first_removals
 from cfsp.planning.removal_budget import RemovedWhole, whole_in_words, with_counts
 from cfsp.progress import item_progress
 from cfsp.settings import UNIT_PARTS
-from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.divergence import dense_predictions, few_beginnings
 from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import masked_unit
 from cfsp.whole_model.removal_order import check_can_be_compared, with_needed_removals
-from cfsp.whole_model.sensitivity import few_beginnings, with_needed_sensitivity
+from cfsp.whole_model.sensitivity import with_needed_sensitivity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.numbers_to_try import Aim
-    from cfsp.settings import Budget, Criterion, Part, PruneSettings
+    from cfsp.settings import Budget, Part, PruneSettings
     from cfsp.text.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ def tried(
     Raises:
         BudgetError: none is possible.
     """
-    budget = settings.budget
+    budget, criterion = settings.budget, settings.criterion
     model = load_whole(source, engine, f"choosing how many {whole_in_words(budget)} go")
     masked = _MaskedModel(source, model, few_beginnings(windows).tokens_NT)
     choices = channels_to_try(budget)
@@ -290,9 +290,10 @@ def tried(
             trial = Trial(count, removed, parts, sparsity, 0.0)
             try:
                 rest = trial.budget(budget)
-                kept_U = _plan(source, statistics, rest, settings.criterion, removed)
+                widths = plan_widths(source, statistics, rest, criterion, removed)
             except BudgetError:
                 return None  # or cannot lose it
+            kept_U = list(channels_that_stay(source, statistics, widths, criterion, removed))
             bar.update()
             return replace(trial, divergence=masked.divergence(removed.blocks, kept_U))
 
@@ -333,21 +334,6 @@ def _of_one_choice(
         if len(bests) > 2 and min(bests[-2:]) >= min(bests[:-2]):
             break
     return trials
-
-
-def _plan(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: Budget,
-    criterion: Criterion,
-    removed: RemovedWhole,
-) -> list[tuple[int, ...]]:
-    """Return the channels of every unit that stay."""
-    widths = plan_widths(source, statistics, budget, criterion, removed)
-    return [
-        choose_channels(source, unit, statistics.units[unit], width, criterion, removed.experts)
-        for unit, width in enumerate(widths.kept_U)
-    ]
 
 
 class _MaskedModel:

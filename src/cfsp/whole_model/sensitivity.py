@@ -7,13 +7,13 @@ It is measured by masking, forward passes only, on the whole model in memory: no
 dropped while others are tried. What enters a block does not depend on its own pruning, so only
 the blocks from it on are computed again: half a forward pass for each block on average.
 
-Shapes: N windows, T tokens, L blocks, U FFN units.
+Shapes: N windows, T tokens, L blocks, U units.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -23,7 +23,6 @@ import torch
 
 from cfsp.calibration.statistics import Sensitivity, Statistics, sensitivity_from_json
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.engine.call_form import CallForm
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
@@ -31,13 +30,12 @@ from cfsp.errors import CalibrationError
 from cfsp.planning.make import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
-from cfsp.text.windows import few_windows
-from cfsp.whole_model.divergence import dense_predictions
+from cfsp.whole_model.divergence import can_resume, dense_predictions, few_beginnings
 from cfsp.whole_model.load import call_form_of, load_whole
 from cfsp.whole_model.masks import masked_unit
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
@@ -45,19 +43,10 @@ if TYPE_CHECKING:
     from cfsp.engine.workplace import Workplace
     from cfsp.settings import Criterion, Part, PruneSettings
     from cfsp.text.windows import Windows
-    from cfsp.whole_model.divergence import DensePredictions
 
 # Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
 # that one measurement serves every budget.
 SENSITIVITY_SPARSITY = 0.5
-
-# At least so many windows, one of each text, and of each this beginning. The divergence of a pruned
-# block has little noise (LOG.md), and each window costs half a forward pass for every block.
-SENSITIVITY_WINDOWS = 8
-SENSITIVITY_TOKENS = 256
-
-# In nats: equal predictions, but for rounding.
-_SAME = 1e-4
 
 
 def block_sensitivities(
@@ -66,18 +55,18 @@ def block_sensitivities(
     tokens_NT: Tensor,
     kept_U: Sequence[Sequence[int]],
     on_block: Callable[[], object] = lambda: None,
-    parts: Sequence[Part] = UNIT_PARTS,
+    parts: Collection[Part] = UNIT_PARTS,
 ) -> dict[Part, list[float]]:
     """Return how far pruning a part of each block alone moves the predictions, in nats per token.
 
-    KL(dense || one block pruned), the mean over tokens; see `cfsp.whole_model.divergence`. All FFN
-    units of a block are pruned together; a block without any moves nothing.
+    KL(dense || one block pruned), the mean over tokens; see `cfsp.whole_model.divergence`. All
+    units of one part of a block are pruned together; a block without any moves nothing.
 
     Args:
         source: the dense model.
         model: the whole of it in memory, in evaluation mode.
         tokens_NT: windows without padding; they pass one at a time.
-        kept_U: channels of each FFN unit that stay when its block is pruned.
+        kept_U: channels of each unit that stay when its block is pruned.
         on_block: is called after each block of each window.
         parts: those that are pruned.
     """
@@ -92,7 +81,7 @@ def block_sensitivities(
             with hidden_states_entering(blocks) as entering_L:
                 dense = dense_predictions(model, tokens_T[None])
             if resumes is None:
-                resumes = _resumes(model, blocks, entering_L[-1], form, dense)
+                resumes = can_resume(model, blocks, entering_L[-1], form, dense)
             for index, part in places:
                 first = index if resumes else 0
                 with ExitStack() as masks, resumed_at(blocks, first, entering_L[first], form):
@@ -106,27 +95,9 @@ def block_sensitivities(
     }
 
 
-def _places(source: WeightSource, parts: Sequence[Part]) -> list[tuple[int, Part]]:
+def _places(source: WeightSource, parts: Collection[Part]) -> list[tuple[int, Part]]:
     """Return the parts of blocks that are pruned alone, block by block."""
     return sorted({(unit.block, unit.part) for unit in source.units if unit.part in parts})
-
-
-def _resumes(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
-    entering_BTD: Tensor,
-    form: CallForm,
-    dense: DensePredictions,
-) -> bool:
-    """Return whether the last block needs nothing of those before but a hidden state.
-
-    Some models take keys and values from an earlier block; they run from the beginning.
-    """
-    try:
-        with resumed_at(blocks, len(blocks) - 1, entering_BTD, form):
-            return abs(dense.divergence(model)) < _SAME
-    except Exception:  # however a model misses what its stand-ins do not leave
-        return False
 
 
 def follow_sensitivity(
@@ -156,10 +127,8 @@ def with_needed_sensitivity(
     decided not to measure: there may be another amount of memory now. Of several processes the
     first decides and measures.
     """
-    criterion, parts = settings.criterion, ("ffn", *settings.budget.parts)
-    if statistics.sensitivity is not None and all(
-        statistics.sensitivity.of_part(part) for part in UNIT_PARTS if part in parts
-    ):
+    criterion, parts = settings.criterion, {"ffn", *settings.budget.channel_parts}
+    if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
         return statistics
 
     def measure() -> dict[str, Any]:
@@ -182,23 +151,12 @@ def with_sensitivity(
     windows: Windows,
     criterion: Criterion,
     engine: Engine,
-    parts: Sequence[Part] = UNIT_PARTS,
+    parts: Collection[Part] = UNIT_PARTS,
 ) -> Statistics:
     """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
     few = few_beginnings(windows)
     found = measure_sensitivity(source, statistics, few, criterion, engine, parts)
     return replace(statistics, sensitivity=found)
-
-
-def windows_measured(sources: int) -> int:
-    """Return on how many windows it is measured, of a text from so many sources."""
-    return max(SENSITIVITY_WINDOWS, sources)
-
-
-def few_beginnings(windows: Windows) -> Windows:
-    """Return the beginnings of a few windows of every text: more kinds of it in the same time."""
-    few = few_windows(windows, windows_measured(len(windows.sources)))
-    return replace(few, tokens_NT=few.tokens_NT[:, :SENSITIVITY_TOKENS])
 
 
 def measure_sensitivity(
@@ -207,9 +165,9 @@ def measure_sensitivity(
     windows: Windows,
     criterion: Criterion,
     engine: Engine,
-    parts: Sequence[Part] = UNIT_PARTS,
+    parts: Collection[Part] = UNIT_PARTS,
 ) -> Sensitivity:
-    """Prune the FFNs of every block alone by half and measure what that does to the predictions.
+    """Prune a part of every block alone by half and measure what that does to the predictions.
 
     Args:
         source: the model.
