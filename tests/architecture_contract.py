@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ class Case:
     report: PruneReport
     in_memory: PreTrainedModel
     question: Question
+
+    @cached_property
+    def loaded(self) -> PreTrainedModel:
+        """The checkpoint, loaded once for all tests that only look at it."""
+        return cfsp.load(self.out)
 
     @property
     def tokens_BT(self) -> Tensor:
@@ -177,7 +183,7 @@ class ArchitectureContract:
 
     def test_pruned_logits_are_those_of_the_masked_original(self, case: Case) -> None:
         expected = logits_of(masked_original(case), case.tokens_BT)
-        actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+        actual = logits_of(case.loaded, case.tokens_BT)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         # What stock software is asked for.
         assert_bitwise_equal(case.question.expected["logits"], expected)
@@ -195,7 +201,7 @@ class ArchitectureContract:
             for name in unit.axes:
                 full_name = case.architecture.block_prefix(unit.block) + name
                 expected[full_name] = kept_part(unit, entry, name, expected[full_name])
-        for model in (cfsp.load(case.out), case.in_memory):
+        for model in (case.loaded, case.in_memory):
             found = model.state_dict()
             assert found.keys() == expected.keys()
             for name, tensor in expected.items():
@@ -214,11 +220,10 @@ class ArchitectureContract:
     # The shape of the result.
 
     def test_parameters_and_widths(self, case: Case) -> None:
-        loaded = cfsp.load(case.out)
-        assert elements_of(loaded) == case.report.parameters_after
+        assert elements_of(case.loaded) == case.report.parameters_after
         assert elements_of(case.dense) == case.report.parameters_before
         assert case.report.intermediate_sizes == [entry.kept_width for _, entry in case.units()]
-        for model in (loaded, case.in_memory):
+        for model in (case.loaded, case.in_memory):
             for unit, entry in case.units():
                 old, new = case.block(case.dense, unit), case.block(model, unit)
                 for name in unit.axes:
@@ -251,7 +256,7 @@ class ArchitectureContract:
             head = model.get_output_embeddings()
             return head is not None and head.weight is model.get_input_embeddings().weight
 
-        assert is_tied(cfsp.load(case.out)) == is_tied(case.in_memory) == is_tied(case.dense)
+        assert is_tied(case.loaded) == is_tied(case.in_memory) == is_tied(case.dense)
 
     def test_everything_beside_the_weights_travels(self, case: Case) -> None:
         for path in case.source.iterdir():

@@ -1,7 +1,8 @@
 """Fresh processes, without importing torch anew for each: a server that has it forks for every job.
 
 As a script it is the server; `Forks` is its client. The server never imports cfsp, so a job starts
-without it, as a new interpreter would.
+without it, as a new interpreter would. Only commands, which begin by importing it, are forked from
+a fork of the server that has.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from shortcuts import take_shortcuts
 
 # What takes long to import and what most jobs need.
 IMPORTED = ("transformers.models.llama.modeling_llama", "transformers.trainer", "peft")
+COMMAND = "commands.run"
+IMPORTED_BY_COMMANDS = (
+    "cfsp.cli", "cfsp.pipeline", "cfsp.quality.evaluate", "cfsp.recovery.recover",
+    "cfsp.recovery.reporting", "cfsp.recovery.trainer", "commands",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,17 +79,48 @@ class Forks:
 
 
 def serve() -> None:
-    for module in IMPORTED:
-        import_module(module)
+    prepare(IMPORTED)
     take_shortcuts()
-    gc.freeze()
+    of_commands: tuple[TextIO, TextIO] | None = None
     for line in sys.stdin:
-        with tempfile.TemporaryDirectory() as scratch:
-            jobs = [Job(**job) for job in json.loads(line)]
-            places = [Path(scratch) / str(number) for number in range(len(jobs))]
-            children = [start(job, place) for job, place in zip(jobs, places, strict=True)]
-            ended = [asdict(wait(*each)) for each in zip(children, places, strict=True)]
-        print(json.dumps(ended), flush=True)
+        if json.loads(line)[0]["function"] == COMMAND:
+            questions, answers = of_commands = of_commands or forked_server()
+            print(line, end="", file=questions, flush=True)
+            print(answers.readline().rstrip(), flush=True)
+        else:
+            print(answer(line), flush=True)
+
+
+def forked_server() -> tuple[TextIO, TextIO]:
+    """Fork a server of commands; return what it reads and what it writes."""
+    (asked, questions), (answers, answered) = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(asked)
+        os.close(answered)
+        return os.fdopen(questions, "w"), os.fdopen(answers)
+    os.close(questions)
+    os.close(answers)
+    prepare(IMPORTED_BY_COMMANDS)
+    with os.fdopen(asked) as lines, os.fdopen(answered, "w") as out:
+        for line in lines:
+            print(answer(line), file=out, flush=True)
+    os._exit(0)
+
+
+def prepare(modules: Iterable[str]) -> None:
+    """Import modules, and keep them from the collector, which would walk through them in forks."""
+    for module in modules:
+        import_module(module)
+    gc.freeze()
+
+
+def answer(line: str) -> str:
+    """Run the jobs of a line side by side; return how they ended, as a line."""
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = [Job(**job) for job in json.loads(line)]
+        places = [Path(scratch) / str(number) for number in range(len(jobs))]
+        children = [start(job, place) for job, place in zip(jobs, places, strict=True)]
+        return json.dumps([asdict(wait(*each)) for each in zip(children, places, strict=True)])
 
 
 def wait(child: int, place: Path) -> Finished:

@@ -97,10 +97,11 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
 
 
 def half_of(source: Checkpoint, out: Path) -> Checkpoint:
-    """Return half of a model by the quickest pruning there is: two windows, no repair."""
+    """Return half of a model by the quickest pruning there is: two windows, one pass, no repair."""
     from cfsp.pipeline import prune_checkpoint
-    from cfsp.settings import Budget, CalibrationText, PruneSettings
+    from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings
 
-    text = CalibrationText(samples=2, seqlen=128)
-    prune_checkpoint(source, out, PruneSettings(Budget(0.5), text=text, repair="none"))
+    text = CalibrationText(("python-docs",), samples=2, seqlen=128)
+    criterion = Criterion(block_metric="angular")
+    prune_checkpoint(source, out, PruneSettings(Budget(0.5), criterion, text, repair="none"))
     return Checkpoint(out)
