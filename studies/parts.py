@@ -248,9 +248,9 @@ def _rounded(found: Estimate, digits: int) -> list[float | None]:
 def _in_words(plan: PruningPlan) -> str:
     """Return what of each part goes; shares count what goes with whole blocks and attentions."""
     words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
-    if "ffn" in plan.unit_parts and plan.ffn_sparsity:
+    if "ffn" in plan.parts and plan.ffn_sparsity:
         words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")
-    if "kv" in plan.unit_parts and plan.kv_sparsity:
+    if "kv" in plan.parts and plan.kv_sparsity:
         words.append(f"{plan.kv_sparsity:.1%} of all KV groups")
     return ", ".join(words)
 

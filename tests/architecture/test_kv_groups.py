@@ -117,7 +117,7 @@ def test_the_plan_names_each_part_and_is_read_again(case: Case) -> None:
     plan = PruningPlan.load(case.out / PLAN_FILE)
     assert plan == case.report.plan
     assert json.loads(plan.to_json())["plan_version"] == 2
-    assert plan.unit_parts == PARTS
+    assert plan.parts == PARTS
     kept = sum(unit.kept_width * unit.cost for unit in plan.units)
     whole = sum(unit.width * unit.cost for unit in plan.units)
     # A step is a KV group or a channel.

@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
     statistics = Statistics.load(args.statistics) if args.statistics else None
     timeout = arguments.process_timeout(args)
     take_own_accelerator(settings.compute.device)
-    parts = plan.unit_parts if plan else settings.budget.parts
+    parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, args.revision, parts)
     repairs = settings.repair != "none" and not args.dry_run
     is_decided = statistics is not None and not settings.budget.leaves_number_open

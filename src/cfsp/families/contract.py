@@ -123,7 +123,7 @@ def question_of(
     """
     # It takes another attention on the way.
     model = copy.deepcopy(dense)
-    architecture = architecture_of(dense.config, plan.unit_parts if plan else DEFAULT_PARTS)
+    architecture = architecture_of(dense.config, plan.parts if plan else DEFAULT_PARTS)
     blocks = blocks_of(model, architecture)
     removed = plan.removed_blocks if plan else ()
     masks = zip(architecture.units, plan.kept_channels, strict=True) if plan else ()

@@ -169,7 +169,7 @@ class PruningPlan:
         return {unit.block: unit.kept_ffns for unit in self.kept_units if unit.loses_experts}
 
     @property
-    def unit_parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Part, ...]:
         """The parts that a model is opened with, to find the units of the plan."""
         whole: dict[Part, bool] = {
             # Some attentions can go only as a whole.
