@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from builders import random_unit_statistics, random_weights
 from cfsp.calibration.accumulators import ChannelSums
 from cfsp.calibration.statistics import UnitStatistics
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UsageError
+from cfsp.families.tiny import tiny_model
+from cfsp.planning import make
 from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
-from cfsp.settings import CHANNEL_METRICS
+from cfsp.settings import CHANNEL_METRICS, Criterion
 
 # By formula; `random` has none, and its own test in sweep/test_sweep.py.
 FORMULAS = tuple(metric for metric in CHANNEL_METRICS if metric != "random")
@@ -182,3 +185,12 @@ def test_sums_of_many_tokens_keep_their_precision() -> None:
         sums.add(torch.full((1, 256, 1), 1.0))
     assert sums.sum_of_squares_F is not None
     assert sums.sum_of_squares_F.item() == 4096.0**2 + 1024
+
+
+def test_a_unit_that_keeps_all_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = LoadedModel(tiny_model("llama"), ("ffn", "kv"))
+    monkeypatch.setattr(make, "read_ffn_weights", lambda *_: pytest.fail("nothing to choose"))
+    for index, unit in enumerate(source.units):
+        observed = random_unit_statistics(unit.columns)
+        kept = make.choose_channels(source, index, observed, unit.width, Criterion())
+        assert kept == tuple(range(unit.width))

@@ -101,7 +101,7 @@ class UnitWidths:
 
     Attributes:
         distance_U: coarse distance of every unit's block.
-        importance_U: normalised importance, in (0, 1); 0 of what goes whole.
+        importance_U: normalised importance, in (0, 1]; 0 of what goes whole.
         kept_U: channels that stay in each FFN; 0 of what goes whole.
     """
 
@@ -200,7 +200,7 @@ def choose_channels(
     """
     staying = _staying(source, unit, statistics, experts)
     channels = source.units[unit].width
-    if width == statistics.width:
+    if width == channels:
         return tuple(ffn * width + i for ffn in staying for i in range(width))
     kept: list[int] = []
     if not width:

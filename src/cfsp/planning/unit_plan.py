@@ -39,7 +39,7 @@ class UnitPlan:
         kept: indices of the channels that stay, ascending; channel i of expert e is
             e * width + i. None of an attention that goes whole, or of a removed block.
         distance: the block's coarse distance.
-        importance: its normalised importance, in (0, 1).
+        importance: its normalised importance, in (0, 1]; 0 of what goes whole.
         ffns: number of FFNs: 1, or the number of experts.
         few_tokens: expert -> calibration tokens that it saw, of those that saw too few to be
             scored by: their channels are scored by their weights alone, and whether they go whole
