@@ -270,7 +270,7 @@ def _attributes(
 
 def _config_numbers(module: nn.Module, heads: _Heads) -> Iterator[tuple[str, int]]:
     """Yield the numbers of heads that a module reads in its config while it runs."""
-    code = _code_of_forward(type(module))
+    code = _code_of_forward(type(module))  # type: ignore[arg-type]
     for name, count in ((_HEADS, heads.query), (_GROUPS, heads.groups)):
         if f"self.config.{name}" in code:
             yield name, count // heads.groups
