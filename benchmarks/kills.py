@@ -252,6 +252,7 @@ def import_everything() -> None:
     import torch
     import transformers.models.llama.modeling_llama
 
+    import cfsp.cli
     import cfsp.recovery.recover
     import cfsp.recovery.reporting
     import cfsp.recovery.trainer

@@ -17,6 +17,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -269,8 +270,13 @@ def _attributes(
 
 def _config_numbers(module: nn.Module, heads: _Heads) -> Iterator[tuple[str, int]]:
     """Yield the numbers of heads that a module reads in its config while it runs."""
-    source = inspect.getsource(type(module))
-    code = source.partition("def forward")[2]
+    code = _code_of_forward(type(module))  # type: ignore[arg-type]
     for name, count in ((_HEADS, heads.query), (_GROUPS, heads.groups)):
         if f"self.config.{name}" in code:
             yield name, count // heads.groups
+
+
+@cache
+def _code_of_forward(module_class: type[nn.Module]) -> str:
+    """Return the source from the forward on; to find it, all of its file is parsed."""
+    return inspect.getsource(module_class).partition("def forward")[2]
