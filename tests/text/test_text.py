@@ -254,6 +254,28 @@ def test_text_longer_than_a_chunk_is_joined_by_empty_lines(
         assert len(expected) - len(text) <= 3
 
 
+def test_no_more_is_read_than_the_first_windows_need(
+    tmp_path: Path, text_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cfsp.text.stream as module
+
+    path = tmp_path / "a.jsonl"
+    documents = text_file.read_text().split("\n\n")
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    whole = consecutive_windows(str(path), tokenizer, count=None, seqlen=16)
+    chunks, read = module._chunks, []
+
+    def recorded(*arguments: Any) -> Any:
+        for chunk in chunks(*arguments):
+            read.append(chunk)
+            yield chunk
+
+    monkeypatch.setattr(module, "_chunks", recorded)
+    first = consecutive_windows(str(path), tokenizer, count=4, seqlen=16)
+    assert first.tokens_NT.tolist() == whole.tokens_NT[:4].tolist()
+    assert sum(map(len, read)) < sum(map(len, documents)) / 4
+
+
 def test_digest_covers_tokens_and_shape() -> None:
     flat = torch.arange(12)
     digests = {

@@ -265,5 +265,6 @@ def _consecutive(
     count: int | None,
 ) -> tuple[Tensor, list[Span]]:
     """Return the beginning of a text as tokens, and up to `count` windows of it; None for all."""
-    stream_R = token_stream(source, tokenizer, None if count is None else count * seqlen)
+    limit = None if count is None else count * seqlen
+    stream_R = token_stream(source, tokenizer, limit, no_more=True)
     return stream_R, spans(stream_R, seqlen, begins_with, count)

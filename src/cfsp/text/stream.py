@@ -20,10 +20,16 @@ if TYPE_CHECKING:
 # Between documents; conversations have what their template puts there.
 _SEPARATOR = "\n\n"
 _CHUNK_CHARACTERS = 4_000_000
+# More than any tokenizer makes one token of, on the mean.
+_CHARACTERS_OF_TOKEN = 32
 
 
 def token_stream(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    *,
+    no_more: bool = False,
 ) -> Tensor:
     """Return the tokens of a text, as int64 [R].
 
@@ -31,6 +37,7 @@ def token_stream(
         source: the text.
         tokenizer: the model's own.
         limit: tokens after which no more is read; None for the whole text.
+        no_more: whether what was read beyond the limit is of no use, so that little should be.
 
     Raises:
         TextError: the text is missing or not readable.
@@ -38,7 +45,10 @@ def token_stream(
     pieces: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     total = 0
     separator = "" if source.is_chat else _SEPARATOR
-    for chunk in _chunks(source.documents(tokenizer), separator):
+    characters = _CHUNK_CHARACTERS
+    if no_more and limit is not None:
+        characters = min(characters, _CHARACTERS_OF_TOKEN * limit)
+    for chunk in _chunks(source.documents(tokenizer), separator, characters):
         with warnings.catch_warnings():
             # "sequence longer than the model's maximum": it is cut into windows later.
             warnings.simplefilter("ignore")
@@ -50,14 +60,14 @@ def token_stream(
     return torch.cat(pieces)
 
 
-def _chunks(documents: Iterator[str], separator: str) -> Iterator[str]:
-    """Join documents into strings of about 4 million characters."""
+def _chunks(documents: Iterator[str], separator: str, characters: int) -> Iterator[str]:
+    """Join documents into strings of about so many characters."""
     held: list[str] = []
     size = 0
     for document in documents:
         held.append(document)
         size += len(document)
-        if size >= _CHUNK_CHARACTERS:
+        if size >= characters:
             yield separator.join(held) + separator
             held, size = [], 0
     if held:
