@@ -286,6 +286,27 @@ def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_
     assert "cut " in told and "evaluate" not in told  # no stage that did not run
 
 
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [
+        (["--sparsity", 0.5], True),
+        (["--target-params", 0.8], True),
+        (["--sparsity", 0.2], False),
+        (["--sparsity", 0.5, "--parts", "ffn"], False),
+    ],
+)
+def test_where_many_channels_go_blocks_are_named(
+    options: list[object],
+    is_said: bool,
+    cli: Cli,
+    model: Path,
+    text: list[object],
+    tmp_path: Path,
+) -> None:
+    told, _ = cli("prune", model, "--out", tmp_path / "out", *text, *options)
+    assert ("--parts ffn,blocks" in told) is is_said
+
+
 def test_model_card_says_what_was_done(
     cli: Cli, model: Path, text: list[object], tmp_path: Path
 ) -> None:
