@@ -7,18 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cfsp.errors import TextError, UsageError
 from cfsp.text.drawing import consecutive_windows, draw_windows
 from cfsp.text.sources import TextSource
-from cfsp.text.windows import Windows, few_windows
+from cfsp.text.windows import Windows
 
 DOCUMENTS = ["The first document.", "The second,\nin two lines.", "Das dritte: äöü €."]
 
@@ -285,21 +282,3 @@ def test_digest_covers_tokens_and_shape() -> None:
     }
     assert len(digests) == 3
     assert Windows(flat.view(3, 4).int(), {}).digest == Windows(flat.view(3, 4), {"x": 1}).digest
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 50))
-def test_few_windows_are_as_many_of_every_source(sizes: list[int], count: int) -> None:
-    tokens_NT = torch.arange(sum(sizes))[:, None]
-    names = {str(source): size for source, size in enumerate(sizes)}
-    few = few_windows(Windows(tokens_NT, names), count).tokens_NT[:, 0].tolist()
-    assert len(few) == min(count, sum(sizes))
-    ends = np.cumsum(sizes)
-    found = np.bincount(np.searchsorted(ends, few, side="right"), minlength=len(sizes))
-    for size, own in zip(sizes, found, strict=True):
-        assert own == size or own >= found.max() - 1
-    for begin, end in zip(ends - sizes, ends, strict=True):
-        own = [place - begin for place in few if begin <= place < end]
-        assert own == sorted(set(own))
-        # Evenly: no two steps differ by more than one window.
-        steps = np.diff([*own, end - begin])
-        assert not len(steps) or steps.max() - steps.min() <= 1

@@ -61,15 +61,6 @@ class Windows:
             images_N=self.images_N[windows],
         )
 
-    def at(self, places: Sequence[int]) -> Windows:
-        """Return the windows at these places; where they came from is told of all."""
-        return replace(
-            self,
-            tokens_NT=self.tokens_NT[list(places)],
-            counted_N=None if self.counted_N is None else self.counted_N[list(places)],
-            images_N=tuple(self.images_N[place] for place in places if self.images_N),
-        )
-
     def by_source(self) -> list[Windows]:
         """Return the windows of each source; all together where it isn't known which are whose."""
         if sum(self.sources.values()) != len(self.tokens_NT):
@@ -129,23 +120,9 @@ def check_is_text(windows: Windows, needed_by: str) -> None:
 
 
 def few_windows(windows: Windows, count: int) -> Windows:
-    """Return at most `count` windows: of every source equally many, as far as it has them.
-
-    Those of a source are spread evenly over it. Fewer windows than sources are of the first ones.
-    """
-    sizes = [len(kind.tokens_NT) for kind in windows.by_source()]
-    places: list[int] = []
-    for end, size, share in zip(accumulate(sizes), sizes, _even_shares(sizes, count), strict=True):
-        places += [end - size + place * size // share for place in range(share)]
-    return windows.at(places)
-
-
-def _even_shares(sizes: Sequence[int], count: int) -> list[int]:
-    shares = [0] * len(sizes)
-    for _ in range(min(count, sum(sizes))):
-        has_more = (source for source, size in enumerate(sizes) if shares[source] < size)
-        shares[min(has_more, key=shares.__getitem__)] += 1
-    return shares
+    """Return at most `count` windows, spread over all, so that every text has its share."""
+    stride = max(1, len(windows.tokens_NT) // count)
+    return windows.part(slice(0, stride * count, stride))
 
 
 def joined(parts: Sequence[Windows]) -> Windows:
