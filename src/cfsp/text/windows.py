@@ -120,7 +120,7 @@ def check_is_text(windows: Windows, needed_by: str) -> None:
 
 
 def few_windows(windows: Windows, count: int) -> Windows:
-    """Return at most `count` windows, spread over all, so that every text has its share."""
+    """Return at most `count` windows, by equal steps from the first: of most texts some."""
     stride = max(1, len(windows.tokens_NT) // count)
     return windows.part(slice(0, stride * count, stride))
 
