@@ -103,7 +103,6 @@ def run(args: argparse.Namespace) -> None:
         names = [name.strip() for each in args.tasks for name in each.split(",") if name.strip()]
         batch = args.batch_windows or DEFAULT_BATCH
         selection = TaskSelection(tuple(names), args.limit, args.shots, args.task_data, batch)
-        selection.check_source()
 
     from cfsp.checkpoint.loading import compute_device
     from cfsp.processes import joined, take_own_accelerator

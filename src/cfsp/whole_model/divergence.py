@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cfsp.engine.call_form import CallForm
     from cfsp.text.windows import Windows
 
-# At least so many windows are compared, one of each text, and of each this beginning. The
+# At least so many windows are compared, or as many as texts, and of each this beginning. The
 # divergence has little noise (LOG.md), and each window costs a forward pass for every change.
 LEAST_WINDOWS = 8
 BEGINNING_TOKENS = 256
@@ -74,7 +74,7 @@ def windows_compared(sources: int) -> int:
 
 
 def few_beginnings(windows: Windows) -> Windows:
-    """Return the beginnings of a few windows of every text: more kinds of it in the same time."""
+    """Return the beginnings of a few windows: more kinds of text in the same time."""
     few = few_windows(windows, windows_compared(len(windows.sources)))
     return replace(few, tokens_NT=few.tokens_NT[:, :BEGINNING_TOKENS])
 
