@@ -59,7 +59,7 @@ def prune(
     *,
     out: str | Path,
     sparsity: float | None = ...,
-    parts: str | Sequence[str] = ...,
+    parts: str | Sequence[str] | None = ...,
     goal: Goal | None = ...,
     data: Data = ...,
     samples: int | None = ...,
@@ -79,7 +79,7 @@ def prune(
     *,
     out: None = None,
     sparsity: float | None = ...,
-    parts: str | Sequence[str] = ...,
+    parts: str | Sequence[str] | None = ...,
     goal: Goal | None = ...,
     data: Data = ...,
     samples: int | None = ...,
@@ -98,7 +98,7 @@ def prune(
     *,
     out: str | Path | None = None,
     sparsity: float | None = None,
-    parts: str | Sequence[str] = DEFAULT_PARTS,
+    parts: str | Sequence[str] | None = None,
     goal: Goal | None = None,
     data: Data = DEFAULT_TEXT,
     samples: int | None = None,
@@ -117,7 +117,8 @@ def prune(
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: fraction to remove, in [0, 1).
-        parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or several.
+        parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or several; None for
+            `ffn` and, with `TargetParameters` that takes many channels, blocks too if they fit.
         goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
             `TargetSpeedup`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
@@ -153,8 +154,11 @@ def prune(
     check_names(
         prune, advanced, Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining
     )
+    budget = from_names(
+        Budget, advanced, sparsity=sparsity or 0.0, parts=DEFAULT_PARTS if parts is None else parts
+    )
     settings = PruneSettings(
-        budget=from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts).for_goal(goal),
+        budget=budget.for_goal(goal),
         criterion=from_names(Criterion, advanced),
         text=from_names(
             CalibrationText, advanced, names=texts_of(data), samples=samples, seqlen=seqlen
@@ -163,6 +167,7 @@ def prune(
         repair=repair or EFFORTS[effort],
         local=from_names(LocalTraining, advanced),
         goal=goal,
+        leaves_parts_open=parts is None,
         evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
     )
     trains = repair is None and effort == BEST_EFFORT

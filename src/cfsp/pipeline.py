@@ -59,6 +59,7 @@ from cfsp.result.manifest import (
 from cfsp.result.origin import CARD_FILE, origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
+    Budget,
     CalibrationText,
     Compute,
     Criterion,
@@ -117,14 +118,9 @@ def prune_checkpoint(
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
-    settings = settings.with_suitable_metric()
+    settings = settings.suited_to_repair()
+    repairs = settings.repair != "none"
     if dry_run:
-        if settings.budget.leaves_number_open and settings.repair != "none" and plan is None:
-            log.warning(
-                "--dry-run compares before repair how many %s go; the run itself repairs a few of "
-                "the numbers, and may choose another",
-                whole_in_words(settings.budget),
-            )
         settings = settings.without_repair()
     check_can_be_repaired(source, settings)
     watch = Stopwatch()
@@ -146,6 +142,8 @@ def prune_checkpoint(
             plan=plan,
         )
         if dry_run:
+            if repairs and plan is None:
+                _warn_of_comparing_before_repair(settings.budget, facts)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, watch, place, None)
@@ -171,6 +169,19 @@ def prune_checkpoint(
 
         team.from_first(describe)
     return report
+
+
+def _warn_of_comparing_before_repair(asked: Budget, facts: dict[str, Any]) -> None:
+    """Warn where how many blocks go was chosen by --dry-run, of a budget or of what a goal gave."""
+    found = Budget(**facts["budget"]) if facts else asked
+    for budget in (asked, found):
+        if budget.leaves_number_open:
+            log.warning(
+                "--dry-run compared before repair how many %s go; the run itself repairs a few of "
+                "the numbers, and may choose another",
+                whole_in_words(budget),
+            )
+            return
 
 
 @contextmanager
@@ -208,7 +219,7 @@ def prune_model(
     Returns:
         A new model that shares every unpruned tensor with the original.
     """
-    settings = settings.with_suitable_metric()
+    settings = settings.suited_to_repair()
     check_all_texts(settings)
     source = LoadedModel(model, settings.budget.parts)
     tokenizer, processor = parted(tokenizer)
@@ -360,6 +371,7 @@ def pruning_identity(
         "local": asdict(settings.local) if settings.repair == "local" else None,
         "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
         **asdict(settings.budget),
+        "parts are open": settings.leaves_parts_open,
         "goal": [type(settings.goal).__name__, asdict(settings.goal)] if settings.goal else None,
         **asdict(settings.criterion),
         "--statistics": statistics.record.tokens_digest if statistics else None,

@@ -290,7 +290,8 @@ def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_
     ("options", "is_said"),
     [
         (["--sparsity", 0.5], True),
-        (["--target-params", 0.8], True),
+        (["--target-params", 0.8, "--effort", "fast"], True),
+        (["--target-params", 0.8], False),  # they were tried
         (["--sparsity", 0.2], False),
         (["--sparsity", 0.5, "--parts", "ffn"], False),
     ],

@@ -155,7 +155,10 @@ def test_texts_that_have_no_windows_left(tokenizer: Any, text_file: Path) -> Non
 @pytest.mark.parametrize("repair", ["none", "ridge"])
 def test_target_params(model: Path, text_file: Path, tmp_path: Path, repair: str) -> None:
     out = tmp_path / "out"
-    assert prune(model, text_file, out, "--target-params", 0.75, "--repair", repair) == 0
+    assert (
+        prune(model, text_file, out, "--target-params", 0.75, "--parts", "ffn", "--repair", repair)
+        == 0
+    )
     manifest = read_manifest(out)
     assert manifest is not None
     before, after = manifest["parameters_before"], manifest["parameters_after"]

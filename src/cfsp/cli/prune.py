@@ -27,15 +27,13 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     Repair,
+    TargetParameters,
 )
 
 if TYPE_CHECKING:
     from cfsp.result.prune_report import PruneReport
     from cfsp.speed.pruning_cost import PruningCost
 
-# From this share of the channels on, whole blocks beside fewer channels were better on one of two
-# models (study 9).
-_MANY_CHANNELS = 0.4
 # Goals whose budget is found by trying.
 _GOALS = ("max_loss_increase", "target_speedup", "target_params", "target_kv_cache")
 
@@ -189,6 +187,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.engine.compute import engine_of
+    from cfsp.goals.parameters import MANY_CHANNELS
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
@@ -241,7 +240,9 @@ def run(args: argparse.Namespace) -> None:
         print_plan(report.plan)
         print()
     print_report(report)
-    if not args.parts and not args.plan and report.plan.ffn_sparsity >= _MANY_CHANNELS:
+    was_tried = isinstance(settings.goal, TargetParameters) and settings.repair != "none"
+    is_open = settings.leaves_parts_open and not was_tried
+    if is_open and report.plan.ffn_sparsity >= MANY_CHANNELS:
         print("this much may cost less with `--parts ffn,blocks`, which tries whole blocks, too")
     if args.dry_run:
         print(f"plan written to {args.out / PLAN_FILE}")
@@ -298,6 +299,7 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
         repair=_repair(args),
         local=settings_from(args, LocalTraining),
         goal=goal,
+        leaves_parts_open=args.parts is None and args.plan is None,
         evaluation=settings_from(args, EvaluationText, bos=args.bos or "auto"),
     )
 

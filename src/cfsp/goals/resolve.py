@@ -17,6 +17,7 @@ from cfsp.errors import UsageError
 from cfsp.goals.kv_cache import aim_at_kv_cache, resolve_kv_cache
 from cfsp.goals.latency import Latencies
 from cfsp.goals.loss import held_out_windows, resolve_loss
+from cfsp.goals.parameters import budget_for_parameters, parts_to_try
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import Speed, aim_at_speed, check_possible, measured, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
@@ -47,17 +48,6 @@ if TYPE_CHECKING:
     from cfsp.text.windows import Windows
 
 
-def resolve_parameters(
-    goal: TargetParameters, source: WeightSource, settings: PruneSettings
-) -> Resolution:
-    """Return the budget that leaves a fraction of all parameters; nothing needs to be tried."""
-    # Rounded, so that 0.7 that stay are 0.3 that go.
-    sparsity = round(1 - goal.fraction, 12)
-    budget = replace(settings.budget, sparsity=sparsity, of="model")
-    before = {"parameters_before": model_size(source).parameters}
-    return Resolution(budget, "target_params", goal.fraction, (), before)
-
-
 def resolve_goal(
     source: WeightSource,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
@@ -85,7 +75,7 @@ def resolve_goal(
     """
     work, goal = _Work(source, draw, settings, place, watch, statistics), settings.goal
     if isinstance(goal, TargetParameters):
-        return resolve_parameters(goal, source, settings), statistics
+        return _with_parameters(goal, work), statistics
     if isinstance(goal, TargetKVCache):
         return _with_kv_cache(goal, work)
     if isinstance(goal, TargetSpeedup):
@@ -134,6 +124,21 @@ class _Work:
             self.place,
             aim,
         )
+
+
+def _with_parameters(goal: TargetParameters, work: _Work) -> Resolution:
+    source, settings, place = work.source, work.settings, work.place
+    budget = budget_for_parameters(goal, settings.budget)
+    if settings.leaves_parts_open and work.statistics is None:
+
+        def choose() -> dict[str, Any]:
+            return {"parts": parts_to_try(source, budget, settings, work.engine, work.draw)}
+
+        # A run that is resumed may find another amount of memory.
+        parts = place.team.from_first(lambda: kept(place, "parts", choose)["parts"])
+        budget = replace(budget, parts=tuple(parts))
+    before = {"parameters_before": model_size(source).parameters}
+    return Resolution(budget, "target_params", goal.fraction, (), before)
 
 
 def _with_kv_cache(goal: TargetKVCache, work: _Work) -> tuple[Resolution, Statistics | None]:

@@ -87,7 +87,7 @@ def divergence_when_repaired(
     """
     if settings.repair == "none":
         return None
-    if not _has_room_for_two(source, engine):
+    if not has_room_for_two(source, engine):
         if settings.budget.leaves_number_open:
             log.warning("no memory for a pruned model beside the dense one: compared before repair")
         return None
@@ -132,7 +132,7 @@ def apart(windows: Windows) -> tuple[Windows, Windows]:
     return joined([few_windows(kind, of_each) for kind in fitted]), few_beginnings(joined(judged))
 
 
-def _has_room_for_two(source: WeightSource, engine: Engine) -> bool:
+def has_room_for_two(source: WeightSource, engine: Engine) -> bool:
     """Return whether there is memory for the model and for a pruned one beside it."""
     missing = 1 if isinstance(source, LoadedModel) else 2
     return missing * needed_bytes(source, engine.dtype) <= free_bytes(engine.device)

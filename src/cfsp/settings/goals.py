@@ -23,7 +23,8 @@ class TargetParameters:
 
     fraction: float = option(
         1.0,
-        "fraction of all parameters that stays",
+        "fraction of all parameters that stays; without --parts, cfsp prune tries whole blocks too "
+        "where much goes",
         kind=fraction,
         flag="target-params",
         metavar="F",

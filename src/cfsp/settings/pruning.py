@@ -106,6 +106,8 @@ class PruneSettings:
         local: how `local` trains.
         goal: gives the budget; of that here only the parts, the multiple and the kind of widths
             then count.
+        leaves_parts_open: whether nobody said what may go, so that a goal for parameters may also
+            take whole blocks where many channels would go (`cfsp.goals.parameters`).
         evaluation: texts to measure perplexity on, before and after.
     """
 
@@ -116,6 +118,7 @@ class PruneSettings:
     repair: Repair = DEFAULT_REPAIR
     local: LocalTraining = field(default_factory=LocalTraining)
     goal: Goal | None = None
+    leaves_parts_open: bool = False
     evaluation: EvaluationText = field(default_factory=EvaluationText)
 
     def __post_init__(self) -> None:
@@ -128,17 +131,20 @@ class PruneSettings:
                 "nothing; give one of the two"
             )
 
-    def with_suitable_metric(self) -> PruneSettings:
-        """Return the same settings; of `auto`, blocks go by angular distance without repair.
+    def suited_to_repair(self) -> PruneSettings:
+        """Return the same settings, with what is left open as it is best with this repair.
 
-        Widths by sensitivity are better with repair and worse without (LOG.md). Equal widths
-        follow nothing.
+        Widths by sensitivity are better with repair and worse without (LOG.md): of `auto`, blocks
+        go by angular distance without. Which parts go is not tried without, because that takes
+        many passes. Equal widths follow nothing.
         """
+        criterion, repairs = self.criterion, self.repair != "none"
         if self.budget.widths == "equal":
-            return replace(self, criterion=replace(self.criterion, block_metric=UNIFORM))
-        if self.repair != "none" or self.criterion.block_metric != AUTO_METRIC:
-            return self
-        return replace(self, criterion=replace(self.criterion, block_metric="angular"))
+            criterion = replace(criterion, block_metric=UNIFORM)
+        elif not repairs and criterion.block_metric == AUTO_METRIC:
+            criterion = replace(criterion, block_metric="angular")
+        is_open = self.leaves_parts_open and repairs
+        return replace(self, criterion=criterion, leaves_parts_open=is_open)
 
     @staticmethod
     def of_removal(parts: Sequence[Part]) -> list[PruneSettings]:

@@ -131,7 +131,7 @@ def pruning_cost(
     Raises:
         CfspError: the block cannot be read, or does not compute.
     """
-    settings = settings.with_suitable_metric()
+    settings = settings.suited_to_repair()
     measured = _measure(source, settings, engine)
     stages = _stages(source, settings, engine, measured)
     out = out.absolute()

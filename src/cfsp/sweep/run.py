@@ -241,7 +241,7 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
             return any(
                 follow_sensitivity(
                     source,
-                    each.with_suitable_metric().criterion,
+                    each.suited_to_repair().criterion,
                     engine,
                     has_images=windows.has_images,
                 )

@@ -1,0 +1,158 @@
+"""What may go for a goal of parameters where nobody said it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cfsp
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
+from cfsp.cli import main
+from cfsp.engine.compute import Engine
+from cfsp.engine.workplace import Workplace
+from cfsp.families.tiny import tiny_config
+from cfsp.goals import parameters, resolve
+from cfsp.goals.parameters import MANY_CHANNELS, budget_for_parameters, parts_to_try
+from cfsp.planning.make import model_size
+from cfsp.result.manifest import read_manifest
+from cfsp.settings import Budget, Criterion, PruneSettings, TargetParameters
+from cfsp.text.drawing import draw_windows
+from cfsp.text.windows import Windows
+from tiny_models import build_tiny_model
+
+OPEN = PruneSettings(Budget(multiple=8), leaves_parts_open=True)
+ENGINE = Engine(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Any) -> Path:
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture
+def draw(tokenizer: Any, text_file: Path) -> Any:
+    windows = draw_windows([str(text_file)], tokenizer, samples=4, seqlen=16)
+    return lambda: windows
+
+
+def stays_without(source: WeightSource, share: float) -> float:
+    """Return what stays of the parameters where a share of the FFN channels goes."""
+    size = model_size(source)
+    owned = size.of_parts(["ffn"])
+    return 1 - share * owned.cost_of(owned.width_U) * owned.parameters_per_cost / size.parameters
+
+
+def parts_of(source: WeightSource, stays: float, draw: Any, **settings: Any) -> tuple[str, ...]:
+    asked = replace(OPEN, **settings)
+    budget = budget_for_parameters(TargetParameters(stays), asked.budget)
+    return parts_to_try(source, budget, asked, ENGINE, draw)
+
+
+def test_blocks_are_tried_where_many_channels_would_go(
+    model: Path, draw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_checkpoint(model)
+    caplog.set_level(logging.INFO)
+    assert parts_of(source, stays_without(source, MANY_CHANNELS - 0.01), draw) == ("ffn",)
+    assert not caplog.text
+    assert parts_of(source, stays_without(source, MANY_CHANNELS + 0.01), draw) == ("ffn", "blocks")
+    assert "41% of the FFN channels would go alone: whole blocks are tried" in caplog.text
+    # More than the channels own.
+    assert parts_of(source, stays_without(source, 1.1), draw) == ("ffn", "blocks")
+    assert "all FFN channels would not be enough" in caplog.text
+
+
+def test_channels_go_alone_where_blocks_cannot_be_compared(
+    model: Path, draw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(model)
+    stays = stays_without(source, 0.6)
+    by_runs = {"criterion": Criterion(removal="runs")}
+    assert parts_of(source, stays, draw, **by_runs) == ("ffn",)
+    # Of more than all blocks but one, blocks alone are no budget.
+    assert parts_of(source, 0.05, draw) == ("ffn",)
+    with_images = replace(draw(), images_N=({"pixels": torch.zeros(1)},) * 4)
+    assert parts_of(source, stays, lambda: with_images) == ("ffn",)
+    # A model of text that has room for itself, and none for a pruned one beside it.
+    monkeypatch.setattr(parameters, "has_room_for_two", lambda *_: False)
+    assert parts_of(source, stays, never) == ("ffn",)
+
+
+def never() -> Windows:
+    raise AssertionError("without memory no text is drawn")
+
+
+def test_channels_go_alone_where_no_block_can(draw: Any) -> None:
+    # Each of its blocks has an embedding of its own.
+    config = tiny_config("gemma3n_text", num_kv_shared_layers=0)
+    source = LoadedModel(AutoModelForCausalLM.from_config(config).eval())
+    assert parts_of(source, stays_without(source, 0.6), draw) == ("ffn",)
+
+
+def test_a_command_that_names_no_parts(
+    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stays = f"{stays_without(open_checkpoint(model), 0.6):.4f}"
+
+    def pruned(name: str, *more: str) -> dict[str, Any]:
+        out = tmp_path / name
+        command = ["prune", str(model), "--data", str(text_file), "--samples", "8"]
+        command += ["--seqlen", "32", "--set", "multiple=8", "--target-params", stays]
+        assert main([*command, "--out", str(out), *more]) == 0
+        found = read_manifest(out) if "--dry-run" not in more else {}
+        assert found is not None
+        return found
+
+    manifest = pruned("open")
+    assert manifest["goal"]["budget"]["parts"] == ["ffn", "blocks"]
+    assert abs(manifest["parameters_after"] / manifest["parameters_before"] - float(stays)) < 0.02
+    assert "0 blocks and 60.0% of the FFN channels" in (shown := capsys.readouterr().err)
+    assert "1 block and" in shown
+    # The same as by name.
+    assert pruned("named", "--parts", "ffn,blocks")["files"] == manifest["files"]
+    capsys.readouterr()
+    assert pruned("ffn", "--parts", "ffn")["goal"]["budget"]["parts"] == ["ffn"]
+    # One pass, without trying anything; so it is said.
+    assert pruned("fast", "--effort", "fast")["goal"]["budget"]["parts"] == ["ffn"]
+    found = capsys.readouterr()
+    assert "blocks are tried" not in found.err
+    assert "may cost less with `--parts ffn,blocks`" in found.out
+    pruned("dry", "--dry-run")
+    assert "compared before repair how many blocks go" in capsys.readouterr().err
+
+
+def test_a_model_in_memory_loses_blocks_too(tokenizer: Any, text_file: Path) -> None:
+    model = build_tiny_model("llama")
+    goal = TargetParameters(stays_without(LoadedModel(model), 0.9))
+    more: dict[str, Any] = {
+        "data": [str(text_file)], "samples": 8, "seqlen": 32, "multiple": 8,
+    }  # fmt: skip
+    open_ = cfsp.prune(model, tokenizer, goal=goal, **more)
+    named = cfsp.prune(model, tokenizer, goal=goal, parts="ffn,blocks", **more)
+    for name, tensor in named.state_dict().items():
+        torch.testing.assert_close(open_.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_a_resumed_run_keeps_what_it_had_decided(
+    model: Path, draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(model)
+    settings = replace(OPEN, goal=TargetParameters(stays_without(source, 0.6)))
+    place = Workplace(tmp_path, identity={"of": "one command"})
+
+    def parts() -> tuple[str, ...]:
+        resolution, _ = resolve.resolve_goal(
+            source, lambda: None, draw, settings, place=place, watch=resolve.Stopwatch()
+        )
+        return resolution.budget.parts
+
+    assert parts() == ("ffn", "blocks")
+    monkeypatch.setattr(parameters, "has_room_for_two", lambda *_: False)
+    assert parts() == ("ffn", "blocks")
