@@ -25,9 +25,9 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.planning.allocation import channels_to_keep, round_widths
 from cfsp.planning.fine import read_ffn_weights, strongest_channels
-from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
+from cfsp.planning.widths import model_size
 from cfsp.settings import Budget
 from conditions import parser_of_model
 from results import table

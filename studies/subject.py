@@ -16,7 +16,8 @@ from cfsp.engine.compute import engine_of
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.make import choose_channels, make_plan
+from cfsp.planning.channels import choose_channels
+from cfsp.planning.make import make_plan
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.repair.ladder import plan_and_repair

@@ -23,7 +23,7 @@ from cfsp.cli import main
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import CheckpointError, PlanError, UsageError
-from cfsp.planning.make import LEAST_TOKENS
+from cfsp.planning.channels import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.processes import Team

@@ -37,6 +37,7 @@ from cfsp.families.contract import (
 from cfsp.families.stock import computed
 from cfsp.families.tiny import tiny_config, tiny_model
 from cfsp.pipeline import prune_checkpoint
+from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import (
     expert_scores,
     experts_to_remove,
@@ -44,7 +45,7 @@ from cfsp.planning.experts import (
     strongest_experts,
     warn_of_lost_experts,
 )
-from cfsp.planning.make import plan_from_statistics, warn_of_few_tokens
+from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.report.write import write_report

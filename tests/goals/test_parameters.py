@@ -20,7 +20,7 @@ from cfsp.engine.workplace import Workplace
 from cfsp.families.tiny import tiny_config
 from cfsp.goals import parameters, resolve
 from cfsp.goals.parameters import MANY_CHANNELS, budget_for_parameters, parts_to_try
-from cfsp.planning.make import model_size
+from cfsp.planning.widths import model_size
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, Criterion, PruneSettings, TargetParameters
 from cfsp.text.drawing import draw_windows

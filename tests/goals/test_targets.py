@@ -35,8 +35,8 @@ from cfsp.goals.latency import (
 )
 from cfsp.goals.resolve import resolve_goal
 from cfsp.goals.search import STEPS, highest_step, last_that_holds
-from cfsp.planning.make import NOTHING, model_size
 from cfsp.planning.removal_budget import RemovedWhole
+from cfsp.planning.widths import NOTHING, model_size
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import (
     PHASES,

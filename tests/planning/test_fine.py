@@ -14,7 +14,7 @@ from cfsp.calibration.statistics import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UsageError
 from cfsp.families.tiny import tiny_model
-from cfsp.planning import make
+from cfsp.planning import channels
 from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
 from cfsp.settings import CHANNEL_METRICS, Criterion
 
@@ -189,8 +189,8 @@ def test_sums_of_many_tokens_keep_their_precision() -> None:
 
 def test_a_unit_that_keeps_all_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     source = LoadedModel(tiny_model("llama"), ("ffn", "kv"))
-    monkeypatch.setattr(make, "read_ffn_weights", lambda *_: pytest.fail("nothing to choose"))
+    monkeypatch.setattr(channels, "read_ffn_weights", lambda *_: pytest.fail("nothing to choose"))
     for index, unit in enumerate(source.units):
         observed = random_unit_statistics(unit.columns)
-        kept = make.choose_channels(source, index, observed, unit.width, Criterion())
+        kept = channels.choose_channels(source, index, observed, unit.width, Criterion())
         assert kept == tuple(range(unit.width))

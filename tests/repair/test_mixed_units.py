@@ -25,8 +25,8 @@ from cfsp.engine.compute import Engine
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import PlanError, UnsupportedModelError
-from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.widths import model_size
 from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import gram_bytes

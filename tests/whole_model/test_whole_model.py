@@ -23,8 +23,8 @@ from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
-from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.widths import model_size
 from cfsp.repair import ladder
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.text.drawing import draw_text

@@ -108,7 +108,7 @@ def _report(
     place: Workplace,
 ) -> None:
     from cfsp.engine.memory import peak_rss_bytes
-    from cfsp.planning.make import LEAST_TOKENS, few_tokens
+    from cfsp.planning.channels import LEAST_TOKENS, few_tokens
     from cfsp.planning.unit_plan import few_experts
 
     facts: dict[str, Any] = {

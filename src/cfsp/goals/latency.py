@@ -22,7 +22,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import build_skeleton, empty_model
 from cfsp.engine.memory import available_bytes
 from cfsp.errors import UsageError
-from cfsp.planning.make import model_size
+from cfsp.planning.widths import model_size
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.shapes import SmallerModel
 from cfsp.speed.subjects import Subject

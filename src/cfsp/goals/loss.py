@@ -12,7 +12,8 @@ from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.make import make_plan, model_size
+from cfsp.planning.make import make_plan
+from cfsp.planning.widths import model_size
 from cfsp.quality.perplexity import perplexity
 from cfsp.settings import OWN_TEXT
 from cfsp.text.drawing import consecutive_windows, draw_left_over

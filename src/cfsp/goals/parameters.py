@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cfsp.errors import BudgetError, UnsupportedModelError
-from cfsp.planning.make import model_size
 from cfsp.planning.removal import check_can_go
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
+from cfsp.planning.widths import model_size
 from cfsp.repair.trial import has_room_for_two
 from cfsp.settings import DEFAULT_PARTS, Part
 from cfsp.whole_model.removal_order import follow_divergence

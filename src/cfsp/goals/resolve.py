@@ -20,9 +20,10 @@ from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.parameters import budget_for_parameters, parts_to_try
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import Speed, aim_at_speed, check_possible, measured, resolve_speedup
-from cfsp.planning.make import check_statistics_fit, model_size, plan_from_statistics
+from cfsp.planning.make import check_statistics_fit, plan_from_statistics
 from cfsp.planning.numbers_to_try import half_alone
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, check_is_definite
+from cfsp.planning.widths import model_size
 from cfsp.repair.ladder import calibrated, drawn
 from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import (

@@ -12,10 +12,10 @@ from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.latency import Latencies, measure_latencies, most_speedup
 from cfsp.goals.resolution import Resolution, Try
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
-from cfsp.planning.make import NOTHING, model_size, plan_widths
 from cfsp.planning.numbers_to_try import Aim, half_alone
 from cfsp.planning.removal import whole_removal
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, with_counts
+from cfsp.planning.widths import NOTHING, model_size, plan_widths
 from cfsp.speed import Conditions
 
 if TYPE_CHECKING:

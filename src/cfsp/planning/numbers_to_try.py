@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.errors import BudgetError
 from cfsp.planning.experts import runs_with
-from cfsp.planning.make import model_size
 from cfsp.planning.removal_budget import (
     RemovedWhole,
     WholeSizes,
     parameters_with_experts,
     whole_in_words,
 )
+from cfsp.planning.widths import model_size
 from cfsp.settings import MOST_REMOVED
 
 if TYPE_CHECKING:

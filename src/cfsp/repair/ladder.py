@@ -21,20 +21,13 @@ from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.planning.allocation import channels_to_keep, check_multiple
+from cfsp.planning.channels import choose_channels, warn_of_few_tokens
 from cfsp.planning.experts import experts_to_remove, warn_of_lost_experts
-from cfsp.planning.make import (
-    assemble_plan,
-    budget_of_channels,
-    check_statistics_fit,
-    choose_channels,
-    model_size,
-    plan_from_statistics,
-    plan_widths,
-    warn_of_few_tokens,
-)
+from cfsp.planning.make import assemble_plan, check_statistics_fit, plan_from_statistics
 from cfsp.planning.numbers_to_try import check_others_own_enough, whole_alone
 from cfsp.planning.removal import check_can_go, whole_removal
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
+from cfsp.planning.widths import budget_of_channels, model_size, plan_widths
 from cfsp.repair.local import repair_locally
 from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import choose_and_repair

@@ -29,7 +29,7 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.make import channels_that_stay, plan_widths
+from cfsp.planning.channels import channels_that_stay
 from cfsp.planning.numbers_to_try import (
     aim_at_parameters,
     channels_to_try,
@@ -38,6 +38,7 @@ from cfsp.planning.numbers_to_try import (
 )
 from cfsp.planning.removal import first_removals
 from cfsp.planning.removal_budget import RemovedWhole, whole_in_words, with_counts
+from cfsp.planning.widths import plan_widths
 from cfsp.progress import item_progress
 from cfsp.settings import UNIT_PARTS
 from cfsp.whole_model.divergence import dense_predictions, few_beginnings

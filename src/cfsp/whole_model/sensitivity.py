@@ -27,7 +27,7 @@ from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
 from cfsp.errors import CalibrationError
-from cfsp.planning.make import choose_channels
+from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
 from cfsp.whole_model.divergence import can_resume, dense_predictions, few_beginnings

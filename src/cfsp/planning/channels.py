@@ -1,0 +1,147 @@
+"""Which channels of a unit stay, when their number is decided: the strongest.
+
+Experts that saw too few tokens are scored by their weights alone, and people are told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.planning.experts import expert_scores, strongest_experts
+from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.removal_budget import RemovedWhole
+from cfsp.planning.widths import UnitWidths
+from cfsp.settings import Criterion
+
+# The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
+LEAST_TOKENS = 32
+WEIGHTS_ALONE = "magnitude"
+
+_MOST_NAMED = 8
+
+log = logging.getLogger(__name__)
+
+
+def choose_channels(
+    source: WeightSource,
+    unit: int,
+    statistics: UnitStatistics,
+    width: int,
+    criterion: Criterion,
+    experts: int = 0,
+) -> tuple[int, ...]:
+    """Return the strongest channels of one unit, ascending; of each of the strongest experts.
+
+    An expert that saw fewer than `LEAST_TOKENS` tokens is scored by its weights alone
+    (`magnitude`), and the plan says so.
+
+    Args:
+        source: the model.
+        unit: index of the unit in the model.
+        statistics: of the unit.
+        width: channels that stay in each FFN.
+        criterion: what counts as important.
+        experts: how many go of routed experts.
+
+    Raises:
+        UsageError: the channel metric is unknown.
+    """
+    staying = _staying(source, unit, statistics, experts)
+    channels = source.units[unit].width
+    if width == channels:
+        return tuple(ffn * width + i for ffn in staying for i in range(width))
+    kept: list[int] = []
+    if not width:
+        return ()
+    scores = ffn_scores(source, unit, statistics, criterion, staying)
+    for ffn, score_F in zip(staying, scores, strict=True):
+        kept += [ffn * channels + i for i in strongest_channels(score_F, width)]
+    return tuple(kept)
+
+
+def channels_that_stay(
+    source: WeightSource,
+    statistics: Statistics,
+    widths: UnitWidths,
+    criterion: Criterion,
+    removed: RemovedWhole,
+) -> Iterator[tuple[int, ...]]:
+    """Yield the channels of every unit that stay, in the order of units; see `choose_channels`."""
+    for unit, width in enumerate(widths.kept_U):
+        observed = statistics.units[unit]
+        yield choose_channels(source, unit, observed, width, criterion, removed.experts)
+
+
+def _staying(
+    source: WeightSource, unit: int, statistics: UnitStatistics, experts: int
+) -> Sequence[int]:
+    """Return the FFNs of a unit that stay if so many routed experts go."""
+    of_model = source.architecture.experts
+    if not experts or not source.units[unit].expert_axes or of_model is None:
+        return range(statistics.ffns)
+    count = statistics.ffns - experts
+    return strongest_experts(expert_scores(statistics), count, of_model.groups)
+
+
+def ffn_scores(
+    source: WeightSource,
+    unit: int,
+    statistics: UnitStatistics,
+    criterion: Criterion,
+    ffns: Sequence[int],
+) -> Iterator[Tensor]:
+    """Yield the channel scores of FFNs of a unit, as float32 [F]; see `choose_channels`.
+
+    Args:
+        source: the model.
+        unit: index of the unit in the model.
+        statistics: of the unit.
+        criterion: what counts as important.
+        ffns: of which.
+    """
+    few = few_tokens(statistics)
+    for ffn in ffns:
+        weights = read_ffn_weights(source, unit, ffn)
+        metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
+        score_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
+        # The columns of a KV group lie side by side.
+        yield score_F.view(source.units[unit].width, -1).sum(1)
+
+
+def warn_of_few_tokens(plan: PruningPlan) -> None:
+    """Tell people which experts saw too few tokens for their scores to be good."""
+    few = plan.experts_with_few_tokens
+    named = [expert_in_words(expert) for expert in few[:_MOST_NAMED]]
+    more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
+    consequences = ["whether they go is decided by noisy scores"] if plan.kept_experts else []
+    if any(unit.few_tokens and unit.kept_width < unit.width for unit in plan.kept_units):
+        consequences.append(f"their channels are chosen by their weights alone ({WEIGHTS_ALONE})")
+    if not (few and consequences):
+        return
+    log.warning(
+        "%d of %d experts saw fewer than %d calibration tokens, so %s: %s%s; give more --samples",
+        len(few),
+        sum(unit.ffns for unit in plan.kept_units if unit.ffns > 1),
+        LEAST_TOKENS,
+        ", and ".join(consequences),
+        ", ".join(named),
+        more,
+    )
+
+
+def expert_in_words(expert: Mapping[str, Any]) -> str:
+    """Name an expert that saw few tokens (see `PruningPlan.experts_with_few_tokens`)."""
+    path = f" {expert['path']}" if "path" in expert else ""
+    return f"block {expert['block']}{path} expert {expert['expert']} ({expert['tokens']})"
+
+
+def few_tokens(statistics: UnitStatistics) -> dict[int, int]:
+    """Return the experts that saw too few tokens to be scored by them, and how many they saw."""
+    return {expert: seen for expert, seen in enumerate(statistics.routed_E) if seen < LEAST_TOKENS}
