@@ -15,20 +15,20 @@ import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
-from cfsp.engine.compute import Engine
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
+from cfsp.errors import BudgetError
 from cfsp.families.tiny import tiny_config
-from cfsp.goals import parameters, resolve
-from cfsp.goals.parameters import MANY_CHANNELS, budget_for_parameters, parts_to_try
+from cfsp.goals import parameters
+from cfsp.goals.parameters import MANY_CHANNELS
+from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.widths import model_size
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import Budget, Criterion, PruneSettings, TargetParameters
+from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters
 from cfsp.text.drawing import draw_windows
-from cfsp.text.windows import Windows
 from tiny_models import build_tiny_model
 
-OPEN = PruneSettings(Budget(multiple=8), leaves_parts_open=True)
-ENGINE = Engine(torch.device("cpu"), torch.float32)
+OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leaves_parts_open=True)
 
 
 @pytest.fixture
@@ -50,9 +50,14 @@ def stays_without(source: WeightSource, share: float) -> float:
 
 
 def parts_of(source: WeightSource, stays: float, draw: Any, **settings: Any) -> tuple[str, ...]:
-    asked = replace(OPEN, **settings)
-    budget = budget_for_parameters(TargetParameters(stays), asked.budget)
-    return parts_to_try(source, budget, asked, ENGINE, draw)
+    asked = replace(OPEN, goal=TargetParameters(stays), **settings)
+    place = Workplace(Path())
+    resolution, _ = resolve_goal(source, never, draw, asked, place=place, watch=Stopwatch())
+    return resolution.budget.parts
+
+
+def never() -> Any:
+    raise AssertionError("this is not needed")
 
 
 def test_blocks_are_tried_where_many_channels_would_go(
@@ -60,7 +65,8 @@ def test_blocks_are_tried_where_many_channels_would_go(
 ) -> None:
     source = open_checkpoint(model)
     caplog.set_level(logging.INFO)
-    assert parts_of(source, stays_without(source, MANY_CHANNELS - 0.01), draw) == ("ffn",)
+    # No text is drawn to find that out.
+    assert parts_of(source, stays_without(source, MANY_CHANNELS - 0.01), never) == ("ffn",)
     assert not caplog.text
     assert parts_of(source, stays_without(source, MANY_CHANNELS + 0.01), draw) == ("ffn", "blocks")
     assert "41% of the FFN channels would go alone: whole blocks are tried" in caplog.text
@@ -69,31 +75,47 @@ def test_blocks_are_tried_where_many_channels_would_go(
     assert "all FFN channels would not be enough" in caplog.text
 
 
-def test_channels_go_alone_where_blocks_cannot_be_compared(
-    model: Path, draw: Any, monkeypatch: pytest.MonkeyPatch
+def test_channels_go_alone_where_blocks_cannot_be_compared_and_it_is_said(
+    model: Path, draw: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(model)
     stays = stays_without(source, 0.6)
+    caplog.set_level(logging.INFO)
+
+    def check(why: str, stays: float = stays, draw: Any = draw, **settings: Any) -> None:
+        caplog.clear()
+        assert parts_of(source, stays, draw, **settings) == ("ffn",)
+        assert f"{why}: whole blocks are not tried" in caplog.text
+
     by_runs = {"criterion": Criterion(removal="runs")}
-    assert parts_of(source, stays, draw, **by_runs) == ("ffn",)
-    # Of more than all blocks but one, blocks alone are no budget.
-    assert parts_of(source, 0.05, draw) == ("ffn",)
+    check(
+        "60% of the FFN channels would go alone, and --set removal=runs compares no predictions",
+        **by_runs,
+    )
     with_images = replace(draw(), images_N=({"pixels": torch.zeros(1)},) * 4)
-    assert parts_of(source, stays, lambda: with_images) == ("ffn",)
-    # A model of text that has room for itself, and none for a pruned one beside it.
+    check("the text has images", draw=lambda: with_images)
     monkeypatch.setattr(parameters, "has_room_for_two", lambda *_: False)
-    assert parts_of(source, stays, never) == ("ffn",)
+    check("there is no memory for a pruned model beside the dense one")
 
 
-def never() -> Windows:
-    raise AssertionError("without memory no text is drawn")
-
-
-def test_channels_go_alone_where_no_block_can(draw: Any) -> None:
-    # Each of its blocks has an embedding of its own.
-    config = tiny_config("gemma3n_text", num_kv_shared_layers=0)
+@pytest.mark.parametrize(
+    "config",
+    [
+        # Each of its blocks has an embedding of its own.
+        tiny_config("gemma3n_text", num_kv_shared_layers=0),
+        tiny_config("llama", num_hidden_layers=1),
+    ],
+    ids=["gemma3n_text", "one block"],
+)
+def test_channels_go_alone_where_no_block_can(config: Any, draw: Any) -> None:
     source = LoadedModel(AutoModelForCausalLM.from_config(config).eval())
-    assert parts_of(source, stays_without(source, 0.6), draw) == ("ffn",)
+    for share in (0.6, 0.9):
+        assert parts_of(source, stays_without(source, share), draw) == ("ffn",)
+
+
+def test_what_neither_channels_nor_blocks_own_is_refused(model: Path, draw: Any) -> None:
+    with pytest.raises(BudgetError, match="at least one of 3 blocks must stay; between 0 and"):
+        parts_of(open_checkpoint(model), 0.05, draw)
 
 
 def test_a_command_that_names_no_parts(
@@ -148,9 +170,7 @@ def test_a_resumed_run_keeps_what_it_had_decided(
     place = Workplace(tmp_path, identity={"of": "one command"})
 
     def parts() -> tuple[str, ...]:
-        resolution, _ = resolve.resolve_goal(
-            source, lambda: None, draw, settings, place=place, watch=resolve.Stopwatch()
-        )
+        resolution, _ = resolve_goal(source, never, draw, settings, place=place, watch=Stopwatch())
         return resolution.budget.parts
 
     assert parts() == ("ffn", "blocks")

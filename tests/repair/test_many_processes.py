@@ -90,6 +90,7 @@ def test_two_processes_give_what_one_gives(
     [
         ["--sparsity", "0.4", "--parts", "ffn,kv,attention,blocks"],
         ["--target-kv-cache", "0.5", "--parts", "kv,attention"],
+        ["--target-params", "0.7"],  # so much that whole blocks are tried
     ],
 )
 def test_two_processes_take_the_same_parts(

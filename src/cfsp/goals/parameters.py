@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,7 @@ from cfsp.planning.removal import check_can_go
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.planning.widths import model_size
 from cfsp.repair.trial import has_room_for_two
-from cfsp.settings import DEFAULT_PARTS, Part
-from cfsp.whole_model.removal_order import follow_divergence
+from cfsp.settings import AUTO_METRIC, DEFAULT_PARTS, DIVERGENCE, Part
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -34,56 +32,86 @@ def budget_for_parameters(goal: TargetParameters, budget: Budget) -> Budget:
     return replace(budget, sparsity=round(1 - goal.fraction, 12), of="model")
 
 
+def share_of_channels(source: WeightSource, budget: Budget) -> float:
+    """Return the share of the FFN channels that goes by a budget of all parameters if only they do.
+
+    More than 1 where all of them are not enough.
+    """
+    ffns = model_size(source).of_parts(DEFAULT_PARTS)
+    owned = ffns.cost_of(ffns.width_U) * ffns.parameters_per_cost
+    return budget.sparsity * ffns.parameters / owned
+
+
 def parts_to_try(
     source: WeightSource,
     budget: Budget,
     settings: PruneSettings,
     engine: Engine,
-    draw: Callable[[], Windows],
+    windows: Windows,
 ) -> tuple[Part, ...]:
-    """Return what may go where nobody said it: FFN channels, and whole blocks if many would go.
+    """Return what may go where nobody said it and many FFN channels would go: blocks too.
 
     How many blocks go is then tried after repair, with the model and a pruned one in memory. Where
-    that is impossible, FFN channels go alone.
+    that is impossible, FFN channels go alone. People are told.
 
     Args:
         source: the model.
         budget: how many of its parameters go.
         settings: by what blocks would be chosen.
         engine: where and in what to compute.
-        draw: gives the calibration windows; called only if there is memory for the trial.
+        windows: the calibration text.
+
+    Raises:
+        BudgetError: neither channels nor blocks own so much.
     """
-    ffns = model_size(source).of_parts(DEFAULT_PARTS)
-    owned = ffns.cost_of(ffns.width_U) * ffns.parameters_per_cost
-    share = budget.sparsity * ffns.parameters / owned
-    if (
-        share < MANY_CHANNELS
-        or not follow_divergence(source, settings.criterion, engine)
-        or not has_room_for_two(source, engine)
-        or draw().has_images
-        or not _can_lose_blocks(source, budget)
-    ):
-        return DEFAULT_PARTS
+    share = share_of_channels(source, budget)
     if share < 1:
-        why = f"{share:.0%} of the FFN channels would go alone"
+        would = f"{share:.0%} of the FFN channels would go alone"
     else:
-        why = "all FFN channels would not be enough"
-    log.info("%s: whole blocks are tried beside them; --parts ffn does without", why)
+        would = "all FFN channels would not be enough"
+        RemovalBudget.of(source, _of_blocks(budget))  # nor may blocks be
+    if obstacle := _obstacle(source, budget, settings, engine, windows):
+        log.info("%s, and %s: whole blocks are not tried beside them", would, obstacle)
+        return DEFAULT_PARTS
+    log.info("%s: whole blocks are tried beside them; --parts ffn does without", would)
     return (*DEFAULT_PARTS, "blocks")
+
+
+def _obstacle(
+    source: WeightSource,
+    budget: Budget,
+    settings: PruneSettings,
+    engine: Engine,
+    windows: Windows,
+) -> str:
+    """Return why it cannot be tried how many blocks go; nothing if it can."""
+    if settings.criterion.removal not in (AUTO_METRIC, DIVERGENCE):
+        return f"--set removal={settings.criterion.removal} compares no predictions"
+    if not has_room_for_two(source, engine):
+        return "there is no memory for a pruned model beside the dense one"
+    if windows.has_images:
+        return "the text has images"
+    return "" if _can_lose_blocks(source, budget) else "the model cannot do without enough of them"
 
 
 def _can_lose_blocks(source: WeightSource, budget: Budget) -> bool:
     """Return whether a model can do without a block, and without as many as the budget takes."""
     try:
-        wanted = RemovalBudget.of(source, replace(budget, parts=("blocks",)))
-        none = RemovedWhole()
-        candidates = wanted.sizes.candidates(none)
-        removed = none
+        wanted = RemovalBudget.of(source, _of_blocks(budget))
+        candidates = wanted.sizes.candidates(RemovedWhole())
+        removed = RemovedWhole()
         for candidate in candidates[1:]:
             if wanted.has_room_for(removed, candidate):
                 removed = removed.plus(candidate)
-        for some in (none.plus(candidates[-1]), removed):
+        if not removed.blocks:
+            return False  # it has one block
+        for some in (RemovedWhole().plus(candidates[-1]), removed):
             check_can_go(source, some)
     except (BudgetError, UnsupportedModelError):
         return False
     return True
+
+
+def _of_blocks(budget: Budget) -> Budget:
+    """Return the budget by which blocks alone go."""
+    return replace(budget, parts=("blocks",))

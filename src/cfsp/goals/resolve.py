@@ -17,7 +17,12 @@ from cfsp.errors import UsageError
 from cfsp.goals.kv_cache import aim_at_kv_cache, resolve_kv_cache
 from cfsp.goals.latency import Latencies
 from cfsp.goals.loss import held_out_windows, resolve_loss
-from cfsp.goals.parameters import budget_for_parameters, parts_to_try
+from cfsp.goals.parameters import (
+    MANY_CHANNELS,
+    budget_for_parameters,
+    parts_to_try,
+    share_of_channels,
+)
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import Speed, aim_at_speed, check_possible, measured, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, plan_from_statistics
@@ -130,10 +135,12 @@ class _Work:
 def _with_parameters(goal: TargetParameters, work: _Work) -> Resolution:
     source, settings, place = work.source, work.settings, work.place
     budget = budget_for_parameters(goal, settings.budget)
-    if settings.leaves_parts_open and work.statistics is None:
+    is_open = settings.leaves_parts_open and work.statistics is None
+    if is_open and share_of_channels(source, budget) >= MANY_CHANNELS:
+        windows = work.draw()  # in every process: they compare what they drew
 
         def choose() -> dict[str, Any]:
-            return {"parts": parts_to_try(source, budget, settings, work.engine, work.draw)}
+            return {"parts": parts_to_try(source, budget, settings, work.engine, windows)}
 
         # A run that is resumed may find another amount of memory.
         parts = place.team.from_first(lambda: kept(place, "parts", choose)["parts"])
