@@ -27,7 +27,6 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     Repair,
-    TargetParameters,
 )
 
 if TYPE_CHECKING:
@@ -240,8 +239,7 @@ def run(args: argparse.Namespace) -> None:
         print_plan(report.plan)
         print()
     print_report(report)
-    was_tried = isinstance(settings.goal, TargetParameters) and settings.repair != "none"
-    is_open = settings.leaves_parts_open and not was_tried
+    is_open = settings.leaves_parts_open and not settings.suited_to_repair().leaves_parts_open
     if is_open and report.plan.ffn_sparsity >= MANY_CHANNELS:
         print("this much may cost less with `--parts ffn,blocks`, which tries whole blocks, too")
     if args.dry_run:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.removal import check_can_go
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
-from cfsp.planning.widths import model_size
+from cfsp.planning.removal_budget import RemovalBudget
+from cfsp.planning.widths import NOTHING
 from cfsp.repair.trial import has_room_for_two
 from cfsp.settings import AUTO_METRIC, DEFAULT_PARTS, DIVERGENCE, Part
 
@@ -32,19 +32,10 @@ def budget_for_parameters(goal: TargetParameters, budget: Budget) -> Budget:
     return replace(budget, sparsity=round(1 - goal.fraction, 12), of="model")
 
 
-def share_of_channels(source: WeightSource, budget: Budget) -> float:
-    """Return the share of the FFN channels that goes by a budget of all parameters if only they do.
-
-    More than 1 where all of them are not enough.
-    """
-    ffns = model_size(source).of_parts(DEFAULT_PARTS)
-    owned = ffns.cost_of(ffns.width_U) * ffns.parameters_per_cost
-    return budget.sparsity * ffns.parameters / owned
-
-
 def parts_to_try(
     source: WeightSource,
     budget: Budget,
+    share: float,
     settings: PruneSettings,
     engine: Engine,
     windows: Windows,
@@ -57,6 +48,7 @@ def parts_to_try(
     Args:
         source: the model.
         budget: how many of its parameters go.
+        share: of the FFN channels that goes if only they do; 1 or more where all are not enough.
         settings: by what blocks would be chosen.
         engine: where and in what to compute.
         windows: the calibration text.
@@ -64,7 +56,6 @@ def parts_to_try(
     Raises:
         BudgetError: neither channels nor blocks own so much.
     """
-    share = share_of_channels(source, budget)
     if share < 1:
         would = f"{share:.0%} of the FFN channels would go alone"
     else:
@@ -98,14 +89,14 @@ def _can_lose_blocks(source: WeightSource, budget: Budget) -> bool:
     """Return whether a model can do without a block, and without as many as the budget takes."""
     try:
         wanted = RemovalBudget.of(source, _of_blocks(budget))
-        candidates = wanted.sizes.candidates(RemovedWhole())
-        removed = RemovedWhole()
+        candidates = wanted.sizes.candidates(NOTHING)
+        removed = NOTHING
         for candidate in candidates[1:]:
             if wanted.has_room_for(removed, candidate):
                 removed = removed.plus(candidate)
         if not removed.blocks:
             return False  # it has one block
-        for some in (RemovedWhole().plus(candidates[-1]), removed):
+        for some in (NOTHING.plus(candidates[-1]), removed):
             check_can_go(source, some)
     except (BudgetError, UnsupportedModelError):
         return False

@@ -17,21 +17,17 @@ from cfsp.errors import UsageError
 from cfsp.goals.kv_cache import aim_at_kv_cache, resolve_kv_cache
 from cfsp.goals.latency import Latencies
 from cfsp.goals.loss import held_out_windows, resolve_loss
-from cfsp.goals.parameters import (
-    MANY_CHANNELS,
-    budget_for_parameters,
-    parts_to_try,
-    share_of_channels,
-)
+from cfsp.goals.parameters import MANY_CHANNELS, budget_for_parameters, parts_to_try
 from cfsp.goals.resolution import Resolution
 from cfsp.goals.speedup import Speed, aim_at_speed, check_possible, measured, resolve_speedup
 from cfsp.planning.make import check_statistics_fit, plan_from_statistics
-from cfsp.planning.numbers_to_try import half_alone
+from cfsp.planning.numbers_to_try import half_alone, share_of_channels
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes, check_is_definite
-from cfsp.planning.widths import model_size
+from cfsp.planning.widths import NOTHING, model_size
 from cfsp.repair.ladder import calibrated, drawn
 from cfsp.repair.trial import with_count_by_repair
 from cfsp.settings import (
+    DEFAULT_PARTS,
     MaxLossIncrease,
     TargetKVCache,
     TargetParameters,
@@ -135,16 +131,18 @@ class _Work:
 def _with_parameters(goal: TargetParameters, work: _Work) -> Resolution:
     source, settings, place = work.source, work.settings, work.place
     budget = budget_for_parameters(goal, settings.budget)
-    is_open = settings.leaves_parts_open and work.statistics is None
-    if is_open and share_of_channels(source, budget) >= MANY_CHANNELS:
-        windows = work.draw()  # in every process: they compare what they drew
+    if settings.leaves_parts_open and work.statistics is None:
+        share = share_of_channels(source, budget, DEFAULT_PARTS, NOTHING)
+        if share >= MANY_CHANNELS:
+            windows = work.draw()  # in every process: they compare what they drew
 
-        def choose() -> dict[str, Any]:
-            return {"parts": parts_to_try(source, budget, settings, work.engine, windows)}
+            def choose() -> dict[str, Any]:
+                parts = parts_to_try(source, budget, share, settings, work.engine, windows)
+                return {"parts": parts}
 
-        # A run that is resumed may find another amount of memory.
-        parts = place.team.from_first(lambda: kept(place, "parts", choose)["parts"])
-        budget = replace(budget, parts=tuple(parts))
+            # A run that is resumed may find another amount of memory.
+            parts = place.team.from_first(lambda: kept(place, "parts", choose)["parts"])
+            budget = replace(budget, parts=tuple(parts))
     before = {"parameters_before": model_size(source).parameters}
     return Resolution(budget, "target_params", goal.fraction, (), before)
 

@@ -87,7 +87,7 @@ def aim_at_parameters(source: WeightSource, budget: Budget) -> Aim:
     """Return the aim that the sparsity of a budget is: so many parameters go."""
     return Aim(
         {experts: whole_alone(source, budget, experts) for experts in _experts(source, budget)},
-        lambda _, parts, removed: _share_of_channels(source, budget, parts, removed),
+        lambda _, parts, removed: share_of_channels(source, budget, parts, removed),
     )
 
 
@@ -162,7 +162,7 @@ def _experts(source: WeightSource, budget: Budget) -> list[int]:
     return [budget.remove_experts or 0]
 
 
-def _share_of_channels(
+def share_of_channels(
     source: WeightSource, budget: Budget, parts: Sequence[Part], removed: RemovedWhole
 ) -> float:
     """Return the share of what channels of these parts of the others own that is still to go.

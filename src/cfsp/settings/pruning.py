@@ -10,7 +10,7 @@ from cfsp.errors import UsageError
 from cfsp.settings.budget import MOST_REMOVED, Budget, Part
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
-from cfsp.settings.goals import Goal
+from cfsp.settings.goals import Goal, TargetParameters
 from cfsp.settings.options import option
 from cfsp.settings.text import CalibrationText, EvaluationText
 
@@ -135,16 +135,16 @@ class PruneSettings:
         """Return the same settings, with what is left open as it is best with this repair.
 
         Widths by sensitivity are better with repair and worse without (LOG.md): of `auto`, blocks
-        go by angular distance without. Which parts go is not tried without, because that takes
-        many passes. Equal widths follow nothing.
+        go by angular distance without. Which parts go is open for a goal of parameters alone, and
+        not without repair, because trying takes many passes. Equal widths follow nothing.
         """
         criterion, repairs = self.criterion, self.repair != "none"
         if self.budget.widths == "equal":
             criterion = replace(criterion, block_metric=UNIFORM)
         elif not repairs and criterion.block_metric == AUTO_METRIC:
             criterion = replace(criterion, block_metric="angular")
-        is_open = self.leaves_parts_open and repairs
-        return replace(self, criterion=criterion, leaves_parts_open=is_open)
+        is_tried = self.leaves_parts_open and repairs and isinstance(self.goal, TargetParameters)
+        return replace(self, criterion=criterion, leaves_parts_open=is_tried)
 
     @staticmethod
     def of_removal(parts: Sequence[Part]) -> list[PruneSettings]:
