@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cfsp.settings import Budget, PruneSettings, TargetParameters
     from cfsp.text.windows import Windows
 
-# From this share of the FFN channels on, whole blocks beside fewer channels were better on one of
-# two models (docs/STUDIES.md, study 9).
+# From about this share of the FFN channels on, whole blocks beside fewer channels were better on
+# one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
 MANY_CHANNELS = 0.4
 
 log = logging.getLogger(__name__)
