@@ -194,6 +194,18 @@ def test_what_does_not_compare_is_one_sentence(
     assert printed.err.count("\n") == 1 and not printed.out
 
 
+def test_the_dense_model_may_be_named_as_a_file_is(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of a GGUF is, and no results are in it."""
+    weights = tmp_path / "dense.gguf"
+    weights.write_bytes(b"\x80")
+    names = ((str(weights), 0), ("a", 1), ("b", 2))
+    files = [str(write(f"{seed}.json", model(name, seed))) for name, seed in names]
+    assert main(["compare", *files, "--against", str(weights)]) == 0
+    assert f"against {weights};" in capsys.readouterr().out
+
+
 def test_what_is_printed(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     dense = write("dense.json", model("dense", 0, dense=True))
     files = [str(write(f"{name}.json", model(name, seed))) for seed, name in ((1, "a"), (2, "b"))]

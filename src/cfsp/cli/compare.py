@@ -52,8 +52,12 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.quality.results_file import read_models
 
     files = list(args.files)
-    own_file = args.against is not None and Path(args.against).is_file()
-    models = read_models([*files, Path(args.against)] if own_file else files)
+    models = read_models(files)
+    # The name of a dense model may be that of a file, too: a GGUF.
+    is_named = any(each.name == args.against for each in models)
+    own_file = args.against is not None and not is_named and Path(args.against).is_file()
+    if own_file:
+        models = read_models([*files, Path(args.against)])
     dense = _dense(models, args.against, own_file)
     base = None if args.base is None else _named(models, args.base, "--base")
     found = comparisons(models, dense, base)
