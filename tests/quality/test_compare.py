@@ -206,6 +206,17 @@ def test_the_dense_model_may_be_named_as_a_file_is(
     assert f"against {weights};" in capsys.readouterr().out
 
 
+def test_the_first_model_of_the_dense_file_is_the_dense_one(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where another file has it as well, and its own file has others."""
+    dense = model("dense", 0, dense=True)
+    everything = write("all.json", dense, model("a", 1))
+    own = write("own.json", dense, model("b", 2))
+    assert main(["compare", str(everything), "--against", str(own)]) == 0
+    assert "\nagainst dense; " in capsys.readouterr().out
+
+
 def test_what_is_printed(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     dense = write("dense.json", model("dense", 0, dense=True))
     files = [str(write(f"{name}.json", model(name, seed))) for seed, name in ((1, "a"), (2, "b"))]

@@ -51,14 +51,14 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.quality.compare import comparisons
     from cfsp.quality.results_file import read_models
 
-    files = list(args.files)
-    models = read_models(files)
+    models = read_models(args.files)
     # The name of a dense model may be that of a file, too: a GGUF.
     is_named = any(each.name == args.against for each in models)
-    own_file = args.against is not None and not is_named and Path(args.against).is_file()
-    if own_file:
-        models = read_models([*files, Path(args.against)])
-    dense = _dense(models, args.against, own_file)
+    if args.against is not None and not is_named and Path(args.against).is_file():
+        models = read_models([*args.files, Path(args.against)])
+        dense = _first_in(models, Path(args.against))
+    else:
+        dense = _dense(models, args.against)
     base = None if args.base is None else _named(models, args.base, "--base")
     found = comparisons(models, dense, base)
     if args.json:
@@ -73,15 +73,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nagainst {against}; differences are second - first, with their standard errors")
 
 
-def _dense(
-    models: Sequence[MeasuredModel], against: str | None, own_file: bool
-) -> MeasuredModel | None:
-    if against is not None and not own_file:
+def _dense(models: Sequence[MeasuredModel], against: str | None) -> MeasuredModel | None:
+    if against is not None:
         return _named(models, against, "--against")
-    if own_file:
-        of_file = [each for each in models if Path(each.file) == Path(str(against))]
-        # A file that others are in as well has the dense model first.
-        return of_file[0] if of_file else _first_in(models, Path(str(against)))
     prints = {each.against for each in models} - {None}
     if len(prints) > 1:
         raise UsageError(
@@ -91,11 +85,12 @@ def _dense(
 
 
 def _first_in(models: Sequence[MeasuredModel], file: Path) -> MeasuredModel:
-    """Return the model that a file has first, where another file has it, too."""
+    """Return the model that a file has first, which is the dense one, also if others have it."""
     from cfsp.quality.results_file import read_models
 
     first = read_models([file])[0]
-    return next(each for each in models if each.fingerprint == first.fingerprint)
+    same = [each for each in models if each.fingerprint == first.fingerprint]
+    return next((each for each in same if each.name == first.name), same[0])
 
 
 def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredModel:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.compute import engine_of
 from cfsp.errors import BudgetError, UsageError
-from cfsp.goals.resolution import Resolution, Try
+from cfsp.goals.resolution import Attempt, Resolution
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.make import make_plan
@@ -104,7 +104,7 @@ def resolve_loss(
     """
     size = model_size(source)
     dense = loss_of(model, texts, "dense")
-    tried: list[Try] = []
+    tried: list[Attempt] = []
 
     def holds(step: int) -> bool:
         budget = budget_at(step, settings.budget)
@@ -113,7 +113,7 @@ def resolve_loss(
         losses = [masked_loss(source, model, plan, windows, label) for windows in texts]
         increase = sum(losses) / len(losses) - dense
         parameters = size.parameters_with(plan.kept_widths)
-        tried.append(Try(budget.sparsity, parameters, increase, increase <= goal.nats))
+        tried.append(Attempt(budget.sparsity, parameters, increase, increase <= goal.nats))
         return tried[-1].fits
 
     highest = highest_step(size, settings.budget)

@@ -9,7 +9,7 @@ from cfsp.settings import Budget
 
 
 @dataclass(frozen=True)
-class Try:
+class Attempt:
     """One sparsity that was tried.
 
     Attributes:
@@ -41,7 +41,7 @@ class Resolution:
     budget: Budget
     goal: str
     asked: float
-    tried: tuple[Try, ...]
+    tried: tuple[Attempt, ...]
     conditions: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +55,6 @@ class Resolution:
             Budget(**fields["budget"]),
             fields["goal"],
             fields["asked"],
-            tuple(Try(**entry) for entry in fields["tried"]),
+            tuple(Attempt(**entry) for entry in fields["tried"]),
             fields["conditions"],
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.engine.compute import engine_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.goals.latency import Latencies, measure_latencies, most_speedup
-from cfsp.goals.resolution import Resolution, Try
+from cfsp.goals.resolution import Attempt, Resolution
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.numbers_to_try import Aim, half_alone
 from cfsp.planning.removal import whole_removal
@@ -118,13 +118,13 @@ class Speed:
         blocks = self.source.architecture.block_count
         return self.latencies.speedup(self.source.units, kept_U, removed, blocks)
 
-    def without(self, removed: RemovedWhole) -> Try:
+    def without(self, removed: RemovedWhole) -> Attempt:
         """Return what becomes of the model if some blocks or attentions go, and nothing else."""
         units, sizes = self.source.units, WholeSizes.of(self.source, self._budget.whole_parts)
         value = self.of([0 if removed.takes(unit) else unit.width for unit in units], removed)
         gone = sizes.parameters(removed)
         left = model_size(self.source).parameters - gone
-        return Try(gone / sizes.total, left, value, value >= self.goal.ratio)
+        return Attempt(gone / sizes.total, left, value, value >= self.goal.ratio)
 
     def fewest(self, beginnings: Iterable[RemovedWhole]) -> Resolution:
         """Return how many blocks and attentions are enough, of beginnings of their order.
@@ -132,7 +132,7 @@ class Speed:
         Raises:
             BudgetError: none is.
         """
-        tried: list[Try] = []
+        tried: list[Attempt] = []
         for removed in beginnings:
             tried.append(self.without(removed))
             if tried[-1].fits:
@@ -141,7 +141,7 @@ class Speed:
 
     def least_sparsity(
         self, statistics: Statistics, budget: Budget, removed: RemovedWhole
-    ) -> tuple[float | None, list[Try]]:
+    ) -> tuple[float | None, list[Attempt]]:
         """Return the least share of channels that is enough beside what goes whole, and the tries.
 
         It is None if no share is.
@@ -153,7 +153,7 @@ class Speed:
         """
         whole, criterion = model_size(self.source, removed), self.settings.criterion
         size = whole.of_parts(budget.parts)
-        tried: list[Try] = []
+        tried: list[Attempt] = []
 
         def is_too_slow(step: int) -> bool:
             asked = budget_at(step, budget)
@@ -165,7 +165,7 @@ class Speed:
                 if not removed.takes(unit)
             ]
             fits = predicted >= self.goal.ratio
-            tried.append(Try(asked.sparsity, whole.parameters_with(left), predicted, fits))
+            tried.append(Attempt(asked.sparsity, whole.parameters_with(left), predicted, fits))
             return not fits
 
         if removed.parts and not is_too_slow(0):
@@ -191,7 +191,7 @@ class Speed:
         """Return the budget that says how many go whole, and no channels beside."""
         return replace(with_counts(self._budget, removed), sparsity=0.0)
 
-    def resolution(self, tried: Iterable[Try], budget: Budget) -> Resolution:
+    def resolution(self, tried: Iterable[Attempt], budget: Budget) -> Resolution:
         """Return what the goal came to."""
         facts: dict[str, Any] = {
             "phase": self.goal.phase,
