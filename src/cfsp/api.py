@@ -51,6 +51,8 @@ from cfsp.text.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_HOW_MUCH = "expected a sparsity or a goal that says how much to remove, found {}"
+
 
 @overload
 def prune(
@@ -116,7 +118,8 @@ def prune(
         tokenizer: needed for a model in memory, and for nothing else; a multimodal model's
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
-        sparsity: fraction to remove, in [0, 1).
+        sparsity: fraction to remove, in [0, 1). Whole blocks, attentions and experts alone may be
+            said in numbers instead: `parts="blocks", remove_blocks=4`.
         parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or several; None for
             `ffn` and, with `TargetParameters` that takes many channels, blocks too if they fit.
         goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
@@ -139,11 +142,8 @@ def prune(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
-    if (sparsity is None) == (goal is None):
-        raise UsageError(
-            "expected a sparsity or a goal that says how much to remove, found "
-            + ("neither" if goal is None else "both")
-        )
+    if sparsity is not None and goal is not None:
+        raise UsageError(_HOW_MUCH.format("both"))
     if goal is not None and not isinstance(goal, Goal):
         raise UsageError(
             "goal must be TargetParameters, TargetKVCache, TargetSpeedup or MaxLossIncrease, found "
@@ -157,6 +157,8 @@ def prune(
     budget = from_names(
         Budget, advanced, sparsity=sparsity or 0.0, parts=DEFAULT_PARTS if parts is None else parts
     )
+    if sparsity is None and goal is None and not budget.is_said_in_numbers:
+        raise UsageError(_HOW_MUCH.format("neither"))
     settings = PruneSettings(
         budget=budget.for_goal(goal),
         criterion=from_names(Criterion, advanced),
@@ -174,7 +176,9 @@ def prune(
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
-        asked = f"goal={goal}" if goal else f"sparsity={sparsity}"
+        numbers = {name: value for name, value in advanced.items() if name.startswith("remove_")}
+        said = {"goal": goal, "sparsity": sparsity, **numbers}
+        asked = ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
         command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
         return _prune_path(model, Path(out), settings, trains, command)
     if tokenizer is None or out is not None or eval:

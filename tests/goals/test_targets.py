@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import cfsp
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
@@ -35,9 +36,11 @@ from cfsp.goals.latency import (
 )
 from cfsp.goals.resolve import resolve_goal
 from cfsp.goals.search import STEPS, highest_step, last_that_holds
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.planning.widths import NOTHING, model_size
 from cfsp.result.manifest import read_manifest
+from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
     PHASES,
     Budget,
@@ -641,6 +644,25 @@ def test_impossible_goals_are_one_sentence(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_what_goes_whole_need_no_sparsity(
+    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--parts", "blocks", "--set", "remove_blocks=1", "--effort", "fast"]
+    assert prune(model, text_file, tmp_path / "out", *arguments) == 0
+    in_python = cfsp.prune(
+        model, out=tmp_path / "python", parts="blocks", remove_blocks=1, effort="fast",
+        data=[str(text_file)], samples=2, seqlen=16,
+    )  # fmt: skip
+    assert isinstance(in_python, PruneReport)
+    assert len(in_python.plan.removed_blocks) == 1
+    assert len(PruningPlan.load(tmp_path / "out" / PLAN_FILE).removed_blocks) == 1
+    capsys.readouterr()
+    # Of channels beside them a number says nothing.
+    arguments[1] = "ffn,blocks"
+    assert prune(model, text_file, tmp_path / "none", *arguments) == 2
+    assert "found none" in capsys.readouterr().err
 
 
 def test_python_wants_a_sparsity_or_a_goal(model: Path, tmp_path: Path) -> None:

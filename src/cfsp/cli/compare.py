@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     is_named = any(each.name == args.against for each in models)
     if args.against is not None and not is_named and Path(args.against).is_file():
         models = read_models([*args.files, Path(args.against)])
-        dense = _first_in(models, Path(args.against))
+        dense: MeasuredModel | None = _first_in(models, Path(args.against))
     else:
         dense = _dense(models, args.against)
     base = None if args.base is None else _named(models, args.base, "--base")

@@ -53,7 +53,14 @@ def asked(args: argparse.Namespace) -> list[str]:
     for goal, field in _GOALS:
         if field in given(args, goal):
             found.append(f"--{options_of(goal)[field].flag}")
+    if not found and settings_from(args, Budget).is_said_in_numbers:
+        found.append(" and ".join(f"--{options_of(Budget)[name].flag}" for name in _numbers(args)))
     return found
+
+
+def _numbers(args: argparse.Namespace) -> list[str]:
+    """Return which options that say a number of what goes whole were given."""
+    return [name for name in given(args, Budget) if name.startswith("remove_")]
 
 
 def check_goal(args: argparse.Namespace) -> None:
@@ -67,8 +74,8 @@ def check_goal(args: argparse.Namespace) -> None:
         raise UsageError(
             "exactly one of --sparsity, --target-params, --target-kv-cache, --max-loss-increase "
             "and --target-speedup "
-            f"says how much to remove (or --plan, a complete decision); found "
-            f"{' and '.join(found) or 'none'}"
+            "says how much to remove (or --plan, a complete decision; or, where only whole blocks, "
+            f"attentions or experts go, their numbers); found {' and '.join(found) or 'none'}"
         )
     if args.of is not None and found != ["--sparsity"]:
         raise UsageError(f"--of belongs to --sparsity, found it with {found[0]}")

@@ -260,6 +260,16 @@ class Budget:
         return self.remove_blocks or 0, self.remove_attentions or 0
 
     @property
+    def is_said_in_numbers(self) -> bool:
+        """Whether numbers of blocks, attentions and experts say all that goes, and no sparsity."""
+        counts = {
+            "blocks": self.remove_blocks,
+            "attention": self.remove_attentions,
+            "experts": self.remove_experts,
+        }
+        return all(counts.get(part) is not None for part in self.parts)
+
+    @property
     def channel_parts(self) -> tuple[Part, ...]:
         """What may lose channels, or KV groups; none where nothing may."""
         return tuple(part for part in UNIT_PARTS if part in self.parts)
