@@ -121,6 +121,7 @@ def test_prune(
         seqlen=32,
         repair=repair,
         local_steps=3,
+        local_text=0.5,  # the default when it was pinned
         block_metric="angular",  # by sensitivity, widths depend on the machine's arithmetic
         device="cpu",
     )

@@ -68,7 +68,7 @@ class LocalTraining:
         advanced=True,
     )
     text: float = option(
-        0.5,
+        0.0,
         "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
         "the rest is the divergence from the dense model",
         kind=float,
