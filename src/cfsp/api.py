@@ -51,8 +51,6 @@ from cfsp.text.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HOW_MUCH = "expected a sparsity or a goal that says how much to remove, found {}"
-
 
 @overload
 def prune(
@@ -142,8 +140,6 @@ def prune(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
-    if sparsity is not None and goal is not None:
-        raise UsageError(_HOW_MUCH.format("both"))
     if goal is not None and not isinstance(goal, Goal):
         raise UsageError(
             "goal must be TargetParameters, TargetKVCache, TargetSpeedup or MaxLossIncrease, found "
@@ -157,8 +153,7 @@ def prune(
     budget = from_names(
         Budget, advanced, sparsity=sparsity or 0.0, parts=DEFAULT_PARTS if parts is None else parts
     )
-    if sparsity is None and goal is None and not budget.is_said_in_numbers:
-        raise UsageError(_HOW_MUCH.format("neither"))
+    _check_is_said(budget, sparsity, goal)
     settings = PruneSettings(
         budget=budget.for_goal(goal),
         criterion=from_names(Criterion, advanced),
@@ -189,6 +184,20 @@ def prune(
     if trains:
         settings = replace(settings, repair=BEST_WITHOUT_TRAINING)
     return prune_model(model, tokenizer, settings)
+
+
+def _check_is_said(budget: Budget, sparsity: float | None, goal: object) -> None:
+    """Check that one thing says how much to remove.
+
+    Raises:
+        UsageError: nothing does, or two do.
+    """
+    found = [name for name, value in (("sparsity", sparsity), ("goal", goal)) if value is not None]
+    if len(found) > 1 or not (found or budget.is_said_in_numbers):
+        raise UsageError(
+            "expected a sparsity or a goal that says how much to remove, found "
+            + ("both" if found else "neither")
+        )
 
 
 def _prune_path(
@@ -252,13 +261,14 @@ def plan(
     model: str | Path | PreTrainedModel,
     statistics: Statistics,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     parts: str | Sequence[str] = DEFAULT_PARTS,
     **advanced: Any,
 ) -> PruningPlan:
     """Decide from statistics which channels stay; arguments are those of `prune`."""
     check_names(plan, advanced, Budget, Criterion)
-    budget = from_names(Budget, advanced, sparsity=sparsity, parts=parts)
+    budget = from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts)
+    _check_is_said(budget, sparsity, None)
     criterion = from_names(Criterion, advanced)
     return plan_from_statistics(_source(model, budget), statistics, budget, criterion)
 

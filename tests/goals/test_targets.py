@@ -658,6 +658,9 @@ def test_numbers_of_what_goes_whole_need_no_sparsity(
     assert isinstance(in_python, PruneReport)
     assert len(in_python.plan.removed_blocks) == 1
     assert len(PruningPlan.load(tmp_path / "out" / PLAN_FILE).removed_blocks) == 1
+    statistics = cfsp.calibrate(model, parts="blocks", data=[text_file], samples=8, seqlen=32)
+    planned = cfsp.plan(model, statistics, parts="blocks", remove_blocks=1)
+    assert len(planned.removed_blocks) == 1
     capsys.readouterr()
     # Of channels beside them a number says nothing.
     arguments[1] = "ffn,blocks"

@@ -253,8 +253,7 @@ class Budget:
     @property
     def remove_whole(self) -> tuple[int, int] | None:
         """How many blocks go and how many attentions of others, where the budget says it."""
-        counts = {"blocks": self.remove_blocks, "attention": self.remove_attentions}
-        asked = [counts[part] for part in self.whole_parts]
+        asked = [self._numbers[part] for part in self.whole_parts]
         if not asked or None in asked:
             return None
         return self.remove_blocks or 0, self.remove_attentions or 0
@@ -262,12 +261,16 @@ class Budget:
     @property
     def is_said_in_numbers(self) -> bool:
         """Whether numbers of blocks, attentions and experts say all that goes, and no sparsity."""
-        counts = {
+        return all(self._numbers.get(part) is not None for part in self.parts)
+
+    @property
+    def _numbers(self) -> dict[Part, int | None]:
+        """How many of each go, where the budget says it."""
+        return {
             "blocks": self.remove_blocks,
             "attention": self.remove_attentions,
             "experts": self.remove_experts,
         }
-        return all(counts.get(part) is not None for part in self.parts)
 
     @property
     def channel_parts(self) -> tuple[Part, ...]:
