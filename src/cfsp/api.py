@@ -29,6 +29,7 @@ from cfsp.settings import (
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
     EFFORTS,
+    NUMBERS,
     Bos,
     Budget,
     CalibrationText,
@@ -171,7 +172,7 @@ def prune(
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
-        numbers = {name: value for name, value in advanced.items() if name.startswith("remove_")}
+        numbers = {name: advanced.get(name) for name in NUMBERS.values()}
         said = {"goal": goal, "sparsity": sparsity, **numbers}
         asked = ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
         command = f"cfsp.prune({str(model)!r}, {asked}, ...)"

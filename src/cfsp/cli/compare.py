@@ -49,16 +49,15 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare and print."""
     from cfsp.quality.compare import comparisons
-    from cfsp.quality.results_file import read_models
+    from cfsp.quality.results_file import joined_models, models_in
 
-    models = read_models(args.files)
+    measured = [each for file in args.files for each in models_in(file)]
     # The name of a dense model may be that of a file, too: a GGUF.
-    is_named = any(each.name == args.against for each in models)
-    if args.against is not None and not is_named and Path(args.against).is_file():
-        models = read_models([*args.files, Path(args.against)])
-        dense: MeasuredModel | None = _first_in(models, Path(args.against))
-    else:
-        dense = _dense(models, args.against)
+    is_named = any(each.name == args.against for each in measured)
+    has_file = args.against is not None and not is_named and Path(args.against).is_file()
+    of_file = models_in(Path(args.against)) if has_file else []
+    models = joined_models([*measured, *of_file])
+    dense = _same(models, of_file[0]) if of_file else _dense(models, args.against)
     base = None if args.base is None else _named(models, args.base, "--base")
     found = comparisons(models, dense, base)
     if args.json:
@@ -84,13 +83,10 @@ def _dense(models: Sequence[MeasuredModel], against: str | None) -> MeasuredMode
     return next((each for each in models if each.fingerprint in prints), None)
 
 
-def _first_in(models: Sequence[MeasuredModel], file: Path) -> MeasuredModel:
-    """Return the model that a file has first, which is the dense one, also if others have it."""
-    from cfsp.quality.results_file import read_models
-
-    first = read_models([file])[0]
-    same = [each for each in models if each.fingerprint == first.fingerprint]
-    return next((each for each in same if each.name == first.name), same[0])
+def _same(models: Sequence[MeasuredModel], one: MeasuredModel) -> MeasuredModel:
+    """Return the model that one of a file is among those of all files."""
+    same = [each for each in models if each.fingerprint == one.fingerprint]
+    return next((each for each in same if each.name == one.name), same[0])
 
 
 def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredModel:

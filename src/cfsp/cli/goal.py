@@ -6,11 +6,13 @@ import argparse
 from typing import Any
 
 from cfsp.architecture.block_names import counted
+from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_options, given, settings_from
 from cfsp.cli.output import human_count, print_table
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.settings import (
+    NUMBERS,
     Budget,
     Criterion,
     Goal,
@@ -53,14 +55,10 @@ def asked(args: argparse.Namespace) -> list[str]:
     for goal, field in _GOALS:
         if field in given(args, goal):
             found.append(f"--{options_of(goal)[field].flag}")
-    if not found and settings_from(args, Budget).is_said_in_numbers:
-        found.append(" and ".join(f"--{options_of(Budget)[name].flag}" for name in _numbers(args)))
+    if not found and arguments.budget(args).is_said_in_numbers:
+        numbers = [name for name in given(args, Budget) if name in NUMBERS.values()]
+        found.append(" and ".join(f"--{options_of(Budget)[name].flag}" for name in numbers))
     return found
-
-
-def _numbers(args: argparse.Namespace) -> list[str]:
-    """Return which options that say a number of what goes whole were given."""
-    return [name for name in given(args, Budget) if name.startswith("remove_")]
 
 
 def check_goal(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,12 +154,28 @@ def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
     Raises:
         ReportError: a file is none of `cfsp eval --out`, or two disagree.
     """
+    return joined_models(each for path in paths for each in models_in(path))
+
+
+def models_in(path: Path) -> list[MeasuredModel]:
+    """Read the models of one file.
+
+    Raises:
+        ReportError: it is none of `cfsp eval --out`.
+    """
+    return [measured_model(str(path), model) for model in read_results(path)["models"]]
+
+
+def joined_models(models: Iterable[MeasuredModel]) -> list[MeasuredModel]:
+    """Return models of several files; what is in several of them is one model.
+
+    Raises:
+        ReportError: two files disagree.
+    """
     found: dict[tuple[str, str], MeasuredModel] = {}
-    for path in paths:
-        for model in read_results(path)["models"]:
-            each = measured_model(str(path), model)
-            key = (each.name, each.fingerprint)
-            found[key] = found[key].with_more(each) if key in found else each
+    for each in models:
+        key = (each.name, each.fingerprint)
+        found[key] = found[key].with_more(each) if key in found else each
     names = [name for name, _fingerprint in found]
     return [
         each if names.count(each.name) == 1 else replace(each, name=f"{each.name} ({each.file})")

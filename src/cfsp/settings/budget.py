@@ -20,6 +20,12 @@ DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
 # Those that go whole or stay, one by one.
 WholePart = Literal["attention", "blocks"]
 WHOLE_PARTS: tuple[WholePart, ...] = get_args(WholePart)
+# The field of a budget that says how many of a part go whole.
+NUMBERS: dict[Part, str] = {
+    "blocks": "remove_blocks",
+    "attention": "remove_attentions",
+    "experts": "remove_experts",
+}
 
 # How much of the blocks, or attentions, a calibration measures the removal of.
 MOST_REMOVED = 0.5
@@ -177,11 +183,10 @@ class Budget:
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
-        counts: tuple[tuple[Part, str, int | None], ...] = (
-            ("blocks", "--remove-blocks", self.remove_blocks),
-            ("attention", "--remove-attentions", self.remove_attentions),
-            ("experts", "--remove-experts", self.remove_experts),
-        )
+        counts = [
+            (part, f"--{name.replace('_', '-')}", getattr(self, name))
+            for part, name in NUMBERS.items()
+        ]
         for part, name, count in counts:
             if count is None:
                 continue
@@ -266,11 +271,7 @@ class Budget:
     @property
     def _numbers(self) -> dict[Part, int | None]:
         """How many of each go, where the budget says it."""
-        return {
-            "blocks": self.remove_blocks,
-            "attention": self.remove_attentions,
-            "experts": self.remove_experts,
-        }
+        return {part: getattr(self, name) for part, name in NUMBERS.items()}
 
     @property
     def channel_parts(self) -> tuple[Part, ...]:
