@@ -1,7 +1,7 @@
 """The protocol that papers on pruning share, in one command, for whoever has the weights and a GPU.
 
     python benchmarks/protocol.py meta-llama/Llama-3.1-8B --out protocol
-    python benchmarks/protocol.py demo --out protocol --local DIR --quick
+    python benchmarks/protocol.py demo --out protocol --local DIR --size small
 
 Prunes to 25, 37.5 and 50% of the block parameters and to 20 and 50% of the FFN channels, on 256
 windows of 2048 tokens of C4. Measures perplexity on WikiText-2-raw test and on C4 validation in
@@ -13,8 +13,9 @@ Every step is a `cfsp` command that is printed; what is finished is not done aga
 same command goes on after an interruption. The pruned models stay in OUT/models.
 
 `--local DIR` reads DIR/wikitext2/test.parquet, DIR/c4/train.jsonl, DIR/c4/validation.jsonl and
-DIR/tasks/*.jsonl instead of the hub; GSM8K is left out then. `--quick` measures little of each: to
-see that it works, not what it says.
+DIR/tasks/*.jsonl instead of the hub; GSM8K is left out then. `--size small` takes 32 windows of
+each text and the first 100 documents of each task, which a small model does on a CPU in an hour or
+two; `--size quick` next to nothing, to see that it works.
 """
 
 from __future__ import annotations
@@ -64,7 +65,11 @@ class Sizes:
     limit: int | None = None
 
 
-QUICK = Sizes(256, 8, "2", "2", 8)
+SIZES = {
+    "full": Sizes(),
+    "small": Sizes(samples=32, c4_windows="32", wikitext_windows="32", limit=100),
+    "quick": Sizes(256, 8, "2", "2", 8),
+}
 
 
 @dataclass(frozen=True)
@@ -269,14 +274,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="as for cfsp prune")
     parser.add_argument("--out", type=Path, required=True, help="directory for models and results")
     parser.add_argument("--local", type=Path, metavar="DIR", help="read local texts and tasks")
-    parser.add_argument("--quick", action="store_true", help="little of everything")
+    parser.add_argument("--size", choices=SIZES, default="full", help="how much of everything")
     parser.add_argument("--of-blocks", type=float, nargs="*", default=OF_BLOCKS, metavar="P")
     parser.add_argument("--of-channels", type=float, nargs="*", default=OF_CHANNELS, metavar="P")
     parser.add_argument(
         "--prune", default="", metavar="ARGS", help="more arguments of cfsp prune, in one string"
     )
     args = parser.parse_args(argv)
-    sizes = QUICK if args.quick else Sizes()
+    sizes = SIZES[args.size]
     texts = Texts() if args.local is None else Texts.in_directory(args.local)
     models = list(pruned_models(open_checkpoint(args.model), args.of_blocks, args.of_channels))
     more = shlex.split(args.prune)

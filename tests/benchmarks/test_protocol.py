@@ -52,7 +52,7 @@ def test_it_prints_a_row_for_each_model_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, out = tiny_checkpoint("llama"), tmp_path / "out"
-    argv = [str(model), "--out", str(out), "--local", str(local), "--quick"]
+    argv = [str(model), "--out", str(out), "--local", str(local), "--size", "quick"]
     argv += ["--of-blocks", "0.25", "--of-channels", "0.5", "--prune=--multiple 4"]
     protocol.main(argv)
     lines = capsys.readouterr().out
