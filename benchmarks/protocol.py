@@ -13,7 +13,7 @@ Every step is a `cfsp` command that is printed; what is finished is not done aga
 same command goes on after an interruption. The pruned models stay in OUT/models.
 
 `--local DIR` reads DIR/wikitext2/test.parquet, DIR/c4/train.jsonl, DIR/c4/validation.jsonl and
-DIR/tasks/*.jsonl instead of the hub; GSM8K is left out then. `--size small` takes 32 windows of
+DIR/tasks/*.jsonl instead of the hub; GSM8K is left out then. `--size small` measures 16 windows of
 each text and the first 100 documents of each task, which a small model does on a CPU in an hour or
 two; `--size quick` next to nothing, to see that it works.
 """
@@ -67,7 +67,7 @@ class Sizes:
 
 SIZES = {
     "full": Sizes(),
-    "small": Sizes(samples=32, c4_windows="32", wikitext_windows="32", limit=100),
+    "small": Sizes(samples=32, c4_windows="16", wikitext_windows="16", limit=100),
     "quick": Sizes(256, 8, "2", "2", 8),
 }
 
