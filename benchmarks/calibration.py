@@ -36,15 +36,13 @@ from cfsp.repair import ridge_pass
 from cfsp.repair.ladder import plan_and_repair
 from cfsp.repair.ridge import RidgeSolution, repair_down_projection
 from cfsp.settings import (
-    AUTO_METRIC,
-    BLOCK_METRICS,
     DEFAULT_SEQLEN,
-    SENSITIVITY_METRICS,
     Budget,
     CalibrationText,
     Compute,
     Criterion,
     PruneSettings,
+    options_of,
 )
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
@@ -61,8 +59,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    metrics = (AUTO_METRIC, *BLOCK_METRICS, *SENSITIVITY_METRICS)
-    parser.add_argument("--block-metric", choices=metrics, default=AUTO_METRIC)
+    metrics = options_of(Criterion)["block_metric"].choices
+    parser.add_argument("--block-metric", choices=metrics, default="auto")
     args = parser.parse_args()
 
     source = open_checkpoint(args.model)

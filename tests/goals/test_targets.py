@@ -614,6 +614,10 @@ def test_a_resumed_run_does_not_measure_again(
         (["--sparsity", "0.5", "--target-params", "0.5"], "--sparsity and --target-params"),
         (["--target-speedup", "1.2", "--max-loss-increase", "1"], "found --target-speedup and"),
         (["--target-params", "0.5", "--of", "model"], "--of belongs to --sparsity"),
+        (
+            ["--parts", "blocks", "--remove-blocks", "1", "--of", "model"],
+            "--of belongs to --sparsity, found it with --remove-blocks",
+        ),
         (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
         (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
         (["--sparsity", "0.5", "--target-speedup-of", "decode"], "belongs to --target-speedup"),

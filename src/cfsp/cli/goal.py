@@ -20,6 +20,7 @@ from cfsp.settings import (
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
+    flag_of,
     options_of,
 )
 
@@ -54,10 +55,11 @@ def asked(args: argparse.Namespace) -> list[str]:
     found = ["--sparsity"] if args.sparsity is not None else []
     for goal, field in _GOALS:
         if field in given(args, goal):
-            found.append(f"--{options_of(goal)[field].flag}")
+            found.append(flag_of(field, options_of(goal)[field]))
     if not found and arguments.budget(args).is_said_in_numbers:
         numbers = [name for name in given(args, Budget) if name in NUMBERS.values()]
-        found.append(" and ".join(f"--{options_of(Budget)[name].flag}" for name in numbers))
+        options = options_of(Budget)
+        found.append(" and ".join(flag_of(name, options[name]) for name in numbers))
     return found
 
 
@@ -79,10 +81,10 @@ def check_goal(args: argparse.Namespace) -> None:
         raise UsageError(f"--of belongs to --sparsity, found it with {found[0]}")
     for goal, field in _GOALS:
         options = options_of(goal)
-        owner = f"--{options[field].flag}"
+        owner = flag_of(field, options[field])
         for other in given(args, goal):
             if other != field and found != [owner]:
-                raise UsageError(f"--{options[other].flag} belongs to {owner}")
+                raise UsageError(f"{flag_of(other, options[other])} belongs to {owner}")
 
 
 def goal(args: argparse.Namespace) -> Goal | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from cfsp.errors import CfspError, UsageError, did_you_mean
-from cfsp.settings import Option, from_names, name_of, options_of
+from cfsp.settings import Option, flag_of, from_names, name_of, options_of
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ def add_options(
     for name, option in options_of(settings).items():
         if fields is not None and name not in fields:
             continue
-        action = _add(group, name_of(name, option).replace("_", "-"), option)
+        action = _add(group, flag_of(name, option), option)
         if option.advanced:
             parser.hide(action)
 
@@ -198,7 +198,7 @@ def _add(group: Any, flag: str, option: Option) -> argparse.Action:
         facts["action"] = "append"
     elif not option.choices:
         facts["type"] = typed(option.kind)
-    action: argparse.Action = group.add_argument(f"--{flag}", **facts)
+    action: argparse.Action = group.add_argument(flag, **facts)
     return action
 
 

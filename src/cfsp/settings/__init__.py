@@ -60,6 +60,7 @@ from cfsp.settings.goals import (
 from cfsp.settings.options import (
     Option,
     check_names,
+    flag_of,
     fraction,
     from_names,
     name_of,
@@ -163,6 +164,7 @@ __all__ = [
     "Widths",
     "check_bos",
     "check_names",
+    "flag_of",
     "fraction",
     "from_names",
     "multiple_in_words",

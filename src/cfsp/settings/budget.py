@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings.goals import TargetKVCache, TargetSpeedup
-from cfsp.settings.options import fraction, number_or_auto, option
+from cfsp.settings.options import flag_of, fraction, number_or_auto, option, options_of
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -183,18 +183,13 @@ class Budget:
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
-        counts = [
-            (part, f"--{name.replace('_', '-')}", getattr(self, name))
-            for part, name in NUMBERS.items()
-        ]
-        for part, name, count in counts:
-            if count is None:
-                continue
+        flags = {part: _flag_of_number(part) for part in self._numbers}
+        for part, count in self._numbers.items():
             if part not in given:
-                raise UsageError(f"{name} belongs to --parts {part} or {part},ffn")
+                raise UsageError(f"{flags[part]} belongs to --parts {part} or {part},ffn")
             if count < 0:
-                raise UsageError(f"{name} must be at least 0, found {count}")
-        said = next((name for _, name, count in counts[:2] if count is not None), None)
+                raise UsageError(f"{flags[part]} must be at least 0, found {count}")
+        said = next((flag for part, flag in flags.items() if part in WHOLE_PARTS), None)
         if said is not None and self.whole_parts == WHOLE_PARTS and self.remove_whole is None:
             raise UsageError(
                 "--parts attention,blocks requires both --remove-blocks and --remove-attentions or "
@@ -258,20 +253,20 @@ class Budget:
     @property
     def remove_whole(self) -> tuple[int, int] | None:
         """How many blocks go and how many attentions of others, where the budget says it."""
-        asked = [self._numbers[part] for part in self.whole_parts]
-        if not asked or None in asked:
+        if not self.whole_parts or not {*self.whole_parts} <= self._numbers.keys():
             return None
         return self.remove_blocks or 0, self.remove_attentions or 0
 
     @property
     def is_said_in_numbers(self) -> bool:
         """Whether numbers of blocks, attentions and experts say all that goes, and no sparsity."""
-        return all(self._numbers.get(part) is not None for part in self.parts)
+        return {*self.parts} <= self._numbers.keys()
 
     @property
-    def _numbers(self) -> dict[Part, int | None]:
-        """How many of each go, where the budget says it."""
-        return {part: getattr(self, name) for part, name in NUMBERS.items()}
+    def _numbers(self) -> dict[Part, int]:
+        """How many go of those parts of which the budget says it."""
+        counts = {part: getattr(self, name) for part, name in NUMBERS.items()}
+        return {part: count for part, count in counts.items() if count is not None}
 
     @property
     def channel_parts(self) -> tuple[Part, ...]:
@@ -305,3 +300,9 @@ class Budget:
         widest = max(width_L)
         fitting = (multiple for least, multiple in _MULTIPLES if widest >= least)
         return next(fitting, MULTIPLE_OF_NARROW)
+
+
+def _flag_of_number(part: Part) -> str:
+    """Return the option that says how many of a part go whole."""
+    field = NUMBERS[part]
+    return flag_of(field, options_of(Budget)[field])

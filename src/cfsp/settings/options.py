@@ -60,6 +60,11 @@ def name_of(field: str, known: Option) -> str:
     return (known.flag or field).replace("-", "_")
 
 
+def flag_of(field: str, known: Option) -> str:
+    """Return what an option is called on a command line."""
+    return f"--{name_of(field, known).replace('_', '-')}"
+
+
 def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:
     """Return settings with some values by the names of their options; the rest has its default.
 

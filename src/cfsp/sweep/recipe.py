@@ -15,14 +15,8 @@ import tomli_w
 from cfsp.errors import UsageError
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import (
-    AUTO_METRIC,
-    BLOCK_METRICS,
-    CHANNEL_METRICS,
-    CLAMPS,
     DEFAULT_TEXT,
-    REMOVALS,
     REPAIRS,
-    SENSITIVITY_METRICS,
     Bos,
     Budget,
     BudgetOf,
@@ -31,15 +25,17 @@ from cfsp.settings import (
     Criterion,
     EvaluationText,
     PruneSettings,
+    options_of,
 )
 from cfsp.sweep.methods import METHODS, Method, method_named
 
+_CRITERION = options_of(Criterion)
 _KNOWN: dict[str, Sequence[str | None]] = {
-    "block_metric": (AUTO_METRIC, *BLOCK_METRICS, *SENSITIVITY_METRICS),
-    "channel_metric": CHANNEL_METRICS,
-    "clamp": (None, *CLAMPS),
+    "block_metric": _CRITERION["block_metric"].choices,
+    "channel_metric": _CRITERION["channel_metric"].choices,
+    "clamp": (None, *_CRITERION["clamp"].choices),
     "repair": REPAIRS,
-    "removal": (AUTO_METRIC, *REMOVALS),
+    "removal": _CRITERION["removal"].choices,
 }
 # A method's name begins that of a directory.
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")
