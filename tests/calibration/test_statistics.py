@@ -108,7 +108,7 @@ def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path: 
             ),
         ),
     ]
-    statistics = Statistics.of(blocks, RECORD, Sensitivity((0.0, 0.25), 0.5, 4))
+    statistics = Statistics.of(blocks, RECORD, Sensitivity((0.0, 0.25), (1.0, 0.5), 4))
     path = tmp_path / "s.safetensors"
     statistics.save(path)
     loaded = Statistics.load(path)
@@ -139,13 +139,13 @@ def test_statistics_survive_a_file(source: Checkpoint, windows: Windows, tmp_pat
 def test_sensitivity_survives_a_file_and_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "stats.safetensors"
     plain = statistics_with_distances({"angular": [0.2, 0.1]})
-    measured = replace(plain, sensitivity=Sensitivity((0.25, 0.0), 0.5, 4))
+    measured = replace(plain, sensitivity=Sensitivity((0.25, 0.0), (0.5, 2 / 3), 4))
     measured.save(path)
     assert Statistics.load(path).sensitivity == measured.sensitivity
     plain.save(path)
     assert Statistics.load(path).sensitivity is None
     for wrong in ((0.25,), (0.25, -0.1), (0.25, float("nan"))):
-        replace(plain, sensitivity=Sensitivity(wrong, 0.5, 4)).save(path)
+        replace(plain, sensitivity=Sensitivity(wrong, (0.5, 0.5), 4)).save(path)
         with pytest.raises(StatisticsError, match="is damaged"):
             Statistics.load(path)
 

@@ -127,7 +127,7 @@ def test_importance_by_sensitivity_is_that_of_numpy() -> None:
     angular_L, divergence_L = [0.2, 0.1, 0.3], (0.4, 0.01, 0.0)
     statistics = replace(
         statistics_with_distances({"angular": angular_L}),
-        sensitivity=Sensitivity(divergence_L, 0.5, 4),
+        sensitivity=Sensitivity(divergence_L, (0.5,) * 3, 4),
     )
     root = np.sqrt(np.maximum(divergence_L, 0.4e-6))
     angular = np.array(block_importance(angular_L))
@@ -140,10 +140,21 @@ def test_importance_by_sensitivity_is_that_of_numpy() -> None:
         assert block_distances(statistics, metric) == angular_L
 
 
+def test_sensitivity_counts_what_was_really_kept() -> None:
+    """Of three KV groups two stay: what that costs is half of what a half would."""
+    cost = 0.4
+    kept_L = (1 / 2, 2 / 3, 1 / 3, 1.0)
+    divergence_L = tuple(cost * (1 / k - 1) for k in kept_L)
+    sensitivity = Sensitivity(divergence_L, kept_L, 4)
+    np.testing.assert_allclose(sensitivity.halved_L, [cost, cost, cost, 0])
+    statistics = replace(statistics_with_distances({"angular": [0.1] * 4}), sensitivity=sensitivity)
+    np.testing.assert_allclose(importance_by(statistics, "sensitivity")[:3], 1)
+
+
 def test_blocks_that_nothing_depends_on_are_equally_important() -> None:
     statistics = replace(
         statistics_with_distances({"angular": [0.2, 0.1]}),
-        sensitivity=Sensitivity((0.0, 0.0), 0.5, 4),
+        sensitivity=Sensitivity((0.0, 0.0), (0.5, 0.5), 4),
     )
     assert importance_by(statistics, "sensitivity") == [1.0, 1.0]
 
@@ -167,7 +178,7 @@ def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count(
     statistics = replace(
         whole,
         units=(first, second, second),
-        sensitivity=Sensitivity((0.04, 0.16, 0.0), 0.5, 4),
+        sensitivity=Sensitivity((0.04, 0.16, 0.0), (0.5, 0.5, 1.0), 4),
     )
     assert statistics.blocks_with_units == [0, 1]
     assert block_distances(statistics, "angular") == [0.1, 0.3]

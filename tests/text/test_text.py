@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cfsp.errors import TextError, UsageError
 from cfsp.text.drawing import consecutive_windows, draw_windows
 from cfsp.text.sources import TextSource
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, few_windows
 
 DOCUMENTS = ["The first document.", "The second,\nin two lines.", "Das dritte: äöü €."]
 
@@ -282,3 +285,30 @@ def test_digest_covers_tokens_and_shape() -> None:
     }
     assert len(digests) == 3
     assert Windows(flat.view(3, 4).int(), {}).digest == Windows(flat.view(3, 4), {"x": 1}).digest
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 50))
+def test_few_windows_are_of_every_source_and_spread_over_it(sizes: list[int], count: int) -> None:
+    names = {f"mixed/{source}" if source else "own.txt": n for source, n in enumerate(sizes)}
+    few = few_windows(Windows(torch.arange(sum(sizes))[:, None], names), count)
+    places = few.tokens_NT[:, 0].tolist()
+    assert len(places) == min(count, sum(sizes)) == sum(few.sources.values())
+    assert places == sorted(set(places))
+    assert len(few.sources) == min(count, len(sizes))
+    end = 0
+    for name, size in names.items():
+        begin, end = end, end + size
+        own = [place - begin for place in places if begin <= place < end]
+        assert len(own) == few.sources.get(name, 0)
+        if own:
+            # Evenly, with as much before the first as after the last.
+            steps = np.diff([-1 - own[0], *own, 2 * size - 1 - own[-1]])
+            assert steps.max() - steps.min() <= 2
+
+
+def test_few_windows_are_of_the_users_own_text_first_and_of_more_text_more() -> None:
+    kinds = {f"mixed/{kind}": 7 for kind in range(9)}
+    windows = Windows(torch.zeros(127, 1), {**kinds, "own.txt": 64})
+    assert few_windows(windows, 1).sources == {"own.txt": 1}
+    assert few_windows(windows, 10).sources == {**dict.fromkeys(kinds, 1), "own.txt": 1}
+    assert few_windows(windows, 14).sources == {**dict.fromkeys(kinds, 1), "own.txt": 5}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
+from cfsp.engine.compute import Engine
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
+from cfsp.settings import Criterion
+from cfsp.text.drawing import draw_windows
 from cfsp.whole_model.divergence import POSITION_STRIDE, dense_predictions
 from cfsp.whole_model.masks import masked_channels
-from cfsp.whole_model.sensitivity import block_sensitivities
+from cfsp.whole_model.sensitivity import block_sensitivities, with_sensitivity
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(WIDTH)), tuple(range(1, WIDTH, 2)))
@@ -86,3 +92,18 @@ def test_sensitivity_of_experts_is_measured() -> None:
     found_L = block_sensitivities(LoadedModel(model), model, tokens_NT, [every, half, every])["ffn"]
     assert found_L[0] == found_L[2] == pytest.approx(0, abs=1e-6)
     assert found_L[1] > 1e-3
+
+
+def test_what_stayed_is_stored_by_part(text_file: Path, tokenizer: Any) -> None:
+    config = TINY_CONFIGS["llama"]()
+    config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
+    source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
+    windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
+    engine = Engine(torch.device("cpu"), torch.float32, 2)
+    statistics = with_sensitivity(
+        source, calibrate(source, windows, engine), windows, Criterion(), engine
+    )
+    of_ffns = statistics.sensitivity
+    assert of_ffns is not None
+    assert of_ffns.kept_L == (1 / 2,) * BLOCKS
+    assert of_ffns.other_parts["kv"].kept_L == (2 / 3,) * BLOCKS

@@ -56,7 +56,7 @@ def test_widths_follow_the_measured_sensitivity(
     statistics = Statistics.load(tmp_path / "out" / STATISTICS_FILE)
     found = statistics.sensitivity
     assert found is not None
-    assert (found.sparsity, found.windows) == (0.5, 8)
+    assert (found.kept_L, found.windows) == ((0.5,) * 3, 8)
     assert min(found.divergence_L) > 0
     if repair == "none":  # with repair the distances come from fewer windows
         expected = allocate(

@@ -140,46 +140,51 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What pruning each block alone does to the predictions (`cfsp.whole_model.sensitivity`).
+    """What pruning one part of each block alone does to the predictions.
+
+    See `cfsp.whole_model.sensitivity`.
 
     Attributes:
         divergence_L: KL(dense || that block's FFNs pruned), in nats per token; 0 for a block
             that has no FFN.
-        sparsity: fraction of the channels of each of the block's FFNs that was removed.
+        kept_L: the share of the channels of the block's FFNs that stayed; 1 where there is none.
         windows: number of windows that it was measured on.
-        divergence_of: the same of other parts by their names, such as `kv`.
+        other_parts: the same of other parts by their names, such as `kv`.
     """
 
     divergence_L: tuple[float, ...]
-    sparsity: float
+    kept_L: tuple[float, ...]
     windows: int
-    divergence_of: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    other_parts: dict[str, Sensitivity] = field(default_factory=dict)
+
+    @property
+    def halved_L(self) -> list[float]:
+        """What removing half of each block would cost, in nats per token.
+
+            KL_l k_l / (1 - k_l),  if removing a share 1 - k costs in proportion to 1/k - 1
+
+        Few channels cannot be halved: of three KV groups two stay, k = 2/3. Where nothing could go,
+        nothing is lost.
+        """
+        pairs = zip(self.divergence_L, self.kept_L, strict=True)
+        return [divergence * (k / (1 - k)) if k < 1 else 0.0 for divergence, k in pairs]
 
     def of_part(self, part: Part) -> Sensitivity | None:
         """Return what pruning one part of each block alone does; None if it was not measured."""
-        if part == "ffn":
-            return self
-        found_L = self.divergence_of.get(part)
-        return None if found_L is None else replace(self, divergence_L=found_L)
+        return self if part == "ffn" else self.other_parts.get(part)
 
     def of_blocks(self, blocks: Sequence[int]) -> Sensitivity:
         """Return that of some of the blocks."""
-        others = self.divergence_of.items()
         return replace(
             self,
             divergence_L=tuple(self.divergence_L[block] for block in blocks),
-            divergence_of={
-                part: tuple(divergence_L[block] for block in blocks)
-                for part, divergence_L in others
-            },
+            kept_L=tuple(self.kept_L[block] for block in blocks),
+            other_parts={part: each.of_blocks(blocks) for part, each in self.other_parts.items()},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types; see `sensitivity_from_json`."""
-        fields = asdict(self)
-        if not self.divergence_of:
-            del fields["divergence_of"]
-        return fields
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -374,22 +379,23 @@ def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensiti
     Raises:
         ValueError: the values cannot be those of so many blocks.
     """
-    if fields is None:
+    # An earlier version did not store what was kept: that is as if nothing had been measured.
+    if fields is None or "kept_L" not in fields:
         return None
-
-    def checked(values: Any) -> tuple[float, ...]:
-        divergence_L = tuple(float(value) for value in values)
-        if len(divergence_L) != blocks or not all(0 <= value < math.inf for value in divergence_L):
-            raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}")
-        return divergence_L
-
-    others = dict(fields.get("divergence_of", {}))
-    return Sensitivity(
-        checked(fields["divergence_L"]),
-        float(fields["sparsity"]),
-        int(fields["windows"]),
-        {str(part): checked(values) for part, values in others.items()},
-    )
+    divergence_L = tuple(map(float, fields["divergence_L"]))
+    kept_L = tuple(map(float, fields["kept_L"]))
+    if not (
+        len(divergence_L) == len(kept_L) == blocks
+        and all(0 <= value < math.inf for value in divergence_L)
+        and all(0 < share <= 1 for share in kept_L)
+    ):
+        raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}, kept {kept_L}")
+    others = {
+        str(part): sensitivity_from_json(each, blocks)
+        for part, each in fields["other_parts"].items()
+    }
+    measured = {part: each for part, each in others.items() if each is not None}
+    return Sensitivity(divergence_L, kept_L, int(fields["windows"]), measured)
 
 
 def removals_from_json(fields: Sequence[dict[str, Any]], blocks: int) -> tuple[Removal, ...]:

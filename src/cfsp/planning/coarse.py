@@ -79,8 +79,9 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
         sensitivity           s_l = sqrt(KL_l)
         angular+sensitivity   the mean of that and the angular importance, each divided by its mean
 
-    both divided by the largest. If removing a share 1 - k of a block costs KL_l (1/k - 1), widths
-    in proportion to sqrt(KL_l) cost least: hence the root.
+    both divided by the largest, where KL_l is what halving the block would cost. If removing a
+    share 1 - k of a block costs KL_l (1/k - 1), widths in proportion to sqrt(KL_l) cost least:
+    hence the root.
 
     Raises:
         StatisticsError: the metric requires a sensitivity, and the statistics have none.
@@ -94,8 +95,8 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
             f"the block metric {metric} needs the blocks' sensitivity, which these statistics do "
             "not have; make them with: cfsp calibrate --sensitivity"
         )
-    divergence_L = _of_blocks_with_units(statistics, statistics.sensitivity.divergence_L)
-    root_L = [math.sqrt(divergence) for divergence in divergence_L]
+    halved_L = _of_blocks_with_units(statistics, statistics.sensitivity.halved_L)
+    root_L = [math.sqrt(divergence) for divergence in halved_L]
     # A block that nothing depends on still counts a little: importance is positive.
     least = max(root_L) * _LEAST_SHARE or 1.0
     mixed_L = _over_mean([max(root, least) for root in root_L])
@@ -131,7 +132,7 @@ def importance_of_units(
         is_needed = part in spent or own.sensitivity is not None
         importances = of_units(own, importance_by(own, metric if is_needed else "angular"))
         if compared and own.sensitivity is not None:
-            largest = max(_of_blocks_with_units(own, own.sensitivity.divergence_L))
+            largest = max(_of_blocks_with_units(own, own.sensitivity.halved_L))
             each = fmean(size.units[i].width * size.units[i].channel_parameters for i in numbers)
             scale = math.sqrt(largest / each)
             importances = [importance * scale for importance in importances]

@@ -46,6 +46,11 @@ def parts_of(name: str) -> tuple[str, ...]:
     return tuple(f"{MIXED}/{kind}" for kind in KINDS) if name == MIXED else (name,)
 
 
+def comes_with_cfsp(name: str) -> bool:
+    """Return whether a text is the mixed one or a kind of it, and not the user's own."""
+    return name == MIXED or name.startswith(f"{MIXED}/")
+
+
 def mixed_texts() -> dict[str, Callable[[Purpose], Iterator[str]]]:
     """Return what reads the mixed text and each of its kinds, by name."""
     kinds = {f"{MIXED}/{kind}": partial(kind_documents, kind) for kind in KINDS}

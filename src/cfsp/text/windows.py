@@ -8,6 +8,8 @@ Shapes: N windows, T tokens in a window.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from cfsp.errors import UsageError
 from cfsp.text.hold_out import is_held_out
+from cfsp.text.mixed import comes_with_cfsp
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,39 @@ class Windows:
         return self.images_N[window] if self.images_N else {}
 
     def part(self, windows: slice) -> Windows:
-        """Return some of the windows; where they came from is told of all."""
-        counted_N = None if self.counted_N is None else self.counted_N[windows]
+        """Return some of the windows."""
+        return self.at(range(len(self.tokens_NT))[windows])
+
+    def at(self, places: Sequence[int]) -> Windows:
+        """Return the windows at these places, ascending."""
+        rows = list(places)
         return replace(
             self,
-            tokens_NT=self.tokens_NT[windows],
-            counted_N=counted_N,
-            images_N=self.images_N[windows],
+            tokens_NT=self.tokens_NT[rows],
+            sources=self._sources_of(rows),
+            counted_N=None if self.counted_N is None else self.counted_N[rows],
+            images_N=tuple(self.images_N[row] for row in rows if self.images_N),
         )
+
+    def _sources_of(self, places: Sequence[int]) -> dict[str, int]:
+        if not self._is_by_source:
+            return self.sources
+        ends, names = list(accumulate(self.sources.values())), list(self.sources)
+        return dict(Counter(names[bisect_right(ends, place)] for place in places))
+
+    @property
+    def _is_by_source(self) -> bool:
+        """Whether it is known which windows are of which source."""
+        return sum(self.sources.values()) == len(self.tokens_NT)
 
     def by_source(self) -> list[Windows]:
         """Return the windows of each source; all together where it isn't known which are whose."""
-        if sum(self.sources.values()) != len(self.tokens_NT):
+        if not self._is_by_source:
             return [self]
         ends = accumulate(self.sources.values())
         return [
-            replace(self.part(slice(end - count, end)), sources={name: count})
-            for (name, count), end in zip(self.sources.items(), ends, strict=True)
+            self.part(slice(end - count, end))
+            for count, end in zip(self.sources.values(), ends, strict=True)
             if count
         ]
 
@@ -89,9 +108,8 @@ class Windows:
     @property
     def held_out_N(self) -> Tensor:
         """Which windows repair is judged by instead of fitted to; see `is_held_out`."""
-        parts = tuple(self.sources.values())
-        whole = (len(self.tokens_NT),)
-        return is_held_out(parts if sum(parts) == sum(whole) else whole)
+        counts = self.sources.values() if self._is_by_source else [len(self.tokens_NT)]
+        return is_held_out(list(counts))
 
     @cached_property
     def digest(self) -> str:
@@ -120,9 +138,37 @@ def check_is_text(windows: Windows, needed_by: str) -> None:
 
 
 def few_windows(windows: Windows, count: int) -> Windows:
-    """Return at most `count` windows, by equal steps from the first: of most texts some."""
-    stride = max(1, len(windows.tokens_NT) // count)
-    return windows.part(slice(0, stride * count, stride))
+    """Return at most `count` windows: some of every source, and more of a larger one.
+
+    Those of a source are spread evenly over it. Where there are fewer windows than sources, the
+    user's own texts come before those that come with cfsp.
+    """
+    kinds = windows.by_source()
+    sizes = [len(kind.tokens_NT) for kind in kinds]
+    own = [not all(map(comes_with_cfsp, kind.sources)) for kind in kinds]
+    shares = [0] * len(kinds)
+    for _ in range(min(count, sum(sizes))):
+        shares[_next(shares, sizes, own)] += 1
+    return windows.at(
+        [
+            end - size + (2 * step + 1) * size // (2 * share)
+            for end, size, share in zip(accumulate(sizes), sizes, shares, strict=True)
+            for step in range(share)
+        ]
+    )
+
+
+def _next(shares: Sequence[int], sizes: Sequence[int], own: Sequence[bool]) -> int:
+    """Return which source gives the next window: one that gave none, else the one that lacks most.
+
+    Sizes over shares are d'Hondt's rule.
+    """
+
+    def urgency(source: int) -> tuple[bool, bool, float]:
+        first = not shares[source]
+        return first, first and own[source], sizes[source] / (shares[source] + 1)
+
+    return max(range(len(shares)), key=urgency)
 
 
 def joined(parts: Sequence[Windows]) -> Windows:

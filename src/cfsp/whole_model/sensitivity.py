@@ -198,9 +198,26 @@ def measure_sensitivity(
     if not all(map(math.isfinite, chain(*found.values()))):
         raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
     # Equal predictions may differ by rounding, in either direction.
-    positive: dict[str, tuple[float, ...]] = {
-        part: tuple(max(0.0, divergence) for divergence in found_L)
+    few = len(windows.tokens_NT)
+    of_part: dict[str, Sensitivity] = {
+        part: Sensitivity(
+            tuple(max(0.0, divergence) for divergence in found_L),
+            _kept_shares(source, part, kept_U, len(found_L)),
+            few,
+        )
         for part, found_L in found.items()
     }
-    of_ffns = positive.pop("ffn")
-    return Sensitivity(of_ffns, SENSITIVITY_SPARSITY, len(windows.tokens_NT), positive)
+    of_ffns = of_part.pop("ffn")
+    return replace(of_ffns, other_parts=of_part)
+
+
+def _kept_shares(
+    source: WeightSource, part: Part, kept_U: Sequence[Sequence[int]], blocks: int
+) -> tuple[float, ...]:
+    """Return which share of a part's channels stayed in each block; 1 where there is none."""
+    kept_L, all_L = [0] * blocks, [0] * blocks
+    for unit, kept_K in zip(source.units, kept_U, strict=True):
+        if unit.part == part:
+            kept_L[unit.block] += len(kept_K)
+            all_L[unit.block] += unit.width * unit.ffns
+    return tuple(k / a if a else 1.0 for k, a in zip(kept_L, all_L, strict=True))
