@@ -57,7 +57,7 @@ PLANS: Table = {
     "plan for another model": BadInput(
         OBEY.replace("{plan}", "{other_plan}"),
         "not for {model} (llama, ",
-        "make a plan for this model",
+        "an earlier cfsp, which knew models by fewer weights, wrote it; make a plan for this model",
     ),
     "plan of another version": BadInput(
         OBEY,
@@ -162,7 +162,7 @@ STATISTICS: Table = {
     "statistics of another model": BadInput(
         PLAN.replace("{statistics}", "{other_statistics}"),
         "not for {model} (",
-        "calibrate this model",
+        "an earlier cfsp, which knew models by fewer weights, wrote them; calibrate this model",
     ),
     "statistics of another version": BadInput(
         PLAN,

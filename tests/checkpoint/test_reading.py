@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
     Checkpoint,
     LoadedModel,
+    _spread,
     ffn_parameters_per_channel,
     fingerprint,
     parameter_count,
@@ -52,7 +54,8 @@ def test_checkpoint_equals_the_model_in_memory(
     for tensor in stored.specs:
         assert stored.specs[tensor] == loaded.specs[tensor]
         assert torch.equal(stored.read(tensor), loaded.read(tensor))
-        assert torch.equal(stored.read_prefix(tensor, 9), loaded.read_prefix(tensor, 9))
+        parts = [slice(0, 5), slice(2, 8)]
+        assert torch.equal(stored.read_parts(tensor, parts), loaded.read_parts(tensor, parts))
         chunks = (b"".join(map(bytes, source.chunks(tensor))) for source in (stored, loaded))
         assert len(set(chunks)) == 1
     assert fingerprint(stored) == fingerprint(loaded)
@@ -78,6 +81,27 @@ def test_shards_read_like_a_single_file(
 def test_fingerprint_tells_models_apart(tmp_path: Path, sharded: Path) -> None:
     save_tiny_model("llama", tmp_path / "other", seed=1)
     assert fingerprint(Checkpoint(tmp_path / "other")) != fingerprint(Checkpoint(sharded))
+
+
+def test_fingerprint_sees_every_tensor(sharded: Path) -> None:
+    """LoRA on q and v, or any other tuning, makes another model."""
+    model = build_tiny_model("llama")
+    found = {fingerprint(Checkpoint(sharded))}
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter += 0.01
+        found.add(fingerprint(LoadedModel(model)))
+    assert len(found) == 1 + len(list(model.parameters()))
+
+
+def test_fingerprint_sees_the_whole_of_a_tensor() -> None:
+    """The values that it takes begin and end with the tensor and lie no further apart inside."""
+    for elements in (0, 1, 4096, 4097, 10**9):
+        parts = _spread(elements)
+        assert (parts[0].start, parts[-1].stop) == (0, elements)
+        assert sum(part.stop - part.start for part in parts) == min(elements, 4096)
+        gaps = {after.start - before.stop for before, after in pairwise(parts)}
+        assert all(0 <= gap <= elements // 3 for gap in gaps)
 
 
 def refused(directory: Path) -> str:

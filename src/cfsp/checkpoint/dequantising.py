@@ -54,12 +54,12 @@ class DequantisedTensor:
             whole[start:stop] = self.rows(start, stop)
         return whole
 
-    def read_prefix(self, elements: int) -> Tensor:
-        """Return the first elements, flattened; only their rows are computed."""
-        count = self.spec.shape[0]
-        in_a_row = max(1, self.spec.elements // max(1, count))
-        rows = self.rows(0, min(count, ceil(elements / in_a_row)))
-        return rows.reshape(-1)[:elements].to(self.spec.dtype)
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return the elements from one to another, flattened; only their rows are computed."""
+        in_a_row = max(1, self.spec.elements // max(1, self.spec.shape[0]))
+        first = start // in_a_row
+        rows = self.rows(first, ceil(stop / in_a_row)).reshape(-1)
+        return rows[start - first * in_a_row : stop - first * in_a_row].to(self.spec.dtype)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the raw bytes, some rows at a time."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_FINGERPRINT_ELEMENTS = 64
+# What of each tensor tells models apart: so many runs of so many values.
+_RUNS, _RUN_VALUES = 4, 1024
+# Why files of the same model may not fit.
+EARLIER = "or an earlier cfsp, which knew models by fewer weights, wrote"
 _LONGEST_NAME = 200
 # What the blocks can compute with; others are quantised, and their scales are tensors of their own.
 _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -75,9 +79,10 @@ class WeightSource(Protocol):
         """Return one tensor in its own dtype."""
         ...
 
-    def read_prefix(self, name: str, elements: int) -> Tensor:
-        """Return the first elements of one tensor, flattened, on the CPU."""
-        return self.read(name).reshape(-1)[:elements].cpu()
+    def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
+        """Return some elements of one tensor, flattened, one part after the other, on the CPU."""
+        values = self.read(name).reshape(-1)
+        return torch.cat([values[part] for part in parts]).cpu()
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor."""
@@ -133,9 +138,9 @@ class Checkpoint(WeightSource):
         """Return one tensor in its own dtype."""
         return self._tensors[name].read()
 
-    def read_prefix(self, name: str, elements: int) -> Tensor:
-        """Return the first elements of one tensor, flattened."""
-        return self._tensors[name].read_prefix(elements)
+    def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
+        """Return some elements of one tensor, flattened, one part after the other."""
+        return torch.cat([self._tensors[name].read_part(part.start, part.stop) for part in parts])
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor."""
@@ -184,20 +189,35 @@ class LoadedModel(WeightSource):
 def fingerprint(source: WeightSource) -> str:
     """Return a hex digest that tells models apart, cheap enough to compute at every start.
 
-    It covers the model type, the name and shape of every tensor, and the first values of every
-    down projection, so that a fine-tuned copy of a model does not pass for the original. Values
-    are taken in float32: a model and its upcast copy are the same model.
+    It covers the model type, and of every tensor the name, the shape and values from its beginning
+    to its end: all of a small one, else some kilobytes. So a fine-tuned copy of a model does not
+    pass for the original, whatever was tuned, unless only single rows were. Values are taken in
+    float32, and by tensor: a model and its upcast copy are the same model, in any files.
     """
+    if source not in _found:
+        _found[source] = _digest(source)
+    return _found[source]
+
+
+# A run asks often, and the weights of a source do not change.
+_found: WeakKeyDictionary[WeightSource, str] = WeakKeyDictionary()
+
+
+def _digest(source: WeightSource) -> str:
     digest = hashlib.sha256(source.config.model_type.encode())
-    for name in sorted(source.specs):
-        digest.update(f"{name}{list(source.specs[name].shape)}".encode())
-    ffns = [index for index, unit in enumerate(source.units) if unit.part == "ffn"]
-    # The same for whatever other parts a model is opened with.
-    for unit in ffns or range(len(source.units)):
-        for name in source.stored.down_names(unit):
-            values = source.read_prefix(name, _FINGERPRINT_ELEMENTS).to(torch.float32)
-            digest.update(values.numpy().tobytes())
+    for name, spec in sorted(source.specs.items()):
+        digest.update(f"{name}{list(spec.shape)}".encode())
+        values = source.read_parts(name, _spread(spec.elements)).to(torch.float32)
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _spread(elements: int) -> list[slice]:
+    """Return which values of a tensor tell it from another: runs of them, the last ones too."""
+    if elements <= _RUNS * _RUN_VALUES:
+        return [slice(0, elements)]
+    starts = [run * (elements - _RUN_VALUES) // (_RUNS - 1) for run in range(_RUNS)]
+    return [slice(start, start + _RUN_VALUES) for start in starts]
 
 
 def parameter_count(source: WeightSource) -> int:

@@ -153,18 +153,17 @@ class TensorFile:
         data = self._read_bytes(self._offsets[name], spec.nbytes)
         return data.view(spec.dtype).reshape(spec.shape)
 
-    def read_prefix(self, name: str, elements: int) -> Tensor:
-        """Return the first elements of one tensor, flattened."""
-        spec = self.specs[name]
-        nbytes = min(elements * spec.dtype.itemsize, spec.nbytes)
-        return self._read_bytes(self._offsets[name], nbytes).view(spec.dtype)
+    def read_part(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the elements of one tensor from one to another, flattened."""
+        dtype = self.specs[name].dtype
+        offset = self._offsets[name] + start * dtype.itemsize
+        return self._read_bytes(offset, (stop - start) * dtype.itemsize).view(dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return one tensor from one index of its first axis to another."""
-        spec = self.specs[name].with_length(0, stop - start)
-        offset = self._offsets[name] + self.specs[name].with_length(0, start).nbytes
-        data = self._read_bytes(offset, spec.nbytes)
-        return data.view(spec.dtype).reshape(spec.shape)
+        before, spec = (self.specs[name].with_length(0, n) for n in (start, stop - start))
+        part = self.read_part(name, before.elements, before.elements + spec.elements)
+        return part.reshape(spec.shape)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor in pieces of at most 16 MB."""
@@ -214,8 +213,8 @@ class StoredTensor(Protocol):
         """Return the tensor."""
         ...
 
-    def read_prefix(self, elements: int) -> Tensor:
-        """Return the first elements, flattened."""
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return the elements from one to another, flattened."""
         ...
 
     def chunks(self) -> Iterator[memoryview]:
@@ -239,9 +238,9 @@ class FileTensor:
         """Return the tensor."""
         return self.file.read(self.name)
 
-    def read_prefix(self, elements: int) -> Tensor:
-        """Return the first elements, flattened."""
-        return self.file.read_prefix(self.name, elements)
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return the elements from one to another, flattened."""
+        return self.file.read_part(self.name, start, stop)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return what is from one index of the first axis to another."""

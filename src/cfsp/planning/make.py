@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cfsp.calibration.statistics import Statistics, UnitStatistics
-from cfsp.checkpoint.reading import WeightSource, fingerprint
+from cfsp.checkpoint.reading import EARLIER, WeightSource, fingerprint
 from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.errors import StatisticsError
 from cfsp.planning.channels import channels_that_stay, few_tokens, warn_of_few_tokens
@@ -164,8 +164,8 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
     if statistics.record.fingerprint != found or shapes != expected:
         raise StatisticsError(
             f"the statistics were made for {statistics.record.model} "
-            f"({statistics.record.fingerprint}), not for {source.label} ({found}); "
-            "calibrate this model"
+            f"({statistics.record.fingerprint}), not for {source.label} ({found}), "
+            f"{EARLIER} them; calibrate this model"
         )
 
 

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
+from cfsp.checkpoint.reading import EARLIER, Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.whole import free_bytes
 from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError
@@ -61,7 +61,7 @@ def _dense_model_of(source: Checkpoint, method: Method, device: torch.device) ->
     try:
         dense = open_checkpoint(name)
         if fingerprint(dense) != recorded.get("fingerprint"):
-            reason = "what is there now is another model"
+            reason = f"what is there now is another model, {EARLIER} the manifest"
         else:
             check_teacher(source, load_tokenizer(source.directory), dense)
             # Several processes must decide alike, and memory is not.
