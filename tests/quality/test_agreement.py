@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
@@ -236,7 +237,7 @@ def test_an_interrupted_run_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("again"))
         assert main([*argv, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out) == found
+        assert json.loads(capsys.readouterr().out) == {"models": found["models"]}
         assert main([*argv, "--windows", "2"]) == 2
     assert "holds something else than was asked for now" in capsys.readouterr().err
 
@@ -252,10 +253,29 @@ def test_results_of_other_weights_are_not_taken_for_these(
     argv = ["eval", str(model), "--data", str(text_file), "--windows", "2", "--seqlen", "16"]
     argv += ["--out", str(tmp_path / "out.json")]
     assert main(argv) == 0
-    shutil.rmtree(model)
-    perturbed(tiny_checkpoint("llama"), model)
+    # As LoRA on q and v leaves it.
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] += 0.1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert main(argv) == 2
-    assert f"was measured when {model} had other weights" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds something else than was asked for now (other weights)" in error
+
+
+def test_results_on_another_text_of_that_name_are_not_taken_for_these(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    other_text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
+    argv = ["eval", str(tiny_checkpoint("llama")), "--data", str(text), "--windows", "2"]
+    argv += ["--seqlen", "16", "--out", str(tmp_path / "out.json")]
+    assert main(argv) == 0
+    shutil.copy(other_text_file, text)
+    assert main(argv) == 2
+    assert "than was asked for now (other texts); choose" in capsys.readouterr().err
 
 
 def test_what_is_printed(

@@ -239,6 +239,23 @@ def test_what_is_printed(write: Callable[..., Path], capsys: pytest.CaptureFixtu
     assert "cannot read missing.json" in capsys.readouterr().err
 
 
+def test_two_measurements_of_one_model_are_told_of(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [write(f"{name}.json", model("one", 1)) for name in ("a", "b")]
+    read_models(files)
+    assert not caplog.messages
+    again = model("one", 1)
+    again["windows"]["wiki"]["loss"][0] += 0.5
+    again["documents"]["piqa"][0]["choice"] = 7
+    read_models([files[0], write("b.json", again)])
+    assert caplog.messages == [
+        f"{files[0]} and {files[1]} differ in the results of one on {what}, of which one is "
+        "compared; name one file"
+        for what in ("wiki", "piqa")
+    ]
+
+
 def test_models_of_one_name_are_told_apart_by_file(write: Callable[..., Path]) -> None:
     one, other = write("a.json", model("smaller", 1)), write("b.json", model("smaller", 2))
     names = [each.name for each in read_models([one, other])]

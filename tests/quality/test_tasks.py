@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,20 @@ def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forwa
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
     with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
         evaluate_models([directory], texts, Compute(), runner)
+
+
+def test_scores_depend_on_what_is_in_the_files(task_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(task_data, tmp_path / "data"))
+
+    def identity() -> dict[str, Any]:
+        return TaskRunner.of(TaskSelection(("piqa",), data=data)).identity()
+
+    before = identity()
+    (data / "arc_easy.jsonl").unlink()
+    assert identity() == before
+    lines = (data / "piqa.jsonl").read_text().splitlines(keepends=True)
+    (data / "piqa.jsonl").write_text("".join(lines[1:]))
+    assert identity() != before
 
 
 def test_the_harness_asks_git_nothing(

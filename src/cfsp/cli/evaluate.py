@@ -107,7 +107,6 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.quality.evaluate import evaluate_models
-    from cfsp.quality.results_file import measured_into
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.stride, args.bos)
@@ -115,17 +114,12 @@ def run(args: argparse.Namespace) -> None:
     compute = arguments.compute(args)
     take_own_accelerator(compute.device)
     with joined(compute_device(compute.device), timeout) as team:
-
-        def measure(out: Path | None) -> dict[str, Any]:
-            models = evaluate_models(
-                args.models, texts, compute, runner, against=args.against, out=out, team=team
-            )
-            return {"models": models, **({"tasks": runner.conditions()} if runner else {})}
-
-        if args.out is None:
-            found = measure(None)
-        else:
-            found = measured_into(args.out, _asked(args), measure, team)
+        models = evaluate_models(
+            args.models, texts, compute, runner, against=args.against, out=args.out, team=team
+        )
+    found: dict[str, Any] = {"models": models}
+    if runner:
+        found["tasks"] = runner.conditions()
     if not team.is_first:
         return
     if args.json:
@@ -140,16 +134,6 @@ def run(args: argparse.Namespace) -> None:
         _print_tasks(found["models"], found["tasks"])
     if args.out is not None:
         print(f"\nall of it: {args.out}; pairs: cfsp compare {shlex.quote(str(args.out))}")
-
-
-def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what was asked for, as JSON types."""
-    names = (
-        *("models", "against", "data", "windows", "seqlen", "stride", "bos"),
-        *("tasks", "limit", "shots", "task_data", "dtype", "batch_windows"),
-    )
-    asked = {name: getattr(args, name) for name in names}
-    return {name: str(each) if isinstance(each, Path) else each for name, each in asked.items()}
 
 
 def _windows(text: str) -> int | None:

@@ -8,13 +8,16 @@ Shapes: P positions of a window, R some of them, T tokens, D hidden, V vocabular
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cfsp.engine.head import Head
 from cfsp.engine.hidden_states import HiddenStates
+from cfsp.quality.paired import difference, geometric_mean, per_count
 
 # Of two float32 log-softmaxes; small enough to stay in the cache.
 _PROBABILITIES_AT_ONCE = 1 << 20
@@ -67,3 +70,31 @@ def divergence_and_agreement(logits_PV: Tensor, dense_PV: Tensor) -> tuple[float
         divergence += torch.linalg.vecdot(probability_RV, difference_RV).sum(dtype=torch.float64)
         agreed += (logits_RV.argmax(-1) == dense_RV.argmax(-1)).sum()
     return float(divergence), int(agreed)
+
+
+def agreement_of(dense: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return how far a model is from the dense one, by text and in sum."""
+    by_text: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for text, sums in model["windows"].items():
+        counts = sums["predicted"]
+        rise = per_count(difference(dense["windows"][text]["loss"], sums["loss"]), counts)
+        ratios[text] = math.exp(min(rise.value, 700.0))
+        by_text[text] = {
+            "perplexity_ratio": round(ratios[text], 6),
+            "loss_rise": rise.to_json(),
+            "divergence": per_count(sums["divergence"], counts).to_json(),
+            "agreed": per_count(sums["agreed"], counts).to_json(),
+        }
+    found: dict[str, Any] = {
+        "against": dense["model"],
+        "fingerprint": dense["fingerprint"],
+        "texts": by_text,
+    }
+    if ratios:
+        worst = max(ratios, key=lambda text: ratios[text])
+        found |= {
+            "perplexity_ratio": round(geometric_mean(list(ratios.values())), 6),
+            "worst": {"text": worst, "perplexity_ratio": round(ratios[worst], 6)},
+        }
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +26,9 @@ from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import Workplace, kept, output_workplace, temporary_workplace
 from cfsp.errors import UsageError
 from cfsp.processes import Team
-from cfsp.quality.agreement import DenseEnd
-from cfsp.quality.paired import difference, geometric_mean, per_count
+from cfsp.quality.agreement import DenseEnd, agreement_of
 from cfsp.quality.perplexity import Perplexity, perplexity_of
+from cfsp.quality.results_file import measured_into
 from cfsp.quality.streaming import WindowSums, streamed_perplexity, streamed_sums
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.text.drawing import consecutive_windows
@@ -103,8 +102,8 @@ def evaluate_models(
         against: the dense model, which the others are compared with. It is measured too: first,
             unless it is among `names`. It streams once for each text, however many models there
             are.
-        out: a file that the results will be written to by the caller: what is finished is kept
-            beside it until then, and an interrupted run goes on.
+        out: a file for the results, which are read from it if it is there already. What is
+            finished is kept beside it until then, and an interrupted run goes on.
         team: the processes that measure together, of texts alone; None for this one.
 
     Returns:
@@ -114,6 +113,7 @@ def evaluate_models(
 
     Raises:
         CfspError: anything that a user can cause, mostly before the first forward pass.
+        OutputError: the file is there, and of something else.
     """
     team = team or Team()
     check_texts(texts.names, "evaluation")  # before a model is downloaded or converted
@@ -126,29 +126,49 @@ def evaluate_models(
         _warn_of_other_tokens(models)
     else:
         _check_same_tokens(models)
+    identity = _identity(models, against, tasks, compute)
+    check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
+
+    def measure() -> dict[str, Any]:
+        budget = compute.memory_budget
+        beside = output_workplace(out, identity, budget, team) if out else nullcontext()
+        with beside as place:
+            return _measure(models, tasks, against is not None, compute, place, team)
+
+    found = measure() if out is None else measured_into(out, identity, measure, team)
+    results: list[dict[str, Any]] = found["models"]
+    return results
+
+
+def _measure(
+    models: Sequence[_Model],
+    tasks: TaskRunner | None,
+    compares: bool,
+    compute: Compute,
+    place: Workplace | None,
+    team: Team,
+) -> dict[str, Any]:
+    """Return what the file of results has of models, and of tasks if there are any."""
     if tasks is not None:
         for model in models:
             check_fits(model.source, model.engine, "scoring tasks")
         tasks.read_data()
-    identity = _identity(models, against, tasks, compute)
-    check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
-    beside = output_workplace(out, identity, compute.memory_budget, team) if out else nullcontext()
-    with beside as place:
-        sums = {
-            text: _measure_text(models, text, number, against is not None, compute, place, team)
-            for number, text in enumerate(models[0].windows)
-        }
-        results = [
-            model.result({text: of_models[number] for text, of_models in sums.items()})
-            for number, model in enumerate(models)
-        ]
-        if tasks is not None:
-            for number, model in enumerate(models):
-                results[number].update(_score_tasks(tasks, model, number, place))
-    if against is not None:
+    sums = {
+        text: _measure_text(models, text, number, compares, compute, place, team)
+        for number, text in enumerate(models[0].windows)
+    }
+    results = [
+        model.result({text: of_models[number] for text, of_models in sums.items()})
+        for number, model in enumerate(models)
+    ]
+    if compares:
         for result in results[1:]:
-            result["agreement"] = _agreement(results[0], result)
-    return results
+            result["agreement"] = agreement_of(results[0], result)
+    if tasks is None:
+        return {"models": results}
+    for number, model in enumerate(models):
+        results[number].update(_score_tasks(tasks, model, number, place))
+    return {"models": results, "tasks": tasks.conditions()}
 
 
 def _measure_text(
@@ -316,34 +336,6 @@ def _windows_json(sums: WindowSums, windows: Windows) -> dict[str, Any]:
     return found
 
 
-def _agreement(dense: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Return how far a model is from the dense one, by text and in sum."""
-    by_text: dict[str, Any] = {}
-    ratios: dict[str, float] = {}
-    for text, sums in model["windows"].items():
-        counts = sums["predicted"]
-        rise = per_count(difference(dense["windows"][text]["loss"], sums["loss"]), counts)
-        ratios[text] = math.exp(min(rise.value, 700.0))
-        by_text[text] = {
-            "perplexity_ratio": round(ratios[text], 6),
-            "loss_rise": rise.to_json(),
-            "divergence": per_count(sums["divergence"], counts).to_json(),
-            "agreed": per_count(sums["agreed"], counts).to_json(),
-        }
-    found: dict[str, Any] = {
-        "against": dense["model"],
-        "fingerprint": dense["fingerprint"],
-        "texts": by_text,
-    }
-    if ratios:
-        worst = max(ratios, key=lambda text: ratios[text])
-        found |= {
-            "perplexity_ratio": round(geometric_mean(list(ratios.values())), 6),
-            "worst": {"text": worst, "perplexity_ratio": round(ratios[worst], 6)},
-        }
-    return found
-
-
 def _identity(
     models: Sequence[_Model],
     against: str | Path | None,
@@ -353,7 +345,8 @@ def _identity(
     """Return what results depend on, for what an interrupted run left."""
     return {
         "command": "eval",
-        "models": [[each.facts["model"], each.facts["fingerprint"]] for each in models],
+        "models": [each.facts["model"] for each in models],
+        "weights": [each.facts["fingerprint"] for each in models],
         "batch of windows": compute.batch_windows,
         "dtypes": [each.facts["dtype"] for each in models],
         "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},

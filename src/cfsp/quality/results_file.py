@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import created_parents, write_atomically
-from cfsp.checkpoint.reading import fingerprint
 from cfsp.engine.workplace import remove_finished_work
 from cfsp.errors import OutputError, ReportError
 from cfsp.processes import Team
@@ -22,34 +20,29 @@ T = TypeVar("T")
 
 
 def measured_into(
-    out: Path,
-    asked: dict[str, Any],
-    measure: Callable[[Path], dict[str, Any]],
-    team: Team | None,
+    out: Path, identity: dict[str, Any], measure: Callable[[], dict[str, Any]], team: Team
 ) -> dict[str, Any]:
     """Return results from a file, which is written if it is not there yet.
 
     Args:
         out: the file; it appears when all is measured.
-        asked: what the command asked for, as JSON types; the file must be of the same.
+        identity: what results depend on, as JSON types; the file must be of the same.
         measure: gives the results; it may keep unfinished work beside the file.
-        team: the processes that measure together, of which the first writes; None for this one.
+        team: the processes that measure together, of which the first writes.
 
     Raises:
-        OutputError: the file is there and something else was asked for, or a model has changed
-            since, or it cannot be written.
+        OutputError: the file is there and of something else, or it cannot be written.
     """
-    team = team or Team()
-    there = team.from_first(lambda: _read_again(out, asked))
+    there = team.from_first(lambda: _read_again(out, identity))
     if there is not None:
         return there
     with created_parents(out):
-        found = {"asked": asked, **measure(out)}
+        found = {"identity": identity, **measure()}
         team.from_first(lambda: write_atomically(out, (json.dumps(found) + "\n").encode()))
     return found
 
 
-def _read_again(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _read_again(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a file of earlier results has; None if it is not there."""
     if not out.exists():
         return None
@@ -58,17 +51,15 @@ def _read_again(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         found = read_results(out)
     except ReportError:
         found = {}
-    if found.get("asked") != json.loads(json.dumps(asked)):
+    before, now = found.get("identity", {}), json.loads(json.dumps(identity))
+    # Measured is measured, whatever versions there are now.
+    others = [key for key in now if key != "version" and before.get(key) != now[key]]
+    if others:
+        which = f" (other {', '.join(others)})" if before else ""
         raise OutputError(
-            f"{out} exists and holds something else than was asked for now; choose another "
+            f"{out} exists and holds something else than was asked for now{which}; choose another "
             "--out, or remove it"
         )
-    for model in found["models"]:
-        if fingerprint(open_checkpoint(model["model"])) != model.get("fingerprint"):
-            raise OutputError(
-                f"{out} was measured when {model['model']} had other weights; choose another "
-                "--out, or remove it"
-            )
     logger.info("%s is there already; nothing is measured again", out)
     return found
 
@@ -123,13 +114,17 @@ class MeasuredModel:
             ReportError: one text or task was measured otherwise there.
         """
         for text, sums in other.windows.items():
-            known = self.windows.get(text)
-            if known is not None and known["digest"] != sums["digest"]:
+            known = self.windows.get(text, sums)
+            if known["digest"] != sums["digest"]:
                 raise _twice(self, other, text)
+            if known["loss"] != sums["loss"]:
+                _tell_of_other_results(self, other, text)
         for task, documents in other.documents.items():
-            mine = self.documents.get(task)
-            if mine is not None and hashes(mine) != hashes(documents):
+            mine = self.documents.get(task, documents)
+            if hashes(mine) != hashes(documents):
                 raise _twice(self, other, task)
+            if mine != documents:
+                _tell_of_other_results(self, other, task)
         windows = _joined(self.windows, other.windows)
         for text, sums in other.windows.items():
             # Of two that are alike, the one that was compared with the dense model says more.
@@ -219,4 +214,11 @@ def _twice(model: MeasuredModel, other: MeasuredModel, what: str) -> ReportError
     return ReportError(
         f"{model.file} and {other.file} measured {model.name} on other parts of {what}; compare "
         "one of them"
+    )
+
+
+def _tell_of_other_results(model: MeasuredModel, other: MeasuredModel, what: str) -> None:
+    logger.warning(
+        "%s and %s differ in the results of %s on %s, of which one is compared; name one file",
+        *(model.file, other.file, model.name, what),
     )

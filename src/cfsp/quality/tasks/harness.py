@@ -6,17 +6,20 @@ Requests, scoring and standard errors are all the harness's own; here is only th
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CfspError, MissingExtraError, TaskError
+from cfsp.quality.tasks.documents import read_documents
 from cfsp.quality.tasks.scored import FILTERS, scored_documents, summary_of
 from cfsp.quality.tasks.selection import TaskSelection, check_known, jsonl_task_directory
 
@@ -121,9 +124,17 @@ class TaskRunner:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return what scores depend on, as JSON types."""
+        """Return what scores depend on, as JSON types.
+
+        Raises:
+            TaskError: a local file of documents cannot be read.
+        """
         names, data = list(self.selection.names), self.selection.data
-        return {**self.conditions(), "names": names, "data": data and str(data)}
+        digest = sha256()
+        for name in self.selection.task_names if data is not None else ():
+            file = self.manager.task_index[name].cfg["metadata"]["file"]
+            digest.update(json.dumps(read_documents(data / file)).encode())
+        return {**self.conditions(), "names": names, "data": data and digest.hexdigest()}
 
     def set_shots(self, task: Any) -> None:
         """Set the solved examples before each question, as the harness's own command does."""
