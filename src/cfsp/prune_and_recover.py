@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +14,22 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
 from cfsp.engine.workplace import remove_finished_work
-from cfsp.pipeline import digest_of, prune_checkpoint, pruning_identity
+from cfsp.goals.loss import held_out_windows
+from cfsp.pipeline import check_all_texts, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
+from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
 from cfsp.recovery.memory import method_that_fits
 from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Distillation, Limit, Training
 from cfsp.recovery.teacher import choose_teacher
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
-from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, PruneSettings
+from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
+from cfsp.text.drawing import draw_text
+from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import Windows
+from cfsp.whole_model.own_text import processor_of
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
@@ -87,10 +94,11 @@ def prune_and_recover(
     method = method_that_fits(source, device) or "lora"
     check_installed(method)
     pruned = out.with_name(f"{out.name}-pruned")
+    check_all_texts(settings)
     asked = {
         **pruning_identity(settings, statistics, plan),
         "model": fingerprint(source),
-        "text": repr(text),
+        "texts": [windows.digest for windows in _windows_read(source, settings)],
         "dtype": compute.dtype,
     }
     if _was_pruned(pruned, digest_of(asked)):
@@ -123,6 +131,15 @@ def prune_and_recover(
         command=command,
     )
     return report, recovery
+
+
+def _windows_read(source: Checkpoint, settings: PruneSettings) -> Iterator[Windows]:
+    """Yield the windows of every text that pruning reads."""
+    tokenizer = load_tokenizer(source.directory)
+    yield draw_text(settings.text, tokenizer, processor=processor_of(source))
+    if isinstance(settings.goal, MaxLossIncrease):
+        yield from held_out_windows(settings.goal, settings.text, tokenizer)
+    yield from evaluation_windows(settings.evaluation, source).values()
 
 
 def _was_pruned(directory: Path, asked: str) -> bool:

@@ -253,6 +253,12 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     # Another command does not take what this one left.
     assert main([*arguments, "--seed", "1"]) == 2
     assert f"{pruned} exists" in capsys.readouterr().err
+    # Nor does the same with another text in the file.
+    content = text.read_bytes()
+    text.write_bytes(content[5_000:])
+    assert main(arguments) == 2
+    assert f"{pruned} exists" in capsys.readouterr().err
+    text.write_bytes(content)
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (pruned / "model.safetensors").stat().st_mtime_ns == before
