@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -268,6 +269,31 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
         < found["recovery"]["history"][0]["perplexity"]
     )
     assert read_manifest(out)["recovery"]["adaptation"]["method"] == "full"
+
+
+def test_a_revision_is_pruned_taught_and_told_of(
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The dense model that teaches is that revision, not what the hub has now."""
+    revisions = {"v1/a": tiny_checkpoint("llama"), None: tiny_checkpoint("qwen2")}
+
+    def download(name: str, revision: str | None, **_: object) -> str:
+        assert name == "owner/tiny"
+        return str(revisions[revision])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    out = tmp_path / "out"
+    arguments = ["prune", "owner/tiny", "--revision", "v1/a", "--sparsity", "0.5", "--multiple"]
+    arguments += ["4", "--data", str(text_file), "--samples", "8", "--seqlen", "64"]
+    assert main([*arguments, "--recover", "0.03", "--out", str(out)]) == 0
+    manifest, card = read_manifest(out), ModelCard.load(out / "README.md")
+    assert manifest["base_model"]["name"] == "owner/tiny@v1/a"
+    assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"
+    assert card.data.base_model == "owner/tiny"
+    assert "[owner/tiny@v1/a](https://huggingface.co/owner/tiny/tree/v1/a)" in card.text
 
 
 def test_best_effort_without_room_to_train_repairs_locally(

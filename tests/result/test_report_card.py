@@ -141,6 +141,8 @@ def test_the_demo_has_its_real_name(
     ("label", "saved", "expected"),
     [
         ("owner/name", None, "owner/name"),
+        ("owner/name@main", None, "owner/name@main"),
+        ("owner/name@](x)", None, None),
         ("/home/me/models/name", None, None),
         ("/cache/models--owner--my-name/snapshots/abc123", None, "owner/my-name"),
         ("./name", "owner/saved", "owner/saved"),

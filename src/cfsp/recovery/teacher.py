@@ -77,7 +77,7 @@ def _dense_model_of(source: Checkpoint, method: Method, device: torch.device) ->
     if reason:
         log.warning(
             "training on the text alone, which recovers less: the dense model %s cannot teach "
-            "(%s); name it with --teacher, or say --teacher none",
+            "(%s); `cfsp recover` takes another with --teacher",
             name,
             reason,
         )

@@ -77,7 +77,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     # A pruned model that is pruned again is not made from the original of both.
     made_from = manifest.get("base_model", {}).get("name", origin.name)
     hub_id = origin.hub_id if made_from == origin.name else None
-    name = hub_id or _last_part(made_from)
+    name = hub_id.partition("@")[0] if hub_id else _last_part(made_from)
     sections = [
         f"---\n{card_metadata(manifest, origin, name)}\n---\n",
         _what_it_is(manifest, plan, name, hub_id, origin.base_model),
@@ -104,7 +104,7 @@ def _what_it_is(
     base_model: str | None,
 ) -> str:
     link = _link(hub_id) if hub_id else _inline(name)
-    if base_model not in (None, hub_id):
+    if base_model not in (None, name):
         link += f" (which was made from {_link(str(base_model))})"
     acts = [
         act for key, act in (("criterion", "pruned"), ("recovery", "recovered")) if key in manifest
@@ -383,7 +383,7 @@ def _last_part(name: str) -> str:
 
 
 def _link(hub_id: str) -> str:
-    return f"[{hub_id}](https://huggingface.co/{hub_id})"
+    return f"[{hub_id}](https://huggingface.co/{hub_id.replace('@', '/tree/')})"
 
 
 def _inline(text: str) -> str:

@@ -25,7 +25,8 @@ class Origin:
 
     Attributes:
         name: what the user called it.
-        hub_id: its own `owner/name` on the Hugging Face hub; None where it is not known.
+        hub_id: its own `owner/name` on the Hugging Face hub, or `owner/name@revision`; None where
+            it is not known.
         base_model: the hub id, or where that is not known the one that its card gives as its base.
         metadata: of its model card, what holds for the pruned model too.
     """
@@ -51,7 +52,8 @@ def origin_of(source: Checkpoint) -> Origin:
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
     ids = ("/".join(cached.groups()) if cached else None, name, _saved_name(source))
     hub_id = next((each for each in ids if is_hub_id(each)), None)
-    base = hub_id or next((each for each in (card.get("base_model"),) if is_hub_id(each)), None)
+    base = next((each for each in (hub_id, card.get("base_model")) if is_hub_id(each)), None)
+    base = base and base.partition("@")[0]  # all that the hub knows there
     return Origin(name, hub_id, base, {key: card[key] for key in _KEPT if card.get(key)})
 
 
@@ -61,8 +63,9 @@ def _saved_name(source: Checkpoint) -> object:
 
 
 def is_hub_id(name: object) -> TypeGuard[str]:
-    """Whether a name is OWNER/NAME, and no path on this machine."""
-    if not isinstance(name, str) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
+    """Whether a name is OWNER/NAME, or OWNER/NAME@REVISION, and no path on this machine."""
+    shape = r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?"
+    if not isinstance(name, str) or re.fullmatch(shape, name) is None:
         return False
     return not Path(name).exists()
 
