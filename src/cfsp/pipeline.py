@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together, check_enough, check_same_work
-from cfsp.checkpoint.modeling_code import code_digests
 from cfsp.checkpoint.output import (
     check_is_outside,
     check_output_is_free,
@@ -30,7 +29,7 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
-from cfsp.checkpoint.writing import copy_travelling_files, write_config
+from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
 from cfsp.engine.compute import engine_of
@@ -349,7 +348,7 @@ def _decide(
 
 
 def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> dict[str, str]:
-    """Write all but manifest and model card; return the digests of weights and code."""
+    """Write all but manifest and model card; return the digests of the files."""
     repaired.plan.save(target / PLAN_FILE)
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
@@ -357,7 +356,7 @@ def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> d
     plan = repaired.plan
     write_config(source, target, plan.kept_widths, plan.removed_blocks, plan.kept_experts)
     copy_travelling_files(source.directory, target)
-    return weights.digests | code_digests(target)
+    return weights.digests | digests_beside_weights(target)
 
 
 def pruning_identity(

@@ -22,10 +22,13 @@ def pruned(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A checkpoint whose blocks have different widths."""
+    source = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path_factory.mktemp("s") / "s"))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
     out = tmp_path_factory.mktemp("verify") / "pruned"
     arguments = ["--sparsity", "0.4", "--multiple", "1", "--data", str(text_file)]
     small = ["--samples", "4", "--seqlen", "32", "--out", str(out)]
-    assert main(["prune", str(tiny_checkpoint("llama")), *arguments, *small]) == 0
+    assert main(["prune", str(source), *arguments, *small]) == 0
     assert (out / "modeling_cfsp.py").is_file()
     return out
 
@@ -98,7 +101,14 @@ def _plan(directory: Path) -> None:
         (lambda d: (d / "cfsp_plan.json").unlink(), "cfsp_plan.json is missing"),
         (lambda d: (d / "modeling_cfsp.py").unlink(), "modeling_cfsp.py is missing"),
         (_edit("modeling_cfsp.py", "import", "import os\nimport"), "modeling_cfsp.py has changed"),
-        (lambda d: (d / "setup.py").write_text(""), "setup.py is code that cfsp did not write"),
+        (lambda d: (d / "setup.py").write_text(""), "setup.py is not in cfsp.json"),
+        (_edit("config.json", '"rms_norm_eps": ', '"rms_norm_eps": 1'), "config.json has changed"),
+        (_edit("generation_config.json", "{", '{"top_k": 1, '), "generation_config.json has"),
+        (lambda d: (d / "generation_config.json").unlink(), "generation_config.json is missing"),
+        (_edit("tokenizer.json", '"Ġ', '"G'), "tokenizer.json has changed"),
+        (_edit("chat_template.jinja", "for", "if"), "chat_template.jinja has changed"),
+        (_edit("additional_chat_templates/tool.jinja", "m", "n"), "chat_templates/tool.jinja has"),
+        (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter_config.json is not in"),
         (_edit("cfsp.json", '"parameters_after": ', '"parameters_after": 1'), "were promised"),
         (lambda d: (d / "cfsp.json").unlink(), "cfsp did not write it"),
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
@@ -119,3 +129,28 @@ def test_every_change_is_named(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_manifest_without_digests_of_the_other_files_says_so(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(pruned, tmp_path / "copy"))
+    manifest = json.loads((copy / "cfsp.json").read_text())
+    files = manifest["files"]
+    manifest["files"] = {name: files[name] for name in ("model.safetensors", "modeling_cfsp.py")}
+    (copy / "cfsp.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["verify", str(copy)]) == 0
+    assert (
+        "the manifest is too old to have those of config and tokenizer" in capsys.readouterr().out
+    )
+    (copy / "setup.py").write_text("")
+    assert main(["verify", str(copy)]) == 2
+    assert "setup.py is not in cfsp.json" in capsys.readouterr().err
+
+
+def test_notes_and_licences_may_change(pruned: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pruned, tmp_path / "copy"))
+    for name in ("README.md", "LICENSE.txt", "cfsp.statistics"):
+        (copy / name).write_text("other")
+    assert main(["verify", str(copy)]) == 0

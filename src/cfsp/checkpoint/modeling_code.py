@@ -296,12 +296,6 @@ def _literal(value: Any) -> str:
     return pformat(value, width=_LINE, sort_dicts=False)
 
 
-def code_digests(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of a checkpoint's modelling file by its name; empty if it needs none."""
-    path = directory / MODELING_FILE
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
-
-
 def is_only_code(directory: Path, file: ModelingFile) -> bool:
     """Return whether the directory's only code is a modelling file exactly as we write it."""
     sources = [path for path in directory.glob("*.py") if path.is_file()]

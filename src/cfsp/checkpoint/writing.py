@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,3 +60,18 @@ def copy_travelling_files(source_directory: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
     if (source_directory / _TEMPLATES).is_dir():
         shutil.copytree(source_directory / _TEMPLATES, target / _TEMPLATES)
+
+
+def digests_beside_weights(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file but weights that changes what the model says, by its path.
+
+    That is config, tokenizer, processor, chat templates, and any code.
+    """
+    return {
+        path.relative_to(directory).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in sorted([*directory.iterdir(), *(directory / _TEMPLATES).rglob("*")])
+        if path.suffix in {*_TRAVELLING_SUFFIXES, ".py"}
+        and path.name not in _OURS - {CONFIG_FILE}
+        and not path.name.startswith(_TRAVELLING_NAMES)
+        and path.is_file()
+    }

@@ -16,12 +16,12 @@ import torch
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.conversion import stored_from_memory
-from cfsp.checkpoint.modeling_code import MODELING_FILE, code_digests
+from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
-from cfsp.checkpoint.writing import copy_travelling_files
+from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights
 from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.data import RecoveryText
@@ -139,7 +139,7 @@ def write_record(
     manifest |= {key: recovery[key] for key in top}
     manifest |= {
         "operation": "recover",
-        "files": digests | code_digests(directory),
+        "files": digests | digests_beside_weights(directory),
         "pruned": pruned,
         "recovery": {key: value for key, value in recovery.items() if key not in top},
     }

@@ -45,9 +45,9 @@ _VERIFY = """\
 
     cfsp verify .
 
-checks weights and code against the digests in `cfsp.json`, widths and parameters against the plan
-in `cfsp_plan.json`, and that a forward pass gives finite numbers. `cfsp inspect .` shows how
-the model was made.
+checks weights, config, tokenizer and code against the digests in `cfsp.json`, widths and
+parameters against the plan in `cfsp_plan.json`, and that a forward pass gives finite numbers.
+`cfsp inspect .` shows how the model was made.
 """
 
 _LIMITS = """\

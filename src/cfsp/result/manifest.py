@@ -29,7 +29,7 @@ def describe_pruning(
     Args:
         plan: which channels stay.
         report: what pruning did, as JSON types.
-        digests: SHA-256 of every weight file and of the modelling file.
+        digests: SHA-256 of every weight file, and of what else changes what the model says.
         command: what the user typed.
     """
     return {

@@ -16,11 +16,12 @@ import torch
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.calibration.calibrate import calibrate
-from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import vocabulary_of
+from cfsp.checkpoint.writing import digests_beside_weights
 from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
@@ -30,6 +31,10 @@ from cfsp.settings import Compute, Part
 from cfsp.text.windows import Windows
 
 _TOKENS = 16
+_BESIDE = "config, tokenizer, chat templates and code are those that were written"
+_ONLY_CODE = (
+    "code is what was written (the manifest is too old to have those of config and tokenizer)"
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
         ("the plan is the one that was obeyed", lambda: _plan(source.directory, manifest)),
         ("widths are those of the plan", lambda: _widths(source, manifest)),
         ("the number of parameters is right", lambda: _parameters(source, manifest)),
-        ("the modelling file is the one written", lambda: _code(source.directory, manifest)),
+        (
+            _BESIDE if _has_all(manifest) else _ONLY_CODE,
+            lambda: _beside(source.directory, manifest),
+        ),
         ("weights and activations are finite", lambda: _forward(source, compute)),
     ]
     found = []
@@ -85,17 +93,36 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
 
 
 def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
-    promised: dict[str, str] = manifest.get("files", {})
-    weights = {name for name in promised if name.endswith(".safetensors")}
-    if not weights:
-        return f"{MANIFEST_FILE} names no weight files"
     # Loaders read them all; old directories had their statistics among them.
     there = {path.name for path in directory.glob("*.safetensors")} - {OLD_STATISTICS_FILE}
-    if missing := sorted(weights - there):
+    promised = {k: v for k, v in manifest.get("files", {}).items() if k.endswith(".safetensors")}
+    if not promised:
+        return f"{MANIFEST_FILE} names no weight files"
+    return _difference(promised, there, lambda name: _digest(directory / name))
+
+
+def _beside(directory: Path, manifest: dict[str, Any]) -> str | None:
+    promised = manifest.get("files", {})
+    promised = {k: v for k, v in promised.items() if not k.endswith(".safetensors")}
+    found = digests_beside_weights(directory)
+    if not _has_all(manifest):
+        found = {name: digest for name, digest in found.items() if name.endswith(".py")}
+    return _difference(promised, set(found), found.__getitem__)
+
+
+def _has_all(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has the digests of config and tokenizer, as all do since December 2026."""
+    return CONFIG_FILE in manifest.get("files", {})
+
+
+def _difference(
+    promised: dict[str, str], there: set[str], digest_of: Callable[[str], str]
+) -> str | None:
+    if missing := sorted(promised.keys() - there):
         return f"{missing[0]} is missing"
-    if extra := sorted(there - weights):
+    if extra := sorted(there - promised.keys()):
         return f"{extra[0]} is not in {MANIFEST_FILE}"
-    changed = [name for name in sorted(weights) if _digest(directory / name) != promised[name]]
+    changed = [name for name in sorted(promised) if digest_of(name) != promised[name]]
     return f"{changed[0]} has changed since it was written" if changed else None
 
 
@@ -155,19 +182,6 @@ def _widths_of(
 def _parameters(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
     found, expected = parameter_count(source), manifest["parameters_after"]
     return None if found == expected else f"{found:,} were found, {expected:,} were promised"
-
-
-def _code(directory: Path, manifest: dict[str, Any]) -> str | None:
-    sources = {path.name for path in directory.glob("*.py")}
-    if extra := sorted(sources - {MODELING_FILE}):
-        return f"{extra[0]} is code that cfsp did not write"
-    promised = manifest.get("files", {}).get(MODELING_FILE)
-    if promised is None:
-        return f"{MODELING_FILE} is not in {MANIFEST_FILE}" if sources else None
-    if not sources:
-        return f"{MODELING_FILE} is missing"
-    changed = _digest(directory / MODELING_FILE) != promised
-    return f"{MODELING_FILE} has changed since it was written" if changed else None
 
 
 def _forward(source: Checkpoint, compute: Compute) -> str | None:
