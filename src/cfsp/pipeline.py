@@ -29,7 +29,7 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
@@ -212,7 +212,7 @@ def prune_model(
     """Prune a model in memory; the original stays as it is.
 
     Args:
-        model: in evaluation mode.
+        model: the original.
         tokenizer: its own, or the processor that has it.
         settings: how to prune; nothing is evaluated.
 
@@ -221,9 +221,11 @@ def prune_model(
     """
     settings = settings.suited_to_repair()
     check_all_texts(settings)
-    source = LoadedModel(model, settings.budget.parts)
     tokenizer, processor = parted(tokenizer)
-    with temporary_workplace(settings.compute.memory_budget) as place:
+    with (
+        in_memory(model, settings.budget.parts) as source,
+        temporary_workplace(settings.compute.memory_budget) as place,
+    ):
         watch = Stopwatch()
         repaired, goal = _decide(
             source, lambda: tokenizer, settings, place, watch, processor=processor
