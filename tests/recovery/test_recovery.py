@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 import cfsp
 import cfsp.recovery.evaluation
@@ -21,7 +23,8 @@ from cfsp.errors import CfspError, RecoveryError, ResumeError, TextError, UsageE
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.recovery import api
-from cfsp.recovery.data import read_text
+from cfsp.recovery.data import RecoveryText, WindowData, read_text
+from cfsp.recovery.loss import IGNORED
 from cfsp.recovery.model_loss import multiplies_only
 from cfsp.recovery.ranks import allocate_ranks
 from cfsp.recovery.recover import recover_checkpoint
@@ -38,6 +41,7 @@ from cfsp.recovery.settings import (
     Training,
 )
 from cfsp.recovery.teacher import choose_teacher
+from cfsp.recovery.training import train
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.drawing import consecutive_windows
@@ -45,7 +49,7 @@ from cfsp.text.windows import Windows
 from checkpoint_tensors import changed, tensors
 from commands import Command, ranks
 from forks import Job
-from tiny_models import TRAINED
+from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -332,6 +336,22 @@ def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):
     assert 2 < time.monotonic() - started < 20
     assert len(report.history) == 4
     assert report.steps > 10
+
+
+@pytest.mark.parametrize("batch_windows", [1, 2, 3, 7])
+def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
+    model = build_tiny_model("llama")
+    token_NT = torch.randint(3, 300, (6, 32), generator=torch.Generator().manual_seed(0))
+    label_NT = token_NT.clone()
+    # As in conversations: of some windows few labels count.
+    label_NT[0, 2:] = label_NT[3, 3:] = label_NT[4, 2:] = IGNORED
+    held_out = WindowData(token_NT, label_NT)
+    logit_NTV = model(token_NT).logits.detach()
+    expected = cross_entropy(logit_NTV[:, :-1].flatten(0, 1), held_out.label_NT[:, 1:].flatten())
+    text = RecoveryText(WindowData(token_NT, token_NT), held_out, {}, bos=False)
+    how = training(1, batch_windows=batch_windows, learning_rate=1e-3)
+    found = train(model, model, text, how, directory=tmp_path, started=time.monotonic())
+    assert found.history[0]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
 def test_epochs(pruned, text_file, tmp_path):

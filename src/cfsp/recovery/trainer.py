@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from cfsp.errors import RecoveryError
+from cfsp.recovery.loss import IGNORED
 from cfsp.recovery.model_loss import ModelLoss
 from cfsp.recovery.saved import STATE_FILE, progress_in, progress_of
 from cfsp.recovery.schedule import Schedule, rate_factor
@@ -73,6 +74,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._warm_up = warm_up
         self._teacher = teacher
         self._distillation = distillation
+        self._held_out_labels = float((text.held_out.label_NT != IGNORED).sum(1).float().mean())
 
     def take_up_finished(self, checkpoint: Path) -> None:
         """Load the best weights of a run that was stopped after its last step, and its state.
@@ -105,9 +107,15 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss; the teacher counts in training only."""
+        """Return the loss; the teacher counts in training only.
+
+        The Trainer averages an evaluation over windows, however many labels each has. With the same
+        count for all of them that is the mean over labels, for batches of any size.
+        """
         self._loss.distillation = self._distillation
         self._loss.teacher = None
+        self._loss.labels_in_window = None if model.training else self._held_out_labels
+        num_items_in_batch = num_items_in_batch if model.training else None
         if model.training and self._teacher is not None:
             self._loss.teacher = self._loss.ask(self._teacher, inputs["input_ids"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
