@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -323,7 +324,8 @@ def test_another_model_in_the_dense_one_s_place_does_not_teach(
     assert "/no/such does not exist" in caplog.text
 
 
-def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):
+def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplog):
+    caplog.set_level("INFO")
     started = time.monotonic()
     report = recover(
         pruned,
@@ -336,6 +338,12 @@ def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):
     assert 2 < time.monotonic() - started < 20
     assert len(report.history) == 4
     assert report.steps > 10
+    said = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"step 0, \d+%: held-out perplexity [\d.]+, time for about \d+ steps and \d evaluations",
+        next(line for line in said if line.startswith("step 0")),
+    )
+    assert any(line.startswith("after 2 steps: time for about") for line in said)
 
 
 @pytest.mark.parametrize("batch_windows", [1, 2, 3, 7])
@@ -523,22 +531,25 @@ def test_a_loss_that_is_nan_stops_and_a_lower_rate_begins_anew(
     recover(pruned, out, text_file, training=training(1, learning_rate=1e-5))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_training_that_does_harm_leaves_the_model_as_it_was(
-    pruned, text_file, tmp_path, caplog, monkeypatch, method
-):
+def test_training_that_does_harm_writes_nothing(pruned, text_file, tmp_path, monkeypatch):
     # Training goes uphill.
     monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction, warm_up: -1.0)
-    out, adaptation = tmp_path / "out", Adaptation(method, rank=2)
     how = training(4, learning_rate=1e-2)
-    report = recover(pruned, out, text_file, training=how, adaptation=adaptation)
-    before, *after = report.history
-    assert before["step"] == 0
-    assert all(entry["perplexity"] > before["perplexity"] for entry in after)
-    assert report.best_step == 0
-    assert changed(pruned, out) == set()
-    assert "training did not make the held-out perplexity lower" in caplog.text
-    assert "so the weights stay as they were; give it more steps" in caplog.text
+    lower = (
+        r"did not make the held-out perplexity lower \([\d.]+ before, [\d.]+ at best in 4 steps\), "
+        rf"so nothing is written, and {pruned} is the best there is; give it more steps"
+    )
+    with pytest.raises(RecoveryError, match=lower):
+        recover(pruned, tmp_path / "out", text_file, training=how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_minutes_are_refused_before_a_step(pruned, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", must_not_load)
+    how = Training(Limit(minutes=1e-4), batch_windows=4, seqlen=32)
+    with pytest.raises(UsageError, match=r"too short for one step .* give --max-minutes 1 or more"):
+        recover(pruned, tmp_path / "out", text_file, training=how)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_path):

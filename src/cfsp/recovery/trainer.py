@@ -139,6 +139,8 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
+        # Of the evaluation before the first step, so far.
+        self._batches = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up an interrupted run."""
@@ -150,8 +152,15 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to train after the evaluation before the first step."""
         if not state.global_step:
-            self._schedule.evaluated()
             self._schedule.training_begins()
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Note how long the evaluation before the first step takes."""
+        if not state.global_step:
+            self._batches += 1
+            self._schedule.batch_evaluated(self._batches, len(eval_dataloader), args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the time of an evaluation from that of a step."""
