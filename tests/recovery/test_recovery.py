@@ -547,7 +547,7 @@ def test_training_that_does_harm_writes_nothing(pruned, text_file, tmp_path, mon
 def test_too_few_minutes_are_refused_before_a_step(pruned, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", must_not_load)
     how = Training(Limit(minutes=1e-4), batch_windows=4, seqlen=32)
-    with pytest.raises(UsageError, match=r"too short for one step .* give --max-minutes 1 or more"):
+    with pytest.raises(UsageError, match=r"too short for one step .* give 1 or more"):
         recover(pruned, tmp_path / "out", text_file, training=how)
     assert list(tmp_path.iterdir()) == []
 

@@ -137,8 +137,8 @@ def test_two_minutes_with_slow_steps_and_slow_evaluations():
     with pytest.raises(UsageError) as error:
         run(120, **asked)
     assert str(error.value) == (
-        "--max-minutes 2 is too short for one step of training and its evaluation, with what comes "
-        "before and after; give --max-minutes 4 or more"
+        "2 minutes are too short for one step of training and its evaluation, with what comes "
+        "before and after; give 4 or more"
     )
     seconds, done, _ = run(4 * 60, **asked)
     assert seconds <= 4 * 60
@@ -157,7 +157,7 @@ def test_too_short_a_time_ends_while_the_model_is_judged_before_training():
     schedule.batch_evaluated(2, 10, CPU)  # 16 of this evaluation, a step of 10, 20 of the next
     assert schedule.what_fits
     clock.seconds += 3.2
-    with pytest.raises(UsageError, match="give --max-minutes 2 or more"):
+    with pytest.raises(UsageError, match="give 2 or more"):
         schedule.batch_evaluated(3, 10, CPU)
 
 

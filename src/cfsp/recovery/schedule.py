@@ -238,8 +238,8 @@ class TimeSchedule(Schedule):
         (too_short,) = _from_first_process((float(needed > self._seconds),), device)
         if too_short:
             raise UsageError(
-                f"--max-minutes {self._seconds / 60:g} is too short for one step of training and "
-                "its evaluation, with what comes before and after; give --max-minutes "
+                f"{self._seconds / 60:g} minutes are too short for one step of training and its "
+                "evaluation, with what comes before and after; give "
                 f"{math.ceil(_MARGIN * needed / 60)} or more"
             )
 
