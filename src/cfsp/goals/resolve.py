@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from cfsp.engine.compute import engine_of
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import kept, temporary_workplace
-from cfsp.errors import UsageError
 from cfsp.goals.kv_cache import aim_at_kv_cache, resolve_kv_cache
 from cfsp.goals.latency import Latencies
 from cfsp.goals.loss import held_out_windows, resolve_loss
@@ -184,13 +183,7 @@ def _with_speedup(goal: TargetSpeedup, work: _Work) -> tuple[Resolution, Statist
 def _within_loss(
     goal: MaxLossIncrease, work: _Work, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> tuple[Resolution, Statistics]:
-    source, settings, budget = work.source, work.settings, work.settings.budget
-    if budget.whole_parts or budget.removes_experts:
-        raise UsageError(
-            "--max-loss-increase is met by FFN channels and KV groups alone, which are masked to "
-            "measure it; give --target-params, --target-speedup or --sparsity with --parts "
-            f"{','.join(budget.parts)}, or leave --parts out"
-        )
+    source, settings = work.source, work.settings
     # Too little text should be found out before the calibration.
     texts = held_out_windows(goal, settings.text, tokenizer())
     statistics = work.calibrated()

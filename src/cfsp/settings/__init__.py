@@ -49,6 +49,7 @@ from cfsp.settings.criterion import (
     Criterion,
 )
 from cfsp.settings.goals import (
+    GOALS,
     PHASES,
     Goal,
     MaxLossIncrease,
@@ -56,6 +57,8 @@ from cfsp.settings.goals import (
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
+    field_of_goal,
+    flag_of_goal,
 )
 from cfsp.settings.options import (
     Option,
@@ -120,6 +123,7 @@ __all__ = [
     "DIVERGENCE",
     "DTYPES",
     "EFFORTS",
+    "GOALS",
     "INFLUENCE",
     "LONGEST_WINDOW",
     "MOST_REMOVED",
@@ -164,7 +168,9 @@ __all__ = [
     "Widths",
     "check_bos",
     "check_names",
+    "field_of_goal",
     "flag_of",
+    "flag_of_goal",
     "fraction",
     "from_names",
     "multiple_in_words",
