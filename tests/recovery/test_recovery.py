@@ -332,7 +332,7 @@ def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplo
         tmp_path / "out",
         text_file,
         training=Training(
-            Limit(minutes=0.06), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
+            Limit(minutes=0.1), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
         ),
     )
     assert 2 < time.monotonic() - started < 20

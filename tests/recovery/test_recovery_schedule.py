@@ -82,11 +82,12 @@ def run(
     save: float = 0.0,
     most: int = 10,
     first_step: float | None = None,
-    first_batch: float = 0.0,
+    slow_batches: float = 0.0,
 ) -> tuple[float, Counter[str], list[float]]:
     """Play a whole recovery; return seconds, what was done how often, and the fractions.
 
-    Steps take as long as the first evaluation lets expect, but for `first_step`.
+    Steps take as long as the first evaluation lets expect, but for `first_step`. That evaluation's
+    first batch takes as long as one and `slow_batches` more.
     """
     clock = Clock()
     schedule = TimeSchedule(
@@ -102,7 +103,7 @@ def run(
     done: Counter[str] = Counter()
     fractions = []
     schedule.training_begins()
-    clock.seconds += first_batch
+    clock.seconds += slow_batches * evaluation / BATCHES
     for batch in range(1, BATCHES + 1):
         clock.seconds += evaluation / BATCHES
         schedule.batch_evaluated(batch, BATCHES, CPU)
@@ -151,14 +152,19 @@ def test_too_short_a_time_ends_while_the_model_is_judged_before_training():
         70, 10, 0.0, after_training=0, evaluation_steps=2, save_seconds=0, now=clock
     )
     schedule.training_begins()
-    clock.seconds += 20  # the first batch is slow, and tells nothing
+    clock.seconds += 8  # the first batch is slow: 32 s at least, and 128 at most
     schedule.batch_evaluated(1, 10, CPU)
     clock.seconds += 2
     schedule.batch_evaluated(2, 10, CPU)  # 16 of this evaluation, a step of 10, 20 of the next
     assert schedule.what_fits
-    clock.seconds += 3.2
+    clock.seconds += 4
     with pytest.raises(UsageError, match="give 2 or more"):
         schedule.batch_evaluated(3, 10, CPU)
+    clock.seconds = 0.0
+    schedule.training_begins()
+    clock.seconds = 18.0
+    with pytest.raises(UsageError, match="give 9 or more"):
+        schedule.batch_evaluated(1, 10, CPU)
 
 
 def test_what_fits_is_said_before_training_and_progress_is_that_of_time():
@@ -201,14 +207,15 @@ def test_a_slow_first_step_is_forgotten():
 @given(
     step=st.floats(0.1, 60),
     evaluation=st.floats(0.1, 100),
-    first_batch=st.floats(0, 20),
+    slow_batches=st.floats(0, 3),
     load=st.floats(0, 40),
     after=st.floats(0, 40),
     save=st.floats(0, 20),
     most=st.integers(1, 20),
 )
 def test_the_budget_holds(**asked):
-    needed = asked["load"] + asked["first_batch"] + 2 * asked["evaluation"] + asked["step"]
+    evaluations = 2 + asked["slow_batches"] / BATCHES
+    needed = asked["load"] + evaluations * asked["evaluation"] + asked["step"]
     try:
         seconds, done, fractions = run(300, **asked)
     except UsageError:

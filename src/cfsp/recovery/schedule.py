@@ -27,6 +27,8 @@ from cfsp.errors import UsageError
 _LOWEST_WARM_UP = 0.05
 # Of the time for training; evaluations that would take more are left out.
 _EVALUATIONS_SHARE = 0.25
+# The first batch is slow: others may take this part of its time.
+_LEAST_OF_FIRST = 0.25
 # Nothing takes the same time twice: so much more time is advised than was predicted.
 _MARGIN = 1.15
 
@@ -193,7 +195,7 @@ class TimeSchedule(Schedule):
         self._evaluation_steps = evaluation_steps
         self._save_seconds = save_seconds
         self._begin = 0.0
-        # When the first batch of the evaluation before the first step was done, which is slow.
+        # When the first batch of the evaluation before the first step was done.
         self._warm = 0.0
         # Of the last few: the first step is slow, and machines change.
         self._step_seconds: deque[float] = deque(maxlen=3)
@@ -227,20 +229,22 @@ class TimeSchedule(Schedule):
 
     def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
         """Note how far the evaluation before the first step is; end the run if no step fits."""
+        batch = (self.elapsed - self._warm) / max(1, done - 1)
+        forward = batches * batch
+        self._evaluation_seconds.clear()
+        self._evaluation_seconds.append(forward + self._save_seconds)
+        known = self.elapsed + self._after_training + self._save_seconds
+        expected = (batches - done) * batch + forward / self._evaluation_steps + forward
+        least = expected
         if done == 1 < batches:
             self._warm = self.elapsed
-            return
-        batch = (self.elapsed - self._warm) / max(1, done - 1)
-        self._evaluation_seconds.clear()
-        self._evaluation_seconds.append(batches * batch + self._save_seconds)
-        needed = self.elapsed + (batches - done) * batch + self._after_training
-        needed += self._seconds_of_step() + self._seconds_of_evaluation()
-        (too_short,) = _from_first_process((float(needed > self._seconds),), device)
+            least *= _LEAST_OF_FIRST
+        (too_short,) = _from_first_process((float(known + least > self._seconds),), device)
         if too_short:
             raise UsageError(
                 f"{self._seconds / 60:g} minutes are too short for one step of training and its "
                 "evaluation, with what comes before and after; give "
-                f"{math.ceil(_MARGIN * needed / 60)} or more"
+                f"{math.ceil(_MARGIN * (known + expected) / 60)} or more"
             )
 
     def go_on_from(self, elapsed: float, fraction: float) -> None:
