@@ -47,6 +47,9 @@ from cfsp.settings.criterion import (
     UNIFORM,
     Clamp,
     Criterion,
+    block_metric_in_words,
+    removal_in_words,
+    worth_in_words,
 )
 from cfsp.settings.goals import (
     GOALS,
@@ -166,6 +169,7 @@ __all__ = [
     "Text",
     "WholePart",
     "Widths",
+    "block_metric_in_words",
     "check_bos",
     "check_names",
     "field_of_goal",
@@ -180,6 +184,8 @@ __all__ = [
     "options_of",
     "parse_parts",
     "parse_size",
+    "removal_in_words",
     "texts_of",
     "unit_parts",
+    "worth_in_words",
 ]
