@@ -122,7 +122,7 @@ LARGEST = "Importance is relative to the largest."
         (
             [planned("a", block_metric="sensitivity"), planned("b", block_metric="sensitivity")],
             "Blocks keep more of their FFN channels the further the predictions move when one "
-            f"alone loses half of them. {LARGEST}",
+            f"alone loses about half of them. {LARGEST}",
         ),
         (
             [planned(removed=(1,), removal="divergence", parts=["blocks"])],
@@ -132,8 +132,8 @@ LARGEST = "Importance is relative to the largest."
         (
             [planned("a", block_metric="sensitivity"), planned("b")],
             "a: Blocks keep more of their FFN channels the further the predictions move when one "
-            "alone loses half of them. b: Blocks keep more of their FFN channels the further they "
-            f"turn the hidden state. {LARGEST}",
+            "alone loses about half of them. b: Blocks keep more of their FFN channels the further "
+            f"they turn the hidden state. {LARGEST}",
         ),
     ],
 )

@@ -36,9 +36,9 @@ _REMOVED_IN_WORDS = {
 }
 _WORTH_IN_WORDS = {
     "angular": "the further they turn the hidden state",
-    SENSITIVITY: "the further the predictions move when one alone loses half of them",
+    SENSITIVITY: "the further the predictions move when one alone loses about half of them",
     ANGULAR_AND_SENSITIVITY: "the further they turn the hidden state, and the further the "
-    "predictions move when one alone loses half of them",
+    "predictions move when one alone loses about half of them",
 }
 
 
