@@ -29,7 +29,6 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.engine.block_stream import TOKENS_IN_BATCH
 from cfsp.engine.compute import engine_of
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
 from cfsp.repair import ridge_pass
@@ -85,8 +84,8 @@ def main() -> None:
             tempfile.TemporaryDirectory() as work,
             patch.object(ridge_pass, "repair_down_projection", timed_solve),
         ):
-            place, watch = Workplace(Path(work)), Stopwatch()
-            plan_and_repair(source, lambda: windows, settings, engine, place=place, watch=watch)
+            place = Workplace(Path(work))
+            plan_and_repair(source, lambda: windows, settings, engine, place=place)
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),

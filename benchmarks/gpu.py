@@ -172,16 +172,15 @@ def _settings(size: Size, sparsity: float, repair: Repair) -> PruneSettings:
 
 
 def _calibrate(size: Size, dense: Path, scratch: Path) -> dict[str, Any]:
-    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.text.drawing import draw_text
     from cfsp.text.tokenizers import load_tokenizer
 
     source, settings = Checkpoint(dense), _settings(size, 0.5, "none")
     windows = draw_text(settings.text, load_tokenizer(dense))
-    place, watch = Workplace(scratch / "work"), Stopwatch()
+    place = Workplace(scratch / "work")
     engine = engine_of(settings.compute, source)
-    plan_and_repair(source, lambda: windows, settings, engine, place=place, watch=watch)
-    return {"seconds": watch.seconds, "passes": place.times_json()}
+    plan_and_repair(source, lambda: windows, settings, engine, place=place)
+    return {"seconds": place.watch.seconds, "passes": place.times_json()}
 
 
 def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) -> dict[str, Any]:

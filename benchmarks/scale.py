@@ -175,7 +175,7 @@ def _print(args: argparse.Namespace, runs: list[Run]) -> None:
         f"{os.cpu_count()} CPUs, {platform.machine()}, {versions()}\n"
     )
     passes = list(runs[0].report["passes"])
-    stages = [name for name in runs[0].report["seconds"] if name != "evaluate"]
+    stages = [name for name in runs[0].report["seconds"] if name not in ("evaluate", *passes)]
     head = ["blocks", "tokens", "peak memory, GB", "limit, GB", "seconds in all"]
     head += [f"{name}, s" for name in (*stages, *passes)]
     head += ["microseconds per block and token", "total / compute", "read, GB", "written, GB"]

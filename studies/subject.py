@@ -13,7 +13,6 @@ from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.engine.compute import engine_of
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.channels import choose_channels
@@ -124,7 +123,6 @@ class Subject:
                 settings,
                 engine_of(settings.compute, self.source),
                 place=place,
-                watch=Stopwatch(),
                 plan=plan,
             )
             pruned = build_pruned_model(self.model, self.source, plan, repaired.tensors, {})

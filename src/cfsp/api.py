@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.errors import UsageError
 from cfsp.pipeline import (
     calibrate_source,
@@ -136,7 +137,8 @@ def prune(
         **advanced: what `cfsp prune --help-all` lists, by the same names.
 
     Returns:
-        A report for a path; a new model, sharing the unpruned tensors, for one in memory.
+        A report for a path; for one in memory a new model in evaluation mode, which shares the
+        unpruned tensors. The one in memory may be in training mode, and stays so.
 
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
@@ -240,22 +242,22 @@ def calibrate(
     )
     check_texts(text.names, "calibration")
     budget = from_names(Budget, {}, parts=parts)
-    source = _source(model, budget)
-    tokenizer, processor = parted(tokenizer)
-    if tokenizer is None:
-        if not isinstance(source, Checkpoint):
-            raise UsageError("calibrating a model in memory needs its tokenizer")
-        tokenizer = load_tokenizer(source.directory)
     compute = from_names(Compute, advanced, device=device)
-    return calibrate_source(
-        source,
-        tokenizer,
-        text,
-        compute,
-        sensitivity=sensitivity,
-        removing=PruneSettings.of_removal(budget.parts),
-        processor=processor,
-    )
+    tokenizer, processor = parted(tokenizer)
+    with _opened(model, budget) as source:
+        if tokenizer is None:
+            if not isinstance(source, Checkpoint):
+                raise UsageError("calibrating a model in memory needs its tokenizer")
+            tokenizer = load_tokenizer(source.directory)
+        return calibrate_source(
+            source,
+            tokenizer,
+            text,
+            compute,
+            sensitivity=sensitivity,
+            removing=PruneSettings.of_removal(budget.parts),
+            processor=processor,
+        )
 
 
 def plan(
@@ -271,7 +273,8 @@ def plan(
     budget = from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts)
     _check_is_said(budget, sparsity, None)
     criterion = from_names(Criterion, advanced)
-    return plan_from_statistics(_source(model, budget), statistics, budget, criterion)
+    with _opened(model, budget) as source:
+        return plan_from_statistics(source, statistics, budget, criterion)
 
 
 def evaluate(
@@ -311,7 +314,9 @@ def evaluate(
     return evaluate_models(names, texts, compute, against=against)
 
 
-def _source(model: str | Path | PreTrainedModel, budget: Budget) -> WeightSource:
+def _opened(
+    model: str | Path | PreTrainedModel, budget: Budget
+) -> AbstractContextManager[WeightSource]:
     if isinstance(model, str | Path):
-        return open_checkpoint(model, parts=budget.parts)
-    return LoadedModel(model, budget.parts)
+        return nullcontext(open_checkpoint(model, parts=budget.parts))
+    return in_memory(model, budget.parts)

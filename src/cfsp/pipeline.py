@@ -28,12 +28,11 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
 from cfsp.engine.compute import engine_of
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import (
     Workplace,
     output_workplace,
@@ -122,7 +121,6 @@ def prune_checkpoint(
     if dry_run:
         settings = settings.without_repair()
     check_can_be_repaired(source, settings)
-    watch = Stopwatch()
     measured_on = evaluation_windows(settings.evaluation, source)
     identity = pruning_identity(settings, statistics, plan)
     with (
@@ -136,7 +134,6 @@ def prune_checkpoint(
             lambda: load_tokenizer(source.directory),
             settings,
             place,
-            watch,
             statistics=statistics,
             plan=plan,
         )
@@ -145,20 +142,20 @@ def prune_checkpoint(
                 _warn_of_comparing_before_repair(settings.budget, facts)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
-            return prune_report(source, repaired, facts, {}, watch, place, None)
-        with watch.stage("cut"):
+            return prune_report(source, repaired, facts, {}, place, None)
+        with place.watch.stage("cut"):
             digests = team.from_first(lambda: _write_checkpoint(source, repaired, staging))
             # Also where nothing is measured: what cannot be read again is not left behind.
             pruned = Checkpoint(staging, "the pruned model")
         measured: dict[str, dict[str, Any]] = {}
         if measured_on:
-            with watch.stage("evaluate"):
+            with place.watch.stage("evaluate"):
                 measured = before_and_after(source, pruned, measured_on, settings.compute, place)
         if isinstance(settings.goal, MaxLossIncrease):
-            with watch.stage("evaluate"):
+            with place.watch.stage("evaluate"):
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, settings.goal, dense, settings)
-        report = prune_report(source, repaired, facts, measured, watch, place, out)
+        report = prune_report(source, repaired, facts, measured, place, out)
 
         def describe() -> None:
             manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
@@ -211,7 +208,7 @@ def prune_model(
     """Prune a model in memory; the original stays as it is.
 
     Args:
-        model: in evaluation mode.
+        model: the original.
         tokenizer: its own, or the processor that has it.
         settings: how to prune; nothing is evaluated.
 
@@ -220,14 +217,13 @@ def prune_model(
     """
     settings = settings.suited_to_repair()
     check_all_texts(settings)
-    source = LoadedModel(model, settings.budget.parts)
     tokenizer, processor = parted(tokenizer)
-    with temporary_workplace(settings.compute.memory_budget) as place:
-        watch = Stopwatch()
-        repaired, goal = _decide(
-            source, lambda: tokenizer, settings, place, watch, processor=processor
-        )
-        report = prune_report(source, repaired, goal, {}, watch, place, None)
+    with (
+        in_memory(model, settings.budget.parts) as source,
+        temporary_workplace(settings.compute.memory_budget) as place,
+    ):
+        repaired, goal = _decide(source, lambda: tokenizer, settings, place, processor=processor)
+        report = prune_report(source, repaired, goal, {}, place, None)
         manifest = describe_pruning(repaired.plan, report.to_json(), {}, "cfsp.prune")
         facts = facts_for_config(manifest)
         return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
@@ -274,7 +270,8 @@ def calibrate_source(
     with own if place is None else nullcontext(place) as place:
         engine = engine_of(compute, source)
         check_can_be_compared(source, removing, engine)
-        windows = calibration_windows(source, tokenizer, text, engine, processor)
+        with place.watch.stage("text"):
+            windows = calibration_windows(source, tokenizer, text, engine, processor)
         if callable(sensitivity):
             sensitivity = sensitivity(windows)
         if sensitivity:
@@ -285,13 +282,15 @@ def calibrate_source(
             if each.budget.whole_parts:
                 check_is_text(windows, f"--parts {','.join(each.budget.whole_parts)}")
         runs = follow_runs(source, removing, engine)
-        statistics = calibrate_together(
-            source, windows, engine, seed=text.seed, place=place, runs=runs
-        )
+        with place.watch.stage("calibrate"):
+            statistics = calibrate_together(
+                source, windows, engine, seed=text.seed, place=place, runs=runs
+            )
         statistics = with_needed_removals(source, statistics, windows, removing, engine, place)
-        if sensitivity:
+        if not sensitivity:
+            return statistics
+        with place.watch.stage("sensitivity"):
             return with_sensitivity(source, statistics, windows, Criterion(), engine)
-        return statistics
 
 
 def _decide(
@@ -299,7 +298,6 @@ def _decide(
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     settings: PruneSettings,
     place: Workplace,
-    watch: Stopwatch,
     *,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
@@ -316,7 +314,8 @@ def _decide(
 
     @cache
     def draw() -> Windows:
-        windows = calibration_windows(source, tokenizer(), settings.text, engine, processor)
+        with place.watch.stage("text"):
+            windows = calibration_windows(source, tokenizer(), settings.text, engine, processor)
         place.team.check_same({"calibration text": windows.digest})
         check_enough(windows, place.team, engine.batch_windows)
         return windows
@@ -329,7 +328,6 @@ def _decide(
             draw,
             settings,
             place=place,
-            watch=watch,
             statistics=statistics,
         )
         facts = resolution.to_json()
@@ -340,7 +338,6 @@ def _decide(
         settings,
         engine,
         place=place,
-        watch=watch,
         statistics=statistics,
         plan=plan,
     )

@@ -93,9 +93,9 @@ def token_progress(
         yield TokenProgress(bar, blocks, blocks_done)
 
 
-def item_progress(label: str, total: int, unit: str) -> tqdm:  # type: ignore[type-arg]
-    """Return a bar over `total` items of a named unit."""
-    return _bar(label, total, unit)
+def item_progress(label: str, total: int, unit: str, *, done: int = 0) -> tqdm:  # type: ignore[type-arg]
+    """Return a bar over `total` items of a named unit, some of which are done."""
+    return _bar(label, total, unit, initial=done)
 
 
 @contextmanager

@@ -259,7 +259,8 @@ def test_prune_reports_all_that_the_readme_promises(
     assert report["calibration_tokens"] == 192
     assert report["peak_rss_bytes"] > 50e6
     assert report["out"] == str(out)
-    assert list(report["seconds"]) == ["ridge", "cut", "evaluate"]
+    stages = ["text", "coarse pass", "sensitivity", "ridge", "cut", "evaluate"]
+    assert list(report["seconds"]) == stages
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     value = report["perplexity"][str(text_file)]
     assert value["before"] > 1 and value["after"] > 1

@@ -14,6 +14,7 @@ import cfsp
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from tiny_models import build_tiny_model
 
 PLACES = ("memory", "files")
 # Of transformers, or of models in memory only.
@@ -83,3 +84,30 @@ def test_a_model_that_is_pruned_again_says_nothing_of_the_first_time(
     tokenizer.save_pretrained(tmp_path / "first")
     cfsp.prune(tmp_path / "first", out=tmp_path / "second", sparsity=0.25, **asked)
     assert "cfsp" not in json.loads((tmp_path / "second" / "config.json").read_text())
+
+
+def test_a_model_in_training_mode_is_measured_in_evaluation_mode(
+    tokenizer: Any, text_file: Path
+) -> None:
+    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
+    model: Any = build_tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    measured = cfsp.calibrate(model, tokenizer, sensitivity=True, **asked)
+    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+
+    model.train()
+    frozen = model.model.layers[1].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    again = cfsp.calibrate(model, tokenizer, sensitivity=True, **asked)
+    assert again.sensitivity == measured.sensitivity
+    same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+    assert same.config.to_dict() | {"cfsp": 0} == pruned.config.to_dict() | {"cfsp": 0}
+    assert not same.training
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training
+    with pytest.raises(cfsp.CfspError):
+        cfsp.prune(model, tokenizer, sparsity=0.5, data=["missing.txt"])
+    with pytest.raises(cfsp.CfspError):
+        cfsp.prune(model, tokenizer, sparsity=0.99999, **asked)
+    assert [module.training for module in model.modules()] == modes

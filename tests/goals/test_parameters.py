@@ -15,7 +15,6 @@ import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError
 from cfsp.families.tiny import tiny_config
@@ -52,7 +51,7 @@ def stays_without(source: WeightSource, share: float) -> float:
 def parts_of(source: WeightSource, stays: float, draw: Any, **settings: Any) -> tuple[str, ...]:
     asked = replace(OPEN, goal=TargetParameters(stays), **settings)
     place = Workplace(Path())
-    resolution, _ = resolve_goal(source, never, draw, asked, place=place, watch=Stopwatch())
+    resolution, _ = resolve_goal(source, never, draw, asked, place=place)
     return resolution.budget.parts
 
 
@@ -170,7 +169,7 @@ def test_a_resumed_run_keeps_what_it_had_decided(
     place = Workplace(tmp_path, identity={"of": "one command"})
 
     def parts() -> tuple[str, ...]:
-        resolution, _ = resolve_goal(source, never, draw, settings, place=place, watch=Stopwatch())
+        resolution, _ = resolve_goal(source, never, draw, settings, place=place)
         return resolution.budget.parts
 
     assert parts() == ("ffn", "blocks")

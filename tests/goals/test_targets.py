@@ -22,7 +22,6 @@ from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.engine.compute import Engine
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError, ResumeError, TextError, UsageError
 from cfsp.goals import latency, loss, resolve, speedup
@@ -593,7 +592,6 @@ def test_a_resumed_run_does_not_measure_again(
             _no_text,
             replace(settings, goal=TargetSpeedup(ratio)),
             place=place,
-            watch=Stopwatch(),
             statistics=loaded,
         )[0]
 

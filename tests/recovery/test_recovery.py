@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 import cfsp
 import cfsp.recovery.evaluation
@@ -21,7 +24,8 @@ from cfsp.errors import CfspError, RecoveryError, ResumeError, TextError, UsageE
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.recovery import api
-from cfsp.recovery.data import read_text
+from cfsp.recovery.data import RecoveryText, WindowData, read_text
+from cfsp.recovery.loss import IGNORED
 from cfsp.recovery.model_loss import multiplies_only
 from cfsp.recovery.ranks import allocate_ranks
 from cfsp.recovery.recover import recover_checkpoint
@@ -38,6 +42,7 @@ from cfsp.recovery.settings import (
     Training,
 )
 from cfsp.recovery.teacher import choose_teacher
+from cfsp.recovery.training import train
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.drawing import consecutive_windows
@@ -45,7 +50,7 @@ from cfsp.text.windows import Windows
 from checkpoint_tensors import changed, tensors
 from commands import Command, ranks
 from forks import Job
-from tiny_models import TRAINED
+from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -319,19 +324,42 @@ def test_another_model_in_the_dense_one_s_place_does_not_teach(
     assert "/no/such does not exist" in caplog.text
 
 
-def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path):
+def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplog):
+    caplog.set_level("INFO")
     started = time.monotonic()
     report = recover(
         pruned,
         tmp_path / "out",
         text_file,
         training=Training(
-            Limit(minutes=0.06), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
+            Limit(minutes=0.1), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
         ),
     )
     assert 2 < time.monotonic() - started < 20
     assert len(report.history) == 4
     assert report.steps > 10
+    said = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"step 0, \d+%: held-out perplexity [\d.]+, time for about \d+ steps and \d evaluations",
+        next(line for line in said if line.startswith("step 0")),
+    )
+    assert any(line.startswith("after 2 steps: time for about") for line in said)
+
+
+@pytest.mark.parametrize("batch_windows", [1, 2, 3, 7])
+def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
+    model = build_tiny_model("llama")
+    token_NT = torch.randint(3, 300, (6, 32), generator=torch.Generator().manual_seed(0))
+    label_NT = token_NT.clone()
+    # As in conversations: of some windows few labels count.
+    label_NT[0, 2:] = label_NT[3, 3:] = label_NT[4, 2:] = IGNORED
+    held_out = WindowData(token_NT, label_NT)
+    logit_NTV = model(token_NT).logits.detach()
+    expected = cross_entropy(logit_NTV[:, :-1].flatten(0, 1), held_out.label_NT[:, 1:].flatten())
+    text = RecoveryText(WindowData(token_NT, token_NT), held_out, {}, bos=False)
+    how = training(1, batch_windows=batch_windows, learning_rate=1e-3)
+    found = train(model, model, text, how, directory=tmp_path, started=time.monotonic())
+    assert found.history[0]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
 def test_epochs(pruned, text_file, tmp_path):
@@ -503,22 +531,25 @@ def test_a_loss_that_is_nan_stops_and_a_lower_rate_begins_anew(
     recover(pruned, out, text_file, training=training(1, learning_rate=1e-5))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_training_that_does_harm_leaves_the_model_as_it_was(
-    pruned, text_file, tmp_path, caplog, monkeypatch, method
-):
+def test_training_that_does_harm_writes_nothing(pruned, text_file, tmp_path, monkeypatch):
     # Training goes uphill.
     monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction, warm_up: -1.0)
-    out, adaptation = tmp_path / "out", Adaptation(method, rank=2)
     how = training(4, learning_rate=1e-2)
-    report = recover(pruned, out, text_file, training=how, adaptation=adaptation)
-    before, *after = report.history
-    assert before["step"] == 0
-    assert all(entry["perplexity"] > before["perplexity"] for entry in after)
-    assert report.best_step == 0
-    assert changed(pruned, out) == set()
-    assert "training did not make the held-out perplexity lower" in caplog.text
-    assert "so the weights stay as they were; give it more steps" in caplog.text
+    lower = (
+        r"did not make the held-out perplexity lower \([\d.]+ before, [\d.]+ at best in 4 steps\), "
+        rf"so nothing is written, and {pruned} is the best there is; give it more steps"
+    )
+    with pytest.raises(RecoveryError, match=lower):
+        recover(pruned, tmp_path / "out", text_file, training=how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_minutes_are_refused_before_a_step(pruned, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", must_not_load)
+    how = Training(Limit(minutes=1e-4), batch_windows=4, seqlen=32)
+    with pytest.raises(UsageError, match=r"too short for one step .* give 1 or more"):
+        recover(pruned, tmp_path / "out", text_file, training=how)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_path):

@@ -68,6 +68,10 @@ def test_steps_do_not_depend_on_time():
     assert schedule.is_over
 
 
+# Of an evaluation.
+BATCHES = 4
+
+
 def run(
     seconds: float,
     *,
@@ -76,24 +80,33 @@ def run(
     load: float = 0.0,
     after: float = 0.0,
     save: float = 0.0,
-    held_out_steps: float = 1.0,
     most: int = 10,
     first_step: float | None = None,
+    slow_batches: float = 0.0,
 ) -> tuple[float, Counter[str], list[float]]:
-    """Play a whole recovery; return seconds, what was done how often, and the fractions."""
+    """Play a whole recovery; return seconds, what was done how often, and the fractions.
+
+    Steps take as long as the first evaluation lets expect, but for `first_step`. That evaluation's
+    first batch takes as long as one and `slow_batches` more.
+    """
     clock = Clock()
     schedule = TimeSchedule(
         seconds,
         most,
         0.0,
         after_training=after,
-        held_out_steps=held_out_steps,
+        evaluation_steps=evaluation / step,
         save_seconds=save,
         now=clock,
     )
     clock.seconds += load
     done: Counter[str] = Counter()
     fractions = []
+    schedule.training_begins()
+    clock.seconds += slow_batches * evaluation / BATCHES
+    for batch in range(1, BATCHES + 1):
+        clock.seconds += evaluation / BATCHES
+        schedule.batch_evaluated(batch, BATCHES, CPU)
     schedule.training_begins()
     while not schedule.is_over:
         if schedule.evaluates:
@@ -120,23 +133,70 @@ def test_a_quick_machine_evaluates_as_often_as_asked():
 
 
 def test_two_minutes_with_slow_steps_and_slow_evaluations():
-    """As with a vocabulary of 262k: 2 steps, and 569 s instead of 120 before."""
-    seconds, done, _ = run(120, step=11, evaluation=60, load=8, after=20, held_out_steps=16)
-    assert seconds <= 120
-    assert done["evaluations"] == 0
-    assert done["steps"] == 8
+    """As with a vocabulary of 262k: one step and its evaluation do not fit."""
+    asked: dict[str, Any] = {"step": 11, "evaluation": 60, "load": 8, "after": 20}
+    with pytest.raises(UsageError) as error:
+        run(120, **asked)
+    assert str(error.value) == (
+        "2 minutes are too short for one step of training and its evaluation, with what comes "
+        "before and after; give 4 or more"
+    )
+    seconds, done, _ = run(4 * 60, **asked)
+    assert seconds <= 4 * 60
+    assert done["steps"] >= done["evaluations"] >= 1
+
+
+def test_too_short_a_time_ends_while_the_model_is_judged_before_training():
+    clock = Clock()
+    schedule = TimeSchedule(
+        70, 10, 0.0, after_training=0, evaluation_steps=2, save_seconds=0, now=clock
+    )
+    schedule.training_begins()
+    clock.seconds += 8  # the first batch is slow: 32 s at least, and 128 at most
+    schedule.batch_evaluated(1, 10, CPU)
+    clock.seconds += 2
+    schedule.batch_evaluated(2, 10, CPU)  # 16 of this evaluation, a step of 10, 20 of the next
+    assert schedule.what_fits
+    clock.seconds += 4
+    with pytest.raises(UsageError, match="give 2 or more"):
+        schedule.batch_evaluated(3, 10, CPU)
+    clock.seconds = 0.0
+    schedule.training_begins()
+    clock.seconds = 18.0
+    with pytest.raises(UsageError, match="give 9 or more"):
+        schedule.batch_evaluated(1, 10, CPU)
+
+
+def test_what_fits_is_said_before_training_and_progress_is_that_of_time():
+    clock = Clock()
+    schedule = TimeSchedule(
+        200, 10, 0.0, after_training=20, evaluation_steps=2, save_seconds=1, now=clock
+    )
+    clock.seconds = 10.0
+    assert schedule.progress == 0.05
+    schedule.training_begins()
+    clock.seconds = 20.0
+    schedule.batch_evaluated(1, 1, CPU)
+    schedule.training_begins()
+    # 180 s until all is written, evaluations of 11 s with saving in a quarter of what is left.
+    assert schedule.what_fits == "time for about 25 steps and 3 evaluations"
+    clock.seconds = 30.0
+    schedule.step_done(1, CPU)  # twice as long as the evaluation let expect
+    assert schedule.what_fits == "time for about 11 steps and 3 evaluations"
+    assert schedule.progress == 0.15
+    assert StepSchedule(4, 1, 0.0, clock).what_fits == ""
 
 
 def test_evaluations_take_a_quarter_at_most():
-    seconds, done, _ = run(1000, step=4, evaluation=60, held_out_steps=16, after=100)
+    seconds, done, _ = run(1000, step=4, evaluation=60, after=100)
     assert seconds <= 1000
     assert 1 <= done["evaluations"] <= 4
 
 
-def test_the_first_step_is_always_made():
-    seconds, done, _ = run(10, step=30, evaluation=5, load=20, after=5)
-    assert done["steps"] == 1
-    assert seconds <= 20 + 30 + 5 + 5
+def test_a_first_step_that_is_slower_than_expected_is_judged_all_the_same():
+    seconds, done, _ = run(60, step=10, evaluation=5, load=20, after=5, first_step=40)
+    assert (done["steps"], done["evaluations"]) == (1, 1)
+    assert seconds <= 20 + 5 + 40 + 5 + 5
 
 
 def test_a_slow_first_step_is_forgotten():
@@ -146,34 +206,30 @@ def test_a_slow_first_step_is_forgotten():
 
 @given(
     step=st.floats(0.1, 60),
-    ratio=st.floats(0.1, 1.0),
-    held_out_steps=st.floats(0.1, 60),
+    evaluation=st.floats(0.1, 100),
+    slow_batches=st.floats(0, 3),
     load=st.floats(0, 40),
     after=st.floats(0, 40),
     save=st.floats(0, 20),
     most=st.integers(1, 20),
 )
-def test_the_budget_holds(step, ratio, held_out_steps, load, after, save, most):
-    """An evaluation of as many windows takes half of a step at most."""
-    seconds, done, fractions = run(
-        300,
-        step=step,
-        evaluation=0.5 * step * ratio * held_out_steps,
-        load=load,
-        after=after,
-        save=save,
-        held_out_steps=held_out_steps,
-        most=most,
-    )
-    assert seconds <= 300 + 1e-6 or done["steps"] == 1
-    assert done["evaluations"] <= most
+def test_the_budget_holds(**asked):
+    evaluations = 2 + asked["slow_batches"] / BATCHES
+    needed = asked["load"] + evaluations * asked["evaluation"] + asked["step"]
+    try:
+        seconds, done, fractions = run(300, **asked)
+    except UsageError:
+        assert needed + asked["after"] + asked["save"] > 300 - 1e-6
+        return
+    assert seconds <= 300 + 1e-6
+    assert 1 <= done["evaluations"] <= asked["most"]
     assert fractions == sorted(fractions)
 
 
 def test_a_killed_run_has_only_what_is_left():
     clock = Clock()
     schedule = TimeSchedule(
-        100, 1, 0.0, after_training=0, held_out_steps=1, save_seconds=0, now=clock
+        100, 1, 0.0, after_training=0, evaluation_steps=0.5, save_seconds=0, now=clock
     )
     clock.seconds = 5.0
     schedule.training_begins()

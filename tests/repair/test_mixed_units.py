@@ -22,7 +22,6 @@ from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cli.plan import print_plan
 from cfsp.cut.surgery import pruned_specs, pruned_tensor
 from cfsp.engine.compute import Engine
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import PlanError, UnsupportedModelError
 from cfsp.planning.plan_file import PruningPlan
@@ -76,7 +75,6 @@ def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> Re
         settings(**changes),
         ENGINE,
         place=Workplace(directory, identity={"command": "test"}),
-        watch=Stopwatch(),
     )
 
 

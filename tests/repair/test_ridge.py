@@ -223,7 +223,7 @@ def test_prune_and_recover_in_one(
     out = tmp_path / "out"
     arguments = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4"]
     arguments += ["--data", str(text_file), "--samples", "8", "--seqlen", "64"]
-    assert main([*arguments, "--recover", "0.03", "--out", str(out), "--json"]) == 0
+    assert main([*arguments, "--recover", "0.06", "--out", str(out), "--json"]) == 0
     assert '"recovery"' in capsys.readouterr().out
     assert read_manifest(out)["operation"] == "recover"
     assert read_manifest(tmp_path / "out-pruned")["operation"] == "prune"

@@ -20,6 +20,13 @@ from cfsp.report.summary import NOTHING
 from cfsp.result.card import model_card
 from cfsp.result.manifest import write_manifest
 from cfsp.result.origin import Origin
+from cfsp.settings import (
+    BLOCK_METRICS,
+    REMOVALS,
+    SENSITIVITY_METRICS,
+    removal_in_words,
+    worth_in_words,
+)
 
 EXPERTS, SHARED = "mlp.experts", "mlp.shared_expert"
 SEVERAL = (
@@ -78,6 +85,71 @@ def test_a_chart_has_a_column_for_every_unit() -> None:
     assert repaired is not None
     assert [row[0] for row in repaired.table.rows] == ["0 mlp", f"1 {EXPERTS}", f"1 {SHARED}"]
     assert f"Block 1 {SHARED}, ridge: error 0.5000 before" in repaired.draw(920)
+
+
+def planned(name: str = "run", removed: tuple[int, ...] = (), **criterion: Any) -> RunFacts:
+    """Return a run of two blocks that lose channels, or of which one goes whole."""
+    units = [UnitPlan(block, 4, (0, 1), 0.25 + block, 0.5 + block / 2) for block in range(2)]
+    if removed:
+        units = [
+            replace(unit, kept=() if unit.block in removed else tuple(range(4))) for unit in units
+        ]
+    plan = PruningPlan(
+        ModelIdentity("m", "llama", "f"), CRITERION | criterion, CALIBRATION, tuple(units), removed
+    )
+    return RunFacts(name, Path(name), {}, 1000, plan)
+
+
+ANGLE = "Distance is the mean angle between a block's input and output, in half turns."
+LARGEST = "Importance is relative to the largest."
+
+
+@pytest.mark.parametrize(
+    ("runs", "caption"),
+    [
+        (
+            [planned()],
+            "Blocks keep more of their FFN channels the further they turn the hidden state. "
+            f"{ANGLE}",
+        ),
+        ([planned(block_metric="uniform")], f"Blocks count alike. {ANGLE}"),
+        (
+            [planned(block_metric="cosine")],
+            "Blocks keep more of their FFN channels the further they move the hidden state, by "
+            "cosine distance. Distance is between a block's input and output, on the scale of the "
+            "mean angle, in half turns.",
+        ),
+        (
+            [planned("a", block_metric="sensitivity"), planned("b", block_metric="sensitivity")],
+            "Blocks keep more of their FFN channels the further the predictions move when one "
+            f"alone loses about half of them. {LARGEST}",
+        ),
+        (
+            [planned(removed=(1,), removal="divergence", parts=["blocks"])],
+            "No FFN channels go from what stays. The blocks that the model lost are those without "
+            f"which its predictions change least. {ANGLE}",
+        ),
+        (
+            [planned("a", block_metric="sensitivity"), planned("b")],
+            "a: Blocks keep more of their FFN channels the further the predictions move when one "
+            "alone loses about half of them. b: Blocks keep more of their FFN channels the further "
+            f"they turn the hidden state. {LARGEST}",
+        ),
+    ],
+)
+def test_a_caption_is_of_the_criterion_of_the_plan(runs: list[RunFacts], caption: str) -> None:
+    chart = block_chart(runs)
+    assert chart is not None
+    assert chart.caption == caption
+    shown = "Importance" if caption.endswith(LARGEST) else "Distance between input and output"
+    assert f'class="panel" x="52" y="14">{shown}</text>' in chart.draw(920)
+
+
+def test_every_criterion_has_its_words() -> None:
+    for metric in (*BLOCK_METRICS, *SENSITIVITY_METRICS):
+        said = worth_in_words(metric, "Blocks", "FFN channels")
+        assert metric == "uniform" or "keep more of their FFN channels the further" in said
+    assert len({removal_in_words(removal) for removal in (*REMOVALS, "")}) == 4
 
 
 def test_a_block_without_an_ffn_has_an_empty_column() -> None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from itertools import combinations
+
 import pytest
 
 import cfsp
 from cfsp.errors import UsageError
 from cfsp.settings import (
+    PARTS,
+    REPAIRS,
     Budget,
     CalibrationText,
     Compute,
+    Goal,
+    MaxLossIncrease,
+    Part,
+    PruneSettings,
+    Repair,
     TargetKVCache,
     TargetParameters,
+    TargetSpeedup,
     check_names,
     from_names,
     multiple_in_words,
@@ -30,6 +42,46 @@ def test_a_goal_brings_the_parts_that_it_is_met_by() -> None:
     assert Budget().for_goal(TargetKVCache(0.5)) == Budget(parts="kv")
     with pytest.raises(UsageError, match="and nothing else; found --parts ffn,kv"):
         Budget(parts="ffn,kv").for_goal(TargetKVCache(0.5))
+
+
+GOALS_BY_FLAG: dict[str, Goal | None] = {
+    "--target-params": TargetParameters(0.5),
+    "--target-kv-cache": TargetKVCache(0.5),
+    "--target-speedup": TargetSpeedup(1.5),
+    "--max-loss-increase": MaxLossIncrease(0.5),
+    "--sparsity": None,
+}
+SOME_PARTS = [parts for n in range(1, 6) for parts in combinations(PARTS, n)]
+
+
+@pytest.mark.parametrize("flag", GOALS_BY_FLAG)
+def test_what_is_hinted_at_is_accepted(flag: str) -> None:
+    goal, refused = GOALS_BY_FLAG[flag], 0
+    for parts in SOME_PARTS:
+        try:
+            Budget(parts=parts).for_goal(goal)
+        except UsageError as error:
+            refused += 1
+            hint = re.search(r"found --parts (\S+): name of (.+) alone, or give (.+)$", str(error))
+            assert hint is not None and hint[1] == ",".join(parts)
+            Budget(parts=hint[2]).for_goal(goal)
+            for other in re.split(", | or ", hint[3]):
+                Budget(parts=parts).for_goal(GOALS_BY_FLAG[other])
+    assert (refused > 0) is (flag not in ("--target-params", "--sparsity"))
+    for repair in REPAIRS:
+        asked = PruneSettings(Budget().for_goal(goal), repair=repair, goal=goal)
+        assert asked.more_parts == ()
+        if more := replace(asked, leaves_parts_open=True).more_parts:
+            Budget(parts=more).for_goal(goal)
+
+
+def test_whole_blocks_are_hinted_at_where_they_are_not_tried() -> None:
+    def more(goal: Goal | None, repair: Repair = "ridge") -> tuple[Part, ...]:
+        return PruneSettings(Budget(), repair=repair, goal=goal, leaves_parts_open=True).more_parts
+
+    assert more(None) == more(TargetSpeedup(1.5)) == ("ffn", "blocks")
+    assert more(TargetParameters(0.5)) == more(MaxLossIncrease(0.5)) == ()
+    assert more(TargetParameters(0.5), "none") == ("ffn", "blocks")
 
 
 def test_options_are_found_by_their_names() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -184,6 +185,24 @@ class LoadedModel(WeightSource):
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
         return self._tensors[name].detach()
+
+
+@contextmanager
+def in_memory(
+    model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS
+) -> Iterator[LoadedModel]:
+    """Take a user's model as a source, in evaluation mode: dropout would measure noise.
+
+    Every module gets its own mode back. Arguments and errors are those of `LoadedModel`.
+    """
+    source = LoadedModel(model, parts)
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield source
+    finally:
+        for module, training in was_training.items():
+            module.training = training
 
 
 def fingerprint(source: WeightSource) -> str:

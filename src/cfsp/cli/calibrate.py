@@ -15,7 +15,6 @@ from cfsp.settings import Budget, PruneSettings
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
-    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import Workplace
 
 
@@ -51,7 +50,6 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside, created_parents
-    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import output_workplace, remove_finished_work
     from cfsp.errors import UsageError
     from cfsp.pipeline import calibrate_source
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     parts = settings_from(args, Budget).parts
     source = open_checkpoint(args.model, args.revision, parts)
     check_is_outside(args.out, source.directory)
-    watch, identity = Stopwatch(), {"command": "calibrate", "--parts": list(parts)}
+    identity = {"command": "calibrate", "--parts": list(parts)}
     with (
         created_parents(args.out),
         joined(compute_device(compute.device), timeout) as team,
@@ -76,21 +74,20 @@ def run(args: argparse.Namespace) -> None:
     ):
         # Another run may have finished since the first look.
         team.from_first(lambda: _check_is_new(args.out))
-        with watch.stage("calibrate"):
-            statistics = calibrate_source(
-                source,
-                load_tokenizer(source.directory),
-                arguments.calibration_text(args),
-                compute,
-                place,
-                sensitivity=args.sensitivity,
-                removing=PruneSettings.of_removal(parts),
-            )
+        statistics = calibrate_source(
+            source,
+            load_tokenizer(source.directory),
+            arguments.calibration_text(args),
+            compute,
+            place,
+            sensitivity=args.sensitivity,
+            removing=PruneSettings.of_removal(parts),
+        )
         if team.is_first:
             statistics.save(args.out)
     if team.is_first:
         paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
-        _report(args, statistics, paths, watch, place)
+        _report(args, statistics, paths, place)
 
 
 def _check_is_new(out: Path) -> None:
@@ -104,7 +101,6 @@ def _report(
     args: argparse.Namespace,
     statistics: Statistics,
     paths: Sequence[str],
-    watch: Stopwatch,
     place: Workplace,
 ) -> None:
     from cfsp.engine.memory import peak_rss_bytes
@@ -122,14 +118,14 @@ def _report(
             for expert in few_experts(unit.block, path, few_tokens(unit))
         ],
         "processes": process_count(),
-        "seconds": watch.seconds,
+        "seconds": place.watch.seconds,
         "passes": place.times_json(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
     if args.json:
         print_json(facts)
         return
-    seconds = watch.seconds["calibrate"]
+    seconds = place.watch.seconds["calibrate"]
     print(
         f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks in {seconds:.1f} s "
         f"({statistics.tokens / seconds:,.0f} tokens/s); "

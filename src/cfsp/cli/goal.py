@@ -12,25 +12,18 @@ from cfsp.cli.output import human_count, print_table
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.settings import (
+    GOALS,
     NUMBERS,
     Budget,
     Criterion,
     Goal,
     MaxLossIncrease,
-    TargetKVCache,
-    TargetParameters,
-    TargetSpeedup,
+    field_of_goal,
     flag_of,
+    flag_of_goal,
     options_of,
 )
 
-# The field of each that is the goal itself; the others belong to it.
-_GOALS: tuple[tuple[type[Any], str], ...] = (
-    (TargetParameters, "fraction"),
-    (TargetKVCache, "fraction"),
-    (TargetSpeedup, "ratio"),
-    (MaxLossIncrease, "nats"),
-)
 _NOUNS = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
 
 
@@ -43,7 +36,7 @@ def add_goals(parser: Parser, *, has_text: bool) -> Any:
     """
     group = parser.add_argument_group("what to remove (one of these, of what --parts names)")
     add_options(parser, group, Budget)
-    for goal, _ in _GOALS:
+    for goal in GOALS:
         if has_text or goal is not MaxLossIncrease:
             add_options(parser, group, goal)
     add_options(parser, group, Criterion)
@@ -53,9 +46,7 @@ def add_goals(parser: Parser, *, has_text: bool) -> Any:
 def asked(args: argparse.Namespace) -> list[str]:
     """Return which of the options that say how much to remove were given."""
     found = ["--sparsity"] if args.sparsity is not None else []
-    for goal, field in _GOALS:
-        if field in given(args, goal):
-            found.append(flag_of(field, options_of(goal)[field]))
+    found += [flag_of_goal(goal) for goal in GOALS if field_of_goal(goal) in given(args, goal)]
     if not found and arguments.budget(args).is_said_in_numbers:
         numbers = [name for name in given(args, Budget) if name in NUMBERS.values()]
         options = options_of(Budget)
@@ -79,21 +70,17 @@ def check_goal(args: argparse.Namespace) -> None:
         )
     if args.of is not None and found != ["--sparsity"]:
         raise UsageError(f"--of belongs to --sparsity, found it with {found[0]}")
-    for goal, field in _GOALS:
-        options = options_of(goal)
-        owner = flag_of(field, options[field])
+    for goal in GOALS:
+        options, owner = options_of(goal), flag_of_goal(goal)
         for other in given(args, goal):
-            if other != field and found != [owner]:
+            if other != field_of_goal(goal) and found != [owner]:
                 raise UsageError(f"{flag_of(other, options[other])} belongs to {owner}")
 
 
 def goal(args: argparse.Namespace) -> Goal | None:
     """Return the goal; None if a sparsity was given."""
-    for kind, field in _GOALS:
-        if field in given(args, kind):
-            value: Goal = settings_from(args, kind)
-            return value
-    return None
+    asked = (kind for kind in GOALS if field_of_goal(kind) in given(args, kind))
+    return next((settings_from(args, kind) for kind in asked), None)
 
 
 def print_goal(resolution: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from cfsp.architecture.block_names import blocks_in_words, removed_in_words
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json
+from cfsp.settings import block_metric_in_words
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -64,7 +65,7 @@ def _print(facts: dict[str, Any]) -> None:
     if "experts" in pruned:
         print(f"experts by         {SCORE_IN_WORDS}")
     print(
-        f"criterion          blocks by {criterion['block_metric']}, "
+        f"criterion          blocks by {block_metric_in_words(criterion['block_metric'])}, "
         f"channels by {criterion['channel_metric']}, multiples of {criterion['multiple']}"
     )
     texts = ", ".join(f"{name} ({count})" for name, count in calibration["sources"].items())

@@ -239,9 +239,9 @@ def run(args: argparse.Namespace) -> None:
         print_plan(report.plan)
         print()
     print_report(report)
-    is_open = settings.leaves_parts_open and not settings.suited_to_repair().leaves_parts_open
-    if is_open and report.plan.ffn_sparsity >= MANY_CHANNELS:
-        print("this much may cost less with `--parts ffn,blocks`, which tries whole blocks, too")
+    if settings.more_parts and report.plan.ffn_sparsity >= MANY_CHANNELS:
+        more = ",".join(settings.more_parts)
+        print(f"this much may cost less with `--parts {more}`, which tries whole blocks, too")
     if args.dry_run:
         print(f"plan written to {args.out / PLAN_FILE}")
     if recovery is not None:

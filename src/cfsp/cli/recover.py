@@ -117,11 +117,10 @@ def print_report(report: RecoverReport) -> None:
         print_table(("", "before", "after", "change"), rows)
         print()
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
-    kept = f"of step {report.best_step}" if report.best_step else "from before training"
     print(
         f"{counted(report.steps, 'steps')} of {report.tokens_in_step:,} tokens, "
         f"{report.tokens_per_second:,.0f} tokens/s; "
         f"{human_count(report.trainable_parameters)} parameters trained; "
-        f"kept the weights {kept}\n"
+        f"kept the weights of step {report.best_step}\n"
         f"{stages}; peak memory {human_bytes(report.peak_rss_bytes)}\nwritten to {report.out}"
     )

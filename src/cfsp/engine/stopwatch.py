@@ -16,10 +16,12 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block of code to a stage."""
-        start = time.perf_counter()
+        """Add the time of a block of code to a stage, without that of other stages within it."""
+        self.seconds.setdefault(name, 0.0)
+        start, known = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
+            of_others = sum(self.seconds.values()) - known
+            spent = max(0.0, time.perf_counter() - start - of_others)
+            self.seconds[name] = round(self.seconds[name] + spent, 3)

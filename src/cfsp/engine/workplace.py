@@ -24,6 +24,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.memory import default_budget
 from cfsp.engine.pass_state import STATE_FILE, PassState, read_state
 from cfsp.engine.pass_times import PassTimes
+from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.processes import Team
 
@@ -39,6 +40,7 @@ class Workplace:
         memory_budget: bytes of hidden states above which they go to a file.
         identity: what the results depend on besides model and text, as JSON types; None if a
             later run is not to resume.
+        watch: is told the time of each stage of the command.
         times: of each pass, by its name.
         team: the processes that work on the same thing.
     """
@@ -46,6 +48,7 @@ class Workplace:
     directory: Path
     memory_budget: int = field(default_factory=default_budget)
     identity: dict[str, Any] | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
     times: dict[str, PassTimes] = field(default_factory=dict)
     team: Team = field(default_factory=Team)
 

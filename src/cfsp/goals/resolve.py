@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cfsp.engine.compute import engine_of
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import kept, temporary_workplace
-from cfsp.errors import UsageError
 from cfsp.goals.kv_cache import aim_at_kv_cache, resolve_kv_cache
 from cfsp.goals.latency import Latencies
 from cfsp.goals.loss import held_out_windows, resolve_loss
@@ -57,7 +55,6 @@ def resolve_goal(
     settings: PruneSettings,
     *,
     place: Workplace,
-    watch: Stopwatch,
     statistics: Statistics | None = None,
 ) -> tuple[Resolution, Statistics | None]:
     """Return what a goal comes to, and the statistics if it took any.
@@ -69,13 +66,12 @@ def resolve_goal(
         settings: how to prune, by which goal; of its budget only the parts, the multiple and the
             kind of widths count.
         place: where to work.
-        watch: is told the time of each stage.
         statistics: of an earlier calibration of this model.
 
     Raises:
         CfspError: the goal cannot be met, or cannot be measured here.
     """
-    work, goal = _Work(source, draw, settings, place, watch, statistics), settings.goal
+    work, goal = _Work(source, draw, settings, place, statistics), settings.goal
     if isinstance(goal, TargetParameters):
         return _with_parameters(goal, work), statistics
     if isinstance(goal, TargetKVCache):
@@ -94,7 +90,6 @@ class _Work:
     draw: Callable[[], Windows]
     settings: PruneSettings
     place: Workplace
-    watch: Stopwatch
     statistics: Statistics | None
 
     @property
@@ -109,8 +104,7 @@ class _Work:
             if budget.whole_parts and budget.remove_whole is None:
                 check_can_be_compared(self.source, [settings], self.engine)
                 settings = replace(settings, budget=half_alone(budget))
-            with self.watch.stage("calibrate"):
-                statistics = calibrated(self.source, windows, settings, self.engine, self.place)
+            statistics = calibrated(self.source, windows, settings, self.engine, self.place)
         check_statistics_fit(self.source, statistics)
         return statistics
 
@@ -152,9 +146,8 @@ def _with_kv_cache(goal: TargetKVCache, work: _Work) -> tuple[Resolution, Statis
     if not work.settings.budget.leaves_number_open:
         return resolution, work.statistics
     statistics = work.calibrated()
-    with work.watch.stage("try"):
-        aim = aim_at_kv_cache(goal, work.source, work.settings.budget)
-        chosen, statistics = work.with_count(statistics, aim)
+    aim = aim_at_kv_cache(goal, work.source, work.settings.budget)
+    chosen, statistics = work.with_count(statistics, aim)
     return replace(resolution, budget=chosen.budget), statistics
 
 
@@ -170,10 +163,10 @@ def _with_speedup(goal: TargetSpeedup, work: _Work) -> tuple[Resolution, Statist
         return Speed(goal, source, settings, Latencies.from_json(found))
 
     if _is_one_whole_part(settings.budget):
-        with work.watch.stage("try"):
+        with work.place.watch.stage("try"):
             return speed().fewest(_beginnings(source, settings.budget)), work.statistics
     statistics = work.calibrated()
-    with work.watch.stage("try"):
+    with work.place.watch.stage("try"):
         wanted = speed()
         if settings.budget.leaves_number_open:
             wanted.check_reached(statistics)
@@ -184,13 +177,7 @@ def _with_speedup(goal: TargetSpeedup, work: _Work) -> tuple[Resolution, Statist
 def _within_loss(
     goal: MaxLossIncrease, work: _Work, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> tuple[Resolution, Statistics]:
-    source, settings, budget = work.source, work.settings, work.settings.budget
-    if budget.whole_parts or budget.removes_experts:
-        raise UsageError(
-            "--max-loss-increase is met by FFN channels and KV groups alone, which are masked to "
-            "measure it; give --target-params, --target-speedup or --sparsity with --parts "
-            f"{','.join(budget.parts)}, or leave --parts out"
-        )
+    source, settings = work.source, work.settings
     # Too little text should be found out before the calibration.
     texts = held_out_windows(goal, settings.text, tokenizer())
     statistics = work.calibrated()
@@ -199,7 +186,7 @@ def _within_loss(
         model = load_whole(source, work.engine, "--max-loss-increase")
         return resolve_loss(goal, source, model, texts, statistics, settings).to_json()
 
-    with work.watch.stage("try"):
+    with work.place.watch.stage("try"):
         return Resolution.from_json(kept(work.place, "goal", measure)), statistics
 
 
@@ -236,7 +223,6 @@ def plan_for_goal(
                 _never,
                 settings,
                 place=place,
-                watch=Stopwatch(),
                 statistics=statistics,
             )
         settings, facts = replace(settings, budget=resolution.budget), resolution.to_json()

@@ -40,15 +40,9 @@ def check_possible(goal: TargetSpeedup, source: WeightSource, settings: PruneSet
 
     Raises:
         BudgetError: not even in proportion to the work that would be left.
-        UsageError: its FFNs are of several kinds, so that no one width says how long it takes, or
-            experts may go.
+        UsageError: its FFNs are of several kinds, so that no one width says how long it takes.
     """
     budget = settings.budget
-    if budget.removes_experts:
-        raise UsageError(
-            "--target-speedup is not for --parts experts: every token passes as many experts as "
-            "before; name ffn, kv, attention or blocks"
-        )
     size = model_size(source)
     kinds = sorted({unit.kind for unit in size.units if unit.part == "ffn"})
     if "ffn" in budget.parts and len(kinds) > 1:

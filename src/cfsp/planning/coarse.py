@@ -18,7 +18,6 @@ from cfsp.planning.allocation import ModelSize
 from cfsp.settings import (
     ANGULAR_AND_SENSITIVITY,
     BLOCK_METRICS,
-    DISTANCES,
     SENSITIVITY_METRICS,
     UNIFORM,
     Part,
@@ -29,11 +28,6 @@ from cfsp.settings import (
 SIGMOID_GAIN = 128 * 1024 / 1e4
 
 _LEAST_SHARE = 1e-3
-
-
-def block_metric_in_words(metric: str) -> str:
-    """Return what makes a block important, for people."""
-    return f"{metric} distance" if metric in DISTANCES else metric
 
 
 def block_distances(statistics: Statistics, metric: str) -> list[float]:

@@ -187,7 +187,7 @@ def _chosen(
     raise UnsupportedModelError(
         f"only {len(candidates)} of {len(every)} {whole_in_words(budget)} can go, "
         f"which is less than the budget asks for; that of block {min(banned)} is one that cannot; "
-        f"remove FFN channels too (--parts {','.join(budget.whole_parts)},ffn)"
+        f"remove FFN channels too (--sparsity with --parts {','.join(budget.whole_parts)},ffn)"
     )
 
 

@@ -41,11 +41,13 @@ class ModelLoss(ABC):
     Attributes:
         teacher: what to distil from in the next call; None for the labels alone.
         distillation: how.
+        labels_in_window: what a window counts as having in the next call; None for what it has.
     """
 
     def __init__(self) -> None:
         self.teacher: Teacher | None = None
         self.distillation: Distillation | None = None
+        self.labels_in_window: float | None = None
 
     def __call__(
         self,
@@ -66,8 +68,10 @@ class ModelLoss(ABC):
         """
         label_N = labels[:, 1:].flatten()
         loss = self._summed(logits[:, :-1].flatten(0, 1), label_N)
-        count = num_items_in_batch
-        if count is None:
+        count: Tensor | float | None = num_items_in_batch
+        if self.labels_in_window is not None:
+            count = len(labels) * self.labels_in_window
+        elif count is None:
             count = (label_N >= 0).sum().clamp_min(1)
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
@@ -27,6 +28,7 @@ from cfsp.engine.workplace import (
     output_workplace,
     remove_finished_work,
 )
+from cfsp.errors import RecoveryError
 from cfsp.processes import is_first_process, joined
 from cfsp.recovery.adaptation import (
     TrainableBlock,
@@ -164,18 +166,18 @@ def _recover(
         trained = {}
         if training.shard:
             trained = trained_tensors(adapted, keeps=place is not None)
+    if not outcome.best_step:
+        raise _nothing_gained(outcome, source)
     if place is None:
         return recover_report(blocks, outcome, {}, watch, request.out)
     del dense
-    if training.shard or not outcome.best_step:
+    if training.shard:
         # The parts of this process are not all: what was trained goes into the model as it was.
-        # Where that was no better, the model stays as it was.
         del adapted, model
         with watch.stage("load"):
             model = load(source)
             adapted, _ = attached(model)
-            if outcome.best_step:
-                adapted.load_state_dict(trained, strict=False)
+            adapted.load_state_dict(trained, strict=False)
     with staged_directory(request.out) as staging:
         with watch.stage("write"):
             if request.keep_adapter:
@@ -200,6 +202,16 @@ def _recover(
         )
         write_record(source, staging, facts, digests)
     return report
+
+
+def _nothing_gained(outcome: TrainingOutcome, source: Checkpoint) -> RecoveryError:
+    before, *after = (entry["perplexity"] for entry in outcome.history)
+    return RecoveryError(
+        f"training did not make the held-out perplexity lower ({before:.2f} before, "
+        f"{min(after):.2f} at best in {counted(outcome.steps, 'steps')}), so nothing is written, "
+        f"and {source.label} is the best there is; give it more steps or minutes, other text, or "
+        "another --learning-rate"
+    )
 
 
 def _tell_what_is_trained(blocks: Sequence[TrainableBlock], training: Training) -> None:

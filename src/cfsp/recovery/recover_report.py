@@ -24,7 +24,7 @@ class RecoverReport:
         tokens_in_step: tokens of one step, over all processes.
         tokens_per_second: of training, without evaluations.
         history: held-out perplexity and loss at each evaluation, the first before training.
-        best_step: the step whose weights were kept; 0 for those from before training.
+        best_step: the step whose weights were kept.
         perplexity: text -> {"before", "after", "tokens", "windows", "seqlen", "stride", "bos"}, if
             it was measured.
         seconds: stage -> seconds.

@@ -9,11 +9,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
+from cfsp.architecture.block_names import counted
 from cfsp.progress import item_progress
 from cfsp.recovery.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 _PARTS = 1000
+# The first step is slow, and no measure of the others.
+_WARM_STEPS = 2
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
@@ -50,11 +53,16 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         """The loss of the last steps that were logged; nothing before the first."""
         return "" if math.isnan(self._loss) else f"loss {self._loss:.3f}, "
 
+    @property
+    def _parts_done(self) -> int:
+        """What the bar shows."""
+        return round(self._schedule.progress * _PARTS)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar, and take up what an interrupted run reported."""
         self.take_up(state)
         if self._shown:
-            self._bar = item_progress("recover", _PARTS, "‰")
+            self._bar = item_progress("recover", _PARTS, "‰", done=self._parts_done)
 
     def take_up(self, state: TrainerState) -> None:
         """Take up what an interrupted run reported."""
@@ -69,11 +77,20 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         """Move the bar."""
         self._tokens = (state.global_step - self._first_step) * self._tokens_in_step
         if self._bar is not None:
-            self._bar.update(round(self._schedule.fraction * _PARTS) - self._bar.n)
             self._bar.set_postfix_str(
                 f"step {state.global_step}, {self._loss_in_words}"
-                f"{self.tokens_per_second:,.0f} tok/s"
+                f"{self.tokens_per_second:,.0f} tok/s",
+                refresh=False,
             )
+            self._bar.update(self._parts_done - self._bar.n)
+        is_warm = state.global_step == self._first_step + _WARM_STEPS
+        if self._shown and is_warm and (fits := self._schedule.what_fits):
+            logger.info(f"after {counted(state.global_step, 'steps')}: {fits} more")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._parts_done - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Remember the loss."""
@@ -88,16 +105,17 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if self._shown:
             if self._bar is not None:
                 self._bar.clear()
-            # Before the first step nothing says how fast it goes.
+            # Before the first step only the clock says how much there will be.
             pace = (
-                f", {self.tokens_per_second:,.0f} tokens/s, "
+                f"{self.tokens_per_second:,.0f} tokens/s, "
                 f"{_minutes(self._schedule.seconds_left)} left"
                 if self._tokens
-                else ""
+                else self._schedule.what_fits
             )
             logger.info(
-                f"step {state.global_step}, {self._schedule.fraction:.0%}: "
-                f"{self._loss_in_words}held-out perplexity {entry['perplexity']:.2f}{pace}"
+                f"step {state.global_step}, {self._schedule.progress:.0%}: "
+                f"{self._loss_in_words}held-out perplexity {entry['perplexity']:.2f}"
+                f"{pace and ', '}{pace}"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

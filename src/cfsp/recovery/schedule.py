@@ -7,7 +7,8 @@ machine.
 
 Time is a promise about the whole recovery. Steps and evaluations are measured as they happen, and
 what comes after training (the last evaluation, the output, perplexity) is kept free for. A step or
-an evaluation begins only if it fits; the first step is always made.
+an evaluation begins only if it fits. The evaluation before the first step tells how long that step
+will take; if it and its evaluation do not fit, the run ends there.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from collections.abc import Callable
 
 import torch
 
+from cfsp.architecture.block_names import counted
+from cfsp.errors import UsageError
+
 _LOWEST_WARM_UP = 0.05
 # Of the time for training; evaluations that would take more are left out.
 _EVALUATIONS_SHARE = 0.25
-# A step goes forward and backward: an evaluation of as many windows takes half of it at most.
-_FORWARD_SHARE = 0.5
+# The first batch is slow: others may take this part of its time.
+_LEAST_OF_FIRST = 0.25
+# Nothing takes the same time twice: so much more time is advised than was predicted.
+_MARGIN = 1.15
 
 
 def rate_factor(fraction: float, warm_up: float) -> float:
@@ -71,6 +77,16 @@ class Schedule(ABC):
     def seconds_left(self) -> float:
         """Estimate of the seconds until the end."""
 
+    @property
+    def progress(self) -> float:
+        """Part of the whole work that is over, in [0, 1]."""
+        return self.fraction
+
+    @property
+    def what_fits(self) -> str:
+        """What will be done, in words, where that depends on how long it takes."""
+        return ""
+
     def go_on_from(self, elapsed: float, fraction: float) -> None:
         """Count what an interrupted run had done.
 
@@ -82,8 +98,21 @@ class Schedule(ABC):
         self.fraction = fraction
 
     def training_begins(self) -> None:
-        """Note that the first step begins."""
+        """Note that the first step begins, or the evaluation before it."""
         self._mark = self.elapsed
+
+    @abstractmethod
+    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
+        """Note how far the evaluation before the first step is; end the run if no step fits.
+
+        Args:
+            done: how many of its batches are done.
+            batches: that there are.
+            device: where processes talk to each other.
+
+        Raises:
+            UsageError: one step and its evaluation do not fit into the time.
+        """
 
     def evaluated(self) -> None:
         """Note that evaluating and saving are done and the next step begins."""
@@ -125,6 +154,9 @@ class StepSchedule(Schedule):
         """Estimate of the seconds until the end."""
         return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
 
+    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
+        """Do nothing: the number of steps does not depend on it."""
+
     def step_done(self, step: int, device: torch.device) -> None:
         """Note that a step is done, and decide."""
         before, self.fraction = self.fraction, min(1.0, step / self._steps)
@@ -140,7 +172,7 @@ class TimeSchedule(Schedule):
         evaluations: how many at most, the one at the end included.
         started: see `Schedule`.
         after_training: seconds that are needed after it.
-        held_out_steps: held-out windows, in steps of as many windows.
+        evaluation_steps: what an evaluation takes, in steps.
         save_seconds: estimate of what saving takes.
         now: see `Schedule`.
     """
@@ -152,7 +184,7 @@ class TimeSchedule(Schedule):
         started: float,
         *,
         after_training: float,
-        held_out_steps: float,
+        evaluation_steps: float,
         save_seconds: float,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -160,10 +192,11 @@ class TimeSchedule(Schedule):
         self._seconds = seconds
         self._most_evaluations = evaluations
         self._after_training = after_training
-        self._held_out_steps = held_out_steps
+        self._evaluation_steps = evaluation_steps
         self._save_seconds = save_seconds
         self._begin = 0.0
-        self._has_evaluated = False
+        # When the first batch of the evaluation before the first step was done.
+        self._warm = 0.0
         # Of the last few: the first step is slow, and machines change.
         self._step_seconds: deque[float] = deque(maxlen=3)
         self._evaluation_seconds: deque[float] = deque(maxlen=3)
@@ -173,52 +206,95 @@ class TimeSchedule(Schedule):
         """Estimate of the seconds until the end."""
         return max(0.0, self._seconds - self.elapsed)
 
+    @property
+    def progress(self) -> float:
+        """Part of the time that is over, in [0, 1]."""
+        return min(1.0, self.elapsed / self._seconds)
+
+    @property
+    def what_fits(self) -> str:
+        """How many more steps and evaluations the time is enough for."""
+        if self.is_over:
+            return ""
+        left, evaluations = self._left()
+        left -= (evaluations - 1) * self._seconds_of_evaluation()
+        steps = max(1, int(left / self._seconds_of_step()))
+        evaluations -= math.floor(self.fraction * evaluations)
+        return f"time for about {counted(steps, 'steps')} and {counted(evaluations, 'evaluations')}"
+
     def training_begins(self) -> None:
-        """Note that the first step begins."""
+        """Note that the first step begins, or the evaluation before it."""
         super().training_begins()
-        self._begin = self._mark
+        self._begin = self._warm = self._mark
+
+    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
+        """Note how far the evaluation before the first step is; end the run if no step fits."""
+        batch = (self.elapsed - self._warm) / max(1, done - 1)
+        forward = batches * batch
+        self._evaluation_seconds.clear()
+        self._evaluation_seconds.append(forward + self._save_seconds)
+        known = self.elapsed + self._after_training + self._save_seconds
+        expected = (batches - done) * batch + forward / self._evaluation_steps + forward
+        least = expected
+        if done == 1 < batches:
+            self._warm = self.elapsed
+            least *= _LEAST_OF_FIRST
+        (too_short,) = _from_first_process((float(known + least > self._seconds),), device)
+        if too_short:
+            raise UsageError(
+                f"{self._seconds / 60:g} minutes are too short for one step of training and its "
+                "evaluation, with what comes before and after; give "
+                f"{math.ceil(_MARGIN * (known + expected) / 60)} or more"
+            )
 
     def go_on_from(self, elapsed: float, fraction: float) -> None:
         """Count what an interrupted run had done."""
         super().go_on_from(elapsed, fraction)
         self._mark = self.elapsed
-        self._has_evaluated = True
 
     def evaluated(self) -> None:
         """Note that evaluating and saving are done and the next step begins."""
         self._evaluation_seconds.append(self.elapsed - self._mark)
-        self._has_evaluated = True
         super().evaluated()
 
     def step_done(self, step: int, device: torch.device) -> None:
         """Note that a step is done, and decide."""
         self._step_seconds.append(self.elapsed - self._mark)
         self._mark = self.elapsed
-        decision = _from_first_process(self._decide(), device)
-        assert decision[0] >= self.fraction
-        self.fraction, self.evaluates, self.is_over = decision
+        fraction, evaluates, is_over = _from_first_process(self._decide(), device)
+        assert fraction >= self.fraction
+        self.fraction, self.evaluates, self.is_over = fraction, bool(evaluates), bool(is_over)
 
     def _decide(self) -> tuple[float, bool, bool]:
         """Return the fraction that is over, whether to evaluate, and whether this is the end."""
-        step, evaluation = max(self._step_seconds), self._seconds_of_evaluation()
-        trained = self._mark - self._begin
-        left = self._seconds - self._after_training - self._mark
-        worth = int(_EVALUATIONS_SHARE * (trained + left) / evaluation)
-        # The last weights are compared with earlier ones, so they are evaluated if those were.
-        evaluations = max(int(self._has_evaluated), min(self._most_evaluations, worth))
-        left -= evaluation if evaluations else self._save_seconds
+        step, trained = self._seconds_of_step(), self._mark - self._begin
+        left, evaluations = self._left()
         if left < step:
-            return 1.0, evaluations > 0, True
+            return 1.0, True, True
         fraction = max(self.fraction, trained / (trained + left))
         evaluates = _passes_mark(self.fraction, fraction, evaluations)
-        return fraction, evaluates and left >= evaluation + step, False
+        return fraction, evaluates and left >= self._seconds_of_evaluation() + step, False
+
+    def _left(self) -> tuple[float, int]:
+        """Return the seconds until the last evaluation, and how many there are in the whole run."""
+        left = self._seconds - self._after_training - self._mark
+        evaluation = self._seconds_of_evaluation()
+        worth = int(_EVALUATIONS_SHARE * (self._mark - self._begin + left) / evaluation)
+        # The last weights are compared with those from before training.
+        return left - evaluation, max(1, min(self._most_evaluations, worth))
+
+    def _seconds_of_step(self) -> float:
+        """Return what a step takes, measured or, before the first, estimated."""
+        if self._step_seconds:
+            return max(*self._step_seconds, 1e-6)
+        forward = self._seconds_of_evaluation() - self._save_seconds
+        return max(forward / self._evaluation_steps, 1e-6)
 
     def _seconds_of_evaluation(self) -> float:
-        """Return what evaluating and saving take, measured or, before that, estimated."""
+        """Return what evaluating and saving take, measured or, where a run goes on, estimated."""
         if self._evaluation_seconds:
             return max(*self._evaluation_seconds, 1e-6)
-        forward = _FORWARD_SHARE * max(self._step_seconds) * self._held_out_steps
-        return max(forward + self._save_seconds, 1e-6)
+        return self._evaluation_steps * self._seconds_of_step() + self._save_seconds
 
 
 def _passes_mark(before: float, now: float, parts: int) -> bool:
@@ -226,13 +302,10 @@ def _passes_mark(before: float, now: float, parts: int) -> bool:
     return math.floor(now * parts) > math.floor(before * parts)
 
 
-def _from_first_process(
-    decision: tuple[float, bool, bool], device: torch.device
-) -> tuple[float, bool, bool]:
+def _from_first_process(decision: tuple[float, ...], device: torch.device) -> tuple[float, ...]:
     """Return the first process's decision: clocks differ; learning rates and stops must not."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return decision
     numbers = torch.tensor(decision, dtype=torch.float32, device=device)
     torch.distributed.broadcast(numbers, src=0)
-    fraction, evaluates, is_over = numbers.tolist()
-    return fraction, bool(evaluates), bool(is_over)
+    return tuple(numbers.tolist())

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from cfsp.errors import RecoveryError
+from cfsp.recovery.loss import IGNORED
 from cfsp.recovery.model_loss import ModelLoss
 from cfsp.recovery.saved import STATE_FILE, progress_in, progress_of
 from cfsp.recovery.schedule import Schedule, rate_factor
@@ -73,6 +74,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._warm_up = warm_up
         self._teacher = teacher
         self._distillation = distillation
+        self._held_out_labels = float((text.held_out.label_NT != IGNORED).sum(1).float().mean())
 
     def take_up_finished(self, checkpoint: Path) -> None:
         """Load the best weights of a run that was stopped after its last step, and its state.
@@ -105,9 +107,15 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss; the teacher counts in training only."""
+        """Return the loss; the teacher counts in training only.
+
+        The Trainer averages an evaluation over windows, however many labels each has. With the same
+        count for all of them that is the mean over labels, for batches of any size.
+        """
         self._loss.distillation = self._distillation
         self._loss.teacher = None
+        self._loss.labels_in_window = None if model.training else self._held_out_labels
+        num_items_in_batch = num_items_in_batch if model.training else None
         if model.training and self._teacher is not None:
             self._loss.teacher = self._loss.ask(self._teacher, inputs["input_ids"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -131,6 +139,8 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
+        # Of the evaluation before the first step, so far.
+        self._batches = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up an interrupted run."""
@@ -142,8 +152,15 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to train after the evaluation before the first step."""
         if not state.global_step:
-            self._schedule.evaluated()
             self._schedule.training_begins()
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Note how long the evaluation before the first step takes."""
+        if not state.global_step:
+            self._batches += 1
+            self._schedule.batch_evaluated(self._batches, len(eval_dataloader), args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the time of an evaluation from that of a step."""

@@ -36,7 +36,7 @@ class TrainingOutcome:
     Attributes:
         steps: optimizer steps, those before an interruption included.
         best_step: the step with the lowest held-out loss, which the model has the weights of; 0
-            where training made it no lower, and the model as it was is the best.
+            where training made it no lower than it was.
         tokens_in_step: tokens of one step, over all processes.
         tokens_per_second: without evaluations.
         history: step, held-out perplexity and loss at each evaluation, the first before training.
@@ -94,7 +94,9 @@ def train(
         steps,
         started,
         after_training=after_training,
-        held_out_steps=len(text.held_out) / windows_in_step,
+        evaluation_steps=len(text.held_out)
+        / windows_in_step
+        / _forwards_in_step(training, teacher is not None, trains_all=adapted is model),
         trained_bytes=sum(p.nbytes for p in adapted.parameters() if p.requires_grad),
     )
     tokens_in_step = windows_in_step * training.seqlen
@@ -133,16 +135,7 @@ def train(
 def _kept_step(best_step: int, history: Sequence[dict[str, float]]) -> int:
     """Return the Trainer's best step, or 0 if held-out text was predicted no worse before all."""
     perplexity = {entry["step"]: entry["perplexity"] for entry in history}
-    before, best = perplexity[0], perplexity[best_step]
-    if best < before:
-        return best_step
-    if is_first_process():
-        logger.warning(
-            f"training did not make the held-out perplexity lower ({before:.2f} before, {best:.2f} "
-            "at best), so the weights stay as they were; give it more steps or minutes, other "
-            "text, or another --learning-rate"
-        )
-    return 0
+    return best_step if perplexity[best_step] < perplexity[0] else 0
 
 
 def _schedule(
@@ -151,7 +144,7 @@ def _schedule(
     started: float,
     *,
     after_training: float,
-    held_out_steps: float,
+    evaluation_steps: float,
     trained_bytes: int,
 ) -> Schedule:
     """Return the schedule of a number of steps or, if that is None, of minutes."""
@@ -162,11 +155,20 @@ def _schedule(
         training.limit.seconds,
         training.evaluations,
         started,
-        after_training=after_training,
-        held_out_steps=held_out_steps,
+        # Then the best weights are read again.
+        after_training=after_training + trained_bytes / BYTES_PER_SECOND,
+        evaluation_steps=evaluation_steps,
         # The weights and AdamW's two moments.
         save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
     )
+
+
+def _forwards_in_step(training: Training, has_teacher: bool, *, trains_all: bool) -> float:
+    """Return about how many forward passes over its windows a step takes as long as.
+
+    Backward through frozen weights is one, and one more for the gradients of all weights.
+    """
+    return 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
 
 
 def training_arguments(

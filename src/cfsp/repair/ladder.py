@@ -46,7 +46,6 @@ from cfsp.whole_model.sensitivity import with_needed_sensitivity
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
-    from cfsp.engine.stopwatch import Stopwatch
     from cfsp.engine.workplace import Workplace
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import Team
@@ -64,7 +63,6 @@ def plan_and_repair(
     engine: Engine,
     *,
     place: Workplace,
-    watch: Stopwatch,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
 ) -> Repaired:
@@ -76,7 +74,6 @@ def plan_and_repair(
         settings: how to prune.
         engine: where and in what to compute.
         place: where to work; must outlive the result, which has its repaired tensors there.
-        watch: is told the time of each stage.
         statistics: of an earlier calibration of this model.
         plan: an earlier decision for this model.
 
@@ -90,12 +87,11 @@ def plan_and_repair(
     elif statistics is not None:
         check_statistics_fit(source, statistics)
         if settings.budget.leaves_number_open:
-            with watch.stage("try"):
-                windows = drawn(draw, settings)
-                settings, statistics = with_count_by_repair(
-                    source, statistics, windows, settings, engine, place
-                )
-        with watch.stage("plan"):
+            windows = drawn(draw, settings)
+            settings, statistics = with_count_by_repair(
+                source, statistics, windows, settings, engine, place
+            )
+        with place.watch.stage("plan"):
             plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     else:
         check_budget(source, settings.budget)
@@ -107,25 +103,24 @@ def plan_and_repair(
         if plan is not None:
             return Repaired(plan, statistics)
         windows = drawn(draw, settings)
-        return _calibrate_and_plan(source, windows, settings, engine, place, watch)
+        return _calibrate_and_plan(source, windows, settings, engine, place)
     windows = drawn(draw, settings)
     _check_windows(windows, steps, settings, place.team)
     if plan is None and not settings.budget.removes_channels:
-        repaired = _calibrate_and_plan(source, windows, settings, engine, place, watch)
+        repaired = _calibrate_and_plan(source, windows, settings, engine, place)
+    elif plan is None:
+        repaired = _choose_and_repair(source, windows, settings, engine, place)
     else:
-        with watch.stage("ridge"):
-            if plan is None:
-                repaired = _choose_and_repair(source, windows, settings, engine, place)
-            else:
-                repaired = repair_by_plan(source, plan, statistics, windows, engine, place)
+        with place.watch.stage("ridge"):
+            repaired = repair_by_plan(source, plan, statistics, windows, engine, place)
     if repaired.plan.has_gaps and "sequential" not in steps:
-        with watch.stage("gaps"):
+        with place.watch.stage("gaps"):
             repaired = repair_gaps(source, repaired, windows, engine, place)
     if "sequential" in steps:
-        with watch.stage("sequential"):
+        with place.watch.stage("sequential"):
             repaired = repair_sequentially(source, repaired, windows, engine, place)
     if "local" in steps:
-        with watch.stage("local"):
+        with place.watch.stage("local"):
             repaired = repair_locally(
                 source, repaired, windows, engine, place, settings.local, settings.text.seed
             )
@@ -243,17 +238,15 @@ def _calibrate_and_plan(
     settings: PruneSettings,
     engine: Engine,
     place: Workplace,
-    watch: Stopwatch,
 ) -> Repaired:
-    with watch.stage("calibrate"):
-        # Where only blocks are chosen, nothing needs the whole text.
-        all_of_it = settings.budget.removes_channels or settings.budget.removes_experts
-        seen = windows if all_of_it else few_windows(windows, COARSE_WINDOWS)
-        statistics = calibrated(source, windows, settings, engine, place, seen)
-        settings, statistics = with_count_by_repair(
-            source, statistics, windows, settings, engine, place
-        )
-    with watch.stage("plan"):
+    # Where only blocks are chosen, nothing needs the whole text.
+    all_of_it = settings.budget.removes_channels or settings.budget.removes_experts
+    seen = windows if all_of_it else few_windows(windows, COARSE_WINDOWS)
+    statistics = calibrated(source, windows, settings, engine, place, seen)
+    settings, statistics = with_count_by_repair(
+        source, statistics, windows, settings, engine, place
+    )
+    with place.watch.stage("plan"):
         plan = plan_from_statistics(source, statistics, settings.budget, settings.criterion)
     return Repaired(plan, statistics)
 
@@ -279,15 +272,16 @@ def calibrated(
         name: of that pass.
     """
     settings = replace(settings, budget=whole_alone(source, settings.budget))
-    statistics = calibrate_together(
-        source,
-        windows if seen is None else seen,
-        engine,
-        seed=settings.text.seed,
-        place=place,
-        name=name,
-        runs=follow_runs(source, [settings], engine),
-    )
+    with place.watch.stage(name):
+        statistics = calibrate_together(
+            source,
+            windows if seen is None else seen,
+            engine,
+            seed=settings.text.seed,
+            place=place,
+            name=name,
+            runs=follow_runs(source, [settings], engine),
+        )
     statistics = with_needed_removals(source, statistics, windows, [settings], engine, place)
     if settings.budget.removes_channels:
         statistics = with_needed_sensitivity(source, statistics, windows, settings, engine, place)
@@ -309,17 +303,18 @@ def _choose_and_repair(
     budget = settings.budget
     removed = whole_removal(source, coarse, budget, criterion.removal)
     widths = plan_widths(source, coarse, budget, criterion, removed)
-    chosen = choose_and_repair(
-        source,
-        windows,
-        lambda unit, observed: choose_channels(
-            source, unit, observed, widths.kept_U[unit], criterion, removed.experts
-        ),
-        engine,
-        place,
-        seed=seed,
-        removed=removed.blocks,
-    )
+    with place.watch.stage("ridge"):
+        chosen = choose_and_repair(
+            source,
+            windows,
+            lambda unit, observed: choose_channels(
+                source, unit, observed, widths.kept_U[unit], criterion, removed.experts
+            ),
+            engine,
+            place,
+            seed=seed,
+            removed=removed.blocks,
+        )
     record = calibration_record(source, windows, engine, seed=seed)
     statistics = replace(
         Statistics.of([each.observed for each in chosen], record, coarse.sensitivity),

@@ -26,23 +26,19 @@ from cfsp.report.chart import (
 from cfsp.report.drawing import Bands, Scale, element, join, scale_from_zero
 from cfsp.report.runs import RunFacts
 from cfsp.report.summary import NOTHING
-from cfsp.settings import Part
+from cfsp.settings import SENSITIVITY_METRICS, UNIFORM, Part, removal_in_words, worth_in_words
 
 _BAR = 0.72
 
 
-_CAPTIONS: dict[Part, tuple[str, str, str]] = {
-    "ffn": (
-        "What each block does, and what it keeps",
-        "A block that turns the hidden state further is worth more, and keeps more of its "
-        "channels. Distance is the mean angle between a block's input and output, in half turns.",
-        "FFN channels",
-    ),
+# What has the units of a part, what these are, and between what distances are.
+_NOUNS: dict[Part, tuple[str, str, str]] = {
+    "ffn": ("block", "FFN channels", "a block's input and output"),
     "kv": (
-        "What each attention does, and what it keeps",
-        "The same of attentions. Distance is between the hidden states before and after the "
-        "attention where these are seen, else between the block's input and output.",
+        "attention",
         "KV groups",
+        "the hidden states before and after the attention where these are seen, else between the "
+        "block's input and output",
     ),
 }
 
@@ -62,18 +58,23 @@ def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
     planned = [(run, plan) for run, plan in plans if plan.units]
     if not planned:
         return None
-    title, caption, noun = _CAPTIONS[part]
+    thing, noun, between = _NOUNS[part]
+    metrics = {plan.criterion["block_metric"] for _, plan in planned if _narrows(plan)}
+    follows_distance = metrics.isdisjoint(SENSITIVITY_METRICS)
+    scale = "Importance is relative to the largest."
+    if follows_distance:
+        scale = f"Distance is the mean angle between {between}, in half turns."
+        if not metrics <= {"angular", UNIFORM}:
+            scale = f"Distance is between {between}, on the scale of the mean angle, in half turns."
     columns = [columns_of(plan) for _, plan in planned]
     names = column_names(planned[0][1])
 
     def draw(width: int) -> Markup:
         bands = block_bands(len(names), width, blocks_of_columns(planned[0][1]))
-        panels = [_distance_panel(columns, names, bands)]
+        panels = [_worth_panel(columns, names, bands, follows_distance=follows_distance)]
         panels += [
             width_panel(
-                panel_name(
-                    "Channels that stay" if part == "ffn" else "KV groups that stay", run, runs
-                ),
+                panel_name(f"{noun} that stay", run, runs),
                 [0 if unit is None else unit.width for unit in units],
                 # Experts that go whole take their channels along.
                 [0 if unit is None else round(unit.width * unit.kept_share) for unit in units],
@@ -86,8 +87,9 @@ def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
             width,
             bands,
             panels,
-            "Two rows of columns, one column for each block. Above: how far the block turns the "
-            f"hidden state. Below: how many of its {noun} stay, within the full width; none of "
+            "Two rows of columns, one column for each block. Above: how "
+            f"{'far the block turns the hidden state' if follows_distance else 'much it counts'}. "
+            f"Below: how many of its {noun} stay, within the full width; none of "
             "what was removed whole.",
         )
 
@@ -105,12 +107,34 @@ def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
     nouns = ("distance", "importance", "before", "kept")
     return Chart(
         "blocks" if part == "ffn" else "attentions",
-        title,
-        caption,
+        f"What each {thing} does, and what it keeps",
+        f"{_what_counts(planned, part)} {scale}",
         draw,
         block_table([run for run, _ in planned], nouns, names, cells),
         [Legend("kept", "kept"), Legend("gone", "removed")],
     )
+
+
+def _narrows(plan: PruningPlan) -> bool:
+    """Return whether units that stay lose channels."""
+    return any(unit.kept_width < unit.width for unit in plan.kept_units if unit.kept)
+
+
+def _what_counts(planned: Sequence[tuple[RunFacts, PruningPlan]], part: Part) -> str:
+    """Say by what each run's plan chose what goes of a part, once what is the same of several."""
+    thing, noun, _ = _NOUNS[part]
+    runs_of: dict[str, list[str]] = {}
+    for run, plan in planned:
+        words = [f"No {noun} go from what stays."]
+        if _narrows(plan):
+            words = [worth_in_words(plan.criterion["block_metric"], f"{thing.title()}s", noun)]
+        if plan.removed_blocks if part == "ffn" else plan.removed_attentions:
+            chosen = removal_in_words(plan.criterion.get("removal", ""))
+            words.append(f"The {thing}s that the model lost are those {chosen}.")
+        runs_of.setdefault(" ".join(words), []).append(run.name)
+    if len(runs_of) == 1:
+        return next(iter(runs_of))
+    return " ".join(f"{', '.join(names)}: {words}" for words, names in runs_of.items())
 
 
 def blocks_of_columns(plan: PruningPlan) -> list[int] | None:
@@ -132,11 +156,20 @@ def column_names(plan: PruningPlan) -> list[str]:
     return [str(i) if unit is None else unit.name for i, unit in enumerate(columns_of(plan))]
 
 
-def _distance_panel(
-    columns: Sequence[Sequence[UnitPlan | None]], names: Sequence[str], bands: Bands
+def _worth_panel(
+    columns: Sequence[Sequence[UnitPlan | None]],
+    names: Sequence[str],
+    bands: Bands,
+    *,
+    follows_distance: bool,
 ) -> Panel:
+    """Return a panel of the distances that plans follow, or of the importances."""
+
+    def worth(unit: UnitPlan) -> float:
+        return unit.distance if follows_distance else unit.importance
+
     height = 110.0
-    highest = max(unit.distance for units in columns for unit in units if unit is not None)
+    highest = max(worth(unit) for units in columns for unit in units if unit is not None)
     scale = scale_from_zero(highest, TITLE + height, TITLE)
     drawn = []
     for i, units in enumerate(zip(*columns, strict=True)):
@@ -145,17 +178,18 @@ def _distance_panel(
             drawn.append(Column(f"Block {i}: no FFN", Markup("")))
             continue
         x = bands.middle(i)
-        y = scale(first.distance)
+        y = scale(worth(first))
         stick = element("line", class_="stick", x1=x, x2=x, y1=scale(0.0), y2=y)
         dots = [
-            element("circle", class_="dot", cx=x, cy=scale(unit.distance), r=3.5)
+            element("circle", class_="dot", cx=x, cy=scale(worth(unit)), r=3.5)
             for unit in units
             if unit is not None
         ]
         say = f"Block {names[i]}: distance {first.distance:.4f}, importance {first.importance:.3f}"
         drawn.append(Column(say, join([stick, *dots])))
     labels = {value: f"{value:g}" for value in scale.ticks(4)}
-    return Panel("Angular distance between input and output", height, scale, labels, drawn)
+    title = "Distance between input and output" if follows_distance else "Importance"
+    return Panel(title, height, scale, labels, drawn)
 
 
 def width_panel(

@@ -9,10 +9,9 @@ from typing import Any
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.coarse import block_metric_in_words
 from cfsp.report.runs import RunFacts
 from cfsp.result.repair_steps import repair_steps, steps_in_words
-from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS
+from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, block_metric_in_words
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.coarse import block_metric_in_words
 from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card_metadata import card_metadata
 from cfsp.result.conditions import Conditions
 from cfsp.result.origin import Origin
 from cfsp.result.repair_steps import changed_weights, repair_steps, steps_in_words
-from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS
+from cfsp.settings import block_metric_in_words, removal_in_words
 
 _PAPER = "[CFSP, arXiv 2409.13199](https://arxiv.org/abs/2409.13199)"
 
@@ -140,7 +139,7 @@ def _without_blocks(manifest: dict[str, Any], plan: PruningPlan, link: str) -> s
     # Of experts that go no channel is counted.
     weights = [len(unit.kept_ffns) / unit.ffns * unit.cost for unit in staying]
     kept = sum(unit.kept_width * each for unit, each in zip(staying, weights, strict=True))
-    chosen = _CHOSEN.get(plan.criterion.get("removal", ""), "which cfsp was told to remove")
+    chosen = removal_in_words(plan.criterion.get("removal", ""))
     whole = sum(unit.width * each for unit, each in zip(staying, weights, strict=True))
     channels = 1 - kept / whole
     others = ""
@@ -154,13 +153,6 @@ def _without_blocks(manifest: dict[str, Any], plan: PruningPlan, link: str) -> s
         f"{manifest['model_sparsity']:.1%} of all parameters. What is left is an ordinary dense "
         "checkpoint."
     )
-
-
-_CHOSEN = {
-    DIVERGENCE: "without which its predictions change least",
-    RUNS: "over which its hidden states turn least",
-    INFLUENCE: "each of which turns its hidden states least",
-}
 
 
 def _on_which_text(manifest: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.cut.surgery import pruned_specs
 from cfsp.engine.memory import peak_rss_bytes
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.engine.workplace import Workplace
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.repaired import Repaired
@@ -129,7 +128,6 @@ def prune_report(
     repaired: Repaired,
     goal: dict[str, Any],
     measured: dict[str, dict[str, float]],
-    watch: Stopwatch,
     place: Workplace,
     out: Path | None,
 ) -> PruneReport:
@@ -140,8 +138,7 @@ def prune_report(
         repaired: what was decided and repaired.
         goal: what a goal came to, as JSON types; empty without one.
         measured: perplexities (see `before_and_after`).
-        watch: has the time of every stage.
-        place: has the times of every pass.
+        place: has the time of every stage, and the times of every pass.
         out: the new checkpoint; None if none was written.
     """
     plan = repaired.plan
@@ -162,7 +159,7 @@ def prune_report(
         goal=goal,
         perplexity=measured,
         dequantised=dequantisation_of(source),
-        seconds=dict(watch.seconds),
+        seconds=dict(place.watch.seconds),
         passes=place.times_json(),
         peak_rss_bytes=peak_rss_bytes(),
         out=str(out) if out else None,

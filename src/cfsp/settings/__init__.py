@@ -47,8 +47,12 @@ from cfsp.settings.criterion import (
     UNIFORM,
     Clamp,
     Criterion,
+    block_metric_in_words,
+    removal_in_words,
+    worth_in_words,
 )
 from cfsp.settings.goals import (
+    GOALS,
     PHASES,
     Goal,
     MaxLossIncrease,
@@ -56,6 +60,8 @@ from cfsp.settings.goals import (
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
+    field_of_goal,
+    flag_of_goal,
 )
 from cfsp.settings.options import (
     Option,
@@ -120,6 +126,7 @@ __all__ = [
     "DIVERGENCE",
     "DTYPES",
     "EFFORTS",
+    "GOALS",
     "INFLUENCE",
     "LONGEST_WINDOW",
     "MOST_REMOVED",
@@ -162,9 +169,12 @@ __all__ = [
     "Text",
     "WholePart",
     "Widths",
+    "block_metric_in_words",
     "check_bos",
     "check_names",
+    "field_of_goal",
     "flag_of",
+    "flag_of_goal",
     "fraction",
     "from_names",
     "multiple_in_words",
@@ -174,6 +184,8 @@ __all__ = [
     "options_of",
     "parse_parts",
     "parse_size",
+    "removal_in_words",
     "texts_of",
     "unit_parts",
+    "worth_in_words",
 ]

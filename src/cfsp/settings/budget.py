@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings.goals import TargetKVCache, TargetSpeedup
+from cfsp.settings.goals import (
+    GOALS,
+    Goal,
+    MaxLossIncrease,
+    TargetKVCache,
+    TargetParameters,
+    TargetSpeedup,
+    flag_of_goal,
+)
 from cfsp.settings.options import flag_of, fraction, number_or_auto, option, options_of
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
@@ -26,6 +34,29 @@ NUMBERS: dict[Part, str] = {
     "attention": "remove_attentions",
     "experts": "remove_experts",
 }
+
+# By which parts each goal can be met, and why by no others.
+_MET_BY: dict[type[Goal], tuple[tuple[Part, ...], str]] = {
+    TargetParameters: (PARTS, ""),
+    TargetKVCache: (
+        ("kv", "attention"),
+        "removes KV groups (the default), whole attentions or both, and nothing else",
+    ),
+    TargetSpeedup: (
+        ("ffn", "kv", "attention", "blocks"),
+        "is not for --parts experts: every token passes as many experts as before",
+    ),
+    MaxLossIncrease: (
+        UNIT_PARTS,
+        "is met by FFN channels and KV groups alone, which are masked to measure it",
+    ),
+}
+
+
+def can_be_met(goal: type[Goal], parts: Sequence[Part]) -> bool:
+    """Return whether these parts may go for a goal."""
+    return {*parts} <= {*_MET_BY[goal][0]}
+
 
 # How much of the blocks, or attentions, a calibration measures the removal of.
 MOST_REMOVED = 0.5
@@ -209,29 +240,30 @@ class Budget:
         if self.widths not in WIDTHS:
             raise UsageError(f"--widths must be one of {', '.join(WIDTHS)}, found {self.widths!r}")
 
-    def for_goal(self, goal: object) -> Budget:
+    def for_goal(self, goal: Goal | None) -> Budget:
         """Return the budget with the parts that a goal is met by.
 
         Raises:
             UsageError: other parts were asked for, or how many go whole, which the goal says.
         """
+        if goal is None:
+            return self
         is_said = isinstance(goal, TargetKVCache) or (
             isinstance(goal, TargetSpeedup) and not self.removes_channels
         )
         if is_said and (self.remove_blocks, self.remove_attentions) != (None, None):
-            name = "--target-speedup" if isinstance(goal, TargetSpeedup) else "--target-kv-cache"
             raise UsageError(
-                f"{name} says how many go; leave out --remove-blocks and --remove-attentions"
+                f"{flag_of_goal(type(goal))} says how many go; leave out --remove-blocks and "
+                "--remove-attentions"
             )
-        if not isinstance(goal, TargetKVCache):
-            return self
-        if self.parts == DEFAULT_PARTS:
+        if isinstance(goal, TargetKVCache) and self.parts == DEFAULT_PARTS:
             return replace(self, parts=("kv",))
-        if not {*self.parts} <= {"kv", "attention"}:
+        if not can_be_met(type(goal), self.parts):
+            parts, why = _MET_BY[type(goal)]
+            others = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]
             raise UsageError(
-                "--target-kv-cache removes KV groups (the default), whole attentions (--parts "
-                "attention) or both (--parts kv,attention), and nothing else; found --parts "
-                f"{','.join(self.parts)}"
+                f"{flag_of_goal(type(goal))} {why}; found --parts {','.join(self.parts)}: name of "
+                f"{', '.join(parts)} alone, or give {', '.join(others)} or --sparsity"
             )
         return self
 

@@ -28,6 +28,38 @@ CLAMPS: tuple[Clamp, ...] = get_args(Clamp)
 DEFAULT_CLAMP: Clamp = "published"
 
 
+# What went whole, by `removal`: that without which ...
+_REMOVED_IN_WORDS = {
+    DIVERGENCE: "without which its predictions change least",
+    RUNS: "over which its hidden states turn least",
+    INFLUENCE: "each of which turns its hidden states least",
+}
+_WORTH_IN_WORDS = {
+    "angular": "the further they turn the hidden state",
+    SENSITIVITY: "the further the predictions move when one alone loses about half of them",
+    ANGULAR_AND_SENSITIVITY: "the further they turn the hidden state, and the further the "
+    "predictions move when one alone loses about half of them",
+}
+
+
+def block_metric_in_words(metric: str) -> str:
+    """Return what makes a block important, for people."""
+    return f"{metric} distance" if metric in DISTANCES else metric
+
+
+def removal_in_words(removal: str) -> str:
+    """Return by what the parts of a model were chosen that went whole, as `its` relative clause."""
+    return _REMOVED_IN_WORDS.get(removal, "which cfsp was told to remove")
+
+
+def worth_in_words(metric: str, things: str, channels: str) -> str:
+    """Return the sentence that says which of some things, such as blocks, keep more channels."""
+    if metric == UNIFORM:
+        return f"{things} count alike."
+    further = f"the further they move the hidden state, by {metric} distance"
+    return f"{things} keep more of their {channels} {_WORTH_IN_WORDS.get(metric, further)}."
+
+
 @dataclass(frozen=True)
 class Criterion:
     """What makes a block and a channel important.

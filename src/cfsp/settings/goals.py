@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings.options import fraction, option
+from cfsp.settings.options import flag_of, fraction, option, options_of
 from cfsp.settings.text import Text
 
 Phase = Literal["decode", "prefill"]
@@ -146,4 +146,16 @@ class MaxLossIncrease:
             raise UsageError(f"--held-out-windows must be at least 1, found {self.windows}")
 
 
-Goal = TargetParameters | TargetKVCache | MaxLossIncrease | TargetSpeedup
+Goal = TargetParameters | TargetKVCache | TargetSpeedup | MaxLossIncrease
+GOALS: tuple[type[Goal], ...] = get_args(Goal)
+
+
+def field_of_goal(goal: type[Goal]) -> str:
+    """Return the field that is the goal itself; the others belong to it."""
+    return next(iter(options_of(goal)))
+
+
+def flag_of_goal(goal: type[Goal]) -> str:
+    """Return the option that asks for a goal."""
+    field = field_of_goal(goal)
+    return flag_of(field, options_of(goal)[field])

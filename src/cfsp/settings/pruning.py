@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings.budget import MOST_REMOVED, Budget, Part
+from cfsp.settings.budget import MOST_REMOVED, Budget, Part, can_be_met
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import Goal, TargetParameters
@@ -130,6 +130,13 @@ class PruneSettings:
                 f"--widths equal makes all blocks alike, so --set block_metric={metric} would do "
                 "nothing; give one of the two"
             )
+
+    @property
+    def more_parts(self) -> tuple[Part, ...]:
+        """Parts by which as much may cost less, where neither the user nor we chose which go."""
+        tries, more = self.suited_to_repair().leaves_parts_open, (*self.budget.parts, "blocks")
+        is_met = self.goal is None or can_be_met(type(self.goal), more)
+        return more if self.leaves_parts_open and not tries and is_met else ()
 
     def suited_to_repair(self) -> PruneSettings:
         """Return the same settings, with what is left open as it is best with this repair.

@@ -237,7 +237,8 @@ def with_needed_removals(
                 and follow_divergence(source, each.criterion, engine)
             ]
             if budgets:
-                removals += measure_removals(source, windows, budgets, engine)
+                with place.watch.stage("order of removal"):
+                    removals += measure_removals(source, windows, budgets, engine)
         return {"removals": [each.to_json() for each in removals]}
 
     # Other windows would be another choice.

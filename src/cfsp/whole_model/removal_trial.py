@@ -168,7 +168,8 @@ def with_removal_count(
             for each in trials
         ]
 
-    trials = place.team.from_first(compare)
+    with place.watch.stage("try"):
+        trials = place.team.from_first(compare)
     best = best_of(trials)
     _tell(trials, best, budget)
     return replace(settings, budget=best.budget(budget)), statistics_of[best.removed.experts]

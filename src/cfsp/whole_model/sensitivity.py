@@ -134,7 +134,8 @@ def with_needed_sensitivity(
     def measure() -> dict[str, Any]:
         if not follow_sensitivity(source, criterion, engine, has_images=windows.has_images):
             return {"sensitivity": None}
-        found = with_sensitivity(source, statistics, windows, criterion, engine, parts)
+        with place.watch.stage("sensitivity"):
+            found = with_sensitivity(source, statistics, windows, criterion, engine, parts)
         assert found.sensitivity is not None
         return {"sensitivity": found.sensitivity.to_json()}
 
