@@ -263,14 +263,14 @@ def test_no_more_is_read_than_the_first_windows_need(
     documents = text_file.read_text().split("\n\n")
     path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     whole = consecutive_windows(str(path), tokenizer, count=None, seqlen=16)
-    chunks, read = module._chunks, []
+    pieces, read = module._pieces, []
 
     def recorded(*arguments: Any) -> Any:
-        for chunk in chunks(*arguments):
-            read.append(chunk)
-            yield chunk
+        for piece in pieces(*arguments):
+            read.append(piece)
+            yield piece
 
-    monkeypatch.setattr(module, "_chunks", recorded)
+    monkeypatch.setattr(module, "_pieces", recorded)
     first = consecutive_windows(str(path), tokenizer, count=4, seqlen=16)
     assert first.tokens_NT.tolist() == whole.tokens_NT[:4].tolist()
     assert sum(map(len, read)) < sum(map(len, documents)) / 4
