@@ -6,6 +6,7 @@ Shapes: N windows, T tokens in a window, R tokens of a stream, P that a window b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -224,15 +225,19 @@ def consecutive_windows(
             f"({needed * (seqlen - len(begins_with))} tokens); give more text, fewer windows or a "
             "shorter --seqlen"
         )
-    counts = {source.name: have}
+    windows = Windows(
+        gather(stream_R, whole, seqlen, begins_with),
+        {source.name: have},
+        begins_with,
+        evaluation_part=source.has_evaluation_part,
+    )
     if stride is None:
-        return Windows(gather(stream_R, whole, seqlen, begins_with), counts, begins_with)
+        return windows
     stream_R = stream_R[: whole[-1].end]
     overlapping = overlapping_spans(stream_R, seqlen, stride, begins_with)
-    return Windows(
-        gather(stream_R, overlapping, seqlen, begins_with),
-        counts,
-        begins_with,
-        torch.tensor([span.scored for span in overlapping]),
-        stride,
+    return replace(
+        windows,
+        tokens_NT=gather(stream_R, overlapping, seqlen, begins_with),
+        counted_N=torch.tensor([span.scored for span in overlapping]),
+        stride=stride,
     )

@@ -90,6 +90,11 @@ class TextSource:
         return _split_column(self.text)[1] == CHAT_COLUMN or self.text.endswith(f":{CHAT_COLUMN}")
 
     @property
+    def has_evaluation_part(self) -> bool:
+        """Whether nothing is calibrated or trained on of what is measured on."""
+        return self.text in _OFFLINE or self.text in _HUB
+
+    @property
     def on_hub(self) -> bool:
         """Whether the source is read from the hub, and may have no end."""
         return isinstance(self.text, str) and _hub_place(self.text, self.purpose) is not None
