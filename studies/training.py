@@ -42,7 +42,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from cfsp.text.drawing import all_windows
+from cfsp.recovery.data import read_text
 from cfsp.text.sources import TextSource
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def trained(
         model = AutoModelForCausalLM.from_config(
             ARCHITECTURES[architecture](size), dtype=torch.float32
         )
-        parts = [all_windows(text, tokenizer, seqlen=size.seqlen).tokens_NT for text in texts]
-        train(model, torch.cat(parts), size.tokens, seed, place.name)
+        tokens_NT = read_text(texts, tokenizer, seqlen=size.seqlen).train.token_NT
+        train(model, tokens_NT, size.tokens, seed, place.name)
         tokenizer.save_pretrained(place)
         model.save_pretrained(place)
     return place

@@ -54,19 +54,19 @@ TEXTS: Table = {
     ),
     "binary text": BadInput(
         f"{CALIBRATE}a.txt",
-        "{inputs}/a.txt is binary",
+        "{inputs}/a.txt, line 1 is binary",
         "save it as UTF-8",
         file("a.txt", b"\x00\x01\x02" * 500),
     ),
     "text in Latin-1": BadInput(
         f"{CALIBRATE}a.txt",
-        "{inputs}/a.txt is not UTF-8 text: byte 3",
+        "{inputs}/a.txt, line 1 is not UTF-8 text: byte 3",
         "save it as UTF-8",
         file("a.txt", b"abc\xfc"),
     ),
     "text in UTF-16": BadInput(
         "eval {model} --windows 1 --seqlen 32 --data {inputs}/a.txt",
-        "{inputs}/a.txt is not UTF-8 text: byte 0",
+        "{inputs}/a.txt, line 1 is not UTF-8 text: byte 0",
         "save it as UTF-8",
         file("a.txt", "text".encode("utf-16")),
     ),

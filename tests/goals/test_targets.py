@@ -147,8 +147,14 @@ def test_texts_that_have_no_windows_left(tokenizer: Any, text_file: Path) -> Non
     have = len(draw_windows([name], tokenizer, samples=None, seqlen=512).tokens_NT)
     with pytest.raises(TextError, match=rf"calibration takes {have}; 2 others.*--held-out"):
         draw_left_over([name], tokenizer, samples=None, seqlen=512, seed=0, count=2)
-    with pytest.raises(UsageError, match="named once"):
-        draw_left_over([name, name], tokenizer, samples=4, seqlen=16, seed=0, count=2)
+
+
+def test_windows_left_of_a_text_that_is_named_twice(tokenizer: Any, text_file: Path) -> None:
+    names = [str(text_file)] * 2
+    drawn = draw_windows(names, tokenizer, samples=4, seqlen=16, seed=0)
+    left = draw_left_over(names, tokenizer, samples=4, seqlen=16, seed=0, count=3)
+    both = [tuple(row) for row in [*drawn.tokens_NT.tolist(), *left.tokens_NT.tolist()]]
+    assert len(set(both)) == 7 and left.sources == {names[0]: 3}
 
 
 # --target-params.

@@ -29,7 +29,7 @@ from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, Prun
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
 
-CONDITIONS = {"tokens", "windows", "seqlen", "stride", "bos"}
+CONDITIONS = {"tokens", "windows", "seqlen", "stride", "bos", "evaluation_part"}
 
 
 def test_each_value_says_how_it_was_measured(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cfsp.text.mixed
 from cfsp.errors import TextError
 from cfsp.recovery.chat import answer_tokens
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
+from cfsp.text.mixed import KINDS
 from cfsp.text.sources import TextSource
 
 CHAT = (
@@ -43,7 +46,9 @@ def write_chat(path: Path, count: int) -> Path:
     return path
 
 
-def test_all_windows_are_used_once_and_the_end_is_held_out(tokenizer, text_file, other_text_file):
+def test_all_windows_are_used_once_and_some_of_each_text_are_held_out(
+    tokenizer, text_file, other_text_file
+):
     text = read_text([str(text_file), str(other_text_file)], tokenizer, seqlen=32)
     whole = read_text([str(text_file)], tokenizer, seqlen=32)
     count = whole.sources[str(text_file)]
@@ -57,6 +62,39 @@ def test_all_windows_are_used_once_and_the_end_is_held_out(tokenizer, text_file,
         text.train.digest
         == read_text([str(text_file), str(other_text_file)], tokenizer, seqlen=32).train.digest
     )
+
+
+def words_of(data, tokenizer):
+    return {word for row in data.token_NT for word in tokenizer.decode(row).split()}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_held_out_documents_are_spread_over_a_text(ending, tokenizer, tmp_path):
+    """Of a text that is sorted, both ends are judged by, and nothing of what is trained on."""
+    documents = [f"river stone d{number} light falls\n" * 130 for number in range(100)]
+    path = tmp_path / f"sorted.{ending}"
+    lines = [json.dumps({"text": document}) for document in documents]
+    path.write_text("\n".join(lines) if ending == "jsonl" else "".join(documents))
+    text = read_text([str(path)], tokenizer, seqlen=64)
+    held, train = (
+        sorted(int(word[1:]) for word in words_of(data, tokenizer) if re.fullmatch(r"d\d+", word))
+        for data in (text.held_out, text.train)
+    )
+    assert 3 <= len(held) <= 8 and held[0] < 40 and held[-1] == 99
+    assert 0.02 < len(text.held_out) / len(text.train) < 0.06
+    if ending == "jsonl":
+        assert not set(held) & set(train)
+
+
+def test_every_kind_of_the_mixed_text_is_held_out(tokenizer, monkeypatch):
+    def short(kind):
+        return [{"text": f"{kind} number {number}\n" * 30} for number in range(40)]
+
+    monkeypatch.setattr(cfsp.text.mixed, "records", short)
+    text = read_text(["mixed", "mixed/books"], tokenizer, seqlen=32)
+    assert list(text.sources) == [f"mixed/{kind}" for kind in KINDS]
+    for data in (text.held_out, text.train):
+        assert words_of(data, tokenizer) >= set(KINDS)
 
 
 def test_the_first_token_is_never_a_label(tokenizer, text_file):

@@ -410,8 +410,8 @@ def test_only_equal_conditions_are_compared(run: Path, tmp_path: Path) -> None:
         [""] * 3,
     ]
     assert [row.detail for row in rows] == [
-        "12 windows of 512 tokens, without BOS; calibrated on other parts of it",
-        "12 windows of 1,024 tokens, without BOS; calibrated on other parts of it",
+        "12 windows of 512 tokens, without BOS; this text made recovered",
+        "12 windows of 1,024 tokens, without BOS; this text made recovered",
     ]
     assert pareto_chart(runs) is None
     assert not [line for line in headlines(runs[1]) if line.noun == "perplexity"]
@@ -442,7 +442,7 @@ def test_every_condition_tells_numbers_apart(
 def test_a_text_that_was_calibrated_on_is_named(run: Path, text_file: Path) -> None:
     (row,) = summary_rows([read_run(run)])["Perplexity"]
     assert row.hint.startswith(str(text_file))
-    assert row.detail.endswith("; calibrated on other parts of it")
+    assert row.detail.endswith("without BOS; this text made the model")
 
 
 # The slider.

@@ -87,7 +87,8 @@ def test_results_have_their_conditions(run: Path, text_file: Path) -> None:
     assert result.dataset_args == {
         "windows": 12, "seqlen": 1024, "bos": True, "predicted_tokens": 12 * 1023,
     }  # fmt: skip
-    assert "12 windows of 1,024 tokens, with BOS; other parts of this text made the model" in text
+    assert "12 windows of 1,024 tokens, with BOS; this text made the model" in text
+    assert result.metric_name.endswith("with BOS; this text made the model")
 
 
 def test_card_says_what_was_done_and_on_which_text(run: Path, text_file: Path) -> None:

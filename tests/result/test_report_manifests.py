@@ -117,3 +117,26 @@ def test_conditions_in_words(entry: dict[str, Any], words: str) -> None:
     assert str(conditions) == words
     assert conditions == Conditions.of("news", {"value": 3.0, "tokens": 1023, **entry})
     assert conditions != Conditions.of("news", {"tokens": 1023, **entry, "seqlen": 2048})
+
+
+@pytest.mark.parametrize(
+    ("text", "evaluation_part", "words"),
+    [
+        ("mine.txt", False, "; this text made the model"),
+        ("mixed", True, "; other parts of this text made the model"),
+        ("mixed/books", True, "; other parts of this text made the model"),
+        ("python-docs", True, "; other parts of this text made other"),
+        ("c4", True, ""),
+    ],
+)
+def test_conditions_say_whether_the_text_made_the_model(
+    text: str, evaluation_part: bool, words: str
+) -> None:
+    entry = {"tokens": 9, "windows": 1, "seqlen": 10, "evaluation_part": evaluation_part}
+    manifest = {"calibration": {"sources": {"mixed/books": 3, "mine.txt": 5}}}
+    trained = manifest | {"recovery": {"data": {"sources": {"python-docs": 2}}}}
+    conditions = Conditions.of(text, entry)
+    told = conditions.beside({"one": manifest, "other": trained})
+    assert told == f"1 window of 10 tokens, without BOS{words}"
+    # What was not recorded does not tell numbers apart.
+    assert conditions == Conditions.of(text, {**entry, "evaluation_part": False})

@@ -25,7 +25,7 @@ from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
-from cfsp.text.drawing import all_windows, consecutive_windows, draw_text, draw_windows
+from cfsp.text.drawing import consecutive_windows, draw_text, draw_windows
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
 from tiny_models import save_tiny_model
@@ -86,7 +86,6 @@ def every_kind(name: str, tokenizer: Any, bos: Any) -> dict[str, Windows]:
     return {
         "calibration": draw_text(text, tokenizer),
         "evaluation": consecutive_windows(name, tokenizer, count=3, seqlen=16, bos=bos),
-        "recovery": all_windows(name, tokenizer, seqlen=16, limit=5, bos=bos),
         "left over": held_out_windows(goal, text, tokenizer)[0],
         "held out": held_out_windows(named, text, tokenizer)[0],
     }
@@ -101,7 +100,8 @@ def test_every_kind_of_window_begins_with_bos(text_file: Path, bos_tokenizer: An
         assert windows.tokens_NT[:, 0].tolist() == [BOS] * len(windows.tokens_NT), kind
         assert {tuple(row) for row in windows.tokens_NT[:, 1:].tolist()} <= pieces, kind
         assert set(windows.scored_N.tolist()) == {15}, kind
-    consecutive = all_windows(str(text_file), bos_tokenizer, seqlen=16).tokens_NT
+    whole = consecutive_windows(str(text_file), bos_tokenizer, count=None, seqlen=16)
+    consecutive = whole.tokens_NT
     assert consecutive[:, 1:].flatten().tolist() == ids[: len(ids) // 15 * 15]
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.text.hold_out import HELD_OUT_WINDOWS, is_held_out
+from cfsp.text.hold_out import HELD_OUT_WINDOWS, held_out_documents, is_held_out
 from cfsp.text.windows import Windows
 
 
@@ -40,3 +40,17 @@ def test_a_text_that_would_have_none_holds_out_its_last() -> None:
     # Few of the windows that were drawn: of which texts they are is not known any more.
     few = Windows(windows.tokens_NT[:4], windows.sources)
     assert few.held_out_N.nonzero().flatten().tolist() == [3]
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=80), st.integers(1, 400))
+def test_held_out_documents_have_as_many_tokens_as_asked_and_at_most_one_more(
+    sizes: list[int], least: int
+) -> None:
+    held = [size for size, own in zip(sizes, held_out_documents(sizes, least), strict=True) if own]
+    assert sum(held) >= min(least, sum(sizes))
+    assert sum(held) < least + max(sizes, default=0) or not sum(sizes)
+
+
+def test_held_out_documents_are_at_equal_distances() -> None:
+    held = held_out_documents([10] * 100, 30)
+    assert [number for number, own in enumerate(held) if own] == [33, 66, 99]

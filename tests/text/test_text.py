@@ -236,6 +236,16 @@ def test_evaluation_windows_are_the_first_ones_in_order(tmp_path: Path, tokenize
     assert first.sources == {str(path): 2}
 
 
+def test_windows_say_whether_they_are_of_an_evaluation_part(
+    tokenizer: Any, text_file: Path
+) -> None:
+    """Of a file, what is measured on may have been calibrated on."""
+    for text, expected in (("python-docs", True), (str(text_file), False)):
+        for stride in (None, 8):
+            windows = consecutive_windows(text, tokenizer, count=2, seqlen=16, stride=stride)
+            assert windows.evaluation_part is expected
+
+
 def test_text_longer_than_a_chunk_is_joined_by_empty_lines(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,14 +273,14 @@ def test_no_more_is_read_than_the_first_windows_need(
     documents = text_file.read_text().split("\n\n")
     path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     whole = consecutive_windows(str(path), tokenizer, count=None, seqlen=16)
-    chunks, read = module._chunks, []
+    pieces, read = module._pieces, []
 
     def recorded(*arguments: Any) -> Any:
-        for chunk in chunks(*arguments):
-            read.append(chunk)
-            yield chunk
+        for piece in pieces(*arguments):
+            read.append(piece)
+            yield piece
 
-    monkeypatch.setattr(module, "_chunks", recorded)
+    monkeypatch.setattr(module, "_pieces", recorded)
     first = consecutive_windows(str(path), tokenizer, count=4, seqlen=16)
     assert first.tokens_NT.tolist() == whole.tokens_NT[:4].tolist()
     assert sum(map(len, read)) < sum(map(len, documents)) / 4

@@ -41,6 +41,8 @@ class Perplexity:
         seqlen: tokens in a window.
         stride: tokens from one window's start to the next one's; None without overlap.
         bos: whether every window begins with BOS.
+        evaluation_part: whether the text has a part that nothing is calibrated or trained on, and
+            they are of it.
     """
 
     value: float
@@ -49,6 +51,7 @@ class Perplexity:
     seqlen: int
     stride: int | None
     bos: bool
+    evaluation_part: bool = False
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -81,6 +84,7 @@ def perplexity_of(loss: float, windows: Windows, label: str) -> Perplexity:
         windows.tokens_NT.shape[1],
         windows.stride,
         windows.bos,
+        windows.evaluation_part,
     )
 
 

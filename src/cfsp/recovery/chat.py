@@ -3,11 +3,13 @@
 Chat templates mark no answers. An answer is therefore found as what a longer conversation adds:
 the template of the messages up to it, minus the template of those before it with the prompt for
 an answer. Tokens are made from the whole text at once, and belong to an answer by their offsets.
+
+Shapes: R tokens of a conversation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor
 from cfsp.errors import TextError
 from cfsp.recovery.loss import IGNORED
 from cfsp.text.chats import check_has_template, templated
-from cfsp.text.cutting import gather, spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,44 +25,25 @@ if TYPE_CHECKING:
     from cfsp.text.chats import Conversation
 
 
-def chat_windows(
-    conversations: Iterable[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seqlen: int,
-    limit: int,
-    begins_with: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Return conversations one after another, cut into windows: token ids and labels, [N, T].
+def chat_tokens(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the token ids and labels of one conversation after the other, as int64 [R].
 
-    Labels are the token ids where an assistant speaks, `IGNORED` elsewhere. Windows without any
-    label are left out.
+    Labels are the token ids where an assistant speaks, `IGNORED` elsewhere.
 
     Args:
         conversations: lists of messages.
         tokenizer: with a chat template.
-        seqlen: tokens in a window.
-        limit: windows to read at most.
-        begins_with: token ids that every window begins with; they are no labels.
 
     Raises:
         TextError: the tokenizer has no chat template, or a conversation does not fit it.
     """
     check_has_template(tokenizer)
-    tokens: list[int] = []
-    labels: list[int] = []
     for number, conversation in enumerate(conversations, start=1):
         ids, answer = answer_tokens(conversation, tokenizer, number)
-        tokens += ids
-        labels += [i if keep else IGNORED for i, keep in zip(ids, answer, strict=True)]
-        if len(tokens) >= limit * seqlen:
-            break
-    token_R, label_R = torch.tensor([tokens, labels], dtype=torch.int64)
-    cut = spans(token_R, seqlen, begins_with)
-    token_NT = gather(token_R, cut, seqlen, begins_with)
-    label_NT = gather(label_R, cut, seqlen, [IGNORED] * len(begins_with))
-    useful_N = (label_NT[:, 1:] != IGNORED).any(dim=1)
-    return token_NT[useful_N], label_NT[useful_N]
+        token_R = torch.tensor(ids, dtype=torch.int64)
+        yield token_R, token_R.where(torch.tensor(answer, dtype=torch.bool), IGNORED)
 
 
 def answer_tokens(

@@ -1,14 +1,15 @@
 """What is trained on and what is held out, as packed windows.
 
-All windows of every text are used; the last ones of each are held out, so that no window that is
-measured on lies between windows that are trained on. The order is the Trainer's, by seed.
+All of every text is used. Of each, and of each kind of the mixed text, some documents are held out
+that are spread over it (`cfsp.text.hold_out`): nothing of them is trained on. Of a document that is
+much longer than what is held out, it is a part. The order is the Trainer's, by seed.
 
-Shapes: N windows, T tokens of a window.
+Shapes: N windows, T tokens of a window, R tokens of a document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cfsp.errors import TextError
-from cfsp.recovery.chat import chat_windows
+from cfsp.recovery.chat import chat_tokens
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
-from cfsp.text.drawing import all_windows
-from cfsp.text.sources import TextSource, name_of
+from cfsp.text.cutting import gather, spans
+from cfsp.text.hold_out import held_out_documents
+from cfsp.text.pools import distinct_parts
+from cfsp.text.sources import TextSource
+from cfsp.text.stream import document_tokens
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
 
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 _MAX_TOKENS_OF_A_TEXT = 200_000_000
 _HELD_OUT_SHARE = 0.03
 _MAX_HELD_OUT_TOKENS = 16_384
+_MOST_OF_A_DOCUMENT = 4096
+
+# Token ids and labels.
+_Tokens = tuple[Tensor, Tensor]
 
 
 class WindowData(Dataset[dict[str, Tensor]]):
@@ -83,7 +91,7 @@ def read_text(
     seqlen: int,
     bos: Bos = "auto",
 ) -> RecoveryText:
-    """Read texts and conversations and hold out the end of each.
+    """Read texts and conversations and hold out some documents of each.
 
     Args:
         names: see `cfsp.text.sources`.
@@ -96,42 +104,74 @@ def read_text(
     """
     if not names:
         raise TextError("recovery needs text to train on; give --data")
-    train: list[tuple[Tensor, Tensor]] = []
-    held_out: list[tuple[Tensor, Tensor]] = []
+    begins_with = beginning(tokenizer, bos)
+    train: list[_Tokens] = []
+    held_out: list[_Tokens] = []
     sources: dict[str, int] = {}
-    for name in names:
-        token_NT, label_NT = _windows(name, tokenizer, seqlen, bos)
-        have = len(token_NT)
-        if have < 2:
+    for part in distinct_parts(names):
+        source = TextSource(part, "calibration")
+        documents = list(_documents(source, tokenizer))
+        own, held = (_windows(each, seqlen, begins_with) for each in _divided(documents, seqlen))
+        if not len(own[0]) or not len(held[0]):  # too little text, or held out without an answer
+            token_NT, label_NT = _windows(documents, seqlen, begins_with)
+            own, held = (token_NT[:-1], label_NT[:-1]), (token_NT[-1:], label_NT[-1:])
+        if not len(own[0]):
             raise TextError(
-                f"{name_of(name)} holds {have} windows of {seqlen} tokens to learn from, 2 are "
-                "needed: one to train on and one to hold out; give more text or a shorter --seqlen"
+                f"{source.name} holds {len(held[0])} windows of {seqlen} tokens to learn from, 2 "
+                "are needed: one to train on and one to hold out; give more text or a shorter "
+                "--seqlen"
             )
-        held = min(round(have * _HELD_OUT_SHARE), _MAX_HELD_OUT_TOKENS // seqlen)
-        cut = have - max(1, held)
-        train.append((token_NT[:cut], label_NT[:cut]))
-        held_out.append((token_NT[cut:], label_NT[cut:]))
-        sources[name_of(name)] = sources.get(name_of(name), 0) + cut
-    begins_with_bos = bool(beginning(tokenizer, bos))
-    return RecoveryText(_joined(train), _joined(held_out), sources, begins_with_bos)
+        train.append(own)
+        held_out.append(held)
+        sources[source.name] = sources.get(source.name, 0) + len(own[0])
+    return RecoveryText(_joined(train), _joined(held_out), sources, bool(begins_with))
 
 
-def _windows(
-    name: str | Text, tokenizer: PreTrainedTokenizerBase, seqlen: int, bos: Bos
-) -> tuple[Tensor, Tensor]:
-    limit = _MAX_TOKENS_OF_A_TEXT // seqlen
-    source = TextSource(name, "calibration")
+def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    """Yield the tokens and the labels of each document, until there are enough."""
+    total = 0
     if source.is_chat:
-        return chat_windows(
-            source.conversations(),
-            tokenizer,
-            seqlen=seqlen,
-            limit=limit,
-            begins_with=beginning(tokenizer, bos),
-        )
-    token_NT = all_windows(name, tokenizer, seqlen=seqlen, limit=limit, bos=bos).tokens_NT
-    return token_NT, token_NT
+        documents = chat_tokens(source.conversations(), tokenizer)
+    else:
+        documents = ((token_R, token_R) for token_R in document_tokens(source, tokenizer))
+    for document in documents:
+        yield document
+        total += len(document[0])
+        if total >= _MAX_TOKENS_OF_A_TEXT:
+            return
 
 
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> WindowData:
+def _divided(documents: Sequence[_Tokens], seqlen: int) -> tuple[list[_Tokens], list[_Tokens]]:
+    """Return the documents that are trained on, and those that are held out."""
+    share = round(_HELD_OUT_SHARE * sum(len(token_R) for token_R, _ in documents))
+    longest = max(seqlen, min(2 * share, _MOST_OF_A_DOCUMENT))
+    pieces = [
+        (token_R[max(0, end - longest) : end], label_R[max(0, end - longest) : end])
+        for token_R, label_R in documents
+        for end in reversed(range(len(token_R), 0, -longest))
+    ]
+    sizes = [len(token_R) for token_R, _ in pieces]
+    held_N = held_out_documents(sizes, max(seqlen, min(share, _MAX_HELD_OUT_TOKENS)))
+    divided: tuple[list[_Tokens], list[_Tokens]] = [], []
+    for piece, held in zip(pieces, held_N, strict=True):
+        divided[held].append(piece)
+    return divided
+
+
+def _windows(documents: Sequence[_Tokens], seqlen: int, begins_with: tuple[int, ...]) -> _Tokens:
+    """Return documents one after another, cut into windows, and their labels.
+
+    What a window begins with is no label. Windows without any label are left out.
+    """
+    nothing = torch.empty(0, dtype=torch.int64)
+    token_R = torch.cat([nothing, *(token_R for token_R, _ in documents)])
+    label_R = torch.cat([nothing, *(label_R for _, label_R in documents)])
+    cut = spans(token_R, seqlen, begins_with)
+    token_NT = gather(token_R, cut, seqlen, begins_with)
+    label_NT = gather(label_R, cut, seqlen, [IGNORED] * len(begins_with))
+    useful_N = (label_NT[:, 1:] != IGNORED).any(dim=1)
+    return token_NT[useful_N], label_NT[useful_N]
+
+
+def _joined(parts: Sequence[_Tokens]) -> WindowData:
     return WindowData(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))

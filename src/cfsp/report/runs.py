@@ -92,13 +92,6 @@ class RunFacts:
         return repair_steps(self.manifest)
 
     @property
-    def calibration_texts(self) -> set[str]:
-        """Names of the texts that it was calibrated, repaired or trained on."""
-        tables = [self.manifest.get("calibration") or {}]
-        tables.append((self.manifest.get("recovery") or {}).get("data") or {})
-        return {name for table in tables for name in table.get("sources", {})}
-
-    @property
     def recovery_history(self) -> list[dict[str, float]]:
         """Step, held-out perplexity and, where there is one, loss; empty without recovery."""
         history: list[dict[str, float]] = (self.manifest.get("recovery") or {}).get("history", [])

@@ -182,7 +182,7 @@ def perplexity_of_original(runs: Sequence[RunFacts], conditions: Conditions) -> 
 def _perplexity(runs: Sequence[RunFacts]) -> list[Row]:
     every = measured_conditions(runs)
     names = short_names(each.text for each in every)
-    seen = {text for run in runs for text in run.calibration_texts}
+    models = {run.name: run.manifest for run in runs}
     rows = []
     for conditions in every:
         dense = perplexity_of_original(runs, conditions)
@@ -191,11 +191,8 @@ def _perplexity(runs: Sequence[RunFacts]) -> list[Row]:
             value = run.measured.perplexity.get(conditions, {}).get("after")
             note = f"{_TIMES} {value / dense:.2f}" if value is not None and dense else ""
             cells.append(_NOTHING if value is None else Cell(f"{value:.2f}", note))
-        detail = str(conditions)
-        if conditions.text in seen:
-            detail += "; calibrated on other parts of it"
         hint = f"{conditions.text}, {conditions.tokens:,} predicted tokens"
-        rows.append(Row(names[conditions.text], cells, hint, detail))
+        rows.append(Row(names[conditions.text], cells, hint, conditions.beside(models)))
     return rows
 
 

@@ -235,19 +235,14 @@ def _quality(manifest: dict[str, Any]) -> str:
     if not rows:
         return ""
     names = ["dense", "pruned", "recovered"][: 3 if recovery else 2]
-    seen = {
-        text
-        for table in (manifest.get("calibration"), recovery.get("data"))
-        for text in (table or {}).get("sources", {})
-    }
     lines = [
         "| perplexity on | " + " | ".join(names) + " | measured on |",
         "|---|" + "---:|" * len(names) + "---|",
     ]
     for conditions, cells in rows.items():
-        note = "; other parts of this text made the model" if conditions.text in seen else ""
         numbers = " | ".join(cells[: len(names)])
-        lines.append(f"| {_cell(conditions.text)} | {numbers} | {conditions}{note} |")
+        how = conditions.beside({"the model": manifest})
+        lines.append(f"| {_cell(conditions.text)} | {numbers} | {how} |")
     return "\n".join([*lines, ""])
 
 

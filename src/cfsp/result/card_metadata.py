@@ -64,7 +64,7 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
                 dataset_name=name,
                 dataset_args=how,
                 metric_type="perplexity",
-                metric_name=f"perplexity, {conditions}",
+                metric_name=f"perplexity, {conditions.beside({'the model': manifest})}",
                 metric_value=value["after"],
             )
         )

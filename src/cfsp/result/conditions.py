@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from cfsp.text.mixed import parts_of
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Conditions:
         seqlen: tokens of a window; None where it was not recorded.
         stride: tokens from one window to the next; None for windows that do not overlap.
         bos: whether every window begins with the token that the model's input begins with.
+        evaluation_part: whether they are of a part of the text that nothing is calibrated or
+            trained on; not where it was not recorded.
     """
 
     text: str
@@ -25,6 +30,7 @@ class Conditions:
     seqlen: int | None = None
     stride: int | None = None
     bos: bool = False
+    evaluation_part: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, text: str, entry: dict[str, Any]) -> Conditions:
@@ -36,6 +42,22 @@ class Conditions:
             entry.get("seqlen"),
             entry.get("stride"),
             bool(entry.get("bos", False)),
+            bool(entry.get("evaluation_part", False)),
+        )
+
+    def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return all but the text, and which models it made.
+
+        Args:
+            models: manifests by the names of the models that were measured.
+        """
+        names = {self.text, *parts_of(self.text)}
+        made = [name for name, each in models.items() if not names.isdisjoint(_made_by(each))]
+        if not made:
+            return str(self)
+        text = "other parts of this text" if self.evaluation_part else "this text"
+        return (
+            f"{self}; {text} made {' and '.join(made) if len(made) < len(models) else 'the model'}"
         )
 
     def __str__(self) -> str:
@@ -47,3 +69,9 @@ class Conditions:
         windows = "windows" if self.windows is None else f"{self.windows:,} windows"
         windows = windows.removesuffix("s") if self.windows == 1 else windows
         return f"{windows} of {self.seqlen:,} tokens{stride}, {bos}"
+
+
+def _made_by(manifest: Mapping[str, Any]) -> set[str]:
+    """Return the names of the texts that a model was calibrated, repaired or trained on."""
+    tables = [manifest.get("calibration"), (manifest.get("recovery") or {}).get("data")]
+    return {name for table in tables for name in (table or {}).get("sources", {})}

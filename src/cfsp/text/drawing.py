@@ -1,4 +1,4 @@
-"""From texts to windows: drawn by seed to calibrate on, consecutive to measure or to train on.
+"""From texts to windows: drawn by seed to calibrate on, consecutive to measure on.
 
 Shapes: N windows, T tokens in a window, R tokens of a stream, P that a window begins with.
 """
@@ -6,6 +6,7 @@ Shapes: N windows, T tokens in a window, R tokens of a stream, P that a window b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
-from cfsp.text.cutting import Span, gather, overlapping_spans, spans
+from cfsp.text.cutting import gather, overlapping_spans, spans
 from cfsp.text.image_windows import ProcessorOf
-from cfsp.text.pools import parts_with_shares, shuffled_pools
+from cfsp.text.pools import parts_with_shares, shares_within, shuffled_pools
 from cfsp.text.sources import TextSource, name_of
-from cfsp.text.stream import token_stream
+from cfsp.text.stream import first_tokens
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows, joined
 
@@ -39,7 +40,8 @@ def draw_windows(
 ) -> Windows:
     """Draw calibration windows evenly from each text, without overlap, by seed.
 
-    The kinds of the mixed text are drawn from evenly too, each as a source of its own.
+    The kinds of the mixed text are drawn from evenly too, each as a source of its own. What a text
+    has too few windows for is drawn from the others; a long one is drawn from all over.
 
     Args:
         texts: what to draw from; see `cfsp.text.sources`.
@@ -51,18 +53,24 @@ def draw_windows(
         processor: loads that of the model, for texts with images; None if it reads text alone.
 
     Raises:
-        TextError: a text is missing, or holds too few tokens for its share.
+        TextError: a text is missing or holds no window, or all hold too few.
         UsageError: samples or seqlen is not positive, or there is no BOS.
         CheckpointError: a text has images, and the model no processor.
     """
     begins_with = beginning(tokenizer, bos)
-    drawn: list[Windows] = []
-    for pool in shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with, processor):
-        if pool.share:
-            own_NT = pool.tokens_NT[: pool.share]
-            counts = {pool.name: len(own_NT)}
-            drawn.append(Windows(own_NT, counts, begins_with, images_N=pool.images_N))
-    return joined(drawn)
+    pools = shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with, processor)
+    return joined(
+        [
+            Windows(
+                pool.tokens_NT[: pool.share],
+                {pool.name: pool.share},
+                begins_with,
+                images_N=pool.images_N,
+            )
+            for pool in pools
+            if pool.share
+        ]
+    )
 
 
 class WriteWindows(Protocol):
@@ -145,40 +153,37 @@ def draw_left_over(
         samples: as for `draw_windows`.
         seqlen: tokens in a window.
         seed: as for `draw_windows`.
-        count: windows in all, as evenly from each text as possible.
+        count: windows in all, as evenly from each text as there are.
         bos: as for `draw_windows`.
 
     Raises:
         TextError: the texts have not so many windows left.
-        UsageError: a text is named twice, or has images.
+        UsageError: a text has images.
     """
-    if len(set(texts)) < len(texts):
-        raise UsageError(
-            "windows are left over of texts that are named once, found "
-            f"{', '.join(map(name_of, texts))}; give a --held-out text"
-        )
     if any(TextSource(text, "calibration").has_images for text in texts):
         raise UsageError(
             "a loss is measured on text alone, and a text to calibrate on has images; give a "
             "--held-out text"
         )
     begins_with = beginning(tokenizer, bos)
-    drawn: list[Tensor] = []
-    counts: dict[str, int] = {}
     pools = shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with)
-    for (_, share), pool in zip(parts_with_shares(texts, count), pools, strict=True):
-        if not share:
-            continue
-        left_NT = pool.tokens_NT[pool.share :]
-        if len(left_NT) < share:
-            raise TextError(
-                f"{pool.name} holds {len(pool.tokens_NT)} windows of {seqlen} tokens, of which "
-                f"calibration takes {min(pool.share, len(pool.tokens_NT))}; {share} others are "
-                "needed to measure on: give fewer --samples, or a --held-out text"
-            )
-        drawn.append(left_NT[:share])
-        counts[pool.name] = counts.get(pool.name, 0) + share
-    return Windows(torch.cat(drawn), counts, begins_with)
+    left = [pool.tokens_NT[pool.share :] for pool in pools]
+    even = [share for _, share in parts_with_shares(texts, count)]
+    shares = shares_within(even, [len(left_NT) for left_NT in left])
+    if sum(shares) < count:
+        taken = sum(pool.share for pool in pools)
+        raise TextError(
+            f"{', '.join(map(name_of, texts))}: of {taken + sum(shares)} windows of {seqlen} "
+            f"tokens calibration takes {taken}; {count} others are needed to measure on: give "
+            "fewer --samples, or a --held-out text"
+        )
+    return joined(
+        [
+            Windows(left_NT[:share], {pool.name: share}, begins_with)
+            for pool, left_NT, share in zip(pools, left, shares, strict=True)
+            if share
+        ]
+    )
 
 
 def consecutive_windows(
@@ -211,7 +216,8 @@ def consecutive_windows(
             f"expected at least 1 window of 2 tokens, found {count} windows of {seqlen} tokens"
         )
     source = TextSource(text, "evaluation")
-    stream_R, whole = _consecutive(source, tokenizer, seqlen, begins_with, count)
+    stream_R = first_tokens(source, tokenizer, None if count is None else count * seqlen)
+    whole = spans(stream_R, seqlen, begins_with, count)
     have, needed = len(whole), count or 1
     if have < needed:
         raise TextError(
@@ -219,52 +225,19 @@ def consecutive_windows(
             f"({needed * (seqlen - len(begins_with))} tokens); give more text, fewer windows or a "
             "shorter --seqlen"
         )
-    counts = {source.name: have}
+    windows = Windows(
+        gather(stream_R, whole, seqlen, begins_with),
+        {source.name: have},
+        begins_with,
+        evaluation_part=source.has_evaluation_part,
+    )
     if stride is None:
-        return Windows(gather(stream_R, whole, seqlen, begins_with), counts, begins_with)
+        return windows
     stream_R = stream_R[: whole[-1].end]
     overlapping = overlapping_spans(stream_R, seqlen, stride, begins_with)
-    return Windows(
-        gather(stream_R, overlapping, seqlen, begins_with),
-        counts,
-        begins_with,
-        torch.tensor([span.scored for span in overlapping]),
-        stride,
+    return replace(
+        windows,
+        tokens_NT=gather(stream_R, overlapping, seqlen, begins_with),
+        counted_N=torch.tensor([span.scored for span in overlapping]),
+        stride=stride,
     )
-
-
-def all_windows(
-    text: str | Text,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seqlen: int,
-    limit: int | None = None,
-    bos: Bos = "auto",
-) -> Windows:
-    """Return the calibration part of a text as consecutive windows.
-
-    Args:
-        text: see `cfsp.text.sources`.
-        tokenizer: the model's own.
-        seqlen: tokens in a window, BOS included.
-        limit: about how many windows to read; None for the whole text.
-        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
-    """
-    begins_with = beginning(tokenizer, bos)
-    source = TextSource(text, "calibration")
-    stream_R, whole = _consecutive(source, tokenizer, seqlen, begins_with, limit)
-    tokens_NT = gather(stream_R, whole, seqlen, begins_with)
-    return Windows(tokens_NT, {source.name: len(tokens_NT)}, begins_with)
-
-
-def _consecutive(
-    source: TextSource,
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int,
-    begins_with: tuple[int, ...],
-    count: int | None,
-) -> tuple[Tensor, list[Span]]:
-    """Return the beginning of a text as tokens, and up to `count` windows of it; None for all."""
-    limit = None if count is None else count * seqlen
-    stream_R = token_stream(source, tokenizer, limit, no_more=True)
-    return stream_R, spans(stream_R, seqlen, begins_with, count)

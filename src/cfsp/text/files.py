@@ -15,6 +15,8 @@ from cfsp.text.records import document_of
 # A record, and where it is.
 Record = tuple[Any, str]
 
+# A text file is read in pieces of about so many characters.
+_PIECE_CHARACTERS = 4096
 # How much of a file of lines is looked at to see what columns it has.
 _LINES_LOOKED_AT = 64
 
@@ -30,13 +32,18 @@ def local_documents(path: Path, column: str) -> Iterator[Any]:
         TextError: it is not readable as text.
         MissingExtraError: it needs the package datasets or pyarrow.
     """
-    if path.suffix == ".txt" and not path.is_dir():
+    if is_text_file(path):
         return _text_file(path)
     has_images = IMAGE_COLUMN in column_names(path)
     records = _records(path, (column,))
     return (
         document_of(record, column, where, beside_images=has_images) for record, where in records
     )
+
+
+def is_text_file(path: Path) -> bool:
+    """Return whether a path is that of a file of plain text, which is one document in pieces."""
+    return path.suffix == ".txt" and not path.is_dir()
 
 
 def local_samples(path: Path, column: str) -> Iterator[Sample]:
@@ -98,7 +105,16 @@ def _records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _text_file(path: Path) -> Iterator[str]:
-    yield _read_text(path)
+    """Yield a text in pieces that end with a line and follow one another."""
+    held = ""
+    for number, line in enumerate(_lines(path), start=1):
+        text = _checked(line.decode, f"{path}, line {number}")
+        held += text.replace("\r\n", "\n").replace("\r", "\n")
+        if len(held) >= _PIECE_CHARACTERS:
+            yield held
+            held = ""
+    if held:
+        yield held
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -174,13 +190,6 @@ def import_datasets() -> Any:
     except ImportError as error:
         raise MissingExtraError("this text source", "data") from error
     return datasets
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return _checked(lambda: path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise TextError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _checked(decode: Callable[[], str], where: str) -> str:

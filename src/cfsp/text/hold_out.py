@@ -1,4 +1,6 @@
-"""The one rule for which calibration windows repair is judged by instead of fitted to.
+"""What is held out of a text: the windows that repair is judged by, the documents that recovery is.
+
+Both are of every text, of every kind of the mixed one, and spread over it.
 
 Shapes: N windows.
 """
@@ -33,3 +35,19 @@ def is_held_out(parts: Sequence[int]) -> Tensor:
         if count > 1 and not bool(mask_N[start:end].any()):
             mask_N[end - 1] = True
     return mask_N
+
+
+def held_out_documents(sizes: Sequence[int], least: int) -> list[bool]:
+    """Return which documents are held out: the last one, and more at equal distances before it.
+
+    Args:
+        sizes: tokens of each document of a text, in their order.
+        least: tokens to hold out; there are at most those of one document more.
+    """
+    total, seen, held = sum(sizes), 0, 0
+    chosen: list[bool] = []
+    for size in reversed(sizes):
+        seen += size
+        chosen.append(held * total < least * seen)
+        held += size * chosen[-1]
+    return chosen[::-1]

@@ -1,12 +1,15 @@
-"""What calibration windows are drawn from: all windows of each text, shuffled by seed.
+"""What calibration windows are drawn from: the windows of each text, shuffled by seed.
 
-Shapes: N windows, T tokens in a window, R tokens in a text.
+A text that is named twice, or as a part of another one, is one pool: no window is drawn twice.
+
+Shapes: N windows, T tokens in a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +20,14 @@ from cfsp.settings import DEFAULT_SAMPLES, Text
 from cfsp.text.cutting import gather, spans
 from cfsp.text.image_windows import ImageWindows, ProcessorOf, shuffled
 from cfsp.text.mixed import parts_of
-from cfsp.text.sources import TextSource, name_of
-from cfsp.text.stream import token_stream
+from cfsp.text.sources import TextSource, identity_of
+from cfsp.text.stream import spread_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How much more text than needed windows are drawn from, where a source is that long.
-_POOL_FACTOR = 16
+logger = logging.getLogger(__name__)
+
 # Of samples with images, how many are held to be drawn from, for each window.
 _SAMPLES_TOGETHER = 4
 
@@ -47,11 +50,13 @@ def shuffled_pools(
     seed: int,
     begins_with: tuple[int, ...],
     processor: ProcessorOf | None = None,
-) -> Iterator[ShuffledPool]:
-    """Yield the pool of each text; arguments are those of `cfsp.text.drawing.draw_windows`.
+) -> list[ShuffledPool]:
+    """Return the pool of each text; arguments are those of `cfsp.text.drawing.draw_windows`.
+
+    What a text has too few windows for is drawn from the others, with a warning.
 
     Raises:
-        TextError: a text is missing, or holds too few tokens for its share.
+        TextError: a text is missing or holds no window, or all hold too few.
         UsageError: samples or seqlen is too small.
     """
     if (samples is not None and samples < len(texts)) or seqlen < 2 + len(begins_with[1:]):
@@ -61,33 +66,86 @@ def shuffled_pools(
         )
     wanted = DEFAULT_SAMPLES if samples is None else samples
     generator = torch.Generator().manual_seed(seed)
+    pools: list[ShuffledPool] = []
     for text, share in parts_with_shares(texts, wanted):
         source = TextSource(text, "calibration")
-        least = 1 if samples is None else share
         if processor is not None and source.has_images:
             order = shuffled(source.samples(), generator, _SAMPLES_TOGETHER * share)
             made = ImageWindows(order, processor(), seqlen, begins_with)
-            yield _image_pool(source.name, made, share, least)
+            least = 1 if samples is None else share
+            pools.append(_image_pool(source.name, made, share, least))
             continue
-        stream_R = token_stream(source, tokenizer, _POOL_FACTOR * max(share, 1) * seqlen)
+        stream_R = spread_tokens(source, tokenizer, wanted * seqlen, seed)
         pool_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
-        have = len(pool_NT)
-        if have < least:
+        order_N = torch.randperm(len(pool_NT), generator=generator)
+        pools.append(ShuffledPool(source.name, pool_NT[order_N], share))
+    return _filled(pools, samples, seqlen - len(begins_with))
+
+
+def _filled(pools: Sequence[ShuffledPool], samples: int | None, length: int) -> list[ShuffledPool]:
+    """Return pools of which none has a larger share than windows.
+
+    Args:
+        pools: with the shares that they should have.
+        samples: windows that must be had in all; None for as many as there are.
+        length: tokens of a window that are text.
+
+    Raises:
+        TextError: a pool is empty, or all hold too few.
+    """
+    have = [len(pool.tokens_NT) for pool in pools]
+    shares = shares_within([pool.share for pool in pools], have)
+    enough = samples is None or sum(shares) == samples
+    for pool in pools:
+        windows, seqlen = pool.tokens_NT.shape
+        if windows >= pool.share:
+            continue
+        if not enough or not windows:
             raise TextError(
-                f"{source.name} holds {have} windows of {seqlen} tokens, {share} are needed "
-                f"({share * (seqlen - len(begins_with))} tokens); give more text, fewer --samples "
-                "or a shorter --seqlen"
+                f"{pool.name} holds {windows} windows of {seqlen} tokens, {pool.share} are needed "
+                f"({pool.share * length} tokens); give more text, fewer --samples or a shorter "
+                "--seqlen"
             )
-        yield ShuffledPool(source.name, pool_NT[torch.randperm(have, generator=generator)], share)
+        if len(pools) > 1:
+            logger.warning(
+                "%s holds %d windows of %d tokens, fewer than its share of %d; what is missing is "
+                "drawn from the other texts, as far as they have it",
+                pool.name,
+                windows,
+                seqlen,
+                pool.share,
+            )
+    return [replace(pool, share=share) for pool, share in zip(pools, shares, strict=True)]
+
+
+def shares_within(shares: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Return shares of which none is larger than it can be: the others have more, evenly.
+
+    Args:
+        shares: as they should be.
+        most: how large each can be.
+    """
+    found = [min(pair) for pair in zip(shares, most, strict=True)]
+    while (missing := sum(shares) - sum(found)) and (
+        able := [i for i, share in enumerate(found) if share < most[i]]
+    ):
+        for i, more in zip(able, _shares(missing, len(able)), strict=True):
+            found[i] = min(found[i] + more, most[i])
+    return found
 
 
 def parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str | Text, int]]:
-    """Return what windows are drawn from, kinds of the mixed text apart, and how many of each."""
-    found: list[tuple[str | Text, int]] = []
+    """Return what windows are drawn from, each once, and how many of each.
+
+    The kinds of the mixed text are apart.
+    """
+    found: dict[object, tuple[str | Text, int]] = {}
     for text, share in zip(texts, _shares(total, len(texts)), strict=True):
-        parts = parts_of(text) if isinstance(text, str) else (text,)
-        found += zip(parts, _shares(share, len(parts)), strict=True)
-    return found
+        parts: Sequence[str | Text] = parts_of(text) if isinstance(text, str) else (text,)
+        for part, more in zip(parts, _shares(share, len(parts)), strict=True):
+            first, before = found.get(identity_of(part), (part, 0))
+            found[identity_of(part)] = first, before + more
+    return list(found.values())
 
 
 def _image_pool(name: str, made: ImageWindows, share: int, least: int) -> ShuffledPool:
@@ -112,10 +170,14 @@ def _image_pool(name: str, made: ImageWindows, share: int, least: int) -> Shuffl
     return ShuffledPool(name, tokens_NT, share, tuple(window.images for window in windows))
 
 
+def distinct_parts(texts: Sequence[str | Text]) -> list[str | Text]:
+    """Return texts, each once, the kinds of the mixed text apart."""
+    return [part for part, _ in parts_with_shares(texts, 0)]
+
+
 def sources_drawn(texts: Sequence[str | Text], samples: int) -> int:
     """Return from how many sources so many windows are drawn; a kind of the mixed text is one."""
-    drawn = {name_of(part) for part, share in parts_with_shares(texts, samples) if share}
-    return len(drawn)
+    return sum(1 for _, share in parts_with_shares(texts, samples) if share)
 
 
 def _shares(total: int, parts: int) -> list[int]:

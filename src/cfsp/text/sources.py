@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.errors import TextError
 from cfsp.settings import OWN_TEXT, Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
-from cfsp.text.files import column_names, local_documents, local_samples
+from cfsp.text.files import column_names, is_text_file, local_documents, local_samples
 from cfsp.text.hub import hub_documents, hub_has_images, hub_samples
 from cfsp.text.images import IMAGE_COLUMN, Sample
 from cfsp.text.mixed import MIXED, Purpose, mixed_texts
@@ -88,6 +88,27 @@ class TextSource:
         if isinstance(self.text, Text):
             return False
         return _split_column(self.text)[1] == CHAT_COLUMN or self.text.endswith(f":{CHAT_COLUMN}")
+
+    @property
+    def has_evaluation_part(self) -> bool:
+        """Whether nothing is calibrated or trained on of what is measured on."""
+        return self.text in _OFFLINE or self.text in _HUB
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the source is read from the hub, and may have no end."""
+        return isinstance(self.text, str) and _hub_place(self.text, self.purpose) is not None
+
+    @property
+    def separator(self) -> str:
+        """What stands between two documents.
+
+        Nothing between conversations, where the template writes it, and pieces of one text.
+        """
+        text = self.text
+        is_file = isinstance(text, str) and text not in _OFFLINE and not self.on_hub
+        in_pieces = is_file and is_text_file(_split_column(str(text))[0])
+        return "" if in_pieces or self.is_chat else "\n\n"
 
     @property
     def has_images(self) -> bool:
@@ -181,6 +202,14 @@ class TextSource:
 def name_of(text: str | Text) -> str:
     """Return what a text is called."""
     return text.name if isinstance(text, Text) else text
+
+
+def identity_of(text: str | Text) -> object:
+    """Return what is the same for all names of a text: for paths to one column of one file."""
+    if isinstance(text, Text) or text in _OFFLINE:
+        return text
+    path, column = _split_column(text)
+    return _hub_place(text, "calibration") or (path.resolve(), column)
 
 
 def check_texts(texts: Sequence[str | Text], purpose: Purpose) -> None:

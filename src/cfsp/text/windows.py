@@ -36,6 +36,8 @@ class Windows:
         stride: tokens from one window's start to the next one's; likewise.
         images_N: what the model is given of each window besides its tokens, such as pixel values;
             nothing of a window without images. Empty where no window has any.
+        evaluation_part: whether they are of a part of the text that nothing is calibrated or
+            trained on.
     """
 
     tokens_NT: Tensor
@@ -44,6 +46,7 @@ class Windows:
     counted_N: Tensor | None = None
     stride: int | None = None
     images_N: tuple[Mapping[str, Tensor], ...] = ()
+    evaluation_part: bool = False
 
     @property
     def has_images(self) -> bool:

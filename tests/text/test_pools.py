@@ -1,0 +1,146 @@
+"""What windows are drawn from: all of a long text, each text once, and no less than was asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cfsp.text.mixed
+import cfsp.text.stream
+from cfsp.errors import TextError
+from cfsp.settings import Text
+from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_windows
+from cfsp.text.mixed import KINDS
+from cfsp.text.pools import shares_within
+from cfsp.text.windows import Windows
+
+LINES = 4000
+
+
+class Counting:
+    """A tokenizer that counts the characters which it is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.characters = 0
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.characters += len(text)
+        return self._tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cfsp.text.stream, "_DRAWN_CHARACTERS", 8000)
+    monkeypatch.setattr(cfsp.text.stream, "_PIECE_CHARACTERS", 400)
+
+
+def sorted_text(path: Path) -> Path:
+    """Write a text whose lines say where they are, in tenths of the text."""
+    lines = [f"river {chr(ord('a') + 10 * i // LINES)} stone\n" for i in range(LINES)]
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    else:
+        path.write_text("".join(lines))
+    return path
+
+
+def tenths(windows: Windows, tokenizer: Any) -> Counter[str]:
+    return Counter(
+        word
+        for row in windows.tokens_NT
+        for word in tokenizer.decode(row).split()
+        if len(word) == 1
+    )
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_long_text_is_drawn_from_all_over_and_little_of_it_made_tokens(
+    ending: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = sorted_text(tmp_path / f"sorted.{ending}")
+    counting: Any = Counting(tokenizer)
+    windows = draw_windows([str(path)], counting, samples=8, seqlen=24)
+    assert counting.characters < 8100 + 10 < path.stat().st_size / 5
+    assert len(tenths(windows, tokenizer)) >= 4
+    again = draw_windows([str(path)], tokenizer, samples=8, seqlen=24)
+    assert again.digest == windows.digest
+    other = draw_windows([str(path)], tokenizer, samples=8, seqlen=24, seed=1)
+    assert other.digest != windows.digest
+
+
+def test_the_beginning_of_one_long_line_is_not_all_of_it(tokenizer: Any, tmp_path: Path) -> None:
+    text = "river stone light " * 20_000
+    (tmp_path / "line.txt").write_text(text)
+    counting: Any = Counting(tokenizer)
+    first = consecutive_windows(str(tmp_path / "line.txt"), counting, count=2, seqlen=16)
+    assert counting.characters < 2000
+    whole = consecutive_windows(Text("it", text[:500]), tokenizer, count=2, seqlen=16)
+    assert first.digest == whole.digest
+
+
+def test_a_short_text_beside_others_is_told_and_filled_up(
+    tokenizer: Any, text_file: Path, other_text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = Text("short", "river stone light " * 30)
+    names = [str(text_file), short, str(other_text_file)]
+    windows = draw_windows(names, tokenizer, samples=30, seqlen=16)
+    have = windows.sources["short"]
+    assert 1 <= have < 10 and len(windows.tokens_NT) == sum(windows.sources.values()) == 30
+    missing = 10 - have
+    assert windows.sources[str(text_file)] == 10 + (missing + 1) // 2
+    assert f"short holds {have} windows of 16 tokens, fewer than its share of 10" in caplog.text
+    with pytest.raises(TextError, match=r"holds \d+ windows of 16 tokens, 50000 are needed"):
+        draw_windows([names[0], short], tokenizer, samples=100_000, seqlen=16)
+    empty = Text("empty", "a")
+    with pytest.raises(TextError, match="empty holds 0 windows"):
+        draw_windows([names[0], empty], tokenizer, samples=8, seqlen=16)
+
+
+def test_what_some_cannot_have_others_have_evenly() -> None:
+    assert shares_within([4, 4, 4], [9, 9, 9]) == [4, 4, 4]
+    assert shares_within([4, 4, 4], [9, 1, 9]) == [6, 1, 5]
+    assert shares_within([4, 4, 4], [5, 1, 9]) == [5, 1, 6]
+    assert shares_within([4, 4, 4], [2, 1, 3]) == [2, 1, 3]
+    assert shares_within([1, 0], [0, 3]) == [0, 1]
+
+
+def drawn_once(texts: list[str | Text], tokenizer: Any) -> dict[str, int]:
+    conditions: dict[str, Any] = {"samples": 20, "seqlen": 16, "seed": 0}
+    drawn = draw_windows(texts, tokenizer, **conditions)
+    left = draw_left_over(texts, tokenizer, count=5, **conditions)
+    rows = [tuple(row) for row in [*drawn.tokens_NT.tolist(), *left.tokens_NT.tolist()]]
+    assert len(set(rows)) == len(rows) == 25
+    return drawn.sources
+
+
+def test_a_text_with_two_names_is_drawn_from_once(
+    tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "link.txt"
+    link.symlink_to(text_file)
+    name = str(text_file)
+    for other in (name, os.path.relpath(name), str(link), f"{name}:text"):
+        assert drawn_once([name, other], tokenizer) == {name: 20}
+
+
+def test_kinds_that_are_named_beside_the_mixed_text_are_drawn_from_once(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(kind: str) -> list[dict[str, str]]:
+        words = [str(n * n) for n in range(100, 300)]
+        return [{"text": " ".join([kind, *words[i : i + 10]])} for i in range(0, 200, 10)]
+
+    monkeypatch.setattr(cfsp.text.mixed, "records", short)
+    sources = drawn_once(["mixed", "mixed/books"], tokenizer)
+    assert sources["mixed/books"] == 11 and sum(sources.values()) == 20
+    assert list(sources) == [f"mixed/{kind}" for kind in KINDS]
