@@ -18,6 +18,8 @@ from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
 from cfsp.exports.verification import greedy_after, logits_of, reference_model
 from cfsp.families.contract import save_with_tokenizer
+from cfsp.pipeline import prune_checkpoint
+from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.mixed import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
 from ragged import cut, half_of, tiny
@@ -271,6 +273,33 @@ def test_the_advice_of_a_refusal_works(tmp_path: Path, tokenizer: Any, name: str
     assert report.verification.greedy_steps == 32
     assert fields_of(tmp_path / "equal.gguf")[f"{architecture}.feed_forward_length"] == 56
     assert not report.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "is_said"),
+    [*((name, "importance", True) for name in ONE_WIDTH), ("gemma2", "equal", False),
+     ("llama", "importance", False)],
+)  # fmt: skip
+def test_no_way_back_to_gguf_is_said_before_pruning(
+    tmp_path: Path,
+    tokenizer: Any,
+    text_file: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    widths: Any,
+    is_said: bool,
+) -> None:
+    save_with_tokenizer(tiny(name, **ONE_WIDTH.get(name, {})), tokenizer, tmp_path / "dense")
+    settings = PruneSettings(
+        Budget(0.3, multiple=8, widths=widths),
+        text=CalibrationText((str(text_file),), samples=4, seqlen=32),
+    )
+    for label in ("dense", "dense.gguf"):
+        source = Checkpoint(tmp_path / "dense", label)
+        prune_checkpoint(source, tmp_path / f"plan of {label}", settings, dry_run=True)
+    expected = ["dense.gguf: llama.cpp runs blocks"] if is_said else []
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message[:33] for message in said] == expected
 
 
 @pytest.mark.parametrize(
