@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 import cfsp
+from cfsp.checkpoint.llama_cpp_library import llama_cpp_version
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.exports.llama_cpp import LlamaCpp
-from cfsp.exports.llama_cpp_library import llama_cpp_version
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.results_file import measured_model

@@ -40,6 +40,7 @@ from cfsp.engine.workplace import (
     temporary_workplace,
 )
 from cfsp.errors import OutputError
+from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.goals.loss import loss_increase_of
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
@@ -121,6 +122,8 @@ def prune_checkpoint(
     if dry_run:
         settings = settings.without_repair()
     check_can_be_repaired(source, settings)
+    if plan is None:
+        warn_of_no_way_back(source, settings.budget)
     measured_on = evaluation_windows(settings.evaluation, source)
     identity = pruning_identity(settings, statistics, plan)
     with (

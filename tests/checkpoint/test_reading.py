@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
@@ -29,6 +30,13 @@ from tiny_models import build_tiny_model, save_tiny_model
 def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     """A tiny checkpoint to damage."""
     return Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model"))
+
+
+@pytest.fixture
+def indexed(copy: Path) -> Path:
+    """One whose weights are found by an index, which is still to be written."""
+    (copy / "model.safetensors").rename(copy / "weights.safetensors")
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,18 @@ def test_shards_read_like_a_single_file(
     assert whole.specs.keys() == parts.specs.keys()
     assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.specs)
     assert fingerprint(whole) == fingerprint(parts)
+
+
+def test_a_single_file_is_read_before_an_index_as_transformers_does(
+    sharded: Path, tmp_path: Path
+) -> None:
+    both = Path(shutil.copytree(sharded, tmp_path / "both"))
+    save_tiny_model("llama", tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "model.safetensors", both)
+    expected = AutoModelForCausalLM.from_pretrained(both).state_dict()
+    found = Checkpoint(both)
+    assert all(torch.equal(found.read(name), expected[name]) for name in found.specs)
+    assert fingerprint(found) == fingerprint(Checkpoint(tmp_path / "other"))
 
 
 def test_fingerprint_tells_models_apart(tmp_path: Path, sharded: Path) -> None:
@@ -187,24 +207,24 @@ def test_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
         ('{"weight_map": {"a": "model-1.safetensors"}}', "model-1.safetensors, which is missing"),
     ],
 )
-def test_damaged_index(copy: Path, index: str, expected: str) -> None:
-    (copy / "model.safetensors.index.json").write_text(index)
-    assert expected in refused(copy)
+def test_damaged_index(indexed: Path, index: str, expected: str) -> None:
+    (indexed / "model.safetensors.index.json").write_text(index)
+    assert expected in refused(indexed)
 
 
-def test_index_that_names_what_no_shard_holds(copy: Path) -> None:
-    index = {"weight_map": {"phantom.weight": "model.safetensors"}}
-    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "phantom.weight, which no shard holds" in refused(copy)
+def test_index_that_names_what_no_shard_holds(indexed: Path) -> None:
+    index = {"weight_map": {"phantom.weight": "weights.safetensors"}}
+    (indexed / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "phantom.weight, which no shard holds" in refused(indexed)
 
 
-def test_tensor_in_two_shards(copy: Path) -> None:
-    shutil.copyfile(copy / "model.safetensors", copy / "again.safetensors")
-    names = list(load_file(copy / "model.safetensors"))
-    weight_map = dict.fromkeys(names, "model.safetensors")
+def test_tensor_in_two_shards(indexed: Path) -> None:
+    shutil.copyfile(indexed / "weights.safetensors", indexed / "again.safetensors")
+    names = list(load_file(indexed / "weights.safetensors"))
+    weight_map = dict.fromkeys(names, "weights.safetensors")
     weight_map[names[0]] = "again.safetensors"
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert "stored in two shards" in refused(copy)
+    (indexed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "stored in two shards" in refused(indexed)
 
 
 def test_config_that_contradicts_the_weights(copy: Path) -> None:

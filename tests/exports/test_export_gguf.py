@@ -10,12 +10,18 @@ import pytest
 import torch
 
 import cfsp
+from cfsp.checkpoint.llama_cpp_tokens import llama_cpp_tokens
+from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
 from cfsp.exports.verification import greedy_after, logits_of, reference_model
 from cfsp.families.contract import save_with_tokenizer
+from cfsp.pipeline import prune_checkpoint
+from cfsp.settings import Budget, CalibrationText, PruneSettings
+from cfsp.text.mixed import KINDS, kind_documents
+from cfsp.text.tokenizers import load_tokenizer
 from ragged import cut, half_of, tiny
 from tiny_models import build_tiny_model
 
@@ -270,6 +276,33 @@ def test_the_advice_of_a_refusal_works(tmp_path: Path, tokenizer: Any, name: str
 
 
 @pytest.mark.parametrize(
+    ("name", "widths", "is_said"),
+    [*((name, "importance", True) for name in ONE_WIDTH), ("gemma2", "equal", False),
+     ("llama", "importance", False)],
+)  # fmt: skip
+def test_no_way_back_to_gguf_is_said_before_pruning(
+    tmp_path: Path,
+    tokenizer: Any,
+    text_file: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    widths: Any,
+    is_said: bool,
+) -> None:
+    save_with_tokenizer(tiny(name, **ONE_WIDTH.get(name, {})), tokenizer, tmp_path / "dense")
+    settings = PruneSettings(
+        Budget(0.3, multiple=8, widths=widths),
+        text=CalibrationText((str(text_file),), samples=4, seqlen=32),
+    )
+    for label in ("dense", "dense.gguf"):
+        source = Checkpoint(tmp_path / "dense", label)
+        prune_checkpoint(source, tmp_path / f"plan of {label}", settings, dry_run=True)
+    expected = ["dense.gguf: llama.cpp runs blocks"] if is_said else []
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message[:33] for message in said] == expected
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("gemma2", {"final_logit_softcapping": None}, "caps logits, the model does not"),
@@ -408,14 +441,22 @@ def test_the_real_model(tmp_path: Path, demo: Checkpoint) -> None:
     assert report.verification.max_difference < 1e-3
 
     reference = reference_model(source)
+    given = llama_cpp_tokens(tmp_path / "m.gguf", ["Once upon a time there was a king who"])
+    assert given is not None
+    (tokens,) = given
     with LlamaCpp(tmp_path / "m.gguf") as llama:
-        tokens = llama.tokenize("Once upon a time there was a king who")
         logits_TV = llama.feed(tokens)
         assert float((logits_TV - logits_of(reference, tokens)).abs().max()) < 1e-3
         written = [int(logits_TV[-1].argmax())]
         while len(written) < 32:
             written.append(int(llama.feed(written[-1:])[-1].argmax()))
     assert written == greedy_after(reference, tokens, written)
+
+    texts = [text for kind in KINDS for text in kind_documents(kind, "evaluation")]
+    tokenizer = load_tokenizer(demo.directory)
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    for path in (demo_gguf(), tmp_path / "m.gguf"):
+        assert llama_cpp_tokens(path, texts) == expected
 
     small = export(source, tmp_path / "q.gguf", "q8_0")
     assert small.nbytes < 0.3 * report.nbytes

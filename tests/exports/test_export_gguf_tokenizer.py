@@ -1,8 +1,9 @@
-"""GGUF's tokenizer: llama.cpp splits text as transformers does, whatever the kind of BPE."""
+"""GGUF's tokenizer, both ways: llama.cpp gives a text the tokens that transformers does."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
+from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.llama_cpp_tokens import llama_cpp_tokens
+from cfsp.checkpoint.pre_tokenizers import BY_NAME, PRE_TOKENIZERS
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.exports.gguf_tokenizer import _PRE_TOKENIZERS
+from cfsp.exports.gguf import write
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
+from cfsp.text.tokenizers import load_tokenizer
 from conftest import random_prose
 from ragged import cut, tiny
 
@@ -28,17 +34,14 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
+
+
 def byte_level(name: str, more_text: str = "") -> PreTrainedTokenizerFast:
-    steps = next(steps for steps, known in _PRE_TOKENIZERS.items() if known == name)
-    made: list[Any] = []
-    for step in steps:
-        if step == "digits":
-            made.append(pre.Digits(individual_digits=True))
-        elif step != "gpt2":
-            made.append(pre.Split(Regex(step), behavior="isolated"))
-    made.append(pre.ByteLevel(add_prefix_space=False, use_regex="gpt2" in steps))
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = made[0] if len(made) == 1 else pre.Sequence(made)
+    core.pre_tokenizer = BY_NAME[name].splits()
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
         [random_prose(2000, seed=0), *TEXTS * 20, more_text],
@@ -49,6 +52,7 @@ def byte_level(name: str, more_text: str = "") -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
+    core.model.ignore_merges = BY_NAME[name].ignores_merges
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
@@ -77,22 +81,19 @@ def sentencepiece_like(prefix: bool) -> PreTrainedTokenizerFast:
 
 
 def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]:
-    """Export a model with this tokenizer, compare tokens, and return the file's fields."""
+    """Export a model with a tokenizer, import it, compare tokens, and return the file's fields."""
     from gguf import GGUFReader
 
-    from cfsp.exports.llama_cpp import LlamaCpp
-    from cfsp.text.tokenizers import load_tokenizer
-
-    source = cut(tiny("llama"), tokenizer, directory)
+    source = cut(tiny("llama"), tokenizer, directory, (96, 96, 96))
     export_checkpoint(source, "gguf", directory / "m.gguf")
-    loaded = load_tokenizer(source.directory)
-    with LlamaCpp(directory / "m.gguf") as llama:
-        for text in TEXTS:
-            assert llama.tokenize(text) == list(loaded(text)["input_ids"]), text
+    expected = llama_cpp_tokens(directory / "m.gguf", TEXTS)
+    assert expected is not None
+    for loaded in (source.directory, import_gguf(directory / "m.gguf")):
+        assert [load_tokenizer(loaded)(text)["input_ids"] for text in TEXTS] == expected
     return {n: f.contents() for n, f in GGUFReader(directory / "m.gguf").fields.items()}
 
 
-@pytest.mark.parametrize("name", sorted(_PRE_TOKENIZERS.values()))
+@pytest.mark.parametrize("name", [known.name for known in PRE_TOKENIZERS])
 def test_byte_level(tmp_path: Path, name: str) -> None:
     fields = check(byte_level(name), tmp_path)
     assert fields["tokenizer.ggml.model"] == "gpt2"
@@ -146,3 +147,49 @@ def test_an_unknown_way_of_splitting_needs_a_name(tmp_path: Path) -> None:
             source, "gguf", tmp_path / "m.gguf", ExportOptions(pre_tokenizer="smollm")
         )
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "expected"),
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("qwen2", None, False)],
+)
+def test_bos_is_what_llama_cpp_makes_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: bool | None, expected: bool
+) -> None:
+    from gguf import GGUFReader, GGUFWriter
+
+    if said is None:
+        monkeypatch.setattr(GGUFWriter, "add_add_bos_token", lambda *_: None)
+    source = cut(tiny("llama"), byte_level(name), tmp_path, (96, 96, 96))
+    write(source, tmp_path / "m.gguf", ExportOptions())
+    monkeypatch.undo()
+    directory = import_gguf(tmp_path / "m.gguf")
+    tokens = load_tokenizer(directory)(TEXTS[0])["input_ids"]
+    assert [tokens] == llama_cpp_tokens(tmp_path / "m.gguf", TEXTS[:1])
+    assert (tokens[0] == 0) is expected
+    export_checkpoint(Checkpoint(directory), "gguf", tmp_path / "again.gguf")
+    field = GGUFReader(tmp_path / "again.gguf").get_field("tokenizer.ggml.add_bos_token")
+    assert field is not None
+    assert field.contents() is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("seed-coder", r"llama\.cpp splits text differently"), ("new", "cfsp does not know")],
+)
+def test_a_name_that_is_not_known_is_said_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, why: str
+) -> None:
+    from gguf import GGUFReader
+
+    # Numbers of several digits are tokens, which the first name's expression never gives.
+    tokenizer = byte_level("gpt-2", more_text="123 456 12345 " * 2000)
+    source = cut(tiny("llama"), tokenizer, tmp_path, (96, 96, 96))
+    write(source, tmp_path / "m.gguf", ExportOptions(pre_tokenizer=name))
+    directory = import_gguf(tmp_path / "m.gguf")
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.search(f"^m.gguf: {why}.*; so the model may get other tokens", said)
+    write(Checkpoint(directory), tmp_path / "again.gguf", ExportOptions())
+    field = GGUFReader(tmp_path / "again.gguf").get_field("tokenizer.ggml.pre")
+    assert field is not None
+    assert field.contents() == name

@@ -48,9 +48,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             name = self.path.removeprefix("/api/models/").partition("?")[0]
+            name, _, listed = name.partition("/tree/")
             name = name.partition("/revision/")[0]
             if name not in hub.repositories:
                 return self.answer(404, {"error": "not found"})
+            if listed:
+                entries = [{"type": "file", "path": p, "size": 1, "oid": "0"} for p in hub.files]
+                return self.answer(200, entries)
             private = hub.repositories[name]
             return self.answer(200, {"id": name, "private": private, "tags": [], "downloads": 0})
 
@@ -80,6 +84,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                     if entry["key"] == "file":
                         value = entry["value"]
                         hub.files[value["path"]] = base64.b64decode(value["content"])
+                    elif entry["key"] == "deletedFile":
+                        del hub.files[entry["value"]["path"]]
                 url = f"{address}/me/small/commit/abc"
                 return self.answer(200, {"commitUrl": url, "commitOid": "abc"})
             if self.path == "/api/validate-yaml":
@@ -119,6 +125,23 @@ def test_a_directory_becomes_a_private_repository(
     # A model of nobody's has neither base nor license, and the page would not show its lineage.
     assert "README.md names no base model" in err
     assert "README.md names no license" in err
+
+
+def test_weights_of_an_earlier_upload_are_not_left_beside_the_new_ones(
+    small: Path, hub: Hub
+) -> None:
+    """Transformers would read an old single file before new shards; vLLM reads every file."""
+    hub.repositories["me/small"] = True
+    foreign = ["notes.txt", "adapter_model.safetensors", "old/model-00001-of-00002.safetensors"]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    hub.files |= dict.fromkeys([*foreign, *shards, "model.safetensors.index.json"], b"old")
+    push(small, "me/small")
+    assert hub.files["model.safetensors"] == (small / "model.safetensors").read_bytes()
+    assert hub.files.keys() == {path.name for path in small.iterdir()} | set(foreign)
+    # Weights of another kind replace none of these.
+    (small / "model.safetensors").rename(small / "small.gguf")
+    push(small, "me/small")
+    assert {"model.safetensors", "small.gguf"} <= hub.files.keys()
 
 
 def test_public_is_asked_for(small: Path, hub: Hub) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.cache import converted_directory, directory_bytes
 from cfsp.checkpoint.gguf_header import check_gguf
+from cfsp.checkpoint.gguf_vocabulary import read_tokenizer, warn_of_other_tokens
 from cfsp.checkpoint.output import staged_directory
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # Part of the name of a converted model: one that was converted in another way is not the same.
-_CONVERSION = 2
+_CONVERSION = 3
 # Quantising the same matrix twice gives copies that differ by some percent (Q4_K by 4%); a head
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
@@ -90,7 +91,7 @@ def _stored_dtype(path: Path) -> torch.dtype:
 
 
 def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -99,7 +100,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = read_tokenizer(path)
     except Exception as error:  # transformers has no one exception type for this
         raise CheckpointError(
             f"transformers cannot read {path}: {error}; use the safetensors of the same model"
@@ -111,6 +112,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     _tie_again(model, path)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    warn_of_other_tokens(path, target)
 
 
 def _tie_again(model: PreTrainedModel, path: Path) -> None:

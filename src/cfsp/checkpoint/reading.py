@@ -318,11 +318,11 @@ def _plain_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def _tensor_files(directory: Path) -> Sequence[TensorFile]:
-    index = directory / INDEX_FILE
+    """Return the files that transformers reads: a single one goes before an index."""
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file():
+        return [TensorFile(single)]
     if not index.is_file():
-        single = directory / SINGLE_FILE
-        if single.is_file():
-            return [TensorFile(single)]
         pickles = sorted(p.name for p in directory.glob("*.bin"))
         found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none"
         raise CheckpointError(

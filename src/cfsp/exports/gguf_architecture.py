@@ -13,13 +13,18 @@ Gemma 2 and 3 have graphs for one width only, with sliding windows in a fixed rh
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.config_widths import resized_parts
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports.context import head_size, heads_of_blocks
+from cfsp.settings import Budget
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,22 @@ def architecture_of(source: Checkpoint) -> Architecture:
         )
     _check_expressible(source, architecture)
     return architecture
+
+
+def warn_of_no_way_back(source: Checkpoint, budget: Budget) -> None:
+    """Warn where a model from a .gguf file cannot become one again once it is pruned like this."""
+    if Path(source.label).suffix != ".gguf" or "ffn" not in budget.parts:
+        return
+    _, ragged = ARCHITECTURES.get(source.config.model_type, (None, None))
+    has_head = not source.config.tie_word_embeddings
+    if budget.widths != "equal" and (ragged is None or (ragged.tied_only and has_head)):
+        _logger.warning(
+            "%s: llama.cpp runs blocks of different widths of no %s model%s, so what is pruned "
+            "cannot go back into a .gguf file; prune with --widths equal if it shall",
+            Path(source.label).name,
+            source.config.model_type,
+            " with an output matrix of its own" if ragged else "",
+        )
 
 
 def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.gguf_vocabulary import PRE_TOKENIZER_KEY
+from cfsp.checkpoint.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, recognised, steps_of
 from cfsp.errors import ExportError
 
 if TYPE_CHECKING:
@@ -21,25 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-
-# How text is split before byte pairs are merged -> llama.cpp's name for it. The steps are those
-# of tokenizer.json: a regular expression, `digits` (each on its own), or `gpt2` (the expression
-# that is built into ByteLevel).
-_PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
-    ("gpt2",): "gpt-2",
-    ("digits", "gpt2"): "smollm",
-    (_WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
-    (_WORDS + r"\p{N}" + _REST,): "qwen2",
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ): "tekken",
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ def read_tokenizer(
     _note_what_is_added(tokenizer, special)
     tokens, types = _tokens(fields, vocabulary)
     if byte_level:
-        pre = pre_tokenizer or _pre_tokenizer_name(fields["pre_tokenizer"])
+        pre = pre_tokenizer or _pre_tokenizer_name(tokenizer, fields)
         return GgufTokenizer("gpt2", pre, tokens, types, None, None, special)
     scores = _scores(fields, tokens)
     prefix = _prepends_space(fields)
@@ -117,37 +100,22 @@ def read_tokenizer(
     )
 
 
-def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    return part[key] if part["type"] == "Sequence" else [part]
-
-
 def _is_byte_level(fields: dict[str, Any]) -> bool:
-    steps = _steps(fields.get("pre_tokenizer"), "pretokenizers")
+    steps = steps_of(fields.get("pre_tokenizer"), "pretokenizers")
     return any(step["type"] == "ByteLevel" for step in steps)
 
 
-def _pre_tokenizer_name(part: dict[str, Any]) -> str:
-    steps = []
-    for step in _steps(part, "pretokenizers"):
-        if step["type"] == "Split":
-            steps.append(step["pattern"].get("Regex", ""))
-        elif step["type"] == "Digits" and step.get("individual_digits"):
-            steps.append("digits")
-        elif step["type"] == "ByteLevel":
-            if step.get("use_regex", True):
-                steps.append("gpt2")
-        else:
-            steps.append(step["type"])
-    name = _PRE_TOKENIZERS.get(tuple(steps))
-    if name is None:
-        raise ExportError(
-            "cannot tell llama.cpp's name for the way in which this tokenizer splits text "
-            f"({' then '.join(steps)}); give it with --pre-tokenizer (known ones: "
-            f"{', '.join(_PRE_TOKENIZERS.values())})"
-        )
-    return name
+def _pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> str:
+    """Return the name that the tokenizer came with from a .gguf file, or that of what it does."""
+    if name := tokenizer.init_kwargs.get(PRE_TOKENIZER_KEY):
+        return str(name)
+    known = recognised(fields)
+    if isinstance(known, PreTokenizer):
+        return known.name
+    raise ExportError(
+        f"cannot tell llama.cpp's name for the way in which this tokenizer splits text ({known}); "
+        f"give it with --pre-tokenizer (known ones: {', '.join(p.name for p in PRE_TOKENIZERS)})"
+    )
 
 
 def _note_what_is_added(tokenizer: PreTrainedTokenizerBase, special: SpecialVocab) -> None:
@@ -195,10 +163,10 @@ def _scores(fields: dict[str, Any], tokens: list[str]) -> list[float]:
 
 
 def _prepends_space(fields: dict[str, Any]) -> bool:
-    steps = _steps(fields.get("normalizer"), "normalizers")
+    steps = steps_of(fields.get("normalizer"), "normalizers")
     if any(step["type"] == "Prepend" for step in steps):
         return True
-    splits = _steps(fields.get("pre_tokenizer"), "pretokenizers")
+    splits = steps_of(fields.get("pre_tokenizer"), "pretokenizers")
     return any(
         step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
         for step in splits

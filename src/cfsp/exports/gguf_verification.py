@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from cfsp.checkpoint.llama_cpp_library import has_llama_cpp, llama_cpp_version
+from cfsp.checkpoint.llama_cpp_tokens import tokens_differ
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports.context import context_limit
@@ -14,7 +16,6 @@ from cfsp.exports.gguf_architecture import architecture_of
 from cfsp.exports.gguf_rope import rope_of
 from cfsp.exports.gguf_tensors import gguf_tensors
 from cfsp.exports.llama_cpp import LlamaCpp
-from cfsp.exports.llama_cpp_library import has_llama_cpp, llama_cpp_version
 from cfsp.exports.target import ExportOptions
 from cfsp.exports.verification import (
     Verification,
@@ -35,10 +36,6 @@ _OTHER_TYPES = 1.2
 # llama.cpp looks GELU up in a table of float16.
 _LEAST_WITH_GELU = 3e-3
 
-_TOKENIZER_PROBE = (
-    "It's 12345 o'clock -- we'll see\n\n  def f(x):\n\treturn x**2  # naïve café, 北京 😀!"
-)
-
 
 def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
     """Compare tokenizer, logits and (unless quantised) greedy decoding with transformers'."""
@@ -50,6 +47,7 @@ def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verificatio
     name = file_type.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
     if not has_llama_cpp():
         return _verify_tensors(source, out, name)
+    _check_tokenizer(source, out)
     tolerance = _TOLERANCES.get(name, _OTHER_TYPES)
     architecture = architecture_of(source)
     if architecture.activation != "silu":
@@ -60,7 +58,6 @@ def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verificatio
     model = reference_model(source)
     expected_TV = logits_of(model, tokens)
     with LlamaCpp(out, context=512) as llama:
-        _check_tokenizer(source, llama)
         found_TV = llama.feed(tokens)
         greedy = None
         if name == "f32":
@@ -70,17 +67,12 @@ def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verificatio
     return compare_logits(llama_cpp_version(), expected_TV, found_TV, tolerance, greedy)
 
 
-def _check_tokenizer(source: Checkpoint, llama: LlamaCpp) -> None:
-    tokenizer = load_tokenizer(source.directory)
-    expected = list(tokenizer(_TOKENIZER_PROBE)["input_ids"])
-    found = llama.tokenize(_TOKENIZER_PROBE)
-    if found != expected:
-        at = next((i for i, pair in enumerate(zip(expected, found, strict=False))
-                   if pair[0] != pair[1]), min(len(expected), len(found)))  # fmt: skip
+def _check_tokenizer(source: Checkpoint, out: Path) -> None:
+    difference = tokens_differ(out, load_tokenizer(source.directory))
+    if difference:
         raise ExportError(
-            f"llama.cpp splits text differently from token {at} on: expected "
-            f"{expected[at : at + 4]}, found {found[at : at + 4]}; give the pre-tokenizer's name "
-            "with --pre-tokenizer; nothing was kept"
+            f"llama.cpp splits text differently: {difference}; give the pre-tokenizer's name with "
+            "--pre-tokenizer; nothing was kept"
         )
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.llama_cpp_library import last_error, llama_cpp_library, llama_cpp_version
 from cfsp.errors import ExportError
-from cfsp.exports.llama_cpp_library import last_error, llama_cpp_library, llama_cpp_version
 
 _F32 = 0  # ggml_type
 
@@ -111,17 +111,6 @@ class LlamaCpp:
         data = self._ffi.buffer(pointer, wanted * width * 4)
         logits = np.frombuffer(data, dtype=np.float32).reshape(wanted, width)
         return torch.from_numpy(logits.copy())
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a text, with those that the model wants around it."""
-        data = text.encode()
-        room = len(data) + 16
-        tokens = self._ffi.new("llama_token[]", room)
-        count = self._lib.llama_tokenize(
-            self._vocabulary, data, len(data), tokens, room, True, True
-        )
-        assert count >= 0, count
-        return [int(tokens[i]) for i in range(count)]
 
 
 def quantise(source: Path, target: Path, file_type: int) -> None:

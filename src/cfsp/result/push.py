@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from cfsp.errors import CfspError, OutputError, UsageError, first_line
 
 # Weights, or what stands for them, of the layouts that prune, recover and export write.
 _WEIGHTS = ("*.safetensors", "*.gguf", "openvino_model.bin")
+# Weights of one model, whole or in shards: of an earlier upload none may stay beside the new ones,
+# because loaders prefer the single file, or read every file.
+_ONE_MODEL = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+)
 # Unfinished work, and what editors and tools leave behind.
 _LEFT_HERE = (".*", ".*/**", "**/.*")
 
@@ -37,6 +45,9 @@ class Pushed:
 def push(directory: str | Path, repository: str, *, public: bool = False) -> Pushed:
     """Upload a directory as one commit into a model repository, which is made if there is none.
 
+    Shards and single files of safetensors that an earlier upload left there are deleted if this one
+    brings others; every other file stays.
+
     The token is that of the hub's own login (`hf auth login`, or HF_TOKEN).
 
     Args:
@@ -54,7 +65,7 @@ def push(directory: str | Path, repository: str, *, public: bool = False) -> Pus
     directory = Path(directory)
     if re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repository) is None:
         raise UsageError(f"a repository is called OWNER/NAME, found {repository!r}")
-    if not any(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
+    if not any(_files(directory, _WEIGHTS)):
         raise OutputError(
             f"{directory} has no weights to upload: expected a directory that prune, recover or "
             "export wrote"
@@ -72,6 +83,8 @@ def push(directory: str | Path, repository: str, *, public: bool = False) -> Pus
             repo_id=made.repo_id,
             folder_path=directory,
             ignore_patterns=list(_LEFT_HERE),
+            # What is uploaded is not deleted.
+            delete_patterns=list(_ONE_MODEL) if any(_files(directory, _ONE_MODEL)) else None,
             commit_message="Upload by cfsp",
         )
     except LocalTokenNotFoundError as error:
@@ -95,6 +108,10 @@ def push(directory: str | Path, repository: str, *, public: bool = False) -> Pus
             f"the hub cannot be reached ({first_line(error)}); check the network and try again"
         ) from error
     return Pushed(made.repo_id, str(made), private, commit.oid, _lacking(directory))
+
+
+def _files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    return (path for pattern in patterns for path in directory.glob(pattern))
 
 
 def _lacking(directory: Path) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from cfsp.checkpoint.llama_cpp_library import llama_cpp_library
 from cfsp.errors import CheckpointError
-from cfsp.exports.llama_cpp_library import llama_cpp_library
 from cfsp.speed.gguf_footprint import gguf_footprint
 from cfsp.speed.subjects import Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
