@@ -35,7 +35,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="as for prune, or a .gguf file for llama.cpp; ratios are to the first",
+        help="as for prune (llama.cpp runs .gguf files only); ratios are to the first",
     )
     shape = parser.add_argument_group("true shapes with random weights, instead of models")
     shape.add_argument("--shape", metavar="NAME", help="llama-2-7b, llama-3-8b, qwen2.5-7b, ...")
