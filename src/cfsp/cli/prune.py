@@ -201,10 +201,6 @@ def run(args: argparse.Namespace) -> None:
     take_own_accelerator(settings.compute.device)
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, args.revision, parts)
-    repairs = settings.repair != "none" and not args.dry_run
-    is_decided = statistics is not None and not settings.budget.leaves_number_open
-    if not args.data and (repairs or (plan is None and not is_decided)):
-        arguments.tell_of_the_default_text()
     if args.estimate:
         engine = engine_of(settings.compute, source)
         _print_estimate(args, pruning_cost(source, args.out or Path(), settings, engine))
