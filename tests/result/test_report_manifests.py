@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from cfsp.architecture.block_names import counted
 from cfsp.errors import CheckpointError
 from cfsp.repair.repaired import rejected_blocks
-from cfsp.result.conditions import Conditions
+from cfsp.result.conditions import Conditions, sources_in_words
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.repair_steps import repair_steps, steps_in_words
 
@@ -117,3 +118,9 @@ def test_conditions_in_words(entry: dict[str, Any], words: str) -> None:
     assert str(conditions) == words
     assert conditions == Conditions.of("news", {"value": 3.0, "tokens": 1023, **entry})
     assert conditions != Conditions.of("news", {"tokens": 1023, **entry, "seqlen": 2048})
+
+
+def test_one_of_a_thing_is_said_as_one() -> None:
+    assert counted(1, "windows") == "1 window"
+    assert counted(2000, "steps") == "2,000 steps"
+    assert sources_in_words({"c4": 64, "own.txt": 1}) == "c4 (64 windows), own.txt (1 window)"

@@ -204,7 +204,7 @@ def test_table_shows_ideal_beside_measured(
     assert f"prefill  {name}" in out
     assert f"decode  {name}" in out
     assert "1.000x" in out
-    assert "medians of 1 rounds in turns after 2 warm-ups" in out
+    assert "medians of 1 round in turns after 2 warm-ups" in out
 
 
 @pytest.mark.usefixtures("no_retries")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from cfsp.architecture.block_names import counted
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Conditions:
         if self.seqlen is None:
             return f"{self.tokens:,} predicted tokens, windows not recorded, {bos}"
         stride = "" if self.stride is None else f", stride {self.stride:,}"
-        windows = "windows" if self.windows is None else f"{self.windows:,} windows"
-        windows = windows.removesuffix("s") if self.windows == 1 else windows
+        windows = "windows" if self.windows is None else counted(self.windows, "windows")
         return f"{windows} of {self.seqlen:,} tokens{stride}, {bos}"
+
+
+def sources_in_words(sources: Mapping[str, int]) -> str:
+    """Return texts with how many windows are of each: `c4 (64 windows), own.txt (1 window)`."""
+    return ", ".join(f"{name} ({counted(count, 'windows')})" for name, count in sources.items())
