@@ -101,6 +101,14 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         assert f"example:\n  cfsp {command}" in printed
 
 
+def test_a_shell_can_complete_it() -> None:
+    shtab = pytest.importorskip("shtab", reason="shtab is not installed")
+    script = shtab.complete(build_parser(), shell="bash")
+    assert script.rstrip().endswith(" -F _shtab_cfsp cfsp")  # README adds file names to it
+    (options,) = re.findall(r"_shtab_cfsp_prune_option_strings=\((.*)\)", script)
+    assert {"--sparsity", "--data"} <= set(options.split())
+
+
 def test_module_runs_like_the_script() -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "cfsp", "calibrate", "m", "--out", "o", "--data", "./no/such.txt"],
