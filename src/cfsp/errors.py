@@ -129,6 +129,10 @@ def first_line(error: Exception) -> str:
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` if something known is like what was found, else nothing."""
-    close = difflib.get_close_matches(found, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Return `; did you mean X?` if something known is like what was found, else nothing.
+
+    Dashes before a flag count as no likeness: with them --foo is like --of.
+    """
+    by_name = {each.lstrip("-"): each for each in known}
+    close = difflib.get_close_matches(found.lstrip("-"), by_name, n=1)
+    return f"; did you mean {by_name[close[0]]}?" if close else ""

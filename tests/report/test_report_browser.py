@@ -194,6 +194,17 @@ def test_size_table_fits_a_phone(browser: Any, runs: list[Path], tmp_path: Path)
     ) == [328, 360]
 
 
+def test_table_of_several_runs_fits_a_phone(browser: Any, page: str) -> None:
+    view(browser, page, 390)
+    ends, names = browser.execute_script(
+        "const cells = [...document.querySelectorAll('.summary td, .summary td .note')];"
+        "return [cells.map(e => e.getBoundingClientRect().right), cells.map(e =>"
+        " getComputedStyle(e, '::before').content)]"
+    )
+    assert max(ends) <= 390
+    assert '"plain-quarter"' in names  # its column's head is not shown
+
+
 def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys

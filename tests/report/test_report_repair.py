@@ -168,6 +168,17 @@ def test_errors_of_zero_can_be_drawn(ridge: Path, tmp_path: Path) -> None:
     assert chart_of(run).table.rows[0][1:3] == ["0.000000", "0.000000"]
 
 
+def test_what_kept_all_its_channels_was_not_rejected(ridge: Path, tmp_path: Path) -> None:
+    whole = BETTER | {"error_before": 0.0, "error_after": 0.0, "kept": False, "training_steps": 0}
+    run = changed_copy(ridge, tmp_path / "run", repaired(whole, BETTER, BETTER, name="ridge"))
+    chart = chart_of(run)
+    drawing = chart.draw(920)
+    assert 'class="rejected"' not in drawing and drawing.count('class="before"') == 3
+    assert "Block 0, ridge: nothing was cut" in drawing
+    assert chart.table.rows[0][3] == "nothing was cut"
+    assert [entry.swatch for entry in chart.legend] == ["before", "after"]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from cfsp.architecture.block_names import counted
 from cfsp.errors import CheckpointError
 from cfsp.repair.repaired import rejected_blocks
-from cfsp.result.conditions import Conditions
+from cfsp.result.conditions import Conditions, sources_in_words
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.repair_steps import repair_steps, steps_in_words
 
@@ -140,3 +141,9 @@ def test_conditions_say_whether_the_text_made_the_model(
     assert told == f"1 window of 10 tokens, without BOS{words}"
     # What was not recorded does not tell numbers apart.
     assert conditions == Conditions.of(text, {**entry, "evaluation_part": False})
+
+
+def test_one_of_a_thing_is_said_as_one() -> None:
+    assert counted(1, "windows") == "1 window"
+    assert counted(2000, "steps") == "2,000 steps"
+    assert sources_in_words({"c4": 64, "own.txt": 1}) == "c4 (64 windows), own.txt (1 window)"

@@ -204,7 +204,7 @@ def test_table_shows_ideal_beside_measured(
     assert f"prefill  {name}" in out
     assert f"decode  {name}" in out
     assert "1.000x" in out
-    assert "medians of 1 rounds in turns after 2 warm-ups" in out
+    assert "medians of 1 round in turns after 2 warm-ups" in out
 
 
 @pytest.mark.usefixtures("no_retries")
@@ -290,6 +290,17 @@ def test_bench_times_every_combination(
     assert asked[1][2].warmups == 1
 
 
+def test_bench_takes_a_gguf_file_as_prune_does(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    converted, file = tmp_path / "converted", tmp_path / "a.gguf"
+    file.touch()
+    monkeypatch.setattr("cfsp.speed.bench.locate_model", lambda name: converted)
+    for engine, reads in (("transformers", converted), ("llama.cpp", file)):
+        bench(file, engine=engine)
+        assert asked[-1][0] == [Subject(reads, "a.gguf")]
+
+
 def test_bench_knows_before_it_starts_what_it_cannot_time(
     asked: list[Any], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -300,6 +311,8 @@ def test_bench_knows_before_it_starts_what_it_cannot_time(
         bench([model], engine="llama.cpp")
     file = tmp_path / "a.gguf"
     file.touch()
+    with pytest.raises(CheckpointError, match=r"a\.gguf has no openvino_model\.xml"):
+        bench([file], engine="openvino")
     with pytest.raises(CheckpointError, match=r"b\.gguf does not exist; make it with: cfsp export"):
         bench([file, tmp_path / "b.gguf"], engine="llama.cpp")
     with pytest.raises(CheckpointError, match=r"has no openvino_model\.xml; make one with: cfsp"):
@@ -369,8 +382,8 @@ def test_missing_engine_names_the_extra(
         (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
         (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
         (["demo", "--rounds", "0"], "at least 1 warm-up and 1 round, found 2 and 0"),
-        (["demo", "--engine", "llama.cpp"], "llama.cpp runs .gguf files"),
-        (["a.gguf"], "make one with: cfsp export DIR --to gguf"),
+        (["demo", "--engine", "llama.cpp"], "it runs .gguf files; make one with: cfsp export"),
+        (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(

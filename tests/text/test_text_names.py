@@ -50,7 +50,7 @@ def test_a_text_that_is_not_there_says_which_is_meant(tmp_path: Path) -> None:
     message = refused(ABSENT)
     assert message == (
         "nothing.txt is neither a file nor a known text; known are: mixed, python-docs, "
-        "python-source, wikitext2, c4, or NAME:CONFIG:SPLIT:COLUMN on the hub"
+        "python-source, wikitext2, c4, mixed/KIND, or NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
     assert "a text itself is Text(name, documents)" in refused("a river " * 100)
     assert "did you mean wikitext2?" in refused("wikitext")

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable
 
 
 def counted(count: int, nouns: str) -> str:
-    """Return a number of things in words: `1 block`, `2 blocks`."""
-    return f"{count} {nouns.removesuffix('s') if count == 1 else nouns}"
+    """Return a number of things in words: `1 block`, `2,000 blocks`."""
+    return f"{count:,} {nouns.removesuffix('s') if count == 1 else nouns}"
 
 
 def blocks_in_words(indices: Iterable[int]) -> str:

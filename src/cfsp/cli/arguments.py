@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,6 @@ from cfsp.cli.options import Parser, add_advanced, add_options, command_parser, 
 from cfsp.errors import UsageError
 from cfsp.settings import (
     BOS,
-    DEFAULT_TEXT,
     Budget,
     CalibrationText,
     Compute,
@@ -22,8 +20,6 @@ from cfsp.settings import (
 __all__ = ["command_parser"]
 
 Subparsers = Any
-
-log = logging.getLogger(__name__)
 
 
 def add_model(parser: Parser) -> None:
@@ -101,22 +97,6 @@ def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = N
 
     sources.check_texts(data or (), "calibration")
     sources.check_texts(evaluation or (), "evaluation")
-
-
-def calibration_text(args: argparse.Namespace) -> CalibrationText:
-    """Return the calibration text that was asked for; say so if it is the default."""
-    if not args.data:
-        tell_of_the_default_text()
-    return settings_from(args, CalibrationText)
-
-
-def tell_of_the_default_text() -> None:
-    """Say what the text is where none is named."""
-    log.warning(
-        "calibrating on %s, text of many kinds that comes with cfsp; text like what the model will "
-        "read does better (--data)",
-        DEFAULT_TEXT,
-    )
 
 
 def compute(args: argparse.Namespace) -> Compute:

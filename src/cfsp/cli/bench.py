@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
 from cfsp.cli.options import typed
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
@@ -35,7 +36,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="as for prune, or a .gguf file for llama.cpp; ratios are to the first",
+        help="as for prune (llama.cpp runs .gguf files only); ratios are to the first",
     )
     shape = parser.add_argument_group("true shapes with random weights, instead of models")
     shape.add_argument("--shape", metavar="NAME", help="llama-2-7b, llama-3-8b, qwen2.5-7b, ...")
@@ -142,15 +143,16 @@ def print_comparison(comparison: Comparison) -> None:
         print(
             f"\n{workload.describe()}; other programs took "
             f"{comparison.disturbance[workload]:.0%} of the processors, "
-            f"{comparison.rounds_given_up[workload]} rounds given up because they took more"
+            f"{counted(comparison.rounds_given_up[workload], 'rounds')} given up because they took "
+            "more"
         )
         _print_workload(comparison, workload)
     facts = ", ".join(f"{key} {value}" for key, value in comparison.models[0].facts.items())
     conditions = comparison.conditions
     print(
-        f"\n{facts}; medians of {conditions.rounds} rounds in turns after {conditions.warmups} "
-        "warm-ups, with the lowest and highest; ratio: median of the ratios within a round; "
-        "ideal: by FLOPs (prefill) and by bytes read (decode)"
+        f"\n{facts}; medians of {counted(conditions.rounds, 'rounds')} in turns after "
+        f"{counted(conditions.warmups, 'warm-ups')}, with the lowest and highest; ratio: median of "
+        "the ratios within a round; ideal: by FLOPs (prefill) and by bytes read (decode)"
     )
 
 

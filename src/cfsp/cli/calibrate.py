@@ -11,7 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import add_options, settings_from
 from cfsp.cli.output import human_bytes, print_json, print_passes
 from cfsp.processes import process_count
-from cfsp.settings import Budget, PruneSettings
+from cfsp.settings import Budget, CalibrationText, PruneSettings
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         statistics = calibrate_source(
             source,
             load_tokenizer(source.directory),
-            arguments.calibration_text(args),
+            settings_from(args, CalibrationText),
             compute,
             place,
             sensitivity=args.sensitivity,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
 from cfsp.cli.output import estimate, print_json, print_table
 from cfsp.errors import UsageError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from cfsp.quality.results_file import MeasuredModel
 
 
-_SIDES = ("first, second", "difference")
+_KEPT = "answers as the dense model's, %"
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         if number:
             print()
         _print(each)
-    against = "no dense model is known: nothing is said of chance" if dense is None else dense.name
+    against = "no dense model that is known" if dense is None else dense.name
     print(f"\nagainst {against}; differences are second - first, with their standard errors")
 
 
@@ -98,60 +99,45 @@ def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredMod
 
 
 def _print(found: Comparison) -> None:
+    """Print a group of lines for each text and task, narrow enough for any terminal."""
+    from cfsp.report.summary import short_names
+
     print(f"first: {found.first}\nsecond: {found.second}\n")
-    if found.texts:
-        _print_texts(found)
-    if found.texts and found.tasks:
-        print()
-    if found.tasks:
-        _print_tasks(found)
-
-
-def _print_texts(found: Comparison) -> None:
-    head = ("text", "windows", "loss", "", "KL", "", "equal first choices, %", "")
-    rows = [
-        (
-            pair.text,
-            str(pair.windows),
-            *_cells(pair.loss, 4),
-            *_cells(pair.divergence, 4),
-            *_cells(pair.agreed, 2, 100),
+    names, rows = short_names(pair.text for pair in found.texts), []
+    for pair in found.texts:
+        rows += _rows(
+            f"{names[pair.text]}, {counted(pair.windows, 'windows')}",
+            ("loss, nats", pair.loss, 4, 1),
+            ("KL per token, nats", pair.divergence, 4, 1),
+            ("equal first choices, %", pair.agreed, 2, 100),
         )
-        for pair in found.texts
-    ]
-    print_table(head, [("", "", *_SIDES * 3), *rows])
-
-
-def _print_tasks(found: Comparison) -> None:
-    head = ("task", "metric", "documents", "accuracy, %", "", "dense model's answers, %", "")
-    rows = [
-        (
-            pair.task,
-            pair.metric,
-            str(pair.documents),
-            *_cells(pair.accuracy, 1, 100),
-            *_cells(pair.kept, 1, 100),
+    for task in found.tasks:
+        rows += _rows(
+            f"{task.task}, {counted(task.documents, 'documents')}",
+            (f"{task.metric}, %", task.accuracy, 1, 100),
+            (_KEPT, task.kept, 1, 100),
+            ("loss, nats", task.loss, 4, 1),
         )
-        for pair in found.tasks
-    ]
     if found.accuracy is not None:
-        counted = len(found.tasks) - len(found.left_out)
-        cells = (*_cells(found.accuracy, 1, 100), *_cells(found.kept, 1, 100))
-        rows.append((f"mean of {counted}", "", "", *cells))
-    print_table(head, [("", "", "", *_SIDES * 2), *rows], left=2)
-    for pair in found.tasks:
-        if pair.loss is not None:
-            both, change = _cells(pair.loss, 4)
-            print(f"\n{pair.task}, loss in nats: {both}, difference {change}")
-    for pair in found.left_out:
-        print(_why_left_out(pair))
+        title = f"mean of {counted(len(found.tasks) - len(found.left_out), 'tasks')}"
+        rows += _rows(title, ("accuracy, %", found.accuracy, 1, 100), (_KEPT, found.kept, 1, 100))
+    print_table(("", "first", "second", "difference"), rows)
+    for task in found.left_out:
+        print(_why_left_out(task))
 
 
-def _cells(pair: Pair | None, digits: int, factor: float = 1.0) -> tuple[str, str]:
-    if pair is None:
-        return "-", "-"
-    both = (f"{factor * each.value:.{digits}f}" for each in (pair.first, pair.second))
-    return ", ".join(both), estimate(pair.difference.to_json(), digits, factor)
+def _rows(title: str, *measures: tuple[str, Pair | None, int, float]) -> list[tuple[str, ...]]:
+    """Return a title, and a row for each measure there is: its name, pair, digits and factor."""
+    lines = [
+        (
+            f"  {name}",
+            *(f"{factor * each.value:.{digits}f}" for each in (pair.first, pair.second)),
+            estimate(pair.difference.to_json(), digits, factor),
+        )
+        for name, pair, digits, factor in measures
+        if pair is not None
+    ]
+    return [(title, "", "", ""), *lines]
 
 
 def _why_left_out(pair: TaskPair) -> str:

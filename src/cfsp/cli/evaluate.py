@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
 from cfsp.cli.output import estimate, human_count, print_json, print_table
 from cfsp.errors import UsageError
@@ -167,7 +168,7 @@ def _print_perplexity(results: list[dict[str, Any]]) -> None:
     for text, value in results[0]["perplexity"].items():
         stride = f", stride {value['stride']}" if value["stride"] else ""
         print(
-            f"{text}: {value['windows']} windows of {value['seqlen']} tokens{stride}, "
+            f"{text}: {counted(value['windows'], 'windows')} of {value['seqlen']} tokens{stride}, "
             f"{value['tokens']:,} predicted; {_beginnings(results, text)}"
         )
     print(f"computed in {_dtypes(results)}")

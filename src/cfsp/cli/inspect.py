@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from cfsp.architecture.block_names import blocks_in_words, removed_in_words
+from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json
 from cfsp.settings import block_metric_in_words
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _print(facts: dict[str, Any]) -> None:
     from cfsp.planning.experts import SCORE_IN_WORDS
+    from cfsp.result.conditions import sources_in_words
     from cfsp.result.repair_steps import repair_steps, steps_in_words
 
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
@@ -68,12 +69,12 @@ def _print(facts: dict[str, Any]) -> None:
         f"criterion          blocks by {block_metric_in_words(criterion['block_metric'])}, "
         f"channels by {criterion['channel_metric']}, multiples of {criterion['multiple']}"
     )
-    texts = ", ".join(f"{name} ({count})" for name, count in calibration["sources"].items())
-    print(f"calibration        {texts} windows of {calibration['seqlen']}")
+    texts = sources_in_words(calibration["sources"])
+    print(f"calibration        {texts} of {calibration['seqlen']} tokens")
     print(f"repair             {steps_in_words(repair_steps(pruned))}")
     _print_perplexity(pruned["perplexity"])
     if "recovery" in pruned:
-        print(f"recovery           {pruned['recovery']['steps']:,} steps of training")
+        print(f"recovery           {counted(pruned['recovery']['steps'], 'steps')} of training")
         _print_perplexity(pruned["recovery"].get("perplexity", {}))
     print(f"command            {pruned['command']}")
 

@@ -56,15 +56,17 @@ class Parser(argparse.ArgumentParser):
         return f"{text}\n--set NAME=VALUE sets what else there is; --help-all lists it\n"
 
     def format_advanced(self) -> str:
-        """Return the help of the advanced options, as `--set` takes them."""
-        lines = ["", "what only a researcher sets (--set NAME=VALUE):"]
+        """Return the help of the advanced options, as `--set` takes them; nothing without any."""
+        if not self._advanced:
+            return ""
         formatter = self._get_formatter()
         for action, help_text in self._advanced:
             name = action.dest
             values = f"={{{','.join(map(str, action.choices))}}}" if action.choices else "=..."
             shown = argparse.Action([], dest=name, metavar=f"{name}{values}", help=help_text)
             formatter.add_argument(shown)
-        return "\n".join(lines) + "\n" + formatter.format_help()
+        title = "\nwhat only a researcher sets (--set NAME=VALUE):\n"
+        return title + formatter.format_help()
 
     def known_flags(self) -> list[str]:
         """Return all flags, the advanced ones too."""

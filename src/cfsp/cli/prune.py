@@ -201,10 +201,6 @@ def run(args: argparse.Namespace) -> None:
     take_own_accelerator(settings.compute.device)
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, args.revision, parts)
-    repairs = settings.repair != "none" and not args.dry_run
-    is_decided = statistics is not None and not settings.budget.leaves_number_open
-    if not args.data and (repairs or (plan is None and not is_decided)):
-        arguments.tell_of_the_default_text()
     if args.estimate:
         engine = engine_of(settings.compute, source)
         _print_estimate(args, pruning_cost(source, args.out or Path(), settings, engine))
@@ -312,14 +308,15 @@ _REPAIRS_IN_WORDS = {
 
 def describe_step(step: dict[str, Any]) -> str:
     """Return what a step of repair did, as the manifest has it, in one line."""
+    from cfsp.repair.repaired import was_rejected
+
     # Blocks that change together share one error, so not every block has its own.
     blocks = [block for block in step["blocks"] if block is not None]
     before = fmean(block["error_before"] for block in blocks)
     after = fmean(
         block["error_after"] if block["kept"] else block["error_before"] for block in blocks
     )
-    # Of what lost nothing there was nothing to repair.
-    rejected = sum(not block["kept"] and block["error_before"] > 0 for block in blocks)
+    rejected = sum(map(was_rejected, blocks))
     text = f"{_REPAIRS_IN_WORDS[step['name']]} on held-out windows {before:.3f} -> {after:.3f}"
     # Where blocks have several FFNs each has an entry, which names its block.
     noun = "FFNs or attentions" if any("block" in block for block in blocks) else "blocks"

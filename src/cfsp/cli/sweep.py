@@ -12,7 +12,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_advanced, add_options, typed
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError
-from cfsp.settings import Budget, fraction
+from cfsp.settings import Budget, EvaluationText, fraction
 from cfsp.sweep.methods import METHODS, method_named
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _add_recipe(parser: Parser) -> None:
     measured.add_argument(
         "--eval", action="append", metavar="TEXT", help="perplexity on this text; repeatable"
     )
-    measured.add_argument("--eval-windows", type=int, metavar="N", help="(default: 12)")
+    add_options(parser, measured, EvaluationText, fields=("windows",))
     measured.add_argument(
         "--speed", action="store_true", help="time each model against the dense one, in turns"
     )
@@ -141,8 +141,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         return read_recipe(args.recipe)
     if "model" not in given:
         raise UsageError("expected a model or a --recipe, found neither")
-    if "data" not in given:
-        arguments.tell_of_the_default_text()
     if "seed" in given:
         given["seed"] = [given["seed"]]
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}

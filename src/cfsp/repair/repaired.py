@@ -114,15 +114,20 @@ def entry_name(entry: Mapping[str, Any], index: int) -> str:
     return f"{entry['block']} {entry['path']}" if "block" in entry else str(index)
 
 
-def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
-    """Return the blocks or FFNs that a step in JSON left as they were, for it did not help.
+def was_rejected(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry of a step in JSON says that new weights did not help.
 
-    What lost nothing is not among them.
+    Where nothing was cut nothing was lost: no weights were tried there.
     """
+    return not entry["kept"] and entry["error_before"] > 0
+
+
+def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
+    """Return the blocks or FFNs that a step in JSON left as they were, for it did not help."""
     return [
         entry_name(entry, index)
         for last, entry in enumerate(step["blocks"])
-        if entry is not None and not entry["kept"] and entry["error_before"] > 0
+        if entry is not None and was_rejected(entry)
         for index in range(last + 1 - entry["blocks"], last + 1)
     ]
 

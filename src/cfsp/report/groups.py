@@ -53,11 +53,22 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
     groups = []
     for group in by_base.values():
         detailed = runs_in_detail(group)
-        by_block = (block_chart, attention_chart, repair_chart, recovery_chart)
-        charts = [pareto_chart(group), *(kind(detailed) for kind in by_block)]
+        pruned = _without_recovered_twins(detailed)
+        by_block = [kind(pruned) for kind in (block_chart, attention_chart, repair_chart)]
+        charts = [pareto_chart(group), *by_block, recovery_chart(detailed)]
         shown = [chart for chart in charts if chart is not None]
         groups.append(ModelGroup(group[0].base_name, group, detailed, slider(group), shown))
     return groups
+
+
+def _without_recovered_twins(runs: Sequence[RunFacts]) -> list[RunFacts]:
+    """Leave out recovered runs whose plan and repair another run has: recovery changes neither."""
+    shown: list[RunFacts] = []
+    for run in sorted(runs, key=lambda each: bool(each.recovery_history)):
+        known = [(other.plan, other.repair_steps) for other in shown]
+        if not run.recovery_history or (run.plan, run.repair_steps) not in known:
+            shown.append(run)
+    return shown
 
 
 def runs_in_detail(runs: Sequence[RunFacts]) -> list[RunFacts]:

@@ -6,7 +6,7 @@ the same kind for measured speed, where there is one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -31,6 +31,9 @@ from cfsp.sweep.front import pareto_front
 
 _LEFT, _RIGHT, _TITLE, _HEIGHT, _FOOT, _GAP = 52.0, 20.0, 26.0, 240.0, 40.0, 20.0
 _RADIUS = 5.0
+# Of charts.css.
+_COLOURS = 8
+_ORIGINAL = "the original"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
     def draw(width: int) -> Markup:
         step = _TITLE + _HEIGHT + _FOOT + _GAP
         parts = [
-            element("g", _panel(plane, width), transform=f"translate(0 {number * step:g})")
+            element(
+                "g", _panel(plane, width, swatches), transform=f"translate(0 {number * step:g})"
+            )
             for number, plane in enumerate(planes)
         ]
         return drawing(
@@ -77,6 +82,7 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
             *parts,
         )
 
+    swatches = _swatches(runs)
     rows = [
         [f"{plane.title}, {dot.name}", f"{dot.across:.4g}", f"{dot.perplexity:.2f}", _word(best)]
         for plane in planes
@@ -89,8 +95,17 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
         "among them.",
         draw,
         Table(["panel, model", "horizontal", "perplexity", "on the front"], rows),
-        [Legend("kept", "on the front"), Legend("gone", "beaten")],
+        [Legend(swatch, name) for name, swatch in swatches.items()]
+        or [Legend("kept", "on the front"), Legend("gone", "beaten")],
     )
+
+
+def _swatches(runs: Sequence[RunFacts]) -> dict[str, str]:
+    """Return the colour of each model by its name; none for more runs than there are colours."""
+    if len(runs) > _COLOURS:
+        return {}
+    own = {run.name: f"run-{number}" for number, run in enumerate(runs, start=1)}
+    return own | {_ORIGINAL: "before"}
 
 
 def _by_size(runs: Sequence[RunFacts]) -> list[_Plane]:
@@ -109,7 +124,7 @@ def _by_size(runs: Sequence[RunFacts]) -> list[_Plane]:
             for run in measured
         ]
         if (dense := perplexity_of_original(runs, conditions)) is not None:
-            dots.append(_Dot("the original", 100.0, dense))
+            dots.append(_Dot(_ORIGINAL, 100.0, dense))
         planes.append(_Plane(f"Perplexity on {name}", "% of parameters", dots))
     return planes
 
@@ -153,7 +168,7 @@ def _word(on_front: bool) -> str:
     return "yes" if on_front else NOTHING
 
 
-def _panel(plane: _Plane, width: int) -> Markup:
+def _panel(plane: _Plane, width: int, swatches: Mapping[str, str]) -> Markup:
     bottom, right = _TITLE + _HEIGHT, width - _RIGHT
     across = _scale([dot.across for dot in plane.dots], _LEFT, right)
     values = [dot.perplexity for dot in plane.dots]
@@ -174,7 +189,7 @@ def _panel(plane: _Plane, width: int) -> Markup:
             ),
             element(
                 "circle",
-                class_="kept" if best else "gone",
+                class_=swatches.get(dot.name, "kept" if best else "gone"),
                 cx=across(dot.across),
                 cy=scale(dot.perplexity),
                 r=_RADIUS,

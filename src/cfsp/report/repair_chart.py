@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cfsp.repair.repaired import entry_name
+from cfsp.repair.repaired import entry_name, was_rejected
 from cfsp.report.chart import (
     TITLE,
     Chart,
@@ -30,6 +30,7 @@ _CAPTION = (
     "model's and grow from block to block, because a block gets what the pruned blocks before it "
     "give."
 )
+_NOTHING_CUT = "nothing was cut"
 _TOGETHER = (
     " Blocks that changed together share one error, measured after the last of them; a line goes "
     "over them."
@@ -67,7 +68,7 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
         )
 
     legend = [Legend("before", "before the step"), Legend("after", "after it")]
-    if not all(entry["kept"] for entry in entries):
+    if any(map(was_rejected, entries)):
         legend.append(Legend("rejected", "rejected"))
     together = any(entry["blocks"] > 1 for entry in entries)
     grew = any(entry["kept"] and entry["error_after"] > entry["error_before"] for entry in entries)
@@ -152,7 +153,7 @@ def _marks(entry: dict[str, Any], index: int, scale: Scale, bands: Bands) -> Mar
     else:
         y_after = y
         circle = element("circle", class_="before", cx=x, cy=y, r=radius)
-        marks = join([circle, cross(x, y, radius + 1.5)])
+        marks = join([circle, cross(x, y, radius + 1.5)]) if was_rejected(entry) else circle
     if entry["blocks"] == 1:
         return marks
     start = bands.middle(index + 1 - entry["blocks"])
@@ -167,12 +168,19 @@ def _words(index: int, entries: dict[int, dict[str, Any]], step: str) -> str:
             return f"Block {index}, {step}: no error of its own"
         return f"Block {index}, {step}: shares the error of block {last}"
     entry = entries[index]
+    say = f"Block {entry_name(entry, index)}, {step}:"
+    if _has_nothing_to_repair(entry):
+        return f"{say} {_NOTHING_CUT}"
     before, after = f"{entry['error_before']:.4f}", _number(entry["error_after"], 4)
-    say = f"Block {entry_name(entry, index)}, {step}: error {before} before, {after} after"
+    say += f" error {before} before, {after} after"
     experts = entry.get("experts", [])
     if rejected := sum(not expert["kept"] for expert in experts):
         return f"{say}, rejected in {rejected} of {len(experts)} experts"
     return say if entry["kept"] else f"{say}, rejected"
+
+
+def _has_nothing_to_repair(entry: dict[str, Any]) -> bool:
+    return not entry["kept"] and not was_rejected(entry)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -197,6 +205,8 @@ def _cells(entry: dict[str, Any] | None) -> list[str]:
     if entry is None:
         return [NOTHING] * 3
     outcome = "kept" if entry["kept"] else "rejected"
+    if _has_nothing_to_repair(entry):
+        outcome = _NOTHING_CUT
     if entry.get("training_steps"):
         outcome += f", {entry['training_steps']:,} training steps"
     elif entry["kept"] and entry.get("strength") is not None:

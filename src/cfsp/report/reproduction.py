@@ -6,10 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
 from cfsp.report.runs import RunFacts
+from cfsp.result.conditions import sources_in_words
 from cfsp.result.repair_steps import repair_steps, steps_in_words
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, block_metric_in_words
 
@@ -91,12 +93,12 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         lines.insert(0, ("goal", f"--{name} {goal['asked']:g}, {len(goal['tried'])} plans tried"))
     calibration = manifest.get("calibration")
     if calibration:
-        texts = ", ".join(f"{name} ({n} windows)" for name, n in calibration["sources"].items())
+        windows = counted(calibration["windows"], "windows")
         lines += [
-            ("calibration text", texts),
+            ("calibration text", sources_in_words(calibration["sources"])),
             (
                 "calibration",
-                f"{calibration['windows']} windows of {calibration['seqlen']} tokens, seed "
+                f"{windows} of {calibration['seqlen']} tokens, seed "
                 f"{calibration['seed']}, {calibration['dtype']} on {calibration['device']}",
             ),
         ]
@@ -108,11 +110,9 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         method = f"{how['method']}, targets {how['targets']}"
         if how["method"] != "full":
             method += f", mean rank {how['rank']:g} by {how['allocation']}"
-        texts = ", ".join(
-            f"{name} ({n} windows)" for name, n in recovery["data"]["sources"].items()
-        )
+        texts = sources_in_words(recovery["data"]["sources"])
         length = (
-            f"{recovery['steps']:,} steps of {recovery['tokens_in_step']:,} tokens, "
+            f"{counted(recovery['steps'], 'steps')} of {recovery['tokens_in_step']:,} tokens, "
             f"{recovery['tokens_per_second']:,.0f} tokens/s"
         )
         lines += [("recovery", method), ("recovery text", texts), ("training", length)]
@@ -121,7 +121,7 @@ def _conditions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("time", times))
     if "peak_rss_bytes" in manifest:
         count = manifest.get("threads", 0)
-        threads = f", {count} {'thread' if count == 1 else 'threads'}" if count else ""
+        threads = f", {counted(count, 'threads')}" if count else ""
         lines.append(
             ("memory", f"{manifest['peak_rss_bytes'] / 2**30:.2f} GiB at its peak{threads}")
         )

@@ -13,7 +13,7 @@ from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card_metadata import card_metadata
-from cfsp.result.conditions import Conditions
+from cfsp.result.conditions import Conditions, sources_in_words
 from cfsp.result.origin import Origin
 from cfsp.result.repair_steps import changed_weights, repair_steps, steps_in_words
 from cfsp.settings import block_metric_in_words, removal_in_words
@@ -361,7 +361,7 @@ def _block_table(plan: PruningPlan) -> str:
 
 def _sources(table: dict[str, Any] | None) -> str:
     sources: dict[str, int] = (table or {}).get("sources", {})
-    return ", ".join(f"{_inline(name)} ({count} windows)" for name, count in sources.items())
+    return sources_in_words({_inline(name): count for name, count in sources.items()})
 
 
 def _last_part(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cfsp.architecture.block_names import counted
 from cfsp.text.mixed import parts_of
 
 
@@ -66,8 +67,7 @@ class Conditions:
         if self.seqlen is None:
             return f"{self.tokens:,} predicted tokens, windows not recorded, {bos}"
         stride = "" if self.stride is None else f", stride {self.stride:,}"
-        windows = "windows" if self.windows is None else f"{self.windows:,} windows"
-        windows = windows.removesuffix("s") if self.windows == 1 else windows
+        windows = "windows" if self.windows is None else counted(self.windows, "windows")
         return f"{windows} of {self.seqlen:,} tokens{stride}, {bos}"
 
 
@@ -75,3 +75,8 @@ def _made_by(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
     tables = [manifest.get("calibration"), (manifest.get("recovery") or {}).get("data")]
     return {name for table in tables for name in (table or {}).get("sources", {})}
+
+
+def sources_in_words(sources: Mapping[str, int]) -> str:
+    """Return texts with how many windows are of each: `c4 (64 windows), own.txt (1 window)`."""
+    return ", ".join(f"{name} ({counted(count, 'windows')})" for name, count in sources.items())

@@ -37,7 +37,7 @@ def bench(
     The processes import the script that calls this: call it under `if __name__ == "__main__":`.
 
     Args:
-        models: one or several: as for prune, .gguf files for llama.cpp, or shapes
+        models: one or several: as for prune (for llama.cpp .gguf files only), or shapes
             (`ShapedModel`); ratios are to the first.
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
@@ -70,7 +70,7 @@ def bench(
     conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
     for model, label in zip(models, labels(models), strict=True):
         check_engine_reads(model, label, engine)
-    subjects = [_subject(*pair) for pair in zip(models, labels(models), strict=True)]
+    subjects = [_subject(*pair, engine) for pair in zip(models, labels(models), strict=True)]
     return compare_speed(subjects, workloads, conditions)
 
 
@@ -82,9 +82,9 @@ def labels(models: Sequence[str | Path | ShapedModel]) -> list[str]:
     return [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
 
 
-def _subject(model: str | Path | ShapedModel, label: str) -> Subject:
+def _subject(model: str | Path | ShapedModel, label: str, engine: str) -> Subject:
     if isinstance(model, ShapedModel):
         # The head would weigh more beside a few blocks than it does in the whole model.
         return Subject(model, label, head=model.whole)
-    # llama.cpp reads the file itself; for the others it was converted once, before any starts.
-    return Subject(model if str(model).endswith(".gguf") else locate_model(model), label)
+    # llama.cpp reads a .gguf file itself; for the others it is converted once, before any starts.
+    return Subject(model if engine == "llama.cpp" else locate_model(model), label)

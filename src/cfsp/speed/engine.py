@@ -52,10 +52,10 @@ def check_engine_reads(model: object, label: str, engine: str) -> None:
             )
         return
     path = Path(model)
-    if (path.suffix == ".gguf") != (engine == "llama.cpp"):
+    if engine == "llama.cpp" and path.suffix != ".gguf":
         raise UsageError(
-            f"the engine {engine} cannot run {label}: llama.cpp runs .gguf "
-            "files (make one with: cfsp export DIR --to gguf), the others run model directories"
+            f"the engine {engine} cannot run {label}: it runs .gguf files; make one with: cfsp "
+            "export DIR --to gguf"
         )
     if engine == "llama.cpp" and not path.is_file():
         raise CheckpointError(

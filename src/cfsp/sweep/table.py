@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
 from cfsp.sweep.front import pareto_front
 from cfsp.sweep.measured import Row
@@ -102,7 +103,7 @@ def _qualities(rows: Sequence[Row]) -> Table:
         *(*texts, "loss rise", *(f"{phase} speed-up" for phase in dense.speed), "front"),
     ]
     counts = {
-        f"{found['windows']} windows of {found['seqlen']} tokens"
+        f"{counted(found['windows'], 'windows')} of {found['seqlen']} tokens"
         + (", each after BOS" if found["bos"] else "")
         for found in dense.perplexity.values()
     }

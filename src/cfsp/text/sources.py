@@ -261,8 +261,8 @@ def _not_found(name: str) -> str:
         name = f"{name[:_LONGEST_NAME]}..."
         meant = " a text itself is Text(name, documents) in Python;"
     return (
-        f"{name} is neither a file nor a known text;{meant} known are: {', '.join(shown)}, or "
-        "NAME:CONFIG:SPLIT:COLUMN on the hub"
+        f"{name} is neither a file nor a known text;{meant} known are: {', '.join(shown)}, "
+        f"{MIXED}/KIND, or NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
 
 

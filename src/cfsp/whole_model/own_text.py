@@ -8,6 +8,7 @@ Shapes: B windows in a batch, N windows, T tokens in a window, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from cfsp.checkpoint.text_config import text_config_of
 from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CalibrationError, TextError, UsageError
 from cfsp.progress import item_progress
+from cfsp.settings import DEFAULT_TEXT
 from cfsp.text.drawing import draw_text
 from cfsp.text.image_windows import ProcessorOf, load_processor
 from cfsp.whole_model.load import load_whole
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from cfsp.engine.compute import Engine
     from cfsp.settings import CalibrationText
     from cfsp.text.windows import Windows
+
+log = logging.getLogger(__name__)
 
 # Windows that are written together; part of what a seed means.
 _WINDOWS_IN_BATCH = 16
@@ -109,7 +113,9 @@ def calibration_windows(
     engine: Engine,
     processor: Any,
 ) -> Windows:
-    """Draw the calibration windows; the model may write some itself.
+    """Draw the calibration windows, and say so if they are of the default text.
+
+    The model may write some itself.
 
     Args:
         source: the model.
@@ -120,7 +126,14 @@ def calibration_windows(
             is read where it is needed.
     """
     write = partial(write_own_text, source, tokenizer, engine)
-    return draw_text(text, tokenizer, write, processor_of(source, processor))
+    windows = draw_text(text, tokenizer, write, processor_of(source, processor))
+    if text.names == (DEFAULT_TEXT,):
+        log.info(
+            "calibrating on %s, text of many kinds that comes with cfsp; text like what the model "
+            "will read does better (--data)",
+            DEFAULT_TEXT,
+        )
+    return windows
 
 
 def processor_of(source: WeightSource, processor: Any = None) -> ProcessorOf | None:

@@ -53,7 +53,6 @@ class TaskRunner:
             TaskError: a task is unknown, or the hub cannot be reached, which has its data.
             MissingExtraError: the harness is not installed.
         """
-        selection.check_source()
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -67,6 +66,7 @@ class TaskRunner:
             )
         where = "--task-data" if offline else "lm-evaluation-harness"
         check_known(selection.task_names, manager.all_tasks, where)
+        selection.check_source()
         return cls(selection, manager)
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class TaskSelection:
     def check_source(self) -> None:
         """Check that the hub can be reached where the data come from there.
 
-        The harness takes seconds to be imported and to index its tasks, and the hub's client then
-        tries for half a minute.
+        The hub's client itself tries for half a minute. A misspelt name is no matter of the hub:
+        `check_known` comes first.
 
         Raises:
             TaskError: it cannot.
