@@ -44,7 +44,9 @@ def test_the_commands_run(
         "c4": str(other_text_file),
         "yours.jsonl": str(text_file),
         "mixed": str(other_text_file),  # all of it takes seconds to cut into tokens
-        "30": "0.03",
+        # So many minutes would be waited for, and few are too short on a busy machine.
+        "--max-minutes": "--steps",
+        "30": "8",
     }
     commands = [line for block in blocks("sh") for line in block.splitlines() if line]
     assert [shlex.split(command)[1] for command in commands] == ["prune", "eval", "recover"]

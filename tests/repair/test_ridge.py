@@ -220,10 +220,11 @@ def test_prune_and_recover_in_one(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "out"
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     arguments = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4"]
-    arguments += ["--data", str(text_file), "--samples", "8", "--seqlen", "64"]
-    assert main([*arguments, "--recover", "0.06", "--out", str(out), "--json"]) == 0
+    arguments += ["--data", str(text), "--samples", "8", "--seqlen", "64"]
+    assert main([*arguments, "--recover", "0.1", "--out", str(out), "--json"]) == 0
     assert '"recovery"' in capsys.readouterr().out
     assert read_manifest(out)["operation"] == "recover"
     assert read_manifest(tmp_path / "out-pruned")["operation"] == "prune"
