@@ -151,7 +151,7 @@ def test_the_windows_are_the_same_everywhere(demo: Any) -> None:
 
 
 DOCUMENTS_DIGEST = "568483f735084b826fbe84fb22f72ed9008f44f6f0da4be4ccc20bfef4978e51"
-WINDOWS_DIGEST = "31000842631ae2677de25e8c693bb9df93637b558070e0125108ebefcf7f623b"
+WINDOWS_DIGEST = "5f0224793a66ea4daefc74704158e99fcdf55539bf3db572f2122ec404f480c2"
 
 
 def test_each_kind_that_gives_a_window_is_a_source() -> None:
