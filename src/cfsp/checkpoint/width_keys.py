@@ -68,6 +68,17 @@ class WidthSearch:
             return None
         return values
 
+    def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
+        """Return a key with a value by which the stock class builds none of the widths.
+
+        Twice the widest: whatever must divide a width divides it. Nothing if there is no such key.
+        """
+        for key in self.keys:
+            value = 2 * max(widths) // min(key.times.values())
+            if units_are_found(self.stock, {key.name: value}, architecture):
+                return {key.name: value}
+        return {}
+
 
 def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list[WidthKey]:
     """Return the keys of a config that give FFNs their width, found by trying.
