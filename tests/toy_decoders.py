@@ -27,7 +27,8 @@ class InterleavedFFN(nn.Module):
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
-        self.trick = config.trick
+        self.trick, self.config = config.trick, config
+        self.scale = config.channels**-0.5 if self.trick == "scaled as it is built" else 1.0
         self.squeeze = nn.Linear(HIDDEN, 2 * config.channels)
         self.unsqueeze = nn.Linear(config.channels, HIDDEN, bias=False)
 
@@ -42,7 +43,14 @@ class InterleavedFFN(nn.Module):
             gate = gate.sigmoid()
         if self.trick == "output not used":
             return torch.zeros_like(x_BTD)
-        return self.unsqueeze(gate * up)
+        act = gate * up
+        if self.trick.startswith("quantised by the largest"):
+            act[..., int(self.trick.split()[-1])] *= 50
+            step = act.abs().max() / 127
+            act = (act / step).round() * step
+        if self.trick == "scaled while it runs":
+            act = act * self.config.channels**-0.5
+        return self.unsqueeze(self.scale * act)
 
 
 class Mixer(nn.Module):

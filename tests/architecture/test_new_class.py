@@ -34,9 +34,9 @@ def logits_of(model: Any) -> Tensor:
     return logits
 
 
-def masked(plan: PruningPlan) -> PreTrainedModel:
+def masked(plan: PruningPlan, trick: str = "") -> PreTrainedModel:
     """Return the original with zeros in the columns of down that go."""
-    model: Any = new_model()
+    model: Any = new_model(trick)
     with torch.no_grad():
         for unit in plan.units:
             gone = sorted(set(range(unit.width)) - set(unit.kept))
@@ -92,6 +92,21 @@ def test_it_is_pruned_saved_and_loaded(
         assert torch.equal(logits_of(cfsp.load(directory)), logits_of(smaller))
         assert Checkpoint(directory).architecture.widths == report.intermediate_sizes
         assert (directory / "modeling_cfsp.py").exists() != is_stock
+
+
+@pytest.mark.parametrize("block_metric", ["angular", "uniform"])
+@pytest.mark.parametrize("trick", ["scaled as it is built", "scaled while it runs"])
+def test_a_number_that_also_scales_stays(
+    trick: str, block_metric: str, tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    model = new_model(trick)
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
+    plan = cfsp.prune(tmp_path / "source", out=tmp_path / "out", **asked).plan
+    smaller = load_by_its_own_class(tmp_path / "out")
+    torch.testing.assert_close(logits_of(smaller), logits_of(masked(plan, trick)))
+    assert smaller.config.channels == CHANNELS
 
 
 def test_ffns_that_cannot_be_cut_keep_their_width(tokenizer: Any, text_file: Path) -> None:

@@ -42,6 +42,8 @@ def test_a_class_that_transformers_does_not_know_is_proved() -> None:
         ("width feeds attention", "core.steps.0.thinker", "cut"),
         ("softmax over channels", "core.steps.0.thinker", "cut"),
         ("channels rolled", "core.steps.0.thinker", "cut"),
+        # The largest channel is kept in one half of them.
+        *((f"quantised by the largest {n}", "core.steps.0.thinker", "cut") for n in range(4)),
         ("output not used", "core.steps.0.thinker", "bites"),
         ("a neighbour looks", "core.steps.0.thinker", "neighbours"),
         ("a block called twice", "core.steps.2", "order"),

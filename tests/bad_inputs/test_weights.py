@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from bad_inputs.catalogue import (
     edit_json,
     edit_tensors,
 )
+from cfsp.checkpoint.links import TEMPLATES
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -71,6 +75,26 @@ def tokenizer_elsewhere(place: Place) -> None:
     secret.write_text("secret")
     (place.model / "chat_template.jinja").unlink(missing_ok=True)
     (place.model / "notes.txt").symlink_to(secret)
+
+
+def templates_elsewhere(*, is_link: bool) -> Callable[[Place], object]:
+    """A template that would be copied into the output is a link to a secret, or in a linked folder.
+
+    Args:
+        is_link: the folder itself.
+    """
+
+    def change(place: Place) -> None:
+        secrets, folder = place.inputs / "secrets", place.model / TEMPLATES
+        secrets.mkdir()
+        (secrets / "tool.jinja").write_text("secret")
+        if is_link:
+            folder.symlink_to(secrets)
+        else:
+            (folder / "more").mkdir(parents=True)
+            (folder / "more" / "tool.jinja").symlink_to(secrets / "tool.jinja")
+
+    return change
 
 
 def drop(*names: str) -> Callable[[dict[str, Any]], object]:
@@ -232,6 +256,18 @@ INDEXES: Table = {
         "{model}/notes.txt is a link to a file outside the directory",
         "put the file itself there",
         tokenizer_elsewhere,
+    ),
+    "link in a folder that would be copied": BadInput(
+        f"{PRUNE} {TEXT}",
+        "{model}/additional_chat_templates/more/tool.jinja is a link to a file outside the",
+        "put the file itself there",
+        templates_elsewhere(is_link=False),
+    ),
+    "folder that would be copied is a link": BadInput(
+        "eval {model} --data {text} --windows 1 --seqlen 32",
+        "{model}/additional_chat_templates is a link to a folder, ",
+        "put the folder itself there",
+        templates_elsewhere(is_link=True),
     ),
     "index with numbers for names": BadInput(
         "eval {sharded} --data {text} --windows 1 --seqlen 32",
@@ -432,16 +468,22 @@ def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
     refused(CASES[name])
 
 
-def test_links_into_the_cache_of_the_hub_are_followed(place: Place) -> None:
-    """Files of a snapshot are links into the directory of blobs beside it."""
-    from cfsp.checkpoint.reading import Checkpoint
-
-    repository = place.inputs / "models--a--b"
-    (repository / "blobs").mkdir(parents=True)
-    (repository / "snapshots" / "0").mkdir(parents=True)
-    for number, path in enumerate(sorted(place.sharded.iterdir())):
-        path.rename(repository / "blobs" / str(number))
-        link = repository / "snapshots" / "0" / path.name
-        link.symlink_to(Path("..") / ".." / "blobs" / str(number))
-    assert Checkpoint(repository / "snapshots" / "0").specs
-    assert json.loads((repository / "snapshots" / "0" / INDEX).read_text())["weight_map"]
+@pytest.mark.parametrize("name", ["a--b", "a--secret"])
+def test_links_into_the_cache_of_the_hub_are_followed(place: Place, name: str) -> None:
+    """Files of a snapshot are links into the directory of blobs beside it; no other is for it."""
+    (place.sharded / TEMPLATES).mkdir()
+    (place.sharded / TEMPLATES / "tool.jinja").write_text("tool")
+    repository, blobs = place.inputs / "models--a--b", place.inputs / f"models--{name}" / "blobs"
+    snapshot = repository / "snapshots" / "0"
+    (snapshot / TEMPLATES).mkdir(parents=True)
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in place.sharded.rglob("*") if p.is_file())):
+        link = snapshot / path.relative_to(place.sharded)
+        path.rename(blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    if name != "a--b":
+        with pytest.raises(CheckpointError, match="is a link to a file outside the directory"):
+            Checkpoint(snapshot)
+        return
+    assert Checkpoint(snapshot).specs
+    assert json.loads((snapshot / INDEX).read_text())["weight_map"]

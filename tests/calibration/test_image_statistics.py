@@ -25,8 +25,7 @@ from cfsp.families.tiny import BLOCKS, tiny_model
 from cfsp.processes import Team
 from cfsp.settings import Compute
 from cfsp.text.drawing import draw_windows
-from cfsp.text.image_windows import load_processor
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows
 from image_inputs import image_inputs
 from image_processors import TYPES, chats_with_images, image_tokenizer, save_multimodal

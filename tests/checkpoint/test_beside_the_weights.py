@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 import cfsp
 from cfsp.checkpoint.own_files import OLD_STATISTICS_FILE, STATISTICS_FILE
@@ -27,6 +28,17 @@ def test_every_weight_file_holds_tensors_of_the_model_only(pruned: Path) -> None
     model = cfsp.load(pruned)
     assert set(found) == set(model.state_dict()) - set(model.all_tied_weights_keys)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in found.items())
+
+
+def test_a_pipeline_does_not_complain(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.pipelines import base
+
+    complaints: list[str] = []
+    monkeypatch.setattr(base.logger, "error", complaints.append)
+    base.logger.error("seen")
+    write = pipeline("text-generation", model=str(pruned), trust_remote_code=True)
+    assert write("a", max_new_tokens=1)
+    assert complaints == ["seen"]
 
 
 def test_statistics_travel_under_an_ending_of_their_own(

@@ -178,6 +178,17 @@ def test_what_the_model_cannot_do_without_is_refused_by_name(
         check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), removed)
 
 
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_what_stock_would_load_with_random_attentions_is_refused(
+    name: str, text_file: Path, tokenizer: Any
+) -> None:
+    asked = {"data": [str(text_file)], "remove_attentions": 1, "repair": "none", **SETTINGS}
+    model = tiny_model(name)
+    with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
+        cfsp.prune(model, tokenizer, parts="attention", sparsity=0.0, **asked)
+    cfsp.prune(model, tokenizer, parts="ffn,attention", sparsity=0.3, **asked)
+
+
 def test_attentions_can_go_whatever_their_heads_are() -> None:
     # One KV group, beside the FFN, latent, and with norms over all heads together.
     for name in ("gpt_bigcode", "gptj", "deepseek_v3", "olmo2"):

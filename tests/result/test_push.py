@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cfsp.cli import main
-from cfsp.errors import OutputError, UsageError
+from cfsp.errors import CheckpointError, OutputError, UsageError
 from cfsp.result.push import push
 
 
@@ -160,6 +160,20 @@ def test_what_cannot_be_uploaded_is_one_sentence(small: Path, hub: Hub, tmp_path
         push(tmp_path / "nowhere", "me/small")
     hub.refuses = 403
     with pytest.raises(OutputError, match=r"refuses me/small \(403\); log in with a token"):
+        push(small, "me/small")
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("name", ["notes.md", "graphs/deep/notes.md", "graphs"])
+def test_nothing_from_elsewhere_is_uploaded(
+    small: Path, hub: Hub, tmp_path: Path, name: str
+) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "notes.md").write_text("secret")
+    (small / name).parent.mkdir(parents=True, exist_ok=True)
+    (small / name).symlink_to(secrets / "notes.md" if name.endswith(".md") else secrets)
+    with pytest.raises(CheckpointError, match=f"{name} is a link to a "):
         push(small, "me/small")
     assert not hub.repositories
 

@@ -14,9 +14,8 @@ import torch
 
 from cfsp.errors import CheckpointError, MissingExtraError, TextError, UsageError
 from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_windows
-from cfsp.text.image_windows import is_processor, load_processor
 from cfsp.text.sources import TextSource
-from cfsp.text.tokenizers import beginning
+from cfsp.text.tokenizers import beginning, is_processor, load_processor
 from cfsp.text.windows import Windows, few_windows, joined
 from image_processors import chats_with_images, image_tokenizer, picture, tiny_processor
 

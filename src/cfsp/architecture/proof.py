@@ -4,7 +4,8 @@ A small random model of the same class runs on a few tokens. For one unit of eve
 
     alone        none of its parameters is also used elsewhere
     bites        with half of the channels masked, the block computes something else
-    cut          with the same channels cut out, it computes what it computes with them masked
+    cut          with the same channels cut out, it computes what it computes with them masked, and
+                 so with the other half
     untouched    cutting replaces the parameters of the unit and no other
     neighbours   the blocks before and after compute what they did
     watched      its activations are seen while the block runs, and of which token each is
@@ -255,8 +256,10 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit | Refusal:
         # Nothing of it can go but all, which `cfsp.engine.block_proof` proves.
         reason = _watching_fails(run, unit)
         return _as_entered(run, unit.whole()) if reason is None else Refusal(module, reason)
-    kept_EK = _random_half(unit)
-    masked = _masked_output(run, unit, kept_EK)
+    # Each half of the channels in its turn: one channel may act on all others, as the largest does
+    # where activations are quantised.
+    halves = [(kept_EK, _masked_output(run, unit, kept_EK)) for kept_EK in _random_halves(unit)]
+    kept_EK, masked = halves[0]
     if not (effect := difference(masked, call.output)) > LEAST_EFFECT:
         return Refusal(
             module,
@@ -265,7 +268,8 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit | Refusal:
         )
     verdict: Unit | Refusal = unit
     for candidate in _candidates(unit):
-        reason = _cut_fails(run, candidate, kept_EK, masked)
+        failures = (_cut_fails(run, candidate, *half) for half in halves)
+        reason = next((reason for reason in failures if reason is not None), None)
         if reason is None:
             reason = _watching_fails(run, candidate) or _elsewhere_fails(run, candidate, kept_EK)
             if reason is not None:
@@ -357,13 +361,14 @@ def _candidates(unit: Unit) -> Iterator[Unit]:
         yield unit.with_fusion(other)
 
 
-def _random_half(unit: Unit) -> list[list[int]]:
-    """Return channels to keep of each FFN, in ascending order (E lists of K)."""
+def _random_halves(unit: Unit) -> list[list[list[int]]]:
+    """Return channels to keep of each FFN and all others, in ascending order (2 x E lists of K)."""
     generator = torch.Generator().manual_seed(unit.width)
     half = max(1, unit.width // 2)
+    order_EF = [torch.randperm(unit.width, generator=generator) for _ in range(unit.ffns)]
     return [
-        torch.randperm(unit.width, generator=generator)[:half].sort().values.tolist()
-        for _ in range(unit.ffns)
+        [order_F[part].sort().values.tolist() for order_F in order_EF]
+        for part in (slice(half), slice(half, None))
     ]
 
 

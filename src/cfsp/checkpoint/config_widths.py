@@ -6,6 +6,10 @@ on; everything else goes to `ffn_widths`, by block and path. Both need the model
 
 KV groups that are equally many in all blocks are said by the stock class's numbers of heads, others
 go to `kv_groups`, by block and path. The stock numbers are then those of the unpruned model.
+
+What needs the modelling file must not load without it. The stock class fails where FFNs or
+attentions have other shapes than it builds, but would give an attention that is gone random
+weights. Where nothing else differs, the stock key says another width than the FFNs have.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from cfsp.checkpoint.width_keys import (
     units_are_found,
     widths_by_place,
 )
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.settings import Part
 
 if TYPE_CHECKING:
@@ -241,12 +245,7 @@ def _changes(
     for unit, width in zip(architecture.units, widths, strict=True):
         width_of[unit.part].append(width)
     parts: list[Part] = []
-    ffn_key = None
-    if width_of["ffn"]:
-        ours, ffn_key = _ffn_changes(config, stock, architecture.of_part("ffn"), width_of["ffn"])
-        changes[_TEXT] |= ours.pop(_TEXT, {})
-        changes |= ours
-        parts += ["ffn"] if ours else []
+    would_load = False
     if width_of["kv"]:
         attentions = architecture.of_part("kv")
         heads = stock_heads(stock, attentions, width_of["kv"])
@@ -255,6 +254,21 @@ def _changes(
         else:
             changes[KV_GROUPS] = _by_place(attentions.units, width_of["kv"])
             parts += ["kv", "attention"] if 0 in width_of["kv"] else ["kv"]
+            pairs = zip(width_of["kv"], attentions.units, strict=True)
+            would_load = all(width in (0, unit.width) for width, unit in pairs)
+    ffn_key = None
+    if width_of["ffn"]:
+        ffns = architecture.of_part("ffn")
+        ours, ffn_key = _ffn_changes(config, stock, ffns, width_of["ffn"], would_load)
+        changes[_TEXT] |= ours.pop(_TEXT, {})
+        changes |= ours
+        parts = ["ffn", *parts] if ours else parts
+    if would_load and "ffn" not in parts:
+        raise UnsupportedModelError(
+            f"attentions of {architecture.class_name} can't go alone: no key of its config says "
+            "how wide FFNs are, so the stock class would load it with random attentions; remove "
+            "FFN channels too (--parts attention,ffn)"
+        )
     if not parts:
         return changes, None
     file = ModelingFile(architecture, model_class, type(config), ffn_key, tuple(parts))
@@ -268,24 +282,32 @@ def _ffn_changes(
     stock: PreTrainedConfig,
     architecture: Architecture,
     widths: Sequence[int],
+    would_load: bool,
 ) -> tuple[dict[str, Any], str | None]:
     """Return what the widths of FFNs say of keys of a config, and the key of `per_layer_config`.
 
-    Keys beside `_TEXT` are ours and need the modelling file.
+    Keys beside `_TEXT` are ours and need the modelling file. `would_load` says that the stock class
+    builds all else, although it must not.
     """
     search = WidthSearch.of(stock, architecture.units)
     stock_values = search.stock_values(architecture, widths)
-    if stock_values is not None:
+    would_load = would_load and stock_values is not None
+    if stock_values is not None and not would_load:
         return {_TEXT: stock_values}, None
     keeps_none = stock.to_dict().get(PER_LAYER_CONFIG) is None
     key = _per_layer_key(search.keys, architecture, config) if keeps_none else None
-    if key is not None and not units_are_found(stock, {key: max(widths)}, architecture):
+    value = max(widths) * (2 if would_load else 1)
+    if key is not None and not units_are_found(stock, {key: value}, architecture):
         key = None
     if key is None:
-        return {FFN_WIDTHS: _by_place(architecture.units, widths)}, None
+        by_place = {FFN_WIDTHS: _by_place(architecture.units, widths)}
+        if not would_load:
+            return by_place, None
+        wrong = search.wrong_value(architecture, widths)
+        return {_TEXT: wrong, **by_place} if wrong else {_TEXT: stock_values}, None
     digits = len(str(len(widths) - 1))
     per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
-    return {_TEXT: {key: max(widths)}, PER_LAYER_CONFIG: per_layer}, key
+    return {_TEXT: {key: value}, PER_LAYER_CONFIG: per_layer}, key
 
 
 def _by_place(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[str, int]]:

@@ -99,6 +99,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
             gguf_file=path.name,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
         )
         tokenizer = read_tokenizer(path)
     except Exception as error:  # transformers has no one exception type for this

@@ -34,11 +34,11 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     kind, name = field("model"), field("pre", "default")
     known = BY_NAME.get(name) if kind == "gpt2" else None
-    said: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    said: dict[str, Any] = {"gguf_file": path.name}
     if kind in ("gpt2", "llama"):
         adds_bos = known.adds_bos if known else kind == "llama"
         said["add_bos_token"] = bool(field("add_bos_token", adds_bos))
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **said)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **said)
     backend = tokenizer.backend_tokenizer
     if known is not None:
         backend.pre_tokenizer = known.splits()

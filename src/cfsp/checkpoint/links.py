@@ -1,42 +1,53 @@
-"""Symbolic links in a model directory: files of it must lie in it.
+"""Symbolic links in a model directory: what is read or travels on must lie in it.
 
-Weights and tokenizer are read, and some files are copied into the pruned model, which people
-publish. A link in a downloaded archive could so carry any file of the machine into it. The
+Weights and tokenizer are read, some files are copied into the pruned model, and people publish
+that. A link in a downloaded archive could so carry any file of the machine out of it. The
 cache of the hub is made of links: those lead from a snapshot to the blobs of the same repository.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from cfsp.errors import CheckpointError
 
+# Where a tokenizer or processor with several chat templates has all but one: the only folder of a
+# model directory that is read.
+TEMPLATES = "additional_chat_templates"
+
 _BLOBS, _REPOSITORY = "blobs", "models--"
 
 
-def check_links(directory: Path) -> None:
-    """Check that every file in a directory lies in it, or in the hub's cache.
+def check_links(directory: Path, folders: Iterable[str] | None = (TEMPLATES,)) -> None:
+    """Check that no file in a directory is one from elsewhere, but from the hub's cache.
 
-    Links to directories are of no interest: nothing is read from those.
+    Args:
+        directory: of a model.
+        folders: those in it that are read as well; None for all that are not hidden. They are
+            directories themselves, and so is all in them.
 
     Raises:
-        CheckpointError: one leads elsewhere.
+        CheckpointError: a link leads out of the directory, or stands for a folder.
     """
     home = directory.resolve()
-    for path in sorted(directory.iterdir()):
-        if not path.is_symlink() or not path.is_file():
-            continue
-        if path.resolve().is_relative_to(home) or _is_blob(path):
-            continue
-        raise CheckpointError(
-            f"{path} is a link to a file outside the directory, {path.readlink()}; put the file "
-            "itself there, or name the directory that it lies in"
-        )
+    for place, names, files in os.walk(directory):
+        if folders is not None and Path(place) == directory:
+            names[:] = [name for name in names if name in folders]
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for path in (Path(place, name) for name in (*names, *sorted(files))):
+            if path.is_symlink() and (path.is_dir() or not _is_within(path, home)):
+                found = "folder" if path.is_dir() else "file outside the directory"
+                raise CheckpointError(
+                    f"{path} is a link to a {found}, {path.readlink()}; put the "
+                    f"{found.split()[0]} itself there, or name the directory that it lies in"
+                )
 
 
-def _is_blob(link: Path) -> bool:
-    """Return whether a link leads to the blobs of a repository in the hub's cache."""
-    target = Path(os.path.normpath(link.parent.resolve() / link.readlink()))
+def _is_within(link: Path, home: Path) -> bool:
+    """Return whether a link leads to a file in a directory, or in its repository in the cache."""
+    target = Path(os.path.realpath(link))  # of a circle of links as well
     blobs = target.parent
-    return blobs.name == _BLOBS and blobs.parent.name.startswith(_REPOSITORY)
+    is_blob = blobs.name == _BLOBS and blobs.parent.name.startswith(_REPOSITORY)
+    return target.is_relative_to(home) or (is_blob and home.is_relative_to(blobs.parent))

@@ -245,7 +245,9 @@ class ModelingFile:
         words = {"ffn": ("FFN channels", "FFN"), "kv": ("KV groups", "attention")}
         resized = [words[part] for part in self.parts if part in words]
         channels, modules = zip(*resized, strict=True)
+        auto_classes = [name for name in self.auto_map if name != "AutoModel"]
         values = {
+            "AUTO_CLASSES": ", ".join(auto_classes),
             "CLASS": self.model_class.__name__,
             "CHANNELS": " and ".join(channels),
             "WIDTHS": "` and `".join(keys),
@@ -253,7 +255,7 @@ class ModelingFile:
             "TYPING": "from typing import Any\n\n" if "kv" in self.parts else "",
             "DEFAULTDICT": "from collections import defaultdict\n" if has_gone else "",
             "SEQUENCE": ", Sequence" if has_gone else "",
-            "IMPORTS": _imports(imported),
+            "IMPORTS": _imports(imported, auto_classes),
             "TABLES": tables.strip(),
             "RESIZE": resize.rstrip(),
             "NARROW": narrow.strip(),
@@ -332,11 +334,11 @@ def _source_of(model_class: type[PreTrainedModel]) -> str:
         return ""
 
 
-def _imports(classes: Iterable[type]) -> str:
-    """Return the lines that import the stock classes, and what renames stored tensors."""
+def _imports(classes: Iterable[type], auto_classes: Sequence[str]) -> str:
+    """Return the lines that import classes of transformers, and what renames stored tensors."""
     import transformers
 
-    names = defaultdict(list)
+    names = defaultdict(list, transformers=list(auto_classes))
     for stock in classes:
         at_the_top = getattr(transformers, stock.__name__, None) is stock
         names["transformers" if at_the_top else stock.__module__].append(stock.__name__)

@@ -115,8 +115,8 @@ class Checkpoint(WeightSource):
     ) -> None:
         self.directory = directory
         self.label = label or str(directory)
-        self.config, self.quantisation = read_config(directory)
         check_links(directory)
+        self.config, self.quantisation = read_config(directory)
         self.architecture = architecture_of(self.config, parts)
         model = empty_model(self.config)
         files = _tensor_files(directory)

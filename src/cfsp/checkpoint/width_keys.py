@@ -14,6 +14,15 @@ import torch
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.proof import small_run_of
+from cfsp.architecture.resizing import resize_ffn
+from cfsp.architecture.small_run import (
+    TOLERANCE,
+    difference,
+    run_decoder,
+    small_skeleton,
+    small_tokens,
+)
 from cfsp.checkpoint.modeling_code import resized_attention
 from cfsp.settings import Part
 
@@ -68,18 +77,43 @@ class WidthSearch:
             return None
         return values
 
+    def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
+        """Return a key with a value by which the stock class builds none of the widths.
+
+        Twice the widest: whatever must divide a width divides it. Nothing if there is no such key.
+        """
+        for key in self.keys:
+            value = 2 * max(widths) // min(key.times.values())
+            if units_are_found(self.stock, {key.name: value}, architecture):
+                return {key.name: value}
+        return {}
+
 
 def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list[WidthKey]:
     """Return the keys of a config that give FFNs their width, found by trying.
 
     A key counts if the model that is built with another value of it has other widths, in the same
-    proportion to the value.
+    proportion to the value, and is the same model in all else: a class may also scale an output by
+    the number.
 
     Args:
         config: of the stock model.
         widths: those of its FFNs, by path.
     """
-    keys = []
+    asked = f"{type(config).__name__} {sorted(widths)} {config.to_json_string(use_diff=False)}"
+    if asked not in _found:
+        _found[asked] = [
+            key for key in _keys_by_trying(config, widths) if _says_widths_only(config, key)
+        ]
+    return _found[asked]
+
+
+# One command asks several times.
+_found: dict[str, list[WidthKey]] = {}
+
+
+def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> Iterator[WidthKey]:
+    """Yield the keys that give FFNs their width, whatever else they may say."""
     for name, value in _candidates(config, set().union(*widths.values())):
         changed = copy.deepcopy(config)
         try:
@@ -95,8 +129,29 @@ def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list
             if len(after[path]) == 1 and width % value == 0
         }
         if affected and len(times) == len(affected):
-            keys.append(WidthKey(name, times))
-    return keys
+            yield WidthKey(name, times)
+
+
+@torch.no_grad()
+def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
+    """Return whether a small model, built with twice the value and cut back, computes the same."""
+    run = small_run_of(config)
+    architecture = run.architecture
+    units = [unit for unit in architecture.units if unit.path in key.times]
+    changed: Any = copy.deepcopy(run.model.config)
+    value = 2 * units[0].width // key.times[units[0].path]
+    setattr(changed.get_text_config(decoder=True), key.name, value)
+    try:
+        built = small_skeleton(changed, type(run.model))
+        for unit in units:
+            block = built.get_submodule(architecture.blocks)[unit.block]
+            resize_ffn(block, unit.width, unit.plain_axes, unit.plain_attributes)
+        decoder, same = (model.get_submodule(architecture.decoder) for model in (built, run.model))
+        decoder.load_state_dict(same.state_dict(), assign=True)
+        found = run_decoder(decoder, small_tokens(built))
+    except Exception:  # whatever a class does with a number that it does not expect
+        return False
+    return difference(found, run.decoder_output()) <= TOLERANCE
 
 
 def _candidates(config: PreTrainedConfig, widths: set[int]) -> Iterator[tuple[str, int]]:

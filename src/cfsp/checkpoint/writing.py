@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
+from cfsp.checkpoint.links import TEMPLATES, check_links
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.pruned_config import pruned_fields_and_file
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 _TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-# Where a tokenizer or processor with several chat templates has all but one.
-_TEMPLATES = "additional_chat_templates"
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
@@ -51,15 +50,20 @@ def write_config(
 
 
 def copy_travelling_files(source_directory: Path, target: Path) -> None:
-    """Copy tokenizer, processor, chat templates, generation config and licence."""
+    """Copy tokenizer, processor, chat templates, generation config and licence.
+
+    Raises:
+        CheckpointError: a link would carry something else.
+    """
+    check_links(source_directory)  # again: hours may have passed since it was opened
     for path in sorted(source_directory.iterdir()):
         travels = path.suffix in _TRAVELLING_SUFFIXES or path.name.startswith(_TRAVELLING_NAMES)
         if path.name in _OURS | QUANTISATION_FILES or path.name.endswith(".index.json"):
             continue
         if travels and path.is_file():
             shutil.copyfile(path, target / path.name)
-    if (source_directory / _TEMPLATES).is_dir():
-        shutil.copytree(source_directory / _TEMPLATES, target / _TEMPLATES)
+    if (source_directory / TEMPLATES).is_dir():
+        shutil.copytree(source_directory / TEMPLATES, target / TEMPLATES)
 
 
 def digests_beside_weights(directory: Path) -> dict[str, str]:
@@ -69,7 +73,7 @@ def digests_beside_weights(directory: Path) -> dict[str, str]:
     """
     return {
         path.relative_to(directory).as_posix(): sha256(path.read_bytes()).hexdigest()
-        for path in sorted([*directory.iterdir(), *(directory / _TEMPLATES).rglob("*")])
+        for path in sorted([*directory.iterdir(), *(directory / TEMPLATES).rglob("*")])
         if path.suffix in {*_TRAVELLING_SUFFIXES, ".py"}
         and path.name not in _OURS - {CONFIG_FILE}
         and not path.name.startswith(_TRAVELLING_NAMES)

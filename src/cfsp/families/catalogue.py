@@ -48,5 +48,6 @@ def installed_families() -> list[Family]:
         (model_type, names if isinstance(names, str) else names[0])
         for mapping in mappings
         for model_type, names in mapping.items()
+        if model_type in modeling_auto.CONFIG_MAPPING_NAMES  # not what our modelling file adds
     }
     return [Family(model_type, class_name) for model_type, class_name in sorted(pairs)]

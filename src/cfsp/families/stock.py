@@ -197,10 +197,37 @@ def _loads(question: Question, answer: Answer, loaded: list[Any]) -> str | None:
     stored = {id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}
     answer.facts |= {"classes": classes, "elements": sum(stored.values())}
     stock = question.class_name
-    expected = f"Pruned{stock}" if getattr(model.config, "auto_map", None) else stock
+    needs_code = bool(getattr(model.config, "auto_map", None))
+    if needs_code and (found := _loads_without_code(question.checkpoint)):
+        return f"expected that nothing is loaded without the code, found {found}"
+    expected = f"Pruned{stock}" if needs_code else stock
     if classes[0] != expected or stock not in classes:
         return f"expected the class {expected}, found {classes[0]}"
     return None
+
+
+def _loads_without_code(place: str) -> list[str]:
+    """Return the Auto classes by which stock classes take the weights of a model that needs code.
+
+    The code has none for the last three: that it may run makes no difference there.
+    """
+    import transformers
+
+    found = []
+    for of, may_run in (
+        ("CausalLM", False),
+        ("ImageTextToText", False),
+        ("SequenceClassification", True),
+        ("TokenClassification", True),
+        ("QuestionAnswering", True),
+    ):
+        auto = getattr(transformers, f"AutoModelFor{of}")
+        try:
+            auto.from_pretrained(place, trust_remote_code=may_run)
+        except Exception:  # whatever a class does with weights or numbers that do not fit
+            continue
+        found.append(of)
+    return found
 
 
 def _agrees(

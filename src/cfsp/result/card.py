@@ -33,9 +33,12 @@ model = {model}.from_pretrained("."{trust})
 `"."` is this directory; a path to it, or its name on the hub, does as well.
 """
 _WHY_CODE = f"""\
-Blocks have different widths, or biases that the stock class lacks, so the checkpoint brings a
-small file of code, `{MODELING_FILE}`, that builds the stock model with them.
-`trust_remote_code=True` runs that file: read it first.
+Blocks have different widths, or no attention, so the checkpoint brings a small file of code,
+`{MODELING_FILE}`, that builds the stock model with them. `trust_remote_code=True` runs that
+file: read it first. Without it, and by an Auto class that the file is not for (such as
+`AutoModelForSequenceClassification`), transformers stops with an
+`AmbiguousGlobalPerLayerAttributeError: ... is a per-layer attribute and may vary across layers`,
+or with a size mismatch that names `ignore_mismatched_sizes`, which would not help.
 
 """
 

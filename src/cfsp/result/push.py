@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfsp.checkpoint.links import check_links
 from cfsp.errors import CfspError, OutputError, UsageError, first_line
 
 # Weights, or what stands for them, of the layouts that prune, recover and export write.
@@ -58,6 +59,7 @@ def push(directory: str | Path, repository: str, *, public: bool = False) -> Pus
     Raises:
         UsageError: the name cannot be one, or the repository is public and `public` was not said.
         OutputError: there is nothing to upload, nobody is logged in, or the hub refuses.
+        CheckpointError: a link would upload something from elsewhere.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -70,6 +72,7 @@ def push(directory: str | Path, repository: str, *, public: bool = False) -> Pus
             f"{directory} has no weights to upload: expected a directory that prune, recover or "
             "export wrote"
         )
+    check_links(directory, folders=None)
     api = HfApi(library_name="cfsp")
     try:
         made = api.create_repo(repository, private=not public, exist_ok=True)

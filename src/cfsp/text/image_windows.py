@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp.errors import CheckpointError, MissingExtraError, OutputError, TextError, UsageError
+from cfsp.errors import MissingExtraError, OutputError, TextError, UsageError
 from cfsp.text.chats import CHAT_COLUMN
 from cfsp.text.images import Sample, open_image
+from cfsp.text.tokenizers import is_processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,38 +54,6 @@ class ImageWindow:
 
     tokens_T: Tensor
     images: Mapping[str, Tensor]
-
-
-def load_processor(directory: Path) -> Any:
-    """Return the processor that a model directory carries.
-
-    Raises:
-        CheckpointError: it carries none.
-        MissingExtraError: it needs Pillow or torchvision.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(directory)
-    except ImportError as error:
-        raise MissingExtraError("reading images", "images") from error
-    except Exception as error:  # transformers has no one exception type for this
-        raise CheckpointError(_no_processor(directory, str(error).splitlines()[0])) from error
-    if not is_processor(processor):
-        raise CheckpointError(_no_processor(directory, f"found only {type(processor).__name__}"))
-    return processor
-
-
-def _no_processor(directory: Path, found: str) -> str:
-    return (
-        f"{directory} carries no usable processor, which images need (processor_config.json, "
-        f"preprocessor_config.json): {found}; add the files of the original model, or give text"
-    )
-
-
-def is_processor(value: Any) -> bool:
-    """Return whether something makes inputs of images and text, as a tokenizer does not."""
-    return hasattr(value, "image_processor") and hasattr(value, "tokenizer")
 
 
 def parted(given: Any) -> tuple[PreTrainedTokenizerBase, Any]:

@@ -25,7 +25,8 @@ from cfsp.errors import CalibrationError, TextError, UsageError
 from cfsp.progress import item_progress
 from cfsp.settings import DEFAULT_TEXT
 from cfsp.text.drawing import draw_text
-from cfsp.text.image_windows import ProcessorOf, load_processor
+from cfsp.text.image_windows import ProcessorOf
+from cfsp.text.tokenizers import load_processor
 from cfsp.whole_model.load import load_whole
 
 if TYPE_CHECKING:
