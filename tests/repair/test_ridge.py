@@ -289,7 +289,7 @@ def test_a_revision_is_pruned_taught_and_told_of(
     out = tmp_path / "out"
     arguments = ["prune", "owner/tiny", "--revision", "v1/a", "--sparsity", "0.5", "--multiple"]
     arguments += ["4", "--data", str(text_file), "--samples", "8", "--seqlen", "64"]
-    assert main([*arguments, "--recover", "0.03", "--out", str(out)]) == 0
+    assert main([*arguments, "--effort", "best", "--out", str(out)]) == 0
     manifest, card = read_manifest(out), ModelCard.load(out / "README.md")
     assert manifest["base_model"]["name"] == "owner/tiny@v1/a"
     assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"
