@@ -57,7 +57,7 @@ def test_own_code_is_refused_and_nobody_is_asked(
     assert not capfd.readouterr().out
 
 
-def test_whatever_an_auto_class_reads_says_whether_code_may_run() -> None:
+def test_whatever_an_auto_class_reads_runs_no_code() -> None:
     root = Path(cfsp.__file__).parent
     silent = []
     for path in sorted(root.rglob("*.py")):
@@ -67,8 +67,8 @@ def test_whatever_an_auto_class_reads_says_whether_code_may_run() -> None:
                 continue
             said = {key.arg: ast.unparse(key.value) for key in call.keywords}
             place = str(path.relative_to(root))
-            expected = str(place in OWN_CODE)
-            is_auto = "auto" in ast.unparse(call.func).lower()
-            if is_auto and said.get("trust_remote_code") != expected:
+            if "auto" not in ast.unparse(call.func).lower() or place in OWN_CODE:
+                continue
+            if said.get("trust_remote_code") != "False":
                 silent.append(f"{place}:{call.lineno}")
     assert not silent
