@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 import cfsp
+from cfsp.checkpoint import locating
 from cfsp.checkpoint.own_files import OLD_STATISTICS_FILE, STATISTICS_FILE
+from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.cli import main
 
 # What one or the other loader takes for weights.
@@ -70,3 +74,25 @@ def test_verify_names_a_file_that_a_loader_would_take_for_weights(
     save_file({"blocks.0.sum": torch.zeros(1)}, copy / "more.safetensors")
     assert main(["verify", str(copy)]) == 2
     assert "more.safetensors is not in cfsp.json" in capsys.readouterr().err
+
+
+def test_what_travels_is_fetched_from_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md", "qwen.tiktoken"]
+    names = [*texts, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
+    kept, repository = tmp_path / "kept", tmp_path / "repository"
+    repository.mkdir()
+    for name in (*names, "pytorch_model.bin", "modeling.py"):
+        (repository / name).write_text(name)
+    fetched: list[str] = []
+
+    def snapshot(_: str, *, allow_patterns: list[str], **_more: object) -> str:
+        found = filter_repo_objects(os.listdir(repository), allow_patterns=allow_patterns)
+        fetched.extend(found)
+        return str(repository)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    kept.mkdir()
+    copy_travelling_files(locating.locate_model("no-one/nothing"), kept)
+    assert set(fetched) == {path.name for path in kept.iterdir()} == set(names)

