@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +87,8 @@ def test_what_travels_is_fetched_from_a_hub(
     fetched: list[str] = []
 
     def snapshot(_: str, *, allow_patterns: list[str], **_more: object) -> str:
-        found = filter_repo_objects(os.listdir(repository), allow_patterns=allow_patterns)
-        fetched.extend(found)
+        every = [path.name for path in repository.iterdir()]
+        fetched.extend(filter_repo_objects(every, allow_patterns=allow_patterns))
         return str(repository)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)

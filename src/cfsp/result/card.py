@@ -298,7 +298,9 @@ def _goal(resolution: dict[str, Any] | None) -> str:
     if not resolution:
         return ""
     name = resolution["goal"]
-    lines = [f"The goal was {_GOALS[name].format(asked=resolution['asked'])}."]
+    context = resolution["conditions"].get("context")
+    tokens = f" of {context:,} tokens" if context else ""
+    lines = [f"The goal was {_GOALS[name].format(asked=resolution['asked'])}{tokens}."]
     if "result" in resolution:
         lines.append(f"The finished model's loss is {resolution['result']:+.4f} nats higher.")
     if resolution["tried"]:
@@ -338,10 +340,9 @@ def _how_it_was_recovered(manifest: dict[str, Any]) -> str:
         f"{training['learning_rate']:g}, seed {training['seed']}",
     ]
     if teacher is not None:
-        lines.append(
-            f"- distilled from {_inline(public_name(teacher['name']))}, weight {teacher['weight']:g}, "
-            f"temperature {teacher['temperature']:g}"
-        )
+        name = _inline(public_name(teacher["name"]))
+        how = f"weight {teacher['weight']:g}, temperature {teacher['temperature']:g}"
+        lines.append(f"- distilled from {name}, {how}")
     return "\n".join([*lines, ""])
 
 
