@@ -10,7 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.hub import hub_is_reachable
+from cfsp.checkpoint.hub import hub_is_reachable, why_not_written
 from cfsp.checkpoint.own_files import CARD_FILE, STATISTICS_FILE
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
@@ -123,6 +123,8 @@ def _download(name: str) -> Path:
                 f"{name} is no local path, and the hub cannot be reached from here to look for it "
                 f"(its cache has no copy either); {_GIVE}"
             ) from error
+        if why := why_not_written(error):
+            raise CheckpointError(f"{name} cannot be downloaded: {why}") from error
         raise CheckpointError(
             f"{name} is neither a local path nor a model that the hub serves to you now "
             f"({type(error).__name__}); check the name, the network and your access token"
