@@ -51,7 +51,7 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
     speed = compare_speed(
         [Subject(source.directory, "dense"), Subject(out, "pruned")],
         [Workload(batch=1, prompt=512, new_tokens=32)],
-        Conditions(warmups=1, rounds=5, disturbance=1.0),
+        Conditions(warmups=1, rounds=5),
     )
     add_to_manifest(out, {"speed": speed.to_json()})
     page = out / "report.html"
