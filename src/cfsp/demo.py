@@ -39,11 +39,11 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
         CheckpointError: the package that carries the model is not installed.
         OutputError: `out` exists and is not empty.
     """
-    # Before the model is converted, which takes a while.
-    # Three windows of each kind, of which one judges the repair.
-    text = CalibrationText((MIXED,), samples=27, seqlen=512)
-    evaluation = EvaluationText((MIXED, "python-docs"), windows=9, seqlen=512)
+    # Nine windows of each kind, short ones: so it takes minutes on a busy machine, too.
+    text = CalibrationText((MIXED,), samples=81, seqlen=128)
+    evaluation = EvaluationText((MIXED, "python-docs"), windows=9, seqlen=256)
     settings = PruneSettings(Budget(sparsity), text=text, evaluation=evaluation)
+    # Before the model is converted, which takes a while.
     check_output_is_free(out)
     source = open_checkpoint(DEMO_NAME)
     command = f"cfsp demo --out {out} --sparsity {sparsity}"
