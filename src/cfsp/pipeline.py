@@ -42,6 +42,7 @@ from cfsp.engine.workplace import (
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.goals.loss import loss_increase_of
+from cfsp.goals.parameters import little_in_words
 from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.removal_budget import whole_in_words
@@ -323,6 +324,8 @@ def _decide(
         check_enough(windows, place.team, engine.batch_windows)
         return windows
 
+    if little := little_in_words(source, settings.budget):
+        log.warning("%s", little)
     facts: dict[str, Any] = {}
     if settings.goal is not None:
         resolution, statistics = resolve_goal(

@@ -5,15 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 import cfsp
+from cfsp.checkpoint import gguf_import, locating
 from cfsp.checkpoint.own_files import OLD_STATISTICS_FILE, STATISTICS_FILE
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.cli import main
+from cfsp.errors import CheckpointError, OutputError, TextError
+from cfsp.text.sources import TextSource
 
 # What one or the other loader takes for weights.
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "npz", "gguf", "h5", "msgpack", "ckpt")
@@ -70,3 +77,62 @@ def test_verify_names_a_file_that_a_loader_would_take_for_weights(
     save_file({"blocks.0.sum": torch.zeros(1)}, copy / "more.safetensors")
     assert main(["verify", str(copy)]) == 2
     assert "more.safetensors is not in cfsp.json" in capsys.readouterr().err
+
+
+def test_what_travels_is_fetched_from_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md", "qwen.tiktoken"]
+    names = [*texts, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
+    kept, repository = tmp_path / "kept", tmp_path / "repository"
+    repository.mkdir()
+    for name in (*names, "pytorch_model.bin", "modeling.py"):
+        (repository / name).write_text(name)
+    fetched: list[str] = []
+
+    def snapshot(_: str, *, allow_patterns: list[str], **_more: object) -> str:
+        every = [path.name for path in repository.iterdir()]
+        fetched.extend(filter_repo_objects(every, allow_patterns=allow_patterns))
+        return str(repository)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    kept.mkdir()
+    copy_travelling_files(locating.locate_model("no-one/nothing"), kept)
+    assert set(fetched) == {path.name for path in kept.iterdir()} == set(names)
+
+
+def test_no_cache_of_the_hub_has_to_be_writable(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    unwritable = str(tmp_path / "file" / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", unwritable)
+    assert Checkpoint(pruned, "pruned").units
+    assert cfsp.load(pruned).config.model_type == "llama"
+
+
+def test_a_download_that_cannot_be_written_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object, **_more: object) -> None:
+        raise PermissionError(13, "Permission denied", "/read-only/hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(CheckpointError, match=r"/read-only/hub: Permission denied.*set HF_HOME"):
+        locating.locate_model("no-one/nothing")
+    datasets = SimpleNamespace(load_dataset=fails)
+    monkeypatch.setattr("cfsp.text.hub.import_datasets", lambda: datasets)
+    with pytest.raises(TextError, match=r"Salesforce/wikitext cannot be read.*set HF_HOME"):
+        list(TextSource("wikitext2", "evaluation").documents())
+
+
+def test_a_conversion_that_cannot_be_written_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(gguf_import, "check_gguf", lambda _: None)
+    monkeypatch.setattr(gguf_import, "_stored_dtype", lambda _: torch.float32)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(OutputError, match="set CFSP_CACHE to a directory"):
+        gguf_import.import_gguf(tmp_path / "model.gguf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ import torch
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
+from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
@@ -647,3 +649,17 @@ def test_each_step_of_repair_is_one_line() -> None:
     assert line == "least squares: error of the FFN output on held-out windows 0.400 -> 0.200"
     line = describe_step({"name": "local", "blocks": [None, rejected, kept]})
     assert line.endswith("on held-out windows 0.300 -> 0.200; rejected in 1 of 2 blocks")
+
+
+def test_threads_of_the_demo_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is put back afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    waits = []
+
+    def stop(*_: object) -> None:
+        waits.append(os.environ.get("OMP_WAIT_POLICY"))
+        raise UsageError("enough")
+
+    monkeypatch.setattr("cfsp.demo.run_demo", stop)
+    assert main(["demo"]) == 2
+    assert waits == ["passive"]

@@ -233,7 +233,9 @@ def test_what_reading_raises_is_raised_where_it_is_wanted() -> None:
 def test_a_container_limits_what_is_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     machine = memory.available_bytes()
     assert machine > 50e6
     (tmp_path / "memory.max").write_text("max\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cfsp
+from cfsp.engine import memory
 from cfsp.engine.memory import peak_rss_bytes
 
 # Modules that some systems lack: whoever needs one imports it where it is needed.
@@ -48,3 +49,38 @@ def test_nothing_at_import_time_excludes_an_operating_system() -> None:
                 names = {(statement.module or "").partition(".")[0]}
             found += [f"{path.relative_to(source)}: {name}" for name in names & NOT_EVERYWHERE]
     assert found == []
+
+
+V2 = ("memory.max", "memory.current", "file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "names"),
+    [
+        ("0::/", {"": 5000}, V2),
+        ("0::/user/run", {"user/run": 5000}, V2),
+        ("0::/user/run", {"user": 5000, "user/run": 9000}, V2),  # the outer one is tighter
+        ("0::/on/the/host", {"": 5000}, V2),  # a container that sees its own root only
+        ("12:cpu,cpuacct:/a\n4:memory:/job/step\n0::/a", {"memory/job/step": 5000}, V1),
+        ("4:memory:/job/step", {"memory": 1 << 62, "memory/job": 5000}, V1),
+    ],
+)
+def test_every_group_that_holds_this_process_limits_its_memory(
+    own: str,
+    groups: dict[str, int],
+    names: tuple[str, str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "own").write_text(f"{own}\n")
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    limit, used, cached = names
+    for group, most in groups.items():
+        directory = tmp_path / "groups" / group
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / limit).write_text(f"{most}\n")
+        (directory / used).write_text("4000\n")
+        (directory / "memory.stat").write_text(f"anon 3300\n{cached} 700\n")
+    assert memory.available_bytes() == 1700

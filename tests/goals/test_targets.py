@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import cfsp
 from cfsp.calibration.statistics import Statistics
@@ -52,7 +53,7 @@ from cfsp.settings import (
 from cfsp.settings.budget import parse_parts
 from cfsp.speed.work import work_of
 from cfsp.text.drawing import draw_left_over, draw_windows
-from tiny_models import BLOCKS, WIDTH, build_tiny_model
+from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
 
 # Half of the width saves a quarter of the time, all of it four tenths.
 FFN = Curve((8, 48, 96), (0.6, 0.75, 1.0))
@@ -201,6 +202,44 @@ def test_a_kv_cache_that_cannot_be_is_refused(
     assert prune(model, text_file, out, "--target-kv-cache", 0.5, "--parts", "ffn") == 0
     assert prune(model, text_file, out, "--target-kv-cache", 0.5, "--parts", "blocks") == 2
     assert "removes KV groups (the default), whole attentions" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sliding(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which every other block sees no further than 8 tokens back."""
+    directory = tmp_path_factory.mktemp("sliding")
+    config = TINY_CONFIGS["gemma3_text"]()
+    config.num_hidden_layers, kinds = 4, ["sliding_attention", "full_attention"]
+    config.layer_types = kinds * 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("parts", ["kv", "kv,attention"])
+def test_a_sliding_window_caches_no_more_than_its_tokens(
+    sliding: Path, text_file: Path, tmp_path: Path, parts: str
+) -> None:
+    out = tmp_path / "out"
+    options = ["--target-kv-cache", 0.77, "--parts", parts, "--effort", "fast"]
+    assert prune(sliding, text_file, out, *options) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    before, after = (
+        sum(n * each for n, each in zip(groups, (8, 256, 8, 256), strict=True))
+        for groups in (manifest["kv_groups"]["before"], manifest["kv_groups"]["after"])
+    )
+    assert before == 1056 and 0.4 * before < after <= 0.77 * before
+    assert "to keep 0.77 of the KV cache of 256 tokens" in (out / "README.md").read_text()
+
+
+def test_attentions_that_cache_unequally_are_not_counted(
+    sliding: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ("--target-kv-cache", 0.7, "--parts", "attention")
+    assert prune(sliding, text_file, out, *options) == 2
+    assert "give --parts kv,attention, found --parts attention" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("parts", "fraction"), [("attention", 0.7), ("kv,attention", 0.5)])
@@ -545,7 +584,7 @@ def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "WORKLOAD", latency.Workload(prompt=8, new_tokens=2))
     # Where other tests run, almost every round is disturbed.
-    monkeypatch.setattr("cfsp.speed.measuring.RETRIES", 0)
+    monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
     source = open_checkpoint(model)
     engine = Engine(torch.device("cpu"), torch.float32)
     found = measure_latencies(source, Budget(multiple=48), 48, "decode", engine)

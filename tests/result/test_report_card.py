@@ -16,7 +16,7 @@ from cfsp.cli import main
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest
-from cfsp.result.origin import Origin, is_hub_id, origin_of
+from cfsp.result.origin import Origin, is_hub_id, origin_of, public_command
 from cfsp.settings import Budget
 from report_runs import measured, prune_tiny
 
@@ -96,7 +96,7 @@ def test_card_says_what_was_done_and_on_which_text(run: Path, text_file: Path) -
     assert "# my-model, pruned" in text
     assert "`my-model` (which was made from [someone/ancestor](https://huggingface.co/" in text
     assert "without 50.0% of its FFN channels" in text
-    assert f"Calibrated on `{text_file}` (8 windows)" in text
+    assert f"Calibrated on `{text_file.name}` (8 windows)" in text
     assert "Repaired on the same text (ridge)" in text
     assert "is **flattering**" in text
     assert "trust_remote_code=True" in text and "read it first" in text
@@ -121,8 +121,12 @@ def test_recovery_updates_the_card(run: Path, text_file: Path, tmp_path: Path) -
     found, text = metadata(out), (out / "README.md").read_text()
     assert found["base_model"] == "someone/ancestor" and found["license"] == "other"
     assert "# my-model, pruned and recovered" in text
-    assert f"Recovered: trained on `{text_file}`" in text
+    assert f"Recovered: trained on `{text_file.name}`" in text
     assert "## How it was pruned" in text and "## How it was recovered" in text
+    assert f"cfsp recover run --data {text_file.name} --steps 1" in text
+    assert "--out recovered\n" in text
+    for place in (run, text_file, tmp_path):
+        assert str(place.parent) not in text  # the hub shows it to everybody
 
 
 def test_the_demo_has_its_real_name(
@@ -136,6 +140,13 @@ def test_the_demo_has_its_real_name(
     # Pruned again, it is made from what was made from the demo.
     text = card_of(run, demo, base_model={"name": "/somewhere/once"})
     assert "`once` (which was made from [HuggingFaceTB/" in text
+
+
+def test_no_path_of_a_command_is_public() -> None:
+    typed = "cfsp prune meta/name --data mixed/books --data '/my disk/a.jsonl:x' --out=../b/c"
+    public = "cfsp prune meta/name --data mixed/books --data 'a.jsonl:x' --out=c"
+    assert public_command(typed) == public
+    assert public_command("cfsp.recover('/home/me/model', ...)") == "cfsp.recover('model', ...)"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from cfsp.exports.registry import export_checkpoint
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.bench import bench
 from cfsp.speed.disturbance import busy_seconds, share_of_others
-from cfsp.speed.process import model_process
+from cfsp.speed.process import ModelProcess, model_process
 from cfsp.speed.shapes import SHAPES, ShapedModel
 from cfsp.speed.subjects import Subject, build_model
 from cfsp.speed.transformers_engine import TransformersEngine
@@ -159,12 +159,16 @@ def test_random_model_of_a_shape_computes_finite_numbers() -> None:
 
 
 @pytest.fixture
-def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where other tests run, almost every round is disturbed."""
-    monkeypatch.setattr("cfsp.speed.measuring.RETRIES", 0)
+def others(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What others are taken to have taken in every run: where tests run, much or little."""
+    share, run = [0.0], ModelProcess.run
+    monkeypatch.setattr(
+        ModelProcess, "run", lambda self, work: replace(run(self, work), disturbance=share[0])
+    )
+    return share
 
 
-@pytest.mark.usefixtures("no_retries", "models_start_quickly")
+@pytest.mark.usefixtures("others", "models_start_quickly")
 def test_comparison_reports_every_round_of_every_model(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +196,7 @@ def test_comparison_reports_every_round_of_every_model(
     assert first["dtype"] == "float32"
 
 
-@pytest.mark.usefixtures("no_retries", "models_start_quickly")
+@pytest.mark.usefixtures("others", "models_start_quickly")
 def test_table_shows_ideal_beside_measured(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,10 +208,31 @@ def test_table_shows_ideal_beside_measured(
     assert f"prefill  {name}" in out
     assert f"decode  {name}" in out
     assert "1.000x" in out
-    assert "medians of 1 round in turns after 2 warm-ups" in out
+    assert "batch 1, prompt 4, 2 new tokens, 1 round; other programs took 0%" in out
+    assert "medians of rounds in turns after 2 warm-ups" in out
 
 
-@pytest.mark.usefixtures("no_retries")
+@pytest.mark.usefixtures("models_start_quickly")
+def test_a_machine_that_is_too_busy_gives_no_verdict(
+    tiny_checkpoint: Callable[[str], Path],
+    others: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    others[0] = 0.69
+    monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
+    command = ["bench", str(tiny_checkpoint("llama")), "--prompt", "4", "--new-tokens", "2"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "other programs took 69% of the processors" in out
+    assert "the machine is too busy for a verdict" in out
+    assert "1.000x  1.000" not in out  # the ideal stays
+    assert main([*command, "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["workloads"][0]["decode"]["too_busy"] is True
+
+
+@pytest.mark.usefixtures("others")
 def test_peak_memory_is_the_model_processs_own(tiny_checkpoint: Callable[[str], Path]) -> None:
     ballast = torch.ones(400_000_000, dtype=torch.float32)  # 1.6 GB in this process
     subject = Subject(tiny_checkpoint("llama"), "tiny")
@@ -216,10 +241,13 @@ def test_peak_memory_is_the_model_processs_own(tiny_checkpoint: Callable[[str], 
     assert 50_000_000 < resident < ballast.nbytes
 
 
-def test_rounds_that_others_disturb_are_measured_again() -> None:
+def test_rounds_that_others_disturb_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from cfsp.speed.measuring import _rounds
     from cfsp.speed.process import Run
-    from cfsp.speed.workload import RETRIES, Timing
+    from cfsp.speed.workload import Timing
+
+    now = iter(range(1000))
+    monkeypatch.setattr("cfsp.speed.measuring.time.monotonic", lambda: next(now))
 
     class Fake:
         """Gives runs whose prefill takes as many seconds as there were runs before."""
@@ -232,16 +260,18 @@ def test_rounds_that_others_disturb_are_measured_again() -> None:
             self.count += 1
             return Run(Timing(self.count, 1.0), 1.0, share)
 
-    quiet: Any = Fake([0.0])
-    busy_now_and_then: Any = Fake([0.0, 0.3, 0.04])
-    conditions = Conditions(rounds=4, disturbance=0.05)
-    kept, given_up = _rounds([quiet, busy_now_and_then], WORKLOAD, conditions, lambda: None)
-    assert [[run.timing.prefill for run in runs] for runs in kept] == [[n, n] for n in (1, 3, 4, 6)]
-    assert given_up == 2
-    always_busy: Any = Fake([0.9])
-    kept, given_up = _rounds([always_busy], WORKLOAD, conditions, lambda: None)
-    assert len(kept) == 4
-    assert given_up == RETRIES * 4
+    def rounds(*shares: list[float], patience: float = 10.0) -> tuple[list[Any], int]:
+        processes: Any = [Fake(each) for each in shares]
+        conditions = Conditions(rounds=4, disturbance=0.05)
+        kept, given_up = _rounds(processes, WORKLOAD, conditions, patience, lambda: None)
+        return [[run.timing.prefill for run in runs] for runs in kept], given_up
+
+    now_and_then = [0.0, 0.3, 0.04]
+    assert rounds([0.0], now_and_then) == ([[n, n] for n in (1, 3, 4, 6)], 2)
+    # Three that nobody disturbed are enough where patience ends; of fewer nothing is given up.
+    assert rounds(now_and_then, patience=2.0) == ([[1], [3], [4]], 2)
+    assert rounds(now_and_then, patience=1.0) == ([[1], [2]], 0)
+    assert rounds([0.9], patience=5.0) == ([[n] for n in (1, 2, 3, 4, 5)], 0)
 
 
 def test_share_of_others_is_what_the_machine_did_beyond_us() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from cfsp.cli import main
-from tiny_models import BLOCKS, WIDTH
+from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH
 
 Estimate = Callable[..., dict[str, Any]]
 
@@ -63,6 +64,60 @@ def test_people_read_a_table(
     assert "together" in text
     assert "memory " in text
     assert "available" in text
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A model of which nearly all is vocabulary."""
+    directory = tmp_path_factory.mktemp("wordy")
+    config = TINY_CONFIGS["llama"]()
+    config.vocab_size = 40_000
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_a_large_vocabulary_is_in_it(wordy: Path, argv: list[str], estimate: Estimate) -> None:
+    small = estimate()
+    argv[1] = str(wordy)
+    large = estimate()
+    # Of 64 positions of a window: logits, probabilities and what is between; and the tokenizer.
+    weights, vocabulary = 2 * 40_000 * 32 * 4, 40_000 - 320
+    more = large["memory_bytes"] - small["memory_bytes"]
+    assert more > weights + vocabulary * (64 * 4 * 3 + 700)
+
+    def sensitivity(found: dict[str, Any]) -> float:
+        (flop,) = [stage["flop"] for stage in found["stages"] if stage["name"] == "sensitivity"]
+        return float(flop)
+
+    # The head sees every fourth position of 8 windows of 32 tokens, of 1 + 3 passes.
+    head = 2 * vocabulary * 32 * 8 * 8 * 4
+    assert sensitivity(large) - sensitivity(small) == pytest.approx(head, rel=0.2)
+
+
+def test_what_is_left_is_told_and_that_it_is_much(
+    wordy: Path,
+    argv: list[str],
+    estimate: Estimate,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv[1] = str(wordy)
+    found = estimate()
+    assert main([*argv, "--sparsity", "0.5"]) == 0
+    told = capsys.readouterr()
+    sentence = "50% of the FFN channels are 0.5% of this model's parameters (0.0M of 2.6M)"
+    assert sentence in told.err and "give --target-params 0.5" in told.err
+    assert "(-0.5%)" in told.out and "of weights" in told.out
+    run = [*argv[:-1], "--sparsity", "0.5", "--effort", "fast", "--out", str(tmp_path / "out")]
+    assert main([*run, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    report = json.loads(printed.out)
+    assert found["parameters_before"] == report["parameters_before"]
+    assert found["parameters_after"] == pytest.approx(report["parameters_after"], rel=1e-3)
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert found["bytes_after"] == pytest.approx(weights, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,13 @@ def import_gguf(path: Path) -> Path:
         try:
             with staged_directory(target) as staging, library_progress():
                 _convert(path, dtype, staging)
-        except OutputError:
+        except OutputError as error:
             # Another process may have converted the same file meanwhile.
             if not (target / "config.json").is_file():
-                raise
+                raise OutputError(
+                    f"the converted model cannot be written to {target.parent}; set CFSP_CACHE to "
+                    "a directory that can be, with room for it"
+                ) from error
         _logger.info(
             "the converted model has %.2f GB in %s (see: cfsp cache)",
             directory_bytes(target) / 1e9,

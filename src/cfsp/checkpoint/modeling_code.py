@@ -8,9 +8,14 @@ reach them.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import inspect
+import os
+import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -313,17 +318,31 @@ def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
     this class saves its modelling file with `save_pretrained`.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.utils import HF_MODULES_CACHE
 
     code = file.text.encode()
     # Kept in the cache that it is imported through; a temporary place would outlive a kill.
     name = f"cfsp_{file.model_class.__name__}_{hashlib.sha256(code).hexdigest()[:12]}"
-    path = Path(HF_MODULES_CACHE) / "cfsp_sources" / name / MODELING_FILE
+    path = _modules_cache() / "cfsp_sources" / name / MODELING_FILE
     if not path.is_file() or path.read_bytes() != code:
         write_atomically(path, code)
     loaded: Any = get_class_from_dynamic_module(file.auto_map[file.auto_class], str(path.parent))
     loaded.register_for_auto_class(file.auto_class)
     return loaded  # type: ignore[no-any-return]
+
+
+def _modules_cache() -> Path:
+    """Return where transformers imports code from; a place of our own if nobody can write there."""
+    from transformers import dynamic_module_utils
+
+    place = Path(dynamic_module_utils.HF_MODULES_CACHE)
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+        if os.access(place, os.W_OK):
+            return place
+    own = tempfile.mkdtemp(prefix="cfsp-modules-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    dynamic_module_utils.HF_MODULES_CACHE = own
+    return Path(own)
 
 
 def _source_of(model_class: type[PreTrainedModel]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.links import TEMPLATES, check_links
+from cfsp.checkpoint.locating import READ, TERMS
 from cfsp.checkpoint.modeling_code import MODELING_FILE
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.pruned_config import pruned_fields_and_file
@@ -19,8 +21,6 @@ from cfsp.checkpoint.quantisation import QUANTISATION_FILES
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
 
-_TRAVELLING_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-_TRAVELLING_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 
@@ -50,14 +50,14 @@ def write_config(
 
 
 def copy_travelling_files(source_directory: Path, target: Path) -> None:
-    """Copy tokenizer, processor, chat templates, generation config and licence.
+    """Copy tokenizer, processor, chat templates, generation config, licence and notices.
 
     Raises:
         CheckpointError: a link would carry something else.
     """
     check_links(source_directory)  # again: hours may have passed since it was opened
     for path in sorted(source_directory.iterdir()):
-        travels = path.suffix in _TRAVELLING_SUFFIXES or path.name.startswith(_TRAVELLING_NAMES)
+        travels = _is_one_of((*READ, *TERMS), path)
         if path.name in _OURS | QUANTISATION_FILES or path.name.endswith(".index.json"):
             continue
         if travels and path.is_file():
@@ -74,8 +74,12 @@ def digests_beside_weights(directory: Path) -> dict[str, str]:
     return {
         path.relative_to(directory).as_posix(): sha256(path.read_bytes()).hexdigest()
         for path in sorted([*directory.iterdir(), *(directory / TEMPLATES).rglob("*")])
-        if path.suffix in {*_TRAVELLING_SUFFIXES, ".py"}
+        if _is_one_of((*READ, "*.py"), path)
         and path.name not in _OURS - {CONFIG_FILE}
-        and not path.name.startswith(_TRAVELLING_NAMES)
+        and not _is_one_of(TERMS, path)
         and path.is_file()
     }
+
+
+def _is_one_of(patterns: Collection[str], path: Path) -> bool:
+    return any(fnmatchcase(path.name, pattern) for pattern in patterns)

@@ -140,19 +140,22 @@ def print_comparison(comparison: Comparison) -> None:
         ],
     )
     for workload in comparison.workloads:
+        rounds = len(comparison.models[0].speeds[workload]["prefill"].ratios)
         print(
-            f"\n{workload.describe()}; other programs took "
+            f"\n{workload.describe()}, {counted(rounds, 'rounds')}; other programs took "
             f"{comparison.disturbance[workload]:.0%} of the processors, "
             f"{counted(comparison.rounds_given_up[workload], 'rounds')} given up because they took "
             "more"
         )
         _print_workload(comparison, workload)
+        if comparison.models[0].speeds[workload]["decode"].too_busy:
+            print("the machine is too busy for a verdict: repeat it when nothing else runs")
     facts = ", ".join(f"{key} {value}" for key, value in comparison.models[0].facts.items())
-    conditions = comparison.conditions
     print(
-        f"\n{facts}; medians of {counted(conditions.rounds, 'rounds')} in turns after "
-        f"{counted(conditions.warmups, 'warm-ups')}, with the lowest and highest; ratio: median of "
-        "the ratios within a round; ideal: by FLOPs (prefill) and by bytes read (decode)"
+        f"\n{facts}; medians of rounds in turns after "
+        f"{counted(comparison.conditions.warmups, 'warm-ups')}, with the lowest and highest; "
+        "ratio: median of the ratios within a round; ideal: by FLOPs (prefill) and by bytes read "
+        "(decode)"
     )
 
 
@@ -169,16 +172,17 @@ def _print_workload(comparison: Comparison, workload: Workload) -> None:
                     f"{speed.median_tokens_per_second:,.1f}",
                     f"{min(rates):,.1f} - {max(rates):,.1f}",
                     f"{first_token:,.0f} ms" if phase == "prefill" else "",
-                    f"{speed.median_ratio:.3f}x",
-                    f"{min(speed.ratios):.3f} - {max(speed.ratios):.3f}",
-                    *_beside_ideal(speed),
+                    *_ratios(speed),
                 )
             )
     head = ("phase, model", "tokens/s", "range", "first token", "ratio", "range", "ideal", "of it")
     print_table(head, rows)
 
 
-def _beside_ideal(speed: Speed) -> tuple[str, str]:
-    if math.isnan(speed.ideal_ratio):
-        return "unknown", ""
-    return f"{speed.ideal_ratio:.3f}x", f"{speed.median_ratio / speed.ideal_ratio:.0%}"
+def _ratios(speed: Speed) -> tuple[str, str, str, str]:
+    ideal = "unknown" if math.isnan(speed.ideal_ratio) else f"{speed.ideal_ratio:.3f}x"
+    if speed.too_busy:
+        return "too busy", "", ideal, ""
+    share = "" if math.isnan(speed.ideal_ratio) else f"{speed.median_ratio / speed.ideal_ratio:.0%}"
+    spread = f"{min(speed.ratios):.3f} - {max(speed.ratios):.3f}"
+    return f"{speed.median_ratio:.3f}x", spread, ideal, share

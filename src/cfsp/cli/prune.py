@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ from cfsp.settings import (
 if TYPE_CHECKING:
     from cfsp.result.prune_report import PruneReport
     from cfsp.speed.pruning_cost import PruningCost
+
+log = logging.getLogger(__name__)
 
 # Goals whose budget is found by trying.
 _GOALS = ("max_loss_increase", "target_speedup", "target_params", "target_kv_cache")
@@ -186,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.engine.compute import engine_of
-    from cfsp.goals.parameters import MANY_CHANNELS
+    from cfsp.goals.parameters import MANY_CHANNELS, little_in_words
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
@@ -203,7 +206,8 @@ def run(args: argparse.Namespace) -> None:
     source = open_checkpoint(args.model, args.revision, parts)
     if args.estimate:
         engine = engine_of(settings.compute, source)
-        _print_estimate(args, pruning_cost(source, args.out or Path(), settings, engine))
+        cost = pruning_cost(source, args.out or Path(), settings, engine)
+        _print_estimate(args, cost, little_in_words(source, settings.budget))
         return
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
@@ -245,9 +249,11 @@ def run(args: argparse.Namespace) -> None:
         recover.print_report(recovery)
 
 
-def _print_estimate(args: argparse.Namespace, cost: PruningCost) -> None:
-    """Print what a run will take."""
+def _print_estimate(args: argparse.Namespace, cost: PruningCost, little: str) -> None:
+    """Print what a run will take, what is left, and a sentence if little goes."""
     facts = cost.to_json()
+    if little:
+        log.warning("%s", little)
     if args.json:
         print_json(facts)
         return
@@ -270,6 +276,11 @@ def _print_estimate(args: argparse.Namespace, cost: PruningCost) -> None:
     ):
         short = "" if needed <= available else ": NOT ENOUGH"
         print(f"{name} {human_bytes(needed)} of {human_bytes(available)} available{short}")
+    before, after = cost.parameters_before, cost.parameters_after
+    print(
+        f"parameters {human_count(before)} -> about {human_count(after)} "
+        f"({after / before - 1:+.1%}), {human_bytes(cost.bytes_after)} of weights"
+    )
     print(
         f"the time follows from one block with {cost.measured_tokens:,} tokens on this machine as "
         "busy as it is; --eval is not in it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,11 @@ from cfsp.processes import processes_on_machine
 # The rest is for two blocks, the embeddings and what the computation needs.
 _SHARE_OF_AVAILABLE = 0.5
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+# What a group calls its limit, what it uses, and cached file pages, in version 2 and in version 1.
+_VERSION_2 = ("memory.max", "memory.current", "file")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
 
 
 def default_budget() -> int:
@@ -43,22 +48,37 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that can be had without swapping, within the limits of a container."""
+    """Return the memory that can be had without swapping, within the limits of containers."""
     total = psutil.virtual_memory().available
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        # Cached file pages count as used, but give way.
-        cached = _field(_CGROUP / "memory.stat", "file") or 0
-        total = min(total, max(0, limit - used + cached))
+    for group, (limit_file, used_file, cached_field) in _memory_groups():
+        limit, used = _number(group / limit_file), _number(group / used_file)
+        if limit is not None and used is not None:
+            # Cached file pages count as used, but give way.
+            cached = _field(group / "memory.stat", cached_field) or 0
+            total = min(total, max(0, limit - used + cached))
     return total
 
 
+def _memory_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yield each control group that holds this process, and what it calls its numbers."""
+    for line in _lines(_OWN_GROUPS):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = _CGROUPS, _VERSION_2
+        elif "memory" in controllers.split(","):
+            root, names = _CGROUPS / "memory", _VERSION_1
+        else:
+            continue
+        # A container may see the path of its host, but only its own groups: what is not there
+        # limits nothing.
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents):
+            if group.is_relative_to(root):
+                yield group, names
+
+
 def _field(path: Path, name: str) -> int | None:
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
+    for line in _lines(path):
         words = line.replace(":", " ").split()
         if len(words) > 1 and words[0] == name:
             return int(words[1])
@@ -66,8 +86,12 @@ def _field(path: Path, name: str) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
+    text = "".join(_lines(path)).strip()
     return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

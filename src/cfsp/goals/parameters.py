@@ -6,7 +6,10 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cfsp.checkpoint.reading import parameter_count
 from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.numbers_to_try import parameters_to_go
 from cfsp.planning.removal import check_can_go
 from cfsp.planning.removal_budget import RemovalBudget
 from cfsp.planning.widths import NOTHING
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 # one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
 MANY_CHANNELS = 0.4
 
+# Of the share that was asked for, which goes of the model where most of it is elsewhere.
+_LITTLE = 1 / 3
+
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +36,20 @@ def budget_for_parameters(goal: TargetParameters, budget: Budget) -> Budget:
     """Return the budget by which as many of all parameters go as the goal says."""
     # Rounded, so that 0.7 that stay are 0.3 that go.
     return replace(budget, sparsity=round(1 - goal.fraction, 12), of="model")
+
+
+def little_in_words(source: WeightSource, budget: Budget) -> str:
+    """Return a sentence if FFN channels own so little that few parameters go; else nothing."""
+    asked, every = budget.sparsity, parameter_count(source)
+    gone = parameters_to_go(source, budget)
+    if budget.of == "model" or "ffn" not in budget.parts or gone >= _LITTLE * asked * every:
+        return ""
+    return (
+        f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of this "
+        f"model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of which are "
+        f"elsewhere, as in its vocabulary; for a smaller model give --target-params "
+        f"{1 - asked:.2g}, name more --parts, or quantise it"
+    )
 
 
 def parts_to_try(

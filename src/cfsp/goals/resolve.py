@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.engine.compute import engine_of
 from cfsp.engine.workplace import kept, temporary_workplace
-from cfsp.goals.kv_cache import aim_at_kv_cache, resolve_kv_cache
+from cfsp.goals.kv_cache import (
+    aim_at_kv_cache,
+    budget_for_kv_cache,
+    is_known_beforehand,
+    resolve_kv_cache,
+)
 from cfsp.goals.latency import Latencies
 from cfsp.goals.loss import held_out_windows, resolve_loss
 from cfsp.goals.parameters import MANY_CHANNELS, budget_for_parameters, parts_to_try
@@ -142,11 +147,15 @@ def _with_parameters(goal: TargetParameters, work: _Work) -> Resolution:
 
 
 def _with_kv_cache(goal: TargetKVCache, work: _Work) -> tuple[Resolution, Statistics | None]:
-    resolution = resolve_kv_cache(goal, work.source, work.settings)
-    if not work.settings.budget.leaves_number_open:
+    source, settings = work.source, work.settings
+    resolution = resolve_kv_cache(goal, source, settings)
+    if is_known_beforehand(source, settings.budget):
         return resolution, work.statistics
     statistics = work.calibrated()
-    aim = aim_at_kv_cache(goal, work.source, work.settings.budget)
+    if not settings.budget.leaves_number_open:
+        budget = budget_for_kv_cache(goal, source, settings, statistics)
+        return replace(resolution, budget=budget), statistics
+    aim = aim_at_kv_cache(goal, source, settings)
     chosen, statistics = work.with_count(statistics, aim)
     return replace(resolution, budget=chosen.budget), statistics
 

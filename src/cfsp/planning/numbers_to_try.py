@@ -79,7 +79,7 @@ def whole_alone(source: WeightSource, budget: Budget, experts: int = 0) -> Budge
     sizes = WholeSizes.of(source, budget.whole_parts, experts)
     is_all = budget.removes_blocks or not budget.removes_channels
     most = sizes.most / sizes.total if is_all else MOST_REMOVED
-    share = max(0.0, _to_go(source, budget, experts) / sizes.total)
+    share = max(0.0, parameters_to_go(source, budget, experts) / sizes.total)
     return replace(alone, sparsity=min(share, most), of="ffn")
 
 
@@ -98,7 +98,7 @@ def check_others_own_enough(source: WeightSource, budget: Budget) -> None:
         BudgetError: they do not.
     """
     most = _experts(source, budget)[-1]
-    if _to_go(source, budget, most) >= _owned(source, budget, most):
+    if parameters_to_go(source, budget, most) >= _owned(source, budget, most):
         raise too_much(budget)
 
 
@@ -158,7 +158,7 @@ def experts_to_try(source: WeightSource, parameters: float) -> list[int]:
 def _experts(source: WeightSource, budget: Budget) -> list[int]:
     """Return how many experts of every block go, ascending; one number where it is not open."""
     if budget.leaves_experts_open:
-        return experts_to_try(source, _to_go(source, budget, 0))
+        return experts_to_try(source, parameters_to_go(source, budget))
     return [budget.remove_experts or 0]
 
 
@@ -170,13 +170,13 @@ def share_of_channels(
     Without such parts it is 1 if another block, or attention, would come closer.
     """
     sizes = WholeSizes.of(source, budget.whole_parts, removed.experts)
-    missing = _to_go(source, budget, removed.experts) - sizes.parameters(removed)
+    missing = parameters_to_go(source, budget, removed.experts) - sizes.parameters(removed)
     if not parts:
         return float(missing > sizes.largest / 2)
     return max(0.0, missing / _owned_by_channels(source, parts, removed))
 
 
-def _to_go(source: WeightSource, budget: Budget, experts: int) -> float:
+def parameters_to_go(source: WeightSource, budget: Budget, experts: int = 0) -> float:
     """Return how many parameters are to go beside so many experts."""
     beside = parameters_with_experts(source, experts)
     if budget.of == "model":

@@ -119,7 +119,7 @@ def _add_speed(measured: Measured, models: Sequence[dict[str, Any]], side_of: Si
                 figures = workload[phase]
                 known = speed.setdefault(f"{phase}, {shape}", {})
                 known[side] = float(figures["tokens_per_second"])
-                if side == "after" and compared:
+                if side == "after" and compared and not figures.get("too_busy"):
                     known["ratio"] = float(figures["ratio"])
                     if figures["ideal_ratio"] is not None:
                         known["ideal"] = float(figures["ideal_ratio"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +13,7 @@ from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card_metadata import card_metadata
 from cfsp.result.conditions import Conditions, sources_in_words
-from cfsp.result.origin import Origin
+from cfsp.result.origin import Origin, public_command, public_name
 from cfsp.result.repair_steps import changed_weights, repair_steps, steps_in_words
 from cfsp.settings import block_metric_in_words, removal_in_words
 
@@ -79,7 +78,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     # A pruned model that is pruned again is not made from the original of both.
     made_from = manifest.get("base_model", {}).get("name", origin.name)
     hub_id = origin.hub_id if made_from == origin.name else None
-    name = hub_id.partition("@")[0] if hub_id else _last_part(made_from)
+    name = hub_id.partition("@")[0] if hub_id else public_name(made_from)
     sections = [
         f"---\n{card_metadata(manifest, origin, name)}\n---\n",
         _what_it_is(manifest, plan, name, hub_id, origin.base_model),
@@ -245,7 +244,7 @@ def _quality(manifest: dict[str, Any]) -> str:
     for conditions, cells in rows.items():
         numbers = " | ".join(cells[: len(names)])
         how = conditions.beside({"the model": manifest})
-        lines.append(f"| {_cell(conditions.text)} | {numbers} | {how} |")
+        lines.append(f"| {_cell(public_name(conditions.text))} | {numbers} | {how} |")
     return "\n".join([*lines, ""])
 
 
@@ -266,7 +265,7 @@ def _how_it_was_pruned(manifest: dict[str, Any], plan: PruningPlan) -> str:
     lines = [
         "## How it was pruned",
         "",
-        f"    {_one_line(made['command'])}",
+        f"    {public_command(made['command'])}",
         "",
         f"- calibration text: {_sources(calibration)} of {calibration['seqlen']} tokens, "
         f"seed {calibration['seed']}, in {_inline(calibration['dtype'])} "
@@ -299,7 +298,9 @@ def _goal(resolution: dict[str, Any] | None) -> str:
     if not resolution:
         return ""
     name = resolution["goal"]
-    lines = [f"The goal was {_GOALS[name].format(asked=resolution['asked'])}."]
+    context = resolution["conditions"].get("context")
+    tokens = f" of {context:,} tokens" if context else ""
+    lines = [f"The goal was {_GOALS[name].format(asked=resolution['asked'])}{tokens}."]
     if "result" in resolution:
         lines.append(f"The finished model's loss is {resolution['result']:+.4f} nats higher.")
     if resolution["tried"]:
@@ -329,7 +330,7 @@ def _how_it_was_recovered(manifest: dict[str, Any]) -> str:
     lines = [
         "## How it was recovered",
         "",
-        f"    {_one_line(manifest['command'])}",
+        f"    {public_command(manifest['command'])}",
         "",
         f"- trained: {how}; targets: {adaptation['targets']}; "
         f"{recovery['trainable_parameters']:,} trainable parameters",
@@ -339,10 +340,9 @@ def _how_it_was_recovered(manifest: dict[str, Any]) -> str:
         f"{training['learning_rate']:g}, seed {training['seed']}",
     ]
     if teacher is not None:
-        lines.append(
-            f"- distilled from {_inline(teacher['name'])}, weight {teacher['weight']:g}, "
-            f"temperature {teacher['temperature']:g}"
-        )
+        name = _inline(public_name(teacher["name"]))
+        how = f"weight {teacher['weight']:g}, temperature {teacher['temperature']:g}"
+        lines.append(f"- distilled from {name}, {how}")
     return "\n".join([*lines, ""])
 
 
@@ -364,12 +364,9 @@ def _block_table(plan: PruningPlan) -> str:
 
 def _sources(table: dict[str, Any] | None) -> str:
     sources: dict[str, int] = (table or {}).get("sources", {})
-    return sources_in_words({_inline(name): count for name, count in sources.items()})
-
-
-def _last_part(name: str) -> str:
-    """Return the last part of a path: what stands before it is nobody else's business."""
-    return PurePath(name).name or name
+    # One by one: two paths may end alike.
+    each = (sources_in_words({_inline(public_name(name)): n}) for name, n in sources.items())
+    return ", ".join(each)
 
 
 def _link(hub_id: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
 from typing import Any
 
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.result.conditions import Conditions
-from cfsp.result.origin import Origin
+from cfsp.result.origin import Origin, public_name
 
 
 def card_metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
@@ -48,8 +47,7 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
     results = []
     for text, value in table.items():
         conditions = Conditions.of(text, value)
-        # A path on the maker's machine says nothing to others.
-        name = _plain(PurePath(text).name if PurePath(text).is_absolute() else text)
+        name = _plain(public_name(text))
         how = {
             "windows": conditions.windows,
             "seqlen": conditions.seqlen,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeGuard
 
 from cfsp.checkpoint.locating import DEMO_NAME
@@ -68,6 +68,23 @@ def is_hub_id(name: object) -> TypeGuard[str]:
     if not isinstance(name, str) or re.fullmatch(shape, name) is None:
         return False
     return not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """Return what others may read of a model's or text's name: of a path its last part."""
+    if is_hub_id(name.partition(":")[0]):  # names of texts that come with cfsp look like one
+        return name
+    return PurePath(name).name or name
+
+
+def public_command(command: str) -> str:
+    """Return a command with the public name of every path in it."""
+    return re.sub(r"'([^']+)'|[^\s'\"=(),]+", _public_word, " ".join(command.split()))
+
+
+def _public_word(word: re.Match[str]) -> str:
+    quoted = word.group(1)
+    return public_name(word.group()) if quoted is None else f"'{public_name(quoted)}'"
 
 
 def _card_metadata(path: Path) -> dict[str, Any]:

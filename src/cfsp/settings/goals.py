@@ -43,7 +43,7 @@ class TargetKVCache:
     """The goal to keep a fraction of the KV cache, by KV groups, whole attentions, or both.
 
     Attributes:
-        fraction: of the KV groups that stays at most, in (0, 1].
+        fraction: of the cache of the longest context that stays at most, in (0, 1].
     """
 
     fraction: float = option(

@@ -7,7 +7,8 @@ median of the ratios within a round. Warm-up runs are not part of the rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -16,9 +17,11 @@ from typing import Any
 from cfsp.progress import item_progress
 from cfsp.speed.process import Memory, ModelProcess, Run, model_process
 from cfsp.speed.subjects import Footprint, Subject
-from cfsp.speed.workload import RETRIES, Conditions, Timing, Workload
+from cfsp.speed.workload import PATIENCE_SECONDS, TOO_BUSY, Conditions, Timing, Workload
 
 PHASES = ("prefill", "decode")
+# So many rounds that nobody disturbs say enough where there is no patience for all.
+_ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class Speed:
         ratios: tokens per second over those of the first model in the same round.
         ideal_ratio: what the models' sizes promise: FLOPs for prefill, bytes for decoding; NaN if
             that is unknown.
+        too_busy: whether other programs took so much meanwhile that the ratios say nothing.
     """
 
     tokens_per_second: tuple[float, ...]
     ratios: tuple[float, ...]
     ideal_ratio: float
+    too_busy: bool = False
 
     @property
     def median_tokens_per_second(self) -> float:
@@ -51,6 +56,7 @@ class Speed:
         return {
             "tokens_per_second": round(self.median_tokens_per_second, 3),
             "ratio": round(self.median_ratio, 4),
+            "too_busy": self.too_busy,
             "ideal_ratio": None if math.isnan(self.ideal_ratio) else round(self.ideal_ratio, 4),
             "tokens_per_second_by_round": [round(v, 3) for v in self.tokens_per_second],
             "ratio_by_round": [round(v, 4) for v in self.ratios],
@@ -115,7 +121,7 @@ class Comparison:
         workloads: in the order given.
         conditions: how it was measured.
         rounds_given_up: how many rounds other programs disturbed, by workload; they are not
-            part of the results.
+            part of the results. 0 where too few others were measured: then they are.
         disturbance: median fraction of the processors that other programs took in the rounds
             that are, by workload.
     """
@@ -164,13 +170,18 @@ def compare_speed(
                     if warmup == 0:
                         first_run[workload] = timing
                 bar.update()
-            rounds, given_up[workload] = _rounds(processes, workload, conditions, bar.update)
+            patience = PATIENCE_SECONDS / len(workloads)
+            rounds, given_up[workload] = _rounds(
+                processes, workload, conditions, patience, bar.update
+            )
             timings[workload] = [
                 [runs[number].timing for runs in rounds] for number in range(len(subjects))
             ]
             disturbance[workload] = median(run.disturbance for runs in rounds for run in runs)
+        most = max(TOO_BUSY, conditions.disturbance)
+        busy = {workload for workload, share in disturbance.items() if share > most}
         models = tuple(
-            _model_speed(number, subject, processes, timings, first_runs[number])
+            _model_speed(number, subject, processes, timings, first_runs[number], busy)
             for number, subject in enumerate(subjects)
         )
     return Comparison(models, tuple(workloads), conditions, given_up, disturbance)
@@ -180,26 +191,30 @@ def _rounds(
     processes: Sequence[ModelProcess],
     workload: Workload,
     conditions: Conditions,
+    patience: float,
     on_round: Callable[[], object],
 ) -> tuple[list[list[Run]], int]:
-    """Run rounds, again where other programs took part of the machine.
+    """Run rounds, again where other programs took part of the machine, for so many seconds.
 
-    What counts is what the others did, never the timing itself: that would choose results.
+    What counts is what the others did, never the timing itself: that would choose results. Where
+    they hardly let a round through, all count.
 
     Returns:
         The rounds, each with one run of every model, and how many were given up.
     """
+    every: list[list[Run]] = []
     kept: list[list[Run]] = []
-    given_up = 0
-    while len(kept) < conditions.rounds:
-        runs = [process.run(workload) for process in processes]
-        disturbed = max(run.disturbance for run in runs) > conditions.disturbance
-        if disturbed and given_up < RETRIES * conditions.rounds:
-            given_up += 1
-            continue
-        kept.append(runs)
-        on_round()
-    return kept, given_up
+    while len(kept) < conditions.rounds and patience > 0:
+        start = time.monotonic()
+        every.append([process.run(workload) for process in processes])
+        if max(run.disturbance for run in every[-1]) > conditions.disturbance:
+            patience -= time.monotonic() - start
+        else:
+            kept.append(every[-1])
+            on_round()
+    if len(kept) < min(_ENOUGH, conditions.rounds):
+        return every, 0
+    return kept, len(every) - len(kept)
 
 
 def _model_speed(
@@ -208,6 +223,7 @@ def _model_speed(
     processes: Sequence[ModelProcess],
     timings: dict[Workload, list[list[Timing]]],
     first_run: dict[Workload, Timing],
+    busy: Collection[Workload],
 ) -> ModelSpeed:
     process, first = processes[number], processes[0]
     speeds = {}
@@ -218,11 +234,13 @@ def _model_speed(
                 _rates(timed[number], "prefill", workload.batch * workload.prompt),
                 _ratios(timed[number], timed[0], "prefill"),
                 theirs.prefill_flops(workload) / ours.prefill_flops(workload),
+                workload in busy,
             ),
             "decode": Speed(
                 _rates(timed[number], "decode", workload.batch * workload.new_tokens),
                 _ratios(timed[number], timed[0], "decode"),
                 theirs.decode_bytes(workload) / ours.decode_bytes(workload),
+                workload in busy,
             ),
         }
     return ModelSpeed(

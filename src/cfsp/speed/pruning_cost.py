@@ -23,6 +23,7 @@ from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.engine.memory import available_bytes, default_budget
 from cfsp.engine.whole import needed_bytes
+from cfsp.planning.numbers_to_try import parameters_to_go
 from cfsp.repair.ladder import COARSE_WINDOWS
 from cfsp.repair.observation import Observation
 from cfsp.repair.ridge import LAMBDAS
@@ -32,7 +33,12 @@ from cfsp.speed.work import work_of
 from cfsp.speed.workload import Workload
 from cfsp.text.pools import sources_drawn
 from cfsp.text.windows import Windows
-from cfsp.whole_model.divergence import BEGINNING_TOKENS, windows_compared
+from cfsp.whole_model.divergence import (
+    BEGINNING_TOKENS,
+    POSITION_STRIDE,
+    prediction_bytes,
+    windows_compared,
+)
 from cfsp.whole_model.sensitivity import follow_sensitivity
 
 if TYPE_CHECKING:
@@ -44,6 +50,8 @@ if TYPE_CHECKING:
 
 # Python, torch and transformers.
 _INTERPRETER_BYTES = int(0.5e9)
+# Of a tokenizer, for each entry of its vocabulary.
+_TOKEN_BYTES = 1000
 # Size of the matrix that the speed of the solve is measured with.
 _SOLVED = 1024
 
@@ -75,6 +83,9 @@ class PruningCost:
         memory_available: what can be had now.
         disk_bytes: what is written beside the output and into it, at most.
         disk_available: free where the output goes.
+        parameters_before: of the model.
+        parameters_after: of what is left, before widths are rounded to multiples.
+        bytes_after: of its weights on disk.
         measured_tokens: that one block was timed with.
     """
 
@@ -83,6 +94,9 @@ class PruningCost:
     memory_available: int
     disk_bytes: int
     disk_available: int
+    parameters_before: int
+    parameters_after: int
+    bytes_after: int
     measured_tokens: int
 
     def to_json(self) -> dict[str, Any]:
@@ -136,12 +150,17 @@ def pruning_cost(
     stages = _stages(source, settings, engine, measured)
     out = out.absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
+    before = parameter_count(source)
+    after = before - round(parameters_to_go(source, settings.budget))
     return PruningCost(
         tuple(stages),
         _memory_bytes(source, settings, engine),
         available_bytes(),
         _disk_bytes(source, settings, engine),
         shutil.disk_usage(place).free,
+        before,
+        after,
+        round(_stored_bytes(source) * after / before),
         measured.tokens,
     )
 
@@ -280,7 +299,11 @@ def _stages(
         # Half a forward pass of the whole model for each part of each block.
         sources = sources_drawn(settings.text.names, windows)
         tokens = min(windows, windows_compared(sources)) * min(seqlen, BEGINNING_TOKENS)
-        passes = 1 + len({(unit.block, unit.part) for unit in source.units}) / 2
+        places = len({(unit.block, unit.part) for unit in source.units})
+        # The head sees some positions, each time.
+        head = vocabulary_of(source.config) * text_config_of(source.config).hidden_size
+        blocks = sum(_block_elements(source, i) for i in range(source.architecture.block_count))
+        passes = 1 + places / 2 + (1 + places) * head / blocks / POSITION_STRIDE
         stages.append(one_pass("sensitivity", tokens / seqlen * passes))
     if settings.repair != "none":
         stages += [one_pass("ridge", windows, 1.0), solve("solve", stays)]
@@ -312,6 +335,7 @@ def _hidden_bytes(source: WeightSource, settings: PruneSettings, engine: Engine)
 def _memory_bytes(source: WeightSource, settings: PruneSettings, engine: Engine) -> int:
     """Return the peak, as docs/SCALE.md works it out."""
     hidden_size, itemsize = int(text_config_of(source.config).hidden_size), engine.dtype.itemsize
+    vocabulary = vocabulary_of(source.config)
     elements = [_block_elements(source, i) for i in range(source.architecture.block_count)]
     around = (parameter_count(source) - sum(elements)) * itemsize
     block = max(elements) * itemsize
@@ -327,8 +351,8 @@ def _memory_bytes(source: WeightSource, settings: PruneSettings, engine: Engine)
     hidden = _hidden_bytes(source, settings, engine)
     peak += hidden if hidden <= _budget(settings) else 0
     if follow_sensitivity(source, settings.criterion, engine, has_images=False):
-        peak = max(peak, needed_bytes(source, engine.dtype))
-    return peak + _INTERPRETER_BYTES
+        peak = max(peak, needed_bytes(source, engine.dtype) + prediction_bytes(vocabulary))
+    return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
 
 
 def _budget(settings: PruneSettings) -> int:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from cfsp.errors import UsageError
 
-# How many disturbed rounds are given up for each wanted one.
-RETRIES = 4
+# For how long rounds that other programs disturb are measured again, all workloads together.
+PATIENCE_SECONDS = 30.0
+# Which fraction of the processors others may take where a ratio is still said.
+TOO_BUSY = 0.2
 ENGINES = ("transformers", "compile", "llama.cpp", "openvino", "vllm")
 
 
@@ -48,7 +50,7 @@ class Conditions:
         warmups: untimed runs of each workload before the rounds; their first is reported.
         rounds: timed runs of each model, in turns.
         disturbance: a round is measured again while other programs take more than this
-            fraction of the processors, but at most `rounds` times `RETRIES`.
+            fraction of the processors, but no longer than `PATIENCE_SECONDS`.
         device: as for prune; the engines transformers and compile only.
         dtype: what weights are computed in; the engines transformers and compile only.
         threads: threads of each process; None for the engine's own choice.

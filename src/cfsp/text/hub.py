@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from cfsp.checkpoint.hub import hub_is_missed
+from cfsp.checkpoint.hub import hub_is_missed, why_not_written
 from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.files import import_datasets
 from cfsp.text.images import IMAGE_COLUMN, Sample, sample_of
@@ -65,6 +65,8 @@ def _values(hub_id: str, config: str, split: str, value_of: Callable[[Any], Any]
     except ImportError as error:  # Pillow: data sets decode pictures
         raise MissingExtraError("reading images", "images") from error
     except Exception as error:  # network, hub and parsing errors of many types
+        if why := why_not_written(error):
+            raise TextError(f"{hub_id} cannot be read: {why}") from error
         raise TextError(
             f"the hub does not serve {hub_id} ({config}, {split}) now "
             f"({type(error).__name__}); check the name and the network, or give a local file"

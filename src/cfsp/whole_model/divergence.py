@@ -73,6 +73,15 @@ def windows_compared(sources: int) -> int:
     return max(LEAST_WINDOWS, sources)
 
 
+def prediction_bytes(vocabulary: int) -> int:
+    """Return what comparing the predictions of one window takes in memory, at most.
+
+    Probabilities of the dense model, logits of the changed one as computed and in float32, and
+    their exponentials.
+    """
+    return 4 * 4 * (BEGINNING_TOKENS // POSITION_STRIDE) * vocabulary
+
+
 def few_beginnings(windows: Windows) -> Windows:
     """Return the beginnings of a few windows: more kinds of text in the same time."""
     few = few_windows(windows, windows_compared(len(windows.sources)))
