@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from cfsp.recovery.ranks import allocate_ranks
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.saved import last_checkpoint
+from cfsp.recovery.schedule import TimeSchedule
 from cfsp.recovery.settings import (
     METHODS,
     RANK_ALLOCATIONS,
@@ -324,18 +326,22 @@ def test_another_model_in_the_dense_one_s_place_does_not_teach(
     assert "/no/such does not exist" in caplog.text
 
 
-def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplog):
+def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
-    started = time.monotonic()
+    # Every look at the clock takes a thirtieth of a second, however busy the machine is.
+    looks = count()
+    defaults: Any = TimeSchedule.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "now", lambda: next(looks) / 30)
     report = recover(
         pruned,
         tmp_path / "out",
         text_file,
         training=Training(
-            Limit(minutes=0.1), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
+            Limit(minutes=0.2), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
         ),
+        started=0.0,
     )
-    assert 2 < time.monotonic() - started < 20
+    assert 8 < next(looks) / 30 <= 12
     assert len(report.history) == 4
     assert report.steps > 10
     said = [record.getMessage() for record in caplog.records]
