@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModel
 
 import cfsp
-from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from tiny_models import build_tiny_model

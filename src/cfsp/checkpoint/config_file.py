@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.modeling_code import FFN_WIDTHS, MODELING_FILE, PER_LAYER_CONFIG
+from cfsp.checkpoint.modeling_code import FFN_WIDTHS, PER_LAYER_CONFIG
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.quantisation import (
     QUANTISATION_KEYS,
     Quantisation,

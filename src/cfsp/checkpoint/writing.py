@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.links import TEMPLATES, check_links
 from cfsp.checkpoint.locating import READ, TERMS
-from cfsp.checkpoint.modeling_code import MODELING_FILE
-from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, MODELING_FILE, PLAN_FILE
 from cfsp.checkpoint.pruned_config import pruned_fields_and_file
 from cfsp.checkpoint.quantisation import QUANTISATION_FILES
 

@@ -16,8 +16,7 @@ import torch
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.conversion import stored_from_memory
-from cfsp.checkpoint.modeling_code import MODELING_FILE
-from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor

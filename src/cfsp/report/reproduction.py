@@ -8,7 +8,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
-from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
 from cfsp.report.runs import RunFacts
 from cfsp.result.conditions import sources_in_words

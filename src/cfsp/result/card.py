@@ -7,7 +7,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
-from cfsp.checkpoint.modeling_code import MODELING_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.planning.plan_file import PruningPlan
