@@ -27,6 +27,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from cfsp.gone import GONE
+
 
 class CfspError(Exception):
     """Base of all errors that a user can cause and cure.
@@ -131,8 +133,11 @@ def first_line(error: Exception) -> str:
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` if something known is like what was found, else nothing.
 
-    Dashes before a flag count as no likeness: with them --foo is like --of.
+    Of what an earlier version knew it says what became of that. Dashes before a flag count as no
+    likeness: with them --foo is like --of.
     """
+    if (gone := GONE.get(found.lower())) is not None:
+        return f"; {gone}"
     by_name = {each.lstrip("-"): each for each in known}
     close = difflib.get_close_matches(found.lstrip("-"), by_name, n=1)
     return f"; did you mean {by_name[close[0]]}?" if close else ""

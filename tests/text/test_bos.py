@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
 from cfsp.calibration.statistics import Statistics
@@ -225,21 +223,6 @@ def test_the_record_says_whether_windows_begin_with_bos(
         assert manifest["calibration"]["bos"] is expected
         assert Statistics.load(out / STATISTICS_FILE).record.bos is expected
         assert json.loads((out / PLAN_FILE).read_text())["calibration"]["bos"] is expected
-
-
-def test_statistics_of_before_have_no_bos(
-    bos_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    model, path = str(bos_checkpoint("llama")), tmp_path / "statistics.safetensors"
-    command = ["calibrate", model, "--out", str(path), "--data", str(text_file)]
-    assert main([*command, "--samples", "4", "--seqlen", "16"]) == 0
-    assert Statistics.load(path).record.bos
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["cfsp_statistics"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    del facts["record"]["bos"]
-    save_file(tensors, path, metadata={"cfsp_statistics": json.dumps(facts)})
-    assert Statistics.load(path).record.bos is False
 
 
 def test_commands_take_bos(

@@ -11,5 +11,3 @@ MANIFEST_FILE = "cfsp.json"
 PLAN_FILE = "cfsp_plan.json"
 STATISTICS_FILE = "cfsp.statistics"
 CARD_FILE = "README.md"
-# As they were called until November 2026; found in old directories.
-OLD_STATISTICS_FILE = "cfsp_statistics.safetensors"
