@@ -27,8 +27,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from cfsp.gone import GONE
-
 
 class CfspError(Exception):
     """Base of all errors that a user can cause and cure.
@@ -128,6 +126,13 @@ class MissingExtraError(CfspError):
 def first_line(error: Exception) -> str:
     """Return what is wrong, in one line of bounded length."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+# What earlier versions had, and what to do instead; for this release only.
+GONE = {
+    "self": "text that the model writes went: real text calibrates better; use mixed, or your own",
+    "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
+}
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

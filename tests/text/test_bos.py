@@ -135,20 +135,6 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file: Path, tokenizer: 
         draw_windows([str(text_file)], changed, samples=4, seqlen=2)
 
 
-def test_text_that_the_model_writes_begins_with_bos(
-    text_file: Path, tokenizer: Any, bos_tokenizer: Any
-) -> None:
-    def write(*, count: int, seqlen: int, seed: int) -> torch.Tensor:
-        return torch.full((count, seqlen), 7)
-
-    text = CalibrationText((str(text_file), "self"), samples=5, seqlen=16)
-    windows = draw_text(text, bos_tokenizer, write)
-    assert windows.bos and tuple(windows.tokens_NT.shape) == (5, 16)
-    assert windows.tokens_NT[-1].tolist() == [BOS] + [7] * 15
-    assert windows.tokens_NT[:, 0].tolist() == [BOS] * 5
-    assert draw_text(text, tokenizer, write).tokens_NT[-1].tolist() == [7] * 16
-
-
 @pytest.mark.parametrize("stride", [None, 15, 6, 1])
 def test_perplexity_with_bos_equals_token_by_token(
     stride: int | None, bos_checkpoint: Callable[[str], Path], text_file: Path, bos_tokenizer: Any
