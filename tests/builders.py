@@ -27,6 +27,7 @@ RECORD = CalibrationRecord(
     seed=0,
     dtype="float32",
     device="cpu",
+    bos=False,
 )
 
 # What a plan says of itself besides its blocks.

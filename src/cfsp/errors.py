@@ -128,11 +128,21 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
+# What earlier versions had, and what to do instead; for this release only.
+GONE = {
+    "self": "text that the model writes went: real text calibrates better; use mixed, or your own",
+    "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
+}
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` if something known is like what was found, else nothing.
 
-    Dashes before a flag count as no likeness: with them --foo is like --of.
+    Of what an earlier version knew it says what became of that. Dashes before a flag count as no
+    likeness: with them --foo is like --of.
     """
+    if (gone := GONE.get(found.lower())) is not None:
+        return f"; {gone}"
     by_name = {each.lstrip("-"): each for each in known}
     close = difflib.get_close_matches(found.lstrip("-"), by_name, n=1)
     return f"; did you mean {by_name[close[0]]}?" if close else ""

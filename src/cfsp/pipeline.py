@@ -66,11 +66,11 @@ from cfsp.settings import (
     MaxLossIncrease,
     PruneSettings,
 )
+from cfsp.text.calibration_text import calibration_windows
 from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, check_is_text
-from cfsp.whole_model.own_text import calibration_windows
 from cfsp.whole_model.removal_order import (
     check_can_be_compared,
     follow_runs,
@@ -275,7 +275,7 @@ def calibrate_source(
         engine = engine_of(compute, source)
         check_can_be_compared(source, removing, engine)
         with place.watch.stage("text"):
-            windows = calibration_windows(source, tokenizer, text, engine, processor)
+            windows = calibration_windows(source, tokenizer, text, processor)
         if callable(sensitivity):
             sensitivity = sensitivity(windows)
         if sensitivity:
@@ -319,7 +319,7 @@ def _decide(
     @cache
     def draw() -> Windows:
         with place.watch.stage("text"):
-            windows = calibration_windows(source, tokenizer(), settings.text, engine, processor)
+            windows = calibration_windows(source, tokenizer(), settings.text, processor)
         place.team.check_same({"calibration text": windows.digest})
         check_enough(windows, place.team, engine.batch_windows)
         return windows

@@ -26,10 +26,10 @@ from cfsp.recovery.teacher import choose_teacher
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
+from cfsp.text.calibration_text import processor_of
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from cfsp.whole_model.own_text import processor_of
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
@@ -136,7 +136,7 @@ def prune_and_recover(
 def _windows_read(source: Checkpoint, settings: PruneSettings) -> Iterator[Windows]:
     """Yield the windows of every text that pruning reads."""
     tokenizer = load_tokenizer(source.directory)
-    yield draw_text(settings.text, tokenizer, processor=processor_of(source))
+    yield draw_text(settings.text, tokenizer, processor_of(source))
     if isinstance(settings.goal, MaxLossIncrease):
         yield from held_out_windows(settings.goal, settings.text, tokenizer)
     yield from evaluation_windows(settings.evaluation, source).values()

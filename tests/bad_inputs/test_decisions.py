@@ -166,21 +166,21 @@ STATISTICS: Table = {
     ),
     "statistics of another version": BadInput(
         PLAN,
-        "{statistics} has statistics version 9, expected 1 to 3",
+        "{statistics} has statistics version 9, expected 4",
         "calibrate again",
-        facts('"version": 2', '"version": 9'),
+        facts('"version": 4', '"version": 9'),
     ),
     "NaN in a sum": BadInput(
         PLAN,
         "{statistics} has NaN, infinite or impossible values in block 1",
         "calibrate again",
-        sums("blocks.1.sum", lambda t: t * torch.nan),
+        sums("units.1.sum", lambda t: t * torch.nan),
     ),
     "a negative sum of squares": BadInput(
         "prune {model} --out {out} --repair none --sparsity 0.4 --statistics {statistics}",
         "{statistics} has NaN, infinite or impossible values in block 2",
         "calibrate again",
-        sums("blocks.2.sum_of_squares", lambda t: -t),
+        sums("units.2.sum_of_squares", lambda t: -t),
     ),
     "NaN in a distance": BadInput(
         PLAN,
@@ -202,15 +202,15 @@ STATISTICS: Table = {
     ),
     "a sum too few": BadInput(
         PLAN,
-        "{statistics} is damaged: KeyError('blocks.1.sum')",
+        "{statistics} is damaged: KeyError('units.1.sum')",
         "calibrate again",
-        lambda place: edit_tensors(place.statistics, lambda t: t.pop("blocks.1.sum")),
+        lambda place: edit_tensors(place.statistics, lambda t: t.pop("units.1.sum")),
     ),
     "sums of different lengths": BadInput(
         PLAN,
-        "{statistics} is damaged: ValueError('blocks.1 has sums of shapes",
+        "{statistics} is damaged: ValueError('units.1 has sums of shapes",
         "calibrate again",
-        sums("blocks.1.sum", lambda t: t[:5].clone()),
+        sums("units.1.sum", lambda t: t[:5].clone()),
     ),
     "statistics cut short": BadInput(
         PLAN,

@@ -15,7 +15,7 @@ from transformers import pipeline
 
 import cfsp
 from cfsp.checkpoint import gguf_import, locating
-from cfsp.checkpoint.own_files import MODELING_FILE, OLD_STATISTICS_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.cli import main
@@ -56,17 +56,6 @@ def test_statistics_travel_under_an_ending_of_their_own(
     statistics = ["--statistics", str(pruned / STATISTICS_FILE)]
     assert main(["plan", str(tiny_checkpoint("llama")), *statistics, *asked]) == 0
     assert plan.is_file()
-
-
-def test_an_old_directory_is_read_as_before(pruned: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old"
-    shutil.copytree(pruned, old)
-    (old / STATISTICS_FILE).rename(old / OLD_STATISTICS_FILE)
-    assert main(["verify", str(old)]) == 0
-    before, after = (
-        cfsp.Statistics.load(at) for at in (pruned / STATISTICS_FILE, old / OLD_STATISTICS_FILE)
-    )
-    assert after.tokens == before.tokens
 
 
 def test_verify_names_a_file_that_a_loader_would_take_for_weights(

@@ -206,8 +206,7 @@ def test_commands(tokenizer: Any, text_file: Path, tmp_path: Path, capsys: Any) 
     assert main(["calibrate", source, *text, *samples, "--sensitivity", "--out", statistics]) == 0
     asked = ["--statistics", statistics, "--sparsity", "0.3", *multiple]
     assert main(["plan", source, *asked, "--out", plan]) == 0
-    itself = ["--data", "self", "--seqlen", "16", "--samples", "2"]
-    asked = ["--sparsity", "0.2", *multiple, "--effort", "fast", *itself]
+    asked = ["--sparsity", "0.2", *multiple, "--effort", "fast", *text, "--samples", "2"]
     assert main(["prune", out, *asked, "--out", str(tmp_path / "again")]) == 0
     assert main(["export", out, "--to", "padded", "--out", str(tmp_path / "padded")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()

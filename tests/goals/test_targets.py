@@ -673,7 +673,6 @@ def test_a_resumed_run_does_not_measure_again(
         (["--max-loss-increase", "1", "--held-out-windows", "0"], "must be at least 1"),
         (["--target-params", "0.01"], "cannot remove 99.0% of the model's parameters"),
         (["--max-loss-increase", "1", "--statistics", "s"], "needs a --held-out text"),
-        (["--max-loss-increase", "1", "--data", "self"], "self needs a --held-out text"),
         (["--plan", "p.json", "--target-params", "0.5"], "--plan and --target-params exclude"),
     ],
 )

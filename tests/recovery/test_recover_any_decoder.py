@@ -194,17 +194,6 @@ def test_what_the_model_does_not_have_travels(
     assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
 
 
-def test_dora_leaves_experts_alone_and_says_so(
-    pruned_type: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = Checkpoint(pruned_type("mixtral"))
-    with pytest.raises(UsageError, match=r"all experts.*lora has; use --targets attention"):
-        targets_of(source, Adaptation("dora", "mlp"))
-    targets = targets_of(source, Adaptation("dora"))
-    assert "experts stay as they are" in capsys.readouterr().err
-    assert all(block.matrices and not block.experts for block in targets)
-
-
 def test_experts_that_peft_cannot_adapt_stay(
     pruned_type: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,7 +190,7 @@ print(json.dumps(dict(gap=gap, ranks=[l.r["default"] for l in layers],
     assert not found["cfsp"]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_bfloat16_model_is_trained_and_stays_bfloat16(pruned, text_file, tmp_path, method):
     source = tmp_path / "bfloat16"
     shutil.copytree(pruned, source)
@@ -580,7 +580,7 @@ def must_not_load(*args: Any) -> Any:
         ({"eval": ["no_such.txt"]}, "no_such.txt"),
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"eval": ["{text}"], "eval_windows": 10**6}, "1000000 are needed"),
-        ({"data": ["{text}"], "method": "best"}, "method must be one of lora, dora, full"),
+        ({"data": ["{text}"], "method": "best"}, "method must be one of lora, full"),
     ],
 )
 def test_a_wrong_name_is_told_before_any_work(

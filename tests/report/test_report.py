@@ -211,10 +211,7 @@ def test_short_names_stay_apart() -> None:
     assert short_names(["python-docs"]) == {"python-docs": "python-docs"}
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_results_of_eval_and_bench_are_added(
-    run: Path, facts: RunFacts, tmp_path: Path, version: int
-) -> None:
+def test_results_of_eval_and_bench_are_added(run: Path, facts: RunFacts, tmp_path: Path) -> None:
     how = {"tokens": 100, "windows": 2, "seqlen": 51, "stride": None, "bos": True}
     scores = {"acc": 0.61, "acc_stderr": 0.011, "documents": 100}
     models = [facts.base_name, str(run)]
@@ -225,16 +222,7 @@ def test_results_of_eval_and_bench_are_added(
                 "models": [
                     {
                         "model": name,
-                        **(
-                            {"perplexity": {"news": {"value": 20.0 + 5 * i, **how}}}
-                            if version == 2
-                            else {
-                                "perplexity": {"news": 20.0 + 5 * i},
-                                "tokens": {"news": 100},
-                                "seqlen": 51,
-                                "stride": None,
-                            }
-                        ),
+                        "perplexity": {"news": {"value": 20.0 + 5 * i, **how}},
                         "tasks": {"piqa": {**scores, "acc": 0.61 - 0.1 * i}},
                     }
                     for i, name in enumerate(models)
@@ -262,9 +250,7 @@ def test_results_of_eval_and_bench_are_added(
     )
     text = rendered([run], tmp_path, results=[evaluation, bench])
     cells = re.sub(r"<[^>]+>", " ", text)
-    said = (
-        "2 windows of 51 tokens, with BOS" if version == 2 else "windows of 51 tokens, without BOS"
-    )
+    said = "2 windows of 51 tokens, with BOS"
     assert re.search(rf"news\s+{said}\s+20\.00\s+25\.00\s+. 1\.25", cells)
     assert re.search(r"piqa, acc\s+61\.0\s+51\.0\s+. 1\.1", cells)
     assert re.search(r"decode, batch 1, prompt 64\s+10\.0\s+20\.0\s+. 1\.90", cells)

@@ -346,7 +346,6 @@ def test_nothing_that_a_recipe_decides_is_ignored(
     [
         (["--eval", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
         (["--data", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
-        (["--data", "nothing.txt", "--data", "self"], "nothing.txt is neither a file"),
         (["--eval-windows", "9999"], "9999 are needed"),
         (["--sparsity", "0.99"], "can be removed"),
         (["--device", "nowhere"], "nowhere"),

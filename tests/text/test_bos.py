@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
 from cfsp.calibration.statistics import Statistics
@@ -137,20 +135,6 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file: Path, tokenizer: 
         draw_windows([str(text_file)], changed, samples=4, seqlen=2)
 
 
-def test_text_that_the_model_writes_begins_with_bos(
-    text_file: Path, tokenizer: Any, bos_tokenizer: Any
-) -> None:
-    def write(*, count: int, seqlen: int, seed: int) -> torch.Tensor:
-        return torch.full((count, seqlen), 7)
-
-    text = CalibrationText((str(text_file), "self"), samples=5, seqlen=16)
-    windows = draw_text(text, bos_tokenizer, write)
-    assert windows.bos and tuple(windows.tokens_NT.shape) == (5, 16)
-    assert windows.tokens_NT[-1].tolist() == [BOS] + [7] * 15
-    assert windows.tokens_NT[:, 0].tolist() == [BOS] * 5
-    assert draw_text(text, tokenizer, write).tokens_NT[-1].tolist() == [7] * 16
-
-
 @pytest.mark.parametrize("stride", [None, 15, 6, 1])
 def test_perplexity_with_bos_equals_token_by_token(
     stride: int | None, bos_checkpoint: Callable[[str], Path], text_file: Path, bos_tokenizer: Any
@@ -225,21 +209,6 @@ def test_the_record_says_whether_windows_begin_with_bos(
         assert manifest["calibration"]["bos"] is expected
         assert Statistics.load(out / STATISTICS_FILE).record.bos is expected
         assert json.loads((out / PLAN_FILE).read_text())["calibration"]["bos"] is expected
-
-
-def test_statistics_of_before_have_no_bos(
-    bos_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    model, path = str(bos_checkpoint("llama")), tmp_path / "statistics.safetensors"
-    command = ["calibrate", model, "--out", str(path), "--data", str(text_file)]
-    assert main([*command, "--samples", "4", "--seqlen", "16"]) == 0
-    assert Statistics.load(path).record.bos
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["cfsp_statistics"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    del facts["record"]["bos"]
-    save_file(tensors, path, metadata={"cfsp_statistics": json.dumps(facts)})
-    assert Statistics.load(path).record.bos is False
 
 
 def test_commands_take_bos(

@@ -74,11 +74,6 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path: Path) -> None:
     assert "must be a list of messages" in refused(str(tmp_path / "chat.jsonl"))
 
 
-def test_the_models_own_text_is_for_calibration_only() -> None:
-    check_texts(["self"], "calibration")
-    assert "self is neither a file nor a known text" in refused("self", "evaluation")
-
-
 def test_a_text_on_the_hub_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 

@@ -27,7 +27,6 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.widths import model_size
 from cfsp.repair import ladder
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
-from cfsp.text.drawing import draw_text
 from cfsp.whole_model import sensitivity
 from cfsp.whole_model.load import load_whole
 from tiny_models import WIDTH, build_tiny_model
@@ -178,36 +177,6 @@ def test_a_loaded_model_is_itself() -> None:
     model = build_tiny_model("llama")
     source = LoadedModel(model)
     assert load_whole(source, engine_of(Compute(), source), "a test") is model
-
-
-def test_a_model_writes_its_own_calibration_text(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, text_file: Path
-) -> None:
-    source = Checkpoint(tiny_checkpoint("llama"))
-    settings = PruneSettings(
-        Budget(0.5, "ffn", MULTIPLE), text=CalibrationText(("self",), samples=8, seqlen=16)
-    )
-    report = prune_checkpoint(source, tmp_path / "own", settings)
-    assert report.plan.calibration["sources"] == {"self": 8}
-    again = prune_checkpoint(source, tmp_path / "again", settings)
-    assert again.plan == report.plan
-    text = CalibrationText((str(text_file), "self"), samples=9, seqlen=16)
-    mixed = prune_checkpoint(source, tmp_path / "mixed", replace(settings, text=text))
-    assert mixed.plan.calibration["sources"] == {str(text_file): 4, "self": 5}
-
-
-def test_own_text_is_refused_where_no_model_writes(tokenizer: Any) -> None:
-    with pytest.raises(UsageError, match=r"--data self .* name another text"):
-        draw_text(CalibrationText(("self",), samples=2, seqlen=8), tokenizer)
-
-
-def test_own_text_is_not_longer_than_what_the_model_reads(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    source = Checkpoint(tiny_checkpoint("gpt2"))
-    text = CalibrationText(("self",), samples=2, seqlen=300)
-    with pytest.raises(UsageError, match="has learnt 256 positions, the windows have 300"):
-        prune_checkpoint(source, tmp_path / "out", PruneSettings(Budget(0.5), text=text))
 
 
 def test_the_command_line_measures_once_and_plans_without_the_model(

@@ -135,7 +135,7 @@ class CalibrationRecord:
     seed: int
     dtype: str
     device: str
-    bos: bool = False
+    bos: bool
 
 
 @dataclass(frozen=True)
@@ -379,8 +379,7 @@ def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensiti
     Raises:
         ValueError: the values cannot be those of so many blocks.
     """
-    # An earlier version did not store what was kept: that is as if nothing had been measured.
-    if fields is None or "kept_L" not in fields:
+    if fields is None:
         return None
     divergence_L = tuple(map(float, fields["divergence_L"]))
     kept_L = tuple(map(float, fields["kept_L"]))

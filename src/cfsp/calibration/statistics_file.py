@@ -34,43 +34,23 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 from cfsp.settings import DISTANCES, UNIT_PARTS
 
-# Version 1 held means of distances where version 2 holds sums; it is still read. Version 3 is for
-# models some of whose blocks have no FFN unit, or several: units are then listed by themselves.
-STATISTICS_VERSION = 2
-VERSION_WITH_UNITS = 3
+STATISTICS_VERSION = 4
 _METADATA_KEY = "cfsp_statistics"
 
 
 def write_statistics(statistics: Statistics, path: Path) -> None:
     """Write statistics to one file, atomically; see `Statistics.save`."""
-    units = [_entry_of(unit) for unit in statistics.units]
-    blocks: list[dict[str, Any]]
-    if statistics.has_one_unit_each and all(unit.part == "ffn" for unit in statistics.units):
-        stem, version, more = "blocks", STATISTICS_VERSION, {}
-        blocks = [
-            {"distance_sums": block.distance_sums, **unit}
-            for block, unit in zip(statistics.blocks, units, strict=True)
-        ]
-    else:
-        stem, version = "units", VERSION_WITH_UNITS
-        blocks = [asdict(block) for block in statistics.blocks]
-        more = {
-            "units": [
-                {"block": unit.block, **entry}
-                for unit, entry in zip(statistics.units, units, strict=True)
-            ]
-        }
     tensors: dict[str, Tensor] = {}
     for i, unit in enumerate(statistics.units):
-        tensors[f"{stem}.{i}.sum"] = unit.sum_F.contiguous()
-        tensors[f"{stem}.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
+        tensors[f"units.{i}.sum"] = unit.sum_F.contiguous()
+        tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
         if len(unit.output_norm_E):
-            tensors[f"{stem}.{i}.output_norm"] = unit.output_norm_E.contiguous()
+            tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
     facts: dict[str, Any] = {
-        "version": version,
+        "version": STATISTICS_VERSION,
         "record": asdict(statistics.record),
-        "blocks": blocks,
-        **more,
+        "blocks": [asdict(block) for block in statistics.blocks],
+        "units": list(map(_entry_of, statistics.units)),
     }
     if statistics.sensitivity:
         facts["sensitivity"] = statistics.sensitivity.to_json()
@@ -102,19 +82,15 @@ def read_statistics(path: Path) -> Statistics:
         raise StatisticsError(
             f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
         ) from error
-    if version not in (1, STATISTICS_VERSION, VERSION_WITH_UNITS):
+    if version != STATISTICS_VERSION:
         raise StatisticsError(
-            f"{path} has statistics version {version}, "
-            f"expected 1 to {VERSION_WITH_UNITS}; calibrate again"
+            f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
+            "calibrate again"
         )
     try:
         record = _record(facts["record"])
         blocks = tuple(_block(entry, i) for i, entry in enumerate(facts["blocks"]))
-        stem = "units" if version == VERSION_WITH_UNITS else "blocks"
-        units = tuple(
-            _unit({"block": i, **entry}, tensors, f"{stem}.{i}")
-            for i, entry in enumerate(facts[stem])
-        )
+        units = tuple(_unit(entry, tensors, f"units.{i}") for i, entry in enumerate(facts["units"]))
         _check_order(units, len(blocks))
         sensitivity = sensitivity_from_json(facts.get("sensitivity"), len(blocks))
         removals = removals_from_json(facts.get("removals", ()), len(blocks))
@@ -136,7 +112,7 @@ def read_statistics(path: Path) -> Statistics:
 
 def _entry_of(unit: UnitStatistics) -> dict[str, Any]:
     """Return what is written of a unit besides its sums."""
-    entry: dict[str, Any] = {"tokens": unit.tokens}
+    entry: dict[str, Any] = {"block": unit.block, "tokens": unit.tokens}
     if unit.routed_E:
         entry["routed"] = unit.routed_E
     if unit.part != "ffn":
@@ -170,10 +146,7 @@ def _block(entry: dict[str, Any], index: int) -> BlockStatistics:
     tokens = int(entry["tokens"])
     if tokens < 1:
         raise ValueError(f"block {index} has seen {tokens} tokens")
-    if "distances" in entry:
-        sums = {name: float(entry["distances"][name]) * tokens for name in DISTANCES}
-    else:
-        sums = {name: float(entry["distance_sums"][name]) for name in DISTANCES}
+    sums = {name: float(entry["distance_sums"][name]) for name in DISTANCES}
     return BlockStatistics(sums, tokens)
 
 
@@ -193,8 +166,7 @@ def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitS
     part = entry.get("part", "ffn")
     if part not in UNIT_PARTS:
         raise ValueError(f"{name} is of the part {part!r}")
-    # Of a file with one unit in each block, these are the block's.
-    sums = dict(entry["distance_sums"]) if part != "ffn" and "distance_sums" in entry else {}
+    sums = entry.get("distance_sums", {})
     distance_sums = {distance: float(sums[distance]) for distance in DISTANCES if sums}
     return UnitStatistics(
         block,

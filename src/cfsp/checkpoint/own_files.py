@@ -12,5 +12,3 @@ PLAN_FILE = "cfsp_plan.json"
 STATISTICS_FILE = "cfsp.statistics"
 CARD_FILE = "README.md"
 MODELING_FILE = "modeling_cfsp.py"
-# As they were called until November 2026; found in old directories.
-OLD_STATISTICS_FILE = "cfsp_statistics.safetensors"

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.compute import engine_of
-from cfsp.errors import BudgetError, UsageError
+from cfsp.errors import BudgetError
 from cfsp.goals.resolution import Attempt, Resolution
 from cfsp.goals.search import budget_at, highest_step, last_that_holds
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.make import make_plan
 from cfsp.planning.widths import model_size
 from cfsp.quality.perplexity import perplexity
-from cfsp.settings import OWN_TEXT
 from cfsp.text.drawing import consecutive_windows, draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
@@ -40,11 +39,6 @@ def held_out_windows(
         UsageError: the calibration text is the model's own.
     """
     if not goal.held_out:
-        if OWN_TEXT in text.names:
-            raise UsageError(
-                f"--max-loss-increase with --data {OWN_TEXT} needs a --held-out text: the loss on "
-                "what the model wrote itself says little"
-            )
         return [
             draw_left_over(
                 text.names,

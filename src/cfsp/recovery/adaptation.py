@@ -1,8 +1,7 @@
 """How the weights of a pruned model are trained: by low-rank adapters, or themselves.
 
 LoRA: W + (alpha / r) B A (Hu et al., arXiv 2106.09685). The scale alpha / r is the same in every
-block whatever its rank, so both PEFT's `rank_pattern` and its `alpha_pattern` are set. DoRA adds
-a trained length for every row (arXiv 2402.09353).
+block whatever its rank, so both PEFT's `rank_pattern` and its `alpha_pattern` are set.
 """
 
 from __future__ import annotations
@@ -95,7 +94,6 @@ def attach(
         alpha_pattern={
             pattern: adaptation.scale * rank for pattern, rank in zip(patterns, rank_L, strict=True)
         },
-        use_dora=adaptation.method == "dora",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with warnings.catch_warnings(), names_as_they_are():

@@ -68,7 +68,7 @@ def recover(
             epochs.
         steps: of the optimizer.
         epochs: passes over the text.
-        method: `lora`, `dora`, or `full` (the projections themselves).
+        method: `lora`, or `full` (the projections themselves).
         learning_rate: at its peak; None for what suits the method and the size of the weights.
         teacher: a dense model to distil from; `auto` is the one that was pruned, if it is still
             where its manifest says and there is memory for both; None trains on the text alone.

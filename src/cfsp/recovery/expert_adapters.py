@@ -45,8 +45,6 @@ def why_experts_stay(
     """
     if method == "full":
         return None
-    if method == "dora":
-        return "DoRA has no adapters for experts, --method lora has"
     stock = stock_config(config)
     run = run_small(stock, model_class_of(stock), architecture)
     tried: set[tuple[object, ...]] = set()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # What training holds for each parameter: weights, gradients, AdamW's moments in float32. Adapters
 # leave the weights in the model's dtype and have little else.
-_BYTES_TO_TRAIN: dict[Method, int] = {"full": 16, "lora": 4, "dora": 4}
+_BYTES_TO_TRAIN: dict[Method, int] = {"full": 16, "lora": 4}
 _BYTES_OF_TEACHER = 4
 
 

@@ -80,7 +80,7 @@ def prepare(request: Request, watch: Stopwatch) -> Prepared:
     check_output_is_free(request.out)
     _check_launcher()
     if request.keep_adapter and request.adaptation.method == "full":
-        raise UsageError("--keep-adapter needs --method lora or dora: full training has no adapter")
+        raise UsageError("--keep-adapter needs --method lora: full training has no adapter")
     if not request.data:
         raise TextError("recovery needs text to train on; give --data")
     check_installed(request.adaptation.method)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cfsp.errors import UsageError
+from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings import BOS, BOS_HELP, Bos, check_bos, option
 
-Method = Literal["lora", "dora", "full"]
+Method = Literal["lora", "full"]
 Targets = Literal["mlp", "attention", "all"]
 RankAllocation = Literal["importance", "uniform", "inverse"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -18,7 +18,7 @@ RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
 # Peak learning rates, relative to the root mean square of the weights. Adam moves a weight by about
 # the rate in a step, however large its gradient is; what that does depends on how large weights
 # are: .19 in SmolLM2-135M, .019 in Qwen2.5-0.5B, which a rate that suits the first destroys.
-RELATIVE_RATES: dict[Method, float] = {"lora": 5e-3, "dora": 5e-3, "full": 1e-3}
+RELATIVE_RATES: dict[Method, float] = {"lora": 5e-3, "full": 1e-3}
 # Who teaches: the dense model that was pruned, where it is at hand, or nobody.
 AUTO_TEACHER, NO_TEACHER = "auto", "none"
 
@@ -32,7 +32,7 @@ class Adaptation:
     """What is trained.
 
     Attributes:
-        method: `lora`, `dora`, or `full` (the projections themselves).
+        method: `lora`, or `full` (the projections themselves).
         targets: projections of the FFN, of the attention, or both. Embeddings, norms and head
             stay as they are.
         rank: mean rank over blocks.
@@ -45,7 +45,7 @@ class Adaptation:
 
     method: Method = option(
         "lora",
-        "low-rank adapters (lora), the same with trained lengths (dora), or all projections in "
+        "low-rank adapters (lora), or all projections in "
         "full: better in the same time, and needs 16 bytes for each parameter",
         choices=METHODS,
     )
@@ -258,4 +258,7 @@ class TeacherChoice:
 
 def _check_choice(flag: str, found: str, choices: tuple[str, ...]) -> None:
     if found not in choices:
-        raise UsageError(f"{flag} must be one of {', '.join(choices)}, found {found!r}")
+        raise UsageError(
+            f"{flag} must be one of {', '.join(choices)}, found {found!r}"
+            f"{did_you_mean(found, choices)}"
+        )

@@ -74,8 +74,7 @@ def _add_scores(measured: Measured, models: Sequence[dict[str, Any]], side_of: S
         side = side_of(str(model["model"]))
         if side is None:
             continue
-        for text in model["perplexity"]:
-            entry = _entry(model, text)
+        for text, entry in model["perplexity"].items():
             perplexity.setdefault(Conditions.of(text, entry), {})[side] = float(entry["value"])
         for task, scores in model.get("tasks", {}).items():
             tasks.setdefault(task, {})[side] = dict(scores)
@@ -94,15 +93,6 @@ def _compared(run: RunFacts, models: Sequence[dict[str, Any]]) -> RunFacts:
         if not found["tasks"]:
             found |= {name: known[name] for name in ("tasks", "accuracy", "kept", "left_out")}
     return replace(run, measured=replace(run.measured, comparison=found))
-
-
-def _entry(model: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return a perplexity with its conditions; cfsp 0.1 kept them beside it, and had no BOS."""
-    entry = model["perplexity"][text]
-    if isinstance(entry, dict):
-        return entry
-    common = {"seqlen": model.get("seqlen"), "stride": model.get("stride")}
-    return {"value": entry, "tokens": model["tokens"][text], **common}
 
 
 def _add_speed(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:

@@ -17,8 +17,8 @@ class Conditions:
     Attributes:
         text: name of the text.
         tokens: predicted tokens.
-        windows: how many there were; None where it was not recorded.
-        seqlen: tokens of a window; None where it was not recorded.
+        windows: how many there were.
+        seqlen: tokens of a window.
         stride: tokens from one window to the next; None for windows that do not overlap.
         bos: whether every window begins with the token that the model's input begins with.
         evaluation_part: whether they are of a part of the text that nothing is calibrated or
@@ -27,8 +27,8 @@ class Conditions:
 
     text: str
     tokens: int
-    windows: int | None = None
-    seqlen: int | None = None
+    windows: int
+    seqlen: int
     stride: int | None = None
     bos: bool = False
     evaluation_part: bool = field(default=False, compare=False)
@@ -39,8 +39,8 @@ class Conditions:
         return cls(
             text,
             int(entry["tokens"]),
-            entry.get("windows"),
-            entry.get("seqlen"),
+            int(entry["windows"]),
+            int(entry["seqlen"]),
             entry.get("stride"),
             bool(entry.get("bos", False)),
             bool(entry.get("evaluation_part", False)),
@@ -64,11 +64,8 @@ class Conditions:
     def __str__(self) -> str:
         """Return all but the text: `12 windows of 1,024 tokens, with BOS`."""
         bos = "with BOS" if self.bos else "without BOS"
-        if self.seqlen is None:
-            return f"{self.tokens:,} predicted tokens, windows not recorded, {bos}"
         stride = "" if self.stride is None else f", stride {self.stride:,}"
-        windows = "windows" if self.windows is None else counted(self.windows, "windows")
-        return f"{windows} of {self.seqlen:,} tokens{stride}, {bos}"
+        return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens{stride}, {bos}"
 
 
 def _made_by(manifest: Mapping[str, Any]) -> set[str]:

@@ -16,7 +16,6 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.versions import versions
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.version_1 import as_version_2
 
 MANIFEST_VERSION = 2
 
@@ -95,7 +94,7 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint, as version 2; None if cfsp did not write the checkpoint.
+    """Return the manifest of a checkpoint, or None if cfsp did not write the checkpoint.
 
     Raises:
         CheckpointError: there is one, but it is damaged or of another version.
@@ -106,15 +105,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = fields["manifest_version"]
-        if found == 1:
-            return as_version_2(fields)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged; prune the model again") from error
-    if found != 2:
+    if found != MANIFEST_VERSION:
         raise CheckpointError(
-            f"{path} has manifest version {found}, expected 1 or 2; "
+            f"{path} has manifest version {found}, expected {MANIFEST_VERSION}; "
             "use the version of cfsp that wrote it"
         )
     return fields

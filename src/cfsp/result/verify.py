@@ -17,7 +17,7 @@ import torch
 from cfsp.architecture.discovery import find_architecture
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.config_file import CONFIG_FILE
-from cfsp.checkpoint.own_files import MANIFEST_FILE, OLD_STATISTICS_FILE, PLAN_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import vocabulary_of
@@ -93,8 +93,8 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
 
 
 def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
-    # Loaders read them all; old directories had their statistics among them.
-    there = {path.name for path in directory.glob("*.safetensors")} - {OLD_STATISTICS_FILE}
+    # Loaders read them all.
+    there = {path.name for path in directory.glob("*.safetensors")}
     promised = {k: v for k, v in manifest.get("files", {}).items() if k.endswith(".safetensors")}
     if not promised:
         return f"{MANIFEST_FILE} names no weight files"

@@ -17,8 +17,6 @@ MOST_WINDOWS = 1 << 32
 DEFAULT_TEXT = "mixed"
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 1024
-# What `--data` calls text that the model writes itself.
-OWN_TEXT = "self"
 
 # Whether windows begin with BOS: as the tokenizer begins an input, always, never.
 Bos = Literal["auto", "yes", "no"]
@@ -74,7 +72,7 @@ class CalibrationText:
     """Which text to calibrate on; see `cfsp.text.drawing.draw_windows`.
 
     Attributes:
-        names: of texts, or texts themselves; `self` stands for text that the model writes.
+        names: of texts, or texts themselves.
         samples: windows in all; None for 128, or all that there are if that is less.
         seqlen: tokens in a window, BOS included.
         seed: of the draw of windows.
@@ -85,8 +83,7 @@ class CalibrationText:
         (DEFAULT_TEXT,),
         "text to calibrate on: wikitext2, c4, a hub data set as NAME:CONFIG:SPLIT:COLUMN, a .txt, "
         ".jsonl or .parquet file (also of conversations, with images), mixed (nine kinds of text "
-        "that come with cfsp) or one of them as mixed/KIND, or self (the model writes it); repeat "
-        "it to mix",
+        "that come with cfsp) or one of them as mixed/KIND; repeat it to mix",
         flag="data",
         metavar="TEXT",
         default=DEFAULT_TEXT,

@@ -37,7 +37,7 @@ from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.repair.ladder import check_budget, check_can_be_repaired
 from cfsp.result.manifest import add_to_manifest
-from cfsp.settings import OWN_TEXT, Compute, Part
+from cfsp.settings import Compute, Part
 from cfsp.sweep.measured import (
     Row,
     check_conditions,
@@ -47,11 +47,11 @@ from cfsp.sweep.measured import (
     read_row,
 )
 from cfsp.sweep.recipe import Point, Recipe
+from cfsp.text.calibration_text import processor_of
 from cfsp.text.drawing import draw_text
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from cfsp.whole_model.own_text import processor_of
 from cfsp.whole_model.removal_order import check_can_be_compared
 from cfsp.whole_model.sensitivity import follow_sensitivity
 
@@ -191,12 +191,7 @@ def _check(sweep: _Sweep) -> None:
     if sweep.tasks is not None:
         check_fits(source, engine, "scoring tasks")
         sweep.tasks.read_data()
-    text = recipe.text(recipe.seed[0])
-    others = tuple(name for name in text.names if name != OWN_TEXT)
-    if others == text.names:
-        draw_text(text, tokenizer, processor=processor_of(source))
-    elif others:  # what the model is to write is not there yet
-        draw_text(replace(text, names=others), tokenizer, processor=processor_of(source))
+    draw_text(recipe.text(recipe.seed[0]), tokenizer, processor_of(source))
 
 
 def _dense(sweep: _Sweep) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_SEQLEN, OWN_TEXT, Bos, Text
+from cfsp.settings import DEFAULT_SEQLEN, Bos, Text
 from cfsp.text.cutting import gather, overlapping_spans, spans
 from cfsp.text.image_windows import ProcessorOf
 from cfsp.text.pools import parts_with_shares, shares_within, shuffled_pools
@@ -73,66 +72,21 @@ def draw_windows(
     )
 
 
-class WriteWindows(Protocol):
-    """Lets a model write windows; see `cfsp.whole_model.own_text`."""
-
-    def __call__(self, *, count: int, seqlen: int, seed: int) -> Tensor:
-        """Return `count` windows of `seqlen` tokens, as int64 [N, T]."""
-        ...
-
-
 def draw_text(
     text: CalibrationText,
     tokenizer: PreTrainedTokenizerBase,
-    write: WriteWindows | None = None,
     processor: ProcessorOf | None = None,
 ) -> Windows:
-    """Draw the windows of a calibration text.
-
-    Args:
-        text: what to draw.
-        tokenizer: the model's own.
-        write: gives windows that the model wrote itself, for the text `self`.
-        processor: loads that of the model, for texts with images; None if it reads text alone.
-
-    Raises:
-        TextError: a text is missing or too short.
-        UsageError: the model cannot write here.
-        CheckpointError: a text has images, and the model no processor.
-    """
-
-    def drawn_from(texts: Sequence[str | Text], samples: int | None) -> Windows:
-        return draw_windows(
-            texts,
-            tokenizer,
-            samples=samples,
-            seqlen=text.seqlen,
-            seed=text.seed,
-            bos=text.bos,
-            processor=processor,
-        )
-
-    others = tuple(name for name in text.names if name != OWN_TEXT)
-    if others == text.names:
-        return drawn_from(others, text.samples)
-    if write is None:
-        raise UsageError(
-            f"--data {OWN_TEXT} is text that the model writes to be calibrated on by prune and "
-            "calibrate; name another text here"
-        )
-    total = DEFAULT_SAMPLES if text.samples is None else text.samples
-    share = total * len(others) // len(text.names)
-    begins_with = beginning(tokenizer, text.bos)
-    length = text.seqlen - len(begins_with)
-    if length < 1:
-        raise UsageError(f"--seqlen must be at least 2, found {text.seqlen}")
-    written_NT = write(count=total - share, seqlen=length, seed=text.seed)
-    begin_P = torch.tensor(begins_with, dtype=written_NT.dtype)
-    own_NT = torch.cat([begin_P.expand(len(written_NT), -1), written_NT], dim=1)
-    own = Windows(own_NT, {OWN_TEXT: len(own_NT)}, begins_with)
-    if not others:
-        return own
-    return joined([drawn_from(others, share), own])
+    """Draw the windows of a calibration text; see `draw_windows`."""
+    return draw_windows(
+        text.names,
+        tokenizer,
+        samples=text.samples,
+        seqlen=text.seqlen,
+        seed=text.seed,
+        bos=text.bos,
+        processor=processor,
+    )
 
 
 def draw_left_over(

@@ -10,8 +10,6 @@
     DIRECTORY                    written by `datasets.Dataset.save_to_disk`
     Text(name, documents)        in Python: the text itself
 
-and, to calibrate on, `self`: text that the model writes (`cfsp.whole_model.own_text`).
-
 The column `messages` holds conversations: lists of {"role", "content"}, which become text by the
 model's chat template. Of a local file it need not be named where there is no `text`.
 
@@ -30,8 +28,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.errors import TextError
-from cfsp.settings import OWN_TEXT, Text
+from cfsp.errors import GONE, TextError
+from cfsp.settings import Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.files import column_names, is_text_file, local_documents, local_samples
 from cfsp.text.hub import hub_documents, hub_has_images, hub_samples
@@ -216,7 +214,7 @@ def check_texts(texts: Sequence[str | Text], purpose: Purpose) -> None:
     """Open every text and read its beginning, before any work is done on the others.
 
     Args:
-        texts: names, or texts themselves; `self`, which is not there yet, is left out.
+        texts: names, or texts themselves.
         purpose: what they are read for.
 
     Raises:
@@ -224,8 +222,6 @@ def check_texts(texts: Sequence[str | Text], purpose: Purpose) -> None:
         MissingExtraError: one needs the package datasets or pyarrow.
     """
     for text in texts:
-        if text == OWN_TEXT and purpose == "calibration":
-            continue
         if isinstance(text, str) and _hub_place(text, purpose) is not None:
             _open_on_hub(text, purpose)
         else:
@@ -257,6 +253,7 @@ def _not_found(name: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
+    meant = f" {GONE[name]};" if name in GONE else meant
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}..."
         meant = " a text itself is Text(name, documents) in Python;"
