@@ -2,4 +2,5 @@
 
 GONE = {
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
+    "--png": "the charts are in the page as SVG; a browser saves or prints them",
 }

@@ -9,6 +9,7 @@ from cfsp.gone import GONE
 
 # A command that still asks for it.
 ASKING = {
+    "--png": "report smaller --png charts",
     "dora": "recover pruned --method dora --out recovered",
 }
 
