@@ -22,7 +22,7 @@ check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-families: $(TEST_READY)  ## proof and contract for every type of the installed transformers (an hour)
+families: $(TEST_READY)  ## proof of every type of the installed transformers, and the contract (an hour)
 	$(BIN)/cfsp families --prove --json > families.json
 	$(BIN)/python benchmarks/families.py families.json docs/families.md
 	CFSP_EVERY_TYPE=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests/architecture/test_contract.py

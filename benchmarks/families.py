@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ _LONGEST_REASON = 160
 
 
 def proved_types(families: Sequence[Mapping[str, Any]], transformers: str) -> str:
-    """Return what was proved, and what came of the contract, as Markdown.
+    """Return what was proved, as Markdown.
 
     Args:
         families: rows of `cfsp families --prove --json`; a type may have a class for text and one
@@ -35,12 +34,9 @@ def proved_types(families: Sequence[Mapping[str, Any]], transformers: str) -> st
     proved = [row for row in families if row["proved"]]
     listed = [row for row in families if row["proved"] or any(row[part] for part in COLUMNS)]
     types = {row["model_type"] for row in proved}
-    results = Counter(row["contract"] for row in proved)
     lines = [
         f"Of transformers {transformers}: {len(proved)} of {len(families)} classes are proved, of "
-        f"{len(types)} model types. The contract passed for {results['passed']} of these classes, "
-        f"failed for {results['failed']} and was not run for {results['not run']}, of which no "
-        "tiny model runs.",
+        f"{len(types)} model types.",
         "",
         "What can go (`--parts`), at least of some blocks; why not stands in the tables below:",
         "",
@@ -52,17 +48,6 @@ def proved_types(families: Sequence[Mapping[str, Any]], transformers: str) -> st
             ],
         ),
         *(line for part in COLUMNS for line in _why_not(part, listed)),
-        "What the contract found (where the dense model fails a check as well, it is not "
-        "held against the type):",
-        "",
-        *_table(
-            ("contract", "note"),
-            [
-                (row, row["contract"], f"{check}: {note}")
-                for row in proved
-                for check, note in row["contract_notes"].items()
-            ],
-        ),
         "FFN channels can't go of",
         "",
         *_table(("why",), [(row, row["reason"] or "") for row in families if not row["proved"]]),

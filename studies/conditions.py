@@ -6,14 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cfsp.settings import CalibrationText
-from subject import label
-
 RESULTS = Path(__file__).parent / "results"
 
 
-def parser_of_texts(study: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser for the texts and the results of any study.
+def parser_of_model(study: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser for the model, the texts and the results of a study.
 
     Args:
         study: its name; that of its file of results.
@@ -22,6 +19,7 @@ def parser_of_texts(study: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--model", default="demo", help="as for cfsp prune")
     parser.add_argument("--data", action="append", required=True, help="calibration text")
     parser.add_argument("--eval", action="append", required=True, help="text to measure on")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
@@ -31,26 +29,20 @@ def parser_of_texts(study: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parser_of_model(study: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser for a study of one model that is there already."""
-    parser = parser_of_texts(study, description)
-    parser.add_argument("--model", default="demo", help="as for cfsp prune")
-    return parser
-
-
 def conditions(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return what all rows of a study have in common, without this machine's paths."""
-    found = {
+    return {
         "data": [label(text) for text in args.data],
         "eval": [label(text) for text in args.eval],
         **{name: getattr(args, name) for name in ("samples", "seqlen", "windows")},
+        "model": Path(args.model).name,  # a path says nothing elsewhere
+        **more,
     }
-    if "model" in args:
-        # A path says nothing elsewhere.
-        found["model"] = Path(args.model).name
-    return {**found, **more}
 
 
-def calibration_text(args: argparse.Namespace) -> CalibrationText:
-    """Return what to calibrate on."""
-    return CalibrationText(tuple(args.data), args.samples, args.seqlen)
+def label(text: str) -> str:
+    """Return a text's name without what is this machine's: the last two parts of a path."""
+    path = Path(text)
+    if not path.exists():
+        return text
+    return "/".join([*path.parts[-2:-1], path.stem])

@@ -22,7 +22,7 @@ import argparse
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "blocks by influence": ("--parts", "blocks", "--set", "removal=influence"),
     "ffn,blocks": ("--parts", "ffn,blocks"),
     "all": ("--parts", "ffn,kv,attention,blocks"),
-    "experts": ("--parts", "experts"),
-    "ffn,experts": ("--parts", "ffn,experts"),
-    "blocks,experts": ("--parts", "blocks,experts"),
 }
 # Chosen after repair.
 _BY_REPAIR = "all"
@@ -62,37 +59,26 @@ _BEFORE, _AFTER, _TRAINED = "unrepaired", "repaired", "recovered"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prune, measure, print."""
-    found = parser_of_model("parts", __doc__.splitlines()[0])
-    add_options(found, [choice for choice in CHOICES if "experts" not in choice])
-    study(found.parse_args(arguments))
-
-
-def study(args: argparse.Namespace, ready: Callable[[], Any] | None = None) -> None:
-    """Prune, measure and print as the options say, which are those of `add_options`.
-
-    Args:
-        args: the options.
-        ready: sees to it that the model is there; called only where something is to be measured.
-    """
+    args = _parser().parse_args(arguments)
     args.models = args.models or args.out.with_suffix("")
     limits = {name: getattr(args, name) for name in ("seed", "tasks", "limit", "steps")}
     results = Results(args.out, conditions(args, **limits))
-    rows = [row for stays in args.stays for row in _rows_of(args, results, stays, ready)]
+    rows = [row for stays in args.stays for row in _rows_of(args, results, stays)]
     values = ["mean", "worst", "KL", "KL - ffn", "equal", *(["tasks"] if args.tasks else [])]
     print(f"\n{_shown(rows, ['what goes', 'parameters', *values])}")
     rows = [row for stays in args.stays for row in _costs_of(args, results, stays)]
     print(f"\n{_shown(rows, ['KV cache', *(_SPEEDS if args.rounds else [])])}")
 
 
-def add_options(found: argparse.ArgumentParser, choices: Sequence[str]) -> None:
-    """Add what is compared, by default of these choices, and how it is measured."""
+def _parser() -> argparse.ArgumentParser:
+    found = parser_of_model("parts", __doc__.splitlines()[0])
     found.add_argument(
         "--models", type=Path, help="where pruned models go (default: beside the results)"
     )
     found.add_argument(
         "--stays", type=float, nargs="+", default=[0.75, 0.625, 0.5], help="of block parameters"
     )
-    found.add_argument("--choices", nargs="+", choices=CHOICES, default=choices, help="parts")
+    found.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="parts")
     found.add_argument("--seed", type=int, default=0, help="of the draw of calibration windows")
     found.add_argument("--rounds", type=int, default=0, help="of cfsp bench; 0: no speed")
     # Steps and not minutes: how many fit into minutes depends on what else the machine does.
@@ -100,19 +86,16 @@ def add_options(found: argparse.ArgumentParser, choices: Sequence[str]) -> None:
     found.add_argument("--tasks", default="", help="as for cfsp eval")
     found.add_argument("--task-data", type=Path, help="likewise")
     found.add_argument("--limit", type=int, default=200, help="documents of each task")
+    return found
 
 
-def _rows_of(
-    args: argparse.Namespace, results: Results, stays: float, ready: Callable[[], Any] | None
-) -> list[dict[str, Any]]:
+def _rows_of(args: argparse.Namespace, results: Results, stays: float) -> list[dict[str, Any]]:
     """Return the rows of one size, which are measured together."""
     states = [_BEFORE, _AFTER, *([_TRAINED] if args.steps else [])]
     models = [(parts, state) for parts in args.choices for state in states]
     keys = [{"stays": stays, "parts": parts, "state": state} for parts, state in models]
     if known := _known(results, keys):
         return known
-    if ready is not None:
-        ready()
     directories = [_pruned(args, stays, parts, state) for parts, state in models]
     measured = {each.name: each for each in _measured(args, stays, directories)}
     dense = measured[args.model]
@@ -265,9 +248,6 @@ def _rounded(found: Estimate, digits: int) -> list[float | None]:
 def _in_words(plan: PruningPlan) -> str:
     """Return what of each part goes; shares count what goes with whole blocks and attentions."""
     words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
-    if plan.kept_experts is not None:
-        all_of_one = next(unit.ffns for unit in plan.kept_units if unit.loses_experts)
-        words.append(f"{all_of_one - plan.kept_experts} of {all_of_one} experts of each block")
     if "ffn" in plan.parts and plan.ffn_sparsity:
         words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")
     if "kv" in plan.parts and plan.kv_sparsity:

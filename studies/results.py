@@ -1,4 +1,4 @@
-"""The rows of a study in a JSON file, and as a Markdown table with their spread over seeds.
+"""The rows of a study in a JSON file.
 
 A row is written as soon as it is measured, and one that is there is not measured again: a study
 that was interrupted goes on where it was.
@@ -7,13 +7,12 @@ that was interrupted goes on where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError
-from cfsp.sweep.table import spread
 
 Row = dict[str, Any]
 
@@ -72,37 +71,3 @@ class Results:
         text = f'{{\n  "conditions": {conditions},\n  "rows": [\n    {lines}\n  ]\n}}\n'
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, text.encode())
-
-
-def table(rows: Sequence[Row], by: Sequence[str], values: Sequence[str], digits: int = 1) -> str:
-    """Return a Markdown table: the mean of each value over the rows that agree in `by`.
-
-    Several rows that agree give their mean and, in brackets, their lowest and highest value, and
-    a column says how many they are. A value that a row does not have leaves its cell empty.
-
-    Args:
-        rows: of a study.
-        by: keys that tell one line from another; fractions are shown in percent.
-        values: keys of numbers.
-        digits: after the point.
-    """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), []).append(row)
-    several = any(len(members) > 1 for members in groups.values())
-    runs = ["runs"] if several else []
-    lines = [
-        "| " + " | ".join([*by, *runs, *values]) + " |",
-        "|" + "---|" * len(by) + "---:|" * (len(runs) + len(values)),
-    ]
-    for key, members in groups.items():
-        cells = [*map(_shown, key), *([str(len(members))] if several else [])]
-        for name in values:
-            known = [row[name] for row in members if name in row]
-            cells.append(spread(known, digits) if known else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.0%}" if isinstance(value, float) else str(value)

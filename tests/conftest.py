@@ -237,7 +237,7 @@ def pruned_type(
 ) -> Callable[[str], Path]:
     """Gives the pruned tiny model of a type."""
     import cfsp
-    from cfsp.families.tiny import tiny_model
+    from tiny_decoders import tiny_model
 
     made: dict[str, Path] = {}
 

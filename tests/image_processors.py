@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cfsp.families.tiny import tiny_model
 from conftest import random_prose
+from tiny_decoders import tiny_model
 
 # By the ids that `any_models` gives them.
 SPECIAL = {

@@ -19,13 +19,13 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.cli import main
 from cfsp.engine.resumed_forward import skipped
-from cfsp.families.contract import question_of, save_with_tokenizer
-from cfsp.families.stock import Answer
-from cfsp.families.tiny import tiny_model
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.load import call_form_of
+from family_contract import question_of, save_with_tokenizer
 from forks import Forks, Job
+from stock import Answer
+from tiny_decoders import tiny_model
 
 # Of a calibration that a tiny model needs.
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
@@ -126,7 +126,7 @@ def check_caches_agree_with_none(case: Case) -> None:
 
 def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Path) -> None:
     question_of(case.dense, case.out, case.report.plan).save(work / "question.pt")
-    (finished,) = forks(Job("stock_process.check", {"directory": str(work)}))
+    (finished,) = forks(Job("stock.check", {"directory": str(work)}))
     assert finished.status == 0, finished.stderr
     answer = Answer(**torch.load(work / "answer.pt"))
     assert not answer.problems

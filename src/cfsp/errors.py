@@ -130,6 +130,7 @@ def first_line(error: Exception) -> str:
 
 # What earlier versions had, and what to do instead; for this release only.
 GONE = {
+    "--png": "the charts are in the page as SVG; a browser saves or prints them",
     "self": "text that the model writes went: real text calibrates better; use mixed, or your own",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
 }

@@ -14,7 +14,7 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, ChannelAxis, Unit
 from cfsp.errors import UnsupportedModelError
-from cfsp.families.tiny import tiny_model
+from tiny_decoders import tiny_model
 
 TOKENS = torch.randint(2, 290, (2, 12), generator=torch.Generator().manual_seed(0))
 

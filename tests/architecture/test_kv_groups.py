@@ -23,14 +23,13 @@ from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
 from cfsp.errors import BudgetError, CfspError, StatisticsError, UnsupportedModelError
 from cfsp.exports.registry import export_checkpoint
-from cfsp.families.contract import (
-    save_with_tokenizer,
-)
-from cfsp.families.tiny import tiny_config, tiny_model
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, Part
 from cfsp.whole_model.masks import masked_channels
+from family_contract import (
+    save_with_tokenizer,
+)
 from forks import Forks
 from pruned_checks import (
     SETTINGS,
@@ -41,6 +40,7 @@ from pruned_checks import (
     check_is_the_same,
     logits_of,
 )
+from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
 # Grouped heads, biases, norms of queries and keys, norms after attention, queries, keys and values

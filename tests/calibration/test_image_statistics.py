@@ -21,7 +21,6 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.together import part_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.engine.compute import engine_of
-from cfsp.families.tiny import BLOCKS, tiny_model
 from cfsp.processes import Team
 from cfsp.settings import Compute
 from cfsp.text.drawing import draw_windows
@@ -29,6 +28,7 @@ from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows
 from image_inputs import image_inputs
 from image_processors import TYPES, chats_with_images, image_tokenizer, save_multimodal
+from tiny_decoders import BLOCKS, tiny_model
 
 SAMPLES, SEQLEN = 4, 96
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.config_widths import config_with_widths, fields_with_widths
 from cfsp.checkpoint.skeleton import architecture_of
-from cfsp.families.tiny import tiny_config
+from tiny_decoders import tiny_config
 
 
 def written_and_read(

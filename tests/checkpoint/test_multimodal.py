@@ -21,13 +21,13 @@ import cfsp
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
-from cfsp.families.tiny import tiny_model
 from cfsp.recovery.model_loss import loss_inside
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.masks import masked_channels
 from forks import Forks, Job
 from image_inputs import image_inputs
 from multimodal_process import results_of
+from tiny_decoders import tiny_model
 
 TYPES = (
     "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava_onevision", "internvl",

@@ -19,9 +19,9 @@ from cfsp.checkpoint import dequantising
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
 from cfsp.cli import main
 from cfsp.errors import CheckpointError
-from cfsp.families.tiny import tiny_model
 from cfsp.recovery.writing import copy_everything_else
 from quantised_models import WAYS, Way, fp8_in_blocks, quantise
+from tiny_decoders import tiny_model
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.25, "samples": 4, "seqlen": 32, "device": "cpu"}
 

@@ -30,7 +30,7 @@ from cfsp.checkpoint.ffn_tensors import ffn_matrix, tensors_with_down
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import TensorFile, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.families.tiny import model_class, tiny_config, tiny_model
+from tiny_decoders import model_class, tiny_config, tiny_model
 
 TYPES = (
     "llama", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text",

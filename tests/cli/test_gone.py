@@ -13,6 +13,7 @@ from cfsp.errors import GONE
 # A command that still asks for it.
 ASKING = {
     "self": "prune {model} --sparsity 0.2 --data self --out smaller",
+    "--png": "report smaller --png charts",
     "dora": "recover pruned --method dora --out recovered",
 }
 

@@ -20,8 +20,7 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions
 from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.families.contract import save_with_tokenizer
-from cfsp.families.tiny import tiny_model
+from family_contract import save_with_tokenizer
 from forks import Forks
 from pruned_checks import (
     SETTINGS,
@@ -35,6 +34,7 @@ from pruned_checks import (
     logits_of,
     nothing_from,
 )
+from tiny_decoders import tiny_model
 
 ATTENTION = ("attention",)
 _SLIDING, _FULL = "sliding_attention", "full_attention"

@@ -31,14 +31,14 @@ from cfsp.engine.block_proof import check_blocks_can_go, prove_without_blocks
 from cfsp.engine.call_form import find_call_form
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
-from cfsp.families.contract import matrices_of, save_with_tokenizer, tokens_of_question
-from cfsp.families.stock import Question, generated
-from cfsp.families.tiny import random_model, tiny_config
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.settings import Budget, PruneSettings
+from family_contract import matrices_of, save_with_tokenizer, tokens_of_question
 from forks import Forks, Job
+from stock import Question, generated
+from tiny_decoders import random_model, tiny_config
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def test_skipped_is_cut_in_files_and_in_memory_and_for_stock_software(
         matrices=matrices_of(pruned.architecture),
     )
     question.save(tmp_path / "question.pt")
-    (finished,) = forks(Job("stock_process.check", {"directory": str(tmp_path)}))
+    (finished,) = forks(Job("stock.check", {"directory": str(tmp_path)}))
     assert finished.status == 0, finished.stderr
     assert torch.load(tmp_path / "answer.pt")["problems"] == {}
 

@@ -17,11 +17,10 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_o
 from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
-from cfsp.families.contract import save_with_tokenizer
-from cfsp.families.tiny import tiny_model
 from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
 from cfsp.settings import Budget
 from cfsp.whole_model import removal_order
+from family_contract import save_with_tokenizer
 from forks import Forks
 from pruned_checks import (
     SETTINGS,
@@ -34,6 +33,7 @@ from pruned_checks import (
     logits_of,
     nothing_from,
 )
+from tiny_decoders import tiny_model
 
 BOTH = ("attention", "blocks")
 _SLIDING, _FULL = "sliding_attention", "full_attention"

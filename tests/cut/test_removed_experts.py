@@ -25,17 +25,6 @@ from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.exports.gguf_architecture import architecture_of
-from cfsp.families.contract import (
-    SAMPLES,
-    SEQLEN,
-    question_of,
-    save_with_tokenizer,
-    tiny_text,
-    tiny_tokenizer,
-    tokens_of_question,
-)
-from cfsp.families.stock import computed
-from cfsp.families.tiny import tiny_config, tiny_model
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import (
@@ -54,7 +43,18 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings
 from cfsp.whole_model.masks import masked_channels
+from family_contract import (
+    SAMPLES,
+    SEQLEN,
+    question_of,
+    save_with_tokenizer,
+    tiny_text,
+    tiny_tokenizer,
+    tokens_of_question,
+)
 from forks import Forks, Job
+from stock import computed
+from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
 
@@ -165,7 +165,7 @@ def test_stock_software_computes_what_the_masked_model_does(
     question = question_of(pruned.dense, pruned.directory, pruned.report.plan)
     assert not question.failed
     question.save(tmp_path / "question.pt")
-    (finished,) = forks(Job("stock_process.check", {"directory": str(tmp_path)}))
+    (finished,) = forks(Job("stock.check", {"directory": str(tmp_path)}))
     assert finished.status == 0, finished.stderr
     assert torch.load(tmp_path / "answer.pt")["problems"] == {}
 

@@ -17,10 +17,9 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_o
 from cfsp.checkpoint.stored_experts import parameters_of_an_expert
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.families.contract import save_with_tokenizer
-from cfsp.families.tiny import tiny_model
 from cfsp.settings import Part
 from cfsp.whole_model.masks import masked_channels
+from family_contract import save_with_tokenizer
 from pruned_checks import (
     SETTINGS,
     Case,
@@ -30,6 +29,7 @@ from pruned_checks import (
     logits_of,
     nothing_from,
 )
+from tiny_decoders import tiny_model
 
 ALL: tuple[Part, ...] = ("attention", "blocks", "experts")
 BLOCKS, BOTH = {"remove_blocks": 1}, {"remove_blocks": 1, "remove_attentions": 1}

@@ -13,7 +13,7 @@ from cfsp.engine.decoder_end import DecoderEnd, end_of, parameters_of_end
 from cfsp.engine.decoder_start import DecoderStart
 from cfsp.engine.hidden_states import HiddenInMemory
 from cfsp.errors import UnsupportedModelError
-from cfsp.families.tiny import tiny_model
+from tiny_decoders import tiny_model
 
 SHARED_KEYS = {
     "num_hidden_layers": 4,

@@ -14,9 +14,9 @@ from cfsp.engine.call_form import PLAIN
 from cfsp.engine.hidden_states import HiddenInMemory
 from cfsp.engine.image_start import ImageStart
 from cfsp.errors import UnsupportedModelError
-from cfsp.families.tiny import tiny_model
 from cfsp.text.windows import Windows
 from image_inputs import image_inputs
+from tiny_decoders import tiny_model
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.errors import ExportError
 from cfsp.exports.registry import export_checkpoint
-from cfsp.families.tiny import tiny_config
+from tiny_decoders import tiny_config
 
 TYPES = (
     "qwen3_next", "deepseek_v3", "nemotron_h", "llama4_text", "granitemoehybrid", "jamba", "lfm2",

@@ -17,11 +17,11 @@ from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
 from cfsp.exports.verification import greedy_after, logits_of, reference_model
-from cfsp.families.contract import save_with_tokenizer
 from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.mixed import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
+from family_contract import save_with_tokenizer
 from ragged import cut, half_of, tiny
 from tiny_models import build_tiny_model
 

@@ -17,7 +17,6 @@ from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError
-from cfsp.families.tiny import tiny_config
 from cfsp.goals import parameters
 from cfsp.goals.parameters import MANY_CHANNELS
 from cfsp.goals.resolve import resolve_goal
@@ -25,6 +24,7 @@ from cfsp.planning.widths import model_size
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters
 from cfsp.text.drawing import draw_windows
+from tiny_decoders import tiny_config
 from tiny_models import build_tiny_model
 
 OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leaves_parts_open=True)

@@ -13,10 +13,10 @@ from cfsp.calibration.accumulators import ChannelSums
 from cfsp.calibration.statistics import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UsageError
-from cfsp.families.tiny import tiny_model
 from cfsp.planning import channels
 from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
 from cfsp.settings import CHANNEL_METRICS, Criterion
+from tiny_decoders import tiny_model
 
 # By formula; `random` has none, and its own test in sweep/test_sweep.py.
 FORMULAS = tuple(metric for metric in CHANNEL_METRICS if metric != "random")
@@ -150,8 +150,6 @@ def test_channel_sums_equal_numpy(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(sums.sum_of_squares_F.numpy(), (exact**2).sum(0), rtol=1e-6)
     statistics = UnitStatistics(0, sums.sum_F, sums.sum_of_squares_F, sums.tokens)
     np.testing.assert_allclose(statistics.norm_F.numpy(), np.linalg.norm(exact, axis=0), rtol=1e-6)
-    np.testing.assert_allclose(statistics.mean_F.numpy(), exact.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(statistics.variance_F.numpy(), exact.var(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

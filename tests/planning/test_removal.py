@@ -17,10 +17,10 @@ from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
-from cfsp.families.tiny import tiny_model
 from cfsp.planning.removal import cheapest_runs, whole_removal
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, Budget
+from tiny_decoders import tiny_model
 
 BLOCKS = 6
 

@@ -10,7 +10,6 @@ import torch
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.engine.compute import engine_of
-from cfsp.families.tiny import tiny_model
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.make import make_plan
 from cfsp.repair.trial import FITTED_WINDOWS, apart, divergence_when_repaired
@@ -19,6 +18,7 @@ from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
 from cfsp.whole_model.divergence import dense_predictions, few_beginnings
 from cfsp.whole_model.masks import masked_channels
+from tiny_decoders import tiny_model
 
 
 def windows(count: int, texts: int) -> Windows:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.report.runs import read_run
 from cfsp.report.write import write_report
 from cfsp.settings import Budget
 from report_runs import changed_copy, measured, prune_tiny, recovered
@@ -45,7 +44,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def runs(
     tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """Two sizes of one series, one of them alone in another, and a recovered one."""
+    """Two sizes, each also without repair, and a recovered one."""
     directory = tmp_path_factory.mktemp("runs")
     llama = tiny_checkpoint("llama")
     half, quarter = (
@@ -74,28 +73,6 @@ def view(browser: Any, page: str, width: int = 1280, scheme: str = "light") -> N
     browser.get(page)
 
 
-def text_of(browser: Any, identifier: str) -> str:
-    return str(browser.find_element("id", identifier).text)
-
-
-def slide_to(browser: Any, stop: int) -> None:
-    browser.execute_script(
-        "const s = document.getElementById('stop-1'); s.value = arguments[0];"
-        "s.dispatchEvent(new Event('input'))",
-        stop,
-    )
-
-
-def shown(browser: Any) -> tuple[str, list[str], list[str]]:
-    """The name of the slider's model, its values and their notes."""
-    name, *columns = browser.execute_script(
-        "const s = document.querySelector('section.slider');"
-        "const all = (what) => [...s.querySelectorAll('.answers ' + what)].map(e => e.textContent);"
-        "return [s.querySelector('.name').textContent, all('.value'), all('.note')]"
-    )
-    return name, *columns
-
-
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light")])
 def test_page_is_drawn_without_complaint(
     browser: Any, page: str, tmp_path: Path, width: int, scheme: str
@@ -108,7 +85,7 @@ def test_page_is_drawn_without_complaint(
         " return seen.map(s => [s.clientWidth, s.clientHeight,"
         "   s.querySelectorAll('.mark').length]);})"
     )
-    assert len(drawn) == 5  # slider, front, blocks, repair, recovery
+    assert len(drawn) == 4  # front, blocks, repair, recovery
     for images in drawn:
         ((wide, high, marks),) = images
         assert 300 < wide <= width and high > 100 and marks >= 3
@@ -132,49 +109,6 @@ def test_dark_page_is_dark_and_light_page_is_light(browser: Any, page: str) -> N
         colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         brightness.append(sum(int(part) for part in colour[4:-1].split(",")))
     assert brightness[0] < 150 < 700 < brightness[1]
-
-
-def test_slider_shows_what_was_measured_and_nothing_else(
-    browser: Any, page: str, runs: list[Path]
-) -> None:
-    view(browser, page)
-    half, quarter = (read_run(run).manifest for run in runs[:2])
-    expected = [
-        ("the original", half["parameters_before"], [96, 96, 96]),
-        ("quarter", quarter["parameters_after"], quarter["intermediate_sizes"]),
-        ("half", half["parameters_after"], half["intermediate_sizes"]),
-    ]
-    assert shown(browser)[0] == "quarter"
-    last = browser.execute_script("return document.getElementById('stop-1').max")
-    assert int(last) == len(expected) - 1
-    for stop, (name, parameters, widths) in enumerate(expected):
-        slide_to(browser, stop)
-        said, values, notes = shown(browser)
-        assert said == name
-        assert values[:2] == [f"{parameters:,}", str(sum(widths))]
-        assert len(values) == len(notes) == 3
-        for size in ("wide", "narrow"):
-            bars = browser.execute_script(
-                "return [...document.querySelectorAll(arguments[0])].map(mark => ['.gone', '.kept']"
-                ".map(bar => mark.querySelector(bar)).map(bar => ['y', 'height']"
-                ".map(key => Number(bar.getAttribute(key)))))",
-                f"section.slider svg.{size} .mark",
-            )
-            for (full, kept), width in zip(bars, widths, strict=True):
-                assert abs(kept[1] / full[1] - width / 96) < 1e-3
-                assert abs(sum(kept) - sum(full)) < 1e-3  # both stand on the axis
-
-
-def test_another_method_has_its_own_stops(browser: Any, page: str, runs: list[Path]) -> None:
-    view(browser, page)
-    slide_to(browser, 2)
-    browser.execute_script(
-        "const s = document.getElementById('series-1'); s.selectedIndex = 1;"
-        "s.dispatchEvent(new Event('change'))"
-    )
-    assert shown(browser)[0] == "plain-half"
-    slide_to(browser, 0)
-    assert shown(browser)[0] == "the original"
 
 
 def test_size_table_fits_a_phone(browser: Any, runs: list[Path], tmp_path: Path) -> None:
@@ -217,14 +151,14 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> No
     said: list[str] = []
     for _ in range(80):
         press(Keys.TAB)
-        name, kind = browser.execute_script(
-            "const a = document.activeElement; return [a.id, a.className || a.tagName]"
+        kind = browser.execute_script(
+            "const a = document.activeElement; return a.className || a.tagName"
         )
-        if name == "stop-1" and name in reached:
+        if kind == "BODY":
             break  # once around
-        reached += [kind, name]
-        # The third one: those before it show the slider's model, and models instead of blocks.
-        if kind == "plot" and reached.count("plot") == 3:
+        reached.append(kind)
+        # The second one: the first shows models instead of blocks.
+        if kind == "plot" and reached.count("plot") == 2:
             said.append(_readout(browser))
             press(Keys.ARROW_RIGHT)
             said.append(_readout(browser))
@@ -236,12 +170,7 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> No
             press(Keys.ENTER)
             assert browser.execute_script("return document.activeElement.parentElement.open")
             press(Keys.ENTER)
-        if name == "stop-1":
-            press(Keys.ARROW_RIGHT)
-            assert shown(browser)[0] == "half"
-            press(Keys.HOME)
-            assert shown(browser)[0] == "the original"
-    assert reached.count("plot") == 5 and reached.count("SUMMARY") == 10
+    assert reached.count("plot") == 4 and reached.count("SUMMARY") == 9
     assert said[0] == said[3] and said[0].startswith("Block 0: distance")
     assert "Block 1: keeps" in said[1] and "Block 2: keeps" in said[2]
 

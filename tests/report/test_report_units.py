@@ -15,7 +15,6 @@ from cfsp.planning.unit_plan import UnitPlan
 from cfsp.report.block_chart import block_chart
 from cfsp.report.repair_chart import repair_chart
 from cfsp.report.runs import RunFacts, read_run
-from cfsp.report.slider import slider
 from cfsp.report.summary import NOTHING
 from cfsp.result.card import model_card
 from cfsp.result.manifest import write_manifest
@@ -163,16 +162,6 @@ def test_a_block_without_an_ffn_has_an_empty_column() -> None:
     repaired = repair_chart([gaps()])
     assert repaired is not None
     assert "Block 1, ridge: no error of its own" in repaired.draw(920)
-
-
-@pytest.mark.parametrize(("make", "widths"), [(several, [12, 4, 8]), (gaps, [12, 0, 12])])
-def test_the_slider_has_the_same_columns(make: Any, widths: list[int]) -> None:
-    found = slider([make("one"), make("other")])
-    assert found is not None
-    (stops,) = found.series.values()
-    assert list(stops[0].width_L) == widths
-    assert found.drawings[0].count('class="kept"') == sum(width > 0 for width in widths)
-    assert "Block 0 mlp: keeps 6 of 12 channels" in found.drawings[0]
 
 
 def test_a_card_names_units_and_says_what_the_share_is_of() -> None:

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli.bench import _beside_ideal
-from cfsp.families.tiny import tiny_model
 from cfsp.speed.measuring import Speed
 from cfsp.speed.work import experts_per_token, work_of
 from cfsp.speed.workload import Workload
+from tiny_decoders import tiny_model
 
 WORKLOAD = Workload(batch=2, prompt=8, new_tokens=4)
 

@@ -17,8 +17,6 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.stored_experts import parameters_of_an_expert
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.families.contract import save_with_tokenizer
-from cfsp.families.tiny import tiny_model
 from cfsp.planning.numbers_to_try import experts_to_try
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.removal_budget import RemovedWhole
@@ -26,6 +24,8 @@ from cfsp.settings import Budget, Part
 from cfsp.whole_model import removal_trial
 from cfsp.whole_model.divergence import dense_predictions, few_beginnings
 from cfsp.whole_model.removal_trial import Trial, worth_a_repair
+from family_contract import save_with_tokenizer
+from tiny_decoders import tiny_model
 
 SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu", "multiple": 8}
 STAYS = 0.6

@@ -15,12 +15,12 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import PLAIN
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
-from cfsp.families.tiny import tiny_model
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.settings import Budget
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.masks import without_attention
 from cfsp.whole_model.removal_order import order_of_removal
+from tiny_decoders import tiny_model
 
 BLOCKS = 5
 

@@ -8,10 +8,10 @@ import torch
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import resumed_at
-from cfsp.families.tiny import tiny_model
 from cfsp.whole_model.divergence import dense_predictions
 from cfsp.whole_model.masks import masked_channels
 from cfsp.whole_model.sensitivity import block_sensitivities
+from tiny_decoders import tiny_model
 
 
 # Blocks that return tuples, keys and values from an earlier block, several FFNs, blocks without.

@@ -98,16 +98,6 @@ class UnitStatistics:
         """L2 norm of each channel over all tokens (X_i in the formulas)."""
         return self.sum_of_squares_F.sqrt()
 
-    @property
-    def mean_F(self) -> Tensor:
-        """Mean of each channel."""
-        return self.sum_F / self.tokens
-
-    @property
-    def variance_F(self) -> Tensor:
-        """Population variance of each channel."""
-        return (self.sum_of_squares_F / self.tokens - self.mean_F.square()).clamp_min(0.0)
-
 
 @dataclass(frozen=True)
 class CalibrationRecord:

@@ -12,7 +12,7 @@ from cfsp.settings import Part
 
 if TYPE_CHECKING:
     from cfsp.families.catalogue import Family
-    from cfsp.families.trial import Verdict
+    from cfsp.families.trial import Reasons
 
 # What is tried besides FFN channels, and what a column of a table of it is called.
 COLUMNS: dict[Part, str] = {
@@ -35,15 +35,15 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--prove",
         metavar="TYPE",
         nargs="*",
-        help="prove on small random models which parts of these model types can go, and check that "
-        "the pruned checkpoint of a tiny one works in transformers (without a name: all of them)",
+        help="prove on small random models which parts of these model types can go (without a "
+        "name: of all)",
     )
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the model types, and with --prove what proof and contract say of each."""
+    """Print the model types, and with --prove what can go of each."""
     from cfsp.families.catalogue import installed_families
 
     families = installed_families()
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
 
         rows = []
         with item_progress("prove", len(families), "type") as bar:
-            for family, verdict in zip(families, verdicts(families), strict=True):
-                rows.append(_row(family, verdict))
+            for family, reasons in zip(families, verdicts(families), strict=True):
+                rows.append(_row(family, reasons))
                 bar.update()
     if args.json:
         print_json({"families": rows})
@@ -75,37 +75,29 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         print_table(
-            ("model type", "class", "proved", "contract", *COLUMNS.values(), "reason"),
+            ("model type", "class", "proved", *COLUMNS.values(), "reason"),
             [
                 (
                     row["model_type"],
                     row["class"],
                     "yes" if row["proved"] else "no",
-                    row["contract"] or "",
                     *("yes" if row[part] else "no" for part in COLUMNS),
-                    row["reason"] or _in_one_line(row["contract_notes"]),
+                    row["reason"] or "",
                 )
                 for row in rows
             ],
-            left=5 + len(COLUMNS),
+            left=4 + len(COLUMNS),
         )
 
 
-def _row(family: Family, verdict: Verdict | None) -> dict[str, Any]:
-    """Return what is known of a family, as JSON types; nothing of proof and contract is None."""
-    contract = verdict.contract if verdict else None
-    reasons = verdict.reasons if verdict else dict.fromkeys(("ffn", *COLUMNS))
+def _row(family: Family, proof: Reasons | None) -> dict[str, Any]:
+    """Return what is known of a family, as JSON types; without a proof parts are None."""
+    reasons = proof or dict.fromkeys(("ffn", *COLUMNS))
     return {
         "model_type": family.model_type,
         "class": family.class_name,
-        "proved": reasons["ffn"] is None if verdict else None,
+        "proved": reasons["ffn"] is None if proof else None,
         "reason": reasons["ffn"],
-        "contract": contract.result if contract else None,
-        "contract_notes": contract.notes if contract else {},
-        **{part: reasons[part] is None if verdict else None for part in COLUMNS},
+        **{part: reasons[part] is None if proof else None for part in COLUMNS},
         **{f"{part}_reason": reasons[part] for part in COLUMNS},
     }
-
-
-def _in_one_line(notes: dict[str, str]) -> str:
-    return "; ".join(f"{check}: {note}" for check, note in notes.items())

@@ -15,7 +15,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         subparsers,
         "report",
         "show one run, several side by side, or a sweep, on a self-contained web page",
-        "cfsp report smaller smallest --out report.html --png charts",
+        "cfsp report smaller smallest --out report.html",
     )
     parser.add_argument(
         "runs",
@@ -40,12 +40,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="add what `cfsp eval --json` or `cfsp bench --json` measured of the runs and of their "
         "original; repeatable",
     )
-    parser.add_argument(
-        "--png",
-        type=Path,
-        metavar="DIR",
-        help="also write the charts as pictures, in place of older ones (extra report)",
-    )
     arguments.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -54,9 +48,8 @@ def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from cfsp.report.write import write_report
 
-    written = write_report(args.runs, args.out, results=args.results, png=args.png)
+    write_report(args.runs, args.out, results=args.results)
     if args.json:
-        print_json({"out": str(written[0]), "png": [str(path) for path in written[1:]]})
-        return
-    for path in written:
-        print(f"written to {path}")
+        print_json({"out": str(args.out)})
+    else:
+        print(f"written to {args.out}")

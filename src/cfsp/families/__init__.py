@@ -1,1 +1,1 @@
-"""The model types of the installed transformers: proof, and contract of their checkpoints."""
+"""The model types of the installed transformers, and proof of each."""

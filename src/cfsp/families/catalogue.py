@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,18 +16,18 @@ class Family:
     model_type: str
     class_name: str
 
-    def class_and_config(
-        self, config_of: Callable[[str], PreTrainedConfig]
-    ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    def class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
         """Return the class and what it is built from.
 
-        Args:
-            config_of: gives a config of a model type.
+        Raises:
+            Exception: there is no such class, or no config of the type can be made.
         """
         import transformers
 
+        from cfsp.families.default_configs import default_config
+
         model_class: type[PreTrainedModel] = getattr(transformers, self.class_name)
-        config = config_of(self.model_type)
+        config = default_config(self.model_type)
         # A multimodal type's class for text alone is built from the config of its text decoder.
         if model_class.config_class is config.sub_configs.get("text_config"):
             config = config.get_text_config()

@@ -1,14 +1,11 @@
-"""Proof and contract of model types, each in processes of its own: a class may crash or hang."""
+"""Proof of model types, each in a process of its own: a class may crash or hang."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.experts import with_experts
@@ -16,107 +13,45 @@ from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import check_is_decoder
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.engine.block_proof import prove_without_attentions, prove_without_blocks
-from cfsp.errors import CfspError, UnsupportedModelError
+from cfsp.errors import CfspError, UnsupportedModelError, first_line
 from cfsp.families.apart import NoAnswerError, call_apart, stop_calls
 from cfsp.families.catalogue import Family
-from cfsp.families.contract import Contract, begin_contract, judged
-from cfsp.families.default_configs import default_config
-from cfsp.families.stock import CHECKS, Question, ask, first_line, without_cfsp
 from cfsp.settings import PARTS, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Seconds of a process. For a few types all proofs take more than two minutes on a slow core.
+# Seconds. For a few types all proofs take more than two minutes on a slow core.
 PROOF_LIMIT = 300.0
-# The slowest part of a contract takes a tenth.
-CONTRACT_LIMIT = 60.0
 MOST_AT_A_TIME = 4
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What came of a type.
-
-    Attributes:
-        reasons: for each part why none of it can go; None if some can.
-        contract: None where no channels of FFNs can go.
-    """
-
-    reasons: dict[Part, str | None]
-    contract: Contract | None = None
+# For each part why none of it can go; None if some can.
+Reasons = dict[Part, str | None]
 
 
-def verdicts(families: Sequence[Family]) -> Iterator[Verdict]:
-    """Yield the verdict on each family, in their order; several are worked on at a time."""
+def verdicts(families: Sequence[Family]) -> Iterator[Reasons]:
+    """Yield what `why_not` says of each family, in order; several are worked on at a time."""
     executor = ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1))
     try:
-        yield from executor.map(verdict_on, families)
+        yield from executor.map(why_not, families)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         stop_calls()
 
 
-def verdict_on(family: Family) -> Verdict:
-    """Prove a family, part by part; if its FFNs are proved, run the contract."""
-    reasons = why_not(family)
-    if reasons["ffn"] is not None:
-        return Verdict(reasons)
-    with TemporaryDirectory(prefix="cfsp-families-") as place:
-        return Verdict(reasons, contract_of(family, Path(place)))
-
-
-def why_not(family: Family) -> dict[Part, str | None]:
+def why_not(family: Family) -> Reasons:
     """Prove a family with a config of its type; return for each part why none can go, if so."""
     try:
-        reasons: dict[Part, str | None] = call_apart(_why_not, family, seconds=PROOF_LIMIT)
+        reasons: Reasons = call_apart(_why_not, family, seconds=PROOF_LIMIT)
     except NoAnswerError as error:
         return dict.fromkeys(PARTS, str(error))
     return reasons
 
 
-def contract_of(family: Family, place: Path) -> Contract:
-    """Run the contract on a tiny model of a family.
-
-    Args:
-        family: that is proved.
-        place: an empty directory.
-    """
-    begun: Contract | None
+def _why_not(family: Family) -> Reasons:
     try:
-        begun = call_apart(begin_contract, family, place, seconds=CONTRACT_LIMIT)
-    except NoAnswerError as error:
-        begun = Contract("failed", {"pruned": str(error)})
-    if begun is not None and begun.result == "not run":
-        return begun
-    notes = _asked(place, "pruned") if begun is None else begun.notes
-    return judged(notes, lambda: _asked(place, "dense"))
-
-
-def _asked(place: Path, name: str) -> dict[str, str]:
-    """Ask one of the questions in a process without cfsp; return which checks failed and why.
-
-    Nothing failed where it did not come to the question.
-    """
-    if not (place / f"{name}.pt").exists():
-        return {}
-    try:
-        problems: dict[str, str] = call_apart(_ask, place, name, seconds=CONTRACT_LIMIT)
-    except NoAnswerError as error:
-        return dict.fromkeys(CHECKS, str(error))
-    return problems
-
-
-def _ask(place: Path, name: str) -> dict[str, str]:
-    without_cfsp()
-    work = place / f"{name}-stock"
-    work.mkdir()
-    return ask(Question.load(place / f"{name}.pt"), work).problems
-
-
-def _why_not(family: Family) -> dict[Part, str | None]:
-    try:
-        model_class, config = family.class_and_config(default_config)
+        model_class, config = family.class_and_config()
         check_is_decoder(config)
     except CfspError as refusal:
         return dict.fromkeys(PARTS, str(refusal))

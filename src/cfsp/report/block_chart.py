@@ -66,14 +66,14 @@ def _chart_of(runs: Sequence[RunFacts], part: Part) -> Chart | None:
         scale = f"Distance is the mean angle between {between}, in half turns."
         if not metrics <= {"angular", UNIFORM}:
             scale = f"Distance is between {between}, on the scale of the mean angle, in half turns."
-    columns = [columns_of(plan) for _, plan in planned]
-    names = column_names(planned[0][1])
+    columns = [_columns_of(plan) for _, plan in planned]
+    names = _column_names(planned[0][1])
 
     def draw(width: int) -> Markup:
-        bands = block_bands(len(names), width, blocks_of_columns(planned[0][1]))
+        bands = block_bands(len(names), width, _blocks_of_columns(planned[0][1]))
         panels = [_worth_panel(columns, names, bands, follows_distance=follows_distance)]
         panels += [
-            width_panel(
+            _width_panel(
                 panel_name(f"{noun} that stay", run, runs),
                 [0 if unit is None else unit.width for unit in units],
                 # Experts that go whole take their channels along.
@@ -137,23 +137,23 @@ def _what_counts(planned: Sequence[tuple[RunFacts, PruningPlan]], part: Part) ->
     return " ".join(f"{', '.join(names)}: {words}" for words, names in runs_of.items())
 
 
-def blocks_of_columns(plan: PruningPlan) -> list[int] | None:
+def _blocks_of_columns(plan: PruningPlan) -> list[int] | None:
     """Return the block of each column of a chart; None where columns are blocks."""
     blocks = [unit.block for unit in plan.units]
     return blocks if len(set(blocks)) < len(blocks) else None
 
 
-def columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
+def _columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
     """Return the FFN unit of each column of a chart; None of a block that has none."""
-    if blocks_of_columns(plan) is not None:
+    if _blocks_of_columns(plan) is not None:
         return list(plan.units)
     unit_of = {unit.block: unit for unit in plan.units}
     return [unit_of.get(block) for block in range(plan.units[-1].block + 1)]
 
 
-def column_names(plan: PruningPlan) -> list[str]:
+def _column_names(plan: PruningPlan) -> list[str]:
     """Return what each column of a chart is called."""
-    return [str(i) if unit is None else unit.name for i, unit in enumerate(columns_of(plan))]
+    return [str(i) if unit is None else unit.name for i, unit in enumerate(_columns_of(plan))]
 
 
 def _worth_panel(
@@ -192,12 +192,12 @@ def _worth_panel(
     return Panel(title, height, scale, labels, drawn)
 
 
-def width_panel(
+def _width_panel(
     title: str,
     before_U: Sequence[int],
     after_U: Sequence[int],
     bands: Bands,
-    names: Sequence[str] | None,
+    names: Sequence[str],
 ) -> Panel:
     """Return a panel of the channels that FFNs keep, within those that they had.
 
@@ -206,14 +206,13 @@ def width_panel(
         before_U: channels of each column before; 0 where there is no FFN.
         after_U: channels that stay.
         bands: the columns.
-        names: of the columns; None for their numbers.
+        names: of the columns.
     """
     height = 170.0
     highest = max(before_U)
     scale = Scale(0.0, float(highest), TITLE + height, TITLE)
     columns = []
-    for i, (before, after) in enumerate(zip(before_U, after_U, strict=True)):
-        name = str(i) if names is None else names[i]
+    for i, (name, before, after) in enumerate(zip(names, before_U, after_U, strict=True)):
         if not before:
             columns.append(Column(f"Block {name}: no FFN", Markup("")))
             continue

@@ -52,7 +52,7 @@ class Chart:
     """A chart.
 
     Attributes:
-        key: short name, for anchors and file names.
+        key: short name, for anchors.
         title: the heading.
         caption: what it shows and how to read it.
         draw: gives the SVG for a width in pixels.

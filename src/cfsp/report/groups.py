@@ -1,4 +1,4 @@
-"""Runs of one original, shown together: which of them in detail, their charts, and the slider."""
+"""Runs of one original, shown together: which of them in detail, and their charts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from cfsp.report.pareto_chart import pareto_chart
 from cfsp.report.recovery_chart import recovery_chart
 from cfsp.report.repair_chart import repair_chart
 from cfsp.report.runs import RunFacts
-from cfsp.report.slider import Slider, slider
 from cfsp.report.summary import measured_conditions
 from cfsp.result.conditions import Conditions
 from cfsp.sweep.front import pareto_front
@@ -28,14 +27,12 @@ class ModelGroup:
         base: the original.
         runs: all of them.
         detailed: those that charts by block and manifests are of.
-        slider: over all runs, where they differ in size.
-        charts: of both.
+        charts: by size of all, by block of those.
     """
 
     base: str
     runs: Sequence[RunFacts]
     detailed: Sequence[RunFacts]
-    slider: Slider | None
     charts: Sequence[Chart]
 
     @property
@@ -57,7 +54,7 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
         by_block = [kind(pruned) for kind in (block_chart, attention_chart, repair_chart)]
         charts = [pareto_chart(group), *by_block, recovery_chart(detailed)]
         shown = [chart for chart in charts if chart is not None]
-        groups.append(ModelGroup(group[0].base_name, group, detailed, slider(group), shown))
+        groups.append(ModelGroup(group[0].base_name, group, detailed, shown))
     return groups
 
 

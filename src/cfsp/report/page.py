@@ -1,19 +1,16 @@
 """From facts to one HTML page that needs nothing else: no network, no other file.
 
-Jinja escapes every value. The only data that scripts read is JSON in a block that is not
-executed, with `<` escaped. A Content-Security-Policy allows exactly this page's style and
-script, by digest, so that even markup that slipped through could not run.
+Jinja escapes every value. A Content-Security-Policy allows exactly this page's style and script, by
+digest, so that even markup that slipped through could not run.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,14 +20,13 @@ from cfsp.report.reproduction import reproduction
 from cfsp.report.summary import headlines, summary_rows
 
 _STYLES = ("style.css", "charts.css")
-_SCRIPTS = ("slider.js", "charts.js")
 
 
 def render_page(groups: Sequence[ModelGroup]) -> str:
     """Return the page."""
     runs = [run for group in groups for run in group.detailed]
     style = "\n".join(map(page_file, _STYLES))
-    script = "\n".join(map(page_file, _SCRIPTS))
+    script = page_file("charts.js")
     environment = Environment(
         loader=PackageLoader("cfsp.report", "assets"),
         autoescape=True,
@@ -53,8 +49,6 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
                 "detailed": group.detailed,
                 "brief": [(run.name, reproduction(run).commands) for run in group.brief],
                 "charts": group.charts,
-                "slider": group.slider,
-                "stops": Markup(script_json(group.slider.to_json())) if group.slider else None,
                 "headlines": headlines(group.runs[0]) if len(group.runs) == 1 else [],
                 "sections": summary_rows(group.runs),
             }
@@ -63,12 +57,6 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
         reproductions=[reproduction(run) for run in runs],
         version=version("cfsp-llm"),
     )
-
-
-def script_json(value: Any) -> str:
-    """Return JSON that cannot end the script element that holds it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def page_file(name: str) -> str:

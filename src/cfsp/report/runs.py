@@ -79,14 +79,6 @@ class RunFacts:
         return str(self.manifest.get("base_model", {}).get("fingerprint", self.base_name))
 
     @property
-    def kept_by_unit(self) -> list[int]:
-        """Channels that every FFN of the original keeps, none in removed blocks."""
-        if self.plan is not None:
-            return [unit.kept_width for unit in self.plan.units]
-        kept: list[int] = self.manifest["intermediate_sizes"]
-        return kept + [0] * (len(self.manifest["widths_before"]) - len(kept))
-
-    @property
     def repair_steps(self) -> list[Step]:
         """The steps of repair; empty without repair."""
         return repair_steps(self.manifest)

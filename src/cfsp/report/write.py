@@ -1,4 +1,4 @@
-"""Writing a report, and its charts as pictures for a model card."""
+"""Writing a report."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from pathlib import Path
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
-from cfsp.report.groups import ModelGroup, group_runs
+from cfsp.report.groups import group_runs
 from cfsp.report.measured import with_own_speed, with_results
 from cfsp.report.page import is_page, render_page
-from cfsp.report.pictures import load_renderer, picture_svg
 from cfsp.report.runs import read_runs
 
 
-def write_report(
-    directories: Sequence[Path],
-    out: Path,
-    *,
-    results: Sequence[Path] = (),
-    png: Path | None = None,
-) -> list[Path]:
+def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Path] = ()) -> None:
     """Write the report of one run or several.
 
     Args:
@@ -29,10 +22,6 @@ def write_report(
         out: the page, *.html. An older report there is replaced, and no other file.
         results: JSON files from `cfsp eval --json` or `cfsp bench --json`, of these runs and
             their originals.
-        png: a directory for the charts as pictures.
-
-    Returns:
-        Everything that was written; the page first.
 
     Raises:
         ReportError: a directory is none of ours, or `out` is not called *.html.
@@ -43,12 +32,7 @@ def write_report(
     runs = [with_own_speed(run) for run in read_runs(directories)]
     for path in results:
         runs = with_results(runs, _read_results(path))
-    groups = group_runs(runs)
-    pictures = _pictures(groups, png) if png else {}
-    write_atomically(out, render_page(groups).encode())
-    for path, data in pictures.items():
-        write_atomically(path, data)
-    return [out, *pictures]
+    write_atomically(out, render_page(group_runs(runs)).encode())
 
 
 def _check_is_replaceable(out: Path) -> None:
@@ -73,16 +57,6 @@ def _check_is_replaceable(out: Path) -> None:
         raise OutputError(
             f"{out} exists and is no report of cfsp; delete it or choose another --out"
         )
-
-
-def _pictures(groups: Sequence[ModelGroup], directory: Path) -> dict[Path, bytes]:
-    render = load_renderer()
-    pictures = {}
-    for number, group in enumerate(groups):
-        prefix = f"{number + 1}-" if len(groups) > 1 else ""
-        for chart in group.charts:
-            pictures[directory / f"{prefix}{chart.key}.png"] = render(picture_svg(chart))
-    return pictures
 
 
 def _read_results(path: Path) -> dict[str, object]:

@@ -1,0 +1,33 @@
+"""Draws a run's chart by block as one SVG file, as README shows it.
+
+    python benchmarks/block_picture.py RUN > docs/blocks.svg
+
+The page's drawing takes its colours from the page; here they are written into it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from cfsp.report.block_chart import block_chart
+from cfsp.report.drawing import WIDE
+from cfsp.report.page import page_file
+from cfsp.report.runs import read_run
+
+
+def main() -> None:
+    """Print the drawing of the run that the command names."""
+    chart = block_chart([read_run(Path(sys.argv[1]))])
+    assert chart is not None, "the run has no plan"
+    light = page_file("style.css").partition("}")[0]
+    colours = dict(re.findall(r"(--[\w-]+): (#\w+);", light))
+    style = re.sub(r"var\((.*?)\)", lambda found: colours[found[1]], page_file("charts.css"))
+    ground = f'<rect width="100%" height="100%" fill="{colours["--page"]}"/>'
+    head = f' font-family="Roboto, Arial, sans-serif"><style>{style}</style>{ground}'
+    print(chart.draw(WIDE).replace(">", head, 1))
+
+
+if __name__ == "__main__":
+    main()
