@@ -209,7 +209,6 @@ def test_commands(tokenizer: Any, text_file: Path, tmp_path: Path, capsys: Any) 
     itself = ["--data", "self", "--seqlen", "16", "--samples", "2"]
     asked = ["--sparsity", "0.2", *multiple, "--effort", "fast", *itself]
     assert main(["prune", out, *asked, "--out", str(tmp_path / "again")]) == 0
-    assert main(["export", out, "--to", "padded", "--out", str(tmp_path / "padded")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "pipeline_tag: image-text-to-text" in card

@@ -9,6 +9,7 @@ from cfsp.gone import GONE
 
 # A command that still asks for it.
 ASKING = {
+    "padded": "export pruned --to padded --out copy",
     "dora": "recover pruned --method dora --out recovered",
 }
 

@@ -70,7 +70,7 @@ def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str)
 
 def test_experts_are_refused_by_name(tmp_path: Path, tokenizer: Any) -> None:
     source = cut(build_tiny_model("mixtral"), tokenizer, tmp_path)
-    with pytest.raises(ExportError, match=r"mixtral models is not supported.*--to padded"):
+    with pytest.raises(ExportError, match=r"mixtral models is not supported.*transformers runs"):
         export_checkpoint(source, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()
 
@@ -148,7 +148,9 @@ def test_attention_that_it_cannot_express_is_refused(
 
     monkeypatch.setattr(openvino_model._Attention, "__call__", with_sinks)
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
-    with pytest.raises(ExportError, match="no attention with sinks; use --to padded"):
+    with pytest.raises(
+        ExportError, match="no attention with sinks; transformers runs the checkpoint itself"
+    ):
         export_checkpoint(source, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()
 
@@ -161,7 +163,7 @@ def test_a_model_that_cannot_be_traced_is_refused(
 
     monkeypatch.setattr("openvino.convert_model", broken)
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
-    message = "cannot trace LlamaForCausalLM: no such operator; use --to padded"
+    message = "cannot trace LlamaForCausalLM: no such operator; transformers runs the checkpoint"
     with pytest.raises(ExportError, match=message):
         export_checkpoint(source, "openvino", tmp_path / "ov")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cfsp.exports.target import ExportReport
 
 # Spelled out here, because their home imports torch; a test compares.
-TARGETS = ("gguf", "vllm", "sglang", "tensorrt-llm", "mlx-lm", "openvino", "padded")
+TARGETS = ("gguf", "vllm", "sglang", "tensorrt-llm", "mlx-lm", "openvino")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:

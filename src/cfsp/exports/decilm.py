@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.architecture.resizing import Gone
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
@@ -27,7 +28,6 @@ from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
-from cfsp.exports import padded
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
 from cfsp.exports.decilm_readers import (
     READERS,
@@ -74,14 +74,7 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
         ExportError: the reader cannot run the model; nothing is written.
     """
     if modeling_file(source.config, source.architecture) is None:
-        plain = padded.write(source, out, options)
-        if reader.old_rope_words:
-            _add_old_rope_words(out / "config.json")
-        note = (
-            f"all blocks are equally wide: {reader.name}'s own class for "
-            f"{source.config.model_type} runs it, if it has one"
-        )
-        return Written(plain.layout, (note,), reader.serve)
+        return _write_stock(reader, source, out)
     _check_is_llama(reader, source)
     config, model = decilm_config(source), described(source)
     if reason := obstacle(reader, model):
@@ -106,31 +99,45 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
     )
 
 
+def _write_stock(reader: Reader, source: Checkpoint, out: Path) -> Written:
+    """Copy a checkpoint of a stock class."""
+    write_shards(out, [_copied(source, name, spec) for name, spec in source.specs.items()])
+    copy_travelling_files(source.directory, out)
+    fields = read_plain_fields(source.directory)
+    rope = fields.get("rope_parameters") or {}
+    # Without a base of their own, the settings are those of several kinds of blocks.
+    if reader.old_rope_words and "rope_theta" in rope and "rope_theta" not in fields:
+        fields |= _old_rope_words(rope)
+    (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    note = (
+        f"all blocks are equally wide: {reader.name}'s own class for "
+        f"{source.config.model_type} runs it, if it has one"
+    )
+    return Written(source.architecture.class_name, (note,), reader.serve)
+
+
 def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
     model_type = source.config.model_type
     if model_type in _LIKE_LLAMA:
         return
     ways = []
     if not source.architecture.has_attentions:
-        ways.append(f"--to padded for {reader.name}'s own class")
+        ways.append(f"prune with --widths equal for {reader.name}'s own class")
     if reader is VLLM:
         ways.append(
-            "its Transformers backend, which runs the checkpoint itself where it can: vllm serve "
-            f"{source.directory} --trust-remote-code --model-impl transformers"
+            "use its Transformers backend, which runs the checkpoint itself where it can: vllm "
+            f"serve {source.directory} --trust-remote-code --model-impl transformers"
         )
     raise ExportError(
-        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; use "
-        f"{', or '.join(ways or ['--to gguf'])}"
+        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
+        f"{', or '.join(ways or ['use --to gguf'])}"
     )
 
 
 def _instead(reader: Reader, model: DeciLMModel) -> str:
     """Return what to export to where one reader cannot run a model, in words."""
     ways = [f"--to {VLLM.target}"] if obstacle(VLLM, model) is None else []
-    in_words = " or ".join([*ways, "--to gguf"])
-    if not model.has_same_heads:
-        return in_words
-    return f"{in_words}, or --to padded for {reader.name}'s own class"
+    return " or ".join([*ways, "--to gguf"])
 
 
 def is_decilm(directory: Path) -> bool:
@@ -265,24 +272,16 @@ def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
     return words
 
 
-def _add_old_rope_words(path: Path) -> None:
-    """Give a config both names of its positions' settings, where it has only the new one."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    parameters = fields.get("rope_parameters") or {}
-    # Without a base of their own, the settings are those of several kinds of blocks.
-    if "rope_theta" in parameters and "rope_theta" not in fields:
-        fields.update(_old_rope_words(parameters))
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
 def verify(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
     """Build the model that the written config describes, as readers would; compare logits."""
-    if not (out / CONFIG_FILE).is_file():
-        return padded.verify(source, out, options)
-    # The stock Llama below knows no sliding window, so the probe stays within it.
-    tokens = probe_tokens(source, probe_lengths(context_limit(source.config)[0])[0])
+    if (out / CONFIG_FILE).is_file():
+        # The stock Llama below knows no sliding window, so the probe stays within it.
+        tokens = probe_tokens(source, probe_lengths(context_limit(source.config)[0])[0])
+        found_TV = logits_of(build_described_model(out), tokens)
+    else:
+        tokens = probe_tokens(source)
+        found_TV = logits_of(reference_model(Checkpoint(out)), tokens)
     expected_TV = logits_of(reference_model(source), tokens)
-    found_TV = logits_of(build_described_model(out), tokens)
     return compare_logits(f"transformers ({reader.name} not run)", expected_TV, found_TV, TOLERANCE)
 
 

@@ -39,11 +39,6 @@ class DeciLMModel:
     own_head_width: bool
     rope_type: str
 
-    @property
-    def has_same_heads(self) -> bool:
-        """Whether all blocks have an attention, with as many heads."""
-        return len(set(self.groups)) == 1
-
 
 @dataclass(frozen=True)
 class Reader:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.config_widths import padded_widths
+from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
-from cfsp.exports.openvino_model import convert
-from cfsp.exports.padded import stock_config_json
+from cfsp.exports.openvino_model import INSTEAD, convert
 from cfsp.exports.target import ExportOptions, Target, Written
 from cfsp.exports.verification import (
     GREEDY_STEPS,
@@ -37,7 +36,7 @@ from cfsp.exports.verification import (
 from cfsp.text.tokenizers import load_tokenizer
 
 MODEL_FILE = "openvino_model.xml"
-# The folder with the config of the checkpoint, whose widths are not padded.
+# The folder with the config of the checkpoint, which says the widths.
 OWN_CONFIG = "pruned"
 _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
@@ -50,8 +49,11 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     model = _convert(source)
     openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=kind == "f16")
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
-    widths = padded_widths(source.config, source.architecture)
-    (out / "config.json").write_text(stock_config_json(source, widths), encoding="utf-8")
+    config = stock_config(source.config)
+    config.architectures = [source.architecture.class_name]
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    config.to_json_file(out / "config.json")
     # What the model really computes, for `cfsp bench`.
     (out / OWN_CONFIG).mkdir()
     shutil.copy(source.directory / "config.json", out / OWN_CONFIG)
@@ -62,14 +64,19 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
 def _check_expressible(source: Checkpoint) -> None:
     """Refuse by name what a traced decoder with a cache of keys and values cannot express."""
     reason = None
-    if source.architecture.has_experts:
+    if source.architecture.has_attentions:
+        reason = (
+            "runtimes expect an attention in every block, with as many KV groups, and this model's "
+            "blocks differ there; --to gguf can say it"
+        )
+    elif source.architecture.has_experts:
         reason = "which experts run depends on the text, and a traced model cannot choose"
     elif text_config_of(source.config) is not source.config:
         reason = "what is traced is a decoder that reads text, and this one reads images too"
     if reason is not None:
         raise ExportError(
             f"openvino export of {source.config.model_type} models is not supported: {reason}; "
-            "use --to padded"
+            f"{INSTEAD}"
         )
 
 
@@ -134,7 +141,7 @@ def _convert(source: Checkpoint) -> Any:
     except Exception as error:  # tracing fails in as many ways as there are models
         summary = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
-            f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}; use --to padded"
+            f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}; {INSTEAD}"
         ) from error
 
 

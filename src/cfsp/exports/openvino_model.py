@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTION = "cfsp_keys_and_values_outside"
+# Where a model cannot be converted.
+INSTEAD = "transformers runs the checkpoint itself"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -53,7 +55,7 @@ class _Attention:
         **_: Any,
     ) -> tuple[Tensor, None]:
         if s_aux is not None:
-            raise ExportError("OpenVINO export has no attention with sinks; use --to padded")
+            raise ExportError(f"OpenVINO export has no attention with sinks; {INSTEAD}")
         key_BNSH, value_BNSH = key_BNTH, value_BNTH
         if self.past:
             past_key, past_value = self.past[len(self.present)]
@@ -156,7 +158,7 @@ def convert(model: PreTrainedModel, blocks: int) -> openvino.Model:
             raise ExportError(
                 f"openvino export of {model.config.model_type} models is not supported: "
                 f"{len(first) // 2} of its {blocks} blocks use transformers' common attention, "
-                "whose keys and values it can keep; use --to padded"
+                f"whose keys and values it can keep; {INSTEAD}"
             )
         past = [torch.zeros(2, t.shape[1], 4, t.shape[3]) for t in first]
         seen_BS = torch.ones(2, 7, dtype=torch.int64)
