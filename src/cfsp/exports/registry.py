@@ -37,7 +37,7 @@ def export(
 
     Args:
         model: a directory, hub id, .gguf file, or `demo`; pruned or not.
-        to: `gguf`, `vllm`, `sglang`, `tensorrt-llm`, `mlx-lm` or `openvino` (see docs/export.md).
+        to: `gguf`, `vllm`, `mlx-lm` or `openvino` (see docs/export.md).
         out: the new directory, or the new .gguf file; must not exist.
         weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
             model's own.
