@@ -9,6 +9,7 @@ from cfsp.gone import GONE
 
 # A command that still asks for it.
 ASKING = {
+    "openvino": "bench copy --engine openvino",
     "sglang": "export pruned --to sglang --out copy",
     "tensorrt-llm": "export pruned --to tensorrt-llm --out copy",
     "padded": "export pruned --to padded --out copy",

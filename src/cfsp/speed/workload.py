@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cfsp.errors import UsageError
+from cfsp.errors import UsageError, did_you_mean
 
 # How many disturbed rounds are given up for each wanted one.
 RETRIES = 4
-ENGINES = ("transformers", "compile", "llama.cpp", "openvino", "vllm")
+ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Conditions:
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
-            raise UsageError(f"the engine is one of {', '.join(ENGINES)}, found {self.engine!r}")
+            raise UsageError(
+                f"the engine is one of {', '.join(ENGINES)}, found {self.engine!r}"
+                f"{did_you_mean(self.engine, ENGINES)}"
+            )
         if self.warmups < 1 or self.rounds < 1:
             raise UsageError(
                 f"expected at least 1 warm-up and 1 round, found {self.warmups} and {self.rounds}"
