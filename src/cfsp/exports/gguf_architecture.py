@@ -42,7 +42,6 @@ class Architecture:
         frequency_factors: it reads rope_freqs.weight.
         activation: of the FFN, by transformers' name.
         norms_from_one: the checkpoint's norms are what is added to one, the file's are the sum.
-        norms_after: a norm follows the attention and the FFN, too.
         rhythm: every so many blocks one attends to all tokens, the others to a sliding window; 0
             where no block has one.
     """
@@ -57,7 +56,6 @@ class Architecture:
     frequency_factors: bool = False
     activation: str = "silu"
     norms_from_one: bool = False
-    norms_after: bool = False
     rhythm: int = 0
 
 
@@ -72,7 +70,6 @@ _GEMMA2 = Architecture(
     tied_only=True,
     activation="gelu_pytorch_tanh",
     norms_from_one=True,
-    norms_after=True,
     rhythm=2,
 )
 _GEMMA3 = replace(_GEMMA2, name="gemma3", rhythm=6)
