@@ -169,7 +169,7 @@ def _pruned(name: str, work: Path) -> tuple[Path, Path]:
         model = _random_model(name)
     model.save_pretrained(dense)
     AutoTokenizer.from_pretrained(demo).save_pretrained(dense)
-    # In multiples of 256 the DeciLM export is the one that SGLang and mlx-lm read, too.
+    # In multiples of 256 the DeciLM export is the one that mlx-lm reads, too.
     cfsp.prune(
         dense,
         out=work / "plain",

@@ -154,7 +154,7 @@ NUMBERS: Table = {
         "need --tasks",
     ),
     "type of a format that keeps its own": BadInput(
-        "export {model} --to padded --type f16 --out {out}", "--type belongs to", "keeps the"
+        "export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"
     ),
 }
 

@@ -199,7 +199,7 @@ WRITERS = {
     "calibrate": f"calibrate {{model}} --out {{out}} {TEXT}",
     "plan": f"plan {{model}} --statistics {{statistics}} --out {{out}} {SMALL}",
     "recover": "recover {pruned} --data {text} --steps 1 --seqlen 32 --out {out}",
-    "export": "export {model} --to padded --out {out}",
+    "export": "export {model} --to vllm --out {out}",
     "sweep": f"sweep {{model}} --sparsity 0.4 --eval {{text}} --out {{out}} {TEXT}",
     "report": "report {pruned} --out {out}.html",
 }  # fmt: skip

@@ -164,7 +164,7 @@ GGUF: Table = {
         file("a.gguf", b"GGUF" + struct.pack("<IQQ", 77, 0, 0)),
     ),
     "gguf that ends in its header": BadInput(
-        "export {inputs}/a.gguf --to padded --out {out}",
+        "export {inputs}/a.gguf --to vllm --out {out}",
         "{inputs}/a.gguf is not a readable GGUF file",
         "download it again",
         gguf(struct.pack("<QQ", 5, 5)),

@@ -135,7 +135,7 @@ FILES: Table = {
         header(lambda h: h[NORM].update(data_offsets=[4, 132])),
     ),
     "dtype that nobody knows": BadInput(
-        "export {model} --to padded --out {out}",
+        "export {model} --to vllm --out {out}",
         f"tensor {NORM} has dtype F1",
         "expected one of F64",
         header(lambda h: h[NORM].update(dtype="F1")),
@@ -195,7 +195,7 @@ FILES: Table = {
         tensors(drop(NORM)),
     ),
     "no norm, to export": BadInput(
-        "export {model} --to padded --out {out}",
+        "export {model} --to vllm --out {out}",
         f"{{model}} lacks the tensor {NORM}",
         "download or save it again",
         tensors(drop(NORM)),
@@ -288,7 +288,7 @@ INDEXES: Table = {
         index("[" * 100_000),
     ),
     "index that is binary": BadInput(
-        "export {sharded} --to padded --out {out}",
+        "export {sharded} --to vllm --out {out}",
         f"{{sharded}}/{INDEX} is not a checkpoint index",
         "download the model again",
         lambda place: (place.sharded / INDEX).write_bytes(b"\xff\x00\xfe"),

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedConfig
 
 from cfsp.checkpoint.config_file import read_config
-from cfsp.checkpoint.config_widths import config_with_widths, fields_with_widths
+from cfsp.checkpoint.config_widths import config_with_widths, fields_and_file
 from cfsp.checkpoint.skeleton import architecture_of
 from tiny_decoders import tiny_config
 
@@ -22,7 +22,7 @@ def written_and_read(
     config.save_pretrained(directory)
     path = directory / "config.json"
     before, _ = read_config(directory)
-    fields = fields_with_widths(
+    fields, _ = fields_and_file(
         json.loads(path.read_text()), before, architecture_of(before), widths
     )
     path.write_text(json.dumps(fields))

@@ -208,7 +208,6 @@ def test_commands(tokenizer: Any, text_file: Path, tmp_path: Path, capsys: Any) 
     assert main(["plan", source, *asked, "--out", plan]) == 0
     asked = ["--sparsity", "0.2", *multiple, "--effort", "fast", *text, "--samples", "2"]
     assert main(["prune", out, *asked, "--out", str(tmp_path / "again")]) == 0
-    assert main(["export", out, "--to", "padded", "--out", str(tmp_path / "padded")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "pipeline_tag: image-text-to-text" in card

@@ -142,10 +142,10 @@ def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
 ) -> None:
     source = pairs["gptq"].quantised
     (source / "quantize_config.json").write_text("{}")
-    main(["export", str(source), "--to", "padded", "--out", str(tmp_path / "padded")])
+    main(["export", str(source), "--to", "vllm", "--out", str(tmp_path / "exported")])
     (tmp_path / "recovered").mkdir()
     copy_everything_else(Checkpoint(source), tmp_path / "recovered")
-    for name in ("padded", "recovered"):
+    for name in ("exported", "recovered"):
         assert "quantization_config" not in (tmp_path / name / "config.json").read_text()
         assert not (tmp_path / name / "quantize_config.json").exists()
     capsys.readouterr()

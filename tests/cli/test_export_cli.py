@@ -25,14 +25,14 @@ def test_json_and_people(
 ) -> None:
     source = str(cut(build_tiny_model("llama"), tokenizer, tmp_path).directory)
     capsys.readouterr()
-    assert main(["export", source, "--to", "padded", "--out", str(tmp_path / "a"), "--json"]) == 0
+    assert main(["export", source, "--to", "vllm", "--out", str(tmp_path / "a"), "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert report["target"] == "padded"
+    assert report["target"] == "vllm"
     assert report["out"] == str(tmp_path / "a")
     assert report["verification"]["max_difference"] == 0.0
     assert report["verification"]["tokens"] == 24
-    assert "note: 96 of 288 channels are zeros" in err
+    assert "note: vLLM loads it with --trust-remote-code" in err
 
     assert main(["export", source, "--to", "vllm", "--out", str(tmp_path / "b")]) == 0
     out, _ = capsys.readouterr()
@@ -42,7 +42,7 @@ def test_json_and_people(
     command = f"vllm serve {written} --trust-remote-code"
     assert out.endswith(f"written to {written}\nserve it: {command}\n")
 
-    argv = ["export", source, "--to", "padded", "--out", str(tmp_path / "c"), "--no-verify"]
+    argv = ["export", source, "--to", "vllm", "--out", str(tmp_path / "c"), "--no-verify"]
     assert main(argv) == 0
     assert "not verified" in capsys.readouterr().out
 
@@ -63,8 +63,8 @@ def test_python_says_and_refuses_the_same(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = str(cut(build_tiny_model("llama"), tokenizer, tmp_path).directory)
-    report = registry.export(source, "padded", str(tmp_path / "a"), verify=False)
-    argv = ["export", source, "--to", "padded", "--no-verify", "--json"]
+    report = registry.export(source, "vllm", str(tmp_path / "a"), verify=False)
+    argv = ["export", source, "--to", "vllm", "--no-verify", "--json"]
     capsys.readouterr()
     assert main([*argv, "--out", str(tmp_path / "b")]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -73,9 +73,8 @@ def test_python_says_and_refuses_the_same(
         k: v for k, v in told.items() if k not in own
     }
     before = (tmp_path / "a" / "config.json").stat().st_mtime_ns
-    for target in ("padded", "vllm"):
-        with pytest.raises(OutputError, match="a exists and is not empty"):
-            registry.export(source, target, tmp_path / "a", verify=False)
+    with pytest.raises(OutputError, match="a exists and is not empty"):
+        registry.export(source, "vllm", tmp_path / "a", verify=False)
     assert (tmp_path / "a" / "config.json").stat().st_mtime_ns == before
 
 

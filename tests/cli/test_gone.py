@@ -14,6 +14,10 @@ from cfsp.errors import GONE
 ASKING = {
     "self": "prune {model} --sparsity 0.2 --data self --out smaller",
     "--png": "report smaller --png charts",
+    "openvino": "bench copy --engine openvino",
+    "sglang": "export pruned --to sglang --out copy",
+    "tensorrt-llm": "export pruned --to tensorrt-llm --out copy",
+    "padded": "export pruned --to padded --out copy",
     "dora": "recover pruned --method dora --out recovered",
 }
 

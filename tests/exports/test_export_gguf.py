@@ -197,7 +197,7 @@ def _made(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("qwen3", {"tie_word_embeddings": False}, "openelm.*not tied.*--widths equal.*--to padded"),
+        ("qwen3", {"tie_word_embeddings": False}, "openelm.*not tied.*--widths equal"),
         ("llama", {"hidden_act": "gelu"}, "silu, the model gelu"),
         (
             "llama",
@@ -248,14 +248,9 @@ def test_the_advice_of_a_refusal_works(tmp_path: Path, tokenizer: Any, name: str
     model = tiny(name, **ONE_WIDTH[name])
     blocks = model.config.num_hidden_layers
     source = cut(model, tokenizer, tmp_path, ((64, 32, 96) * 2)[:blocks])
-    with pytest.raises(ExportError, match="prune with --widths equal, or use --to padded and exp"):
+    with pytest.raises(ExportError, match="prune with --widths equal"):
         export(source, tmp_path / "m.gguf")
-
     architecture = name.removesuffix("_text")
-    export_checkpoint(source, "padded", tmp_path / "padded")
-    report = export(Checkpoint(tmp_path / "padded"), tmp_path / "padded.gguf")
-    assert report.layout == f"{architecture} in f32"
-    assert report.verification.greedy_steps == 32
 
     text = cfsp.Text("text", ["How many words does a text need? " * 200])
     cfsp.prune(

@@ -341,13 +341,9 @@ def test_bench_knows_before_it_starts_what_it_cannot_time(
         bench([model], engine="llama.cpp")
     file = tmp_path / "a.gguf"
     file.touch()
-    with pytest.raises(CheckpointError, match=r"a\.gguf has no openvino_model\.xml"):
-        bench([file], engine="openvino")
     with pytest.raises(CheckpointError, match=r"b\.gguf does not exist; make it with: cfsp export"):
         bench([file, tmp_path / "b.gguf"], engine="llama.cpp")
-    with pytest.raises(CheckpointError, match=r"has no openvino_model\.xml; make one with: cfsp"):
-        bench([model], engine="openvino")
-    for engine in ("llama.cpp", "openvino", "vllm"):
+    for engine in ("llama.cpp", "vllm"):
         with pytest.raises(UsageError, match="llama-2-7b: a true shape runs in transformers and"):
             bench([ShapedModel("llama-2-7b", 2)], engine=engine)
     with pytest.raises(UsageError, match="at least one model"):
@@ -381,7 +377,7 @@ def test_process_that_dies_is_one_sentence(tiny_checkpoint: Callable[[str], Path
             process.run(WORKLOAD)
 
 
-@pytest.mark.parametrize("engine", ["openvino", "vllm", "llama.cpp"])
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
 def test_missing_engine_names_the_extra(
     engine: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -390,15 +386,15 @@ def test_missing_engine_names_the_extra(
     from cfsp.errors import MissingExtraError
     from cfsp.speed.engine import start_engine
 
-    for module in ("openvino", "vllm", "llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
+    for module in ("vllm", "llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
         monkeypatch.setitem(sys.modules, module, None)
     model: Path = tiny_checkpoint("llama")
-    if engine != "vllm":
-        model = tmp_path / ("model.gguf" if engine == "llama.cpp" else "openvino_model.xml")
+    if engine == "llama.cpp":
+        model = tmp_path / "model.gguf"
         model.touch()
     extra = engine.replace(".", "")
     with pytest.raises(MissingExtraError, match=rf"pip install '\.\[{extra}\]' in the clone"):
-        start_engine(Subject(tmp_path if engine == "openvino" else model, "m"), Conditions(engine))
+        start_engine(Subject(model, "m"), Conditions(engine))
 
 
 @pytest.mark.parametrize(

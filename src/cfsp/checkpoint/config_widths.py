@@ -30,10 +30,8 @@ from cfsp.checkpoint.text_config import text_path
 from cfsp.checkpoint.width_keys import (
     WidthKey,
     WidthSearch,
-    empty_stock_model,
     stock_heads,
     units_are_found,
-    widths_by_place,
 )
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.settings import Part
@@ -116,23 +114,6 @@ def modeling_file(config: PreTrainedConfig, architecture: Architecture) -> Model
     return ModelingFile(architecture, model_class_of(config), type(config), key, parts)
 
 
-def fields_with_widths(
-    fields: dict[str, Any],
-    config: PreTrainedConfig,
-    architecture: Architecture,
-    widths: Sequence[int],
-) -> dict[str, Any]:
-    """Return config.json of the pruned model, made from that of its source.
-
-    Args:
-        fields: the source's config.json; stays as it is.
-        config: the same, as an object.
-        architecture: of the source.
-        widths: of every FFN unit.
-    """
-    return fields_and_file(fields, config, architecture, widths)[0]
-
-
 def fields_and_file(
     fields: dict[str, Any],
     config: PreTrainedConfig,
@@ -141,7 +122,11 @@ def fields_and_file(
 ) -> tuple[dict[str, Any], ModelingFile | None]:
     """Return config.json of the pruned model, and the modelling file if it needs one.
 
-    Arguments are those of `fields_with_widths`.
+    Args:
+        fields: the source's config.json; stays as it is.
+        config: the same, as an object.
+        architecture: of the source.
+        widths: of every FFN unit.
     """
     changes, file = _changes(config, architecture, widths)
     text_changes = changes.pop(_TEXT)
@@ -154,36 +139,6 @@ def fields_and_file(
         text_fields = text_fields.setdefault(name, {})
     text_fields.update(text_changes)
     return changed, file
-
-
-def padded_widths(config: PreTrainedConfig, architecture: Architecture) -> list[int]:
-    """Return the least widths that the stock class can build, none below a unit's own.
-
-    FFNs at the same path are equally wide then; where no key of the config gives a path its width
-    alone, they are as wide as in the model that was pruned.
-
-    Args:
-        config: of the pruned model.
-        architecture: of the pruned model.
-    """
-    architecture = architecture.of_part("ffn")
-    units = architecture.units
-    stock = stock_config(config)
-    search = WidthSearch.of(stock, units)
-    keys = search.keys
-    widest: dict[str, int] = {}
-    for unit in units:
-        widest[unit.path] = max(unit.width, widest.get(unit.path, 0))
-    width_of: dict[str, int] = {}
-    for key in keys:
-        if all(sum(path in other.times for other in keys) == 1 for path in key.times):
-            value = max(-(-widest[path] // times) for path, times in key.times.items())
-            width_of |= {path: value * times for path, times in key.times.items()}
-    unpruned = widths_by_place(empty_stock_model(stock))
-    widths = [width_of.get(unit.path, unpruned[unit.block, unit.path]) for unit in units]
-    if search.stock_values(architecture, widths) is not None:
-        return widths
-    return [unpruned[unit.block, unit.path] for unit in units]
 
 
 def config_with_widths(

@@ -1,6 +1,6 @@
 """Where a stored tensor keeps the channels of its unit.
 
-A layout is all that surgery, padding and checks need to know of a tensor: no one else asks how
+A layout is all that surgery and checks need to know of a tensor: no one else asks how
 a model stores its FFNs.
 
 Shapes: D hidden, E experts, F channels.
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from cfsp.architecture.found import ChannelAxis
@@ -64,15 +63,6 @@ class ChannelLayout:
         if self.ffn is not None:
             return self.axis.select(tensor, kept[self.ffn])
         return self.axis.select_of_experts(tensor, kept)
-
-    def pad(self, tensor: Tensor, width: int) -> Tensor:
-        """Return the tensor with channels of zeros behind its own, `width` in all."""
-        own = self.width(tensor.shape)
-        shape = list(tensor.shape)
-        shape[self.axis.axis] = self.axis.entries * width
-        padded = tensor.new_zeros(shape)
-        places = self.axis.index(torch.arange(own, device=tensor.device), width)
-        return padded.index_copy_(self.axis.axis, places, tensor)
 
     def matrix(self, tensor: Tensor, role: Role, ffn: int) -> Tensor:
         """Return the matrix of one FFN as outputs x inputs, a view.

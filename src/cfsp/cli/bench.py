@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cfsp.speed.shapes import ShapedModel
 
 # Spelled out here, because their home is imported with torch; a test compares.
-ENGINES = ("transformers", "compile", "llama.cpp", "openvino", "vllm")
+ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:

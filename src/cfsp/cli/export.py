@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cfsp.exports.target import ExportReport
 
 # Spelled out here, because their home imports torch; a test compares.
-TARGETS = ("gguf", "vllm", "sglang", "tensorrt-llm", "mlx-lm", "openvino", "padded")
+TARGETS = ("gguf", "vllm", "mlx-lm", "openvino")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -22,7 +22,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser = arguments.command_parser(
         subparsers,
         "export",
-        "write a checkpoint for llama.cpp, vLLM, SGLang, mlx-lm, OpenVINO, ...; verify the copy",
+        "write a checkpoint for llama.cpp, vLLM, mlx-lm or OpenVINO; verify the copy",
         "cfsp export smaller --to gguf --type q8_0 --out smaller.gguf",
     )
     arguments.add_model(parser)

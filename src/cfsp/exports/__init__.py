@@ -1,5 +1,5 @@
 """Pruned checkpoints in the layouts that other software reads.
 
-One module a layout: `padded`, `gguf`, `decilm` (for four servers), `openvino`; `registry` lists
+One module a layout: `gguf`, `decilm` (for vLLM and mlx-lm), `openvino`; `registry` lists
 the targets.
 """

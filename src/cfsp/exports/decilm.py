@@ -1,10 +1,12 @@
-"""Targets `vllm`, `sglang`, `tensorrt-llm` and `mlx-lm`: DeciLM's layout, which all four read.
+"""Targets `vllm` and `mlx-lm`: DeciLM's layout, which both read.
 
 DeciLM is a Llama whose blocks have widths of their own, or no attention. Weights are copied byte
 for byte. The config names the width of every block in `block_configs`: as `ffn_mult` where all
-widths are multiples of 256, which all four readers turn into exactly these widths; otherwise as
-`intermediate_size`, which only vLLM reads. An attention that is gone is `no_op`. A small config
-class beside it makes the blocks readable as attributes, as readers want them.
+widths are multiples of 256, which readers turn into exactly these widths; otherwise as
+`intermediate_size`, which only vLLM reads. An attention that is gone is `no_op`. The number of
+query heads is that of the whole model, so a block that has lost KV groups, with their query heads,
+cannot be said. A small config class beside it makes the blocks readable as attributes, as vLLM
+wants them.
 
 Without this export vLLM runs the checkpoint itself through its Transformers backend.
 """
@@ -12,6 +14,7 @@ Without this export vLLM runs the checkpoint itself through its Transformers bac
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.architecture.resizing import Gone
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
@@ -27,18 +31,7 @@ from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
-from cfsp.exports import padded
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
-from cfsp.exports.decilm_readers import (
-    READERS,
-    VLLM,
-    DeciLMModel,
-    Reader,
-    ffn_mult,
-    has_multiples,
-    obstacle,
-    width_of,
-)
 from cfsp.exports.target import ExportOptions, Target, Written
 from cfsp.exports.verification import (
     Verification,
@@ -67,6 +60,31 @@ _SHARED = (
 )  # fmt: skip
 
 
+# Readers round a width that is given as `ffn_mult` up to a multiple of this.
+ROUNDING = 256
+# The ways to scale positions that mlx-lm has.
+_ROPE_OF_MLX = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Software that reads DeciLM's layout.
+
+    Attributes:
+        name: its own, in small letters the target's.
+        serve: the command that serves a directory `{out}`.
+        trust: what the command needs besides, where a class of config lies in the directory.
+    """
+
+    name: str
+    serve: str
+    trust: str = ""
+
+
+VLLM = Reader("vLLM", "vllm serve {out}", "--trust-remote-code")
+MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
+
+
 def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the checkpoint for one reader into an existing directory.
 
@@ -74,36 +92,48 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
         ExportError: the reader cannot run the model; nothing is written.
     """
     if modeling_file(source.config, source.architecture) is None:
-        plain = padded.write(source, out, options)
-        if reader.old_rope_words:
-            _add_old_rope_words(out / "config.json")
-        note = (
-            f"all blocks are equally wide: {reader.name}'s own class for "
-            f"{source.config.model_type} runs it, if it has one"
-        )
-        return Written(plain.layout, (note,), reader.serve)
+        return _write_stock(reader, source, out)
     _check_is_llama(reader, source)
-    config, model = decilm_config(source), described(source)
-    if reason := obstacle(reader, model):
+    if reason := _obstacle(reader, source):
+        able = reader is not VLLM and _obstacle(VLLM, source) is None
         raise ExportError(
-            f"{reader.name} reads DeciLM with {reason}; use {_instead(reader, model)}"
+            f"{reader.name} reads DeciLM with {reason}; use "
+            + ("--to vllm or --to gguf" if able else "--to gguf")
         )
-    unread = unread_norms(source)
+    config, unread = decilm_config(source), unread_norms(source)
     tensors = [
         _copied(source, name, spec) for name, spec in source.specs.items() if name not in unread
     ]
-    write_shards(out, tensors + _zero_output_biases(source, model))
+    write_shards(out, tensors + _zero_output_biases(source))
     copy_travelling_files(source.directory, out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (out / CONFIG_FILE).write_text(_config_code(), encoding="utf-8")
-    narrow, wide = min(model.widths), max(model.widths)
-    gone = model.groups.count(0)
+    widths = _widths(source)
+    gone = sum(groups == 0 for _, groups in heads_of_blocks(source))
+    trusted = f"{reader.name} loads it with {reader.trust}, because of its config class"
     return Written(
-        f"DeciLMForCausalLM, {len(model.widths)} blocks of {narrow} to {wide} channels"
+        f"DeciLMForCausalLM, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
         + (f", {gone} without attention" if gone else ""),
-        _notes(reader, model),
+        (trusted,) if reader.trust else (),
         f"{reader.serve} {reader.trust}".rstrip(),
     )
+
+
+def _write_stock(reader: Reader, source: Checkpoint, out: Path) -> Written:
+    """Copy a checkpoint of a stock class."""
+    write_shards(out, [_copied(source, name, spec) for name, spec in source.specs.items()])
+    copy_travelling_files(source.directory, out)
+    fields = read_plain_fields(source.directory)
+    rope = fields.get("rope_parameters") or {}
+    # Without a base of their own, the settings are those of several kinds of blocks.
+    if reader is MLX_LM and "rope_theta" in rope and "rope_theta" not in fields:
+        fields |= _old_rope_words(rope)
+    (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    note = (
+        f"all blocks are equally wide: {reader.name}'s own class for "
+        f"{source.config.model_type} runs it, if it has one"
+    )
+    return Written(source.architecture.class_name, (note,), reader.serve)
 
 
 def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
@@ -112,25 +142,75 @@ def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
         return
     ways = []
     if not source.architecture.has_attentions:
-        ways.append(f"--to padded for {reader.name}'s own class")
+        ways.append(f"prune with --widths equal for {reader.name}'s own class")
     if reader is VLLM:
         ways.append(
-            "its Transformers backend, which runs the checkpoint itself where it can: vllm serve "
-            f"{source.directory} --trust-remote-code --model-impl transformers"
+            "use its Transformers backend, which runs the checkpoint itself where it can: vllm "
+            f"serve {source.directory} --trust-remote-code --model-impl transformers"
         )
     raise ExportError(
-        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; use "
-        f"{', or '.join(ways or ['--to gguf'])}"
+        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
+        f"{', or '.join(ways or ['use --to gguf'])}"
     )
 
 
-def _instead(reader: Reader, model: DeciLMModel) -> str:
-    """Return what to export to where one reader cannot run a model, in words."""
-    ways = [f"--to {VLLM.target}"] if obstacle(VLLM, model) is None else []
-    in_words = " or ".join([*ways, "--to gguf"])
-    if not model.has_same_heads:
-        return in_words
-    return f"{in_words}, or --to padded for {reader.name}'s own class"
+def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
+    """Return what a reader cannot run of a Llama-like checkpoint, as the end of a sentence."""
+    config: Any = source.config
+    heads, groups = zip(*heads_of_blocks(source), strict=True)
+    of_attentions = sorted(set(groups) - {0})
+    if len(of_attentions) > 1:
+        return (
+            "one number of heads for all attentions (n_heads_in_group says only how many of them "
+            f"share keys and values), and the model's have {of_attentions[0]} to "
+            f"{of_attentions[-1]} KV groups"
+        )
+    if reader is VLLM:
+        in_first = "an attention in the first block, and the model has none there"
+        return None if groups[0] else in_first
+    odd = sum(width % ROUNDING > 0 for width in _widths(source))
+    if odd:
+        return (
+            f"widths that are multiples of {ROUNDING} only, and {odd} of {len(groups)} blocks have "
+            f"others; prune with --set multiple={ROUNDING}"
+        )
+    if config.hidden_act != "silu":
+        return f"the activation silu only, and the model has {config.hidden_act}"
+    if getattr(config, "sliding_window", None) and "sliding_attention" in (
+        getattr(config, "layer_types", None) or ["sliding_attention"]
+    ):
+        return "no sliding window, and the model has one"
+    if head_size(config) * max(heads) != config.hidden_size:
+        return "heads that are together as wide as the hidden state only, and the model has others"
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    return None if rope_type in _ROPE_OF_MLX else f"no positions of type {rope_type}"
+
+
+def ffn_mult(width: int, hidden: int) -> float:
+    """Return the multiple of the hidden size that readers turn into exactly this width.
+
+    They take two thirds of it, cut the fraction off and round up to 256. Aiming at the middle
+    of the last 256 channels leaves room for six decimals, which is what mlx-lm keeps.
+
+    Args:
+        width: a multiple of 256.
+        hidden: size of the hidden state.
+    """
+    return round(3 * (width - ROUNDING // 2) / (2 * hidden), 6)
+
+
+def width_of(ffn_mult: float, hidden: int) -> int:
+    """Return the width that readers make of `ffn_mult`."""
+    return -(-int(2 * ffn_mult * hidden / 3) // ROUNDING) * ROUNDING
+
+
+def _widths(source: Checkpoint) -> list[int]:
+    return source.architecture.of_part("ffn").widths
+
+
+def _has_multiples(source: Checkpoint) -> bool:
+    """Return whether all widths can be given as `ffn_mult`."""
+    return all(width % ROUNDING == 0 for width in _widths(source))
 
 
 def is_decilm(directory: Path) -> bool:
@@ -149,25 +229,6 @@ def has_only_our_code(directory: Path) -> bool:
     return names == [CONFIG_FILE] and sources[0].read_text(encoding="utf-8") == _config_code()
 
 
-def described(source: Checkpoint) -> DeciLMModel:
-    """Return what decides which readers can run a Llama-like checkpoint."""
-    config: Any = source.config
-    names = source.specs
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    heads, groups = zip(*heads_of_blocks(source), strict=True)
-    return DeciLMModel(
-        widths=tuple(source.architecture.of_part("ffn").widths),
-        groups=groups,
-        activation=config.hidden_act,
-        attention_bias=any("self_attn" in name and name.endswith(".bias") for name in names),
-        mlp_bias=any("mlp" in name and name.endswith(".bias") for name in names),
-        sliding_window=bool(window) and "sliding_attention" in layer_types,
-        own_head_width=head_size(config) * max(heads) != config.hidden_size,
-        rope_type=(config.rope_parameters or {}).get("rope_type", "default"),
-    )
-
-
 def decilm_config(source: Checkpoint) -> dict[str, Any]:
     """Return config.json of a Llama-like checkpoint in DeciLM's terms."""
     config: Any = source.config
@@ -175,7 +236,7 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     heads, groups = max(heads_of), max(groups_of)
     prefix = source.architecture.block_prefix(groups_of.index(groups))
     biased = {m: f"{prefix}self_attn.{m}_proj.bias" in source.specs for m in "qkvo"}
-    widths = tuple(source.architecture.of_part("ffn").widths)
+    widths = _widths(source)
     fields = {key: getattr(config, key) for key in _SHARED if hasattr(config, key)}
     fields = {key: value for key, value in fields.items() if value is not None}
     if fields.get("sliding_window") and "layer_types" not in fields:
@@ -186,9 +247,7 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
             "num_key_value_heads": groups,
             "head_dim": head_size(config),
         }
-    for_all = has_multiples(widths)
-    # mlx-lm refuses keys that it does not know, and TensorRT-LLM asks for this one.
-    linear = {"replace_with_linear": False} if for_all else {}
+    for_all = _has_multiples(source)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
@@ -199,7 +258,7 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
         **fields,
         **(_old_rope_words(config.rope_parameters) if for_all else {}),
         "intermediate_size": max(widths),
-        # mlx-lm and SGLang have biases in all four projections or in none.
+        # mlx-lm has biases in all four projections or in none.
         "attention_bias": biased["o"] or (for_all and biased["q"]),
         "qkv_bias": biased["q"],
         "mlp_bias": f"{prefix}mlp.up_proj.bias" in source.specs,
@@ -207,13 +266,10 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
             {
                 "attention": {
                     "no_op": own == 0,
-                    **linear,
-                    # TensorRT-LLM makes no cache for a block without a number here.
                     "n_heads_in_group": heads // groups if own else None,
                 },
                 "ffn": {
                     "no_op": False,
-                    **linear,
                     **(
                         {"ffn_mult": ffn_mult(width, config.hidden_size)}
                         if for_all
@@ -226,30 +282,14 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _notes(reader: Reader, model: DeciLMModel) -> tuple[str, ...]:
-    notes = []
-    if reader.trust:
-        notes.append(f"{reader.name} loads it with {reader.trust}, because of its config class")
-    others = [other for other in READERS if other is not reader]
-    able = [other.name for other in others if obstacle(other, model) is None]
-    if able:
-        notes.append(f"the same directory is for {', '.join(able)}")
-    notes += [
-        f"not for {other.name}, which reads DeciLM with {reason}"
-        for other in others
-        if (reason := obstacle(other, model))
-    ]
-    return tuple(notes)
-
-
-def _zero_output_biases(source: Checkpoint, model: DeciLMModel) -> list[OutgoingTensor]:
-    """Return the biases that readers expect where queries, keys and values have some."""
-    if not (model.attention_bias and has_multiples(model.widths)):
+def _zero_output_biases(source: Checkpoint) -> list[OutgoingTensor]:
+    """Return the biases that mlx-lm expects where queries, keys and values have some."""
+    if not _has_multiples(source):
         return []
     zeros = []
-    for block, groups in enumerate(model.groups):
+    for block in range(source.architecture.block_count):
         prefix = f"{source.architecture.block_prefix(block)}self_attn."
-        if groups and f"{prefix}o_proj.bias" not in source.specs:
+        if f"{prefix}q_proj.bias" in source.specs and f"{prefix}o_proj.bias" not in source.specs:
             spec = source.specs[f"{prefix}o_proj.weight"]
             bias = torch.zeros(spec.shape[0], dtype=spec.dtype)
             zeros.append(outgoing_tensor(f"{prefix}o_proj.bias", bias))
@@ -265,24 +305,16 @@ def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
     return words
 
 
-def _add_old_rope_words(path: Path) -> None:
-    """Give a config both names of its positions' settings, where it has only the new one."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    parameters = fields.get("rope_parameters") or {}
-    # Without a base of their own, the settings are those of several kinds of blocks.
-    if "rope_theta" in parameters and "rope_theta" not in fields:
-        fields.update(_old_rope_words(parameters))
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
 def verify(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
     """Build the model that the written config describes, as readers would; compare logits."""
-    if not (out / CONFIG_FILE).is_file():
-        return padded.verify(source, out, options)
-    # The stock Llama below knows no sliding window, so the probe stays within it.
-    tokens = probe_tokens(source, probe_lengths(context_limit(source.config)[0])[0])
+    if (out / CONFIG_FILE).is_file():
+        # The stock Llama below knows no sliding window, so the probe stays within it.
+        tokens = probe_tokens(source, probe_lengths(context_limit(source.config)[0])[0])
+        found_TV = logits_of(build_described_model(out), tokens)
+    else:
+        tokens = probe_tokens(source)
+        found_TV = logits_of(reference_model(Checkpoint(out)), tokens)
     expected_TV = logits_of(reference_model(source), tokens)
-    found_TV = logits_of(build_described_model(out), tokens)
     return compare_logits(f"transformers ({reader.name} not run)", expected_TV, found_TV, TOLERANCE)
 
 
@@ -347,5 +379,6 @@ def _dtype(source: Checkpoint) -> str:
 
 
 TARGETS = tuple(
-    Target(reader.target, "", partial(write, reader), partial(verify, reader)) for reader in READERS
+    Target(reader.name.lower(), "", partial(write, reader), partial(verify, reader))
+    for reader in (VLLM, MLX_LM)
 )

@@ -16,13 +16,10 @@ from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import MissingExtraError, UsageError
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks
-from cfsp.exports.gguf_architecture import (
-    Architecture,
-    architecture_of,
-)
+from cfsp.exports.gguf_architecture import Architecture, architecture_of
 from cfsp.exports.gguf_rope import Rope, rope_of
-from cfsp.exports.gguf_tensors import GgufTensor, fallbacks, gguf_tensors
-from cfsp.exports.gguf_tokenizer import GgufTokenizer, read_tokenizer
+from cfsp.exports.gguf_tensors import GgufTensor, gguf_tensors
+from cfsp.exports.gguf_tokenizer import read_tokenizer
 from cfsp.exports.gguf_verification import verify
 from cfsp.exports.llama_cpp import quantise
 from cfsp.exports.target import ExportOptions, Target, Written
@@ -30,7 +27,7 @@ from cfsp.progress import item_progress
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import SpecialVocab
 
 _OWN_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")
@@ -79,7 +76,7 @@ def _write_file(
     out: Path,
     architecture: Architecture,
     rope: Rope,
-    tokenizer: GgufTokenizer,
+    tokenizer: tuple[dict[str, Any], SpecialVocab],
     type_name: str,
 ) -> list[GgufTensor]:
     import numpy as np
@@ -92,16 +89,16 @@ def _write_file(
         factors = torch.from_numpy(rope.factors_R)
         tensors.append(
             GgufTensor(
-                "rope_freqs.weight",
-                tuple(factors.shape),
-                GGMLQuantizationType.F32,
-                lambda: factors,
+                "rope_freqs.weight", (len(factors),), GGMLQuantizationType.F32, lambda: factors
             )
         )
     writer = GGUFWriter(out, architecture.name)
     try:
-        _add_fields(writer, source, architecture, rope, type_name)
-        tokenizer.write(writer)
+        words, special = tokenizer
+        fields = _fields(source, architecture, rope, type_name)
+        for field, value in (fields | words).items():
+            getattr(writer, f"add_{field}")(value)
+        special.add_to_gguf(writer, quiet=True)
         for tensor in tensors:
             writer.add_tensor_info(
                 tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind
@@ -118,64 +115,58 @@ def _write_file(
     return tensors
 
 
-def _add_fields(
-    writer: GGUFWriter, source: Checkpoint, architecture: Architecture, rope: Rope, type_name: str
-) -> None:
-    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
+def _fields(
+    source: Checkpoint, architecture: Architecture, rope: Rope, type_name: str
+) -> dict[str, Any]:
+    """Return the file's fields, by the names of the writer's methods without `add_`."""
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     config: Any = source.config
     widths = source.architecture.of_part("ffn").widths
     heads, groups = map(list, zip(*heads_of_blocks(source), strict=True))
-    blocks = len(widths)
-    prefix = "ALL" if type_name == "f32" else "MOSTLY"
-    writer.add_name(Path(source.label).name)
-    writer.add_file_type(LlamaFileType[f"{prefix}_{type_name.upper()}"])
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_block_count(blocks)
-    length, _ = context_limit(config, has_windows=bool(architecture.rhythm))
-    writer.add_context_length(length)
+    of_blocks = dict(
+        zip(
+            ("feed_forward_length", "head_count", "head_count_kv"),
+            (widths, heads, groups),
+            strict=True,
+        )
+    )
+    size = head_size(config)
+    windows = {}
     if architecture.rhythm:
-        writer.add_sliding_window(config.sliding_window)
-        for value, add in (
-            (config.attn_logit_softcapping, writer.add_attn_logit_softcapping),
-            (config.final_logit_softcapping, writer.add_final_logit_softcapping),
-        ):
-            if value is not None:
-                add(value)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_vocab_size(config.vocab_size)
-    if architecture.ragged:
-        writer.add_feed_forward_length(widths)
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(groups)
-    else:
-        writer.add_feed_forward_length(widths[0])
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_size(config))
-    writer.add_value_length(head_size(config))
-    writer.add_rope_dimension_count(head_size(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope.base)
-    if rope.sliding_base is not None:
-        writer.add_rope_freq_base_swa(rope.sliding_base)
-    if rope.scaling is not None:
-        writer.add_rope_scaling_type(RopeScalingType(rope.scaling))
-    for value, add in (
-        (rope.factor, writer.add_rope_scaling_factor),
-        (rope.original_context, writer.add_rope_scaling_orig_ctx_len),
-        (rope.attention_factor, writer.add_rope_scaling_attn_factors),
-        (rope.beta_fast, writer.add_rope_scaling_yarn_beta_fast),
-        (rope.beta_slow, writer.add_rope_scaling_yarn_beta_slow),
-    ):
-        if value is not None:
-            add(value)
+        windows = {
+            "sliding_window": config.sliding_window,
+            "attn_logit_softcapping": config.attn_logit_softcapping,
+            "final_logit_softcapping": config.final_logit_softcapping,
+        }
+    fields = {
+        "name": Path(source.label).name,
+        "file_type": LlamaFileType[
+            f"{'ALL' if type_name == 'f32' else 'MOSTLY'}_{type_name.upper()}"
+        ],
+        "quantization_version": GGML_QUANT_VERSION,
+        "block_count": len(widths),
+        "context_length": context_limit(config, has_windows=bool(architecture.rhythm))[0],
+        **windows,
+        "embedding_length": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        **{
+            name: values if architecture.ragged else values[0] for name, values in of_blocks.items()
+        },
+        "key_length": size,
+        "value_length": size,
+        "rope_dimension_count": size,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        **rope.fields,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _fallback_notes(tensors: list[GgufTensor], name: str) -> list[str]:
     from gguf import GGMLQuantizationType
 
-    kept = fallbacks(tensors, GGMLQuantizationType[name.upper()])
+    kind = GGMLQuantizationType[name.upper()]
+    kept = [each for each in tensors if len(each.shape) > 1 and each.kind != kind]
     if not kept:
         return []
     lengths = sorted({tensor.shape[-1] for tensor in kept})

@@ -42,7 +42,6 @@ class Architecture:
         frequency_factors: it reads rope_freqs.weight.
         activation: of the FFN, by transformers' name.
         norms_from_one: the checkpoint's norms are what is added to one, the file's are the sum.
-        norms_after: a norm follows the attention and the FFN, too.
         rhythm: every so many blocks one attends to all tokens, the others to a sliding window; 0
             where no block has one.
     """
@@ -57,7 +56,6 @@ class Architecture:
     frequency_factors: bool = False
     activation: str = "silu"
     norms_from_one: bool = False
-    norms_after: bool = False
     rhythm: int = 0
 
 
@@ -72,7 +70,6 @@ _GEMMA2 = Architecture(
     tied_only=True,
     activation="gelu_pytorch_tanh",
     norms_from_one=True,
-    norms_after=True,
     rhythm=2,
 )
 _GEMMA3 = replace(_GEMMA2, name="gemma3", rhythm=6)
@@ -89,7 +86,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, Architecture | None]] = {
     "gemma3_text": (_GEMMA3, None),
 }
 
-_INSTEAD = "prune with --widths equal, or use --to padded and export that"
+_INSTEAD = "prune with --widths equal"
 
 
 def architecture_of(source: Checkpoint) -> Architecture:
@@ -102,8 +99,7 @@ def architecture_of(source: Checkpoint) -> Architecture:
     found = ARCHITECTURES.get(source.config.model_type)
     if found is None:
         instead = (
-            "prune with --widths equal, or use --to padded, and run llama.cpp's own converter on "
-            "that"
+            f"{_INSTEAD}, and run llama.cpp's own converter on that"
             if resized_parts(source.config)
             else "this checkpoint is a stock one: run llama.cpp's own converter on it"
         )
@@ -156,14 +152,14 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
     if biased and not architecture.biases:
         raise ExportError(
             f"llama.cpp's {name} graph reads no biases, the model has {biased[0]}; "
-            "use --to padded, and export that"
+            "use --to openvino"
         )
     down = source.architecture.of_part("ffn").units[0].down.removesuffix("weight")
     down_bias = f"{source.architecture.block_prefix(0)}{down}bias"
     if down_bias in source.specs and not architecture.ffn_biases:
         raise ExportError(
             f"llama.cpp's {name} graph reads no FFN biases, the model has {down_bias}; "
-            "use --to padded, and export that"
+            "use --to openvino"
         )
     if architecture.tied_only and not config.tie_word_embeddings:
         if not architecture.ragged:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,25 +22,11 @@ class Rope:
     """What a file says about positions.
 
     Attributes:
-        base: the base of the frequencies (rope theta).
-        sliding_base: that of blocks with a sliding window, where it is another.
-        scaling: GGUF's name of the scaling; None for none.
-        factor: by how much the context was stretched.
-        original_context: tokens before it was stretched.
-        attention_factor: correction of GGUF's own YaRN attention factor; None for none.
-        beta_fast: YaRN's; None for the default.
-        beta_slow: YaRN's; None for the default.
+        fields: what to write, by the names of the writer's methods without `add_`.
         factors_R: by how much each frequency is divided; None for not at all.
     """
 
-    base: float
-    sliding_base: float | None = None
-    scaling: str | None = None
-    factor: float | None = None
-    original_context: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
+    fields: dict[str, Any]
     factors_R: NDArray[np.float32] | None = None
 
 
@@ -50,6 +36,8 @@ def rope_of(config: Any, architecture: Architecture) -> Rope:
     Raises:
         ExportError: llama.cpp has nothing that computes the same.
     """
+    from gguf import RopeScalingType
+
     parameters = dict(config.rope_parameters)
     if architecture.rhythm and "full_attention" in parameters:
         return _by_layer(config, architecture)
@@ -57,19 +45,23 @@ def rope_of(config: Any, architecture: Architecture) -> Rope:
     if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError("rotary embeddings of a part of the head or by layer are not supported")
     base = float(parameters["rope_theta"])
+    fields: dict[str, Any] = {"rope_freq_base": base}
     if kind == "default":
-        return Rope(base)
+        return Rope(fields)
     if kind == "linear":
-        return Rope(base, scaling="linear", factor=float(parameters["factor"]))
+        factor = float(parameters["factor"])
+        return Rope(
+            fields | {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": factor}
+        )
     if kind == "yarn":
-        return _yarn(base, parameters)
+        return Rope(fields | _yarn(parameters))
     if kind == "llama3":
         if not architecture.frequency_factors:
             raise ExportError(
                 f"llama.cpp's {architecture.name} graph reads no factors for single frequencies, "
                 "which llama3 scaling needs; use --to vllm or --to openvino"
             )
-        return Rope(base, factors_R=_llama3_factors(config, base))
+        return Rope(fields, _llama3_factors(config, base))
     raise ExportError(
         f"gguf export of rope scaling {kind!r} is not supported; supported are: "
         "default, linear, llama3, yarn"
@@ -83,10 +75,15 @@ def _by_layer(config: Any, architecture: Architecture) -> Rope:
         raise ExportError("scaled positions in blocks with a sliding window are not supported")
     whole = copy(config)
     whole.rope_parameters = config.rope_parameters["full_attention"]
-    return replace(rope_of(whole, architecture), sliding_base=float(sliding["rope_theta"]))
+    rope = rope_of(whole, architecture)
+    base, *scaling = rope.fields.items()
+    base_swa = ("rope_freq_base_swa", float(sliding["rope_theta"]))
+    return Rope(dict([base, base_swa, *scaling]), rope.factors_R)
 
 
-def _yarn(base: float, parameters: dict[str, Any]) -> Rope:
+def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
+    from gguf import RopeScalingType
+
     if parameters.get("truncate") is False or parameters.get("mscale"):
         raise ExportError("llama.cpp has no YaRN without truncation or with mscale")
     factor = float(parameters["factor"])
@@ -94,15 +91,15 @@ def _yarn(base: float, parameters: dict[str, Any]) -> Rope:
     if attention is not None:
         # llama.cpp multiplies by 0.1 ln(factor) + 1 (YaRN, arXiv 2309.00071, eq. 22) itself.
         attention = float(attention) / (0.1 * math.log(factor) + 1.0)
-    return Rope(
-        base,
-        scaling="yarn",
-        factor=factor,
-        original_context=int(parameters["original_max_position_embeddings"]),
-        attention_factor=attention,
-        beta_fast=parameters.get("beta_fast"),
-        beta_slow=parameters.get("beta_slow"),
-    )
+    fields = {
+        "rope_scaling_type": RopeScalingType.YARN,
+        "rope_scaling_factor": factor,
+        "rope_scaling_orig_ctx_len": int(parameters["original_max_position_embeddings"]),
+        "rope_scaling_attn_factors": attention,
+        "rope_scaling_yarn_beta_fast": parameters.get("beta_fast"),
+        "rope_scaling_yarn_beta_slow": parameters.get("beta_slow"),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _llama3_factors(config: Any, base: float) -> NDArray[np.float32]:

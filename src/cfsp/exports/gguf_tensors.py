@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,29 +23,6 @@ from cfsp.exports.gguf_architecture import Architecture
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
-
-# Names within a block, and outside one: transformers -> GGUF.
-_IN_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-# The same in blocks whose norms also follow what they normalise.
-_WITH_NORMS_AFTER = {
-    **_IN_BLOCK,
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 @dataclass(frozen=True)
@@ -67,10 +44,9 @@ class GgufTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        from gguf import GGML_QUANT_SIZES
+        from gguf import quant_shape_to_byte_shape
 
-        block, size = GGML_QUANT_SIZES[self.kind]
-        return math.prod(self.shape) // int(block) * int(size)
+        return math.prod(quant_shape_to_byte_shape(self.shape, self.kind))
 
 
 def gguf_tensors(
@@ -84,59 +60,45 @@ def gguf_tensors(
         kind: how matrices are stored; vectors are always float32, and matrices whose rows
             don't divide into blocks of this type become float16.
     """
-    if architecture.fused:
-        pieces = list(_with_fused_qkv(source))
-    else:
-        pieces = [(name, (name,)) for name in source.specs]
-    unread = unread_norms(source)
-    pieces = [(name, parts) for name, parts in pieces if name not in unread]
-    return [_tensor(source, architecture, name, parts, kind) for name, parts in pieces]
+    names = _names(source, architecture)
+    return [_tensor(source, architecture, *pair, kind) for pair in names.items()]
 
 
-def fallbacks(tensors: list[GgufTensor], kind: GGMLQuantizationType) -> list[GgufTensor]:
-    """Return the matrices that could not be stored in the wanted type."""
-    return [t for t in tensors if len(t.shape) > 1 and t.kind != kind]
-
-
-def gguf_name(source: Checkpoint, architecture: Architecture, name: str) -> str:
-    """Return GGUF's name of a tensor.
+def _names(source: Checkpoint, architecture: Architecture) -> dict[str, str]:
+    """Return GGUF's name of every tensor that is not fused into another.
 
     Raises:
-        ExportError: it has none.
+        ExportError: llama.cpp has no place for a tensor.
     """
-    stem, _, suffix = name.rpartition(".")
-    block = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.(.+)$", stem)
-    if block is None:
-        found = _OUTSIDE.get(stem)
-    else:
-        names = _WITH_NORMS_AFTER if architecture.norms_after else _IN_BLOCK
-        inner = names.get(block[2])
-        found = inner and f"blk.{block[1]}.{inner}"
-    if found is None:
-        raise ExportError(f"llama.cpp has no place for the tensor {name}")
-    return f"{found}.{suffix}"
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-
-def _with_fused_qkv(source: Checkpoint) -> Iterator[tuple[str, tuple[str, ...]]]:
+    graph = next(each for each, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
+    known = get_tensor_name_map(graph, source.architecture.block_count)
+    unread = unread_norms(source)
+    found: dict[str, str] = {}
     for name in source.specs:
-        if name.endswith((".k_proj.weight", ".v_proj.weight")):
+        if name in unread or (architecture.fused and ("k_proj" in name or "v_proj" in name)):
             continue
-        parts: tuple[str, ...] = (name,)
-        if name.endswith(".q_proj.weight"):
-            parts = tuple(name.replace(".q_proj.", f".{m}_proj.") for m in "qkv")
-        yield name, parts
+        asked = name.replace(".q_proj", ".qkv_proj") if architecture.fused else name
+        gguf_name = known.get_name(asked, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise ExportError(f"llama.cpp has no place for the tensor {name}")
+        found[name] = gguf_name
+    return found
 
 
 def _tensor(
     source: Checkpoint,
     architecture: Architecture,
     name: str,
-    parts: tuple[str, ...],
+    gguf_name: str,
     kind: GGMLQuantizationType,
 ) -> GgufTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    rest = source.specs[parts[0]].shape[1:]
+    is_fused = architecture.fused and ".q_proj." in name
+    parts = [name.replace(".q_proj.", f".{m}_proj.") for m in "qkv"] if is_fused else [name]
+    rest = source.specs[name].shape[1:]
     shape = (sum(source.specs[part].shape[0] for part in parts), *rest)
     if len(shape) == 1:
         kind = GGMLQuantizationType.F32
@@ -145,15 +107,12 @@ def _tensor(
     heads = _heads_to_reorder(source, architecture, name)
 
     def read() -> Tensor:
-        tensors = [source.read(part).float() for part in parts]
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        tensor = torch.cat([source.read(part).float() for part in parts])
         if architecture.norms_from_one and name.endswith("norm.weight"):
             tensor = tensor + 1
         return tensor if heads is None else neighbours_together(tensor, heads)
 
-    found = gguf_name(source, architecture, name)
-    return GgufTensor(found.replace("attn_q.", "attn_qkv.") if len(parts) > 1 else found,
-                      shape, kind, read)  # fmt: skip
+    return GgufTensor(gguf_name, shape, kind, read)
 
 
 def _heads_to_reorder(source: Checkpoint, architecture: Architecture, name: str) -> int | None:

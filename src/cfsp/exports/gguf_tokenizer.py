@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,51 +18,19 @@ from cfsp.checkpoint.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, recogni
 from cfsp.errors import ExportError
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter, SpecialVocab
+    from gguf import SpecialVocab
     from transformers import PreTrainedTokenizerBase
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """A tokenizer, ready to be written.
-
-    Attributes:
-        model: `gpt2` or `llama`.
-        pre: llama.cpp's name of the pre-tokenizer.
-        tokens: text of every token, by id.
-        types: GGUF's type of every token.
-        scores: rank of every token, higher first; None for byte-level.
-        space_prefix: whether a space is put before the text; None for byte-level.
-        special: special tokens, merges and chat template.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None
-    space_prefix: bool | None
-    special: SpecialVocab
-
-    def write(self, writer: GGUFWriter) -> None:
-        """Add it to a file."""
-        writer.add_tokenizer_model(self.model)
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        if self.scores is not None:
-            writer.add_token_scores(self.scores)
-        if self.space_prefix is not None:
-            writer.add_add_space_prefix(self.space_prefix)
-        self.special.add_to_gguf(writer, quiet=True)
-
-
 def read_tokenizer(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre_tokenizer: str | None
-) -> GgufTokenizer:
+) -> tuple[dict[str, Any], SpecialVocab]:
     """Translate a tokenizer.
+
+    Returns the file's fields, by the names of the writer's methods without `add_`, and special
+    tokens, merges and chat template.
 
     Args:
         tokenizer: as transformers runs it.
@@ -90,14 +57,17 @@ def read_tokenizer(
         )
     _note_what_is_added(tokenizer, special)
     tokens, types = _tokens(fields, vocabulary)
-    if byte_level:
-        pre = pre_tokenizer or _pre_tokenizer_name(tokenizer, fields)
-        return GgufTokenizer("gpt2", pre, tokens, types, None, None, special)
-    scores = _scores(fields, tokens)
-    prefix = _prepends_space(fields)
-    return GgufTokenizer(
-        "llama", pre_tokenizer or "default", tokens, types, scores, prefix, special
-    )
+    pre = pre_tokenizer or (_pre_tokenizer_name(tokenizer, fields) if byte_level else "default")
+    written: dict[str, Any] = {
+        "tokenizer_model": "gpt2" if byte_level else "llama",
+        "tokenizer_pre": pre,
+        "token_list": tokens,
+        "token_types": types,
+    }
+    if not byte_level:
+        written["token_scores"] = _scores(fields, tokens)
+        written["add_space_prefix"] = _prepends_space(fields)
+    return written, special
 
 
 def _is_byte_level(fields: dict[str, Any]) -> bool:

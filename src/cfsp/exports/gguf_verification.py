@@ -13,7 +13,6 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports.context import context_limit
 from cfsp.exports.gguf_architecture import architecture_of
-from cfsp.exports.gguf_rope import rope_of
 from cfsp.exports.gguf_tensors import gguf_tensors
 from cfsp.exports.llama_cpp import LlamaCpp
 from cfsp.exports.target import ExportOptions
@@ -83,7 +82,6 @@ def _verify_tensors(source: Checkpoint, out: Path, name: str) -> Verification:
 
     stored: dict[str, Any] = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
     architecture = architecture_of(source)
-    rope_of(source.config, architecture)
     largest = squares = reference = 0.0
     for tensor in gguf_tensors(source, architecture, GGMLQuantizationType.F32):
         found = torch.from_numpy(

@@ -1,30 +1,36 @@
 """Target `openvino`: an OpenVINO model with its own cache, for OpenVINO GenAI or optimum-intel.
 
-Shapes: T tokens, V vocabulary.
+optimum-intel, which makes such models, allows no transformers that reads per-block widths (its
+2.2 wants at most 5.5), so the model is made here, with the interface that both expect: inputs
+`input_ids`, `attention_mask`, `position_ids` and `beam_idx`, output `logits`, the cache as state.
+
+The model is traced through transformers' public attention interface: an attention function of
+ours gets each block's new keys and values, puts the past ones before them, and hands back what
+the next call needs. No cache class and no mask code of transformers takes part.
+
+Shapes: B batch, N heads, T new tokens, S all tokens, H head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import shutil
+import warnings
+import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cfsp.checkpoint.config_widths import padded_widths
+from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
-from cfsp.exports.openvino_model import convert
-from cfsp.exports.padded import stock_config_json
 from cfsp.exports.target import ExportOptions, Target, Written
 from cfsp.exports.verification import (
-    GREEDY_STEPS,
     Verification,
     compare_logits,
     greedy_after,
@@ -36,71 +42,55 @@ from cfsp.exports.verification import (
 )
 from cfsp.text.tokenizers import load_tokenizer
 
-MODEL_FILE = "openvino_model.xml"
-# The folder with the config of the checkpoint, whose widths are not padded.
-OWN_CONFIG = "pruned"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MODEL_FILE = "openvino_model.xml"
+_ATTENTION = "cfsp_keys_and_values_outside"
 _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the model, its config and tokenizer into an existing directory."""
-    _check_expressible(source)
-    openvino = _openvino()
-    kind = _weight_type(source, options)
-    model = _convert(source)
-    openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=kind == "f16")
-    # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
-    widths = padded_widths(source.config, source.architecture)
-    (out / "config.json").write_text(stock_config_json(source, widths), encoding="utf-8")
-    # What the model really computes, for `cfsp bench`.
-    (out / OWN_CONFIG).mkdir()
-    shutil.copy(source.directory / "config.json", out / OWN_CONFIG)
-    copy_travelling_files(source.directory, out)
-    return Written(f"stateful OpenVINO model in {kind}", tuple(_write_tokenizer(source, out)))
-
-
-def _check_expressible(source: Checkpoint) -> None:
-    """Refuse by name what a traced decoder with a cache of keys and values cannot express."""
-    reason = None
+    if source.architecture.has_attentions:
+        raise _unsupported(source, "its blocks differ in KV groups, which --to gguf can say")
     if source.architecture.has_experts:
-        reason = "which experts run depends on the text, and a traced model cannot choose"
-    elif text_config_of(source.config) is not source.config:
-        reason = "what is traced is a decoder that reads text, and this one reads images too"
-    if reason is not None:
-        raise ExportError(
-            f"openvino export of {source.config.model_type} models is not supported: {reason}; "
-            "use --to padded"
-        )
+        raise _unsupported(source, "a traced model cannot choose experts by the text")
+    if text_config_of(source.config) is not source.config:
+        raise _unsupported(source, "only decoders of text are traced, and this reads images too")
+    openvino, kind = _openvino(), _weight_type(source, options)
+    openvino.save_model(_converted(source), out / _MODEL_FILE, compress_to_fp16=kind == "f16")
+    # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
+    config = stock_config(source.config)
+    config.architectures = [source.architecture.class_name]
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    config.to_json_file(out / "config.json")
+    copy_travelling_files(source.directory, out)
+    return Written(f"stateful OpenVINO model in {kind}", _write_tokenizer(source, out))
 
 
 def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
     """Compare logits, and in float32 greedy decoding, with transformers'."""
-    openvino = _openvino()
     kind = _weight_type(source, options)
     count, steps = probe_lengths(int(getattr(source.config, "max_position_embeddings", 4096)))
     tokens = probe_tokens(source, count)
-    runtime = OpenVinoRuntime(out)
-    model = reference_model(source)
+    runtime, model, greedy = OpenVinoRuntime(out), reference_model(source), None
     found_TV = runtime.feed(tokens)
-    greedy = None
     if kind == "f32":
         runtime.forget()
-        found = greedy_by(lambda new: runtime.feed(new)[-1], tokens, min(steps, GREEDY_STEPS))
+        found = greedy_by(lambda new: runtime.feed(new)[-1], tokens, steps)
         greedy = (greedy_after(model, tokens, found), found)
-    reader = f"OpenVINO {openvino.get_version().split('-')[0]}"
+    reader = f"OpenVINO {_openvino().get_version().split('-')[0]}"
     return compare_logits(reader, logits_of(model, tokens), found_TV, _TOLERANCES[kind], greedy)
 
 
 class OpenVinoRuntime:
-    """An exported model, compiled for this CPU at full precision, reading one sequence.
-
-    Args:
-        directory: what the target wrote.
-    """
+    """An exported model, compiled for this CPU at full precision, reading one sequence."""
 
     def __init__(self, directory: Path) -> None:
         settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-        compiled = _openvino().Core().compile_model(directory / MODEL_FILE, "CPU", settings)
+        compiled = _openvino().Core().compile_model(directory / _MODEL_FILE, "CPU", settings)
         self._request = compiled.create_infer_request()
         self._past = 0
 
@@ -111,46 +101,37 @@ class OpenVinoRuntime:
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Read more tokens of the sequence and return logits_TV after each of them."""
-        import numpy as np
-
-        end = self._past + len(tokens)
-        results = self._request.infer(
-            {
-                "input_ids": np.array([tokens], dtype=np.int64),
-                "attention_mask": np.ones((1, end), dtype=np.int64),
-                "position_ids": np.arange(self._past, end, dtype=np.int64)[None],
-                "beam_idx": np.zeros(1, dtype=np.int32),
-            }
-        )
-        self._past = end
+        start, self._past = self._past, self._past + len(tokens)
+        inputs = {
+            "input_ids": torch.tensor([list(tokens)]),
+            "attention_mask": torch.ones(1, self._past, dtype=torch.int64),
+            "position_ids": torch.arange(start, self._past)[None],
+            "beam_idx": torch.zeros(1, dtype=torch.int32),
+        }
+        results = self._request.infer({name: each.numpy() for name, each in inputs.items()})
         return torch.from_numpy(results["logits"][0].copy())
 
 
-def _convert(source: Checkpoint) -> Any:
-    try:
-        return convert(reference_model(source), source.architecture.block_count)
-    except CfspError:
-        raise
-    except Exception as error:  # tracing fails in as many ways as there are models
-        summary = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(
-            f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}; use --to padded"
-        ) from error
+def _unsupported(source: Checkpoint, reason: str) -> ExportError:
+    return ExportError(
+        f"openvino export of {source.config.model_type} models is not supported: {reason}; "
+        "transformers runs the checkpoint itself"
+    )
 
 
-def _write_tokenizer(source: Checkpoint, out: Path) -> list[str]:
+def _write_tokenizer(source: Checkpoint, out: Path) -> tuple[str, ...]:
     """Convert the tokenizer too, which OpenVINO GenAI needs, if its converter is installed."""
     if find_spec("openvino_tokenizers") is None:
-        return [
+        return (
             "openvino-tokenizers is not installed, so the tokenizer stays as it is: optimum-intel "
-            "reads it, OpenVINO GenAI needs it converted (convert_tokenizer)"
-        ]
+            "reads it, OpenVINO GenAI needs it converted (convert_tokenizer)",
+        )
     from openvino_tokenizers import convert_tokenizer
 
     models = convert_tokenizer(load_tokenizer(source.directory), with_detokenizer=True)
     for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
         _openvino().save_model(model, out / f"openvino_{name}.xml")
-    return []
+    return ()
 
 
 def _weight_type(source: Checkpoint, options: ExportOptions) -> str:
@@ -170,6 +151,160 @@ def _openvino() -> Any:
     except ImportError as error:
         raise MissingExtraError("openvino export", "openvino") from error
     return openvino
+
+
+class _Step(nn.Module):
+    """One call: new tokens and the past in, logits and the new past out.
+
+    The attention function of the given model is replaced.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from transformers import AttentionInterface
+
+        super().__init__()
+        self.model = model
+        # transformers keeps the function for ever, and must not keep the model.
+        this = weakref.proxy(self)
+        AttentionInterface.register(
+            _ATTENTION, lambda *given, **more: this._attention(*given, **more)
+        )
+        model.set_attn_implementation(_ATTENTION)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        self.mask_BS = attention_mask
+        self.past = list(past)
+        self.present: list[Tensor] = []
+        output: Any = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return (output.logits, *self.present)
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query_BNTH: Tensor,
+        key_BNTH: Tensor,
+        value_BNTH: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        from transformers.integrations.sdpa_attention import repeat_kv
+
+        if s_aux is not None:
+            raise ExportError(
+                "OpenVINO export has no attention with sinks; transformers runs the checkpoint "
+                "itself"
+            )
+        pair = [key_BNTH, value_BNTH]
+        if self.past:
+            at = len(self.present)
+            pair = [
+                torch.cat(each, dim=2) for each in zip(self.past[at : at + 2], pair, strict=True)
+            ]
+        self.present += pair
+        key, value = (repeat_kv(each, query_BNTH.shape[1] // each.shape[1]) for each in pair)
+        bias = self._bias(query_BNTH, sliding_window)
+        if softcap is None:
+            out_BNTH = nn.functional.scaled_dot_product_attention(
+                query_BNTH, key, value, attn_mask=bias, scale=scaling
+            )
+        else:  # Gemma 2 bends the scores
+            scale = query_BNTH.shape[-1] ** -0.5 if scaling is None else scaling
+            scores = softcap * torch.tanh(query_BNTH @ key.transpose(2, 3) * (scale / softcap))
+            out_BNTH = torch.softmax(scores + bias, dim=-1) @ value
+        return out_BNTH.transpose(1, 2), None
+
+    def _bias(self, query_BNTH: Tensor, window: int | None) -> Tensor:
+        """Return what is added to the scores: 0 where a token may look, else very little."""
+        every_S = torch.arange(self.mask_BS.shape[1])
+        new_T = every_S[-query_BNTH.shape[2] :]
+        seen_TS = every_S[None, :] <= new_T[:, None]
+        if window is not None:
+            seen_TS = seen_TS & (every_S[None, :] > new_T[:, None] - window)
+        seen = seen_TS[None, None] & self.mask_BS[:, None, None, :].bool()
+        nothing = torch.zeros((), dtype=query_BNTH.dtype)
+        return torch.where(seen, nothing, torch.finfo(query_BNTH.dtype).min)
+
+
+def _converted(source: Checkpoint) -> Any:
+    """Return the checkpoint as a stateful OpenVINO model in float32."""
+    openvino = _openvino()
+    step, blocks = _Step(reference_model(source)), source.architecture.block_count
+    tokens_BT = torch.ones(2, 3, dtype=torch.int64)
+    positions_BT = tokens_BT.cumsum(1) - 1
+    with torch.inference_mode(), warnings.catch_warnings():
+        # The tracer looks at every attribute of the model, deprecated ones too.
+        warnings.simplefilter("ignore")
+        try:
+            # Without a past first: this tells the heads of each block, and what can't be expressed.
+            _, *first = step(tokens_BT, tokens_BT, positions_BT)
+            if len(first) != 2 * blocks:
+                raise _unsupported(
+                    source,
+                    f"{len(first) // 2} of its {blocks} blocks use transformers' common "
+                    "attention, whose keys and values it can keep",
+                )
+            past = [torch.zeros(2, each.shape[1], 4, each.shape[3]) for each in first]
+            seen_BS = torch.ones(2, 7, dtype=torch.int64)
+            example = (tokens_BT, seen_BS, 4 + positions_BT, *past)
+            converted = openvino.convert_model(step, example_input=example)
+        except CfspError:
+            raise
+        except Exception as error:  # tracing fails in as many ways as there are models
+            summary = str(error).strip().splitlines() or [type(error).__name__]
+            raise ExportError(
+                f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}; "
+                "transformers runs the checkpoint itself"
+            ) from error
+    pairs = [f"{kind}.{block}" for block in range(blocks) for kind in ("key", "value")]
+    names = ["input_ids", "attention_mask", "position_ids", *(f"past_{name}" for name in pairs)]
+    shapes = [[-1, -1]] * 3 + [[-1, each.shape[1], -1, each.shape[3]] for each in past]
+    for port, name, shape in zip(converted.inputs, names, shapes, strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_partial_shape(openvino.PartialShape(shape))
+    names = ["logits", *(f"present_{name}" for name in pairs)]
+    for port, name in zip(converted.outputs, names, strict=True):
+        port.get_tensor().set_names({name})
+    converted.validate_nodes_and_infer_types()
+    _keep_state(converted, pairs)
+    return converted
+
+
+def _keep_state(converted: Any, pairs: list[str]) -> None:
+    """Turn the past from inputs and outputs into state, reordered by `beam_idx`."""
+    import openvino
+    from openvino import opset13
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    beams = opset13.parameter([-1], dtype=openvino.Type.i32, name="beam_idx")
+    beams.output(0).get_tensor().set_names({"beam_idx"})
+    converted.add_parameters([beams])
+    zero = opset13.constant(0)
+    for name in pairs:
+        port = converted.input(f"past_{name}")
+        readers = port.get_target_inputs()
+        chosen = opset13.gather(port, beams, zero)
+        for reader in readers:
+            reader.replace_source_output(chosen.output(0))
+    apply_make_stateful_transformation(
+        converted, {f"past_{name}": f"present_{name}" for name in pairs}
+    )
+    # A state begins with as many rows as the batch has, and no token.
+    shape = opset13.shape_of(converted.input("input_ids"), output_type="i64")
+    batch = opset13.gather(shape, opset13.constant([0]), zero)
+    for node in converted.get_ops():
+        if node.get_type_name() == "ReadValue":
+            _, heads, _, size = node.get_output_partial_shape(0)
+            rest = opset13.constant([heads.get_length(), 0, size.get_length()])
+            start = opset13.concat([batch, rest], axis=0)
+            empty = opset13.constant(0.0, dtype=node.get_output_element_type(0))
+            node.set_arguments([opset13.broadcast(empty, start)])
+    converted.validate_nodes_and_infer_types()
 
 
 TARGET = Target("openvino", "", write, verify)

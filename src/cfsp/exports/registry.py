@@ -10,17 +10,15 @@ from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_fi
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.stopwatch import Stopwatch
-from cfsp.errors import ExportError, UsageError
-from cfsp.exports import decilm, gguf, openvino, padded
+from cfsp.errors import UsageError, did_you_mean
+from cfsp.exports import decilm, gguf, openvino
 from cfsp.exports.target import ExportOptions, ExportReport, Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (gguf.TARGET, *decilm.TARGETS, openvino.TARGET, padded.TARGET)
+    target.name: target for target in (gguf.TARGET, *decilm.TARGETS, openvino.TARGET)
 }
 
 _TYPED = ("gguf", "openvino")
-# The formats whose blocks all have an attention, with as many heads.
-_SAME_HEADS = ("openvino", "padded")
 
 
 def export(
@@ -39,8 +37,7 @@ def export(
 
     Args:
         model: a directory, hub id, .gguf file, or `demo`; pruned or not.
-        to: `gguf`, `vllm`, `sglang`, `tensorrt-llm`, `mlx-lm`, `openvino` or `padded` (see
-            docs/export.md).
+        to: `gguf`, `vllm`, `mlx-lm` or `openvino` (see docs/export.md).
         out: the new directory, or the new .gguf file; must not exist.
         weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
             model's own.
@@ -85,7 +82,10 @@ def export_checkpoint(
     """
     target = TARGETS.get(to)
     if target is None:
-        raise UsageError(f"unknown target {to!r}; expected one of {', '.join(TARGETS)}")
+        raise UsageError(
+            f"unknown target {to!r}{did_you_mean(to, TARGETS)}; expected one of "
+            f"{', '.join(TARGETS)}"
+        )
     if target.suffix and out.suffix != target.suffix:
         raise UsageError(f"{to} writes one file: expected a name in {target.suffix}, found {out}")
     options = options or ExportOptions()
@@ -95,12 +95,6 @@ def export_checkpoint(
         )
     check_is_outside(out, source.directory)
     check_complete(source)
-    if source.architecture.has_attentions and to in _SAME_HEADS:
-        raise ExportError(
-            f"{to} cannot express blocks with different numbers of KV groups, or without "
-            f"attention, and {source.label} has such; what can is gguf and transformers, and where "
-            "the attentions that stay are alike vllm and its kin"
-        )
     watch = Stopwatch()
     with staged_file(out) if target.suffix else staged_directory(out) as staging:
         with watch.stage("write"):

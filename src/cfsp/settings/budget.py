@@ -87,7 +87,7 @@ _MULTIPLES = ((8192, 256), (4096, 128), (1024, 64))
 MULTIPLE_OF_NARROW = 32
 # Multiple -> who works best on widths that are multiples of it; docs/quantise.md.
 _WANTED = {
-    256: "K-quants and the export for SGLang, TensorRT-LLM and mlx-lm",
+    256: "K-quants and the export for mlx-lm",
     128: "4-bit Marlin kernels",
     64: "nf4 and tensor cores",
     32: "Q8_0 and Q4_0",

@@ -42,7 +42,7 @@ def bench(
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
-        engine: transformers, compile, llama.cpp, openvino or vllm.
+        engine: transformers, compile, llama.cpp or vllm.
         rounds: timed runs of each model.
         warmups: untimed runs before them; None for 2, or 3 where they compile.
         disturbance: a round is measured again while other programs take more than this fraction

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.exports.decilm import is_decilm
-from cfsp.exports.openvino import MODEL_FILE
 from cfsp.speed.subjects import Footprint, Subject
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -61,10 +60,6 @@ def check_engine_reads(model: object, label: str, engine: str) -> None:
         raise CheckpointError(
             f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
         )
-    if engine == "openvino" and not (path / MODEL_FILE).is_file():
-        raise CheckpointError(
-            f"{label} has no {MODEL_FILE}; make one with: cfsp export DIR --to openvino"
-        )
     if engine != "vllm" and is_decilm(path):
         raise UsageError(
             f"the engine {engine} cannot run {label}, which is an export for vLLM; give --engine "
@@ -88,10 +83,6 @@ def start_engine(subject: Subject, conditions: Conditions) -> Engine:
         from cfsp.speed.llama_cpp_engine import LlamaCppEngine
 
         return LlamaCppEngine(subject, conditions)
-    if conditions.engine == "openvino":
-        from cfsp.speed.openvino_engine import OpenVinoEngine
-
-        return OpenVinoEngine(subject, conditions)
     from cfsp.speed.vllm_engine import VllmEngine
 
     return VllmEngine(subject, conditions)

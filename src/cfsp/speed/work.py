@@ -78,7 +78,7 @@ class ModelWork:
         return weights + workload.batch * context * self.cache_bytes
 
 
-def work_of(source: WeightSource, *, head: bool, itemsize: float) -> ModelWork:
+def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
     """Return the work of a transformers model.
 
     Args:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cfsp.errors import UsageError
+from cfsp.errors import UsageError, did_you_mean
 
 # For how long rounds that other programs disturb are measured again, all workloads together.
 PATIENCE_SECONDS = 30.0
 # Which fraction of the processors others may take where a ratio is still said.
 TOO_BUSY = 0.2
-ENGINES = ("transformers", "compile", "llama.cpp", "openvino", "vllm")
+ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class Conditions:
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
-            raise UsageError(f"the engine is one of {', '.join(ENGINES)}, found {self.engine!r}")
+            raise UsageError(
+                f"the engine is one of {', '.join(ENGINES)}, found {self.engine!r}"
+                f"{did_you_mean(self.engine, ENGINES)}"
+            )
         if self.warmups < 1 or self.rounds < 1:
             raise UsageError(
                 f"expected at least 1 warm-up and 1 round, found {self.warmups} and {self.rounds}"
