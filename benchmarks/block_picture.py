@@ -26,7 +26,7 @@ def main() -> None:
     style = re.sub(r"var\((.*?)\)", lambda found: colours[found[1]], page_file("charts.css"))
     ground = f'<rect width="100%" height="100%" fill="{colours["--page"]}"/>'
     head = f' font-family="Roboto, Arial, sans-serif"><style>{style}</style>{ground}'
-    print(chart.draw(WIDE).replace(">", head, 1))
+    print(str(chart.draw(WIDE)).replace(">", head, 1))
 
 
 if __name__ == "__main__":

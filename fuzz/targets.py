@@ -150,7 +150,7 @@ def _statistics_header(described: dict[str, Any]) -> dict[str, Any]:
 def statistics_seeds() -> list[bytes]:
     """Return statistics of two blocks, of two with experts, and of two of which one has an FFN."""
     record = CalibrationRecord(
-        "a model", "0" * 32, {"text": 4}, "1" * 64, 4, 16, 0, "float32", "cpu"
+        "a model", "0" * 32, {"text": 4}, "1" * 64, 4, 16, 0, "float32", "cpu", False
     )
     seeds = []
     with tempfile.TemporaryDirectory() as directory:

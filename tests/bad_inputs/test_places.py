@@ -136,7 +136,7 @@ RUNS: Table = {
     ),
     "manifest of another version": BadInput(
         "inspect {pruned}",
-        "{pruned}/cfsp.json has manifest version 8, expected 1",
+        "{pruned}/cfsp.json has manifest version 8, expected 2",
         "use the version of cfsp that wrote it",
         lambda place: edit_json(place.pruned / "cfsp.json", lambda f: f.update(manifest_version=8)),
     ),

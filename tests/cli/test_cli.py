@@ -354,7 +354,8 @@ def test_model_card_says_what_was_done(
     report = cli.json("prune", model, "--out", out, "--sparsity", 0.4, "--multiple", 1, *text)
     card = (out / "README.md").read_text()
     assert "trust_remote_code=True" in card
-    assert str(text[1]) in card
+    # Under its short name: the paths of this machine are nobody's business.
+    assert "prose.txt" in card and str(text[1]) not in card
     for width in report["intermediate_sizes"]:
         assert str(width) in card
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.cli.bench import _beside_ideal
+from cfsp.cli.bench import _ratios
 from cfsp.speed.measuring import Speed
 from cfsp.speed.work import experts_per_token, work_of
 from cfsp.speed.workload import Workload
@@ -81,8 +81,8 @@ def test_what_nothing_says_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isnan(unknown.decode_bytes(WORKLOAD))
     speed = Speed((1.0,), (1.0,), unknown.prefill_flops(WORKLOAD))
     assert json.loads(json.dumps(speed.to_json()))["ideal_ratio"] is None
-    assert _beside_ideal(speed) == ("unknown", "")
-    assert _beside_ideal(replace(speed, ideal_ratio=2.0)) == ("2.000x", "50%")
+    assert _ratios(speed)[2:] == ("unknown", "")
+    assert _ratios(replace(speed, ideal_ratio=2.0))[2:] == ("2.000x", "50%")
 
 
 def test_the_router_is_asked_before_the_config() -> None:
