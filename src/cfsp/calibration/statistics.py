@@ -369,8 +369,10 @@ def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensiti
     Raises:
         ValueError: the values cannot be those of so many blocks.
     """
-    if fields is None:
-        return None
+    return None if fields is None else _sensitivity(fields, blocks)
+
+
+def _sensitivity(fields: dict[str, Any], blocks: int) -> Sensitivity:
     divergence_L = tuple(map(float, fields["divergence_L"]))
     kept_L = tuple(map(float, fields["kept_L"]))
     if not (
@@ -379,12 +381,8 @@ def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensiti
         and all(0 < share <= 1 for share in kept_L)
     ):
         raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}, kept {kept_L}")
-    others = {
-        str(part): sensitivity_from_json(each, blocks)
-        for part, each in fields["other_parts"].items()
-    }
-    measured = {part: each for part, each in others.items() if each is not None}
-    return Sensitivity(divergence_L, kept_L, int(fields["windows"]), measured)
+    others = {str(part): _sensitivity(each, blocks) for part, each in fields["other_parts"].items()}
+    return Sensitivity(divergence_L, kept_L, int(fields["windows"]), others)
 
 
 def removals_from_json(fields: Sequence[dict[str, Any]], blocks: int) -> tuple[Removal, ...]:
