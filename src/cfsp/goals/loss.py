@@ -36,7 +36,7 @@ def held_out_windows(
 
     Raises:
         TextError: a text is missing, or calibration takes all of it.
-        UsageError: the calibration text is the model's own.
+        UsageError: the calibration text has images, and no other is named.
     """
     if not goal.held_out:
         return [
