@@ -23,8 +23,7 @@ check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/mypy
 
 families: $(TEST_READY)  ## proof of every type of the installed transformers, and the contract (an hour)
-	$(BIN)/cfsp families --prove --json > families.json
-	$(BIN)/python benchmarks/families.py families.json docs/families.md
+	$(BIN)/python benchmarks/families.py src/cfsp/families/proved.json
 	CFSP_EVERY_TYPE=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests/architecture/test_contract.py
 	CFSP_EVERY_FAMILY=1 $(BIN)/python -m pytest -n 2 tests/repair/test_local.py \
 		tests/repair/test_sequential.py tests/recovery/test_recovery.py

@@ -1,30 +1,30 @@
-"""benchmarks/families.py: what is written of the results into docs/families.md."""
+"""benchmarks/families.py: what it writes is what `cfsp families` reads."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Any
 
+from cfsp.families.catalogue import Family, proved_before
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from families import proved_types
+from families import line_of
 
 
-def test_every_part_has_a_column_and_what_cannot_go_a_reason() -> None:
-    none = "whole experts of A can't be removed: it has no routed experts whose matrices ..."
-    row: dict[str, Any] = {
-        "model_type": "a", "class": "A", "proved": True, "reason": None, "kv": True,
-        "kv_reason": None, "attention": True, "attention_reason": None,
-        "experts": False, "experts_reason": none, "blocks": False,
-        "blocks_reason": "a rule",
-    }  # fmt: skip
-    text = proved_types([row], "5")
-    assert "| a | `A` | yes | yes | yes | - | no |" in text
-    assert "| a | `A` | a rule |" in text
-    assert text.count("| a |") == 2
-    without_ffns = {**row, "proved": False, "reason": "a norm"}
-    text = proved_types([without_ffns], "5")
-    assert "| a | `A` | no | yes | yes | - | no |" in text
-    assert "| a | `A` | a norm |" in text
+def test_the_published_lines_are_what_it_writes() -> None:
+    _, before = proved_before()
+    published = (REPOSITORY / "src/cfsp/families/proved.json").read_text(encoding="utf-8")
+    assert published.splitlines()[1:-1] == [
+        line_of(family, reasons) + "," * (number < len(before))
+        for number, (family, reasons) in enumerate(before.items(), 1)
+    ]
+
+
+def test_a_long_reason_is_cut_and_what_can_go_has_none() -> None:
+    reasons = {"ffn": None, "kv": "a | b\n" + 200 * "c"}
+    row = json.loads(line_of(Family("a", "A"), reasons))
+    assert row["class"] == "A"
+    assert list(row["why_not"]) == ["kv"]
+    assert row["why_not"]["kv"].startswith("a | b ccc") and len(row["why_not"]["kv"]) == 164

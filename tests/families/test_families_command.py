@@ -15,25 +15,40 @@ LLAMA = Family("llama", "LlamaForCausalLM")
 PARTS_OF_DENSE = ("kv", "attention", "blocks")
 
 
-def test_the_command_lists_what_transformers_has(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_what_transformers_has_and_what_can_go(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["families"]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["model", "type", "class"]
+    assert head.split()[:5] == ["model", "type", "class", "FFN", "channels"]
     assert len(rows) == len(installed_families()) > 200
-    assert ["llama", "LlamaForCausalLM"] in [row.split() for row in rows]
+    llama = ["llama", "LlamaForCausalLM", "yes", "yes", "yes", "no", "yes"]
+    assert llama in [row.split() for row in rows]
 
 
-def test_what_is_not_proved_is_not_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_proved_before_has_a_reason_for_every_no(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["families", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["families"]
-    assert {
-        "model_type": "gemma3",
-        "class": "Gemma3ForConditionalGeneration",
-        "proved": None,
-        "reason": None,
-        **dict.fromkeys(COLUMNS),
-        **dict.fromkeys(f"{part}_reason" for part in COLUMNS),
-    } in listed
+    proved = [row for row in listed if row["proved"]]
+    assert len(proved) > 200
+    assert all(row["reason"] for row in listed if row["proved"] is False)
+    assert all(row[part] or row[f"{part}_reason"] for row in proved for part in COLUMNS)
+    (olmoe,) = [row for row in proved if row["model_type"] == "olmoe"]
+    assert (olmoe["kv"], olmoe["experts"]) == (False, True)
+    assert "failed the check cut" in olmoe["kv_reason"]
+
+
+def test_what_nobody_tried_is_not_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cfsp.families.catalogue.proved_before", lambda: ("1.0", {}))
+    assert main(["families"]) == 0
+    shown = capsys.readouterr()
+    assert ["llama", "LlamaForCausalLM", *5 * "?"] in [
+        row.split() for row in shown.out.splitlines()
+    ]
 
 
 def test_named_types_are_proved(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
@@ -11,16 +12,20 @@ from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings import Part
 
 if TYPE_CHECKING:
-    from cfsp.families.catalogue import Family
-    from cfsp.families.trial import Reasons
+    from cfsp.families.catalogue import Family, Reasons
+
+_log = logging.getLogger(__name__)
 
 # What is tried besides FFN channels, and what a column of a table of it is called.
 COLUMNS: dict[Part, str] = {
     "kv": "KV groups",
-    "attention": "attentions",
+    "attention": "attention layers",
     "experts": "experts",
     "blocks": "blocks",
 }
+
+# None where nobody has tried.
+_WORDS = {True: "yes", False: "no", None: "?"}
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -28,7 +33,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser = arguments.command_parser(
         subparsers,
         "families",
-        "list the model types of the installed transformers; prove which can be pruned",
+        "list what can go of each model type of the installed transformers; prove it anew",
         "cfsp families --prove llama qwen3_5",
     )
     parser.add_argument(
@@ -43,8 +48,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the model types, and with --prove what can go of each."""
-    from cfsp.families.catalogue import installed_families
+    """Print what can go of each model type: as it was proved before, or with --prove now."""
+    from cfsp.families.catalogue import installed_families, proved_before
 
     families = installed_families()
     known = {family.model_type for family in families}
@@ -57,7 +62,16 @@ def run(args: argparse.Namespace) -> None:
     if args.prove:
         families = [family for family in families if family.model_type in args.prove]
     if args.prove is None:
-        rows = [_row(family, None) for family in families]
+        import transformers
+
+        version, before = proved_before()
+        rows = [_row(family, before.get(family)) for family in families]
+        if version != transformers.__version__:
+            _log.warning(
+                "proved with transformers %s; with the installed %s: cfsp families --prove TYPE",
+                version,
+                transformers.__version__,
+            )
     else:
         from cfsp.families.trial import verdicts
         from cfsp.progress import item_progress
@@ -69,29 +83,24 @@ def run(args: argparse.Namespace) -> None:
                 bar.update()
     if args.json:
         print_json({"families": rows})
-    elif args.prove is None:
-        print_table(
-            ("model type", "class"), [(row["model_type"], row["class"]) for row in rows], left=2
-        )
-    else:
-        print_table(
-            ("model type", "class", "proved", *COLUMNS.values(), "reason"),
-            [
-                (
-                    row["model_type"],
-                    row["class"],
-                    "yes" if row["proved"] else "no",
-                    *("yes" if row[part] else "no" for part in COLUMNS),
-                    row["reason"] or "",
-                )
-                for row in rows
-            ],
-            left=4 + len(COLUMNS),
-        )
+        return
+    print_table(
+        ("model type", "class", "FFN channels", *COLUMNS.values(), "why no channels"),
+        [
+            (
+                row["model_type"],
+                row["class"],
+                *(_WORDS[row[part]] for part in ("proved", *COLUMNS)),
+                row["reason"] or "",
+            )
+            for row in rows
+        ],
+        left=4 + len(COLUMNS),
+    )
 
 
 def _row(family: Family, proof: Reasons | None) -> dict[str, Any]:
-    """Return what is known of a family, as JSON types; without a proof parts are None."""
+    """Return what is known of a family, as JSON types; where nobody tried parts are None."""
     reasons = proof or dict.fromkeys(("ffn", *COLUMNS))
     return {
         "model_type": family.model_type,

@@ -1,9 +1,16 @@
-"""The language model types of the installed transformers."""
+"""The language model types of the installed transformers, and what was proved of them before."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING
+
+from cfsp.settings import PARTS, Part
+
+# For each part why none of it can go; None if some can.
+Reasons = dict[Part, str | None]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,3 +57,12 @@ def installed_families() -> list[Family]:
         if model_type in modeling_auto.CONFIG_MAPPING_NAMES  # not what our modelling file adds
     }
     return [Family(model_type, class_name) for model_type, class_name in sorted(pairs)]
+
+
+def proved_before() -> tuple[str, dict[Family, Reasons]]:
+    """Return what `make families` found: the version of transformers, and why not for each part."""
+    found = json.loads(files("cfsp.families").joinpath("proved.json").read_text(encoding="utf-8"))
+    return found["transformers"], {
+        Family(row["model_type"], row["class"]): {part: row["why_not"].get(part) for part in PARTS}
+        for row in found["families"]
+    }

@@ -15,7 +15,7 @@ from cfsp.architecture.proof import prove, small_run_of
 from cfsp.engine.block_proof import prove_without_attentions, prove_without_blocks
 from cfsp.errors import CfspError, UnsupportedModelError, first_line
 from cfsp.families.apart import NoAnswerError, call_apart, stop_calls
-from cfsp.families.catalogue import Family
+from cfsp.families.catalogue import Family, Reasons
 from cfsp.settings import PARTS, Part
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 # Seconds. For a few types all proofs take more than two minutes on a slow core.
 PROOF_LIMIT = 300.0
 MOST_AT_A_TIME = 4
-
-
-# For each part why none of it can go; None if some can.
-Reasons = dict[Part, str | None]
 
 
 def verdicts(families: Sequence[Family]) -> Iterator[Reasons]:
