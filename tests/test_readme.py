@@ -1,4 +1,4 @@
-"""The README's commands and its Python run as they stand, on a tiny model and a small text."""
+"""The commands and the Python of the README and the first page run, on a tiny model and text."""
 
 from __future__ import annotations
 
@@ -16,44 +16,60 @@ from cfsp.cli.options import expand_sets
 from cfsp.settings import CalibrationText
 from conftest import REPOSITORY
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = REPOSITORY / "README.md"
+FIRST = REPOSITORY / "docs/first-fifteen-minutes.md"
 
-# What makes a command of the README small enough for a test.
+# What makes a command small enough for a test.
 _SMALLER = {
     "prune": ["--samples", "8", "--seqlen", "64", "--multiple", "4"],
     "eval": ["--windows", "2", "--seqlen", "64"],
     "recover": ["--seqlen", "64", "--batch-windows", "2"],
+    "bench": ["--rounds", "1", "--warmups", "1", "--prompt", "8", "--new-tokens", "2"],
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+@pytest.mark.parametrize("page", [README, FIRST], ids=lambda page: page.stem)
+@pytest.mark.usefixtures("models_start_quickly")
 def test_the_commands_run(
+    page: Path,
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,
     other_text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    model = str(tiny_checkpoint("llama"))
     stand_ins = {
-        "MODEL": str(tiny_checkpoint("llama")),
+        "MODEL": model,
+        "demo": model,
         "wikitext2": str(text_file),
         "c4": str(other_text_file),
+        "python-docs": str(text_file),
         "yours.jsonl": str(text_file),
         "mixed": str(other_text_file),  # all of it takes seconds to cut into tokens
         # So many minutes would be waited for, and few are too short on a busy machine.
         "--max-minutes": "--steps",
-        "30": "8",
+        "30": "4",
     }
-    commands = [line for block in blocks("sh") for line in block.splitlines() if line]
-    assert [shlex.split(command)[1] for command in commands] == ["prune", "eval", "recover"]
+    commands = [line for block in blocks(page, "sh") for line in block.splitlines() if line]
+    assert len(commands) >= 3
     for command in commands:
         words = [stand_ins.get(word, word) for word in shlex.split(command)]
-        assert main([*words[1:], *_SMALLER[words[1]]]) == 0, command
+        assert words[0] == "cfsp"
+        t=__import__("time").time()
+        assert main([*words[1:], *_SMALLER.get(words[1], [])]) == 0, command
+        print("TIME", command, __import__("time").time()-t, __import__("os").times())
     assert (tmp_path / "recovered" / "model.safetensors").is_file()
+    served = re.findall("serve it: (.*)", capsys.readouterr().out)
+    assert all(f"\n    {command}\n" in page.read_text(encoding="utf-8") for command in served)
+    assert len(served) == sum(" export " in command for command in commands)
 
 
 def test_the_python_runs(
@@ -66,7 +82,7 @@ def test_the_python_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(text_file.read_text())
     monkeypatch.setattr("cfsp.text.calibration_text.draw_text", _small_draw)
-    (code,) = blocks("python")
+    (code,) = blocks(README, "python")
     names = {
         "model_in_memory": cfsp.load(tiny_checkpoint("llama")),
         "tokenizer": tokenizer,
@@ -75,6 +91,9 @@ def test_the_python_runs(
     exec(code, names)
     assert names["smaller"].num_parameters() < names["model_in_memory"].num_parameters()
     assert (tmp_path / "smaller" / "config.json").is_file()
+    (code,) = blocks(FIRST, "python")
+    exec(code.replace("recovered", "smaller"), names)
+    assert names["model"].num_parameters() == names["smaller"].num_parameters()
 
 
 def _small_draw(text: CalibrationText, tokenizer: Any, *_: Any) -> Any:
@@ -84,14 +103,14 @@ def _small_draw(text: CalibrationText, tokenizer: Any, *_: Any) -> Any:
 
 
 def test_its_picture_and_pages_exist() -> None:
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text(encoding="utf-8")):
         assert (REPOSITORY / target).is_file(), target
 
 
 def test_the_commands_of_all_pages_are_understood() -> None:
     """Each that stands in a line of its own parses, but with `...`, one capital or `a|b` in it."""
     understood = 0
-    for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
+    for page in [README, *sorted((REPOSITORY / "docs").glob("*.md"))]:
         text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
         for line in re.findall(r"^ +(?:\$ )?cfsp (\w+ .*)$", text, flags=re.MULTILINE):
             words = shlex.split(line, comments=True)
