@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import cfsp
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets
 from cfsp.settings import CalibrationText
+from cfsp.speed.process import ModelProcess
 from conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
@@ -45,6 +47,8 @@ def test_the_commands_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    timed = ModelProcess.run  # no round is measured again because the machine is busy
+    monkeypatch.setattr(ModelProcess, "run", lambda *args: replace(timed(*args), disturbance=0.0))
     model = str(tiny_checkpoint("llama"))
     stand_ins = {
         "MODEL": model,
@@ -63,9 +67,7 @@ def test_the_commands_run(
     for command in commands:
         words = [stand_ins.get(word, word) for word in shlex.split(command)]
         assert words[0] == "cfsp"
-        t=__import__("time").time()
         assert main([*words[1:], *_SMALLER.get(words[1], [])]) == 0, command
-        print("TIME", command, __import__("time").time()-t, __import__("os").times())
     assert (tmp_path / "recovered" / "model.safetensors").is_file()
     served = re.findall("serve it: (.*)", capsys.readouterr().out)
     assert all(f"\n    {command}\n" in page.read_text(encoding="utf-8") for command in served)
