@@ -8,7 +8,7 @@ TEST_READY := $(VENV)/.test-ready
 # Tests start many processes: compiling all modules anew in each would take a part of the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check families versions serve-check format clean
+.PHONY: demo test check docs families versions serve-check format clean
 
 demo: $(DEMO_READY)  ## prune a real trained model on real text and show gain and loss
 	rm -rf pruned-demo
@@ -21,6 +21,14 @@ check: $(TEST_READY)  ## what CI runs besides the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(TEST_READY)  ## all pages as a site in build/site; a dead link is an error
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	rm -rf build/pages
+	mkdir -p build/pages
+	tar cf - README.md LOG.md CHANGELOG.md docs benchmarks/peers.md src/cfsp/text/mixture/SOURCES.md \
+		| tar xf - -C build/pages
+	$(BIN)/mkdocs build --strict
 
 families: $(TEST_READY)  ## proof of every type of the installed transformers, and the contract (an hour)
 	$(BIN)/python benchmarks/families.py src/cfsp/families/proved.json

@@ -1,4 +1,4 @@
-"""With nothing installed but the core dependencies, cfsp imports, prunes a directory and loads.
+"""With nothing installed but the core dependencies, cfsp and its wheel prune a directory and load.
 
 A process sees only links to the distributions that the core needs, found from what is installed.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import venv
 from collections.abc import Callable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -85,3 +87,41 @@ def test_the_core_alone_prunes_and_loads(
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout.split()[-1]) > 0
     assert PruningPlan.load(out / "cfsp_plan.json").ffn_sparsity > 0.35
+
+
+def test_the_wheel_prunes_from_an_environment_of_its_own(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install '.[dev]'")
+    environment, packages, out = tmp_path / "env", tmp_path / "packages", tmp_path / "out"
+    venv.create(environment, with_pip=False)
+    packages.mkdir()
+    link_distributions("cfsp-llm", packages)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages / "core.pth").write_text(f"{packages}\n")
+
+    def run(*command: object) -> str:
+        ours = command[0] == sys.executable
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        ended = subprocess.run(
+            [str(word) for word in command],
+            env=None if ours else clean,
+            cwd=REPOSITORY if ours else tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path)
+    (wheel,) = tmp_path.glob("cfsp_llm-*.whl")
+    pip = (sys.executable, "-m", "pip", "--python", environment / "bin/python")
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    cfsp = environment / "bin/cfsp"
+    assert "prune" in run(cfsp, "--help")
+    small = ("--multiple", 4, "--data", text_file, "--samples", 4, "--seqlen", 32)
+    run(cfsp, "prune", tiny_checkpoint("llama"), "--sparsity", 0.4, *small, "--out", out)
+    assert PruningPlan.load(out / "cfsp_plan.json").ffn_sparsity > 0.35
+    assert (out / "modeling_cfsp.py").is_file()  # from a template that lies in the wheel
+    assert (site_packages / "cfsp/families/proved.json").is_file()
