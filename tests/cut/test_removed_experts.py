@@ -37,8 +37,8 @@ from cfsp.planning.experts import (
 from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.report.write import write_report
 from cfsp.result.inspect import inspect_checkpoint
+from cfsp.result.page.write import write_report
 from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings

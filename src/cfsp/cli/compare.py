@@ -100,7 +100,7 @@ def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredMod
 
 def _print(found: Comparison) -> None:
     """Print a group of lines for each text and task, narrow enough for any terminal."""
-    from cfsp.report.summary import short_names
+    from cfsp.result.summary import short_names
 
     print(f"first: {found.first}\nsecond: {found.second}\n")
     names, rows = short_names(pair.text for pair in found.texts), []

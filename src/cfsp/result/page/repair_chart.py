@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cfsp.repair.repaired import entry_name, was_rejected
-from cfsp.report.chart import (
+from cfsp.result.page.chart import (
     TITLE,
     Chart,
     Column,
@@ -19,10 +19,10 @@ from cfsp.report.chart import (
     panel_name,
     stack_panels,
 )
-from cfsp.report.drawing import Bands, Scale, cross, element, join, scale_from_zero, shift
-from cfsp.report.runs import RunFacts
-from cfsp.report.summary import NOTHING
+from cfsp.result.page.drawing import Bands, Scale, cross, element, join, scale_from_zero, shift
 from cfsp.result.repair_steps import Step, error_name
+from cfsp.result.runs import RunFacts
+from cfsp.result.summary import NOTHING
 
 _CAPTION = (
     "Each step of repair is judged on windows that were held out from it; what did not help is "

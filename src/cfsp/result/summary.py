@@ -8,8 +8,8 @@ from pathlib import PurePath
 from typing import Any
 
 from cfsp.architecture.block_names import blocks_in_words
-from cfsp.report.runs import RunFacts
 from cfsp.result.conditions import Conditions
+from cfsp.result.runs import RunFacts
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cfsp.report.block_chart import attention_chart, block_chart
-from cfsp.report.chart import Chart
-from cfsp.report.pareto_chart import pareto_chart
-from cfsp.report.recovery_chart import recovery_chart
-from cfsp.report.repair_chart import repair_chart
-from cfsp.report.runs import RunFacts
-from cfsp.report.summary import measured_conditions
 from cfsp.result.conditions import Conditions
-from cfsp.sweep.front import pareto_front
+from cfsp.result.front import pareto_front
+from cfsp.result.page.block_chart import attention_chart, block_chart
+from cfsp.result.page.chart import Chart
+from cfsp.result.page.pareto_chart import pareto_chart
+from cfsp.result.page.recovery_chart import recovery_chart
+from cfsp.result.page.repair_chart import repair_chart
+from cfsp.result.runs import RunFacts
+from cfsp.result.summary import measured_conditions
 
 # More are neither columns side by side nor drawings under each other that anybody would read.
 MOST_IN_DETAIL = 8

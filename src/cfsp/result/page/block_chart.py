@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.report.chart import (
+from cfsp.result.page.chart import (
     TITLE,
     Chart,
     Column,
@@ -23,9 +23,9 @@ from cfsp.report.chart import (
     panel_name,
     stack_panels,
 )
-from cfsp.report.drawing import Bands, Scale, element, join, scale_from_zero
-from cfsp.report.runs import RunFacts
-from cfsp.report.summary import NOTHING
+from cfsp.result.page.drawing import Bands, Scale, element, join, scale_from_zero
+from cfsp.result.runs import RunFacts
+from cfsp.result.summary import NOTHING
 from cfsp.settings import SENSITIVITY_METRICS, UNIFORM, Part, removal_in_words, worth_in_words
 
 _BAR = 0.72

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from cfsp.report.chart import Chart, Legend, Table
-from cfsp.report.drawing import (
+from cfsp.result.conditions import Conditions
+from cfsp.result.front import pareto_front
+from cfsp.result.page.chart import Chart, Legend, Table
+from cfsp.result.page.drawing import (
     Scale,
     drawing,
     element,
@@ -24,10 +26,8 @@ from cfsp.report.drawing import (
     short_label,
     value_axis,
 )
-from cfsp.report.runs import RunFacts
-from cfsp.report.summary import NOTHING, measured_conditions, perplexity_of_original
-from cfsp.result.conditions import Conditions
-from cfsp.sweep.front import pareto_front
+from cfsp.result.runs import RunFacts
+from cfsp.result.summary import NOTHING, measured_conditions, perplexity_of_original
 
 _LEFT, _RIGHT, _TITLE, _HEIGHT, _FOOT, _GAP = 52.0, 20.0, 26.0, 240.0, 40.0, 20.0
 _RADIUS = 5.0

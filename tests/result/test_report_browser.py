@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.report.write import write_report
+from cfsp.result.page.write import write_report
 from cfsp.settings import Budget
 from report_runs import changed_copy, measured, prune_tiny, recovered
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from cfsp.errors import ReportError
-from cfsp.report.chart import Chart
-from cfsp.report.repair_chart import repair_chart
-from cfsp.report.reproduction import reproduction
-from cfsp.report.runs import read_run
-from cfsp.report.summary import NOTHING
-from cfsp.report.write import write_report
+from cfsp.result.page.chart import Chart
+from cfsp.result.page.repair_chart import repair_chart
+from cfsp.result.page.write import write_report
+from cfsp.result.reproduction import reproduction
+from cfsp.result.runs import read_run
+from cfsp.result.summary import NOTHING
 from cfsp.settings import Budget, Repair
 from report_runs import changed_copy, prune_tiny
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
-from cfsp.report.groups import group_runs
-from cfsp.report.measured import with_own_speed, with_results
-from cfsp.report.page import is_page, render_page
-from cfsp.report.runs import read_runs
+from cfsp.result.measured import with_own_speed, with_results
+from cfsp.result.page.groups import group_runs
+from cfsp.result.page.page import is_page, render_page
+from cfsp.result.runs import read_runs
 
 
 def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Path] = ()) -> None:

@@ -13,15 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.ridge_pass import NAME as RIDGE
-from cfsp.report.manifest_check import check_manifest
 from cfsp.result.conditions import Conditions
 from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest_check import check_manifest
 from cfsp.result.repair_steps import Step, repair_steps
-from cfsp.sweep.run import RECIPE_FILE
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from builders import CALIBRATION, CRITERION
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.report.block_chart import block_chart
-from cfsp.report.repair_chart import repair_chart
-from cfsp.report.runs import RunFacts, read_run
-from cfsp.report.summary import NOTHING
 from cfsp.result.card import model_card
 from cfsp.result.manifest import write_manifest
 from cfsp.result.origin import Origin
+from cfsp.result.page.block_chart import block_chart
+from cfsp.result.page.repair_chart import repair_chart
+from cfsp.result.runs import RunFacts, read_run
+from cfsp.result.summary import NOTHING
 from cfsp.settings import (
     BLOCK_METRICS,
     REMOVALS,

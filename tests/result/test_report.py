@@ -18,14 +18,14 @@ from markupsafe import escape
 
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, ReportError
-from cfsp.report.drawing import Scale, element, round_scale, scale_from_zero
-from cfsp.report.groups import group_runs
-from cfsp.report.page import page_file
-from cfsp.report.pareto_chart import pareto_chart
-from cfsp.report.runs import RunFacts, read_run, read_runs
-from cfsp.report.summary import NOTHING, headlines, short_names, summary_rows
-from cfsp.report.write import write_report
 from cfsp.result.manifest import add_to_manifest
+from cfsp.result.page.drawing import Scale, element, round_scale, scale_from_zero
+from cfsp.result.page.groups import group_runs
+from cfsp.result.page.page import page_file
+from cfsp.result.page.pareto_chart import pareto_chart
+from cfsp.result.page.write import write_report
+from cfsp.result.runs import RunFacts, read_run, read_runs
+from cfsp.result.summary import NOTHING, headlines, short_names, summary_rows
 from cfsp.settings import Budget
 from conftest import REPOSITORY
 from report_runs import HISTORY, changed_copy, measured, prune_tiny, recovered

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from cfsp.report.drawing import (
+from cfsp.result.page.drawing import (
     NARROW,
     WIDE,
     Bands,
@@ -25,7 +25,7 @@ from cfsp.report.drawing import (
     short_label,
     value_axis,
 )
-from cfsp.report.runs import RunFacts
+from cfsp.result.runs import RunFacts
 
 # Margins: of the drawing, of a panel's heading, below the last panel, between two.
 LEFT, RIGHT, TITLE, FOOT, GAP = 52.0, 6.0, 26.0, 40.0, 30.0

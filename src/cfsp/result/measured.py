@@ -12,8 +12,8 @@ from typing import Any
 from cfsp.errors import ReportError
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import measured_model
-from cfsp.report.runs import Measured, RunFacts
 from cfsp.result.conditions import Conditions
+from cfsp.result.runs import Measured, RunFacts
 
 _PHASES = ("prefill", "decode")
 

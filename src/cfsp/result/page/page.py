@@ -15,9 +15,9 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cfsp.report.groups import ModelGroup
-from cfsp.report.reproduction import reproduction
-from cfsp.report.summary import headlines, summary_rows
+from cfsp.result.page.groups import ModelGroup
+from cfsp.result.reproduction import reproduction
+from cfsp.result.summary import headlines, summary_rows
 
 _STYLES = ("style.css", "charts.css")
 
@@ -28,7 +28,7 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
     style = "\n".join(map(page_file, _STYLES))
     script = page_file("charts.js")
     environment = Environment(
-        loader=PackageLoader("cfsp.report", "assets"),
+        loader=PackageLoader("cfsp.result.page", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -61,7 +61,7 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
 
 def page_file(name: str) -> str:
     """Return one of the files that the page is made of."""
-    return files("cfsp.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return files("cfsp.result.page").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _title(groups: Sequence[ModelGroup]) -> str:

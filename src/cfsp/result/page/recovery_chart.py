@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from cfsp.report.chart import Chart, Table
-from cfsp.report.drawing import (
+from cfsp.result.page.chart import Chart, Table
+from cfsp.result.page.drawing import (
     Scale,
     drawing,
     element,
@@ -19,8 +19,8 @@ from cfsp.report.drawing import (
     short_label,
     value_axis,
 )
-from cfsp.report.runs import RunFacts
-from cfsp.report.summary import NOTHING
+from cfsp.result.runs import RunFacts
+from cfsp.result.summary import NOTHING
 
 _LEFT, _RIGHT, _TITLE, _HEIGHT, _FOOT, _GAP = 52.0, 16.0, 26.0, 200.0, 40.0, 36.0
 

@@ -10,9 +10,9 @@ from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
-from cfsp.report.runs import RunFacts
 from cfsp.result.conditions import sources_in_words
 from cfsp.result.repair_steps import repair_steps, steps_in_words
+from cfsp.result.runs import RunFacts
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, block_metric_in_words
 
 
