@@ -1,123 +1,23 @@
-"""Whether a manifest holds what a page is made of, before anything is drawn from it."""
+"""The shape of a manifest: whether it holds what people are told from it, before they are."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.own_files import MANIFEST_FILE
-from cfsp.errors import ReportError
-
-_NUMBERS = ("parameters_before", "parameters_after", "model_sparsity", "ffn_sparsity")
-_PAIRS = ("loss", "divergence", "agreed", "accuracy", "kept")
-_SIDES = ("first", "second", "difference")
-_WIDTHS = ("widths_before", "intermediate_sizes")
+from cfsp.errors import CheckpointError
+from cfsp.result.manifest import read_manifest
 
 
-def check_manifest(manifest: dict[str, Any], directory: Path) -> None:
-    """Check that numbers are numbers and tables are tables.
-
-    Raises:
-        ReportError: they are not, or the size of the model is only half there.
-    """
-    for what in _complaints(manifest):
-        raise ReportError(f"{directory / MANIFEST_FILE} is damaged: {what}; make the run again")
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
-    size = [key for key in (*_NUMBERS, *_WIDTHS) if key in manifest]
-    if size and len(size) < len(_NUMBERS) + len(_WIDTHS):
-        yield f"of the model's size it has only {', '.join(size)}"
-        return
-    for key in size:
-        value = manifest[key]
-        if key in _NUMBERS and not _is_number(value):
-            yield f"{key} should be a number and is {value!r}"
-        if key in _WIDTHS and not (isinstance(value, list) and value and all(map(_is_int, value))):
-            yield f"{key} should be a list of whole numbers"
-    for key in ("base_model", "criterion", "calibration", "repair", "perplexity", "recovery",
-                "seconds", "versions", "speed", "pruned", "comparison"):  # fmt: skip
-        if not isinstance(manifest.get(key) or {}, dict):
-            yield f"{key} should be a table"
-            return
-    recovery = manifest.get("recovery") or {}
-    for table in (manifest.get("perplexity") or {}, recovery.get("perplexity") or {}):
-        for text, value in table.items():
-            if not _has_numbers(value, "before", "after", "tokens"):
-                yield f"the perplexity on {text!r} lacks a number"
-            elif any(not _is_int(value.get(key) or 0) for key in ("windows", "seqlen", "stride")):
-                yield f"the perplexity on {text!r} has windows that are no whole numbers"
-    yield from _complaints_of_comparison(manifest.get("comparison") or {})
-    steps = (manifest.get("repair") or {}).get("steps", [])
-    if not isinstance(steps, list):
-        yield "the steps of repair should be a list"
-        return
-    for step in steps:
-        yield from _complaints_of_step(step)
-    for entry in recovery.get("history", []):
-        if not _has_numbers(entry, "step", "perplexity"):
-            yield "an entry of recovery's history lacks a number"
-
-
-def _complaints_of_comparison(comparison: dict[str, Any]) -> Iterator[str]:
-    for key in ("texts", "tasks"):
-        if not isinstance(comparison.get(key, {}), dict):
-            yield f"{key} of the comparison should be a table"
-            return
-    tables = [*comparison.get("texts", {}).items(), *comparison.get("tasks", {}).items()]
-    for name, table in [*tables, ("all tasks", comparison)]:
-        pairs = [table.get(key) for key in _PAIRS] if isinstance(table, dict) else [table]
-        for pair in pairs:
-            sides = [pair.get(side) for side in _SIDES] if isinstance(pair, dict) else [pair]
-            if pair is not None and not all(_has_numbers(side, "value") for side in sides):
-                yield f"the comparison on {name!r} lacks a number"
-
-
-def _complaints_of_step(step: Any) -> Iterator[str]:
-    """Yield what is wrong with a step of repair (see `cfsp.result.repair_steps`)."""
-    if not isinstance(step, dict) or not isinstance(step.get("name"), str):
-        yield "a step of repair has no name"
-        return
-    if not isinstance(step.get("blocks"), list):
-        yield f"the blocks of {step['name']} should be a list"
-        return
-    for index, entry in enumerate(step["blocks"]):
-        if entry is not None:
-            yield from _complaints_of_entry(entry, f"{step['name']}, block {index}", index)
-
-
-def _complaints_of_entry(entry: Any, what: str, index: int) -> Iterator[str]:
-    if not isinstance(entry, dict):
-        yield f"{what} should be a table"
-        return
-    kept, together = entry.get("kept"), entry.get("blocks", 0)
-    if "block" in entry and not (
-        _is_int(entry["block"]) and entry["block"] >= 0 and isinstance(entry.get("path"), str)
-    ):
-        yield f"{what} does not say which FFN it is about"
-    if not isinstance(kept, bool):
-        yield f"{what} does not say whether the new weights were kept"
-    if not _is_int(together) or not 1 <= together <= index + 1:
-        yield f"{what} does not say how many blocks changed together"
-    if not _is_error(entry.get("error_before")):
-        yield f"{what} lacks the error before it"
-    # Null is what training leaves whose error is NaN; such weights are rejected.
-    after = entry.get("error_after", "missing")
-    if not _is_error(after) and (after is not None or kept):
-        yield f"{what} lacks the error after it"
-    if not all(_is_number(entry.get(key) or 0) for key in ("strength", "training_steps")):
-        yield f"{what} has a strength or training steps that are not numbers"
-    experts = entry.get("experts", [])
-    if not isinstance(experts, list) or not all(
-        isinstance(expert, dict) and isinstance(expert.get("kept"), bool) for expert in experts
-    ):
-        yield f"{what} does not say which experts' new weights were kept"
-
-
-def _has_numbers(entry: Any, *keys: str) -> bool:
-    return isinstance(entry, dict) and all(_is_number(entry.get(key)) for key in keys)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_error(value: Any) -> bool:
@@ -125,9 +25,122 @@ def _is_error(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= sys.float_info.max
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+# What a value has to be: a name and its test; a table by its keys, of which those with ? may be
+# missing or null and * stands for any; a list of one kind, whose items may be null beside a None.
+Shape = tuple[str, Callable[[Any], bool]] | dict[str, Any] | list[Any]
+_NUMBER: Shape = ("a number", _is_number)
+_WHOLE: Shape = ("a whole number", _is_whole)
+_TEXT: Shape = ("text", lambda value: isinstance(value, str))
+_FLAG: Shape = ("true or false", lambda value: isinstance(value, bool))
+_ERROR: Shape = ("a finite number from 0", _is_error)
+
+_SIZES: dict[str, Shape] = {
+    "parameters_before": _NUMBER,
+    "parameters_after": _NUMBER,
+    "model_sparsity": _NUMBER,
+    "ffn_sparsity": _NUMBER,
+    "widths_before": [_WHOLE],
+    "intermediate_sizes": [_WHOLE],
+}
+_PERPLEXITIES: Shape = {
+    "*": {"before": _NUMBER, "after": _NUMBER, "tokens": _NUMBER, "windows": _WHOLE,
+          "seqlen": _WHOLE, "stride?": _WHOLE}
+}  # fmt: skip
+_ESTIMATE = {"value": _NUMBER, "stderr?": _NUMBER}
+_PAIR = dict.fromkeys(("first", "second", "difference"), _ESTIMATE)
+_PAIRS = dict.fromkeys(("loss?", "divergence?", "agreed?", "accuracy?", "kept?"), _PAIR)
+_PART = {"before": [_WHOLE], "after": [_WHOLE], "sparsity": _NUMBER}
+_ENTRY: Shape = {
+    "blocks": _WHOLE, "kept": _FLAG, "error_before": _ERROR, "error_after?": _ERROR,
+    "strength?": _NUMBER, "training_steps?": _NUMBER, "block?": _WHOLE, "path?": _TEXT,
+    "experts?": [{"kept": _FLAG}],
+}  # fmt: skip
+_MANIFEST: Shape = {
+    **{f"{key}?": shape for key, shape in _SIZES.items()},
+    "base_model?": {"name": _TEXT},
+    "criterion?": {"block_metric": _TEXT, "channel_metric": _TEXT, "multiple": _WHOLE,
+                   "sparsity": _NUMBER, "of": _TEXT, "removal?": _TEXT},
+    "calibration?": {"sources": {"*": _WHOLE}, "windows": _WHOLE, "seqlen": _WHOLE},
+    "kv_groups?": _PART,
+    "experts?": {**_PART, "lost_output": [_NUMBER]},
+    "removed_blocks?": [_WHOLE],
+    "removed_attentions?": [_WHOLE],
+    "perplexity?": _PERPLEXITIES,
+    "comparison?": {**_PAIRS, "texts?": {"*": _PAIRS}, "tasks?": {"*": _PAIRS}},
+    "repair?": {"steps?": [{"name": _TEXT, "blocks": [None, _ENTRY]}]},
+    "recovery?": {"perplexity?": _PERPLEXITIES,
+                  "history?": [{"step": _NUMBER, "perplexity": _NUMBER, "loss?": _NUMBER}]},
+    "pruned?": {},
+    "seconds?": {"*": _NUMBER},
+    "versions?": {"*": _TEXT},
+    "speed?": {},
+}  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def checked_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint, checked; None if cfsp did not write the checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version.
+    """
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        check_manifest(manifest, directory)
+    return manifest
+
+
+def check_manifest(manifest: dict[str, Any], directory: Path) -> None:
+    """Check that numbers are numbers and tables are tables.
+
+    Raises:
+        CheckpointError: they are not, or the size of the model is only half there.
+    """
+    for fault in _faults(manifest):
+        path = directory / MANIFEST_FILE
+        raise CheckpointError(f"{path} is damaged: {fault}; prune the model again")
+
+
+def _faults(manifest: dict[str, Any]) -> Iterator[str]:
+    sizes = [key for key in _SIZES if key in manifest]
+    # What a model in memory says of itself in its config has not all of them, nor a version.
+    if "manifest_version" in manifest and 0 < len(sizes) < len(_SIZES):
+        yield f"of the model's size it has only {', '.join(sizes)}"
+    yield from _misshapen(manifest, _MANIFEST, "")
+    for number, step in enumerate((manifest.get("repair") or {}).get("steps") or ()):
+        for index, entry in enumerate(step["blocks"]):
+            where = f"repair.steps[{number}].blocks[{index}]"
+            if entry is None:
+                continue
+            if not 1 <= entry["blocks"] <= index + 1:
+                yield f"{where}.blocks should be from 1 to {index + 1}, found {entry['blocks']}"
+            # Null is what training leaves whose error is NaN; such weights are rejected.
+            if "error_after" not in entry or (entry["error_after"] is None and entry["kept"]):
+                yield f"{where}.error_after is missing"
+            if "block" in entry and "path" not in entry:
+                yield f"{where}.path is missing"
+
+
+def _misshapen(value: Any, shape: Shape, where: str) -> Iterator[str]:
+    """Yield what is not as it has to be, with where it is: `repair.steps[0].name`."""
+    if isinstance(shape, tuple):
+        name, test = shape
+        if not test(value):
+            yield f"{where} should be {name}, found {repr(value)[:40]}"
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{where} should be a list"
+            return
+        for index, item in enumerate(value):
+            if item is not None or None not in shape:
+                yield from _misshapen(item, shape[-1], f"{where}[{index}]")
+    elif not isinstance(value, dict):
+        yield f"{where} should be a table"
+    else:
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            for each in value if key == "*" else [name]:
+                place = f"{where}.{each}".removeprefix(".")
+                if each not in value and not key.endswith("?"):
+                    yield f"{place} is missing"
+                elif value.get(each) is not None or not key.endswith("?"):
+                    yield from _misshapen(value[each], inner, place)

@@ -1,116 +1,122 @@
-"""Measurements that come beside a run: from its manifest, `cfsp eval --json`, `cfsp bench --json`.
+"""Facts from measurements: of `cfsp eval --json`, of `cfsp bench --json`, or in a manifest.
 
-Each goes to one side of a run: `before`, the original, or `after`, the run itself.
+Each model measured is one side of a run: `before`, the original, or `after`, the run itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cfsp.errors import ReportError
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import measured_model
 from cfsp.result.conditions import Conditions
-from cfsp.result.runs import Measured, RunFacts
+from cfsp.result.facts import NATS, PERCENT, PERPLEXITY, QUALITY, RATE, SPEED, Fact, Number, Unit
 
-_PHASES = ("prefill", "decode")
+AGREEMENT, TASKS = "Agreement with the original", "Tasks"
+PAIRS = "Tasks in pairs with the original"
 
 Side = Callable[[str], str | None]
+Models = Sequence[Mapping[str, Any]]
 
 
-def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
-    """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
+def result_facts(models: Models, side_of: Side) -> list[Fact]:
+    """Return what eval or bench measured of a run and of its original.
 
     Args:
-        runs: the runs of the page.
-        results: the object that the command printed. A model in it is one of the runs if it is
-            the same directory, and a run's original if it has the name that was pruned.
+        models: entries of the object that the command prints.
+        side_of: gives the side that a model is, by its name; None of other models.
 
     Raises:
-        ReportError: it is something else, or measures none of the runs.
+        KeyError, TypeError, ValueError, IndexError, AttributeError: they are something else.
     """
-    try:
-        names = [str(model["model"]) for model in results["models"]]
-        add = _add_speed if "workloads" in results["models"][0] else _add_scores
-        extended = [
-            replace(run, measured=add(run.measured, results["models"], run.side_of)) for run in runs
-        ]
-        if add is _add_scores:
-            extended = [_compared(run, results["models"]) for run in extended]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ReportError(
-            "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
-            f"{error!r} is missing or of another type"
-        ) from error
-    if not any(run.side_of(name) == "after" for run in runs for name in names):
-        raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
-    return extended
-
-
-def with_own_speed(run: RunFacts) -> RunFacts:
-    """Add the speeds in a run's manifest, where the demonstration has put them.
-
-    Raises:
-        ReportError: they are not what `cfsp bench --json` prints.
-    """
-    speed = run.manifest.get("speed")
-    if not speed:
-        return run
-    sides = {"dense": "before", "pruned": "after"}
-    try:
-        return replace(run, measured=_add_speed(run.measured, speed["models"], sides.get))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ReportError(
-            f"{run.directory}: the speed in the manifest is damaged: {error!r}"
-        ) from error
-
-
-def _add_scores(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:
-    perplexity = {conditions: dict(sides) for conditions, sides in measured.perplexity.items()}
-    tasks = {task: dict(scores) for task, scores in measured.tasks.items()}
-    for model in models:
-        side = side_of(str(model["model"]))
+    if "workloads" in models[0]:
+        return speed_facts(models, side_of)
+    facts = []
+    sides = {side_of(str(model["model"])): model for model in models}
+    for side, model in sides.items():
         if side is None:
             continue
         for text, entry in model["perplexity"].items():
-            perplexity.setdefault(Conditions.of(text, entry), {})[side] = float(entry["value"])
+            number, how = Number(float(entry["value"])), Conditions.of(text, entry)
+            facts.append(_on(side, number, QUALITY, "perplexity", PERPLEXITY, text, how))
         for task, scores in model.get("tasks", {}).items():
-            tasks.setdefault(task, {})[side] = dict(scores)
-    return replace(measured, perplexity=perplexity, tasks=tasks)
+            for metric in ("acc", "acc_norm"):
+                if metric in scores:
+                    number = Number(scores[metric], scores.get(f"{metric}_stderr"))
+                    facts.append(_on(side, number, TASKS, f"{task}, {metric}", PERCENT))
+    before, after = (sides.get(side, {}) for side in ("before", "after"))
+    if "windows" in before and "windows" in after:
+        dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
+        facts += comparison_facts(compare(dense, pruned, dense).to_json())
+    return facts
 
 
-def _compared(run: RunFacts, models: Sequence[dict[str, Any]]) -> RunFacts:
-    """Compare a run with its original in pairs, where both were measured for it."""
-    sides = {run.side_of(str(model["model"])): model for model in models if "windows" in model}
-    if "before" not in sides or "after" not in sides:
-        return run
-    dense, pruned = (measured_model("the results", sides[side]) for side in ("before", "after"))
-    found = compare(dense, pruned, dense).to_json()
-    if known := run.measured.comparison:
-        found = {**found, "texts": known["texts"] | found["texts"]}
-        if not found["tasks"]:
-            found |= {name: known[name] for name in ("tasks", "accuracy", "kept", "left_out")}
-    return replace(run, measured=replace(run.measured, comparison=found))
+def speed_facts(models: Models, side_of: Side) -> list[Fact]:
+    """Return tokens per second by phase and workload, with the ratio to the original.
 
+    Ratios are to the first model; they mean something here only if that is the original.
 
-def _add_speed(measured: Measured, models: Sequence[dict[str, Any]], side_of: Side) -> Measured:
-    speed = {name: dict(sides) for name, sides in measured.speed.items()}
-    # Ratios are to the first model; they mean something here only if that is the original.
+    Raises:
+        KeyError, TypeError, ValueError, IndexError: the models are not as bench writes them.
+    """
+    facts = []
     compared = side_of(str(models[0]["model"])) == "before"
     for model in models:
         side = side_of(str(model["model"]))
-        if side is None:
-            continue
-        for workload in model["workloads"]:
+        for workload in model["workloads"] if side else ():
             shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
-            for phase in _PHASES:
+            for phase in ("prefill", "decode"):
                 figures = workload[phase]
-                known = speed.setdefault(f"{phase}, {shape}", {})
-                known[side] = float(figures["tokens_per_second"])
-                if side == "after" and compared and not figures.get("too_busy"):
-                    known["ratio"] = float(figures["ratio"])
-                    if figures["ideal_ratio"] is not None:
-                        known["ideal"] = float(figures["ideal_ratio"])
-    return replace(measured, speed=speed)
+                has_ratio = side == "after" and compared and not figures.get("too_busy")
+                ratio = float(figures["ratio"]) if has_ratio else None
+                rate = Number(float(figures["tokens_per_second"]))
+                fact = _on(str(side), rate, SPEED, f"{phase}, {shape}", RATE)
+                facts.append(replace(fact, ratio=ratio))
+    return facts
+
+
+def comparison_facts(comparison: Mapping[str, Any] | None) -> list[Fact]:
+    """Return what pairs with the original say, from `Comparison.to_json`; nothing from None."""
+    if not comparison:
+        return []
+    facts = []
+    for text, pairs in comparison.get("texts", {}).items():
+        for key, name, unit in (
+            ("divergence", "KL per token, nats", NATS),
+            ("agreed", "top-1 agreement, percent", PERCENT),
+        ):
+            if pair := pairs.get(key):
+                number = _number(pair["second"])
+                facts.append(_on("after", number, AGREEMENT, name, unit, text))
+    for task, pairs in [*comparison.get("tasks", {}).items(), ("mean of tasks", comparison)]:
+        is_guess = pairs.get("is_above_chance") is False
+        guess = "the original does not beat a guess; not in the mean" if is_guess else ""
+        for key, of, name, unit, detail in (
+            ("accuracy", "difference", "accuracy - original's, percent", PERCENT, guess),
+            ("kept", "second", "answers as the original's, percent", PERCENT, ""),
+            ("loss", "difference", "loss - original's, nats", NATS, ""),
+        ):
+            if pair := pairs.get(key):
+                number = _number(pair[of])
+                facts.append(Fact(PAIRS, f"{task}, {name}", unit, after=number, detail=detail))
+    return facts
+
+
+def _number(estimate: Mapping[str, Any]) -> Number:
+    return Number(estimate["value"], estimate.get("stderr"))
+
+
+def _on(
+    side: str,
+    number: Number,
+    heading: str,
+    name: str,
+    unit: Unit,
+    text: str = "",
+    conditions: Conditions | None = None,
+) -> Fact:
+    """Return a fact of one side."""
+    before, after = (number, None) if side == "before" else (None, number)
+    return Fact(heading, name, unit, before, after, text, conditions)

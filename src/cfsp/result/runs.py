@@ -1,4 +1,4 @@
-"""All that a report says about one run, read from its directory: no model is loaded.
+"""All that the page says about one run, read from its directory: no model is loaded.
 
 A run is a directory that cfsp wrote. Its manifest must be there; the plan may be missing, and
 the page then leaves out what it would have shown. The directory of a sweep stands
@@ -7,9 +7,8 @@ for its runs.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,11 @@ from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.ridge_pass import NAME as RIDGE
 from cfsp.result.conditions import Conditions
-from cfsp.result.manifest import read_manifest
-from cfsp.result.manifest_check import check_manifest
+from cfsp.result.facts import QUALITY, Fact, joined, perplexity_facts, size_facts
+from cfsp.result.manifest_check import checked_manifest
+from cfsp.result.measured import comparison_facts, result_facts, speed_facts
+from cfsp.result.names import short_names
 from cfsp.result.repair_steps import Step, repair_steps
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Quality and speed; `before` is the original, `after` the run. Either may be missing.
-
-    Attributes:
-        perplexity: conditions -> {"before", "after"}; numbers under one key compare.
-        tasks: task -> {"before", "after"} -> scores as `cfsp eval --json` gives them.
-        comparison: with the original, window by window and document by document (see
-            `cfsp.quality.compare.Comparison.to_json`); None where nothing was compared.
-        speed: phase and workload -> {"before", "after"} in tokens per second, {"ratio", "ideal"}.
-    """
-
-    perplexity: dict[Conditions, dict[str, float]] = field(default_factory=dict)
-    tasks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    comparison: dict[str, Any] | None = None
-    speed: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,17 +32,24 @@ class RunFacts:
         name: what the page calls it; differs between the runs of one page.
         directory: where it lies.
         manifest: its `cfsp.json`.
-        weight_bytes: size of its weight files on disk.
+        facts: its numbers, and the original's; one fact for each key.
         plan: which channels stayed, if the file is there.
-        measured: quality and speed.
     """
 
     name: str
     directory: Path
     manifest: dict[str, Any]
-    weight_bytes: int
+    facts: Sequence[Fact] = ()
     plan: PruningPlan | None = None
-    measured: Measured = field(default_factory=Measured)
+
+    def under(self, heading: str) -> list[Fact]:
+        """Return the facts of one table."""
+        return [fact for fact in self.facts if fact.heading == heading]
+
+    def perplexity(self, conditions: Conditions) -> float | None:
+        """Return its perplexity under some conditions; None if it was not measured."""
+        found = (fact.after for fact in self.under(QUALITY) if fact.conditions == conditions)
+        return next((number.value for number in found if number is not None), None)
 
     def side_of(self, model: str) -> str | None:
         """Return which side of this run a model is, by its name: before, after, or None."""
@@ -78,6 +68,11 @@ class RunFacts:
         return str(self.manifest.get("base_model", {}).get("fingerprint", self.base_name))
 
     @property
+    def has_weights(self) -> bool:
+        """Whether its weights were kept: a sweep keeps none."""
+        return any(self.directory.glob("model*.safetensors"))
+
+    @property
     def repair_steps(self) -> list[Step]:
         """The steps of repair; empty without repair."""
         return repair_steps(self.manifest)
@@ -93,31 +88,33 @@ def read_run(directory: Path) -> RunFacts:
     """Read the facts about one run.
 
     Raises:
-        ReportError: cfsp did not write the directory.
+        ReportError: cfsp did not write the directory, or its files are of different runs.
         CfspError: a file in it is damaged.
     """
     if not directory.is_dir():
         raise ReportError(
             f"{directory} is not a directory; expected one that cfsp prune, recover or sweep wrote"
         )
-    manifest = read_manifest(directory)
+    manifest = checked_manifest(directory)
     if manifest is None:
         raise ReportError(
             f"{directory} has no {MANIFEST_FILE}; a report needs a directory that cfsp prune, "
             "cfsp recover or cfsp sweep wrote"
         )
-    check_manifest(manifest, directory)
-    plan = directory / PLAN_FILE
-    facts = RunFacts(
-        name=directory.resolve().name,
-        directory=directory,
-        manifest=manifest,
-        weight_bytes=sum(file.stat().st_size for file in directory.glob("model*.safetensors")),
-        plan=PruningPlan.load(plan) if plan.is_file() else None,
-        measured=Measured(perplexity=_perplexity(manifest), comparison=manifest.get("comparison")),
+    path = directory / PLAN_FILE
+    plan = PruningPlan.load(path) if path.is_file() else None
+    weights = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
+    facts = joined(
+        [
+            *size_facts(manifest, weights),
+            *perplexity_facts(manifest),
+            *comparison_facts(manifest.get("comparison")),
+            *_own_speed(manifest, directory),
+        ]
     )
-    _check_together(facts)
-    return facts
+    if plan is not None:
+        _check_together(manifest, plan, directory)
+    return RunFacts(directory.resolve().name, directory, manifest, facts, plan)
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
@@ -127,10 +124,49 @@ def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
         CfspError: as `read_run`.
     """
     runs = [read_run(each) for directory in directories for each in _runs_in(directory)]
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else replace(run, name=str(run.directory)) for run in runs
-    ]
+    names = short_names((str(run.directory.resolve()) for run in runs), least=1)
+    return [replace(run, name=names[str(run.directory.resolve())]) for run in runs]
+
+
+def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
+    """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
+
+    Args:
+        runs: the runs of the page.
+        results: the object that the command printed. A model in it is one of the runs if it is
+            the same directory, and a run's original if it has the name that was pruned.
+
+    Raises:
+        ReportError: it is something else, or measures none of the runs.
+    """
+    try:
+        names = [str(model["model"]) for model in results["models"]]
+        extended = [
+            replace(run, facts=joined([*run.facts, *result_facts(results["models"], run.side_of)]))
+            for run in runs
+        ]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ReportError(
+            "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
+            f"{error!r} is missing or of another type"
+        ) from error
+    if not any(run.side_of(name) == "after" for run in runs for name in names):
+        raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
+    return extended
+
+
+def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:
+    """Return all conditions of perplexities, those of one text one after the other."""
+    facts = [fact for run in runs for fact in run.under(QUALITY)]
+    found = dict.fromkeys(fact.conditions for fact in facts if fact.conditions is not None)
+    texts = list(dict.fromkeys(each.text for each in found))
+    return sorted(found, key=lambda each: texts.index(each.text))
+
+
+def perplexity_of_original(runs: Sequence[RunFacts], conditions: Conditions) -> float | None:
+    """Return the original's perplexity under the same conditions; None if it was not measured."""
+    facts = [fact for run in runs for fact in run.under(QUALITY) if fact.conditions == conditions]
+    return next((fact.before.value for fact in facts if fact.before is not None), None)
 
 
 def _runs_in(directory: Path) -> list[Path]:
@@ -147,49 +183,43 @@ def _runs_in(directory: Path) -> list[Path]:
     return runs
 
 
-def _perplexity(manifest: dict[str, Any]) -> dict[Conditions, dict[str, float]]:
-    """Return perplexities of the original and of this run.
-
-    A recovered run's manifest keeps what was measured when it was pruned; the run itself is
-    what recovery measured, and compares with the original where the conditions are the same.
-    """
-    found: dict[Conditions, dict[str, float]] = defaultdict(dict)
-    recovery = manifest.get("recovery")
-    for text, value in (manifest.get("perplexity") or {}).items():
-        sides = ("before",) if recovery else ("before", "after")
-        found[Conditions.of(text, value)] |= {side: value[side] for side in sides}
-    for text, value in (recovery or {}).get("perplexity", {}).items():
-        found[Conditions.of(text, value)]["after"] = value["after"]
-    return {key: sides for key, sides in found.items() if "after" in sides}
+def _own_speed(manifest: dict[str, Any], directory: Path) -> list[Fact]:
+    """Return the speeds in a manifest, where the demonstration or a sweep has put them."""
+    sides = {"dense": "before", "pruned": "after"}
+    try:
+        speed = manifest.get("speed")
+        return speed_facts(speed["models"], sides.get) if speed else []
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ReportError(
+            f"{directory}: the speed in the manifest is damaged: {error!r}"
+        ) from error
 
 
-def _check_together(facts: RunFacts) -> None:
+def _check_together(manifest: dict[str, Any], plan: PruningPlan, directory: Path) -> None:
     """Check that manifest and plan speak of the same blocks.
 
     Raises:
         ReportError: they do not.
     """
-    plan = facts.plan
-    base = (facts.manifest.get("base_model") or {}).get("fingerprint")
-    if plan is not None and base is not None and plan.model.fingerprint != base:
-        raise ReportError(
-            f"{facts.directory}: {PLAN_FILE} and {MANIFEST_FILE} speak of different models; "
-            "they are of different runs"
-        )
-    widths, kept = plan.widths_of("ffn") if plan else (None, None)
-    said = facts.manifest.get("widths_before", widths), facts.manifest.get("intermediate_sizes")
-    if widths is not None and (said[0] != widths or (said[1] or kept) != kept):
-        raise ReportError(
-            f"{facts.directory}: {PLAN_FILE} and {MANIFEST_FILE} give different widths; "
-            "they are of different runs"
-        )
-    for step in facts.repair_steps:
-        if plan is not None and step["blocks"] and not _speaks_of_same(step, plan):
-            raise ReportError(
-                f"{facts.directory}: {MANIFEST_FILE} tells of {len(step['blocks'])} blocks that "
-                f"{step['name']} repaired, the plan of {len(plan.units)}; they are of different "
-                "runs"
-            )
+    fault = ""
+    base = (manifest.get("base_model") or {}).get("fingerprint", plan.model.fingerprint)
+    widths, kept = plan.widths_of("ffn")
+    if plan.model.fingerprint != base:
+        fault = f"{PLAN_FILE} and {MANIFEST_FILE} speak of different models"
+    elif (
+        manifest.get("widths_before", widths) != widths
+        or manifest.get("intermediate_sizes", kept) != kept
+    ):
+        fault = f"{PLAN_FILE} and {MANIFEST_FILE} give different widths"
+    else:
+        for step in repair_steps(manifest):
+            if step["blocks"] and not _speaks_of_same(step, plan):
+                fault = (
+                    f"{MANIFEST_FILE} tells of {len(step['blocks'])} blocks that {step['name']} "
+                    f"repaired, the plan of {len(plan.units)}"
+                )
+    if fault:
+        raise ReportError(f"{directory}: {fault}; they are of different runs")
 
 
 def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
