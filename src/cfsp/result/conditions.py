@@ -84,7 +84,7 @@ def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, floa
     for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
         for text, value in (table.get("perplexity") or {}).items():
             of_models = found.setdefault(Conditions.of(text, value), {})
-            of_models |= {before: value["before"], after: value["after"]}
+            of_models |= {before: float(value["before"]), after: float(value["after"])}
     return found
 
 

@@ -144,7 +144,8 @@ def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]
         return []
 
     def fact(name: str, before: float, after: float, detail: str = "") -> Fact:
-        return Fact(SIZE, name, COUNT, Number(before), Number(after), detail=detail)
+        numbers = Number(float(before)), Number(float(after))
+        return Fact(SIZE, name, COUNT, *numbers, detail=detail)
 
     before, after = manifest["parameters_before"], manifest["parameters_after"]
     facts = [fact("parameters", before, after)]

@@ -8,8 +8,10 @@ from typing import Any
 from cfsp.checkpoint.config_widths import PRUNED_KEY
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.result.manifest import facts_for_config, read_manifest
-from cfsp.result.manifest_check import check_manifest
+from cfsp.result.conditions import perplexities
+from cfsp.result.facts import what_went
+from cfsp.result.making import making
+from cfsp.result.manifest import facts_for_config, read_manifest, refusing_damage
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -51,6 +53,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     if manifest is not None and (
         manifest.get("operation") != "recover" or "base_model" in manifest
     ):
-        check_manifest(manifest, checkpoint.directory)
-        facts["pruned"] = facts_for_config(manifest)
+        facts["pruned"] = pruned = facts_for_config(manifest)
+        with refusing_damage(checkpoint.directory):
+            _ = pruned["base_model"]["name"], what_went(pruned)
+            _ = making(pruned), perplexities(pruned)
     return facts

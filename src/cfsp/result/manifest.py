@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -107,6 +109,22 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}")
     write_manifest(directory, {**manifest, **fields})
+
+
+@contextmanager
+def refusing_damage(directory: Path) -> Iterator[None]:
+    """Turn what goes wrong where a manifest is read into one sentence about it.
+
+    Raises:
+        CheckpointError: something in it is missing, or is of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        path = directory / MANIFEST_FILE
+        raise CheckpointError(
+            f"{path} is damaged ({repr(error)[:200]}); prune the model again"
+        ) from error
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

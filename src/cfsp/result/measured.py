@@ -44,7 +44,8 @@ def result_facts(models: Models, side_of: Side) -> list[Fact]:
         for task, scores in model.get("tasks", {}).items():
             for metric in ("acc", "acc_norm"):
                 if metric in scores:
-                    number = Number(scores[metric], scores.get(f"{metric}_stderr"))
+                    error = scores.get(f"{metric}_stderr")
+                    number = _number({"value": scores[metric], "stderr": error})
                     facts.append(_on(side, number, TASKS, f"{task}, {metric}", PERCENT))
     before, after = (sides.get(side, {}) for side in ("before", "after"))
     if "windows" in before and "windows" in after:
@@ -105,7 +106,8 @@ def comparison_facts(comparison: Mapping[str, Any] | None) -> list[Fact]:
 
 
 def _number(estimate: Mapping[str, Any]) -> Number:
-    return Number(estimate["value"], estimate.get("stderr"))
+    error = estimate.get("stderr")
+    return Number(float(estimate["value"]), None if error is None else float(error))
 
 
 def _on(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.ridge_pass import NAME as RIDGE
 from cfsp.result.conditions import Conditions
 from cfsp.result.facts import QUALITY, Fact, joined, perplexity_facts, size_facts
-from cfsp.result.manifest_check import checked_manifest
+from cfsp.result.making import making
+from cfsp.result.manifest import read_manifest, refusing_damage
 from cfsp.result.measured import comparison_facts, result_facts, speed_facts
 from cfsp.result.names import short_names
-from cfsp.result.repair_steps import Step, repair_steps
+from cfsp.result.repair_steps import Step, check_steps, repair_steps
+
+# Of the models that the demonstration and sweeps time.
+_SIDES = {"dense": "before", "pruned": "after"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def read_run(directory: Path) -> RunFacts:
         raise ReportError(
             f"{directory} is not a directory; expected one that cfsp prune, recover or sweep wrote"
         )
-    manifest = checked_manifest(directory)
+    manifest = read_manifest(directory)
     if manifest is None:
         raise ReportError(
             f"{directory} has no {MANIFEST_FILE}; a report needs a directory that cfsp prune, "
@@ -104,17 +109,24 @@ def read_run(directory: Path) -> RunFacts:
     path = directory / PLAN_FILE
     plan = PruningPlan.load(path) if path.is_file() else None
     weights = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
-    facts = joined(
-        [
+    speed = manifest.get("speed")
+    # All that the page will tell is made here once, so that damage is found with its file.
+    with refusing_damage(directory):
+        facts = [
             *size_facts(manifest, weights),
             *perplexity_facts(manifest),
             *comparison_facts(manifest.get("comparison")),
-            *_own_speed(manifest, directory),
+            # Where the demonstration or a sweep has put it.
+            *(speed_facts(speed["models"], _SIDES.get) if speed else []),
         ]
-    )
-    if plan is not None:
-        _check_together(manifest, plan, directory)
-    return RunFacts(directory.resolve().name, directory, manifest, facts, plan)
+        run = RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
+        _ = run.base_fingerprint, making(manifest)
+        check_steps(run.repair_steps)
+        if not all(isfinite(e["step"]) and isfinite(e["perplexity"]) for e in run.recovery_history):
+            raise ValueError("history of recovery")
+        if plan is not None:
+            _check_together(manifest, plan, directory)
+    return run
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
@@ -181,18 +193,6 @@ def _runs_in(directory: Path) -> list[Path]:
             f"cfsp sweep --recipe {directory / RECIPE_FILE} --out {directory}"
         )
     return runs
-
-
-def _own_speed(manifest: dict[str, Any], directory: Path) -> list[Fact]:
-    """Return the speeds in a manifest, where the demonstration or a sweep has put them."""
-    sides = {"dense": "before", "pruned": "after"}
-    try:
-        speed = manifest.get("speed")
-        return speed_facts(speed["models"], sides.get) if speed else []
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ReportError(
-            f"{directory}: the speed in the manifest is damaged: {error!r}"
-        ) from error
 
 
 def _check_together(manifest: dict[str, Any], plan: PruningPlan, directory: Path) -> None:
