@@ -298,4 +298,7 @@ def test_what_is_printed(
     assert [line.split()[1] for line in lines[head + 2 : head + 4]] == list(texts.values())
     assert lines[head + 2].count("±") == 2
     assert " of dense in the geometric mean, " in lines[-2]
-    assert lines[-1] == f"against {dense}; KL in nats; standard errors of windows"
+    assert (
+        lines[-1]
+        == f"against {short_names([dense])[dense]}; KL in nats; standard errors of windows"
+    )
