@@ -11,10 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-from cfsp.report.block_chart import block_chart
-from cfsp.report.drawing import WIDE
-from cfsp.report.page import page_file
-from cfsp.report.runs import read_run
+from cfsp.result.page.block_chart import block_chart
+from cfsp.result.page.chart import WIDE
+from cfsp.result.page.page import page_file
+from cfsp.result.runs import read_run
 
 
 def main() -> None:

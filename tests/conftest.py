@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,6 +172,29 @@ def pruned(
     report = cfsp.prune(tiny_checkpoint("llama"), out=out, data=[str(text_file)], **asked)
     assert len(set(report.intermediate_sizes)) > 1
     return out
+
+
+@pytest.fixture(scope="session")
+def source_with_card(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny Llama with a model card of its own."""
+    from report_runs import CARD
+
+    directory = tmp_path_factory.mktemp("source") / "my-model"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    (directory / "README.md").write_text(CARD)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def run(source_with_card: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests of `result` look at: half of the channels gone, repaired, and measured."""
+    from cfsp.settings import Budget
+    from report_runs import prune_tiny
+
+    out = tmp_path_factory.mktemp("result") / "run"
+    return prune_tiny(source_with_card, text_file, out, budget=Budget(0.5, multiple=8))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,31 @@ from cfsp.settings import (
     Repair,
 )
 
+# Of a model, before it is pruned.
+CARD = """\
+---
+license: other
+license_name: tiny-community
+license_link: LICENSE
+language: [en, de]
+datasets: [someone/corpus]
+tags: [chat, pruned]
+pipeline_tag: text-generation
+base_model: someone/ancestor
+model-index: [{name: other, results: []}]
+widget: [{text: Hello}]
+---
+# A model
+"""
+# Entries of a step of repair.
+BETTER: dict[str, Any] = {
+    "blocks": 1, "error_before": 0.5, "error_after": 0.25, "kept": True, "strength": None,
+    "training_steps": 1200,
+}  # fmt: skip
+WORSE = BETTER | {"error_before": 0.125, "error_after": 7.5, "kept": False, "training_steps": 100}
+DIVERGED = WORSE | {"error_before": 0.375, "error_after": None}
+FITTED = BETTER | {"strength": 0.3, "training_steps": 0}
+
 HISTORY = [
     {"step": 0, "perplexity": 41.5},
     {"step": 10, "perplexity": 33.25, "loss": 3.5},
@@ -80,6 +105,9 @@ def recovered(manifest: dict[str, Any]) -> None:
         "command": "cfsp recover pruned --out recovered",
         "recovery": {
             "adaptation": {"method": "lora", "targets": "all", "rank": 8, "allocation": "uniform"},
+            "training": {"seqlen": 512, "learning_rate": 1e-4, "seed": 0},
+            "teacher": None,
+            "trainable_parameters": 1000,
             "data": {"sources": {text: 10}},
             "steps": 20,
             "tokens_in_step": 512,

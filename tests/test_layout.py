@@ -39,7 +39,6 @@ LAYERS = (
     ("pipeline",),
     ("prune_and_recover",),
     ("api", "families", "sweep"),
-    ("report",),
     ("demo",),
     # `import cfsp` gives what its modules have.
     ("__init__",),

@@ -8,8 +8,8 @@ from pathlib import Path
 from cfsp.checkpoint.locating import DEMO_NAME, open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free
 from cfsp.pipeline import prune_checkpoint
-from cfsp.report.write import write_report
 from cfsp.result.manifest import add_to_manifest
+from cfsp.result.page.page import write_report
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, EvaluationText, PruneSettings
 from cfsp.speed import Comparison, Conditions, Workload, compare_speed

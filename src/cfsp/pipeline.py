@@ -27,7 +27,7 @@ from cfsp.checkpoint.output import (
     created_parents,
     staged_directory,
 )
-from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import CARD_FILE, PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
 from cfsp.cut.in_memory import build_pruned_model
@@ -56,7 +56,7 @@ from cfsp.result.manifest import (
     facts_for_config,
     write_manifest,
 )
-from cfsp.result.origin import CARD_FILE, origin_of
+from cfsp.result.origin import origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.settings import (
     Budget,

@@ -28,7 +28,7 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.processes import Team
 from cfsp.repair.ridge_pass import choose_and_repair
-from cfsp.report.write import write_report
+from cfsp.result.page.page import write_report
 from cfsp.text.drawing import draw_windows
 from ragged import tiny
 from tiny_models import build_tiny_model

@@ -22,6 +22,7 @@ from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
@@ -304,9 +305,10 @@ def test_prune_reports_all_that_the_readme_promises(
     assert value["before"] > 1 and value["after"] > 1
     assert value["tokens"] == 2 * 255  # windows of what the model can read, not of --seqlen
     manifest = json.loads((out / "cfsp.json").read_text())
-    assert {key: manifest[key] for key in report} == report
+    assert {key: manifest[key] for key in report} == report | {"out": out.name}
     assert manifest["versions"]["torch"] == torch.__version__
-    assert manifest["command"] == shlex.join(["cfsp", *map(str, argv), "--json"])
+    assert manifest["command"] == public_command(shlex.join(["cfsp", *map(str, argv), "--json"]))
+    assert str(tmp_path) not in manifest["command"]
 
 
 def test_prune_of_all_parameters(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ from cfsp.planning.experts import (
 from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.report.write import write_report
 from cfsp.result.inspect import inspect_checkpoint
+from cfsp.result.page.page import write_report
 from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings
@@ -202,7 +202,7 @@ def test_it_says_of_itself_what_went(pruned: Pruned) -> None:
     before, after = (sum(manifest["experts"][when]) for when in ("before", "after"))
     assert f"{before} to {after}" in (pruned.directory.parent / "report.html").read_text()
     card = (pruned.directory / "README.md").read_text()
-    assert f"without {manifest['experts']['before'][0] - pruned.case.kept} of the" in card
+    assert f"{manifest['experts']['before'][0] - pruned.case.kept} of the" in card
 
 
 def test_those_go_that_add_least(pruned: Pruned) -> None:

@@ -102,7 +102,7 @@ def test_commands_tell_of_all(
     assert plan.removed_in_words in told and "2 of " in told
     card = (case.out / "README.md").read_text()
     assert plan.removed_in_words in card
-    assert f"and without 2 of the {facts['experts'] + 2} experts of each block" in card
+    assert f"2 of the {facts['experts'] + 2} experts of each block" in card
     assert main(["verify", str(case.out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verified"]
     assert main(["report", str(case.out), "--out", str(tmp_path / "report.html")]) == 0

@@ -19,6 +19,7 @@ from cfsp.errors import UsageError
 from cfsp.quality import evaluate, streaming
 from cfsp.quality.agreement import divergence_and_agreement
 from cfsp.quality.evaluate import evaluate_models
+from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
@@ -290,13 +291,14 @@ def test_what_is_printed(
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("perplexity")
-    assert [line.split()[0] for line in lines[2:4]] == [dense, other]
+    assert [line.split()[0] for line in lines[2:4]] == list(short_names([dense, other]).values())
     head = next(i for i, line in enumerate(lines) if "KL per token" in line)
     assert lines[head].split()[:2] == ["model", "text"]
-    assert [line.split()[1] for line in lines[head + 2 : head + 4]] == [
-        str(text_file),
-        str(other_text_file),
-    ]
+    texts = short_names([str(text_file), str(other_text_file)])
+    assert [line.split()[1] for line in lines[head + 2 : head + 4]] == list(texts.values())
     assert lines[head + 2].count("±") == 2
     assert " of dense in the geometric mean, " in lines[-2]
-    assert lines[-1] == f"against {dense}; KL in nats; standard errors of windows"
+    assert (
+        lines[-1]
+        == f"against {short_names([dense])[dense]}; KL in nats; standard errors of windows"
+    )

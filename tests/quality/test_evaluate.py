@@ -24,6 +24,7 @@ from cfsp.quality.evaluate import before_and_after, evaluate_models, evaluation_
 from cfsp.quality.perplexity import perplexity
 from cfsp.quality.streaming import streamed_perplexity
 from cfsp.result.manifest import read_manifest
+from cfsp.result.names import short_names
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.text.drawing import consecutive_windows
@@ -132,10 +133,11 @@ def test_the_table_says_how_it_was_measured(
     argv = ["eval", *models, "--data", str(text_file), "--windows", "3", "--stride", "200"]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["perplexity", "parameters", str(text_file)]
-    assert [line.split()[0] for line in lines[2:4]] == models
+    (text,) = short_names([str(text_file)]).values()
+    assert lines[0].split() == ["perplexity", "parameters", text]
+    assert [line.split()[0] for line in lines[2:4]] == list(short_names(models).values())
     assert math.isfinite(float(lines[2].split()[-1]))
-    assert lines[5] == (f"{text_file}: 3 windows of 256 tokens, stride 200, 767 predicted; no BOS")
+    assert lines[5] == (f"{text}: 3 windows of 256 tokens, stride 200, 767 predicted; no BOS")
     assert lines[6] == "computed in float32"
 
 

@@ -27,6 +27,7 @@ from cfsp.quality.evaluate import evaluate_models
 from cfsp.quality.tasks.documents import read_documents
 from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
 from cfsp.quality.tasks.selection import PAPER_SUITE, TaskSelection, jsonl_task_directory
+from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
 
 FILES = {
@@ -307,7 +308,7 @@ def test_table_has_a_column_for_each_model(
     models = [str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen2"))]
     assert main(["eval", *models, "--tasks", "piqa", "--task-data", str(task_data)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["task", "metric", "documents", *models]
+    assert lines[0].split() == ["task", "metric", "documents", *short_names(models).values()]
     assert [line.split()[:3] for line in lines[2:4]] == [
         ["piqa", "acc", "12"],
         ["piqa", "acc_norm", "12"],

@@ -316,7 +316,7 @@ def test_bench_times_every_combination(
     assert workloads == [Workload(1, 4, 32), Workload(2, 4, 32)]
     assert conditions == Conditions("compile", warmups=3)
     bench([model, model.parent / "." / model.name], warmups=1)
-    assert [s.label for s in asked[1][0]] == [str(model)] * 2
+    assert [s.label for s in asked[1][0]] == [model.name] * 2
     assert asked[1][2].warmups == 1
 
 

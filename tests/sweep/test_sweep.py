@@ -21,9 +21,9 @@ from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.fine import channel_scores, read_ffn_weights
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.front import pareto_front
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import CalibrationText, Compute
-from cfsp.sweep.front import pareto_front
 from cfsp.sweep.measured import Row
 from cfsp.sweep.methods import METHODS, Method, method_named
 from cfsp.sweep.recipe import Recipe, read_recipe

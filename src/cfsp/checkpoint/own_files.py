@@ -12,3 +12,5 @@ PLAN_FILE = "cfsp_plan.json"
 STATISTICS_FILE = "cfsp.statistics"
 CARD_FILE = "README.md"
 MODELING_FILE = "modeling_cfsp.py"
+# In the directory of a sweep, beside those of its models.
+RECIPE_FILE = "recipe.toml"

@@ -100,7 +100,7 @@ def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredMod
 
 def _print(found: Comparison) -> None:
     """Print a group of lines for each text and task, narrow enough for any terminal."""
-    from cfsp.report.summary import short_names
+    from cfsp.result.names import short_names
 
     print(f"first: {found.first}\nsecond: {found.second}\n")
     names, rows = short_names(pair.text for pair in found.texts), []
@@ -109,7 +109,7 @@ def _print(found: Comparison) -> None:
             f"{names[pair.text]}, {counted(pair.windows, 'windows')}",
             ("loss, nats", pair.loss, 4, 1),
             ("KL per token, nats", pair.divergence, 4, 1),
-            ("equal first choices, %", pair.agreed, 2, 100),
+            ("top-1 agreement, %", pair.agreed, 2, 100),
         )
     for task in found.tasks:
         rows += _rows(

@@ -154,22 +154,22 @@ def _windows(text: str) -> int | None:
 
 def _print_perplexity(results: list[dict[str, Any]]) -> None:
     """Print a row for each model and a column for each text, and under what they were measured."""
-    texts = list(results[0]["perplexity"])
+    texts, models = _short(results)
     rows = [
         (
-            result["model"],
+            models[result["model"]],
             human_count(result["parameters"]),
             *(f"{value['value']:.2f}" for value in result["perplexity"].values()),
         )
         for result in results
     ]
-    print_table(("perplexity", "parameters", *texts), rows)
+    print_table(("perplexity", "parameters", *texts.values()), rows)
     print()
     for text, value in results[0]["perplexity"].items():
         stride = f", stride {value['stride']}" if value["stride"] else ""
         print(
-            f"{text}: {counted(value['windows'], 'windows')} of {value['seqlen']} tokens{stride}, "
-            f"{value['tokens']:,} predicted; {_beginnings(results, text)}"
+            f"{texts[text]}: {counted(value['windows'], 'windows')} of {value['seqlen']} "
+            f"tokens{stride}, {value['tokens']:,} predicted; {_beginnings(results, text)}"
         )
     print(f"computed in {_dtypes(results)}")
 
@@ -179,38 +179,50 @@ def _print_agreement(results: list[dict[str, Any]]) -> None:
     compared = [result for result in results if "agreement" in result]
     if not compared:
         return
+    texts, models = _short(results)
     rows, sums = [], []
     for result in compared:
         found = result["agreement"]
         for text, each in found["texts"].items():
             rows.append(
                 (
-                    result["model"],
-                    text,
+                    models[result["model"]],
+                    texts[text],
                     f"{each['perplexity_ratio']:.3f}",
                     estimate(each["divergence"], 4),
                     estimate(each["agreed"], 2, 100),
                 )
             )
         sums.append(
-            f"{result['model']}: perplexity {found['perplexity_ratio']:.3f} of dense in the "
-            f"geometric mean, {found['worst']['perplexity_ratio']:.3f} on {found['worst']['text']}"
+            f"{models[result['model']]}: perplexity {found['perplexity_ratio']:.3f} of dense in "
+            f"the geometric mean, {found['worst']['perplexity_ratio']:.3f} on "
+            f"{texts[found['worst']['text']]}"
         )
     print()
-    head = ("model", "text", "perplexity / dense", "KL per token", "equal first choices, %")
+    head = ("model", "text", "perplexity / dense", "KL per token", "top-1 agreement, %")
     print_table(head, rows, left=2)
     print()
     for line in sums:
         print(line)
-    print(f"against {compared[0]['agreement']['against']}; KL in nats; standard errors of windows")
+    against = compared[0]["agreement"]["against"]
+    print(f"against {models.get(against, against)}; KL in nats; standard errors of windows")
 
 
 def _beginnings(results: list[dict[str, Any]], text: str) -> str:
     """Return which models' windows begin with BOS."""
-    begin = [result["model"] for result in results if result["perplexity"][text]["bos"]]
+    models = _short(results)[1]
+    begin = [models[each["model"]] for each in results if each["perplexity"][text]["bos"]]
     if 0 < len(begin) < len(results):
         return f"BOS first: {', '.join(begin)}"
     return "BOS first" if begin else "no BOS"
+
+
+def _short(results: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what tables call each text, and each model."""
+    from cfsp.result.names import short_names
+
+    texts = (text for result in results for text in result.get("perplexity", {}))
+    return short_names(texts), short_names(result["model"] for result in results)
 
 
 def _dtypes(results: list[dict[str, Any]]) -> str:
@@ -219,13 +231,15 @@ def _dtypes(results: list[dict[str, Any]]) -> str:
 
 def _print_tasks(results: list[dict[str, Any]], conditions: dict[str, Any]) -> None:
     """Print a row for each task and metric and a column for each model."""
-    rows = []
+    models, rows = _short(results)[1], []
     for task, scores in results[0]["tasks"].items():
         for metric in ("acc", "acc_norm", "exact_match", "loss"):
             if metric in scores:
                 cells = [_score(result["tasks"][task], metric) for result in results]
                 rows.append((task, metric, str(scores["documents"]), *cells))
-    print_table(("task", "metric", "documents", *(result["model"] for result in results)), rows)
+    print_table(
+        ("task", "metric", "documents", *(models[result["model"]] for result in results)), rows
+    )
     versions = ", ".join(
         f"{task} {scores['version']} ({scores['shots']} shots)"
         for task, scores in results[0]["tasks"].items()

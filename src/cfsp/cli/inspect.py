@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
+from cfsp.architecture.block_names import blocks_in_words
 from cfsp.cli import arguments
 from cfsp.cli.output import human_bytes, human_count, print_json
-from cfsp.settings import block_metric_in_words
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -42,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from cfsp.planning.experts import SCORE_IN_WORDS
-    from cfsp.result.conditions import sources_in_words
-    from cfsp.result.repair_steps import repair_steps, steps_in_words
+    from cfsp.result.conditions import perplexities
+    from cfsp.result.facts import what_went
+    from cfsp.result.making import making
 
     print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
     print(f"hidden size        {facts['hidden_size']}")
@@ -59,58 +58,16 @@ def _print(facts: dict[str, Any]) -> None:
     if pruned is None:
         print("pruned             not by cfsp")
         return
-    print(f"pruned             {_what_went(facts)}, from {pruned['base_model']['name']}")
-    criterion, calibration = pruned["criterion"], pruned["calibration"]
-    if "removal" in criterion:
-        print(f"removed by         {criterion['removal']}")
-    if "experts" in pruned:
-        print(f"experts by         {SCORE_IN_WORDS}")
-    print(
-        f"criterion          blocks by {block_metric_in_words(criterion['block_metric'])}, "
-        f"channels by {criterion['channel_metric']}, multiples of {criterion['multiple']}"
-    )
-    texts = sources_in_words(calibration["sources"])
-    print(f"calibration        {texts} of {calibration['seqlen']} tokens")
-    print(f"repair             {steps_in_words(repair_steps(pruned))}")
-    _print_perplexity(pruned["perplexity"])
-    if "recovery" in pruned:
-        print(f"recovery           {counted(pruned['recovery']['steps'], 'steps')} of training")
-        _print_perplexity(pruned["recovery"].get("perplexity", {}))
-    print(f"command            {pruned['command']}")
-
-
-def _print_perplexity(of_texts: dict[str, Any]) -> None:
-    from cfsp.result.conditions import Conditions
-
-    for text, value in of_texts.items():
-        change = f"{value['before']:.2f} -> {value['after']:.2f}"
-        print(f"perplexity         {text}: {change} ({Conditions.of(text, value)})")
-
-
-def _what_went(facts: dict[str, Any]) -> str:
-    """Return what went of each part that lost something, and of all parameters."""
-    pruned = facts["pruned"]
-    removed = removed_in_words(
-        *(pruned.get(key, ()) for key in ("removed_blocks", "removed_attentions"))
-    )
-    shares = {
-        f"FFN {_nouns_of_share(facts)}": pruned["ffn_sparsity"],
-        "KV groups": pruned.get("kv_groups", {}).get("sparsity", 0.0),
-    }
-    went = [f"{share:.1%} of {nouns}" for nouns, share in shares.items() if share]
-    if experts := pruned.get("experts"):
-        before, after = experts["before"][0], experts["after"][0]
-        went.append(f"{before - after} of {before} experts of each block")
-    in_all = ", ".join([*went, f"{pruned['model_sparsity']:.1%} of parameters"])
-    return f"{removed}, in all {in_all}" if removed else in_all
-
-
-def _nouns_of_share(facts: dict[str, Any]) -> str:
-    """Return what the share that went is of: channels of several kinds own unlike numbers."""
-    if "experts" in facts["pruned"]:
-        return "parameters"
     kinds = {(unit["path"], unit["ffns"]) for unit in facts.get("units", ())}
-    return "parameters" if len(kinds) > 1 else "channels"
+    went = what_went(pruned, by_channels=len(kinds) < 2)
+    print(f"pruned             {went}, from {pruned['base_model']['name']}")
+    for conditions, of_models in perplexities(pruned).items():
+        values = ", ".join(f"{value:.2f} {name}" for name, value in of_models.items())
+        print(f"perplexity         {conditions.text}: {values} ({conditions})")
+    for stage in making(pruned):
+        print(f"{stage.verb + ' by':<18} {stage.command}")
+        for name, value in stage.facts.items():
+            print(f"{name:<18} {value}")
 
 
 def _print_widths(facts: dict[str, Any]) -> None:

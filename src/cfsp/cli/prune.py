@@ -336,39 +336,15 @@ def describe_step(step: dict[str, Any]) -> str:
 
 def print_report(report: PruneReport) -> None:
     """Print what pruning gained and lost."""
-    before, after = report.parameters_before, report.parameters_after
-    rows = [("parameters", human_count(before), human_count(after), f"{after / before - 1:+.1%}")]
-    channels: dict[str, Any] = {
-        "before": report.plan.widths_of("ffn")[0],
-        "after": report.intermediate_sizes,
-    }
-    for noun, part in (
-        ("FFN channels", channels),
-        ("KV groups", report.kv_groups),
-        ("experts", report.experts),
-    ):
-        if part:
-            had, left = sum(part["before"]), sum(part["after"])
-            rows.append((noun, f"{had:,}", f"{left:,}", f"{left / had - 1:+.1%}"))
-    if removed := report.plan.removed_blocks:
-        share = len(removed) / report.blocks_before
-        rows.insert(
-            1,
-            (
-                "blocks",
-                f"{report.blocks_before}",
-                f"{report.blocks_before - len(removed)}",
-                f"-{share:.1%}",
-            ),
-        )
-    for text, value in report.perplexity.items():
-        change = f"{value['after'] / value['before'] - 1:+.1%}"
-        rows.append(
-            (f"perplexity, {text}", f"{value['before']:.2f}", f"{value['after']:.2f}", change)
-        )
+    from cfsp.result.facts import labels, perplexity_facts, size_facts
+    from cfsp.result.manifest import size_before
+
+    told = {**size_before(report.plan), **report.to_json()}
+    named = labels([*size_facts(told), *perplexity_facts(told)])
+    rows = [(name, *fact.row) for fact, name in named.items()]
     print_table(("", "before", "after", "change"), rows)
     print()
-    if after == before:
+    if report.parameters_after == report.parameters_before:
         print("nothing was removed: the least that can go is more than what was asked for")
     if report.experts:
         print(report.plan.experts_in_words)

@@ -46,7 +46,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
-    from cfsp.report.write import write_report
+    from cfsp.result.page.page import write_report
 
     write_report(args.runs, args.out, results=args.results)
     if args.json:

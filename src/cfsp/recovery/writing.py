@@ -16,7 +16,7 @@ import torch
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.conversion import stored_from_memory
-from cfsp.checkpoint.own_files import MODELING_FILE, PLAN_FILE
+from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
@@ -28,7 +28,7 @@ from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest, write_manifest
-from cfsp.result.origin import CARD_FILE, origin_of
+from cfsp.result.origin import origin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

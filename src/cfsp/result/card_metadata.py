@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.result.conditions import Conditions
-from cfsp.result.origin import Origin, public_name
+from cfsp.result.loading import auto_class_of
+from cfsp.result.names import public_name
+from cfsp.result.origin import Origin
 
 
 def card_metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
@@ -71,8 +72,8 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
 
 def _task(manifest: dict[str, Any]) -> str:
     """Return what the hub calls what the model does."""
-    model = auto_class_of_type(manifest.get("base_model", {}).get("model_type", ""))
-    return "text-generation" if model == "AutoModelForCausalLM" else "image-text-to-text"
+    is_causal = auto_class_of(manifest) == "AutoModelForCausalLM"
+    return "text-generation" if is_causal else "image-text-to-text"
 
 
 def _plain(name: str) -> str:

@@ -74,6 +74,20 @@ def _made_by(manifest: Mapping[str, Any]) -> set[str]:
     return {name for table in tables for name in (table or {}).get("sources", {})}
 
 
+def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
+    """Return what a manifest has by conditions: of the `dense`, `pruned` and `recovered` model.
+
+    Only numbers under the same conditions compare.
+    """
+    found: dict[Conditions, dict[str, float]] = {}
+    recovery = manifest.get("recovery") or {}
+    for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
+        for text, value in (table.get("perplexity") or {}).items():
+            of_models = found.setdefault(Conditions.of(text, value), {})
+            of_models |= {before: float(value["before"]), after: float(value["after"])}
+    return found
+
+
 def sources_in_words(sources: Mapping[str, int]) -> str:
     """Return texts with how many windows are of each: `c4 (64 windows), own.txt (1 window)`."""
     return ", ".join(f"{name} ({counted(count, 'windows')})" for name, count in sources.items())

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.config_widths import PRUNED_KEY
-from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.errors import CheckpointError
-from cfsp.result.manifest import read_manifest
-
-_FROM_MANIFEST = (
-    "operation",
-    "base_model",
-    "criterion",
-    "calibration",
-    "removed_blocks",
-    "removed_attentions",
-    "ffn_sparsity",
-    "kv_groups",
-    "experts",
-    "model_sparsity",
-    "parameters_before",
-    "repair",
-    "recovery",
-    "perplexity",
-    "command",
-    "created",
-    "versions",
-)
-
-_SHOWN = {
-    "base_model": ("name",),
-    "criterion": ("block_metric", "channel_metric", "multiple"),
-    "calibration": ("sources", "seqlen"),
-}
+from cfsp.result.conditions import perplexities
+from cfsp.result.facts import what_went
+from cfsp.result.making import making
+from cfsp.result.manifest import facts_for_config, read_manifest, refusing_damage
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -79,26 +53,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     if manifest is not None and (
         manifest.get("operation") != "recover" or "base_model" in manifest
     ):
-        _check(manifest, checkpoint.directory)
-        facts["pruned"] = {key: manifest[key] for key in _FROM_MANIFEST if key in manifest}
+        facts["pruned"] = pruned = facts_for_config(manifest)
+        with refusing_damage(checkpoint.directory):
+            _ = pruned["base_model"]["name"], what_went(pruned)
+            _ = making(pruned), perplexities(pruned)
     return facts
-
-
-def _check(manifest: dict[str, Any], directory: Path) -> None:
-    """Check that the manifest holds what is shown of it.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    try:
-        float(manifest["ffn_sparsity"]), float(manifest["model_sparsity"])
-        for table, keys in _SHOWN.items():
-            for key in keys:
-                _ = manifest[table][key]
-        for value in manifest["perplexity"].values():
-            float(value["before"]), float(value["after"])
-        dict(manifest["calibration"]["sources"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{directory / MANIFEST_FILE} is damaged ({error!r}); prune the model again"
-        ) from error

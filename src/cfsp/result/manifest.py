@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -16,6 +18,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.engine.versions import versions
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.names import public_command, public_name
 
 MANIFEST_VERSION = 2
 
@@ -42,10 +45,14 @@ def describe_pruning(
         "calibration": plan.calibration,
         "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
         "files": digests,
-        "widths_before": plan.widths_of("ffn")[0],
-        **removed_facts(plan),
+        **size_before(plan),
         **report,
     }
+
+
+def size_before(plan: PruningPlan) -> dict[str, Any]:
+    """Return what a plan knows of the original's size, and what goes whole, as JSON types."""
+    return {"widths_before": plan.widths_of("ffn")[0], **removed_facts(plan)}
 
 
 def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
@@ -57,11 +64,11 @@ def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
     return {key: blocks for key, blocks in removed.items() if blocks}
 
 
-# What a model that was pruned in memory says of it, in its config.
+# What `cfsp inspect` tells, and what a model that was pruned in memory says of it in its config.
 _IN_CONFIG = (
-    "operation", "created", "versions", "base_model", "criterion", "calibration", "removed_blocks",
-    "ffn_sparsity", "model_sparsity", "parameters_before", "repair", "perplexity", "command",
-    "kv_groups", "experts", "removed_attentions",
+    "operation", "base_model", "criterion", "calibration", "removed_blocks", "removed_attentions",
+    "ffn_sparsity", "kv_groups", "experts", "model_sparsity", "parameters_before", "repair",
+    "recovery", "perplexity", "command", "created", "versions",
 )  # fmt: skip
 
 
@@ -70,14 +77,25 @@ def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
     return {key: manifest[key] for key in _IN_CONFIG if key in manifest}
 
 
+def published(value: Any) -> Any:
+    """Return JSON in which no command and no place has a path of the machine."""
+    if not isinstance(value, dict):
+        return value
+    public = {"command": public_command, "out": public_name}
+    return {
+        key: public[key](each) if key in public and isinstance(each, str) else published(each)
+        for key, each in value.items()
+    }
+
+
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
-    """Write the manifest into a checkpoint directory, atomically.
+    """Write the manifest into a checkpoint directory, atomically, as `published`.
 
     Raises:
         OutputError: the place is not writable.
     """
     # Facts that were read have their version with them.
-    text = json.dumps({"manifest_version": MANIFEST_VERSION, **fields}, indent=2) + "\n"
+    text = json.dumps({"manifest_version": MANIFEST_VERSION, **published(fields)}, indent=2) + "\n"
     write_atomically(directory / MANIFEST_FILE, text.encode())
 
 
@@ -91,6 +109,22 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}")
     write_manifest(directory, {**manifest, **fields})
+
+
+@contextmanager
+def refusing_damage(directory: Path) -> Iterator[None]:
+    """Turn what goes wrong where a manifest is read into one sentence about it.
+
+    Raises:
+        CheckpointError: something in it is missing, or is of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        path = directory / MANIFEST_FILE
+        raise CheckpointError(
+            f"{path} is damaged ({repr(error)[:200]}); prune the model again"
+        ) from error
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

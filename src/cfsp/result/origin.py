@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import Any, TypeGuard
+from pathlib import Path
+from typing import Any
 
 from cfsp.checkpoint.locating import DEMO_NAME
+from cfsp.checkpoint.own_files import CARD_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.result.manifest import read_manifest
-
-CARD_FILE = "README.md"
+from cfsp.result.names import is_hub_id
 
 # What holds for the pruned model as it does for its original.
 _KEPT = (
@@ -60,31 +60,6 @@ def origin_of(source: Checkpoint) -> Origin:
 def _saved_name(source: Checkpoint) -> object:
     """Return what older versions of transformers wrote into config.json: whence it was loaded."""
     return getattr(source.config, "_name_or_path", None)
-
-
-def is_hub_id(name: object) -> TypeGuard[str]:
-    """Whether a name is OWNER/NAME, or OWNER/NAME@REVISION, and no path on this machine."""
-    shape = r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?"
-    if not isinstance(name, str) or re.fullmatch(shape, name) is None:
-        return False
-    return not Path(name).exists()
-
-
-def public_name(name: str) -> str:
-    """Return what others may read of a model's or text's name: of a path its last part."""
-    if is_hub_id(name.partition(":")[0]):  # names of texts that come with cfsp look like one
-        return name
-    return PurePath(name).name or name
-
-
-def public_command(command: str) -> str:
-    """Return a command with the public name of every path in it."""
-    return re.sub(r"'([^']+)'|[^\s'\"=(),]+", _public_word, " ".join(command.split()))
-
-
-def _public_word(word: re.Match[str]) -> str:
-    quoted = word.group(1)
-    return public_name(word.group()) if quoted is None else f"'{public_name(quoted)}'"
 
 
 def _card_metadata(path: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class PruneReport:
     def of_checkpoint(directory: Path) -> PruneReport:
         """Return what pruning did to the checkpoint that it left in a directory."""
         absent: dict[str, Any] = {name: {} for name in _ONLY_IF_THERE}
-        manifest = absent | (read_manifest(directory) or {})
+        manifest = absent | (read_manifest(directory) or {}) | {"out": str(directory)}
         names = {each.name for each in fields(PruneReport)} - {"plan"}
         return PruneReport(
             **{name: manifest[name] for name in names},

@@ -9,9 +9,10 @@ FFNs there is an entry for each, which names its block and its path in that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
-from cfsp.repair.repaired import rejected_blocks
+from cfsp.repair.repaired import entry_name, rejected_blocks
 
 Step = dict[str, Any]
 
@@ -23,6 +24,28 @@ def repair_steps(manifest: dict[str, Any]) -> list[Step]:
     """Return the steps of a manifest of version 2, in the order in which they were taken."""
     steps: list[Step] = (manifest.get("repair") or {}).get("steps", [])
     return steps
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Check that steps can be told of and drawn: JSON as Python reads it has NaN, too.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, ArithmeticError: they cannot.
+    """
+    for step in steps:
+        for index, entry in enumerate(step["blocks"]):
+            if entry is None:
+                continue
+            where = f"{step['name']}, block {entry_name(entry, index)}"
+            # Null is what training leaves whose error is NaN; such weights are rejected.
+            after, kept = entry["error_after"], entry["kept"]
+            errors = [entry["error_before"], *([after] if kept or after is not None else [])]
+            if not all(isfinite(error) and error >= 0 for error in errors):
+                raise ValueError(f"{where}: an error is no number from 0")
+            if not 1 <= entry["blocks"] <= index + 1:
+                raise ValueError(f"{where}: {entry['blocks']} blocks changed together")
+            _ = f"{entry.get('strength') or 0:g}, {entry.get('training_steps') or 0:,}"
+            _ = [expert["kept"] for expert in entry.get("experts", ())]
 
 
 def error_name(step: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cfsp.checkpoint.locating import locate_model
 from cfsp.errors import UsageError
+from cfsp.result.names import short_names
 from cfsp.speed.engine import check_engine_reads
 from cfsp.speed.measuring import Comparison, compare_speed
 from cfsp.speed.shapes import ShapedModel
@@ -68,18 +69,13 @@ def bench(
     if warmups is None:
         warmups = _WARMUPS.get(engine, Conditions.warmups)
     conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
-    for model, label in zip(models, labels(models), strict=True):
+    names = [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
+    short = short_names(names, least=1)
+    labelled = [(model, short[name]) for model, name in zip(models, names, strict=True)]
+    for model, label in labelled:
         check_engine_reads(model, label, engine)
-    subjects = [_subject(*pair, engine) for pair in zip(models, labels(models), strict=True)]
+    subjects = [_subject(model, label, engine) for model, label in labelled]
     return compare_speed(subjects, workloads, conditions)
-
-
-def labels(models: Sequence[str | Path | ShapedModel]) -> list[str]:
-    """Return what to call each: the last part of a path is enough, unless two are alike."""
-    short = [m.label if isinstance(m, ShapedModel) else Path(m).name for m in models]
-    if len(set(short)) == len(short):
-        return short
-    return [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
 
 
 def _subject(model: str | Path | ShapedModel, label: str, engine: str) -> Subject:

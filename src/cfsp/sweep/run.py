@@ -25,6 +25,7 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
+from cfsp.checkpoint.own_files import RECIPE_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.engine.compute import engine_of
 from cfsp.engine.whole import check_fits
@@ -57,7 +58,6 @@ from cfsp.whole_model.sensitivity import follow_sensitivity
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE = "recipe.toml"
 _DENSE_FILE = "dense.json"
 _WORKING = ".working"
 

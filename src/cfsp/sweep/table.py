@@ -11,7 +11,7 @@ from statistics import fmean
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
-from cfsp.sweep.front import pareto_front
+from cfsp.result.front import pareto_front
 from cfsp.sweep.measured import Row
 
 

@@ -1,4 +1,4 @@
-"""Charts, cards and checks of models whose blocks have several FFN units, or none."""
+"""Charts by block and their captions; models whose blocks have several FFN units, or none."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from builders import CALIBRATION, CRITERION
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.report.block_chart import block_chart
-from cfsp.report.repair_chart import repair_chart
-from cfsp.report.runs import RunFacts, read_run
-from cfsp.report.summary import NOTHING
 from cfsp.result.card import model_card
+from cfsp.result.facts import NOTHING
 from cfsp.result.manifest import write_manifest
 from cfsp.result.origin import Origin
+from cfsp.result.page.block_chart import block_chart
+from cfsp.result.page.repair_chart import repair_chart
+from cfsp.result.runs import RunFacts, read_run
 from cfsp.settings import (
     BLOCK_METRICS,
     REMOVALS,
@@ -56,7 +56,7 @@ def run_of(units: tuple[UnitPlan, ...], entries: list[Any], name: str = "run") -
         "versions": {},
         "repair": {"steps": [{"name": "ridge", "blocks": entries}]},
     }
-    return RunFacts(name, Path(name), manifest, 1000, plan)
+    return RunFacts(name, Path(name), manifest, (), plan)
 
 
 def several(name: str = "run") -> RunFacts:
@@ -96,7 +96,7 @@ def planned(name: str = "run", removed: tuple[int, ...] = (), **criterion: Any) 
     plan = PruningPlan(
         ModelIdentity("m", "llama", "f"), CRITERION | criterion, CALIBRATION, tuple(units), removed
     )
-    return RunFacts(name, Path(name), {}, 1000, plan)
+    return RunFacts(name, Path(name), {}, (), plan)
 
 
 ANGLE = "Distance is the mean angle between a block's input and output, in half turns."
@@ -168,7 +168,7 @@ def test_a_card_names_units_and_says_what_the_share_is_of() -> None:
     run = several()
     card = model_card(run.manifest, run.plan, Origin("m"))
     assert f"| 1 {EXPERTS} (3) | 0.3000 | 0.750 | 4 | 2 |" in card
-    assert "of its FFN parameters" in card
+    assert "of FFN parameters" in card
     assert "(rejected in block 1 mlp.shared_expert)" in card
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cfsp.report.block_chart import attention_chart, block_chart
-from cfsp.report.chart import Chart
-from cfsp.report.pareto_chart import pareto_chart
-from cfsp.report.recovery_chart import recovery_chart
-from cfsp.report.repair_chart import repair_chart
-from cfsp.report.runs import RunFacts
-from cfsp.report.summary import measured_conditions
 from cfsp.result.conditions import Conditions
-from cfsp.sweep.front import pareto_front
+from cfsp.result.front import pareto_front
+from cfsp.result.names import public_name
+from cfsp.result.page.block_chart import block_chart
+from cfsp.result.page.chart import Chart
+from cfsp.result.page.curves import pareto_chart, recovery_chart
+from cfsp.result.page.repair_chart import repair_chart
+from cfsp.result.runs import RunFacts, measured_conditions
 
 # More are neither columns side by side nor drawings under each other that anybody would read.
 MOST_IN_DETAIL = 8
@@ -51,10 +50,15 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
     for group in by_base.values():
         detailed = runs_in_detail(group)
         pruned = _without_recovered_twins(detailed)
-        by_block = [kind(pruned) for kind in (block_chart, attention_chart, repair_chart)]
-        charts = [pareto_chart(group), *by_block, recovery_chart(detailed)]
+        charts = (
+            pareto_chart(group),
+            block_chart(pruned),
+            block_chart(pruned, "kv"),
+            repair_chart(pruned),
+            recovery_chart(detailed),
+        )
         shown = [chart for chart in charts if chart is not None]
-        groups.append(ModelGroup(group[0].base_name, group, detailed, shown))
+        groups.append(ModelGroup(public_name(group[0].base_name), group, detailed, shown))
     return groups
 
 
@@ -86,14 +90,13 @@ def runs_in_detail(runs: Sequence[RunFacts]) -> list[RunFacts]:
 
 def _front(runs: Sequence[RunFacts], conditions: Conditions) -> list[int]:
     """Return the numbers of the runs on the front under some conditions."""
-    loss = {
-        index: run.measured.perplexity[conditions]["after"]
+    measured = [
+        (index, (_parameters(run), perplexity))
         for index, run in enumerate(runs)
-        if "after" in run.measured.perplexity.get(conditions, {})
-        and "parameters_after" in run.manifest
-    }
-    front = pareto_front([(_parameters(runs[index]), value) for index, value in loss.items()])
-    return [index for index, best in zip(loss, front, strict=True) if best]
+        if (perplexity := run.perplexity(conditions)) is not None and _parameters(run)
+    ]
+    front = pareto_front([values for _, values in measured])
+    return [index for (index, _), best in zip(measured, front, strict=True) if best]
 
 
 def _parameters(run: RunFacts) -> float:

@@ -16,42 +16,8 @@ from cfsp.cli import main
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest
-from cfsp.result.origin import Origin, is_hub_id, origin_of, public_command
-from cfsp.settings import Budget
-from report_runs import measured, prune_tiny
-
-CARD = """\
----
-license: other
-license_name: tiny-community
-license_link: LICENSE
-language: [en, de]
-datasets: [someone/corpus]
-tags: [chat, pruned]
-pipeline_tag: text-generation
-base_model: someone/ancestor
-model-index: [{name: other, results: []}]
-widget: [{text: Hello}]
----
-# A model
-"""
-
-
-@pytest.fixture(scope="module")
-def source(
-    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A model with a card of its own."""
-    directory = tmp_path_factory.mktemp("card") / "my-model"
-    shutil.copytree(tiny_checkpoint("llama"), directory)
-    (directory / "README.md").write_text(CARD)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def run(source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("card") / "run"
-    return prune_tiny(source, text_file, out, budget=Budget(0.5, multiple=8))
+from cfsp.result.origin import Origin, origin_of
+from report_runs import measured
 
 
 def metadata(directory: Path) -> dict[str, Any]:
@@ -95,8 +61,8 @@ def test_card_says_what_was_done_and_on_which_text(run: Path, text_file: Path) -
     text = (run / "README.md").read_text()
     assert "# my-model, pruned" in text
     assert "`my-model` (which was made from [someone/ancestor](https://huggingface.co/" in text
-    assert "without 50.0% of its FFN channels" in text
-    assert f"Calibrated on `{text_file.name}` (8 windows)" in text
+    assert "without 50.0% of FFN channels" in text
+    assert f"Calibrated on {text_file.name} (8 windows)" in text
     assert "Repaired on the same text (ridge)" in text
     assert "is **flattering**" in text
     assert "trust_remote_code=True" in text and "read it first" in text
@@ -121,7 +87,7 @@ def test_recovery_updates_the_card(run: Path, text_file: Path, tmp_path: Path) -
     found, text = metadata(out), (out / "README.md").read_text()
     assert found["base_model"] == "someone/ancestor" and found["license"] == "other"
     assert "# my-model, pruned and recovered" in text
-    assert f"Recovered: trained on `{text_file.name}`" in text
+    assert f"Recovered: trained on {text_file.name} (" in text
     assert "## How it was pruned" in text and "## How it was recovered" in text
     assert f"cfsp recover run --data {text_file.name} --steps 1" in text
     assert "--out recovered\n" in text
@@ -140,13 +106,6 @@ def test_the_demo_has_its_real_name(
     # Pruned again, it is made from what was made from the demo.
     text = card_of(run, demo, base_model={"name": "/somewhere/once"})
     assert "`once` (which was made from [HuggingFaceTB/" in text
-
-
-def test_no_path_of_a_command_is_public() -> None:
-    typed = "cfsp prune meta/name --data mixed/books --data '/my disk/a.jsonl:x' --out=../b/c"
-    public = "cfsp prune meta/name --data mixed/books --data 'a.jsonl:x' --out=c"
-    assert public_command(typed) == public
-    assert public_command("cfsp.recover('/home/me/model', ...)") == "cfsp.recover('model', ...)"
 
 
 @pytest.mark.parametrize(
@@ -171,16 +130,12 @@ def test_hub_id_of_a_source(
     assert origin_of(source).hub_id == expected
 
 
-def test_a_directory_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "models" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert is_hub_id("models/other") and not is_hub_id("models/name")
-
-
 @pytest.mark.parametrize("card", ["", "no metadata", "---\n[\n---\n", "---\n- a\n---\n", "\0"])
-def test_a_card_that_cannot_be_read_tells_nothing(source: Path, tmp_path: Path, card: str) -> None:
+def test_a_card_that_cannot_be_read_tells_nothing(
+    source_with_card: Path, tmp_path: Path, card: str
+) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(source, copy)
+    shutil.copytree(source_with_card, copy)
     (copy / "README.md").write_text(card)
     assert origin_of(open_checkpoint(copy)).metadata == {}
 

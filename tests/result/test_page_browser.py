@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.report.write import write_report
+from cfsp.result.page.page import write_report
 from cfsp.settings import Budget
 from report_runs import changed_copy, measured, prune_tiny, recovered
 
@@ -89,8 +89,13 @@ def test_page_is_drawn_without_complaint(
     for images in drawn:
         ((wide, high, marks),) = images
         assert 300 < wide <= width and high > 100 and marks >= 3
-    # A phone scrolls downwards only.
+    # A phone scrolls downwards only, and no word runs out of a drawing.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    ends = browser.execute_script(
+        "return [...document.querySelectorAll('svg text')].filter(t => t.getBBox().width)"
+        ".map(t => t.getBoundingClientRect().right)"
+    )
+    assert len(ends) > 20 and max(ends) <= width
     height = browser.execute_script("return document.documentElement.scrollHeight")
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     shot = browser.execute_cdp_cmd(
@@ -190,17 +195,18 @@ def test_pointer_selects_the_same_block_in_every_chart(browser: Any, page: str) 
 def test_hostile_names_do_not_script_the_page(
     browser: Any, runs: list[Path], tmp_path: Path
 ) -> None:
+    name = HOSTILE.replace("/", "")
+
     def poison(manifest: dict[str, Any]) -> None:
-        manifest["base_model"]["name"] = HOSTILE
+        manifest["base_model"]["name"] = name
         manifest["command"] = HOSTILE + "</script>" + HOSTILE
 
-    name = HOSTILE.replace("/", "")
     copy = changed_copy(runs[0], tmp_path / name, poison)
     write_report([copy], tmp_path / "report.html")
     view(browser, (tmp_path / "report.html").as_uri())
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.hacked") is None
-    assert browser.find_element("tag name", "h1").text == f"{HOSTILE}, pruned"
+    assert browser.find_element("tag name", "h1").text == f"{name}, pruned"
     assert browser.find_elements("css selector", "img") == []
 
 

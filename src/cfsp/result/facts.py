@@ -1,0 +1,213 @@
+"""The facts about a checkpoint: terminal, model card, `inspect` and page print the same ones.
+
+Numbers are a list of `Fact`, from a manifest here, from results of eval and bench in
+`cfsp.result.measured`; how it was made, in words, is in `cfsp.result.making`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from cfsp.architecture.block_names import blocks_in_words, removed_in_words
+from cfsp.result.conditions import Conditions, perplexities
+from cfsp.result.names import short_names
+
+NOTHING = "\N{EN DASH}"
+_TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+# Headings of tables.
+SIZE, QUALITY, SPEED = "Size", "Perplexity", "Tokens per second"
+# What a manifest says of the same form, and what it is called.
+_OTHER_PARTS = {"kv_groups": "KV groups", "experts": "experts"}
+
+
+class Number(NamedTuple):
+    """A value, and its standard error where there is one."""
+
+    value: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How numbers are written, and what is said of two of them: their `ratio`, a `share`, or ''."""
+
+    write: Callable[[float], str]
+    change: str = ""
+
+    def __call__(self, number: Number | None) -> str:
+        """Return a number in words; a dash for none."""
+        return NOTHING if number is None else self.write(number.value).replace("-", _MINUS)
+
+
+def _size(number: float) -> str:
+    """Return a size in decimal units, as file managers and the hub show it: 189.4 MB."""
+    for limit, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {suffix}"
+    return f"{number:.0f} B"
+
+
+COUNT = Unit("{:,.0f}".format, "share")
+BYTES = Unit(_size)
+PERPLEXITY = Unit("{:.2f}".format, "ratio")
+RATE = Unit("{:,.1f}".format)
+NATS = Unit("{:z.3f}".format)
+PERCENT = Unit(lambda share: f"{100 * share:z.1f}")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number of the original and of what was made of it.
+
+    Attributes:
+        heading: of the table that it belongs to.
+        name: what it is the number of.
+        unit: how it is written.
+        before: of the original; None where it is not known.
+        after: of the checkpoint; likewise.
+        text: name of the text that it was measured on; empty where there is none.
+        conditions: how a perplexity was measured.
+        detail: what else is to be known.
+        ratio: after / before as it was measured, where that is not the ratio of the two.
+    """
+
+    heading: str
+    name: str
+    unit: Unit
+    before: Number | None = None
+    after: Number | None = None
+    text: str = ""
+    conditions: Conditions | None = None
+    detail: str = ""
+    ratio: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, Conditions | None]:
+        """What the numbers of several models must have in common to compare."""
+        return self.heading, self.name, self.text, self.conditions
+
+    @property
+    def change(self) -> str:
+        """What came of it: −20.1%, × 1.27; empty where that says nothing."""
+        if self.ratio is not None:
+            return f"{_TIMES} {self.ratio:.2f}"
+        if self.before is None or self.after is None or not self.unit.change:
+            return ""
+        ratio = self.after.value / self.before.value
+        if self.unit.change == "ratio":
+            return f"{_TIMES} {ratio:.2f}"
+        return f"{ratio - 1:+z.1%}".replace("-", _MINUS)
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """The two numbers and what came of it."""
+        return self.unit(self.before), self.unit(self.after), self.change
+
+    def note(self, number: Number | None) -> str:
+        """Return what stands beside a number: its standard error."""
+        return (
+            "" if number is None or number.error is None else f"± {self.unit.write(number.error)}"
+        )
+
+    def with_more(self, other: Fact) -> Fact:
+        """Return it with what another fact of the same key knows better."""
+        known = {"before": other.before, "after": other.after, "ratio": other.ratio}
+        return replace(self, **{name: it for name, it in known.items() if it is not None})  # type: ignore[arg-type]
+
+
+def joined(facts: Iterable[Fact]) -> list[Fact]:
+    """Return one fact for each key; what comes later counts."""
+    found: dict[Any, Fact] = {}
+    for fact in facts:
+        known = found.get(fact.key)
+        found[fact.key] = fact if known is None else known.with_more(fact)
+    return list(found.values())
+
+
+def labels(facts: Iterable[Fact]) -> dict[Fact, str]:
+    """Return what facts are called: with the short name of the text that they are of, if any."""
+    facts = list(facts)
+    names = short_names(fact.text for fact in facts if fact.text)
+    return {fact: f"{fact.name}, {names[fact.text]}" if fact.text else fact.name for fact in facts}
+
+
+def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]:
+    """Return how large a pruned model is and its original was; nothing where that is not known.
+
+    Args:
+        manifest: of a checkpoint.
+        weight_bytes: of its weight files; 0 where they were not kept.
+    """
+    if "parameters_before" not in manifest:
+        return []
+
+    def fact(name: str, before: float, after: float, detail: str = "") -> Fact:
+        numbers = Number(float(before)), Number(float(after))
+        return Fact(SIZE, name, COUNT, *numbers, detail=detail)
+
+    before, after = manifest["parameters_before"], manifest["parameters_after"]
+    facts = [fact("parameters", before, after)]
+    if removed := manifest.get("removed_blocks"):
+        blocks = manifest["blocks_before"]
+        detail = f"without {blocks_in_words(removed)}"
+        facts.append(fact("blocks", blocks, blocks - len(removed), detail))
+    if removed := manifest.get("removed_attentions"):
+        detail = f"of {blocks_in_words(removed)}"
+        count = Number(len(removed))
+        facts.append(Fact(SIZE, "attention layers removed", COUNT, after=count, detail=detail))
+    widths = manifest["widths_before"], manifest["intermediate_sizes"]
+    facts.append(fact("FFN channels", sum(widths[0]), sum(widths[1])))
+    for key, noun in _OTHER_PARTS.items():
+        if part := manifest.get(key):
+            facts.append(fact(noun, sum(part["before"]), sum(part["after"])))
+    if weight_bytes:
+        dense = Number(weight_bytes / after * before)
+        detail = "the original's: of its parameters at the same bytes each"
+        disk = Number(weight_bytes)
+        facts.append(Fact(SIZE, "weights on disk", BYTES, dense, disk, detail=detail))
+    return facts
+
+
+def perplexity_facts(manifest: Mapping[str, Any]) -> list[Fact]:
+    """Return the perplexities of a finished model, each beside the dense model's if it is known."""
+    last = "recovered" if manifest.get("recovery") else "pruned"
+    return [
+        Fact(
+            QUALITY,
+            "perplexity",
+            PERPLEXITY,
+            Number(of["dense"]) if "dense" in of else None,
+            Number(of[last]),
+            conditions.text,
+            conditions,
+        )
+        for conditions, of in perplexities(manifest).items()
+        if last in of
+    ]
+
+
+def what_went(manifest: Mapping[str, Any], *, by_channels: bool = True) -> str:
+    """Return in words what went of each part that lost something, and of all parameters.
+
+    Args:
+        manifest: of a pruned checkpoint.
+        by_channels: whether the share of FFN channels is that of their parameters, too; it is not
+            where they own unlike numbers of these.
+    """
+    experts = manifest.get("experts")
+    removed = removed_in_words(
+        *(manifest.get(key, ()) for key in ("removed_blocks", "removed_attentions"))
+    )
+    channels = "channels" if by_channels and not experts else "parameters"
+    shares = {
+        f"FFN {channels}": manifest.get("ffn_sparsity", 0.0),
+        "KV groups": manifest.get("kv_groups", {}).get("sparsity", 0.0),
+    }
+    went = [f"{share:.1%} of {nouns}" for nouns, share in shares.items() if share]
+    if experts:
+        before, after = experts["before"][0], experts["after"][0]
+        went.append(f"{before - after} of the {before} experts of each block")
+    in_all = ", ".join([*went, f"{manifest.get('model_sparsity', 0.0):.1%} of parameters"])
+    return f"{removed}, in all {in_all}" if removed else in_all

@@ -1,0 +1,1 @@
+"""One run, several or a sweep as a static web page."""

@@ -1,0 +1,204 @@
+"""What each block does and what it keeps: its distance, and its width before and after.
+
+Several runs of one model stand under each other and share the horizontal axis. A column is a block,
+or one of its FFN units where blocks have several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
+from cfsp.result.facts import NOTHING
+from cfsp.result.page.chart import Bands, Chart, Legend, Panel, block_table, panel_title
+from cfsp.result.page.svg import Scale, element, join, scale_from_zero
+from cfsp.result.runs import RunFacts
+from cfsp.settings import SENSITIVITY_METRICS, UNIFORM, Part, removal_in_words, worth_in_words
+
+_WORTH_HEIGHT, _WIDTH_HEIGHT, _BAR = 110.0, 170.0, 0.72
+# What has the units of a part, what these are, and between what distances are.
+_NOUNS: dict[Part, tuple[str, str, str]] = {
+    "ffn": ("block", "FFN channels", "a block's input and output"),
+    "kv": (
+        "attention layer",
+        "KV groups",
+        "the hidden states before and after the attention where these are seen, else between the "
+        "block's input and output",
+    ),
+}
+
+
+def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
+    """Return how far blocks, or attention layers, turn the hidden state, and what they keep.
+
+    Args:
+        runs: of one model.
+        part: `ffn` for the channels of blocks, `kv` for the KV groups of attention layers.
+
+    Returns:
+        None where no run has a plan with such units.
+    """
+    plans = [(run, run.plan.only(part)) for run in runs if run.plan is not None]
+    planned = [(run, plan) for run, plan in plans if plan.units]
+    if not planned:
+        return None
+    thing, noun, between = _NOUNS[part]
+    metrics = {plan.criterion["block_metric"] for _, plan in planned if _narrows(plan)}
+    by_distance = metrics.isdisjoint(SENSITIVITY_METRICS)
+    scale = "Importance is relative to the largest."
+    if by_distance:
+        scale = f"Distance is the mean angle between {between}, in half turns."
+        if not metrics <= {"angular", UNIFORM}:
+            scale = f"Distance is between {between}, on the scale of the mean angle, in half turns."
+    columns = [columns_of(plan) for _, plan in planned]
+    names = [str(i) if unit is None else unit.name for i, unit in enumerate(columns[0])]
+    below = [str(i) if unit is None else str(unit.block) for i, unit in enumerate(columns[0])]
+
+    def panels(width: int) -> list[Panel]:
+        bands = Bands(below, width)
+        drawn = [_worth_panel(columns, names, bands, by_distance=by_distance)]
+        for number, ((run, _), units) in enumerate(zip(planned, columns, strict=True), start=1):
+            title = panel_title(f"{noun} that stay", run, runs)
+            drawn.append(_width_panel(title, units, bands, names, is_last=number == len(planned)))
+        return drawn
+
+    nouns = ("distance", "importance", "before", "kept")
+    several = len(planned) > 1
+    return Chart(
+        "blocks" if part == "ffn" else "attentions",
+        f"What each {thing} does, and what it keeps",
+        f"{_what_counts(planned, part)} {scale}",
+        "Two rows of columns, one column for each block. Above: how "
+        f"{'far the block turns the hidden state' if by_distance else 'much it counts'}. "
+        f"Below: how many of its {noun} stay, within the full width; none of what was removed "
+        "whole.",
+        panels,
+        block_table(
+            [[f"{run.name}: {noun}" if several else noun for noun in nouns] for run, _ in planned],
+            names,
+            [[_cells(unit) for unit in units] for units in columns],
+        ),
+        [Legend("kept", "kept"), Legend("gone", "removed")],
+    )
+
+
+def columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
+    """Return the unit of each column: all of them where a block has several, else of each block.
+
+    None stands for a block that has none.
+    """
+    unit_of = {unit.block: unit for unit in plan.units}
+    if len(unit_of) < len(plan.units):
+        return list(plan.units)
+    return [unit_of.get(block) for block in range(plan.units[-1].block + 1)]
+
+
+def _cells(unit: UnitPlan | None) -> list[str]:
+    if unit is None:
+        return [NOTHING] * 4
+    return [
+        f"{unit.distance:.4f}",
+        f"{unit.importance:.3f}",
+        f"{unit.width:,}",
+        unit.kept_in_words,
+    ]
+
+
+def _narrows(plan: PruningPlan) -> bool:
+    """Return whether units that stay lose channels."""
+    return any(unit.kept_width < unit.width for unit in plan.kept_units if unit.kept)
+
+
+def _what_counts(planned: Sequence[tuple[RunFacts, PruningPlan]], part: Part) -> str:
+    """Say by what each run's plan chose what goes of a part, once what is the same of several."""
+    thing, noun, _ = _NOUNS[part]
+    runs_of: dict[str, list[str]] = {}
+    for run, plan in planned:
+        words = [f"No {noun} go from what stays."]
+        if _narrows(plan):
+            things = f"{thing.capitalize()}s"
+            words = [worth_in_words(plan.criterion["block_metric"], things, noun)]
+        if plan.removed_blocks if part == "ffn" else plan.removed_attentions:
+            chosen = removal_in_words(plan.criterion.get("removal", ""))
+            words.append(f"The {thing}s that the model lost are those {chosen}.")
+        runs_of.setdefault(" ".join(words), []).append(run.name)
+    if len(runs_of) == 1:
+        return next(iter(runs_of))
+    return " ".join(f"{', '.join(names)}: {words}" for words, names in runs_of.items())
+
+
+def _worth_panel(
+    columns: Sequence[Sequence[UnitPlan | None]],
+    names: Sequence[str],
+    bands: Bands,
+    *,
+    by_distance: bool,
+) -> Panel:
+    """Return a panel of the distances that plans follow, or of the importances."""
+
+    def worth(unit: UnitPlan) -> float:
+        return unit.distance if by_distance else unit.importance
+
+    highest = max(worth(unit) for units in columns for unit in units if unit is not None)
+    scale = scale_from_zero(highest, _WORTH_HEIGHT, 0.0)
+    drawn = []
+    for i, units in enumerate(zip(*columns, strict=True)):
+        first, x = units[0], bands.middle(i)
+        if first is None:
+            drawn.append((f"Block {i}: no FFN", Markup("")))
+            continue
+        stick = element("line", class_="stick", x1=x, x2=x, y1=scale(0.0), y2=scale(worth(first)))
+        dots = [
+            element("circle", class_="dot", cx=x, cy=scale(worth(unit)), r=3.5)
+            for unit in units
+            if unit is not None
+        ]
+        say = f"Block {names[i]}: distance {first.distance:.4f}, importance {first.importance:.3f}"
+        drawn.append((say, join([stick, *dots])))
+    title = "Distance between input and output" if by_distance else "Importance"
+    return Panel(title, _WORTH_HEIGHT, scale, bands.marks(_WORTH_HEIGHT, drawn), {}, "")
+
+
+def _width_panel(
+    title: str,
+    units: Sequence[UnitPlan | None],
+    bands: Bands,
+    names: Sequence[str],
+    *,
+    is_last: bool,
+) -> Panel:
+    """Return a panel of the channels that units keep, within those that they had."""
+    highest = float(max(unit.width for unit in units if unit is not None))
+    scale = Scale(0.0, highest, _WIDTH_HEIGHT, 0.0)
+    bar = bands.width * _BAR
+    drawn = []
+    for i, (name, unit) in enumerate(zip(names, units, strict=True)):
+        if unit is None:
+            drawn.append((f"Block {name}: no FFN", Markup("")))
+            continue
+        # Experts that go whole take their channels along.
+        after = round(unit.width * unit.kept_share)
+        bars = [
+            element(
+                "rect",
+                class_=class_,
+                x=bands.middle(i) - bar / 2,
+                y=scale(channels),
+                width=bar,
+                height=scale(0.0) - scale(channels),
+                rx=1.5,
+            )
+            for class_, channels in (("gone", unit.width), ("kept", after))
+        ]
+        say = f"Block {name}: keeps {after:,} of {unit.width:,} channels ({after / unit.width:.0%})"
+        if not after:  # a unit keeps some, unless it goes whole
+            say = f"Block {name}: removed"
+        drawn.append((say, join(bars)))
+    ticks = [highest * quarter / 4 for quarter in range(5)]
+    marks = bands.marks(_WIDTH_HEIGHT, drawn)
+    return Panel(
+        title, _WIDTH_HEIGHT, scale, marks, bands.across if is_last else {}, "block", ticks
+    )

@@ -1,0 +1,239 @@
+"""The facts of a result: numbers and their conditions, names, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.architecture.block_names import counted
+from cfsp.cli import main
+from cfsp.result.conditions import Conditions, sources_in_words
+from cfsp.result.facts import NOTHING, size_facts, what_went
+from cfsp.result.making import making
+from cfsp.result.manifest import read_manifest
+from cfsp.result.names import is_hub_id, public_command, public_name, short_names
+from cfsp.result.page.curves import pareto_chart
+from cfsp.result.page.table import headlines, sections
+from cfsp.result.repair_steps import steps_in_words
+from cfsp.result.runs import read_run
+from report_runs import changed_copy, measured, recovered
+
+TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+
+
+def step(name: str, **kept: bool) -> dict[str, Any]:
+    """Return a step as a manifest has it, by block: of one that lost nothing `idle` is said."""
+    blocks = [
+        {"blocks": 1, "kept": is_kept, "error_before": 0.0 if name_of == "idle" else 1.0}
+        for name_of, is_kept in kept.items()
+    ]
+    return {"name": name, "blocks": blocks}
+
+
+def test_steps_in_words() -> None:
+    steps = [
+        step("ridge", first=True, second=False),
+        step("sequential", first=False, second=False),
+        step("local", idle=False, first=True),
+    ]
+    words = "ridge (rejected in block 1), sequential (rejected in every block), local"
+    assert steps_in_words(steps) == words
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"windows": 12, "seqlen": 1024, "bos": True}, "12 windows of 1,024 tokens, with BOS"),
+        (
+            {"windows": 1, "seqlen": 512, "stride": 256},
+            "1 window of 512 tokens, stride 256, without BOS",
+        ),
+    ],
+)
+def test_conditions_in_words(entry: dict[str, Any], words: str) -> None:
+    conditions = Conditions.of("news", {"tokens": 1023, **entry})
+    assert str(conditions) == words
+    assert conditions == Conditions.of("news", {"value": 3.0, "tokens": 1023, **entry})
+    assert conditions != Conditions.of("news", {"tokens": 1023, **entry, "seqlen": 2048})
+
+
+@pytest.mark.parametrize(
+    ("text", "evaluation_part", "words"),
+    [
+        ("mine.txt", False, "; this text made the model"),
+        ("mixed", True, "; other parts of this text made the model"),
+        ("mixed/books", True, "; other parts of this text made the model"),
+        ("python-docs", True, "; other parts of this text made other"),
+        ("c4", True, ""),
+    ],
+)
+def test_conditions_say_whether_the_text_made_the_model(
+    text: str, evaluation_part: bool, words: str
+) -> None:
+    entry = {"tokens": 9, "windows": 1, "seqlen": 10, "evaluation_part": evaluation_part}
+    manifest = {"calibration": {"sources": {"mixed/books": 3, "mine.txt": 5}}}
+    trained = manifest | {"recovery": {"data": {"sources": {"python-docs": 2}}}}
+    conditions = Conditions.of(text, entry)
+    told = conditions.beside({"one": manifest, "other": trained})
+    assert told == f"1 window of 10 tokens, without BOS{words}"
+    # What was not recorded does not tell numbers apart.
+    assert conditions == Conditions.of(text, {**entry, "evaluation_part": False})
+
+
+def test_one_of_a_thing_is_said_as_one() -> None:
+    assert counted(1, "windows") == "1 window"
+    assert counted(2000, "steps") == "2,000 steps"
+    assert sources_in_words({"c4": 64, "own.txt": 1}) == "c4 (64 windows), own.txt (1 window)"
+
+
+def test_names_are_short_and_stay_apart() -> None:
+    alike = ["/x/a/test.txt", "/y/a/test.txt"]
+    assert list(short_names(alike).values()) == ["x/a/test.txt", "y/a/test.txt"]
+    assert list(short_names(["/x/a/b.txt", "c4"]).values()) == ["a/b.txt", "c4"]
+    assert list(short_names(["/x/small", "/x/large"], least=1).values()) == ["small", "large"]
+    assert short_names(["owner/name", "python-docs"], least=1)["owner/name"] == "owner/name"
+
+
+def test_a_directory_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("models/other") and not is_hub_id("models/name")
+
+
+def test_no_path_of_a_command_is_public() -> None:
+    typed = "cfsp prune meta/name --data mixed/books --data '/my disk/a.jsonl:x' --out=../b/c"
+    public = "cfsp prune meta/name --data mixed/books --data 'a.jsonl:x' --out=c"
+    assert public_command(typed) == public
+    assert public_command("cfsp.recover('/home/me/model', ...)") == "cfsp.recover('model', ...)"
+    assert public_name("mixed/books") == "mixed/books" and public_name("/a/b.txt") == "b.txt"
+
+
+def test_what_is_written_has_no_path_in_its_command(run: Path) -> None:
+    manifest = read_manifest(run)
+    assert manifest is not None
+    assert manifest["command"] == "cfsp prune my-model --sparsity 0.5 --out run"
+    assert manifest["out"] == "run"
+
+
+def test_numbers_of_the_manifest_are_in_the_facts(run: Path, text_file: Path) -> None:
+    facts = read_run(run)
+    tables = sections([facts])
+    size = {row.name: row.cells for row in tables["Size"]}
+    counts = [facts.manifest[key] for key in ("parameters_before", "parameters_after")]
+    assert [cell.value for cell in size["parameters"]] == [f"{count:,}" for count in counts]
+    assert [cell.value for cell in size["FFN channels"]] == ["288", "144"]
+    assert size["FFN channels"][1].note == f"{MINUS}50.0%"
+    value = facts.manifest["perplexity"][str(text_file)]
+    (row,) = tables["Perplexity"]
+    assert [cell.value for cell in row.cells] == [
+        f"{value[side]:.2f}" for side in ("before", "after")
+    ]
+    assert row.name.endswith(f"/{text_file.name}") and row.hint == "62 predicted tokens"
+    assert row.detail.endswith("without BOS; this text made the model")
+
+
+def test_every_part_that_lost_something_is_a_fact() -> None:
+    part = {"before": [8, 8], "after": [4, 4], "sparsity": 0.5, "lost_output": [0.1, 0.2]}
+    manifest = {
+        "parameters_before": 1000,
+        "parameters_after": 400,
+        "model_sparsity": 0.6,
+        "ffn_sparsity": 0.25,
+        "widths_before": [8, 8, 8],
+        "intermediate_sizes": [8, 4],
+        "blocks_before": 3,
+        "removed_blocks": [1],
+        "removed_attentions": [2],
+        "kv_groups": part,
+        "experts": part,
+    }
+    assert [(fact.name, *fact.row) for fact in size_facts(manifest)] == [
+        ("parameters", "1,000", "400", f"{MINUS}60.0%"),
+        ("blocks", "3", "2", f"{MINUS}33.3%"),
+        ("attention layers removed", NOTHING, "1", ""),
+        ("FFN channels", "24", "12", f"{MINUS}50.0%"),
+        ("KV groups", "16", "8", f"{MINUS}50.0%"),
+        ("experts", "16", "8", f"{MINUS}50.0%"),
+    ]
+    went = "25.0% of FFN parameters, 50.0% of KV groups, 4 of the 8 experts of each block, 60.0% of"
+    assert f", in all {went} parameters" in what_went(manifest)
+    assert what_went(manifest).startswith("block 1 and the attention of block 2")
+    assert size_facts({}) == []
+
+
+def test_inspect_card_and_page_tell_the_same_of_the_making(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = changed_copy(run, tmp_path / "copy", recovered)
+    manifest = read_manifest(copy)
+    assert manifest is not None
+    assert main(["inspect", str(copy)]) == 0
+    told = capsys.readouterr().out
+    pruned, trained = making(manifest)
+    assert (pruned.verb, trained.verb) == ("pruned", "recovered")
+    assert pruned.facts["asked for"] == "50.0% of FFN channels"
+    assert pruned.facts["repair"] == "ridge" and "teacher" not in trained.facts
+    for name, value in {**pruned.facts, **trained.facts}.items():
+        if name not in ("time", "memory"):  # `inspect` does not tell what it took
+            assert f"\n{name:<18} {value}\n" in told
+    assert "123.25 recovered" in told
+    for place in (run, tmp_path):
+        assert str(place) not in json.dumps([pruned.facts, trained.facts])
+
+
+# Perplexities under different conditions.
+
+
+def test_only_equal_conditions_are_compared(run: Path, tmp_path: Path) -> None:
+    """The dense model at 512 tokens and a recovered one at 1024 stand in rows of their own."""
+
+    def recovered_at_1024(manifest: dict[str, Any]) -> None:
+        manifest["perplexity"] = measured("news", 79.19, 111.86)
+        recovered(manifest)
+        manifest["recovery"]["perplexity"] = measured("news", 50.0, 34.21, seqlen=1024)
+
+    pruned = changed_copy(
+        run, tmp_path / "pruned", lambda m: m.update(perplexity=measured("news", 79.19, 111.86))
+    )
+    other = changed_copy(run, tmp_path / "recovered", recovered_at_1024)
+    runs = [read_run(pruned), read_run(other)]
+    rows = sections(runs)["Perplexity"]
+    assert [[cell.value for cell in row.cells] for row in rows] == [
+        ["79.19", "111.86", NOTHING],
+        [NOTHING, NOTHING, "34.21"],
+    ]
+    assert [[cell.note for cell in row.cells] for row in rows] == [
+        ["", f"{TIMES} 1.41", ""],
+        [""] * 3,
+    ]
+    assert [row.detail for row in rows] == [
+        "12 windows of 512 tokens, without BOS; this text made recovered",
+        "12 windows of 1,024 tokens, without BOS; this text made recovered",
+    ]
+    assert pareto_chart(runs) is None
+    assert not [line for line in headlines(runs[1]) if line.noun.startswith("perplexity")]
+    (line,) = [line for line in headlines(runs[0]) if line.noun == "perplexity, news"]
+    assert line.value == f"{TIMES} 1.41"
+    assert line.detail == "79.19 to 111.86, 12 windows of 512 tokens, without BOS"
+
+
+@pytest.mark.parametrize(
+    "other", [{"windows": 13}, {"seqlen": 1024}, {"stride": 256}, {"bos": True}]
+)
+def test_every_condition_tells_numbers_apart(
+    run: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    def change(**conditions: Any) -> Callable[[dict[str, Any]], None]:
+        return lambda manifest: manifest.update(perplexity=measured("news", 3, 4, **conditions))
+
+    runs = [
+        read_run(changed_copy(run, tmp_path / name, change(**conditions)))
+        for name, conditions in (("one", {}), ("same", {}), ("other", other))
+    ]
+    assert len(sections(runs[:2])["Perplexity"]) == 1
+    assert len(sections(runs[1:])["Perplexity"]) == 2
+    assert pareto_chart(runs[:2]) is not None and pareto_chart(runs[1:]) is None
