@@ -253,8 +253,8 @@ def import_everything() -> None:
     import transformers.models.llama.modeling_llama
 
     import cfsp.cli
+    import cfsp.recovery.pace
     import cfsp.recovery.recover
-    import cfsp.recovery.reporting
     import cfsp.recovery.trainer
     import cfsp.sweep.run
     import cfsp.sweep.table  # noqa: F401

@@ -31,7 +31,6 @@ from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import attach
 from cfsp.recovery.data import WindowData, read_text
-from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train, train, training_arguments
@@ -81,8 +80,8 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
     if kind == "cfsp":
         model = load_to_train(source, device, "auto")
         adaptation = Adaptation(rank=args.rank)
-        targets, rank_L = targets_of(source, adaptation), ranks_of(source, adaptation)
-        adapted, _ = attach(model, source.architecture, targets, adaptation, rank_L)
+        targets = targets_of(source, adaptation)
+        adapted = attach(model, source.architecture, targets, adaptation.scale)
         train(
             adapted,
             model,

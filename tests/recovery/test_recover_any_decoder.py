@@ -20,13 +20,13 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.recovery.adaptation import attach, merge, trained_parameters
+from cfsp.recovery.adaptation import attach, merge, trainable_in_blocks, trained_parameters
 from cfsp.recovery.expert_adapters import why_experts_stay
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
-from cfsp.recovery.saved import last_checkpoint
-from cfsp.recovery.settings import Adaptation, Limit, Training
+from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.targets import multiplies_by_its_matrix, targets_of
+from cfsp.recovery.trainer import last_checkpoint
 from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
 from checkpoint_tensors import changed, tensors
 
@@ -45,14 +45,9 @@ def recover(source: Path, out: Path, text: Path, steps: int = 2, **options: Any)
         Limit(steps=steps), batch_windows=4, seqlen=32, evaluations=2, learning_rate=3e-3
     )
     keep_adapter = options.pop("keep_adapter", False)
-    return recover_checkpoint(
-        open_checkpoint(source),
-        out,
-        data=[str(text)],
-        training=training,
-        adaptation=replace(Adaptation(rank=2), **options),
-        keep_adapter=keep_adapter,
-    )
+    adaptation = replace(Adaptation(rank=2), **options)
+    settings = RecoverSettings((str(text),), training, adaptation, keep_adapter=keep_adapter)
+    return recover_checkpoint(open_checkpoint(source), out, settings)
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
@@ -82,11 +77,16 @@ def test_merged_experts_are_the_experts_plus_their_adapters(
     source = Checkpoint(pruned_type(name))
     model: Any = cfsp.load(source.directory)
     before = {key: value.clone() for key, value in model.named_parameters()}
-    adaptation, ranks = Adaptation(scale=3.0), [2, 1, 3]
-    targets = targets_of(source, adaptation)
+    ranks = [2, 1, 3]
+    targets = [
+        replace(block, rank=rank)
+        for block, rank in zip(targets_of(source, Adaptation()), ranks, strict=True)
+    ]
     names = trained_parameters(model, targets, "lora")
-    adapted, blocks = attach(model, source.architecture, targets, adaptation, ranks)
-    assert [block.rank for block in blocks] == ranks
+    adapted = attach(model, source.architecture, targets, scale=3.0)
+    blocks = trainable_in_blocks(model, source.architecture, targets)
+    assert [block["rank"] for block in blocks] == ranks
+    assert all(block["parameters"] for block in blocks)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     with torch.no_grad():

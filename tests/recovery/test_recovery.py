@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import cfsp
-import cfsp.recovery.evaluation
+import cfsp.recovery.recover
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
@@ -31,7 +31,6 @@ from cfsp.recovery.model_loss import multiplies_only
 from cfsp.recovery.ranks import allocate_ranks
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
-from cfsp.recovery.saved import last_checkpoint
 from cfsp.recovery.schedule import TimeSchedule
 from cfsp.recovery.settings import (
     METHODS,
@@ -40,10 +39,11 @@ from cfsp.recovery.settings import (
     Adaptation,
     Distillation,
     Limit,
-    TeacherChoice,
+    RecoverSettings,
     Training,
 )
-from cfsp.recovery.teacher import choose_teacher
+from cfsp.recovery.teacher import open_teacher
+from cfsp.recovery.trainer import last_checkpoint
 from cfsp.recovery.training import train
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
@@ -62,9 +62,15 @@ def training(steps: int = 6, **changes: Any) -> Training:
     return Training(Limit(steps=steps), **options)
 
 
-def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverReport:
-    options = {"training": training(), "adaptation": Adaptation(rank=2)} | options
-    return recover_checkpoint(open_checkpoint(source), out, data=[str(text)], **options)
+def recover(
+    source: Path, out: Path, text: Path, started: float | None = None, **options: Any
+) -> RecoverReport:
+    asked: dict[str, Any] = {"data": (str(text),), "training": training()}
+    asked |= {"adaptation": Adaptation(rank=2), **options}
+    settings = RecoverSettings(**asked)
+    return recover_checkpoint(
+        open_checkpoint(source), out, settings, command="cfsp recover pruned", started=started
+    )
 
 
 def work_of(out: Path) -> Path:
@@ -112,7 +118,7 @@ def test_training_helps_and_the_result_has_the_same_layout(
 
 def test_manifest_and_card_say_how_it_was_recovered(pruned, text_file, tmp_path):
     out = tmp_path / "out"
-    report = recover(pruned, out, text_file, command="cfsp recover pruned")
+    report = recover(pruned, out, text_file)
     manifest = read_manifest(out)
     before = read_manifest(pruned)
     assert manifest is not None
@@ -123,7 +129,7 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, text_file, tmp_path)
     assert manifest["criterion"] == before["criterion"]
     recovery = manifest["recovery"]
     assert recovery["trainable_parameters"] == report.trainable_parameters
-    assert recovery["adaptation"]["allocation"] == "importance"
+    assert recovery["adaptation"]["allocation"] == "uniform"
     stored = tensors(pruned).items()
     trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
     size = float(torch.cat(trained).square().mean().sqrt())
@@ -240,7 +246,6 @@ def test_every_kind_of_model_recovers_by_its_stock_loss(
     tiny_checkpoint, text_file, tokenizer, tmp_path, name
 ):
     dense = tiny_checkpoint(name)
-    adaptation = Adaptation(rank=2, allocation="uniform")
     held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
     with torch.inference_mode():
         stock = cfsp.load(dense)(input_ids=held_NT, labels=held_NT).loss.exp()
@@ -249,8 +254,8 @@ def test_every_kind_of_model_recovers_by_its_stock_loss(
         tmp_path / "out",
         text_file,
         training=training(8, evaluations=1, learning_rate=6e-3),
-        adaptation=adaptation,
-        teacher=TeacherChoice(str(dense), Distillation(0.1)),
+        teacher=str(dense),
+        distillation=Distillation(0.1),
     )
     before, after = report.history
     assert before["perplexity"] == pytest.approx(float(stock), rel=1e-4)
@@ -287,43 +292,41 @@ def test_a_teacher_is_learnt_from(pruned, text_file, tiny_checkpoint, tmp_path):
     dense = str(tiny_checkpoint("llama"))
     how = training(12, learning_rate=3e-3)
     plain = recover(pruned, tmp_path / "plain", text_file, training=how)
-    teacher = TeacherChoice(dense, Distillation(0.7, 2.0))
-    taught = recover(pruned, tmp_path / "taught", text_file, teacher=teacher, training=how)
+    asked = {"teacher": dense, "distillation": Distillation(0.7, 2.0), "training": how}
+    taught = recover(pruned, tmp_path / "taught", text_file, **asked)
     assert taught.history[-1]["perplexity"] < taught.history[0]["perplexity"]
     assert taught.history != plain.history
     facts = read_manifest(tmp_path / "taught")["recovery"]["teacher"]
     assert facts == {"name": dense, "weight": 0.7, "temperature": 2.0}
 
 
-def test_the_dense_model_teaches_where_it_is_at_hand(pruned, tiny_checkpoint, monkeypatch, caplog):
-    source, half = open_checkpoint(pruned), Distillation(0.5)
-    dense = str(tiny_checkpoint("llama"))
-    assert choose_teacher("auto", source, "full", half, CPU) == TeacherChoice(dense, half)
-    assert choose_teacher("other", source, "full", half, CPU) == TeacherChoice("other", half)
-    assert choose_teacher("none", source, "full", half, CPU) is None
-    # A model that was not pruned has none.
-    assert choose_teacher("auto", open_checkpoint(dense), "full", half, CPU) is None
-    assert caplog.messages == []
-    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
-    assert choose_teacher("auto", source, "full", half, CPU) is None
-    assert "1e-06 GB are available" in caplog.text
+def teacher_of(given: str | None, source: Path, tokenizer: Any) -> str | None:
+    found = open_teacher(given, open_checkpoint(source), tokenizer, "full", CPU)
+    return found and found.label
 
 
-def test_another_model_in_the_dense_one_s_place_does_not_teach(
-    pruned, tiny_checkpoint, tmp_path, caplog
+def test_the_dense_model_teaches_where_it_is_at_hand(
+    pruned, tiny_checkpoint, tokenizer, tmp_path, monkeypatch, caplog
 ):
+    dense, other = str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen2"))
+    assert teacher_of("auto", pruned, tokenizer) == dense
+    assert teacher_of(str(pruned), pruned, tokenizer) == str(pruned)
+    assert teacher_of("none", pruned, tokenizer) is None
+    # A model that was not pruned has none.
+    assert teacher_of("auto", Path(dense), tokenizer) is None
+    assert caplog.messages == []
+    # Another model is in its place, or none.
     moved = tmp_path / "moved"
     shutil.copytree(pruned, moved)
-    path = moved / MANIFEST_FILE
-    fields = json.loads(path.read_text())
-    fields["base_model"]["name"] = str(tiny_checkpoint("qwen2"))
-    path.write_text(json.dumps(fields))
-    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation(), CPU) is None
-    assert "is another model" in caplog.text
-    fields["base_model"]["name"] = "/no/such"
-    path.write_text(json.dumps(fields))
-    assert choose_teacher("auto", open_checkpoint(moved), "lora", Distillation(), CPU) is None
-    assert "/no/such does not exist" in caplog.text
+    fields = json.loads((moved / MANIFEST_FILE).read_text())
+    for name, reason in ((other, "is another model"), ("/no/such", "/no/such does not exist")):
+        fields["base_model"]["name"] = name
+        (moved / MANIFEST_FILE).write_text(json.dumps(fields))
+        assert teacher_of("auto", moved, tokenizer) is None
+        assert reason in caplog.text
+    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    assert teacher_of("auto", pruned, tokenizer) is None
+    assert "1e-06 GB are available" in caplog.text
 
 
 def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplog, monkeypatch):
@@ -476,13 +479,13 @@ def test_other_arguments_are_refused_and_the_work_stays(pruned, text_file, tmp_p
     assert sorted(work_of(out).rglob("*")) == before
     # What was measured before training is not measured again.
     measured = []
-    sound = cfsp.recovery.evaluation.measure
+    sound = cfsp.recovery.recover.measure
 
     def measure(directory: Path, *args: Any) -> Any:
         measured.append(directory)
         return sound(directory, *args)
 
-    monkeypatch.setattr("cfsp.recovery.evaluation.measure", measure)
+    monkeypatch.setattr("cfsp.recovery.recover.measure", measure)
     report = recover(pruned, out, text_file, evaluation=evaluation)
     assert pruned not in measured
     assert len(measured) == 1
@@ -561,9 +564,10 @@ def test_too_few_minutes_are_refused_before_a_step(pruned, text_file, tmp_path, 
 def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_path):
     dense = tiny_checkpoint("qwen2")
     out = tmp_path / "out"
+    by_importance = Adaptation(rank=2, allocation="importance")
     with pytest.raises(RecoveryError, match="recover it with --rank-allocation uniform"):
-        recover(dense, out, text_file)
-    recover(dense, out, text_file, adaptation=Adaptation(rank=2, allocation="uniform"))
+        recover(dense, out, text_file, adaptation=by_importance)
+    recover(dense, out, text_file)
     assert changed(dense, out)
     assert "## How it was recovered" in (out / "README.md").read_text()
 
@@ -587,7 +591,7 @@ def test_a_wrong_name_is_told_before_any_work(
     pruned, text_file, tmp_path, monkeypatch, options, message
 ):
     monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
-    monkeypatch.setattr("cfsp.recovery.evaluation.measure", must_not_load)
+    monkeypatch.setattr("cfsp.recovery.recover.measure", must_not_load)
     if "no_such" in message:  # not even the model is opened, which may be a download
         monkeypatch.setattr("cfsp.recovery.api.open_checkpoint", must_not_load)
     given: dict[str, Any] = {"data": ["{text}"], **options}
@@ -613,22 +617,22 @@ def test_a_teacher_of_another_vocabulary(
     out = tmp_path / "out"
     monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
     with pytest.raises(RecoveryError, match="the teacher must be the dense model"):
-        recover(pruned, out, text_file, teacher=TeacherChoice(str(other)))
+        recover(pruned, out, text_file, teacher=str(other))
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"data": []}, TextError, "give --data"),
+        ({"data": ()}, TextError, "give --data"),
         ({"adaptation": Adaptation("full"), "keep_adapter": True}, UsageError, "has no adapter"),
+        ({"compute": Compute(dtype="float16")}, UsageError, "found --dtype float16"),
     ],
 )
 def test_bad_input(pruned, text_file, tmp_path, options, kind: type[CfspError], message):
     out = tmp_path / "out"
-    options = {"data": [str(text_file)], "training": training(), **options}
     with pytest.raises(kind, match=message):
-        recover_checkpoint(open_checkpoint(pruned), out, **options)
+        recover(pruned, out, text_file, **options)
     assert not out.exists()
     assert not work_of(out).exists()
 
@@ -640,7 +644,6 @@ def test_bad_input(pruned, text_file, tmp_path, options, kind: type[CfspError], 
         (lambda: training(learning_rate=-1.0), "positive, found -1.0"),
         (lambda: training(seqlen=4), "--seqlen must be at least 8, found 4"),
         (lambda: training(evaluations=0), "--evaluations must be at least 1, found 0"),
-        (lambda: Adaptation(allocation="error"), "importance, uniform, inverse, found 'error'"),
     ],
 )
 def test_settings_out_of_range(make, message):
@@ -670,7 +673,9 @@ def test_bad_input_leaves_nothing_and_exits_with_2(pruned, text_file, tmp_path, 
 
 def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(api, "recover_checkpoint", lambda *args, **named: seen.update(named))
+    monkeypatch.setattr(
+        api, "recover_checkpoint", lambda source, out, settings, **_: seen.update(vars(settings))
+    )
     argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
     argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "warm_up=0.2"]
     monkeypatch.setattr("cfsp.cli.recover.print_report", lambda report: None)

@@ -4,7 +4,8 @@ The head multiplies every hidden state by the whole vocabulary. For a small mode
 of all arithmetic, and logits of a batch in float32 are the largest tensor by far: 4 x 512 tokens
 times 49,152 are 400 MB, and a plain backward pass holds several of them. The gradient of the loss
 with respect to the logits is known in closed form, so it is taken at once, slice by slice, in the
-forward pass: nothing of vocabulary size outlives its slice, and nothing is computed twice.
+forward pass: nothing of vocabulary size outlives its slice, and nothing is computed twice. The
+logits of a model that does more than multiply by its head come whole, and are cut into slices.
 
     cross-entropy           dL/dz = p - onehot(label)
     T^2 KL(teacher, model)  dL/dz = T (p_T - q_T)          p_T = softmax(z / T), q_T the teacher's
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from cfsp.recovery.settings import Distillation
 
@@ -31,125 +31,81 @@ _SLICE_ELEMENTS = 6 << 20
 
 
 @dataclass(frozen=True)
-class TeacherHidden:
-    """A teacher's last hidden states; its logits are made slice by slice.
+class Outputs:
+    """What logits are made of.
 
     Attributes:
-        hidden_ND: after the last norm.
-        head_VD: weight of the teacher's head.
+        output_ND: hidden states after the last norm; the logits themselves without a head.
+        head_VD: weight of the head, whose product with them is the logits.
     """
 
-    hidden_ND: Tensor
-    head_VD: Tensor
+    output_ND: Tensor
+    head_VD: Tensor | None = None
 
-    def rows(self, rows: Tensor | slice) -> TeacherHidden:
+    def rows(self, rows: Tensor | slice) -> Outputs:
         """Return the same for some tokens."""
-        return TeacherHidden(self.hidden_ND[rows], self.head_VD)
-
-
-@dataclass(frozen=True)
-class TeacherLogits:
-    """A teacher's whole logits.
-
-    Attributes:
-        logit_NV: for every token.
-    """
-
-    logit_NV: Tensor
-
-    def rows(self, rows: Tensor | slice) -> TeacherLogits:
-        """Return the same for some tokens."""
-        return TeacherLogits(self.logit_NV[rows])
-
-
-Teacher = TeacherHidden | TeacherLogits
+        return Outputs(self.output_ND[rows], self.head_VD)
 
 
 def language_model_loss(
-    hidden_ND: Tensor,
-    head_VD: Tensor,
+    own: Outputs,
     label_N: Tensor,
-    teacher: Teacher | None = None,
+    teacher: Outputs | None = None,
     distillation: Distillation | None = None,
 ) -> Tensor:
-    """Return the loss summed over tokens; it is differentiable in the hidden states only.
+    """Return the loss summed over tokens; it is differentiable in the model's outputs only.
 
     Args:
-        hidden_ND: hidden states that predict, after the last norm.
-        head_VD: weight of the head; it gets no gradient.
+        own: what predicts; the head gets no gradient.
         label_N: token to predict, `IGNORED` where none counts.
         teacher: what to distil from, for the same tokens.
         distillation: how; needed with a teacher.
     """
     counted_N = label_N != IGNORED
     if not bool(counted_N.all()):
-        hidden_ND, label_N = hidden_ND[counted_N], label_N[counted_N]
+        own, label_N = own.rows(counted_N), label_N[counted_N]
         teacher = teacher.rows(counted_N) if teacher is not None else None
-    device = hidden_ND.device.type
-    if torch.is_autocast_enabled(device):
-        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+    output_ND, device = own.output_ND, own.output_ND.device.type
+    if own.head_VD is not None and torch.is_autocast_enabled(device):
+        output_ND = output_ND.to(torch.get_autocast_dtype(device))
     apply: Any = _SlicedLoss.apply
-    loss: Tensor = apply(hidden_ND, head_VD, label_N, teacher, distillation)
+    loss: Tensor = apply(output_ND, own.head_VD, label_N, teacher, distillation)
     return loss
-
-
-def whole_logits_loss(
-    logit_NV: Tensor,
-    label_N: Tensor,
-    teacher: Teacher | None,
-    distillation: Distillation | None,
-) -> Tensor:
-    """Return the same loss from logits, in one piece and differentiable by autograd.
-
-    Args:
-        logit_NV: the model's logits.
-        label_N: as for `language_model_loss`.
-        teacher: what to distil from; not hidden states.
-        distillation: how; needed with a teacher.
-    """
-    counted_N = label_N != IGNORED
-    logit_NV, label_N = logit_NV[counted_N].float(), label_N[counted_N]
-    labels = cross_entropy(logit_NV, label_N, reduction="sum")
-    if teacher is None:
-        return labels
-    assert distillation is not None
-    teacher = teacher.rows(counted_N)
-    temperature = distillation.temperature
-    own_NV = log_softmax(logit_NV / temperature, 1)
-    assert isinstance(teacher, TeacherLogits)
-    target_NV = log_softmax(teacher.logit_NV.float() / temperature, 1)
-    divergence = kl_div(own_NV, target_NV, reduction="sum", log_target=True)
-    weight = distillation.weight
-    return weight * temperature**2 * divergence + (1 - weight) * labels
 
 
 class _SlicedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
+        output_ND: Tensor,
+        head_VD: Tensor | None,
         label_N: Tensor,
-        teacher: Teacher | None,
+        teacher: Outputs | None,
         distillation: Distillation | None,
     ) -> Tensor:
         # Autocast would cast the head once for each slice.
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            head_VD = head_VD.to(hidden_ND.dtype)
-            gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-            total = hidden_ND.new_zeros((), dtype=torch.float32)
-            size = max(1, _SLICE_ELEMENTS // head_VD.shape[0])
-            slices = _SliceMemory(min(size, len(hidden_ND)), head_VD)
-            for start in range(0, len(hidden_ND), size):
+        with torch.autocast(output_ND.device.type, enabled=False):
+            head_VD = None if head_VD is None else head_VD.to(output_ND.dtype)
+            own = Outputs(output_ND, head_VD)
+            gradient_ND = torch.empty_like(output_ND) if ctx.needs_input_grad[0] else None
+            total = output_ND.new_zeros((), dtype=torch.float32)
+            vocabulary = output_ND.shape[1] if head_VD is None else head_VD.shape[0]
+            size = max(1, _SLICE_ELEMENTS // vocabulary)
+            memory = _SliceMemory(output_ND.new_empty((min(size, len(label_N)), vocabulary)))
+            for start in range(0, len(label_N), size):
                 rows = slice(start, start + size)
-                logit_CV = slices.logits(hidden_ND[rows])
+                logit_CV = memory.logits("model", own.rows(rows))
                 part = teacher.rows(rows) if teacher is not None else None
                 loss, slope_CV = _loss_and_slope(
-                    logit_CV, label_N[rows], part, distillation, slices
+                    logit_CV, label_N[rows], part, distillation, memory
                 )
                 total += loss
-                if gradient_ND is not None:
-                    torch.mm(slices.narrow(slope_CV), head_VD, out=gradient_ND[rows])
+                if gradient_ND is None:
+                    continue
+                if head_VD is None:
+                    gradient_ND[rows] = slope_CV
+                else:
+                    torch.mm(memory.narrow(slope_CV), head_VD, out=gradient_ND[rows])
         ctx.gradient_ND = gradient_ND
         return total
 
@@ -162,44 +118,37 @@ class _SlicedLoss(torch.autograd.Function):
 class _SliceMemory:
     """Memory for slices of vocabulary size, taken once: fresh pages cost more than arithmetic."""
 
-    def __init__(self, size: int, head_VD: Tensor) -> None:
-        shape = (size, head_VD.shape[0])
-        self._head_VD = head_VD
-        self._narrow_CV = head_VD.new_empty(shape)
+    def __init__(self, narrow_CV: Tensor) -> None:
+        self._narrow_CV = narrow_CV
         self._wide: dict[str, Tensor] = {}
-        self._shape = shape
 
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Return the model's logits in float32."""
-        return self._multiply(hidden_CD, self._head_VD, "model")
-
-    def teacher_logits(self, hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
-        """Return the teacher's logits in float32."""
-        return self._multiply(hidden_CD, head_VD.to(hidden_CD.dtype), "teacher")
+    def logits(self, name: str, made_of: Outputs) -> Tensor:
+        """Return logits in float32, in the memory of a name."""
+        output_CD, head_VD = made_of.output_ND, made_of.head_VD
+        if head_VD is None:
+            logit_CV = output_CD
+        elif output_CD.dtype == self._narrow_CV.dtype:
+            out_CV = self._narrow_CV[: len(output_CD)]
+            logit_CV = torch.mm(output_CD, head_VD.to(output_CD.dtype).T, out=out_CV)
+        else:
+            logit_CV = output_CD @ head_VD.to(output_CD.dtype).T
+        return self.wide(name, len(output_CD)).copy_(logit_CV)
 
     def wide(self, name: str, rows: int) -> Tensor:
         """Return float32 memory for one slice; the same name is the same memory."""
         if name not in self._wide:
-            self._wide[name] = self._narrow_CV.new_empty(self._shape, dtype=torch.float32)
+            self._wide[name] = torch.empty_like(self._narrow_CV, dtype=torch.float32)
         return self._wide[name][:rows]
 
     def narrow(self, value_CV: Tensor) -> Tensor:
         """Return a slice in the dtype of the hidden states."""
         return self._narrow_CV[: len(value_CV)].copy_(value_CV)
 
-    def _multiply(self, hidden_CD: Tensor, head_VD: Tensor, name: str) -> Tensor:
-        rows = len(hidden_CD)
-        if hidden_CD.dtype == self._narrow_CV.dtype:
-            logit_CV = torch.mm(hidden_CD, head_VD.T, out=self._narrow_CV[:rows])
-        else:
-            logit_CV = hidden_CD @ head_VD.T
-        return self.wide(name, rows).copy_(logit_CV)
-
 
 def _loss_and_slope(
     logit_CV: Tensor,
     label_C: Tensor,
-    teacher: Teacher | None,
+    teacher: Outputs | None,
     distillation: Distillation | None,
     memory: _SliceMemory,
 ) -> tuple[Tensor, Tensor]:
@@ -229,12 +178,11 @@ def _cross_entropy(logit_CV: Tensor, label_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divergence(
-    logit_CV: Tensor, teacher: Teacher, temperature: float, memory: _SliceMemory
+    logit_CV: Tensor, teacher: Outputs, temperature: float, memory: _SliceMemory
 ) -> tuple[Tensor, Tensor]:
     spare_CV = memory.wide("spare", len(logit_CV))
     log_prob_CV = _log_softmax_(_cool_(logit_CV, temperature), spare_CV)
-    assert isinstance(teacher, TeacherHidden)
-    target_CV = memory.teacher_logits(teacher.hidden_ND, teacher.head_VD)
+    target_CV = memory.logits("teacher", teacher)
     target_CV = _log_softmax_(_cool_(target_CV, temperature), spare_CV)
     torch.sub(target_CV, log_prob_CV, out=spare_CV)
     target_CV = target_CV.exp_()

@@ -3,15 +3,13 @@
 The loss is computed inside the model's forward, through its own hook for that, so that gradient
 accumulation, DDP and FSDP work as for any model. Where logits are the head's product and nothing
 more, the head is made to let the hidden states pass and the loss makes logits slice by slice
-(`loss.py`). A model that caps, scales or shifts its logits keeps its head and pays for whole
-logits.
+(`loss.py`). A model that caps, scales or shifts its logits keeps its head and pays for whole ones.
 
 Shapes: B windows, T tokens, N predicted tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,32 +20,34 @@ from torch import Tensor, nn
 from cfsp.architecture.discovery import find_architecture
 from cfsp.engine.decoder_end import text_model
 from cfsp.errors import UnsupportedModelError
-from cfsp.recovery.loss import (
-    Teacher,
-    TeacherHidden,
-    TeacherLogits,
-    language_model_loss,
-    whole_logits_loss,
-)
+from cfsp.recovery.loss import Outputs, language_model_loss
 from cfsp.recovery.settings import Distillation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class ModelLoss(ABC):
+class ModelLoss:
     """A loss function for a causal LM.
 
+    Args:
+        head: the output embedding, which lets hidden states pass; None where logits come whole.
+        teacher: a dense model in memory, with a head of the same kind.
+        distillation: how much the teacher counts.
+
     Attributes:
-        teacher: what to distil from in the next call; None for the labels alone.
-        distillation: how.
+        taught: what to distil from in the next call; None for the labels alone.
         labels_in_window: what a window counts as having in the next call; None for what it has.
     """
 
-    def __init__(self) -> None:
-        self.teacher: Teacher | None = None
-        self.distillation: Distillation | None = None
+    def __init__(
+        self, head: nn.Module | None, teacher: PreTrainedModel | None, distillation: Distillation
+    ) -> None:
+        self.taught: Outputs | None = None
         self.labels_in_window: float | None = None
+        self._head = head
+        self._teacher: Any = teacher
+        self._distillation = distillation
 
     def __call__(
         self,
@@ -67,7 +67,8 @@ class ModelLoss(ABC):
             kwargs: what transformers hands to other losses.
         """
         label_N = labels[:, 1:].flatten()
-        loss = self._summed(logits[:, :-1].flatten(0, 1), label_N)
+        own = _outputs(logits, self._head)
+        loss = language_model_loss(own, label_N, self.taught, self._distillation)
         count: Tensor | float | None = num_items_in_batch
         if self.labels_in_window is not None:
             count = len(labels) * self.labels_in_window
@@ -75,79 +76,53 @@ class ModelLoss(ABC):
             count = (label_N >= 0).sum().clamp_min(1)
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
-    @abstractmethod
-    def ask(self, teacher: PreTrainedModel, token_BT: Tensor) -> Teacher:
-        """Return what a teacher in memory thinks of tokens 1 to T."""
-
-    @abstractmethod
-    def _summed(self, output: Tensor, label_N: Tensor) -> Tensor: ...
-
-
-class SlicedLoss(ModelLoss):
-    """For a model whose head lets hidden states pass.
-
-    Args:
-        head: the output embedding, whose weight makes the logits.
-    """
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self._head: Any = head
-
-    def ask(self, teacher: PreTrainedModel, token_BT: Tensor) -> Teacher:
-        """Return the teacher's hidden states; its logits are made slice by slice too."""
-        model: Any = teacher
-        head: Any = teacher.get_output_embeddings()
-        with torch.no_grad():  # the head lets them pass
-            hidden_BTD = model(input_ids=token_BT, use_cache=False).logits
-        return TeacherHidden(hidden_BTD[:, :-1].flatten(0, 1), head.weight)
-
-    def _summed(self, output: Tensor, label_N: Tensor) -> Tensor:
-        head_VD = self._head.weight
-        return language_model_loss(output, head_VD, label_N, self.teacher, self.distillation)
-
-
-class WholeLoss(ModelLoss):
-    """For a model that does more than multiply by its head."""
-
-    def ask(self, teacher: PreTrainedModel, token_BT: Tensor) -> Teacher:
-        """Return the teacher's logits."""
-        model: Any = teacher
+    def ask(self, token_BT: Tensor) -> Outputs | None:
+        """Return what the teacher thinks of tokens 1 to T; None without one."""
+        if self._teacher is None:
+            return None
         with torch.no_grad():
-            logit_BTV = model(input_ids=token_BT, use_cache=False).logits
-        return TeacherLogits(logit_BTV[:, :-1].flatten(0, 1))
+            output_BTD = self._teacher(input_ids=token_BT, use_cache=False).logits
+        head = None if self._head is None else self._teacher.get_output_embeddings()
+        return _outputs(output_BTD, head)
 
-    def _summed(self, output: Tensor, label_N: Tensor) -> Tensor:
-        return whole_logits_loss(output, label_N, self.teacher, self.distillation)
+
+def _outputs(output_BTD: Tensor, head: Any) -> Outputs:
+    """Return what the logits of tokens 1 to T are made of."""
+    # A sharded head is whole only now, after the forward pass.
+    return Outputs(output_BTD[:, :-1].flatten(0, 1), None if head is None else head.weight)
 
 
 @contextmanager
 def loss_inside(
-    model: PreTrainedModel, teacher: PreTrainedModel | None = None
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None = None,
+    distillation: Distillation | None = None,
 ) -> Iterator[ModelLoss]:
     """Give a causal LM our loss function for as long as the context lasts.
 
     Args:
         model: the causal LM.
         teacher: a dense model in memory, which must allow slices too if slices are to be used.
+        distillation: how much it counts.
 
     Raises:
         UnsupportedModelError: the class of one cannot run on text alone.
     """
-    for each in (model, teacher):
-        if each is not None:
-            _check_runs_on_text(each)
-    sliced = all(multiplies_only(m) for m in (model, teacher) if m is not None)
-    heads: list[Any] = [m.get_output_embeddings() for m in (model, teacher) if m is not None]
-    loss = SlicedLoss(heads[0]) if sliced else WholeLoss()
+    models = [model] if teacher is None else [model, teacher]
+    for each in models:
+        _check_runs_on_text(each)
+    heads: list[Any] = [each.get_output_embeddings() for each in models]
+    if not all(multiplies_only(each) for each in models):
+        heads = []
+    loss = ModelLoss(heads[0] if heads else None, teacher, distillation or Distillation())
     model.loss_function = loss
-    for head in heads if sliced else ():
+    for head in heads:
         head.forward = _pass
     try:
         yield loss
     finally:
         del model._loss_function
-        for head in heads if sliced else ():
+        for head in heads:
             del head.forward
 
 

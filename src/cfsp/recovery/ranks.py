@@ -15,19 +15,19 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.settings import Adaptation, RankAllocation
 
 
-def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int] | None:
-    """Return the rank of every block; None for full training, which has none.
+def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int | None]:
+    """Return the rank of every block's adapters; full training has none.
 
     Raises:
         RecoveryError: ranks follow the importance, and the checkpoint does not hold it.
         PlanError: its plan is for another number of blocks.
         UsageError: an importance is not positive.
     """
+    blocks = int(source.architecture.block_count)
     if adaptation.method == "full":
-        return None
-    uniform = adaptation.allocation == "uniform"
-    weight_L = [1.0] * int(source.architecture.block_count) if uniform else _importances(source)
-    return allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)
+        return [None] * blocks
+    weight_L = [1.0] * blocks if adaptation.allocation == "uniform" else _importances(source)
+    return [*allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)]
 
 
 def _importances(source: Checkpoint) -> list[float]:
@@ -62,40 +62,36 @@ def allocate_ranks(
     Args:
         weight_L: the normalised coarse importance of every block, positive.
         mean_rank: at least 1; a fraction is allowed, the total is rounded.
-        allocation: proportional to the weights, equal, or inverse.
+        allocation: equal, proportional to the weights, or inverse.
 
     Raises:
         UsageError: a weight is not positive.
     """
-    total = round(mean_rank * len(weight_L))
     if allocation == "uniform":
-        return _share([1.0] * len(weight_L), total)
-    if not all(value > 0 for value in weight_L):
+        weight_L = [1.0] * len(weight_L)
+    elif not all(value > 0 for value in weight_L):
         raise UsageError(
             f"--rank-allocation {allocation} needs a positive importance for every block, found "
             f"{min(weight_L)}; use --rank-allocation uniform"
         )
-    return _share([1 / w for w in weight_L] if allocation == "inverse" else weight_L, total)
-
-
-def _share(weights_L: Sequence[float], total: int) -> list[int]:
-    """Share a total out in proportion to weights, at least 1 each, by largest remainder."""
-    shares_L = [0.0] * len(weights_L)
-    poor: set[int] = set()
+    elif allocation == "inverse":
+        weight_L = [1 / weight for weight in weight_L]
+    total, poor = round(mean_rank * len(weight_L)), set[int]()
     while True:
         # Blocks that would get less than 1 get exactly 1, the others share what is left.
-        rich = [block for block in range(len(weights_L)) if block not in poor]
-        weight = sum(weights_L[block] for block in rich)
+        weight = sum(value for block, value in enumerate(weight_L) if block not in poor)
         left = total - len(poor)
-        for block in range(len(weights_L)):
-            shares_L[block] = 1.0 if block in poor else left * weights_L[block] / weight
-        newly_poor = {block for block in rich if shares_L[block] < 1}
+        share_L = [
+            1.0 if block in poor else left * value / weight for block, value in enumerate(weight_L)
+        ]
+        newly_poor = {block for block, share in enumerate(share_L) if share < 1}
         if not newly_poor:
             break
         poor |= newly_poor
-    ranks_L = [int(share) for share in shares_L]
-    by_remainder = sorted(range(len(ranks_L)), key=lambda b: (ranks_L[b] - shares_L[b], b))
-    for block in by_remainder[: total - sum(ranks_L)]:
-        ranks_L[block] += 1
-    assert sum(ranks_L) == total, (ranks_L, total)
-    return ranks_L
+    # By largest remainder.
+    rank_L = [int(share) for share in share_L]
+    by_remainder = sorted(range(len(rank_L)), key=lambda b: (rank_L[b] - share_L[b], b))
+    for block in by_remainder[: total - sum(rank_L)]:
+        rank_L[block] += 1
+    assert sum(rank_L) == total, (rank_L, total)
+    return rank_L

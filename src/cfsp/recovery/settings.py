@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings import BOS, BOS_HELP, Bos, check_bos, option
+from cfsp.errors import UsageError
+from cfsp.settings import BOS, BOS_HELP, Bos, Compute, EvaluationText, Text, check_bos, option
 
 Method = Literal["lora", "full"]
 Targets = Literal["mlp", "attention", "all"]
-RankAllocation = Literal["importance", "uniform", "inverse"]
+RankAllocation = Literal["uniform", "importance", "inverse"]
 METHODS: tuple[Method, ...] = get_args(Method)
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
@@ -37,7 +37,7 @@ class Adaptation:
             stay as they are.
         rank: mean rank over blocks.
         scale: alpha / r.
-        allocation: ranks follow the coarse importance, are equal, or follow its inverse.
+        allocation: ranks are equal, follow the coarse importance, or follow its inverse.
 
     Raises:
         UsageError: the rank or the scale is out of range.
@@ -53,17 +53,14 @@ class Adaptation:
     rank: float = option(8.0, "of the adapters, mean over blocks", kind=float, metavar="R")
     scale: float = option(2.0, "alpha / r of the adapters", kind=float, advanced=True)
     allocation: RankAllocation = option(
-        "importance",
-        "ranks follow the blocks' importance, are equal, or follow its inverse",
+        "uniform",
+        "ranks are equal, follow the blocks' importance, or follow its inverse",
         flag="rank-allocation",
         choices=RANK_ALLOCATIONS,
         advanced=True,
     )
 
     def __post_init__(self) -> None:
-        _check_choice("--method", self.method, METHODS)
-        _check_choice("--targets", self.targets, TARGETS)
-        _check_choice("--rank-allocation", self.allocation, RANK_ALLOCATIONS)
         if not 1 <= self.rank < _MOST_RANKS:
             raise UsageError(f"--rank must be at least 1, found {self.rank}")
         if not 0 < self.scale < math.inf:
@@ -177,12 +174,7 @@ class Training:
     seed: int = option(
         0, "of the order of windows and of the adapters' start", kind=int, advanced=True
     )
-    bos: Bos = option(
-        "auto",
-        BOS_HELP,
-        choices=BOS,
-        advanced=True,
-    )
+    bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
 
     def __post_init__(self) -> None:
         check_bos(self.bos)
@@ -244,21 +236,36 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class TeacherChoice:
-    """Which teacher, and how much it counts.
+class RecoverSettings:
+    """Every choice of a recovery.
 
     Attributes:
-        name: the dense model, as for prune.
-        distillation: weight and temperature.
+        data: texts and conversations to train on.
+        training: how to train.
+        adaptation: what to train.
+        teacher: a dense model to distil from; `auto` for the one that was pruned, if it is at hand
+            and there is memory for both; `none` or None for nobody.
+        distillation: how much it counts.
+        evaluation: texts to measure perplexity on, before and after.
+        compute: where to train, and the dtype of the arithmetic and of the weights that are not
+            trained.
+        keep_adapter: also write the adapter, into `out/adapter`.
+
+    Raises:
+        UsageError: there is no such training.
     """
 
-    name: str
+    data: tuple[str | Text, ...]
+    training: Training
+    adaptation: Adaptation = Adaptation()
+    teacher: str | None = None
     distillation: Distillation = Distillation()
+    evaluation: EvaluationText = EvaluationText()
+    compute: Compute = Compute()
+    keep_adapter: bool = False
 
-
-def _check_choice(flag: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise UsageError(
-            f"{flag} must be one of {', '.join(choices)}, found {found!r}"
-            f"{did_you_mean(found, choices)}"
-        )
+    def __post_init__(self) -> None:
+        if self.compute.dtype == "float16":
+            raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
+        if self.keep_adapter and self.adaptation.method == "full":
+            raise UsageError("--keep-adapter needs --method lora: full training has no adapter")

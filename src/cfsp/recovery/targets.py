@@ -14,10 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.errors import UsageError
 from cfsp.recovery.expert_adapters import why_experts_stay
+from cfsp.recovery.ranks import ranks_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from cfsp.architecture.found import Architecture, Unit
     from cfsp.checkpoint.reading import Checkpoint
     from cfsp.recovery.settings import Adaptation
@@ -34,27 +33,30 @@ class BlockTargets:
     Attributes:
         matrices: modules that multiply by one matrix.
         experts: parameters that hold a matrix of every routed expert.
+        rank: of the adapters; None in full training.
     """
 
     matrices: tuple[str, ...]
-    experts: tuple[str, ...] = ()
+    experts: tuple[str, ...]
+    rank: int | None
 
 
 def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
     """Return what is trained in each block; it is known before a weight is read.
 
     Raises:
-        UsageError: there is nothing to train.
+        UsageError: there is nothing to train, or an importance is not positive.
+        RecoveryError: ranks follow the importance, and the checkpoint does not hold it.
+        PlanError: its plan is for another number of blocks.
     """
-    model = empty_model(source.config)
-    architecture = source.architecture
+    rank_L = ranks_of(source, adaptation)
+    model, architecture = empty_model(source.config), source.architecture
     reason = None
-    with_experts = architecture.has_experts and adaptation.targets != "attention"
-    if with_experts:
+    if architecture.has_experts and adaptation.targets != "attention":
         reason = why_experts_stay(source.config, architecture, adaptation.method)
     found = [
-        _targets_of_block(model, architecture, block, adaptation, reason is None)
-        for block in range(architecture.block_count)
+        _targets_of_block(block, architecture, adaptation, reason is None, rank)
+        for block, rank in zip(enumerate(blocks_of(model, architecture)), rank_L, strict=True)
     ]
     if not any(block.matrices or block.experts for block in found):
         raise UsageError(
@@ -67,37 +69,29 @@ def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]
 
 
 def _targets_of_block(
-    model: PreTrainedModel,
+    numbered: tuple[int, nn.Module],
     architecture: Architecture,
-    index: int,
     adaptation: Adaptation,
-    experts: bool,
+    with_experts: bool,
+    rank: int | None,
 ) -> BlockTargets:
-    block, units = blocks_of(model, architecture)[index], architecture.units_of(index)
+    (index, block), units = numbered, architecture.units_of(numbered[0])
     names = [name for name, module in block.named_modules() if multiplies_by_its_matrix(module)]
     if adaptation.method != "full":
         names = [name for name in names if not _may_be_bypassed(block, name)]
     in_ffn = _in_ffn(names, [unit for unit in units if unit.part == "ffn"])
-    chosen = {
-        "mlp": [name for name in names if name in in_ffn],
-        "attention": [name for name in names if name not in in_ffn],
-        "all": names,
-    }[adaptation.targets]
-    parameters: list[str] = []
-    if experts and adaptation.targets != "attention":
-        for unit in units:
-            parameters += matrices_of_experts(unit)
+    experts: dict[str | None, None] = {}
+    if adaptation.targets != "all":
+        names = [name for name in names if (name in in_ffn) == (adaptation.targets == "mlp")]
+    if with_experts and adaptation.targets != "attention":
+        routed = [unit for unit in units if unit.routed]
+        experts = dict.fromkeys(name for u in routed for name in (u.gate, u.up, u.down))
     prefix = architecture.block_prefix(index)
     return BlockTargets(
-        tuple(prefix + name for name in chosen), tuple(prefix + name for name in parameters)
+        tuple(prefix + name for name in names),
+        tuple(prefix + name for name in experts if name is not None),
+        rank,
     )
-
-
-def matrices_of_experts(unit: Unit) -> list[str]:
-    """Return the parameters, by their paths from the block, that hold matrices of experts."""
-    if not unit.routed:
-        return []
-    return [name for name in dict.fromkeys((unit.gate, unit.up, unit.down)) if name is not None]
 
 
 def multiplies_by_its_matrix(module: nn.Module) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,39 +13,18 @@ from torch import nn
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.processes import is_first_process, process_count
+from cfsp.processes import process_count
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.model_loss import loss_inside
-from cfsp.recovery.saved import is_finished
+from cfsp.recovery.recover_report import TrainingOutcome
 from cfsp.recovery.schedule import Schedule, StepSchedule, TimeSchedule
 from cfsp.recovery.settings import ENDLESS_STEPS, Distillation, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-logger = logging.getLogger(__name__)
 # A slow disk writes so much; better is measured as soon as something is written.
 BYTES_PER_SECOND = 200e6
-
-
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """What training did.
-
-    Attributes:
-        steps: optimizer steps, those before an interruption included.
-        best_step: the step with the lowest held-out loss, which the model has the weights of; 0
-            where training made it no lower than it was.
-        tokens_in_step: tokens of one step, over all processes.
-        tokens_per_second: without evaluations.
-        history: step, held-out perplexity and loss at each evaluation, the first before training.
-    """
-
-    steps: int
-    best_step: int
-    tokens_in_step: int
-    tokens_per_second: float
-    history: list[dict[str, float]]
 
 
 def train(
@@ -76,80 +54,72 @@ def train(
         after_training: seconds of the limit that are needed after it.
         resume_from: a checkpoint of the same run.
         teacher: a dense model in memory.
-        distillation: how much it counts; needed with a teacher.
-        callbacks: more of them.
+        distillation: how much it counts.
+        callbacks: what else is told.
         shard: leaves this process its part of model and teacher; None where they stay whole.
 
     Raises:
         RecoveryError: the loss is NaN or infinite.
     """
-    from cfsp.recovery.reporting import Reporter
+    from cfsp.recovery.pace import Pace
     from cfsp.recovery.sharding import ShardedTrainer
-    from cfsp.recovery.trainer import RecoveryTrainer
+    from cfsp.recovery.trainer import RecoveryTrainer, is_finished
 
     windows_in_step = training.batch_windows * training.accumulate * process_count()
     steps = training.limit.in_steps(len(text.train), windows_in_step)
-    schedule = _schedule(
-        training,
-        steps,
-        started,
-        after_training=after_training,
-        evaluation_steps=len(text.held_out)
-        / windows_in_step
-        / _forwards_in_step(training, teacher is not None, trains_all=adapted is model),
-        trained_bytes=sum(p.nbytes for p in adapted.parameters() if p.requires_grad),
+    if steps is None:
+        schedule: Schedule = _timed(
+            training,
+            started,
+            after_training,
+            evaluation_steps=len(text.held_out)
+            / windows_in_step
+            / _forwards_in_step(training, teacher is not None, trains_all=adapted is model),
+            trained_bytes=sum(p.nbytes for p in adapted.parameters() if p.requires_grad),
+        )
+    else:
+        schedule = StepSchedule(steps, training.evaluations, started)
+    pace = Pace(schedule, windows_in_step * training.seqlen)
+    arguments = training_arguments(
+        training, directory, steps or ENDLESS_STEPS, model, begins=resume_from is None
     )
-    tokens_in_step = windows_in_step * training.seqlen
-    reporter = Reporter(schedule, tokens_in_step, is_first_process())
     model.config.use_cache = False
-    with loss_inside(model, teacher) as loss, _without_bars():
+    with loss_inside(model, teacher, distillation) as loss, _without_bars():
         if shard is not None:
             shard()
         trainer = (RecoveryTrainer if shard is None else ShardedTrainer)(
             adapted,
-            training_arguments(
-                training, directory, steps or ENDLESS_STEPS, model, begins=resume_from is None
-            ),
+            arguments,
             text,
             schedule=schedule,
             loss=loss,
             warm_up=training.warm_up,
-            teacher=teacher,
-            distillation=distillation,
-            callbacks=[reporter, *callbacks],
+            callbacks=[pace, *callbacks],
         )
         if resume_from is not None and is_finished(resume_from):
-            trainer.take_up_finished(resume_from)
-            reporter.take_up(trainer.state)
+            trainer.take_up_finished(resume_from, pace)
         else:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    best_step = trainer.state.best_global_step
+    perplexity = {entry["step"]: entry["perplexity"] for entry in pace.history}
     return TrainingOutcome(
         steps=trainer.state.global_step,
-        best_step=_kept_step(trainer.state.best_global_step, reporter.history),
-        tokens_in_step=tokens_in_step,
-        tokens_per_second=round(reporter.tokens_per_second, 1),
-        history=reporter.history,
+        best_step=best_step if perplexity[best_step] < perplexity[0] else 0,
+        tokens_in_step=windows_in_step * training.seqlen,
+        tokens_per_second=round(pace.tokens_per_second, 1),
+        history=pace.history,
     )
 
 
-def _kept_step(best_step: int, history: Sequence[dict[str, float]]) -> int:
-    """Return the Trainer's best step, or 0 if held-out text was predicted no worse before all."""
-    perplexity = {entry["step"]: entry["perplexity"] for entry in history}
-    return best_step if perplexity[best_step] < perplexity[0] else 0
-
-
-def _schedule(
+def _timed(
     training: Training,
-    steps: int | None,
     started: float,
-    *,
     after_training: float,
+    *,
     evaluation_steps: float,
     trained_bytes: int,
-) -> Schedule:
-    """Return the schedule of a number of steps or, if that is None, of minutes."""
-    if steps is not None:
-        return StepSchedule(steps, training.evaluations, started)
+) -> TimeSchedule:
+    """Return the schedule of a number of minutes."""
     assert training.limit.seconds is not None
     return TimeSchedule(
         training.limit.seconds,
@@ -178,13 +148,20 @@ def training_arguments(
     from transformers import TrainingArguments
 
     on_cpu = model.device.type == "cpu"
+    checkpointing: dict[str, Any] = {}
+    if training.gradient_checkpointing:
+        # The newer name is there in versions that warn of the older one.
+        known = {field.name for field in fields(TrainingArguments)}
+        name = "activation_checkpointing"
+        name = name if name in known else "gradient_checkpointing"
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
         per_device_train_batch_size=training.batch_windows,
         per_device_eval_batch_size=training.batch_windows,
         gradient_accumulation_steps=training.accumulate,
-        **_checkpointing(training),
+        **checkpointing,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=1.0,
@@ -230,18 +207,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _checkpointing(training: Training) -> dict[str, Any]:
-    from transformers import TrainingArguments
-
-    if not training.gradient_checkpointing:
-        return {}
-    # The newer name is there in versions that warn of the older one.
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing"
-    name = name if name in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def load_to_train(

@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.conversion import stored_from_memory
+from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import MODELING_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
@@ -23,9 +24,8 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights
 from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.recovery.data import RecoveryText
+from cfsp.recovery.prepare import Prepared
 from cfsp.recovery.recover_report import RecoverReport
-from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.result.origin import CARD_FILE, origin_of
@@ -38,12 +38,6 @@ def write_recovered_weights(
     source: Checkpoint, model: PreTrainedModel, trained: Collection[str], directory: Path
 ) -> dict[str, str]:
     """Write the weights: trained ones from the model, all others byte for byte.
-
-    Args:
-        source: the pruned checkpoint.
-        model: the trained plain model.
-        trained: names, in the model, of the parameters that training changed.
-        directory: an existing directory.
 
     Returns:
         File name -> SHA-256.
@@ -91,60 +85,53 @@ def copy_everything_else(source: Checkpoint, directory: Path) -> None:
         (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def recovery_facts(
-    report: RecoverReport,
-    text: RecoveryText,
-    training: Training,
-    adaptation: Adaptation,
-    teacher: TeacherChoice | None,
-    *,
-    device: torch.device,
-    command: str,
-) -> dict[str, Any]:
-    """Return what the manifest says of a recovery, as JSON types."""
-    libraries = ["accelerate"] if adaptation.method == "full" else ["accelerate", "peft"]
-    return {
-        "command": command,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {**versions(), **{name: version(name) for name in libraries}},
-        "adaptation": asdict(adaptation),
-        "training": asdict(training),
-        "teacher": {"name": teacher.name, **asdict(teacher.distillation)} if teacher else None,
-        "data": {
-            "sources": text.sources,
-            "tokens_digest": text.train.digest,
-            "bos": text.bos,
-        },
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        **asdict(report),
-    }
-
-
 def write_record(
-    source: Checkpoint, directory: Path, recovery: dict[str, Any], digests: dict[str, str]
+    ready: Prepared,
+    report: RecoverReport,
+    directory: Path,
+    digests: dict[str, str],
+    command: str,
 ) -> None:
     """Write the manifest and the model card: those of the pruned model and how it was recovered.
 
     Args:
-        source: the pruned checkpoint.
+        ready: what was recovered, with the learning rate that was used.
+        report: what that did.
         directory: the new checkpoint.
-        recovery: the facts; `command`, `created` and `versions` move to the top.
         digests: of the weight files.
+        command: what the user typed.
     """
-    manifest = read_manifest(source.directory) or {}
-    top = ("command", "created", "versions")
-    pruned = {key: manifest[key] for key in (*top, "files", "perplexity") if key in manifest}
-    manifest |= {key: recovery[key] for key in top}
+    settings, teacher = ready.settings, ready.teacher
+    libraries = ["accelerate"] if settings.adaptation.method == "full" else ["accelerate", "peft"]
+    now = {
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {**versions(), **{name: version(name) for name in libraries}},
+    }
+    recovery = {
+        "adaptation": asdict(settings.adaptation),
+        "training": asdict(settings.training),
+        "teacher": teacher and {"name": teacher.label, **asdict(settings.distillation)},
+        "data": {
+            "sources": ready.text.sources,
+            "tokens_digest": ready.text.train.digest,
+            "bos": ready.text.bos,
+        },
+        "device": str(compute_device(settings.compute.device)),
+        "threads": torch.get_num_threads(),
+        **asdict(report),
+    }
+    manifest = read_manifest(ready.source.directory) or {}
+    pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
     manifest |= {
+        **now,
         "operation": "recover",
         "files": digests | digests_beside_weights(directory),
         "pruned": pruned,
-        "recovery": {key: value for key, value in recovery.items() if key not in top},
+        "recovery": recovery,
     }
     write_manifest(directory, manifest)
-    plan = directory / PLAN_FILE
-    card = model_card(
-        manifest, PruningPlan.load(plan) if plan.is_file() else None, origin_of(source)
-    )
+    path = directory / PLAN_FILE
+    plan = PruningPlan.load(path) if path.is_file() else None
+    card = model_card(manifest, plan, origin_of(ready.source))
     (directory / CARD_FILE).write_text(card, encoding="utf-8")

@@ -325,7 +325,7 @@ def _how_it_was_recovered(manifest: dict[str, Any]) -> str:
         "all weights of the targeted projections"
         if adaptation["method"] == "full"
         else f"{adaptation['method']} of mean rank {adaptation['rank']:g}, "
-        f"ranks by {adaptation['allocation']}, merged into the weights"
+        f"{_ranks(adaptation['allocation'])}, merged into the weights"
     )
     lines = [
         "## How it was recovered",
@@ -344,6 +344,10 @@ def _how_it_was_recovered(manifest: dict[str, Any]) -> str:
         how = f"weight {teacher['weight']:g}, temperature {teacher['temperature']:g}"
         lines.append(f"- distilled from {name}, {how}")
     return "\n".join([*lines, ""])
+
+
+def _ranks(allocation: str) -> str:
+    return "equal in all blocks" if allocation == "uniform" else f"ranks by {allocation}"
 
 
 def _license(origin: Origin) -> str:
