@@ -253,7 +253,6 @@ def import_everything() -> None:
     import transformers.models.llama.modeling_llama
 
     import cfsp.cli
-    import cfsp.recovery.pace
     import cfsp.recovery.recover
     import cfsp.recovery.trainer
     import cfsp.sweep.run

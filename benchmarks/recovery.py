@@ -31,6 +31,8 @@ from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import attach
 from cfsp.recovery.data import WindowData, read_text
+from cfsp.recovery.loss import loss_inside
+from cfsp.recovery.schedule import StepSchedule
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train, train, training_arguments
@@ -82,15 +84,17 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
         adaptation = Adaptation(rank=args.rank)
         targets = targets_of(source, adaptation)
         adapted = attach(model, source.architecture, targets, adaptation.scale)
-        train(
-            adapted,
-            model,
-            text,
-            training,
-            directory=directory,
-            started=time.monotonic(),
-            callbacks=[meter],
-        )
+        schedule = StepSchedule(args.steps + 1, 1, time.monotonic())
+        with loss_inside(model) as loss:
+            train(
+                adapted,
+                text,
+                training,
+                schedule=schedule,
+                loss=loss,
+                directory=directory,
+                callbacks=[meter],
+            )
     else:
         _train_plainly(source.directory, args.rank, text.train, training, directory, meter)
     return meter.facts

@@ -26,7 +26,6 @@ from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.targets import multiplies_by_its_matrix, targets_of
-from cfsp.recovery.trainer import last_checkpoint
 from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
 from checkpoint_tensors import changed, tensors
 
@@ -37,6 +36,8 @@ OTHERS = (
     "llama4_text", "granitemoehybrid", "jamba", "nemotron_h", "qwen3_next", "lfm2", "falcon",
     "gemma4_text", "gemma3",
 )  # fmt: skip
+# Adapters stay off what fused kernels take, and off biases; full training does not.
+IN_FULL = ("nemotron_h", "falcon", "llama4_text")
 TOKENS_BT = torch.arange(2, 42).view(2, 20)
 
 
@@ -55,7 +56,7 @@ def test_experts_are_trained(
     name: str, pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     pruned, out = pruned_type(name), tmp_path / "out"
-    report = recover(pruned, out, text_file, steps=24, targets="mlp")
+    report = recover(pruned, out, text_file, steps=4, targets="mlp")
     assert report.history[-1]["perplexity"] < report.history[0]["perplexity"]
     source = Checkpoint(pruned)
     routed = {i for i, unit in enumerate(source.units) if unit.routed}
@@ -139,8 +140,10 @@ def is_outer(wrapper: Any) -> bool:
     return not getattr(wrapper.get_base_layer(), "is_transposed", False)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "lora") for name in OTHERS] + [(name, "full") for name in IN_FULL],
+)
 def test_any_decoder_recovers(
     name: str, method: Any, pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -152,28 +155,6 @@ def test_any_decoder_recovers(
     assert matrices <= found
     assert not any("norm" in stored or "embed" in stored for stored in found)
     cfsp.load(out)
-
-
-def test_a_killed_run_with_experts_goes_on_to_the_same_weights(
-    pruned_type: Callable[[str], Path], text_file: Path, tmp_path: Path, commands: Any
-) -> None:
-    def command(out: Path) -> list[str]:
-        return [
-            *("recover", str(pruned_type("deepseek_v3")), "--data", str(text_file)),
-            *("--out", str(out), "--rank", "2", "--batch-windows", "4", "--seqlen", "32"),
-            *("--steps", "24", "--set", "evaluations=6"),
-        ]
-
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert main(command(whole)) == 0
-    commands.kill(command(out), "training", 15)
-    assert not out.exists()
-    last = last_checkpoint(tmp_path / "killed.work" / "process-0-of-1" / "train")
-    assert last is not None
-    assert last.name == "checkpoint-12"
-    assert main(command(out)) == 0
-    assert changed(whole, out) == set()
-    assert changed(pruned_type("deepseek_v3"), out)
 
 
 def test_what_the_model_does_not_have_travels(

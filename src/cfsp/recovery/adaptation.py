@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_installed(method: Method) -> None:
-    """Check that the libraries that a method trains with are there.
-
-    Raises:
-        MissingExtraError: one is not.
-    """
+    """Check that the libraries that a method trains with are there."""
     needed = ["accelerate"] if method == "full" else ["accelerate", "peft"]
     if not all(importlib.util.find_spec(name) for name in needed):
         raise MissingExtraError("recovery" if method == "full" else "LoRA", "recover")
@@ -50,12 +46,7 @@ def attach(
     """Make a model trainable; return what to train: a PEFT model, or the same one without ranks.
 
     Trained tensors are float32 whatever the model is: updates are smaller than bfloat16 resolves.
-
-    Args:
-        model: the pruned model; it is changed in place.
-        architecture: of the model.
-        targets: what to train in each block.
-        scale: alpha / r of the adapters.
+    The plain model is changed in place.
     """
     matrices = [name for block in targets for name in block.matrices]
     experts = [name for block in targets for name in block.experts]

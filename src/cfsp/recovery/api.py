@@ -88,15 +88,10 @@ def recover(
     take_own_accelerator(device)
     check_names(recover, advanced, *SETTINGS)
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
+    how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
     settings = RecoverSettings(
         data=texts_of(data),
-        training=from_names(
-            Training,
-            advanced,
-            limit=Limit(max_minutes, steps, epochs),
-            learning_rate=learning_rate,
-            seqlen=seqlen,
-        ),
+        training=from_names(Training, how, limit=Limit(max_minutes, steps, epochs)),
         adaptation=from_names(Adaptation, advanced, method=method),
         teacher=None if teacher is None else str(teacher),
         distillation=from_names(Distillation, advanced),

@@ -4,26 +4,38 @@ The head multiplies every hidden state by the whole vocabulary. For a small mode
 of all arithmetic, and logits of a batch in float32 are the largest tensor by far: 4 x 512 tokens
 times 49,152 are 400 MB, and a plain backward pass holds several of them. The gradient of the loss
 with respect to the logits is known in closed form, so it is taken at once, slice by slice, in the
-forward pass: nothing of vocabulary size outlives its slice, and nothing is computed twice. The
-logits of a model that does more than multiply by its head come whole, and are cut into slices.
+forward pass: nothing of vocabulary size outlives its slice, and nothing is computed twice.
 
     cross-entropy           dL/dz = p - onehot(label)
     T^2 KL(teacher, model)  dL/dz = T (p_T - q_T)          p_T = softmax(z / T), q_T the teacher's
 
 (Hinton, Vinyals and Dean, arXiv 1503.02531, give the second one and the factor T^2.)
 
-Shapes: N predicted tokens, C tokens of a slice, D hidden size, V vocabulary.
+It is computed inside the model's forward, through transformers' own hook for that, so that gradient
+accumulation, DDP and FSDP work as for any model. Where logits are the head's product and nothing
+more, the head is made to let the hidden states pass. A model that caps, scales or shifts its logits
+keeps its head and pays for whole ones, which are cut into slices.
+
+Shapes: B windows, T tokens, N predicted tokens, C tokens of a slice, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cfsp.architecture.discovery import find_architecture
+from cfsp.engine.decoder_end import text_model
+from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.settings import Distillation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED = -100
 # Elements of one slice of logits: 24 MB in float32.
@@ -32,12 +44,7 @@ _SLICE_ELEMENTS = 6 << 20
 
 @dataclass(frozen=True)
 class Outputs:
-    """What logits are made of.
-
-    Attributes:
-        output_ND: hidden states after the last norm; the logits themselves without a head.
-        head_VD: weight of the head, whose product with them is the logits.
-    """
+    """Last hidden states and the weight of the head that makes logits of them, or logits."""
 
     output_ND: Tensor
     head_VD: Tensor | None = None
@@ -53,14 +60,7 @@ def language_model_loss(
     teacher: Outputs | None = None,
     distillation: Distillation | None = None,
 ) -> Tensor:
-    """Return the loss summed over tokens; it is differentiable in the model's outputs only.
-
-    Args:
-        own: what predicts; the head gets no gradient.
-        label_N: token to predict, `IGNORED` where none counts.
-        teacher: what to distil from, for the same tokens.
-        distillation: how; needed with a teacher.
-    """
+    """Return the loss summed over tokens with a label; heads and the teacher get no gradient."""
     counted_N = label_N != IGNORED
     if not bool(counted_N.all()):
         own, label_N = own.rows(counted_N), label_N[counted_N]
@@ -200,3 +200,144 @@ def _log_softmax_(logit_CV: Tensor, spare_CV: Tensor) -> Tensor:
     logit_CV = logit_CV.sub_(logit_CV.amax(1, keepdim=True))
     sum_C1 = torch.exp(logit_CV, out=spare_CV).sum(1, keepdim=True)
     return logit_CV.sub_(sum_C1.log_())
+
+
+class ModelLoss:
+    """A loss function for a causal LM.
+
+    Args:
+        head: the output embedding, which lets hidden states pass; None where logits come whole.
+        teacher: a dense model in memory, with a head of the same kind.
+        distillation: how much the teacher counts.
+
+    Attributes:
+        taught: what to distil from in the next call; None for the labels alone.
+        labels_in_window: what a window counts as having in the next call; None for what it has.
+    """
+
+    def __init__(
+        self, head: nn.Module | None, teacher: PreTrainedModel | None, distillation: Distillation
+    ) -> None:
+        self.taught: Outputs | None = None
+        self.labels_in_window: float | None = None
+        self._head = head
+        self._teacher: Any = teacher
+        self._distillation = distillation
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the mean loss over labels, as transformers asks for it.
+
+        Args:
+            logits: what the model's head returned, [B, T, D or V].
+            labels: token ids, [B, T]; the first of a window counts for nothing.
+            vocab_size: not needed.
+            num_items_in_batch: labels of the whole step; None for those of this batch.
+            kwargs: what transformers hands to other losses.
+        """
+        label_N = labels[:, 1:].flatten()
+        own = _outputs(logits, self._head)
+        loss = language_model_loss(own, label_N, self.taught, self._distillation)
+        count: Tensor | float | None = num_items_in_batch
+        if self.labels_in_window is not None:
+            count = len(labels) * self.labels_in_window
+        elif count is None:
+            count = (label_N >= 0).sum().clamp_min(1)
+        return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+    def ask(self, token_BT: Tensor) -> Outputs | None:
+        """Return what the teacher thinks of tokens 1 to T; None without one."""
+        if self._teacher is None:
+            return None
+        with torch.no_grad():
+            output_BTD = self._teacher(input_ids=token_BT, use_cache=False).logits
+        head = None if self._head is None else self._teacher.get_output_embeddings()
+        return _outputs(output_BTD, head)
+
+
+def _outputs(output_BTD: Tensor, head: Any) -> Outputs:
+    """Return what the logits of tokens 1 to T are made of."""
+    # A sharded head is whole only now, after the forward pass.
+    return Outputs(output_BTD[:, :-1].flatten(0, 1), None if head is None else head.weight)
+
+
+@contextmanager
+def loss_inside(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None = None,
+    distillation: Distillation | None = None,
+) -> Iterator[ModelLoss]:
+    """Give a causal LM our loss function for as long as the context lasts."""
+    models = [model] if teacher is None else [model, teacher]
+    for each in models:
+        _check_runs_on_text(each)
+    heads: list[Any] = [each.get_output_embeddings() for each in models]
+    if not all(multiplies_only(each) for each in models):
+        heads = []
+    loss = ModelLoss(heads[0] if heads else None, teacher, distillation or Distillation())
+    model.loss_function = loss
+    for head in heads:
+        head.forward = _pass
+    try:
+        yield loss
+    finally:
+        del model._loss_function
+        for head in heads:
+            del head.forward
+
+
+def _check_runs_on_text(model: PreTrainedModel) -> None:
+    """Check that a multimodal model runs on text alone, as Llama 4 of 5.24 does not."""
+    import transformers
+
+    whole: Any = model
+    if text_model(model) is model:
+        return
+    try:
+        with torch.no_grad():
+            whole(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be trained on text: its own forward fails in "
+            f"transformers {transformers.__version__} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def multiplies_only(model: PreTrainedModel) -> bool:
+    """Return whether a model's logits are its last hidden states times its head's weight.
+
+    It is asked, with two tokens, rather than known by its name.
+    """
+    head: Any = model.get_output_embeddings()
+    callable_model: Any = model
+    base = _without_head(model)
+    if getattr(head, "bias", None) is not None or model.training:
+        return False
+    token_BT = torch.tensor([[0, 1]], device=model.device)
+    # Trained tensors are float32 between others in bfloat16, as in training itself.
+    mixed = torch.autocast(model.device.type, torch.bfloat16, model.dtype == torch.bfloat16)
+    head.forward = _pass
+    try:
+        with torch.no_grad(), mixed:
+            passed_BTD = callable_model(input_ids=token_BT, use_cache=False).logits
+            hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
+    finally:
+        del head.forward
+    return torch.equal(passed_BTD, hidden_BTD)
+
+
+def _without_head(model: PreTrainedModel) -> Any:
+    """Return the part of a causal LM that gives the last hidden states."""
+    base = model.base_model
+    # Where the prefix of its names is that of a multimodal model around it, it is its own base.
+    return model.get_submodule(find_architecture(model).decoder) if base is model else base
+
+
+def _pass(hidden_BTD: Tensor) -> Tensor:
+    return hidden_BTD

@@ -54,11 +54,7 @@ class Prepared:
 
 
 def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepared:
-    """Check all that a user can get wrong, the cheap first, and read the texts.
-
-    Raises:
-        CfspError: something is wrong; nothing was written.
-    """
+    """Check all that a user can get wrong, the cheap first, and read the texts."""
     training, method, watch = settings.training, settings.adaptation.method, Stopwatch()
     check_is_outside(out, source.directory)
     check_output_is_free(out)

@@ -22,7 +22,7 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.memory import peak_rss_bytes
-from cfsp.engine.pass_state import STATE_FILE, PassState
+from cfsp.engine.pass_state import PassState
 from cfsp.engine.workplace import (
     Workplace,
     directory_of_process,
@@ -47,12 +47,12 @@ from cfsp.recovery.evaluation import (
     measure,
     measure_before,
 )
+from cfsp.recovery.loss import loss_inside
 from cfsp.recovery.prepare import Prepared, prepare
 from cfsp.recovery.recover_report import RecoverReport, TrainingOutcome
 from cfsp.recovery.settings import RecoverSettings, Training
 from cfsp.recovery.sharding import shard, trained_tensors
-from cfsp.recovery.trainer import last_checkpoint
-from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, train
+from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, schedule_of, train
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
 
 if TYPE_CHECKING:
@@ -176,9 +176,8 @@ def _train(
 ) -> tuple[nn.Module, list[dict[str, int | None]], Training, TrainingOutcome]:
     """Train; return the model, what is trainable in each block, the settings with their rate."""
     source, settings, watch = ready.source, ready.settings, ready.watch
-    device, adaptation, sharded = (
-        compute_device(settings.compute.device), settings.adaptation, settings.training.shard,
-    )  # fmt: skip
+    device, adaptation = compute_device(settings.compute.device), settings.adaptation
+    sharded, nbytes = settings.training.shard, sum(s.nbytes for s in source.specs.values())
 
     def load(which: Checkpoint) -> PreTrainedModel:
         with watch.stage("load"):
@@ -196,32 +195,34 @@ def _train(
     blocks = trainable_in_blocks(model, source.architecture, ready.targets)
     _tell_what_is_trained(blocks, training)
 
-    def leave_parts() -> None:
-        """Leave this process its part of the model and of the teacher, if there is one."""
-        shard(adapted, model, source.architecture, device)
-        if ready.teacher is not None and dense is not None:
-            shard(dense, dense, ready.teacher.architecture, device)
-
     # What merging, writing and loading again may take, by what loading took.
-    nbytes = sum(spec.nbytes for spec in source.specs.values())
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
+    schedule = schedule_of(
+        adapted,
+        ready.text,
+        training,
+        has_teacher=dense is not None,
+        started=started,
+        after_training=_MARGIN * later,
+    )
     directory = directory_of_process(ready.out) / _TRAIN
-    saver = [] if place is None else [_Saver(PassState(directory, ready.identity))]
-    with watch.stage("train"), joined(device, _PATIENCE) if sharded else nullcontext():
+    with (
+        watch.stage("train"),
+        joined(device, _PATIENCE) if sharded else nullcontext(),
+        loss_inside(model, dense, settings.distillation) as loss,
+    ):
+        if sharded:
+            shard(adapted, model, source.architecture, device)
+            if ready.teacher is not None and dense is not None:
+                shard(dense, dense, ready.teacher.architecture, device)
         outcome = train(
             adapted,
-            model,
             ready.text,
             training,
+            schedule=schedule,
+            loss=loss,
             directory=directory,
-            started=started,
-            after_training=_MARGIN * later,
-            # Without a state, what lies there is not complete, and the first process removes it.
-            resume_from=last_checkpoint(directory) if (directory / STATE_FILE).is_file() else None,
-            teacher=dense,
-            distillation=settings.distillation,
-            callbacks=saver,
-            shard=leave_parts if sharded else None,
+            callbacks=[_Saver(PassState(directory, ready.identity))] if place else [],
         )
         tensors = trained_tensors(adapted, keeps=place is not None) if sharded else {}
     if tensors:

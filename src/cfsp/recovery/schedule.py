@@ -23,6 +23,7 @@ import torch
 
 from cfsp.architecture.block_names import counted
 from cfsp.errors import UsageError
+from cfsp.recovery.settings import ENDLESS_STEPS
 
 _LOWEST_WARM_UP = 0.05
 # Of the time for training; evaluations that would take more are left out.
@@ -34,12 +35,7 @@ _MARGIN = 1.15
 
 
 def rate_factor(fraction: float, warm_up: float) -> float:
-    """Return what the peak learning rate is multiplied by.
-
-    Args:
-        fraction: part of the run that is over, in [0, 1].
-        warm_up: part of the run in which the rate rises.
-    """
+    """Return what the peak learning rate is multiplied by, after a fraction of the run."""
     if fraction < warm_up:
         return max(_LOWEST_WARM_UP, fraction / warm_up)
     return 0.5 * (1 + math.cos(math.pi * (fraction - warm_up) / (1 - warm_up)))
@@ -57,10 +53,12 @@ class Schedule(ABC):
         fraction: part of the run that is over, in [0, 1].
         evaluates: whether to evaluate and save after the step that was noted last.
         is_over: whether that step was the last one.
+        most_steps: that there can be.
         training_seconds: of the steps that this process saw.
         what_fits: what will be done, in words, where that depends on how long it takes.
     """
 
+    most_steps = ENDLESS_STEPS
     what_fits: str = ""
 
     def __init__(self, evaluations: int, started: float, now: Callable[[], float]) -> None:
@@ -110,12 +108,7 @@ class Schedule(ABC):
         self._mark = self.elapsed
 
     def step_done(self, step: int, device: torch.device) -> None:
-        """Note that a step is done, the last of so many, and decide.
-
-        Args:
-            step: how many steps are done.
-            device: where processes talk to each other.
-        """
+        """Note that so many steps are done, and decide; processes talk on `device`."""
         before, self._mark = self._mark, self.elapsed
         self.training_seconds += self._mark - before
         fraction, evaluates, is_over = self._decide(step, self._mark - before, device)
@@ -138,7 +131,7 @@ class StepSchedule(Schedule):
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(evaluations, started, now)
-        self._steps = steps
+        self.most_steps = steps
 
     @property
     def seconds_left(self) -> float:
@@ -146,7 +139,7 @@ class StepSchedule(Schedule):
         return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
 
     def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
-        fraction = min(1.0, step / self._steps)
+        fraction = min(1.0, step / self.most_steps)
         is_over = fraction >= 1
         passes = _passes_mark(self.fraction, fraction, self._most_evaluations)
         return fraction, is_over or passes, is_over

@@ -29,19 +29,7 @@ _MOST_RANKS = 1 << 24
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What is trained.
-
-    Attributes:
-        method: `lora`, or `full` (the projections themselves).
-        targets: projections of the FFN, of the attention, or both. Embeddings, norms and head
-            stay as they are.
-        rank: mean rank over blocks.
-        scale: alpha / r.
-        allocation: ranks are equal, follow the coarse importance, or follow its inverse.
-
-    Raises:
-        UsageError: the rank or the scale is out of range.
-    """
+    """What is trained; embeddings, norms and head stay as they are."""
 
     method: Method = option(
         "lora",
@@ -69,16 +57,7 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Limit:
-    """When training ends: exactly one of the three.
-
-    Attributes:
-        minutes: of the whole recovery, from opening the text to the written output.
-        steps: optimizer steps.
-        epochs: passes over the text.
-
-    Raises:
-        UsageError: none or several are given, or one is not positive.
-    """
+    """When training ends: exactly one of the three."""
 
     minutes: float | None = option(
         None,
@@ -110,12 +89,7 @@ class Limit:
         return None if self.minutes is None else self.minutes * 60
 
     def in_steps(self, windows: int, windows_in_step: int) -> int | None:
-        """Return the number of optimizer steps; None if only the clock decides.
-
-        Args:
-            windows: training windows in an epoch.
-            windows_in_step: windows in a step, over all processes.
-        """
+        """Return the number of optimizer steps; None if only the clock decides."""
         if self.epochs is not None:
             return max(1, round(self.epochs * windows / windows_in_step))
         return self.steps
@@ -123,25 +97,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train.
-
-    Attributes:
-        limit: when training ends.
-        learning_rate: at its peak; None for what suits the method and the size of the weights.
-        batch_windows: windows that pass together, on each process.
-        accumulate: batches in an optimizer step.
-        seqlen: tokens in a window, BOS included.
-        warm_up: part of the run in which the learning rate rises.
-        weight_decay: of AdamW.
-        evaluations: how often to evaluate and save, at most.
-        gradient_checkpointing: recompute activations: less memory, a third more time.
-        shard: each process holds a part of model, teacher and optimizer instead of all.
-        seed: of the order of windows and of the adapters' start.
-        bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
-
-    Raises:
-        UsageError: a number is out of range.
-    """
+    """How to train; without a learning rate by what suits the method and the weights' size."""
 
     limit: Limit
     learning_rate: float | None = option(
@@ -192,12 +148,7 @@ class Training:
             raise UsageError(f"the warm-up must be a part in [0, 1), found {self.warm_up}")
 
     def with_rate_for(self, method: Method, weights: float) -> Training:
-        """Return the same with the learning rate that suits a method, if none is given.
-
-        Args:
-            method: how weights are trained.
-            weights: their root mean square.
-        """
+        """Return the same with the rate that suits the root mean square of weights, if none is."""
         if self.learning_rate is not None:
             return self
         return replace(self, learning_rate=float(f"{RELATIVE_RATES[method] * weights:.3g}"))
@@ -205,15 +156,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much a teacher counts.
-
-    Attributes:
-        weight: of the teacher's term in the loss, in [0, 1]; the text's term gets the rest.
-        temperature: logits of both models are divided by it.
-
-    Raises:
-        UsageError: one is out of range.
-    """
+    """How much a teacher counts; the loss on the text gets the rest."""
 
     weight: float = option(
         0.7,
@@ -250,9 +193,6 @@ class RecoverSettings:
         compute: where to train, and the dtype of the arithmetic and of the weights that are not
             trained.
         keep_adapter: also write the adapter, into `out/adapter`.
-
-    Raises:
-        UsageError: there is no such training.
     """
 
     data: tuple[str | Text, ...]

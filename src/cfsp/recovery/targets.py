@@ -1,25 +1,32 @@
-"""Which weights of a model are trained: matrices by module, routed experts by parameter."""
+"""Which weights of a model are trained: matrices by module, routed experts by parameter.
+
+Adapters of a block have a rank of their own (CFSP, Eq. 9: r_l proportional to s_l), or equal ones.
+
+Shapes: L blocks.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
-from cfsp.errors import UsageError
+from cfsp.errors import PlanError, RecoveryError, UsageError
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.expert_adapters import why_experts_stay
-from cfsp.recovery.ranks import ranks_of
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Architecture, Unit
     from cfsp.checkpoint.reading import Checkpoint
-    from cfsp.recovery.settings import Adaptation
+    from cfsp.recovery.settings import Adaptation, RankAllocation
 
 logger = logging.getLogger(__name__)
 # GPT-2 keeps its matrices transposed, in a class of its own.
@@ -42,13 +49,7 @@ class BlockTargets:
 
 
 def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
-    """Return what is trained in each block; it is known before a weight is read.
-
-    Raises:
-        UsageError: there is nothing to train, or an importance is not positive.
-        RecoveryError: ranks follow the importance, and the checkpoint does not hold it.
-        PlanError: its plan is for another number of blocks.
-    """
+    """Return what is trained in each block; it is known before a weight is read."""
     rank_L = ranks_of(source, adaptation)
     model, architecture = empty_model(source.config), source.architecture
     reason = None
@@ -144,3 +145,70 @@ def _in_ffn(names: Sequence[str], units: Sequence[Unit]) -> set[str]:
     matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
     modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)
     return {name for name in names if name in matrices or name.startswith(modules)}
+
+
+def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int | None]:
+    """Return the rank of every block's adapters; full training has none."""
+    blocks = int(source.architecture.block_count)
+    if adaptation.method == "full":
+        return [None] * blocks
+    weight_L = [1.0] * blocks if adaptation.allocation == "uniform" else _importances(source)
+    return [*allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)]
+
+
+def _importances(source: Checkpoint) -> list[float]:
+    """Return the normalised coarse importance of every block, from the plan."""
+    path = source.directory / PLAN_FILE
+    blocks = int(source.architecture.block_count)
+    if not path.is_file():
+        raise RecoveryError(
+            f"{source.label} was not pruned by cfsp: it has no {PLAN_FILE} with the importance of "
+            "its blocks; recover it with --rank-allocation uniform"
+        )
+    # Attentions of a stock model are not opened, those of others are.
+    plan = PruningPlan.load(path).only("ffn")
+    expected = [unit.block for unit in source.architecture.of_part("ffn").units]
+    planned = [plan.index_of_block(unit.block) for unit in plan.kept_units]
+    if planned != expected:
+        raise PlanError(
+            f"{path} describes {len(planned)} FFNs, the model has {len(expected)} in {blocks} "
+            "blocks; recover it with --rank-allocation uniform"
+        )
+    importance_of = {plan.index_of_block(unit.block): unit.importance for unit in plan.kept_units}
+    # Of blocks without an FFN nothing was removed, and no importance is known.
+    mean = fmean(importance_of.values())
+    return [importance_of.get(block, mean) for block in range(blocks)]
+
+
+def allocate_ranks(
+    weight_L: Sequence[float], mean_rank: float, allocation: RankAllocation
+) -> list[int]:
+    """Return ranks by importance that sum to `mean_rank`, rounded, times the number of blocks."""
+    if allocation == "uniform":
+        weight_L = [1.0] * len(weight_L)
+    elif not all(value > 0 for value in weight_L):
+        raise UsageError(
+            f"--rank-allocation {allocation} needs a positive importance for every block, found "
+            f"{min(weight_L)}; use --rank-allocation uniform"
+        )
+    elif allocation == "inverse":
+        weight_L = [1 / weight for weight in weight_L]
+    total, poor = round(mean_rank * len(weight_L)), set[int]()
+    while True:
+        # Blocks that would get less than 1 get exactly 1, the others share what is left.
+        weight = sum(value for block, value in enumerate(weight_L) if block not in poor)
+        left = total - len(poor)
+        share_L = [
+            1.0 if block in poor else left * value / weight for block, value in enumerate(weight_L)
+        ]
+        newly_poor = {block for block, share in enumerate(share_L) if share < 1}
+        if not newly_poor:
+            break
+        poor |= newly_poor
+    # By largest remainder.
+    rank_L = [int(share) for share in share_L]
+    by_remainder = sorted(range(len(rank_L)), key=lambda b: (rank_L[b] - share_L[b], b))
+    for block in by_remainder[: total - sum(rank_L)]:
+        rank_L[block] += 1
+    assert sum(rank_L) == total, (rank_L, total)
+    return rank_L

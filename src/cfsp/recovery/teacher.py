@@ -60,8 +60,7 @@ def open_teacher(
     """Return who teaches, if anybody does.
 
     Args:
-        given: a model; `auto` for the dense model that was pruned, if it is still where its
-            manifest says and one process has memory for both; `none` or None for nobody.
+        given: see `RecoverSettings.teacher`.
         source: the pruned model.
         tokenizer: its own.
         method: how it will be trained.
@@ -107,17 +106,7 @@ def open_teacher(
 def check_teacher(
     source: Checkpoint, tokenizer: PreTrainedTokenizerBase, teacher: Checkpoint
 ) -> None:
-    """Check, from files alone, that teacher and model speak of the same tokens.
-
-    Args:
-        source: the pruned model.
-        tokenizer: its own.
-        teacher: the dense model.
-
-    Raises:
-        CheckpointError: the teacher carries no tokenizer.
-        RecoveryError: their vocabularies differ.
-    """
+    """Check, from files alone, that teacher and model speak of the same tokens."""
     found = load_tokenizer(teacher.directory)
     if tokenizer.get_vocab() != found.get_vocab():
         raise RecoveryError(

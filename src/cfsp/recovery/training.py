@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -13,12 +13,13 @@ from torch import nn
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.engine.pass_state import STATE_FILE
 from cfsp.processes import process_count
 from cfsp.recovery.data import RecoveryText
-from cfsp.recovery.model_loss import loss_inside
+from cfsp.recovery.loss import ModelLoss
 from cfsp.recovery.recover_report import TrainingOutcome
 from cfsp.recovery.schedule import Schedule, StepSchedule, TimeSchedule
-from cfsp.recovery.settings import ENDLESS_STEPS, Distillation, Training
+from cfsp.recovery.settings import ENDLESS_STEPS, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -27,69 +28,91 @@ if TYPE_CHECKING:
 BYTES_PER_SECOND = 200e6
 
 
-def train(
+def schedule_of(
     adapted: nn.Module,
-    model: PreTrainedModel,
     text: RecoveryText,
     training: Training,
     *,
-    directory: Path,
+    has_teacher: bool,
     started: float,
     after_training: float = 0.0,
-    resume_from: Path | None = None,
-    teacher: PreTrainedModel | None = None,
-    distillation: Distillation | None = None,
+) -> Schedule:
+    """Return when to evaluate and to stop: after a number of steps or, without one, of minutes.
+
+    Args:
+        adapted: what is trained, whole: the model itself or a PEFT model around it.
+        text: training and held-out windows.
+        training: how.
+        has_teacher: whether another model runs with every step.
+        started: `time.monotonic()` at the start of the work, which minutes count from.
+        after_training: seconds of the limit that are needed after it.
+    """
+    windows_in_step = windows_of_step(training)
+    steps, seconds = (
+        training.limit.in_steps(len(text.train), windows_in_step),
+        training.limit.seconds,
+    )
+    if steps is not None:
+        return StepSchedule(steps, training.evaluations, started)
+    assert seconds is not None
+    # Backward through frozen weights takes as long as forward, and once more for the gradients of
+    # all weights.
+    trains_all = not hasattr(adapted, "peft_config")
+    forwards = 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
+    trained_bytes = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+    return TimeSchedule(
+        seconds,
+        training.evaluations,
+        started,
+        # Then the best weights are read again.
+        after_training=after_training + trained_bytes / BYTES_PER_SECOND,
+        evaluation_steps=len(text.held_out) / windows_in_step / forwards,
+        # The weights and AdamW's two moments.
+        save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
+    )
+
+
+def windows_of_step(training: Training) -> int:
+    """Return the windows of an optimizer step, over all processes."""
+    return training.batch_windows * training.accumulate * process_count()
+
+
+def train(
+    adapted: Any,
+    text: RecoveryText,
+    training: Training,
+    *,
+    schedule: Schedule,
+    loss: ModelLoss,
+    directory: Path,
     callbacks: Sequence[TrainerCallback] = (),
-    shard: Callable[[], object] | None = None,
 ) -> TrainingOutcome:
     """Train, and leave the model with the weights of its best evaluation.
 
     Args:
-        adapted: what is trained: the model itself or a PEFT model around it.
-        model: the causal LM inside.
+        adapted: what is trained: a causal LM or a PEFT model around it, sharded if that is asked.
         text: training and held-out windows.
         training: how; with a learning rate.
-        directory: where the Trainer's checkpoints go.
-        started: `time.monotonic()` at the start of the work, which minutes count from.
-        after_training: seconds of the limit that are needed after it.
-        resume_from: a checkpoint of the same run.
-        teacher: a dense model in memory.
-        distillation: how much it counts.
+        schedule: when to evaluate and to stop.
+        loss: the loss function that the model was given.
+        directory: of the Trainer's checkpoints; those of a run that has a state there go on.
         callbacks: what else is told.
-        shard: leaves this process its part of model and teacher; None where they stay whole.
-
-    Raises:
-        RecoveryError: the loss is NaN or infinite.
     """
-    from cfsp.recovery.pace import Pace
     from cfsp.recovery.sharding import ShardedTrainer
-    from cfsp.recovery.trainer import RecoveryTrainer, is_finished
+    from cfsp.recovery.trainer import Pace, RecoveryTrainer, is_finished, last_checkpoint
 
-    windows_in_step = training.batch_windows * training.accumulate * process_count()
-    steps = training.limit.in_steps(len(text.train), windows_in_step)
-    if steps is None:
-        schedule: Schedule = _timed(
-            training,
-            started,
-            after_training,
-            evaluation_steps=len(text.held_out)
-            / windows_in_step
-            / _forwards_in_step(training, teacher is not None, trains_all=adapted is model),
-            trained_bytes=sum(p.nbytes for p in adapted.parameters() if p.requires_grad),
-        )
-    else:
-        schedule = StepSchedule(steps, training.evaluations, started)
-    pace = Pace(schedule, windows_in_step * training.seqlen)
-    arguments = training_arguments(
-        training, directory, steps or ENDLESS_STEPS, model, begins=resume_from is None
-    )
-    model.config.use_cache = False
-    with loss_inside(model, teacher, distillation) as loss, _without_bars():
-        if shard is not None:
-            shard()
-        trainer = (RecoveryTrainer if shard is None else ShardedTrainer)(
+    # Without a state, what lies there is not complete, and the first process removes it.
+    goes_on = (directory / STATE_FILE).is_file()
+    resume_from = last_checkpoint(directory) if goes_on else None
+    tokens_in_step = windows_of_step(training) * training.seqlen
+    pace = Pace(schedule, tokens_in_step)
+    adapted.config.use_cache = False
+    with _without_bars():
+        trainer = (ShardedTrainer if training.shard else RecoveryTrainer)(
             adapted,
-            arguments,
+            training_arguments(
+                training, directory, schedule.most_steps, adapted, begins=resume_from is None
+            ),
             text,
             schedule=schedule,
             loss=loss,
@@ -105,40 +128,10 @@ def train(
     return TrainingOutcome(
         steps=trainer.state.global_step,
         best_step=best_step if perplexity[best_step] < perplexity[0] else 0,
-        tokens_in_step=windows_in_step * training.seqlen,
+        tokens_in_step=tokens_in_step,
         tokens_per_second=round(pace.tokens_per_second, 1),
         history=pace.history,
     )
-
-
-def _timed(
-    training: Training,
-    started: float,
-    after_training: float,
-    *,
-    evaluation_steps: float,
-    trained_bytes: int,
-) -> TimeSchedule:
-    """Return the schedule of a number of minutes."""
-    assert training.limit.seconds is not None
-    return TimeSchedule(
-        training.limit.seconds,
-        training.evaluations,
-        started,
-        # Then the best weights are read again.
-        after_training=after_training + trained_bytes / BYTES_PER_SECOND,
-        evaluation_steps=evaluation_steps,
-        # The weights and AdamW's two moments.
-        save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
-    )
-
-
-def _forwards_in_step(training: Training, has_teacher: bool, *, trains_all: bool) -> float:
-    """Return about how many forward passes over its windows a step takes as long as.
-
-    Backward through frozen weights is one, and one more for the gradients of all weights.
-    """
-    return 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
 
 
 def training_arguments(
@@ -212,14 +205,7 @@ def _without_bars() -> Iterator[None]:
 def load_to_train(
     source: Checkpoint | str, device: torch.device, dtype: str, *, stays_on_cpu: bool = False
 ) -> PreTrainedModel:
-    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated.
-
-    Args:
-        source: the model.
-        device: where it will compute.
-        dtype: what it computes in; `auto` for what suits both.
-        stays_on_cpu: whether its blocks go to the device later.
-    """
+    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
     name = source.directory if isinstance(source, Checkpoint) else source
     model = load(name, dtype=dtype)
     if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):

@@ -37,11 +37,7 @@ if TYPE_CHECKING:
 def write_recovered_weights(
     source: Checkpoint, model: PreTrainedModel, trained: Collection[str], directory: Path
 ) -> dict[str, str]:
-    """Write the weights: trained ones from the model, all others byte for byte.
-
-    Returns:
-        File name -> SHA-256.
-    """
+    """Write the trained weights of the model and all others byte for byte; return digests."""
     changed = _stored(source, model, trained)
     outgoing = [
         outgoing_tensor(name, changed[name])
@@ -92,15 +88,7 @@ def write_record(
     digests: dict[str, str],
     command: str,
 ) -> None:
-    """Write the manifest and the model card: those of the pruned model and how it was recovered.
-
-    Args:
-        ready: what was recovered, with the learning rate that was used.
-        report: what that did.
-        directory: the new checkpoint.
-        digests: of the weight files.
-        command: what the user typed.
-    """
+    """Write the manifest and the model card: those of the pruned model and how it was recovered."""
     settings, teacher = ready.settings, ready.teacher
     libraries = ["accelerate"] if settings.adaptation.method == "full" else ["accelerate", "peft"]
     now = {
