@@ -83,7 +83,7 @@ def test_merged_experts_are_the_experts_plus_their_adapters(
         replace(block, rank=rank)
         for block, rank in zip(targets_of(source, Adaptation()), ranks, strict=True)
     ]
-    names = trained_parameters(model, targets, "lora")
+    names = trained_parameters(model, targets)
     adapted = attach(model, source.architecture, targets, scale=3.0)
     blocks = trainable_in_blocks(model, source.architecture, targets)
     assert [block["rank"] for block in blocks] == ranks
@@ -209,7 +209,7 @@ def test_the_adapter_of_experts_is_read_again(
     from peft import PeftModel
 
     out = tmp_path / "out"
-    recover(pruned_type("mixtral"), out, text_file, keep_adapter=True)
+    recover(pruned_type("mixtral"), out, text_file, keep_adapter=True, allocation="importance")
     model: Any = PeftModel.from_pretrained(cfsp.load(pruned_type("mixtral")), out / "adapter")
     with torch.no_grad():
         found = model.eval()(input_ids=TOKENS_BT).logits

@@ -96,9 +96,7 @@ def trainable_in_blocks(
     ]
 
 
-def trained_parameters(
-    model: PreTrainedModel, targets: Sequence[BlockTargets], method: Method
-) -> list[str]:
+def trained_parameters(model: PreTrainedModel, targets: Sequence[BlockTargets]) -> list[str]:
     """Return the names of the parameters of a plain model that training changes.
 
     Adapters leave biases as they are, full training does not.
@@ -107,7 +105,8 @@ def trained_parameters(
     for block in targets:
         for matrix in block.matrices:
             of_matrix = dict(model.get_submodule(matrix).named_parameters())
-            names += [f"{matrix}.{key}" for key in of_matrix if method == "full" or key == "weight"]
+            keys = of_matrix if block.rank is None else ("weight",)
+            names += [f"{matrix}.{key}" for key in keys]
         names += block.experts
     return names
 

@@ -141,7 +141,7 @@ def _recover(
             if settings.keep_adapter:
                 save_adapter(adapted, ready.source, staging / ADAPTER_DIRECTORY)
             merged = merge(adapted)
-            names = trained_parameters(merged, ready.targets, settings.adaptation.method)
+            names = trained_parameters(merged, ready.targets)
             digests = write_recovered_weights(ready.source, merged, names, staging)
             copy_everything_else(ready.source, staging)
         del adapted, merged
@@ -188,7 +188,7 @@ def _train(
 
     model = load(source)
     dense = None if ready.teacher is None else load(ready.teacher)
-    names = trained_parameters(model, ready.targets, adaptation.method)
+    names = trained_parameters(model, ready.targets)
     training = settings.training.with_rate_for(adaptation.method, size_of_weights(model, names))
     torch.manual_seed(training.seed)
     adapted = attached(model)

@@ -24,7 +24,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.expert_adapters import why_experts_stay
 
 if TYPE_CHECKING:
-    from cfsp.architecture.found import Architecture, Unit
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import Checkpoint
     from cfsp.recovery.settings import Adaptation, RankAllocation
 
@@ -52,13 +52,22 @@ def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]
     """Return what is trained in each block; it is known before a weight is read."""
     rank_L = ranks_of(source, adaptation)
     model, architecture = empty_model(source.config), source.architecture
-    reason = None
-    if architecture.has_experts and adaptation.targets != "attention":
+    with_experts, reason = architecture.has_experts and adaptation.targets != "attention", None
+    if with_experts:
         reason = why_experts_stay(source.config, architecture, adaptation.method)
-    found = [
-        _targets_of_block(block, architecture, adaptation, reason is None, rank)
-        for block, rank in zip(enumerate(blocks_of(model, architecture)), rank_L, strict=True)
-    ]
+    found = []
+    for index, block in enumerate(blocks_of(model, architecture)):
+        units, prefix = architecture.units_of(index), architecture.block_prefix(index)
+        routed = [unit for unit in units if unit.routed and with_experts and reason is None]
+        experts = dict.fromkeys(name for u in routed for name in (u.gate, u.up, u.down) if name)
+        matrices = _matrices_of(block, units, adaptation)
+        found.append(
+            BlockTargets(
+                tuple(prefix + name for name in matrices),
+                tuple(prefix + name for name in experts),
+                rank_L[index],
+            )
+        )
     if not any(block.matrices or block.experts for block in found):
         raise UsageError(
             f"the FFN of a {source.config.model_type} model is all experts, which cannot be "
@@ -69,30 +78,15 @@ def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]
     return found
 
 
-def _targets_of_block(
-    numbered: tuple[int, nn.Module],
-    architecture: Architecture,
-    adaptation: Adaptation,
-    with_experts: bool,
-    rank: int | None,
-) -> BlockTargets:
-    (index, block), units = numbered, architecture.units_of(numbered[0])
+def _matrices_of(block: nn.Module, units: Sequence[Unit], adaptation: Adaptation) -> list[str]:
+    """Return the modules of a block, by their paths from it, that are trained."""
     names = [name for name, module in block.named_modules() if multiplies_by_its_matrix(module)]
     if adaptation.method != "full":
         names = [name for name in names if not _may_be_bypassed(block, name)]
+    if adaptation.targets == "all":
+        return names
     in_ffn = _in_ffn(names, [unit for unit in units if unit.part == "ffn"])
-    experts: dict[str | None, None] = {}
-    if adaptation.targets != "all":
-        names = [name for name in names if (name in in_ffn) == (adaptation.targets == "mlp")]
-    if with_experts and adaptation.targets != "attention":
-        routed = [unit for unit in units if unit.routed]
-        experts = dict.fromkeys(name for u in routed for name in (u.gate, u.up, u.down))
-    prefix = architecture.block_prefix(index)
-    return BlockTargets(
-        tuple(prefix + name for name in names),
-        tuple(prefix + name for name in experts if name is not None),
-        rank,
-    )
+    return [name for name in names if (name in in_ffn) == (adaptation.targets == "mlp")]
 
 
 def multiplies_by_its_matrix(module: nn.Module) -> bool:
@@ -112,10 +106,10 @@ _tried: dict[type[nn.Module], bool] = {}
 
 
 def _is_linear(module: nn.Linear | Conv1D) -> bool:
-    weight = torch.randn(module.weight.shape)
-    bias = None if module.bias is None else torch.randn(module.bias.shape)
-    values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    matrix = weight.T if isinstance(module, Conv1D) else weight
+    values = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
+    matrix, bias = values["weight"], values.get("bias")
+    if isinstance(module, Conv1D):
+        matrix = matrix.T
     input_BI = torch.randn(2, matrix.shape[1])
     try:
         found = torch.func.functional_call(module, values, (input_BI,))
