@@ -254,7 +254,6 @@ def import_everything() -> None:
 
     import cfsp.cli
     import cfsp.recovery.recover
-    import cfsp.recovery.reporting
     import cfsp.recovery.trainer
     import cfsp.sweep.run
     import cfsp.sweep.table  # noqa: F401

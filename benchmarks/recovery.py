@@ -31,7 +31,8 @@ from cfsp.engine.memory import peak_rss_bytes
 from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import attach
 from cfsp.recovery.data import WindowData, read_text
-from cfsp.recovery.ranks import ranks_of
+from cfsp.recovery.loss import loss_inside
+from cfsp.recovery.schedule import StepSchedule
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train, train, training_arguments
@@ -81,17 +82,19 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
     if kind == "cfsp":
         model = load_to_train(source, device, "auto")
         adaptation = Adaptation(rank=args.rank)
-        targets, rank_L = targets_of(source, adaptation), ranks_of(source, adaptation)
-        adapted, _ = attach(model, source.architecture, targets, adaptation, rank_L)
-        train(
-            adapted,
-            model,
-            text,
-            training,
-            directory=directory,
-            started=time.monotonic(),
-            callbacks=[meter],
-        )
+        targets = targets_of(source, adaptation)
+        adapted = attach(model, source.architecture, targets, adaptation.scale)
+        schedule = StepSchedule(args.steps + 1, 1, time.monotonic())
+        with loss_inside(model) as loss:
+            train(
+                adapted,
+                text,
+                training,
+                schedule=schedule,
+                loss=loss,
+                directory=directory,
+                callbacks=[meter],
+            )
     else:
         _train_plainly(source.directory, args.rank, text.train, training, directory, meter)
     return meter.facts

@@ -28,9 +28,14 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import attach
-from cfsp.recovery.ranks import ranks_of
 from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.settings import RANK_ALLOCATIONS, Adaptation, Limit, Training
+from cfsp.recovery.settings import (
+    RANK_ALLOCATIONS,
+    Adaptation,
+    Limit,
+    RecoverSettings,
+    Training,
+)
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train
 from cfsp.settings import EvaluationText
@@ -61,9 +66,8 @@ class Result:
 def trainable_parameters(source: Checkpoint, adaptation: Adaptation) -> int:
     """Return how many parameters an adaptation trains."""
     model = load_to_train(source, torch.device("cpu"), "auto")
-    targets, rank_L = targets_of(source, adaptation), ranks_of(source, adaptation)
-    _, blocks = attach(model, source.architecture, targets, adaptation, rank_L)
-    return sum(block.parameters for block in blocks)
+    adapted = attach(model, source.architecture, targets_of(source, adaptation), adaptation.scale)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def at_equal_parameters(source: Checkpoint, rank: float) -> Iterator[Adaptation]:
@@ -93,7 +97,7 @@ def arms_of(source: Checkpoint, args: argparse.Namespace) -> list[Arm]:
     arms.append(Arm("full, equal steps", Adaptation("full"), steps, args.full_rate))
     if args.minutes:
         limit = Limit(minutes=args.minutes)
-        lora = Adaptation(rank=args.rank)
+        lora = Adaptation(rank=args.rank, allocation="importance")
         arms.append(Arm(f"LoRA, {args.minutes:g} minutes", lora, limit, args.lora_rate))
         full = Adaptation("full")
         arms.append(Arm(f"full, {args.minutes:g} minutes", full, limit, args.full_rate))
@@ -106,17 +110,19 @@ def run(source: Checkpoint, arm: Arm, seed: int, args: argparse.Namespace) -> Re
         report = recover_checkpoint(
             source,
             Path(directory) / "out",
-            data=args.data,
-            training=Training(
-                arm.limit,
-                learning_rate=arm.learning_rate,
-                batch_windows=args.batch_windows,
-                seqlen=args.seqlen,
-                evaluations=1,
-                seed=seed,
+            RecoverSettings(
+                tuple(args.data),
+                Training(
+                    arm.limit,
+                    learning_rate=arm.learning_rate,
+                    batch_windows=args.batch_windows,
+                    seqlen=args.seqlen,
+                    evaluations=1,
+                    seed=seed,
+                ),
+                arm.adaptation,
+                evaluation=EvaluationText(tuple(args.eval), args.windows),
             ),
-            adaptation=arm.adaptation,
-            evaluation=EvaluationText(tuple(args.eval), args.windows),
         )
     return Result(
         arm.name,

@@ -26,7 +26,7 @@ IMPORTED = ("transformers.models.llama.modeling_llama", "transformers.trainer", 
 COMMAND = "commands.run"
 IMPORTED_BY_COMMANDS = (
     "cfsp.cli", "cfsp.pipeline", "cfsp.quality.evaluate", "cfsp.recovery.recover",
-    "cfsp.recovery.reporting", "cfsp.recovery.trainer", "commands",
+    "cfsp.recovery.trainer", "commands",
 )  # fmt: skip
 
 

@@ -30,9 +30,8 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.recovery.adaptation import Adaptation
 from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.settings import Limit, Training
+from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 
 PINNED = Path(__file__).parent / "pinned_bytes.json"
 
@@ -174,10 +173,10 @@ def test_recover(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_fi
     recover_checkpoint(
         open_checkpoint(pruned),
         out,
-        data=[str(text_file)],
-        training=Training(
-            Limit(steps=4), learning_rate=1e-3, batch_windows=2, seqlen=32, evaluations=2
+        RecoverSettings(
+            (str(text_file),),
+            Training(Limit(steps=4), learning_rate=1e-3, batch_windows=2, seqlen=32, evaluations=2),
+            Adaptation(rank=2, allocation="importance"),
         ),
-        adaptation=Adaptation(rank=2),
     )
     compare("recover", settings_digests(out), {"weights": weights_digest(out)})

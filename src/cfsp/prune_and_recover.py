@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import compute_device
@@ -20,16 +20,14 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
-from cfsp.recovery.memory import method_that_fits
-from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Distillation, Limit, Training
-from cfsp.recovery.teacher import choose_teacher
+from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Limit, RecoverSettings, Training
+from cfsp.recovery.teacher import method_that_fits
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
 from cfsp.text.calibration_text import processor_of
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
@@ -90,58 +88,57 @@ def prune_and_recover(
     remove_finished_work(out)
     check_output_is_free(out)
     compute, text = settings.compute, settings.text
-    device = compute_device(compute.device)
-    method = method_that_fits(source, device) or "lora"
+    method = method_that_fits(source, compute_device(compute.device)) or "lora"
     check_installed(method)
-    pruned = out.with_name(f"{out.name}-pruned")
     check_all_texts(settings)
-    asked = {
-        **pruning_identity(settings, statistics, plan),
-        "model": fingerprint(source),
-        "texts": [windows.digest for windows in _windows_read(source, settings)],
-        "dtype": compute.dtype,
-    }
-    if _was_pruned(pruned, digest_of(asked)):
+    pruned = out.with_name(f"{out.name}-pruned")
+    asked = partial(_asked, source, settings, pruning_identity(settings, statistics, plan))
+    before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
+    if before is not None and before == asked(None):
         log.info("%s was pruned before by the same command; going on from it", pruned)
         report = PruneReport.of_checkpoint(pruned)
     else:
         report = prune_checkpoint(
-            source,
-            pruned,
-            settings,
-            statistics=statistics,
-            plan=plan,
-            command=command,
+            source, pruned, settings, statistics=statistics, plan=plan, command=command
         )
-        add_to_manifest(pruned, {_ASKED: digest_of(asked)})
-    training = Training(
-        limit, seqlen=min(text.seqlen, Training.seqlen), seed=text.seed, bos=text.bos
-    )
-    smaller = open_checkpoint(pruned)
-    recovery = recover_checkpoint(
-        smaller,
-        out,
+        drawn = None
+        if statistics is None and plan is None:
+            drawn = (read_manifest(pruned) or {})["calibration"]["tokens_digest"]
+        add_to_manifest(pruned, {_ASKED: asked(drawn)})
+    seqlen = min(text.seqlen, Training.seqlen)
+    how = RecoverSettings(
         data=text.names,
-        training=training,
+        training=Training(limit, seqlen=seqlen, seed=text.seed, bos=text.bos),
         adaptation=Adaptation(method),
-        teacher=choose_teacher(AUTO_TEACHER, smaller, method, Distillation(), device),
+        teacher=AUTO_TEACHER,
         evaluation=settings.evaluation,
         # Training in float16 overflows.
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
-        command=command,
     )
-    return report, recovery
+    return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
 
 
-def _windows_read(source: Checkpoint, settings: PruneSettings) -> Iterator[Windows]:
-    """Yield the windows of every text that pruning reads."""
+def _asked(
+    source: Checkpoint, settings: PruneSettings, pruning: dict[str, Any], drawn: str | None
+) -> str:
+    """Return the digest of what a run was asked for and of every text that pruning reads.
+
+    Args:
+        source: the model.
+        settings: how to prune.
+        pruning: the identity of that.
+        drawn: the digest of the calibration windows; None to draw them.
+    """
     tokenizer = load_tokenizer(source.directory)
-    yield draw_text(settings.text, tokenizer, processor_of(source))
+    windows = [*evaluation_windows(settings.evaluation, source).values()]
     if isinstance(settings.goal, MaxLossIncrease):
-        yield from held_out_windows(settings.goal, settings.text, tokenizer)
-    yield from evaluation_windows(settings.evaluation, source).values()
-
-
-def _was_pruned(directory: Path, asked: str) -> bool:
-    manifest = read_manifest(directory) if directory.is_dir() else None
-    return manifest is not None and manifest.get(_ASKED) == asked
+        windows += held_out_windows(settings.goal, settings.text, tokenizer)
+    return digest_of(
+        {
+            **pruning,
+            "model": fingerprint(source),
+            "drawn": drawn or draw_text(settings.text, tokenizer, processor_of(source)).digest,
+            "texts": [of_text.digest for of_text in windows],
+            "dtype": settings.compute.dtype,
+        }
+    )

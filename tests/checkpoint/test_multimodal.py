@@ -21,7 +21,7 @@ import cfsp
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
-from cfsp.recovery.model_loss import loss_inside
+from cfsp.recovery.loss import loss_inside
 from cfsp.result.prune_report import PruneReport
 from cfsp.whole_model.masks import masked_channels
 from forks import Forks, Job

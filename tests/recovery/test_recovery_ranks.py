@@ -11,8 +11,8 @@ from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.recovery.ranks import allocate_ranks, ranks_of
 from cfsp.recovery.settings import Adaptation
+from cfsp.recovery.targets import allocate_ranks, ranks_of
 
 importances = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=60)
 

@@ -124,14 +124,6 @@ def run(
     return clock.seconds, done, fractions
 
 
-def test_a_quick_machine_evaluates_as_often_as_asked():
-    seconds, done, fractions = run(600, step=1, evaluation=2, load=20, after=30, save=1)
-    assert 590 <= seconds <= 600
-    assert done["evaluations"] == 10
-    assert fractions == sorted(fractions)
-    assert fractions[-1] == 1
-
-
 def test_two_minutes_with_slow_steps_and_slow_evaluations():
     """As with a vocabulary of 262k: one step and its evaluation do not fit."""
     asked: dict[str, Any] = {"step": 11, "evaluation": 60, "load": 8, "after": 20}
@@ -187,21 +179,29 @@ def test_what_fits_is_said_before_training_and_progress_is_that_of_time():
     assert StepSchedule(4, 1, 0.0, clock).what_fits == ""
 
 
-def test_evaluations_take_a_quarter_at_most():
-    seconds, done, _ = run(1000, step=4, evaluation=60, after=100)
-    assert seconds <= 1000
-    assert 1 <= done["evaluations"] <= 4
+@pytest.mark.parametrize(
+    ("seconds", "asked", "steps", "evaluations", "least"),
+    [
+        # A quick machine evaluates as often as asked; evaluations take a quarter at most.
+        (600, {"step": 1, "evaluation": 2, "load": 20, "after": 30, "save": 1}, 1, (10, 10), 590),
+        (1000, {"step": 4, "evaluation": 60, "after": 100}, 1, (1, 4), 0),
+        # A slow first step is forgotten.
+        (300, {"step": 1, "evaluation": 1, "first_step": 60}, 200, (1, 10), 0),
+    ],
+)
+def test_what_is_done_in_a_time(seconds, asked, steps, evaluations, least):
+    took, done, fractions = run(seconds, **asked)
+    assert least <= took <= seconds
+    assert done["steps"] >= steps
+    assert evaluations[0] <= done["evaluations"] <= evaluations[1]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
 
 
 def test_a_first_step_that_is_slower_than_expected_is_judged_all_the_same():
     seconds, done, _ = run(60, step=10, evaluation=5, load=20, after=5, first_step=40)
     assert (done["steps"], done["evaluations"]) == (1, 1)
     assert seconds <= 20 + 5 + 40 + 5 + 5
-
-
-def test_a_slow_first_step_is_forgotten():
-    _, done, _ = run(300, step=1, evaluation=1, first_step=60)
-    assert done["steps"] > 200
 
 
 @given(
@@ -262,16 +262,15 @@ def baseline(
     return measure_before(measure, wanted, minutes * 60, clock), clock.seconds
 
 
-def test_all_windows_where_time_is_plenty():
-    found, _ = baseline(30, loading=5, window=1)
-    assert found.windows == 12
-    assert found.perplexity["text"]["windows"] == 12
-    assert found.seconds == 17
-
-
-def test_loading_is_not_taken_for_windows():
-    found, _ = baseline(2, loading=2.3, window=0.3)
-    assert found.windows == 12
+@pytest.mark.parametrize(
+    ("minutes", "loading", "window", "seconds"),
+    # Time is plenty; loading is not taken for windows.
+    [(30, 5, 1, 17), (2, 2.3, 0.3, 5.9)],
+)
+def test_all_windows_where_they_fit(minutes, loading, window, seconds):
+    found, _ = baseline(minutes, loading=loading, window=window)
+    assert found.windows == found.perplexity["text"]["windows"] == 12
+    assert found.seconds == pytest.approx(seconds)
 
 
 def test_fewer_windows_where_half_of_the_minutes_is_too_short(caplog):

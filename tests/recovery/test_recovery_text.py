@@ -12,8 +12,7 @@ import pytest
 
 import cfsp.text.mixed
 from cfsp.errors import TextError
-from cfsp.recovery.chat import answer_tokens
-from cfsp.recovery.data import read_text
+from cfsp.recovery.data import answer_tokens, read_text
 from cfsp.recovery.loss import IGNORED
 from cfsp.text.mixed import KINDS
 from cfsp.text.sources import TextSource

@@ -49,16 +49,10 @@ def check_alike(one: Path, many: Path) -> None:
         torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_processes_give_what_one_gives(
-    commands: Commands,
-    argv: list[str],
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    method: str,
+    commands: Commands, argv: list[str], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    argv = [*argv, "--method", method, "--teacher", str(tiny_checkpoint("llama"))]
-    argv += ["--set", "teacher_weight=0.5"]
+    argv = [*argv, "--teacher", str(tiny_checkpoint("llama")), "--set", "teacher_weight=0.5"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     ended = recovered_by(commands, [*argv, "--shard"], tmp_path / "two", 2)
     assert [each.status for each in ended] == [0, 0], ended

@@ -219,7 +219,10 @@ def test_prune_and_recover_in_one(
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Pruning draws the text, and nobody after it.
+    monkeypatch.setattr("cfsp.prune_and_recover.draw_text", None)
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     arguments = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4"]

@@ -23,7 +23,7 @@ from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.settings import Limit, Training
+from cfsp.recovery.settings import Limit, RecoverSettings, Training
 from cfsp.settings import (
     Budget,
     CalibrationText,
@@ -153,9 +153,9 @@ def test_functions_refuse_a_text_before_any_work(
         lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), text=absent)),
         lambda: prune_checkpoint(source, out, replace(settings, evaluation=evaluation)),
         lambda: prune_checkpoint(source, out, replace(settings, goal=goal)),
-        lambda: recover_checkpoint(source, out, data=[ABSENT], training=training),
+        lambda: recover_checkpoint(source, out, RecoverSettings((ABSENT,), training)),
         lambda: recover_checkpoint(
-            source, out, data=["python-docs"], training=training, evaluation=evaluation
+            source, out, RecoverSettings(("python-docs",), training, evaluation=evaluation)
         ),
         lambda: evaluate_models(["no-model"], evaluation, Compute()),
     ]

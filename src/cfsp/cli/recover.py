@@ -1,4 +1,4 @@
-"""`cfsp recover`: train a pruned checkpoint, most where the coarse importance is high."""
+"""`cfsp recover`: train a pruned checkpoint to win back quality."""
 
 from __future__ import annotations
 

@@ -11,9 +11,8 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +21,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import MissingExtraError
 from cfsp.recovery.expert_adapters import names_as_they_are
-from cfsp.recovery.settings import Adaptation, Method
+from cfsp.recovery.settings import Method
 from cfsp.recovery.targets import BlockTargets
 
 if TYPE_CHECKING:
@@ -31,20 +30,8 @@ if TYPE_CHECKING:
     from cfsp.architecture.found import Architecture
 
 
-@dataclass(frozen=True)
-class TrainableBlock:
-    """Rank (None in full training) and number of trainable parameters of one block."""
-
-    rank: int | None
-    parameters: int
-
-
 def check_installed(method: Method) -> None:
-    """Check that the libraries that a method trains with are there.
-
-    Raises:
-        MissingExtraError: one is not.
-    """
+    """Check that the libraries that a method trains with are there."""
     needed = ["accelerate"] if method == "full" else ["accelerate", "peft"]
     if not all(importlib.util.find_spec(name) for name in needed):
         raise MissingExtraError("recovery" if method == "full" else "LoRA", "recover")
@@ -54,46 +41,38 @@ def attach(
     model: PreTrainedModel,
     architecture: Architecture,
     targets: Sequence[BlockTargets],
-    adaptation: Adaptation,
-    rank_L: Sequence[int] | None,
-) -> tuple[nn.Module, list[TrainableBlock]]:
-    """Make a model trainable.
+    scale: float,
+) -> nn.Module:
+    """Make a model trainable; return what to train: a PEFT model, or the same one without ranks.
 
     Trained tensors are float32 whatever the model is: updates are smaller than bfloat16 resolves.
-
-    Args:
-        model: the pruned model; it is changed in place.
-        architecture: of the model.
-        targets: what to train in each block.
-        adaptation: how.
-        rank_L: of every block; None for full training.
-
-    Returns:
-        The model to train (a PEFT model, or the same one) and what is trainable in each block.
+    The plain model is changed in place.
     """
     matrices = [name for block in targets for name in block.matrices]
     experts = [name for block in targets for name in block.experts]
     model.requires_grad_(False)
-    if rank_L is None:
+    rank_of = {
+        rf"{re.escape(architecture.blocks)}\.{index}\..*": block.rank
+        for index, block in enumerate(targets)
+        if block.rank is not None
+    }
+    if not rank_of:
         trained = [p for name in matrices for p in model.get_submodule(name).parameters()]
         for parameter in (*trained, *map(model.get_parameter, experts)):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        return model, _trainable(model, architecture, [None] * len(targets))
+        return cast(nn.Module, model)
     import peft
 
-    patterns = [rf"{re.escape(architecture.blocks)}\.{block}\..*" for block in range(len(rank_L))]
-    largest = max(rank_L)
+    largest = max(rank_of.values())
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=largest,
-        lora_alpha=adaptation.scale * largest,
+        lora_alpha=scale * largest,
         target_modules=matrices,
         **({"target_parameters": experts} if experts else {}),
-        rank_pattern=dict(zip(patterns, rank_L, strict=True)),
-        alpha_pattern={
-            pattern: adaptation.scale * rank for pattern, rank in zip(patterns, rank_L, strict=True)
-        },
+        rank_pattern=rank_of,
+        alpha_pattern={pattern: scale * rank for pattern, rank in rank_of.items()},
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with warnings.catch_warnings(), names_as_they_are():
@@ -101,25 +80,33 @@ def attach(
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         # It does not look at parameters when it says so.
         warnings.filterwarnings("ignore", ".*keys did not match any targeted", RuntimeWarning)
-        adapted: Any = peft.get_peft_model(model, config)
-    return adapted, _trainable(model, architecture, rank_L)
+        return cast(nn.Module, peft.get_peft_model(model, config))
 
 
-def trained_parameters(
-    model: PreTrainedModel, targets: Sequence[BlockTargets], method: Method
-) -> list[str]:
+def trainable_in_blocks(
+    model: PreTrainedModel, architecture: Architecture, targets: Sequence[BlockTargets]
+) -> list[dict[str, int | None]]:
+    """Return `rank` and number of trainable `parameters` of each block of a plain model."""
+    return [
+        {
+            "rank": of_block.rank,
+            "parameters": sum(p.numel() for p in block.parameters() if p.requires_grad),
+        }
+        for of_block, block in zip(targets, blocks_of(model, architecture), strict=True)
+    ]
+
+
+def trained_parameters(model: PreTrainedModel, targets: Sequence[BlockTargets]) -> list[str]:
     """Return the names of the parameters of a plain model that training changes.
 
-    Args:
-        model: the plain model, trained or not.
-        targets: what is trained in each block.
-        method: adapters leave biases as they are, full training does not.
+    Adapters leave biases as they are, full training does not.
     """
     names: list[str] = []
     for block in targets:
         for matrix in block.matrices:
             of_matrix = dict(model.get_submodule(matrix).named_parameters())
-            names += [f"{matrix}.{key}" for key in of_matrix if method == "full" or key == "weight"]
+            keys = of_matrix if block.rank is None else ("weight",)
+            names += [f"{matrix}.{key}" for key in keys]
         names += block.experts
     return names
 
@@ -148,12 +135,3 @@ def merge(model: nn.Module) -> PreTrainedModel:
     merged: PreTrainedModel = unload(safe_merge=True) if unload is not None else model
     merged.requires_grad_(False)
     return merged
-
-
-def _trainable(
-    model: PreTrainedModel, architecture: Architecture, rank_L: Sequence[int | None]
-) -> list[TrainableBlock]:
-    return [
-        TrainableBlock(rank, sum(p.numel() for p in block.parameters() if p.requires_grad))
-        for rank, block in zip(rank_L, blocks_of(model, architecture), strict=True)
-    ]

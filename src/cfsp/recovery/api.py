@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.errors import UsageError
 from cfsp.processes import take_own_accelerator
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.recover_report import RecoverReport
@@ -18,9 +16,9 @@ from cfsp.recovery.settings import (
     Distillation,
     Limit,
     Method,
+    RecoverSettings,
     Training,
 )
-from cfsp.recovery.teacher import choose_teacher
 from cfsp.settings import (
     DEFAULT_TEXT,
     Compute,
@@ -60,8 +58,7 @@ def recover(
     A call that was killed left its work beside `out`; the same call goes on from it.
 
     Args:
-        model: a directory that `prune` wrote; also a hub id or any other model, with
-            `rank_allocation="uniform"`.
+        model: a directory that `prune` wrote; also a hub id or any other model.
         out: the new directory.
         data: texts and conversations to train on (see `cfsp.text.sources`).
         max_minutes: of the whole recovery, evaluations and writing included; give this, steps or
@@ -89,38 +86,26 @@ def recover(
     """
     started = time.monotonic() if started is None else started
     take_own_accelerator(device)
-    texts = texts_of(data)
     check_names(recover, advanced, *SETTINGS)
-    evaluation = from_names(EvaluationText, advanced, names=texts_of(eval))
-    adaptation = from_names(Adaptation, advanced, method=method)
-    training = from_names(
-        Training,
-        advanced,
-        limit=Limit(max_minutes, steps, epochs),
-        learning_rate=learning_rate,
-        seqlen=seqlen,
-    )
-    distillation = from_names(Distillation, advanced)
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
-    compute = from_names(Compute, others, device=device)
-    if compute.dtype == "float16":
-        raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
-    # Before the model: it may have to be downloaded or converted.
-    check_texts(texts, "calibration")
-    check_texts(evaluation.names, "evaluation")
-    source = open_checkpoint(model, revision)
-    return recover_checkpoint(
-        source,
-        Path(out),
-        data=texts,
-        training=training,
-        adaptation=adaptation,
-        teacher=choose_teacher(
-            teacher, source, method, distillation, compute_device(compute.device)
-        ),
-        evaluation=evaluation,
-        compute=compute,
+    how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
+    settings = RecoverSettings(
+        data=texts_of(data),
+        training=from_names(Training, how, limit=Limit(max_minutes, steps, epochs)),
+        adaptation=from_names(Adaptation, advanced, method=method),
+        teacher=None if teacher is None else str(teacher),
+        distillation=from_names(Distillation, advanced),
+        evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
+        compute=from_names(Compute, others, device=device),
         keep_adapter=keep_adapter,
-        started=started,
+    )
+    # Before the model: it may have to be downloaded or converted.
+    check_texts(settings.data, "calibration")
+    check_texts(settings.evaluation.names, "evaluation")
+    return recover_checkpoint(
+        open_checkpoint(model, revision),
+        Path(out),
+        settings,
         command=f"cfsp.recover({str(model)!r}, ...)" if command is None else command,
+        started=started,
     )

@@ -4,6 +4,11 @@ All of every text is used. Of each, and of each kind of the mixed text, some doc
 that are spread over it (`cfsp.text.hold_out`): nothing of them is trained on. Of a document that is
 much longer than what is held out, it is a part. The order is the Trainer's, by seed.
 
+Of conversations only the answers are trained on. Chat templates mark none: an answer is what a
+longer conversation adds, the template of the messages up to it minus the template of those before
+it with the prompt for an answer. Tokens are made from the whole text at once, and belong to an
+answer by their offsets.
+
 Shapes: N windows, T tokens of a window, R tokens of a document.
 """
 
@@ -18,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cfsp.errors import TextError
-from cfsp.recovery.chat import chat_tokens
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
+from cfsp.text.chats import check_has_template, templated
 from cfsp.text.cutting import gather, spans
 from cfsp.text.hold_out import held_out_documents
 from cfsp.text.pools import distinct_parts
@@ -32,30 +37,23 @@ from cfsp.text.windows import Windows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cfsp.text.chats import Conversation
+
 # A hub data set may have no end: this many tokens of one text are enough for any recovery.
 _MAX_TOKENS_OF_A_TEXT = 200_000_000
 _HELD_OUT_SHARE = 0.03
 _MAX_HELD_OUT_TOKENS = 16_384
 _MOST_OF_A_DOCUMENT = 4096
 
-# Token ids and labels.
-_Tokens = tuple[Tensor, Tensor]
-
 
 class WindowData(Dataset[dict[str, Tensor]]):
-    """Windows with labels.
-
-    Args:
-        token_NT: token ids.
-        label_NT: token ids where they count, `IGNORED` elsewhere and at the first position,
-            which nothing predicts.
-    """
+    """Windows with labels: token ids where they count, `IGNORED` elsewhere."""
 
     def __init__(self, token_NT: Tensor, label_NT: Tensor) -> None:
         assert token_NT.shape == label_NT.shape
         self.token_NT = token_NT
         self.label_NT = label_NT.clone()
-        # Then every count of labels, shifted or not, is the count of predictions.
+        # Nothing predicts the first one: every count of labels is then the count of predictions.
         self.label_NT[:, 0] = IGNORED
 
     def __len__(self) -> int:
@@ -72,11 +70,7 @@ class WindowData(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class RecoveryText:
-    """Training windows, held-out windows, and how many training windows each text gave.
-
-    Attributes:
-        bos: whether every window begins with BOS.
-    """
+    """Training and held-out windows, how many for training each text gave, whether all have BOS."""
 
     train: WindowData
     held_out: WindowData
@@ -93,85 +87,105 @@ def read_text(
 ) -> RecoveryText:
     """Read texts and conversations and hold out some documents of each.
 
-    Args:
-        names: see `cfsp.text.sources`.
-        tokenizer: the model's own.
-        seqlen: tokens in a window, BOS included.
-        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
-
     Raises:
         TextError: there is no text, or one is missing or shorter than two windows.
     """
     if not names:
         raise TextError("recovery needs text to train on; give --data")
     begins_with = beginning(tokenizer, bos)
-    train: list[_Tokens] = []
-    held_out: list[_Tokens] = []
+    train: list[Tensor] = []
+    held_out: list[Tensor] = []
     sources: dict[str, int] = {}
     for part in distinct_parts(names):
         source = TextSource(part, "calibration")
         documents = list(_documents(source, tokenizer))
         own, held = (_windows(each, seqlen, begins_with) for each in _divided(documents, seqlen))
-        if not len(own[0]) or not len(held[0]):  # too little text, or held out without an answer
-            token_NT, label_NT = _windows(documents, seqlen, begins_with)
-            own, held = (token_NT[:-1], label_NT[:-1]), (token_NT[-1:], label_NT[-1:])
-        if not len(own[0]):
+        if not own.shape[1] or not held.shape[1]:  # too little text, or held out without an answer
+            whole = _windows(documents, seqlen, begins_with)
+            own, held = whole[:, :-1], whole[:, -1:]
+        if not (count := own.shape[1]):
             raise TextError(
-                f"{source.name} holds {len(held[0])} windows of {seqlen} tokens to learn from, 2 "
+                f"{source.name} holds {held.shape[1]} windows of {seqlen} tokens to learn from, 2 "
                 "are needed: one to train on and one to hold out; give more text or a shorter "
                 "--seqlen"
             )
         train.append(own)
         held_out.append(held)
-        sources[source.name] = sources.get(source.name, 0) + len(own[0])
-    return RecoveryText(_joined(train), _joined(held_out), sources, bool(begins_with))
+        sources[source.name] = sources.get(source.name, 0) + count
+    to_train, to_judge = (WindowData(*torch.cat(parts, dim=1)) for parts in (train, held_out))
+    return RecoveryText(to_train, to_judge, sources, bool(begins_with))
 
 
-def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
-    """Yield the tokens and the labels of each document, until there are enough."""
+def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+    """Yield the tokens and the labels of each document as [2, R], until there are enough."""
     total = 0
     if source.is_chat:
-        documents = chat_tokens(source.conversations(), tokenizer)
+        check_has_template(tokenizer)
+        numbered = enumerate(source.conversations(), start=1)
+        documents = (_with_answers(*answer_tokens(c, tokenizer, number)) for number, c in numbered)
     else:
-        documents = ((token_R, token_R) for token_R in document_tokens(source, tokenizer))
+        documents = (token_R.expand(2, -1) for token_R in document_tokens(source, tokenizer))
     for document in documents:
         yield document
-        total += len(document[0])
+        total += document.shape[1]
         if total >= _MAX_TOKENS_OF_A_TEXT:
             return
 
 
-def _divided(documents: Sequence[_Tokens], seqlen: int) -> tuple[list[_Tokens], list[_Tokens]]:
+def _divided(documents: Sequence[Tensor], seqlen: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return the documents that are trained on, and those that are held out."""
-    share = round(_HELD_OUT_SHARE * sum(len(token_R) for token_R, _ in documents))
+    share = round(_HELD_OUT_SHARE * sum(document.shape[1] for document in documents))
     longest = max(seqlen, min(2 * share, _MOST_OF_A_DOCUMENT))
     pieces = [
-        (token_R[max(0, end - longest) : end], label_R[max(0, end - longest) : end])
-        for token_R, label_R in documents
-        for end in reversed(range(len(token_R), 0, -longest))
+        document[:, max(0, end - longest) : end]
+        for document in documents
+        for end in reversed(range(document.shape[1], 0, -longest))
     ]
-    sizes = [len(token_R) for token_R, _ in pieces]
+    sizes = [piece.shape[1] for piece in pieces]
     held_N = held_out_documents(sizes, max(seqlen, min(share, _MAX_HELD_OUT_TOKENS)))
-    divided: tuple[list[_Tokens], list[_Tokens]] = [], []
+    divided: tuple[list[Tensor], list[Tensor]] = [], []
     for piece, held in zip(pieces, held_N, strict=True):
         divided[held].append(piece)
     return divided
 
 
-def _windows(documents: Sequence[_Tokens], seqlen: int, begins_with: tuple[int, ...]) -> _Tokens:
-    """Return documents one after another, cut into windows, and their labels.
+def _windows(documents: Sequence[Tensor], seqlen: int, begins_with: tuple[int, ...]) -> Tensor:
+    """Return documents one after another, cut into windows, and their labels: [2, N, T].
 
     What a window begins with is no label. Windows without any label are left out.
     """
-    nothing = torch.empty(0, dtype=torch.int64)
-    token_R = torch.cat([nothing, *(token_R for token_R, _ in documents)])
-    label_R = torch.cat([nothing, *(label_R for _, label_R in documents)])
+    token_R, label_R = torch.cat([torch.empty(2, 0, dtype=torch.int64), *documents], dim=1)
     cut = spans(token_R, seqlen, begins_with)
     token_NT = gather(token_R, cut, seqlen, begins_with)
     label_NT = gather(label_R, cut, seqlen, [IGNORED] * len(begins_with))
     useful_N = (label_NT[:, 1:] != IGNORED).any(dim=1)
-    return token_NT[useful_N], label_NT[useful_N]
+    return torch.stack([token_NT, label_NT])[:, useful_N]
 
 
-def _joined(parts: Sequence[_Tokens]) -> WindowData:
-    return WindowData(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+def _with_answers(ids: list[int], answer: list[bool]) -> Tensor:
+    """Return tokens and labels as [2, R]; labels are the tokens of answers, `IGNORED` elsewhere."""
+    token_R = torch.tensor(ids, dtype=torch.int64)
+    return torch.stack([token_R, token_R.where(torch.tensor(answer, dtype=torch.bool), IGNORED)])
+
+
+def answer_tokens(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, number: int = 1
+) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a conversation and whether each belongs to an answer."""
+    answers: list[tuple[int, int]] = []
+    whole = templated(conversation, tokenizer, number)
+    for index, message in enumerate(conversation):
+        if message["role"] == "assistant":
+            before = templated(conversation[:index], tokenizer, number, add_generation_prompt=True)
+            after = templated(conversation[: index + 1], tokenizer, number)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise TextError(
+                    f"conversation {number}: the chat template changes earlier messages when "
+                    "later ones follow, so answers cannot be told from the rest"
+                )
+            answers.append((len(before), len(after)))
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    # A token that begins with the space before an answer belongs to the answer.
+    return ids, [any(max(start, a) < min(stop, b) for a, b in answers) for start, stop in offsets]

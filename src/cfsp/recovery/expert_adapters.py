@@ -36,13 +36,7 @@ _RANK = 2
 def why_experts_stay(
     config: PreTrainedConfig, architecture: Architecture, method: Method
 ) -> str | None:
-    """Return why the experts of a model cannot be trained, in a few words; None if they can.
-
-    Args:
-        config: of the model.
-        architecture: of the model.
-        method: that the rest of it is trained by.
-    """
+    """Return why the experts of a model cannot be trained, in a few words; None if they can."""
     if method == "full":
         return None
     stock = stock_config(config)
@@ -114,12 +108,7 @@ def names_as_they_are() -> Iterator[None]:
 
 
 def misread_name(model: PreTrainedModel, names: list[str]) -> str | None:
-    """Return a module that PEFT will not find again when it loads an adapter; None if it finds all.
-
-    Args:
-        model: that the adapter is for; it may be on the meta device.
-        names: of the modules that have adapters.
-    """
+    """Return an adapted module that PEFT will not find when it loads the adapter, if any."""
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:

@@ -9,49 +9,51 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.engine.pass_state import STATE_FILE, PassState
-from cfsp.engine.stopwatch import Stopwatch
+from cfsp.engine.memory import peak_rss_bytes
+from cfsp.engine.pass_state import PassState
 from cfsp.engine.workplace import (
     Workplace,
     directory_of_process,
+    kept,
     output_workplace,
     remove_finished_work,
 )
 from cfsp.errors import RecoveryError
 from cfsp.processes import is_first_process, joined
 from cfsp.recovery.adaptation import (
-    TrainableBlock,
     attach,
     merge,
     save_adapter,
     size_of_weights,
+    trainable_in_blocks,
     trained_parameters,
 )
-from cfsp.recovery.evaluation import Baseline, baseline_of, before_and_after
-from cfsp.recovery.prepare import Prepared, Request, prepare
-from cfsp.recovery.recover_report import RecoverReport, recover_report
-from cfsp.recovery.saved import SaveState, last_checkpoint
-from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
-from cfsp.recovery.sharding import shard, trained_tensors
-from cfsp.recovery.training import BYTES_PER_SECOND, TrainingOutcome, load_to_train, train
-from cfsp.recovery.writing import (
-    copy_everything_else,
-    recovery_facts,
-    write_record,
-    write_recovered_weights,
+from cfsp.recovery.evaluation import (
+    Baseline,
+    Perplexities,
+    before_and_after,
+    measure,
+    measure_before,
 )
-from cfsp.settings import Compute, EvaluationText, Text
+from cfsp.recovery.loss import loss_inside
+from cfsp.recovery.prepare import Prepared, prepare
+from cfsp.recovery.recover_report import RecoverReport, TrainingOutcome
+from cfsp.recovery.settings import RecoverSettings, Training
+from cfsp.recovery.sharding import shard, trained_tensors
+from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, schedule_of, train
+from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,14 +71,8 @@ _TRAIN, _BEFORE = "train", "before"
 def recover_checkpoint(
     source: Checkpoint,
     out: Path,
+    settings: RecoverSettings,
     *,
-    data: Sequence[str | Text],
-    training: Training,
-    adaptation: Adaptation | None = None,
-    teacher: TeacherChoice | None = None,
-    evaluation: EvaluationText | None = None,
-    compute: Compute | None = None,
-    keep_adapter: bool = False,
     command: str = "",
     started: float | None = None,
 ) -> RecoverReport:
@@ -88,45 +84,24 @@ def recover_checkpoint(
     Args:
         source: the pruned model.
         out: a new directory.
-        data: texts and conversations to train on.
-        training: how to train.
-        adaptation: what to train; None for LoRA by importance.
-        teacher: a dense model to distil from.
-        evaluation: texts to measure perplexity on, before and after.
-        compute: where to train, and the dtype of the arithmetic and of the weights that are not
-            trained.
-        keep_adapter: also write the adapter, into `out/adapter`.
+        settings: how.
         command: what the user typed, for the manifest.
-        started: when the minutes of `training` began, in seconds of `time.monotonic()`; None for
+        started: when the minutes of the limit began, in seconds of `time.monotonic()`; None for
             now.
 
     Raises:
         CfspError: anything that a user can cause; no output is left behind.
     """
-    started, watch = time.monotonic() if started is None else started, Stopwatch()
-    adaptation = adaptation or Adaptation()
-    request = Request(
-        source=source,
-        out=out,
-        data=data,
-        training=training,
-        adaptation=adaptation,
-        teacher=teacher,
-        evaluation=evaluation if evaluation is not None and evaluation.names else None,
-        compute=compute or Compute(),
-        keep_adapter=keep_adapter,
-        command=command,
-        started=started,
-    )
+    started = time.monotonic() if started is None else started
     if is_first_process():
         remove_finished_work(out)
-    prepared = prepare(request, watch)
+    ready = prepare(source, out, settings)
     if not is_first_process():
-        return _recover(request, prepared, watch, None)
-    with created_parents(out), output_workplace(out, prepared.identity) as place:
+        return _recover(ready, None, started, command)
+    with created_parents(out), output_workplace(out, ready.identity) as place:
         check_output_is_free(out)  # another run may have been at work meanwhile
-        report = _recover(request, prepared, watch, place)
-    limit = request.training.limit.seconds
+        report = _recover(ready, place, started, command)
+    limit = settings.training.limit.seconds
     if limit is not None and (took := time.monotonic() - started) > limit:
         logger.warning(
             f"recovery took {took / 60:.1f} minutes, more than --max-minutes {limit / 60:g}; it "
@@ -136,72 +111,136 @@ def recover_checkpoint(
 
 
 def _recover(
-    request: Request, prepared: Prepared, watch: Stopwatch, place: Workplace | None
+    ready: Prepared, place: Workplace | None, started: float, command: str
 ) -> RecoverReport:
     """Do the work; only the first process has a place, and writes."""
-    source = request.source
-    baseline = _measured_before(request, prepared, watch, place)
-    device, dtype = compute_device(request.compute.device), request.compute.dtype
+    settings, watch = ready.settings, ready.watch
+    before = Baseline({}, 0, 0.0)
+    if place is not None and settings.evaluation.names:
+        with watch.stage("evaluate"):
+            before = _measured_before(ready, place)
+    adapted, blocks, training, outcome = _train(ready, place, started, before.seconds)
+    if not outcome.best_step:
+        raise _nothing_gained(outcome, ready.source)
+
+    def report(perplexity: Perplexities) -> RecoverReport:
+        return RecoverReport(
+            **asdict(outcome),
+            trainable_parameters=sum(block["parameters"] or 0 for block in blocks),
+            blocks=blocks,
+            perplexity=perplexity,
+            seconds=dict(watch.seconds),
+            peak_rss_bytes=peak_rss_bytes(),
+            out=str(ready.out),
+        )
+
+    if place is None:
+        return report({})
+    with staged_directory(ready.out) as staging:
+        with watch.stage("write"):
+            if settings.keep_adapter:
+                save_adapter(adapted, ready.source, staging / ADAPTER_DIRECTORY)
+            merged = merge(adapted)
+            names = trained_parameters(merged, ready.targets)
+            digests = write_recovered_weights(ready.source, merged, names, staging)
+            copy_everything_else(ready.source, staging)
+        del adapted, merged
+        perplexity: Perplexities = {}
+        if before.windows:
+            with watch.stage("evaluate"):
+                after = measure(staging, settings.evaluation, settings.compute, before.windows)
+                perplexity = before_and_after(before.perplexity, after)
+        done = report(perplexity)
+        ready = replace(ready, settings=replace(settings, training=training))
+        write_record(ready, done, staging, digests, command)
+    return done
+
+
+def _measured_before(ready: Prepared, place: Workplace) -> Baseline:
+    """Return the perplexity before training, which a killed run may have measured already."""
+    settings = ready.settings
+    windows = settings.evaluation.windows
+    assert windows is not None
+
+    def measure_windows(count: int) -> Perplexities:
+        return measure(ready.source.directory, settings.evaluation, settings.compute, count)
+
+    seconds = settings.training.limit.seconds
+    return Baseline(
+        **kept(place, _BEFORE, lambda: asdict(measure_before(measure_windows, windows, seconds)))
+    )
+
+
+def _train(
+    ready: Prepared, place: Workplace | None, started: float, seconds_to_measure: float
+) -> tuple[nn.Module, list[dict[str, int | None]], Training, TrainingOutcome]:
+    """Train; return the model, what is trainable in each block, the settings with their rate."""
+    source, settings, watch = ready.source, ready.settings, ready.watch
+    device, adaptation = compute_device(settings.compute.device), settings.adaptation
+    sharded, nbytes = settings.training.shard, sum(s.nbytes for s in source.specs.values())
 
     def load(which: Checkpoint) -> PreTrainedModel:
-        return load_to_train(which, device, dtype, stays_on_cpu=request.training.shard)
+        with watch.stage("load"):
+            return load_to_train(which, device, settings.compute.dtype, stays_on_cpu=sharded)
 
-    def attached(model: PreTrainedModel) -> tuple[nn.Module, list[TrainableBlock]]:
-        return attach(
-            model, source.architecture, prepared.targets, request.adaptation, prepared.rank_L
-        )
+    def attached(model: PreTrainedModel) -> nn.Module:
+        return attach(model, source.architecture, ready.targets, adaptation.scale)
 
-    with watch.stage("load"):
-        model = load(source)
-        dense = None if prepared.teacher is None else load(prepared.teacher)
-    method = request.adaptation.method
-    names = trained_parameters(model, prepared.targets, method)
-    training = request.training.with_rate_for(method, size_of_weights(model, names))
+    model = load(source)
+    dense = None if ready.teacher is None else load(ready.teacher)
+    names = trained_parameters(model, ready.targets)
+    training = settings.training.with_rate_for(adaptation.method, size_of_weights(model, names))
     torch.manual_seed(training.seed)
-    adapted, blocks = attached(model)
+    adapted = attached(model)
+    blocks = trainable_in_blocks(model, source.architecture, ready.targets)
     _tell_what_is_trained(blocks, training)
-    later = _seconds_to_write(source, watch) + (baseline.seconds if baseline else 0)
-    with watch.stage("train"), joined(device, _PATIENCE) if training.shard else nullcontext():
-        outcome = _train(request, training, prepared, place, adapted, model, dense, _MARGIN * later)
-        trained = {}
-        if training.shard:
-            trained = trained_tensors(adapted, keeps=place is not None)
-    if not outcome.best_step:
-        raise _nothing_gained(outcome, source)
-    if place is None:
-        return recover_report(blocks, outcome, {}, watch, request.out)
-    del dense
-    if training.shard:
+
+    # What merging, writing and loading again may take, by what loading took.
+    later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
+    schedule = schedule_of(
+        adapted,
+        ready.text,
+        training,
+        has_teacher=dense is not None,
+        started=started,
+        after_training=_MARGIN * later,
+    )
+    directory = directory_of_process(ready.out) / _TRAIN
+    with (
+        watch.stage("train"),
+        joined(device, _PATIENCE) if sharded else nullcontext(),
+        loss_inside(model, dense, settings.distillation) as loss,
+    ):
+        if sharded:
+            shard(adapted, model, source.architecture, device)
+            if ready.teacher is not None and dense is not None:
+                shard(dense, dense, ready.teacher.architecture, device)
+        outcome = train(
+            adapted,
+            ready.text,
+            training,
+            schedule=schedule,
+            loss=loss,
+            directory=directory,
+            callbacks=[_Saver(PassState(directory, ready.identity))] if place else [],
+        )
+        tensors = trained_tensors(adapted, keeps=place is not None) if sharded else {}
+    if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.
         del adapted, model
-        with watch.stage("load"):
-            model = load(source)
-            adapted, _ = attached(model)
-            adapted.load_state_dict(trained, strict=False)
-    with staged_directory(request.out) as staging:
-        with watch.stage("write"):
-            if request.keep_adapter:
-                save_adapter(adapted, source, staging / ADAPTER_DIRECTORY)
-            merged = merge(adapted)
-            digests = write_recovered_weights(source, merged, names, staging)
-            copy_everything_else(source, staging)
-        del adapted, model, merged
-        measured = {}
-        if baseline is not None and prepared.evaluation is not None:
-            with watch.stage("evaluate"):
-                measured = before_and_after(baseline, staging, prepared.evaluation, request.compute)
-        report = recover_report(blocks, outcome, measured, watch, request.out)
-        facts = recovery_facts(
-            report,
-            prepared.text,
-            training,
-            request.adaptation,
-            request.teacher,
-            device=device,
-            command=request.command,
-        )
-        write_record(source, staging, facts, digests)
-    return report
+        adapted = attached(load(source))
+        adapted.load_state_dict(tensors, strict=False)
+    return adapted, blocks, training, outcome
+
+
+class _Saver(TrainerCallback):  # type: ignore[misc]
+    """Notes in the work place that a checkpoint is complete, to go on from."""
+
+    def __init__(self, state: PassState) -> None:
+        self._state = state
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._state.commit(state.global_step, None)
 
 
 def _nothing_gained(outcome: TrainingOutcome, source: Checkpoint) -> RecoveryError:
@@ -214,86 +253,14 @@ def _nothing_gained(outcome: TrainingOutcome, source: Checkpoint) -> RecoveryErr
     )
 
 
-def _tell_what_is_trained(blocks: Sequence[TrainableBlock], training: Training) -> None:
+def _tell_what_is_trained(blocks: Sequence[dict[str, int | None]], training: Training) -> None:
     """Say how many parameters are trained, and how fast; the report has those of each block."""
     if not is_first_process():
         return
-    ranks = [block.rank for block in blocks if block.rank is not None]
-    of_rank = f" of rank {min(ranks)} to {max(ranks)}" if ranks else ""
-    total = sum(block.parameters for block in blocks)
+    ranks = [block["rank"] or 0 for block in blocks]
+    low, high = min(ranks), max(ranks)
+    of_rank = f" of rank {low}" + f" to {high}" * (low != high) if high else ""
     logger.info(
-        f"training {total:,d} parameters{of_rank} in {len(blocks)} blocks, learning rate "
-        f"{training.learning_rate:g}"
+        f"training {sum(block['parameters'] or 0 for block in blocks):,d} parameters{of_rank} in "
+        f"{len(blocks)} blocks, learning rate {training.learning_rate:g}"
     )
-
-
-def _measured_before(
-    request: Request, prepared: Prepared, watch: Stopwatch, place: Workplace | None
-) -> Baseline | None:
-    """Return the perplexity before training, which the first process measures if it is asked to."""
-    if place is None or prepared.evaluation is None:
-        return None
-    with watch.stage("evaluate"):
-        return baseline_of(
-            request.source.directory,
-            prepared.evaluation,
-            request.compute,
-            request.training.limit.seconds,
-            PassState(place.directory_of(_BEFORE), prepared.identity),
-        )
-
-
-def _train(
-    request: Request,
-    training: Training,
-    prepared: Prepared,
-    place: Workplace | None,
-    adapted: nn.Module,
-    model: PreTrainedModel,
-    dense: PreTrainedModel | None,
-    after_training: float,
-) -> TrainingOutcome:
-    """Train, from where a killed run was; the first process notes what there is to go on from."""
-    directory, callbacks = directory_of_process(request.out) / _TRAIN, []
-    if place is not None:
-        state = PassState(place.directory_of(_TRAIN), prepared.identity)
-        callbacks = [SaveState(state)]
-    # Without a state, what lies there is not complete, and the first process removes it.
-    goes_on = (directory / STATE_FILE).is_file()
-    device = compute_device(request.compute.device)
-    return train(
-        adapted,
-        model,
-        prepared.text,
-        training,
-        directory=directory,
-        started=request.started,
-        after_training=after_training,
-        resume_from=last_checkpoint(directory) if goes_on else None,
-        teacher=dense,
-        distillation=request.teacher.distillation if request.teacher else None,
-        callbacks=callbacks,
-        shard=partial(_shard, request.source, adapted, model, prepared.teacher, dense, device)
-        if training.shard
-        else None,
-    )
-
-
-def _shard(
-    source: Checkpoint,
-    adapted: nn.Module,
-    model: PreTrainedModel,
-    teacher: Checkpoint | None,
-    dense: PreTrainedModel | None,
-    device: torch.device,
-) -> None:
-    """Leave this process its part of the model and of the teacher, if there is one."""
-    shard(adapted, model, source.architecture, device)
-    if teacher is not None and dense is not None:
-        shard(dense, dense, teacher.architecture, device)
-
-
-def _seconds_to_write(source: Checkpoint, watch: Stopwatch) -> float:
-    """Return what merging, writing and loading again may take, by what loading took."""
-    nbytes = sum(spec.nbytes for spec in source.specs.values())
-    return watch.seconds["load"] + nbytes / BYTES_PER_SECOND

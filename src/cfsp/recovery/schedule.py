@@ -23,6 +23,7 @@ import torch
 
 from cfsp.architecture.block_names import counted
 from cfsp.errors import UsageError
+from cfsp.recovery.settings import ENDLESS_STEPS
 
 _LOWEST_WARM_UP = 0.05
 # Of the time for training; evaluations that would take more are left out.
@@ -34,12 +35,7 @@ _MARGIN = 1.15
 
 
 def rate_factor(fraction: float, warm_up: float) -> float:
-    """Return what the peak learning rate is multiplied by.
-
-    Args:
-        fraction: part of the run that is over, in [0, 1].
-        warm_up: part of the run in which the rate rises.
-    """
+    """Return what the peak learning rate is multiplied by, after a fraction of the run."""
     if fraction < warm_up:
         return max(_LOWEST_WARM_UP, fraction / warm_up)
     return 0.5 * (1 + math.cos(math.pi * (fraction - warm_up) / (1 - warm_up)))
@@ -49,6 +45,7 @@ class Schedule(ABC):
     """What a run does after each step, the same on every process.
 
     Args:
+        evaluations: how many at most, the one at the end included.
         started: when the work of this process began, in seconds of `now`.
         now: a clock that never goes back.
 
@@ -56,12 +53,19 @@ class Schedule(ABC):
         fraction: part of the run that is over, in [0, 1].
         evaluates: whether to evaluate and save after the step that was noted last.
         is_over: whether that step was the last one.
+        most_steps: that there can be.
+        training_seconds: of the steps that this process saw.
+        what_fits: what will be done, in words, where that depends on how long it takes.
     """
 
-    def __init__(self, started: float, now: Callable[[], float]) -> None:
+    most_steps = ENDLESS_STEPS
+    what_fits: str = ""
+
+    def __init__(self, evaluations: int, started: float, now: Callable[[], float]) -> None:
         self.fraction = 0.0
-        self.evaluates = False
-        self.is_over = False
+        self.evaluates = self.is_over = False
+        self.training_seconds = 0.0
+        self._most_evaluations = evaluations
         self._started = started
         self._now = now
         # When what is measured now began.
@@ -82,33 +86,18 @@ class Schedule(ABC):
         """Part of the whole work that is over, in [0, 1]."""
         return self.fraction
 
-    @property
-    def what_fits(self) -> str:
-        """What will be done, in words, where that depends on how long it takes."""
-        return ""
-
     def go_on_from(self, elapsed: float, fraction: float) -> None:
-        """Count what an interrupted run had done.
-
-        Args:
-            elapsed: seconds of its work.
-            fraction: part of the run that was over.
-        """
+        """Count what an interrupted run had done: seconds, and the part that was over."""
         self._started -= elapsed
         self.fraction = fraction
+        self._mark = self.elapsed
 
     def training_begins(self) -> None:
         """Note that the first step begins, or the evaluation before it."""
         self._mark = self.elapsed
 
-    @abstractmethod
-    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
-        """Note how far the evaluation before the first step is; end the run if no step fits.
-
-        Args:
-            done: how many of its batches are done.
-            batches: that there are.
-            device: where processes talk to each other.
+    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:  # noqa: B027
+        """Note that so many batches of the evaluation before the first step are done.
 
         Raises:
             UsageError: one step and its evaluation do not fit into the time.
@@ -118,25 +107,21 @@ class Schedule(ABC):
         """Note that evaluating and saving are done and the next step begins."""
         self._mark = self.elapsed
 
-    @abstractmethod
     def step_done(self, step: int, device: torch.device) -> None:
-        """Note that a step is done, and decide.
+        """Note that so many steps are done, and decide; processes talk on `device`."""
+        before, self._mark = self._mark, self.elapsed
+        self.training_seconds += self._mark - before
+        fraction, evaluates, is_over = self._decide(step, self._mark - before, device)
+        assert fraction >= self.fraction
+        self.fraction, self.evaluates, self.is_over = fraction, bool(evaluates), bool(is_over)
 
-        Args:
-            step: how many steps are done.
-            device: where processes talk to each other.
-        """
+    @abstractmethod
+    def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
+        """Return the fraction that is over, whether to evaluate, and whether this is the end."""
 
 
 class StepSchedule(Schedule):
-    """A number of steps.
-
-    Args:
-        steps: of the run.
-        evaluations: how many, the one at the end included.
-        started: see `Schedule`.
-        now: see `Schedule`.
-    """
+    """A number of steps."""
 
     def __init__(
         self,
@@ -145,23 +130,19 @@ class StepSchedule(Schedule):
         started: float,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(started, now)
-        self._steps = steps
-        self._evaluations = evaluations
+        super().__init__(evaluations, started, now)
+        self.most_steps = steps
 
     @property
     def seconds_left(self) -> float:
         """Estimate of the seconds until the end."""
         return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
 
-    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
-        """Do nothing: the number of steps does not depend on it."""
-
-    def step_done(self, step: int, device: torch.device) -> None:
-        """Note that a step is done, and decide."""
-        before, self.fraction = self.fraction, min(1.0, step / self._steps)
-        self.is_over = self.fraction >= 1
-        self.evaluates = self.is_over or _passes_mark(before, self.fraction, self._evaluations)
+    def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
+        fraction = min(1.0, step / self.most_steps)
+        is_over = fraction >= 1
+        passes = _passes_mark(self.fraction, fraction, self._most_evaluations)
+        return fraction, is_over or passes, is_over
 
 
 class TimeSchedule(Schedule):
@@ -169,12 +150,12 @@ class TimeSchedule(Schedule):
 
     Args:
         seconds: of the whole recovery.
-        evaluations: how many at most, the one at the end included.
-        started: see `Schedule`.
+        evaluations: see `Schedule`, as `started` and `now`.
+        started: when the work began.
         after_training: seconds that are needed after it.
         evaluation_steps: what an evaluation takes, in steps.
         save_seconds: estimate of what saving takes.
-        now: see `Schedule`.
+        now: a clock.
     """
 
     def __init__(
@@ -188,9 +169,8 @@ class TimeSchedule(Schedule):
         save_seconds: float,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(started, now)
+        super().__init__(evaluations, started, now)
         self._seconds = seconds
-        self._most_evaluations = evaluations
         self._after_training = after_training
         self._evaluation_steps = evaluation_steps
         self._save_seconds = save_seconds
@@ -212,7 +192,7 @@ class TimeSchedule(Schedule):
         return min(1.0, self.elapsed / self._seconds)
 
     @property
-    def what_fits(self) -> str:
+    def what_fits(self) -> str:  # type: ignore[override]
         """How many more steps and evaluations the time is enough for."""
         if self.is_over:
             return ""
@@ -247,33 +227,22 @@ class TimeSchedule(Schedule):
                 f"{math.ceil(_MARGIN * (known + expected) / 60)} or more"
             )
 
-    def go_on_from(self, elapsed: float, fraction: float) -> None:
-        """Count what an interrupted run had done."""
-        super().go_on_from(elapsed, fraction)
-        self._mark = self.elapsed
-
     def evaluated(self) -> None:
         """Note that evaluating and saving are done and the next step begins."""
         self._evaluation_seconds.append(self.elapsed - self._mark)
         super().evaluated()
 
-    def step_done(self, step: int, device: torch.device) -> None:
-        """Note that a step is done, and decide."""
-        self._step_seconds.append(self.elapsed - self._mark)
-        self._mark = self.elapsed
-        fraction, evaluates, is_over = _from_first_process(self._decide(), device)
-        assert fraction >= self.fraction
-        self.fraction, self.evaluates, self.is_over = fraction, bool(evaluates), bool(is_over)
-
-    def _decide(self) -> tuple[float, bool, bool]:
-        """Return the fraction that is over, whether to evaluate, and whether this is the end."""
-        step, trained = self._seconds_of_step(), self._mark - self._begin
+    def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
+        self._step_seconds.append(seconds)
+        step_seconds, trained = self._seconds_of_step(), self._mark - self._begin
         left, evaluations = self._left()
-        if left < step:
-            return 1.0, True, True
-        fraction = max(self.fraction, trained / (trained + left))
-        evaluates = _passes_mark(self.fraction, fraction, evaluations)
-        return fraction, evaluates and left >= self._seconds_of_evaluation() + step, False
+        if is_over := left < step_seconds:
+            fraction, evaluates = 1.0, True
+        else:
+            fraction = max(self.fraction, trained / (trained + left))
+            evaluates = _passes_mark(self.fraction, fraction, evaluations)
+            evaluates &= left >= self._seconds_of_evaluation() + step_seconds
+        return _from_first_process((fraction, evaluates, is_over), device)
 
     def _left(self) -> tuple[float, int]:
         """Return the seconds until the last evaluation, and how many there are in the whole run."""

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings import BOS, BOS_HELP, Bos, check_bos, option
+from cfsp.errors import UsageError
+from cfsp.settings import BOS, BOS_HELP, Bos, Compute, EvaluationText, Text, check_bos, option
 
 Method = Literal["lora", "full"]
 Targets = Literal["mlp", "attention", "all"]
-RankAllocation = Literal["importance", "uniform", "inverse"]
+RankAllocation = Literal["uniform", "importance", "inverse"]
 METHODS: tuple[Method, ...] = get_args(Method)
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
@@ -29,19 +29,7 @@ _MOST_RANKS = 1 << 24
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What is trained.
-
-    Attributes:
-        method: `lora`, or `full` (the projections themselves).
-        targets: projections of the FFN, of the attention, or both. Embeddings, norms and head
-            stay as they are.
-        rank: mean rank over blocks.
-        scale: alpha / r.
-        allocation: ranks follow the coarse importance, are equal, or follow its inverse.
-
-    Raises:
-        UsageError: the rank or the scale is out of range.
-    """
+    """What is trained; embeddings, norms and head stay as they are."""
 
     method: Method = option(
         "lora",
@@ -53,17 +41,14 @@ class Adaptation:
     rank: float = option(8.0, "of the adapters, mean over blocks", kind=float, metavar="R")
     scale: float = option(2.0, "alpha / r of the adapters", kind=float, advanced=True)
     allocation: RankAllocation = option(
-        "importance",
-        "ranks follow the blocks' importance, are equal, or follow its inverse",
+        "uniform",
+        "ranks are equal, follow the blocks' importance, or follow its inverse",
         flag="rank-allocation",
         choices=RANK_ALLOCATIONS,
         advanced=True,
     )
 
     def __post_init__(self) -> None:
-        _check_choice("--method", self.method, METHODS)
-        _check_choice("--targets", self.targets, TARGETS)
-        _check_choice("--rank-allocation", self.allocation, RANK_ALLOCATIONS)
         if not 1 <= self.rank < _MOST_RANKS:
             raise UsageError(f"--rank must be at least 1, found {self.rank}")
         if not 0 < self.scale < math.inf:
@@ -72,16 +57,7 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Limit:
-    """When training ends: exactly one of the three.
-
-    Attributes:
-        minutes: of the whole recovery, from opening the text to the written output.
-        steps: optimizer steps.
-        epochs: passes over the text.
-
-    Raises:
-        UsageError: none or several are given, or one is not positive.
-    """
+    """When training ends: exactly one of the three."""
 
     minutes: float | None = option(
         None,
@@ -113,12 +89,7 @@ class Limit:
         return None if self.minutes is None else self.minutes * 60
 
     def in_steps(self, windows: int, windows_in_step: int) -> int | None:
-        """Return the number of optimizer steps; None if only the clock decides.
-
-        Args:
-            windows: training windows in an epoch.
-            windows_in_step: windows in a step, over all processes.
-        """
+        """Return the number of optimizer steps; None if only the clock decides."""
         if self.epochs is not None:
             return max(1, round(self.epochs * windows / windows_in_step))
         return self.steps
@@ -126,25 +97,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train.
-
-    Attributes:
-        limit: when training ends.
-        learning_rate: at its peak; None for what suits the method and the size of the weights.
-        batch_windows: windows that pass together, on each process.
-        accumulate: batches in an optimizer step.
-        seqlen: tokens in a window, BOS included.
-        warm_up: part of the run in which the learning rate rises.
-        weight_decay: of AdamW.
-        evaluations: how often to evaluate and save, at most.
-        gradient_checkpointing: recompute activations: less memory, a third more time.
-        shard: each process holds a part of model, teacher and optimizer instead of all.
-        seed: of the order of windows and of the adapters' start.
-        bos: whether windows begin with BOS; `auto` as the tokenizer begins an input.
-
-    Raises:
-        UsageError: a number is out of range.
-    """
+    """How to train; without a learning rate by what suits the method and the weights' size."""
 
     limit: Limit
     learning_rate: float | None = option(
@@ -177,12 +130,7 @@ class Training:
     seed: int = option(
         0, "of the order of windows and of the adapters' start", kind=int, advanced=True
     )
-    bos: Bos = option(
-        "auto",
-        BOS_HELP,
-        choices=BOS,
-        advanced=True,
-    )
+    bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
 
     def __post_init__(self) -> None:
         check_bos(self.bos)
@@ -200,12 +148,7 @@ class Training:
             raise UsageError(f"the warm-up must be a part in [0, 1), found {self.warm_up}")
 
     def with_rate_for(self, method: Method, weights: float) -> Training:
-        """Return the same with the learning rate that suits a method, if none is given.
-
-        Args:
-            method: how weights are trained.
-            weights: their root mean square.
-        """
+        """Return the same with the rate that suits the root mean square of weights, if none is."""
         if self.learning_rate is not None:
             return self
         return replace(self, learning_rate=float(f"{RELATIVE_RATES[method] * weights:.3g}"))
@@ -213,15 +156,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much a teacher counts.
-
-    Attributes:
-        weight: of the teacher's term in the loss, in [0, 1]; the text's term gets the rest.
-        temperature: logits of both models are divided by it.
-
-    Raises:
-        UsageError: one is out of range.
-    """
+    """How much a teacher counts; the loss on the text gets the rest."""
 
     weight: float = option(
         0.7,
@@ -244,21 +179,33 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class TeacherChoice:
-    """Which teacher, and how much it counts.
+class RecoverSettings:
+    """Every choice of a recovery.
 
     Attributes:
-        name: the dense model, as for prune.
-        distillation: weight and temperature.
+        data: texts and conversations to train on.
+        training: how to train.
+        adaptation: what to train.
+        teacher: a dense model to distil from; `auto` for the one that was pruned, if it is at hand
+            and there is memory for both; `none` or None for nobody.
+        distillation: how much it counts.
+        evaluation: texts to measure perplexity on, before and after.
+        compute: where to train, and the dtype of the arithmetic and of the weights that are not
+            trained.
+        keep_adapter: also write the adapter, into `out/adapter`.
     """
 
-    name: str
+    data: tuple[str | Text, ...]
+    training: Training
+    adaptation: Adaptation = Adaptation()
+    teacher: str | None = None
     distillation: Distillation = Distillation()
+    evaluation: EvaluationText = EvaluationText()
+    compute: Compute = Compute()
+    keep_adapter: bool = False
 
-
-def _check_choice(flag: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise UsageError(
-            f"{flag} must be one of {', '.join(choices)}, found {found!r}"
-            f"{did_you_mean(found, choices)}"
-        )
+    def __post_init__(self) -> None:
+        if self.compute.dtype == "float16":
+            raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
+        if self.keep_adapter and self.adaptation.method == "full":
+            raise UsageError("--keep-adapter needs --method lora: full training has no adapter")

@@ -8,8 +8,7 @@ another wrote.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Architecture
 
-_WEIGHTS, _OPTIMIZER, _SCHEDULER = "weights", "optimizer", "scheduler.pt"
+_WEIGHTS, _OPTIMIZER = "weights", "optimizer"
 # Frozen weights are those of the model that is recovered.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -44,11 +43,8 @@ def shard(
 ) -> None:
     """Leave every process a part of each weight; one process alone keeps them all.
 
-    Args:
-        whole: what is called: the model itself or a PEFT model around it.
-        model: the causal LM inside, on the CPU; its blocks go to the device one after the other.
-        architecture: of the model.
-        device: where it computes.
+    `whole` is what is called, the model itself or a PEFT model around it. The model is on the CPU;
+    its blocks go to the device one after the other.
     """
     if process_count() == 1:
         whole.to(device)
@@ -64,11 +60,9 @@ def shard(
 
 
 def trained_tensors(whole: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
-    """Return what training changed, whole and on the CPU; every process must call this.
+    """Return what training changed, whole and on the CPU, to the processes that keep it.
 
-    Args:
-        whole: as for `shard`.
-        keeps: whether this process gets it; the others get nothing.
+    Every process must call this.
     """
     found: dict[str, Tensor] = {}
     for name, parameter in whole.named_parameters():
@@ -83,7 +77,8 @@ def trained_tensors(whole: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
 class ShardedTrainer(RecoveryTrainer):
     """A trainer of a model that is sharded already; the arguments are those of its base.
 
-    What it overrides are the Trainer's own places for wrapping, saving and loading.
+    What it overrides are the Trainer's own places for wrapping, saving and loading. Learning rates
+    need no state: they follow the schedule.
     """
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -98,54 +93,40 @@ class ShardedTrainer(RecoveryTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained."""
         assert output_dir is not None
-        state = get_model_state_dict(self.model, options=_TRAINED)
-        with _alone_or_not() as no_dist:
-            save(state, checkpoint_id=Path(output_dir) / _WEIGHTS, no_dist=no_dist)
+        _exchange(save, get_model_state_dict(self.model, options=_TRAINED), output_dir, _WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        directory = Path(output_dir)
-        state = get_optimizer_state_dict(self.model, self._optimizer, options=_TRAINED)
-        with _alone_or_not() as no_dist:
-            save(state, checkpoint_id=directory / _OPTIMIZER, no_dist=no_dist)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
+        _exchange(save, self._optimizer_state(), output_dir, _OPTIMIZER)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         state = get_model_state_dict(self.model, options=_TRAINED)
-        _load_into(state, Path(resume_from_checkpoint) / _WEIGHTS)
+        _exchange(load, state, resume_from_checkpoint, _WEIGHTS)
         set_model_state_dict(self.model, state, options=_TRAINED)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        directory = Path(checkpoint)
-        state = get_optimizer_state_dict(self.model, self._optimizer, options=_TRAINED)
-        _load_into(state, directory / _OPTIMIZER)
-        set_optimizer_state_dict(self.model, self._optimizer, state, options=_TRAINED)
-        self.lr_scheduler.load_state_dict(torch.load(directory / _SCHEDULER, weights_only=True))
+        if checkpoint is not None:
+            state = self._optimizer_state()
+            _exchange(load, state, checkpoint, _OPTIMIZER)
+            set_optimizer_state_dict(self.model, self._plain(), state, options=_TRAINED)
 
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer itself, not accelerate's around it."""
+    def _optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self._plain(), options=_TRAINED)
+
+    def _plain(self) -> torch.optim.Optimizer:
+        """Return the optimizer itself, not accelerate's around it."""
         optimizer: Any = self.optimizer
         found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         return found
 
 
-def _load_into(state: dict[str, Any], directory: Path) -> None:
-    """Fill this process's parts of a state from what any number of processes wrote."""
-    with _alone_or_not() as no_dist:
-        load(state, checkpoint_id=directory, no_dist=no_dist)
-
-
-@contextmanager
-def _alone_or_not() -> Iterator[bool]:
-    """Give whether this process is alone, of which torch would warn."""
+def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, name: str) -> None:
+    """Write a state, or fill this process's parts of it from what any number of them wrote."""
     with warnings.catch_warnings():
+        # It warns of a process that is alone.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield process_count() == 1
+        do(state, checkpoint_id=Path(directory) / name, no_dist=process_count() == 1)

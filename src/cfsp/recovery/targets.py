@@ -1,26 +1,32 @@
-"""Which weights of a model are trained: matrices by module, routed experts by parameter."""
+"""Which weights of a model are trained: matrices by module, routed experts by parameter.
+
+Adapters of a block have a rank of their own (CFSP, Eq. 9: r_l proportional to s_l), or equal ones.
+
+Shapes: L blocks.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
-from cfsp.errors import UsageError
+from cfsp.errors import PlanError, RecoveryError, UsageError
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.expert_adapters import why_experts_stay
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from cfsp.architecture.found import Architecture, Unit
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import Checkpoint
-    from cfsp.recovery.settings import Adaptation
+    from cfsp.recovery.settings import Adaptation, RankAllocation
 
 logger = logging.getLogger(__name__)
 # GPT-2 keeps its matrices transposed, in a class of its own.
@@ -34,28 +40,34 @@ class BlockTargets:
     Attributes:
         matrices: modules that multiply by one matrix.
         experts: parameters that hold a matrix of every routed expert.
+        rank: of the adapters; None in full training.
     """
 
     matrices: tuple[str, ...]
-    experts: tuple[str, ...] = ()
+    experts: tuple[str, ...]
+    rank: int | None
 
 
 def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
-    """Return what is trained in each block; it is known before a weight is read.
-
-    Raises:
-        UsageError: there is nothing to train.
-    """
-    model = empty_model(source.config)
-    architecture = source.architecture
-    reason = None
-    with_experts = architecture.has_experts and adaptation.targets != "attention"
+    """Return what is trained in each block; it is known before a weight is read."""
+    rank_L = ranks_of(source, adaptation)
+    model, architecture = empty_model(source.config), source.architecture
+    with_experts, reason = architecture.has_experts and adaptation.targets != "attention", None
     if with_experts:
         reason = why_experts_stay(source.config, architecture, adaptation.method)
-    found = [
-        _targets_of_block(model, architecture, block, adaptation, reason is None)
-        for block in range(architecture.block_count)
-    ]
+    found = []
+    for index, block in enumerate(blocks_of(model, architecture)):
+        units, prefix = architecture.units_of(index), architecture.block_prefix(index)
+        routed = [unit for unit in units if unit.routed and with_experts and reason is None]
+        experts = dict.fromkeys(name for u in routed for name in (u.gate, u.up, u.down) if name)
+        matrices = _matrices_of(block, units, adaptation)
+        found.append(
+            BlockTargets(
+                tuple(prefix + name for name in matrices),
+                tuple(prefix + name for name in experts),
+                rank_L[index],
+            )
+        )
     if not any(block.matrices or block.experts for block in found):
         raise UsageError(
             f"the FFN of a {source.config.model_type} model is all experts, which cannot be "
@@ -66,38 +78,15 @@ def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]
     return found
 
 
-def _targets_of_block(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    index: int,
-    adaptation: Adaptation,
-    experts: bool,
-) -> BlockTargets:
-    block, units = blocks_of(model, architecture)[index], architecture.units_of(index)
+def _matrices_of(block: nn.Module, units: Sequence[Unit], adaptation: Adaptation) -> list[str]:
+    """Return the modules of a block, by their paths from it, that are trained."""
     names = [name for name, module in block.named_modules() if multiplies_by_its_matrix(module)]
     if adaptation.method != "full":
         names = [name for name in names if not _may_be_bypassed(block, name)]
+    if adaptation.targets == "all":
+        return names
     in_ffn = _in_ffn(names, [unit for unit in units if unit.part == "ffn"])
-    chosen = {
-        "mlp": [name for name in names if name in in_ffn],
-        "attention": [name for name in names if name not in in_ffn],
-        "all": names,
-    }[adaptation.targets]
-    parameters: list[str] = []
-    if experts and adaptation.targets != "attention":
-        for unit in units:
-            parameters += matrices_of_experts(unit)
-    prefix = architecture.block_prefix(index)
-    return BlockTargets(
-        tuple(prefix + name for name in chosen), tuple(prefix + name for name in parameters)
-    )
-
-
-def matrices_of_experts(unit: Unit) -> list[str]:
-    """Return the parameters, by their paths from the block, that hold matrices of experts."""
-    if not unit.routed:
-        return []
-    return [name for name in dict.fromkeys((unit.gate, unit.up, unit.down)) if name is not None]
+    return [name for name in names if (name in in_ffn) == (adaptation.targets == "mlp")]
 
 
 def multiplies_by_its_matrix(module: nn.Module) -> bool:
@@ -117,10 +106,10 @@ _tried: dict[type[nn.Module], bool] = {}
 
 
 def _is_linear(module: nn.Linear | Conv1D) -> bool:
-    weight = torch.randn(module.weight.shape)
-    bias = None if module.bias is None else torch.randn(module.bias.shape)
-    values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    matrix = weight.T if isinstance(module, Conv1D) else weight
+    values = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
+    matrix, bias = values["weight"], values.get("bias")
+    if isinstance(module, Conv1D):
+        matrix = matrix.T
     input_BI = torch.randn(2, matrix.shape[1])
     try:
         found = torch.func.functional_call(module, values, (input_BI,))
@@ -150,3 +139,70 @@ def _in_ffn(names: Sequence[str], units: Sequence[Unit]) -> set[str]:
     matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
     modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)
     return {name for name in names if name in matrices or name.startswith(modules)}
+
+
+def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int | None]:
+    """Return the rank of every block's adapters; full training has none."""
+    blocks = int(source.architecture.block_count)
+    if adaptation.method == "full":
+        return [None] * blocks
+    weight_L = [1.0] * blocks if adaptation.allocation == "uniform" else _importances(source)
+    return [*allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)]
+
+
+def _importances(source: Checkpoint) -> list[float]:
+    """Return the normalised coarse importance of every block, from the plan."""
+    path = source.directory / PLAN_FILE
+    blocks = int(source.architecture.block_count)
+    if not path.is_file():
+        raise RecoveryError(
+            f"{source.label} was not pruned by cfsp: it has no {PLAN_FILE} with the importance of "
+            "its blocks; recover it with --rank-allocation uniform"
+        )
+    # Attentions of a stock model are not opened, those of others are.
+    plan = PruningPlan.load(path).only("ffn")
+    expected = [unit.block for unit in source.architecture.of_part("ffn").units]
+    planned = [plan.index_of_block(unit.block) for unit in plan.kept_units]
+    if planned != expected:
+        raise PlanError(
+            f"{path} describes {len(planned)} FFNs, the model has {len(expected)} in {blocks} "
+            "blocks; recover it with --rank-allocation uniform"
+        )
+    importance_of = {plan.index_of_block(unit.block): unit.importance for unit in plan.kept_units}
+    # Of blocks without an FFN nothing was removed, and no importance is known.
+    mean = fmean(importance_of.values())
+    return [importance_of.get(block, mean) for block in range(blocks)]
+
+
+def allocate_ranks(
+    weight_L: Sequence[float], mean_rank: float, allocation: RankAllocation
+) -> list[int]:
+    """Return ranks by importance that sum to `mean_rank`, rounded, times the number of blocks."""
+    if allocation == "uniform":
+        weight_L = [1.0] * len(weight_L)
+    elif not all(value > 0 for value in weight_L):
+        raise UsageError(
+            f"--rank-allocation {allocation} needs a positive importance for every block, found "
+            f"{min(weight_L)}; use --rank-allocation uniform"
+        )
+    elif allocation == "inverse":
+        weight_L = [1 / weight for weight in weight_L]
+    total, poor = round(mean_rank * len(weight_L)), set[int]()
+    while True:
+        # Blocks that would get less than 1 get exactly 1, the others share what is left.
+        weight = sum(value for block, value in enumerate(weight_L) if block not in poor)
+        left = total - len(poor)
+        share_L = [
+            1.0 if block in poor else left * value / weight for block, value in enumerate(weight_L)
+        ]
+        newly_poor = {block for block, share in enumerate(share_L) if share < 1}
+        if not newly_poor:
+            break
+        poor |= newly_poor
+    # By largest remainder.
+    rank_L = [int(share) for share in share_L]
+    by_remainder = sorted(range(len(rank_L)), key=lambda b: (rank_L[b] - share_L[b], b))
+    for block in by_remainder[: total - sum(rank_L)]:
+        rank_L[block] += 1
+    assert sum(rank_L) == total, (rank_L, total)
+    return rank_L

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from typing import TYPE_CHECKING
@@ -12,93 +13,100 @@ from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.whole import free_bytes
 from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError
 from cfsp.processes import process_count
-from cfsp.recovery.memory import training_bytes
-from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Distillation, Method, TeacherChoice
+from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method
 from cfsp.result.manifest import read_manifest
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from cfsp.checkpoint.reading import WeightSource
 
 log = logging.getLogger(__name__)
 
 
-def choose_teacher(
-    given: str | Path | None,
+# What training holds for each parameter: weights, gradients, AdamW's moments in float32. Adapters
+# leave the weights in the model's dtype and have little else.
+_BYTES_TO_TRAIN: dict[Method, int] = {"full": 16, "lora": 4}
+_BYTES_OF_TEACHER = 4
+
+
+def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) -> int:
+    """Return about what training with a teacher holds in memory."""
+    return _BYTES_TO_TRAIN[method] * parameters + _BYTES_OF_TEACHER * parameters_of_teacher
+
+
+def method_that_fits(dense: WeightSource, device: torch.device) -> Method | None:
+    """Return how a model pruned from this one can be trained with this one as its teacher.
+
+    All projections in full where there is memory for that, which recovers more in the same time;
+    else adapters. Not even those: None.
+    """
+    parameters, available = parameter_count(dense), free_bytes(device)
+    if training_bytes("full", parameters, parameters) <= available:
+        return "full"
+    fits = training_bytes("lora", parameters, parameters) <= available
+    return "lora" if fits and importlib.util.find_spec("peft") is not None else None
+
+
+def open_teacher(
+    given: str | None,
     source: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    distillation: Distillation,
     device: torch.device,
-) -> TeacherChoice | None:
-    """Return who teaches.
+) -> Checkpoint | None:
+    """Return who teaches, if anybody does.
 
     Args:
-        given: a model; `auto` for the dense model that was pruned, if it is still where its
-            manifest says and one process has memory for both; `none` or None for nobody.
+        given: see `RecoverSettings.teacher`.
         source: the pruned model.
+        tokenizer: its own.
         method: how it will be trained.
-        distillation: how much the teacher counts.
         device: where it will be trained.
+
+    Raises:
+        CfspError: the model that is named cannot teach.
     """
     if given is None or given == NO_TEACHER:
         return None
     if given != AUTO_TEACHER:
-        return TeacherChoice(str(given), distillation)
-    dense = _dense_model_of(source, method, device)
-    return None if dense is None else TeacherChoice(dense, distillation)
-
-
-def _dense_model_of(source: Checkpoint, method: Method, device: torch.device) -> str | None:
-    """Return the name of the dense model that a model was pruned from; None if it is of no use."""
+        teacher = open_checkpoint(given)
+        check_teacher(source, tokenizer, teacher)
+        return teacher
     recorded = (read_manifest(source.directory) or {}).get("base_model")
     if not isinstance(recorded, dict):
         return None
     name = str(recorded.get("name", ""))
-    reason = ""
     try:
-        dense = open_checkpoint(name)
-        if fingerprint(dense) != recorded.get("fingerprint"):
-            reason = f"what is there now is another model, {EARLIER} the manifest"
-        else:
-            check_teacher(source, load_tokenizer(source.directory), dense)
-            # Several processes must decide alike, and memory is not.
-            available = free_bytes(device) if process_count() == 1 else math.inf
-            needed = training_bytes(method, parameter_count(source), parameter_count(dense))
-            if needed > available:
-                reason = (
-                    f"with it training needs {needed / 1e9:.3g} GB of memory, "
-                    f"{available / 1e9:.3g} GB are available"
-                )
+        teacher = open_checkpoint(name)
+        if fingerprint(teacher) != recorded.get("fingerprint"):
+            raise RecoveryError(f"what is there now is another model, {EARLIER} the manifest")
+        check_teacher(source, tokenizer, teacher)
+        # Several processes must decide alike, and memory is not.
+        available = free_bytes(device) if process_count() == 1 else math.inf
+        needed = training_bytes(method, parameter_count(source), parameter_count(teacher))
+        if needed > available:
+            raise RecoveryError(
+                f"with it training needs {needed / 1e9:.3g} GB of memory, "
+                f"{available / 1e9:.3g} GB are available"
+            )
+        return teacher
     except (CheckpointError, RecoveryError, UnsupportedModelError) as error:
-        reason = str(error)
-    if reason:
         log.warning(
             "training on the text alone, which recovers less: the dense model %s cannot teach "
             "(%s); `cfsp recover` takes another with --teacher",
             name,
-            reason,
+            error,
         )
         return None
-    return name
 
 
 def check_teacher(
     source: Checkpoint, tokenizer: PreTrainedTokenizerBase, teacher: Checkpoint
 ) -> None:
-    """Check, from files alone, that teacher and model speak of the same tokens.
-
-    Args:
-        source: the pruned model.
-        tokenizer: its own.
-        teacher: the dense model.
-
-    Raises:
-        CheckpointError: the teacher carries no tokenizer.
-        RecoveryError: their vocabularies differ.
-    """
+    """Check, from files alone, that teacher and model speak of the same tokens."""
     found = load_tokenizer(teacher.directory)
     if tokenizer.get_vocab() != found.get_vocab():
         raise RecoveryError(

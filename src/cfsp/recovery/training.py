@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,161 +13,125 @@ from torch import nn
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.processes import is_first_process, process_count
+from cfsp.engine.pass_state import STATE_FILE
+from cfsp.processes import process_count
 from cfsp.recovery.data import RecoveryText
-from cfsp.recovery.model_loss import loss_inside
-from cfsp.recovery.saved import is_finished
+from cfsp.recovery.loss import ModelLoss
+from cfsp.recovery.recover_report import TrainingOutcome
 from cfsp.recovery.schedule import Schedule, StepSchedule, TimeSchedule
-from cfsp.recovery.settings import ENDLESS_STEPS, Distillation, Training
+from cfsp.recovery.settings import ENDLESS_STEPS, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-logger = logging.getLogger(__name__)
 # A slow disk writes so much; better is measured as soon as something is written.
 BYTES_PER_SECOND = 200e6
 
 
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """What training did.
-
-    Attributes:
-        steps: optimizer steps, those before an interruption included.
-        best_step: the step with the lowest held-out loss, which the model has the weights of; 0
-            where training made it no lower than it was.
-        tokens_in_step: tokens of one step, over all processes.
-        tokens_per_second: without evaluations.
-        history: step, held-out perplexity and loss at each evaluation, the first before training.
-    """
-
-    steps: int
-    best_step: int
-    tokens_in_step: int
-    tokens_per_second: float
-    history: list[dict[str, float]]
-
-
-def train(
+def schedule_of(
     adapted: nn.Module,
-    model: PreTrainedModel,
     text: RecoveryText,
     training: Training,
     *,
-    directory: Path,
+    has_teacher: bool,
     started: float,
     after_training: float = 0.0,
-    resume_from: Path | None = None,
-    teacher: PreTrainedModel | None = None,
-    distillation: Distillation | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    shard: Callable[[], object] | None = None,
-) -> TrainingOutcome:
-    """Train, and leave the model with the weights of its best evaluation.
+) -> Schedule:
+    """Return when to evaluate and to stop: after a number of steps or, without one, of minutes.
 
     Args:
-        adapted: what is trained: the model itself or a PEFT model around it.
-        model: the causal LM inside.
+        adapted: what is trained, whole: the model itself or a PEFT model around it.
         text: training and held-out windows.
-        training: how; with a learning rate.
-        directory: where the Trainer's checkpoints go.
+        training: how.
+        has_teacher: whether another model runs with every step.
         started: `time.monotonic()` at the start of the work, which minutes count from.
         after_training: seconds of the limit that are needed after it.
-        resume_from: a checkpoint of the same run.
-        teacher: a dense model in memory.
-        distillation: how much it counts; needed with a teacher.
-        callbacks: more of them.
-        shard: leaves this process its part of model and teacher; None where they stay whole.
-
-    Raises:
-        RecoveryError: the loss is NaN or infinite.
     """
-    from cfsp.recovery.reporting import Reporter
-    from cfsp.recovery.sharding import ShardedTrainer
-    from cfsp.recovery.trainer import RecoveryTrainer
-
-    windows_in_step = training.batch_windows * training.accumulate * process_count()
-    steps = training.limit.in_steps(len(text.train), windows_in_step)
-    schedule = _schedule(
-        training,
-        steps,
-        started,
-        after_training=after_training,
-        evaluation_steps=len(text.held_out)
-        / windows_in_step
-        / _forwards_in_step(training, teacher is not None, trains_all=adapted is model),
-        trained_bytes=sum(p.nbytes for p in adapted.parameters() if p.requires_grad),
+    windows_in_step = windows_of_step(training)
+    steps, seconds = (
+        training.limit.in_steps(len(text.train), windows_in_step),
+        training.limit.seconds,
     )
-    tokens_in_step = windows_in_step * training.seqlen
-    reporter = Reporter(schedule, tokens_in_step, is_first_process())
-    model.config.use_cache = False
-    with loss_inside(model, teacher) as loss, _without_bars():
-        if shard is not None:
-            shard()
-        trainer = (RecoveryTrainer if shard is None else ShardedTrainer)(
-            adapted,
-            training_arguments(
-                training, directory, steps or ENDLESS_STEPS, model, begins=resume_from is None
-            ),
-            text,
-            schedule=schedule,
-            loss=loss,
-            warm_up=training.warm_up,
-            teacher=teacher,
-            distillation=distillation,
-            callbacks=[reporter, *callbacks],
-        )
-        if resume_from is not None and is_finished(resume_from):
-            trainer.take_up_finished(resume_from)
-            reporter.take_up(trainer.state)
-        else:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    return TrainingOutcome(
-        steps=trainer.state.global_step,
-        best_step=_kept_step(trainer.state.best_global_step, reporter.history),
-        tokens_in_step=tokens_in_step,
-        tokens_per_second=round(reporter.tokens_per_second, 1),
-        history=reporter.history,
-    )
-
-
-def _kept_step(best_step: int, history: Sequence[dict[str, float]]) -> int:
-    """Return the Trainer's best step, or 0 if held-out text was predicted no worse before all."""
-    perplexity = {entry["step"]: entry["perplexity"] for entry in history}
-    return best_step if perplexity[best_step] < perplexity[0] else 0
-
-
-def _schedule(
-    training: Training,
-    steps: int | None,
-    started: float,
-    *,
-    after_training: float,
-    evaluation_steps: float,
-    trained_bytes: int,
-) -> Schedule:
-    """Return the schedule of a number of steps or, if that is None, of minutes."""
     if steps is not None:
         return StepSchedule(steps, training.evaluations, started)
-    assert training.limit.seconds is not None
+    assert seconds is not None
+    # Backward through frozen weights takes as long as forward, and once more for the gradients of
+    # all weights.
+    trains_all = not hasattr(adapted, "peft_config")
+    forwards = 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
+    trained_bytes = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
     return TimeSchedule(
-        training.limit.seconds,
+        seconds,
         training.evaluations,
         started,
         # Then the best weights are read again.
         after_training=after_training + trained_bytes / BYTES_PER_SECOND,
-        evaluation_steps=evaluation_steps,
+        evaluation_steps=len(text.held_out) / windows_in_step / forwards,
         # The weights and AdamW's two moments.
         save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
     )
 
 
-def _forwards_in_step(training: Training, has_teacher: bool, *, trains_all: bool) -> float:
-    """Return about how many forward passes over its windows a step takes as long as.
+def windows_of_step(training: Training) -> int:
+    """Return the windows of an optimizer step, over all processes."""
+    return training.batch_windows * training.accumulate * process_count()
 
-    Backward through frozen weights is one, and one more for the gradients of all weights.
+
+def train(
+    adapted: Any,
+    text: RecoveryText,
+    training: Training,
+    *,
+    schedule: Schedule,
+    loss: ModelLoss,
+    directory: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingOutcome:
+    """Train, and leave the model with the weights of its best evaluation.
+
+    Args:
+        adapted: what is trained: a causal LM or a PEFT model around it, sharded if that is asked.
+        text: training and held-out windows.
+        training: how; with a learning rate.
+        schedule: when to evaluate and to stop.
+        loss: the loss function that the model was given.
+        directory: of the Trainer's checkpoints; those of a run that has a state there go on.
+        callbacks: what else is told.
     """
-    return 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
+    from cfsp.recovery.sharding import ShardedTrainer
+    from cfsp.recovery.trainer import Pace, RecoveryTrainer, is_finished, last_checkpoint
+
+    # Without a state, what lies there is not complete, and the first process removes it.
+    goes_on = (directory / STATE_FILE).is_file()
+    resume_from = last_checkpoint(directory) if goes_on else None
+    tokens_in_step = windows_of_step(training) * training.seqlen
+    pace = Pace(schedule, tokens_in_step)
+    adapted.config.use_cache = False
+    with _without_bars():
+        trainer = (ShardedTrainer if training.shard else RecoveryTrainer)(
+            adapted,
+            training_arguments(
+                training, directory, schedule.most_steps, adapted, begins=resume_from is None
+            ),
+            text,
+            schedule=schedule,
+            loss=loss,
+            warm_up=training.warm_up,
+            callbacks=[pace, *callbacks],
+        )
+        if resume_from is not None and is_finished(resume_from):
+            trainer.take_up_finished(resume_from, pace)
+        else:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    best_step = trainer.state.best_global_step
+    perplexity = {entry["step"]: entry["perplexity"] for entry in pace.history}
+    return TrainingOutcome(
+        steps=trainer.state.global_step,
+        best_step=best_step if perplexity[best_step] < perplexity[0] else 0,
+        tokens_in_step=tokens_in_step,
+        tokens_per_second=round(pace.tokens_per_second, 1),
+        history=pace.history,
+    )
 
 
 def training_arguments(
@@ -178,13 +141,20 @@ def training_arguments(
     from transformers import TrainingArguments
 
     on_cpu = model.device.type == "cpu"
+    checkpointing: dict[str, Any] = {}
+    if training.gradient_checkpointing:
+        # The newer name is there in versions that warn of the older one.
+        known = {field.name for field in fields(TrainingArguments)}
+        name = "activation_checkpointing"
+        name = name if name in known else "gradient_checkpointing"
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
         per_device_train_batch_size=training.batch_windows,
         per_device_eval_batch_size=training.batch_windows,
         gradient_accumulation_steps=training.accumulate,
-        **_checkpointing(training),
+        **checkpointing,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=1.0,
@@ -232,29 +202,10 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _checkpointing(training: Training) -> dict[str, Any]:
-    from transformers import TrainingArguments
-
-    if not training.gradient_checkpointing:
-        return {}
-    # The newer name is there in versions that warn of the older one.
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing"
-    name = name if name in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
 def load_to_train(
     source: Checkpoint | str, device: torch.device, dtype: str, *, stays_on_cpu: bool = False
 ) -> PreTrainedModel:
-    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated.
-
-    Args:
-        source: the model.
-        device: where it will compute.
-        dtype: what it computes in; `auto` for what suits both.
-        stays_on_cpu: whether its blocks go to the device later.
-    """
+    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
     name = source.directory if isinstance(source, Checkpoint) else source
     model = load(name, dtype=dtype)
     if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):

@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.conversion import stored_from_memory
+from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
@@ -23,9 +24,8 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights
 from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.recovery.data import RecoveryText
+from cfsp.recovery.prepare import Prepared
 from cfsp.recovery.recover_report import RecoverReport
-from cfsp.recovery.settings import Adaptation, TeacherChoice, Training
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.result.origin import origin_of
@@ -37,17 +37,7 @@ if TYPE_CHECKING:
 def write_recovered_weights(
     source: Checkpoint, model: PreTrainedModel, trained: Collection[str], directory: Path
 ) -> dict[str, str]:
-    """Write the weights: trained ones from the model, all others byte for byte.
-
-    Args:
-        source: the pruned checkpoint.
-        model: the trained plain model.
-        trained: names, in the model, of the parameters that training changed.
-        directory: an existing directory.
-
-    Returns:
-        File name -> SHA-256.
-    """
+    """Write the trained weights of the model and all others byte for byte; return digests."""
     changed = _stored(source, model, trained)
     outgoing = [
         outgoing_tensor(name, changed[name])
@@ -91,60 +81,45 @@ def copy_everything_else(source: Checkpoint, directory: Path) -> None:
         (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def recovery_facts(
+def write_record(
+    ready: Prepared,
     report: RecoverReport,
-    text: RecoveryText,
-    training: Training,
-    adaptation: Adaptation,
-    teacher: TeacherChoice | None,
-    *,
-    device: torch.device,
+    directory: Path,
+    digests: dict[str, str],
     command: str,
-) -> dict[str, Any]:
-    """Return what the manifest says of a recovery, as JSON types."""
-    libraries = ["accelerate"] if adaptation.method == "full" else ["accelerate", "peft"]
-    return {
+) -> None:
+    """Write the manifest and the model card: those of the pruned model and how it was recovered."""
+    settings, teacher = ready.settings, ready.teacher
+    libraries = ["accelerate"] if settings.adaptation.method == "full" else ["accelerate", "peft"]
+    now = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {**versions(), **{name: version(name) for name in libraries}},
-        "adaptation": asdict(adaptation),
-        "training": asdict(training),
-        "teacher": {"name": teacher.name, **asdict(teacher.distillation)} if teacher else None,
+    }
+    recovery = {
+        "adaptation": asdict(settings.adaptation),
+        "training": asdict(settings.training),
+        "teacher": teacher and {"name": teacher.label, **asdict(settings.distillation)},
         "data": {
-            "sources": text.sources,
-            "tokens_digest": text.train.digest,
-            "bos": text.bos,
+            "sources": ready.text.sources,
+            "tokens_digest": ready.text.train.digest,
+            "bos": ready.text.bos,
         },
-        "device": str(device),
+        "device": str(compute_device(settings.compute.device)),
         "threads": torch.get_num_threads(),
         **asdict(report),
     }
-
-
-def write_record(
-    source: Checkpoint, directory: Path, recovery: dict[str, Any], digests: dict[str, str]
-) -> None:
-    """Write the manifest and the model card: those of the pruned model and how it was recovered.
-
-    Args:
-        source: the pruned checkpoint.
-        directory: the new checkpoint.
-        recovery: the facts; `command`, `created` and `versions` move to the top.
-        digests: of the weight files.
-    """
-    manifest = read_manifest(source.directory) or {}
-    top = ("command", "created", "versions")
-    pruned = {key: manifest[key] for key in (*top, "files", "perplexity") if key in manifest}
-    manifest |= {key: recovery[key] for key in top}
+    manifest = read_manifest(ready.source.directory) or {}
+    pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
     manifest |= {
+        **now,
         "operation": "recover",
         "files": digests | digests_beside_weights(directory),
         "pruned": pruned,
-        "recovery": {key: value for key, value in recovery.items() if key not in top},
+        "recovery": recovery,
     }
     write_manifest(directory, manifest)
-    plan = directory / PLAN_FILE
-    card = model_card(
-        manifest, PruningPlan.load(plan) if plan.is_file() else None, origin_of(source)
-    )
+    path = directory / PLAN_FILE
+    plan = PruningPlan.load(path) if path.is_file() else None
+    card = model_card(manifest, plan, origin_of(ready.source))
     (directory / CARD_FILE).write_text(card, encoding="utf-8")

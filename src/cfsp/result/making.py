@@ -97,7 +97,9 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
     how, training, teacher = (recovery[key] for key in ("adaptation", "training", "teacher"))
     trained = "all weights of the targeted projections"
     if how["method"] != "full":
-        trained = f"{how['method']} of mean rank {how['rank']:g}, ranks by {how['allocation']}"
+        equal = how["allocation"] == "uniform"
+        ranks = "equal in all blocks" if equal else f"ranks by {how['allocation']}"
+        trained = f"{how['method']} of mean rank {how['rank']:g}, {ranks}"
     facts = {
         "trained": f"{trained}; targets: {how['targets']}; "
         f"{recovery['trainable_parameters']:,} parameters",
