@@ -189,12 +189,12 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.engine.compute import engine_of
-    from cfsp.goals.parameters import MANY_CHANNELS, little_in_words
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import best_effort, prune_and_recover
     from cfsp.recovery.settings import Limit
+    from cfsp.selection.goal import MANY_CHANNELS, little_in_words
     from cfsp.speed.pruning_cost import pruning_cost
 
     settings = _settings(args)

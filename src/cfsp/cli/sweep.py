@@ -70,7 +70,7 @@ def _add_recipe(parser: Parser) -> None:
         help=f"of {', '.join(METHODS)}, or parts as `cfsp prune --parts` has them, such as "
         "ffn,blocks (default: cfsp)",
     )
-    add_options(parser, parser, Budget, fields=("of", "multiple"))
+    add_options(parser, parser, Budget, fields=("multiple",))
     arguments.add_calibration_text(parser)
     measured = parser.add_argument_group("measuring")
     measured.add_argument(

@@ -135,28 +135,16 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     size = size.of_parts(budget.parts)
     check_multiple(budget, size)
     total, least = size.cost_of(size.width_U), size.cost_of(size.least_U(budget))
-    if budget.of == "ffn":
-        kept = (1 - budget.sparsity) * total
-        highest = 1 - least / total
-    else:
-        each = size.parameters_per_cost
-        kept = total - budget.sparsity * size.parameters / each
-        highest = (total - least) * each / size.parameters
+    kept = (1 - budget.sparsity) * total
     # Within half a multiple of the least width is the least width.
     multiple_U = size.multiple_U(budget)
     if kept < least - min(map(_times, multiple_U, size.cost_U)) / 2:
         raise BudgetError(
-            f"cannot remove {budget.sparsity:.1%} of the {_noun(budget)}: with at least "
-            f"{_least(multiple_U, size)}, between 0 and {highest:.1%} can be removed"
+            f"cannot remove {budget.sparsity:.1%} of the {channels_in_words(budget.parts)}: with "
+            f"at least {least_in_words(multiple_U, size)}, between 0 and {1 - least / total:.1%} can be "
+            "removed"
         )
     return kept
-
-
-def _noun(budget: Budget) -> str:
-    """Return what a sparsity is a fraction of."""
-    if budget.of == "model":
-        return "model's parameters"
-    return channels_in_words(budget.parts)
 
 
 def channels_in_words(parts: Sequence[Part]) -> str:
@@ -165,7 +153,7 @@ def channels_in_words(parts: Sequence[Part]) -> str:
     return " and ".join(noun for part, noun in nouns.items() if part in parts)
 
 
-def _least(multiple_U: Sequence[int], size: ModelSize) -> str:
+def least_in_words(multiple_U: Sequence[int], size: ModelSize) -> str:
     """Return in words what is left at least."""
     pairs = list(zip(multiple_U, size.units, strict=True))
     least = sorted({multiple for multiple, unit in pairs if unit.part == "ffn"})

@@ -1,15 +1,16 @@
-"""Which blocks and attentions go, where the whole model fits into memory: by the predictions.
+"""Which blocks and attentions are dropped, where the whole model fits into memory.
 
 One after the other the block goes whose removal, together with those that are gone, changes the
-predictions least. A removed block is skipped: the hidden state passes it unchanged. What enters a
+predictions least. A dropped block is skipped: the hidden state passes it unchanged. What enters a
 block does not depend on later ones, so only the blocks behind a tried one are computed again. The
 same of attentions, whose own blocks are computed again as well.
 
 Where blocks and attentions may go, and where blocks differ in size, the change is compared for each
 parameter that goes. A block whose attention is gone may go later, with what is left of it.
 
-A block that did more harm than another before rarely does less once more blocks are gone, so
-those that did are tried again only if the best of the others has become worse than they were.
+A block that did more harm than another before rarely does less once more blocks are gone: each time
+only the few that did least are tried again (lazy greedy), so that the price is one pass for each
+block and a few for each that goes.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden.
 """
@@ -25,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.architecture.block_names import counted
 from cfsp.calibration.statistics import Removal, Statistics, removals_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import CallForm
@@ -33,18 +33,15 @@ from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skip
 from cfsp.engine.whole import fits
 from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.planning.removal import NEEDS_PREDICTIONS, check_can_go, first_removals
-from cfsp.planning.removal_budget import (
-    RemovalBudget,
-    RemovedWhole,
-    counts_in_words,
-    whole_in_words,
-)
+from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
-from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
-from cfsp.whole_model.divergence import can_resume, dense_predictions, few_beginnings
-from cfsp.whole_model.load import call_form_of, load_whole
-from cfsp.whole_model.masks import without_attention
+from cfsp.selection.by_statistics import NEEDS_PREDICTIONS, check_can_go
+from cfsp.selection.divergence import can_resume, dense_predictions, few_beginnings
+from cfsp.selection.drop_budget import DropBudget, drops_in_words
+from cfsp.selection.load import call_form_of, load_whole
+from cfsp.selection.masks import without_attention
+from cfsp.settings import AUTO_METRIC, DIVERGENCE, WHOLE_PARTS
+from cfsp.text.windows import check_is_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,20 +51,22 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
-    from cfsp.planning.removal_budget import Candidate, WholeSizes
-    from cfsp.settings import Budget, Criterion, PruneSettings
+    from cfsp.planning.candidate import DropSizes
+    from cfsp.selection.divergence import DensePredictions
+    from cfsp.settings import Budget
     from cfsp.text.windows import Windows
-    from cfsp.whole_model.divergence import DensePredictions
 
 _WINDOWS_IN_BATCH = 4
+# How many are tried again before one goes.
+_TRIED_AGAIN = 4
 
 
 def order_of_removal(
     source: WeightSource,
     model: PreTrainedModel,
     tokens_NT: Tensor,
-    wanted: Sequence[RemovalBudget],
-    check: Callable[[RemovedWhole], None],
+    wanted: Sequence[DropBudget],
+    check: Callable[[Dropped], None],
     on_removal: Callable[[], object] = lambda: None,
 ) -> list[Removal]:
     """Return the blocks that go, or whose attentions do, in the order in which they are chosen.
@@ -84,22 +83,27 @@ def order_of_removal(
         BudgetError: less goes than is wanted.
         UnsupportedModelError: the model cannot do without any of those that are left.
     """
-    sizes = wanted[0].sizes
-    among = WHOLE_PARTS if sizes.block_of and sizes.attention_of else ()
+    sizes, parts = wanted[0].sizes, wanted[0].parts
+    among = parts if len(parts) > 1 else ()
     removed: list[Removal] = []
-    gone, divergence = RemovedWhole(), 0.0
-    refusals: dict[Candidate, UnsupportedModelError] = {}
+    gone, divergence = NOTHING, 0.0
+    refusals: dict[Droppable, UnsupportedModelError] = {}
     # What each added to the divergence when it was last tried.
-    added: dict[Candidate, float] = {}
+    added: dict[Droppable, float] = {}
     with torch.inference_mode():
         skipping = _SkippingModel.of(source, model, tokens_NT)
         while True:
             left = _room(wanted, gone) - refusals.keys()
-            fresh: set[Candidate] = set()
+            fresh: set[Droppable] = set()
+            again = 0
             best = None
             while left and best is None:
-                cheapest = _cheapest(left, added, sizes, gone)
+                tried = left & fresh
+                cheapest = _cheapest(
+                    tried if tried and again >= _TRIED_AGAIN else left, added, sizes, gone
+                )
                 if cheapest not in fresh:
+                    again += cheapest in added
                     added[cheapest] = skipping.divergence_without(gone, cheapest) - divergence
                     fresh.add(cheapest)
                     continue
@@ -119,85 +123,74 @@ def order_of_removal(
             on_removal()
             skipping.remove(gone)
     if not all(each.is_met_by(gone) for each in wanted):
-        blocks, attentions = len(gone.blocks), len(gone.attentions)
-        whole = f"{counted(blocks, 'blocks')} and {counted(attentions, 'attentions')}"
         raise next(
             iter(refusals.values()),
-            BudgetError(f"of {source.label} no more than {whole} can go together; remove less"),
+            BudgetError(
+                f"of {source.label} no more than {gone.in_words or 'nothing'} can go together; "
+                "remove less"
+            ),
         )
     return removed
 
 
-def _room(wanted: Sequence[RemovalBudget], gone: RemovedWhole) -> set[Candidate]:
+def _room(wanted: Sequence[DropBudget], gone: Dropped) -> set[Droppable]:
     """Return what may go next for one of the budgets."""
     return {
-        candidate
-        for candidate in wanted[0].sizes.candidates(gone)
-        if any(each.has_room_for(gone, candidate) for each in wanted)
+        droppable
+        for droppable in wanted[0].sizes.droppable(gone)
+        if any(each.has_room_for(gone, droppable) for each in wanted)
     }
 
 
 def _cheapest(
-    left: Collection[Candidate],
-    added: Mapping[Candidate, float],
-    sizes: WholeSizes,
-    gone: RemovedWhole,
-) -> Candidate:
+    left: Collection[Droppable],
+    added: Mapping[Droppable, float],
+    sizes: DropSizes,
+    gone: Dropped,
+) -> Droppable:
     """Return what adds the least for each parameter that goes with it, or was not tried yet."""
 
-    def price(candidate: Candidate) -> float:
-        share = sizes.parameters_with(gone, candidate) / sizes.largest
-        return added.get(candidate, -math.inf) / share
+    def price(droppable: Droppable) -> float:
+        share = sizes.parameters_with(gone, droppable) / sizes.largest
+        return added.get(droppable, -math.inf) / share
 
     return min(sorted(left), key=price)
 
 
-def follow_divergence(source: WeightSource, criterion: Criterion, engine: Engine) -> bool:
+def follow_divergence(source: WeightSource, removal: str, engine: Engine) -> bool:
     """Return whether blocks or attentions go by what the predictions lose.
 
-    Where the criterion is `auto`, they do if the whole model fits into memory.
+    Where the choice is `auto`, they do if the whole model fits into memory.
     """
-    if criterion.removal == AUTO_METRIC:
-        return fits(source, engine)
-    return criterion.removal == DIVERGENCE
+    return fits(source, engine) if removal == AUTO_METRIC else removal == DIVERGENCE
 
 
 def check_can_be_compared(
-    source: WeightSource, settings: Sequence[PruneSettings], engine: Engine
+    source: WeightSource, budget: Budget, removal: str, engine: Engine
 ) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose.
 
     Raises:
         UsageError: it does not.
     """
-    for each in settings:
-        budget = each.budget
-        compares = budget.whole_parts == WHOLE_PARTS or budget.leaves_number_open
-        if not compares or follow_divergence(source, each.criterion, engine):
-            continue
-        if budget.whole_parts == WHOLE_PARTS:
-            raise UsageError(NEEDS_PREDICTIONS)
-        raise UsageError(
-            f"--parts {','.join(budget.parts)} tries how many {whole_in_words(budget)} should go, "
-            f"which requires the whole model in memory; say how many with {counts_in_words(budget)}"
-        )
-
-
-def follow_runs(source: WeightSource, settings: Sequence[PruneSettings], engine: Engine) -> bool:
-    """Return whether some blocks go by how far runs of them turn the hidden state."""
-    return any(
-        each.budget.removes_blocks
-        and each.criterion.removal in (AUTO_METRIC, RUNS)
-        and not follow_divergence(source, each.criterion, engine)
-        for each in settings
+    if not budget.whole_parts or len(budget.parts) == 1:
+        return
+    if follow_divergence(source, removal, engine):
+        return
+    if budget.whole_parts == WHOLE_PARTS:
+        raise UsageError(NEEDS_PREDICTIONS)
+    raise UsageError(
+        f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
+        "should go, which requires the whole model in memory; prune one part, then another of "
+        "the result"
     )
 
 
-def with_needed_removals(
+def with_order(
     source: WeightSource,
     statistics: Statistics,
     windows: Windows,
-    settings: Sequence[PruneSettings],
+    wanted: Sequence[DropBudget],
     engine: Engine,
     place: Workplace,
 ) -> Statistics:
@@ -209,36 +202,27 @@ def with_needed_removals(
         source: the model.
         statistics: of its calibration.
         windows: the calibration text, of which the beginnings of a few are read.
-        settings: how much to remove, and by what, in one way or several.
+        wanted: how much goes by what the predictions lose, in one way or several.
         engine: where and in what to compute.
         place: where the choice is kept.
 
     Raises:
         BudgetError: the budget can't be met.
-        UsageError: the model does not fit into memory.
+        UsageError: the model does not fit into memory, or the windows have images.
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
-    removing = [
-        each
-        for each in settings
-        if each.budget.whole_parts and first_removals(source, statistics, each.budget) is None
-    ]
-    if not removing:
+    missing = [each for each in wanted if each.first(statistics.removals_of(each.parts)) is None]
+    if not missing:
         return statistics
-    needed = {each.budget.whole_parts for each in removing}
+    needed = {each.parts for each in missing}
 
     def measure() -> dict[str, Any]:
         removals: list[Removal] = []
         for parts in sorted(needed):
-            budgets = [
-                each.budget
-                for each in removing
-                if each.budget.whole_parts == parts
-                and follow_divergence(source, each.criterion, engine)
-            ]
-            if budgets:
-                with place.watch.stage("order of removal"):
-                    removals += measure_removals(source, windows, budgets, engine)
+            check_is_text(windows, f"--parts {','.join(parts)}")
+            with place.watch.stage("order of removal"):
+                budgets = [each for each in missing if each.parts == parts]
+                removals += measure_order(source, windows, budgets, engine)
         return {"removals": [each.to_json() for each in removals]}
 
     # Other windows would be another choice.
@@ -249,28 +233,27 @@ def with_needed_removals(
     return replace(statistics, removals=(*others, *measured))
 
 
-def measure_removals(
-    source: WeightSource, windows: Windows, budgets: Sequence[Budget], engine: Engine
+def measure_order(
+    source: WeightSource, windows: Windows, wanted: Sequence[DropBudget], engine: Engine
 ) -> list[Removal]:
     """Return what goes, in the order in which it is chosen, on a little of the text.
 
     Args:
         source: the model.
         windows: the calibration text.
-        budgets: how much goes, in one way or several; of the same part.
+        wanted: how much goes, in one way or several; of the same part.
         engine: where and in what to compute.
 
     Raises:
         UsageError: the model does not fit into memory.
         UnsupportedModelError: the model cannot do without enough of its blocks.
     """
-    wanted = [RemovalBudget.of(source, budget) for budget in budgets]
-    if not _room(wanted, RemovedWhole()):
+    if not _room(wanted, NOTHING):
         return []
-    what = whole_in_words(budgets[0])
+    what = drops_in_words(wanted[0].parts)
     few = few_beginnings(windows)
     model = load_whole(source, engine, f"choosing the {what} that go")
-    gone, about = RemovedWhole(), 0
+    gone, about = NOTHING, 0
     while room := _room(wanted, gone):
         gone, about = gone.plus(max(room)), about + 1
     with item_progress(f"choosing {what}", about, "removal") as bar:
@@ -292,7 +275,7 @@ class _SkippingModel:
         self._blocks, self._attentions = blocks, attentions
         self._model, self._form, self._dense = model, form, dense
         self._entering: list[list[Tensor]] = []
-        self.remove(RemovedWhole())
+        self.remove(NOTHING)
         self._resumes = can_resume(model, blocks, self._entering[0][-1], form, dense[0])
 
     @staticmethod
@@ -306,7 +289,7 @@ class _SkippingModel:
         return _SkippingModel(model, blocks, form, dense, attentions)
 
     @contextmanager
-    def _without(self, gone: RemovedWhole) -> Iterator[None]:
+    def _without(self, gone: Dropped) -> Iterator[None]:
         """Let the model run without these."""
         with ExitStack() as stack:
             for block in gone.attentions:
@@ -315,7 +298,7 @@ class _SkippingModel:
             stack.enter_context(skipped(self._blocks, gone.blocks, self._form))
             yield
 
-    def remove(self, gone: RemovedWhole) -> None:
+    def remove(self, gone: Dropped) -> None:
         """Note what enters every block when some are gone."""
         self._entering = []
         for dense in self._dense:
@@ -323,7 +306,7 @@ class _SkippingModel:
                 dense.divergence(self._model)
             self._entering.append(entering_L)
 
-    def divergence_without(self, gone: RemovedWhole, candidate: Candidate) -> float:
+    def divergence_without(self, gone: Dropped, candidate: Droppable) -> float:
         """Return KL(dense || without these); infinite where the model does not run.
 
         Args:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
-    from cfsp.planning.removal_budget import RemovedWhole
+    from cfsp.planning.candidate import Dropped
     from cfsp.settings import Budget, Part, Phase
 
 WORKLOAD = Workload()
@@ -78,14 +78,14 @@ class Latencies:
     conditions: dict[str, Any]
 
     def speedup(
-        self, units: Sequence[Unit], kept_U: Sequence[int], removed: RemovedWhole, blocks: int
+        self, units: Sequence[Unit], kept_U: Sequence[int], dropped: Dropped, blocks: int
     ) -> float:
         """Return how many times faster a model is that keeps this of every unit and these blocks.
 
         Args:
             units: of the model.
             kept_U: channels, or KV groups, that each keeps.
-            removed: what goes whole.
+            dropped: what goes whole.
             blocks: how many there are.
         """
         before = {
@@ -94,14 +94,14 @@ class Latencies:
         after = {
             part: [
                 # What a block saves is measured whole.
-                unit.width if unit.block in removed.blocks else kept
+                unit.width if unit.block in dropped.blocks else kept
                 for unit, kept in zip(units, kept_U, strict=True)
                 if unit.part == part
             ]
             for part in before
         }
         return self._time({**before, "blocks": [blocks]}) / self._time(
-            {**after, "blocks": [blocks - len(removed.blocks)]}
+            {**after, "blocks": [blocks - len(dropped.blocks)]}
         )
 
     def _time(self, kept: Mapping[str, Sequence[int]]) -> float:

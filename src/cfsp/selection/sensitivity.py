@@ -29,10 +29,10 @@ from cfsp.engine.workplace import kept
 from cfsp.errors import CalibrationError
 from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
+from cfsp.selection.divergence import can_resume, dense_predictions, few_beginnings
+from cfsp.selection.load import call_form_of, load_whole
+from cfsp.selection.masks import masked_unit
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
-from cfsp.whole_model.divergence import can_resume, dense_predictions, few_beginnings
-from cfsp.whole_model.load import call_form_of, load_whole
-from cfsp.whole_model.masks import masked_unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
-    from cfsp.settings import Criterion, Part, PruneSettings
+    from cfsp.job import Job
+    from cfsp.settings import Criterion, Part
     from cfsp.text.windows import Windows
 
 # Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
@@ -59,7 +59,7 @@ def block_sensitivities(
 ) -> dict[Part, list[float]]:
     """Return how far pruning a part of each block alone moves the predictions, in nats per token.
 
-    KL(dense || one block pruned), the mean over tokens; see `cfsp.whole_model.divergence`. All
+    KL(dense || one block pruned), the mean over tokens; see `cfsp.selection.divergence`. All
     units of one part of a block are pruned together; a block without any moves nothing.
 
     Args:
@@ -113,21 +113,15 @@ def follow_sensitivity(
     return not has_images and fits(source, engine)
 
 
-def with_needed_sensitivity(
-    source: WeightSource,
-    statistics: Statistics,
-    windows: Windows,
-    settings: PruneSettings,
-    engine: Engine,
-    place: Workplace,
-) -> Statistics:
+def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) -> Statistics:
     """Add the sensitivity of blocks where widths follow it, of the parts that may lose channels.
 
     Statistics that have it stay as they are. A killed run goes on with what it had measured, or had
     decided not to measure: there may be another amount of memory now. Of several processes the
     first decides and measures.
     """
-    criterion, parts = settings.criterion, {"ffn", *settings.budget.channel_parts}
+    source, engine, place = job.source, job.engine, job.place
+    criterion, parts = job.criterion, {"ffn", *job.budget.channel_parts}
     if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
         return statistics
 

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import ModelSize
 from cfsp.settings import Budget
 
-# Half a percent of the FFN channels.
+# Half a percent of the channels.
 STEPS = 200
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One sparsity that was tried.
+
+    Attributes:
+        sparsity: fraction that goes: of the channels of what stays or, where none may go, of the
+            parameters of all that may go whole.
+        parameters: of the model that would be left.
+        value: what is bounded: loss increase in nats per token, or predicted speed-up.
+        fits: whether the bound holds.
+    """
+
+    sparsity: float
+    parameters: int
+    value: float
+    fits: bool
 
 
 def highest_step(size: ModelSize, budget: Budget) -> int:
@@ -30,9 +48,9 @@ def highest_step(size: ModelSize, budget: Budget) -> int:
     return highest
 
 
-def budget_at(step: int, budget: Budget) -> Budget:
-    """Return a budget at one step, in the widths of another."""
-    return replace(budget, sparsity=step / STEPS, of="ffn")
+def sparsity_at(step: int) -> float:
+    """Return the sparsity of a step."""
+    return step / STEPS
 
 
 def last_that_holds(highest: int, holds: Callable[[int], bool]) -> int:
