@@ -39,8 +39,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         type=Path,
         metavar="FILE",
         help="model, texts, methods and all that is measured, as TOML, as --out has one; a method "
-        "is a table there: name, block_metric, channel_metric, clamp, repair, multiple, parts, "
-        "remove_blocks, remove_attentions, remove_experts, removal",
+        "is a table there: name, block_metric, channel_metric, clamp, repair, multiple, widths, "
+        "parts, remove_blocks, remove_attentions, remove_experts, removal",
     )
     parser.add_argument(
         "--keep-weights", action="store_true", help="keep the pruned models, not only their plans"
