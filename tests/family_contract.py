@@ -34,8 +34,8 @@ from cfsp.settings import (
     PruneSettings,
     Text,
 )
-from cfsp.whole_model.load import call_form_of
-from cfsp.whole_model.masks import masked_unit
+from cfsp.selection.load import call_form_of
+from cfsp.selection.masks import masked_unit
 from stock import Question, computed
 
 SPARSITY = 0.4

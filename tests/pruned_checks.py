@@ -21,7 +21,7 @@ from cfsp.cli import main
 from cfsp.engine.resumed_forward import skipped
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.whole_model.load import call_form_of
+from cfsp.selection.load import call_form_of
 from family_contract import question_of, save_with_tokenizer
 from forks import Forks, Job
 from stock import Answer

@@ -14,7 +14,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
 from cfsp.engine.workplace import remove_finished_work
-from cfsp.goals.loss import held_out_windows
+from cfsp.selection.loss import held_out_windows
 from cfsp.pipeline import check_all_texts, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count

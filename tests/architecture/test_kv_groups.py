@@ -26,7 +26,7 @@ from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, Part
-from cfsp.whole_model.masks import masked_channels
+from cfsp.selection.masks import masked_channels
 from family_contract import (
     save_with_tokenizer,
 )

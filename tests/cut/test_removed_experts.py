@@ -42,7 +42,7 @@ from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings
-from cfsp.whole_model.masks import masked_channels
+from cfsp.selection.masks import masked_channels
 from family_contract import (
     SAMPLES,
     SEQLEN,

@@ -33,7 +33,7 @@ from cfsp.result.repair_steps import steps_in_words
 from cfsp.settings import Budget, CalibrationText, Criterion, LocalTraining, PruneSettings
 from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
-from cfsp.whole_model.sensitivity import with_sensitivity
+from cfsp.selection.sensitivity import with_sensitivity
 from tiny_models import build_tiny_model
 
 ENGINE = Engine(torch.device("cpu"), torch.float32, 4)

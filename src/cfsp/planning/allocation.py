@@ -141,8 +141,8 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     if kept < least - min(map(_times, multiple_U, size.cost_U)) / 2:
         raise BudgetError(
             f"cannot remove {budget.sparsity:.1%} of the {channels_in_words(budget.parts)}: with "
-            f"at least {least_in_words(multiple_U, size)}, between 0 and {1 - least / total:.1%} can be "
-            "removed"
+            f"at least {least_in_words(multiple_U, size)}, between 0 and {1 - least / total:.1%} "
+            "can be removed"
         )
     return kept
 

@@ -43,8 +43,11 @@ class Constraint:
 
     # Of the goal, as its option is called; empty of a share of one part.
     name: ClassVar[str] = ""
-    # Whether statistics of all the text come before any candidate.
-    needs_statistics: ClassVar[bool] = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether statistics of all the text come before any candidate."""
+        return False
 
     def check(self) -> None:
         """Check before a forward pass that it can be met.

@@ -86,7 +86,7 @@ class CacheFraction(Constraint):
     name = "target_kv_cache"
 
     @property
-    def needs_statistics(self) -> bool:  # type: ignore[override]
+    def needs_statistics(self) -> bool:
         """Whether what goes follows from a plan alone."""
         return not self.cache.is_even or len(self.budget.parts) > 1
 

@@ -51,7 +51,11 @@ class LossIncrease(Constraint):
     found: dict[str, Any] = field(default_factory=dict)
 
     name = "max_loss_increase"
-    needs_statistics = True
+
+    @property
+    def needs_statistics(self) -> bool:
+        """They are what plans are made from."""
+        return True
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits.
@@ -59,7 +63,7 @@ class LossIncrease(Constraint):
         Raises:
             BudgetError: not even the smallest does.
         """
-        self.found |= kept(self.place, "loss", lambda: self._measured(planner, tuple(parts)))
+        self.found.update(kept(self.place, "loss", lambda: self._measured(planner, tuple(parts))))
         return float(self.found["sparsity"])
 
     def facts(self) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
     one part, one share        one candidate, nothing is compared
     blocks or attentions       as many of their order as are enough
-    channels beside these      for each number of what is dropped, the share of channels that is left
+    channels beside these      for each number of what is dropped, the share of channels left over
 
-Of several candidates all that may be best are masked, the few that are worth it repaired on a little
-text, and of these the nearest to the dense model is taken.
+Of several candidates all that may be best are masked, the few that are worth it repaired on a
+little text, and of these the nearest to the dense model is taken.
 """
 
 from __future__ import annotations

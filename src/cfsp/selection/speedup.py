@@ -14,6 +14,7 @@ from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
 from cfsp.planning.widths import model_size
 from cfsp.selection.bisection import Attempt, highest_step, last_that_holds, sparsity_at
 from cfsp.selection.constraint import Constraint
+from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.latency import Latencies, measure_latencies, most_speedup
 from cfsp.speed import Conditions
 
@@ -104,7 +105,21 @@ class Speedup(Constraint):
     tried: list[Attempt] = field(default_factory=list)
 
     name = "target_speedup"
-    needs_statistics = True
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it depends on a plan: not where one part goes whole."""
+        return not self._is_one_whole_part
+
+    @property
+    def _is_one_whole_part(self) -> bool:
+        return len(self.budget.parts) == 1 and bool(self.budget.whole_parts)
+
+    def to_drop(self) -> DropBudget:
+        """Return how many are enough of one part, whichever go; of several, half."""
+        if not self._is_one_whole_part:
+            return super().to_drop()
+        return DropBudget.of_count(self.source, self.budget.whole_parts[0], self._fewest)
 
     @cached_property
     def latencies(self) -> Latencies:
@@ -122,17 +137,16 @@ class Speedup(Constraint):
         Raises:
             BudgetError: all are not.
         """
+        if self._is_one_whole_part:
+            return Dropped.of(order)
         for count in range(1, len(order) + 1):
             if self._is_met_without(dropped := Dropped.of(order[:count])):
                 return dropped
         raise self.too_much()
 
-    def fewest(self) -> int:
-        """Return how many blocks, or attentions, are enough, whichever go.
-
-        Raises:
-            BudgetError: all but one are not.
-        """
+    @cached_property
+    def _fewest(self) -> int:
+        """How many blocks, or attentions, are enough, whichever go."""
         dropped = NOTHING
         droppable = DropSizes.of(self.source, self.budget.whole_parts).droppable(dropped)
         for count, each in enumerate(droppable[:-1], 1):

@@ -20,26 +20,26 @@ import torch
 from cfsp.calibration.calibrate import observe_part
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
+from cfsp.decide import COARSE_WINDOWS
 from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.engine.memory import available_bytes, default_budget
 from cfsp.engine.whole import needed_bytes
-from cfsp.planning.numbers_to_try import parameters_to_go
-from cfsp.repair.ladder import COARSE_WINDOWS
 from cfsp.repair.observation import Observation
 from cfsp.repair.ridge import LAMBDAS
 from cfsp.repair.ridge_pass import gram_bytes
-from cfsp.settings import DEFAULT_SAMPLES
-from cfsp.speed.work import work_of
-from cfsp.speed.workload import Workload
-from cfsp.text.pools import sources_drawn
-from cfsp.text.windows import Windows
-from cfsp.whole_model.divergence import (
+from cfsp.selection.constraint import parameters_to_go
+from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
     POSITION_STRIDE,
     prediction_bytes,
     windows_compared,
 )
-from cfsp.whole_model.sensitivity import follow_sensitivity
+from cfsp.selection.sensitivity import follow_sensitivity
+from cfsp.settings import DEFAULT_SAMPLES
+from cfsp.speed.work import work_of
+from cfsp.speed.workload import Workload
+from cfsp.text.pools import sources_drawn
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -307,10 +307,6 @@ def _stages(
         stages.append(one_pass("sensitivity", tokens / seqlen * passes))
     if settings.repair != "none":
         stages += [one_pass("ridge", windows, 1.0), solve("solve", stays)]
-    if settings.repair == "sequential":
-        # The dense stream passes once, the pruned twice: to be observed, and with its repair.
-        stages.append(one_pass("sequential", windows * (1 + 2 * stays), stays**2))
-        stages.append(solve("solve again", stays))
     stages.append(Stage("cut", 0.0, checkpoint, 2 * checkpoint * measured.read))
     return stages
 
@@ -326,10 +322,9 @@ def _solve_flop(kept: int, width: int, hidden: int) -> float:
 
 
 def _hidden_bytes(source: WeightSource, settings: PruneSettings, engine: Engine) -> int:
-    streams = 2 if settings.repair == "sequential" else 1
     hidden = int(text_config_of(source.config).hidden_size)
     tokens = _windows(settings) * settings.text.seqlen
-    return streams * tokens * hidden * engine.dtype.itemsize
+    return tokens * hidden * engine.dtype.itemsize
 
 
 def _memory_bytes(source: WeightSource, settings: PruneSettings, engine: Engine) -> int:

@@ -19,7 +19,6 @@ from cfsp.settings import (
     DEFAULT_TEXT,
     Bos,
     Budget,
-    BudgetOf,
     CalibrationText,
     Compute,
     Criterion,
@@ -76,7 +75,6 @@ class Recipe:
         sparsity: fractions to remove.
         methods: how to prune: a name and options of prune by theirs; in a file also a name alone
             (`cfsp.sweep.methods.method_named`).
-        of: what the fractions are of, as for prune.
         multiple: widths become multiples of this, whatever the method; None for its own choice.
         data: calibration texts.
         samples: calibration windows in all.
@@ -99,7 +97,6 @@ class Recipe:
     model: str
     sparsity: tuple[float, ...]
     methods: tuple[Method, ...] = (METHODS["cfsp"],)
-    of: BudgetOf = Budget.of
     multiple: int | None = None
     data: tuple[str, ...] = (DEFAULT_TEXT,)
     samples: int | None = None
@@ -178,7 +175,7 @@ class Recipe:
         """
         given = {key: each for key, each in vars(self).items() if each is not None}
         return PruneSettings(
-            from_names(Budget, {**method, **given}, sparsity=sparsity),
+            from_names(Budget, {**method, **given}, sparsity=sparsity).for_goal(None),
             from_names(Criterion, method),
             from_names(CalibrationText, given, seed=seed),
             compute,

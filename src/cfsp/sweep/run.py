@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,22 @@ from cfsp.checkpoint.output import (
     write_atomically,
 )
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.decide import follow_runs
 from cfsp.engine.compute import engine_of
 from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
-from cfsp.planning.numbers_to_try import whole_alone
 from cfsp.progress import item_progress
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluate_models, evaluation_windows
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
-from cfsp.repair.ladder import check_budget, check_can_be_repaired
+from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.selection.constraint import Share
+from cfsp.selection.drop_order import follow_divergence
+from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import Compute, EvaluationText, Part
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.measuring import PHASES
@@ -50,8 +53,6 @@ from cfsp.text.drawing import draw_text
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from cfsp.whole_model.removal_order import check_can_be_compared
-from cfsp.whole_model.sensitivity import follow_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +179,7 @@ def _check(sweep: _Sweep) -> None:
     tokenizer = load_tokenizer(source.directory)
     for point in sweep.points:
         own = sweep.source_of(point)
-        check_budget(own, point.settings.budget)
-        check_can_be_compared(own, [point.settings], engine)
+        Share(own, point.settings.budget).check()
         check_can_be_repaired(own, point.settings)
     evaluation_windows(sweep.recipe.evaluation, source)
     if sweep.tasks is not None:
@@ -223,7 +223,7 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
                 has_images=windows.has_images,
             )
             for each in settings
-            if each.budget.removes_channels
+            if each.budget.channel_parts
         )
 
     with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
@@ -234,7 +234,13 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
             compute,
             place,
             sensitivity=needs_sensitivity,
-            removing=[replace(each, budget=whole_alone(source, each.budget)) for each in settings],
+            wanted=[
+                Share(source, each.budget).to_drop()
+                for each in settings
+                if each.budget.whole_parts
+                and follow_divergence(source, each.criterion.removal, engine)
+            ],
+            runs=any(follow_runs(source, each, engine) for each in settings),
         )
         found.save(path)
     return Statistics.load(path)

@@ -28,7 +28,7 @@ from cfsp.planning.widths import model_size
 from cfsp.repair import ladder
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.whole_model import sensitivity
-from cfsp.whole_model.load import load_whole
+from cfsp.selection.load import load_whole
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8
@@ -151,7 +151,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
     monkeypatch.setattr(
-        "cfsp.whole_model.load.load", lambda *args, **kwargs: pytest.fail("it was read")
+        "cfsp.selection.load.load", lambda *args, **kwargs: pytest.fail("it was read")
     )
     source = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):

@@ -16,8 +16,8 @@ from cfsp.repair.trial import FITTED_WINDOWS, apart, divergence_when_repaired
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from cfsp.whole_model.divergence import dense_predictions, few_beginnings
-from cfsp.whole_model.masks import masked_channels
+from cfsp.selection.divergence import dense_predictions, few_beginnings
+from cfsp.selection.masks import masked_channels
 from tiny_decoders import tiny_model
 
 

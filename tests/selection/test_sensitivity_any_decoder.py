@@ -8,9 +8,9 @@ import torch
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import resumed_at
-from cfsp.whole_model.divergence import dense_predictions
-from cfsp.whole_model.masks import masked_channels
-from cfsp.whole_model.sensitivity import block_sensitivities
+from cfsp.selection.divergence import dense_predictions
+from cfsp.selection.masks import masked_channels
+from cfsp.selection.sensitivity import block_sensitivities
 from tiny_decoders import tiny_model
 
 
@@ -29,7 +29,7 @@ def test_each_block_is_masked_alone(name: str, monkeypatch: pytest.MonkeyPatch) 
         starts.append(first)
         return resumed_at(blocks, first, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("cfsp.whole_model.sensitivity.resumed_at", noted)
+    monkeypatch.setattr("cfsp.selection.sensitivity.resumed_at", noted)
     found_L = block_sensitivities(source, model, tokens_NT, kept_U)["ffn"]
     count = len(blocks_of(model, source.architecture))
     with_units = sorted({unit.block for unit in source.units})

@@ -17,8 +17,8 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.settings import Budget
-from cfsp.whole_model.divergence import dense_predictions
-from cfsp.whole_model.masks import without_attention
+from cfsp.selection.divergence import dense_predictions
+from cfsp.selection.masks import without_attention
 from cfsp.whole_model.removal_order import order_of_removal
 from tiny_decoders import tiny_model
 

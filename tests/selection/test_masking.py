@@ -14,7 +14,7 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.text.windows import Windows
-from cfsp.whole_model.masks import masked_channels, masked_loss
+from cfsp.selection.masks import masked_channels, masked_loss
 from tiny_models import TINY_CONFIGS, VOCABULARY, build_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
