@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +16,12 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.engine.compute import engine_of
+from cfsp.engine.workplace import Workplace
+from cfsp.job import Job
 from cfsp.planning.fine import FFNWeights
-from cfsp.settings import DISTANCES
+from cfsp.settings import DISTANCES, PruneSettings
 
 RECORD = CalibrationRecord(
     model="tiny",
@@ -86,3 +92,20 @@ def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Stat
         ],
         RECORD,
     )
+
+
+def never() -> Any:
+    """Be what is not to be called."""
+    raise AssertionError("this is not needed")
+
+
+def job_of(
+    source: WeightSource,
+    settings: PruneSettings,
+    draw: Any = never,
+    *,
+    place: Workplace | None = None,
+) -> Job:
+    """Return a job on given windows, at a place that nothing resumes from."""
+    engine = engine_of(settings.compute, source)
+    return Job(source, settings, never, draw, engine, place or Workplace(Path()))

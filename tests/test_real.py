@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cfsp.whole_model import divergence
 
 import cfsp
 from cfsp import pipeline
@@ -21,7 +22,6 @@ from cfsp.cli import main
 from cfsp.repair import ladder
 from cfsp.repair.repaired import Repaired
 from cfsp.settings import REPAIRS
-from cfsp.whole_model import divergence
 
 pytestmark = pytest.mark.real
 

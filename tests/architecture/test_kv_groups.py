@@ -25,8 +25,8 @@ from cfsp.errors import BudgetError, CfspError, StatisticsError, UnsupportedMode
 from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import Budget, Part
 from cfsp.selection.masks import masked_channels
+from cfsp.settings import Budget, Part
 from family_contract import (
     save_with_tokenizer,
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
+from cfsp.whole_model import removal_order
 
 import cfsp
 from cfsp.calibration.statistics import Statistics
@@ -17,9 +19,7 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_o
 from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
-from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
 from cfsp.settings import Budget
-from cfsp.whole_model import removal_order
 from family_contract import save_with_tokenizer
 from forks import Forks
 from pruned_checks import (

@@ -41,8 +41,8 @@ from cfsp.report.write import write_report
 from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
-from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings
 from cfsp.selection.masks import masked_channels
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings
 from family_contract import (
     SAMPLES,
     SEQLEN,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.goals import speedup
+from cfsp.goals.latency import Curve, Latencies
 from safetensors.torch import load_file
 
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.engine.pass_state import PassState
-from cfsp.goals import speedup
-from cfsp.goals.latency import Curve, Latencies
 from cfsp.settings import REPAIRS
 from commands import Command, Commands, ranks
 from forks import Forks, Job

@@ -30,10 +30,10 @@ from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
 from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.repair_steps import steps_in_words
+from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import Budget, CalibrationText, Criterion, LocalTraining, PruneSettings
 from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
-from cfsp.selection.sensitivity import with_sensitivity
 from tiny_models import build_tiny_model
 
 ENGINE = Engine(torch.device("cpu"), torch.float32, 4)

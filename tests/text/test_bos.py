@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.goals.loss import held_out_windows
 from tokenizers.processors import TemplateProcessing
 
 from cfsp.calibration.statistics import Statistics
@@ -17,7 +18,6 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.goals.loss import held_out_windows
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
