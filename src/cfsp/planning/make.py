@@ -103,9 +103,7 @@ class Planner:
         """Return the plan that widths and channels amount to, and what goes whole."""
         source, statistics = self.source, self.statistics
         parts = tuple(
-            part
-            for part in self.budget.parts
-            if part in candidate.parts or part not in UNIT_PARTS
+            part for part in self.budget.parts if part in candidate.parts or part not in UNIT_PARTS
         )
         size = model_size(source)
         has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
