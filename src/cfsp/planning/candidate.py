@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.keep import kept_by
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
@@ -119,33 +120,38 @@ class DropSizes:
     Attributes:
         block_of: those of blocks, with their attentions; empty where blocks may not go.
         attention_of: those of attentions; empty where attentions may not go by themselves.
+        total: those of all blocks, or of all attentions where blocks may not go.
+        some_stay: whether some of these were told to stay.
     """
 
     block_of: Mapping[int, int]
     attention_of: Mapping[int, int]
+    total: int
+    some_stay: bool = False
 
     @staticmethod
-    def of(source: WeightSource, parts: Sequence[WholePart]) -> DropSizes:
-        """Return the sizes of a model's blocks, attentions, or both."""
-        return DropSizes(
-            dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {},
-            parameters_of_attentions(source) if "attention" in parts else {},
+    def of(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str] = ()) -> DropSizes:
+        """Return the sizes of a model's blocks, attentions, or both, but for what is to stay."""
+        blocks = dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {}
+        attentions = parameters_of_attentions(source) if "attention" in parts else {}
+        stay = kept_by(source, keep).blocks
+        block_of, attention_of = (
+            {block: size for block, size in of.items() if block not in stay}
+            for of in (blocks, attentions)
         )
-
-    @cached_property
-    def total(self) -> int:
-        """The parameters of all that may go."""
-        return sum((self.block_of or self.attention_of).values())
+        total = sum((blocks or attentions).values())
+        return DropSizes(block_of, attention_of, total, bool(stay))
 
     @cached_property
     def most(self) -> int:
-        """The parameters of all but the smallest, which stays."""
-        return self.total - min((self.block_of or self.attention_of).values())
+        """The parameters of all that may go but the smallest, which stays where no other does."""
+        sizes = list((self.block_of or self.attention_of).values())
+        return sum(sizes) - (0 if self.some_stay else min(sizes, default=0))
 
     @cached_property
     def largest(self) -> int:
         """The parameters of the largest that may go."""
-        return max((self.block_of or self.attention_of).values())
+        return max((self.block_of or self.attention_of).values(), default=0)
 
     def droppable(self, dropped: Dropped) -> list[Droppable]:
         """Return what may go next, in a definite order."""
@@ -160,7 +166,7 @@ class DropSizes:
         """Return whether a block stays, and an attention where these may go by themselves."""
         staying = self.attention_of.keys() - {*dropped.blocks, *dropped.attentions}
         has_block = not self.block_of or len(dropped.blocks) < len(self.block_of)
-        return has_block and (not self.attention_of or bool(staying))
+        return self.some_stay or (has_block and (not self.attention_of or bool(staying)))
 
     def parameters(self, dropped: Dropped) -> int:
         """Return how many parameters go with blocks and attentions."""

@@ -143,6 +143,7 @@ class Planner:
                 # Of which all new FFN widths are multiples.
                 "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(self.budget)) or 1,
                 **({} if parts == DEFAULT_PARTS else {"parts": list(parts)}),
+                **({"keep": list(self.budget.keep)} if self.budget.keep else {}),
             },
             calibration=asdict(statistics.record),
             units=tuple(units),

@@ -13,6 +13,7 @@ from cfsp.checkpoint.reading import WeightSource, ffn_parameters_per_channel, pa
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
 from cfsp.planning.coarse import importance_of_units
+from cfsp.planning.keep import kept_by
 from cfsp.settings import (
     AUTO_METRIC,
     DIVERGENCE,
@@ -28,13 +29,17 @@ from cfsp.settings import (
 EXPERTS_GRAIN = 8
 
 
-def model_size(source: WeightSource, dropped: Dropped = NOTHING) -> ModelSize:
+def model_size(
+    source: WeightSource, dropped: Dropped = NOTHING, keep: Sequence[str] = ()
+) -> ModelSize:
     """Return the numbers of a model that budgets of channels are about.
 
     Args:
         source: the model.
         dropped: what goes whole, which does not count.
+        keep: what is to keep all its channels (`cfsp.planning.keep`).
     """
+    stays = kept_by(source, keep).units
     gone = DropSizes.of(source, dropped.parts).parameters(dropped) if dropped else 0
     return ModelSize(
         units=tuple(
@@ -44,8 +49,11 @@ def model_size(source: WeightSource, dropped: Dropped = NOTHING) -> ModelSize:
                 kind=unit.path,
                 grain=EXPERTS_GRAIN if unit.routed else 1,
                 part=unit.part,
+                stays=index in stays,
             )
-            for unit, each in zip(source.units, ffn_parameters_per_channel(source), strict=True)
+            for index, (unit, each) in enumerate(
+                zip(source.units, ffn_parameters_per_channel(source), strict=True)
+            )
             if not dropped.takes(unit)
         ),
         parameters=parameter_count(source) - gone,
@@ -110,7 +118,7 @@ def plan_widths(
         UsageError: a metric is unknown.
     """
     dropped = candidate.dropped
-    size, staying = model_size(source, dropped), statistics
+    size, staying = model_size(source, dropped, budget.keep), statistics
     if dropped:
         staying = statistics.without_attentions(dropped.attentions).without_blocks(dropped.blocks)
     distance_U, importance_U = importance_of_units(

@@ -123,15 +123,20 @@ def _chosen(
             chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
         else:
             assert statistics.runs is not None
-            chosen = cheapest_runs(statistics.runs, len(statistics.blocks), count, banned)
+            stay = [block for block in range(len(statistics.blocks)) if block not in candidates]
+            chosen = cheapest_runs(statistics.runs, len(statistics.blocks), count, stay)
         dropped = _of_one_part(budget, chosen)
         if budget.is_met_by(dropped):
             return dropped
     raise UnsupportedModelError(
         f"only {len(candidates)} of {len(every)} {drops_in_words(budget.parts)} can go, "
-        f"which is less than the budget asks for; that of block {min(banned)} is one that cannot; "
+        f"which is less than the budget asks for; {_one_that_stays(banned)}"
         f"remove FFN channels too (--target-params with --parts {','.join(budget.parts)},ffn)"
     )
+
+
+def _one_that_stays(banned: Collection[int]) -> str:
+    return f"that of block {min(banned)} is one that cannot; " if banned else ""
 
 
 def _of_one_part(budget: DropBudget, blocks: Collection[int]) -> Dropped:

@@ -7,7 +7,7 @@ own modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.checkpoint.reading import parameter_count
@@ -16,6 +16,7 @@ from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_to_keep, check_multiple, least_in_words
 from cfsp.planning.candidate import NOTHING, Dropped, DropSizes
 from cfsp.planning.experts import experts_to_remove
+from cfsp.planning.keep import kept_by
 from cfsp.planning.widths import model_size, parameters_of_channels
 from cfsp.selection.drop_budget import DropBudget
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import Removal
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.make import Planner
-    from cfsp.settings import Budget, Part
+    from cfsp.settings import Budget, Part, WholePart
 
 # How much of the blocks, or attentions, is ever dropped beside others.
 MOST_DROPPED = 0.5
@@ -58,6 +59,7 @@ class Constraint:
         """
         if self.budget.channel_parts:
             check_multiple(self.budget, model_size(self.source))
+        kept_by(self.source, self.budget.keep)
         if self.budget.whole_parts:
             self.to_drop()
 
@@ -67,7 +69,10 @@ class Constraint:
         Raises:
             BudgetError: none of what may go would be left.
         """
-        return DropBudget.of_share(self.source, self.budget.whole_parts, MOST_DROPPED)
+        budget = self.budget
+        parts, keep = budget.whole_parts, budget.keep
+        share = min(MOST_DROPPED, most_droppable(self.source, parts, keep))
+        return DropBudget.of_share(self.source, parts, share, keep=keep)
 
     def enough(self, order: Sequence[Removal]) -> Dropped:
         """Return what of an order is enough where no channels go."""
@@ -104,7 +109,7 @@ class Share(Constraint):
         """Check that so much of the part can go."""
         super().check()
         if self.budget.channel_parts:
-            channels_to_keep(self.budget, model_size(self.source))
+            channels_to_keep(self.budget, model_size(self.source, keep=self.budget.keep))
         elif "experts" in self.budget.parts:
             self.experts()
 
@@ -112,8 +117,8 @@ class Share(Constraint):
         """Return how much goes."""
         (part,), count = self.budget.whole_parts, self.budget.count
         if count is not None:
-            return DropBudget.of_count(self.source, part, count)
-        return DropBudget.of_share(self.source, [part], self.budget.sparsity)
+            return DropBudget.of_count(self.source, part, count, self.budget.keep)
+        return DropBudget.of_share(self.source, [part], self.budget.sparsity, keep=self.budget.keep)
 
     def experts(self) -> int:
         """Return the number that is nearest to the share, or that was asked for."""
@@ -151,7 +156,7 @@ class Parameters(Constraint):
             self.experts()
         if self.budget.whole_parts or not self.budget.channel_parts:
             return
-        size = model_size(self.source).of_parts(self.budget.parts)
+        size = model_size(self.source, keep=self.budget.keep).of_parts(self.budget.parts)
         multiple_U = size.multiple_U(self.budget)
         least, each = size.cost_of(size.least_U(self.budget)), size.parameters_per_cost
         most = (size.cost_of(size.width_U) - least) * each
@@ -168,9 +173,11 @@ class Parameters(Constraint):
         """Return as much, or beside channels half of the attentions at most."""
         parts = self.budget.whole_parts
         if "blocks" in parts or not self.budget.channel_parts:
-            return DropBudget.of_share(self.source, parts, self.share_of_all, of_model=True)
-        share = self._to_go / DropSizes.of(self.source, parts).total
-        return DropBudget.of_share(self.source, parts, min(share, MOST_DROPPED))
+            return DropBudget.of_share(
+                self.source, parts, self.share_of_all, of_model=True, keep=self.budget.keep
+            )
+        alone = super().to_drop()
+        return replace(alone, parameters=min(alone.parameters, self._to_go))
 
     def experts(self) -> int:
         """Return the number that is nearest."""
@@ -192,6 +199,12 @@ class Parameters(Constraint):
     @property
     def _to_go(self) -> float:
         return self.share_of_all * parameter_count(self.source)
+
+
+def most_droppable(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str]) -> float:
+    """Return the share of the parameters of blocks, or attentions, that can go at most."""
+    sizes = DropSizes.of(source, parts, keep)
+    return sizes.most / sizes.total
 
 
 def parameters_to_go(source: WeightSource, budget: Budget) -> float:

@@ -36,24 +36,33 @@ class DropBudget:
     count: int | None = None
 
     @staticmethod
-    def of_count(source: WeightSource, part: WholePart, count: int) -> DropBudget:
+    def of_count(
+        source: WeightSource, part: WholePart, count: int, keep: Sequence[str] = ()
+    ) -> DropBudget:
         """Return the budget by which so many blocks, or attentions, go.
 
         Raises:
             BudgetError: none would be left.
         """
-        sizes = DropSizes.of(source, [part])
+        sizes = DropSizes.of(source, [part], keep)
         have, noun = len(sizes.block_of or sizes.attention_of), _NOUNS[part]
-        if count >= have:
+        most = have if sizes.some_stay else have - 1
+        if count > most:
+            stay = "what --keep names" if sizes.some_stay else "at least one"
             raise BudgetError(
-                f"cannot remove {counted(count, noun)}: {source.label} has {have} {noun}, and at "
-                f"least one must stay; between 0 and {have - 1} can be removed"
+                f"cannot remove {counted(count, noun)}: of the {noun} of {source.label} {stay} "
+                f"must stay; between 0 and {most} can be removed"
             )
         return DropBudget((part,), sizes, 0.0, count)
 
     @staticmethod
     def of_share(
-        source: WeightSource, parts: Sequence[WholePart], share: float, *, of_model: bool = False
+        source: WeightSource,
+        parts: Sequence[WholePart],
+        share: float,
+        *,
+        of_model: bool = False,
+        keep: Sequence[str] = (),
     ) -> DropBudget:
         """Return the budget by which a share goes of the parameters of all that may go.
 
@@ -62,20 +71,23 @@ class DropBudget:
             parts: what may go.
             share: of these parameters.
             of_model: whether it is a share of all parameters of the model instead.
+            keep: what stays (`cfsp.planning.keep`).
 
         Raises:
             BudgetError: more than all but one would go.
         """
-        sizes = DropSizes.of(source, parts)
+        sizes = DropSizes.of(source, parts, keep)
         of_one = sizes.block_of or sizes.attention_of
         total = parameter_count(source) if of_model else sizes.total
-        if share * total > sizes.most + min(of_one.values()) / 2:
+        if share * total > sizes.most + min(of_one.values(), default=0) / 2:
             owner = "block" if sizes.block_of else "attention"
             noun = "model's parameters" if of_model else f"{owner} parameters"
             things = _NOUNS["blocks" if sizes.block_of else "attention"]
+            stay = f"at least one of {len(of_one)} {things}"
             raise BudgetError(
-                f"cannot remove {share:.1%} of the {noun}: at least one of {len(of_one)} {things} "
-                f"must stay; between 0 and {sizes.most / total:.1%} can be removed"
+                f"cannot remove {share:.1%} of the {noun}: "
+                f"{'what --keep names' if sizes.some_stay else stay} must stay; between 0 and "
+                f"{sizes.most / total:.1%} can be removed"
             )
         return DropBudget(tuple(parts), sizes, share * total)
 

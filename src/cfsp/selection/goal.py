@@ -175,4 +175,6 @@ def _can_lose_blocks(source: WeightSource, asked: Parameters) -> bool:
 
 
 def _of_blocks(source: WeightSource, asked: Parameters) -> DropBudget:
-    return DropBudget.of_share(source, ("blocks",), asked.share_of_all, of_model=True)
+    return DropBudget.of_share(
+        source, ("blocks",), asked.share_of_all, of_model=True, keep=asked.budget.keep
+    )

@@ -140,7 +140,7 @@ class CacheFraction(Constraint):
         widths = sorted(filter(None, self.cache.groups))
         most = self.stay / max(self.cache.tokens)
         gone = next(n for n in range(len(widths)) if sum(widths[n:]) <= most)
-        return DropBudget.of_count(self.source, "attention", gone)
+        return DropBudget.of_count(self.source, "attention", gone, self.budget.keep)
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the least share of the KV groups that is enough."""

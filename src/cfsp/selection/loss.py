@@ -80,7 +80,7 @@ class LossIncrease(Constraint):
     def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
         source, goal = self.source, self.goal
         model = load_whole(source, engine_of(self.compute, source), "--max-loss-increase")
-        dense, size = loss_of(model, self.texts, "dense"), model_size(source)
+        dense, size = loss_of(model, self.texts, "dense"), model_size(source, keep=self.budget.keep)
         tried: list[Attempt] = []
 
         def holds(step: int) -> bool:

@@ -119,7 +119,8 @@ class Speedup(Constraint):
         """Return how many are enough of one part, whichever go; of several, half."""
         if not self._is_one_whole_part:
             return super().to_drop()
-        return DropBudget.of_count(self.source, self.budget.whole_parts[0], self._fewest)
+        part, keep = self.budget.whole_parts[0], self.budget.keep
+        return DropBudget.of_count(self.source, part, self._fewest, keep)
 
     @cached_property
     def latencies(self) -> Latencies:
@@ -148,8 +149,9 @@ class Speedup(Constraint):
     def _fewest(self) -> int:
         """How many blocks, or attentions, are enough, whichever go."""
         dropped = NOTHING
-        droppable = DropSizes.of(self.source, self.budget.whole_parts).droppable(dropped)
-        for count, each in enumerate(droppable[:-1], 1):
+        sizes = DropSizes.of(self.source, self.budget.whole_parts, self.budget.keep)
+        droppable = sizes.droppable(dropped)
+        for count, each in enumerate(droppable[: len(droppable) - (not sizes.some_stay)], 1):
             dropped = dropped.plus(each)
             if self._is_met_without(dropped):
                 return count
@@ -157,7 +159,7 @@ class Speedup(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the least share that is enough."""
-        whole = model_size(self.source, dropped)
+        whole = model_size(self.source, dropped, self.budget.keep)
 
         def is_too_slow(step: int) -> bool:
             candidate = Candidate(dropped, 0, tuple(parts), sparsity_at(step))

@@ -65,7 +65,7 @@ def unit_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def parse_parts(text: str) -> tuple[str, ...]:
-    """Return the parts that a text like `blocks,ffn` names; `Budget` checks them."""
+    """Return what a text like `blocks,ffn` names; `Budget` checks it."""
     return tuple(part.strip() for part in text.split(","))
 
 
@@ -116,6 +116,8 @@ class Budget:
             blocks; `experts`, whole routed experts, equally many of every block, and nothing else.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
+        keep: what stays as it is: numbers of blocks, and patterns of modules' names; the others
+            lose what is asked for.
         remove_blocks: how many blocks go, instead of a share.
         remove_attentions: the same of attention layers.
         remove_experts: the same of the routed experts of each block.
@@ -154,6 +156,14 @@ class Budget:
         kind=parse_parts,
         metavar="KIND,...",
         default="ffn",
+    )
+    keep: tuple[str, ...] = option(
+        (),
+        "blocks that stay whole, by their numbers, and modules, by patterns of their names: "
+        "0,1,29 or 'model.layers.*.self_attn'",
+        kind=parse_parts,
+        metavar="WHAT,...",
+        default="",
     )
     remove_blocks: int | None = option(
         None,
@@ -195,6 +205,13 @@ class Budget:
             raise UsageError(
                 "whole experts go alone, found --parts "
                 f"{','.join(self.parts)}: give --parts experts, then prune the result again"
+            )
+        keep = parse_parts(self.keep) if isinstance(self.keep, str) else self.keep
+        object.__setattr__(self, "keep", tuple(str(each) for each in keep))
+        if self.keep and "experts" in self.parts:
+            raise UsageError(
+                "--keep is not for --parts experts: equally many go of every block, so that a "
+                "stock config says it"
             )
         for part, field in COUNTS.items():
             count = getattr(self, field)
