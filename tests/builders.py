@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cfsp.calibration.statistics import (
     BlockStatistics,
@@ -14,8 +17,23 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
+from cfsp.engine.compute import Engine
+from cfsp.engine.workplace import Workplace
+from cfsp.job import Job
+from cfsp.planning.candidate import DropSizes
 from cfsp.planning.fine import FFNWeights
-from cfsp.settings import DISTANCES
+from cfsp.planning.widths import parameters_of_channels
+from cfsp.settings import (
+    DISTANCES,
+    UNIT_PARTS,
+    WHOLE_PARTS,
+    Budget,
+    Part,
+    PruneSettings,
+    TargetParameters,
+)
+from cfsp.text.windows import Windows
 
 RECORD = CalibrationRecord(
     model="tiny",
@@ -86,3 +104,35 @@ def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Stat
         ],
         RECORD,
     )
+
+
+def job_of(
+    source: WeightSource,
+    windows: Windows,
+    directory: Path,
+    budget: Budget,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 4,
+    **settings: Any,
+) -> Job:
+    """Return the job of pruning a tiny model on the CPU; the directory keeps what was done."""
+    engine = Engine(torch.device("cpu"), dtype, batch)
+    place = Workplace(directory, identity={"command": "test"})
+    return Job(source, PruneSettings(budget, **settings), _none, lambda: windows, engine, place)
+
+
+def _none() -> Any:
+    raise AssertionError("no text is read")
+
+
+def goal_of_share(
+    model: Path | PreTrainedModel, parts: tuple[Part, ...], share: float
+) -> TargetParameters:
+    """Return the goal by which as many parameters go as a share of all that the parts own."""
+    is_path = isinstance(model, Path)
+    source = Checkpoint(model, parts=parts) if is_path else LoadedModel(model, parts)
+    owned = DropSizes.of(source, [part for part in WHOLE_PARTS if part in parts]).total
+    if "blocks" not in parts:
+        owned += parameters_of_channels(source, [part for part in UNIT_PARTS if part in parts])
+    return TargetParameters(1 - share * owned / parameter_count(source))
