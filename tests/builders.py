@@ -21,8 +21,10 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, param
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
-from cfsp.planning.candidate import DropSizes
+from cfsp.planning.candidate import Dropped, DropSizes
 from cfsp.planning.fine import FFNWeights
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.planning.widths import parameters_of_channels
 from cfsp.settings import (
     DISTANCES,
@@ -124,6 +126,25 @@ def job_of(
 
 def _none() -> Any:
     raise AssertionError("no text is read")
+
+
+def plan_without(source: WeightSource, dropped: Dropped) -> PruningPlan:
+    """Return the plan by which blocks and attentions go, and nothing else."""
+    units = tuple(
+        UnitPlan(
+            unit.block,
+            unit.width,
+            () if dropped.takes(unit) else tuple(range(unit.ffns * unit.width)),
+            0.1,
+            0.5,
+            unit.ffns,
+            path=unit.path,
+            part=unit.part,
+        )
+        for unit in source.units
+    )
+    criterion = {**CRITERION, "parts": list(dropped.parts)}
+    return PruningPlan(ModelIdentity.of(source), criterion, CALIBRATION, units, dropped.blocks)
 
 
 def goal_of_share(

@@ -24,7 +24,7 @@ from cfsp.cli import main
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source, plan_from
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import Budget, CalibrationText, Compute, Criterion
+from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from commands import Command, Commands
 from conftest import REPOSITORY, random_prose

@@ -154,7 +154,17 @@ def test_after_a_death_the_same_command_goes_on(
     tmp_path: Path,
     check_alike: Callable[[list[str]], None],
 ) -> None:
-    argv = [*argv, "--repair", "local", "--local-steps", "2", "--eval", str(text_file), "--eval-windows", "1"]
+    argv = [
+        *argv,
+        "--repair",
+        "local",
+        "--local-steps",
+        "2",
+        "--eval",
+        str(text_file),
+        "--eval-windows",
+        "1",
+    ]
     argv_of_three = [*argv, "--out", str(tmp_path / "many"), "--process-timeout", "0.2"]
     # Windows have passed all blocks in the coarse pass and for the ridge.
     dying: dict[str, Any] = {"dies": "after", "count": 2 * BLOCKS}

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.planning.removal import cheapest_runs, whole_removal
+from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 
 import cfsp
 from builders import statistics_with_distances
@@ -17,8 +19,6 @@ from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
-from cfsp.planning.removal import cheapest_runs, whole_removal
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, Budget
 from tiny_decoders import tiny_model
 

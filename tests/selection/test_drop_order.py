@@ -8,6 +8,8 @@ from itertools import combinations
 
 import pytest
 import torch
+from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
+from cfsp.whole_model.removal_order import order_of_removal
 
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
@@ -15,11 +17,9 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import PLAIN
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
-from cfsp.settings import Budget
 from cfsp.selection.divergence import dense_predictions
 from cfsp.selection.masks import without_attention
-from cfsp.whole_model.removal_order import order_of_removal
+from cfsp.settings import Budget
 from tiny_decoders import tiny_model
 
 BLOCKS = 5

@@ -13,8 +13,8 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
 from cfsp.quality.perplexity import perplexity
-from cfsp.text.windows import Windows
 from cfsp.selection.masks import masked_channels, masked_loss
+from cfsp.text.windows import Windows
 from tiny_models import TINY_CONFIGS, VOCABULARY, build_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.goals import parameters
+from cfsp.goals.parameters import MANY_CHANNELS
+from cfsp.goals.resolve import resolve_goal
 from transformers import AutoModelForCausalLM
 
 import cfsp
@@ -17,9 +20,6 @@ from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError
-from cfsp.goals import parameters
-from cfsp.goals.parameters import MANY_CHANNELS
-from cfsp.goals.resolve import resolve_goal
 from cfsp.planning.widths import model_size
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.repair.trial import FITTED_WINDOWS, apart, divergence_when_repaired
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.engine.compute import engine_of
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.make import make_plan
-from cfsp.repair.trial import FITTED_WINDOWS, apart, divergence_when_repaired
+from cfsp.selection.divergence import dense_predictions, few_beginnings
+from cfsp.selection.masks import masked_channels
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from cfsp.selection.divergence import dense_predictions, few_beginnings
-from cfsp.selection.masks import masked_channels
 from tiny_decoders import tiny_model
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cfsp.planning.removal_budget import RemovedWhole
+from cfsp.whole_model import removal_order, removal_trial
+from cfsp.whole_model.removal_trial import Trial, best_of, with_removal_count, worth_a_repair
 
 import cfsp
 from cfsp.calibration.statistics import Statistics
@@ -17,11 +20,8 @@ from cfsp.engine.compute import engine_of
 from cfsp.engine.workplace import temporary_workplace
 from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
 from cfsp.text.drawing import draw_text
-from cfsp.whole_model import removal_order, removal_trial
-from cfsp.whole_model.removal_trial import Trial, best_of, with_removal_count, worth_a_repair
 from tiny_decoders import tiny_model
 
 BLOCKS = 5

@@ -10,6 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.goals import latency, loss, resolve, speedup
+from cfsp.goals.latency import (
+    WORKLOAD,
+    Curve,
+    Latencies,
+    measure_latencies,
+    models_to_time,
+    widths_to_measure,
+)
+from cfsp.goals.resolve import resolve_goal
+from cfsp.goals.search import STEPS, highest_step, last_that_holds
+from cfsp.planning.removal_budget import RemovedWhole
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -25,19 +37,7 @@ from cfsp.cli import main
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError, ResumeError, TextError, UsageError
-from cfsp.goals import latency, loss, resolve, speedup
-from cfsp.goals.latency import (
-    WORKLOAD,
-    Curve,
-    Latencies,
-    measure_latencies,
-    models_to_time,
-    widths_to_measure,
-)
-from cfsp.goals.resolve import resolve_goal
-from cfsp.goals.search import STEPS, highest_step, last_that_holds
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.planning.widths import NOTHING, model_size
 from cfsp.result.manifest import read_manifest
 from cfsp.result.prune_report import PruneReport

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.whole_model import sensitivity
 
 import cfsp
 from cfsp.calibration.statistics import Statistics
@@ -26,9 +27,8 @@ from cfsp.planning.coarse import importance_by
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.widths import model_size
 from cfsp.repair import ladder
-from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
-from cfsp.whole_model import sensitivity
 from cfsp.selection.load import load_whole
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8

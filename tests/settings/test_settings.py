@@ -63,14 +63,14 @@ def test_what_is_hinted_at_is_accepted(flag: str) -> None:
             Budget(parts=parts).for_goal(goal)
         except UsageError as error:
             refused += 1
-            if goal is None:
-                hint = re.search(r"found --parts (\S+): several share one target, ([^;]+);", str(error))
-            else:
-                hint = re.search(r"found --parts (\S+): name of (.+) alone, or give (.+)$", str(error))
-                assert hint is not None
-                Budget(parts=hint[2]).for_goal(goal)
+            pattern = (
+                r"found --parts (\S+): (?:name of (.+) alone, or give|several share one target,) "
+            )
+            hint = re.search(rf"{pattern}([^;]+)", str(error))
             assert hint is not None and hint[1] == ",".join(parts)
-            for other in re.split(", | or ", hint[hint.re.groups]):
+            if hint[2]:
+                Budget(parts=hint[2]).for_goal(goal)
+            for other in re.split(", | or ", hint[3]):
                 Budget(parts=parts).for_goal(GOALS_BY_FLAG[other])
     assert (refused > 0) is (flag != "--target-params")
     for repair in REPAIRS:

@@ -31,8 +31,8 @@ from cfsp.settings import (
 )
 
 if TYPE_CHECKING:
-    from cfsp.result.prune_report import PruneReport
     from cfsp.pruning_cost import PruningCost
+    from cfsp.result.prune_report import PruneReport
 
 log = logging.getLogger(__name__)
 
@@ -193,9 +193,9 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import best_effort, prune_and_recover
+    from cfsp.pruning_cost import pruning_cost
     from cfsp.recovery.settings import Limit
     from cfsp.selection.goal import MANY_CHANNELS, little_in_words
-    from cfsp.pruning_cost import pruning_cost
 
     settings = _settings(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
