@@ -18,7 +18,7 @@ from cfsp.calibration.statistics import (
     UnitStatistics,
 )
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
-from cfsp.engine.compute import Engine
+from cfsp.engine.compute import engine_of
 from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
@@ -30,12 +30,10 @@ from cfsp.settings import (
     DISTANCES,
     UNIT_PARTS,
     WHOLE_PARTS,
-    Budget,
     Part,
     PruneSettings,
     TargetParameters,
 )
-from cfsp.text.windows import Windows
 
 RECORD = CalibrationRecord(
     model="tiny",
@@ -108,24 +106,21 @@ def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Stat
     )
 
 
+def never() -> Any:
+    """Be what is not to be called."""
+    raise AssertionError("this is not needed")
+
+
 def job_of(
     source: WeightSource,
-    windows: Windows,
-    directory: Path,
-    budget: Budget,
+    settings: PruneSettings,
+    draw: Any = never,
     *,
-    dtype: torch.dtype = torch.float32,
-    batch: int = 4,
-    **settings: Any,
+    place: Workplace | None = None,
 ) -> Job:
-    """Return the job of pruning a tiny model on the CPU; the directory keeps what was done."""
-    engine = Engine(torch.device("cpu"), dtype, batch)
-    place = Workplace(directory, identity={"command": "test"})
-    return Job(source, PruneSettings(budget, **settings), _none, lambda: windows, engine, place)
-
-
-def _none() -> Any:
-    raise AssertionError("no text is read")
+    """Return a job on given windows, at a place that nothing resumes from."""
+    engine = engine_of(settings.compute, source)
+    return Job(source, settings, never, draw, engine, place or Workplace(Path()))
 
 
 def plan_without(source: WeightSource, dropped: Dropped) -> PruningPlan:

@@ -24,6 +24,7 @@ from cfsp.cli.plan import print_plan
 from cfsp.cut.surgery import pruned_specs, pruned_tensor
 from cfsp.decide import decide
 from cfsp.engine.compute import Engine
+from cfsp.engine.workplace import Workplace
 from cfsp.errors import PlanError, UnsupportedModelError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.widths import model_size
@@ -32,7 +33,7 @@ from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.repair_steps import steps_in_words
 from cfsp.selection.sensitivity import with_sensitivity
-from cfsp.settings import Budget, Criterion, LocalTraining, PruneSettings
+from cfsp.settings import Budget, Compute, Criterion, LocalTraining, PruneSettings
 from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
 from tiny_models import build_tiny_model
@@ -65,7 +66,9 @@ def windows(text_file: Path, tokenizer: Any) -> Windows:
 
 
 def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> Repaired:
-    return decide(job_of(source, windows, directory, BUDGET, **changes))[0]
+    settings = PruneSettings(BUDGET, compute=Compute("cpu", "float32", batch_windows=4), **changes)
+    place = Workplace(directory, identity={"command": "test"})
+    return decide(job_of(source, settings, lambda: windows, place=place))[0]
 
 
 def test_statistics_are_of_units_and_distances_of_all_blocks(

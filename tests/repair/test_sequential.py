@@ -16,11 +16,12 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
 from cfsp.engine import pass_state
+from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
 from cfsp.repair import sequential
 from cfsp.repair.repaired import Repaired
 from cfsp.repair.sequential import repair_sequentially
-from cfsp.settings import Budget
+from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
@@ -38,7 +39,7 @@ def windows(text_file: Path, tokenizer: Any) -> Windows:
 @pytest.fixture(scope="module")
 def job(windows: Windows, tmp_path_factory: pytest.TempPathFactory) -> Job:
     source = LoadedModel(build_tiny_model("llama"))
-    return job_of(source, windows, tmp_path_factory.mktemp("work"), HALF)
+    return job_for(source, windows, tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,18 @@ def ridge(job: Job) -> Repaired:
 @pytest.fixture(scope="module")
 def fitted(job: Job, ridge: Repaired, windows: Windows) -> Repaired:
     return repair_sequentially(job, ridge, windows)
+
+
+def job_for(
+    source: LoadedModel,
+    windows: Windows,
+    directory: Path,
+    budget: Budget = HALF,
+    dtype: str = "float32",
+) -> Job:
+    compute = Compute("cpu", dtype, batch_windows=4)
+    place = Workplace(directory, identity={"command": "test"})
+    return job_of(source, PruneSettings(budget, compute=compute), lambda: windows, place=place)
 
 
 def model_of(job: Job, result: Repaired) -> Any:
@@ -159,7 +172,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
 
 def test_with_all_channels_no_bit_changes(windows: Windows, tmp_path: Path) -> None:
     source = LoadedModel(build_tiny_model("llama"))
-    job = job_of(source, windows, tmp_path, Budget(0.0, multiple=4))
+    job = job_for(source, windows, tmp_path, Budget(0.0, multiple=4))
     new = pruned_source(job, repair_sequentially(job, decide(job)[0], windows))
     assert all(torch.equal(new.read(name), source.read(name)) for name in source.specs)
 
@@ -170,7 +183,7 @@ def test_every_kind_of_dense_model(
 ) -> None:
     dense = build_tiny_model(name)
     windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32)
-    job = job_of(LoadedModel(dense), windows, tmp_path, HALF)
+    job = job_for(LoadedModel(dense), windows, tmp_path)
     ridge = decide(job)[0]
     fitted = repair_sequentially(job, ridge, windows)
     tokens = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32, seed=7).tokens_NT
@@ -181,10 +194,10 @@ def test_every_kind_of_dense_model(
     assert error < before * (1.05 if name in NORM_AFTER else 1.001)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_models_of_16_bits(dtype: torch.dtype, windows: Windows, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_of_16_bits(dtype: str, windows: Windows, tmp_path: Path) -> None:
     source = LoadedModel(build_tiny_model("llama"))
-    job = job_of(source, windows, tmp_path, HALF, dtype=dtype)
+    job = job_for(source, windows, tmp_path, dtype=dtype)
     entries = last_step(repair_sequentially(job, decide(job)[0], windows))
     assert all(entry["loss_after"] <= entry["loss_before"] for entry in entries)
     assert any(entry["kept"] for entry in entries)

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from cfsp.planning.removal import cheapest_runs, whole_removal
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
 
 import cfsp
 from builders import statistics_with_distances
@@ -19,6 +17,9 @@ from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.planning.candidate import NOTHING, Candidate, Dropped
+from cfsp.selection.by_statistics import cheapest_runs, dropped_by
+from cfsp.selection.drop_budget import DropBudget
 from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, Budget
 from tiny_decoders import tiny_model
 
@@ -54,9 +55,13 @@ def test_runs_are_the_cheapest_of_all(seed: int, count: int, banned: tuple[int, 
 
 
 def test_one_of_several_is_said_so() -> None:
-    both = Budget(parts=("ffn", "attention", "blocks"))
-    assert RemovedWhole((3,), (0, 1)).counted(both) == "1 block and 2 attentions"
-    assert RemovedWhole((), (4,)).counted(both) == "0 blocks and 1 attention"
+    both = Dropped((3,), (0, 1))
+    assert both.in_words == "1 block and 2 attention layers"
+    assert Dropped((), (4,)).in_words == "1 attention layer"
+    beside = Candidate(both, parts=("ffn", "kv"), sparsity=0.25)
+    assert beside.in_words.endswith("and 25.0% of the FFN channels and KV groups of the others")
+    assert Candidate(parts=("ffn",), sparsity=0.25).in_words == "25.0% of the FFN channels"
+    assert Candidate(experts=2).in_words == "2 experts of each block"
 
 
 @pytest.fixture(scope="module")
@@ -69,30 +74,24 @@ def test_a_budget_is_met_to_within_half_a_block(source: LoadedModel) -> None:
     assert len(set(each)) == 1
     total = parameter_count(source)
     for sparsity, expected in ((0.0, 0), (0.08, 0), (0.09, 1), (0.5, 3), (0.83, 5)):
-        budget = RemovalBudget.of(source, Budget(sparsity, parts=("blocks",)))
-        first = (RemovedWhole(tuple(range(count))) for count in range(BLOCKS))
+        budget = DropBudget.of_share(source, ("blocks",), sparsity)
+        first = (Dropped(tuple(range(count))) for count in range(BLOCKS))
         assert len(next(filter(budget.is_met_by, first)).blocks) == expected
-    of_model = Budget(2 * each[0] / total, "model", parts=("blocks",))
-    assert RemovalBudget.of(source, of_model).is_met_by(RemovedWhole((0, 4)))
-    assert not RemovalBudget.of(source, of_model).is_met_by(RemovedWhole((0,)))
-    by_count = RemovalBudget.of(source, Budget(0.3, parts=("blocks", "ffn"), remove_blocks=2))
-    assert by_count.is_met_by(RemovedWhole((1, 2)))
-    assert not by_count.is_met_by(RemovedWhole((1,)))
+    of_model = DropBudget.of_share(source, ("blocks",), 2 * each[0] / total, of_model=True)
+    assert of_model.is_met_by(Dropped((0, 4)))
+    assert not of_model.is_met_by(Dropped((0,)))
+    by_count = DropBudget.of_count(source, "blocks", 2)
+    assert by_count.is_met_by(Dropped((1, 2)))
+    assert not by_count.is_met_by(Dropped((1,)))
 
 
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        (Budget(0.95, parts=("blocks",)), "between 0 and 83.3% can be removed"),
-        (Budget(0.9, "model", parts=("blocks",)), "of the model's parameters: at least one of 6"),
-        (Budget(0.1, parts=("blocks", "ffn"), remove_blocks=6), "between 0 and 5 can be removed"),
-    ],
-)
-def test_an_impossible_budget_names_the_range(
-    source: LoadedModel, budget: Budget, message: str
-) -> None:
-    with pytest.raises(BudgetError, match=message):
-        RemovalBudget.of(source, budget)
+def test_an_impossible_budget_names_the_range(source: LoadedModel) -> None:
+    with pytest.raises(BudgetError, match=r"between 0 and 83.3% can be removed"):
+        DropBudget.of_share(source, ("blocks",), 0.95)
+    with pytest.raises(BudgetError, match="of the model's parameters: at least one of 6"):
+        DropBudget.of_share(source, ("blocks",), 0.9, of_model=True)
+    with pytest.raises(BudgetError, match="between 0 and 5 can be removed"):
+        DropBudget.of_count(source, "blocks", 6)
 
 
 @pytest.mark.parametrize(
@@ -105,35 +104,32 @@ def test_an_impossible_budget_names_the_range(
 )
 def test_budgets_that_contradict_themselves(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Budget(0.2, **fields)
-
-
-def test_without_the_model_how_much_is_blocks_must_be_said(source: LoadedModel) -> None:
-    with pytest.raises(UsageError, match="or say how many with --set remove_blocks=N"):
-        RemovalBudget.of(source, Budget(0.2, parts=("blocks", "ffn")))
+        Budget(**fields)
 
 
 def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
-    budget = Budget(1 / 3, parts=("blocks",))
+    budget = DropBudget.of_share(source, ("blocks",), 1 / 3)
     statistics = statistics_with_distances(
         {"cosine": [0.9, 0.1, 0.5, 0.4, 0.2, 0.8], "angular": [0.1] * BLOCKS}
     )
-    assert whole_removal(source, statistics, budget, INFLUENCE).blocks == (1, 4)
-    assert whole_removal(source, statistics, Budget(0.5), INFLUENCE).blocks == ()
+    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (1, 4)
+    nothing = DropBudget.of_share(source, ("blocks",), 0.0)
+    assert dropped_by(source, statistics, nothing, INFLUENCE) == NOTHING
     measured = replace(
         statistics,
         removals=(Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7)),
         runs=random_runs(0),
     )
-    assert whole_removal(source, measured, budget, DIVERGENCE).blocks == (2, 5)
+    assert dropped_by(source, measured, budget, DIVERGENCE).blocks == (2, 5)
     expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
-    assert whole_removal(source, measured, budget, RUNS).blocks == expected
+    assert dropped_by(source, measured, budget, RUNS).blocks == expected
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
-        whole_removal(source, statistics, budget, RUNS)
+        dropped_by(source, statistics, budget, RUNS)
+    more = DropBudget.of_share(source, ("blocks",), 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
-        whole_removal(source, measured, Budget(0.8, parts=("blocks",)), DIVERGENCE)
+        dropped_by(source, measured, more, DIVERGENCE)
     with pytest.raises(UsageError, match="unknown removal"):
-        whole_removal(source, statistics, budget, "chance")
+        dropped_by(source, statistics, budget, "chance")
 
 
 def test_a_block_that_cannot_go_is_left_out() -> None:
@@ -141,11 +137,11 @@ def test_a_block_that_cannot_go_is_left_out() -> None:
     model = tiny_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2)
     source = LoadedModel(model)
     statistics = statistics_with_distances({"cosine": [0.9, 0.8, 0.3, 0.1]})
-    budget = Budget(0.0, parts=("blocks",), remove_blocks=1)
+    budget = DropBudget.of_count(source, "blocks", 1)
     # Without the last block the rule says the same of the others.
-    assert whole_removal(source, statistics, budget, INFLUENCE).blocks == (3,)
+    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
     statistics = statistics_with_distances({"cosine": [0.9, 0.1, 0.3, 0.8]})
-    assert whole_removal(source, statistics, budget, INFLUENCE).blocks == (3,)
+    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
 
 
 def test_statistics_keep_what_the_choice_needs(
@@ -173,7 +169,9 @@ def test_statistics_keep_what_the_choice_needs(
     for block, distance in enumerate(kept.distances("angular")):
         # Of a part of the tokens.
         assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
-    by_them = whole_removal(Checkpoint(source), kept, Budget(0.3, parts=("blocks",)), RUNS)
+    by_them = dropped_by(
+        own := Checkpoint(source), kept, DropBudget.of_share(own, ("blocks",), 0.3), RUNS
+    )
     assert by_runs.plan.removed_blocks == by_them.blocks
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
-from cfsp.planning.removal_budget import RemovalBudget, RemovedWhole
-from cfsp.whole_model.removal_order import order_of_removal
 
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
@@ -17,9 +16,12 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import PLAIN
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
+from cfsp.planning.candidate import NOTHING, Droppable, Dropped
+from cfsp.selection import drop_order
 from cfsp.selection.divergence import dense_predictions
+from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.drop_order import order_of_removal
 from cfsp.selection.masks import without_attention
-from cfsp.settings import Budget
 from tiny_decoders import tiny_model
 
 BLOCKS = 5
@@ -44,9 +46,9 @@ def source() -> LoadedModel:
 
 
 def order_of(
-    source: LoadedModel, count: int, check: Callable[[RemovedWhole], None] = lambda removed: None
+    source: LoadedModel, count: int, check: Callable[[Dropped], None] = lambda removed: None
 ) -> list[Removal]:
-    wanted = RemovalBudget.of(source, Budget(parts=("blocks",), remove_blocks=count))
+    wanted = DropBudget.of_count(source, "blocks", count)
     return order_of_removal(source, source.model, tokens(), [wanted], check)
 
 
@@ -69,7 +71,7 @@ def test_the_first_is_the_best_of_all_and_so_on(source: LoadedModel) -> None:
 def test_what_the_model_cannot_do_without_stays(source: LoadedModel) -> None:
     first, second = order_of(source, 2)
 
-    def check(removed: RemovedWhole) -> None:
+    def check(removed: Dropped) -> None:
         if {first.block, second.block} & {*removed.blocks}:
             raise UnsupportedModelError("it is needed")
 
@@ -78,7 +80,7 @@ def test_what_the_model_cannot_do_without_stays(source: LoadedModel) -> None:
         order_of(source, BLOCKS - 1, check)
 
 
-def without(source: LoadedModel, removed: RemovedWhole) -> float:
+def without(source: LoadedModel, removed: Dropped) -> float:
     """Return the divergence without blocks and attentions, without resuming anywhere."""
     model = source.model
     blocks = blocks_of(model, source.architecture)
@@ -101,18 +103,18 @@ def both() -> LoadedModel:
 
 
 def test_blocks_and_attentions_are_compared_for_each_parameter(both: LoadedModel) -> None:
-    wanted = RemovalBudget.of(both, Budget(0.7, parts=("attention", "blocks")))
+    wanted = DropBudget.of_share(both, ("attention", "blocks"), 0.7)
     order = order_of_removal(both, both.model, tokens(), [wanted], lambda removed: None)
-    gone = RemovedWhole()
+    gone = NOTHING
     for count, found in enumerate(order):
         added = {
-            candidate: without(both, gone.plus(candidate)) - without(both, gone)
-            for candidate in wanted.sizes.candidates(gone)
-            if wanted.has_room_for(gone, candidate)
+            droppable: without(both, gone.plus(droppable)) - without(both, gone)
+            for droppable in wanted.sizes.droppable(gone)
+            if wanted.has_room_for(gone, droppable)
         }
         price_of = {
-            candidate: each / wanted.sizes.parameters_with(gone, candidate)
-            for candidate, each in added.items()
+            droppable: each / wanted.sizes.parameters_with(gone, droppable)
+            for droppable, each in added.items()
         }
         chosen = found.part, found.block
         if count == 0:  # later ones are not all tried again
@@ -129,12 +131,18 @@ def test_blocks_and_attentions_are_compared_for_each_parameter(both: LoadedModel
     )
 
 
-def test_numbers_of_both_are_met(both: LoadedModel) -> None:
-    for blocks, attentions in ((2, 1), (0, 3), (3, 0)):
-        budget = Budget(
-            parts=("attention", "blocks"), remove_blocks=blocks, remove_attentions=attentions
-        )
-        wanted = [RemovalBudget.of(both, budget)]
-        order = order_of_removal(both, both.model, tokens(), wanted, lambda removed: None)
-        gone = RemovedWhole.of(order)
-        assert (len(gone.blocks), len(gone.attentions)) == (blocks, attentions)
+def test_only_a_few_are_tried_again(source: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The price is one try for each block, and a few for each that goes."""
+    tried: list[Droppable] = []
+    original = drop_order._SkippingModel.divergence_without
+
+    def note(self: Any, gone: Dropped, droppable: Droppable) -> float:
+        tried.append(droppable)
+        return original(self, gone, droppable)
+
+    monkeypatch.setattr(drop_order._SkippingModel, "divergence_without", note)
+    monkeypatch.setattr(drop_order, "_TRIED_AGAIN", 1)
+    order = order_of(source, 3)
+    assert len(order) == 3
+    assert len(tried) <= BLOCKS + 2 * 1
+    assert order[0] == order_of(source, 1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cfsp.goals import parameters
-from cfsp.goals.parameters import MANY_CHANNELS
-from cfsp.goals.resolve import resolve_goal
 from transformers import AutoModelForCausalLM
 
 import cfsp
+from builders import job_of
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
@@ -22,8 +21,11 @@ from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError
 from cfsp.planning.widths import model_size
 from cfsp.result.manifest import read_manifest
+from cfsp.selection import goal
+from cfsp.selection.goal import MANY_CHANNELS, constraint_of
 from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters
 from cfsp.text.drawing import draw_windows
+from commands_of_goals import prune
 from tiny_decoders import tiny_config
 from tiny_models import build_tiny_model
 
@@ -50,9 +52,8 @@ def stays_without(source: WeightSource, share: float) -> float:
 
 def parts_of(source: WeightSource, stays: float, draw: Any, **settings: Any) -> tuple[str, ...]:
     asked = replace(OPEN, goal=TargetParameters(stays), **settings)
-    place = Workplace(Path())
-    resolution, _ = resolve_goal(source, never, draw, asked, place=place)
-    return resolution.budget.parts
+    job, _ = constraint_of(job_of(source, asked, draw))
+    return job.budget.parts
 
 
 def never() -> Any:
@@ -93,7 +94,7 @@ def test_channels_go_alone_where_blocks_cannot_be_compared_and_it_is_said(
     )
     with_images = replace(draw(), images_N=({"pixels": torch.zeros(1)},) * 4)
     check("the text has images", draw=lambda: with_images)
-    monkeypatch.setattr(parameters, "has_room_for_two", lambda *_: False)
+    monkeypatch.setattr(goal, "has_room_for_two", lambda *_: False)
     check("there is no memory for a pruned model beside the dense one")
 
 
@@ -132,31 +133,31 @@ def test_a_command_that_names_no_parts(
         return found
 
     manifest = pruned("open")
-    assert manifest["goal"]["budget"]["parts"] == ["ffn", "blocks"]
+    assert manifest["criterion"]["parts"] == ["ffn", "blocks"]
     assert abs(manifest["parameters_after"] / manifest["parameters_before"] - float(stays)) < 0.02
-    assert "0 blocks and 60.0% of the FFN channels" in (shown := capsys.readouterr().err)
+    assert "60.0% of the FFN channels: divergence" in (shown := capsys.readouterr().err)
     assert "1 block and" in shown
     # The same as by name.
     assert pruned("named", "--parts", "ffn,blocks")["files"] == manifest["files"]
     capsys.readouterr()
-    assert pruned("ffn", "--parts", "ffn")["goal"]["budget"]["parts"] == ["ffn"]
+    assert pruned("ffn", "--parts", "ffn")["goal"]["chosen"]["parts"] == ["ffn"]
     # One pass, without trying anything; so it is said.
-    assert pruned("fast", "--effort", "fast")["goal"]["budget"]["parts"] == ["ffn"]
+    assert pruned("fast", "--effort", "fast")["goal"]["chosen"]["parts"] == ["ffn"]
     found = capsys.readouterr()
     assert "blocks are tried" not in found.err
     assert "may cost less with `--parts ffn,blocks`" in found.out
     pruned("dry", "--dry-run")
-    assert "compared before repair how many blocks go" in capsys.readouterr().err
+    assert "--dry-run compared plans before repair" in capsys.readouterr().err
 
 
 def test_a_model_in_memory_loses_blocks_too(tokenizer: Any, text_file: Path) -> None:
     model = build_tiny_model("llama")
-    goal = TargetParameters(stays_without(LoadedModel(model), 0.9))
+    target = TargetParameters(stays_without(LoadedModel(model), 0.9))
     more: dict[str, Any] = {
         "data": [str(text_file)], "samples": 8, "seqlen": 32, "multiple": 8,
     }  # fmt: skip
-    open_ = cfsp.prune(model, tokenizer, goal=goal, **more)
-    named = cfsp.prune(model, tokenizer, goal=goal, parts="ffn,blocks", **more)
+    open_ = cfsp.prune(model, tokenizer, goal=target, **more)
+    named = cfsp.prune(model, tokenizer, goal=target, parts="ffn,blocks", **more)
     for name, tensor in named.state_dict().items():
         torch.testing.assert_close(open_.state_dict()[name], tensor, rtol=0, atol=0)
 
@@ -169,9 +170,40 @@ def test_a_resumed_run_keeps_what_it_had_decided(
     place = Workplace(tmp_path, identity={"of": "one command"})
 
     def parts() -> tuple[str, ...]:
-        resolution, _ = resolve_goal(source, never, draw, settings, place=place)
-        return resolution.budget.parts
+        return constraint_of(job_of(source, settings, draw, place=place))[0].budget.parts
 
     assert parts() == ("ffn", "blocks")
-    monkeypatch.setattr(parameters, "has_room_for_two", lambda *_: False)
+    monkeypatch.setattr(goal, "has_room_for_two", lambda *_: False)
     assert parts() == ("ffn", "blocks")
+
+
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_target_params(model: Path, text_file: Path, tmp_path: Path, repair: str) -> None:
+    out = tmp_path / "out"
+    assert (
+        prune(model, text_file, out, "--target-params", 0.75, "--parts", "ffn", "--repair", repair)
+        == 0
+    )
+    manifest = read_manifest(out)
+    assert manifest is not None
+    before, after = manifest["parameters_before"], manifest["parameters_after"]
+    multiple = 8 * 3 * 32
+    assert abs(after - 0.75 * before) <= multiple
+    assert manifest["goal"]["goal"] == "target_params"
+    assert manifest["goal"]["asked"] == 0.75
+    assert manifest["goal"]["chosen"]["parts"] == ["ffn"]
+    assert manifest["goal"]["chosen"]["sparsity"] == pytest.approx(manifest["ffn_sparsity"], 0.05)
+    assert "keep 0.75 of all parameters" in (out / "README.md").read_text()
+
+
+def test_target_params_in_equal_widths(model: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--target-params", 0.75, "--widths", "equal")
+    assert prune(model, text_file, out, *options) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert len(set(manifest["intermediate_sizes"])) == 1
+    assert manifest["criterion"]["block_metric"] == "uniform"
+    # A stock config says it: no code, no flag.
+    assert not list(out.glob("*.py"))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())

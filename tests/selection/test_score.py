@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cfsp.repair.trial import FITTED_WINDOWS, apart, divergence_when_repaired
 
+from builders import job_of
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.engine.compute import engine_of
 from cfsp.pipeline import calibrate_source
-from cfsp.planning.make import make_plan
+from cfsp.planning.candidate import Candidate
+from cfsp.planning.make import Planner
+from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection.divergence import dense_predictions, few_beginnings
 from cfsp.selection.masks import masked_channels
-from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
+from cfsp.selection.score import FITTED_WINDOWS, Masked, RepairedScore, apart
+from cfsp.selection.search import _repaired_score
+from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings, TargetParameters
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
@@ -54,48 +57,59 @@ def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=4), ("ffn", "blocks"))
 
 
+def planned(source: LoadedModel, text_file: Path, tokenizer: Any, samples: int) -> Any:
+    """Return what makes plans of a model, and its score after repair."""
+    text = CalibrationText((str(text_file),), samples=samples, seqlen=64)
+    budget = Budget(multiple=8, parts=("ffn", "blocks"))
+    settings = PruneSettings(
+        budget, text=text, compute=Compute("cpu", "float32"), goal=TargetParameters(0.9)
+    )
+    drawn = draw_text(text, tokenizer)
+    statistics = calibrate_source(source, tokenizer, text, settings.compute)
+    job = job_of(source, settings, lambda: drawn)
+    planner = Planner.of(source, statistics, budget, settings.criterion)
+    return planner, RepairedScore(job, *apart(drawn), repaired_a_little), drawn
+
+
 def test_repair_brings_the_predictions_nearer(
     source: LoadedModel, text_file: Path, tokenizer: Any
 ) -> None:
-    budget = Budget(0.5, parts=("ffn", "blocks"), multiple=8, remove_blocks=0)
-    text = CalibrationText((str(text_file),), samples=16, seqlen=64)
-    settings = PruneSettings(budget, text=text, compute=Compute("cpu", "float32"))
-    engine = engine_of(settings.compute, source)
-    drawn, model = draw_text(text, tokenizer), source.model
-    statistics = calibrate_source(source, tokenizer, text, settings.compute)
-    divergence = divergence_when_repaired(source, drawn, settings, engine)
-    plan = make_plan(source, statistics, budget, settings.criterion)
+    planner, after_repair, drawn = planned(source, text_file, tokenizer, 16)
+    before = [parameter.clone() for parameter in source.model.parameters()]
+    half = Candidate(parts=("ffn",), sparsity=0.5)
+    masked = Masked(source.model, few_beginnings(drawn)).score(planner, half)
+    assert 0 < after_repair.score(planner, half) < masked
+    assert all(map(torch.equal, before, source.model.parameters()))
+
+
+def test_a_masked_score_is_that_of_the_plan(
+    source: LoadedModel, text_file: Path, tokenizer: Any
+) -> None:
+    planner, _, drawn = planned(source, text_file, tokenizer, 4)
+    candidate, few = Candidate(parts=("ffn",), sparsity=0.5), few_beginnings(drawn)
+    kept = dict(enumerate(planner.plan(candidate).kept_channels))
     with torch.inference_mode():
-        dense = dense_predictions(model, few_beginnings(drawn).tokens_NT)
-        with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
-            unrepaired = dense.divergence(model)
-    before = [parameter.clone() for parameter in model.parameters()]
-    assert divergence is not None
-    assert 0 < divergence(statistics, budget) < unrepaired
-    assert all(map(torch.equal, before, model.parameters()))
+        dense = dense_predictions(source.model, few.tokens_NT)
+        with masked_channels(source, source.model, kept):
+            expected = dense.divergence(source.model)
+    found = Masked(source.model, few).score(planner, candidate)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_nothing_removed_changes_nothing(
     source: LoadedModel, text_file: Path, tokenizer: Any
 ) -> None:
-    text = CalibrationText((str(text_file),), samples=4, seqlen=32)
-    settings = PruneSettings(Budget(0.0), text=text, compute=Compute("cpu", "float32"))
-    engine = engine_of(settings.compute, source)
-    statistics = calibrate_source(source, tokenizer, text, settings.compute)
-    divergence = divergence_when_repaired(source, draw_text(text, tokenizer), settings, engine)
-    assert divergence is not None
-    assert divergence(statistics, Budget(0.0)) == pytest.approx(0, abs=1e-6)
+    planner, after_repair, drawn = planned(source, text_file, tokenizer, 4)
+    nothing = Candidate(parts=("ffn",), sparsity=0.0)
+    assert after_repair.score(planner, nothing) == pytest.approx(0, abs=1e-6)
+    masked = Masked(source.model, few_beginnings(drawn))
+    assert masked.score(planner, nothing) == pytest.approx(0, abs=1e-6)
 
 
 def test_without_room_for_a_second_model_nothing_is_repaired(
-    source: LoadedModel,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    source: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
-    budget = Budget(0.5, parts=("ffn", "blocks"))
-    settings = PruneSettings(budget, compute=Compute("cpu", "float32"))
-    engine = engine_of(settings.compute, source)
-    assert divergence_when_repaired(source, windows(16, 1), settings, engine) is None
+    settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
+    assert _repaired_score(job_of(source, settings), repaired_a_little) is None
     assert "compared before repair" in caplog.text

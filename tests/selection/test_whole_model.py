@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cfsp.whole_model import sensitivity
 
 import cfsp
 from cfsp.calibration.statistics import Statistics
@@ -26,7 +25,7 @@ from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.widths import model_size
-from cfsp.repair import ladder
+from cfsp.selection import sensitivity
 from cfsp.selection.load import load_whole
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from tiny_models import WIDTH, build_tiny_model
@@ -37,7 +36,7 @@ MULTIPLE = 8
 @pytest.fixture
 def settings(text_file: Path) -> PruneSettings:
     text = CalibrationText((str(text_file),), samples=16, seqlen=24)
-    return PruneSettings(Budget(0.5, "ffn", MULTIPLE), text=text, repair="none")
+    return PruneSettings(Budget(0.5, multiple=MULTIPLE), text=text, repair="none")
 
 
 @pytest.mark.parametrize("repair", ["none", "ridge"])
@@ -118,7 +117,7 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ladder, "choose_and_repair", killed)
+        patch.setattr("cfsp.decide.choose_and_repair", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "out", repaired)
     monkeypatch.setattr(sensitivity, "measure_sensitivity", killed)

@@ -21,7 +21,7 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.planning.widths import UnitWidths, definite_criterion, model_size, plan_widths
 from cfsp.progress import item_progress
-from cfsp.settings import DEFAULT_PARTS, PARTS, UNIT_PARTS, Budget, Criterion
+from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Budget, Criterion
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ class Planner:
     ) -> PruningPlan:
         """Return the plan that widths and channels amount to, and what goes whole."""
         source, statistics = self.source, self.statistics
-        whole = (part for part in self.budget.parts if part not in UNIT_PARTS)
-        parts = tuple(part for part in PARTS if part in (*candidate.parts, *whole))
+        parts = tuple(
+            part for part in self.budget.parts if part in candidate.parts or part not in UNIT_PARTS
+        )
         size = model_size(source)
         has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
         units = [

@@ -78,14 +78,14 @@ class Masked:
         widths = planner.widths(candidate)
         kept_U = list(planner.channels(candidate, widths))
         source, blocks = planner.source, blocks_of(self.model, planner.source.architecture)
-        form = call_form_of(self.model, blocks)
+        form, dense = call_form_of(self.model, blocks), self._dense
         with torch.inference_mode(), ExitStack() as stack:
             gone = candidate.dropped.blocks
             for unit, kept_K in zip(source.units, kept_U, strict=True):
                 if unit.block not in gone and len(kept_K) < unit.width * unit.ffns:
                     stack.enter_context(masked_unit(blocks[unit.block], unit, kept_K))
             stack.enter_context(skipped(blocks, gone, form))
-            return sum(each.divergence(self.model) for each in self._dense) / len(self._dense)
+            return sum(each.divergence(self.model) for each in dense) / len(dense)
 
 
 @dataclass(frozen=True)
