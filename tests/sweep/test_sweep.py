@@ -15,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.fine import channel_scores, read_ffn_weights
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import CalibrationText, Compute
+from cfsp.settings import Budget, CalibrationText, Compute
 from cfsp.sweep.front import pareto_front
 from cfsp.sweep.methods import METHODS, method_named
 from cfsp.sweep.recipe import Recipe, read_recipe
@@ -218,7 +217,7 @@ OWN_METHODS = st.fixed_dictionaries(
         "clamp": st.just("water-fill"),
         "repair": st.sampled_from(["ridge", "local", "none"]),
         "multiple": st.integers(1, 512),
-        "parts": st.sampled_from([("ffn",), ("ffn", "kv")]),
+        "parts": st.sampled_from([("ffn",), ("kv",)]),
     },
 )
 
@@ -260,18 +259,18 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
     path.write_text(
         'model = "m"\nsparsity = [0.5]\neval = ["t"]\nseed = [0, 1]\n'
         'methods = ["random", {name = "by mse", block_metric = "mse", repair = "none"}, '
-        '{name = "two", parts = ["ffn", "attention"], remove_attentions = 2}]'
+        '{name = "two", parts = ["attention"], removal = "runs"}]'
     )
     recipe = read_recipe(path)
     by_mse = {"name": "by mse", "block_metric": "mse", "repair": "none"}
-    two = {"name": "two", "parts": ("ffn", "attention"), "remove_attentions": 2}
+    two = {"name": "two", "parts": ("attention",), "removal": "runs"}
     assert recipe.methods == (METHODS["random"], by_mse, two)
     points = recipe.points(Compute())
     assert [point.name for point in points] == [
         "random-0.5-seed0", "random-0.5-seed1", "by mse-0.5-seed0", "by mse-0.5-seed1",
         "two-0.5-seed0", "two-0.5-seed1",
     ]  # fmt: skip
-    assert points[-1].settings.budget.remove_whole == (0, 2)
+    assert points[-1].settings.budget == Budget(0.5, parts=("attention",))
     assert points[2].settings.criterion.block_metric == "mse"
     assert [points[i].settings.repair for i in (2, 4)] == ["none", "ridge"]
 
@@ -307,6 +306,7 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
                 ('name = "a", multiple = "8"', "multiple must be of type int, found '8'"),
                 ('name = "a", multiple = 0', "multiple must be at least 1"),
                 ('name = "a", of = "x"', "unknown keys: of"),
+                ('name = "a", parts = ["ffn", "kv"]', "several share one target"),
                 ('repair = "none"', "has no name"),
             )
         ),
@@ -331,7 +331,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     "more",
     [
-        ["m"], ["--samples", "4"], ["--seqlen", "1024"], ["--seed", "0"], ["--of", "ffn"],
+        ["m"], ["--samples", "4"], ["--seqlen", "1024"], ["--seed", "0"],
         ["--method", "cfsp"], ["--multiple", "4"], ["--data", "t"], ["--sparsity", "0.5"],
         ["--eval", "t"], ["--eval-windows", "12"], ["--speed"],
     ],
@@ -496,71 +496,43 @@ def test_loss_rise_is_in_nats() -> None:
     assert loss_rise({"a": 20.0, "b": 20.0}, before) == pytest.approx(math.log(2) / 2)
 
 
-def test_a_method_is_a_name_or_parts() -> None:
+def test_a_method_is_a_name_or_a_part() -> None:
     assert method_named("blocks-alone") is METHODS["blocks-alone"]
-    assert method_named("blocks,ffn") == {"name": "ffn,blocks", "parts": ("ffn", "blocks")}
-    with pytest.raises(
-        UsageError, match=r"unknown method 'fnn,blocks'.*known are: cfsp, .*--parts"
-    ):
-        method_named("fnn,blocks")
+    assert method_named("kv") == {"name": "kv", "parts": ("kv",)}
+    with pytest.raises(UsageError, match=r"unknown method 'fnn'.*known are: cfsp, .*--parts"):
+        method_named("fnn")
 
 
-def test_parts_are_compared_at_one_size(
+def test_parts_are_pruned_as_alone(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    """How many go whole is chosen as `cfsp prune` chooses it."""
     out, model = tmp_path / "out", str(tiny_checkpoint("llama"))
     # So few windows that all are those of the coarse pass.
-    text = ["--data", str(text_file), "--samples", "8", "--seqlen", "32"]
-    size = ["--sparsity", "0.3", "--set", "of=model", "--set", "multiple=8"]
-    methods = ["ffn", "blocks", "ffn,blocks", "ffn,attention"]
-    measured = ["--eval", str(text_file), "--eval-windows", "1"]
-    assert (
-        main(["sweep", model, *size, *text, *measured, "--method", *methods, "--out", str(out)])
-        == 0
-    )
-    dense, *rows = json.loads((out / "table.json").read_text())
+    asked = ["--data", str(text_file), "--samples", "8", "--seqlen", "32", "--sparsity", "0.3"]
+    asked += ["--set", "multiple=8"]
+    methods = ["ffn", "kv", "attention", "blocks"]
+    measured = ["--eval", str(text_file), "--eval-windows", "1", "--method", *methods]
+    assert main(["sweep", model, *asked, *measured, "--out", str(out)]) == 0
+    _dense, *rows = json.loads((out / "table.json").read_text())
     assert [row["method"] for row in rows] == methods
-    block = next(iter(parameters_of_blocks(open_checkpoint(model))))
-    for row in rows:
-        room = block / 2 if row["method"] == "blocks" else 3 * 8 * 32
-        assert abs(row["parameters"] - 0.7 * dense["parameters"]) <= room
-    for parts in methods:
-        alone = tmp_path / parts
-        assert main(["prune", model, *size, *text, "--parts", parts, "--out", str(alone)]) == 0
-        swept = out / f"{parts}-0.3"
-        chosen, expected = (PruningPlan.load(d / "cfsp_plan.json") for d in (swept, alone))
+    for part in methods:
+        alone = tmp_path / part
+        assert main(["prune", model, *asked, "--parts", part, "--out", str(alone)]) == 0
+        chosen, expected = (
+            PruningPlan.load(place / "cfsp_plan.json") for place in (out / f"{part}-0.3", alone)
+        )
         assert chosen.kept_channels == expected.kept_channels
         assert chosen.removed_blocks == expected.removed_blocks
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("ffn,blocks", "requires the whole model in memory; say how many with --set remove_blocks"),
-        (
-            "ffn,experts",
-            "requires the whole model in memory; say how many with --set remove_experts=N",
-        ),
-    ],
-)
-def test_parts_whose_number_is_not_known_are_refused_before_any_work(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
-    message: str,
+def test_several_parts_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
     monkeypatch.setattr("cfsp.sweep.run.evaluate_models", never)
-    monkeypatch.setattr("cfsp.whole_model.removal_order.fits", lambda *_: False)
-    model, text = str(tiny_checkpoint("mixtral")), str(text_file)
-    arguments = ["sweep", model, "--sparsity", "0.3", "--method", method, "--seqlen", "32"]
-    out = tmp_path / "made" / "out"
-    assert main([*arguments, "--data", text, "--eval", text, "--out", str(out)]) == 2
-    assert message in capsys.readouterr().err
-    assert not out.parent.exists()
+    argv = ["sweep", "no-model", "--sparsity", "0.3", "--method", "ffn,blocks", "--eval", "t"]
+    assert main([*argv, "--data", "t", "--out", str(tmp_path / "out")]) == 2
+    assert "several share one target" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

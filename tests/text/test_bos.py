@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from cfsp.goals.loss import held_out_windows
 from tokenizers.processors import TemplateProcessing
 
 from cfsp.calibration.statistics import Statistics
@@ -22,6 +21,7 @@ from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
 from cfsp.result.manifest import read_manifest
+from cfsp.selection.loss import held_out_windows
 from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
 from cfsp.text.drawing import consecutive_windows, draw_text, draw_windows
 from cfsp.text.tokenizers import beginning

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cfsp.errors import UsageError, did_you_mean
+from cfsp.errors import GONE, UsageError, did_you_mean
 from cfsp.settings.goals import (
     GOALS,
     Goal,
@@ -220,7 +220,8 @@ class Budget:
             flag = flag_of(field, options_of(Budget)[field])
             if self.parts != (part,):
                 raise UsageError(
-                    f"{flag} belongs to --parts {part} alone, found --parts {','.join(self.parts)}"
+                    f"{flag} belongs to --parts {part} alone, found --parts "
+                    f"{','.join(self.parts)}; {GONE['remove_blocks']}"
                 )
             if self.sparsity:
                 raise UsageError(f"{flag} and --sparsity both say how much goes; give one of them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from cfsp.errors import UsageError
+from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings.budget import Budget, Part, can_be_met
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
@@ -120,7 +120,10 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         if self.repair not in REPAIRS:
-            raise UsageError(f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}")
+            raise UsageError(
+                f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}"
+                f"{did_you_mean(self.repair, REPAIRS)}"
+            )
         metric = self.criterion.block_metric
         if self.budget.widths == "equal" and metric not in (AUTO_METRIC, UNIFORM):
             raise UsageError(

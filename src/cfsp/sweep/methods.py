@@ -17,8 +17,8 @@ A recipe can name others; these have a name of their own:
                     2403.03853)
     experts         whole routed experts, by REAP's score; the sparsity is the share of experts
 
-Parts as `cfsp prune --parts` names them, such as `ffn,blocks`, are a method too: what `cfsp prune`
-does with them. Sizes are equal where the sparsity is of all parameters (`--set of=model`).
+A part as `cfsp prune --parts` names it, such as `kv`, is a method too: what `cfsp prune` does with
+it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ METHODS = {method["name"]: method for method in _KNOWN}
 
 
 def method_named(name: str) -> Method:
-    """Return the method of a name, or what `cfsp prune` does with the parts that it lists.
+    """Return the method of a name, or what `cfsp prune` does with a part.
 
     Raises:
         UsageError: there is no such method.
@@ -69,7 +69,7 @@ def method_named(name: str) -> Method:
     if not {*given} <= {*PARTS}:
         raise UsageError(
             f"unknown method {name!r}{did_you_mean(name, METHODS)}; known are: "
-            f"{', '.join(METHODS)}, and parts as cfsp prune --parts has them, such as ffn,blocks"
+            f"{', '.join(METHODS)}, and a part as cfsp prune --parts has it, such as kv"
         )
     parts = tuple(part for part in PARTS if part in given)
     return {"name": ",".join(parts), "parts": parts}

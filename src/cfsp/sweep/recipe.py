@@ -15,6 +15,7 @@ import tomli_w
 from cfsp.errors import UsageError
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import (
+    COUNTS,
     DEFAULT_REPAIR,
     DEFAULT_TEXT,
     Bos,
@@ -30,12 +31,12 @@ from cfsp.settings import (
 )
 from cfsp.sweep.methods import METHODS, Method, method_named
 
-# What a method may say, with its type; how much goes, and of what, is the recipe's.
+# What a method may say, with its type; how much goes is the recipe's.
 _OF_METHODS: dict[str, Any] = {"name": str, "repair": str} | {
     name_of(field, option): get_type_hints(settings)[field]
     for settings in (Budget, Criterion)
     for field, option in options_of(settings).items()
-    if field not in ("sparsity", "of")
+    if field not in ("sparsity", *COUNTS.values())
 }
 # A method's name begins that of a directory.
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")

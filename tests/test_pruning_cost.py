@@ -36,9 +36,9 @@ def estimate(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_every_stage_of_a_repair_is_in_it(estimate: Estimate) -> None:
-    found = estimate("--repair", "sequential", "--block-metric", "angular")
+    found = estimate("--block-metric", "angular")
     stages = {stage["name"]: stage for stage in found["stages"]}
-    assert list(stages) == ["coarse pass", "ridge", "solve", "sequential", "solve again", "cut"]
+    assert list(stages) == ["coarse pass", "ridge", "solve", "cut"]
     # The coarse pass has half of the windows, and no Gram matrices.
     gram = 1.25 * WIDTH**2 * BLOCKS * 16 * 32
     assert stages["ridge"]["flop"] == pytest.approx(2 * stages["coarse pass"]["flop"] + gram)
