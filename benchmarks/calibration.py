@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.decide import decide
 from cfsp.engine.block_stream import TOKENS_IN_BATCH
 from cfsp.engine.compute import engine_of
 from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
+from cfsp.job import Job
 from cfsp.repair import ridge_pass
-from cfsp.repair.ladder import plan_and_repair
 from cfsp.repair.ridge import RidgeSolution, repair_down_projection
 from cfsp.settings import (
     DEFAULT_SEQLEN,
@@ -66,7 +67,8 @@ def main() -> None:
     text = CalibrationText(tuple(args.data or ["python-docs"]), args.samples, args.seqlen)
     compute = Compute(dtype=args.dtype)
     engine = engine_of(compute, source)
-    windows = draw_text(text, load_tokenizer(source.directory))
+    tokenizer = load_tokenizer(source.directory)
+    windows = draw_text(text, tokenizer)
     model = load(args.model, dtype=engine.dtype, device=engine.device)
     criterion = Criterion(block_metric=args.block_metric)
     settings = PruneSettings(Budget(args.sparsity), criterion, text, compute)
@@ -85,7 +87,7 @@ def main() -> None:
             patch.object(ridge_pass, "repair_down_projection", timed_solve),
         ):
             place = Workplace(Path(work))
-            plan_and_repair(source, lambda: windows, settings, engine, place=place)
+            decide(Job(source, settings, lambda: tokenizer, lambda: windows, engine, place))
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --tiny        # a small shape on the CPU: does it run?
 
 Makes a checkpoint of Llama 3 8B's shape with random weights (16 GB; `make_checkpoint.py`), then, on
-128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, sequential repair at
+128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, local repair at
 50%. Each says its seconds by stage and pass and the peak of the device's memory. The dense model
 and those two are then timed against each other, prefill and decoding, plainly and with
 torch.compile. What does not begin within the limit is left out and is null. SCRATCH needs 45 GB.
@@ -28,11 +28,12 @@ import torch
 
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.decide import decide
 from cfsp.engine.compute import engine_of
 from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
+from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
-from cfsp.repair.ladder import plan_and_repair
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.speed.bench import bench
 from make_checkpoint import make_checkpoint
@@ -118,7 +119,7 @@ def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[s
         "calibrate": lambda: _calibrate(size, dense, scratch),
         "ridge 20%": lambda: _prune(size, dense, scratch / "20", 0.2, "ridge"),
         "ridge 50%": lambda: _prune(size, dense, scratch / "50", 0.5, "ridge"),
-        "sequential 50%": lambda: _prune(size, dense, scratch / "sequential", 0.5, "sequential"),
+        "local 50%": lambda: _prune(size, dense, scratch / "local", 0.5, "local"),
     }
     for engine in size.engines:
         stages[f"speed, {engine}"] = lambda engine=engine: _speed(size, scratch, engine)
@@ -176,16 +177,16 @@ def _calibrate(size: Size, dense: Path, scratch: Path) -> dict[str, Any]:
     from cfsp.text.tokenizers import load_tokenizer
 
     source, settings = Checkpoint(dense), _settings(size, 0.5, "none")
-    windows = draw_text(settings.text, load_tokenizer(dense))
-    place = Workplace(scratch / "work")
+    tokenizer, place = load_tokenizer(dense), Workplace(scratch / "work")
+    windows = draw_text(settings.text, tokenizer)
     engine = engine_of(settings.compute, source)
-    plan_and_repair(source, lambda: windows, settings, engine, place=place)
+    decide(Job(source, settings, lambda: tokenizer, lambda: windows, engine, place))
     return {"seconds": place.watch.seconds, "passes": place.times_json()}
 
 
 def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) -> dict[str, Any]:
     report = prune_checkpoint(Checkpoint(dense), out, _settings(size, sparsity, repair))
-    if repair == "sequential":  # as large as that with ridge repair: it is not timed
+    if repair == "local":  # as large as that with ridge repair: it is not timed
         shutil.rmtree(out)
     kept = ("seconds", "passes", "peak_rss_bytes", "parameters_before", "parameters_after")
     return {name: getattr(report, name) for name in kept}

@@ -123,13 +123,13 @@ class Pruned:
 def pruned_models(
     source: Checkpoint, of_blocks: Sequence[float], of_channels: Sequence[float]
 ) -> Iterator[Pruned]:
-    """Yield the models; a share of block parameters becomes one of all parameters."""
+    """Yield the models; of a share of block parameters all the others stay."""
     of_all = sum(parameters_of_blocks(source)) / parameter_count(source)
     for share in of_blocks:
         yield Pruned(
             f"blocks-{100 * share:g}",
             f"{100 * share:g}% of block parameters",
-            ("--sparsity", f"{share * of_all:.6f}", "--of", "model"),
+            ("--target-params", f"{1 - share * of_all:.6f}", "--parts", "ffn"),
         )
     for share in of_channels:
         yield Pruned(

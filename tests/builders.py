@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cfsp.calibration.statistics import (
     BlockStatistics,
@@ -14,8 +17,23 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
+from cfsp.engine.compute import engine_of
+from cfsp.engine.workplace import Workplace
+from cfsp.job import Job
+from cfsp.planning.candidate import Dropped, DropSizes
 from cfsp.planning.fine import FFNWeights
-from cfsp.settings import DISTANCES
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
+from cfsp.planning.widths import parameters_of_channels
+from cfsp.settings import (
+    DISTANCES,
+    UNIT_PARTS,
+    WHOLE_PARTS,
+    Part,
+    PruneSettings,
+    TargetParameters,
+)
 
 RECORD = CalibrationRecord(
     model="tiny",
@@ -86,3 +104,51 @@ def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Stat
         ],
         RECORD,
     )
+
+
+def never() -> Any:
+    """Be what is not to be called."""
+    raise AssertionError("this is not needed")
+
+
+def job_of(
+    source: WeightSource,
+    settings: PruneSettings,
+    draw: Any = never,
+    *,
+    place: Workplace | None = None,
+) -> Job:
+    """Return a job on given windows, at a place that nothing resumes from."""
+    engine = engine_of(settings.compute, source)
+    return Job(source, settings, never, draw, engine, place or Workplace(Path()))
+
+
+def plan_without(source: WeightSource, dropped: Dropped) -> PruningPlan:
+    """Return the plan by which blocks and attentions go, and nothing else."""
+    units = tuple(
+        UnitPlan(
+            unit.block,
+            unit.width,
+            () if dropped.takes(unit) else tuple(range(unit.ffns * unit.width)),
+            0.1,
+            0.5,
+            unit.ffns,
+            path=unit.path,
+            part=unit.part,
+        )
+        for unit in source.units
+    )
+    criterion = {**CRITERION, "parts": list(dropped.parts)}
+    return PruningPlan(ModelIdentity.of(source), criterion, CALIBRATION, units, dropped.blocks)
+
+
+def goal_of_share(
+    model: Path | PreTrainedModel, parts: tuple[Part, ...], share: float
+) -> TargetParameters:
+    """Return the goal by which as many parameters go as a share of all that the parts own."""
+    is_path = isinstance(model, Path)
+    source = Checkpoint(model, parts=parts) if is_path else LoadedModel(model, parts)
+    owned = DropSizes.of(source, [part for part in WHOLE_PARTS if part in parts]).total
+    if "blocks" not in parts:
+        owned += parameters_of_channels(source, [part for part in UNIT_PARTS if part in parts])
+    return TargetParameters(1 - share * owned / parameter_count(source))

@@ -26,6 +26,8 @@ from cfsp.engine.resumed_forward import skipped
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
+from cfsp.selection.load import call_form_of
+from cfsp.selection.masks import masked_unit
 from cfsp.settings import (
     DEFAULT_PARTS,
     Budget,
@@ -34,8 +36,6 @@ from cfsp.settings import (
     PruneSettings,
     Text,
 )
-from cfsp.whole_model.load import call_form_of
-from cfsp.whole_model.masks import masked_unit
 from stock import Question, computed
 
 SPARSITY = 0.4

@@ -21,7 +21,7 @@ from cfsp.cli import main
 from cfsp.engine.resumed_forward import skipped
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.whole_model.load import call_form_of
+from cfsp.selection.load import call_form_of
 from family_contract import question_of, save_with_tokenizer
 from forks import Forks, Job
 from stock import Answer
@@ -133,8 +133,7 @@ def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Pat
     assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
 
 
-def check_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, work: Path) -> None:
-    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
+def check_in_memory_is_the_checkpoint(case: Case, pruned: Any, work: Path) -> None:
     expected = cfsp.load(case.out).state_dict()
     assert pruned.state_dict().keys() == expected.keys()
     for name, tensor in pruned.state_dict().items():

@@ -29,14 +29,15 @@ LAYERS = (
     ("planning",),
     ("cut",),
     ("quality",),
-    ("whole_model",),
+    ("job",),
     ("repair",),
     ("result",),
     # `bench` times what `export` writes.
     ("exports",),
     ("speed",),
-    ("goals", "recovery"),
-    ("pipeline",),
+    ("selection", "recovery"),
+    ("decide",),
+    ("pipeline", "pruning_cost"),
     ("prune_and_recover",),
     ("api", "families", "sweep"),
     ("demo",),
@@ -46,7 +47,7 @@ LAYERS = (
     ("__main__",),
 )
 
-MOST_MODULES = 9
+MOST_MODULES = 12
 MOST_ROWS_OF_THE_MAP = 16
 
 

@@ -38,7 +38,7 @@ PINNED = Path(__file__).parent / "pinned_bytes.json"
 # A family that stores its FFN in a way of its own, and a repair.
 CASES = {
     "llama": "ridge",
-    "gpt2": "sequential",
+    "gpt2": "local",
     "phi3": "none",
     "mixtral": "ridge",
     "gemma3_text": "local",

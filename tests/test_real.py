@@ -7,21 +7,21 @@ windows and few steps, so that it takes 80 seconds; what more of both gives is i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cfsp
-from cfsp import pipeline
+from cfsp import decide, pipeline
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.job import Job
 from cfsp.repair import ladder
 from cfsp.repair.repaired import Repaired
-from cfsp.settings import REPAIRS
-from cfsp.whole_model import divergence
+from cfsp.selection import divergence
+from cfsp.text.windows import Windows
 
 pytestmark = pytest.mark.real
 
@@ -39,6 +39,7 @@ FLOORS = {
     "local": (23.4, 12.1),
 }
 
+REPAIRS = ("none", "ridge", "sequential", "local")
 Perplexities = dict[str, tuple[float, float]]
 
 
@@ -47,21 +48,21 @@ def pruned(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The model by every repair, each pass once: `local` begins with the steps of the others."""
     directory = tmp_path_factory.mktemp("real")
 
-    def written(name: str, step: Callable[..., Repaired]) -> Callable[..., Repaired]:
-        def step_and_write(source: Checkpoint, *args: Any) -> Repaired:
-            repaired = step(source, *args)
-            (directory / name).mkdir()
-            pipeline._write_checkpoint(source, repaired, directory / name)
-            return repaired
-
-        return step_and_write
+    def written(job: Job, result: Repaired, windows: Windows) -> Repaired:
+        """Take the steps of local repair, and write what is there after each before it."""
+        for name, step in ladder.steps_of("local").items():
+            if name != "ridge":
+                result = step(job, result, windows)
+            if name != "local":
+                (directory / name).mkdir()
+                pipeline._write_checkpoint(demo, result, directory / name)
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         # A minute less, and widths as good.
         patch.setattr(divergence, "LEAST_WINDOWS", 4)
         patch.setattr(divergence, "BEGINNING_TOKENS", 64)
-        for name, step in (("ridge", "_choose_and_repair"), ("sequential", "repair_sequentially")):
-            patch.setattr(ladder, step, written(name, getattr(ladder, step)))
+        patch.setattr(decide, "repair", written)
         cfsp.prune(
             "demo", out=directory / "local", sparsity=SPARSITY, repair="local", local_steps=3,
             **TEXT,

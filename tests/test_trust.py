@@ -22,10 +22,9 @@ from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
 from cfsp.cli import main
 from cfsp.errors import OutputError
-from cfsp.pipeline import calibrate_source
-from cfsp.planning.make import make_plan
+from cfsp.pipeline import calibrate_source, plan_from
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.settings import Budget, CalibrationText, Compute, Criterion
+from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from commands import Command, Commands
 from conftest import REPOSITORY, random_prose
@@ -234,8 +233,8 @@ def test_a_thousand_plans_do_not_grow_memory(
     calibrate_source(source, tokenizer, text, compute).save(tmp_path / "s")
 
     def plan(number: int) -> None:
-        budget = Budget(0.1 + 0.0008 * number, "ffn", 4)
-        make_plan(source, Statistics.load(tmp_path / "s"), budget, Criterion())
+        settings = PruneSettings(Budget(0.1 + 0.0008 * number, multiple=4), compute=compute)
+        plan_from(source, Statistics.load(tmp_path / "s"), settings)
 
     for number in range(20):
         plan(number)

@@ -13,12 +13,13 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.errors import UsageError
 from cfsp.pipeline import (
+    calibrate_for,
     calibrate_source,
     check_all_texts,
+    plan_from,
     prune_checkpoint,
     prune_model,
 )
-from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.prune_and_recover import best_effort, prune_and_recover
 from cfsp.quality.evaluate import evaluate_models
@@ -26,11 +27,11 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
     BEST_EFFORT,
     BEST_WITHOUT_TRAINING,
+    COUNTS,
     DEFAULT_PARTS,
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
     EFFORTS,
-    NUMBERS,
     Bos,
     Budget,
     CalibrationText,
@@ -118,10 +119,11 @@ def prune(
         tokenizer: needed for a model in memory, and for nothing else; a multimodal model's
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
-        sparsity: fraction to remove, in [0, 1). Whole blocks, attentions and experts alone may be
-            said in numbers instead: `parts="blocks", remove_blocks=4`.
-        parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or several; None for
-            `ffn` and, with `TargetParameters` that takes many channels, blocks too if they fit.
+        sparsity: share of the part that goes, in [0, 1). Of blocks, attention layers and experts a
+            number may be said instead: `parts="blocks", remove_blocks=4`.
+        parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or with a goal several;
+            None for `ffn` and, with `TargetParameters` that takes many channels, blocks too if
+            they fit.
         goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
             `TargetSpeedup`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
@@ -132,7 +134,7 @@ def prune(
         effort: `fast` repairs nothing, `standard` by least squares, `best` also trains: a path
             that fits into memory whole, as `recover` does (the model before that stays in
             `OUT-pruned`), others a few blocks at a time.
-        repair: the repair by its name instead: `none`, `ridge`, `sequential` or `local`.
+        repair: the repair by its name instead: `none`, `ridge` or `local`.
         device: where to compute; `auto` is an accelerator if there is one.
         **advanced: what `cfsp prune --help-all` lists, by the same names.
 
@@ -174,7 +176,7 @@ def prune(
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
-        numbers = {name: advanced.get(name) for name in NUMBERS.values()}
+        numbers = {name: advanced.get(name) for name in COUNTS.values()}
         said = {"goal": goal, "sparsity": sparsity, **numbers}
         asked = ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
         command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
@@ -196,7 +198,7 @@ def _check_is_said(budget: Budget, sparsity: float | None, goal: object) -> None
         UsageError: nothing does, or two do.
     """
     found = [name for name, value in (("sparsity", sparsity), ("goal", goal)) if value is not None]
-    if len(found) > 1 or not (found or budget.is_said_in_numbers):
+    if len(found) > 1 or not (found or budget.count is not None):
         raise UsageError(
             "expected a sparsity or a goal that says how much to remove, found "
             + ("both" if found else "neither")
@@ -255,8 +257,8 @@ def calibrate(
             text,
             compute,
             sensitivity=sensitivity,
-            removing=PruneSettings.of_removal(budget.parts),
             processor=processor,
+            **calibrate_for(source, budget.parts, compute),
         )
 
 
@@ -272,9 +274,9 @@ def plan(
     check_names(plan, advanced, Budget, Criterion)
     budget = from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts)
     _check_is_said(budget, sparsity, None)
-    criterion = from_names(Criterion, advanced)
+    settings = PruneSettings(budget.for_goal(None), from_names(Criterion, advanced))
     with _opened(model, budget) as source:
-        return plan_from_statistics(source, statistics, budget, criterion)
+        return plan_from(source, statistics, settings)[0]
 
 
 def evaluate(

@@ -134,9 +134,13 @@ GONE = {
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
     "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",
-    "--png": "the charts are in the page as SVG; a browser saves or prints them",
+    "png": "the charts are in the page as SVG; a browser saves or prints them",
     "self": "text that the model writes went: real text calibrates better; use mixed, or your own",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
+    "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",
+    "sequential": "sequential went as a choice of its own: it is a step of --repair local",
+    "remove_blocks": "numbers beside other parts went: prune one part, then the other of the "
+    "result, or give all of them one --target-params",
 }
 
 
@@ -144,10 +148,11 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` if something known is like what was found, else nothing.
 
     Of what an earlier version knew it says what became of that. Dashes before a flag count as no
-    likeness: with them --foo is like --of.
+    likeness.
     """
+    found = found.lstrip("-")
     if (gone := GONE.get(found.lower())) is not None:
         return f"; {gone}"
     by_name = {each.lstrip("-"): each for each in known}
-    close = difflib.get_close_matches(found.lstrip("-"), by_name, n=1)
+    close = difflib.get_close_matches(found, by_name, n=1)
     return f"; did you mean {by_name[close[0]]}?" if close else ""

@@ -1,6 +1,6 @@
 """The whole flow, one line a stage.
 
-    text -> windows -> CALIBRATE -> Statistics -> PLAN -> PruningPlan
+    text -> windows -> CALIBRATE -> Statistics -> SELECT -> Candidate -> PLAN -> PruningPlan
          -> REPAIR -> Repaired -> CUT -> checkpoint directory
 
 `prune_checkpoint` goes from directory to directory, `prune_model` from a model in memory to a
@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +32,7 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
+from cfsp.decide import decide, plan_for
 from cfsp.engine.compute import engine_of
 from cfsp.engine.workplace import (
     Workplace,
@@ -41,14 +42,11 @@ from cfsp.engine.workplace import (
 )
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
-from cfsp.goals.loss import loss_increase_of
-from cfsp.goals.parameters import little_in_words
-from cfsp.goals.resolve import resolve_goal
+from cfsp.job import Job
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.planning.removal_budget import whole_in_words
 from cfsp.processes import Team
 from cfsp.quality.evaluate import before_and_after, evaluation_windows
-from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
+from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.repaired import Repaired
 from cfsp.result.card import model_card
 from cfsp.result.manifest import (
@@ -58,12 +56,20 @@ from cfsp.result.manifest import (
 )
 from cfsp.result.origin import origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
+from cfsp.selection.constraint import MOST_DROPPED
+from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
+from cfsp.selection.goal import little_in_words
+from cfsp.selection.loss import loss_increase_of
+from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import (
+    AUTO_METRIC,
     Budget,
     CalibrationText,
     Compute,
     Criterion,
     MaxLossIncrease,
+    Part,
     PruneSettings,
 )
 from cfsp.text.calibration_text import calibration_windows
@@ -71,12 +77,6 @@ from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows, check_is_text
-from cfsp.whole_model.removal_order import (
-    check_can_be_compared,
-    follow_runs,
-    with_needed_removals,
-)
-from cfsp.whole_model.sensitivity import with_sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,8 +142,11 @@ def prune_checkpoint(
             plan=plan,
         )
         if dry_run:
-            if repairs and plan is None:
-                _warn_of_comparing_before_repair(settings.budget, facts)
+            if repairs and repaired.plan.has_gaps and repaired.plan.ffn_sparsity > 0:
+                log.warning(
+                    "--dry-run compared plans before repair; the run itself repairs a few of them "
+                    "and may choose another"
+                )
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, place, None)
@@ -169,19 +172,6 @@ def prune_checkpoint(
 
         team.from_first(describe)
     return report
-
-
-def _warn_of_comparing_before_repair(asked: Budget, facts: dict[str, Any]) -> None:
-    """Warn where how many blocks go was chosen by --dry-run, of a budget or of what a goal gave."""
-    found = Budget(**facts["budget"]) if facts else asked
-    for budget in (asked, found):
-        if budget.leaves_number_open:
-            log.warning(
-                "--dry-run compared before repair how many %s go; the run itself repairs a few of "
-                "the numbers, and may choose another",
-                whole_in_words(budget),
-            )
-            return
 
 
 @contextmanager
@@ -253,7 +243,8 @@ def calibrate_source(
     place: Workplace | None = None,
     *,
     sensitivity: bool | Callable[[Windows], bool] = False,
-    removing: Sequence[PruneSettings] = (),
+    wanted: Sequence[DropBudget] = (),
+    runs: bool = False,
     processor: Any = None,
 ) -> Statistics:
     """Draw windows and run them through the model once.
@@ -267,13 +258,13 @@ def calibrate_source(
             temporary one.
         sensitivity: also measure that of every block; in one process only. A function is asked with
             the windows.
-        removing: also measure what the removal of blocks needs that these settings ask for.
+        wanted: also measure in which order so much goes whole by what the predictions lose.
+        runs: also compare how far runs of blocks turn the hidden state.
         processor: of a multimodal model in memory.
     """
     own: AbstractContextManager[Workplace] = temporary_workplace(compute.memory_budget)
     with own if place is None else nullcontext(place) as place:
         engine = engine_of(compute, source)
-        check_can_be_compared(source, removing, engine)
         with place.watch.stage("text"):
             windows = calibration_windows(source, tokenizer, text, processor)
         if callable(sensitivity):
@@ -282,19 +273,28 @@ def calibrate_source(
             check_is_text(windows, "--sensitivity")
         check_same_work(place.team, [source], {"calibration text": windows.digest})
         check_enough(windows, place.team, engine.batch_windows)
-        for each in removing:
-            if each.budget.whole_parts:
-                check_is_text(windows, f"--parts {','.join(each.budget.whole_parts)}")
-        runs = follow_runs(source, removing, engine)
         with place.watch.stage("calibrate"):
             statistics = calibrate_together(
                 source, windows, engine, seed=text.seed, place=place, runs=runs
             )
-        statistics = with_needed_removals(source, statistics, windows, removing, engine, place)
+        statistics = with_order(source, statistics, windows, wanted, engine, place)
         if not sensitivity:
             return statistics
         with place.watch.stage("sensitivity"):
             return with_sensitivity(source, statistics, windows, Criterion(), engine)
+
+
+def calibrate_for(source: WeightSource, parts: Sequence[Part], compute: Compute) -> dict[str, Any]:
+    """Return what `calibrate_source` is to measure for plans that may drop these parts, up to half.
+
+    Raises:
+        UsageError: the two are to be compared, and the model does not fit into memory.
+    """
+    budget, engine = Budget(parts=tuple(parts)), engine_of(compute, source)
+    check_can_be_compared(source, budget, AUTO_METRIC, engine)
+    if not budget.whole_parts or not follow_divergence(source, AUTO_METRIC, engine):
+        return {"runs": "blocks" in parts}
+    return {"wanted": [DropBudget.of_share(source, budget.whole_parts, MOST_DROPPED)]}
 
 
 def _decide(
@@ -307,12 +307,9 @@ def _decide(
     plan: PruningPlan | None = None,
     processor: Any = None,
 ) -> tuple[Repaired, dict[str, Any]]:
-    """Turn a goal into a budget, then decide what goes and repair what is left.
+    """Decide what goes and repair what is left; see `decide`.
 
     Windows are drawn once, and they and the tokenizer only if something needs them.
-
-    Returns:
-        The complete decision, and what the goal came to, as JSON types.
     """
     engine, tokenizer = engine_of(settings.compute, source), cache(tokenizer)
 
@@ -324,30 +321,23 @@ def _decide(
         check_enough(windows, place.team, engine.batch_windows)
         return windows
 
-    if little := little_in_words(source, settings.budget):
+    if settings.goal is None and (little := little_in_words(source, settings.budget)):
         log.warning("%s", little)
-    facts: dict[str, Any] = {}
-    if settings.goal is not None:
-        resolution, statistics = resolve_goal(
-            source,
-            tokenizer,
-            draw,
-            settings,
-            place=place,
-            statistics=statistics,
-        )
-        facts = resolution.to_json()
-        settings = replace(settings, budget=resolution.budget, goal=None)
-    repaired = plan_and_repair(
-        source,
-        draw,
-        settings,
-        engine,
-        place=place,
-        statistics=statistics,
-        plan=plan,
-    )
-    return repaired, facts
+    job = Job(source, settings, tokenizer, draw, engine, place)
+    return decide(job, statistics=statistics, plan=plan)
+
+
+def plan_from(
+    source: WeightSource, statistics: Statistics, settings: PruneSettings
+) -> tuple[PruningPlan, dict[str, Any]]:
+    """Return the plan of settings, and what its goal came to; see `plan_for`. No text is read."""
+
+    def nothing() -> Any:
+        raise AssertionError("statistics are there, so no text is read")
+
+    with temporary_workplace(settings.compute.memory_budget) as place:
+        engine = engine_of(settings.compute, source)
+        return plan_for(Job(source, settings, nothing, nothing, engine, place), statistics)
 
 
 def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> dict[str, str]:

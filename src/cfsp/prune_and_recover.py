@@ -14,7 +14,6 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
 from cfsp.engine.workplace import remove_finished_work
-from cfsp.goals.loss import held_out_windows
 from cfsp.pipeline import check_all_texts, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
@@ -24,6 +23,7 @@ from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Limit, RecoverSetti
 from cfsp.recovery.teacher import method_that_fits
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
+from cfsp.selection.loss import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
 from cfsp.text.calibration_text import processor_of
 from cfsp.text.drawing import draw_text

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cfsp
+from builders import goal_of_share
 from cfsp.architecture.found import ChannelAxis
 from cfsp.architecture.proof import prove
 from cfsp.calibration.statistics import Statistics
@@ -25,11 +26,9 @@ from cfsp.errors import BudgetError, CfspError, StatisticsError, UnsupportedMode
 from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.selection.masks import masked_channels
 from cfsp.settings import Budget, Part
-from cfsp.whole_model.masks import masked_channels
-from family_contract import (
-    save_with_tokenizer,
-)
+from family_contract import save_with_tokenizer
 from forks import Forks
 from pruned_checks import (
     SETTINGS,
@@ -50,8 +49,8 @@ NAMES = ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2")
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
-    asked = {"sparsity": 0.4, "multiple": 1, "parts": PARTS}
-    found = make_case(request.param, {}, **asked)
+    goal = goal_of_share(tiny_model(request.param), PARTS, 0.4)
+    found = make_case(request.param, {}, goal=goal, multiple=1, parts=PARTS)
     assert len(set(found.report.kv_groups["after"])) > 1, "the case must have different numbers"
     return found
 
@@ -70,7 +69,7 @@ def test_pruned_logits_are_those_of_the_masked_original(case: Case) -> None:
 
 
 def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
-    asked = {**case.asked, "sparsity": 0.0, "repair": "none"}
+    asked = {**case.asked, "goal": None, "sparsity": 0.0, "parts": "kv", "repair": "none"}
     cfsp.prune(case.source, out=tmp_path / "same", **asked)
     check_is_the_same(case.source, tmp_path / "same")
 
@@ -84,7 +83,8 @@ def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: 
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
-    check_in_memory_is_the_checkpoint(case, tokenizer, tmp_path)
+    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
+    check_in_memory_is_the_checkpoint(case, pruned, tmp_path)
 
 
 def test_config_and_modules_say_the_numbers(case: Case) -> None:
@@ -124,16 +124,16 @@ def test_the_plan_names_each_part_and_is_read_again(case: Case) -> None:
     assert kept / whole == pytest.approx(0.6, abs=max(u.cost for u in plan.units) / whole)
 
 
-@pytest.mark.parametrize("repair", ["ridge", "sequential"])
-def test_repair_lowers_the_error(case: Case, tmp_path: Path, repair: str) -> None:
+def test_repair_lowers_the_error(case: Case, tmp_path: Path) -> None:
     # Without sensitivity: that of a random model keeps its attentions.
-    asked = {**case.asked, "multiple": 8, "repair": repair, "block_metric": "angular"}
+    asked = {**case.asked, "multiple": 8, "repair": "local", "block_metric": "angular"}
+    asked["local_steps"] = 1
     report = cfsp.prune(case.source, out=tmp_path / "out", **asked)
     ridge, *later = report.repair["steps"]
     of_attention = [entry for entry in ridge["blocks"] if "attn" in entry["path"]]
     assert len(of_attention) == len(case.report.kv_groups["before"])
     assert any(entry["error_after"] < entry["error_before"] for entry in of_attention)
-    assert [step["name"] for step in later] == ([repair] if repair == "sequential" else [])
+    assert [step["name"] for step in later] == ["sequential", "local"]
     logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
 
 
@@ -155,9 +155,10 @@ def test_what_lost_groups_is_pruned_again(tokenizer: Any, text_file: Path, tmp_p
 
 def test_the_report_shows_both_parts(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
     save_with_tokenizer(tiny_model("llama"), tokenizer, tmp_path / "dense")
-    asked = {"sparsity": 0.4, "multiple": 8, "parts": PARTS, "repair": "sequential"}
-    asked |= {"block_metric": "angular", "data": [str(text_file)]}
-    cfsp.prune(tmp_path / "dense", out=tmp_path / "out", **asked, **SETTINGS)
+    cfsp.prune(
+        tmp_path / "dense", out=tmp_path / "out", goal=cfsp.TargetParameters(0.8), parts=PARTS,
+        multiple=8, block_metric="angular", data=[str(text_file)], **SETTINGS,
+    )  # fmt: skip
     page = tmp_path / "page.html"
     assert main(["report", str(tmp_path / "out"), "--out", str(page)]) == 0
     text = page.read_text()
@@ -176,13 +177,14 @@ def test_the_stages_one_by_one(tokenizer: Any, text_file: Path, tmp_path: Path) 
     assert attention.distance_sums["angular"] > 0
     assert attention.distance_sums != statistics.blocks[1].distance_sums
     plan = tmp_path / "plan.json"
-    asked = ["--statistics", str(saved), "--sparsity", "0.4", "--set", "multiple=1"]
+    asked = ["--statistics", str(saved), "--target-params", "0.8", "--set", "multiple=1"]
     assert main(["plan", str(source), *asked, "--parts", "kv,ffn", "--out", str(plan)]) == 0
     asked = ["--plan", str(plan), "--repair", "none"]
     assert main(["prune", str(source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
-    direct = {"sparsity": 0.4, "multiple": 1, "parts": PARTS, "repair": "none"}
-    direct |= {"data": [str(text_file)]}
-    cfsp.prune(source, out=tmp_path / "direct", **direct, **SETTINGS)
+    cfsp.prune(
+        source, out=tmp_path / "direct", goal=cfsp.TargetParameters(0.8), parts=PARTS, multiple=1,
+        repair="none", data=[str(text_file)], **SETTINGS,
+    )  # fmt: skip
     first, second = (
         load_file(tmp_path / name / "model.safetensors") for name in ("by-plan", "direct")
     )
@@ -244,24 +246,7 @@ def test_an_axis_in_sections() -> None:
     # Three KV groups of two query heads with a size of 2.
     rows = torch.arange(24)
     assert axis.width(rows.shape) == 3
-    assert axis.select(rows, [0, 2]).tolist() == [
-        0,
-        1,
-        2,
-        3,
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-        16,
-        17,
-        18,
-        19,
-        22,
-        23,
-    ]
+    assert axis.select(rows, [0, 2]).tolist() == [*range(4), *range(8, 14), 16, 17, 18, 19, 22, 23]
     assert axis.in_one_section().select(rows, [1]).tolist() == list(range(8, 16))
 
 

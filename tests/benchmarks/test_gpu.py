@@ -24,12 +24,12 @@ def test_all_stages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json"}
     stages = found["stages"]
     assert list(stages) == [
-        *("checkpoint", "calibrate", "ridge 20%", "ridge 50%", "sequential 50%"),
+        *("checkpoint", "calibrate", "ridge 20%", "ridge 50%", "local 50%"),
         "speed, transformers",
     ]
     assert all(stage["seconds"] > 0 for stage in stages.values())
-    assert set(stages["sequential 50%"]["result"]["passes"]) == {
-        *("coarse pass", "ridge", "sequential")
+    assert set(stages["local 50%"]["result"]["passes"]) == {
+        *("coarse pass", "ridge", "sequential", "local")
     }
     dense, pruned = stages["speed, transformers"]["result"]["models"]
     assert pruned["model"] == "50"

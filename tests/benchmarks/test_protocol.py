@@ -71,7 +71,7 @@ def test_it_prints_a_row_for_each_model_and_goes_on(
     ]
     assert blocks[1] / blocks[0] == pytest.approx(0.75, abs=0.03)
     # Nothing is pruned or measured again.
-    for name in ("cfsp.pipeline.plan_and_repair", "cfsp.quality.evaluate.streamed_sums"):
+    for name in ("cfsp.pipeline.decide", "cfsp.quality.evaluate.streamed_sums"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("again"))
     protocol.main(argv)
     assert "25% of block parameters" in capsys.readouterr().out

@@ -313,7 +313,7 @@ def test_prune_reports_all_that_the_readme_promises(
 
 def test_prune_of_all_parameters(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
     report = cli.json(
-        "prune", model, "--out", tmp_path / "out", "--sparsity", 0.2, "--of", "model",
+        "prune", model, "--out", tmp_path / "out", "--target-params", 0.8, "--parts", "ffn",
         "--multiple", 1, *text,
     )  # fmt: skip
     one_channel = 3 * 32 / report["parameters_before"]

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import cfsp
 from cfsp.cli import main
-from cfsp.errors import GONE
+from cfsp.errors import GONE, UsageError
 
 # A command that still asks for it.
 ASKING = {
     "self": "prune {model} --sparsity 0.2 --data self --out smaller",
-    "--png": "report smaller --png charts",
+    "png": "report smaller --png charts",
     "openvino": "bench copy --engine openvino",
     "sglang": "export pruned --to sglang --out copy",
     "tensorrt-llm": "export pruned --to tensorrt-llm --out copy",
     "padded": "export pruned --to padded --out copy",
     "dora": "recover pruned --method dora --out recovered",
+    "of": "prune {model} --sparsity 0.2 --of model --out smaller",
+    "sequential": "prune {model} --sparsity 0.2 --repair sequential --out smaller",
+    "remove_blocks": "prune {model} --parts ffn,blocks --set remove_blocks=1 --out smaller",
 }
 
 
@@ -33,3 +38,11 @@ def test_what_went_is_said(
         status = int(str(stop.code))
     assert status == 2
     assert GONE[word] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "asked"), [("of", {"of": "model"}), ("sequential", {"repair": "sequential"})]
+)
+def test_so_is_what_python_had(word: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=GONE[word]):
+        cfsp.prune("none", out=tmp_path / "out", sparsity=0.2, **asked)

@@ -111,7 +111,6 @@ def test_a_killed_calibration_refuses_other_pixels(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--repair", "sequential"], "--repair sequential reads text alone"),
         (["--repair", "local"], "--repair local reads text alone"),
         (
             ["--repair", "none", "--block-metric", "sensitivity"],

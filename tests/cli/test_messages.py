@@ -13,7 +13,7 @@ def test_messages_are_plain_lines_on_standard_error(capsys: pytest.CaptureFixtur
     show_messages()
     show_messages()  # of a second command in one process
     logging.getLogger("cfsp.engine.block_pass").info("calibrate: going on at block 3 of 5")
-    logging.getLogger("cfsp.goals").warning("100%% of %s", "it")
+    logging.getLogger("cfsp.selection").warning("100%% of %s", "it")
     logging.getLogger("cfsp").debug("for nobody")
     logging.getLogger("other").info("not ours")
     out, err = capsys.readouterr()

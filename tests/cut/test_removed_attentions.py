@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import cfsp
+from builders import goal_of_share
 from cfsp.architecture.resizing import Gone
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -20,6 +21,7 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions
 from cfsp.cli import main
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
+from cfsp.settings import Repair
 from family_contract import save_with_tokenizer
 from forks import Forks
 from pruned_checks import (
@@ -55,7 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
-    asked = {"parts": "attention", "sparsity": 0.0, "remove_attentions": 2}
+    asked = {"parts": "attention", "remove_attentions": 2}
     return make_case(request.param, CONFIGS[request.param], **asked)
 
 
@@ -112,11 +114,12 @@ def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: 
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
-    check_in_memory_is_the_checkpoint(case, tokenizer, tmp_path)
+    pruned = cfsp.prune(case.dense, tokenizer, repair="none", **case.asked)
+    check_in_memory_is_the_checkpoint(case, pruned, tmp_path)
 
 
 def test_nothing_removed_changes_no_bit(case: Case, tmp_path: Path) -> None:
-    asked = {**case.asked, "remove_attentions": None}
+    asked = {**case.asked, "remove_attentions": 0}
     cfsp.prune(case.source, out=tmp_path / "same", **asked)
     check_is_the_same(case.source, tmp_path / "same")
 
@@ -182,11 +185,12 @@ def test_what_the_model_cannot_do_without_is_refused_by_name(
 def test_what_stock_would_load_with_random_attentions_is_refused(
     name: str, text_file: Path, tokenizer: Any
 ) -> None:
-    asked = {"data": [str(text_file)], "remove_attentions": 1, "repair": "none", **SETTINGS}
+    asked = {"data": [str(text_file)], "repair": "none", **SETTINGS}
     model = tiny_model(name)
     with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
-        cfsp.prune(model, tokenizer, parts="attention", sparsity=0.0, **asked)
-    cfsp.prune(model, tokenizer, parts="ffn,attention", sparsity=0.3, **asked)
+        cfsp.prune(model, tokenizer, parts="attention", remove_attentions=1, **asked)
+    goal = goal_of_share(model, ("ffn", "attention"), 0.6)
+    cfsp.prune(model, tokenizer, parts="ffn,attention", goal=goal, **asked)
 
 
 def test_attentions_can_go_whatever_their_heads_are() -> None:
@@ -198,10 +202,10 @@ def test_attentions_can_go_whatever_their_heads_are() -> None:
 def test_impossible_budgets_say_what_is_possible(text_file: Path, tokenizer: Any) -> None:
     model = tiny_model("llama")
     asked = {"parts": "attention", "data": [str(text_file)], **SETTINGS}
-    with pytest.raises(BudgetError, match="at least one of 3 attentions must stay; between 0 and"):
+    with pytest.raises(BudgetError, match="at least one of 3 attention layers must stay; between"):
         cfsp.prune(model, tokenizer, sparsity=0.9, **asked)
-    with pytest.raises(BudgetError, match="cannot remove 3 attentions"):
-        cfsp.prune(model, tokenizer, sparsity=0.0, remove_attentions=3, **asked)
+    with pytest.raises(BudgetError, match="cannot remove 3 attention layers"):
+        cfsp.prune(model, tokenizer, remove_attentions=3, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -211,20 +215,18 @@ def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("repair", ["ridge", "sequential"])
+@pytest.mark.parametrize("repair", ["ridge", "local"])
 def test_attentions_and_channels_go_together(
-    llama: Path, text_file: Path, tmp_path: Path, repair: str
+    llama: Path, text_file: Path, tmp_path: Path, repair: Repair
 ) -> None:
-    asked = {"sparsity": 0.4, "multiple": 8, "data": [str(text_file)], **SETTINGS}
-    report = cfsp.prune(llama, out=tmp_path / "out", parts="ffn,attention", repair=repair, **asked)
-    source = Checkpoint(llama, parts=ATTENTION)
-    owned = sum(parameters_of_attentions(source).values())
-    owned += sum(unit.width for unit in source.architecture.of_part("ffn").units) * 3 * 32
-    gone = report.parameters_before - report.parameters_after
-    assert gone == pytest.approx(0.4 * owned, rel=0.05)
+    goal = cfsp.TargetParameters(0.7)
+    asked = {"goal": goal, "multiple": 8, "data": [str(text_file)], **SETTINGS}
+    asked |= {"parts": "ffn,attention", "repair": repair, "local_steps": 1}
+    report = cfsp.prune(llama, out=tmp_path / "out", **asked)
+    assert report.model_sparsity == pytest.approx(0.3, rel=0.05)
     names = [step["name"] for step in report.repair["steps"]]
     gaps = ["gaps"] if report.plan.removed_attentions else []
-    assert names == ["ridge", *(gaps if repair == "ridge" else ["sequential"])]
+    assert names == ["ridge", *(gaps if repair == "ridge" else ["sequential", "local"])]
     logits_of(cfsp.load(tmp_path / "out"), torch.arange(2, 26).view(2, 12))
 
 
@@ -248,7 +250,7 @@ def test_order_and_distances_are_in_the_statistics(
         assert plan.removed_attentions == tuple(sorted(expected))
         assert plan.criterion["removal"] == removal
         assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
-    with pytest.raises(UsageError, match="say how many with --set remove_attentions=N"):
+    with pytest.raises(UsageError, match="several share one target, --target-params"):
         cfsp.plan(llama, statistics, sparsity=0.4, parts="ffn,attention")
 
 
@@ -258,7 +260,7 @@ def nearest(distance_L: list[float]) -> list[int]:
 
 
 def test_what_lost_attentions_is_pruned_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    asked = {"sparsity": 0.0, "repair": "none", "data": [str(text_file)], **SETTINGS}
+    asked = {"repair": "none", "data": [str(text_file)], **SETTINGS}
     first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove_attentions=1, **asked)
     (gone,) = first.plan.removed_attentions
     asked["sparsity"] = 0.3

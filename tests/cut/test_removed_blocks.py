@@ -20,10 +20,10 @@ from transformers import (
 )
 
 import cfsp
-from builders import CALIBRATION, CRITERION
+from builders import plan_without
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import small_run_of
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.in_memory import build_pruned_model
@@ -32,8 +32,8 @@ from cfsp.engine.call_form import find_call_form
 from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
-from cfsp.planning.unit_plan import UnitPlan
+from cfsp.planning.candidate import Dropped
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, PruneSettings
 from family_contract import matrices_of, save_with_tokenizer, tokens_of_question
 from forks import Forks, Job
@@ -95,24 +95,6 @@ CASES = {
 }
 
 
-def plan_without(source: WeightSource, removed: tuple[int, ...]) -> PruningPlan:
-    """Return the plan by which these blocks go and nothing else."""
-    units = tuple(
-        UnitPlan(
-            unit.block,
-            unit.width,
-            () if unit.block in removed else tuple(range(unit.ffns * unit.width)),
-            0.1,
-            0.5,
-            unit.ffns,
-            path=unit.path,
-        )
-        for unit in source.units
-    )
-    criterion = {**CRITERION, "parts": ["blocks"]}
-    return PruningPlan(ModelIdentity.of(source), criterion, CALIBRATION, units, removed)
-
-
 def expected_of(dense: PreTrainedModel, plan: PruningPlan) -> torch.Tensor:
     """Return the logits of the dense model with the plan's blocks skipped."""
     source = LoadedModel(dense)
@@ -136,7 +118,7 @@ def test_skipped_is_cut_in_files_and_in_memory_and_for_stock_software(
     dense = random_model(model_class_of(case.config()), case.config())
     save_with_tokenizer(dense, tokenizer, tmp_path / "dense")
     source = Checkpoint(tmp_path / "dense")
-    plan = plan_without(source, case.removed)
+    plan = plan_without(source, Dropped(case.removed))
     settings = PruneSettings(Budget(0.0, parts=("blocks",)), repair="none")
     report = prune_checkpoint(source, out, settings, plan=plan)
     expected = expected_of(dense, plan)
@@ -197,17 +179,17 @@ def test_blocks_and_channels_go_together(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {
-        "parts": "blocks,ffn", "remove_blocks": 1, "sparsity": 0.5, "multiple": 8,
+        "parts": "blocks,ffn", "goal": cfsp.TargetParameters(0.45), "multiple": 8,
         "data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu",
     }  # fmt: skip
     source = tiny_checkpoint("llama")
     report = cfsp.prune(source, out=tmp_path / "out", **asked)
     plan = PruningPlan.load(tmp_path / "out" / "cfsp_plan.json")
     assert plan == report.plan
-    assert len(plan.removed_blocks) == 1
-    assert len(report.intermediate_sizes) == 2
-    kept = sum(report.intermediate_sizes)
-    assert kept == sum(unit.width for unit in plan.kept_units) / 2
+    assert len(plan.removed_blocks) + len(report.intermediate_sizes) == 3
+    assert plan.removed_blocks and 0 < plan.criterion["sparsity"] < 1
+    kept, whole = sum(report.intermediate_sizes), sum(unit.width for unit in plan.kept_units)
+    assert kept == pytest.approx((1 - plan.criterion["sparsity"]) * whole, abs=8)
     assert [not unit.kept for unit in plan.units] == [
         unit.block in plan.removed_blocks for unit in plan.units
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,32 @@ import pytest
 import torch
 
 import cfsp
+from builders import goal_of_share, plan_without
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.cli import main
+from cfsp.cut.in_memory import build_pruned_model
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
-from cfsp.planning.removal_budget import RemovedWhole, WholeSizes
-from cfsp.settings import Budget
-from cfsp.whole_model import removal_order
-from family_contract import save_with_tokenizer
+from cfsp.pipeline import plan_from, prune_checkpoint
+from cfsp.planning.candidate import Candidate, Dropped, DropSizes
+from cfsp.planning.make import Planner
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.prune_report import PruneReport
+from cfsp.selection import drop_order
+from cfsp.settings import (
+    PARTS,
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    LocalTraining,
+    Part,
+    PruneSettings,
+    Repair,
+)
+from family_contract import question_of, save_with_tokenizer
 from forks import Forks
 from pruned_checks import (
     SETTINGS,
@@ -35,7 +50,7 @@ from pruned_checks import (
 )
 from tiny_decoders import tiny_model
 
-BOTH = ("attention", "blocks")
+BOTH: tuple[Part, ...] = ("attention", "blocks")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Two kinds of cache, and queries, keys and values in one matrix.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -47,10 +62,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def by_plan(
+    dense: Path, plan: PruningPlan, out: Path, text: Path, repair: Repair = "none"
+) -> PruneReport:
+    """Prune by a plan, and repair on a little text."""
+    settings = PruneSettings(
+        Budget(),
+        text=CalibrationText((str(text),), samples=6, seqlen=32),
+        compute=Compute("cpu"),
+        repair=repair,
+        local=LocalTraining(steps=1),
+    )
+    return prune_checkpoint(Checkpoint(dense, parts=plan.parts), out, settings, plan=plan)
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
-def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
-    asked = {"parts": "attention,blocks", "sparsity": 0.0, "remove_blocks": 1}
-    return make_case(request.param, CONFIGS[request.param], remove_attentions=2, **asked)
+def case(
+    request: pytest.FixtureRequest,
+    tokenizer: Any,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    place = tmp_path_factory.mktemp(request.param)
+    dense = tiny_model(request.param, **CONFIGS[request.param])
+    source, out = place / "dense", place / "out"
+    save_with_tokenizer(dense, tokenizer, source)
+    plan = plan_without(Checkpoint(source, parts=BOTH), Dropped((2,), (0, 3)))
+    report = by_plan(source, plan, out, text_file)
+    return Case(dense, source, out, report, question_of(dense, source).tokens_BT, {})
 
 
 def test_what_is_masked_is_cut(case: Case) -> None:
@@ -74,8 +113,10 @@ def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: 
     check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
 
 
-def test_in_memory_is_the_checkpoint(case: Case, tokenizer: Any, tmp_path: Path) -> None:
-    check_in_memory_is_the_checkpoint(case, tokenizer, tmp_path)
+def test_in_memory_is_the_checkpoint(case: Case, tmp_path: Path) -> None:
+    source = LoadedModel(case.dense, BOTH)
+    pruned = build_pruned_model(case.dense, source, case.report.plan, {})
+    check_in_memory_is_the_checkpoint(case, pruned, tmp_path)
 
 
 def test_commands_tell_of_both(
@@ -97,8 +138,8 @@ def test_commands_tell_of_both(
     assert json.loads(capsys.readouterr().out)["verified"]
 
 
-def test_blocks_make_up_for_both(case: Case, tmp_path: Path) -> None:
-    report = cfsp.prune(case.source, out=tmp_path / "out", **case.asked)
+def test_blocks_make_up_for_both(case: Case, text_file: Path, tmp_path: Path) -> None:
+    report = by_plan(case.source, case.report.plan, tmp_path / "out", text_file, "ridge")
     assert report.plan == case.report.plan
     (step,) = report.repair["steps"]
     assert step["name"] == "gaps"
@@ -127,27 +168,33 @@ def test_plans_follow_the_order_in_statistics(llama: Path, text_file: Path, tmp_
     statistics = Statistics.load(saved)
     order = statistics.removals_of(BOTH)
     assert order and not statistics.removals_of(("blocks",))
-    sizes = WholeSizes.of(source, BOTH)
-    for sparsity in (0.05, 0.3, 0.5):
-        plan = cfsp.plan(llama, statistics, sparsity=sparsity, parts="attention,blocks")
-        removed = RemovedWhole(plan.removed_blocks, plan.removed_attentions)
-        gone = sizes.parameters(removed)
-        assert abs(gone - sparsity * sizes.total) <= sizes.largest / 2
+    sizes = DropSizes.of(source, BOTH)
+
+    def planned(share: float, parts: tuple[Part, ...] = BOTH, removal: str = "auto") -> PruningPlan:
+        goal = goal_of_share(llama, parts, share)
+        settings = PruneSettings(Budget(parts=parts), Criterion(removal=removal), goal=goal)
+        return plan_from(source, statistics, settings)[0]
+
+    for share in (0.05, 0.3, 0.51):
+        plan = planned(share)
+        dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
+        assert abs(sizes.parameters(dropped) - share * sizes.total) <= sizes.largest / 2
     # What was measured up to half of the blocks is the plan for half of them.
-    assert removed == RemovedWhole.of(order)
+    assert dropped == Dropped.of(order)
     assert plan.criterion["of"] == "blocks"
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts attention"):
         cfsp.plan(llama, statistics, sparsity=0.3, parts="attention", removal="divergence")
-    with pytest.raises(UsageError, match="prune blocks, then attentions of the result"):
-        cfsp.plan(llama, statistics, sparsity=0.3, parts="attention,blocks", removal="runs")
-    with pytest.raises(UsageError, match="--set remove_blocks=N --set remove_attentions=N"):
-        cfsp.plan(llama, statistics, sparsity=0.3, parts="ffn,attention,blocks")
+    with pytest.raises(UsageError, match="prune blocks, then attention layers of the result"):
+        planned(0.3, removal="runs")
+    with pytest.raises(UsageError, match="should go, which requires the model and a text"):
+        planned(0.3, ("ffn", "attention", "blocks"))
 
 
 def test_how_many_go_beside_channels_is_tried(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    parts: tuple[Part, ...] = ("ffn", "attention", "blocks")
     report = cfsp.prune(
-        llama, out=tmp_path / "out", parts="ffn,attention,blocks", sparsity=0.4, repair="none",
-        multiple=1, data=[str(text_file)], **SETTINGS,
+        llama, out=tmp_path / "out", parts=parts, goal=goal_of_share(llama, parts, 0.4),
+        repair="none", multiple=1, data=[str(text_file)], **SETTINGS,
     )  # fmt: skip
     total = sum(parameters_of_blocks(Checkpoint(llama)))
     gone = report.parameters_before - report.parameters_after
@@ -155,24 +202,20 @@ def test_how_many_go_beside_channels_is_tried(llama: Path, text_file: Path, tmp_
     assert report.plan.has_gaps
 
 
-@pytest.mark.parametrize(
-    ("parts", "repair"),
-    [("ffn,attention,blocks", "ridge"), ("ffn,kv,attention,blocks", "sequential")],
-)
+@pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "local")])
 def test_channels_of_the_others_are_repaired(
-    llama: Path, text_file: Path, tmp_path: Path, parts: str, repair: str
+    llama: Path, text_file: Path, tmp_path: Path, parts: tuple[Part, ...], repair: Repair
 ) -> None:
-    report = cfsp.prune(
-        llama, out=tmp_path / "out", parts=parts, repair=repair, remove_blocks=1,
-        remove_attentions=1, sparsity=0.3, multiple=1, data=[str(text_file)], **SETTINGS,
-    )  # fmt: skip
-    plan = report.plan
-    assert (len(plan.removed_blocks), len(plan.removed_attentions)) == (1, 1)
-    ridge, beside = report.repair["steps"]
-    assert (ridge["name"], beside["name"]) == (
-        "ridge",
-        "gaps" if repair == "ridge" else "sequential",
-    )
+    every = tuple(part for part in PARTS if part in (*parts, *BOTH))
+    source = Checkpoint(llama, parts=every)
+    statistics = cfsp.calibrate(llama, parts=every, data=[str(text_file)], **SETTINGS)
+    planner = Planner.of(source, statistics, Budget(parts=every, multiple=1), Criterion())
+    plan = planner.plan(Candidate(Dropped((1,), (3,)), 0, parts, 0.3))
+    report = by_plan(llama, plan, tmp_path / "out", text_file, repair)
+    ridge, *later = report.repair["steps"]
+    assert ridge["name"] == "ridge"
+    expected = ["gaps"] if repair == "ridge" else ["sequential", "local"]
+    assert [step["name"] for step in later] == expected
     # What goes whole is not among what was repaired.
     assert [entry is None for entry in ridge["blocks"]] == [not unit.kept for unit in plan.units]
     model, tokens_BT = cfsp.load(tmp_path / "out"), torch.arange(2, 26).view(2, 12)
@@ -182,33 +225,32 @@ def test_channels_of_the_others_are_repaired(
 def test_a_killed_run_goes_on_with_what_it_had_chosen(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {"sparsity": 0.3, "parts": "attention,blocks", "data": [str(text_file)], **SETTINGS}
+    asked: dict[str, Any] = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3)}
+    asked |= {"data": [str(text_file)], **SETTINGS}
 
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.repair.ladder.plan_from_statistics", killed)
+        patch.setattr("cfsp.decide.select", killed)
         with pytest.raises(KeyboardInterrupt):
             cfsp.prune(llama, out=tmp_path / "out", **asked)
     expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
-    monkeypatch.setattr(removal_order, "measure_removals", killed)
+    monkeypatch.setattr(drop_order, "measure_order", killed)
     assert cfsp.prune(llama, out=tmp_path / "out", **asked).plan == expected.plan
 
 
 def test_impossible_mixes_are_refused(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match=r"both .* or neither, found --remove-blocks alone"):
-        Budget(0.2, parts=BOTH, remove_blocks=2)
-    asked = {"parts": "attention,blocks", "data": [str(text_file)], **SETTINGS}
-    with pytest.raises(BudgetError, match=r"cannot remove 3 blocks and 2 attentions: .* 0 and 4"):
-        cfsp.prune(
-            llama, out=tmp_path / "o", sparsity=0.0, remove_blocks=3, remove_attentions=2, **asked
-        )
-    monkeypatch.setattr(removal_order, "fits", lambda *args: False)
+    with pytest.raises(UsageError, match=r"--remove-blocks belongs to --parts blocks alone"):
+        Budget(parts=BOTH, remove_blocks=2)
+    asked = {"parts": BOTH, "data": [str(text_file)], **SETTINGS}
+    with pytest.raises(BudgetError, match=r"at least one of 5 blocks must stay; between 0 and"):
+        cfsp.prune(llama, out=tmp_path / "o", goal=cfsp.TargetParameters(0.25), **asked)
+    monkeypatch.setattr(drop_order, "fits", lambda *args: False)
     with pytest.raises(UsageError, match="requires the whole model in memory"):
-        cfsp.prune(llama, out=tmp_path / "o", sparsity=0.2, **asked)
+        cfsp.prune(llama, out=tmp_path / "o", goal=cfsp.TargetParameters(0.8), **asked)
     source = LoadedModel(tiny_model("gemma3_text", **CONFIGS["gemma3_text"]), BOTH)
     with pytest.raises(UnsupportedModelError, match=r"of block 1 .* beside blocks 3, 5: at least"):
         check_attentions_can_go(source, [1], [3, 5])

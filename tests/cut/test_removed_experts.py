@@ -29,20 +29,19 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import (
     expert_scores,
-    experts_to_remove,
     lost_output,
     strongest_experts,
     warn_of_lost_experts,
 )
-from cfsp.planning.make import plan_from_statistics
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.page.page import write_report
 from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
-from cfsp.settings import Budget, CalibrationText, Compute, Criterion, Part, PruneSettings
-from cfsp.whole_model.masks import masked_channels
+from cfsp.selection.constraint import Parameters, Share
+from cfsp.selection.masks import masked_channels
+from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
 from family_contract import (
     SAMPLES,
     SEQLEN,
@@ -53,7 +52,6 @@ from family_contract import (
     tokens_of_question,
 )
 from forks import Forks, Job
-from stock import computed
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
@@ -288,18 +286,17 @@ def test_what_a_router_needs_stays(tmp_path: Path) -> None:
         prune_checkpoint(source, tmp_path / "out", settings_for(Budget(0.8, parts=PARTS)))
     assert not (tmp_path / "out").exists()
     for removed in (0, 1, 2):
-        assert experts_to_remove(source, Budget(parts=PARTS, remove_experts=removed)) == removed
-    assert experts_to_remove(source, Budget(0.3, parts=PARTS)) == 1
+        assert Share(source, Budget(parts=PARTS, remove_experts=removed)).experts() == removed
+    assert Share(source, Budget(0.3, parts=PARTS)).experts() == 1
     # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
-    assert experts_to_remove(source, Budget(0.37, of="model", parts=PARTS)) == 2
-    assert experts_to_remove(source, Budget(0.2, of="model", parts=PARTS)) == 1
-    assert experts_to_remove(source, Budget(0.5)) == 0
+    assert Parameters(source, Budget(parts=PARTS), 0.63).experts() == 2
+    assert Parameters(source, Budget(parts=PARTS), 0.8).experts() == 1
     grouped = Checkpoint(saved(tmp_path / "grouped", CASES["deepseek_v3"]), parts=PARTS)
     assert grouped.architecture.experts is not None
     assert grouped.architecture.experts.groups == 2
-    assert experts_to_remove(grouped, Budget(0.3, parts=PARTS)) == 2
+    assert Share(grouped, Budget(0.3, parts=PARTS)).experts() == 2
     with pytest.raises(BudgetError, match="does not run with 5"):
-        experts_to_remove(grouped, Budget(parts=PARTS, remove_experts=3))
+        Share(grouped, Budget(parts=PARTS, remove_experts=3)).experts()
 
 
 def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,33 +348,6 @@ def test_nothing_removed_is_the_model(tmp_path: Path) -> None:
     assert json.loads((out / PLAN_FILE).read_text())["plan_version"] == 1
 
 
-def test_channels_of_what_stays_go_too(tmp_path: Path) -> None:
-    """With their repair, from one pass, by its plan and by its statistics."""
-    case, parts = CASES["qwen2_moe"], "ffn,experts"
-    dense, source = dense_model(case), saved(tmp_path, case)
-    asked: dict[str, Any] = {
-        "parts": parts, "remove_experts": 1, "sparsity": 0.25, "multiple": 8,
-        "data": [tiny_text()], "samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu",
-    }  # fmt: skip
-    report = cfsp.prune(source, out=tmp_path / "out", **asked)
-    plan = report.plan
-    experts = [unit for unit in plan.units if unit.ffns > 1]
-    assert {len(unit.kept_ffns) for unit in experts} == {3}
-    kept = sum(unit.kept_width * unit.cost for unit in plan.units)
-    assert kept / sum(unit.width * unit.cost for unit in plan.units) == pytest.approx(
-        0.75, abs=0.05
-    )
-    assert report.repair["steps"][0]["name"] == "ridge"
-    loaded = cfsp.load(tmp_path / "out")
-    again = cfsp.prune(dense, tiny_tokenizer(), **asked)
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-    unrepaired = cfsp.prune(source, out=tmp_path / "unrepaired", repair="none", **asked)
-    question = question_of(dense, tmp_path / "unrepaired", unrepaired.plan)
-    found, _ = computed(cfsp.load(tmp_path / "unrepaired"), question.tokens_BT)
-    torch.testing.assert_close(found["logits"], question.expected["logits"], rtol=1e-5, atol=1e-5)
-
-
 def test_one_plan_after_the_other_from_the_same_statistics(tmp_path: Path) -> None:
     source = saved(tmp_path, CASES["mixtral"])
     text: dict[str, Any] = {
@@ -386,27 +356,27 @@ def test_one_plan_after_the_other_from_the_same_statistics(tmp_path: Path) -> No
     statistics = cfsp.calibrate(source, parts="experts", **text)
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
-    checkpoint = Checkpoint(source, parts=PARTS)
     for removed in (1, 2):
-        budget = Budget(parts=PARTS, remove_experts=removed)
-        plan = plan_from_statistics(checkpoint, again, budget, Criterion())
+        plan = cfsp.plan(source, again, parts=PARTS, remove_experts=removed)
         assert plan.kept_experts == 4 - removed
         assert PruningPlan.from_json(plan.to_json()) == plan
     by_channels = cfsp.calibrate(source, **text)
     with pytest.raises(StatisticsError, match="calibrate with the same --parts"):
-        plan_from_statistics(checkpoint, by_channels, Budget(0.5, parts=PARTS), Criterion())
+        cfsp.plan(source, by_channels, sparsity=0.5, parts=PARTS)
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"parts": "ffn", "remove_experts": 1}, "belongs to --parts experts"),
+        ({"parts": "ffn", "remove_experts": 1}, "belongs to --parts experts alone"),
         ({"parts": "experts", "remove_experts": -1}, "at least 0"),
+        ({"parts": "experts", "remove_experts": 1, "sparsity": 0.5}, "give one of them"),
+        ({"parts": "ffn,experts", "sparsity": 0.5}, "whole experts go alone"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
-        Budget(0.5, **{**values, "parts": tuple(values["parts"].split(","))})
+        Budget(**values)
 
 
 REFUSED = {

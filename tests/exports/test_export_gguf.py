@@ -55,22 +55,8 @@ def test_blocks_with_kv_groups_of_their_own(
     tmp_path: Path, tokenizer: Any, text_file: Path, name: str, architecture: str
 ) -> None:
     model = tiny(name, sliding_window=None, use_sliding_window=False)
-    save_with_tokenizer(model, tokenizer, tmp_path / "dense")
-    report = cfsp.prune(
-        tmp_path / "dense",
-        out=tmp_path / "pruned",
-        sparsity=0.3,
-        parts=("ffn", "kv"),
-        multiple=32,
-        block_metric="angular",
-        repair="none",
-        data=[str(text_file)],
-        samples=4,
-        seqlen=32,
-    )
-    groups = report.kv_groups["after"]
-    assert len(set(groups)) > 1
-    found = export(Checkpoint(tmp_path / "pruned"), tmp_path / "m.gguf", "f32")
+    groups = [2, 1, 2]
+    found = export(cut(model, tokenizer, tmp_path, groups=groups), tmp_path / "m.gguf", "f32")
     assert found.layout == f"{architecture} in f32"
     assert found.verification.greedy_steps == 32
     fields = fields_of(tmp_path / "m.gguf")
@@ -79,28 +65,20 @@ def test_blocks_with_kv_groups_of_their_own(
     assert fields[f"{architecture}.attention.head_count"] == [each * count for count in groups]
 
 
-def test_blocks_without_attention(tmp_path: Path, tokenizer: Any, text_file: Path) -> None:
-    asked: dict[str, Any] = {
-        "parts": "ffn,attention", "sparsity": 0.3, "remove_attentions": 1, "multiple": 32,
-        "block_metric": "angular", "repair": "none", "data": [str(text_file)], "samples": 4,
-        "seqlen": 32,
-    }  # fmt: skip
-    for name in ("llama", "qwen2"):
+def test_blocks_without_attention(tmp_path: Path, tokenizer: Any) -> None:
+    groups, found = [2, 0, 2], {}
+    for name in ("llama", "qwen2", "qwen3"):
+        (tmp_path / name).mkdir()
         model = tiny(name, sliding_window=None, use_sliding_window=False)
-        save_with_tokenizer(model, tokenizer, tmp_path / name)
-        out = tmp_path / f"{name}-pruned"
-        groups = cfsp.prune(tmp_path / name, out=out, **asked).kv_groups["after"]
-        assert groups.count(0) == 1
-        found = export(Checkpoint(out), tmp_path / f"{name}.gguf", "f32")
-        assert found.layout == "deci in f32"
-        assert found.verification.greedy_steps == 32
+        found[name] = cut(model, tokenizer, tmp_path / name, groups=groups)
+    for name in ("llama", "qwen2"):
+        written = export(found[name], tmp_path / f"{name}.gguf", "f32")
+        assert written.layout == "deci in f32"
+        assert written.verification.greedy_steps == 32
         fields = fields_of(tmp_path / f"{name}.gguf")
         assert fields["deci.attention.head_count_kv"] == groups
-    model = tiny("qwen3", sliding_window=None, use_sliding_window=False)
-    save_with_tokenizer(model, tokenizer, tmp_path / "qwen3")
-    cfsp.prune(tmp_path / "qwen3", out=tmp_path / "refused", **asked)
     with pytest.raises(ExportError, match="without attention only through its deci graph"):
-        export(Checkpoint(tmp_path / "refused"), tmp_path / "m.gguf", "f32")
+        export(found["qwen3"], tmp_path / "m.gguf", "f32")
 
 
 @pytest.mark.parametrize(

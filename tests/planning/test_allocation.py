@@ -116,7 +116,7 @@ def test_water_filling_meets_the_total_under_caps(
 def test_clamps_differ_only_where_a_block_would_overflow(
     distance_L: list[float], sparsity: float, width: int
 ) -> None:
-    size, budget = model_of(width, len(distance_L)), Budget(sparsity, "ffn", 1)
+    size, budget = model_of(width, len(distance_L)), Budget(sparsity, multiple=1)
     importance_L = block_importance(distance_L)
     highest = max(importance_L) / np.mean(importance_L) * (1 - sparsity)
     assume(abs(highest - 1) > 1e-6)
@@ -148,14 +148,13 @@ def test_an_unknown_clamp_is_refused() -> None:
     st.sampled_from(CLAMPS),
     st.sampled_from(WIDTHS),
     st.sampled_from(MULTIPLES),
-    st.sampled_from(["ffn", "model"]),
 )
 @settings(max_examples=400, deadline=None)
 def test_budget_holds_to_one_multiple(
-    distance_L: list[float], sparsity: float, clamp: Clamp, width: int, multiple: int, of: str
+    distance_L: list[float], sparsity: float, clamp: Clamp, width: int, multiple: int
 ) -> None:
     size = model_of(width, len(distance_L))
-    budget = Budget(sparsity, of, multiple)  # type: ignore[arg-type]
+    budget = Budget(sparsity, multiple)
     try:
         wanted = channels_to_keep(budget, size)
     except BudgetError:
@@ -167,14 +166,10 @@ def test_budget_holds_to_one_multiple(
     # A width that is no multiple is only that of a block that stays whole.
     assert all(kept % multiple == 0 or kept == width for kept in kept_L)
     removed_channels = sum(width - kept for kept in kept_L)
+    reached = removed_channels / sum(size.width_U)
+    assert abs(reached - sparsity) <= multiple / sum(size.width_U) + 1e-9
     each = size.parameters_per_cost
-    if of == "ffn":
-        reached = removed_channels / sum(size.width_U)
-        assert abs(reached - sparsity) <= multiple / sum(size.width_U) + 1e-9
-    else:
-        reached = removed_channels * each / size.parameters
-        assert abs(reached - sparsity) <= multiple * each / size.parameters + 1e-9
-        assert size.parameters_with(kept_L) == size.parameters - removed_channels * each
+    assert size.parameters_with(kept_L) == size.parameters - removed_channels * each
 
 
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
@@ -183,7 +178,7 @@ def test_more_important_blocks_keep_no_less(
     distance_L: list[float], sparsity: float, width: int
 ) -> None:
     size = model_of(width, len(distance_L))
-    kept_L = allocate(block_importance(distance_L), Budget(sparsity, "ffn", 1), size)
+    kept_L = allocate(block_importance(distance_L), Budget(sparsity, multiple=1), size)
     order = np.argsort(distance_L, kind="stable")
     # To one channel: equal blocks may differ by what was left over.
     assert np.all(np.diff(np.array(kept_L)[order]) >= -1)
@@ -196,7 +191,7 @@ def test_same_input_gives_the_same_widths(
 ) -> None:
     size = model_of(width, len(distance_L))
     importance_L = block_importance(distance_L)
-    budget = Budget(sparsity, "ffn", multiple)
+    budget = Budget(sparsity, multiple)
     kept_L = allocate(importance_L, budget, size)
     assert kept_L == allocate(importance_L, budget, size)
     if sparsity == 0.0:
@@ -220,7 +215,7 @@ def test_budget_holds_for_a_model_that_was_pruned_before(
         st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
     )
     size = ModelSize(tuple(UnitSize(width, 96) for width in width_L), 200 * sum(width_L))
-    budget = Budget(sparsity, "ffn", multiple)
+    budget = Budget(sparsity, multiple)
     try:
         wanted = channels_to_keep(budget, size)
     except BudgetError:
@@ -240,28 +235,24 @@ def test_largest_remainder_gives_to_those_who_lost_most() -> None:
 
 
 def test_no_block_is_emptied() -> None:
-    kept_L = allocate([0.9, 0.001, 0.001], Budget(0.9, "ffn", 32), model_of(1536, 3))
+    kept_L = allocate([0.9, 0.001, 0.001], Budget(0.9, 32), model_of(1536, 3))
     assert kept_L[1:] == [32, 32]
     assert abs(sum(kept_L) - 0.1 * 3 * 1536) <= 32
 
 
-@pytest.mark.parametrize("of", ["ffn", "model"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_impossible_budget_names_what_can_be_reached(of: str, width: int) -> None:
+def test_impossible_budget_names_what_can_be_reached(width: int) -> None:
     size = model_of(width, 4)
     with pytest.raises(BudgetError) as caught:
-        allocate([0.5] * 4, Budget(0.9999, of, 128), size)  # type: ignore[arg-type]
+        allocate([0.5] * 4, Budget(0.9999, 128), size)
     match = re.search(r"between 0 and ([\d.]+)% can be removed", str(caught.value))
     assert match, str(caught.value)
     highest = float(match[1]) / 100
-    removable = 4 * (width - 128)
-    each = size.parameters_per_cost
-    expected = removable / (4 * width) if of == "ffn" else removable * each / size.parameters
+    expected = (width - 128) / width
     assert highest == pytest.approx(expected, abs=6e-4)
     # What the message promises is possible, just below and at the edge.
     for sparsity in (highest - 0.001, expected):
-        kept_L = allocate([0.5] * 4, Budget(sparsity, of, 128), size)  # type: ignore[arg-type]
-        assert min(kept_L) >= 128
+        assert min(allocate([0.5] * 4, Budget(sparsity, 128), size)) >= 128
 
 
 @pytest.mark.parametrize(
@@ -279,9 +270,7 @@ def test_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
         Budget(sparsity)
 
 
-def test_other_bad_budgets_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"'ffn' or of 'model', found 'heads'"):
-        Budget(0.5, "heads")  # type: ignore[arg-type]
+def test_a_multiple_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 1, found 0"):
         Budget(0.5, multiple=0)
 
@@ -314,7 +303,6 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     mixed_sizes(),
     st.floats(0.01, 0.9),
     st.sampled_from(CLAMPS),
-    st.sampled_from(["ffn", "model"]),
     st.sampled_from([None, 8, 64]),
 )
 @settings(max_examples=400, deadline=None)
@@ -322,11 +310,10 @@ def test_budget_of_mixed_units_is_met_in_parameters(
     drawn: tuple[ModelSize, list[float]],
     sparsity: float,
     clamp: Clamp,
-    of: str,
     multiple: int | None,
 ) -> None:
     size, importance_U = drawn
-    budget = Budget(sparsity, of, multiple)  # type: ignore[arg-type]
+    budget = Budget(sparsity, multiple)
     try:
         channels_to_keep(budget, size)
     except (BudgetError, UsageError):
@@ -343,8 +330,7 @@ def test_budget_of_mixed_units_is_met_in_parameters(
     dearest = max(
         each * unit.channel_parameters for each, unit in zip(multiple_U, size.units, strict=True)
     )
-    whole = ffn if of == "ffn" else size.parameters
-    assert abs(removed - sparsity * whole) <= dearest
+    assert abs(removed - sparsity * ffn) <= dearest
 
 
 def test_units_of_one_kind_share_a_multiple_and_kinds_do_not() -> None:

@@ -72,11 +72,18 @@ def test_two_processes_train_what_lost_other_parts(
     options: list[str],
 ) -> None:
     """A block, an attention, KV groups and channels are gone."""
-    dense, pruned = tiny_checkpoint("llama"), tmp_path / "pruned"
-    cfsp.prune(
-        dense, out=pruned, sparsity=0.4, parts="ffn,kv,attention,blocks", remove_blocks=1,
-        remove_attentions=1, multiple=8, data=[str(text_file)], samples=8, seqlen=32, repair="none",
-    )  # fmt: skip
+    dense = pruned = tiny_checkpoint("llama")
+    text = {"data": [str(text_file)], "samples": 8, "seqlen": 32, "repair": "none"}
+    steps: list[dict[str, Any]] = [
+        {"parts": "blocks", "remove_blocks": 1},
+        {"parts": "attention", "remove_attentions": 1},
+        {"parts": "kv", "sparsity": 0.5},
+        {"sparsity": 0.4, "multiple": 8},
+    ]
+    for asked in steps:
+        out = tmp_path / "-".join(asked)
+        cfsp.prune(pruned, out=out, **asked, **text)
+        pruned = out
     argv = ["recover", str(pruned), *argv[2:], *options, "--teacher", str(dense)]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     ended = recovered_by(commands, argv, tmp_path / "two", 2)

@@ -56,21 +56,19 @@ def test_a_fit_is_kept_only_where_it_helps(
     assert changed == [architecture.block_prefix(unit.block) + unit.down] * entry["kept"]
 
 
-def test_sequential_repair_handles_gaps_itself(
+def test_local_repair_handles_gaps_itself(
     tiny_checkpoint: Callable[[str], Path], asked: dict[str, Any], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint("llama")
     gaps = cfsp.prune(source, out=tmp_path / "gaps", **asked)
-    report = cfsp.prune(source, out=tmp_path / "out", repair="sequential", **asked)
-    (step,) = report.repair["steps"]
-    assert step["name"] == "sequential"
+    report = cfsp.prune(source, out=tmp_path / "out", repair="local", local_steps=2, **asked)
+    step, trained = report.repair["steps"]
+    assert (step["name"], trained["name"]) == ("sequential", "local")
     (removed,) = report.plan.removed_blocks
     assert [entry is None for entry in step["blocks"]] == [i == removed for i in range(3)]
     if removed:  # before the gap both streams are the same, so there is nothing to fit
         assert step["blocks"][removed - 1] == gaps.repair["steps"][0]["blocks"][removed - 1]
-    trained = cfsp.prune(source, out=tmp_path / "local", repair="local", local_steps=2, **asked)
-    assert [each["name"] for each in trained.repair["steps"]] == ["sequential", "local"]
-    assert Checkpoint(tmp_path / "local").architecture.block_count == 2
+    assert Checkpoint(tmp_path / "out").architecture.block_count == 2
 
 
 def test_a_plan_with_blocks_is_repaired_as_in_one_run(

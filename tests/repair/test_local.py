@@ -23,6 +23,7 @@ from cfsp.engine.judge import hidden_loss, token_error
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
+from cfsp.repair import ladder
 from cfsp.repair import local as local_repair
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
 from cfsp.result.manifest import read_manifest
@@ -186,16 +187,6 @@ def ridge(
     return out
 
 
-@pytest.fixture(scope="module")
-def sequential(
-    tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("sequential") / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--repair", "sequential"]
-    assert main([*argv, "--out", str(out)]) == 0
-    return out
-
-
 def test_it_comes_closer_to_the_dense_model_than_ridge(
     local: Path, ridge: Path, tiny_checkpoint: Checkpoints, tokenizer: object, text_file: Path
 ) -> None:
@@ -233,15 +224,17 @@ def test_shapes_and_everything_outside_of_blocks_are_those_of_ridge(
 
 
 def test_a_block_that_training_worsens_stays_as_it_was(
-    sequential: Path, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
+    tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(local_repair, "highest_rate", lambda *args, **kwargs: 100.0)
-    out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL, "--out", str(out)]
-    assert main(argv) == 0
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert "training was rejected for blocks 0, 1, 2" in capsys.readouterr().err
-    trained, plain = Checkpoint(out), Checkpoint(sequential)
+    before = {name: step for name, step in ladder.steps_of("local").items() if name != "local"}
+    monkeypatch.setitem(ladder._STEPS, "local", before)
+    assert main([*argv, "--out", str(tmp_path / "untrained")]) == 0
+    trained, plain = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "untrained")
     assert all(torch.equal(trained.read(name), plain.read(name)) for name in plain.specs)
 
 
@@ -317,15 +310,13 @@ def test_it_trains_models_of_16_bits(
     assert all(block["kept"] for block in blocks if block is not None)
 
 
-@pytest.mark.parametrize("repair", ["sequential", "local"])
 def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
-    repair: str,
     tiny_checkpoint: Checkpoints,
     text: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--repair", repair]
+    argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--repair", "local"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert "(mixtral) has experts" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

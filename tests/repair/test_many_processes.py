@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.engine.pass_state import PassState
-from cfsp.goals import speedup
-from cfsp.goals.latency import Curve, Latencies
+from cfsp.selection import speedup
+from cfsp.selection.latency import Curve, Latencies
 from cfsp.settings import REPAIRS
 from commands import Command, Commands, ranks
 from forks import Forks, Job
@@ -88,7 +88,7 @@ def test_two_processes_give_what_one_gives(
 @pytest.mark.parametrize(
     "goal",
     [
-        ["--sparsity", "0.4", "--parts", "ffn,kv,attention,blocks"],
+        ["--target-params", "0.75", "--parts", "ffn,kv,attention,blocks"],
         ["--target-kv-cache", "0.5", "--parts", "kv,attention"],
         ["--target-params", "0.7"],  # so much that whole blocks are tried
     ],
@@ -116,9 +116,9 @@ PRUNE_WITH_LATENCIES = """
 import os
 import sys
 
-import cfsp.goals.speedup as speedup
+import cfsp.selection.speedup as speedup
 from cfsp.cli import main
-from cfsp.goals.latency import Latencies
+from cfsp.selection.latency import Latencies
 
 def measure(*_):
     assert os.environ["RANK"] == "0", "another process would measure something else"
@@ -154,7 +154,17 @@ def test_after_a_death_the_same_command_goes_on(
     tmp_path: Path,
     check_alike: Callable[[list[str]], None],
 ) -> None:
-    argv = [*argv, "--repair", "sequential", "--eval", str(text_file), "--eval-windows", "1"]
+    argv = [
+        *argv,
+        "--repair",
+        "local",
+        "--local-steps",
+        "2",
+        "--eval",
+        str(text_file),
+        "--eval-windows",
+        "1",
+    ]
     argv_of_three = [*argv, "--out", str(tmp_path / "many"), "--process-timeout", "0.2"]
     # Windows have passed all blocks in the coarse pass and for the ridge.
     dying: dict[str, Any] = {"dies": "after", "count": 2 * BLOCKS}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from builders import job_of
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
@@ -21,23 +22,24 @@ from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cli.plan import print_plan
 from cfsp.cut.surgery import pruned_specs, pruned_tensor
+from cfsp.decide import decide
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import PlanError, UnsupportedModelError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.widths import model_size
-from cfsp.repair.ladder import check_can_be_repaired, plan_and_repair
+from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.repaired import Repaired
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.repair_steps import steps_in_words
-from cfsp.settings import Budget, CalibrationText, Criterion, LocalTraining, PruneSettings
+from cfsp.selection.sensitivity import with_sensitivity
+from cfsp.settings import Budget, Compute, Criterion, LocalTraining, PruneSettings
 from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
-from cfsp.whole_model.sensitivity import with_sensitivity
 from tiny_models import build_tiny_model
 
 ENGINE = Engine(torch.device("cpu"), torch.float32, 4)
-SEQLEN = 32
+BUDGET = Budget(0.4, multiple=8)
 SHARED = "mlp.shared_expert"
 EXPERTS = "mlp.experts"
 # The block and the module of every unit.
@@ -60,22 +62,13 @@ def source() -> Any:
 
 @pytest.fixture(scope="module")
 def windows(text_file: Path, tokenizer: Any) -> Windows:
-    return draw_windows([str(text_file)], tokenizer, samples=12, seqlen=SEQLEN)
-
-
-def settings(**changes: Any) -> PruneSettings:
-    budget = Budget(0.4, multiple=8)
-    return PruneSettings(budget, text=CalibrationText(samples=12, seqlen=SEQLEN), **changes)
+    return draw_windows([str(text_file)], tokenizer, samples=12, seqlen=32)
 
 
 def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> Repaired:
-    return plan_and_repair(
-        source,
-        lambda: windows,
-        settings(**changes),
-        ENGINE,
-        place=Workplace(directory, identity={"command": "test"}),
-    )
+    settings = PruneSettings(BUDGET, compute=Compute("cpu", "float32", batch_windows=4), **changes)
+    place = Workplace(directory, identity={"command": "test"})
+    return decide(job_of(source, settings, lambda: windows, place=place))[0]
 
 
 def test_statistics_are_of_units_and_distances_of_all_blocks(
@@ -181,7 +174,7 @@ def test_plans_for_other_units_are_refused(source: Any, windows: Windows, tmp_pa
 
 
 def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source: Any) -> None:
-    check_can_be_repaired(source, settings(repair="ridge"))
+    check_can_be_repaired(source, PruneSettings(BUDGET, repair="ridge"))
     units = source.units
     for wrong, said in (
         (units, "block 0 of .* has experts"),
@@ -189,9 +182,9 @@ def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source: Any) -> Non
     ):
         source.architecture = replace(source.architecture, units=wrong)
         with pytest.raises(UnsupportedModelError, match=said):
-            check_can_be_repaired(source, settings(repair="local"))
+            check_can_be_repaired(source, PruneSettings(BUDGET, repair="local"))
     source.architecture = replace(source.architecture, units=units[1:])
-    check_can_be_repaired(source, settings(repair="local"))
+    check_can_be_repaired(source, PruneSettings(BUDGET, repair="local"))
 
 
 def test_gram_matrices_of_all_ffns_of_a_block_are_counted(

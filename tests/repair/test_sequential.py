@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,46 +10,73 @@ import numpy as np
 import pytest
 import torch
 
-import cfsp
-from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
+from builders import job_of
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import PrunedSource
+from cfsp.decide import decide
 from cfsp.engine import pass_state
-from cfsp.pipeline import prune_model
+from cfsp.engine.workplace import Workplace
+from cfsp.job import Job
 from cfsp.repair import sequential
-from cfsp.result.manifest import read_manifest
-from cfsp.settings import Budget, CalibrationText, PruneSettings
+from cfsp.repair.repaired import Repaired
+from cfsp.repair.sequential import repair_sequentially
+from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.drawing import draw_windows
+from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
-Checkpoints = Callable[[str], Path]
 # Their FFN's output passes a norm before it is added, so least squares predict it less well.
 NORM_AFTER = {"gemma2", "gemma3_text", "olmo2"}
+HALF = Budget(0.5, multiple=4)
 
 
 @pytest.fixture(scope="module")
-def text(text_file: Path) -> list[str]:
-    return ["--data", str(text_file), "--samples", "65", "--seqlen", "32", "--multiple", "4",
-            "--sparsity", "0.5"]  # fmt: skip
-
-
-def prune(checkpoint: Path, text: list[str], repair: str, factory: pytest.TempPathFactory) -> Path:
-    out = factory.mktemp(repair) / "out"
-    assert main(["prune", str(checkpoint), *text, "--repair", repair, "--out", str(out)]) == 0
-    return out
+def windows(text_file: Path, tokenizer: Any) -> Windows:
+    return draw_windows([str(text_file)], tokenizer, samples=65, seqlen=32, seed=0)
 
 
 @pytest.fixture(scope="module")
-def ridge(
-    tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return prune(tiny_checkpoint("llama"), text, "ridge", tmp_path_factory)
+def job(windows: Windows, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    source = LoadedModel(build_tiny_model("llama"))
+    return job_for(source, windows, tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
-def fitted(
-    tiny_checkpoint: Checkpoints, text: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return prune(tiny_checkpoint("llama"), text, "sequential", tmp_path_factory)
+def ridge(job: Job) -> Repaired:
+    return decide(job)[0]
+
+
+@pytest.fixture(scope="module")
+def fitted(job: Job, ridge: Repaired, windows: Windows) -> Repaired:
+    return repair_sequentially(job, ridge, windows)
+
+
+def job_for(
+    source: LoadedModel,
+    windows: Windows,
+    directory: Path,
+    budget: Budget = HALF,
+    dtype: str = "float32",
+) -> Job:
+    compute = Compute("cpu", dtype, batch_windows=4)
+    place = Workplace(directory, identity={"command": "test"})
+    return job_of(source, PruneSettings(budget, compute=compute), lambda: windows, place=place)
+
+
+def model_of(job: Job, result: Repaired) -> Any:
+    source: Any = job.source
+    return build_pruned_model(source.model, source, result.plan, result.tensors)
+
+
+def pruned_source(job: Job, result: Repaired) -> PrunedSource:
+    return PrunedSource(job.source, result.plan, result.tensors)
+
+
+def last_step(result: Repaired) -> list[dict[str, Any]]:
+    """Return what the last step did with each block."""
+    blocks: list[dict[str, Any]] = result.to_json()["steps"][-1]["blocks"]
+    return blocks
 
 
 def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
@@ -68,14 +94,14 @@ def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
 
 
 def test_weights_are_the_ridge_solution_for_the_drift(
-    fitted: Path, ridge: Path, tiny_checkpoint: Checkpoints, tokenizer: Any, text_file: Path
+    job: Job, ridge: Repaired, fitted: Repaired, windows: Windows
 ) -> None:
-    entries = read_manifest(fitted)["repair"]["steps"][-1]["blocks"]
+    entries = last_step(fitted)
     block = max(i for i, entry in enumerate(entries) if entry["kept"])
     assert block > 0  # it is entered by what blocks give after their repair
-    windows = draw_windows([str(text_file)], tokenizer, samples=65, seqlen=32, seed=0)
     tokens = windows.tokens_NT[~windows.held_out_N]
-    dense, before, after = (cfsp.load(p) for p in (tiny_checkpoint("llama"), ridge, fitted))
+    dense = build_tiny_model("llama")  # another one: hooks stay
+    before, after = model_of(job, ridge), model_of(job, fitted)
     target, _ = seen(dense, block, tokens)
     # That block with the ridge's weights, on the stream of the repaired blocks before it.
     for own, repaired in zip(before.model.layers[:block], after.model.layers, strict=False):
@@ -86,46 +112,46 @@ def test_weights_are_the_ridge_solution_for_the_drift(
     gram += entries[block]["strength"] * np.diag(gram).mean() * np.eye(len(gram))
     change = np.linalg.solve(gram, x.T @ d / len(x)).T
     name = f"model.layers.{block}.mlp.down_proj.weight"
-    expected = Checkpoint(ridge).read(name).double().numpy() + change
-    np.testing.assert_allclose(Checkpoint(fitted).read(name).numpy(), expected, atol=2e-5)
+    expected = pruned_source(job, ridge).read(name).double().numpy() + change
+    found = pruned_source(job, fitted).read(name).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_only_down_projections_change_and_the_model_comes_closer(
-    fitted: Path, ridge: Path, tiny_checkpoint: Checkpoints
+    job: Job, ridge: Repaired, fitted: Repaired
 ) -> None:
-    new, old = Checkpoint(fitted), Checkpoint(ridge)
+    new, old = pruned_source(job, fitted), pruned_source(job, ridge)
     assert new.specs == old.specs
     changed = {name for name in old.specs if not torch.equal(new.read(name), old.read(name))}
     assert changed
     assert all(name.endswith("down_proj.weight") for name in changed)
-    steps = read_manifest(fitted)["repair"]["steps"]
-    assert [step["name"] for step in steps] == ["ridge", "sequential"]
-    for entry in steps[-1]["blocks"]:
+    assert [step.name for step in fitted.steps] == ["ridge", "sequential"]
+    for entry in last_step(fitted):
         assert entry["training_steps"] == 0
         assert (entry["strength"] is not None) == entry["kept"]
         if entry["kept"]:
             assert entry["loss_after"] < entry["loss_before"]
     tokens = torch.arange(64)[None] * 7 % 320
-    dense, one, other = (
-        cfsp.load(path)(tokens).logits.detach()
-        for path in (tiny_checkpoint("llama"), fitted, ridge)
-    )
+    models = build_tiny_model("llama"), model_of(job, fitted), model_of(job, ridge)
+    dense, one, other = (model(tokens).logits.detach() for model in models)
     assert (one - dense).square().mean() < (other - dense).square().mean()
 
 
-@pytest.mark.parametrize("budget", [[], ["--memory-budget", "1KB"]], ids=["memory", "file"])
+@pytest.mark.parametrize("budget", [None, 1000], ids=["memory", "file"])
 def test_interrupted_it_goes_on_and_gives_the_same_bits(
-    fitted: Path,
-    tiny_checkpoint: Checkpoints,
-    text: list[str],
-    budget: list[str],
+    job: Job,
+    ridge: Repaired,
+    fitted: Repaired,
+    windows: Windows,
+    budget: int | None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, *budget, "--repair", "sequential"]
-    argv += ["--out", str(out)]
+    caplog.set_level("INFO", logger="cfsp")
+    place = replace(job.place, directory=tmp_path)
+    if budget is not None:
+        place = replace(place, memory_budget=budget)
     repair = sequential._repair
 
     def interrupted(pruned: Any, directory: Any, blocks: Any, work: Any) -> Any:
@@ -136,46 +162,42 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
         patch.setattr(sequential, "_repair", interrupted)
-        assert main(argv) == 130
-    assert main(argv) == 0
-    assert f"sequential: going on at block 2 of {BLOCKS}" in capsys.readouterr().err
-    assert (out / "model.safetensors").read_bytes() == (fitted / "model.safetensors").read_bytes()
-
-
-def test_with_all_channels_no_bit_changes(
-    tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path
-) -> None:
-    out, source = tmp_path / "out", tiny_checkpoint("llama")
-    argv = ["prune", str(source), *text[:-2], "--sparsity", "0", "--repair", "sequential"]
-    assert main([*argv, "--out", str(out)]) == 0
-    new, old = Checkpoint(out), Checkpoint(source)
+        with pytest.raises(KeyboardInterrupt):
+            repair_sequentially(job.at(place), ridge, windows)
+    again = repair_sequentially(job.at(place), ridge, windows)
+    assert f"sequential: going on at block 2 of {BLOCKS}" in caplog.text
+    new, old = pruned_source(job, again), pruned_source(job, fitted)
     assert all(torch.equal(new.read(name), old.read(name)) for name in old.specs)
 
 
+def test_with_all_channels_no_bit_changes(windows: Windows, tmp_path: Path) -> None:
+    source = LoadedModel(build_tiny_model("llama"))
+    job = job_for(source, windows, tmp_path, Budget(0.0, multiple=4))
+    new = pruned_source(job, repair_sequentially(job, decide(job)[0], windows))
+    assert all(torch.equal(new.read(name), source.read(name)) for name in source.specs)
+
+
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_kind_of_dense_model(name: str, tokenizer: Any, text_file: Path) -> None:
-    settings = PruneSettings(
-        Budget(0.5, multiple=4),
-        text=CalibrationText((str(text_file),), samples=64, seqlen=32),
-        repair="sequential",
-    )
+def test_every_kind_of_dense_model(
+    name: str, tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
     dense = build_tiny_model(name)
-    ridge = prune_model(dense, tokenizer, replace(settings, repair="ridge"))
-    fitted = prune_model(dense, tokenizer, settings)
+    windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32)
+    job = job_for(LoadedModel(dense), windows, tmp_path)
+    ridge = decide(job)[0]
+    fitted = repair_sequentially(job, ridge, windows)
     tokens = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32, seed=7).tokens_NT
+    models = dense, model_of(job, ridge), model_of(job, fitted)
     with torch.inference_mode():
-        target, plain, better = (model(tokens).logits for model in (dense, ridge, fitted))
+        target, plain, better = (model(tokens).logits for model in models)
     error, before = (better - target).square().mean(), (plain - target).square().mean()
     assert error < before * (1.05 if name in NORM_AFTER else 1.001)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_models_of_16_bits(
-    dtype: str, tiny_checkpoint: Checkpoints, text: list[str], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, "--repair", "sequential"]
-    assert main([*argv, "--dtype", dtype, "--out", str(out)]) == 0
-    entries = read_manifest(out)["repair"]["steps"][-1]["blocks"]
+def test_models_of_16_bits(dtype: str, windows: Windows, tmp_path: Path) -> None:
+    source = LoadedModel(build_tiny_model("llama"))
+    job = job_for(source, windows, tmp_path, dtype=dtype)
+    entries = last_step(repair_sequentially(job, decide(job)[0], windows))
     assert all(entry["loss_after"] <= entry["loss_before"] for entry in entries)
     assert any(entry["kept"] for entry in entries)

@@ -33,9 +33,9 @@ def test_a_real_run_has_a_panel_for_every_step(
 ) -> None:
     budget = Budget(0.5, multiple=8)
     llama = tiny_checkpoint("llama")
-    run = prune_tiny(llama, text_file, tmp_path / "run", budget=budget, repair="sequential")
+    run = prune_tiny(llama, text_file, tmp_path / "run", budget=budget, repair="local")
     facts = read_run(run)
-    assert [step["name"] for step in facts.repair_steps] == ["ridge", "sequential"]
+    assert [step["name"] for step in facts.repair_steps] == ["ridge", "sequential", "local"]
     chart = chart_of(facts)
     drawing = chart.draw(920)
     titles = re.findall(r'class="panel"[^>]*>([^<]*)<', drawing)

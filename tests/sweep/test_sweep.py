@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
@@ -23,11 +22,10 @@ from cfsp.planning.fine import channel_scores, read_ffn_weights
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.front import pareto_front
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import CalibrationText, Compute
-from cfsp.sweep.measured import Row
-from cfsp.sweep.methods import METHODS, Method, method_named
+from cfsp.settings import Budget, CalibrationText, Compute
+from cfsp.sweep.methods import METHODS, method_named
 from cfsp.sweep.recipe import Recipe, read_recipe
-from cfsp.sweep.table import loss_rise, tables
+from cfsp.sweep.table import Row, loss_rise, tables
 from cfsp.text.tokenizers import load_tokenizer
 
 
@@ -116,7 +114,7 @@ def test_it_compares_with_the_dense_model_if_asked_to(
     assert found["tasks"]["piqa"]["documents"] == 4
     assert found["left_out"] == ["piqa"]  # a random model guesses
     tables = (out / "table.md").read_text()
-    assert "| method | sparsity | seed | KL | equal first choices, % |" in tables
+    assert "| method | sparsity | seed | KL | top-1 agreement, % |" in tables
     assert "Left out: piqa." in tables
     capsys.readouterr()
     page = tmp_path / "report.html"
@@ -212,14 +210,15 @@ NAMES = st.text(
     max_size=8,
 )
 FRACTIONS = st.lists(st.floats(0, 0.99), min_size=1, max_size=3, unique_by=lambda p: f"{p:.4g}")
-OWN_METHODS = st.builds(
-    Method,
-    NAMES.map("own {}".format),
-    st.sampled_from(["angular", "mse", "angular+sensitivity"]),
-    st.sampled_from(["relative", "wanda"]),
-    st.none() | st.just("water-fill"),
-    st.sampled_from(["ridge", "local", "none"]),
-    st.none() | st.integers(1, 512),
+OWN_METHODS = st.fixed_dictionaries(
+    {"name": NAMES.map("own {}".format)},
+    optional={
+        "block_metric": st.sampled_from(["angular", "mse", "angular+sensitivity"]),
+        "clamp": st.just("water-fill"),
+        "repair": st.sampled_from(["ridge", "local", "none"]),
+        "multiple": st.integers(1, 512),
+        "parts": st.sampled_from([("ffn",), ("kv",)]),
+    },
 )
 
 
@@ -233,7 +232,7 @@ OWN_METHODS = st.builds(
             OWN_METHODS | st.sampled_from(list(METHODS.values())),
             min_size=1,
             max_size=3,
-            unique_by=lambda method: method.name,
+            unique_by=lambda method: method["name"],
         ).map(tuple),
         data=st.lists(st.text(), min_size=1, max_size=2).map(tuple),
         samples=st.none() | st.integers(1, 1 << 20),
@@ -260,16 +259,20 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
     path.write_text(
         'model = "m"\nsparsity = [0.5]\neval = ["t"]\nseed = [0, 1]\n'
         'methods = ["random", {name = "by mse", block_metric = "mse", repair = "none"}, '
-        '{name = "two", parts = ["ffn", "attention"], remove_attentions = 2}]'
+        '{name = "two", parts = ["attention"], removal = "runs"}]'
     )
     recipe = read_recipe(path)
-    two = Method("two", parts=("ffn", "attention"), remove_attentions=2)
-    assert recipe.methods == (METHODS["random"], Method("by mse", "mse", repair="none"), two)
-    assert [point.name for point in recipe.points] == [
+    by_mse = {"name": "by mse", "block_metric": "mse", "repair": "none"}
+    two = {"name": "two", "parts": ("attention",), "removal": "runs"}
+    assert recipe.methods == (METHODS["random"], by_mse, two)
+    points = recipe.points(Compute())
+    assert [point.name for point in points] == [
         "random-0.5-seed0", "random-0.5-seed1", "by mse-0.5-seed0", "by mse-0.5-seed1",
         "two-0.5-seed0", "two-0.5-seed1",
     ]  # fmt: skip
-    assert recipe.settings(recipe.points[-1], Compute()).budget.remove_whole == (0, 2)
+    assert points[-1].settings.budget == Budget(0.5, parts=("attention",))
+    assert points[2].settings.criterion.block_metric == "mse"
+    assert [points[i].settings.repair for i in (2, 4)] == ["none", "ridge"]
 
 
 @pytest.mark.parametrize(
@@ -297,11 +300,13 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
                 ('name = ".working"', "must do as that of a directory"),
                 (
                     'name = "a", block_metric = "x"',
-                    "a: unknown block_metric 'x'; known are: auto, angular",
+                    "a: block_metric must be one of auto, angular.*, found 'x'",
                 ),
-                ('name = "a", repair = "x"', "a: unknown repair 'x'; known are: none, ridge"),
+                ('name = "a", repair = "x"', "a: repair must be one of none, ridge.*, found 'x'"),
+                ('name = "a", multiple = "8"', "multiple must be of type int, found '8'"),
                 ('name = "a", multiple = 0', "multiple must be at least 1"),
                 ('name = "a", of = "x"', "unknown keys: of"),
+                ('name = "a", parts = ["ffn", "kv"]', "several share one target"),
                 ('repair = "none"', "has no name"),
             )
         ),
@@ -326,7 +331,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     "more",
     [
-        ["m"], ["--samples", "4"], ["--seqlen", "1024"], ["--seed", "0"], ["--of", "ffn"],
+        ["m"], ["--samples", "4"], ["--seqlen", "1024"], ["--seed", "0"],
         ["--method", "cfsp"], ["--multiple", "4"], ["--data", "t"], ["--sparsity", "0.5"],
         ["--eval", "t"], ["--eval-windows", "12"], ["--speed"],
     ],
@@ -364,7 +369,7 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
-    for name in ("measure_dense", "calibrate_source", "prune_checkpoint"):
+    for name in ("evaluate_models", "calibrate_source", "prune_checkpoint"):
         monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
     model, out = tiny_checkpoint("llama"), tmp_path / "made" / "out"
     capsys.readouterr()  # a model that is saved here for the first time shows its progress
@@ -404,7 +409,10 @@ def drawn(
 ) -> tuple[list[str], Path]:
     """The arguments of a sweep of two methods by two draws, and its directory."""
     directory = tmp_path_factory.mktemp("drawn")
-    method = Method("by sensitivity", "angular+sensitivity", "wanda", repair="none")
+    method = {
+        "name": "by sensitivity", "block_metric": "angular+sensitivity",
+        "channel_metric": "wanda", "repair": "none",
+    }  # fmt: skip
     recipe = Recipe(
         str(tiny_checkpoint("llama")), (0.5,), (METHODS["cfsp-plain"], method), multiple=4,
         data=(str(text_file),), samples=4, seqlen=32, seed=(0, 1), eval=(str(text_file),),
@@ -465,21 +473,19 @@ def test_only_what_was_measured_alike_is_compared(
     path.write_text(whole)
 
 
-def row(method: str | None, seed: int | None, value: float) -> Row:
-    conditions = {"windows": 2, "seqlen": 32, "bos": False}
+def row(method: str | None, seed: int | None, value: float, speed: float | None = 1.5) -> Row:
+    perplexity = {"text": {"value": value, "windows": 2, "seqlen": 32, "bos": False}}
     parameters = 50 if method else 100
-    return Row(
-        "name", method, 0.5, seed, parameters, {"text": {"value": value, **conditions}},
-        {"decode": 1.5 if method else 1.0}, None,
-    )  # fmt: skip
+    return Row("name", method, 0.5, seed, parameters, perplexity, {"decode": speed})
 
 
 def test_differences_are_those_of_the_same_draw() -> None:
-    dense = replace(row(None, None, 5.0), sparsity=0.0)
-    rows = [row("a", 0, 10.0), row("a", 1, 20.0), row("b", 0, 11.0), row("b", 1, 18.0)]
+    dense = replace(row(None, None, 5.0, 1.0), sparsity=0.0)
+    rows = [row("a", 0, 10.0), row("a", 1, 20.0), row("b", 0, 11.0), row("b", 1, 18.0, None)]
     quality, difference = tables([dense, *rows])
     assert quality.head[-2:] == ["decode speed-up", "front"]
-    assert [line[-2] for line in quality.rows[:2]] == ["1.00", "1.50 (1.50 to 1.50)"]
+    speeds = [line[-2] for line in quality.rows]
+    assert speeds == ["1.00", "1.50 (1.50 to 1.50)", "too busy"]
     assert quality.rows[1][:5] == ["a", "50%", "2", "50.0%", "15.00 (10.00 to 20.00)"]
     assert difference.rows == [["b", "50%", "2", "0.00 (-10.00 to 10.00)"]]
     assert len(tables([dense, rows[0], rows[2]])) == 1
@@ -490,71 +496,43 @@ def test_loss_rise_is_in_nats() -> None:
     assert loss_rise({"a": 20.0, "b": 20.0}, before) == pytest.approx(math.log(2) / 2)
 
 
-def test_a_method_is_a_name_or_parts() -> None:
+def test_a_method_is_a_name_or_a_part() -> None:
     assert method_named("blocks-alone") is METHODS["blocks-alone"]
-    assert method_named("blocks,ffn") == Method("ffn,blocks", parts=("ffn", "blocks"))
-    with pytest.raises(
-        UsageError, match=r"unknown method 'fnn,blocks'.*known are: cfsp, .*--parts"
-    ):
-        method_named("fnn,blocks")
+    assert method_named("kv") == {"name": "kv", "parts": ("kv",)}
+    with pytest.raises(UsageError, match=r"unknown method 'fnn'.*known are: cfsp, .*--parts"):
+        method_named("fnn")
 
 
-def test_parts_are_compared_at_one_size(
+def test_parts_are_pruned_as_alone(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    """How many go whole is chosen as `cfsp prune` chooses it."""
     out, model = tmp_path / "out", str(tiny_checkpoint("llama"))
     # So few windows that all are those of the coarse pass.
-    text = ["--data", str(text_file), "--samples", "8", "--seqlen", "32"]
-    size = ["--sparsity", "0.3", "--set", "of=model", "--set", "multiple=8"]
-    methods = ["ffn", "blocks", "ffn,blocks", "ffn,attention"]
-    measured = ["--eval", str(text_file), "--eval-windows", "1"]
-    assert (
-        main(["sweep", model, *size, *text, *measured, "--method", *methods, "--out", str(out)])
-        == 0
-    )
-    dense, *rows = json.loads((out / "table.json").read_text())
+    asked = ["--data", str(text_file), "--samples", "8", "--seqlen", "32", "--sparsity", "0.3"]
+    asked += ["--set", "multiple=8"]
+    methods = ["ffn", "kv", "attention", "blocks"]
+    measured = ["--eval", str(text_file), "--eval-windows", "1", "--method", *methods]
+    assert main(["sweep", model, *asked, *measured, "--out", str(out)]) == 0
+    _dense, *rows = json.loads((out / "table.json").read_text())
     assert [row["method"] for row in rows] == methods
-    block = next(iter(parameters_of_blocks(open_checkpoint(model))))
-    for row in rows:
-        room = block / 2 if row["method"] == "blocks" else 3 * 8 * 32
-        assert abs(row["parameters"] - 0.7 * dense["parameters"]) <= room
-    for parts in methods:
-        alone = tmp_path / parts
-        assert main(["prune", model, *size, *text, "--parts", parts, "--out", str(alone)]) == 0
-        swept = out / f"{parts}-0.3"
-        chosen, expected = (PruningPlan.load(d / "cfsp_plan.json") for d in (swept, alone))
+    for part in methods:
+        alone = tmp_path / part
+        assert main(["prune", model, *asked, "--parts", part, "--out", str(alone)]) == 0
+        chosen, expected = (
+            PruningPlan.load(place / "cfsp_plan.json") for place in (out / f"{part}-0.3", alone)
+        )
         assert chosen.kept_channels == expected.kept_channels
         assert chosen.removed_blocks == expected.removed_blocks
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("ffn,blocks", "requires the whole model in memory; say how many with --set remove_blocks"),
-        (
-            "ffn,experts",
-            "requires the whole model in memory; say how many with --set remove_experts=N",
-        ),
-    ],
-)
-def test_parts_whose_number_is_not_known_are_refused_before_any_work(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
-    message: str,
+def test_several_parts_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
-    monkeypatch.setattr("cfsp.sweep.run.measure_dense", never)
-    monkeypatch.setattr("cfsp.whole_model.removal_order.fits", lambda *_: False)
-    model, text = str(tiny_checkpoint("mixtral")), str(text_file)
-    arguments = ["sweep", model, "--sparsity", "0.3", "--method", method, "--seqlen", "32"]
-    out = tmp_path / "made" / "out"
-    assert main([*arguments, "--data", text, "--eval", text, "--out", str(out)]) == 2
-    assert message in capsys.readouterr().err
-    assert not out.parent.exists()
+    monkeypatch.setattr("cfsp.sweep.run.evaluate_models", never)
+    argv = ["sweep", "no-model", "--sparsity", "0.3", "--method", "ffn,blocks", "--eval", "t"]
+    assert main([*argv, "--data", "t", "--out", str(tmp_path / "out")]) == 2
+    assert "several share one target" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -17,11 +17,11 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.goals.loss import held_out_windows
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
 from cfsp.result.manifest import read_manifest
+from cfsp.selection.loss import held_out_windows
 from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
 from cfsp.text.drawing import consecutive_windows, draw_text, draw_windows
 from cfsp.text.tokenizers import beginning

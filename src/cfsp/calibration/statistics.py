@@ -132,7 +132,7 @@ class CalibrationRecord:
 class Sensitivity:
     """What pruning one part of each block alone does to the predictions.
 
-    See `cfsp.whole_model.sensitivity`.
+    See `cfsp.selection.sensitivity`.
 
     Attributes:
         divergence_L: KL(dense || that block's FFNs pruned), in nats per token; 0 for a block
@@ -179,7 +179,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Removal:
-    """A block or an attention that goes next, after others (`cfsp.whole_model.removal_order`).
+    """A block or an attention that goes next, after others (`cfsp.selection.drop_order`).
 
     Attributes:
         block: its index, or that of the attention's block.

@@ -11,7 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import add_options, settings_from
 from cfsp.cli.output import human_bytes, print_json, print_passes
 from cfsp.processes import process_count
-from cfsp.settings import Budget, CalibrationText, PruneSettings
+from cfsp.settings import Budget, CalibrationText
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.output import check_is_outside, created_parents
     from cfsp.engine.workplace import output_workplace, remove_finished_work
     from cfsp.errors import UsageError
-    from cfsp.pipeline import calibrate_source
+    from cfsp.pipeline import calibrate_for, calibrate_source
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.text.tokenizers import load_tokenizer
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             compute,
             place,
             sensitivity=args.sensitivity,
-            removing=PruneSettings.of_removal(parts),
+            **calibrate_for(source, parts, compute),
         )
         if team.is_first:
             statistics.save(args.out)

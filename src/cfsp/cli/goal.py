@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cfsp.architecture.block_names import counted
-from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_options, given, settings_from
 from cfsp.cli.output import human_count, print_table
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import channels_in_words
 from cfsp.settings import (
+    COUNTS,
     GOALS,
-    NUMBERS,
     Budget,
     Criterion,
     Goal,
@@ -47,11 +44,8 @@ def asked(args: argparse.Namespace) -> list[str]:
     """Return which of the options that say how much to remove were given."""
     found = ["--sparsity"] if args.sparsity is not None else []
     found += [flag_of_goal(goal) for goal in GOALS if field_of_goal(goal) in given(args, goal)]
-    if not found and arguments.budget(args).is_said_in_numbers:
-        numbers = [name for name in given(args, Budget) if name in NUMBERS.values()]
-        options = options_of(Budget)
-        found.append(" and ".join(flag_of(name, options[name]) for name in numbers))
-    return found
+    counts = [name for name in given(args, Budget) if name in COUNTS.values()]
+    return found + [flag_of(name, options_of(Budget)[name]) for name in counts]
 
 
 def check_goal(args: argparse.Namespace) -> None:
@@ -65,11 +59,9 @@ def check_goal(args: argparse.Namespace) -> None:
         raise UsageError(
             "exactly one of --sparsity, --target-params, --target-kv-cache, --max-loss-increase "
             "and --target-speedup "
-            "says how much to remove (or --plan, a complete decision; or, where only whole blocks, "
-            f"attentions or experts go, their numbers); found {' and '.join(found) or 'none'}"
+            "says how much to remove (or --plan, a complete decision; or, where blocks, attention "
+            f"layers or experts go, their number); found {' and '.join(found) or 'none'}"
         )
-    if args.of is not None and found != ["--sparsity"]:
-        raise UsageError(f"--of belongs to --sparsity, found it with {found[0]}")
     for goal in GOALS:
         options, owner = options_of(goal), flag_of_goal(goal)
         for other in given(args, goal):
@@ -87,6 +79,9 @@ def print_goal(resolution: dict[str, Any]) -> None:
     """Print what was tried for a goal, as its JSON has it; nothing if nothing was."""
     if not resolution.get("tried"):
         return
+
+    from cfsp.planning.candidate import Candidate
+
     noun = _NOUNS[resolution["goal"]]
     rows = [
         (
@@ -98,18 +93,8 @@ def print_goal(resolution: dict[str, Any]) -> None:
         for entry in sorted(resolution["tried"], key=lambda entry: entry["sparsity"])
     ]
     print_table(("sparsity", "parameters", noun, "fits"), rows)
-    print(f"\n{_in_words(resolution)}: {_chosen_in_words(resolution['budget'])}\n")
-
-
-def _chosen_in_words(budget: dict[str, Any]) -> str:
-    """Return what goes by a budget, as its JSON has it."""
-    counts = {"remove_blocks": "blocks", "remove_attentions": "attentions"}
-    words = [counted(budget[key], noun) for key, noun in counts.items() if budget[key] is not None]
-    others = " of the others" if words else ""
-    if channels := channels_in_words(budget["parts"]):
-        words.append(f"{budget['sparsity']:.1%} of the {channels}{others}")
-    goes = words == ["1 block"] or words == ["1 attention"]
-    return f"{' and '.join(words)} {'goes' if goes else 'go'}"
+    chosen = Candidate.from_json(resolution["chosen"]).in_words
+    print(f"\n{_in_words(resolution)}: {chosen} go\n")
 
 
 def _in_words(resolution: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside
-    from cfsp.goals.resolve import plan_for_goal
+    from cfsp.pipeline import plan_from
     from cfsp.result.manifest import removed_facts
 
     if args.out.exists():
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     )
     source = open_checkpoint(args.model, args.revision, settings.budget.parts)
     check_is_outside(args.out, source.directory)
-    plan, resolution = plan_for_goal(source, Statistics.load(args.statistics), settings)
+    plan, resolution = plan_from(source, Statistics.load(args.statistics), settings)
     plan.save(args.out)
     if args.json:
         print_json(

@@ -31,8 +31,8 @@ from cfsp.settings import (
 )
 
 if TYPE_CHECKING:
+    from cfsp.pruning_cost import PruningCost
     from cfsp.result.prune_report import PruneReport
-    from cfsp.speed.pruning_cost import PruningCost
 
 log = logging.getLogger(__name__)
 
@@ -189,13 +189,13 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.engine.compute import engine_of
-    from cfsp.goals.parameters import MANY_CHANNELS, little_in_words
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import best_effort, prune_and_recover
+    from cfsp.pruning_cost import pruning_cost
     from cfsp.recovery.settings import Limit
-    from cfsp.speed.pruning_cost import pruning_cost
+    from cfsp.selection.goal import MANY_CHANNELS, little_in_words
 
     settings = _settings(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
@@ -240,8 +240,10 @@ def run(args: argparse.Namespace) -> None:
         print()
     print_report(report)
     if settings.more_parts and report.plan.ffn_sparsity >= MANY_CHANNELS:
-        more = ",".join(settings.more_parts)
-        print(f"this much may cost less with `--parts {more}`, which tries whole blocks, too")
+        more = f"--parts {','.join(settings.more_parts)}"
+        if settings.goal is None:  # several parts share one target
+            more += f" --target-params {1 - report.model_sparsity:.2g}"
+        print(f"this much may cost less with `{more}`, which tries whole blocks, too")
     if args.dry_run:
         print(f"plan written to {args.out / PLAN_FILE}")
     if recovery is not None:

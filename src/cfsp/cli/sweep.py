@@ -39,8 +39,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         type=Path,
         metavar="FILE",
         help="model, texts, methods and all that is measured, as TOML, as --out has one; a method "
-        "is a table there: name, block_metric, channel_metric, clamp, repair, multiple, parts, "
-        "remove_blocks, remove_attentions, remove_experts, removal",
+        "is a table there: name, block_metric, channel_metric, clamp, repair, multiple, widths, "
+        "parts, removal",
     )
     parser.add_argument(
         "--keep-weights", action="store_true", help="keep the pruned models, not only their plans"
@@ -67,10 +67,10 @@ def _add_recipe(parser: Parser) -> None:
         dest="methods",
         type=typed(method_named),
         metavar="NAME",
-        help=f"of {', '.join(METHODS)}, or parts as `cfsp prune --parts` has them, such as "
-        "ffn,blocks (default: cfsp)",
+        help=f"of {', '.join(METHODS)}, or a part as `cfsp prune --parts` has it, such as kv "
+        "(default: cfsp)",
     )
-    add_options(parser, parser, Budget, fields=("of", "multiple"))
+    add_options(parser, parser, Budget, fields=("multiple",))
     arguments.add_calibration_text(parser)
     measured = parser.add_argument_group("measuring")
     measured.add_argument(

@@ -35,6 +35,7 @@ class UnitSize:
         kind: units of one kind have widths that are multiples of the same number.
         grain: widths that are no multiples of this cannot be computed with.
         part: what it is of.
+        stays: whether it keeps all its channels.
     """
 
     width: int
@@ -42,6 +43,7 @@ class UnitSize:
     kind: str = ""
     grain: int = 1
     part: Part = "ffn"
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class ModelSize:
 
     def least_U(self, budget: Budget) -> list[int]:
         """Return the least width that every unit may have."""
-        return list(map(min, self.multiple_U(budget), self.width_U))
+        least_U = map(min, self.multiple_U(budget), self.width_U)
+        pairs = zip(self.units, least_U, strict=True)
+        return [unit.width if unit.stays else least for unit, least in pairs]
 
 
 def check_multiple(budget: Budget, size: ModelSize) -> None:
@@ -135,28 +139,16 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     size = size.of_parts(budget.parts)
     check_multiple(budget, size)
     total, least = size.cost_of(size.width_U), size.cost_of(size.least_U(budget))
-    if budget.of == "ffn":
-        kept = (1 - budget.sparsity) * total
-        highest = 1 - least / total
-    else:
-        each = size.parameters_per_cost
-        kept = total - budget.sparsity * size.parameters / each
-        highest = (total - least) * each / size.parameters
+    kept = (1 - budget.sparsity) * total
     # Within half a multiple of the least width is the least width.
     multiple_U = size.multiple_U(budget)
     if kept < least - min(map(_times, multiple_U, size.cost_U)) / 2:
         raise BudgetError(
-            f"cannot remove {budget.sparsity:.1%} of the {_noun(budget)}: with at least "
-            f"{_least(multiple_U, size)}, between 0 and {highest:.1%} can be removed"
+            f"cannot remove {budget.sparsity:.1%} of the {channels_in_words(budget.parts)}: with "
+            f"at least {least_in_words(multiple_U, size)}, between 0 and {1 - least / total:.1%} "
+            "can be removed"
         )
     return kept
-
-
-def _noun(budget: Budget) -> str:
-    """Return what a sparsity is a fraction of."""
-    if budget.of == "model":
-        return "model's parameters"
-    return channels_in_words(budget.parts)
 
 
 def channels_in_words(parts: Sequence[Part]) -> str:
@@ -165,7 +157,7 @@ def channels_in_words(parts: Sequence[Part]) -> str:
     return " and ".join(noun for part, noun in nouns.items() if part in parts)
 
 
-def _least(multiple_U: Sequence[int], size: ModelSize) -> str:
+def least_in_words(multiple_U: Sequence[int], size: ModelSize) -> str:
     """Return in words what is left at least."""
     pairs = list(zip(multiple_U, size.units, strict=True))
     least = sorted({multiple for multiple, unit in pairs if unit.part == "ffn"})
@@ -335,9 +327,21 @@ def allocate(
     kept_U = list(size.width_U)
     if budget.sparsity == 0.0:
         return kept_U
-    chosen = [index for index, unit in enumerate(size.units) if unit.part in budget.parts]
+    of_parts = size.of_parts(budget.parts)
+    chosen = [
+        index
+        for index, unit in enumerate(size.units)
+        if unit.part in budget.parts and not unit.stays
+    ]
+    if not chosen:
+        return kept_U
     importances = [importance_U[index] for index in chosen]
-    kept = _widths(importances, budget, size.of_parts(budget.parts), clamp, total)
+    shrinking = ModelSize(tuple(size.units[index] for index in chosen), size.parameters)
+    if len(chosen) < len(of_parts.units):  # those that stay pay nothing: the others pay for them
+        stay = sum(u.width * u.channel_parameters for u in of_parts.units if u.stays)
+        left = (total * of_parts.parameters_per_cost - stay) / shrinking.parameters_per_cost
+        total = max(left, shrinking.cost_of(shrinking.least_U(budget)))
+    kept = _widths(importances, budget, shrinking, clamp, total)
     for index, width in zip(chosen, kept, strict=True):
         kept_U[index] = width
     assert all(0 < kept <= width for kept, width in zip(kept_U, size.width_U, strict=True))

@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.calibration.statistics import UnitStatistics
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.planning.experts import expert_scores, strongest_experts
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.planning.removal_budget import RemovedWhole
-from cfsp.planning.widths import UnitWidths
 from cfsp.settings import Criterion
 
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
@@ -64,19 +62,6 @@ def choose_channels(
     for ffn, score_F in zip(staying, scores, strict=True):
         kept += [ffn * channels + i for i in strongest_channels(score_F, width)]
     return tuple(kept)
-
-
-def channels_that_stay(
-    source: WeightSource,
-    statistics: Statistics,
-    widths: UnitWidths,
-    criterion: Criterion,
-    removed: RemovedWhole,
-) -> Iterator[tuple[int, ...]]:
-    """Yield the channels of every unit that stay, in the order of units; see `choose_channels`."""
-    for unit, width in enumerate(widths.kept_U):
-        observed = statistics.units[unit]
-        yield choose_channels(source, unit, observed, width, criterion, removed.experts)
 
 
 def _staying(

@@ -14,16 +14,13 @@ from torch import Tensor
 from cfsp.architecture.experts import counts_near
 from cfsp.architecture.proof import why_not_experts
 from cfsp.checkpoint.config_widths import stock_config
-from cfsp.checkpoint.reading import parameter_count
 from cfsp.errors import BudgetError, StatisticsError
-from cfsp.planning.removal_budget import parameters_with_experts
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import RoutedExperts
     from cfsp.calibration.statistics import UnitStatistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.settings import Budget
 
 # Where experts are redundant, those that go add much less than their share of all experts.
 _MUCH_OF_THEIR_SHARE = 0.5
@@ -66,27 +63,19 @@ def strongest_experts(score_E: Tensor, count: int, groups: int = 1) -> list[int]
     return kept
 
 
-def experts_to_remove(source: WeightSource, budget: Budget) -> int:
-    """Return how many experts of every block go.
+def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> int:
+    """Return how many experts of every block go, so that a number stays by which the model runs.
 
-    It is the number that is nearest to the budget of those by which the model runs.
-
-    With other parts the budget says the number.
+    Args:
+        source: the model.
+        wanted: how many shall stay; the nearest number does.
+        exactly: whether another one is refused.
 
     Raises:
         BudgetError: more experts would go than the router can do without.
     """
-    if not budget.removes_experts:
-        return 0
     experts = source.architecture.experts
     assert experts is not None
-    if budget.remove_experts is not None:
-        wanted = float(experts.count - budget.remove_experts)
-    elif budget.of == "model":
-        each = parameters_with_experts(source, 1)
-        wanted = experts.count - budget.sparsity * parameter_count(source) / each
-    else:
-        wanted = experts.count * (1 - budget.sparsity)
     rounded = max(0, experts.groups * round(wanted / experts.groups))
     if rounded == experts.count:
         return 0
@@ -95,11 +84,11 @@ def experts_to_remove(source: WeightSource, budget: Budget) -> int:
     # A router may want a multiple of something, which is one step away, or a least number.
     if found > rounded and not any(runs_with(source, n) for n in range(1, rounded)):
         raise _out_of_reach(source, experts, rounded)
-    if budget.remove_experts is not None and found != wanted:
+    if exactly and found != wanted:
         raise BudgetError(
-            f"cannot remove {budget.remove_experts} of {experts.count} experts of each block: the "
-            f"router of {source.label} does not run with {wanted:.0f}; {experts.count - found} can "
-            "be removed"
+            f"cannot remove {experts.count - wanted:.0f} of {experts.count} experts of each block: "
+            f"the router of {source.label} does not run with {wanted:.0f}; "
+            f"{experts.count - found} can be removed"
         )
     return experts.count - found
 

@@ -1,127 +1,171 @@
-"""Planning: from statistics to a plan, in seconds, without a forward pass.
+"""Planning: from statistics and a candidate to a plan, in seconds, without a forward pass.
 
-what goes whole (`removal`) -> how many channels units keep (`widths`) -> which (`channels`)
+how many channels units keep (`widths`) -> which (`channels`) -> the plan (`plan_file`)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.checkpoint.reading import EARLIER, WeightSource, fingerprint
 from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.errors import StatisticsError
-from cfsp.planning.channels import channels_that_stay, few_tokens, warn_of_few_tokens
+from cfsp.planning.candidate import Candidate
+from cfsp.planning.channels import choose_channels, few_tokens, warn_of_few_tokens
 from cfsp.planning.experts import lost_output, warn_of_lost_experts
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
-from cfsp.planning.removal import whole_removal
-from cfsp.planning.removal_budget import RemovedWhole
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.planning.widths import UnitWidths, definite_criterion, model_size, plan_widths
 from cfsp.progress import item_progress
-from cfsp.settings import DEFAULT_PARTS, Budget, Criterion
+from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Budget, Criterion
 
 
-def make_plan(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: Budget,
-    criterion: Criterion,
-    on_unit: Callable[[], object] = lambda: None,
-) -> PruningPlan:
-    """Decide which blocks and channels stay.
+@dataclass(frozen=True)
+class Planner:
+    """Turns candidates into plans: a model, its statistics, and by what is chosen.
 
-    Args:
+    Attributes:
         source: the model; its FFN weights are read one unit at a time.
         statistics: its calibration.
-        budget: how much to remove.
-        criterion: what counts as important.
-        on_unit: is called after each FFN unit.
-
-    Raises:
-        StatisticsError: the statistics belong to another model.
-        BudgetError: the budget can't be met.
-        UsageError: a metric is unknown.
+        budget: what may go, and what widths look like.
+        criterion: what counts as important, by its definite metrics.
     """
-    check_statistics_fit(source, statistics)
-    criterion = definite_criterion(criterion, statistics, budget)
-    removed = whole_removal(source, statistics, budget, criterion.removal)
-    widths = plan_widths(source, statistics, budget, criterion, removed)
-    kept = []
-    for kept_K in channels_that_stay(source, statistics, widths, criterion, removed):
-        kept.append(kept_K)
-        on_unit()
-    return assemble_plan(source, statistics, budget, criterion, widths, kept, removed)
 
+    source: WeightSource
+    statistics: Statistics
+    budget: Budget
+    criterion: Criterion
 
-def assemble_plan(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: Budget,
-    criterion: Criterion,
-    widths: UnitWidths,
-    kept: Sequence[tuple[int, ...]],
-    removed: RemovedWhole,
-) -> PruningPlan:
-    """Return the plan that widths and channels amount to, and what goes whole."""
-    criterion = definite_criterion(criterion, statistics, budget)
-    size = model_size(source)
-    has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
-    units = [
-        _without_gone_experts(
-            UnitPlan(
-                block=unit.block,
-                width=unit.width,
-                kept=kept_K,
-                distance=distance,
-                importance=importance,
-                ffns=observed.ffns,
-                few_tokens=few_tokens(observed),
-                path="" if has_one_ffn_each else unit.path,
-                cost=cost,
-                part=unit.part,
-            ),
-            observed,
+    @staticmethod
+    def of(
+        source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
+    ) -> Planner:
+        """Return what plans by these statistics.
+
+        Raises:
+            StatisticsError: they belong to another model.
+        """
+        check_statistics_fit(source, statistics)
+        criterion = definite_criterion(criterion, statistics, budget)
+        return Planner(source, statistics, budget, criterion)
+
+    def widths(self, candidate: Candidate) -> UnitWidths:
+        """Return how many channels every unit keeps; errors are those of `plan_widths`."""
+        return plan_widths(self.source, self.statistics, candidate, self.budget, self.criterion)
+
+    def channels(self, candidate: Candidate, widths: UnitWidths) -> Iterator[tuple[int, ...]]:
+        """Yield the channels of every unit that stay; errors are those of `choose_channels`."""
+        for unit, width in enumerate(widths.kept_U):
+            yield choose_channels(
+                self.source,
+                unit,
+                self.statistics.units[unit],
+                width,
+                self.criterion,
+                candidate.experts,
+            )
+
+    def plan(
+        self, candidate: Candidate, on_unit: Callable[[], object] = lambda: None
+    ) -> PruningPlan:
+        """Return the plan of a candidate.
+
+        Args:
+            candidate: how much goes.
+            on_unit: is called after each unit.
+
+        Raises:
+            BudgetError: so much cannot go.
+            StatisticsError: the criterion requires what the statistics do not have.
+            UsageError: a metric is unknown.
+        """
+        widths, kept = self.widths(candidate), []
+        for kept_K in self.channels(candidate, widths):
+            kept.append(kept_K)
+            on_unit()
+        return self.assemble(candidate, widths, kept)
+
+    def plan_for_people(self, candidate: Candidate) -> PruningPlan:
+        """Return the plan of a candidate, showing progress and what people should know of it."""
+        with item_progress("plan", len(self.source.units), "FFN") as bar:
+            plan = self.plan(candidate, bar.update)
+        warn_of_few_tokens(plan)
+        warn_of_lost_experts(plan)
+        return plan
+
+    def assemble(
+        self, candidate: Candidate, widths: UnitWidths, kept: Sequence[tuple[int, ...]]
+    ) -> PruningPlan:
+        """Return the plan that widths and channels amount to, and what goes whole."""
+        source, statistics = self.source, self.statistics
+        parts = tuple(
+            part for part in self.budget.parts if part in candidate.parts or part not in UNIT_PARTS
         )
-        for unit, observed, kept_K, distance, importance, cost in zip(
-            source.units,
-            statistics.units,
-            kept,
-            widths.distance_U,
-            widths.importance_U,
-            size.cost_U,
-            strict=True,
+        size = model_size(source)
+        has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
+        units = [
+            _without_gone_experts(
+                UnitPlan(
+                    block=unit.block,
+                    width=unit.width,
+                    kept=kept_K,
+                    distance=distance,
+                    importance=importance,
+                    ffns=observed.ffns,
+                    few_tokens=few_tokens(observed),
+                    path="" if has_one_ffn_each else unit.path,
+                    cost=cost,
+                    part=unit.part,
+                ),
+                observed,
+            )
+            for unit, observed, kept_K, distance, importance, cost in zip(
+                source.units,
+                statistics.units,
+                kept,
+                widths.distance_U,
+                widths.importance_U,
+                size.cost_U,
+                strict=True,
+            )
+        ]
+        plan = PruningPlan(
+            model=ModelIdentity.of(source),
+            criterion={
+                **self._written(),
+                "clamp": self.criterion.chosen_clamp,
+                "sparsity": candidate.sparsity,
+                "of": self._of(candidate),
+                # Of which all new FFN widths are multiples.
+                "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(self.budget)) or 1,
+                **({} if parts == DEFAULT_PARTS else {"parts": list(parts)}),
+                **({"keep": list(self.budget.keep)} if self.budget.keep else {}),
+            },
+            calibration=asdict(statistics.record),
+            units=tuple(units),
+            removed_blocks=candidate.dropped.blocks,
         )
-    ]
-    plan = PruningPlan(
-        model=ModelIdentity.of(source),
-        criterion={
-            **_written(criterion, budget),
-            "clamp": criterion.chosen_clamp,
-            "sparsity": budget.sparsity,
-            "of": _counted_part(budget),
-            # Of which all new FFN widths are multiples.
-            "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
-            **({} if budget.parts == DEFAULT_PARTS else {"parts": list(budget.parts)}),
-        },
-        calibration=asdict(statistics.record),
-        units=tuple(units),
-        removed_blocks=removed.blocks,
-    )
-    if plan.kept_experts is not None:
-        check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
-    return plan
+        if plan.kept_experts is not None:
+            check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
+        return plan
 
+    def _of(self, candidate: Candidate) -> str:
+        """Return what the sparsity of a candidate is a share of."""
+        if candidate.parts:
+            return "ffn"
+        # An attention is a part of its block.
+        return "blocks" if "blocks" in self.budget.parts else self.budget.parts[0]
 
-def _counted_part(budget: Budget) -> str:
-    """Return what the sparsity of a budget is a share of."""
-    if budget.of != "ffn" or budget.removes_channels:
-        return budget.of
-    # An attention is a part of its block.
-    return "blocks" if budget.removes_blocks else budget.parts[0]
+    def _written(self) -> dict[str, Any]:
+        """Return what a plan says of the criterion; of removal only where something may drop."""
+        fields = asdict(self.criterion)
+        if not self.budget.whole_parts:
+            del fields["removal"]
+        return fields
 
 
 def _without_gone_experts(unit: UnitPlan, observed: UnitStatistics) -> UnitPlan:
@@ -129,14 +173,6 @@ def _without_gone_experts(unit: UnitPlan, observed: UnitStatistics) -> UnitPlan:
     if not unit.loses_experts:
         return unit
     return replace(unit, lost_output=round(lost_output(observed, unit.kept_ffns), 6))
-
-
-def _written(criterion: Criterion, budget: Budget) -> dict[str, Any]:
-    """Return what a plan says of a criterion; of removal only where something may go whole."""
-    fields = asdict(criterion)
-    if not budget.whole_parts:
-        del fields["removal"]
-    return fields
 
 
 def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
@@ -167,17 +203,3 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
             f"({statistics.record.fingerprint}), not for {source.label} ({found}), "
             f"{EARLIER} them; calibrate this model"
         )
-
-
-def plan_from_statistics(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: Budget,
-    criterion: Criterion,
-) -> PruningPlan:
-    """Make a plan from statistics, showing progress; see `make_plan`."""
-    with item_progress("plan", len(source.units), "FFN") as bar:
-        plan = make_plan(source, statistics, budget, criterion, on_unit=bar.update)
-    warn_of_few_tokens(plan)
-    warn_of_lost_experts(plan)
-    return plan

@@ -44,8 +44,7 @@ from cfsp.repair.together import done_by_first
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
+    from cfsp.job import Job
     from cfsp.settings import LocalTraining
     from cfsp.text.windows import Windows
 
@@ -56,42 +55,34 @@ _MOST_SEEDS = 1 << 63
 log = logging.getLogger(__name__)
 
 
-def repair_locally(
-    source: WeightSource,
-    repaired: Repaired,
-    windows: Windows,
-    engine: Engine,
-    place: Workplace,
-    training: LocalTraining,
-    seed: int,
-) -> Repaired:
+def repair_locally(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
     """Train all blocks of a pruned model, a few at a time.
 
     Args:
-        source: the dense model; its blocks have one dense FFN each, or none.
+        job: what is pruned; its blocks have one dense FFN each, or none. Parameters are trained in
+            float32.
         repaired: what goes and what was repaired before.
         windows: two or more; some are held out (see `cfsp.text.hold_out`).
-        engine: where and in what to compute; parameters are trained in float32.
-        place: where new tensors go, until they are in the new checkpoint.
-        training: how blocks are trained.
-        seed: of the order in which windows are trained on.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
         UnsupportedModelError: trained weights cannot be stored in the checkpoint's own form.
     """
+    source, place, training = job.source, job.place, job.settings.local
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     blocks = pruned.architecture.block_count
     streams, directory = TwoStreams.of(windows, training.tokens), place.first_directory_of(NAME)
-    work = _LocalRepair(source, pruned, blocks, training, engine.dtype, seed, directory)
+    work = _LocalRepair(
+        source, pruned, blocks, training, job.engine.dtype, job.settings.text.seed, directory
+    )
     results = pass_two_streams(
         source,
         pruned,
         windows,
         work.repair,
         RepairFiles(directory),
-        engine,
+        job.engine,
         place,
         name=NAME,
         streams=streams,

@@ -6,43 +6,37 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cfsp.repair import ridge_pass
-from cfsp.repair.repaired import Repaired, add_step
+from cfsp.repair.repaired import add_step
 from cfsp.repair.ridge_pass import ChosenBlock, choose_and_repair
 
 if TYPE_CHECKING:
-    from cfsp.calibration.statistics import Statistics
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
-    from cfsp.planning.plan_file import PruningPlan
+    from cfsp.job import Job
+    from cfsp.repair.repaired import Repaired
     from cfsp.text.windows import Windows
 
 
-def repair_by_plan(
-    source: WeightSource,
-    plan: PruningPlan,
-    statistics: Statistics | None,
-    windows: Windows,
-    engine: Engine,
-    place: Workplace,
-) -> Repaired:
+def repair_by_plan(job: Job, result: Repaired, windows: Windows) -> Repaired:
     """Repair what a plan leaves, in one pass over all windows.
 
-    Arguments and errors are those of `plan_and_repair`, but for `windows`, the calibration windows.
+    Args:
+        job: what is pruned.
+        result: the plan, and the statistics that it was made from if they are there.
+        windows: the calibration windows.
     """
+    plan = result.plan
     widths = ((unit.kept_width, unit.width) for unit in plan.kept_units)
     if plan.has_gaps and all(kept in (0, width) for kept, width in widths):
-        return Repaired(plan, statistics)
+        return result
     kept = plan.kept_channels
     chosen = choose_and_repair(
-        source,
+        job.source,
         windows,
         lambda unit, _: kept[unit],
-        engine,
-        place,
+        job.engine,
+        job.place,
         removed=plan.removed_blocks,
     )
-    return with_ridge(Repaired(plan, statistics), chosen)
+    return with_ridge(result, chosen)
 
 
 def with_ridge(repaired: Repaired, chosen: Sequence[ChosenBlock]) -> Repaired:

@@ -54,9 +54,7 @@ from cfsp.repair.ridge import LAMBDAS
 from cfsp.repair.together import done_by_first
 
 if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
+    from cfsp.job import Job
     from cfsp.processes import Team
     from cfsp.text.windows import Windows
 
@@ -69,36 +67,31 @@ _TOKENS_IN_BATCH = 4096
 log = logging.getLogger(__name__)
 
 
-def repair_sequentially(
-    source: WeightSource, repaired: Repaired, windows: Windows, engine: Engine, place: Workplace
-) -> Repaired:
+def repair_sequentially(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
     """Fit the down projection of every block of a pruned model, one after the other.
 
     Args:
-        source: the dense model; its blocks have one dense FFN each, or none.
+        job: what is pruned; its blocks have one dense FFN each, or none. Sums are float32, the
+            solve is float64.
         repaired: what goes and what was repaired before.
         windows: two or more; some are held out (see `cfsp.text.hold_out`).
-        engine: where and in what to compute; sums are float32, the solve is float64.
-        place: where new tensors go, until they are in the new checkpoint.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    staying = source.architecture.block_count - len(repaired.plan.removed_blocks)
-    pruned = PrunedSource(source, repaired.plan, repaired.tensors)
-    return _repair_blocks(source, pruned, repaired, windows, engine, place, NAME, range(staying))
+    pruned = PrunedSource(job.source, repaired.plan, repaired.tensors)
+    staying = range(pruned.architecture.block_count)
+    return _repair_blocks(job, pruned, repaired, windows, NAME, staying)
 
 
-def repair_gaps(
-    source: WeightSource, repaired: Repaired, windows: Windows, engine: Engine, place: Workplace
-) -> Repaired:
+def repair_gaps(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
     """Fit the down projections of the blocks at removed ones, and of those without attention.
 
     Arguments and errors are those of `repair_sequentially`. The other blocks stay as they are, and
     so does one that has no dense FFN, or several; where all are such there is no step.
     """
-    plan = repaired.plan
+    plan, source = repaired.plan, job.source
     beside = blocks_at_gaps(source.architecture.block_count, plan.removed_blocks)
     blocks = sorted({*beside, *map(plan.index_of_block, plan.removed_attentions)})
     pruned = PrunedSource(source, plan, repaired.tensors)
@@ -112,7 +105,7 @@ def repair_gaps(
         )
     if not able:
         return repaired
-    return _repair_blocks(source, pruned, repaired, windows, engine, place, GAPS, able)
+    return _repair_blocks(job, pruned, repaired, windows, GAPS, able)
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
@@ -131,28 +124,26 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
 
 
 def _repair_blocks(
-    source: WeightSource,
+    job: Job,
     pruned: PrunedSource,
     repaired: Repaired,
     windows: Windows,
-    engine: Engine,
-    place: Workplace,
     name: str,
     blocks: Collection[int],
 ) -> Repaired:
     """Fit the down projections of some blocks of the pruned model, as a step of that name."""
-    streams, directory = streams_of(windows), place.first_directory_of(name)
+    streams, directory = streams_of(windows), job.place.first_directory_of(name)
     done = pass_two_streams(
-        source,
+        job.source,
         pruned,
         windows,
         partial(_repair, pruned, directory, blocks),
         RepairFiles(directory),
-        engine,
-        place,
+        job.engine,
+        job.place,
         name=name,
         streams=streams,
-        own=part_of(windows, place.team, streams.batch),
+        own=part_of(windows, job.place.team, streams.batch),
         removed=repaired.plan.removed_blocks,
     )
     return add_step(repaired, name, done)

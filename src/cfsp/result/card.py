@@ -185,7 +185,7 @@ def _goal(resolution: dict[str, Any] | None) -> str:
     if "result" in resolution:
         lines.append(f"The finished model's loss is {resolution['result']:+.4f} nats higher.")
     if resolution["tried"]:
-        channels = channels_in_words(resolution["budget"]["parts"])
+        channels = channels_in_words(resolution["chosen"]["parts"])
         what = channels or "parameters that may go"
         lines += ["", f"| {what} removed | parameters | {_VALUES[name]} | fits |"]
         lines += ["|---:|---:|---:|---|"]

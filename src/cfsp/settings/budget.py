@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cfsp.errors import UsageError, did_you_mean
+from cfsp.errors import GONE, UsageError, did_you_mean
 from cfsp.settings.goals import (
     GOALS,
     Goal,
@@ -28,8 +28,8 @@ DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
 # Those that go whole or stay, one by one.
 WholePart = Literal["attention", "blocks"]
 WHOLE_PARTS: tuple[WholePart, ...] = get_args(WholePart)
-# The field of a budget that says how many of a part go whole.
-NUMBERS: dict[Part, str] = {
+# The field of a budget that says how many of a part go, instead of a share.
+COUNTS: dict[Part, str] = {
     "blocks": "remove_blocks",
     "attention": "remove_attentions",
     "experts": "remove_experts",
@@ -40,7 +40,7 @@ _MET_BY: dict[type[Goal], tuple[tuple[Part, ...], str]] = {
     TargetParameters: (PARTS, ""),
     TargetKVCache: (
         ("kv", "attention"),
-        "removes KV groups (the default), whole attentions or both, and nothing else",
+        "removes KV groups (the default), whole attention layers or both, and nothing else",
     ),
     TargetSpeedup: (
         ("ffn", "kv", "attention", "blocks"),
@@ -58,10 +58,6 @@ def can_be_met(goal: type[Goal], parts: Sequence[Part]) -> bool:
     return {*parts} <= {*_MET_BY[goal][0]}
 
 
-# How much of the blocks, or attentions, a calibration measures the removal of.
-MOST_REMOVED = 0.5
-
-
 def unit_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Return of which parts a model's units are needed: an attention is a unit of KV groups."""
     needed = {"kv" if part == "attention" else part for part in parts}
@@ -69,12 +65,9 @@ def unit_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def parse_parts(text: str) -> tuple[str, ...]:
-    """Return the parts that a text like `blocks,ffn` names; `Budget` checks them."""
+    """Return what a text like `blocks,ffn` names; `Budget` checks it."""
     return tuple(part.strip() for part in text.split(","))
 
-
-BudgetOf = Literal["ffn", "model"]
-BUDGET_OF: tuple[BudgetOf, ...] = get_args(BudgetOf)
 
 Widths = Literal["importance", "equal"]
 WIDTHS: tuple[Widths, ...] = get_args(Widths)
@@ -108,32 +101,26 @@ def multiple_in_words(multiple: int) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove.
+    """What may go, and how much of it where that is one part.
+
+    Several parts have one target that all pay into (`cfsp.settings.goals`).
 
     Attributes:
-        sparsity: fraction to remove, in [0, 1).
-        of: `ffn`, the fraction of all FFN channels (the paper's sparsity), counted by their
-            parameters where some own more than others, or `model`, the fraction of all parameters.
-            With `kv` the first is the fraction of what channels and KV groups own.
+        sparsity: the share of the part that goes, in [0, 1): of FFN channels (the paper's sparsity)
+            and KV groups counted by their parameters where some own more than others, of blocks
+            and attention layers by theirs, of experts by their number.
         multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
             wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
         parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `kv`, KV groups; `attention`, whole attentions; `blocks`, whole decoder blocks;
-            `experts`, whole routed experts, equally many of every block. With attentions the
-            sparsity is the share of their parameters, and of those that the channels of other parts
-            own; with blocks, whatever else may go, that of the parameters of all blocks; with
-            experts alone their share.
+            FFNs; `kv`, KV groups; `attention`, whole attention layers; `blocks`, whole decoder
+            blocks; `experts`, whole routed experts, equally many of every block, and nothing else.
         widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
             kind that are equally wide stay so, which stock configs can say.
-        remove_blocks: how many blocks go; None for as many as the sparsity says or, if channels
-            may go too, as measures best (`cfsp.whole_model.removal_trial`). With a number the
-            sparsity is of the channels, in the blocks that stay.
-        remove_attentions: the same of attentions; where blocks may go too, of those that stay, and
-            either both numbers are given or none.
-        remove_experts: how many of the routed experts of each block go; None for as many as the
-            sparsity says or, if other parts may go too, as measures best. With a number the
-            sparsity is of what the other parts own beside these experts, else of what all own.
-            Whoever says how many blocks or attentions go says it of experts as well.
+        keep: what stays as it is: numbers of blocks, and patterns of modules' names; the others
+            lose what is asked for.
+        remove_blocks: how many blocks go, instead of a share.
+        remove_attentions: the same of attention layers.
+        remove_experts: the same of the routed experts of each block.
 
     Raises:
         UsageError: a value is out of its range.
@@ -141,16 +128,10 @@ class Budget:
 
     sparsity: float = option(
         0.0,
-        "fraction to remove, such as 0.2 or 20%: of the FFN channels, or what --parts says",
+        "share that goes of what --parts names, such as 0.2 or 20%: of FFN channels by default",
         kind=fraction,
         metavar="P",
         default="",
-    )
-    of: BudgetOf = option(
-        "ffn",
-        "whether --sparsity is a fraction of the FFN channels or of all parameters of the model",
-        choices=BUDGET_OF,
-        advanced=True,
     )
     multiple: int | None = option(
         None,
@@ -169,37 +150,43 @@ class Budget:
     )
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
-        "what may go, with commas between several: ffn (channels), kv (KV groups: a head of keys "
-        "and values with its query heads), attention (whole attentions), blocks (whole decoder "
-        "blocks), experts (whole routed experts)",
+        "what may go: ffn (channels), kv (KV groups: a head of keys and values with its query "
+        "heads), attention (whole attention layers), blocks (whole decoder blocks), experts (whole "
+        "routed experts); several but experts, with commas between, share one target",
         kind=parse_parts,
         metavar="KIND,...",
         default="ffn",
     )
+    keep: tuple[str, ...] = option(
+        (),
+        "blocks that stay whole, by their numbers, and modules, by patterns of their names: "
+        "0,1,29 or 'model.layers.*.self_attn'",
+        kind=parse_parts,
+        metavar="WHAT,...",
+        default="",
+    )
     remove_blocks: int | None = option(
         None,
-        "with --parts blocks: how many blocks go; with --parts blocks,ffn the sparsity is then of "
-        "the channels in the others",
+        "with --parts blocks: how many go, instead of a share",
         kind=int,
         metavar="N",
-        default="as many as --sparsity says, or with other parts as measures best",
+        default="as many as --sparsity says",
         advanced=True,
     )
     remove_attentions: int | None = option(
         None,
-        "the same with --parts attention or ffn,attention: how many attentions go",
+        "with --parts attention: how many attention layers go, instead of a share",
         kind=int,
         metavar="N",
-        default="as many as --sparsity says, or with other parts as measures best",
+        default="as many as --sparsity says",
         advanced=True,
     )
     remove_experts: int | None = option(
         None,
-        "with --parts experts: how many routed experts of each block go; the sparsity is then of "
-        "what other parts lose beside these",
+        "with --parts experts: how many experts of each block go, instead of a share",
         kind=int,
         metavar="N",
-        default="as many as --sparsity says, or with other parts as measures best",
+        default="as many as --sparsity says",
         advanced=True,
     )
 
@@ -214,27 +201,34 @@ class Budget:
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
-        flags = {part: _flag_of_number(part) for part in self._numbers}
-        for part, count in self._numbers.items():
-            if part not in given:
-                raise UsageError(f"{flags[part]} belongs to --parts {part} or {part},ffn")
+        if "experts" in self.parts and len(self.parts) > 1:
+            raise UsageError(
+                "whole experts go alone, found --parts "
+                f"{','.join(self.parts)}: give --parts experts, then prune the result again"
+            )
+        keep = parse_parts(self.keep) if isinstance(self.keep, str) else self.keep
+        object.__setattr__(self, "keep", tuple(str(each) for each in keep))
+        if self.keep and "experts" in self.parts:
+            raise UsageError(
+                "--keep is not for --parts experts: equally many go of every block, so that a "
+                "stock config says it"
+            )
+        for part, field in COUNTS.items():
+            count = getattr(self, field)
+            if count is None:
+                continue
+            flag = flag_of(field, options_of(Budget)[field])
+            if self.parts != (part,):
+                raise UsageError(
+                    f"{flag} belongs to --parts {part} alone, found --parts "
+                    f"{','.join(self.parts)}; {GONE['remove_blocks']}"
+                )
+            if self.sparsity:
+                raise UsageError(f"{flag} and --sparsity both say how much goes; give one of them")
             if count < 0:
-                raise UsageError(f"{flags[part]} must be at least 0, found {count}")
-        said = next((flag for part, flag in flags.items() if part in WHOLE_PARTS), None)
-        if said is not None and self.whole_parts == WHOLE_PARTS and self.remove_whole is None:
-            raise UsageError(
-                "--parts attention,blocks requires both --remove-blocks and --remove-attentions or "
-                f"neither, found {said} alone"
-            )
-        if said is not None and self.leaves_experts_open:
-            raise UsageError(
-                f"--parts {','.join(self.parts)} requires --remove-experts beside {said}, or "
-                "neither: then both numbers are tried"
-            )
+                raise UsageError(f"{flag} must be at least 0, found {count}")
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), such as 0.2, found {self.sparsity}")
-        if self.of not in BUDGET_OF:
-            raise UsageError(f"a budget is of 'ffn' or of 'model', found {self.of!r}")
         if self.multiple is not None and self.multiple < 1:
             raise UsageError(f"multiple must be at least 1, found {self.multiple}")
         if self.widths not in WIDTHS:
@@ -244,38 +238,40 @@ class Budget:
         """Return the budget with the parts that a goal is met by.
 
         Raises:
-            UsageError: other parts were asked for, or how many go whole, which the goal says.
+            UsageError: other parts were asked for; how many go, which the goal says; or, without a
+                goal, several parts.
         """
         if goal is None:
+            if len(self.parts) > 1:
+                targets = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]
+                raise UsageError(
+                    "--sparsity is the share of one part that goes, found --parts "
+                    f"{','.join(self.parts)}: several share one target, {' or '.join(targets)}; "
+                    "--target-params 0.8 keeps 80% of all parameters"
+                )
             return self
-        is_said = isinstance(goal, TargetKVCache) or (
-            isinstance(goal, TargetSpeedup) and not self.removes_channels
-        )
-        if is_said and (self.remove_blocks, self.remove_attentions) != (None, None):
+        if self.count is not None:
             raise UsageError(
-                f"{flag_of_goal(type(goal))} says how many go; leave out --remove-blocks and "
-                "--remove-attentions"
+                f"{flag_of_goal(type(goal))} says how many go; leave out --set "
+                f"{COUNTS[self.parts[0]]}"
             )
         if isinstance(goal, TargetKVCache) and self.parts == DEFAULT_PARTS:
             return replace(self, parts=("kv",))
         if not can_be_met(type(goal), self.parts):
             parts, why = _MET_BY[type(goal)]
             others = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]
+            others += ["--sparsity"] if len(self.parts) == 1 else []
             raise UsageError(
                 f"{flag_of_goal(type(goal))} {why}; found --parts {','.join(self.parts)}: name of "
-                f"{', '.join(parts)} alone, or give {', '.join(others)} or --sparsity"
+                f"{', '.join(parts)} alone, or give {' or '.join(others)}"
             )
         return self
 
     @property
-    def removes_experts(self) -> bool:
-        """Whether whole routed experts may go."""
-        return "experts" in self.parts
-
-    @property
-    def removes_blocks(self) -> bool:
-        """Whether whole blocks may go."""
-        return "blocks" in self.parts
+    def count(self) -> int | None:
+        """How many of its one part go, where the budget says that instead of a share."""
+        name = COUNTS.get(self.parts[0])
+        return getattr(self, name) if name else None
 
     @property
     def whole_parts(self) -> tuple[WholePart, ...]:
@@ -283,47 +279,9 @@ class Budget:
         return tuple(part for part in WHOLE_PARTS if part in self.parts)
 
     @property
-    def remove_whole(self) -> tuple[int, int] | None:
-        """How many blocks go and how many attentions of others, where the budget says it."""
-        if not self.whole_parts or not {*self.whole_parts} <= self._numbers.keys():
-            return None
-        return self.remove_blocks or 0, self.remove_attentions or 0
-
-    @property
-    def is_said_in_numbers(self) -> bool:
-        """Whether numbers of blocks, attentions and experts say all that goes, and no sparsity."""
-        return {*self.parts} <= self._numbers.keys()
-
-    @property
-    def _numbers(self) -> dict[Part, int]:
-        """How many go of those parts of which the budget says it."""
-        counts = {part: getattr(self, name) for part, name in NUMBERS.items()}
-        return {part: count for part, count in counts.items() if count is not None}
-
-    @property
     def channel_parts(self) -> tuple[Part, ...]:
         """What may lose channels, or KV groups; none where nothing may."""
         return tuple(part for part in UNIT_PARTS if part in self.parts)
-
-    def without_channels(self) -> Budget:
-        """Return the same budget where channels of what stays may not go."""
-        return replace(self, parts=tuple(part for part in self.parts if part not in UNIT_PARTS))
-
-    @property
-    def removes_channels(self) -> bool:
-        """Whether channels of blocks may go, or KV groups."""
-        return bool(self.channel_parts)
-
-    @property
-    def leaves_experts_open(self) -> bool:
-        """Whether how many experts go beside other parts is to be found out."""
-        return self.removes_experts and self.remove_experts is None and len(self.parts) > 1
-
-    @property
-    def leaves_number_open(self) -> bool:
-        """Whether how many go whole, and how much of the others, is to be found out."""
-        beside_channels = bool(self.whole_parts) and self.removes_channels
-        return self.leaves_experts_open or (beside_channels and self.remove_whole is None)
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
@@ -332,9 +290,3 @@ class Budget:
         widest = max(width_L)
         fitting = (multiple for least, multiple in _MULTIPLES if widest >= least)
         return next(fitting, MULTIPLE_OF_NARROW)
-
-
-def _flag_of_number(part: Part) -> str:
-    """Return the option that says how many of a part go whole."""
-    field = NUMBERS[part]
-    return flag_of(field, options_of(Budget)[field])

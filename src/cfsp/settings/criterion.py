@@ -11,7 +11,7 @@ DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
 # All blocks are alike.
 UNIFORM = "uniform"
 BLOCK_METRICS = (*DISTANCES, UNIFORM)
-# By pruning each block (`cfsp.whole_model.sensitivity`), alone or with the angular importance.
+# By pruning each block (`cfsp.selection.sensitivity`), alone or with the angular importance.
 # Not every calibration measures that: the whole model must be in memory.
 SENSITIVITY, ANGULAR_AND_SENSITIVITY = "sensitivity", "angular+sensitivity"
 SENSITIVITY_METRICS = (SENSITIVITY, ANGULAR_AND_SENSITIVITY)
@@ -72,7 +72,7 @@ class Criterion:
         clamp: what happens where a block would keep more than all (see
             `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
         removal: how blocks that go whole are chosen, one of `REMOVALS`; see
-            `cfsp.planning.removal`. `auto` is `divergence` where the whole model fits into
+            `cfsp.selection.by_statistics`. `auto` is `divergence` where the whole model fits into
             memory, else `runs`.
     """
 

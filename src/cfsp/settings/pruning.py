@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from cfsp.errors import UsageError
-from cfsp.settings.budget import MOST_REMOVED, Budget, Part, can_be_met
+from cfsp.errors import UsageError, did_you_mean
+from cfsp.settings.budget import Budget, Part, can_be_met
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import Goal, TargetParameters
 from cfsp.settings.options import option
 from cfsp.settings.text import CalibrationText, EvaluationText
 
-Repair = Literal["none", "ridge", "sequential", "local"]
-# Each is a step beyond the one before it.
+Repair = Literal["none", "ridge", "local"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 DEFAULT_REPAIR: Repair = "ridge"
 
@@ -100,14 +98,13 @@ class PruneSettings:
         criterion: what counts as important; likewise.
         text: what to calibrate and repair on.
         compute: where and in what.
-        repair: how far up the ladder to go: `none`; `ridge` repairs the down projections by least
-            squares; `sequential` then repairs them on the pruned model's own hidden states;
-            `local` goes on from there and trains a few blocks at a time.
+        repair: `none`; `ridge` repairs the down projections by least squares; `local` then
+            trains a few blocks at a time (`cfsp.repair.ladder`).
         local: how `local` trains.
         goal: gives the budget; of that here only the parts, the multiple and the kind of widths
             then count.
         leaves_parts_open: whether nobody said what may go, so that a goal for parameters may also
-            take whole blocks where many channels would go (`cfsp.goals.parameters`).
+            take whole blocks where many channels would go (`cfsp.selection.goal`).
         evaluation: texts to measure perplexity on, before and after.
     """
 
@@ -123,7 +120,10 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         if self.repair not in REPAIRS:
-            raise UsageError(f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}")
+            raise UsageError(
+                f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}"
+                f"{did_you_mean(self.repair, REPAIRS)}"
+            )
         metric = self.criterion.block_metric
         if self.budget.widths == "equal" and metric not in (AUTO_METRIC, UNIFORM):
             raise UsageError(
@@ -152,12 +152,6 @@ class PruneSettings:
             criterion = replace(criterion, block_metric="angular")
         is_tried = self.leaves_parts_open and repairs and isinstance(self.goal, TargetParameters)
         return replace(self, criterion=criterion, leaves_parts_open=is_tried)
-
-    @staticmethod
-    def of_removal(parts: Sequence[Part]) -> list[PruneSettings]:
-        """Return settings by which as much goes whole as plans may ask; none if nothing may."""
-        whole = Budget(parts=tuple(parts)).whole_parts
-        return [PruneSettings(Budget(MOST_REMOVED, parts=whole))] if whole else []
 
     def without_repair(self) -> PruneSettings:
         """Return the same settings, without repair."""

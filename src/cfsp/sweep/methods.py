@@ -1,4 +1,4 @@
-"""Methods: what makes a block and a channel important, the repair, and how widths are rounded.
+"""Methods: what `cfsp prune` is told, by the names of its options.
 
 All but the last three remove FFN channels only, so at one budget their results have the same size.
 A recipe can name others; these have a name of their own:
@@ -17,77 +17,48 @@ A recipe can name others; these have a name of their own:
                     2403.03853)
     experts         whole routed experts, by REAP's score; the sparsity is the share of experts
 
-Parts as `cfsp prune --parts` names them, such as `ffn,blocks`, are a method too: what `cfsp prune`
-does with them. Sizes are equal where the sparsity is of all parameters (`--set of=model`).
+A part as `cfsp prune --parts` names it, such as `kv`, is a method too: what `cfsp prune` does with
+it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings import (
-    DEFAULT_PARTS,
-    DEFAULT_REPAIR,
-    INFLUENCE,
-    PARTS,
-    Clamp,
-    Criterion,
-    Part,
-    Repair,
-    parse_parts,
+from cfsp.settings import INFLUENCE, PARTS, UNIFORM, parse_parts
+
+# A name, and values of options of `cfsp prune` by theirs.
+Method = dict[str, Any]
+
+
+def _uniform(name: str, metric: str) -> Method:
+    return {"name": name, "block_metric": UNIFORM, "channel_metric": metric, "repair": "none"}
+
+
+_KNOWN: tuple[Method, ...] = (
+    {"name": "cfsp"},
+    {"name": "cfsp-plain", "block_metric": "angular", "repair": "none"},
+    {
+        "name": "cfsp-published",
+        "block_metric": "angular",
+        "channel_metric": "activation",
+        "clamp": "published",
+        "repair": "none",
+        "multiple": 128,
+    },
+    _uniform("wanda-sp", "wanda"),
+    _uniform("magnitude-sp", "magnitude"),
+    _uniform("random", "random"),
+    {"name": "blocks", "parts": ("blocks",)},
+    {"name": "blocks-alone", "parts": ("blocks",), "removal": INFLUENCE, "repair": "none"},
+    {"name": "experts", "parts": ("experts",)},
 )
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to prune. Without more than a name it is what `cfsp prune` does.
-
-    Attributes:
-        name: of its directories and of its line in the table.
-        block_metric: as for prune.
-        channel_metric: as for prune.
-        clamp: as for prune; None for what suits the block metric.
-        repair: as for prune.
-        multiple: widths become multiples of this; None for what suits the model.
-        parts: as for prune.
-        remove_blocks: as for prune; None for as many as the sparsity says, or as measures best.
-        remove_attentions: likewise.
-        remove_experts: as for prune.
-        removal: as for prune.
-    """
-
-    name: str
-    block_metric: str = Criterion.block_metric
-    channel_metric: str = Criterion.channel_metric
-    clamp: Clamp | None = None
-    repair: Repair = DEFAULT_REPAIR
-    multiple: int | None = None
-    parts: tuple[Part, ...] = DEFAULT_PARTS
-    remove_blocks: int | None = None
-    remove_attentions: int | None = None
-    remove_experts: int | None = None
-    removal: str = Criterion.removal
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("cfsp"),
-        Method("cfsp-plain", "angular", repair="none"),
-        Method("cfsp-published", "angular", "activation", "published", "none", 128),
-        Method("wanda-sp", "uniform", "wanda", repair="none"),
-        Method("magnitude-sp", "uniform", "magnitude", repair="none"),
-        Method("random", "uniform", "random", repair="none"),
-        Method("blocks", parts=("blocks",)),
-        Method("blocks-alone", repair="none", parts=("blocks",), removal=INFLUENCE),
-        Method("experts", parts=("experts",)),
-    )
-}
+METHODS = {method["name"]: method for method in _KNOWN}
 
 
 def method_named(name: str) -> Method:
-    """Return the method of a name, or what `cfsp prune` does with the parts that it lists.
+    """Return the method of a name, or what `cfsp prune` does with a part.
 
     Raises:
         UsageError: there is no such method.
@@ -98,7 +69,7 @@ def method_named(name: str) -> Method:
     if not {*given} <= {*PARTS}:
         raise UsageError(
             f"unknown method {name!r}{did_you_mean(name, METHODS)}; known are: "
-            f"{', '.join(METHODS)}, and parts as cfsp prune --parts has them, such as ffn,blocks"
+            f"{', '.join(METHODS)}, and a part as cfsp prune --parts has it, such as kv"
         )
     parts = tuple(part for part in PARTS if part in given)
-    return Method(",".join(parts), parts=parts)
+    return {"name": ",".join(parts), "parts": parts}

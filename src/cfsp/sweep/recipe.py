@@ -1,11 +1,11 @@
-"""A sweep as a value, and as a TOML file that gives the same sweep again."""
+"""A list of settings of `cfsp prune`, and the TOML file that gives the same list again."""
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,27 +15,28 @@ import tomli_w
 from cfsp.errors import UsageError
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import (
+    COUNTS,
+    DEFAULT_REPAIR,
     DEFAULT_TEXT,
-    REPAIRS,
     Bos,
     Budget,
-    BudgetOf,
     CalibrationText,
     Compute,
     Criterion,
     EvaluationText,
     PruneSettings,
+    from_names,
+    name_of,
     options_of,
 )
 from cfsp.sweep.methods import METHODS, Method, method_named
 
-_CRITERION = options_of(Criterion)
-_KNOWN: dict[str, Sequence[str | None]] = {
-    "block_metric": _CRITERION["block_metric"].choices,
-    "channel_metric": _CRITERION["channel_metric"].choices,
-    "clamp": (None, *_CRITERION["clamp"].choices),
-    "repair": REPAIRS,
-    "removal": _CRITERION["removal"].choices,
+# What a method may say, with its type; how much goes is the recipe's.
+_OF_METHODS: dict[str, Any] = {"name": str, "repair": str} | {
+    name_of(field, option): get_type_hints(settings)[field]
+    for settings in (Budget, Criterion)
+    for field, option in options_of(settings).items()
+    if field not in ("sparsity", *COUNTS.values())
 }
 # A method's name begins that of a directory.
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")
@@ -47,27 +48,34 @@ class Point:
 
     Attributes:
         name: of its directory.
-        method: how it is pruned.
-        sparsity: fraction to remove.
-        seed: of the draw of its calibration windows.
+        method: the name of how it is pruned.
+        settings: all that `cfsp prune` would be told.
     """
 
     name: str
-    method: Method
-    sparsity: float
-    seed: int
+    method: str
+    settings: PruneSettings
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction to remove."""
+        return self.settings.budget.sparsity
+
+    @property
+    def seed(self) -> int:
+        """Of the draw of its calibration windows."""
+        return self.settings.text.seed
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a sweep does.
+    """What a sweep does: every method at every sparsity, by every draw of windows.
 
     Attributes:
         model: the model, as for prune.
         sparsity: fractions to remove.
-        methods: how to prune; in a file each is a name that `cfsp.sweep.methods.method_named`
-            knows or a table with the keys of `Method`.
-        of: what the fractions are of, as for prune.
+        methods: how to prune: a name and options of prune by theirs; in a file also a name alone
+            (`cfsp.sweep.methods.method_named`).
         multiple: widths become multiples of this, whatever the method; None for its own choice.
         data: calibration texts.
         samples: calibration windows in all.
@@ -82,12 +90,14 @@ class Recipe:
         tasks: tasks to score, as for eval; the dense model is scored, too.
         task_limit: documents of each task; None for all.
         task_data: directory of local task files; None for the harness's own data.
+
+    Raises:
+        CfspError: a value is outside its range, or something is missing.
     """
 
     model: str
     sparsity: tuple[float, ...]
     methods: tuple[Method, ...] = (METHODS["cfsp"],)
-    of: BudgetOf = Budget.of
     multiple: int | None = None
     data: tuple[str, ...] = (DEFAULT_TEXT,)
     samples: int | None = None
@@ -111,26 +121,26 @@ class Recipe:
         if not self.eval:
             raise UsageError("a sweep needs a text to measure perplexity on; give --eval")
         for method in self.methods:
-            _check_method(method)
-        names = [point.name for point in self.points]
+            self._check(method)
+        names = [point.name for point in self.points(Compute())]
         if len(set(names)) < len(names):
             raise UsageError("a sweep has every method, every sparsity and every seed once")
-        for point in self.points:
-            self.settings(point, Compute())
         assert self.evaluation
         if not self.tasks and (self.task_limit is not None or self.task_data is not None):
             raise UsageError("--task-limit and --task-data need --tasks")
 
-    @property
-    def points(self) -> list[Point]:
-        """All models, in the order in which they are made."""
+    def points(self, compute: Compute) -> list[Point]:
+        """Return all models, in the order in which they are made.
+
+        Args:
+            compute: where and in what.
+        """
         several = len(self.seed) > 1
         return [
             Point(
-                f"{method.name}-{sparsity:.4g}{f'-seed{seed}' if several else ''}",
-                method,
-                sparsity,
-                seed,
+                f"{method['name']}-{sparsity:.4g}{f'-seed{seed}' if several else ''}",
+                method["name"],
+                self._settings(method, sparsity, seed, compute),
             )
             for method in self.methods
             for sparsity in self.sparsity
@@ -140,7 +150,7 @@ class Recipe:
     @property
     def evaluation(self) -> EvaluationText:
         """What to measure on."""
-        return EvaluationText(self.eval, self.eval_windows, self.seqlen, bos=self.bos)
+        return from_names(EvaluationText, vars(self), seqlen=self.seqlen, bos=self.bos)
 
     @property
     def task_selection(self) -> TaskSelection | None:
@@ -149,41 +159,49 @@ class Recipe:
         Raises:
             CfspError: the limit or the directory is none.
         """
-        if not self.tasks:
-            return None
         data = None if self.task_data is None else Path(self.task_data)
-        return TaskSelection(self.tasks, self.task_limit, data=data)
+        return TaskSelection(self.tasks, self.task_limit, data=data) if self.tasks else None
 
-    def text(self, seed: int) -> CalibrationText:
-        """Return what to calibrate on."""
-        return CalibrationText(self.data, self.samples, self.seqlen, seed, self.bos)
+    def to_toml(self) -> str:
+        """Return the file's text; what is None is left out."""
+        return tomli_w.dumps({key: each for key, each in vars(self).items() if each is not None})
 
-    def settings(self, point: Point, compute: Compute) -> PruneSettings:
-        """Return how to prune one model.
+    def _settings(
+        self, method: Method, sparsity: float, seed: int, compute: Compute
+    ) -> PruneSettings:
+        """Return what `cfsp prune` is told.
 
         Raises:
             UsageError: a value is outside its range.
         """
-        method = point.method
+        given = {key: each for key, each in vars(self).items() if each is not None}
         return PruneSettings(
-            Budget(
-                point.sparsity,
-                self.of,
-                self.multiple or method.multiple,
-                parts=method.parts,
-                remove_blocks=method.remove_blocks,
-                remove_attentions=method.remove_attentions,
-                remove_experts=method.remove_experts,
-            ),
-            Criterion(method.block_metric, method.channel_metric, method.clamp, method.removal),
-            self.text(point.seed),
+            from_names(Budget, {**method, **given}, sparsity=sparsity).for_goal(None),
+            from_names(Criterion, method),
+            from_names(CalibrationText, given, seed=seed),
             compute,
-            method.repair,
+            method.get("repair", DEFAULT_REPAIR),
         )
 
-    def to_toml(self) -> str:
-        """Return the file's text; what is None is left out."""
-        return tomli_w.dumps(_without_none(asdict(self)))
+    def _check(self, method: Method) -> None:
+        name = method["name"]
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                "the name of a method must do as that of a directory, with at most 64 characters, "
+                f"found {name!r}"
+            )
+        try:
+            means, known = (
+                self._settings(each, 0.5, 0, Compute())
+                for each in (method, METHODS.get(name, method))
+            )
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+        if means != known:
+            raise UsageError(
+                f"{name} is another method than the one of that name; give it another name, or "
+                "the name alone, as a string"
+            )
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -198,52 +216,28 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(
             f"cannot read the recipe {path}: {error}; a sweep leaves one in its directory"
         ) from error
-    return Recipe(**_values(str(path), found, Recipe))
+    needed = [field.name for field in fields(Recipe) if field.default is MISSING]
+    return Recipe(**_values(str(path), found, get_type_hints(Recipe), needed))
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(each) for key, each in value.items() if each is not None}
-    return [_without_none(each) for each in value] if isinstance(value, tuple) else value
-
-
-def _check_method(method: Method) -> None:
-    if not _NAME.fullmatch(method.name):
+def _values(
+    where: str, found: Mapping[str, Any], types: Mapping[str, Any], needed: list[str]
+) -> dict[str, Any]:
+    """Return what TOML says, in the types that are expected."""
+    if unknown := sorted(set(found) - set(types)):
         raise UsageError(
-            f"the name of a method must do as that of a directory, with at most 64 characters, "
-            f"found {method.name!r}"
+            f"{where} has unknown keys: {', '.join(unknown)}; known are: {', '.join(types)}"
         )
-    if METHODS.get(method.name, method) != method:
-        raise UsageError(
-            f"{method.name} is another method than the one of that name; give it another name, or "
-            "the name alone, as a string"
-        )
-    for key, known in _KNOWN.items():
-        if (value := getattr(method, key)) not in known:
-            names = ", ".join(each for each in known if each)
-            raise UsageError(f"{method.name}: unknown {key} {value!r}; known are: {names}")
-
-
-# From TOML to the types that the fields have.
-
-
-def _values(where: str, found: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Return the fields of a dataclass, checked."""
-    known = {field.name: field for field in fields(kind)}
-    if unknown := sorted(set(found) - set(known)):
-        raise UsageError(
-            f"{where} has unknown keys: {', '.join(unknown)}; known are: {', '.join(known)}"
-        )
-    required = [name for name, field in known.items() if field.default is MISSING]
-    if missing := [name for name in required if name not in found]:
+    if missing := [name for name in needed if name not in found]:
         raise UsageError(f"{where} has no {' and no '.join(missing)}")
-    types = get_type_hints(kind)
-    return {key: _value(f"{where}: {key}", value, types[key]) for key, value in found.items()}
+    return {key: _value(f"{where}: {key}", each, types[key]) for key, each in found.items()}
 
 
 def _value(where: str, value: Any, expected: Any) -> Any:
-    if expected is Method:
-        return _method(where, value)
+    if expected == Method:
+        if isinstance(value, dict):
+            return _values(where, value, _OF_METHODS, ["name"])
+        return method_named(_value(where, value, str))
     if get_origin(expected) is tuple:
         if not isinstance(value, list):
             raise UsageError(f"{where} must be a list, found {value!r}")
@@ -257,13 +251,3 @@ def _value(where: str, value: Any, expected: Any) -> Any:
     if type(value) is not expected:
         raise UsageError(f"{where} must be of type {expected.__name__}, found {value!r}")
     return value
-
-
-def _method(where: str, value: Any) -> Method:
-    """Return the method that a name or a table stands for."""
-    if isinstance(value, dict):
-        return Method(**_values(where, value, Method))
-    try:
-        return method_named(_value(where, value, str))
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error

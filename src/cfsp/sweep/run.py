@@ -1,4 +1,4 @@
-"""The flow of a sweep: calibrate once a seed -> many plans -> each pruned, measured, compared.
+"""The flow of a sweep: calibrate once a seed, then prune and measure each of a list of settings.
 
 A sweep's directory holds `recipe.toml`, the statistics of each seed, and a directory for each
 model: what `cfsp prune` writes, without the weights unless they are to be kept. A model whose
@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +27,33 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.own_files import RECIPE_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.decide import follow_runs
 from cfsp.engine.compute import engine_of
 from cfsp.engine.whole import check_fits
 from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
-from cfsp.planning.numbers_to_try import whole_alone
 from cfsp.progress import item_progress
-from cfsp.quality.evaluate import evaluation_windows
+from cfsp.quality.compare import compare
+from cfsp.quality.evaluate import evaluate_models, evaluation_windows
+from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
-from cfsp.repair.ladder import check_budget, check_can_be_repaired
-from cfsp.result.manifest import add_to_manifest
-from cfsp.settings import Compute, Part
-from cfsp.sweep.measured import (
-    Row,
-    check_conditions,
-    measure_dense,
-    measure_pruned,
-    measure_speed,
-    read_row,
-)
+from cfsp.repair.ladder import check_can_be_repaired
+from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.selection.constraint import Share
+from cfsp.selection.drop_order import follow_divergence
+from cfsp.selection.sensitivity import follow_sensitivity
+from cfsp.settings import Compute, EvaluationText, Part
+from cfsp.speed import Conditions, Workload, compare_speed
+from cfsp.speed.measuring import PHASES
+from cfsp.speed.subjects import Subject
 from cfsp.sweep.recipe import Point, Recipe
+from cfsp.sweep.table import Row
 from cfsp.text.calibration_text import processor_of
 from cfsp.text.drawing import draw_text
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from cfsp.whole_model.removal_order import check_can_be_compared
-from cfsp.whole_model.sensitivity import follow_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +66,22 @@ class _Sweep:
     """What a sweep is made of; see `run_sweep`.
 
     Attributes:
+        points: all its models.
         source: the model, opened with the parts of all methods: it is calibrated.
         source_by: the model as `cfsp prune` opens it, by the parts that may go.
     """
 
     recipe: Recipe
+    points: Sequence[Point]
     source: Checkpoint
     source_by: Mapping[tuple[Part, ...], Checkpoint]
     out: Path
     compute: Compute
-    keep_weights: bool
-    command: str
     tasks: TaskRunner | None
 
-    def is_finished(self, point: Point) -> bool:
-        """Return whether a model is there, with its weights if they are to be kept."""
-        directory = self.out / point.name
-        return directory.is_dir() and (not self.keep_weights or bool(_weights(directory)))
+    def source_of(self, point: Point) -> Checkpoint:
+        """Return the model as `cfsp prune` opens it for a point."""
+        return self.source_by[point.settings.budget.parts]
 
 
 def run_sweep(
@@ -108,48 +106,45 @@ def run_sweep(
     """
     check_texts(recipe.data, "calibration")
     check_texts(recipe.eval, "evaluation")
-    selection = recipe.task_selection
+    selection, points = recipe.task_selection, recipe.points(compute)
     tasks = None if selection is None else TaskRunner.of(selection)
-    parts: tuple[Part, ...] = tuple({p: None for method in recipe.methods for p in method.parts})
+    asked = dict.fromkeys(point.settings.budget.parts for point in points)
+    parts: tuple[Part, ...] = tuple(dict.fromkeys(part for each in asked for part in each))
     source = open_checkpoint(recipe.model, parts=parts)
     source_by = {
         each: source if each == parts else open_checkpoint(recipe.model, parts=each)
-        for each in dict.fromkeys(method.parts for method in recipe.methods)
+        for each in asked
     }
     check_is_outside(out, source.directory)
-    with created_parents(out), exclusive(out), _kept(out, recipe):
+    sweep = _Sweep(recipe, points, source, source_by, out, compute, tasks)
+    with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, recipe)
-        sweep = _Sweep(recipe, source, source_by, out, compute, keep_weights, command, tasks)
-        missing = [point for point in recipe.points if not sweep.is_finished(point)]
+        missing = [point for point in points if not _is_finished(out / point.name, keep_weights)]
         if missing:
             _check(sweep)
-        measured = _dense(sweep)
+        dense = _dense(sweep)
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
-                    _make(sweep, point, measured)
+                    _make(sweep, point, dense, keep_weights, command)
                     bar.update()
-        rows = [
-            _dense_row(sweep, measured),
-            *(read_row(point, out / point.name) for point in recipe.points),
-        ]
-        check_conditions(rows, out)
-        return rows
+        return _rows(sweep, dense)
 
 
 @contextmanager
-def _kept(out: Path, recipe: Recipe) -> Iterator[None]:
+def _kept(sweep: _Sweep) -> Iterator[None]:
     """Say that an interrupted sweep goes on; leave nothing of one that a mistake ended at once."""
+    out, recipe_file = sweep.out, sweep.out / RECIPE_FILE
     is_new = not any(out.iterdir())
     try:
         yield
     except BaseException as error:
-        finished = any((out / point.name).is_dir() for point in recipe.points)
+        finished = any((out / point.name).is_dir() for point in sweep.points)
         if isinstance(error, CfspError) and not error.keeps_work:
             if is_new and not finished:
-                for path in (out / RECIPE_FILE, out / _DENSE_FILE, *_statistics_files(out)):
+                for path in (recipe_file, out / _DENSE_FILE, *out.glob("seed-*.statistics")):
                     path.unlink(missing_ok=True)
-        elif (out / RECIPE_FILE).is_file() and not isinstance(error, CfspError):
+        elif recipe_file.is_file() and not isinstance(error, CfspError):
             logger.info("what is finished is kept in %s; the same command goes on from it", out)
         raise
 
@@ -169,7 +164,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
                 f"--recipe {path} to go on with it"
             )
         return
-    if out.is_dir() and any(out.iterdir()):
+    if any(out.iterdir()):
         raise OutputError(f"{out} exists, is not empty and is no sweep; choose another --out")
     write_atomically(path, text.encode())
 
@@ -180,25 +175,25 @@ def _check(sweep: _Sweep) -> None:
     Raises:
         CfspError: a text is too short, no plan meets a budget, or there is no such device.
     """
-    recipe, source = sweep.recipe, sweep.source
-    engine, tokenizer = engine_of(sweep.compute, source), load_tokenizer(source.directory)
-    for point in recipe.points:
-        settings, own = recipe.settings(point, sweep.compute), sweep.source_by[point.method.parts]
-        check_budget(own, settings.budget)
-        check_can_be_compared(own, [settings], engine)
-        check_can_be_repaired(own, settings)
-    evaluation_windows(recipe.evaluation, source)
+    source, engine = sweep.source, engine_of(sweep.compute, sweep.source)
+    tokenizer = load_tokenizer(source.directory)
+    for point in sweep.points:
+        own = sweep.source_of(point)
+        Share(own, point.settings.budget).check()
+        check_can_be_repaired(own, point.settings)
+    evaluation_windows(sweep.recipe.evaluation, source)
     if sweep.tasks is not None:
         check_fits(source, engine, "scoring tasks")
         sweep.tasks.read_data()
-    draw_text(recipe.text(recipe.seed[0]), tokenizer, processor_of(source))
+    draw_text(sweep.points[0].settings.text, tokenizer, processor_of(source))
 
 
 def _dense(sweep: _Sweep) -> dict[str, Any]:
-    """Return what was measured of the dense model, now or when the sweep began."""
+    """Return what `cfsp eval --json` says of the dense model, now or when the sweep began."""
     path, dtype = sweep.out / _DENSE_FILE, str(engine_of(sweep.compute, sweep.source).dtype)
     if not path.is_file():
-        measured = measure_dense(sweep.source, sweep.recipe, sweep.compute, sweep.tasks)
+        model, texts = sweep.source.directory, sweep.recipe.evaluation
+        (measured,) = evaluate_models([model], texts, sweep.compute, sweep.tasks)
         write_atomically(path, json.dumps({**measured, "dtype": dtype}).encode())
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["dtype"] != dtype:
@@ -210,97 +205,153 @@ def _dense(sweep: _Sweep) -> dict[str, Any]:
     return found
 
 
-def _dense_row(sweep: _Sweep, measured: dict[str, Any]) -> Row:
-    speed = {"prefill": 1.0, "decode": 1.0} if sweep.recipe.speed else {}
-    parameters = parameter_count(sweep.source)
-    return Row("dense", None, 0.0, None, parameters, measured["perplexity"], speed, None)
-
-
-def _statistics_files(out: Path) -> list[Path]:
-    return list(out.glob("seed-*.statistics"))
-
-
 def _statistics(sweep: _Sweep, seed: int) -> Statistics:
-    path, source, compute = (
-        sweep.out / f"seed-{seed}.statistics",
-        sweep.source,
-        sweep.compute,
-    )
+    """Return the statistics of one draw, with all that any of the settings asks for."""
+    path, source, compute = sweep.out / f"seed-{seed}.statistics", sweep.source, sweep.compute
     remove_finished_work(path)
-    if not path.is_file():
-        tokenizer, text = load_tokenizer(source.directory), sweep.recipe.text(seed)
-        engine = engine_of(compute, source)
-        settings = [sweep.recipe.settings(point, compute) for point in sweep.recipe.points]
+    if path.is_file():
+        return Statistics.load(path)
+    engine = engine_of(compute, source)
+    settings = [point.settings for point in sweep.points if point.seed == seed]
 
-        def needs_sensitivity(windows: Windows) -> bool:
-            return any(
-                follow_sensitivity(
-                    source,
-                    each.suited_to_repair().criterion,
-                    engine,
-                    has_images=windows.has_images,
-                )
-                for each in settings
-                if each.budget.removes_channels
-            )
-
-        with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
-            found = calibrate_source(
+    def needs_sensitivity(windows: Windows) -> bool:
+        return any(
+            follow_sensitivity(
                 source,
-                tokenizer,
-                text,
-                compute,
-                place,
-                sensitivity=needs_sensitivity,
-                removing=[
-                    replace(each, budget=whole_alone(source, each.budget)) for each in settings
-                ],
+                each.suited_to_repair().criterion,
+                engine,
+                has_images=windows.has_images,
             )
-            found.save(path)
+            for each in settings
+            if each.budget.channel_parts
+        )
+
+    with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
+        found = calibrate_source(
+            source,
+            load_tokenizer(source.directory),
+            settings[0].text,
+            compute,
+            place,
+            sensitivity=needs_sensitivity,
+            wanted=[
+                Share(source, each.budget).to_drop()
+                for each in settings
+                if each.budget.whole_parts
+                and follow_divergence(source, each.criterion.removal, engine)
+            ],
+            runs=any(follow_runs(source, each, engine) for each in settings),
+        )
+        found.save(path)
     return Statistics.load(path)
 
 
-def _make(sweep: _Sweep, point: Point, dense: dict[str, Any]) -> None:
-    """Prune and measure one model."""
-    recipe, source, compute = sweep.recipe, sweep.source, sweep.compute
-    statistics = _statistics(sweep, point.seed)
-    with _working_directory(sweep.out) as working:
-        settings, own = recipe.settings(point, compute), sweep.source_by[point.method.parts]
-        prune_checkpoint(
-            own,
-            working,
-            settings,
-            statistics=statistics.of_units({unit.part for unit in own.units}),
-            command=sweep.command,
-        )
-        facts: dict[str, Any] = {
-            **measure_pruned(working, source, dense, recipe, compute, sweep.tasks),
-            "sweep": {
-                "method": point.method.name,
-                "sparsity": point.sparsity,
-                "seed": point.seed,
-            },
-        }
-        if recipe.speed:
-            facts["speed"] = measure_speed(source.directory, working)
-        add_to_manifest(working, facts)
-        if not sweep.keep_weights:
-            for path in _weights(working):
-                path.unlink()
-        finished = sweep.out / point.name
-        shutil.rmtree(finished, ignore_errors=True)  # one that kept no weights
-        working.rename(finished)
-
-
-@contextmanager
-def _working_directory(out: Path) -> Iterator[Path]:
-    """Give a place for one model, empty even after a kill."""
-    working = out / _WORKING
+def _make(
+    sweep: _Sweep, point: Point, dense: dict[str, Any], keep_weights: bool, command: str
+) -> None:
+    """Prune and measure one model, in a place that is empty even after a kill."""
+    statistics, own = _statistics(sweep, point.seed), sweep.source_of(point)
+    statistics = statistics.of_units({unit.part for unit in own.units})
+    working, finished = sweep.out / _WORKING, sweep.out / point.name
     shutil.rmtree(working, ignore_errors=True)
     try:
-        yield working
+        prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
+        facts = _measured(sweep, working, dense)
+        facts["sweep"] = {
+            "method": point.method,
+            "sparsity": point.sparsity,
+            "seed": point.seed,
+        }
+        add_to_manifest(working, facts)
+        if not keep_weights:
+            for path in _weights(working):
+                path.unlink()
+        shutil.rmtree(finished, ignore_errors=True)  # one that kept no weights
+        working.rename(finished)
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, Any]:
+    """Measure a pruned model as the recipe asks; return what its manifest will say of it."""
+    recipe, compute, source = sweep.recipe, sweep.compute, sweep.source.directory
+    against = source if recipe.agreement else None
+    found = evaluate_models([model], recipe.evaluation, compute, against=against)[-1]
+    if sweep.tasks is not None:  # apart: the dense model would be scored again
+        (scored,) = evaluate_models([model], EvaluationText(()), compute, sweep.tasks)
+        found |= {key: scored[key] for key in ("tasks", "documents")}
+    perplexity = {}
+    for text, after in found["perplexity"].items():
+        conditions = {name: after[name] for name in after if name != "value"}
+        before = dense["perplexity"][text]["value"]
+        perplexity[text] = {"before": before, "after": after["value"], **conditions}
+    facts: dict[str, Any] = {"perplexity": perplexity}
+    if recipe.agreement or sweep.tasks is not None:
+        first, second = measured_model("dense", dense), measured_model("pruned", found)
+        facts["comparison"] = compare(first, second, first).to_json()
+    if recipe.speed:
+        subjects = [Subject(source, "dense"), Subject(model, "pruned")]
+        timed = compare_speed(subjects, [Workload(prompt=128)], Conditions(rounds=5))
+        facts["speed"] = timed.to_json()
+    return facts
+
+
+def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
+    """Return the rows of all models, the dense one first.
+
+    Raises:
+        OutputError: a directory is none of a sweep, or was not measured as the dense model was.
+    """
+    speed = dict.fromkeys(PHASES, 1.0) if sweep.recipe.speed else {}
+    rows = [
+        Row("dense", None, 0.0, None, parameter_count(sweep.source), dense["perplexity"], speed)
+    ]
+    for point in sweep.points:
+        rows.append(_row(point, sweep.out / point.name))
+        before, after = (
+            {text: {**found, "value": None} for text, found in row.perplexity.items()}
+            for row in (rows[0], rows[-1])
+        )
+        if before != after:
+            raise OutputError(
+                f"{rows[-1].directory} was not measured as the dense model of its sweep was, "
+                "perhaps by another version; delete it and run the sweep again"
+            )
+    return rows
+
+
+def _row(point: Point, directory: Path) -> Row:
+    """Read what the manifest of a model says."""
+    manifest = read_manifest(directory)
+    if manifest is None or "sweep" not in manifest:
+        raise OutputError(f"{directory} is no model of a sweep; delete it and run the sweep again")
+    speed: dict[str, float | None] = {}
+    if "speed" in manifest:
+        timed = manifest["speed"]["models"][1]["workloads"][0]
+        speed = {
+            phase: None if timed[phase].get("too_busy") else timed[phase]["ratio"]
+            for phase in PHASES
+        }
+    perplexity = {}
+    for text, found in manifest["perplexity"].items():
+        conditions = {name: found[name] for name in found if name not in ("before", "after")}
+        perplexity[text] = {"value": found["after"], **conditions}
+    return Row(
+        point.name,
+        point.method,
+        point.sparsity,
+        point.seed,
+        int(manifest["parameters_after"]),
+        perplexity,
+        speed,
+        str(directory),
+        manifest.get("comparison"),
+    )
+
+
+def _is_finished(directory: Path, keep_weights: bool) -> bool:
+    """Return whether a model is there, with its weights if they are to be kept."""
+    return directory.is_dir() and (not keep_weights or bool(_weights(directory)))
 
 
 def _weights(directory: Path) -> list[Path]:

@@ -4,15 +4,51 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
 from cfsp.result.front import pareto_front
-from cfsp.sweep.measured import Row
+
+_OF_SEVERAL = " Mean (lowest to highest) of several draws of calibration windows."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a finished sweep; the first of a table is the dense one.
+
+    Attributes:
+        name: what it is called.
+        method: name of how it was pruned; None for the dense model.
+        sparsity: fraction that was asked for.
+        seed: of its calibration; None for the dense model.
+        parameters: of the model.
+        perplexity: by text `value` and its conditions, as `cfsp eval --json` has them.
+        speed: phase -> ratio to the dense model, None where the machine was too busy for a
+            verdict; empty if it was not timed.
+        directory: what `cfsp report` reads; None for the dense model.
+        comparison: with the dense model, window by window and document by document (see
+            `cfsp.quality.compare.Comparison.to_json`); None if nothing was compared.
+    """
+
+    name: str
+    method: str | None
+    sparsity: float
+    seed: int | None
+    parameters: int
+    perplexity: Mapping[str, Mapping[str, Any]]
+    speed: Mapping[str, float | None]
+    directory: str | None = None
+    comparison: dict[str, Any] | None = None
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Perplexity by text."""
+        return {text: float(found["value"]) for text, found in self.perplexity.items()}
 
 
 @dataclass(frozen=True)
@@ -21,13 +57,21 @@ class Table:
 
     Attributes:
         caption: what it shows.
-        head: names of the columns.
-        rows: cells.
+        lines: by column, the same in all of them.
     """
 
     caption: str
-    head: list[str]
-    rows: list[list[str]]
+    lines: Sequence[Mapping[str, str]]
+
+    @property
+    def head(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.lines[0])
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells."""
+        return [list(line.values()) for line in self.lines]
 
     def to_markdown(self) -> str:
         """Return it as Markdown."""
@@ -58,12 +102,13 @@ def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
     return fmean(math.log(after[text] / before[text]) for text in before)
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean and, of several, in brackets the lowest and the highest."""
-    mean = f"{fmean(values):z,.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):z,.{digits}f} to {max(values):z,.{digits}f})"
+def spread(values: Sequence[float | None]) -> str:
+    """Return the mean and, of several, in brackets the lowest and the highest; None is no value."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "too busy"
+    mean = f"{fmean(known):z,.2f}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):z,.2f} to {max(known):z,.2f})"
 
 
 def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
@@ -78,29 +123,24 @@ def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def _qualities(rows: Sequence[Row]) -> Table:
-    dense, texts = rows[0], list(rows[0].perplexity)
-    groups = _alike(rows)
+    dense, groups = rows[0], _alike(rows)
+    several = max(map(len, groups)) > 1
     size = [fmean(row.parameters for row in group) for group in groups]
     fronts = []
-    for text in texts:
+    for text in dense.values:
         loss = [fmean(row.values[text] for row in group) for group in groups]
         fronts.append(pareto_front(list(zip(size, loss, strict=True))))
-    several = max(map(len, groups)) > 1
-    body = [
-        [
-            *_names(group[0]),
-            *([str(len(group))] if several else []),
-            f"{1 - parameters / dense.parameters:.1%}",
-            *_text_cells(group, texts, lambda row, text: row.values[text]),
-            spread([loss_rise(row.values, dense.values) for row in group]),
-            *(spread([row.speed[phase] for row in group]) for phase in dense.speed),
-            " ".join(str(i + 1) for i, front in enumerate(fronts) if front[number]) or "-",
-        ]
-        for number, (group, parameters) in enumerate(zip(groups, size, strict=True))
-    ]
-    head = [
-        *("method", "sparsity", *(["draws"] if several else []), "parameters removed"),
-        *(*texts, "loss rise", *(f"{phase} speed-up" for phase in dense.speed), "front"),
+    lines = [
+        {
+            **_names(group),
+            **({"draws": str(len(group))} if several else {}),
+            "parameters removed": f"{1 - size[number] / dense.parameters:.1%}",
+            **{text: spread([row.values[text] for row in group]) for text in dense.values},
+            "loss rise": spread([loss_rise(row.values, dense.values) for row in group]),
+            **{f"{at} speed-up": spread([row.speed[at] for row in group]) for at in dense.speed},
+            "front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number]) or "-",
+        }
+        for number, group in enumerate(groups)
     ]
     counts = {
         f"{counted(found['windows'], 'windows')} of {found['seqlen']} tokens"
@@ -111,10 +151,7 @@ def _qualities(rows: Sequence[Row]) -> Table:
         f"Perplexity on {' or '.join(sorted(counts))} of each text; loss rise in nats a token, "
         "mean of the texts; front: texts, by number, on which nothing smaller is as good."
     )
-    return Table(caption + (_OF_SEVERAL if several else ""), head, body)
-
-
-_OF_SEVERAL = " Mean (lowest to highest) of several draws of calibration windows."
+    return Table(caption + (_OF_SEVERAL if several else ""), lines)
 
 
 def _comparisons(rows: Sequence[Row]) -> Table:
@@ -123,31 +160,27 @@ def _comparisons(rows: Sequence[Row]) -> Table:
     Different draws have lines of their own: a standard error is that of one comparison.
     """
     compared = [(row, row.comparison) for row in rows if row.comparison]
-    texts = list(compared[0][1]["texts"])
-    agreement = all(each["divergence"] for each in compared[0][1]["texts"].values())
-    tasks = bool(compared[0][1]["tasks"])
-    head = ["method", "sparsity", "seed"]
-    if agreement:
-        head += ["KL", "equal first choices, %"]
-    if tasks:
-        head += ["accuracy - dense, %", "dense model's answers, %"]
-    body = []
+    lines = []
     for row, found in compared:
-        cells = [*_names(row), str(row.seed)]
-        if agreement:
-            for name, digits, factor in (("divergence", 3, 1), ("agreed", 1, 100)):
-                values = [found["texts"][text][name]["second"]["value"] for text in texts]
-                cells.append(f"{factor * fmean(values):.{digits}f}")
-        if tasks:
-            cells += [_percent(found["accuracy"], "difference"), _percent(found["kept"], "second")]
-        body.append(cells)
+        line, texts = {**_names([row]), "seed": str(row.seed)}, found["texts"].values()
+        if all(text["divergence"] for text in texts):
+            for column, name, scale in (
+                ("KL", "divergence", "{:.3f}"),
+                ("top-1 agreement, %", "agreed", "{:.1%}"),
+            ):
+                mean = fmean(text[name]["second"]["value"] for text in texts)
+                line[column] = scale.format(mean).removesuffix("%")
+        if found["tasks"]:
+            line["accuracy - dense, %"] = _percent(found["accuracy"], "difference")
+            line["dense model's answers, %"] = _percent(found["kept"], "second")
+        lines.append(line)
     caption = (
-        "Compared with the dense model in pairs: KL per token in nats and first choices in the "
+        "Compared with the dense model in pairs: KL per token in nats and top-1 agreement in the "
         "mean of the texts, tasks in the mean of those on which the dense model is better than a "
         "guess, with standard errors."
     )
     left_out = compared[0][1]["left_out"]
-    return Table(caption + (f" Left out: {', '.join(left_out)}." if left_out else ""), head, body)
+    return Table(caption + (f" Left out: {', '.join(left_out)}." if left_out else ""), lines)
 
 
 def _percent(pair: Mapping[str, Mapping[str, float | None]] | None, side: str) -> str:
@@ -163,22 +196,23 @@ def _differences(rows: Sequence[Row]) -> Table:
 
     Models of one draw saw the same windows, so that what the windows do to all of them cancels.
     """
-    first, texts = rows[0].method, list(rows[0].perplexity)
+    first = rows[0].method
     base = {(row.sparsity, row.seed): row.values for row in rows if row.method == first}
-    body = [
-        [
-            *_names(group[0]),
-            str(len(group)),
-            *_text_cells(
-                group,
-                texts,
-                lambda row, text: 100 * (row.values[text] / base[row.sparsity, row.seed][text] - 1),
-            ),
-        ]
+
+    def above(row: Row, text: str) -> float:
+        return 100 * (row.values[text] / base[row.sparsity, row.seed][text] - 1)
+
+    lines = [
+        {
+            **_names(group),
+            "draws": str(len(group)),
+            **{text: spread([above(row, text) for row in group]) for text in rows[0].values},
+        }
         for group in _alike([row for row in rows if row.method != first])
     ]
-    caption = f"Perplexity in percent above that of {first} by the same draw." + _OF_SEVERAL
-    return Table(caption, ["method", "sparsity", "draws", *texts], body)
+    return Table(
+        f"Perplexity in percent above that of {first} by the same draw.{_OF_SEVERAL}", lines
+    )
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
@@ -189,11 +223,8 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
-def _names(row: Row) -> list[str]:
-    return [row.method or row.name, f"{100 * row.sparsity:.4g}%"]
-
-
-def _text_cells(
-    group: Sequence[Row], texts: Sequence[str], value: Callable[[Row, str], float]
-) -> list[str]:
-    return [spread([value(row, text) for row in group]) for text in texts]
+def _names(group: Sequence[Row]) -> dict[str, str]:
+    return {
+        "method": group[0].method or group[0].name,
+        "sparsity": f"{100 * group[0].sparsity:.4g}%",
+    }

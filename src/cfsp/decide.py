@@ -1,0 +1,225 @@
+"""What goes, and the repair of what is left: from a job to all that the cut needs.
+
+a plan is given          repair by it
+statistics are there     select -> plan -> repair
+nothing is, no repair    calibrate -> select -> plan
+nothing is, with repair  a coarse pass over a few windows -> select -> one pass over all windows
+                         that chooses the channels and repairs, block by block
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from cfsp.calibration.calibrate import calibration_record
+from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.together import calibrate_together
+from cfsp.checkpoint.skeleton import check_complete
+from cfsp.engine.block_proof import check_experts_can_go
+from cfsp.planning.candidate import Candidate, Dropped
+from cfsp.planning.channels import choose_channels, warn_of_few_tokens
+from cfsp.planning.experts import warn_of_lost_experts
+from cfsp.planning.make import Planner, check_statistics_fit
+from cfsp.repair.ladder import check_windows, repair, repaired_a_little, steps_of
+from cfsp.repair.repaired import Repaired
+from cfsp.repair.ridge_pass import choose_and_repair
+from cfsp.repair.ridge_step import with_ridge
+from cfsp.selection.by_statistics import check_can_go
+from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
+from cfsp.selection.goal import constraint_of
+from cfsp.selection.search import check_is_definite, only_candidate, select
+from cfsp.selection.sensitivity import with_needed_sensitivity
+from cfsp.settings import AUTO_METRIC, RUNS, PruneSettings
+from cfsp.text.windows import few_windows
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.job import Job
+    from cfsp.planning.plan_file import PruningPlan
+    from cfsp.selection.constraint import Constraint
+    from cfsp.text.windows import Windows
+
+# Angular distance settles with little text; study 7 (LOG.md) shows how little.
+COARSE_WINDOWS = 8
+
+
+def decide(
+    job: Job, *, statistics: Statistics | None = None, plan: PruningPlan | None = None
+) -> tuple[Repaired, dict[str, Any]]:
+    """Decide which blocks and channels stay, and repair what is left as the settings ask for.
+
+    Args:
+        job: what is pruned, and how.
+        statistics: of an earlier calibration of this model.
+        plan: an earlier decision for this model.
+
+    Returns:
+        All that the cut needs, and what the goal came to, as JSON types; empty without one.
+
+    Raises:
+        CfspError: as calibration, selection and repair do.
+    """
+    check_complete(job.source)
+    if plan is not None:
+        _check_plan(job.source, plan)
+        return _repaired_by(job, Repaired(plan)), {}
+    if statistics is not None:
+        check_statistics_fit(job.source, statistics)
+    job, constraint = constraint_of(job)
+    is_measured = statistics is not None
+    if statistics is None:
+        check_can_be_compared(job.source, job.budget, job.criterion.removal, job.engine)
+    repairs = steps_of(job.settings.repair) and job.budget.parts != ("experts",)
+    if not is_measured and repairs and job.budget.channel_parts and not constraint.needs_statistics:
+        return _choose_and_repair(job, constraint)
+    if statistics is None:
+        statistics = _calibrated(job, constraint, _windows_to_pass(job), "calibrate")
+    elif _compares(job):
+        statistics = _completed(job, constraint, statistics, job.windows())
+    planner, candidate = select(job, constraint, statistics, _repairer(job))
+    with job.place.watch.stage("plan"):
+        plan = planner.plan_for_people(candidate)
+    facts = _facts(constraint, candidate)
+    return _repaired_by(job, Repaired(plan, planner.statistics)), facts
+
+
+def plan_for(job: Job, statistics: Statistics) -> tuple[PruningPlan, dict[str, Any]]:
+    """Return the plan that statistics and settings give, and what its goal came to, as JSON types.
+
+    No text is read.
+
+    Raises:
+        CfspError: the statistics do not fit, or the goal cannot be met.
+    """
+    check_is_definite(job.budget)
+    job, constraint = constraint_of(job)
+    planner = Planner.of(job.source, statistics, job.budget, job.criterion)
+    candidate = only_candidate(constraint, planner)
+    assert candidate is not None
+    return planner.plan_for_people(candidate), _facts(constraint, candidate)
+
+
+def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
+    """Return what a goal came to, as JSON types; empty without one."""
+    facts = constraint.facts()
+    return {**facts, "chosen": asdict(candidate)} if facts else {}
+
+
+def _compares(job: Job) -> bool:
+    """Return whether several candidates meet the constraint."""
+    return bool(job.budget.whole_parts and job.budget.channel_parts)
+
+
+def _repairer(job: Job) -> Any:
+    return None if job.settings.repair == "none" else repaired_a_little
+
+
+def _repaired_by(job: Job, result: Repaired) -> Repaired:
+    """Repair what a plan leaves; what experts did that go nothing that stays could take over."""
+    plan = result.plan
+    is_whole = all(unit.kept_width == unit.width for unit in plan.units)
+    if not steps_of(job.settings.repair) or (plan.kept_experts is not None and is_whole):
+        return result
+    windows = job.windows()
+    check_windows(job, windows)
+    return repair(job, result, windows)
+
+
+def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
+    """Check a plan that was made before.
+
+    Raises:
+        PlanError: it is of another model.
+        UnsupportedModelError: the model cannot do without what goes whole.
+    """
+    plan.check_fits(source)
+    check_can_go(source, Dropped(plan.removed_blocks, plan.removed_attentions))
+    if plan.kept_experts is not None:
+        check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
+
+
+def _windows_to_pass(job: Job) -> Windows:
+    """Return all windows, or a few where nothing that is chosen needs them all."""
+    windows = job.windows()
+    needs_all = job.budget.channel_parts or "experts" in job.budget.parts
+    return windows if needs_all else few_windows(windows, COARSE_WINDOWS)
+
+
+def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
+    """Let windows pass the blocks, and measure what else candidates are made from.
+
+    Args:
+        job: what is pruned.
+        constraint: says how much may go whole.
+        seen: the windows that pass.
+        name: of the pass.
+    """
+    with job.place.watch.stage(name):
+        statistics = calibrate_together(
+            job.source,
+            seen,
+            job.engine,
+            seed=job.settings.text.seed,
+            place=job.place,
+            name=name,
+            runs=follow_runs(job.source, job.settings, job.engine),
+        )
+    return _completed(job, constraint, statistics, job.windows())
+
+
+def _completed(
+    job: Job, constraint: Constraint, statistics: Statistics, windows: Windows
+) -> Statistics:
+    """Add the order in which blocks go and their sensitivity, where candidates need them."""
+    source, engine, place = job.source, job.engine, job.place
+    if job.budget.whole_parts and follow_divergence(source, job.criterion.removal, engine):
+        wanted = [constraint.to_drop()]
+        statistics = with_order(source, statistics, windows, wanted, engine, place)
+    if job.budget.channel_parts:
+        statistics = with_needed_sensitivity(job, statistics, windows)
+    return statistics
+
+
+def follow_runs(source: WeightSource, settings: PruneSettings, engine: Engine) -> bool:
+    """Return whether blocks go by how far runs of them turn the hidden state."""
+    removal = settings.criterion.removal
+    by_runs = removal == RUNS or (
+        removal == AUTO_METRIC and not follow_divergence(source, removal, engine)
+    )
+    return "blocks" in settings.budget.parts and by_runs
+
+
+def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[Repaired, dict[str, Any]]:
+    """Fix the widths from a few windows, then choose and repair in one pass over all."""
+    windows = job.windows()
+    check_windows(job, windows)
+    few = few_windows(windows, COARSE_WINDOWS)
+    coarse = _calibrated(job, constraint, few, "coarse pass")
+    planner, candidate = select(job, constraint, coarse, _repairer(job))
+    widths = planner.widths(candidate)
+    with job.place.watch.stage("ridge"):
+        chosen = choose_and_repair(
+            job.source,
+            windows,
+            lambda unit, observed: choose_channels(
+                job.source, unit, observed, widths.kept_U[unit], planner.criterion
+            ),
+            job.engine,
+            job.place,
+            seed=job.settings.text.seed,
+            removed=candidate.dropped.blocks,
+        )
+    record = calibration_record(job.source, windows, job.engine, seed=job.settings.text.seed)
+    statistics = replace(
+        Statistics.of([each.observed for each in chosen], record, planner.statistics.sensitivity),
+        removals=planner.statistics.removals,
+        runs=planner.statistics.runs,
+    )
+    kept = [kept_K for block in chosen for kept_K in block.kept]
+    plan = replace(planner, statistics=statistics).assemble(candidate, widths, kept)
+    warn_of_few_tokens(plan)
+    warn_of_lost_experts(plan)
+    result = with_ridge(Repaired(plan, statistics), chosen)
+    return repair(job, result, windows), _facts(constraint, candidate)

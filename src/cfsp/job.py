@@ -1,0 +1,69 @@
+"""What is pruned, how, on which text, and where: what selection and repair work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cfsp.settings import SENSITIVITY_METRICS
+from cfsp.text.windows import check_is_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.engine.workplace import Workplace
+    from cfsp.settings import Budget, Criterion, PruneSettings
+    from cfsp.text.windows import Windows
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is pruned, how, on which text, and where.
+
+    Attributes:
+        source: the model.
+        settings: how to prune.
+        tokenizer: gives the model's own; called only if there is text to read.
+        draw: gives the calibration windows; called only if they are needed, and cheap again.
+        engine: where and in what to compute.
+        place: where to work; it outlives results, which have their repaired tensors there.
+    """
+
+    source: WeightSource
+    settings: PruneSettings
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    draw: Callable[[], Windows]
+    engine: Engine
+    place: Workplace
+
+    @property
+    def budget(self) -> Budget:
+        """What may go."""
+        return self.settings.budget
+
+    @property
+    def criterion(self) -> Criterion:
+        """What counts as important."""
+        return self.settings.criterion
+
+    def windows(self) -> Windows:
+        """Return the calibration windows.
+
+        Raises:
+            UsageError: they have images, and the settings ask for what reads text alone.
+        """
+        windows, parts = self.draw(), self.budget.whole_parts
+        if self.criterion.block_metric in SENSITIVITY_METRICS:
+            check_is_text(windows, f"the block metric {self.criterion.block_metric}")
+        if self.settings.repair == "local":
+            check_is_text(windows, f"--repair {self.settings.repair}")
+        if parts:
+            check_is_text(windows, f"--parts {','.join(parts)}")
+        return windows
+
+    def at(self, place: Workplace) -> Job:
+        """Return the same job at another place."""
+        return replace(self, place=place)

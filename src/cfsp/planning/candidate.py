@@ -1,0 +1,178 @@
+"""What goes of a model: whole blocks and attentions, experts, and a share of channels.
+
+A `Candidate` says how much goes of what; which channels that are, statistics say (`Planner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from cfsp.architecture.block_names import counted
+from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
+from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.keep import kept_by
+
+if TYPE_CHECKING:
+    from cfsp.architecture.found import Unit
+    from cfsp.calibration.statistics import Removal
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.settings import Part, WholePart
+
+# A block, or the attention of one, that may be dropped.
+Droppable = tuple["WholePart", int]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Blocks and attentions that go whole.
+
+    Attributes:
+        blocks: indices of the blocks that go, ascending.
+        attentions: of the blocks that stay and whose attentions go, ascending.
+    """
+
+    blocks: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(removals: Iterable[Removal]) -> Dropped:
+        """Return what is gone after some removals."""
+        dropped = Dropped()
+        for each in removals:
+            dropped = dropped.plus((each.part, each.block))
+        return dropped
+
+    def plus(self, droppable: Droppable) -> Dropped:
+        """Return what is gone when another one goes; with a block its attention is."""
+        part, block = droppable
+        blocks, attentions = set(self.blocks), set(self.attentions)
+        (blocks if part == "blocks" else attentions).add(block)
+        return Dropped(tuple(sorted(blocks)), tuple(sorted(attentions - blocks)))
+
+    @property
+    def parts(self) -> tuple[WholePart, ...]:
+        """Of which parts something goes."""
+        gone: dict[WholePart, tuple[int, ...]] = {
+            "attention": self.attentions,
+            "blocks": self.blocks,
+        }
+        return tuple(part for part, blocks in gone.items() if blocks)
+
+    @property
+    def in_words(self) -> str:
+        """How many go; empty if none does."""
+        numbers = {"blocks": len(self.blocks), "attention layers": len(self.attentions)}
+        return " and ".join(counted(count, noun) for noun, count in numbers.items() if count)
+
+    def __len__(self) -> int:
+        return len(self.blocks) + len(self.attentions)
+
+    def takes(self, unit: Unit) -> bool:
+        """Return whether a unit of the model goes with it."""
+        return unit.block in self.blocks or (unit.part == "kv" and unit.block in self.attentions)
+
+
+NOTHING = Dropped()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How much goes of what.
+
+    Attributes:
+        dropped: the blocks and attentions that go whole.
+        experts: how many routed experts go of every block that has some.
+        parts: whose channels, or KV groups, go of what stays; none where none may.
+        sparsity: the share of what these channels own that goes; without them, of what may go
+            whole.
+    """
+
+    dropped: Dropped = NOTHING
+    experts: int = 0
+    parts: tuple[Part, ...] = ()
+    sparsity: float = 0.0
+
+    @property
+    def in_words(self) -> str:
+        """What goes."""
+        words = [self.dropped.in_words] if self.dropped else []
+        if self.experts:
+            words.append(f"{counted(self.experts, 'experts')} of each block")
+        if self.parts:
+            beside = " of the others" if self.dropped else ""
+            words.append(f"{self.sparsity:.1%} of the {channels_in_words(self.parts)}{beside}")
+        return " and ".join(words) or "nothing"
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> Candidate:
+        """Return the candidate that `dataclasses.asdict` made JSON types of."""
+        dropped = Dropped(*(tuple(fields["dropped"][key]) for key in ("blocks", "attentions")))
+        return Candidate(dropped, fields["experts"], tuple(fields["parts"]), fields["sparsity"])
+
+
+@dataclass(frozen=True)
+class DropSizes:
+    """The parameters of everything that may be dropped, by its block.
+
+    Attributes:
+        block_of: those of blocks, with their attentions; empty where blocks may not go.
+        attention_of: those of attentions; empty where attentions may not go by themselves.
+        total: those of all blocks, or of all attentions where blocks may not go.
+        some_stay: whether some of these were told to stay.
+    """
+
+    block_of: Mapping[int, int]
+    attention_of: Mapping[int, int]
+    total: int
+    some_stay: bool = False
+
+    @staticmethod
+    def of(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str] = ()) -> DropSizes:
+        """Return the sizes of a model's blocks, attentions, or both, but for what is to stay."""
+        blocks = dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {}
+        attentions = parameters_of_attentions(source) if "attention" in parts else {}
+        stay = kept_by(source, keep).blocks
+        block_of, attention_of = (
+            {block: size for block, size in of.items() if block not in stay}
+            for of in (blocks, attentions)
+        )
+        total = sum((blocks or attentions).values())
+        return DropSizes(block_of, attention_of, total, bool(stay))
+
+    @cached_property
+    def most(self) -> int:
+        """The parameters of all that may go but the smallest, which stays where no other does."""
+        sizes = list((self.block_of or self.attention_of).values())
+        return sum(sizes) - (0 if self.some_stay else min(sizes, default=0))
+
+    @cached_property
+    def largest(self) -> int:
+        """The parameters of the largest that may go."""
+        return max((self.block_of or self.attention_of).values(), default=0)
+
+    def droppable(self, dropped: Dropped) -> list[Droppable]:
+        """Return what may go next, in a definite order."""
+        attentions = self.attention_of.keys() - {*dropped.blocks, *dropped.attentions}
+        blocks = self.block_of.keys() - {*dropped.blocks}
+        return [
+            *(("attention", block) for block in sorted(attentions)),
+            *(("blocks", block) for block in sorted(blocks)),
+        ]
+
+    def leaves_some(self, dropped: Dropped) -> bool:
+        """Return whether a block stays, and an attention where these may go by themselves."""
+        staying = self.attention_of.keys() - {*dropped.blocks, *dropped.attentions}
+        has_block = not self.block_of or len(dropped.blocks) < len(self.block_of)
+        return self.some_stay or (has_block and (not self.attention_of or bool(staying)))
+
+    def parameters(self, dropped: Dropped) -> int:
+        """Return how many parameters go with blocks and attentions."""
+        blocks = sum(self.block_of[block] for block in dropped.blocks)
+        return blocks + sum(self.attention_of[block] for block in dropped.attentions)
+
+    def parameters_with(self, dropped: Dropped, droppable: Droppable) -> int:
+        """Return how many more parameters go if another one does."""
+        return self.parameters(dropped.plus(droppable)) - self.parameters(dropped)

@@ -1,0 +1,189 @@
+"""Which blocks and attentions are dropped, from statistics.
+
+    divergence   those without which the predictions change least, one after the other
+                 (`cfsp.selection.drop_order`)
+    runs         the runs of consecutive blocks that turn the hidden state least: the sum of the
+                 angular distances between what enters each run and what leaves it
+    influence    the blocks that turn it least, each by itself: 1 - cosine (ShortGPT, arXiv
+                 2403.03853)
+
+Blocks and attentions together go by the divergence alone: distances of the two are not comparable.
+Distances of attentions are over the sublayer, from its hidden state before to that after; `runs` is
+then by the angular distance of each. Only what the model can be written without can go, and the
+others must compute what they did then.
+
+Shapes: L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
+from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
+from cfsp.planning.candidate import NOTHING, Dropped
+from cfsp.selection.drop_budget import DropBudget, drops_in_words
+from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
+
+if TYPE_CHECKING:
+    from cfsp.calibration.statistics import RunDistances, Statistics
+    from cfsp.checkpoint.reading import WeightSource
+
+NEEDS_PREDICTIONS = (
+    f"--parts {','.join(WHOLE_PARTS)} compares blocks with attention layers by the predictions, "
+    "which requires the whole model in memory and --set removal=divergence; prune blocks, then "
+    "attention layers of the result"
+)
+
+
+def dropped_by(
+    source: WeightSource, statistics: Statistics, budget: DropBudget, removal: str
+) -> Dropped:
+    """Return the blocks and attentions that go.
+
+    Args:
+        source: the model.
+        statistics: of its calibration.
+        budget: how much goes.
+        removal: how they are chosen, one of `REMOVALS`.
+
+    Raises:
+        StatisticsError: the statistics lack what the choice needs.
+        UnsupportedModelError: the model cannot do without enough of its blocks.
+        UsageError: the choice is unknown, or cannot compare what may go.
+    """
+    if removal not in REMOVALS:
+        raise UsageError(f"unknown removal {removal!r}; known are: {', '.join(REMOVALS)}")
+    if removal == DIVERGENCE:
+        return _by_order(source, statistics, budget)
+    if budget.is_met_by(NOTHING):
+        return NOTHING
+    if len(budget.parts) > 1:
+        raise UsageError(NEEDS_PREDICTIONS)
+    if removal == RUNS and "blocks" in budget.parts and statistics.runs is None:
+        raise StatisticsError(
+            "the removal of blocks by runs needs their distances, which these statistics do not "
+            "have; make them with: cfsp calibrate --parts blocks"
+        )
+    banned: set[int] = set()
+    while True:
+        dropped = _chosen(statistics, budget, removal, banned)
+        try:
+            check_can_go(source, dropped)
+        except UnsupportedModelError:
+            chosen = (*dropped.blocks, *dropped.attentions)
+            alone = {block for block in chosen if not _can_go_alone(source, block, budget)}
+            if not alone:
+                raise
+            banned |= alone
+            continue
+        return dropped
+
+
+def check_can_go(source: WeightSource, dropped: Dropped) -> None:
+    """Check that a model can do without some blocks, and without the attentions of others.
+
+    Raises:
+        UnsupportedModelError: it can't.
+    """
+    if dropped.blocks:
+        check_blocks_can_go(source, dropped.blocks)
+    if dropped.attentions:
+        check_attentions_can_go(source, dropped.attentions, dropped.blocks)
+
+
+def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
+    order = statistics.removals_of(budget.parts)
+    taken = budget.first(order)
+    if taken is None:
+        raise StatisticsError(
+            f"the statistics say of {len(order)} {drops_in_words(budget.parts)} in which order "
+            "they go, and the budget needs more; make statistics that say it of more with: cfsp "
+            f"calibrate --parts {','.join(budget.parts)}"
+        )
+    dropped = Dropped.of(taken)
+    if taken != order[: len(taken)]:  # the first ones are proved already
+        check_can_go(source, dropped)
+    return dropped
+
+
+def _chosen(
+    statistics: Statistics, budget: DropBudget, removal: str, banned: Collection[int]
+) -> Dropped:
+    """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
+    of_blocks = "blocks" in budget.parts
+    every = budget.sizes.block_of or budget.sizes.attention_of
+    candidates = [block for block in every if block not in banned]
+    seen = statistics if of_blocks else statistics.of_part("kv")
+    for count in range(1, len(candidates) + 1):
+        if removal == INFLUENCE or not of_blocks:
+            distance_L = seen.distances("cosine" if removal == INFLUENCE else "angular")
+            chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
+        else:
+            assert statistics.runs is not None
+            stay = [block for block in range(len(statistics.blocks)) if block not in candidates]
+            chosen = cheapest_runs(statistics.runs, len(statistics.blocks), count, stay)
+        dropped = _of_one_part(budget, chosen)
+        if budget.is_met_by(dropped):
+            return dropped
+    raise UnsupportedModelError(
+        f"only {len(candidates)} of {len(every)} {drops_in_words(budget.parts)} can go, "
+        f"which is less than the budget asks for; {_one_that_stays(banned)}"
+        f"remove FFN channels too (--target-params with --parts {','.join(budget.parts)},ffn)"
+    )
+
+
+def _one_that_stays(banned: Collection[int]) -> str:
+    return f"that of block {min(banned)} is one that cannot; " if banned else ""
+
+
+def _of_one_part(budget: DropBudget, blocks: Collection[int]) -> Dropped:
+    """Return blocks as those that go, or as those whose attentions do."""
+    chosen = tuple(blocks)
+    return Dropped(chosen) if "blocks" in budget.parts else Dropped((), chosen)
+
+
+def _can_go_alone(source: WeightSource, block: int, budget: DropBudget) -> bool:
+    try:
+        check_can_go(source, _of_one_part(budget, [block]))
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def cheapest_runs(
+    runs: RunDistances, blocks: int, count: int, banned: Collection[int] = ()
+) -> list[int]:
+    """Return so many blocks that go, in the runs whose distances have the least sum.
+
+    Two runs have a block between them that stays: without it they would be one.
+
+    Args:
+        runs: distances over all runs.
+        blocks: how many blocks the model has.
+        count: how many go.
+        banned: blocks that stay.
+    """
+    # The least sum for the blocks before one, of which so many go and the last stays.
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}
+    result: tuple[float, list[int]] = (math.inf, [])
+    for start in range(blocks + 1):
+        for gone in range(count + 1):
+            if (start, gone) not in best:
+                continue
+            total, removed = best[start, gone]
+            for end in range(start, blocks + 1):
+                if end > start and (end - 1 in banned or gone + end - start > count):
+                    break
+                cost = total + (runs.between(start, end) if end > start else 0.0)
+                chosen = [*removed, *range(start, end)]
+                if end == blocks:
+                    if len(chosen) == count and cost < result[0]:
+                        result = cost, chosen
+                    continue
+                key = end + 1, len(chosen)
+                if key not in best or cost < best[key][0]:
+                    best[key] = cost, chosen
+    return result[1]

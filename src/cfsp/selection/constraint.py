@@ -1,0 +1,220 @@
+"""A number of a model and its bound, which every candidate just meets.
+
+A share of one part, or of all parameters, is met by arithmetic; cache, speed and loss have their
+own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.stored_experts import parameters_of_an_expert
+from cfsp.errors import BudgetError
+from cfsp.planning.allocation import channels_to_keep, check_multiple, least_in_words
+from cfsp.planning.candidate import NOTHING, Dropped, DropSizes
+from cfsp.planning.experts import experts_to_remove
+from cfsp.planning.keep import kept_by
+from cfsp.planning.widths import model_size, parameters_of_channels
+from cfsp.selection.drop_budget import DropBudget
+
+if TYPE_CHECKING:
+    from cfsp.calibration.statistics import Removal
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.planning.make import Planner
+    from cfsp.settings import Budget, Part, WholePart
+
+# How much of the blocks, or attentions, is ever dropped beside others.
+MOST_DROPPED = 0.5
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What every candidate just meets.
+
+    Attributes:
+        source: the model.
+        budget: what may go, and what widths look like.
+    """
+
+    source: WeightSource
+    budget: Budget
+
+    # Of the goal, as its option is called; empty of a share of one part.
+    name: ClassVar[str] = ""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether statistics of all the text come before any candidate."""
+        return False
+
+    def check(self) -> None:
+        """Check before a forward pass that it can be met.
+
+        Raises:
+            BudgetError: it is impossible whatever goes.
+            UsageError: the model cannot be computed with the widths that it would have.
+        """
+        if self.budget.channel_parts:
+            check_multiple(self.budget, model_size(self.source))
+        kept_by(self.source, self.budget.keep)
+        if self.budget.whole_parts:
+            self.to_drop()
+
+    def to_drop(self) -> DropBudget:
+        """Return how much may go whole, at most; of a budget that has such parts.
+
+        Raises:
+            BudgetError: none of what may go would be left.
+        """
+        budget = self.budget
+        parts, keep = budget.whole_parts, budget.keep
+        share = min(MOST_DROPPED, most_droppable(self.source, parts, keep))
+        return DropBudget.of_share(self.source, parts, share, keep=keep)
+
+    def enough(self, order: Sequence[Removal]) -> Dropped:
+        """Return what of an order is enough where no channels go."""
+        return Dropped.of(order)
+
+    def experts(self) -> int:
+        """Return how many experts of every block go; of a budget that has nothing else."""
+        raise NotImplementedError
+
+    def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
+        """Return the share that channels of these parts lose beside what goes whole.
+
+        None if they do not own so much.
+        """
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was asked for, tried, and on what it was measured, as JSON types."""
+        return {}
+
+    def too_much(self) -> BudgetError:
+        """Return the error that no candidate meets it."""
+        return BudgetError(
+            f"cannot remove so much with --parts {','.join(self.budget.parts)}, neither of one of "
+            "them nor of all together; remove less"
+        )
+
+
+@dataclass(frozen=True)
+class Share(Constraint):
+    """A share of one part goes, or a number of it."""
+
+    def check(self) -> None:
+        """Check that so much of the part can go."""
+        super().check()
+        if self.budget.channel_parts:
+            channels_to_keep(self.budget, model_size(self.source, keep=self.budget.keep))
+        elif "experts" in self.budget.parts:
+            self.experts()
+
+    def to_drop(self) -> DropBudget:
+        """Return how much goes."""
+        (part,), count = self.budget.whole_parts, self.budget.count
+        if count is not None:
+            return DropBudget.of_count(self.source, part, count, self.budget.keep)
+        return DropBudget.of_share(self.source, [part], self.budget.sparsity, keep=self.budget.keep)
+
+    def experts(self) -> int:
+        """Return the number that is nearest to the share, or that was asked for."""
+        have = _experts_of(self.source)
+        count = self.budget.count
+        wanted = have * (1 - self.budget.sparsity) if count is None else float(have - count)
+        return experts_to_remove(self.source, wanted, exactly=count is not None)
+
+    def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
+        """Return what was asked for."""
+        return self.budget.sparsity
+
+
+@dataclass(frozen=True)
+class Parameters(Constraint):
+    """A fraction of all parameters stays; of several parts that pay into it, any may give more.
+
+    Attributes:
+        asked: the fraction that stays.
+    """
+
+    asked: float
+    name = "target_params"
+
+    @property
+    def share_of_all(self) -> float:
+        """The share of all parameters that goes."""
+        # Rounded, so that 0.7 that stay are 0.3 that go.
+        return round(1 - self.asked, 12)
+
+    def check(self) -> None:
+        """Check that the parts own so much."""
+        super().check()
+        if "experts" in self.budget.parts:
+            self.experts()
+        if self.budget.whole_parts or not self.budget.channel_parts:
+            return
+        size = model_size(self.source, keep=self.budget.keep).of_parts(self.budget.parts)
+        multiple_U = size.multiple_U(self.budget)
+        least, each = size.cost_of(size.least_U(self.budget)), size.parameters_per_cost
+        most = (size.cost_of(size.width_U) - least) * each
+        step = min(m * cost for m, cost in zip(multiple_U, size.cost_U, strict=True)) * each
+        # Within half a multiple of the least width is the least width.
+        if self._to_go > most + step / 2:
+            raise BudgetError(
+                f"cannot remove {self.share_of_all:.1%} of the model's parameters: with at least "
+                f"{least_in_words(multiple_U, size)}, between 0 and {most / size.parameters:.1%} "
+                "can be removed"
+            )
+
+    def to_drop(self) -> DropBudget:
+        """Return as much, or beside channels half of the attentions at most."""
+        parts = self.budget.whole_parts
+        if "blocks" in parts or not self.budget.channel_parts:
+            return DropBudget.of_share(
+                self.source, parts, self.share_of_all, of_model=True, keep=self.budget.keep
+            )
+        alone = super().to_drop()
+        return replace(alone, parameters=min(alone.parameters, self._to_go))
+
+    def experts(self) -> int:
+        """Return the number that is nearest."""
+        gone = self._to_go / sum(parameters_of_an_expert(self.source).values())
+        return experts_to_remove(self.source, _experts_of(self.source) - gone, exactly=False)
+
+    def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
+        """Return the share of what the channels own that is still to go."""
+        gone = DropSizes.of(self.source, dropped.parts).parameters(dropped) if dropped else 0
+        owned = parameters_of_channels(self.source, parts, dropped)
+        share = max(0.0, (self._to_go - gone) / owned)
+        return share if share < 1 else None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was asked for."""
+        conditions = {"parameters_before": parameter_count(self.source)}
+        return {"goal": self.name, "asked": self.asked, "tried": [], "conditions": conditions}
+
+    @property
+    def _to_go(self) -> float:
+        return self.share_of_all * parameter_count(self.source)
+
+
+def most_droppable(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str]) -> float:
+    """Return the share of the parameters of blocks, or attentions, that can go at most."""
+    sizes = DropSizes.of(source, parts, keep)
+    return sizes.most / sizes.total
+
+
+def parameters_to_go(source: WeightSource, budget: Budget) -> float:
+    """Return how many parameters go with a share of one part."""
+    if budget.whole_parts:
+        return budget.sparsity * DropSizes.of(source, budget.whole_parts).total
+    return budget.sparsity * parameters_of_channels(source, budget.channel_parts, NOTHING)
+
+
+def _experts_of(source: WeightSource) -> int:
+    experts = source.architecture.experts
+    assert experts is not None
+    return experts.count

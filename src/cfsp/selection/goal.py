@@ -1,0 +1,180 @@
+"""From what was asked for to a constraint, and to the parts that may go for it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cfsp.checkpoint.reading import parameter_count
+from cfsp.engine.workplace import kept
+from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.candidate import NOTHING
+from cfsp.planning.widths import parameters_of_channels
+from cfsp.selection.by_statistics import check_can_go
+from cfsp.selection.constraint import Constraint, Parameters, Share, parameters_to_go
+from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.kv_cache import CacheFraction
+from cfsp.selection.latency import Latencies
+from cfsp.selection.loss import LossIncrease, held_out_windows
+from cfsp.selection.score import has_room_for_two
+from cfsp.selection.speedup import Speedup, check_possible, measured
+from cfsp.settings import (
+    AUTO_METRIC,
+    DEFAULT_PARTS,
+    DIVERGENCE,
+    TargetKVCache,
+    TargetParameters,
+    TargetSpeedup,
+)
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.job import Job
+    from cfsp.settings import Budget, Part
+
+# From about this share of the FFN channels on, whole blocks beside fewer channels were better on
+# one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
+MANY_CHANNELS = 0.4
+
+# Of the share that was asked for, which goes of the model where most of it is elsewhere.
+_LITTLE = 1 / 3
+
+log = logging.getLogger(__name__)
+
+
+def constraint_of(job: Job) -> tuple[Job, Constraint]:
+    """Return what candidates have to meet, and the job with the parts that may go for it.
+
+    It is checked before a forward pass; windows are drawn and models timed only where that says
+    which parts may go, or how many.
+
+    Raises:
+        CfspError: it cannot be met, or cannot be measured here.
+    """
+    source, budget, goal = job.source, job.budget, job.settings.goal
+    constraint: Constraint
+    if goal is None:
+        constraint = Share(source, budget)
+    elif isinstance(goal, TargetParameters):
+        parts = _parts_for(job, Parameters(source, budget, goal.fraction))
+        job = _with_budget(job, replace(budget, parts=parts))
+        constraint = Parameters(source, job.budget, goal.fraction)
+    elif isinstance(goal, TargetKVCache):
+        constraint = CacheFraction(source, budget, goal.fraction)
+    elif isinstance(goal, TargetSpeedup):
+        constraint = _speedup(job, goal)
+    else:
+        # Too little text should be found out before the calibration.
+        texts = held_out_windows(goal, job.settings.text, job.tokenizer())
+        constraint = LossIncrease(source, budget, goal, texts, job.settings.compute, job.place)
+    constraint.check()
+    return job, constraint
+
+
+def _with_budget(job: Job, budget: Budget) -> Job:
+    return replace(job, settings=replace(job.settings, budget=budget))
+
+
+def _speedup(job: Job, goal: TargetSpeedup) -> Constraint:
+    """Return the constraint of a speed."""
+    check_possible(goal, job.source, job.settings)
+
+    def latencies() -> Latencies:
+        """Take what a killed run measured, or measure it; of several processes in the first."""
+
+        def measure() -> dict[str, Any]:
+            return measured(goal, job.source, job.settings).to_json()
+
+        with job.place.watch.stage("try"):
+            found = job.place.team.from_first(lambda: kept(job.place, "latencies", measure))
+        return Latencies.from_json(found)
+
+    return Speedup(job.source, job.budget, goal, latencies)
+
+
+def little_in_words(source: WeightSource, budget: Budget) -> str:
+    """Return a sentence if FFN channels own so little that few parameters go; else nothing."""
+    asked, every = budget.sparsity, parameter_count(source)
+    if "ffn" not in budget.parts or (gone := parameters_to_go(source, budget)) >= (
+        _LITTLE * asked * every
+    ):
+        return ""
+    return (
+        f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of this "
+        f"model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of which are "
+        f"elsewhere, as in its vocabulary; for a smaller model give --target-params "
+        f"{1 - asked:.2g}, name more --parts, or quantise it"
+    )
+
+
+def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
+    """Return what may go; where nobody said it and many FFN channels would go, blocks too.
+
+    How many blocks go is then tried after repair, with the model and a pruned one in memory. Where
+    that is impossible, FFN channels go alone. People are told.
+
+    Raises:
+        BudgetError: neither channels nor blocks own so much.
+    """
+    if not job.settings.leaves_parts_open:
+        return job.budget.parts
+    source, gone = job.source, asked.share_of_all * parameter_count(job.source)
+    share = gone / parameters_of_channels(source, DEFAULT_PARTS)
+    if share < MANY_CHANNELS:
+        return DEFAULT_PARTS
+    if share < 1:
+        would = f"{share:.0%} of the FFN channels would go alone"
+    else:
+        would = "all FFN channels would not be enough"
+        _of_blocks(source, asked)  # nor may blocks be
+    job.draw()  # in every process: they compare what they drew
+
+    def choose() -> dict[str, Any]:
+        if obstacle := _obstacle(job, asked):
+            log.info("%s, and %s: whole blocks are not tried beside them", would, obstacle)
+            return {"parts": DEFAULT_PARTS}
+        log.info("%s: whole blocks are tried beside them; --parts ffn does without", would)
+        return {"parts": (*DEFAULT_PARTS, "blocks")}
+
+    # A run that is resumed may find another amount of memory.
+    found = job.place.team.from_first(lambda: kept(job.place, "parts", choose))
+    return tuple(found["parts"])
+
+
+def _obstacle(job: Job, asked: Parameters) -> str:
+    """Return why it cannot be tried how many blocks go; nothing if it can."""
+    removal = job.criterion.removal
+    if removal not in (AUTO_METRIC, DIVERGENCE):
+        return f"--set removal={removal} compares no predictions"
+    if not has_room_for_two(job.source, job.engine):
+        return "there is no memory for a pruned model beside the dense one"
+    if job.draw().has_images:
+        return "the text has images"
+    can = _can_lose_blocks(job.source, asked)
+    return "" if can else "the model cannot do without enough of them"
+
+
+def _can_lose_blocks(source: WeightSource, asked: Parameters) -> bool:
+    """Return whether a model can do without a block, and without as many as would go alone."""
+    try:
+        wanted = _of_blocks(source, asked)
+        droppable = wanted.sizes.droppable(NOTHING)
+        dropped = NOTHING
+        for each in droppable[1:]:
+            if wanted.has_room_for(dropped, each):
+                dropped = dropped.plus(each)
+        if not dropped.blocks:
+            return False  # it has one block
+        for some in (NOTHING.plus(droppable[-1]), dropped):
+            check_can_go(source, some)
+    except (BudgetError, UnsupportedModelError):
+        return False
+    return True
+
+
+def _of_blocks(source: WeightSource, asked: Parameters) -> DropBudget:
+    return DropBudget.of_share(
+        source, ("blocks",), asked.share_of_all, of_model=True, keep=asked.budget.keep
+    )

@@ -1,0 +1,317 @@
+"""How long a model takes on this machine with less of each part.
+
+Models of the same shapes with random weights and one number in all blocks are timed in turns: of
+several FFN widths, of fewer KV groups, without half of the attentions, with half of the blocks. A
+model's time is a sum over its blocks, so what each saves is added up:
+
+    t = 1 - sum over parts of mean over units (1 - t_part(what the unit keeps))
+
+where t_part is the time of a model whose units of the part all keep that, relative to the whole
+model. Head and overhead are in every t. Between measured points t is taken to be linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.skeleton import build_skeleton, empty_model
+from cfsp.engine.memory import available_bytes
+from cfsp.errors import UsageError
+from cfsp.planning.widths import model_size
+from cfsp.speed import Conditions, Workload, compare_speed
+from cfsp.speed.shapes import SmallerModel
+from cfsp.speed.subjects import Subject
+from cfsp.speed.work import work_of
+
+if TYPE_CHECKING:
+    from cfsp.architecture.found import Unit
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.planning.candidate import Dropped
+    from cfsp.settings import Budget, Part, Phase
+
+WORKLOAD = Workload()
+ROUNDS = 5
+_FRACTIONS = (0.75, 0.5, 0.25)
+# What a process takes besides its weights.
+_PROCESS_BYTES = 500_000_000
+# Of the whole model's time; sums of noisy savings may exceed it.
+_LEAST_TIME = 0.01
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Time by what every unit of a part keeps, relative to that of the whole model.
+
+    Attributes:
+        kept: ascending; FFN channels, KV groups of an attention (0 of one that is gone), or blocks.
+        relative: of each, 1.0 for the last.
+    """
+
+    kept: tuple[int, ...]
+    relative: tuple[float, ...]
+
+    def at(self, kept: int) -> float:
+        """Return the relative time where all units keep so many."""
+        points = list(zip(self.kept, self.relative, strict=True))
+        for (left, low), (right, high) in pairwise(points):
+            if kept <= right:
+                return low + (high - low) * (kept - left) / (right - left)
+        return self.relative[-1]
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What each part of a model takes.
+
+    Attributes:
+        curves: of each part that was measured; that of `kv` is of attentions too.
+        conditions: how it was measured, as JSON types.
+    """
+
+    curves: Mapping[Part, Curve]
+    conditions: dict[str, Any]
+
+    def speedup(
+        self, units: Sequence[Unit], kept_U: Sequence[int], dropped: Dropped, blocks: int
+    ) -> float:
+        """Return how many times faster a model is that keeps this of every unit and these blocks.
+
+        Args:
+            units: of the model.
+            kept_U: channels, or KV groups, that each keeps.
+            dropped: what goes whole.
+            blocks: how many there are.
+        """
+        before = {
+            part: [unit.width for unit in units if unit.part == part] for part in ("ffn", "kv")
+        }
+        after = {
+            part: [
+                # What a block saves is measured whole.
+                unit.width if unit.block in dropped.blocks else kept
+                for unit, kept in zip(units, kept_U, strict=True)
+                if unit.part == part
+            ]
+            for part in before
+        }
+        return self._time({**before, "blocks": [blocks]}) / self._time(
+            {**after, "blocks": [blocks - len(dropped.blocks)]}
+        )
+
+    def _time(self, kept: Mapping[str, Sequence[int]]) -> float:
+        saved = (1 - fmean(map(curve.at, kept[part])) for part, curve in self.curves.items())
+        return max(_LEAST_TIME, 1 - sum(saved))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Latencies:
+        """Return what `to_json` made."""
+        curves = {
+            part: Curve(tuple(curve["kept"]), tuple(curve["relative"]))
+            for part, curve in fields["curves"].items()
+        }
+        return Latencies(curves, fields["conditions"])
+
+
+def measured_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Return the parts whose time is measured: attentions are KV groups, down to none."""
+    needed = {"kv" if part == "attention" else part for part in parts}
+    ordered: tuple[Part, ...] = ("ffn", "kv", "blocks")
+    return tuple(part for part in ordered if part in needed)
+
+
+def widths_to_measure(widest: int, multiple: int) -> list[int]:
+    """Return the least width that a block may have, the widest, and some between, ascending."""
+    between = {round(f * widest / multiple) * multiple for f in _FRACTIONS}
+    return sorted({multiple, *(w for w in between if multiple < w < widest), widest})
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A smaller model to time.
+
+    Attributes:
+        part: of which it has less than the whole one.
+        kept: what each of the part's units keeps that keeps less.
+        share: of the units that do.
+        model: to time.
+    """
+
+    part: Part
+    kept: int
+    share: float
+    model: SmallerModel
+
+
+def models_to_time(
+    source: WeightSource, budget: Budget, multiple: int
+) -> tuple[SmallerModel, list[Timed]]:
+    """Return the whole model, and those with less of each part that a budget may take.
+
+    Args:
+        source: the model.
+        budget: names the parts.
+        multiple: of which FFN widths are multiples.
+    """
+    parts, units = measured_parts(budget.parts), source.units
+    widths = [unit.width for unit in units]
+    if "ffn" in parts:
+        widest = max(unit.width for unit in units if unit.part == "ffn")
+        widths = [
+            widest if unit.part == "ffn" else width
+            for unit, width in zip(units, widths, strict=True)
+        ]
+
+    def with_at_most(part: Part, kept: int, blocks: Iterable[int] | None = None) -> SmallerModel:
+        fewer = tuple(
+            min(width, kept)
+            if unit.part == part and (blocks is None or unit.block in blocks)
+            else width
+            for unit, width in zip(units, widths, strict=True)
+        )
+        return SmallerModel(source.config, budget.parts, fewer)
+
+    timed = []
+    if "ffn" in parts:
+        timed += [
+            Timed("ffn", width, 1.0, with_at_most("ffn", width))
+            for width in reversed(widths_to_measure(widest, multiple)[:-1])
+        ]
+    attentions = [unit for unit in units if unit.part == "kv"]
+    if "kv" in budget.parts and max(unit.width for unit in attentions) > 1:
+        timed.append(Timed("kv", 1, 1.0, with_at_most("kv", 1)))
+    if "attention" in budget.parts and (without := _every_other(source, attentions)):
+        share = len(without) / len(attentions)
+        timed.append(Timed("kv", 0, share, with_at_most("kv", 0, without)))
+    count = source.architecture.block_count
+    if "blocks" in parts and count > 1:
+        gone = range((count + 1) // 2, count)
+        stay = tuple(w for unit, w in zip(units, widths, strict=True) if unit.block not in gone)
+        model = SmallerModel(source.config, budget.parts, stay, tuple(gone))
+        timed.append(Timed("blocks", 0, len(gone) / count, model))
+    return SmallerModel(source.config, budget.parts, tuple(widths)), timed
+
+
+def _every_other(source: WeightSource, attentions: Sequence[Unit]) -> list[int]:
+    """Return the blocks of every other attention of each kind: the first of each stays."""
+    kinds = getattr(source.config.get_text_config(decoder=True), "layer_types", None)
+    alike: dict[object, list[int]] = {}
+    for unit in attentions:
+        alike.setdefault(kinds[unit.block] if kinds else None, []).append(unit.block)
+    return sorted(block for blocks in alike.values() for block in blocks[1::2])
+
+
+def most_speedup(
+    source: WeightSource, budget: Budget, parts: Sequence[Part], phase: Phase, engine: Engine
+) -> float:
+    """Return the ratio of work between a model and the smallest one that pruning could leave.
+
+    Work is the FLOPs of a prefill, and the bytes that a decoding step reads. Where blocks may go,
+    one stays.
+
+    Args:
+        source: the model; only its config and shapes are read.
+        budget: how it was opened, and of what FFN widths are multiples.
+        parts: what may go, of those of the budget.
+        phase: what is to be faster.
+        engine: in what it computes.
+    """
+    kv = 0 if "attention" in parts else 1
+    least = tuple(
+        min(unit.width, multiple if unit.part == "ffn" else kv)
+        if unit.part in measured_parts(parts)
+        else unit.width
+        for unit, multiple in zip(source.units, model_size(source).multiple_U(budget), strict=True)
+    )
+    config = SmallerModel(source.config, budget.parts, least).config()
+    smallest = LoadedModel(build_skeleton(config, engine.dtype))
+
+    def amount(each: WeightSource, *, blocks: float = 1.0) -> float:
+        work = work_of(each, head=True, itemsize=engine.dtype.itemsize)
+        if phase == "decode":
+            whole, head = work.decode_bytes(WORKLOAD), work.head_bytes
+        else:
+            whole = work.prefill_flops(WORKLOAD)
+            head = 2.0 * WORKLOAD.batch * work.head_parameters
+        return head + blocks * (whole - head)
+
+    blocks = 1 / source.architecture.block_count if "blocks" in parts else 1.0
+    return amount(source) / amount(smallest, blocks=blocks)
+
+
+def measure_latencies(
+    source: WeightSource, budget: Budget, multiple: int, phase: Phase, engine: Engine
+) -> Latencies:
+    """Time models of the same shapes with less of each part.
+
+    Args:
+        source: the model; only its config and shapes are read.
+        budget: names the parts.
+        multiple: of which FFN widths are multiples.
+        phase: what is timed.
+        engine: where and in what.
+
+    Raises:
+        UsageError: these models do not fit into memory together.
+    """
+    whole, timed = models_to_time(source, budget, multiple)
+    # The whole one first: it is what the others are compared to.
+    subjects = [
+        Subject(whole, "the whole model"),
+        *(Subject(each.model, f"{each.part} {each.kept} of {each.share:.0%}") for each in timed),
+    ]
+    _check_memory([whole, *(each.model for each in timed)], engine)
+    conditions = Conditions(
+        warmups=1,
+        rounds=ROUNDS,
+        device=str(engine.device),
+        dtype=str(engine.dtype).removeprefix("torch."),
+    )
+    comparison = compare_speed(subjects, [WORKLOAD], conditions)
+    ratios = [model.speeds[WORKLOAD][phase].median_ratio for model in comparison.models[1:]]
+    points: dict[Part, dict[int, float]] = {}
+    for each, ratio in zip(timed, ratios, strict=True):
+        # As if all units of the part had lost what a share of them did.
+        points.setdefault(each.part, {})[each.kept] = 1 - (1 - 1 / ratio) / each.share
+    most = {"blocks": source.architecture.block_count}
+    for unit, width in zip(source.units, whole.widths, strict=True):
+        most[unit.part] = max(width, most.get(unit.part, 0))
+    curves = {
+        part: Curve(*zip(*sorted({**found, most[part]: 1.0}.items()), strict=True))
+        for part, found in points.items()
+    }
+    return Latencies(
+        curves,
+        {
+            **vars(WORKLOAD),
+            **comparison.models[0].facts,
+            "rounds": ROUNDS,
+            "disturbance": round(comparison.disturbance[WORKLOAD], 4),
+        },
+    )
+
+
+def _check_memory(models: Sequence[SmallerModel], engine: Engine) -> None:
+    if engine.device.type != "cpu":
+        return
+    parameters = sum(
+        parameter.numel()
+        for each in models
+        for parameter in empty_model(each.config()).parameters()
+    )
+    needed = parameters * engine.dtype.itemsize + len(models) * _PROCESS_BYTES
+    if needed > (available := available_bytes()):
+        raise UsageError(
+            f"--target-speedup times {len(models)} models of different sizes in turns, which "
+            f"takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are available: give --sparsity "
+            "and measure with cfsp bench"
+        )

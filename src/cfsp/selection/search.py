@@ -1,0 +1,269 @@
+"""The search over plans: candidates that just meet a constraint, and the best of them by its score.
+
+    one part, one share        one candidate, nothing is compared
+    blocks or attentions       as many of their order as are enough
+    channels beside these      for each number of what is dropped, the share of channels left over
+
+Of several candidates all that may be best are masked, the few that are worth it repaired on a
+little text, and of these the nearest to the dense model is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cfsp.engine.workplace import kept
+from cfsp.errors import BudgetError, UsageError
+from cfsp.planning.candidate import Candidate, Dropped
+from cfsp.planning.make import Planner
+from cfsp.progress import item_progress
+from cfsp.selection.by_statistics import dropped_by
+from cfsp.selection.drop_budget import drops_in_words
+from cfsp.selection.score import RepairedScore, apart, has_room_for_two, masked_score
+from cfsp.settings import DIVERGENCE
+
+if TYPE_CHECKING:
+    from cfsp.calibration.statistics import Removal, Statistics
+    from cfsp.job import Job
+    from cfsp.selection.constraint import Constraint
+    from cfsp.selection.score import Repairer
+    from cfsp.settings import Budget, Part
+
+# Of more numbers than these, those between are tried only beside the best.
+_NUMBERS_AT_ONCE = 8
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate with its scores, in nats per token.
+
+    Attributes:
+        candidate: what was scored.
+        masked: KL(dense || pruned, not repaired).
+        repaired: the same after a repair on a little text; None where it was not tried.
+    """
+
+    candidate: Candidate
+    masked: float
+    repaired: float | None = None
+
+
+def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None:
+    """Return the candidate that meets a constraint where nothing is open; None if some is.
+
+    Raises:
+        BudgetError: none does.
+        StatisticsError: the statistics lack what the choice needs.
+    """
+    budget = constraint.budget
+    if "experts" in budget.parts:
+        gone, experts = constraint.experts(), constraint.source.architecture.experts
+        assert experts is not None
+        return Candidate(experts=gone, sparsity=budget.sparsity or gone / experts.count)
+    if not budget.whole_parts:
+        share = constraint.share(planner, budget.channel_parts, Dropped())
+        if share is None:
+            raise constraint.too_much()
+        return Candidate(parts=budget.channel_parts, sparsity=share)
+    if budget.channel_parts:
+        return None
+    wanted = constraint.to_drop()
+    dropped = dropped_by(planner.source, planner.statistics, wanted, planner.criterion.removal)
+    if planner.criterion.removal == DIVERGENCE:
+        order = wanted.first(planner.statistics.removals_of(wanted.parts))
+        dropped = constraint.enough(order or [])
+    share = wanted.sizes.parameters(dropped) / wanted.sizes.total
+    return Candidate(dropped, sparsity=budget.sparsity or share)
+
+
+def select(
+    job: Job, constraint: Constraint, statistics: Statistics, repair: Repairer | None
+) -> tuple[Planner, Candidate]:
+    """Return the best candidate, and what makes its plan.
+
+    A killed run goes on with what it had compared. Of several processes the first compares.
+
+    Args:
+        job: what is pruned; its windows are drawn only if something is compared.
+        constraint: what candidates just meet.
+        statistics: with all that candidates are made from.
+        repair: repairs by a plan; None where nothing will be repaired.
+
+    Raises:
+        BudgetError: no candidate meets the constraint.
+        UsageError: the model does not fit into memory.
+    """
+    planner = Planner.of(job.source, statistics, job.budget, job.criterion)
+    if only := only_candidate(constraint, planner):
+        return planner, only
+    order = constraint.to_drop().first(statistics.removals_of(job.budget.whole_parts)) or []
+    name = f"{'-'.join(job.budget.parts)}-{job.windows().digest[:8]}"
+
+    def masked() -> dict[str, Any]:
+        found = _all_masked(job, constraint, planner, order)
+        return {"candidates": [asdict(each) for each in found]}
+
+    def compare() -> list[Scored]:
+        found = [
+            Scored(Candidate.from_json(each["candidate"]), each["masked"])
+            for each in kept(job.place, name, masked)["candidates"]
+        ]
+        score = _repaired_score(job, repair)
+        if score is None:
+            return found
+        few = worth_a_repair(found)
+        return [_when_repaired(job, name, each, planner, score) if each in few else each
+                for each in found]  # fmt: skip
+
+    with job.place.watch.stage("try"):
+        found = job.place.team.from_first(compare)
+    best = best_of(found)
+    for each in found:
+        after = "" if each.repaired is None else f", {each.repaired:.4f} repaired"
+        chosen = " (chosen)" if each is best else ""
+        log.info("%s: divergence %.4f%s%s", each.candidate.in_words, each.masked, after, chosen)
+    return planner, best.candidate
+
+
+def _repaired_score(job: Job, repair: Repairer | None) -> RepairedScore | None:
+    """Return the score after repair; None where there is none, or no room for it."""
+    if repair is None:
+        return None
+    if not has_room_for_two(job.source, job.engine):
+        log.warning("no memory for a pruned model beside the dense one: compared before repair")
+        return None
+    return RepairedScore(job, *apart(job.windows()), repair)
+
+
+def _when_repaired(
+    job: Job, name: str, scored: Scored, planner: Planner, score: RepairedScore
+) -> Scored:
+    """Return a candidate that was repaired as well, now or before a kill."""
+    candidate = scored.candidate
+    log.info("repairing on a little text: %s", candidate.in_words)
+    number = f"{len(candidate.dropped)}-{'-'.join(candidate.parts)}"
+    found = kept(
+        job.place,
+        f"{name}-repaired-{number}",
+        lambda: {"repaired": score.score(planner, candidate)},
+    )
+    return replace(scored, **found)
+
+
+def _all_masked(
+    job: Job, constraint: Constraint, planner: Planner, order: Sequence[Removal]
+) -> list[Scored]:
+    """Score every number of what is dropped that may be the best one, before repair.
+
+    Raises:
+        BudgetError: none is possible.
+    """
+    score = masked_score(job.source, job.engine, job.windows())
+    choices = channels_to_try(job.budget)
+    found: list[Scored] = []
+    with item_progress("choosing how many", len(choices) * len(order), "plan") as bar:
+        for parts in choices:
+
+            def scored(count: int, parts: tuple[Part, ...] = parts) -> Scored | None:
+                dropped = Dropped.of(order[:count])
+                share = constraint.share(planner, parts, dropped)
+                if share is None:
+                    return None  # the others do not own so much
+                candidate = Candidate(dropped, 0, parts, share)
+                bar.update()
+                try:
+                    return Scored(candidate, score.score(planner, candidate))
+                except BudgetError:
+                    return None  # or cannot lose it
+
+            found += _best_numbers([each.divergence for each in order], scored)
+    if not found:
+        raise constraint.too_much()
+    return found
+
+
+def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]) -> list[Scored]:
+    """Score numbers of what is dropped, ascending, where the best one is among them.
+
+    Every number of few; of many those at even distances, then those around the best.
+
+    Args:
+        alone: the divergence when the first, the first two, ... of the order go and nothing else.
+        scored: scores a number; None where it does not meet the constraint.
+    """
+    found: dict[int, Scored | None] = {}
+
+    def best() -> float:
+        return min((each.masked for each in found.values() if each), default=float("inf"))
+
+    def try_all(counts: Iterator[int]) -> None:
+        for count in counts:
+            if count in found or not 0 <= count <= len(alone):
+                continue
+            if count and alone[count - 1] > best():
+                return  # whatever else goes as well makes it worse, and so does another one
+            found[count] = scored(count)
+
+    step = 1
+    while len(alone) / step > _NUMBERS_AT_ONCE:
+        step *= 2
+    try_all(iter(range(0, len(alone) + 1, step)))
+    while step > 1:
+        step //= 2
+        middle = min(found, key=lambda count: getattr(found[count], "masked", float("inf")))
+        try_all(iter((middle - step, middle + step)))
+    return [each for _, each in sorted(found.items()) if each]
+
+
+def channels_to_try(budget: Budget) -> list[tuple[Part, ...]]:
+    """Return of which parts channels may go: of FFNs alone, and of all."""
+    parts = budget.channel_parts
+    return [("ffn",), parts] if len(parts) > 1 else [parts]
+
+
+def best_of(found: Sequence[Scored]) -> Scored:
+    """Return the candidate whose predictions are nearest to the dense model's.
+
+    Only those that were repaired count, if some were.
+    """
+    repaired = [(each.repaired, each) for each in found if each.repaired is not None]
+    if not repaired:
+        return _nearest(found)
+    return min(repaired, key=lambda pair: pair[0])[1]
+
+
+def worth_a_repair(found: Sequence[Scored]) -> list[Scored]:
+    """Return the few that may be the best after repair.
+
+    For each choice of channels: the best before it, the one with the least dropped, because repair
+    wins back more of what channels lose, and the one in the middle between.
+    """
+    few: list[Scored] = []
+    for parts in dict.fromkeys(each.candidate.parts for each in found):
+        alike = [each for each in found if each.candidate.parts == parts]
+        last = alike.index(_nearest(alike))
+        few += [alike[index] for index in sorted({0, last // 2, last})]
+    return few
+
+
+def _nearest(found: Sequence[Scored]) -> Scored:
+    """Return the nearest before repair; of equal ones the first."""
+    return min(found, key=lambda each: each.masked)
+
+
+def check_is_definite(budget: Budget) -> None:
+    """Check that what goes of a budget follows from statistics alone.
+
+    Raises:
+        UsageError: plans are to be compared.
+    """
+    if budget.whole_parts and budget.channel_parts:
+        raise UsageError(
+            f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
+            "should go, which requires the model and a text; make the plan with cfsp prune"
+        )

@@ -1,0 +1,218 @@
+"""Sensitivity of a block: how far the model's predictions move when its FFNs alone are pruned.
+
+The same is measured of its attention alone, where that may lose KV groups.
+
+Angular distance says how much a block does, sensitivity how much of that its weakest channels do.
+It is measured by masking, forward passes only, on the whole model in memory: no block can be
+dropped while others are tried. What enters a block does not depend on its own pruning, so only
+the blocks from it on are computed again: half a forward pass for each block on average.
+
+Shapes: N windows, T tokens, L blocks, U units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.calibration.statistics import Sensitivity, Statistics, sensitivity_from_json
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
+from cfsp.engine.whole import fits
+from cfsp.engine.workplace import kept
+from cfsp.errors import CalibrationError
+from cfsp.planning.channels import choose_channels
+from cfsp.progress import item_progress
+from cfsp.selection.divergence import can_resume, dense_predictions, few_beginnings
+from cfsp.selection.load import call_form_of, load_whole
+from cfsp.selection.masks import masked_unit
+from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
+    from cfsp.job import Job
+    from cfsp.settings import Criterion, Part
+    from cfsp.text.windows import Windows
+
+# Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
+# that one measurement serves every budget.
+SENSITIVITY_SPARSITY = 0.5
+
+
+def block_sensitivities(
+    source: WeightSource,
+    model: PreTrainedModel,
+    tokens_NT: Tensor,
+    kept_U: Sequence[Sequence[int]],
+    on_block: Callable[[], object] = lambda: None,
+    parts: Collection[Part] = UNIT_PARTS,
+) -> dict[Part, list[float]]:
+    """Return how far pruning a part of each block alone moves the predictions, in nats per token.
+
+    KL(dense || one block pruned), the mean over tokens; see `cfsp.selection.divergence`. All
+    units of one part of a block are pruned together; a block without any moves nothing.
+
+    Args:
+        source: the dense model.
+        model: the whole of it in memory, in evaluation mode.
+        tokens_NT: windows without padding; they pass one at a time.
+        kept_U: channels of each unit that stay when its block is pruned.
+        on_block: is called after each block of each window.
+        parts: those that are pruned.
+    """
+    blocks = blocks_of(model, source.architecture)
+
+    form = call_form_of(model, blocks)
+    places = _places(source, parts)
+    total_of: dict[Part, list[float]] = {part: [0.0] * len(blocks) for _, part in places}
+    resumes: bool | None = None
+    with torch.inference_mode():
+        for tokens_T in tokens_NT:
+            with hidden_states_entering(blocks) as entering_L:
+                dense = dense_predictions(model, tokens_T[None])
+            if resumes is None:
+                resumes = can_resume(model, blocks, entering_L[-1], form, dense)
+            for index, part in places:
+                first = index if resumes else 0
+                with ExitStack() as masks, resumed_at(blocks, first, entering_L[first], form):
+                    for unit, kept_K in zip(source.units, kept_U, strict=True):
+                        if (unit.block, unit.part) == (index, part):
+                            masks.enter_context(masked_unit(blocks[index], unit, kept_K))
+                    total_of[part][index] += dense.divergence(model)
+                on_block()
+    return {
+        part: [total / len(tokens_NT) for total in total_L] for part, total_L in total_of.items()
+    }
+
+
+def _places(source: WeightSource, parts: Collection[Part]) -> list[tuple[int, Part]]:
+    """Return the parts of blocks that are pruned alone, block by block."""
+    return sorted({(unit.block, unit.part) for unit in source.units if unit.part in parts})
+
+
+def follow_sensitivity(
+    source: WeightSource, criterion: Criterion, engine: Engine, *, has_images: bool
+) -> bool:
+    """Return whether widths will follow the sensitivity of blocks.
+
+    Where the block metric is `auto`, they do if it can be measured: the windows are of text alone,
+    and the whole model fits into memory.
+    """
+    if criterion.block_metric != AUTO_METRIC:
+        return criterion.block_metric in SENSITIVITY_METRICS
+    return not has_images and fits(source, engine)
+
+
+def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) -> Statistics:
+    """Add the sensitivity of blocks where widths follow it, of the parts that may lose channels.
+
+    Statistics that have it stay as they are. A killed run goes on with what it had measured, or had
+    decided not to measure: there may be another amount of memory now. Of several processes the
+    first decides and measures.
+    """
+    source, engine, place = job.source, job.engine, job.place
+    criterion, parts = job.criterion, {"ffn", *job.budget.channel_parts}
+    if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
+        return statistics
+
+    def measure() -> dict[str, Any]:
+        if not follow_sensitivity(source, criterion, engine, has_images=windows.has_images):
+            return {"sensitivity": None}
+        with place.watch.stage("sensitivity"):
+            found = with_sensitivity(source, statistics, windows, criterion, engine, parts)
+        assert found.sensitivity is not None
+        return {"sensitivity": found.sensitivity.to_json()}
+
+    # Other windows would be another measurement.
+    name = f"sensitivity-{windows.digest[:8]}"
+    found = place.team.from_first(lambda: kept(place, name, measure)["sensitivity"])
+    blocks = len(statistics.blocks)
+    return replace(statistics, sensitivity=sensitivity_from_json(found, blocks))
+
+
+def with_sensitivity(
+    source: WeightSource,
+    statistics: Statistics,
+    windows: Windows,
+    criterion: Criterion,
+    engine: Engine,
+    parts: Collection[Part] = UNIT_PARTS,
+) -> Statistics:
+    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
+    few = few_beginnings(windows)
+    found = measure_sensitivity(source, statistics, few, criterion, engine, parts)
+    return replace(statistics, sensitivity=found)
+
+
+def measure_sensitivity(
+    source: WeightSource,
+    statistics: Statistics,
+    windows: Windows,
+    criterion: Criterion,
+    engine: Engine,
+    parts: Collection[Part] = UNIT_PARTS,
+) -> Sensitivity:
+    """Prune a part of every block alone by half and measure what that does to the predictions.
+
+    Args:
+        source: the model.
+        statistics: say which channels are the weakest.
+        windows: to measure on; a few are enough.
+        criterion: what makes a channel important.
+        engine: where and in what to compute.
+        parts: those that are pruned.
+
+    Raises:
+        UsageError: the model does not fit into memory.
+        CalibrationError: the model predicts NaN.
+    """
+    kept_U = [
+        choose_channels(
+            source,
+            unit,
+            observed,
+            max(1, round(source.units[unit].width * (1 - SENSITIVITY_SPARSITY))),
+            criterion,
+        )
+        for unit, observed in enumerate(statistics.units)
+    ]
+    model = load_whole(source, engine, "measuring the sensitivity of blocks")
+    total = len(windows.tokens_NT) * len(_places(source, parts))
+    with item_progress("sensitivity", total, "pass") as bar:
+        found = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update, parts)
+    if not all(map(math.isfinite, chain(*found.values()))):
+        raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
+    # Equal predictions may differ by rounding, in either direction.
+    few = len(windows.tokens_NT)
+    of_part: dict[str, Sensitivity] = {
+        part: Sensitivity(
+            tuple(max(0.0, divergence) for divergence in found_L),
+            _kept_shares(source, part, kept_U, len(found_L)),
+            few,
+        )
+        for part, found_L in found.items()
+    }
+    of_ffns = of_part.pop("ffn")
+    return replace(of_ffns, other_parts=of_part)
+
+
+def _kept_shares(
+    source: WeightSource, part: Part, kept_U: Sequence[Sequence[int]], blocks: int
+) -> tuple[float, ...]:
+    """Return which share of a part's channels stayed in each block; 1 where there is none."""
+    kept_L, all_L = [0] * blocks, [0] * blocks
+    for unit, kept_K in zip(source.units, kept_U, strict=True):
+        if unit.part == part:
+            kept_L[unit.block] += len(kept_K)
+            all_L[unit.block] += unit.width * unit.ffns
+    return tuple(k / a if a else 1.0 for k, a in zip(kept_L, all_L, strict=True))

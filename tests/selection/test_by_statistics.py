@@ -1,0 +1,187 @@
+"""Which blocks go whole, from statistics, and when they are enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cfsp
+from builders import statistics_with_distances
+from cfsp.calibration.statistics import Removal, RunDistances, Statistics
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
+from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
+from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.planning.candidate import NOTHING, Candidate, Dropped
+from cfsp.selection.by_statistics import cheapest_runs, dropped_by
+from cfsp.selection.drop_budget import DropBudget
+from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, Budget
+from tiny_decoders import tiny_model
+
+BLOCKS = 6
+
+
+def random_runs(seed: int, blocks: int = BLOCKS) -> RunDistances:
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.rand(blocks + 1, blocks + 1, generator=generator).tolist()
+    return RunDistances(tuple(map(tuple, sums)), 2)
+
+
+def cost_of(runs: RunDistances, removed: tuple[int, ...]) -> float:
+    """Return the sum over the longest runs of removed blocks."""
+    total, start = 0.0, None
+    for block in range(BLOCKS + 1):
+        if block in removed:
+            start = block if start is None else start
+        elif start is not None:
+            total += runs.between(start, block)
+            start = None
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("banned", [(), (0, 3)])
+def test_runs_are_the_cheapest_of_all(seed: int, count: int, banned: tuple[int, ...]) -> None:
+    runs = random_runs(seed)
+    free = [block for block in range(BLOCKS) if block not in banned]
+    best = min(combinations(free, count), key=lambda removed: cost_of(runs, removed))
+    assert tuple(cheapest_runs(runs, BLOCKS, count, banned)) == best
+
+
+def test_one_of_several_is_said_so() -> None:
+    both = Dropped((3,), (0, 1))
+    assert both.in_words == "1 block and 2 attention layers"
+    assert Dropped((), (4,)).in_words == "1 attention layer"
+    beside = Candidate(both, parts=("ffn", "kv"), sparsity=0.25)
+    assert beside.in_words.endswith("and 25.0% of the FFN channels and KV groups of the others")
+    assert Candidate(parts=("ffn",), sparsity=0.25).in_words == "25.0% of the FFN channels"
+    assert Candidate(experts=2).in_words == "2 experts of each block"
+
+
+@pytest.fixture(scope="module")
+def source() -> LoadedModel:
+    return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))
+
+
+def test_a_budget_is_met_to_within_half_a_block(source: LoadedModel) -> None:
+    each = parameters_of_blocks(source)
+    assert len(set(each)) == 1
+    total = parameter_count(source)
+    for sparsity, expected in ((0.0, 0), (0.08, 0), (0.09, 1), (0.5, 3), (0.83, 5)):
+        budget = DropBudget.of_share(source, ("blocks",), sparsity)
+        first = (Dropped(tuple(range(count))) for count in range(BLOCKS))
+        assert len(next(filter(budget.is_met_by, first)).blocks) == expected
+    of_model = DropBudget.of_share(source, ("blocks",), 2 * each[0] / total, of_model=True)
+    assert of_model.is_met_by(Dropped((0, 4)))
+    assert not of_model.is_met_by(Dropped((0,)))
+    by_count = DropBudget.of_count(source, "blocks", 2)
+    assert by_count.is_met_by(Dropped((1, 2)))
+    assert not by_count.is_met_by(Dropped((1,)))
+
+
+def test_an_impossible_budget_names_the_range(source: LoadedModel) -> None:
+    with pytest.raises(BudgetError, match=r"between 0 and 83.3% can be removed"):
+        DropBudget.of_share(source, ("blocks",), 0.95)
+    with pytest.raises(BudgetError, match="of the model's parameters: at least one of 6"):
+        DropBudget.of_share(source, ("blocks",), 0.9, of_model=True)
+    with pytest.raises(BudgetError, match="between 0 and 5 can be removed"):
+        DropBudget.of_count(source, "blocks", 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parts": "ffn", "remove_blocks": 2}, "--remove-blocks belongs to --parts blocks"),
+        ({"parts": "blocks", "remove_blocks": -1}, "must be at least 0"),
+        ({"parts": ""}, "--parts must be of ffn, kv, attention, blocks"),
+    ],
+)
+def test_budgets_that_contradict_themselves(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Budget(**fields)
+
+
+def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
+    budget = DropBudget.of_share(source, ("blocks",), 1 / 3)
+    statistics = statistics_with_distances(
+        {"cosine": [0.9, 0.1, 0.5, 0.4, 0.2, 0.8], "angular": [0.1] * BLOCKS}
+    )
+    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (1, 4)
+    nothing = DropBudget.of_share(source, ("blocks",), 0.0)
+    assert dropped_by(source, statistics, nothing, INFLUENCE) == NOTHING
+    measured = replace(
+        statistics,
+        removals=(Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7)),
+        runs=random_runs(0),
+    )
+    assert dropped_by(source, measured, budget, DIVERGENCE).blocks == (2, 5)
+    expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
+    assert dropped_by(source, measured, budget, RUNS).blocks == expected
+    with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
+        dropped_by(source, statistics, budget, RUNS)
+    more = DropBudget.of_share(source, ("blocks",), 0.8)
+    with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
+        dropped_by(source, measured, more, DIVERGENCE)
+    with pytest.raises(UsageError, match="unknown removal"):
+        dropped_by(source, statistics, budget, "chance")
+
+
+def test_a_block_that_cannot_go_is_left_out() -> None:
+    """Every second block has experts, by a rule that one block fewer breaks."""
+    model = tiny_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2)
+    source = LoadedModel(model)
+    statistics = statistics_with_distances({"cosine": [0.9, 0.8, 0.3, 0.1]})
+    budget = DropBudget.of_count(source, "blocks", 1)
+    # Without the last block the rule says the same of the others.
+    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
+    statistics = statistics_with_distances({"cosine": [0.9, 0.1, 0.3, 0.8]})
+    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
+
+
+def test_statistics_keep_what_the_choice_needs(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
+    source = tiny_checkpoint("llama")
+    statistics = cfsp.calibrate(source, parts="blocks", **asked)
+    assert len(statistics.removals) == 2  # half of three, to within half a block
+    statistics.save(tmp_path / "s")
+    assert Statistics.load(tmp_path / "s").removals == statistics.removals
+    plan = cfsp.plan(source, statistics, sparsity=0.3, parts="blocks")
+    assert plan.removed_blocks == (statistics.removals[0].block,)
+    assert plan.criterion["of"] == "blocks"
+    report = cfsp.prune(
+        source, out=tmp_path / "o", sparsity=0.3, parts="blocks", effort="fast", **asked
+    )
+    assert report.plan.removed_blocks == plan.removed_blocks
+
+    by_runs = cfsp.prune(
+        source, out=tmp_path / "r", sparsity=0.3, parts="blocks", removal="runs", **asked
+    )
+    kept = Statistics.load(tmp_path / "r" / "cfsp.statistics")
+    assert kept.runs is not None and not kept.removals
+    for block, distance in enumerate(kept.distances("angular")):
+        # Of a part of the tokens.
+        assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
+    by_them = dropped_by(
+        own := Checkpoint(source), kept, DropBudget.of_share(own, ("blocks",), 0.3), RUNS
+    )
+    assert by_runs.plan.removed_blocks == by_them.blocks
+
+
+def test_names_of_stored_tensors_that_share_a_block_are_refused(source: LoadedModel) -> None:
+    of_four, of_one = (f"model.layers.{block}.mlp.up_proj.weight" for block in (4, 1))
+    stored = replace(source.stored, tied={of_four: of_one})
+    sharing = LoadedModel(source.model)
+    sharing.stored = stored
+    with pytest.raises(UnsupportedModelError, match=r"block 1 .* can't be removed: model.layers.4"):
+        names_without_blocks(sharing, (1,))
+    assert names_without_blocks(sharing, (1, 4))["model.layers.5.mlp.up_proj.weight"] == (
+        "model.layers.3.mlp.up_proj.weight"
+    )

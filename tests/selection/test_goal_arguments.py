@@ -1,0 +1,88 @@
+"""What says how much goes: one thing, in its range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cfsp
+from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.errors import UsageError
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.prune_report import PruneReport
+from cfsp.settings import (
+    TargetParameters,
+)
+from commands_of_goals import prune
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "exactly one of --sparsity"),
+        (["--sparsity", "0.5", "--target-params", "0.5"], "--sparsity and --target-params"),
+        (["--target-speedup", "1.2", "--max-loss-increase", "1"], "found --target-speedup and"),
+        (
+            ["--parts", "ffn,kv", "--sparsity", "0.2"],
+            "several share one target, --target-params or --target-speedup or --max-loss-increase",
+        ),
+        (
+            ["--parts", "blocks", "--remove-blocks", "1", "--sparsity", "0.2"],
+            "found --sparsity and --remove-blocks",
+        ),
+        (["--parts", "ffn,blocks", "--remove-blocks", "1"], "belongs to --parts blocks alone"),
+        (["--parts", "ffn,experts", "--target-params", "0.8"], "whole experts go alone"),
+        (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
+        (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
+        (["--sparsity", "0.5", "--target-speedup-of", "decode"], "belongs to --target-speedup"),
+        (["--target-params", "0"], "--target-params must be in (0, 1], such as 0.7, found 0.0"),
+        (["--target-params", "1.5"], "--target-params must be in (0, 1]"),
+        (["--target-params", "nan"], "--target-params must be in (0, 1]"),
+        (["--target-speedup", "1"], "--target-speedup must be above 1"),
+        (["--max-loss-increase", "-1"], "--max-loss-increase must be above 0"),
+        (["--max-loss-increase", "nan"], "--max-loss-increase must be above 0"),
+        (["--max-loss-increase", "1", "--held-out-windows", "0"], "must be at least 1"),
+        (["--target-params", "0.01"], "cannot remove 99.0% of the model's parameters"),
+        (["--max-loss-increase", "1", "--statistics", "s"], "needs a --held-out text"),
+        (["--plan", "p.json", "--target-params", "0.5"], "--plan and --target-params exclude"),
+    ],
+)
+def test_impossible_goals_are_one_sentence(
+    model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    capsys.readouterr()
+    assert prune(model, text_file, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_what_goes_whole_need_no_sparsity(
+    model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["--parts", "blocks", "--set", "remove_blocks=1", "--effort", "fast"]
+    assert prune(model, text_file, tmp_path / "out", *arguments) == 0
+    in_python = cfsp.prune(
+        model, out=tmp_path / "python", parts="blocks", remove_blocks=1, effort="fast",
+        data=[str(text_file)], samples=2, seqlen=16,
+    )  # fmt: skip
+    assert isinstance(in_python, PruneReport)
+    assert len(in_python.plan.removed_blocks) == 1
+    assert len(PruningPlan.load(tmp_path / "out" / PLAN_FILE).removed_blocks) == 1
+    statistics = cfsp.calibrate(model, parts="blocks", data=[text_file], samples=8, seqlen=32)
+    planned = cfsp.plan(model, statistics, parts="blocks", remove_blocks=1)
+    assert len(planned.removed_blocks) == 1
+
+
+def test_python_wants_a_sparsity_or_a_goal(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="found neither"):
+        cfsp.prune(model, out=tmp_path / "out")
+    with pytest.raises(UsageError, match="found both"):
+        cfsp.prune(model, out=tmp_path / "out", sparsity=0.5, goal=TargetParameters(0.5))

@@ -1,0 +1,106 @@
+"""What is told to stay loses nothing, and the others pay for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cfsp
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.cli import main
+from cfsp.errors import BudgetError, UsageError
+from cfsp.planning.allocation import ModelSize, UnitSize, allocate
+from cfsp.planning.keep import kept_by
+from cfsp.settings import Budget
+from tiny_decoders import tiny_model
+
+BLOCKS = 5
+
+
+@pytest.fixture(scope="module")
+def source() -> LoadedModel:
+    return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS), ("ffn", "kv", "blocks"))
+
+
+def test_numbers_are_blocks_and_words_are_patterns(source: LoadedModel) -> None:
+    names = [(unit.block, unit.part) for unit in source.units]
+    assert {names[i] for i in kept_by(source, ("1",)).units} == {(1, "ffn"), (1, "kv")}
+    found = kept_by(source, ("model.layers.[03].self_attn", "4"))
+    assert {names[i] for i in found.units} == {(0, "kv"), (3, "kv"), (4, "kv"), (4, "ffn")}
+    assert found.blocks == {0, 3, 4}
+    with pytest.raises(UsageError, match=r"--keep names block 5, and .* has the blocks 0 to 4"):
+        kept_by(source, ("5",))
+    with pytest.raises(UsageError, match=r"fits no module .* such are model\.layers\.0\."):
+        kept_by(source, ("lm_head",))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.05, 1.0), st.booleans()), min_size=1),
+    st.floats(0.0, 0.9),
+    st.sampled_from(["importance", "equal"]),
+)
+def test_what_stays_keeps_all_and_the_sum_is_met(
+    drawn: list[tuple[int, float, bool]], sparsity: float, widths: Any
+) -> None:
+    multiple = 4
+    units = tuple(UnitSize(4 * width, 3, stays=stays) for width, _, stays in drawn)
+    budget = Budget(sparsity, multiple=multiple, widths=widths)
+    size = ModelSize(units, 10**6)
+    try:
+        kept_U = allocate([importance for _, importance, _ in drawn], budget, size)
+    except BudgetError:
+        least = size.cost_of(size.least_U(budget))
+        assert (1 - sparsity) * size.cost_of(size.width_U) < least
+        return
+    for kept, unit in zip(kept_U, units, strict=True):
+        assert kept == unit.width if unit.stays else 0 < kept <= unit.width
+    wanted = (1 - sparsity) * sum(unit.width for unit in units)
+    slack = multiple / 2 * (len(units) if widths == "equal" else 1)
+    assert abs(sum(kept_U) - wanted) <= slack + 1e-6 or sum(kept_U) == sum(size.least_U(budget))
+
+
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_a_command_that_keeps_blocks(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, repair: str
+) -> None:
+    model, out = tiny_checkpoint("llama"), tmp_path / "out"
+    command = ["prune", str(model), "--sparsity", "0.3", "--keep", "0", "--multiple", "8"]
+    command += ["--data", str(text_file), "--samples", "4", "--seqlen", "32", "--repair", repair]
+    assert main([*command, "--out", str(out)]) == 0
+    plan = cfsp.PruningPlan.load(out / "cfsp_plan.json")
+    first, *others = plan.units
+    assert first.kept_width == first.width
+    assert all(unit.kept_width < unit.width for unit in others)
+    assert plan.ffn_sparsity == pytest.approx(0.3, abs=0.03)
+    assert plan.criterion["keep"] == ["0"]
+
+
+@pytest.mark.parametrize("removal", ["divergence", "runs", "influence"])
+def test_blocks_that_stay_are_not_dropped(
+    source: LoadedModel, tokenizer: Any, text_file: Path, removal: str
+) -> None:
+    found = [
+        cfsp.prune(
+            source.model, tokenizer, parts="blocks", remove_blocks=2, keep=keep, removal=removal,
+            data=[text_file], samples=4, seqlen=32, device="cpu", effort="fast",
+        ).config.cfsp["removed_blocks"]
+        for keep in ((), (1, 2, 3))
+    ]  # fmt: skip
+    assert found[1] == [0, 4] != found[0] or found[0] == [0, 4]
+
+
+def test_more_than_the_others_own_is_refused(
+    source: LoadedModel, tokenizer: Any, text_file: Path
+) -> None:
+    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "multiple": 8}
+    with pytest.raises(BudgetError, match="what --keep names must stay; between 0 and 2"):
+        cfsp.prune(source.model, tokenizer, parts="blocks", remove_blocks=3, keep="0,1,2", **asked)
+    with pytest.raises(BudgetError, match="can be removed"):
+        cfsp.prune(source.model, tokenizer, sparsity=0.5, keep="0,1,2,3", **asked)
+    with pytest.raises(UsageError, match="--keep is not for --parts experts"):
+        Budget(0.5, parts=("experts",), keep=("0",))

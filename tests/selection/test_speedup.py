@@ -1,0 +1,333 @@
+"""As little goes as is predicted to be so many times faster."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cfsp
+from builders import job_of
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.skeleton import empty_model
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
+from cfsp.cli import main
+from cfsp.engine.compute import Engine
+from cfsp.engine.workplace import Workplace
+from cfsp.errors import BudgetError, ResumeError, UsageError
+from cfsp.planning.candidate import NOTHING, Dropped
+from cfsp.planning.make import Planner
+from cfsp.result.manifest import read_manifest
+from cfsp.selection import latency, speedup
+from cfsp.selection.bisection import STEPS
+from cfsp.selection.goal import constraint_of
+from cfsp.selection.latency import (
+    WORKLOAD,
+    Curve,
+    Latencies,
+    measure_latencies,
+    models_to_time,
+    widths_to_measure,
+)
+from cfsp.selection.search import only_candidate
+from cfsp.settings import (
+    PHASES,
+    Budget,
+    Criterion,
+    Part,
+    PruneSettings,
+    TargetSpeedup,
+)
+from cfsp.settings.budget import parse_parts
+from cfsp.speed.work import work_of
+from commands_of_goals import prune
+from tiny_models import BLOCKS, WIDTH
+
+# Half of the width saves a quarter of the time, all of it four tenths.
+FFN = Curve((8, 48, 96), (0.6, 0.75, 1.0))
+# A group of two saves a tenth, an attention three tenths; all blocks 95 hundredths.
+LATENCIES = Latencies(
+    {
+        "ffn": FFN,
+        "kv": Curve((0, 1, 2), (0.7, 0.9, 1.0)),
+        "blocks": Curve((0, BLOCKS), (0.05, 1.0)),
+    },
+    {"disturbance": 0.0},
+)
+
+
+def test_latencies_are_linear_between_the_measured_widths() -> None:
+    assert [FFN.at(w) for w in (8, 48, 96)] == [0.6, 0.75, 1.0]
+    assert FFN.at(28) == pytest.approx(0.675)
+    assert FFN.at(72) == pytest.approx(0.875)
+
+
+def test_what_parts_save_is_added_up(model: Path) -> None:
+    units = open_checkpoint(model, None, ("ffn", "kv", "blocks")).units
+    whole = [unit.width for unit in units]
+
+    def speedup(kept: dict[tuple[str, int], int], removed: Dropped = NOTHING) -> float:
+        kept_U = [kept.get((unit.part, unit.block), unit.width) for unit in units]
+        return LATENCIES.speedup(units, kept_U, removed, BLOCKS)
+
+    assert LATENCIES.speedup(units, whole, NOTHING, BLOCKS) == 1
+    # A model of different widths takes the mean of what they take.
+    assert speedup({("ffn", 0): 8}) == pytest.approx(1 / (1 - 0.4 / BLOCKS))
+    assert speedup({("kv", 0): 0, ("kv", 1): 1}) == pytest.approx(1 / (1 - 0.4 / BLOCKS))
+    both = {("ffn", 0): 8, ("kv", 1): 1}
+    assert speedup(both) == pytest.approx(1 / (1 - 0.5 / BLOCKS))
+    # What a block saves is not counted again for its channels.
+    gone = {("ffn", 0): 0, ("kv", 0): 0}
+    assert speedup(gone, Dropped((0,))) == pytest.approx(1 / (1 - 0.95 / BLOCKS))
+
+
+def test_models_to_time_have_less_of_each_part(model: Path) -> None:
+    parts: tuple[Part, ...] = ("ffn", "kv", "attention", "blocks")
+    source = open_checkpoint(model, None, parts)
+    whole, timed = models_to_time(source, Budget(multiple=48, parts=parts), 48)
+    assert [(each.part, each.kept) for each in timed] == [
+        ("ffn", 48), ("kv", 1), ("kv", 0), ("blocks", 0),
+    ]  # fmt: skip
+    assert [each.share for each in timed] == [1, 1, (BLOCKS // 2) / BLOCKS, (BLOCKS // 2) / BLOCKS]
+    sizes = [
+        sum(p.numel() for p in empty_model(each.config()).parameters())
+        for each in (whole, *(each.model for each in timed))
+    ]
+    assert sizes[0] == parameter_count(source)
+    assert all(size < sizes[0] for size in sizes[1:])
+    of_blocks = parameters_of_blocks(source)
+    assert sizes[-1] == sizes[0] - sum(of_blocks[(BLOCKS + 1) // 2 :])
+
+
+@given(st.integers(1, 20000), st.sampled_from([1, 8, 32, 128, 256]))
+def test_widths_to_measure(widest: int, multiple: int) -> None:
+    widest = max(widest, multiple)
+    widths = widths_to_measure(widest, multiple)
+    assert widths == sorted(set(widths))
+    assert widths[0] == multiple and widths[-1] == widest
+    assert len(widths) <= 5
+    assert all(width % multiple == 0 for width in widths[:-1])
+
+
+def asked_for(model: Path, goal: TargetSpeedup) -> speedup.Speedup:
+    found = replace(LATENCIES, curves={"ffn": FFN})
+    return speedup.Speedup(open_checkpoint(model), Budget(multiple=8), goal, lambda: found)
+
+
+def planner(model: Path, statistics: Path) -> Planner:
+    loaded = Statistics.load(statistics)
+    return Planner.of(open_checkpoint(model), loaded, Budget(multiple=8), Criterion())
+
+
+@pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
+def test_target_speedup_is_the_least_that_is_enough(
+    model: Path, statistics: Path, ratio: float
+) -> None:
+    found = asked_for(model, TargetSpeedup(ratio))
+    chosen = found.share(planner(model, statistics), ("ffn",), NOTHING)
+    assert chosen is not None
+    values = {entry.sparsity: entry.value for entry in found.tried}
+    assert values[chosen] >= ratio
+    below = round(chosen - 1 / STEPS, 6)
+    assert all(value < ratio for sparsity, value in values.items() if sparsity <= below)
+    assert any(sparsity == pytest.approx(below) for sparsity in values) or chosen == 1 / STEPS
+
+
+def test_a_speedup_that_attention_forbids(model: Path, statistics: Path) -> None:
+    with pytest.raises(BudgetError, match=r"cannot become 1\.7 times.*1\.6\d times.*reach 1\.67"):
+        only_candidate(asked_for(model, TargetSpeedup(1.7)), planner(model, statistics))
+
+
+@pytest.mark.parametrize(
+    ("parts", "ratio", "dropped"),
+    [
+        ("blocks", 1.3, {"blocks": 1}),
+        ("blocks", 1.9, {"blocks": 2}),
+        ("attention", 1.15, {"attentions": 2}),
+        ("attention,blocks", 1.2, None),
+        ("ffn,kv", 1.4, None),
+        ("ffn,blocks", 1.6, None),
+        ("ffn,attention", 1.4, None),
+    ],
+)
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_a_speed_by_other_parts(
+    model: Path, text_file: Path, tmp_path: Path, parts: str, ratio: float,
+    dropped: dict[str, int] | None, repair: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if repair == "ridge" and parts != "ffn,blocks":
+        pytest.skip("once is enough")
+    source = open_checkpoint(model, None, tuple(parts.split(",")))  # type: ignore[arg-type]
+    curves = {
+        part: curve
+        for part, curve in LATENCIES.curves.items()
+        if part in latency.measured_parts(Budget(parts=parse_parts(parts)).parts)  # type: ignore[arg-type]
+    }
+    found = replace(LATENCIES, curves=curves)
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
+    monkeypatch.setattr(speedup, "most_speedup", lambda *_: 9.0)
+    options = ["--target-speedup", ratio, "--parts", parts, "--repair", repair]
+    assert prune(model, text_file, tmp_path / "out", *options) == 0
+    printed = capsys.readouterr().out
+    assert f"at least {ratio:g} times faster in decode: " in printed
+    goal = read_manifest(tmp_path / "out")["goal"]  # type: ignore[index]
+    if dropped is not None:
+        assert {key: len(goal["chosen"]["dropped"][key]) for key in dropped} == dropped
+    plan = cfsp.PruningPlan.load(tmp_path / "out" / "cfsp_plan.json")
+    kept_U = [unit.kept_width for unit in plan.units]
+    gone = Dropped(plan.removed_blocks, plan.removed_attentions)
+    assert found.speedup(source.units, kept_U, gone, BLOCKS) >= ratio
+    assert goal["tried"]
+
+
+def test_a_speed_out_of_reach_names_that_of_each_part(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    slow = replace(LATENCIES, curves={"ffn": FFN, "blocks": Curve((0, BLOCKS), (0.5, 1.0))})
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: slow)
+    monkeypatch.setattr(speedup, "most_speedup", lambda *_: 9.0)
+    options = ["--target-speedup", 4, "--parts", "ffn,blocks"]
+    assert prune(model, text_file, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot become 4 times faster with --parts ffn,blocks" in error
+    assert "alone, FFN channels reach 1.67, blocks reach" in error
+    assert (
+        prune(model, text_file, tmp_path / "out", "--target-speedup", 4, "--parts", "experts") == 2
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_speedup_beyond_all_sizes_is_refused_before_any_work(
+    phase: str,
+    model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("nothing needs to be timed or calibrated")
+
+    monkeypatch.setattr(speedup, "measure_latencies", work)
+    monkeypatch.setattr("cfsp.decide.calibrate_together", work)
+    arguments = ["--target-speedup", "50", "--target-speedup-of", phase]
+    assert prune(model, text_file, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{phase} cannot become 50 times faster" in error
+    assert "head and at least 8 channels of every block and attention stay" in error
+    assert "FFN channels reach" in error and "blocks reach" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_most_that_sizes_allow_is_the_ratio_of_work(model: Path) -> None:
+    source = open_checkpoint(model)
+    before = work_of(source, head=True, itemsize=4)
+    left = before.block_parameters - BLOCKS * 3 * 32 * (WIDTH - 8)
+    after = replace(before, block_parameters=left, block_bytes=4 * left)
+    engine = Engine(torch.device("cpu"), torch.float32)
+    bytes_ratio = before.decode_bytes(WORKLOAD) / after.decode_bytes(WORKLOAD)
+    flops_ratio = before.prefill_flops(WORKLOAD) / after.prefill_flops(WORKLOAD)
+    budget = Budget(multiple=8)
+
+    def most(*asked: Any) -> float:
+        return latency.most_speedup(source, budget, *asked, engine)
+
+    assert most(("ffn",), "decode") == pytest.approx(bytes_ratio)
+    assert most(("ffn",), "prefill") == pytest.approx(flops_ratio)
+    head = before.head_bytes
+    whole = before.decode_bytes(WORKLOAD)
+    assert most(("blocks",), "decode") == pytest.approx(whole / (head + (whole - head) / BLOCKS))
+
+
+def test_command_with_a_target_speedup(
+    model: Path,
+    statistics: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = replace(LATENCIES, curves={"ffn": FFN})
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
+    plan = tmp_path / "plan.json"
+    command = [
+        "plan", str(model), "--statistics", str(statistics), "--multiple", "8",
+        "--target-speedup", "1.3", "--target-speedup-of", "prefill",
+    ]  # fmt: skip
+    assert main([*command, "--out", str(plan)]) == 0
+    out = capsys.readouterr().out
+    assert "predicted speed-up" in out
+    assert "at least 1.3 times faster in prefill" in out
+    kept = cfsp.PruningPlan.load(plan).kept_widths
+    assert found.speedup(open_checkpoint(model).units, kept, NOTHING, BLOCKS) >= 1.3
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "b.json"), "--json"]) == 0
+    conditions = json.loads(capsys.readouterr().out)["goal"]["conditions"]
+    assert conditions["relative_latency"] == {"ffn": {"8": 0.6, "48": 0.75, "96": 1.0}}
+
+
+@pytest.mark.usefixtures("models_start_quickly")
+def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(latency, "WORKLOAD", latency.Workload(prompt=8, new_tokens=2))
+    # Where other tests run, almost every round is disturbed.
+    monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
+    source = open_checkpoint(model)
+    engine = Engine(torch.device("cpu"), torch.float32)
+    found = measure_latencies(source, Budget(multiple=48), 48, "decode", engine)
+    assert found.curves["ffn"].kept == (48, 96)
+    assert found.curves["ffn"].relative[-1] == 1.0
+    assert found.curves["ffn"].relative[0] > 0
+    assert Latencies.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.conditions["dtype"] == "float32"
+
+
+def test_a_busy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    speedup.warn_of_disturbance(LATENCIES)
+    assert caplog.messages == []
+    speedup.warn_of_disturbance(replace(LATENCIES, conditions={"disturbance": 0.8}))
+    assert "took 80% of the processors" in caplog.text
+
+
+def test_models_that_do_not_fit_are_not_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "available_bytes", lambda: 10**9)
+    source = open_checkpoint(model)
+    engine = Engine(torch.device("cpu"), torch.float32)
+    with pytest.raises(UsageError, match=r"5 models.*2\.5 GB; 1\.0 GB are available"):
+        measure_latencies(source, Budget(multiple=8), 8, "decode", engine)
+
+
+def test_a_resumed_run_does_not_measure_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(*_: object) -> Latencies:
+        measured.append(1)
+        slower = 0.3 * len(measured)
+        return replace(LATENCIES, curves={"ffn": Curve((8, 96), (slower, 1.0))})
+
+    monkeypatch.setattr(speedup, "measure_latencies", measure)
+    settings = PruneSettings(Budget(multiple=8), goal=TargetSpeedup(1.2))
+
+    def latencies(identity: str) -> Latencies:
+        place = Workplace(tmp_path, identity={"command": identity})
+        _, constraint = constraint_of(job_of(open_checkpoint(model), settings, place=place))
+        assert isinstance(constraint, speedup.Speedup)
+        return constraint.latencies
+
+    first = latencies("a")
+    assert latencies("a") == first
+    assert len(measured) == 1
+    with pytest.raises(ResumeError, match="another command"):
+        latencies("b")
