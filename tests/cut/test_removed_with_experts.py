@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import cfsp
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
-from cfsp.checkpoint.stored_experts import parameters_of_an_expert
+from cfsp.checkpoint.stored_blocks import (
+    parameters_of_an_expert,
+    parameters_of_attentions,
+    parameters_of_blocks,
+)
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.settings import Part

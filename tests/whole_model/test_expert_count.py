@@ -14,7 +14,7 @@ import torch
 import cfsp
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.stored_experts import parameters_of_an_expert
+from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.numbers_to_try import experts_to_try

@@ -1,14 +1,15 @@
 """How transformers makes the parameters of a model out of the tensors that a checkpoint stores.
 
 It renames stored tensors, and converts some: the matrices of all experts become one parameter, or
-one stored matrix becomes gate and up. All that uses its functions for that is in this module.
+one stored matrix becomes gate and up. All that uses its functions for that, and for the way back,
+is in this module.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +34,13 @@ class Conversion:
             in which the converter wants them.
         converter: what converts them (`WeightConverter`); None if the only stored tensor is the
             parameter.
+        renamings: of transformers, that some name of the checkpoint went through.
     """
 
     target: str
     sources: dict[str, list[str]]
     converter: Any = None
+    renamings: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -51,11 +54,13 @@ class ModelShapes:
 
     Attributes:
         config: of the model.
-        tensors: parameters and stored buffers by name, all on the meta device.
+        tensors: parameters and stored buffers by name; only their shapes count.
+        _weight_conversions: those that were used to load it, where transformers looks for them.
     """
 
     config: Any
     tensors: Mapping[str, Tensor] = field(repr=False)
+    _weight_conversions: list[Any] | None = field(default=None, repr=False)
 
     def get_parameter(self, name: str) -> Tensor:
         """Return a parameter without values."""
@@ -86,6 +91,7 @@ def find_conversions(
     prefix = model.base_model_prefix
     found: dict[str, Conversion] = {}
     unused: dict[str, str] = {}
+    used: list[Any] = []
     for name in _in_loading_order(stored):
         target, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
         if target not in in_memory and name in in_memory:
@@ -93,7 +99,9 @@ def find_conversions(
         if target not in in_memory:
             unused[name] = target
         elif pattern is not None:
-            conversion = found.setdefault(target, Conversion(target, {}, converter_of[pattern]))
+            conversion = found.setdefault(
+                target, Conversion(target, {}, converter_of[pattern], used)
+            )
             if conversion.converter is None:  # the parameter itself is stored as well
                 unused[name] = target
             else:
@@ -102,7 +110,29 @@ def find_conversions(
             unused[name] = target
         else:
             found[target] = Conversion(target, {name: [name]})
+    used += [entry for entry in renamings if entry.was_used()]
     return list(found.values()), unused
+
+
+def without_choice(
+    conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
+) -> Conversion:
+    """Return the same conversion, where it asks for shapes with the answer that they have now.
+
+    Some matrices are transposed where they are not stored as they are in memory. What is to be
+    stored as it was before has to know that.
+    """
+    from transformers.core_model_loading import Transpose
+
+    converter = conversion.converter
+    if converter is None or [getattr(op, "check_dims", 0) for op in converter.operations] != [True]:
+        return conversion
+    (name,), (step,) = conversion.stored, converter.operations
+    if specs[name].shape == tuple(shapes.get_parameter(conversion.target).shape):
+        return replace(conversion, sources={name: [name]}, converter=None)
+    always = copy.deepcopy(converter)
+    always.operations = [Transpose(step.dim0, step.dim1)]
+    return replace(conversion, converter=always)
 
 
 def _in_loading_order(stored: Iterable[str]) -> list[str]:
@@ -129,6 +159,24 @@ def convert(
             converter.add_tensor(conversion.target, name, pattern, tensors[name])
     made = converter.convert(conversion.target, model=shapes, config=shapes.config)
     return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+def revert(
+    conversion: Conversion, parameters: Mapping[str, Tensor], config: Any
+) -> dict[str, Tensor]:
+    """Return the stored tensors that parameters are made of: undo `convert`.
+
+    Args:
+        conversion: with or without a converter.
+        parameters: all that it makes; of any width, and with any number of experts.
+        config: of the model that they are of.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if conversion.converter is None:
+        return {conversion.stored[0]: parameters[conversion.target]}
+    loaded: Any = ModelShapes(config, parameters, [*conversion.renamings, conversion.converter])
+    return dict(revert_weight_conversion(loaded, dict(parameters)))
 
 
 def places(

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.reading import parameter_count
-from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
-from cfsp.checkpoint.stored_experts import parameters_of_an_expert
+from cfsp.checkpoint.stored_blocks import (
+    parameters_of_an_expert,
+    parameters_of_attentions,
+    parameters_of_blocks,
+)
 from cfsp.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
