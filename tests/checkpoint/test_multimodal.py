@@ -29,10 +29,9 @@ from image_inputs import image_inputs
 from multimodal_process import results_of
 from tiny_decoders import tiny_model
 
-TYPES = (
-    "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava_onevision", "internvl",
-    "smolvlm", "llama4", "paligemma", "glm4v", "qwen3_5", "llava",
-)  # fmt: skip
+# Other names in files, positions of three axes, experts, fused matrices, linear attention; the
+# contract of architectures is kept by others as well.
+TYPES = ("gemma3", "gemma4", "qwen2_5_vl", "smolvlm", "llama4", "glm4v", "qwen3_5")
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.4, "multiple": 8, "samples": 4, "seqlen": 32, "repair": "none", "device": "cpu",
 }  # fmt: skip
@@ -132,7 +131,7 @@ def test_all_but_the_ffns_of_the_decoder_is_untouched(case: Case) -> None:
     assert pruned["auto_map"].keys() >= {"AutoModel", "AutoModelForImageTextToText"}
 
 
-@pytest.mark.parametrize("case", ("gemma3", "qwen2_5_vl", "llama4"), indirect=True)
+@pytest.mark.parametrize("case", ("gemma3", "llama4"), indirect=True)
 def test_in_memory(case: Case, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
     smaller = cfsp.prune(case.dense, tokenizer, data=[text_file], **SETTINGS)
     assert isinstance(smaller, type(case.dense))

@@ -81,7 +81,12 @@ def find_conversions(
         stored: names of the stored tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -92,7 +97,8 @@ def find_conversions(
     found: dict[str, Conversion] = {}
     unused: dict[str, str] = {}
     used: list[Any] = []
-    for name in _in_loading_order(stored):
+    # As transformers goes through them: expert 2 before expert 10.
+    for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
         if target not in in_memory and name in in_memory:
             target, pattern = name, None
@@ -133,13 +139,6 @@ def without_choice(
     always = copy.deepcopy(converter)
     always.operations = [Transpose(step.dim0, step.dim1)]
     return replace(conversion, converter=always)
-
-
-def _in_loading_order(stored: Iterable[str]) -> list[str]:
-    """Return names as transformers goes through them: expert 2 before expert 10."""
-    from transformers.core_model_loading import dot_natural_key
-
-    return sorted(stored, key=dot_natural_key)
 
 
 def convert(
@@ -274,8 +273,10 @@ def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for tied, to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if tied in state and to in state and _is_same(state[tied], state[to]):
-            del state[tied]
+        if tied in state and to in state:
+            one, other = state[tied], state[to]
+            if one.is_meta or one.data_ptr() == other.data_ptr():
+                del state[tied]
     return state
 
 
@@ -297,10 +298,6 @@ def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     if len(tensors) < len(specs):
         tensors |= as_saved(model, state)
     return {name: tensors[name] for name in specs}
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.is_meta or one.data_ptr() == other.data_ptr()
 
 
 def meta(specs: Mapping[str, TensorSpec], names: Iterable[str]) -> dict[str, Tensor]:

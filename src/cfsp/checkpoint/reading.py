@@ -21,6 +21,7 @@ from torch import Tensor
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
+from cfsp.checkpoint.dequantising import StoredTensor
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.quantisation import Quantisation, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
@@ -28,7 +29,6 @@ from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
     FileTensor,
-    StoredTensor,
     TensorFile,
     TensorSpec,
     specs_of,

@@ -132,7 +132,7 @@ class StoredTensors:
             CheckpointError: one is missing or has another shape.
             UnsupportedModelError: one has the values of another, or is not stored again as it was.
         """
-        checked: set[str] = set()
+        checked: set[object] = set()  # alike in all blocks
         for unit in architecture.units:
             for path in (*unit.axes, *unit.expert_axes):
                 name = architecture.block_prefix(unit.block) + path
@@ -144,9 +144,11 @@ class StoredTensors:
                         "weights cannot be pruned"
                     )
                 conversion = self._made_by[name]
-                if conversion.converter is None or conversion.target in checked:
+                shapes = tuple(self.specs[stored].shape for stored in conversion.stored)
+                kind = id(conversion.converter), shapes, unit.part
+                if conversion.converter is None or kind in checked:
                     continue
-                checked.add(conversion.target)
+                checked.add(kind)
                 if unit.part == "kv":
                     raise UnsupportedModelError(
                         f"{conversion.stored[0]} of an attention is converted when it is loaded, "

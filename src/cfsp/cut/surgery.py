@@ -36,86 +36,17 @@ from cfsp.planning.plan_file import PruningPlan
 T = TypeVar("T")
 
 
-class Cut:
-    """What a plan makes of the parameters of a model, by their names in that model.
-
-    Args:
-        source: the model.
-        plan: which channels stay.
-    """
-
-    def __init__(self, source: WeightSource, plan: PruningPlan) -> None:
-        self.source, self.plan = source, plan
-        architecture = source.architecture
-        self._channels = channel_parameters(architecture)
-        self._routed = {
-            architecture.block_prefix(unit.block) + path: (index, axis)
-            for index, unit in enumerate(source.units)
-            for path, axis in unit.expert_axes.items()
-            if plan.units[index].loses_experts
-        }
-        self._gone = tuple(
-            f"{architecture.module_name(unit)}."
-            for unit, entry in zip(source.units, plan.units, strict=True)
-            if not entry.kept
-        )
-
-    def new_name(self, name: str) -> str | None:
-        """Return what a parameter is called in the pruned model; None if it is gone."""
-        if name.startswith(self._gone):
-            return None
-        return name_without_blocks(self.source.architecture, self.plan.removed_blocks, name)
-
-    def renamed(self, of_all: Mapping[str, T]) -> dict[str, T]:
-        """Return the values of the parameters that stay, by their new names."""
-        pairs = ((self.new_name(name), value) for name, value in of_all.items())
-        return {new: value for new, value in pairs if new is not None}
-
-    def spec(self, name: str) -> TensorSpec:
-        """Return dtype and shape of a parameter of the pruned model."""
-        spec = self.source.parameters[name]
-        if name in self._routed:
-            index, axis = self._routed[name]
-            return spec.with_length(axis, len(self.plan.units[index].kept_ffns))
-        if name in self._channels:
-            index, path = self._channels[name]
-            axis_of, entry = self.source.units[index].axes[path], self.plan.units[index]
-            spec = spec.with_length(axis_of.axis, axis_of.entries * entry.kept_width)
-            if entry.loses_experts:
-                spec = spec.with_length(0, len(entry.kept_ffns))
-        return spec
-
-    def parameter(self, name: str) -> Tensor:
-        """Return a parameter of the pruned model."""
-        tensor = self.source.parameter(name)
-        if name in self._routed:
-            index, axis = self._routed[name]
-            kept = torch.tensor(self.plan.units[index].kept_ffns, device=tensor.device)
-            return tensor.index_select(axis, kept)
-        if tensor.shape != self.spec(name).shape:
-            index, path = self._channels[name]
-            entry = self.plan.units[index]
-            kept_EK = [entry.kept_of(ffn) for ffn in range(entry.ffns)]
-            tensor = self.source.units[index].select(path, tensor, kept_EK)
-        return tensor
-
-    def stored_names(self) -> dict[str, str]:
-        """Return the stored tensors that stay, if no expert goes, and what they will be called."""
-        names = names_without_blocks(self.source, self.plan.removed_blocks)
-        gone = {name for prefix in self._gone for name in self.source.stored.within(prefix)}
-        return {name: new for name, new in names.items() if name not in gone}
-
-
 class PrunedSource(WeightSource):
     """A model as surgery would leave it, seen as a weight source; nothing is written.
 
     Blocks are those that stay, numbered through. Its tensors are its parameters, by their names in
-    the model, and those of the source that no parameter takes.
+    the model, and those of the source that no parameter takes. An origin is what a parameter is
+    called in the source.
 
     Args:
         source: the model.
         plan: which channels stay.
-        repaired: parameters that repair changed, by their `origin`, already in pruned shape.
+        repaired: parameters that repair changed, by their origin, already in pruned shape.
     """
 
     def __init__(
@@ -130,21 +61,49 @@ class PrunedSource(WeightSource):
             architecture = architecture.with_experts(plan.kept_experts)
         self.architecture = architecture.with_widths(plan.kept_widths)
         self.label = source.label
-        self._cut, self._repaired = Cut(source, plan), repaired
-        self._origin = self._cut.renamed({name: name for name in source.parameters})
-        names = self._cut.stored_names()
+        self._source, self._plan, self._repaired = source, plan, repaired
+        self._channels = channel_parameters(source.architecture)
+        self._routed = {
+            source.architecture.block_prefix(unit.block) + path: (index, axis)
+            for index, unit in enumerate(source.units)
+            for path, axis in unit.expert_axes.items()
+            if plan.units[index].loses_experts
+        }
+        self._gone = tuple(
+            f"{source.architecture.module_name(unit)}."
+            for unit, entry in zip(source.units, plan.units, strict=True)
+            if not entry.kept
+        )
+        self._origin = self._renamed({name: name for name in source.parameters})
+        names = self._stored_names()
         self._unused = {names[name]: name for name in source.stored.unused if name in names}
         self.specs = {
             **{new: source.specs[name] for new, name in self._unused.items()},
-            **{new: self._cut.spec(name) for new, name in self._origin.items()},
+            **{new: self._spec(origin) for new, origin in self._origin.items()},
         }
-        tied = {name: self._cut.new_name(to) or to for name, to in source.tied.items()}
+        tied = {name: self._new_name(to) or to for name, to in source.tied.items()}
         self.stored = StoredTensors.as_in_memory(
             self.specs,
             self._unused.keys() - self._origin.keys(),
-            self._cut.renamed(tied),
-            self._cut.renamed(source.faults),
+            self._renamed(tied),
+            self._renamed(source.faults),
         )
+
+    def _new_name(self, name: str) -> str | None:
+        """Return what a parameter of the source is called here; None if it is gone."""
+        if name.startswith(self._gone):
+            return None
+        return name_without_blocks(self._source.architecture, self._plan.removed_blocks, name)
+
+    def _renamed(self, of_all: Mapping[str, T]) -> dict[str, T]:
+        pairs = ((self._new_name(name), value) for name, value in of_all.items())
+        return {new: value for new, value in pairs if new is not None}
+
+    def _stored_names(self) -> dict[str, str]:
+        """Return the stored tensors that stay, if no expert goes, and what they will be called."""
+        names = names_without_blocks(self._source, self._plan.removed_blocks)
+        gone = {name for prefix in self._gone for name in self._source.stored.within(prefix)}
+        return {name: new for name, new in names.items() if name not in gone}
 
     def origin(self, name: str) -> str:
         """Return what a parameter is called in the model that this one is cut from."""
@@ -154,49 +113,68 @@ class PrunedSource(WeightSource):
         """Return one tensor in its own dtype."""
         if name in self._origin:
             return self._value(self._origin[name])
-        return self._cut.source.read(self._unused[name])
+        return self._source.read(self._unused[name])
+
+    def _spec(self, origin: str) -> TensorSpec:
+        spec = self._source.parameters[origin]
+        if origin in self._routed:
+            index, axis = self._routed[origin]
+            return spec.with_length(axis, len(self._plan.units[index].kept_ffns))
+        if origin in self._channels:
+            index, path = self._channels[origin]
+            along, entry = self._source.units[index].axes[path], self._plan.units[index]
+            spec = spec.with_length(along.axis, along.entries * entry.kept_width)
+            if entry.loses_experts:
+                spec = spec.with_length(0, len(entry.kept_ffns))
+        return spec
 
     def _value(self, origin: str) -> Tensor:
         if origin in self._repaired:
             return self._repaired[origin].read(origin)
-        return self._cut.parameter(origin)
+        tensor = self._source.parameter(origin)
+        if origin in self._routed:
+            index, axis = self._routed[origin]
+            kept = torch.tensor(self._plan.units[index].kept_ffns, device=tensor.device)
+            return tensor.index_select(axis, kept)
+        if tensor.shape != self._spec(origin).shape:
+            index, path = self._channels[origin]
+            entry = self._plan.units[index]
+            kept_EK = [entry.kept_of(ffn) for ffn in range(entry.ffns)]
+            tensor = self._source.units[index].select(path, tensor, kept_EK)
+        return tensor
 
     def outgoing(self) -> Iterator[OutgoingTensor]:
         """Yield the tensors to be written, in the source's order and in the form of its own."""
-        source, names = self._cut.source, self._cut.stored_names()
-        parameter_of = {
+        source = self._source
+        origin_of = {
             name: origin
             for origin in self._origin.values()
             for name in source.stored.sources(origin)
         }
         changed: dict[str, _Changed] = {}
-        for name, new in names.items():
-            together = []
-            if name in parameter_of:
-                together = source.stored.made_with(parameter_of[name])
-            if not any(map(self._changes, together)):
+        for name, new in self._stored_names().items():
+            origins = source.stored.made_with(origin_of[name]) if name in origin_of else []
+            if not any(map(self._changes, origins)):
                 yield OutgoingTensor(new, source.specs[name], partial(source.chunks, name))
                 continue
-            first = together[0]
-            if first not in changed:
-                specs = {origin: self._cut.spec(origin) for origin in together}
-                changed[first] = _Changed(
-                    specs_of(self._stored(meta(specs, together))),
-                    partial(self._stored_values, together),
+            if origins[0] not in changed:
+                specs = {origin: self._spec(origin) for origin in origins}
+                changed[origins[0]] = _Changed(
+                    specs_of(self._as_stored(meta(specs, origins))),
+                    partial(self._values_as_stored, origins),
                 )
-            if name in changed[first].specs:  # else of an expert too many
-                spec, chunks = changed[first].specs[name], partial(changed[first].chunks, name)
-                yield OutgoingTensor(new, spec, chunks)
+            group = changed[origins[0]]
+            if name in group.specs:  # else of an expert too many
+                yield OutgoingTensor(new, group.specs[name], partial(group.chunks, name))
 
     def _changes(self, origin: str) -> bool:
-        has_other_shape = self._cut.spec(origin) != self._cut.source.parameters[origin]
-        return has_other_shape or origin in self._repaired
+        return origin in self._repaired or self._spec(origin) != self._source.parameters[origin]
 
-    def _stored_values(self, origins: Sequence[str]) -> dict[str, Tensor]:
-        return self._stored({origin: self._value(origin) for origin in origins})
+    def _values_as_stored(self, origins: Sequence[str]) -> dict[str, Tensor]:
+        return self._as_stored({origin: self._value(origin) for origin in origins})
 
-    def _stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._cut.source.stored.as_stored(values, self.config)
+    def _as_stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._source.stored.as_stored(values, self.config)
 
 
 class _Changed:
