@@ -19,6 +19,7 @@ import torch
 
 from cfsp.calibration.calibrate import observe_part
 from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.decide import COARSE_WINDOWS
 from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
@@ -231,9 +232,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _down_names(source: WeightSource) -> list[str]:
+    return [source.architecture.block_prefix(u.block) + u.down for u in source.units]
+
+
 def _time_reading(source: WeightSource) -> float:
     """Return the seconds for one byte, from the last FFN unit."""
-    names = list(source.stored.down_names(len(source.units) - 1))
+    names = source.stored.sources(_down_names(source)[-1])
     start = time.perf_counter()
     nbytes = sum(source.read(name).nbytes for name in names)
     return (time.perf_counter() - start) / nbytes
@@ -249,8 +254,7 @@ def _time_solving(device: torch.device) -> float:
 
 
 def _block_elements(source: WeightSource, block: int) -> int:
-    stored = source.stored.within(source.architecture.block_prefix(block))
-    return sum(source.specs[name].elements for name in stored)
+    return parameters_within(source, source.architecture.block_prefix(block))
 
 
 def _stored_bytes(source: WeightSource) -> int:
@@ -357,7 +361,6 @@ def _budget(settings: PruneSettings) -> int:
 
 def _disk_bytes(source: WeightSource, settings: PruneSettings, engine: Engine) -> int:
     """Return the output as if nothing were removed, two copies of hidden states, and repairs."""
-    names = [name for unit in range(len(source.units)) for name in source.stored.down_names(unit)]
     steps = {"none": 0, "ridge": 1, "sequential": 2}[settings.repair]
-    repaired = steps * sum(source.specs[name].nbytes for name in set(names))
+    repaired = steps * sum(source.parameters[name].nbytes for name in _down_names(source))
     return _stored_bytes(source) + 2 * _hidden_bytes(source, settings, engine) + repaired

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import cfsp
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.reading import LoadedModel, channel_parameters
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
@@ -29,10 +29,9 @@ from image_inputs import image_inputs
 from multimodal_process import results_of
 from tiny_decoders import tiny_model
 
-TYPES = (
-    "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava_onevision", "internvl",
-    "smolvlm", "llama4", "paligemma", "glm4v", "qwen3_5", "llava",
-)  # fmt: skip
+# Other names in files, positions of three axes, experts, fused matrices, linear attention; the
+# contract of architectures is kept by others as well.
+TYPES = ("gemma3", "gemma4", "qwen2_5_vl", "smolvlm", "llama4", "glm4v", "qwen3_5")
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.4, "multiple": 8, "samples": 4, "seqlen": 32, "repair": "none", "device": "cpu",
 }  # fmt: skip
@@ -120,7 +119,8 @@ def test_all_but_the_ffns_of_the_decoder_is_untouched(case: Case) -> None:
     changed = {name for name in before if before[name].shape != after[name].shape}
     assert changed
     source = LoadedModel(case.dense)
-    assert changed <= {name for name in before if source.layout_of(name) is not None}
+    with_channels = channel_parameters(source.architecture)
+    assert changed <= {n for name in with_channels for n in source.stored.sources(name)}
     assert all(torch.equal(before[name], after[name]) for name in before.keys() - changed)
     for name in (*BESIDE, "tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (case.out / name).read_bytes() == (case.source / name).read_bytes(), name
@@ -131,7 +131,7 @@ def test_all_but_the_ffns_of_the_decoder_is_untouched(case: Case) -> None:
     assert pruned["auto_map"].keys() >= {"AutoModel", "AutoModelForImageTextToText"}
 
 
-@pytest.mark.parametrize("case", ("gemma3", "qwen2_5_vl", "llama4"), indirect=True)
+@pytest.mark.parametrize("case", ("gemma3", "llama4"), indirect=True)
 def test_in_memory(case: Case, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
     smaller = cfsp.prune(case.dense, tokenizer, data=[text_file], **SETTINGS)
     assert isinstance(smaller, type(case.dense))

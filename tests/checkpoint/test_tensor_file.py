@@ -137,7 +137,7 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "negative shape": ({"t": entry(0, 8, [-2])}, bytes(8), "impossible shape"),
     "fractional shape": ({"t": entry(0, 8, [2.0])}, bytes(8), "impossible shape"),
     "too few bytes for its shape": ({"t": entry(0, 8, [3])}, bytes(8), "needs 12 bytes from 0"),
-    "huge shape": ({"t": entry(0, 8, [1 << 62, 1 << 62])}, bytes(8), "the file is damaged"),
+    "huge shape": ({"t": entry(0, 8, [1 << 62, 1 << 62])}, bytes(8), "is damaged: tensor t"),
     "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "tensor b"),
     "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20), "tensor b"),
     "backwards": ({"t": entry(8, 0)}, bytes(8), "tensor t"),

@@ -158,9 +158,9 @@ def test_the_block_takes_over_what_its_attention_did(case: Case, tmp_path: Path)
     source = Checkpoint(case.source)
     assert changed == {
         name
-        for number, unit in enumerate(source.units)
+        for unit in source.units
         if unit.block in fitted and step["blocks"][unit.block]["kept"]
-        for name in source.stored.down_names(number)
+        for name in [source.architecture.block_prefix(unit.block) + unit.down]
     }
 
 

@@ -24,7 +24,7 @@ from builders import plan_without
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.checkpoint.skeleton import blocks_of, check_complete
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.engine.block_proof import check_blocks_can_go, prove_without_blocks
@@ -134,7 +134,7 @@ def test_skipped_is_cut_in_files_and_in_memory_and_for_stock_software(
     pruned = Checkpoint(out)
     staying = source.architecture.block_count - len(case.removed)
     assert pruned.architecture.block_count == staying
-    pruned.stored.check_complete("the pruned model")
+    check_complete(pruned)
     assert report.parameters_after == sum(spec.elements for spec in pruned.specs.values())
 
     in_memory = build_pruned_model(dense, LoadedModel(dense), plan, {})

@@ -21,6 +21,7 @@ from cfsp.calibration.accumulators import OutputNorms
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import check_complete
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError, UsageError
@@ -422,4 +423,4 @@ def test_a_config_keeps_the_name_that_it_has_for_the_number(tmp_path: Path) -> N
     written = json.loads((out / "config.json").read_text())
     assert written["num_experts"] == 3
     assert "num_local_experts" not in written
-    Checkpoint(out).stored.check_complete("the pruned model")
+    check_complete(Checkpoint(out))

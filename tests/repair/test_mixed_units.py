@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cli.plan import print_plan
-from cfsp.cut.surgery import pruned_specs, pruned_tensor
+from cfsp.cut.surgery import PrunedSource, pruned_specs
 from cfsp.decide import decide
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
@@ -111,9 +111,9 @@ def test_units_of_a_block_are_chosen_and_repaired_by_themselves(
     specs = pruned_specs(source, plan)
     assert sum(spec.elements for spec in specs.values()) == parameter_count(source) - removed
     for name, spec in specs.items():
-        assert pruned_tensor(source, plan, name).shape == spec.shape
+        assert PrunedSource(source, plan, {}).read(name).shape == spec.shape
     block_1 = [name for name in specs if name.startswith("model.layers.1.")]
-    assert all(specs[name] == source.specs[name] for name in block_1)
+    assert all(specs[name] == source.parameters[name] for name in block_1)
     if repair == "none":
         return
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from cfsp.errors import OutputError
@@ -13,19 +12,6 @@ from cfsp.errors import OutputError
 # The name of the file and the beginning of its SHA-256; since there are several ways to convert,
 # the number of the way.
 _NAME = re.compile(r".+-[0-9a-f]{16}(-v\d+)?")
-
-
-@dataclass(frozen=True)
-class CachedModel:
-    """A converted model.
-
-    Attributes:
-        directory: where it lies.
-        nbytes: bytes on disk.
-    """
-
-    directory: Path
-    nbytes: int
 
 
 def cache_directory() -> Path:
@@ -40,27 +26,27 @@ def converted_directory() -> Path:
     return cache_directory() / "gguf"
 
 
-def cached_models() -> list[CachedModel]:
-    """Return what is in the cache, by name."""
+def cached_models() -> dict[Path, int]:
+    """Return what is in the cache: the directory of each model, and its bytes on disk."""
     folder = converted_directory()
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [
-        CachedModel(path, directory_bytes(path))
+    return {
+        path: directory_bytes(path)
         for path in found
         if path.is_dir() and _NAME.fullmatch(path.name) and (path / "config.json").is_file()
-    ]
+    }
 
 
-def clear_cache() -> list[CachedModel]:
+def clear_cache() -> dict[Path, int]:
     """Delete the converted models, and nothing else that may lie there; return what they were.
 
     Raises:
         OutputError: one cannot be deleted.
     """
     models = cached_models()
-    for model in models:
+    for directory in models:
         try:
-            shutil.rmtree(model.directory)
+            shutil.rmtree(directory)
         except OSError as error:
             raise OutputError(
                 f"cannot delete {error.filename}: {error.strerror}; delete it yourself"

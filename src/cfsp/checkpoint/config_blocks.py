@@ -22,7 +22,7 @@ from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import may_matter
-from cfsp.checkpoint.text_config import text_config_of, text_path
+from cfsp.checkpoint.text_config import text_config_of, text_fields_of
 from cfsp.errors import UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
@@ -151,9 +151,7 @@ def fields_without_blocks(
         changes: see `changes_without_blocks`.
     """
     changed = copy.deepcopy(fields)
-    text_fields = changed
-    for name in text_path(config):
-        text_fields = text_fields.setdefault(name, {})
+    text_fields = text_fields_of(changed, config)
     # What a class calls a key now may stand there under an older name, and both under one.
     names = text_config_of(config).attribute_map
     for key, value in changes.items():

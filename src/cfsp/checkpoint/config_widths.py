@@ -26,7 +26,7 @@ from cfsp.checkpoint.modeling_code import (
     PER_LAYER_CONFIG,
     ModelingFile,
 )
-from cfsp.checkpoint.text_config import text_path
+from cfsp.checkpoint.text_config import text_fields_of, text_path
 from cfsp.checkpoint.width_keys import (
     WidthKey,
     WidthSearch,
@@ -130,14 +130,10 @@ def fields_and_file(
     """
     changes, file = _changes(config, architecture, widths)
     text_changes = changes.pop(_TEXT)
-    path = text_path(config)
-    if not path:
+    if not text_path(config):
         return _changed(fields, {**text_changes, **changes}), file
     changed = copy.deepcopy(_changed(fields, changes))
-    text_fields = changed
-    for name in path:
-        text_fields = text_fields.setdefault(name, {})
-    text_fields.update(text_changes)
+    text_fields_of(changed, config).update(text_changes)
     return changed, file
 
 

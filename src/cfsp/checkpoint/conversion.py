@@ -1,14 +1,15 @@
 """How transformers makes the parameters of a model out of the tensors that a checkpoint stores.
 
 It renames stored tensors, and converts some: the matrices of all experts become one parameter, or
-one stored matrix becomes gate and up. All that uses its functions for that is in this module.
+one stored matrix becomes gate and up. All that uses its functions for that, and for the way back,
+is in this module.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +34,13 @@ class Conversion:
             in which the converter wants them.
         converter: what converts them (`WeightConverter`); None if the only stored tensor is the
             parameter.
+        renamings: of transformers, that some name of the checkpoint went through.
     """
 
     target: str
     sources: dict[str, list[str]]
     converter: Any = None
+    renamings: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -51,11 +54,13 @@ class ModelShapes:
 
     Attributes:
         config: of the model.
-        tensors: parameters and stored buffers by name, all on the meta device.
+        tensors: parameters and stored buffers by name; only their shapes count.
+        _weight_conversions: those that were used to load it, where transformers looks for them.
     """
 
     config: Any
     tensors: Mapping[str, Tensor] = field(repr=False)
+    _weight_conversions: list[Any] | None = field(default=None, repr=False)
 
     def get_parameter(self, name: str) -> Tensor:
         """Return a parameter without values."""
@@ -76,7 +81,12 @@ def find_conversions(
         stored: names of the stored tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -86,14 +96,18 @@ def find_conversions(
     prefix = model.base_model_prefix
     found: dict[str, Conversion] = {}
     unused: dict[str, str] = {}
-    for name in _in_loading_order(stored):
+    used: list[Any] = []
+    # As transformers goes through them: expert 2 before expert 10.
+    for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
         if target not in in_memory and name in in_memory:
             target, pattern = name, None
         if target not in in_memory:
             unused[name] = target
         elif pattern is not None:
-            conversion = found.setdefault(target, Conversion(target, {}, converter_of[pattern]))
+            conversion = found.setdefault(
+                target, Conversion(target, {}, converter_of[pattern], used)
+            )
             if conversion.converter is None:  # the parameter itself is stored as well
                 unused[name] = target
             else:
@@ -102,14 +116,29 @@ def find_conversions(
             unused[name] = target
         else:
             found[target] = Conversion(target, {name: [name]})
+    used += [entry for entry in renamings if entry.was_used()]
     return list(found.values()), unused
 
 
-def _in_loading_order(stored: Iterable[str]) -> list[str]:
-    """Return names as transformers goes through them: expert 2 before expert 10."""
-    from transformers.core_model_loading import dot_natural_key
+def without_choice(
+    conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
+) -> Conversion:
+    """Return the same conversion, where it asks for shapes with the answer that they have now.
 
-    return sorted(stored, key=dot_natural_key)
+    Some matrices are transposed where they are not stored as they are in memory. What is to be
+    stored as it was before has to know that.
+    """
+    from transformers.core_model_loading import Transpose
+
+    converter = conversion.converter
+    if converter is None or [getattr(op, "check_dims", 0) for op in converter.operations] != [True]:
+        return conversion
+    (name,), (step,) = conversion.stored, converter.operations
+    if specs[name].shape == tuple(shapes.get_parameter(conversion.target).shape):
+        return replace(conversion, sources={name: [name]}, converter=None)
+    always = copy.deepcopy(converter)
+    always.operations = [Transpose(step.dim0, step.dim1)]
+    return replace(conversion, converter=always)
 
 
 def convert(
@@ -129,6 +158,24 @@ def convert(
             converter.add_tensor(conversion.target, name, pattern, tensors[name])
     made = converter.convert(conversion.target, model=shapes, config=shapes.config)
     return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+def revert(
+    conversion: Conversion, parameters: Mapping[str, Tensor], config: Any
+) -> dict[str, Tensor]:
+    """Return the stored tensors that parameters are made of: undo `convert`.
+
+    Args:
+        conversion: with or without a converter.
+        parameters: all that it makes; of any width, and with any number of experts.
+        config: of the model that they are of.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if conversion.converter is None:
+        return {conversion.stored[0]: parameters[conversion.target]}
+    loaded: Any = ModelShapes(config, parameters, [*conversion.renamings, conversion.converter])
+    return dict(revert_weight_conversion(loaded, dict(parameters)))
 
 
 def places(
@@ -226,8 +273,10 @@ def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for tied, to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if tied in state and to in state and _is_same(state[tied], state[to]):
-            del state[tied]
+        if tied in state and to in state:
+            one, other = state[tied], state[to]
+            if one.is_meta or one.data_ptr() == other.data_ptr():
+                del state[tied]
     return state
 
 
@@ -249,10 +298,6 @@ def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     if len(tensors) < len(specs):
         tensors |= as_saved(model, state)
     return {name: tensors[name] for name in specs}
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.is_meta or one.data_ptr() == other.data_ptr()
 
 
 def meta(specs: Mapping[str, TensorSpec], names: Iterable[str]) -> dict[str, Tensor]:

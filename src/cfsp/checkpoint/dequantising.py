@@ -23,10 +23,6 @@ Parts = Mapping[str, FileTensor]
 
 # FP4 (E2M1): a sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# Where AWQ puts eight neighbours in an integer: the second one in the fifth place.
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-
-
 # In float32, and with what is computed on the way, some 300 MB.
 _VALUES_AT_ONCE = 1 << 24
 
@@ -72,6 +68,10 @@ class DequantisedTensor:
         step = max(1, _VALUES_AT_ONCE * count // max(1, self.spec.elements))
         for start in range(0, count, step):
             yield start, min(start + step, count)
+
+
+# A tensor of a checkpoint; nothing is read before it is asked for.
+StoredTensor = FileTensor | DequantisedTensor
 
 
 def from_mxfp4(blocks: FileTensor, scales: FileTensor, dtype: torch.dtype) -> DequantisedTensor:
@@ -130,134 +130,82 @@ def from_scaled(
     return DequantisedTensor(TensorSpec(dtype, shape), rows)
 
 
-def from_packed(
-    packed: FileTensor,
-    scale: FileTensor,
-    zero_point: FileTensor | None,
-    group_of_input: FileTensor | None,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> DequantisedTensor:
-    """Return signed numbers of few bits, several in an integer along the inputs.
+@dataclass(frozen=True)
+class Grouping:
+    """How numbers of few bits are stored, several in an integer, with scales for groups of inputs.
 
-    Args:
-        packed: O x (I x bits / 32).
-        scale: O x G, or O x 1.
-        zero_point: packed along the outputs; None for nothing.
-        group_of_input: I numbers; None where groups are neighbours.
+    Attributes:
+        packed: what the name of the numbers ends with, outputs x inputs.
+        scale: the same of the scales, outputs x groups.
+        zero: of what is subtracted before, packed along the outputs; half of what there is if not
+            stored.
+        group: of the group of each input; those of neighbours if not stored.
         bits: of a number; divides 32.
-        group_size: inputs of a group.
-        dtype: of the result, O x I.
+        group_size: inputs of a group; -1 for all.
+        added: what the stored zero lacks.
+        inputs_first: all matrices are stored the other way round.
+        along_outputs: outputs share an integer, not inputs.
+        order: which place in an integer each neighbour has; one after the other if empty.
     """
+
+    packed: str
+    scale: str
+    zero: str
+    group: str
+    bits: int = 4
+    group_size: int = -1
+    added: int = 0
+    inputs_first: bool = False
+    along_outputs: bool = False
+    order: tuple[int, ...] = ()
+
+
+def from_groups(parts: Parts, how: Grouping, dtype: torch.dtype) -> DequantisedTensor:
+    """Return numbers of few bits, outputs x inputs, less their zero and times their scale."""
+    packed, scale = parts[how.packed], parts[how.scale]
+    zero, group = parts.get(how.zero), parts.get(how.group)
+    in_a_word = 32 // how.bits
     if len(packed.spec.shape) != 2:
         raise ImpossiblePartsError(_expected(packed, "a matrix"))
-    outputs, inputs = packed.spec.shape[0], packed.spec.shape[1] * (32 // bits)
-    groups = 1 if group_size < 0 else ceil(inputs / group_size)
-    _check_shape(scale, (outputs, groups))
-    if zero_point is not None:
-        _check_shape(zero_point, (ceil(outputs * bits / 32), groups))
-    if group_of_input is not None:
-        _check_shape(group_of_input, (inputs,))
-    middle = 1 << (bits - 1)
+    outputs, inputs = packed.spec.shape[:: -1 if how.inputs_first else 1]
+    outputs *= in_a_word if how.along_outputs else 1
+    inputs *= 1 if how.along_outputs else in_a_word
+    groups = 1 if how.group_size < 0 else ceil(inputs / how.group_size)
+    for part, length in ((scale, outputs), (zero, ceil(outputs / in_a_word))):
+        if part is not None:
+            _check_shape(part, (groups, length) if how.inputs_first else (length, groups))
+    if group is not None:
+        _check_shape(group, (inputs,))
+
+    def of_outputs(part: FileTensor, chosen: slice) -> Tensor:
+        if how.inputs_first:
+            return part.read()[:, chosen].T
+        return part.rows(chosen.start, chosen.stop)
 
     def rows(start: int, stop: int) -> Tensor:
-        group_I = _groups(group_of_input, inputs, group_size, groups)
-        values_RI = _unpacked(packed.rows(start, stop), bits, axis=1).float()
-        zeros_OG = torch.full((outputs, groups), float(middle))
-        if zero_point is not None:
-            zeros_OG = _unpacked(zero_point.read(), bits, axis=0)[:outputs].float()
-        values_RI -= zeros_OG[start:stop, group_I]
-        return values_RI.mul_(scale.read().float()[start:stop, group_I])
+        group_I = _groups(group, inputs, how.group_size, groups)
+        words = slice(start // in_a_word, ceil(stop / in_a_word))
+        chosen = slice(start - words.start * in_a_word, stop - words.start * in_a_word)
+        if how.along_outputs:
+            values_RI = _unpacked(of_outputs(packed, words), 0, how)[chosen].float()
+        else:
+            values_RI = _unpacked(of_outputs(packed, slice(start, stop)), 1, how).float()
+        if zero is None:
+            values_RI -= 1 << (how.bits - 1)
+        else:
+            zeros_RG = _unpacked(of_outputs(zero, words), 0, how)[chosen].float() + how.added
+            values_RI -= zeros_RG[:, group_I]
+        return values_RI.mul_(of_outputs(scale, slice(start, stop)).float()[:, group_I])
 
     return DequantisedTensor(TensorSpec(dtype, (outputs, inputs)), rows)
 
 
-def from_gptq(
-    packed: FileTensor,
-    zeros: FileTensor,
-    scales: FileTensor,
-    group_of_input: FileTensor | None,
-    bits: int,
-    group_size: int,
-    added: int,
-    dtype: torch.dtype,
-) -> DequantisedTensor:
-    """Return numbers of few bits as GPTQ packs them, several in an integer along the inputs.
-
-    Args:
-        packed: (I x bits / 32) x O.
-        zeros: G x (O x bits / 32).
-        scales: G x O.
-        group_of_input: I numbers; None where groups are neighbours.
-        bits: of a number; divides 32.
-        group_size: inputs of a group.
-        added: what the stored zero lacks: 1 in the first version of the format, else 0.
-        dtype: of the result, O x I.
-    """
-    if len(packed.spec.shape) != 2:
-        raise ImpossiblePartsError(_expected(packed, "a matrix"))
-    inputs, outputs = packed.spec.shape[0] * (32 // bits), packed.spec.shape[1]
-    groups = 1 if group_size < 0 else ceil(inputs / group_size)
-    _check_shape(scales, (groups, outputs))
-    _check_shape(zeros, (groups, ceil(outputs * bits / 32)))
-    if group_of_input is not None:
-        _check_shape(group_of_input, (inputs,))
-
-    def rows(start: int, stop: int) -> Tensor:
-        group_I = _groups(group_of_input, inputs, group_size, groups)
-        values_IR = _unpacked(packed.read()[:, start:stop], bits, axis=0).float()
-        zeros_GR = _unpacked(zeros.read(), bits, axis=1)[:, start:stop].float() + added
-        values_IR -= zeros_GR[group_I]
-        return values_IR.mul_(scales.read().float()[group_I, start:stop]).T
-
-    return DequantisedTensor(TensorSpec(dtype, (outputs, inputs)), rows)
-
-
-def from_awq(
-    packed: FileTensor,
-    zeros: FileTensor,
-    scales: FileTensor,
-    group_size: int,
-    dtype: torch.dtype,
-) -> DequantisedTensor:
-    """Return numbers of 4 bits as AWQ packs them, eight in an integer along the outputs.
-
-    Args:
-        packed: I x (O / 8).
-        zeros: G x (O / 8).
-        scales: G x O.
-        group_size: inputs of a group.
-        dtype: of the result, O x I.
-    """
-    if len(packed.spec.shape) != 2:
-        raise ImpossiblePartsError(_expected(packed, "a matrix"))
-    inputs, outputs = packed.spec.shape[0], packed.spec.shape[1] * 8
-    groups = 1 if group_size < 0 else ceil(inputs / group_size)
-    _check_shape(scales, (groups, outputs))
-    _check_shape(zeros, (groups, outputs // 8))
-
-    def rows(start: int, stop: int) -> Tensor:
-        group_I = _groups(None, inputs, group_size, groups)
-        words = slice(start // 8, ceil(stop / 8))
-        chosen = slice(start - words.start * 8, stop - words.start * 8)
-        values_IR = _awq_unpacked(packed.read()[:, words])[:, chosen].float()
-        values_IR -= _awq_unpacked(zeros.read()[:, words])[group_I, chosen].float()
-        return values_IR.mul_(scales.read().float()[group_I, start:stop]).T
-
-    return DequantisedTensor(TensorSpec(dtype, (outputs, inputs)), rows)
-
-
-def _unpacked(words: Tensor, bits: int, axis: int) -> Tensor:
+def _unpacked(words: Tensor, axis: int, how: Grouping) -> Tensor:
     """Return the numbers in the integers of a matrix, the lowest bits of each first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, how.bits, dtype=torch.int32)
+    shifts = shifts[list(how.order)] if how.order else shifts
     parts = words.unsqueeze(axis + 1) >> (shifts[:, None] if axis == 0 else shifts)
-    return (parts & ((1 << bits) - 1)).flatten(axis, axis + 1)
-
-
-def _awq_unpacked(words: Tensor) -> Tensor:
-    numbers = _unpacked(words, 4, axis=1)
-    return numbers.reshape(len(words), -1, 8)[:, :, list(_AWQ_PLACES)].flatten(1)
+    return (parts & ((1 << how.bits) - 1)).flatten(axis, axis + 1)
 
 
 def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, groups: int) -> Tensor:

@@ -90,7 +90,10 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
         name: auto, float32, bfloat16 or float16.
     """
     if name == "auto":
-        stored: torch.dtype = source.specs[source.stored.down_names(0)[0]].dtype
+        unit = source.units[0]
+        stored: torch.dtype = source.parameters[
+            source.architecture.block_prefix(unit.block) + unit.down
+        ].dtype
         return stored
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 

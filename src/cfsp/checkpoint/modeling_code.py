@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -51,95 +51,7 @@ FFN_WIDTHS = "ffn_widths"
 KV_GROUPS = "kv_groups"
 
 _LINE = 100
-
-_ABOUT_EXPERTS = """
-# The experts of the stock class are decorated with @use_experts_implementation: transformers
-# looks for that word in the file of a class to learn whether it may choose how experts run.
-"""
-
 _CHOOSES_EXPERTS = "@use_experts_implementation"
-
-_TABLE_OF_FFNS = """
-# By the path of an FFN in its block: each parameter that has the FFN's channels, with the axis and
-# how often a channel is on it; and each number that tells the width, with how often it does.
-FFNS = @FFNS@
-"""
-
-_TABLE_OF_ATTENTIONS = """
-# Blocks whose attentions are alike, and where those are: each parameter that has heads, with the
-# axis and how many entries of it a head of keys and values has with the query heads that read it;
-# each number that tells how many there are, in a module and in the config that it reads.
-ATTENTIONS = @ATTENTIONS@
-"""
-
-_TABLE_OF_EXTRAS = """
-# How many values an attention returns besides its output, by the path of the attention; None if it
-# returns a tensor.
-EXTRAS = @EXTRAS@
-"""
-
-_NARROW_FFNS = """
-def _narrow(blocks, width_of):
-    \"\"\"Give every FFN the width that `width_of` names by block and path.\"\"\"
-    for block, widths in width_of.items():
-        for path, width in widths.items():
-            resize_ffn(blocks[int(block)], width, *FFNS[path])
-"""
-
-_NARROW_ATTENTIONS = """
-def _drop_groups(blocks, groups_of):
-    \"\"\"Give every attention the KV groups that `groups_of` names by block and path.\"\"\"
-    for alike, path, *places in ATTENTIONS:
-        for block in alike:
-            resize_attention(blocks[block], path, groups_of[str(block)][path], *places)
-"""
-
-_DROP_ATTENTIONS = """
-def _drop_attentions(blocks, config):
-    \"\"\"Take out the attentions that have no KV group left.\"\"\"
-    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
-    remove_attentions(blocks, config.kv_groups, EXTRAS, kinds)
-"""
-
-_TAKE_FFN_WIDTHS = """
-def _take_widths(config):
-    \"\"\"Return the width of every FFN, by block and path.\"\"\"
-    return config.ffn_widths
-"""
-
-_TAKE_PER_LAYER_CONFIG = """
-def _take_widths(config):
-    \"\"\"Return the width of every FFN; make the config uniform while the model is built.\"\"\"
-    layers, config.per_layer_config = list(config.per_layer_config), None
-    return {index: {"@PATH@": layer.@KEY@} for index, layer in enumerate(layers)}
-
-
-def _give_back(config, width_of):
-    \"\"\"Give the config its widths back.\"\"\"
-    config.per_layer_config = {i: {"@KEY@": of["@PATH@"]} for i, of in width_of.items()}
-"""
-
-_OF_TRANSFORMERS = """
-class _OfTransformers:
-    \"\"\"All modules are of transformers, which shall initialise their buffers.\"\"\"
-
-    @classmethod
-    def is_custom_code(cls):
-        return False
-"""
-
-_CLASS = """
-
-class Pruned@CLASS@(@FIRST@@CLASS@):
-@CONFIG_CLASS@    def __init__(self, config, *args, **kwargs):
-@TAKE_WIDTHS@        super().__init__(config, *args, **kwargs)
-"""
-
-_TAKE_WIDTHS = "        width_of = _take_widths(config)\n"
-_GIVE_WIDTHS = '        _narrow(attrgetter("@BLOCKS@")(self), width_of)\n'
-_GIVE_GROUPS = '        _drop_groups(attrgetter("@BLOCKS@")(self), config.kv_groups)\n'
-_REMOVE = '        _drop_attentions(attrgetter("@BLOCKS@")(self), config)\n'
-_GIVE_BACK = "        _give_back(config, width_of)\n"
 
 
 @dataclass(frozen=True)
@@ -197,84 +109,93 @@ class ModelingFile:
     @cached_property
     def text(self) -> str:
         """The content of the file."""
-        blocks = self.architecture.blocks
-        placed = [(self.model_class, blocks)]
+        stock, blocks = self.model_class, self.architecture.blocks
+        placed = [(stock, blocks)]
         if self._base_class is not None:
-            in_base = blocks.removeprefix(f"{self.model_class.base_model_prefix}.")
+            in_base = blocks.removeprefix(f"{stock.base_model_prefix}.")
             placed.insert(0, (self._base_class, in_base))
+        # Auto classes check that a class is for the config that it is registered with.
+        is_shared = self.config_class is not stock.config_class
+        has: dict[str, bool] = dict.fromkeys(self.parts, True)
+        has |= {
+            "per-layer": "ffn" in self.parts and self.width_key is not None,
+            "by-path": "ffn" in self.parts and self.width_key is None,
+            "of-transformers": stock.__module__.startswith("transformers."),
+            "config-class": is_shared,
+            "experts": _CHOOSES_EXPERTS in _source_of(stock),
+        }
+        template = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
+        before, each, after = _chosen(template, has).split("%each\n")
+        classes = [
+            each.replace("@STOCK@", of_class.__name__).replace("@BLOCKS@", path)
+            for of_class, path in placed
+        ]
+        text = before + "".join(classes) + after
+        imported = [*([self.config_class] if is_shared else []), *(each for each, _ in placed)]
+        for key, value in {**self._values(), "IMPORTS": self._imports(imported)}.items():
+            text = text.replace(f"@{key}@", value)
+        pairs = [f"    (Pruned{of.__name__}, {of.__name__})," for of, _ in placed]
+        return text.replace("@PAIRS@", "\n".join(pairs)).rstrip() + "\n"
+
+    def _values(self) -> dict[str, str]:
+        """Return what stands for the names in the template, but for the classes."""
         units = self.architecture.stock_units
         ffns, attentions = ([unit for unit in units if unit.part == part] for part in ("ffn", "kv"))
-        in_class, tables, resize, narrow, keys = _CLASS, "", "", "", []
-        give_back = ""
-        if "ffn" in self.parts:
-            has_key = self.width_key is not None
-            keys.append(PER_LAYER_CONFIG if has_key else FFN_WIDTHS)
-            tables += _TABLE_OF_FFNS.replace("@FFNS@", _literal(_table_of_ffns(ffns)))
-            narrow += (_TAKE_PER_LAYER_CONFIG if has_key else _TAKE_FFN_WIDTHS) + "\n"
-            narrow += _NARROW_FFNS
-            in_class += _GIVE_WIDTHS
-            give_back = _GIVE_BACK if has_key else ""
-        resize = inspect.getsource(resize_ffn)
-        if "kv" in self.parts:
-            keys.append(KV_GROUPS)
-            table = _literal(_table_of_attentions(attentions))
-            tables += _TABLE_OF_ATTENTIONS.replace("@ATTENTIONS@", table)
-            for each in (resize_attention, ConfigWith):
-                resize += "\n\n" + inspect.getsource(each)
-            narrow += "\n" * bool(narrow) + _NARROW_ATTENTIONS
-            in_class += _GIVE_GROUPS
-        has_gone = "attention" in self.parts
-        if has_gone:
-            extras = {unit.path: unit.extras for unit in attentions}
-            tables += _TABLE_OF_EXTRAS.replace("@EXTRAS@", _literal(extras))
-            for new in (remove_attentions, Gone):
-                resize += "\n\n" + inspect.getsource(new)
-            narrow += "\n" + _DROP_ATTENTIONS
-            in_class += _REMOVE
-        take = _TAKE_WIDTHS if "ffn" in self.parts else ""
-        in_class = in_class.replace("@TAKE_WIDTHS@", take) + give_back
-        is_of_transformers = self.model_class.__module__.startswith("transformers.")
-        # Auto classes check that a class is for the config that it is registered with.
-        is_shared = self.config_class is not self.model_class.config_class
-        config_line = f"    config_class = {self.config_class.__name__}\n\n" if is_shared else ""
-        classes = [
-            in_class.replace("@CONFIG_CLASS@", config_line)
-            .replace("@FIRST@", "_OfTransformers, " if is_of_transformers else "")
-            .replace("@CLASS@", stock.__name__)
-            .replace("@BLOCKS@", path)
-            for stock, path in placed
-        ]
-        imported = [*([self.config_class] if is_shared else []), *(stock for stock, _ in placed)]
-        pairs = [f"(Pruned{stock.__name__}, {stock.__name__})" for stock, _ in placed]
+        resizing: dict[str, tuple[Any, ...]] = {
+            "kv": (resize_attention, ConfigWith),
+            "attention": (remove_attentions, Gone),
+        }
+        sources = [resize_ffn, *(each for part in self.parts for each in resizing.get(part, ()))]
+        ffn_key = FFN_WIDTHS if self.width_key is None else PER_LAYER_CONFIG
+        keys = {"ffn": ffn_key, "kv": KV_GROUPS}
         words = {"ffn": ("FFN channels", "FFN"), "kv": ("KV groups", "attention")}
-        resized = [words[part] for part in self.parts if part in words]
-        channels, modules = zip(*resized, strict=True)
-        auto_classes = [name for name in self.auto_map if name != "AutoModel"]
-        values = {
-            "AUTO_CLASSES": ", ".join(auto_classes),
+        channels, modules = zip(*(words[p] for p in self.parts if p in words), strict=True)
+        return {
             "CLASS": self.model_class.__name__,
+            "CONFIG_CLASS": self.config_class.__name__,
+            "MODEL_TYPE": self.config_class.model_type,
+            "AUTO_CLASSES": ", ".join(self._auto_classes),
             "CHANNELS": " and ".join(channels),
-            "WIDTHS": "` and `".join(keys),
             "FFN": " and every ".join(modules),
-            "TYPING": "from typing import Any\n\n" if "kv" in self.parts else "",
-            "DEFAULTDICT": "from collections import defaultdict\n" if has_gone else "",
-            "SEQUENCE": ", Sequence" if has_gone else "",
-            "IMPORTS": _imports(imported, auto_classes),
-            "TABLES": tables.strip(),
-            "RESIZE": resize.rstrip(),
-            "NARROW": narrow.strip(),
+            "WIDTHS": "` and `".join(keys[part] for part in self.parts if part in keys),
+            "RESIZE": "\n\n".join(map(inspect.getsource, sources)).rstrip(),
+            "FFNS": _literal(_table_of_ffns(ffns)),
+            "ATTENTIONS": _literal(_table_of_attentions(attentions)),
+            "EXTRAS": _literal({unit.path: unit.extras for unit in attentions}),
             "PATH": ffns[0].path if ffns else "",
             "KEY": self.width_key or "",
-            "OF_TRANSFORMERS": _OF_TRANSFORMERS if is_of_transformers else "",
-            "CLASSES": "".join(classes).strip(),
-            "PAIRS": "".join(f"    {pair},\n" for pair in pairs),
-            "MODEL_TYPE": self.config_class.model_type,
-            "EXPERTS": _ABOUT_EXPERTS if _CHOOSES_EXPERTS in _source_of(self.model_class) else "",
         }
-        text = resources.files("cfsp.checkpoint").joinpath("modeling_template.txt").read_text()
-        for key, value in values.items():
-            text = text.replace(f"@{key}@", value)
-        return text.rstrip() + "\n"
+
+    @property
+    def _auto_classes(self) -> list[str]:
+        return [name for name in self.auto_map if name != "AutoModel"]
+
+    def _imports(self, classes: Iterable[type]) -> str:
+        """Return the lines that import classes of transformers."""
+        import transformers
+
+        names = defaultdict(list, transformers=list(self._auto_classes))
+        for stock in classes:
+            at_the_top = getattr(transformers, stock.__name__, None) is stock
+            names["transformers" if at_the_top else stock.__module__].append(stock.__name__)
+        return "\n".join(
+            f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)
+        )
+
+
+def _chosen(template: str, has: Mapping[str, bool]) -> str:
+    """Return the lines of a template that are not between an `%if` and an `%end` that exclude."""
+    lines, shown = [], True
+    for line in template.splitlines(keepends=True):
+        if line.startswith("%if "):
+            shown = has.get(line.split()[1], False)
+        elif line == "%else\n":
+            shown = not shown
+        elif line == "%end\n":
+            shown = True
+        elif shown:
+            lines.append(line)
+    return "".join(lines)
 
 
 def resized_attention(block: nn.Module, unit: Unit, groups: int) -> None:
@@ -350,23 +271,3 @@ def _source_of(model_class: type[PreTrainedModel]) -> str:
         return inspect.getsource(sys.modules[model_class.__module__])
     except (OSError, TypeError):
         return ""
-
-
-def _imports(classes: Iterable[type], auto_classes: Sequence[str]) -> str:
-    """Return the lines that import classes of transformers, and what renames stored tensors."""
-    import transformers
-
-    names = defaultdict(list, transformers=list(auto_classes))
-    for stock in classes:
-        at_the_top = getattr(transformers, stock.__name__, None) is stock
-        names["transformers" if at_the_top else stock.__module__].append(stock.__name__)
-    lines = [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
-    return "\n".join(
-        [
-            *lines,
-            "from transformers.conversion_mapping import (",
-            "    get_checkpoint_conversion_mapping,",
-            "    register_checkpoint_conversion_mapping,",
-            ")",
-        ]
-    )

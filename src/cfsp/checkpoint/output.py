@@ -123,18 +123,10 @@ def staged_directory(target: Path) -> Iterator[Path]:
         OutputError: the target exists and is not empty, or the disk is full or read-only.
     """
     check_output_is_free(target)
-    remove_abandoned(target)
-    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
-    with created_parents(target):
-        try:
-            staging.mkdir()
-            yield staging
-            check_output_is_free(target)
-            staging.rename(target)
-        except OSError as error:
-            raise _cannot_write(target, error) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with _staged(target) as staging:
+        staging.mkdir()
+        yield staging
+        check_output_is_free(target)
 
 
 @contextmanager
@@ -146,18 +138,36 @@ def staged_file(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise OutputError(f"{target} exists already; choose another file")
+    with _staged(target) as staging:
+        yield staging
+        if target.exists():
+            raise OutputError(f"another run has written {target} meanwhile; it was kept")
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """Give a path beside the target, and rename what is there in the end; remove it on failure."""
     remove_abandoned(target)
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    staging = _staging_of(target)
     with created_parents(target):
         try:
             yield staging
-            if target.exists():
-                raise OutputError(f"another run has written {target} meanwhile; it was kept")
             staging.rename(target)
         except OSError as error:
             raise _cannot_write(target, error) from error
         finally:
-            staging.unlink(missing_ok=True)
+            _remove(staging)
+
+
+def _staging_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{os.getpid()}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _cannot_write(target: Path, error: OSError) -> OutputError:
@@ -173,10 +183,7 @@ def remove_abandoned(target: Path) -> None:
         # An exporter adds an ending to its staging file for a second one.
         owner = leftover.name.rpartition("-")[2].partition(".")[0]
         if owner.isdigit() and not _is_running(int(owner)):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+            _remove(leftover)
 
 
 def _is_running(process: int) -> bool:
@@ -197,7 +204,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OutputError: the disk is full or not writable.
     """
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    staging = _staging_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path)

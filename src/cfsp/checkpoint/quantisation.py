@@ -7,22 +7,22 @@ whenever it is read, so that nothing above knows of it; everything else is refus
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from cfsp.checkpoint.dequantising import (
     DequantisedTensor,
+    Grouping,
     ImpossiblePartsError,
     Parts,
-    from_awq,
-    from_gptq,
+    StoredTensor,
+    from_groups,
     from_mxfp4,
-    from_packed,
     from_scaled,
 )
-from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, StoredTensor
+from cfsp.checkpoint.tensor_file import AGAIN, FileTensor
 from cfsp.errors import CheckpointError
 
 # Where a config says how its weights are quantised; the second is that of old compressed-tensors.
@@ -42,26 +42,7 @@ _OF_ACTIVATIONS = (
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """How the weights of a checkpoint are quantised.
-
-    Attributes:
-        method: what transformers calls it.
-        block: height and width of the blocks of a matrix that share a scale.
-        bits: of a packed number.
-        group_size: inputs that share a scale, of packed numbers; -1 for all.
-        added: what GPTQ's stored zero lacks.
-    """
-
-    method: str
-    block: tuple[int, int] = (1, 1)
-    bits: int = 4
-    group_size: int = -1
-    added: int = 0
-
-
-@dataclass(frozen=True)
-class _Packing:
+class Packing:
     """How one weight is stored.
 
     Attributes:
@@ -70,7 +51,7 @@ class _Packing:
         dtypes: that the values have.
         needed: what the names of its other parts end with.
         optional: the same of those that may be missing or do not count.
-        dequantise: makes the weight of its parts.
+        dequantise: makes the weight of its parts, in a dtype.
     """
 
     holder: str
@@ -78,53 +59,49 @@ class _Packing:
     dtypes: tuple[torch.dtype, ...]
     needed: tuple[str, ...]
     optional: tuple[str, ...]
-    dequantise: Callable[[Parts, Quantisation, torch.dtype], DequantisedTensor]
+    dequantise: Callable[[Parts, torch.dtype], DequantisedTensor]
 
 
-def _scaled(suffix: str, dtypes: tuple[torch.dtype, ...]) -> _Packing:
-    return _Packing(
+@dataclass(frozen=True)
+class Quantisation:
+    """How the weights of a checkpoint are quantised.
+
+    Attributes:
+        method: what transformers calls it.
+        packings: of its weights.
+    """
+
+    method: str
+    packings: tuple[Packing, ...] = field(repr=False)
+
+
+def _scaled(suffix: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]) -> Packing:
+    """Return numbers of 8 bits with a scale for each block of a matrix."""
+    return Packing(
         "", "", dtypes, (suffix,), ("_zero_point",),
-        lambda parts, how, dtype: from_scaled(
-            parts[""], parts[suffix], parts.get("_zero_point"), how.block, dtype
+        lambda parts, dtype: from_scaled(
+            parts[""], parts[suffix], parts.get("_zero_point"), block, dtype
         ),
     )  # fmt: skip
 
 
-_MXFP4 = _Packing(
-    "_blocks", "", (torch.uint8,), ("_scales",), (),
-    lambda parts, how, dtype: from_mxfp4(parts["_blocks"], parts["_scales"], dtype),
-)  # fmt: skip
-_PACK_QUANTIZED = _Packing(
-    "weight_packed", "weight", (torch.int32,), ("weight_scale",),
-    ("weight_zero_point", "weight_g_idx", "weight_shape"),
-    lambda parts, how, dtype: from_packed(
-        parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"),
-        parts.get("weight_g_idx"), how.bits, how.group_size, dtype,
-    ),
-)  # fmt: skip
-_GPTQ = _Packing(
-    "qweight", "weight", (torch.int32,), ("qzeros", "scales"), ("g_idx",),
-    lambda parts, how, dtype: from_gptq(
-        parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx"),
-        how.bits, how.group_size, how.added, dtype,
-    ),
-)  # fmt: skip
-_AWQ = _Packing(
-    "qweight", "weight", (torch.int32,), ("qzeros", "scales"), (),
-    lambda parts, how, dtype: from_awq(
-        parts["qweight"], parts["qzeros"], parts["scales"], how.group_size, dtype
-    ),
-)  # fmt: skip
+def _grouped(how: Grouping, needed: tuple[str, ...], optional: tuple[str, ...]) -> Packing:
+    return Packing(
+        how.packed, "weight", (torch.int32,), needed, optional,
+        lambda parts, dtype: from_groups(parts, how, dtype),
+    )  # fmt: skip
 
-_PACKINGS: dict[str, tuple[_Packing, ...]] = {
-    "fp8": (_scaled("_scale_inv", _FP8),),
-    "mxfp8": (_scaled("_scale_inv", _FP8),),
-    "fbgemm_fp8": (_scaled("_scale", _FP8),),
-    "mxfp4": (_MXFP4,),
-    "compressed-tensors": (_scaled("_scale", (*_FP8, torch.int8)), _PACK_QUANTIZED),
-    "gptq": (_GPTQ,),
-    "awq": (_AWQ,),
-}
+
+_MXFP4 = Packing(
+    "_blocks", "", (torch.uint8,), ("_scales",), (),
+    lambda parts, dtype: from_mxfp4(parts["_blocks"], parts["_scales"], dtype),
+)  # fmt: skip
+_PACK_QUANTIZED = Grouping("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
+_GPTQ = Grouping("qweight", "scales", "qzeros", "g_idx", inputs_first=True)
+# Of eight neighbours the second one is in the fifth place.
+_AWQ = replace(_GPTQ, group="", along_outputs=True, order=(0, 4, 1, 5, 2, 6, 3, 7))
+
+_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
 _COMPRESSED_FORMATS = (
     "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
     "dense",
@@ -148,21 +125,12 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     described = found[0] if isinstance(found[0], dict) else {"quant_method": found[0]}
     method = str(described.get("quant_method"))
     try:
-        if method not in _PACKINGS:
-            raise _NotUndoneError(method)
-        if method == "compressed-tensors":
-            return _of_compressed_tensors(described)
-        if method == "gptq":
-            return _of_gptq(described)
-        if method == "awq":
-            return _of_awq(described)
-        usual = [1, 32] if method == "mxfp8" else None
-        return Quantisation(method, block=_block(described.get("weight_block_size") or usual))
+        return Quantisation(method, _packings(method, described))
     except _NotUndoneError as error:
         what = " ".join(str(error).split())[:80]
         raise CheckpointError(
             f"{label} is quantised ({what}), which cfsp cannot undo (it can: "
-            f"{', '.join(_PACKINGS)}); prune the model that it was made from, or load it with "
+            f"{', '.join(_METHODS)}); prune the model that it was made from, or load it with "
             "transformers, call dequantize() and save_pretrained(), and prune the result"
         ) from None
 
@@ -193,9 +161,9 @@ def dequantised(
         CheckpointError: a weight lacks a part, or its parts do not fit.
     """
     plain: dict[str, StoredTensor] = {}
-    parts_of: dict[str, tuple[_Packing, dict[str, FileTensor]]] = {}
+    parts_of: dict[str, tuple[Packing, dict[str, FileTensor]]] = {}
     for name, tensor in tensors.items():
-        packing = _packing_of(name, tensor, _PACKINGS[how.method])
+        packing = _packing_of(name, tensor, how.packings)
         if packing is None:
             plain[name] = tensor
         else:
@@ -210,7 +178,7 @@ def dequantised(
         )
     for name, (packing, parts) in parts_of.items():
         try:
-            plain[name] = packing.dequantise(parts, how, dtype)
+            plain[name] = packing.dequantise(parts, dtype)
         except ImpossiblePartsError as error:
             raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
         for part in parts.values():
@@ -224,7 +192,7 @@ def dequantised(
     return plain
 
 
-def _packing_of(name: str, tensor: FileTensor, packings: Iterable[_Packing]) -> _Packing | None:
+def _packing_of(name: str, tensor: FileTensor, packings: Iterable[Packing]) -> Packing | None:
     for packing in packings:
         is_part = any(name.endswith(ending) for ending in (*packing.needed, *packing.optional))
         if name.endswith(packing.holder) and tensor.spec.dtype in packing.dtypes and not is_part:
@@ -233,7 +201,7 @@ def _packing_of(name: str, tensor: FileTensor, packings: Iterable[_Packing]) -> 
 
 
 def _parts(
-    stem: str, packing: _Packing, tensors: Mapping[str, FileTensor], label: str
+    stem: str, packing: Packing, tensors: Mapping[str, FileTensor], label: str
 ) -> dict[str, FileTensor]:
     for ending in packing.needed:
         if stem + ending not in tensors:
@@ -247,7 +215,7 @@ def _parts(
 
 def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
     """Check that nothing quantised is left, and no scale of something that is not."""
-    endings = [ending for packing in _PACKINGS[how.method] for ending in packing.needed]
+    endings = [ending for packing in how.packings for ending in packing.needed]
     for name, tensor in tensors.items():
         owners = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
         owned = [owner for owner in owners if owner in tensors]
@@ -268,7 +236,47 @@ class _NotUndoneError(Exception):
     """A way to quantise that cfsp does not undo; names it."""
 
 
-def _of_compressed_tensors(described: Mapping[str, Any]) -> Quantisation:
+def _packings(method: str, described: Mapping[str, Any]) -> tuple[Packing, ...]:
+    """Return how weights are stored by what a config says of a method.
+
+    Raises:
+        _NotUndoneError: it is none that is undone here.
+    """
+    block = described.get("weight_block_size")
+    match method:
+        case "fp8":
+            return (_scaled("_scale_inv", _FP8, _block(block)),)
+        case "mxfp8":
+            return (_scaled("_scale_inv", _FP8, _block(block or [1, 32])),)
+        case "fbgemm_fp8":
+            return (_scaled("_scale", _FP8, _block(block)),)
+        case "mxfp4":
+            return (_MXFP4,)
+        case "compressed-tensors":
+            return _of_compressed_tensors(described)
+        case "gptq":
+            version = described.get("checkpoint_format") or described.get("format") or "gptq"
+            if version not in ("gptq", "gptq_v2"):
+                raise _NotUndoneError(f"gptq, format {version}")
+            if described.get("dynamic"):
+                raise _NotUndoneError("gptq, in several ways at once")
+            size, bits = _size(described.get("group_size", 128)), _bits(described.get("bits"))
+            # The first version stores a zero that lacks 1.
+            how = replace(_GPTQ, bits=bits, group_size=size, added=int(version == "gptq"))
+            return (_grouped(how, (how.zero, how.scale), (how.group,)),)
+        case "awq":
+            bits = described.get("bits", described.get("w_bit"))
+            version = str(described.get("version", described.get("format", "gemm"))).lower()
+            if bits != 4:
+                raise _NotUndoneError(f"awq, {bits} bits")
+            if version != "gemm":
+                raise _NotUndoneError(f"awq, version {version}")
+            size = _size(described.get("group_size", described.get("q_group_size", 128)))
+            return (_grouped(replace(_AWQ, group_size=size), (_AWQ.zero, _AWQ.scale), ()),)
+    raise _NotUndoneError(method)
+
+
+def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
     method = "compressed-tensors"
     groups = [each for each in _dict(described.get("config_groups")).values() if _dict(each)]
     formats = [described.get("format"), *(group.get("format") for group in groups)]
@@ -294,30 +302,11 @@ def _of_compressed_tensors(described: Mapping[str, Any]) -> Quantisation:
     if len(blocks) > 1 or len(packed) > 1:
         raise _NotUndoneError(f"{method}, in several ways at once")
     bits, group_size = packed.pop() if packed else (8, -1)
-    block = blocks.pop() if blocks else (1, 1)
-    return Quantisation(method, block, bits, group_size)
-
-
-def _of_gptq(described: Mapping[str, Any]) -> Quantisation:
-    version = described.get("checkpoint_format") or described.get("format") or "gptq"
-    if version not in ("gptq", "gptq_v2"):
-        raise _NotUndoneError(f"gptq, format {version}")
-    if described.get("dynamic"):
-        raise _NotUndoneError("gptq, in several ways at once")
-    size = _size(described.get("group_size", 128))
-    bits = _bits(described.get("bits"))
-    return Quantisation("gptq", bits=bits, group_size=size, added=int(version == "gptq"))
-
-
-def _of_awq(described: Mapping[str, Any]) -> Quantisation:
-    bits = described.get("bits", described.get("w_bit"))
-    version = str(described.get("version", described.get("format", "gemm"))).lower()
-    if bits != 4:
-        raise _NotUndoneError(f"awq, {bits} bits")
-    if version != "gemm":
-        raise _NotUndoneError(f"awq, version {version}")
-    size = _size(described.get("group_size", described.get("q_group_size", 128)))
-    return Quantisation("awq", group_size=size)
+    how = replace(_PACK_QUANTIZED, bits=bits, group_size=group_size)
+    return (
+        _scaled("_scale", (*_FP8, torch.int8), blocks.pop() if blocks else (1, 1)),
+        _grouped(how, (how.scale,), (how.zero, how.group, "weight_shape")),
+    )
 
 
 def _bits(value: object) -> int:

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
@@ -22,15 +21,14 @@ from torch import Tensor
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
+from cfsp.checkpoint.dequantising import StoredTensor
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.quantisation import Quantisation, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
-from cfsp.checkpoint.stored_layout import ChannelLayout
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
     FileTensor,
-    StoredTensor,
     TensorFile,
     TensorSpec,
     specs_of,
@@ -55,10 +53,19 @@ _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSource(Protocol):
-    """What the stages need of a model: config, tensor specs, and single tensors."""
+    """What the stages need of a model: config, tensor specs, and single tensors.
+
+    Attributes:
+        config: of the model.
+        architecture: its blocks and units.
+        specs: dtype and shape of every stored tensor, in storage order.
+        stored: which parameters they make up.
+        label: what people call it.
+    """
 
     config: PreTrainedConfig
     architecture: Architecture
+    specs: Mapping[str, TensorSpec]
     stored: StoredTensors
     label: str
 
@@ -68,13 +75,38 @@ class WeightSource(Protocol):
         return self.architecture.units
 
     @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor, in storage order."""
-        ...
+    def parameters(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of every parameter and buffer that is stored, by its name in the model.
 
-    def layout_of(self, name: str) -> ChannelLayout | None:
-        """Return where a tensor keeps FFN channels; None if it has none."""
-        return self.stored.layouts.get(name)
+        Of tied ones only that which the others take their values from.
+        """
+        return self.stored.parameters
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Parameters that nothing is stored of, and the one whose value each has."""
+        return self.stored.tied
+
+    @property
+    def faults(self) -> Mapping[str, str]:
+        """Parameters that are missing or have another shape, and what is wrong."""
+        return self.stored.faults
+
+    def origin(self, name: str) -> str:
+        """Return what a parameter is called in the model that this one is cut from."""
+        return name
+
+    def parameter(
+        self, name: str, dtype: torch.dtype | None = None, expert: int | None = None
+    ) -> Tensor:
+        """Return one of `parameters`.
+
+        Args:
+            name: in the model.
+            dtype: what it becomes; None for its own.
+            expert: the index along its first axis that is asked for alone; None for all.
+        """
+        return self.stored.assemble(name, lambda tensor: self.read(tensor).to(dtype), expert)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
@@ -125,15 +157,11 @@ class Checkpoint(WeightSource):
         # By their names in the model.
         self._tensors = {prefix + name: tensor for name, tensor in stored.items()}
         specs = {name: tensor.spec for name, tensor in self._tensors.items()}
-        self.stored = StoredTensors.of(model, self.architecture, specs, self.label)
+        self.stored = StoredTensors.of(model, self.architecture, dict(specs), self.label)
         for name in self.stored.stale:
-            del self._tensors[name]
+            del self._tensors[name], specs[name]
+        self.specs = specs
         check_stored(self, model)
-
-    @cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor, in storage order."""
-        return {name: tensor.spec for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
@@ -174,13 +202,9 @@ class LoadedModel(WeightSource):
         self.architecture = architecture_of(model.config, parts)
         self.label = model.config._name_or_path or type(model).__name__
         self._tensors = stored_from_memory(model)
+        self.specs = specs_of(self._tensors)
         self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
         check_stored(self, model)
-
-    @cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor, in storage order."""
-        return specs_of(self._tensors)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
@@ -250,11 +274,21 @@ def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
     In a unit of several experts that is one channel of each.
     """
     owned = [0] * len(source.units)
-    for name, spec in source.specs.items():
-        layout = source.layout_of(name)
-        if layout is not None:
-            owned[layout.unit] += spec.elements // source.units[layout.unit].width
+    for name, (index, _) in channel_parameters(source.architecture).items():
+        owned[index] += source.parameters[name].elements // source.units[index].width
     return tuple(owned)
+
+
+def channel_parameters(architecture: Architecture) -> dict[str, tuple[int, str]]:
+    """Return the parameters that have channels: the index of the unit, and the path in the block.
+
+    Keys are their names in the model.
+    """
+    return {
+        architecture.block_prefix(unit.block) + path: (index, path)
+        for index, unit in enumerate(architecture.units)
+        for path in unit.axes
+    }
 
 
 def units_of_block(source: WeightSource, block: int) -> list[int]:
@@ -272,11 +306,12 @@ def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: FFN weights are quantised, or there are more blocks than in the config.
     """
-    for name in source.stored.layouts:
-        dtype = source.specs[name].dtype
+    for name in channel_parameters(source.architecture):
+        dtype = source.parameters[name].dtype
         if dtype not in _COMPUTABLE:
             raise CheckpointError(
-                f"{source.label}: {name} is stored as {str(dtype).removeprefix('torch.')}; "
+                f"{source.label}: {source.stored.sources(name)[0]} is stored as "
+                f"{str(dtype).removeprefix('torch.')}; "
                 "save the model in float32, bfloat16 or float16"
             )
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()

@@ -111,7 +111,7 @@ def read_tensors(
         prefix: what the module's parameter names begin with in the source.
         source: where the tensors come from.
         dtype: what floating-point parameters become; buffers stay as they are stored.
-        instead: stored tensors, by name, that take the place of the source's.
+        instead: parameters that take the place of the source's, by their `origin`.
 
     Raises:
         CheckpointError: the source lacks a tensor or has it in another shape.
@@ -120,7 +120,7 @@ def read_tensors(
     return {
         name: read_parameter(source, prefix + name, dtype if name in parameters else None, instead)
         for name in module.state_dict()
-        if name in parameters or source.stored.sources(prefix + name)
+        if name in parameters or prefix + name in source.parameters
     }
 
 
@@ -136,20 +136,17 @@ def read_parameter(
         source: where its tensors come from.
         name: of the parameter in the model.
         dtype: what it becomes; None for that of its tensors.
-        instead: stored tensors, by name, that take the place of the source's.
+        instead: parameters that take the place of the source's, by their `origin`.
 
     Raises:
         CheckpointError: the source lacks a tensor of it or has it in another shape.
     """
-    stored, given = source.stored, instead or {}
-    if name in stored.faults:
-        raise CheckpointError(f"{source.label} {stored.faults[name]}; {AGAIN}")
-
-    def read(tensor: str) -> torch.Tensor:
-        found = given[tensor] if tensor in given else source.read(tensor)
-        return found.to(dtype)
-
-    return stored.assemble(stored.tied.get(name, name), read)
+    if name in source.faults:
+        raise CheckpointError(f"{source.label} {source.faults[name]}; {AGAIN}")
+    origin = source.origin(name)
+    if instead and origin in instead:
+        return instead[origin].to(dtype)
+    return source.parameter(source.tied.get(name, name), dtype)
 
 
 def check_complete(source: WeightSource) -> None:
@@ -160,7 +157,8 @@ def check_complete(source: WeightSource) -> None:
     Raises:
         CheckpointError: the source lacks a tensor or has it in another shape.
     """
-    source.stored.check_complete(source.label)
+    for fault in source.faults.values():
+        raise CheckpointError(f"{source.label} {fault}; {AGAIN}")
 
 
 def fill_parameters(

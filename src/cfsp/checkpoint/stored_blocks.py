@@ -1,4 +1,4 @@
-"""Which block a tensor belongs to, and what it is called when blocks before it are gone."""
+"""Which block a tensor belongs to, what it is called when others are gone, and what each owns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
     """
     if not removed:
         return {name: name for name in source.specs}
-    for name, to in source.stored.tied.items():
+    for name, to in source.tied.items():
         block, other = (_block_of(source, parameter) for parameter in (name, to))
         if block not in removed and other is not None and other in removed:
             raise UnsupportedModelError(
@@ -110,8 +110,25 @@ def parameters_of_attentions(source: WeightSource) -> dict[int, int]:
     found: dict[int, int] = {}
     for unit in source.units:
         if unit.part == "kv":
-            names = source.stored.within(f"{source.architecture.module_name(unit)}.")
-            found[unit.block] = sum(source.specs[name].elements for name in names)
+            found[unit.block] = parameters_within(
+                source, f"{source.architecture.module_name(unit)}."
+            )
+    return found
+
+
+def parameters_within(source: WeightSource, prefix: str) -> int:
+    """Return how many parameters have names in the model that begin so."""
+    return sum(s.elements for name, s in source.parameters.items() if name.startswith(prefix))
+
+
+def parameters_of_an_expert(source: WeightSource) -> dict[int, int]:
+    """Return how many parameters go with one expert, its part of the router included, by block."""
+    found = {}
+    for unit in source.units:
+        if unit.expert_axes:
+            prefix = source.architecture.block_prefix(unit.block)
+            names = {prefix + path for path in (*unit.axes, *unit.expert_axes)}
+            found[unit.block] = sum(source.parameters[n].elements for n in names) // unit.ffns
     return found
 
 

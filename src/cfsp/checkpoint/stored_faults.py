@@ -27,7 +27,7 @@ def faults_of(
     shapes: ModelShapes,
     specs: Mapping[str, TensorSpec],
     made_by: Mapping[str, Conversion],
-    found_shapes: Mapping[str, tuple[int, ...]],
+    made: Mapping[str, TensorSpec],
     tied: Mapping[str, str],
 ) -> dict[str, str]:
     """Return what is wrong with the parameters that the stored tensors do not make up.
@@ -37,7 +37,7 @@ def faults_of(
         shapes: of its parameters.
         specs: of the stored tensors.
         made_by: what makes each parameter.
-        found_shapes: the shape of each that is made.
+        made: type and shape of each that is made.
         tied: parameters that nothing is stored of.
 
     Returns:
@@ -48,23 +48,23 @@ def faults_of(
         name
         for name, tensor in shapes.tensors.items()
         if name not in tied
-        and found_shapes.get(name) != tuple(tensor.shape)
-        and (name in found_shapes or not any(re.search(pattern, name) for pattern in optional))
+        and not (name in made and made[name].shape == tuple(tensor.shape))
+        and (name in made or not any(re.search(pattern, name) for pattern in optional))
     ]
     if not faulty:
         return {}
     expected = as_saved(model, {name: shapes.tensors[name] for name in saved_state(model)})
     saved_as = {}
     for conversion in find_conversions(model, expected)[0]:
-        for name in shapes_made(conversion, specs_of(expected), shapes):
+        for name in specs_made(conversion, specs_of(expected), shapes):
             saved_as[name] = conversion.stored
     faults = {}
     for name in faulty:
         of_this = made_by[name].stored if name in made_by else ()
         faults[name] = f"has no tensors that {name} can be made of"
-        if name in found_shapes:
+        if name in made:
             faults[name] = (
-                f"has tensors for {name} of shape {list(found_shapes[name])}, its config asks for "
+                f"has tensors for {name} of shape {list(made[name].shape)}, its config asks for "
                 f"{list(shapes.tensors[name].shape)}"
             )
         for stored in (*of_this, *saved_as.get(name, (name,))):
@@ -84,15 +84,14 @@ def faults_of(
     return faults
 
 
-def shapes_made(
+def specs_made(
     conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters that a conversion makes; of none if it cannot."""
+) -> dict[str, TensorSpec]:
+    """Return types and shapes of the parameters that a conversion makes; of none if it cannot."""
     placed = places(conversion, specs)
     if placed is not None:
-        return {conversion.target: placed[1]}
+        return {conversion.target: TensorSpec(specs[conversion.stored[0]].dtype, placed[1])}
     try:
-        made = convert(conversion, meta(specs, conversion.stored), shapes)
+        return specs_of(convert(conversion, meta(specs, conversion.stored), shapes))
     except Exception:  # whatever a converter says to shapes that do not fit
         return {}
-    return {name: tuple(tensor.shape) for name, tensor in made.items()}

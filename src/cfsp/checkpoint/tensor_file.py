@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,9 +102,9 @@ class TensorFile:
     def _read_header(self, prefix: bytes, read: Callable[[int], bytes], file_bytes: int) -> None:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
-            raise CheckpointError(
-                f"{self.path} is not a complete safetensors file: it has {file_bytes} bytes and "
-                f"announces a header of {length}; download or save it again"
+            raise self._damaged(
+                f"is not a complete safetensors file: it has {file_bytes} bytes and announces a "
+                f"header of {length}"
             )
         try:
             header = json.loads(read(length))
@@ -115,10 +115,7 @@ class TensorFile:
             ]
             entries.sort()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.path} is not a safetensors file: its header is not readable; "
-                "download or save it again"
-            ) from error
+            raise self._damaged("is not a safetensors file: its header is not readable") from error
         end = 0
         for start, stop, name, dtype_name, shape in entries:
             if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
@@ -127,25 +124,24 @@ class TensorFile:
                     f"expected one of {', '.join(DTYPES)}"
                 )
             if not all(isinstance(n, int) and 0 <= n < _MOST_BYTES for n in (start, stop, *shape)):
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} has an impossible shape {shape}; "
-                    "download or save it again"
-                )
+                raise self._damaged(f"has a tensor {name} of impossible shape {shape}")
             spec = TensorSpec(DTYPES[dtype_name], shape)
             if start != end or stop - start != spec.nbytes:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} {list(shape)} {dtype_name} needs {spec.nbytes} "
-                    f"bytes from {end}, its header says {start} to {stop}; the file is damaged: "
-                    "download or save it again"
+                raise self._damaged(
+                    f"is damaged: tensor {name} {list(shape)} {dtype_name} needs {spec.nbytes} "
+                    f"bytes from {end}, its header says {start} to {stop}"
                 )
             end = stop
             self.specs[name] = spec
             self._offsets[name] = 8 + length + start
         if 8 + length + end != file_bytes:
-            raise CheckpointError(
-                f"{self.path} is truncated or damaged: its header describes {8 + length + end} "
-                f"bytes, the file has {file_bytes}; download or save it again"
+            raise self._damaged(
+                f"is truncated or damaged: its header describes {8 + length + end} bytes, the file "
+                f"has {file_bytes}"
             )
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} {what}; {AGAIN}")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in the dtype in which it is stored."""
@@ -201,30 +197,9 @@ class TensorFile:
         return CheckpointError(f"{self.path} was changed while it was read; start again")
 
 
-class StoredTensor(Protocol):
-    """A tensor of a checkpoint; nothing is read before it is asked for."""
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Dtype and shape."""
-        ...
-
-    def read(self) -> Tensor:
-        """Return the tensor."""
-        ...
-
-    def read_part(self, start: int, stop: int) -> Tensor:
-        """Return the elements from one to another, flattened."""
-        ...
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the raw bytes."""
-        ...
-
-
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file."""
+    """A tensor in a file; nothing is read before it is asked for."""
 
     file: TensorFile
     name: str

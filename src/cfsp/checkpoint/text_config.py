@@ -28,6 +28,18 @@ def longest_input_of(config: PreTrainedConfig) -> int | None:
     return None if found is None else int(found)
 
 
+def text_fields_of(fields: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the part of a config.json that is of the text decoder; it is made where it lacks.
+
+    Args:
+        fields: the content of config.json.
+        config: the same, as an object.
+    """
+    for name in text_path(config):
+        fields = fields.setdefault(name, {})
+    return fields
+
+
 def text_path(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the names of the configs that lead to the one of the text decoder."""
     wanted = config.get_text_config(decoder=True)

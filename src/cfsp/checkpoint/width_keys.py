@@ -72,8 +72,27 @@ class WidthSearch:
         self, architecture: Architecture, widths: Sequence[int]
     ) -> dict[str, int] | None:
         """Return the values of keys by which the stock class builds widths; None if it can't."""
-        values = _stock_values(self.keys, self.widths, architecture.units, widths)
-        if values is None or not units_are_found(self.stock, values, architecture, widths):
+        wanted: dict[str, set[int]] = {}
+        for unit, width in zip(architecture.units, widths, strict=True):
+            wanted.setdefault(unit.path, set()).add(width)
+        values: dict[str, int] = {}
+        for path, width_of_path in wanted.items():
+            if width_of_path == self.widths[path]:
+                continue
+            own = [key for key in self.keys if path in key.times]
+            if len(width_of_path) != 1 or len(own) != 1:
+                return None
+            (width,), (key,) = width_of_path, own
+            value, rest = divmod(width, key.times[path])
+            if rest or values.setdefault(key.name, value) != value:
+                return None
+        # A key that changes must suit every path that it is for.
+        for key in self.keys:
+            if key.name in values:
+                for path, times in key.times.items():
+                    if wanted.get(path) != {values[key.name] * times}:
+                        return None
+        if not units_are_found(self.stock, values, architecture, widths):
             return None
         return values
 
@@ -184,36 +203,6 @@ def empty_stock_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model that the stock class builds, on the meta device."""
     with torch.device("meta"):
         return model_class_of(config)._from_config(config)
-
-
-def _stock_values(
-    keys: Sequence[WidthKey],
-    stock_widths: Mapping[str, set[int]],
-    units: Sequence[Unit],
-    widths: Sequence[int],
-) -> dict[str, int] | None:
-    """Return the values that the keys must have for these widths; None if there are none."""
-    wanted: dict[str, set[int]] = {}
-    for unit, width in zip(units, widths, strict=True):
-        wanted.setdefault(unit.path, set()).add(width)
-    values: dict[str, int] = {}
-    for path, width_of_path in wanted.items():
-        if width_of_path == stock_widths[path]:
-            continue
-        own = [key for key in keys if path in key.times]
-        if len(width_of_path) != 1 or len(own) != 1:
-            return None
-        (width,), (key,) = width_of_path, own
-        value, rest = divmod(width, key.times[path])
-        if rest or values.setdefault(key.name, value) != value:
-            return None
-    # A key that changes must suit every path that it is for.
-    for key in keys:
-        if key.name in values:
-            for path, times in key.times.items():
-                if wanted.get(path) != {values[key.name] * times}:
-                    return None
-    return values
 
 
 def units_are_found(

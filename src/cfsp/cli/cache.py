@@ -29,9 +29,9 @@ def run(args: argparse.Namespace) -> None:
 
     folder = converted_directory()
     models = clear_cache() if args.clear else cached_models()
-    nbytes = sum(model.nbytes for model in models)
+    nbytes = sum(models.values())
     if args.json:
-        entries = [{"name": m.directory.name, "bytes": m.nbytes} for m in models]
+        entries = [{"name": path.name, "bytes": size} for path, size in models.items()]
         print_json(
             {"directory": str(folder), "models": entries, "bytes": nbytes, "cleared": args.clear}
         )
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"nothing is kept in {folder}")
         return
     print_table(
-        ("model", "size"), [(model.directory.name, human_bytes(model.nbytes)) for model in models]
+        ("model", "size"), [(path.name, human_bytes(size)) for path, size in models.items()]
     )
     verb = "deleted from" if args.clear else "kept in"
     print(f"\n{human_bytes(nbytes)} {verb} {folder}")

@@ -35,7 +35,7 @@ def build_pruned_model(
         model: the original; stays as it is and shares its unpruned tensors.
         source: the same model as a weight source.
         plan: which channels stay.
-        repaired: tensors that repair changed, by name, already in pruned shape.
+        repaired: parameters that repair changed, by their names in the source, in pruned shape.
         facts: how it was pruned, as JSON types; None to say nothing of it.
     """
     smaller = PrunedSource(source, plan, repaired)
@@ -44,9 +44,9 @@ def build_pruned_model(
         setattr(config, PRUNED_KEY, facts)
     pruned = build_skeleton(config, model.dtype)
     tensors = {
-        name: smaller.stored.assemble(name, smaller.read)
+        name: smaller.parameter(name)
         for name in pruned.state_dict()
-        if smaller.stored.sources(name)  # tied weights have none
+        if name in smaller.parameters  # tied weights are not
     }
     pruned.load_state_dict(tensors, strict=False, assign=True)
     pruned.tie_weights()

@@ -1,134 +1,206 @@
-"""Surgery: obeys a plan, tensor by tensor.
+"""Surgery: obeys a plan, parameter by parameter.
 
-FFN tensors lose rows or columns, and the biases of removed channels. Tensors of removed attentions,
-experts and blocks are left out, those of later experts and blocks get other names, and routers lose
-rows. Everything else is copied byte for byte.
-Tensors stream from the source to the new shards: one is in memory at a time.
+The parameters of a unit lose rows or columns, and the biases of removed channels. Those of removed
+attentions, experts and blocks are left out, and routers lose rows. What is cut is stored in the
+form that the checkpoint has; all else is copied byte for byte. The tensors of later experts and
+blocks get other names.
+Tensors stream from the source to the new shards: of what is cut, only what shares stored tensors is
+in memory at a time, at most the experts of one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.conversion import meta
 from cfsp.checkpoint.pruned_config import pruned_config
-from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.reading import WeightSource, channel_parameters
 from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
-from cfsp.checkpoint.stored_blocks import names_without_blocks
-from cfsp.checkpoint.stored_experts import names_without_experts
+from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
+from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     OutgoingTensor,
     TensorFile,
     TensorSpec,
+    specs_of,
     tensor_chunks,
 )
 from cfsp.planning.plan_file import PruningPlan
 
-
-def pruned_tensor(source: WeightSource, plan: PruningPlan, name: str) -> Tensor:
-    """Return one tensor of the pruned model, in the source's dtype."""
-    tensor = source.read(name)
-    if name in source.stored.expert_axes:
-        unit, axis = source.stored.expert_axes[name]
-        return tensor.index_select(axis, torch.tensor(plan.units[unit].kept_ffns).to(tensor.device))
-    layout = source.layout_of(name)
-    if layout is None:
-        return tensor
-    entry = plan.units[layout.unit]
-    if entry.kept_width == entry.width and not entry.loses_experts:
-        return tensor
-    pruned = layout.select(tensor, [entry.kept_of(ffn) for ffn in range(entry.ffns)])
-    assert layout.width(tensor.shape) == entry.width
-    assert layout.width(pruned.shape) == entry.kept_width
-    return pruned
-
-
-def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpec]:
-    """Return dtype and shape of every tensor of the pruned model, by its name in the source.
-
-    They are in the source's order.
-    """
-    specs = {}
-    staying = _new_names(source, plan)
-    for name, spec in source.specs.items():
-        if name not in staying:
-            continue
-        layout = source.layout_of(name)
-        if layout is not None:
-            unit = plan.units[layout.unit]
-            spec = layout.resized(spec, unit.kept_width)
-            if unit.loses_experts and layout.ffn is None:
-                spec = spec.with_length(0, len(unit.kept_ffns))
-        elif name in source.stored.expert_axes:
-            index, axis = source.stored.expert_axes[name]
-            spec = spec.with_length(axis, len(plan.units[index].kept_ffns))
-        specs[name] = spec
-    return specs
-
-
-def _new_names(source: WeightSource, plan: PruningPlan) -> dict[str, str]:
-    """Return the names in the pruned model of the stored tensors that stay."""
-    names = names_without_blocks(source, plan.removed_blocks)
-    gone = {
-        name
-        for unit, entry in zip(source.units, plan.units, strict=True)
-        if not entry.kept
-        for name in source.stored.within(f"{source.architecture.module_name(unit)}.")
-    }
-    names = {name: new for name, new in names.items() if name not in gone}
-    return names_without_experts(source, _kept_experts(plan), names)
-
-
-def _kept_experts(plan: PruningPlan) -> dict[int, list[int]]:
-    """Return the experts that stay in every unit that loses some, by its index."""
-    return {i: unit.kept_ffns for i, unit in enumerate(plan.units) if unit.loses_experts}
+T = TypeVar("T")
 
 
 class PrunedSource(WeightSource):
     """A model as surgery would leave it, seen as a weight source; nothing is written.
 
-    Blocks are those that stay, numbered through; stored tensors have the names of the source.
+    Blocks are those that stay, numbered through. Its tensors are its parameters, by their names in
+    the model, and those of the source that no parameter takes. An origin is what a parameter is
+    called in the source.
 
     Args:
         source: the model.
         plan: which channels stay.
-        repaired: tensors that repair changed, by name, already in pruned shape.
+        repaired: parameters that repair changed, by their origin, already in pruned shape.
     """
 
     def __init__(
         self, source: WeightSource, plan: PruningPlan, repaired: Mapping[str, TensorFile]
     ) -> None:
         removed = plan.removed_blocks
-        architecture = source.architecture.without_blocks(removed)
         self.config = pruned_config(
             source.config, source.architecture, removed, plan.kept_widths, plan.kept_experts
         )
+        architecture = source.architecture.without_blocks(removed)
         if plan.kept_experts is not None:
             architecture = architecture.with_experts(plan.kept_experts)
         self.architecture = architecture.with_widths(plan.kept_widths)
-        gone = [number for number, unit in enumerate(plan.units) if not unit.kept]
         self.label = source.label
         self._source, self._plan, self._repaired = source, plan, repaired
-        stored = source.stored.with_experts(_kept_experts(plan))
-        if gone or removed:
-            stored = stored.without(source.architecture, removed, gone, self.config, self.specs)
-        self.stored = stored.of_widths(self.architecture, self.specs)
+        self._channels = channel_parameters(source.architecture)
+        self._routed = {
+            source.architecture.block_prefix(unit.block) + path: (index, axis)
+            for index, unit in enumerate(source.units)
+            for path, axis in unit.expert_axes.items()
+            if plan.units[index].loses_experts
+        }
+        self._gone = tuple(
+            f"{source.architecture.module_name(unit)}."
+            for unit, entry in zip(source.units, plan.units, strict=True)
+            if not entry.kept
+        )
+        self._origin = self._renamed({name: name for name in source.parameters})
+        names = self._stored_names()
+        self._unused = {names[name]: name for name in source.stored.unused if name in names}
+        self.specs = {
+            **{new: source.specs[name] for new, name in self._unused.items()},
+            **{new: self._spec(origin) for new, origin in self._origin.items()},
+        }
+        tied = {name: self._new_name(to) or to for name, to in source.tied.items()}
+        self.stored = StoredTensors.as_in_memory(
+            self.specs,
+            self._unused.keys() - self._origin.keys(),
+            self._renamed(tied),
+            self._renamed(source.faults),
+        )
 
-    @cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor, in storage order."""
-        return pruned_specs(self._source, self._plan)
+    def _new_name(self, name: str) -> str | None:
+        """Return what a parameter of the source is called here; None if it is gone."""
+        if name.startswith(self._gone):
+            return None
+        return name_without_blocks(self._source.architecture, self._plan.removed_blocks, name)
+
+    def _renamed(self, of_all: Mapping[str, T]) -> dict[str, T]:
+        pairs = ((self._new_name(name), value) for name, value in of_all.items())
+        return {new: value for new, value in pairs if new is not None}
+
+    def _stored_names(self) -> dict[str, str]:
+        """Return the stored tensors that stay, if no expert goes, and what they will be called."""
+        names = names_without_blocks(self._source, self._plan.removed_blocks)
+        gone = {name for prefix in self._gone for name in self._source.stored.within(prefix)}
+        return {name: new for name, new in names.items() if name not in gone}
+
+    def origin(self, name: str) -> str:
+        """Return what a parameter is called in the model that this one is cut from."""
+        return self._origin.get(name, name)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its own dtype."""
-        if name in self._repaired:
-            return self._repaired[name].read(name)
-        return pruned_tensor(self._source, self._plan, name)
+        if name in self._origin:
+            return self._value(self._origin[name])
+        return self._source.read(self._unused[name])
+
+    def _spec(self, origin: str) -> TensorSpec:
+        spec = self._source.parameters[origin]
+        if origin in self._routed:
+            index, axis = self._routed[origin]
+            return spec.with_length(axis, len(self._plan.units[index].kept_ffns))
+        if origin in self._channels:
+            index, path = self._channels[origin]
+            along, entry = self._source.units[index].axes[path], self._plan.units[index]
+            spec = spec.with_length(along.axis, along.entries * entry.kept_width)
+            if entry.loses_experts:
+                spec = spec.with_length(0, len(entry.kept_ffns))
+        return spec
+
+    def _value(self, origin: str) -> Tensor:
+        if origin in self._repaired:
+            return self._repaired[origin].read(origin)
+        tensor = self._source.parameter(origin)
+        if origin in self._routed:
+            index, axis = self._routed[origin]
+            kept = torch.tensor(self._plan.units[index].kept_ffns, device=tensor.device)
+            return tensor.index_select(axis, kept)
+        if tensor.shape != self._spec(origin).shape:
+            index, path = self._channels[origin]
+            entry = self._plan.units[index]
+            kept_EK = [entry.kept_of(ffn) for ffn in range(entry.ffns)]
+            tensor = self._source.units[index].select(path, tensor, kept_EK)
+        return tensor
+
+    def outgoing(self) -> Iterator[OutgoingTensor]:
+        """Yield the tensors to be written, in the source's order and in the form of its own."""
+        source = self._source
+        origin_of = {
+            name: origin
+            for origin in self._origin.values()
+            for name in source.stored.sources(origin)
+        }
+        changed: dict[str, _Changed] = {}
+        for name, new in self._stored_names().items():
+            origins = source.stored.made_with(origin_of[name]) if name in origin_of else []
+            if not any(map(self._changes, origins)):
+                yield OutgoingTensor(new, source.specs[name], partial(source.chunks, name))
+                continue
+            if origins[0] not in changed:
+                specs = {origin: self._spec(origin) for origin in origins}
+                changed[origins[0]] = _Changed(
+                    specs_of(self._as_stored(meta(specs, origins))),
+                    partial(self._values_as_stored, origins),
+                )
+            group = changed[origins[0]]
+            if name in group.specs:  # else of an expert too many
+                yield OutgoingTensor(new, group.specs[name], partial(group.chunks, name))
+
+    def _changes(self, origin: str) -> bool:
+        return origin in self._repaired or self._spec(origin) != self._source.parameters[origin]
+
+    def _values_as_stored(self, origins: Sequence[str]) -> dict[str, Tensor]:
+        return self._as_stored({origin: self._value(origin) for origin in origins})
+
+    def _as_stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._source.stored.as_stored(values, self.config)
+
+
+class _Changed:
+    """Stored tensors that are made anew together, when the first of them is written.
+
+    Args:
+        specs: of these tensors, by their names in the source.
+        make: makes them.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, TensorSpec], make: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        self.specs, self._make = specs, make
+        self._left: dict[str, Tensor] = {}
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the raw bytes of one of them."""
+        if name not in self._left:
+            self._left = self._make()
+        yield from tensor_chunks(self._left.pop(name))
+
+
+def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpec]:
+    """Return dtype and shape of everything in the pruned model; see `PrunedSource`."""
+    return PrunedSource(source, plan, {}).specs
 
 
 def write_pruned_weights(
@@ -144,35 +216,12 @@ def write_pruned_weights(
         source: the model.
         plan: which channels stay; must fit the source.
         directory: an existing directory.
-        repaired: tensors that repair changed, by name, already in pruned shape.
+        repaired: parameters that repair changed, by their `origin`, already in pruned shape.
         max_shard_bytes: size of a shard; a larger single tensor gets a shard of its own.
 
     Raises:
         OSError: the disk is full or not writable.
         CheckpointError: the source ended or changed.
     """
-    specs, new_names = pruned_specs(source, plan), _new_names(source, plan)
-    outgoing = [
-        replace(_outgoing(source, plan, name, spec, repaired or {}), name=new_names[name])
-        for name, spec in specs.items()
-    ]
-    return write_shards(directory, outgoing, max_shard_bytes)
-
-
-def _outgoing(
-    source: WeightSource,
-    plan: PruningPlan,
-    name: str,
-    spec: TensorSpec,
-    repaired: Mapping[str, TensorFile],
-) -> OutgoingTensor:
-    if name in repaired:
-        assert repaired[name].specs[name] == spec, name
-        return OutgoingTensor(name, spec, lambda: repaired[name].chunks(name))
-    if spec == source.specs[name]:
-        return OutgoingTensor(name, spec, lambda: source.chunks(name))
-
-    def cut() -> Iterator[memoryview]:
-        return tensor_chunks(pruned_tensor(source, plan, name))
-
-    return OutgoingTensor(name, spec, cut)
+    pruned = PrunedSource(source, plan, repaired or {})
+    return write_shards(directory, list(pruned.outgoing()), max_shard_bytes)

@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.statistics import UnitStatistics
-from cfsp.checkpoint.ffn_tensors import down_matrix, ffn_matrix
+from cfsp.checkpoint.ffn_tensors import Role, down_matrix, ffn_matrix
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.checkpoint.stored_layout import Role
 from cfsp.errors import UsageError
 from cfsp.settings import CHANNEL_METRICS
 

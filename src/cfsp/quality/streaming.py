@@ -21,6 +21,7 @@ from torch import Tensor
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.calibration.together import part_of
 from cfsp.checkpoint.output import write_atomically
+from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.engine.block_pass import pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
@@ -156,8 +157,7 @@ def streamed_sums(
 
 def _head_tokens(source: WeightSource) -> float:
     """Return how many passes of a token through a block one through the head is worth."""
-    stored = source.stored.within(f"{source.architecture.blocks}.")
-    blocks = sum(source.specs[name].elements for name in stored)
+    blocks = parameters_within(source, f"{source.architecture.blocks}.")
     block = blocks / source.architecture.block_count
     return float(vocabulary_of(source.config) * text_config_of(source.config).hidden_size / block)
 

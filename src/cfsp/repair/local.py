@@ -28,7 +28,6 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.group_at_work import Batch, GroupAtWork, Loss
 from cfsp.engine.judge import hidden_loss
 from cfsp.engine.two_streams import TwoStreams, pass_two_streams
-from cfsp.errors import UnsupportedModelError
 from cfsp.repair.head import HeadLoss
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
 from cfsp.repair.repaired import (
@@ -67,7 +66,6 @@ def repair_locally(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
-        UnsupportedModelError: trained weights cannot be stored in the checkpoint's own form.
     """
     source, place, training = job.source, job.place, job.settings.local
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
@@ -169,21 +167,10 @@ class _LocalRepair:
             if not converged:
                 return None
             return {
-                name: tensor.to(self.pruned.specs[name].dtype)
+                self.pruned.origin(name): value.detach().to(self.pruned.parameters[name].dtype)
                 for parameters in parameters_L
-                for parameter, value in parameters.items()
-                for name, tensor in self._stored(parameter, value.detach()).items()
+                for name, value in parameters.items()
             }
-
-    def _stored(self, parameter: str, value: Tensor) -> dict[str, Tensor]:
-        """Return the stored tensors that a trained parameter becomes."""
-        tensors = self.pruned.stored.take_apart(parameter, value)
-        if tensors is None:
-            raise UnsupportedModelError(
-                f"{parameter} cannot be written back in the form in which the checkpoint stores "
-                "it; use --effort standard (--repair ridge)"
-            )
-        return tensors
 
     def _batches(self, work: GroupAtWork) -> Iterator[Batch]:
         """Yield batches of random windows without end, every window once before any again."""

@@ -31,7 +31,7 @@ from cfsp.calibration.calibrate import (
 )
 from cfsp.calibration.statistics import ObservedBlock, UnitStatistics
 from cfsp.calibration.together import add_up_block, part_of
-from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
+from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.engine.block_pass import pass_blocks
@@ -269,7 +269,7 @@ def _repair_block(
         repairs.append(repair)
         if repair.kept:
             down_of = {ffn: solution.down_DK for ffn, solution in solutions.items()}
-            tensors |= tensors_with_down(source, index, down_of)
+            tensors |= parameters_with_down(source, index, down_of)
     file = write_tensors(directory, block, tensors) if tensors else None
     repaired = [
         None if repair is None else RepairedBlock(repair, file if repair.kept else None)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cfsp.architecture.activations import observed_activations
 from cfsp.calibration.together import part_of
-from cfsp.checkpoint.ffn_tensors import down_matrix, tensors_with_down
+from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.group_at_work import Batch, GroupAtWork
@@ -219,7 +219,7 @@ def _repair_block(
             best, least = (ridge, new_DK), loss
     if best is not None:
         ridge, new_DK = best
-        tensors = tensors_with_down(pruned, unit, {0: new_DK})
+        tensors = parameters_with_down(pruned, unit, {0: new_DK})
         # Where something follows the down projection, a norm for one, it is not as predicted.
         after = work.accept(before, tensors, _loss)
         if after is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.checkpoint.reading import parameter_count
-from cfsp.checkpoint.stored_experts import parameters_of_an_expert
+from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_to_keep, check_multiple, least_in_words
 from cfsp.planning.candidate import NOTHING, Dropped, DropSizes

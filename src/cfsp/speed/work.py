@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cfsp.checkpoint.reading import channel_parameters
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.speed.workload import Workload
@@ -90,13 +91,14 @@ def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
     model = empty_model(source.config)
     blocks = blocks_of(model, source.architecture)
     parameters = expert_parameters = 0
-    for name in source.stored.within(f"{source.architecture.blocks}."):
-        spec = source.specs[name]
+    channels = channel_parameters(source.architecture)
+    for name, spec in source.parameters.items():
+        if not name.startswith(f"{source.architecture.blocks}."):
+            continue
         # Biases of experts have an axis of experts.
         if len(spec.shape) >= 2 and not name.endswith("bias"):
             parameters += spec.elements
-            layout = source.layout_of(name)
-            if layout is not None and source.units[layout.unit].routed:
+            if name in channels and source.units[channels[name][0]].routed:
                 expert_parameters += spec.elements
     routed = next((unit for unit in source.units if unit.routed), None)
     share = 1.0 if routed is None else experts_per_token(config, blocks, routed) / routed.ffns
