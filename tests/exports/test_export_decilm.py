@@ -23,7 +23,7 @@ from cfsp.errors import ExportError
 from cfsp.exports.decilm import ffn_mult, width_of
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.verification import greedy_after, reference_model
-from cfsp.speed.decilm_footprint import decilm_footprint
+from cfsp.speed.vllm_engine import decilm_footprint
 from ragged import cut, tiny
 
 FULL = 1024
@@ -163,7 +163,7 @@ def test_an_attention_that_is_gone_is_no_op(tmp_path: Path, tokenizer: Any, name
     # Readers build neither of them for such a block.
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert not [n for n in tensors if "layers.1.self_attn" in n or "layers.1.input_layernorm" in n]
-    footprint = decilm_footprint(tmp_path / "out", head=False, itemsize=4)
+    footprint = decilm_footprint(tmp_path / "out", itemsize=4)
     assert footprint.work.cache_bytes == 2 * 2 * 2 * 8 * 4
 
 

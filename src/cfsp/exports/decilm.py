@@ -32,15 +32,8 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, outgoing_ten
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
-from cfsp.exports.target import ExportOptions, Target, Written
-from cfsp.exports.verification import (
-    Verification,
-    compare_logits,
-    logits_of,
-    probe_lengths,
-    probe_tokens,
-    reference_model,
-)
+from cfsp.exports.target import ExportOptions, Written
+from cfsp.exports.verification import Verification, logits_of, reference_model, verified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,12 +101,14 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
     copy_travelling_files(source.directory, out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (out / CONFIG_FILE).write_text(_config_code(), encoding="utf-8")
-    widths = _widths(source)
+    widths, (limit, _) = _widths(source), context_limit(source.config)
     gone = sum(groups == 0 for _, groups in heads_of_blocks(source))
     trusted = f"{reader.name} loads it with {reader.trust}, because of its config class"
     return Written(
         f"DeciLMForCausalLM, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
         + (f", {gone} without attention" if gone else ""),
+        # The stock Llama that it is built as knows no sliding window: the probe stays within it.
+        lambda: _verified(reader, source, build_described_model(out), limit),
         (trusted,) if reader.trust else (),
         f"{reader.serve} {reader.trust}".rstrip(),
     )
@@ -133,7 +128,20 @@ def _write_stock(reader: Reader, source: Checkpoint, out: Path) -> Written:
         f"all blocks are equally wide: {reader.name}'s own class for "
         f"{source.config.model_type} runs it, if it has one"
     )
-    return Written(source.architecture.class_name, (note,), reader.serve)
+    return Written(
+        source.architecture.class_name,
+        lambda: _verified(reader, source, reference_model(Checkpoint(out))),
+        (note,),
+        reader.serve,
+    )
+
+
+def _verified(
+    reader: Reader, source: Checkpoint, copy: PreTrainedModel, context: int = 4096
+) -> Verification:
+    """Compare with the model that the written config describes, built as readers would."""
+    name = f"transformers ({reader.name} not run)"
+    return verified(source, name, partial(logits_of, copy), TOLERANCE, context=context)
 
 
 def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
@@ -305,19 +313,6 @@ def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
     return words
 
 
-def verify(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
-    """Build the model that the written config describes, as readers would; compare logits."""
-    if (out / CONFIG_FILE).is_file():
-        # The stock Llama below knows no sliding window, so the probe stays within it.
-        tokens = probe_tokens(source, probe_lengths(context_limit(source.config)[0])[0])
-        found_TV = logits_of(build_described_model(out), tokens)
-    else:
-        tokens = probe_tokens(source)
-        found_TV = logits_of(reference_model(Checkpoint(out)), tokens)
-    expected_TV = logits_of(reference_model(source), tokens)
-    return compare_logits(f"transformers ({reader.name} not run)", expected_TV, found_TV, TOLERANCE)
-
-
 def build_described_model(directory: Path) -> PreTrainedModel:
     """Return a Llama with the blocks that a DeciLM config names, filled from its directory.
 
@@ -376,9 +371,3 @@ def _transformers_version(source: Checkpoint) -> str:
 
 def _dtype(source: Checkpoint) -> str:
     return str(compute_dtype(source)).removeprefix("torch.")
-
-
-TARGETS = tuple(
-    Target(reader.name.lower(), "", partial(write, reader), partial(verify, reader))
-    for reader in (VLLM, MLX_LM)
-)

@@ -15,7 +15,7 @@ from torch import Tensor
 from cfsp.checkpoint.loading import cache_argument, compute_device
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.decoder_end import text_model
-from cfsp.speed.subjects import Footprint, Subject, build_model
+from cfsp.speed.subjects import Subject, build_model
 from cfsp.speed.workload import Conditions, Timing, Workload
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ class TransformersEngine:
         )
         self._cache_argument = cache_argument(module)
         self.tokens_BN: Tensor | None = None
-
-    footprint: Footprint
 
     def facts(self) -> dict[str, Any]:
         """Return what the timings hold for."""
