@@ -326,9 +326,8 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     "more",
     [
-        ["m"], ["--samples", "4"], ["--seqlen", "1024"], ["--seed", "0"], ["--of", "ffn"],
-        ["--method", "cfsp"], ["--multiple", "4"], ["--data", "t"], ["--sparsity", "0.5"],
-        ["--eval", "t"], ["--eval-windows", "12"], ["--speed"],
+        ["m"], ["--seqlen", "1024"], ["--seed", "0"], ["--of", "ffn"], ["--method", "cfsp"],
+        ["--data", "t"], ["--sparsity", "0.5"], ["--eval-windows", "12"], ["--speed"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -503,7 +502,7 @@ def test_parts_are_compared_at_one_size(
     for row in rows:
         room = block / 2 if row["method"] == "blocks" else 3 * 8 * 32
         assert abs(row["parameters"] - 0.7 * dense["parameters"]) <= room
-    for parts in methods:
+    for parts in methods[2:]:  # where something is left open
         alone = tmp_path / parts
         assert main(["prune", model, *size, *text, "--parts", parts, "--out", str(alone)]) == 0
         swept = out / f"{parts}-0.3"

@@ -14,7 +14,7 @@ import numpy as np
 
 from cfsp.errors import CheckpointError, ExportError, MissingExtraError
 from cfsp.exports.llama_cpp import LlamaCpp
-from cfsp.speed.subjects import Subject
+from cfsp.speed.subjects import Subject, random_prompt
 from cfsp.speed.work import Footprint, ModelWork
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -51,7 +51,7 @@ class LlamaCppEngine:
     def run(self, workload: Workload) -> Timing:
         """Time one prefill and the decoding after it."""
         self._prepare(workload)
-        prompt_BP = self._prompt(workload)
+        prompt_BP = random_prompt(self._llama.vocabulary, workload).tolist()
         start = time.perf_counter()
         steps = [self._llama.decode(prompt_BP).argmax(1)]
         first = time.perf_counter()
@@ -76,12 +76,6 @@ class LlamaCppEngine:
         except ExportError as error:
             raise CheckpointError(f"{error}; use a smaller --batch or --prompt") from error
         self._prepared = workload
-
-    def _prompt(self, workload: Workload) -> list[list[int]]:
-        generator = np.random.default_rng(0)
-        shape = (workload.batch, workload.prompt)
-        prompt_BP: list[list[int]] = generator.integers(self._llama.vocabulary, size=shape).tolist()
-        return prompt_BP
 
 
 def gguf_footprint(path: Path) -> Footprint:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from cfsp.checkpoint.loading import compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
@@ -14,6 +15,7 @@ from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.speed.shapes import ShapedModel, SmallerModel
 from cfsp.speed.work import Footprint, work_of
+from cfsp.speed.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +45,12 @@ class Subject:
         does in the whole model.
         """
         return not isinstance(self.model, ShapedModel) or self.model.whole
+
+
+def random_prompt(vocabulary: int, workload: Workload) -> Tensor:
+    """Return tokens_BP of a workload, the same each time."""
+    shape, generator = (workload.batch, workload.prompt), torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, shape, generator=generator)
 
 
 def build_model(

@@ -24,7 +24,7 @@ from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CheckpointError, MissingExtraError
 from cfsp.exports.decilm import has_only_our_code, is_decilm
-from cfsp.speed.subjects import Subject
+from cfsp.speed.subjects import Subject, random_prompt
 from cfsp.speed.work import Footprint, ModelWork, work_of
 from cfsp.speed.workload import Conditions, Timing, Workload
 
@@ -176,9 +176,7 @@ class VllmEngine:
         return 0
 
     def _generate(self, workload: Workload, tokens: int) -> float:
-        generator = torch.Generator().manual_seed(0)
-        shape = (workload.batch, workload.prompt)
-        prompt_BP = torch.randint(self._vocabulary, shape, generator=generator).tolist()
+        prompt_BP = random_prompt(self._vocabulary, workload).tolist()
         sampling = self._sampling(
             temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True
         )
