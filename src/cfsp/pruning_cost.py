@@ -1,9 +1,9 @@
-"""What a prune will take, before it starts: memory, disk, bytes read, arithmetic and time.
+"""What a prune will take, before it starts: time, memory and disk; and what it will leave.
 
-Sizes and arithmetic follow from shapes (docs/SCALE.md has the formulas). For the time one block of
-the model computes one batch of random tokens, and everything else is taken to be proportional.
+Sizes follow from shapes (docs/SCALE.md has the formulas). For the time one block of the model
+computes one batch of random tokens, and everything else is taken to be proportional.
 
-Shapes: N windows, T tokens, D hidden, F FFN channels, K channels that stay.
+Shapes: N windows, T tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ import torch
 
 from cfsp.calibration.calibrate import observe_part
 from cfsp.checkpoint.reading import parameter_count
-from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.decide import COARSE_WINDOWS
 from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
@@ -37,14 +36,13 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import DEFAULT_SAMPLES
-from cfsp.speed.work import work_of
-from cfsp.speed.workload import Workload
 from cfsp.text.pools import sources_drawn
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.engine.compute import Engine
     from cfsp.settings import PruneSettings
@@ -58,28 +56,11 @@ _SOLVED = 1024
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One part of a prune.
-
-    Attributes:
-        name: of the pass over the blocks, or what else is done.
-        flop: arithmetic, a product and a sum being two.
-        read_bytes: of the checkpoint.
-        seconds: estimated.
-    """
-
-    name: str
-    flop: float
-    read_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class PruningCost:
     """What a prune will take.
 
     Attributes:
-        stages: its parts in order.
+        stages: seconds of its parts, in order.
         memory_bytes: the most that is in memory at a time.
         memory_available: what can be had now.
         disk_bytes: what is written beside the output and into it, at most.
@@ -90,7 +71,7 @@ class PruningCost:
         measured_tokens: that one block was timed with.
     """
 
-    stages: tuple[Stage, ...]
+    stages: dict[str, float]
     memory_bytes: int
     memory_available: int
     disk_bytes: int
@@ -100,35 +81,32 @@ class PruningCost:
     bytes_after: int
     measured_tokens: int
 
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
+
     def to_json(self) -> dict[str, Any]:
-        """Return JSON types, with the sums over all stages."""
-        stages = [{**asdict(stage), "seconds": round(stage.seconds, 1)} for stage in self.stages]
-        return {
-            **vars(self),
-            "stages": stages,
-            "flop": sum(stage.flop for stage in self.stages),
-            "read_bytes": sum(stage.read_bytes for stage in self.stages),
-            "seconds": round(sum(stage.seconds for stage in self.stages), 1),
-        }
+        """Return JSON types, with the sum over all stages."""
+        stages = [{"name": name, "seconds": round(s, 1)} for name, s in self.stages.items()]
+        return {**asdict(self), "stages": stages, "seconds": round(self.seconds, 1)}
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """Seconds of one block, scaled up to all blocks of the model.
+class Rates:
+    """Seconds on this machine.
 
     Attributes:
         forward: for one token through all blocks, with the sums of a calibration.
         gram: for the Gram matrices of one token in all blocks.
         read: for one byte of the checkpoint.
         solve: for one float64 operation of the solve.
-        tokens: that were timed.
     """
 
     forward: float
     gram: float
     read: float
     solve: float
-    tokens: int
 
 
 def pruning_cost(
@@ -146,71 +124,160 @@ def pruning_cost(
     Raises:
         CfspError: the block cannot be read, or does not compute.
     """
-    settings = settings.suited_to_repair()
-    measured = _measure(source, settings, engine)
-    stages = _stages(source, settings, engine, measured)
+    asked = _Asked(source, settings.suited_to_repair(), engine)
     out = out.absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
     before = parameter_count(source)
     after = before - round(parameters_to_go(source, settings.budget))
     return PruningCost(
-        tuple(stages),
-        _memory_bytes(source, settings, engine),
+        asked.stages(measured(asked)),
+        asked.memory_bytes(),
         available_bytes(),
-        _disk_bytes(source, settings, engine),
+        asked.disk_bytes(),
         shutil.disk_usage(place).free,
         before,
         after,
-        round(_stored_bytes(source) * after / before),
-        measured.tokens,
+        round(asked.checkpoint_bytes * after / before),
+        asked.batch.tokens_NT.numel(),
     )
 
 
-def _windows(settings: PruneSettings) -> int:
-    return DEFAULT_SAMPLES if settings.text.samples is None else settings.text.samples
+class _Asked:
+    """A prune that is asked for, and the sizes that its costs follow from."""
+
+    def __init__(self, source: WeightSource, settings: PruneSettings, engine: Engine) -> None:
+        self.source, self.settings, self.engine = source, settings, engine
+        self.repairs = settings.repair != "none"
+        self.seqlen = settings.text.seqlen
+        self.stays = 1 - settings.budget.sparsity
+        samples = settings.text.samples
+        self.windows = DEFAULT_SAMPLES if samples is None else samples
+        self.hidden = int(text_config_of(source.config).hidden_size)
+        self.vocabulary = vocabulary_of(source.config)
+        self.checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
+        self.compares = follow_sensitivity(source, settings.criterion, engine, has_images=False)
+        prefixes = map(source.architecture.block_prefix, range(source.architecture.block_count))
+        # Of every block.
+        self.elements = [
+            sum(source.specs[name].elements for name in source.stored.within(prefix))
+            for prefix in prefixes
+        ]
+
+    @cached_property
+    def batch(self) -> Windows:
+        """One batch of random tokens."""
+        one = Windows(torch.zeros(1, self.seqlen, dtype=torch.int64), {})
+        size = min(self.windows, windows_in_batch(one, self.engine.batch_windows))
+        shape, generator = (size, self.seqlen), torch.Generator().manual_seed(0)
+        tokens_NT = torch.randint(self.vocabulary, shape, generator=generator)
+        return Windows(tokens_NT, {"random tokens": size})
+
+    def stages(self, rates: Rates) -> dict[str, float]:
+        """Return the seconds of each part; a pass takes the longer of computing and reading."""
+        reading = self.checkpoint_bytes * rates.read
+
+        def one_pass(windows: float, gram: float = 0.0) -> float:
+            """A pass of so many windows, with Gram matrices of a share of their full size."""
+            return max(windows * self.seqlen * (rates.forward + gram * rates.gram), reading)
+
+        found = {}
+        if self.repairs:
+            found["coarse pass"] = one_pass(min(self.windows, COARSE_WINDOWS))
+        else:
+            found["calibrate"] = one_pass(self.windows)
+        if self.compares:
+            found["sensitivity"] = one_pass(self._sensitivity_windows())
+        solve = len(LAMBDAS) * rates.solve * sum(map(self._solve_flop, self.source.units))
+        if self.repairs:
+            found |= {"ridge": one_pass(self.windows, 1.0), "solve": solve}
+        return {**found, "cut": 2 * reading}
+
+    def _sensitivity_windows(self) -> float:
+        """Return as how many windows through all blocks it takes.
+
+        Half a forward pass of the whole model for each part of each block; the head sees some
+        positions, each time.
+        """
+        sources = sources_drawn(self.settings.text.names, self.windows)
+        windows = min(self.windows, windows_compared(sources))
+        places = len({(unit.block, unit.part) for unit in self.source.units})
+        head = self.vocabulary * self.hidden / sum(self.elements) / POSITION_STRIDE
+        passes = 1 + places / 2 + (1 + places) * head
+        return windows * min(self.seqlen, BEGINNING_TOKENS) / self.seqlen * passes
+
+    def _solve_flop(self, unit: Unit) -> float:
+        kept = round(unit.columns * self.stays)
+        factor = kept**3 / 3 + 2.0 * self.hidden * kept**2
+        return unit.ffns * (factor + 2.0 * self.hidden * kept * (unit.columns - kept))
+
+    def _hidden_bytes(self) -> int:
+        tokens = self.windows * self.seqlen
+        return tokens * self.hidden * self.engine.dtype.itemsize
+
+    def memory_bytes(self) -> int:
+        """Return the peak, as docs/SCALE.md works it out."""
+        source, itemsize = self.source, self.engine.dtype.itemsize
+        around = (parameter_count(source) - sum(self.elements)) * itemsize
+        block = max(self.elements) * itemsize
+        width = max(unit.columns for unit in source.units)
+        activations = self.batch.tokens_NT.numel() * (6 * width + 24 * self.hidden)
+        peak = max(around + block, 2 * block + activations)
+        if self.repairs:
+            gram = max(gram_bytes(source, index) for index in {u.block for u in source.units})
+            system = max(4 * round(width * self.stays) ** 2, 10 * self.hidden * width)
+            peak = max(peak, 2 * block + activations + gram, block + gram + system)
+        hidden, budget = self._hidden_bytes(), self.settings.compute.memory_budget
+        peak += hidden if hidden <= (default_budget() if budget is None else budget) else 0
+        if self.compares:
+            whole = needed_bytes(source, self.engine.dtype) + prediction_bytes(self.vocabulary)
+            peak = max(peak, whole)
+        return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * self.vocabulary
+
+    def disk_bytes(self) -> int:
+        """Return the output as if nothing were removed, two copies of hidden states, repairs."""
+        down = sum(self.source.parameters[name].nbytes for name in _down_names(self.source))
+        repaired = down if self.repairs else 0
+        return self.checkpoint_bytes + 2 * self._hidden_bytes() + repaired
 
 
-def _random_windows(source: WeightSource, settings: PruneSettings, engine: Engine) -> Windows:
-    """Return one batch of random tokens."""
-    one = torch.zeros(1, settings.text.seqlen, dtype=torch.int64)
-    size = min(_windows(settings), windows_in_batch(Windows(one, {}), engine.batch_windows))
-    shape, generator = (size, settings.text.seqlen), torch.Generator().manual_seed(0)
-    tokens_NT = torch.randint(vocabulary_of(source.config), shape, generator=generator)
-    return Windows(tokens_NT, {"random tokens": size})
+def _down_names(source: WeightSource) -> list[str]:
+    return [source.architecture.block_prefix(unit.block) + unit.down for unit in source.units]
 
 
-def _measure(source: WeightSource, settings: PruneSettings, engine: Engine) -> _Measured:
-    windows = _random_windows(source, settings, engine)
+def measured(asked: _Asked) -> Rates:
+    """Time the first block that has units, reading, and solving."""
+    source, windows, device = asked.source, asked.batch, asked.engine.device
+    tokens_N = len(windows.tokens_NT)
     for block in stream_blocks(
-        source,
-        windows,
-        device=engine.device,
-        dtype=engine.dtype,
-        batch_windows=len(windows.tokens_NT),
+        source, windows, device=device, dtype=asked.engine.dtype, batch_windows=tokens_N
     ):
-        if not block.units:
-            block.advance()
-            continue
-        forward, gram = _time_block(block, windows)
-        index = block.index
-        break
-    all_elements = sum(_block_elements(source, i) for i in range(source.architecture.block_count))
+        if block.units:
+            forward, gram = _time_block(block, tokens_N)
+            break
+        block.advance()
     all_grams = sum(gram_bytes(source, i) for i in {unit.block for unit in source.units})
     tokens = windows.tokens_NT.numel()
-    return _Measured(
-        forward * all_elements / _block_elements(source, index) / tokens,
-        gram * all_grams / gram_bytes(source, index) / tokens,
-        _time_reading(source),
-        _time_solving(engine.device),
-        tokens,
+    names = source.stored.sources(_down_names(source)[-1])
+    start = time.perf_counter()
+    read = sum(source.read(name).nbytes for name in names)
+    reading = time.perf_counter() - start
+    matrix = torch.eye(_SOLVED, dtype=torch.float64, device=device)
+    torch.linalg.cholesky_ex(matrix)  # warms up
+    start = _now(device)
+    torch.linalg.cholesky_ex(matrix)
+    return Rates(
+        forward * sum(asked.elements) / asked.elements[block.index] / tokens,
+        gram * all_grams / gram_bytes(source, block.index) / tokens,
+        reading / read,
+        (_now(device) - start) / (_SOLVED**3 / 3),
     )
 
 
-def _time_block(block: StreamedBlock, windows: Windows) -> tuple[float, float]:
+def _time_block(block: StreamedBlock, windows: int) -> tuple[float, float]:
     """Return the seconds of a block for all windows at once, and of its Gram matrices."""
-    everything = slice(0, len(windows.tokens_NT))
+    everything = slice(0, windows)
     block.compute(everything, block.hidden.read(everything).to(block.device))  # warms up
-    none_held_out_N = torch.zeros(len(windows.tokens_NT), dtype=torch.bool)
+    none_held_out_N = torch.zeros(windows, dtype=torch.bool)
     observations = [Observation(none_held_out_N, unit.ffns) for unit in block.units]
     gram = 0.0
 
@@ -230,137 +297,3 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
-
-
-def _down_names(source: WeightSource) -> list[str]:
-    return [source.architecture.block_prefix(u.block) + u.down for u in source.units]
-
-
-def _time_reading(source: WeightSource) -> float:
-    """Return the seconds for one byte, from the last FFN unit."""
-    names = source.stored.sources(_down_names(source)[-1])
-    start = time.perf_counter()
-    nbytes = sum(source.read(name).nbytes for name in names)
-    return (time.perf_counter() - start) / nbytes
-
-
-def _time_solving(device: torch.device) -> float:
-    matrix = torch.eye(_SOLVED, dtype=torch.float64, device=device)
-    solved = partial(torch.linalg.cholesky_ex, matrix)
-    solved()
-    start = _now(device)
-    solved()
-    return (_now(device) - start) / (_SOLVED**3 / 3)
-
-
-def _block_elements(source: WeightSource, block: int) -> int:
-    return parameters_within(source, source.architecture.block_prefix(block))
-
-
-def _stored_bytes(source: WeightSource) -> int:
-    return sum(spec.nbytes for spec in source.specs.values())
-
-
-def _stages(
-    source: WeightSource, settings: PruneSettings, engine: Engine, measured: _Measured
-) -> list[Stage]:
-    """Return the parts of a prune; a pass takes the longer of computing and reading."""
-    work = work_of(source, head=False, itemsize=engine.dtype.itemsize)
-    windows, seqlen = _windows(settings), settings.text.seqlen
-    stays = 1 - settings.budget.sparsity
-    checkpoint = _stored_bytes(source)
-
-    def one_pass(name: str, count: float, gram: float = 0.0) -> Stage:
-        """A pass of so many windows, with Gram matrices of a share of their full size."""
-        tokens = count * seqlen
-        forward = work.prefill_flops(Workload(1, seqlen, 1)) * count
-        squares = sum(
-            unit.columns**2 * _seen(unit.ffns, work.routed_share) for unit in source.units
-        )
-        compute = tokens * (measured.forward + gram * measured.gram)
-        return Stage(
-            name,
-            forward + gram * 1.25 * squares * tokens,
-            checkpoint,
-            max(compute, checkpoint * measured.read),
-        )
-
-    def solve(name: str, stays: float) -> Stage:
-        hidden = text_config_of(source.config).hidden_size
-        flop = sum(
-            unit.ffns * _solve_flop(round(unit.columns * stays), unit.columns, hidden)
-            for unit in source.units
-        )
-        flop *= len(LAMBDAS)
-        return Stage(name, flop, 0, flop * measured.solve)
-
-    stages = []
-    if settings.repair == "none":
-        stages.append(one_pass("calibrate", windows))
-    else:
-        stages.append(one_pass("coarse pass", min(windows, COARSE_WINDOWS)))
-    if follow_sensitivity(source, settings.criterion, engine, has_images=False):
-        # Half a forward pass of the whole model for each part of each block.
-        sources = sources_drawn(settings.text.names, windows)
-        tokens = min(windows, windows_compared(sources)) * min(seqlen, BEGINNING_TOKENS)
-        places = len({(unit.block, unit.part) for unit in source.units})
-        # The head sees some positions, each time.
-        head = vocabulary_of(source.config) * text_config_of(source.config).hidden_size
-        blocks = sum(_block_elements(source, i) for i in range(source.architecture.block_count))
-        passes = 1 + places / 2 + (1 + places) * head / blocks / POSITION_STRIDE
-        stages.append(one_pass("sensitivity", tokens / seqlen * passes))
-    if settings.repair != "none":
-        stages += [one_pass("ridge", windows, 1.0), solve("solve", stays)]
-    stages.append(Stage("cut", 0.0, checkpoint, 2 * checkpoint * measured.read))
-    return stages
-
-
-def _seen(ffns: int, routed_share: float) -> float:
-    """Return how many FFNs of a unit a token passes."""
-    return ffns * routed_share if ffns > 1 else 1.0
-
-
-def _solve_flop(kept: int, width: int, hidden: int) -> float:
-    factor = kept**3 / 3
-    return factor + 2.0 * hidden * kept**2 + 2.0 * hidden * kept * (width - kept)
-
-
-def _hidden_bytes(source: WeightSource, settings: PruneSettings, engine: Engine) -> int:
-    hidden = int(text_config_of(source.config).hidden_size)
-    tokens = _windows(settings) * settings.text.seqlen
-    return tokens * hidden * engine.dtype.itemsize
-
-
-def _memory_bytes(source: WeightSource, settings: PruneSettings, engine: Engine) -> int:
-    """Return the peak, as docs/SCALE.md works it out."""
-    hidden_size, itemsize = int(text_config_of(source.config).hidden_size), engine.dtype.itemsize
-    vocabulary = vocabulary_of(source.config)
-    elements = [_block_elements(source, i) for i in range(source.architecture.block_count)]
-    around = (parameter_count(source) - sum(elements)) * itemsize
-    block = max(elements) * itemsize
-    width = max(unit.columns for unit in source.units)
-    batch = _random_windows(source, settings, engine).tokens_NT.numel()
-    activations = batch * (6 * width + 24 * hidden_size)
-    peak = max(around + block, 2 * block + activations)
-    if settings.repair != "none":
-        gram = max(gram_bytes(source, index) for index in {unit.block for unit in source.units})
-        kept = round(width * (1 - settings.budget.sparsity))
-        system = max(4 * kept**2, 10 * hidden_size * width)
-        peak = max(peak, 2 * block + activations + gram, block + gram + system)
-    hidden = _hidden_bytes(source, settings, engine)
-    peak += hidden if hidden <= _budget(settings) else 0
-    if follow_sensitivity(source, settings.criterion, engine, has_images=False):
-        peak = max(peak, needed_bytes(source, engine.dtype) + prediction_bytes(vocabulary))
-    return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
-
-
-def _budget(settings: PruneSettings) -> int:
-    budget = settings.compute.memory_budget
-    return default_budget() if budget is None else budget
-
-
-def _disk_bytes(source: WeightSource, settings: PruneSettings, engine: Engine) -> int:
-    """Return the output as if nothing were removed, two copies of hidden states, and repairs."""
-    steps = {"none": 0, "ridge": 1, "sequential": 2}[settings.repair]
-    repaired = steps * sum(source.parameters[name].nbytes for name in _down_names(source))
-    return _stored_bytes(source) + 2 * _hidden_bytes(source, settings, engine) + repaired

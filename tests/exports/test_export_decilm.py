@@ -1,6 +1,7 @@
-"""One directory for vLLM and mlx-lm: widths, words, refusals.
+"""DeciLM's layout for vLLM and mlx-lm: widths, words, refusals.
 
-mlx-lm itself runs where it is installed or `CFSP_MLX_PYTHON` names a Python that has it.
+mlx-lm itself runs where it is installed or `CFSP_MLX_PYTHON` names a Python that has it, vLLM where
+`CFSP_VLLM_PYTHON` names one.
 """
 
 from __future__ import annotations
@@ -8,23 +9,28 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
+from cfsp.exports import decilm
 from cfsp.exports.decilm import ffn_mult, width_of
 from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.target import ExportReport
 from cfsp.exports.verification import greedy_after, reference_model
-from cfsp.speed.decilm_footprint import decilm_footprint
+from cfsp.speed.vllm_engine import decilm_footprint
+from ragged import WIDTHS as NARROW
 from ragged import cut, tiny
+from tiny_models import build_tiny_model
 
 FULL = 1024
 WIDTHS = (512, 256, 1024)
@@ -46,6 +52,18 @@ for _ in range(16):
     found.append(int(mx.argmax(logits[0, -1])))
 print("FOUND", json.dumps([widths, found]))
 """
+_RUN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    model = LLM(sys.argv[1], trust_remote_code=True, dtype="float32", enforce_eager=True,
+                max_model_len=128, skip_tokenizer_init=True, disable_log_stats=True)
+    settings = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
+    prompt = {"prompt_token_ids": json.loads(sys.argv[2])}
+    print("FOUND", list(model.generate([prompt], settings)[0].outputs[0].token_ids))
+"""
+TOKENS = [5, 300, 7, 111, 42, 260, 9, 77, 13, 200, 31, 90]
 
 
 def wide(
@@ -58,6 +76,30 @@ def wide(
     """Return a checkpoint whose widths are multiples of 256, with these KV groups if any."""
     model = tiny(name, **{"intermediate_size": FULL, "sliding_window": None, **changes})
     return cut(model, tokenizer, directory, WIDTHS, groups)
+
+
+def exported(source: Checkpoint, target: str, out: Path) -> tuple[ExportReport, dict[str, Any]]:
+    """Export, and return the report and the config of a copy that computes the very same."""
+    report = export_checkpoint(source, target, out)
+    assert report.verification is not None
+    assert report.verification.max_difference == 0.0
+    return report, json.loads((out / "config.json").read_text())
+
+
+def found_by(python: str, code: str, directory: Path) -> Any:
+    """Return what a program finds that reads the directory and the tokens."""
+    script = directory.with_name("run.py")
+    script.write_text(code)
+    done = subprocess.run(
+        [python, script, directory, json.dumps(TOKENS)],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = next((x for x in done.stdout.splitlines() if x.startswith("FOUND")), None)
+    assert line is not None, done.stderr[-3000:]
+    return json.loads(line.removeprefix("FOUND"))
 
 
 def test_every_multiple_of_256_is_exact() -> None:
@@ -74,13 +116,9 @@ def test_every_multiple_of_256_is_exact() -> None:
 @pytest.mark.parametrize("target", ["vllm", "mlx-lm"])
 def test_one_directory_for_all(tmp_path: Path, tokenizer: Any, target: str) -> None:
     source = wide("llama", tokenizer, tmp_path)
-    report = export_checkpoint(source, target, tmp_path / "out")
+    report, fields = exported(source, target, tmp_path / "out")
     assert report.layout == "DeciLMForCausalLM, 3 blocks of 256 to 1024 channels"
-    assert report.verification is not None
-    assert report.verification.max_difference == 0.0
     assert str(tmp_path / "out") in report.serve
-
-    fields = json.loads((tmp_path / "out" / "config.json").read_text())
     for width, block in zip(WIDTHS, fields["block_configs"], strict=True):
         # mlx-lm refuses keys that it does not know.
         assert set(block["ffn"]) == {"no_op", "ffn_mult"}
@@ -96,10 +134,7 @@ def test_one_directory_for_all(tmp_path: Path, tokenizer: Any, target: str) -> N
 def test_scaled_positions_are_said_in_both_words(tmp_path: Path, tokenizer: Any) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
     source = wide("llama", tokenizer, tmp_path, rope_parameters=scaling)
-    report = export_checkpoint(source, "mlx-lm", tmp_path / "out")
-    assert report.verification is not None
-    assert report.verification.max_difference == 0.0
-    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    _, fields = exported(source, "mlx-lm", tmp_path / "out")
     assert fields["rope_scaling"] == scaling
     assert fields["rope_theta"] == 10000.0
     config: Any = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -108,39 +143,52 @@ def test_scaled_positions_are_said_in_both_words(tmp_path: Path, tokenizer: Any)
 
 def test_biases_of_qwen_get_a_zero_where_mlx_expects_one(tmp_path: Path, tokenizer: Any) -> None:
     source = wide("qwen2", tokenizer, tmp_path)
-    report = export_checkpoint(source, "mlx-lm", tmp_path / "out")
-    assert report.verification is not None
-    assert report.verification.max_difference == 0.0
+    exported(source, "mlx-lm", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     added = set(tensors) - set(source.specs)
     assert added == {f"model.layers.{block}.self_attn.o_proj.bias" for block in range(3)}
     assert not any(tensors[name].any() for name in added)
 
 
+_HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gg"
+
+
 @pytest.mark.parametrize(
-    ("target", "name", "changes", "message"),
+    ("target", "name", "groups", "changes", "message"),
     [
-        ("mlx-lm", "mistral", {"sliding_window": 8}, "no sliding window.*use --to vllm or --to gg"),
-        ("mlx-lm", "llama", {"head_dim": 16}, "mlx-lm reads DeciLM with heads that are together"),
-        ("mlx-lm", "llama", {"hidden_act": "gelu"}, "the activation silu only, .* has gelu"),
         (
-            "mlx-lm",
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "mlx-lm", "mistral", None, {"sliding_window": 8},
+            "no sliding window.*use --to vllm or --to gg",
+        ),
+        ("mlx-lm", "llama", None, {"head_dim": 16}, "mlx-lm reads DeciLM with heads that are toge"),
+        ("mlx-lm", "llama", None, {"hidden_act": "gelu"}, "the activation silu only, .* has gelu"),
+        (
+            "mlx-lm", "llama", None, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "mlx-lm reads DeciLM with no positions of type dynamic",
         ),
-        ("mlx-lm", "qwen3", {}, "mlx-lm's DeciLM class is a Llama and cannot express qwen3"),
+        ("mlx-lm", "qwen3", None, {}, "mlx-lm's DeciLM class is a Llama and cannot express qwen3"),
+        (
+            "vllm", "qwen3", None, {},
+            "cannot express qwen3; prune with --widths equal .*--model-impl transformers",
+        ),
+        ("vllm", "llama", (2, 1, 2), {}, _HEADS),
+        ("mlx-lm", "llama", (2, 1, 2), {}, _HEADS),
+        (
+            "vllm", "llama", (0, 2, 2), {},
+            "vLLM reads DeciLM with an attention in the first block.*--to gguf$",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_a_reader_cannot_run_is_refused_by_name(
     tmp_path: Path,
     tokenizer: Any,
     target: str,
     name: str,
+    groups: tuple[int, ...] | None,
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    source = wide(name, tokenizer, tmp_path, **changes)
+    source = wide(name, tokenizer, tmp_path, groups, **changes)
     with pytest.raises(ExportError, match=message):
         export_checkpoint(source, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -149,13 +197,10 @@ def test_what_a_reader_cannot_run_is_refused_by_name(
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
 def test_an_attention_that_is_gone_is_no_op(tmp_path: Path, tokenizer: Any, name: str) -> None:
     source = wide(name, tokenizer, tmp_path, (2, 0, 2))
-    report = export_checkpoint(source, "mlx-lm", tmp_path / "out")
+    report, fields = exported(source, "mlx-lm", tmp_path / "out")
     assert report.layout == (
         "DeciLMForCausalLM, 3 blocks of 256 to 1024 channels, 1 without attention"
     )
-    assert report.verification is not None
-    assert report.verification.max_difference == 0.0
-    fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [block["attention"] for block in fields["block_configs"]] == [
         {"no_op": gone, "n_heads_in_group": None if gone else 2} for gone in (False, True, False)
     ]
@@ -163,40 +208,17 @@ def test_an_attention_that_is_gone_is_no_op(tmp_path: Path, tokenizer: Any, name
     # Readers build neither of them for such a block.
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert not [n for n in tensors if "layers.1.self_attn" in n or "layers.1.input_layernorm" in n]
-    footprint = decilm_footprint(tmp_path / "out", head=False, itemsize=4)
+    footprint = decilm_footprint(tmp_path / "out", itemsize=4)
     assert footprint.work.cache_bytes == 2 * 2 * 2 * 8 * 4
 
 
 def test_attentions_that_are_all_narrower_are_said_by_the_config(
     tmp_path: Path, tokenizer: Any
 ) -> None:
-    report = export_checkpoint(
-        wide("llama", tokenizer, tmp_path, (1, 0, 1)), "vllm", tmp_path / "out"
-    )
-    assert report.verification is not None
-    assert report.verification.max_difference == 0.0
-    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    source = wide("llama", tokenizer, tmp_path, (1, 0, 1))
+    _, fields = exported(source, "vllm", tmp_path / "out")
     numbers = ("num_attention_heads", "num_key_value_heads", "head_dim")
     assert [fields[key] for key in numbers] == [2, 1, 8]
-
-
-@pytest.mark.parametrize(
-    ("target", "groups", "message"),
-    [
-        *(
-            (target, (2, 1, 2), "one number of heads for all .* have 1 to 2 KV groups; use --to gg")
-            for target in ("vllm", "mlx-lm")
-        ),
-        ("vllm", (0, 2, 2), "vLLM reads DeciLM with an attention in the first block.*--to gguf$"),
-    ],
-)
-def test_heads_that_a_reader_cannot_have_are_refused(
-    tmp_path: Path, tokenizer: Any, target: str, groups: tuple[int, ...], message: str
-) -> None:
-    source = wide("llama", tokenizer, tmp_path, groups)
-    with pytest.raises(ExportError, match=message):
-        export_checkpoint(source, target, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_other_widths_are_for_vllm_alone(tmp_path: Path, tokenizer: Any) -> None:
@@ -213,6 +235,63 @@ def test_equal_widths_say_positions_in_the_old_words_too(tmp_path: Path, tokeniz
     fields = json.loads((tmp_path / "mlx" / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLM"]
     assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"]
+    assert not list((tmp_path / "mlx").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "mistral", "qwen2"])
+def test_the_described_model_is_the_same(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    source = cut(build_tiny_model(name), tokenizer, tmp_path)
+    out = tmp_path / "vllm"
+    report, _ = exported(source, "vllm", out)
+    assert report.layout == "DeciLMForCausalLM, 3 blocks of 32 to 96 channels"
+    copy = {p.name: p.read_bytes() for p in out.glob("*.safetensors")}
+    assert copy == {p.name: p.read_bytes() for p in source.directory.glob("*.safetensors")}
+
+
+def test_vllm_reads_blocks_as_attributes(tmp_path: Path, tokenizer: Any) -> None:
+    source = cut(build_tiny_model("qwen2"), tokenizer, tmp_path)
+    export_checkpoint(source, "vllm", tmp_path / "vllm")
+    config: Any = AutoConfig.from_pretrained(tmp_path / "vllm", trust_remote_code=True)
+    assert config.model_type == "nemotron-nas"
+    assert config.architectures == ["DeciLMForCausalLM"]
+    assert tuple(block.ffn.intermediate_size for block in config.block_configs) == NARROW
+    for block in config.block_configs:
+        assert not block.ffn.no_op
+        assert not block.attention.no_op
+        assert block.attention.n_heads_in_group == 2
+        assert not hasattr(block.ffn, "ffn_mult")  # vLLM would round such a width up
+    assert (config.qkv_bias, config.attention_bias, config.mlp_bias) == (True, False, False)
+    assert config.sliding_window == 8
+    fields, own = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (tmp_path / "vllm", source.directory)
+    )
+    assert fields["transformers_version"] == own["transformers_version"]
+    assert config.layer_types.count("sliding_attention") == 1
+    # It survives what vLLM does with configs: copies, and JSON for its worker processes.
+    for again in (deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again.block_configs[1].ffn.intermediate_size == NARROW[1]
+    assert json.loads(config.to_json_string())["block_configs"][1]["ffn"] == {
+        "no_op": False,
+        "intermediate_size": NARROW[1],
+    }
+
+
+def test_a_config_that_describes_other_tensors_is_noticed(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
+    written = decilm.decilm_config
+
+    def wrong(checkpoint: Checkpoint) -> dict[str, Any]:
+        config = written(checkpoint)
+        config["block_configs"][1]["ffn"]["intermediate_size"] = 40
+        return config
+
+    monkeypatch.setattr(decilm, "decilm_config", wrong)
+    with pytest.raises(ExportError, match="the config describes other tensors"):
+        export_checkpoint(source, "vllm", tmp_path / "vllm")
+    assert not (tmp_path / "vllm").exists()
 
 
 @pytest.mark.parametrize(
@@ -243,16 +322,24 @@ def test_mlx_itself(
     )
     source = cut(model, tokenizer, tmp_path, widths, groups)
     export_checkpoint(source, "mlx-lm", tmp_path / "out")
-    tokens = [5, 300, 7, 111, 42, 260, 9, 77, 13, 200, 31, 90]
-    done = subprocess.run(
-        [python or sys.executable, "-c", _RUN_MLX, tmp_path / "out", json.dumps(tokens)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    line = next((x for x in done.stdout.splitlines() if x.startswith("FOUND")), None)
-    assert line is not None, done.stderr[-3000:]
-    found_widths, found = json.loads(line.removeprefix("FOUND"))
+    found_widths, found = found_by(python or sys.executable, _RUN_MLX, tmp_path / "out")
     assert tuple(found_widths) == widths
-    with torch.inference_mode():
-        assert found == greedy_after(reference_model(source), tokens, found)
+    assert found == greedy_after(reference_model(source), TOKENS, found)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [("llama", None), ("mistral", None), ("qwen2", None), ("llama", (2, 0, 2))],
+)
+def test_vllm_itself(
+    tmp_path: Path, tokenizer: Any, name: str, groups: tuple[int, ...] | None
+) -> None:
+    """Opt in: CFSP_VLLM_PYTHON names the Python of an environment with vLLM (its CPU build)."""
+    python = os.environ.get("CFSP_VLLM_PYTHON")
+    if not python:
+        pytest.skip("CFSP_VLLM_PYTHON names no Python with vLLM")
+    # vLLM's CPU attention wants heads of at least 32.
+    source = cut(tiny(name, hidden_size=128, head_dim=32), tokenizer, tmp_path, groups=groups)
+    export_checkpoint(source, "vllm", tmp_path / "vllm")
+    found = found_by(python, _RUN_VLLM, tmp_path / "vllm")
+    assert found == greedy_after(reference_model(source), TOKENS, found)

@@ -14,6 +14,8 @@ from cfsp.checkpoint.llama_cpp_tokens import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.exports.gguf_tensors import neighbours_together
+from cfsp.exports.llama_cpp import LlamaCpp
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
 from cfsp.exports.verification import greedy_after, logits_of, reference_model
@@ -22,8 +24,7 @@ from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.mixed import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
 from family_contract import save_with_tokenizer
-from ragged import cut, half_of, tiny
-from tiny_models import build_tiny_model
+from ragged import WIDTHS, cut, half_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
 pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[export]'")
@@ -49,61 +50,33 @@ def types_of(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture"), [("llama", "deci"), ("qwen2", "deci"), ("qwen3", "openelm")]
-)
-def test_blocks_with_kv_groups_of_their_own(
-    tmp_path: Path, tokenizer: Any, text_file: Path, name: str, architecture: str
-) -> None:
-    model = tiny(name, sliding_window=None, use_sliding_window=False)
-    groups = [2, 1, 2]
-    found = export(cut(model, tokenizer, tmp_path, groups=groups), tmp_path / "m.gguf", "f32")
-    assert found.layout == f"{architecture} in f32"
-    assert found.verification.greedy_steps == 32
-    fields = fields_of(tmp_path / "m.gguf")
-    assert fields[f"{architecture}.attention.head_count_kv"] == groups
-    each = model.config.num_attention_heads // model.config.num_key_value_heads
-    assert fields[f"{architecture}.attention.head_count"] == [each * count for count in groups]
-
-
-def test_blocks_without_attention(tmp_path: Path, tokenizer: Any) -> None:
-    groups, found = [2, 0, 2], {}
-    for name in ("llama", "qwen2", "qwen3"):
-        (tmp_path / name).mkdir()
-        model = tiny(name, sliding_window=None, use_sliding_window=False)
-        found[name] = cut(model, tokenizer, tmp_path / name, groups=groups)
-    for name in ("llama", "qwen2"):
-        written = export(found[name], tmp_path / f"{name}.gguf", "f32")
-        assert written.layout == "deci in f32"
-        assert written.verification.greedy_steps == 32
-        fields = fields_of(tmp_path / f"{name}.gguf")
-        assert fields["deci.attention.head_count_kv"] == groups
-    with pytest.raises(ExportError, match="without attention only through its deci graph"):
-        export(found["qwen3"], tmp_path / "m.gguf", "f32")
-
-
-@pytest.mark.parametrize(
-    ("name", "widths", "architecture"),
+    ("name", "widths", "groups", "architecture"),
     [
-        ("llama", (64, 32, 96), "deci"),
-        ("llama", EQUAL, "llama"),
-        ("llama-biased", (64, 32, 96), "deci"),
-        ("llama-biased", EQUAL, "llama"),
-        ("mistral", (64, 32, 96), "deci"),
-        ("mistral", EQUAL, "llama"),
-        ("qwen2", (64, 32, 96), "deci"),
-        ("qwen2", EQUAL, "qwen2"),
-        ("qwen3", (64, 32, 96), "openelm"),
-        ("qwen3", EQUAL, "qwen3"),
+        ("llama", WIDTHS, None, "deci"),
+        ("llama", EQUAL, None, "llama"),
+        ("llama-biased", WIDTHS, None, "deci"),
+        ("llama-biased", EQUAL, None, "llama"),
+        ("mistral", WIDTHS, None, "deci"),
+        ("qwen2", EQUAL, None, "qwen2"),
+        ("qwen3", EQUAL, None, "qwen3"),
+        # KV groups of their own, or none where the attention is gone.
+        ("llama", WIDTHS, (2, 1, 2), "deci"),
+        ("llama", WIDTHS, (2, 0, 1), "deci"),
+        ("qwen2", WIDTHS, (2, 0, 1), "deci"),
+        ("qwen3", WIDTHS, (2, 1, 2), "openelm"),
     ],
 )
 def test_llama_cpp_computes_the_same(
-    tmp_path: Path, tokenizer: Any, name: str, widths: tuple[int, ...], architecture: str
+    tmp_path: Path,
+    tokenizer: Any,
+    name: str,
+    widths: tuple[int, ...],
+    groups: tuple[int, ...] | None,
+    architecture: str,
 ) -> None:
-    from cfsp.exports.llama_cpp import LlamaCpp
-
     # Windows as long as the context: these graphs have none, which another test is about.
     model = tiny(name, sliding_window=None, use_sliding_window=False)
-    source = cut(model, tokenizer, tmp_path, widths)
+    source = cut(model, tokenizer, tmp_path, widths, groups)
     report = export(source, tmp_path / "m.gguf", "f32")
     assert report.layout == f"{architecture} in f32"
     assert report.verification.greedy_steps == 32
@@ -112,45 +85,33 @@ def test_llama_cpp_computes_the_same(
     assert fields["general.architecture"] == architecture
     found = fields[f"{architecture}.feed_forward_length"]
     assert found == (list(widths) if len(set(widths)) > 1 else widths[0])
+    if groups is not None:
+        each = model.config.num_attention_heads // model.config.num_key_value_heads
+        assert fields[f"{architecture}.attention.head_count_kv"] == list(groups)
+        assert fields[f"{architecture}.attention.head_count"] == [each * n for n in groups]
 
     tokens = [5, 300, 7, 111, 42, 260, 9]
-    reference = reference_model(source)
-    expected_TV = logits_of(reference, tokens)
+    expected_TV = logits_of(reference_model(source), tokens)
     with LlamaCpp(tmp_path / "m.gguf") as llama:
-        first_TV = llama.feed(tokens[:4])
-        second_TV = llama.feed(tokens[4:])
-    found_TV = torch.cat([first_TV, second_TV])
+        found_TV = torch.cat([llama.feed(tokens[:4]), llama.feed(tokens[4:])])
     assert float((found_TV - expected_TV).abs().max()) < 1e-4
     assert float(expected_TV.std()) > 0.5  # else the comparison would say nothing
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
     ("name", "rope"),
     [
         ("llama", {"rope_type": "linear", "factor": 4.0}),
-        (
-            "llama",
-            {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
-        ),
-        (
-            "llama",
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-        ),
-        (
-            "qwen3",
-            {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-                "attention_factor": 1.5,
-            },
-        ),
+        ("llama", LLAMA3),
+        ("llama", YARN),
+        ("qwen3", {**YARN, "attention_factor": 1.5}),
     ],
 )
 def test_rope_scaling_arrives(
@@ -160,16 +121,10 @@ def test_rope_scaling_arrives(
     report = export(source, tmp_path / "m.gguf")
     assert report.verification.relative_error < 1e-5
     # The same file without the scaling would be noticed: it matters within the probe.
-    plain = cut(tiny(name), tokenizer, _made(tmp_path / "plain"))
-    tokens = list(range(24))
-    scaled_TV = logits_of(reference_model(source), tokens)
-    plain_TV = logits_of(reference_model(plain), tokens)
+    (tmp_path / "plain").mkdir()
+    plain = cut(tiny(name), tokenizer, tmp_path / "plain")
+    scaled_TV, plain_TV = (logits_of(reference_model(each), range(24)) for each in (source, plain))
     assert float((scaled_TV - plain_TV).abs().max()) > 0.01
-
-
-def _made(directory: Path) -> Path:
-    directory.mkdir()
-    return directory
 
 
 @pytest.mark.parametrize(
@@ -182,19 +137,7 @@ def _made(directory: Path) -> Path:
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "'dynamic' is not supported; supported are: default, linear, llama3, yarn",
         ),
-        (
-            "qwen3",
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 32,
-                }
-            },
-            "openelm graph reads no factors",
-        ),
+        ("qwen3", {"rope_parameters": LLAMA3}, "openelm graph reads no factors"),
         ("qwen3", {"attention_bias": True}, "openelm graph reads no biases"),
     ],
 )
@@ -207,10 +150,15 @@ def test_what_llama_cpp_cannot_express_is_refused(
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_families_that_have_no_graph_yet_are_refused(tmp_path: Path, tokenizer: Any) -> None:
-    source = cut(build_tiny_model("gemma"), tokenizer, tmp_path)
-    with pytest.raises(ExportError, match=r"gemma models is not .*: gemma2, gemma3_text, llama"):
-        export(source, tmp_path / "m.gguf")
+def test_what_has_no_graph_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    for name, groups, message in (
+        ("gemma", None, r"gemma models is not .*: gemma2, gemma3_text, llama"),
+        ("qwen3", (2, 0, 2), "without attention only through its deci graph"),
+    ):
+        (tmp_path / name).mkdir()
+        source = cut(tiny(name), tokenizer, tmp_path / name, groups=groups)
+        with pytest.raises(ExportError, match=message):
+            export(source, tmp_path / "m.gguf")
 
 
 # Models that llama.cpp runs with one width for all blocks only.
@@ -316,20 +264,17 @@ def test_a_sliding_window_limits_the_context(tmp_path: Path, tokenizer: Any) -> 
     assert fields_of(tmp_path / "m.gguf")["deci.context_length"] == 16
 
 
-@pytest.mark.parametrize(("kind", "error"), [("f16", 0.01), ("bf16", 0.05), ("q8_0", 0.08)])
-def test_types_written_here(tmp_path: Path, tokenizer: Any, kind: str, error: float) -> None:
-    source = cut(tiny("llama"), tokenizer, tmp_path)
+@pytest.mark.parametrize(("kind", "error"), [("f16", 0.01), (None, 0.05), ("q8_0", 0.08)])
+def test_types_written_here(tmp_path: Path, tokenizer: Any, kind: str | None, error: float) -> None:
+    """The checkpoint's own is the default."""
+    source = cut(tiny("llama").to(torch.bfloat16), tokenizer, tmp_path)
     report = export(source, tmp_path / "m.gguf", kind)
     assert 0 < report.verification.relative_error < error
     types = types_of(tmp_path / "m.gguf")
-    assert types["blk.0.ffn_down.weight"] == kind.upper()
+    assert types["blk.0.ffn_down.weight"] == (kind or "bf16").upper()
     assert types["blk.0.attn_norm.weight"] == "F32"
+    assert report.layout == f"deci in {kind or 'bf16'}"
     assert report.notes == ()
-
-
-def test_the_checkpoints_own_type_is_the_default(tmp_path: Path, tokenizer: Any) -> None:
-    source = cut(tiny("llama").to(torch.bfloat16), tokenizer, tmp_path)
-    assert export(source, tmp_path / "m.gguf").layout == "deci in bf16"
 
 
 def test_odd_widths_fall_back_to_f16(tmp_path: Path, tokenizer: Any) -> None:
@@ -379,8 +324,6 @@ def test_without_llama_cpp_the_weights_are_compared(
 
 
 def test_rows_of_q_and_k_are_reordered_head_by_head() -> None:
-    from cfsp.exports.gguf_tensors import neighbours_together
-
     heads, size, hidden = 3, 8, 5
     weight = np.arange(heads * size * hidden, dtype=np.float32).reshape(heads * size, hidden)
     expected = np.empty_like(weight)
@@ -405,8 +348,6 @@ def test_bad_requests(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.real
 def test_the_real_model(tmp_path: Path, demo: Checkpoint) -> None:
-    from cfsp.exports.llama_cpp import LlamaCpp
-
     source = half_of(demo, tmp_path / "half")
     report = export(source, tmp_path / "m.gguf", "f32")
     assert report.layout == "deci in f32"

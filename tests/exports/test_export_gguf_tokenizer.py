@@ -85,7 +85,8 @@ def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]
     from gguf import GGUFReader
 
     source = cut(tiny("llama"), tokenizer, directory, (96, 96, 96))
-    export_checkpoint(source, "gguf", directory / "m.gguf")
+    # What follows is stricter than the verification, and that loads a model.
+    export_checkpoint(source, "gguf", directory / "m.gguf", verify=False)
     expected = llama_cpp_tokens(directory / "m.gguf", TEXTS)
     assert expected is not None
     for loaded in (source.directory, import_gguf(directory / "m.gguf")):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cfsp.errors import OutputError, UsageError
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports import decilm
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.target import ExportOptions
@@ -47,3 +49,29 @@ def test_a_disk_that_fills_up_leaves_nothing(
     with pytest.raises(OutputError, match="No space left on device"):
         export_checkpoint(source, "vllm", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "message"),
+    [
+        ("nemotron_h", "gguf", "export of nemotron_h models is not supported.*a stock one"),
+        ("falcon", "vllm", "cannot express falcon; prune with --widths equal"),
+        ("gpt_oss", "openvino", "export of gpt_oss models is not supported.*transformers runs"),
+        (
+            "gemma3",
+            "openvino",
+            "export of gemma3 models is not supported.*images too.*transformers runs",
+        ),
+        ("lfm2", "openvino", "export of lfm2 models is not supported: 1 of its 3 blocks"),
+        ("bloom", "openvino", "export of bloom models is not supported: 0 of its 3 blocks"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused_by_name(
+    name: str, to: str, message: str, pruned_type: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    out = tmp_path / ("model.gguf" if to == "gguf" else "model")
+    with pytest.raises(ExportError, match=message):
+        export_checkpoint(Checkpoint(pruned_type(name)), to, out)
+    assert not list(tmp_path.iterdir())

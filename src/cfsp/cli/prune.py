@@ -253,24 +253,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _print_estimate(args: argparse.Namespace, cost: PruningCost, little: str) -> None:
     """Print what a run will take, what is left, and a sentence if little goes."""
-    facts = cost.to_json()
     if little:
         log.warning("%s", little)
     if args.json:
-        print_json(facts)
+        print_json(cost.to_json())
         return
-    rows = [
-        (
-            stage.name,
-            f"{stage.flop / 1e12:,.3g}",
-            human_bytes(stage.read_bytes),
-            f"{stage.seconds:,.0f}",
-        )
-        for stage in cost.stages
-    ]
-    total = f"{facts['flop'] / 1e12:,.3g}", human_bytes(facts["read_bytes"])
-    rows.append(("together", *total, f"{facts['seconds']:,.0f}"))
-    print_table(("", "TFLOP", "read", "seconds"), rows)
+    rows = {**cost.stages, "together": cost.seconds}.items()
+    print_table(("", "seconds"), [(name, f"{seconds:,.0f}") for name, seconds in rows])
     print()
     for name, needed, available in (
         ("memory", cost.memory_bytes, cost.memory_available),

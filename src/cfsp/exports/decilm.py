@@ -14,6 +14,7 @@ Without this export vLLM runs the checkpoint itself through its Transformers bac
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -28,19 +29,12 @@ from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, outgoing_tensor
+from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
-from cfsp.exports.target import ExportOptions, Target, Written
-from cfsp.exports.verification import (
-    Verification,
-    compare_logits,
-    logits_of,
-    probe_lengths,
-    probe_tokens,
-    reference_model,
-)
+from cfsp.exports.target import ExportOptions, Written
+from cfsp.exports.verification import Verification, logits_of, reference_model, verified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,20 +94,22 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
             f"{reader.name} reads DeciLM with {reason}; use "
             + ("--to vllm or --to gguf" if able else "--to gguf")
         )
-    config, unread = decilm_config(source), unread_norms(source)
-    tensors = [
-        _copied(source, name, spec) for name, spec in source.specs.items() if name not in unread
-    ]
-    write_shards(out, tensors + _zero_output_biases(source))
+    config = decilm_config(source)
+    tensors = list(_tensors(source, skipped=unread_norms(source)))
+    if _has_multiples(source):
+        tensors += _zero_output_biases(source)
+    write_shards(out, tensors)
     copy_travelling_files(source.directory, out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (out / CONFIG_FILE).write_text(_config_code(), encoding="utf-8")
-    widths = _widths(source)
+    widths, (limit, _) = _widths(source), context_limit(source.config)
     gone = sum(groups == 0 for _, groups in heads_of_blocks(source))
     trusted = f"{reader.name} loads it with {reader.trust}, because of its config class"
     return Written(
         f"DeciLMForCausalLM, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
         + (f", {gone} without attention" if gone else ""),
+        # The stock Llama that it is built as knows no sliding window: the probe stays within it.
+        lambda: _verified(reader, source, build_described_model(out), limit),
         (trusted,) if reader.trust else (),
         f"{reader.serve} {reader.trust}".rstrip(),
     )
@@ -121,7 +117,7 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
 
 def _write_stock(reader: Reader, source: Checkpoint, out: Path) -> Written:
     """Copy a checkpoint of a stock class."""
-    write_shards(out, [_copied(source, name, spec) for name, spec in source.specs.items()])
+    write_shards(out, list(_tensors(source)))
     copy_travelling_files(source.directory, out)
     fields = read_plain_fields(source.directory)
     rope = fields.get("rope_parameters") or {}
@@ -133,7 +129,20 @@ def _write_stock(reader: Reader, source: Checkpoint, out: Path) -> Written:
         f"all blocks are equally wide: {reader.name}'s own class for "
         f"{source.config.model_type} runs it, if it has one"
     )
-    return Written(source.architecture.class_name, (note,), reader.serve)
+    return Written(
+        source.architecture.class_name,
+        lambda: _verified(reader, source, reference_model(Checkpoint(out))),
+        (note,),
+        reader.serve,
+    )
+
+
+def _verified(
+    reader: Reader, source: Checkpoint, copy: PreTrainedModel, context: int = 4096
+) -> Verification:
+    """Compare with the model that the written config describes, built as readers would."""
+    name = f"transformers ({reader.name} not run)"
+    return verified(source, name, partial(logits_of, copy), TOLERANCE, context=context)
 
 
 def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
@@ -231,6 +240,8 @@ def has_only_our_code(directory: Path) -> bool:
 
 def decilm_config(source: Checkpoint) -> dict[str, Any]:
     """Return config.json of a Llama-like checkpoint in DeciLM's terms."""
+    from transformers import __version__
+
     config: Any = source.config
     heads_of, groups_of = zip(*heads_of_blocks(source), strict=True)
     heads, groups = max(heads_of), max(groups_of)
@@ -248,13 +259,15 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
             "head_dim": head_size(config),
         }
     for_all = _has_multiples(source)
+    word = "ffn_mult" if for_all else "intermediate_size"
+    said_widths = [ffn_mult(width, config.hidden_size) if for_all else width for width in widths]
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{CONFIG_FILE.removesuffix('.py')}.DeciLMConfig"},
-        "dtype": _dtype(source),
+        "dtype": str(compute_dtype(source)).removeprefix("torch."),
         # Loaders look at it to know how old the words of a config are.
-        "transformers_version": _transformers_version(source),
+        "transformers_version": getattr(config, "transformers_version", None) or __version__,
         **fields,
         **(_old_rope_words(config.rope_parameters) if for_all else {}),
         "intermediate_size": max(widths),
@@ -268,32 +281,27 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
                     "no_op": own == 0,
                     "n_heads_in_group": heads // groups if own else None,
                 },
-                "ffn": {
-                    "no_op": False,
-                    **(
-                        {"ffn_mult": ffn_mult(width, config.hidden_size)}
-                        if for_all
-                        else {"intermediate_size": width}
-                    ),
-                },
+                "ffn": {"no_op": False, word: width},
             }
-            for width, own in zip(widths, groups_of, strict=True)
+            for width, own in zip(said_widths, groups_of, strict=True)
         ],
     }
 
 
-def _zero_output_biases(source: Checkpoint) -> list[OutgoingTensor]:
-    """Return the biases that mlx-lm expects where queries, keys and values have some."""
-    if not _has_multiples(source):
-        return []
-    zeros = []
+def _tensors(source: Checkpoint, *, skipped: Container[str] = ()) -> Iterator[OutgoingTensor]:
+    for name, spec in source.specs.items():
+        if name not in skipped:
+            yield OutgoingTensor(name, spec, partial(source.chunks, name))
+
+
+def _zero_output_biases(source: Checkpoint) -> Iterator[OutgoingTensor]:
+    """Give the biases that mlx-lm expects where queries, keys and values have some."""
     for block in range(source.architecture.block_count):
         prefix = f"{source.architecture.block_prefix(block)}self_attn."
         if f"{prefix}q_proj.bias" in source.specs and f"{prefix}o_proj.bias" not in source.specs:
             spec = source.specs[f"{prefix}o_proj.weight"]
             bias = torch.zeros(spec.shape[0], dtype=spec.dtype)
-            zeros.append(outgoing_tensor(f"{prefix}o_proj.bias", bias))
-    return zeros
+            yield outgoing_tensor(f"{prefix}o_proj.bias", bias)
 
 
 def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -303,19 +311,6 @@ def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
     if scaling.get("rope_type", "default") != "default":
         words["rope_scaling"] = scaling
     return words
-
-
-def verify(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
-    """Build the model that the written config describes, as readers would; compare logits."""
-    if (out / CONFIG_FILE).is_file():
-        # The stock Llama below knows no sliding window, so the probe stays within it.
-        tokens = probe_tokens(source, probe_lengths(context_limit(source.config)[0])[0])
-        found_TV = logits_of(build_described_model(out), tokens)
-    else:
-        tokens = probe_tokens(source)
-        found_TV = logits_of(reference_model(Checkpoint(out)), tokens)
-    expected_TV = logits_of(reference_model(source), tokens)
-    return compare_logits(f"transformers ({reader.name} not run)", expected_TV, found_TV, TOLERANCE)
 
 
 def build_described_model(directory: Path) -> PreTrainedModel:
@@ -335,7 +330,12 @@ def build_described_model(directory: Path) -> PreTrainedModel:
     config.dtype = torch.float32
     model = LlamaForCausalLM(config)
     for layer, block in zip(model.model.layers, written.block_configs, strict=True):
-        config.intermediate_size = _width(block.ffn, written.hidden_size)
+        multiplier = block.ffn.get("ffn_mult")
+        config.intermediate_size = (
+            width_of(multiplier, written.hidden_size)
+            if multiplier is not None
+            else block.ffn.intermediate_size
+        )
         layer.mlp = LlamaMLP(config)
         if block.attention.no_op:
             layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
@@ -353,32 +353,5 @@ def build_described_model(directory: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _width(ffn: Any, hidden: int) -> int:
-    if "ffn_mult" in ffn:
-        return width_of(ffn.ffn_mult, hidden)
-    return int(ffn.intermediate_size)
-
-
-def _copied(source: Checkpoint, name: str, spec: TensorSpec) -> OutgoingTensor:
-    return OutgoingTensor(name, spec, lambda: source.chunks(name))
-
-
 def _config_code() -> str:
     return resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
-
-
-def _transformers_version(source: Checkpoint) -> str:
-    """Return the version that wrote the source's config; ours if that does not say."""
-    import transformers
-
-    return str(getattr(source.config, "transformers_version", None) or transformers.__version__)
-
-
-def _dtype(source: Checkpoint) -> str:
-    return str(compute_dtype(source)).removeprefix("torch.")
-
-
-TARGETS = tuple(
-    Target(reader.name.lower(), "", partial(write, reader), partial(verify, reader))
-    for reader in (VLLM, MLX_LM)
-)

@@ -17,17 +17,17 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import MissingExtraError, UsageError
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks
 from cfsp.exports.gguf_architecture import Architecture, architecture_of
-from cfsp.exports.gguf_rope import Rope, rope_of
+from cfsp.exports.gguf_rope import rope_of
 from cfsp.exports.gguf_tensors import GgufTensor, gguf_tensors
 from cfsp.exports.gguf_tokenizer import read_tokenizer
 from cfsp.exports.gguf_verification import verify
 from cfsp.exports.llama_cpp import quantise
-from cfsp.exports.target import ExportOptions, Target, Written
+from cfsp.exports.target import ExportOptions, Written
 from cfsp.progress import item_progress
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from gguf import SpecialVocab
+    from gguf import GGMLQuantizationType, SpecialVocab
 
 _OWN_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")
@@ -40,7 +40,7 @@ BY_LLAMA_CPP = (
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the file."""
     try:
-        from gguf import LlamaFileType
+        from gguf import GGMLQuantizationType, LlamaFileType
     except ImportError as error:
         raise MissingExtraError("gguf export", "export") from error
     own = _OWN_TYPES.get(compute_dtype(source), "bf16")
@@ -51,53 +51,54 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             f"{', '.join(WRITTEN_HERE + BY_LLAMA_CPP)}"
         )
     architecture = architecture_of(source)
-    rope = rope_of(source.config, architecture)
-    tokenizer = read_tokenizer(
+    context, limited = context_limit(source.config, has_windows=bool(architecture.rhythm))
+    in_file = name if name in WRITTEN_HERE else own
+    kind = GGMLQuantizationType[in_file.upper()]
+    fields, factors_R = rope_of(source.config, architecture)
+    fields = _fields(source, architecture, context, in_file) | fields
+    words, special = read_tokenizer(
         load_tokenizer(source.directory), source.config.vocab_size, options.pre_tokenizer
     )
-    _, limited = context_limit(source.config, has_windows=bool(architecture.rhythm))
+    tensors = gguf_tensors(source, architecture, kind)
+    if factors_R is not None:
+        f32 = GGMLQuantizationType.F32
+        tensors.append(GgufTensor("rope_freqs.weight", (len(factors_R),), f32, lambda: factors_R))
     notes = [limited] if limited else []
     if name in WRITTEN_HERE:
-        tensors = _write_file(source, out, architecture, rope, tokenizer, name)
-        notes += _fallback_notes(tensors, name)
+        _write_file(out, architecture.name, fields | words, special, tensors)
+        notes += _fallback_notes(tensors, kind)
     else:
         full = out.with_name(out.name + ".full")
         try:
-            _write_file(source, full, architecture, rope, tokenizer, own)
+            _write_file(full, architecture.name, fields | words, special, tensors)
             quantise(full, out, int(LlamaFileType[f"MOSTLY_{name.upper()}"]))
         finally:
             full.unlink(missing_ok=True)
         notes += _mixture_notes(out, name)
-    return Written(f"{architecture.name} in {name}", tuple(notes), "llama-server -m {out}")
+    return Written(
+        f"{architecture.name} in {name}",
+        lambda: verify(source, out, name, architecture, context, tensors),
+        tuple(notes),
+        "llama-server -m {out}",
+    )
 
 
 def _write_file(
-    source: Checkpoint,
     out: Path,
-    architecture: Architecture,
-    rope: Rope,
-    tokenizer: tuple[dict[str, Any], SpecialVocab],
-    type_name: str,
-) -> list[GgufTensor]:
+    architecture: str,
+    fields: dict[str, Any],
+    special: SpecialVocab,
+    tensors: list[GgufTensor],
+) -> None:
     import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGUFWriter
     from gguf.quants import quantize
 
-    kind = GGMLQuantizationType[type_name.upper()]
-    tensors = gguf_tensors(source, architecture, kind)
-    if rope.factors_R is not None:
-        factors = torch.from_numpy(rope.factors_R)
-        tensors.append(
-            GgufTensor(
-                "rope_freqs.weight", (len(factors),), GGMLQuantizationType.F32, lambda: factors
-            )
-        )
-    writer = GGUFWriter(out, architecture.name)
+    writer = GGUFWriter(out, architecture)
     try:
-        words, special = tokenizer
-        fields = _fields(source, architecture, rope, type_name)
-        for field, value in (fields | words).items():
-            getattr(writer, f"add_{field}")(value)
+        for field, value in fields.items():
+            if value is not None:
+                getattr(writer, f"add_{field}")(value)
         special.add_to_gguf(writer, quiet=True)
         for tensor in tensors:
             writer.add_tensor_info(
@@ -112,11 +113,10 @@ def _write_file(
                 bar.update()
     finally:
         writer.close()
-    return tensors
 
 
 def _fields(
-    source: Checkpoint, architecture: Architecture, rope: Rope, type_name: str
+    source: Checkpoint, architecture: Architecture, context: int, type_name: str
 ) -> dict[str, Any]:
     """Return the file's fields, by the names of the writer's methods without `add_`."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
@@ -124,55 +124,35 @@ def _fields(
     config: Any = source.config
     widths = source.architecture.of_part("ffn").widths
     heads, groups = map(list, zip(*heads_of_blocks(source), strict=True))
-    of_blocks = dict(
-        zip(
-            ("feed_forward_length", "head_count", "head_count_kv"),
-            (widths, heads, groups),
-            strict=True,
-        )
-    )
+    of_blocks = {"feed_forward_length": widths, "head_count": heads, "head_count_kv": groups}
+    windows = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    mixture = "ALL" if type_name == "f32" else "MOSTLY"
     size = head_size(config)
-    windows = {}
-    if architecture.rhythm:
-        windows = {
-            "sliding_window": config.sliding_window,
-            "attn_logit_softcapping": config.attn_logit_softcapping,
-            "final_logit_softcapping": config.final_logit_softcapping,
-        }
-    fields = {
+    return {
         "name": Path(source.label).name,
-        "file_type": LlamaFileType[
-            f"{'ALL' if type_name == 'f32' else 'MOSTLY'}_{type_name.upper()}"
-        ],
+        "file_type": LlamaFileType[f"{mixture}_{type_name.upper()}"],
         "quantization_version": GGML_QUANT_VERSION,
         "block_count": len(widths),
-        "context_length": context_limit(config, has_windows=bool(architecture.rhythm))[0],
-        **windows,
+        "context_length": context,
+        **{name: getattr(config, name) for name in windows if architecture.rhythm},
         "embedding_length": config.hidden_size,
         "vocab_size": config.vocab_size,
-        **{
-            name: values if architecture.ragged else values[0] for name, values in of_blocks.items()
-        },
+        **{name: each if architecture.ragged else each[0] for name, each in of_blocks.items()},
         "key_length": size,
         "value_length": size,
         "rope_dimension_count": size,
         "layer_norm_rms_eps": config.rms_norm_eps,
-        **rope.fields,
     }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _fallback_notes(tensors: list[GgufTensor], name: str) -> list[str]:
-    from gguf import GGMLQuantizationType
-
-    kind = GGMLQuantizationType[name.upper()]
+def _fallback_notes(tensors: list[GgufTensor], kind: GGMLQuantizationType) -> list[str]:
     kept = [each for each in tensors if len(each.shape) > 1 and each.kind != kind]
     if not kept:
         return []
     lengths = sorted({tensor.shape[-1] for tensor in kept})
     return [
         f"{len(kept)} matrices are stored in f16, because their rows of "
-        f"{_some(lengths)} do not divide into blocks of {name} (32 weights); "
+        f"{_some(lengths)} do not divide into blocks of {kind.name.lower()} (32 weights); "
         "prune with --set multiple=32 to avoid it"
     ]
 
@@ -196,6 +176,3 @@ def _mixture_notes(path: Path, name: str) -> list[str]:
 def _some(numbers: list[int]) -> str:
     shown = ", ".join(str(n) for n in numbers[:6])
     return shown if len(numbers) <= 6 else f"{shown}, ..."
-
-
-TARGET = Target("gguf", ".gguf", write, verify)

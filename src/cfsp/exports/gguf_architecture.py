@@ -14,7 +14,7 @@ Gemma 2 and 3 have graphs for one width only, with sliding windows in a fixed rh
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,45 +34,39 @@ class Architecture:
     Attributes:
         name: general.architecture.
         ragged: it reads one FFN width a block.
-        neighbours: its rotary embedding turns neighbouring elements.
-        fused: q, k and v are one matrix.
+        is_llama: its rotary embedding turns neighbouring elements, and it reads biases of the FFN
+            and rope_freqs.weight.
         biases: it reads biases of attention.
-        ffn_biases: it reads biases of the FFN.
-        tied_only: it has no output matrix of its own.
-        frequency_factors: it reads rope_freqs.weight.
-        activation: of the FFN, by transformers' name.
-        norms_from_one: the checkpoint's norms are what is added to one, the file's are the sum.
-        rhythm: every so many blocks one attends to all tokens, the others to a sliding window; 0
-            where no block has one.
+        rhythm: of Gemma's, whose norms are sums with one: every so many blocks one attends to all
+            tokens, the others to a sliding window. 0 where no block has one.
     """
 
     name: str
     ragged: bool = False
-    neighbours: bool = False
-    fused: bool = False
-    biases: bool = True
-    ffn_biases: bool = False
-    tied_only: bool = False
-    frequency_factors: bool = False
-    activation: str = "silu"
-    norms_from_one: bool = False
+    is_llama: bool = False
+    biases: bool = False
     rhythm: int = 0
 
+    @property
+    def fused(self) -> bool:
+        """Whether q, k and v are one matrix."""
+        return self.name == "openelm"
 
-_LLAMA = Architecture("llama", neighbours=True, frequency_factors=True, ffn_biases=True)
-_DECI = Architecture("deci", ragged=True, neighbours=True, frequency_factors=True, ffn_biases=True)
-_QWEN2 = Architecture("qwen2")
-_QWEN3 = Architecture("qwen3", biases=False)
-_OPENELM = Architecture("openelm", ragged=True, fused=True, biases=False, tied_only=True)
-_GEMMA2 = Architecture(
-    "gemma2",
-    biases=False,
-    tied_only=True,
-    activation="gelu_pytorch_tanh",
-    norms_from_one=True,
-    rhythm=2,
-)
-_GEMMA3 = replace(_GEMMA2, name="gemma3", rhythm=6)
+    @property
+    def tied_only(self) -> bool:
+        """Whether it has no output matrix of its own."""
+        return self.fused or bool(self.rhythm)
+
+    @property
+    def activation(self) -> str:
+        """Of the FFN, by transformers' name."""
+        return "gelu_pytorch_tanh" if self.rhythm else "silu"
+
+
+_LLAMA = Architecture("llama", is_llama=True, biases=True)
+_DECI = Architecture("deci", ragged=True, is_llama=True, biases=True)
+_GEMMA2 = Architecture("gemma2", rhythm=2)
+_GEMMA3 = Architecture("gemma3", rhythm=6)
 
 _SCALED_BY_HIDDEN = (46, 62)
 
@@ -80,8 +74,8 @@ _SCALED_BY_HIDDEN = (46, 62)
 ARCHITECTURES: dict[str, tuple[Architecture, Architecture | None]] = {
     "llama": (_LLAMA, _DECI),
     "mistral": (_LLAMA, _DECI),
-    "qwen2": (_QWEN2, _DECI),
-    "qwen3": (_QWEN3, _OPENELM),
+    "qwen2": (Architecture("qwen2", biases=True), _DECI),
+    "qwen3": (Architecture("qwen3"), Architecture("openelm", ragged=True)),
     "gemma2": (_GEMMA2, None),
     "gemma3_text": (_GEMMA3, None),
 }
@@ -156,7 +150,7 @@ def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
         )
     down = source.architecture.of_part("ffn").units[0].down.removesuffix("weight")
     down_bias = f"{source.architecture.block_prefix(0)}{down}bias"
-    if down_bias in source.specs and not architecture.ffn_biases:
+    if down_bias in source.specs and not architecture.is_llama:
         raise ExportError(
             f"llama.cpp's {name} graph reads no FFN biases, the model has {down_bias}; "
             "use --to openvino"

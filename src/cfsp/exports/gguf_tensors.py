@@ -59,13 +59,6 @@ def gguf_tensors(
         architecture: what will read the file.
         kind: how matrices are stored; vectors are always float32, and matrices whose rows
             don't divide into blocks of this type become float16.
-    """
-    names = _names(source, architecture)
-    return [_tensor(source, architecture, *pair, kind) for pair in names.items()]
-
-
-def _names(source: Checkpoint, architecture: Architecture) -> dict[str, str]:
-    """Return GGUF's name of every tensor that is not fused into another.
 
     Raises:
         ExportError: llama.cpp has no place for a tensor.
@@ -74,53 +67,49 @@ def _names(source: Checkpoint, architecture: Architecture) -> dict[str, str]:
 
     graph = next(each for each, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
     known = get_tensor_name_map(graph, source.architecture.block_count)
-    unread = unread_norms(source)
-    found: dict[str, str] = {}
+    unread, found = unread_norms(source), []
     for name in source.specs:
-        if name in unread or (architecture.fused and ("k_proj" in name or "v_proj" in name)):
+        if name in unread or (architecture.fused and re.search(r"\.[kv]_proj\.", name)):
             continue
-        asked = name.replace(".q_proj", ".qkv_proj") if architecture.fused else name
+        is_fused = architecture.fused and ".q_proj." in name
+        asked = name.replace(".q_proj", ".qkv_proj") if is_fused else name
         gguf_name = known.get_name(asked, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise ExportError(f"llama.cpp has no place for the tensor {name}")
-        found[name] = gguf_name
+        parts = [name.replace(".q_proj.", f".{m}_proj.") for m in "qkv"] if is_fused else [name]
+        found.append(_tensor(source, architecture, parts, gguf_name, kind))
     return found
 
 
 def _tensor(
     source: Checkpoint,
     architecture: Architecture,
-    name: str,
+    parts: list[str],
     gguf_name: str,
     kind: GGMLQuantizationType,
 ) -> GgufTensor:
+    """Return the tensor that some of the checkpoint's make, one below the other."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    is_fused = architecture.fused and ".q_proj." in name
-    parts = [name.replace(".q_proj.", f".{m}_proj.") for m in "qkv"] if is_fused else [name]
-    rest = source.specs[name].shape[1:]
+    rest = source.specs[parts[0]].shape[1:]
     shape = (sum(source.specs[part].shape[0] for part in parts), *rest)
     if len(shape) == 1:
         kind = GGMLQuantizationType.F32
     elif shape[-1] % GGML_QUANT_SIZES[kind][0] != 0:
         kind = GGMLQuantizationType.F16
-    heads = _heads_to_reorder(source, architecture, name)
+    blocks = re.escape(source.architecture.blocks)
+    turned = re.match(rf"{blocks}\.(\d+)\.self_attn\.([qk])_proj\.", parts[0])
 
     def read() -> Tensor:
         tensor = torch.cat([source.read(part).float() for part in parts])
-        if architecture.norms_from_one and name.endswith("norm.weight"):
+        if architecture.rhythm and parts[0].endswith("norm.weight"):
             tensor = tensor + 1
-        return tensor if heads is None else neighbours_together(tensor, heads)
+        if architecture.is_llama and turned is not None:
+            heads = heads_of_blocks(source)[int(turned[1])][turned[2] == "k"]
+            tensor = neighbours_together(tensor, heads)
+        return tensor
 
     return GgufTensor(gguf_name, shape, kind, read)
-
-
-def _heads_to_reorder(source: Checkpoint, architecture: Architecture, name: str) -> int | None:
-    blocks = re.escape(source.architecture.blocks)
-    found = re.match(rf"{blocks}\.(\d+)\.self_attn\.([qk])_proj\.", name)
-    if not architecture.neighbours or found is None:
-        return None
-    return heads_of_blocks(source)[int(found[1])][found[2] == "k"]
 
 
 def neighbours_together(tensor: Tensor, heads: int) -> Tensor:

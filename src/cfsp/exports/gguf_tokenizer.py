@@ -48,14 +48,20 @@ def read_tokenizer(
         if not path.is_file():
             raise ExportError("the tokenizer has no tokenizer.json form, which gguf export needs")
         fields = json.loads(path.read_text(encoding="utf-8"))
-        byte_level = _is_byte_level(fields)
+        splits = steps_of(fields.get("pre_tokenizer"), "pretokenizers")
+        byte_level = any(step["type"] == "ByteLevel" for step in splits)
         special = SpecialVocab(directory, load_merges=byte_level, n_vocab=vocabulary)
     if fields["model"]["type"] != "BPE":
         raise ExportError(
             f"gguf export knows BPE tokenizers, this one is {fields['model']['type']}; "
             "use --to vllm or --to openvino"
         )
-    _note_what_is_added(tokenizer, special)
+    ids: list[int] = tokenizer("a")["input_ids"]
+    for kind, token, found in (
+        ("bos", tokenizer.bos_token_id, ids[0]),
+        ("eos", tokenizer.eos_token_id, ids[-1]),
+    ):
+        special.add_special_token[kind] = token is not None and found == token
     tokens, types = _tokens(fields, vocabulary)
     pre = pre_tokenizer or (_pre_tokenizer_name(tokenizer, fields) if byte_level else "default")
     written: dict[str, Any] = {
@@ -66,13 +72,13 @@ def read_tokenizer(
     }
     if not byte_level:
         written["token_scores"] = _scores(fields, tokens)
-        written["add_space_prefix"] = _prepends_space(fields)
+        before = steps_of(fields.get("normalizer"), "normalizers")
+        written["add_space_prefix"] = any(
+            step["type"] == "Prepend"
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in [*before, *splits]
+        )
     return written, special
-
-
-def _is_byte_level(fields: dict[str, Any]) -> bool:
-    steps = steps_of(fields.get("pre_tokenizer"), "pretokenizers")
-    return any(step["type"] == "ByteLevel" for step in steps)
 
 
 def _pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> str:
@@ -86,15 +92,6 @@ def _pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, fields: dict[str, An
         f"cannot tell llama.cpp's name for the way in which this tokenizer splits text ({known}); "
         f"give it with --pre-tokenizer (known ones: {', '.join(p.name for p in PRE_TOKENIZERS)})"
     )
-
-
-def _note_what_is_added(tokenizer: PreTrainedTokenizerBase, special: SpecialVocab) -> None:
-    ids: list[int] = tokenizer("a")["input_ids"]
-    for kind, token, found in (
-        ("bos", tokenizer.bos_token_id, ids[0]),
-        ("eos", tokenizer.eos_token_id, ids[-1]),
-    ):
-        special.add_special_token[kind] = token is not None and found == token
 
 
 def _tokens(fields: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
@@ -130,14 +127,3 @@ def _scores(fields: dict[str, Any], tokens: list[str]) -> list[float]:
         rank.setdefault(left + right, i)
     last = len(rank)
     return [-float(rank.get(token, last)) for token in tokens]
-
-
-def _prepends_space(fields: dict[str, Any]) -> bool:
-    steps = steps_of(fields.get("normalizer"), "normalizers")
-    if any(step["type"] == "Prepend" for step in steps):
-        return True
-    splits = steps_of(fields.get("pre_tokenizer"), "pretokenizers")
-    return any(
-        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
-        for step in splits
-    )

@@ -1,19 +1,21 @@
 """llama.cpp itself, through the bindings of llama-cpp-py-sync: read, compute, quantise.
 
-Its C interface is called directly, because the package's own class gives no logits.
+Its C interface is called directly, because the package's own class gives no logits of chosen
+tokens.
 
-Shapes: T tokens, V vocabulary.
+Shapes: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cfsp.checkpoint.llama_cpp_library import last_error, llama_cpp_library, llama_cpp_version
@@ -23,65 +25,85 @@ _F32 = 0  # ggml_type
 
 
 class LlamaCpp:
-    """A .gguf file, loaded for one sequence; keys and values are kept in float32.
+    """A .gguf file, loaded.
 
     Use it as a context manager: memory belongs to the library and is freed at the end.
 
     Args:
         path: the file.
-        context: tokens that fit, prompt and continuation together.
+        context: tokens of one sequence that fit, prompt and continuation together; None to `start`
+            later.
+        threads: how many; None for torch's number. They wait for each other busily.
 
     Raises:
         MissingExtraError: no llama.cpp is installed.
         ExportError: llama.cpp refuses the file.
     """
 
-    def __init__(self, path: Path, context: int = 512) -> None:
-        self._ffi, self._lib = llama_cpp_library("running llama.cpp", "export")
-        model_settings = self._lib.llama_model_default_params()
-        model_settings.n_gpu_layers = 0
-        self._model = self._lib.llama_model_load_from_file(str(path).encode(), model_settings)
+    def __init__(self, path: Path, context: int | None = 512, threads: int | None = None) -> None:
+        self._ffi, self._lib = llama_cpp_library("running llama.cpp", "llamacpp")
+        settings = self._lib.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self._name = path.name
+        self._threads = threads or torch.get_num_threads()
+        self._context = self._ffi.NULL
+        self._model = self._lib.llama_model_load_from_file(str(path).encode(), settings)
         if self._model == self._ffi.NULL:
             raise ExportError(f"{llama_cpp_version()} cannot load {path.name}: {last_error()}")
-        settings = self._lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        # Its threads wait for each other busily: as many as torch is given, on a shared machine.
-        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-        settings.type_k = settings.type_v = _F32
-        settings.flash_attn_type = 0
-        self._context = self._lib.llama_init_from_model(self._model, settings)
-        if self._context == self._ffi.NULL:
-            self._lib.llama_model_free(self._model)
-            raise ExportError(f"{llama_cpp_version()} cannot run {path.name}: {last_error()}")
-        self._vocabulary = self._lib.llama_model_get_vocab(self._model)
-        self._past = 0
+        vocabulary = self._lib.llama_model_get_vocab(self._model)
+        self.vocabulary: int = self._lib.llama_vocab_n_tokens(vocabulary)
+        if context is not None:  # as exact as it can be
+            exact = {"n_ubatch": context, "type_k": _F32, "type_v": _F32, "flash_attn_type": 0}
+            self.start(context, **exact)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
+    def start(self, context: int, sequences: int = 1, **settings: Any) -> None:
+        """Make room for new sequences in place of what there was.
+
+        Args:
+            context: tokens of all sequences together.
+            sequences: how many.
+            settings: of the library, by its names; by default keys and values are in float16.
+
+        Raises:
+            ExportError: there is no memory for them.
+        """
+        if self._context != self._ffi.NULL:
+            self._lib.llama_free(self._context)
+        asked = self._lib.llama_context_default_params()
+        asked.n_ctx = asked.n_batch = context
+        asked.n_seq_max = sequences
+        asked.n_threads = asked.n_threads_batch = self._threads
+        for name, value in settings.items():
+            setattr(asked, name, value)
+        self._context = self._lib.llama_init_from_model(self._model, asked)
+        if self._context == self._ffi.NULL:
+            raise ExportError(
+                f"{llama_cpp_version()} cannot run {self._name} with {context} tokens: "
+                f"{last_error()}"
+            )
+        self._past = 0
+
     def forget(self) -> None:
-        """Start a new sequence."""
+        """Begin all sequences anew."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._past = 0
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens of the sequence but the first ones."""
+        """Forget all tokens of a single sequence but the first ones."""
         memory = self._lib.llama_get_memory(self._context)
         removed = self._lib.llama_memory_seq_rm(memory, 0, length, -1)
         assert removed, "a cache of keys and values can be cut anywhere"
         self._past = length
 
     def feed(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
-        """Read more tokens of the sequence and return the logits after them.
+        """Read more tokens of a single sequence and return the logits after them.
 
         Args:
             tokens: one at least.
@@ -90,27 +112,39 @@ class LlamaCpp:
         Returns:
             logits_TV after each of the last tokens.
         """
-        wanted = len(tokens) if last is None else last
-        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
+        logits_TV = self.decode([tokens], len(tokens) if last is None else last)
+        return torch.from_numpy(logits_TV.copy())
+
+    def decode(self, tokens_BT: Sequence[Sequence[int]], last: int = 1) -> NDArray[np.float32]:
+        """Read more tokens of every sequence.
+
+        Args:
+            tokens_BT: as many of each.
+            last: of how many of them logits are wanted.
+
+        Returns:
+            Logits after the last tokens of every sequence, (B * last, V), until the next call.
+        """
+        length = len(tokens_BT[0])
+        batch = self._lib.llama_batch_init(len(tokens_BT) * length, 0, 1)
         try:
-            batch.n_tokens = len(tokens)
-            for i, token in enumerate(tokens):
-                batch.token[i] = token
-                batch.pos[i] = self._past + i
+            batch.n_tokens = len(tokens_BT) * length
+            for i in range(batch.n_tokens):
+                sequence, offset = divmod(i, length)
+                batch.token[i] = tokens_BT[sequence][offset]
+                batch.pos[i] = self._past + offset
                 batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = i >= len(tokens) - wanted
+                batch.seq_id[i][0] = sequence
+                batch.logits[i] = offset >= length - last
             status = self._lib.llama_decode(self._context, batch)
         finally:
             self._lib.llama_batch_free(batch)
         if status != 0:
             raise ExportError(f"{llama_cpp_version()} failed with status {status}")
-        self._past += len(tokens)
-        width = self._lib.llama_vocab_n_tokens(self._vocabulary)
-        pointer = self._lib.llama_get_logits(self._context)
-        data = self._ffi.buffer(pointer, wanted * width * 4)
-        logits = np.frombuffer(data, dtype=np.float32).reshape(wanted, width)
-        return torch.from_numpy(logits.copy())
+        self._past += length
+        shape = len(tokens_BT) * last, self.vocabulary
+        data = self._ffi.buffer(self._lib.llama_get_logits(self._context), 4 * math.prod(shape))
+        return np.frombuffer(data, dtype=np.float32).reshape(shape)
 
 
 def quantise(source: Path, target: Path, file_type: int) -> None:
@@ -125,7 +159,7 @@ def quantise(source: Path, target: Path, file_type: int) -> None:
         MissingExtraError: no llama.cpp is installed.
         ExportError: llama.cpp refuses.
     """
-    ffi, lib = llama_cpp_library("running llama.cpp", "export")
+    ffi, lib = llama_cpp_library("running llama.cpp", "llamacpp")
     settings = ffi.new("llama_model_quantize_params *")
     settings[0] = lib.llama_model_quantize_default_params()
     settings.ftype = file_type

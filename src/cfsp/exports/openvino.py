@@ -29,17 +29,8 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
-from cfsp.exports.target import ExportOptions, Target, Written
-from cfsp.exports.verification import (
-    Verification,
-    compare_logits,
-    greedy_after,
-    greedy_by,
-    logits_of,
-    probe_lengths,
-    probe_tokens,
-    reference_model,
-)
+from cfsp.exports.target import ExportOptions, Written
+from cfsp.exports.verification import reference_model, verified
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -67,22 +58,19 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         del config.auto_map
     config.to_json_file(out / "config.json")
     copy_travelling_files(source.directory, out)
-    return Written(f"stateful OpenVINO model in {kind}", _write_tokenizer(source, out))
-
-
-def verify(source: Checkpoint, out: Path, options: ExportOptions) -> Verification:
-    """Compare logits, and in float32 greedy decoding, with transformers'."""
-    kind = _weight_type(source, options)
-    count, steps = probe_lengths(int(getattr(source.config, "max_position_embeddings", 4096)))
-    tokens = probe_tokens(source, count)
-    runtime, model, greedy = OpenVinoRuntime(out), reference_model(source), None
-    found_TV = runtime.feed(tokens)
-    if kind == "f32":
-        runtime.forget()
-        found = greedy_by(lambda new: runtime.feed(new)[-1], tokens, steps)
-        greedy = (greedy_after(model, tokens, found), found)
-    reader = f"OpenVINO {_openvino().get_version().split('-')[0]}"
-    return compare_logits(reader, logits_of(model, tokens), found_TV, _TOLERANCES[kind], greedy)
+    reader = f"OpenVINO {openvino.get_version().split('-')[0]}"
+    return Written(
+        f"stateful OpenVINO model in {kind}",
+        lambda: verified(
+            source,
+            reader,
+            OpenVinoRuntime(out).feed,
+            _TOLERANCES[kind],
+            context=int(getattr(source.config, "max_position_embeddings", 4096)),
+            decodes=kind == "f32",
+        ),
+        _write_tokenizer(source, out),
+    )
 
 
 class OpenVinoRuntime:
@@ -92,11 +80,6 @@ class OpenVinoRuntime:
         settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         compiled = _openvino().Core().compile_model(directory / _MODEL_FILE, "CPU", settings)
         self._request = compiled.create_infer_request()
-        self._past = 0
-
-    def forget(self) -> None:
-        """Start a new sequence."""
-        self._request.reset_state()
         self._past = 0
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
@@ -305,6 +288,3 @@ def _keep_state(converted: Any, pairs: list[str]) -> None:
             empty = opset13.constant(0.0, dtype=node.get_output_element_type(0))
             node.set_arguments([opset13.broadcast(empty, start)])
     converted.validate_nodes_and_infer_types()
-
-
-TARGET = Target("openvino", "", write, verify)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from cfsp.checkpoint.locating import open_checkpoint
@@ -12,12 +14,17 @@ from cfsp.checkpoint.skeleton import check_complete
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, openvino
-from cfsp.exports.target import ExportOptions, ExportReport, Target
+from cfsp.exports.target import ExportOptions, ExportReport, Written
 
-TARGETS: dict[str, Target] = {
-    target.name: target for target in (gguf.TARGET, *decilm.TARGETS, openvino.TARGET)
+# Each writes a new directory, gguf a new file, and raises ExportError for what the format cannot
+# express before anything is written.
+TARGETS: dict[str, Callable[[Checkpoint, Path, ExportOptions], Written]] = {
+    "gguf": gguf.write,
+    "vllm": partial(decilm.write, decilm.VLLM),
+    "mlx-lm": partial(decilm.write, decilm.MLX_LM),
+    "openvino": openvino.write,
 }
-
+_FILE = ".gguf"
 _TYPED = ("gguf", "openvino")
 
 
@@ -80,14 +87,14 @@ def export_checkpoint(
         MissingExtraError: the format needs a package that is not installed.
         UsageError: an unknown target or option.
     """
-    target = TARGETS.get(to)
-    if target is None:
+    if to not in TARGETS:
         raise UsageError(
             f"unknown target {to!r}{did_you_mean(to, TARGETS)}; expected one of "
             f"{', '.join(TARGETS)}"
         )
-    if target.suffix and out.suffix != target.suffix:
-        raise UsageError(f"{to} writes one file: expected a name in {target.suffix}, found {out}")
+    is_file = to == "gguf"
+    if is_file and out.suffix != _FILE:
+        raise UsageError(f"{to} writes one file: expected a name in {_FILE}, found {out}")
     options = options or ExportOptions()
     if options.weight_type is not None and to not in _TYPED:
         raise UsageError(
@@ -96,14 +103,15 @@ def export_checkpoint(
     check_is_outside(out, source.directory)
     check_complete(source)
     watch = Stopwatch()
-    with staged_file(out) if target.suffix else staged_directory(out) as staging:
+    with staged_file(out) if is_file else staged_directory(out) as staging:
         with watch.stage("write"):
-            written = target.write(source, staging, options)
+            written = TARGETS[to](source, staging, options)
         verification = None
         if verify:
             with watch.stage("verify"):
-                verification = target.verify(source, staging, options)
-        nbytes = _bytes_on_disk(staging)
+                verification = written.verify()
+        files = [staging] if is_file else staging.rglob("*")
+        nbytes = sum(file.stat().st_size for file in files if file.is_file())
     return ExportReport(
         to,
         str(out),
@@ -114,8 +122,3 @@ def export_checkpoint(
         dict(watch.seconds),
         written.serve.format(out=shlex.quote(str(out))),
     )
-
-
-def _bytes_on_disk(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())

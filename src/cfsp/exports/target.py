@@ -1,13 +1,11 @@
-"""What a target is, and what an export is asked for and reports."""
+"""What an export is asked for, what a format wrote, and what is reported of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.exports.verification import Verification
 
 
@@ -26,35 +24,19 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """What a target wrote.
+    """What a format wrote.
 
     Attributes:
         layout: what software will see: a class, an architecture, a weight type.
+        verify: reads the output back and compares it with the checkpoint; raises ExportError.
         notes: what the user should know, one sentence each.
-        serve: the command that serves the copy, which is `{out}`; empty if there is none.
+        serve: the command that serves the copy, which is `{out}`.
     """
 
     layout: str
+    verify: Callable[[], Verification]
     notes: tuple[str, ...] = ()
     serve: str = ""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A format that a checkpoint can be written in.
-
-    Attributes:
-        name: on the command line.
-        suffix: what the output file's name ends with; empty if the output is a directory.
-        write: writes (checkpoint, output, options); raises ExportError for what the format
-            cannot express, before anything is written.
-        verify: reads the output back and compares it with the checkpoint; raises ExportError.
-    """
-
-    name: str
-    suffix: str
-    write: Callable[[Checkpoint, Path, ExportOptions], Written]
-    verify: Callable[[Checkpoint, Path, ExportOptions], Verification]
 
 
 @dataclass(frozen=True)
@@ -83,5 +65,4 @@ class ExportReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        verification = None if self.verification is None else self.verification.to_json()
-        return {**vars(self), "notes": list(self.notes), "verification": verification}
+        return {**asdict(self), "notes": list(self.notes)}

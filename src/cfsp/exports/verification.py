@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Verification:
 
     Attributes:
         reader: what read the copy.
-        tokens: length of the probe.
+        tokens: length of the probe; 0 where the weights were compared, and nothing computed.
         max_difference: largest absolute difference of a logit.
         relative_error: root mean square of the differences by that of the logits.
         tolerance: what `relative_error` may be.
@@ -51,24 +51,58 @@ class Verification:
     tolerance: float
     greedy_steps: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON types."""
-        return asdict(self)
 
-
-def probe_lengths(context: int) -> tuple[int, int]:
-    """Return how many tokens to probe and to decode with a copy that reads `context` tokens."""
-    probe = min(PROBE_TOKENS, max(1, context // 2))
-    return probe, max(1, min(GREEDY_STEPS, context - probe))
-
-
-def probe_tokens(source: Checkpoint, count: int = PROBE_TOKENS) -> list[int]:
-    """Return the tokens on which both are compared: prose, or ids spread over the vocabulary.
+def verified(
+    source: Checkpoint,
+    reader: str,
+    feed: Callable[[list[int]], Tensor],
+    tolerance: float,
+    *,
+    context: int = 4096,
+    decodes: bool = False,
+) -> Verification:
+    """Compare what a runtime computes of a copy with what transformers computes of the checkpoint.
 
     Args:
         source: the checkpoint.
-        count: how many.
+        reader: what reads the copy.
+        feed: reads more tokens of one sequence and returns logits_TV after each of them.
+        tolerance: largest root mean square of the differences, relative to that of the logits.
+        context: how many tokens the copy can read.
+        decodes: compare greedy decoding, too.
+
+    Raises:
+        ExportError: they differ by more, or decode other tokens.
     """
+    tokens = probe_tokens(source, min(PROBE_TOKENS, max(1, context // 2)))
+    model = reference_model(source)
+    expected_TV, found_TV = logits_of(model, tokens), feed(tokens)
+    difference_TV = (found_TV.double() - expected_TV.double()).abs()
+    error = float(
+        difference_TV.square().mean().sqrt() / expected_TV.double().square().mean().sqrt()
+    )
+    if not math.isfinite(error) or error > tolerance:
+        raise ExportError(
+            f"the copy as {reader} reads it computes something else: relative error of the logits "
+            f"{error:.2g}, expected at most {tolerance:.2g}; nothing was kept"
+        )
+    steps = max(1, min(GREEDY_STEPS, context - len(tokens))) if decodes else None
+    if steps is not None:
+        found = [int(found_TV[-1].argmax())]
+        while len(found) < steps:
+            found.append(int(feed(found[-1:])[-1].argmax()))
+        expected = greedy_after(model, tokens, found)
+        if found != expected:
+            same = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+            raise ExportError(
+                f"the copy as {reader} reads it decodes other tokens from step {same} on "
+                f"(token {found[same]}, expected {expected[same]}); nothing was kept"
+            )
+    return Verification(reader, len(tokens), float(difference_TV.max()), error, tolerance, steps)
+
+
+def probe_tokens(source: Checkpoint, count: int) -> list[int]:
+    """Return the tokens on which both are compared: prose, or ids spread over the vocabulary."""
     vocabulary = vocabulary_of(source.config)
     try:
         tokens = list(load_tokenizer(source.directory)(_PROBE_TEXT)["input_ids"])[:count]
@@ -103,63 +137,3 @@ def greedy_after(
     """
     logits_TV = logits_of(model, [*tokens, *continuation[:-1]])
     return [int(token) for token in logits_TV[len(tokens) - 1 :].argmax(dim=-1)]
-
-
-def greedy_by(
-    next_logits: Callable[[list[int]], Tensor], tokens: Sequence[int], steps: int = GREEDY_STEPS
-) -> list[int]:
-    """Return the most likely continuation by any runtime.
-
-    Args:
-        next_logits: feeds new tokens, keeping what went before, and returns logits_V of the last.
-        tokens: the prompt.
-        steps: tokens to decode.
-    """
-    chosen: list[int] = []
-    new = list(tokens)
-    for _ in range(steps):
-        new = [int(next_logits(new).argmax())]
-        chosen += new
-    return chosen
-
-
-def compare_logits(
-    reader: str,
-    expected_TV: Tensor,
-    found_TV: Tensor,
-    tolerance: float,
-    greedy: tuple[list[int], list[int]] | None = None,
-) -> Verification:
-    """Compare two sets of logits, and two continuations if given.
-
-    Args:
-        reader: what read the copy, for the message.
-        expected_TV: of the checkpoint.
-        found_TV: of the copy.
-        tolerance: largest root mean square of the differences, relative to that of the logits.
-        greedy: what the checkpoint would write (see `greedy_after`) and what the copy wrote.
-
-    Raises:
-        ExportError: they differ by more.
-    """
-    difference_TV = (found_TV.double() - expected_TV.double()).abs()
-    largest = float(difference_TV.max())
-    error = float(
-        difference_TV.square().mean().sqrt() / expected_TV.double().square().mean().sqrt()
-    )
-    if not math.isfinite(error) or error > tolerance:
-        raise ExportError(
-            f"the copy as {reader} reads it computes something else: relative error of the logits "
-            f"{error:.2g}, expected at most {tolerance:.2g}; nothing was kept"
-        )
-    steps = None
-    if greedy is not None:
-        expected, found = greedy
-        steps = len(expected)
-        if found != expected:
-            same = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-            raise ExportError(
-                f"the copy as {reader} reads it decodes other tokens from step {same} on "
-                f"(token {found[same]}, expected {expected[same]}); nothing was kept"
-            )
-    return Verification(reader, len(expected_TV), largest, error, tolerance, steps)

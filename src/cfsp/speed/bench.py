@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -71,16 +72,14 @@ def bench(
     conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
     names = [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
     short = short_names(names, least=1)
-    labelled = [(model, short[name]) for model, name in zip(models, names, strict=True)]
-    for model, label in labelled:
-        check_engine_reads(model, label, engine)
-    subjects = [_subject(model, label, engine) for model, label in labelled]
+    subjects = [Subject(model, short[name]) for model, name in zip(models, names, strict=True)]
+    for subject in subjects:
+        check_engine_reads(subject, engine)
+    if engine != "llama.cpp":  # it reads a .gguf file itself; for others it is converted once
+        subjects = [
+            replace(each, model=locate_model(each.model))
+            if isinstance(each.model, str | Path)
+            else each
+            for each in subjects
+        ]
     return compare_speed(subjects, workloads, conditions)
-
-
-def _subject(model: str | Path | ShapedModel, label: str, engine: str) -> Subject:
-    if isinstance(model, ShapedModel):
-        # The head would weigh more beside a few blocks than it does in the whole model.
-        return Subject(model, label, head=model.whole)
-    # llama.cpp reads a .gguf file itself; for the others it is converted once, before any starts.
-    return Subject(model if engine == "llama.cpp" else locate_model(model), label)

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.exports.decilm import is_decilm
-from cfsp.speed.subjects import Footprint, Subject
+from cfsp.speed.subjects import Subject
+from cfsp.speed.work import Footprint
 from cfsp.speed.workload import Conditions, Timing, Workload
 
 _OF_TRANSFORMERS = ("transformers", "compile")
@@ -31,18 +32,14 @@ class Engine(Protocol):
         ...
 
 
-def check_engine_reads(model: object, label: str, engine: str) -> None:
+def check_engine_reads(subject: Subject, engine: str) -> None:
     """Check that an engine can run a model, as far as names and files tell.
-
-    Args:
-        model: a name as for prune, a .gguf file, or a shape.
-        label: what to call it.
-        engine: one of `ENGINES`.
 
     Raises:
         UsageError: it cannot.
         CheckpointError: the file is missing.
     """
+    model, label = subject.model, subject.label
     if not isinstance(model, str | Path):
         if engine not in _OF_TRANSFORMERS:
             raise UsageError(
@@ -74,7 +71,7 @@ def start_engine(subject: Subject, conditions: Conditions) -> Engine:
         MissingExtraError: the engine is not installed.
         CheckpointError: the model is missing, damaged, or nothing that the engine reads.
     """
-    check_engine_reads(subject.model, subject.label, conditions.engine)
+    check_engine_reads(subject, conditions.engine)
     if conditions.engine in _OF_TRANSFORMERS:
         from cfsp.speed.transformers_engine import TransformersEngine
 

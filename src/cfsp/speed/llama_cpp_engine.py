@@ -1,9 +1,6 @@
 """The engine `llama.cpp`, on a .gguf file, through the bindings of llama-cpp-py-sync.
 
-The C functions are called as they are: the package's own `Llama` class asks for the logits and
-embeddings of tokens that generation does not need.
-
-Shapes: B sequences, P prompt tokens, V vocabulary.
+Shapes: B sequences, P prompt tokens, N new tokens, L blocks.
 """
 
 from __future__ import annotations
@@ -15,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from cfsp.checkpoint.llama_cpp_library import llama_cpp_library
-from cfsp.errors import CheckpointError
-from cfsp.speed.gguf_footprint import gguf_footprint
-from cfsp.speed.subjects import Subject
+from cfsp.errors import CheckpointError, ExportError, MissingExtraError
+from cfsp.exports.llama_cpp import LlamaCpp
+from cfsp.speed.subjects import Subject, random_prompt
+from cfsp.speed.work import Footprint, ModelWork
 from cfsp.speed.workload import Conditions, Timing, Workload
+
+# llama.cpp keeps keys and values in F16 unless told otherwise.
+_CACHE_ITEMSIZE = 2
 
 
 class LlamaCppEngine:
@@ -31,19 +31,10 @@ class LlamaCppEngine:
     """
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
-        self._ffi, self._lib = llama_cpp_library("the engine llama.cpp", "llamacpp")
         path = Path(str(subject.model))
-        self.footprint = gguf_footprint(path, head=subject.head)
         self._threads = conditions.threads or os.cpu_count() or 1
-        self._model = self._lib.llama_model_load_from_file(
-            str(path).encode(), self._lib.llama_model_default_params()
-        )
-        if self._model == self._ffi.NULL:
-            raise CheckpointError(f"llama.cpp cannot load {path}; export the model again")
-        self._vocabulary = self._lib.llama_vocab_n_tokens(
-            self._lib.llama_model_get_vocab(self._model)
-        )
-        self._context: Any = self._ffi.NULL
+        self._llama = LlamaCpp(path, None, self._threads)
+        self.footprint = gguf_footprint(path)
         self._prepared: Workload | None = None
         self.tokens_BN: list[list[int]] = []
 
@@ -60,18 +51,14 @@ class LlamaCppEngine:
     def run(self, workload: Workload) -> Timing:
         """Time one prefill and the decoding after it."""
         self._prepare(workload)
-        memory = self._lib.llama_get_memory(self._context)
-        self._lib.llama_memory_clear(memory, True)
-        prompt_BP = self._prompt(workload)
+        prompt_BP = random_prompt(self._llama.vocabulary, workload).tolist()
         start = time.perf_counter()
-        tokens_B = self._decode(prompt_BP, 0)
+        steps = [self._llama.decode(prompt_BP).argmax(1)]
         first = time.perf_counter()
-        steps = [tokens_B]
-        for step in range(workload.new_tokens):
-            tokens_B = self._decode([[token] for token in tokens_B], workload.prompt + step)
-            steps.append(tokens_B)
+        for _ in range(workload.new_tokens):
+            steps.append(self._llama.decode(steps[-1][:, None]).argmax(1))
         end = time.perf_counter()
-        self.tokens_BN = [list(sequence) for sequence in zip(*steps, strict=True)]
+        self.tokens_BN = np.stack(steps, axis=1).tolist()
         return Timing(first - start, end - first)
 
     def peak_device_bytes(self) -> int:
@@ -79,52 +66,62 @@ class LlamaCppEngine:
         return 0
 
     def _prepare(self, workload: Workload) -> None:
-        """Make a context that holds the workload, unless it is there already."""
+        """Make room for the workload, unless it is there already."""
         if self._prepared == workload:
+            self._llama.forget()
             return
-        if self._context != self._ffi.NULL:
-            self._lib.llama_free(self._context)
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = workload.batch * (workload.prompt + workload.new_tokens + 1)
-        params.n_batch = workload.batch * workload.prompt
-        params.n_seq_max = workload.batch
-        params.n_threads = params.n_threads_batch = self._threads
-        self._context = self._lib.llama_init_from_model(self._model, params)
-        if self._context == self._ffi.NULL:
-            raise CheckpointError(
-                f"llama.cpp has no memory for {workload.describe()}; use a smaller --batch or "
-                "--prompt"
-            )
+        tokens = workload.batch * (workload.prompt + workload.new_tokens + 1)
+        try:
+            self._llama.start(tokens, workload.batch)
+        except ExportError as error:
+            raise CheckpointError(f"{error}; use a smaller --batch or --prompt") from error
         self._prepared = workload
 
-    def _decode(self, tokens_BT: list[list[int]], position: int) -> list[int]:
-        """Pass tokens of every sequence and return the next one of each."""
-        length = len(tokens_BT[0])
-        count = len(tokens_BT) * length
-        batch = self._lib.llama_batch_init(count, 0, 1)
-        try:
-            batch.n_tokens = count
-            for sequence, tokens_T in enumerate(tokens_BT):
-                for offset, token in enumerate(tokens_T):
-                    i = sequence * length + offset
-                    batch.token[i] = token
-                    batch.pos[i] = position + offset
-                    batch.n_seq_id[i] = 1
-                    batch.seq_id[i][0] = sequence
-                    batch.logits[i] = offset == length - 1
-            status = self._lib.llama_decode(self._context, batch)
-            if status != 0:
-                raise RuntimeError(f"llama_decode returned {status}")
-            return [self._argmax((s + 1) * length - 1) for s in range(len(tokens_BT))]
-        finally:
-            self._lib.llama_batch_free(batch)
 
-    def _argmax(self, index: int) -> int:
-        pointer = self._lib.llama_get_logits_ith(self._context, index)
-        logits_V = np.frombuffer(self._ffi.buffer(pointer, 4 * self._vocabulary), dtype=np.float32)
-        return int(logits_V.argmax())
+def gguf_footprint(path: Path) -> Footprint:
+    """Return parameters, size and work of a .gguf file, in whatever types it stores.
 
-    def _prompt(self, workload: Workload) -> list[list[int]]:
-        generator = np.random.default_rng(0)
-        shape = (workload.batch, workload.prompt)
-        return generator.integers(self._vocabulary, size=shape).tolist()  # type: ignore[no-any-return]
+    Raises:
+        CheckpointError: the file is damaged.
+        MissingExtraError: the package gguf is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingExtraError("reading a .gguf file", "gguf") from error
+    try:
+        reader = GGUFReader(path)
+        return Footprint(
+            sum(int(tensor.n_elements) for tensor in reader.tensors),
+            path.stat().st_size,
+            _work(reader),
+        )
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a readable GGUF model: {error}") from error
+
+
+def _work(reader: Any) -> ModelWork:
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    matrices = [
+        tensor
+        for name, tensor in tensors.items()
+        if name.startswith("blk.") and sum(int(n) > 1 for n in tensor.shape) == 2
+    ]
+    # Tied models have no output tensor: the embedding is read as the head.
+    output = tensors.get("output.weight", tensors["token_embd.weight"])
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    of = fields["general.architecture"]
+    blocks = int(fields[f"{of}.block_count"])
+    # One number for all blocks or one for each.
+    heads_L = np.broadcast_to(fields[f"{of}.attention.head_count"], blocks)
+    groups_L = np.broadcast_to(fields.get(f"{of}.attention.head_count_kv", heads_L), blocks)
+    hidden = int(fields[f"{of}.embedding_length"])
+    size = int(fields.get(f"{of}.attention.key_length", hidden // int(heads_L.max())))
+    return ModelWork(
+        block_parameters=sum(int(tensor.n_elements) for tensor in matrices),
+        block_bytes=sum(int(tensor.n_bytes) for tensor in matrices),
+        head_parameters=int(output.n_elements),
+        head_bytes=int(output.n_bytes),
+        attention_width=int(heads_L.sum()) * size,
+        cache_bytes=2 * int(groups_L.sum()) * size * _CACHE_ITEMSIZE,
+    )

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from cfsp.progress import item_progress
-from cfsp.speed.process import Memory, ModelProcess, Run, model_process
-from cfsp.speed.subjects import Footprint, Subject
+from cfsp.speed.process import ModelProcess, model_process
+from cfsp.speed.subjects import Subject
+from cfsp.speed.work import Footprint
 from cfsp.speed.workload import PATIENCE_SECONDS, TOO_BUSY, Conditions, Timing, Workload
 
 PHASES = ("prefill", "decode")
 # So many rounds that nobody disturbs say enough where there is no patience for all.
 _ENOUGH = 3
+# A round has one timing of every model.
+_Round = list[Timing]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class ModelSpeed:
         first_run: timing of the very first run, by workload.
         seconds_to_first_token: median over rounds, by workload.
         speeds: workload -> phase -> speed.
-        memory: peak over everything.
+        peak_rss_bytes: of host memory, over everything; files that are mapped and libraries are
+            in it.
+        peak_device_bytes: of an accelerator's memory.
     """
 
     label: str
@@ -85,7 +90,8 @@ class ModelSpeed:
     first_run: dict[Workload, Timing]
     seconds_to_first_token: dict[Workload, float]
     speeds: dict[Workload, dict[str, Speed]]
-    memory: Memory
+    peak_rss_bytes: int
+    peak_device_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -93,8 +99,8 @@ class ModelSpeed:
             "model": self.label,
             "parameters": self.footprint.parameters,
             "disk_bytes": self.footprint.disk_bytes,
-            "peak_rss_bytes": self.memory.resident_bytes,
-            "peak_device_bytes": self.memory.device_bytes,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
             "load_seconds": round(self.load_seconds, 3),
             **self.facts,
             "workloads": [
@@ -155,34 +161,47 @@ def compare_speed(
     Raises:
         CfspError: a model or an engine is missing.
     """
-    timings: dict[Workload, list[list[Timing]]] = {}
-    first_runs: list[dict[Workload, Timing]] = [{} for _ in subjects]
+    first_runs: dict[Workload, _Round] = {}
+    rounds: dict[Workload, list[_Round]] = {}
     given_up: dict[Workload, int] = {}
-    disturbance: dict[Workload, float] = {}
     with ExitStack() as stack:
         processes = [stack.enter_context(model_process(s, conditions)) for s in subjects]
         total = len(workloads) * (conditions.warmups + conditions.rounds)
         bar = stack.enter_context(item_progress("bench", total, "round"))
         for workload in workloads:
-            for warmup in range(conditions.warmups):
-                for process, first_run in zip(processes, first_runs, strict=True):
-                    timing = process.run(workload).timing
-                    if warmup == 0:
-                        first_run[workload] = timing
+            for _ in range(conditions.warmups):
+                timings = [process.run(workload) for process in processes]
+                first_runs.setdefault(workload, timings)
                 bar.update()
             patience = PATIENCE_SECONDS / len(workloads)
-            rounds, given_up[workload] = _rounds(
+            rounds[workload], given_up[workload] = _rounds(
                 processes, workload, conditions, patience, bar.update
             )
-            timings[workload] = [
-                [runs[number].timing for runs in rounds] for number in range(len(subjects))
-            ]
-            disturbance[workload] = median(run.disturbance for runs in rounds for run in runs)
+        disturbance = {
+            workload: median(timing.disturbance for timings in timed for timing in timings)
+            for workload, timed in rounds.items()
+        }
         most = max(TOO_BUSY, conditions.disturbance)
-        busy = {workload for workload, share in disturbance.items() if share > most}
         models = tuple(
-            _model_speed(number, subject, processes, timings, first_runs[number], busy)
-            for number, subject in enumerate(subjects)
+            ModelSpeed(
+                subject.label,
+                process.footprint,
+                process.facts,
+                process.load_seconds,
+                {workload: timings[number] for workload, timings in first_runs.items()},
+                {
+                    workload: median(timings[number].prefill for timings in timed)
+                    for workload, timed in rounds.items()
+                },
+                {
+                    workload: _speeds(processes, number, workload, timed, share > most)
+                    for (workload, timed), share in zip(
+                        rounds.items(), disturbance.values(), strict=True
+                    )
+                },
+                *process.peak_bytes(),
+            )
+            for number, (subject, process) in enumerate(zip(subjects, processes, strict=True))
         )
     return Comparison(models, tuple(workloads), conditions, given_up, disturbance)
 
@@ -193,21 +212,21 @@ def _rounds(
     conditions: Conditions,
     patience: float,
     on_round: Callable[[], object],
-) -> tuple[list[list[Run]], int]:
+) -> tuple[list[_Round], int]:
     """Run rounds, again where other programs took part of the machine, for so many seconds.
 
     What counts is what the others did, never the timing itself: that would choose results. Where
     they hardly let a round through, all count.
 
     Returns:
-        The rounds, each with one run of every model, and how many were given up.
+        The rounds, and how many were given up.
     """
-    every: list[list[Run]] = []
-    kept: list[list[Run]] = []
+    every: list[_Round] = []
+    kept: list[_Round] = []
     while len(kept) < conditions.rounds and patience > 0:
         start = time.monotonic()
         every.append([process.run(workload) for process in processes])
-        if max(run.disturbance for run in every[-1]) > conditions.disturbance:
+        if max(timing.disturbance for timing in every[-1]) > conditions.disturbance:
             patience -= time.monotonic() - start
         else:
             kept.append(every[-1])
@@ -217,50 +236,27 @@ def _rounds(
     return kept, len(every) - len(kept)
 
 
-def _model_speed(
-    number: int,
-    subject: Subject,
+def _speeds(
     processes: Sequence[ModelProcess],
-    timings: dict[Workload, list[list[Timing]]],
-    first_run: dict[Workload, Timing],
-    busy: Collection[Workload],
-) -> ModelSpeed:
-    process, first = processes[number], processes[0]
-    speeds = {}
-    for workload, timed in timings.items():
-        ours, theirs = process.loaded.footprint.work, first.loaded.footprint.work
-        speeds[workload] = {
-            "prefill": Speed(
-                _rates(timed[number], "prefill", workload.batch * workload.prompt),
-                _ratios(timed[number], timed[0], "prefill"),
-                theirs.prefill_flops(workload) / ours.prefill_flops(workload),
-                workload in busy,
-            ),
-            "decode": Speed(
-                _rates(timed[number], "decode", workload.batch * workload.new_tokens),
-                _ratios(timed[number], timed[0], "decode"),
-                theirs.decode_bytes(workload) / ours.decode_bytes(workload),
-                workload in busy,
-            ),
-        }
-    return ModelSpeed(
-        label=subject.label,
-        footprint=process.loaded.footprint,
-        facts=process.loaded.facts,
-        load_seconds=process.loaded.seconds,
-        first_run=first_run,
-        seconds_to_first_token={
-            workload: median(timing.prefill for timing in timed[number])
-            for workload, timed in timings.items()
-        },
-        speeds=speeds,
-        memory=process.memory(),
-    )
-
-
-def _rates(timings: Sequence[Timing], phase: str, tokens: int) -> tuple[float, ...]:
-    return tuple(tokens / getattr(timing, phase) for timing in timings)
-
-
-def _ratios(ours: Sequence[Timing], first: Sequence[Timing], phase: str) -> tuple[float, ...]:
-    return tuple(getattr(f, phase) / getattr(o, phase) for o, f in zip(ours, first, strict=True))
+    number: int,
+    workload: Workload,
+    rounds: Sequence[_Round],
+    too_busy: bool,
+) -> dict[str, Speed]:
+    """Return the speed of one of the models in each phase."""
+    first, own = (processes[i].footprint.work for i in (0, number))
+    ideal = {
+        "prefill": first.prefill_flops(workload) / own.prefill_flops(workload),
+        "decode": first.decode_bytes(workload) / own.decode_bytes(workload),
+    }
+    tokens = {"prefill": workload.prompt, "decode": workload.new_tokens}
+    found = {}
+    for phase in PHASES:
+        pairs = [(getattr(each[0], phase), getattr(each[number], phase)) for each in rounds]
+        found[phase] = Speed(
+            tuple(workload.batch * tokens[phase] / seconds for _, seconds in pairs),
+            tuple(seconds_of_first / seconds for seconds_of_first, seconds in pairs),
+            ideal[phase],
+            too_busy,
+        )
+    return found

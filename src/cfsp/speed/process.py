@@ -11,15 +11,17 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from cfsp.engine.memory import peak_rss_bytes
 from cfsp.errors import CfspError
-from cfsp.speed.disturbance import busy_seconds, share_of_others
-from cfsp.speed.subjects import Footprint, Subject
+from cfsp.speed.subjects import Subject
+from cfsp.speed.work import Footprint
 from cfsp.speed.workload import Conditions, Timing, Workload
 
 if TYPE_CHECKING:
@@ -31,80 +33,44 @@ if TYPE_CHECKING:
 PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 _STOP_SECONDS = 30.0
 _INTERRUPTED_SECONDS = 1.0
+# Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
+_WORK = ("user", "nice", "system", "irq", "softirq")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a process says when its model is ready.
+class ModelProcess:
+    """A process that holds one model; runs happen only when asked for.
 
     Attributes:
+        connection: to it.
         footprint: parameters, bytes and work of the model.
         facts: of the engine.
-        seconds: that loading took.
+        load_seconds: from start to ready.
     """
 
+    connection: Connection
     footprint: Footprint
     facts: dict[str, Any]
-    seconds: float
+    load_seconds: float
 
-
-@dataclass(frozen=True)
-class Run:
-    """One run.
-
-    Attributes:
-        timing: of its parts.
-        cpu_seconds: that the process used, all threads together.
-        disturbance: fraction of all processors that other programs took meanwhile.
-    """
-
-    timing: Timing
-    cpu_seconds: float
-    disturbance: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Peak memory of a process.
-
-    Attributes:
-        resident_bytes: host memory, weights mapped from files and libraries included.
-        device_bytes: of an accelerator.
-    """
-
-    resident_bytes: int
-    device_bytes: int
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error that a user can cure, as values: not every exception survives pickling."""
-
-    kind: type[CfspError]
-    message: str
-
-    def as_error(self) -> CfspError:
-        error = self.kind.__new__(self.kind, self.message)
-        Exception.__init__(error, self.message)
-        return error
-
-
-class ModelProcess:
-    """A process that holds one model; runs happen only when asked for."""
-
-    def __init__(self, connection: Connection, loaded: Loaded) -> None:
-        self._connection = connection
-        self.loaded = loaded
-
-    def run(self, workload: Workload) -> Run:
+    def run(self, workload: Workload) -> Timing:
         """Time one run; no other model runs meanwhile."""
-        run: Run = _ask(self._connection, workload)
-        return run
+        timing: Timing = self._ask(workload)
+        return timing
 
-    def memory(self) -> Memory:
-        """Return the peak so far."""
-        memory: Memory = _ask(self._connection, None)
-        return memory
+    def peak_bytes(self) -> tuple[int, int]:
+        """Return the peak so far, of host memory and of an accelerator's.
+
+        Weights mapped from files and libraries are in it.
+        """
+        peak: tuple[int, int] = self._ask(None)
+        return peak
+
+    def _ask(self, request: Workload | None) -> Any:
+        # A process that has ended is found out when its answer is awaited.
+        with suppress(ConnectionError):
+            self.connection.send(request)
+        return _receive(self.connection)
 
 
 @contextmanager
@@ -122,8 +88,7 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
     theirs.close()
     patience = _STOP_SECONDS
     try:
-        loaded: Loaded = _receive(ours)
-        yield ModelProcess(ours, loaded)
+        yield ModelProcess(ours, *_receive(ours))
     except BaseException:
         patience = _INTERRUPTED_SECONDS
         raise
@@ -154,29 +119,26 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _ask(connection: Connection, request: Workload | None) -> Any:
-    # A process that has ended is found out when its answer is awaited.
-    with suppress(ConnectionError):
-        connection.send(request)
-    return _receive(connection)
-
-
 def _receive(connection: Connection) -> Any:
     try:
-        answer = connection.recv()
+        kind, answer = connection.recv()
     except (EOFError, ConnectionError) as error:
         raise CfspError(
             "the process that ran the model ended without an answer, most likely for lack of "
             "memory; bench fewer --blocks or a smaller model"
         ) from error
-    if isinstance(answer, _Failure):
-        raise answer.as_error()
-    if isinstance(answer, RuntimeError):
-        raise answer
-    return answer
+    if kind is None:
+        return answer
+    raised = kind.__new__(kind)
+    Exception.__init__(raised, answer)
+    raise raised
 
 
 def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> None:
+    """Answer with (None, what was asked for) or, as not every error survives pickling, with text.
+
+    First comes what a `ModelProcess` knows of its model.
+    """
     from cfsp.speed.engine import start_engine
 
     # Runtimes print as they like; standard output is for the results.
@@ -185,30 +147,46 @@ def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> 
         start = time.perf_counter()
         engine = start_engine(subject, conditions)
         seconds = time.perf_counter() - start
-        connection.send(Loaded(engine.footprint, engine.facts(), seconds))
+        connection.send((None, (engine.footprint, engine.facts(), seconds)))
         while True:
             request = connection.recv()
-            if isinstance(request, Workload):
-                connection.send(_run(engine, request))
+            if request is None:
+                connection.send((None, (peak_rss_bytes(), engine.peak_device_bytes())))
             else:
-                connection.send(Memory(peak_rss_bytes(), engine.peak_device_bytes()))
+                connection.send((None, _run(engine, request)))
     except (EOFError, ConnectionError):
         # The other side has gone.
         return
     except CfspError as error:
-        connection.send(_Failure(type(error), str(error)))
+        connection.send((type(error), str(error)))
     except Exception as error:
-        # As text: not every exception survives pickling.
-        connection.send(RuntimeError("".join(traceback.format_exception(error))))
+        connection.send((RuntimeError, "".join(traceback.format_exception(error))))
 
 
-def _run(engine: Engine, workload: Workload) -> Run:
+def _run(engine: Engine, workload: Workload) -> Timing:
     # A collection in the middle of a run would be timed with it.
     gc.collect()
     gc.disable()
     busy, cpu, wall = busy_seconds(), time.process_time(), time.perf_counter()
     timing = engine.run(workload)
     own, spent = time.process_time() - cpu, time.perf_counter() - wall
-    share = share_of_others(busy, busy_seconds(), own, spent)
+    share = share_of_others(busy_seconds() - busy, own, spent)
     gc.enable()
-    return Run(timing, own, share)
+    return replace(timing, disturbance=share)
+
+
+def busy_seconds() -> float:
+    """Return the CPU seconds that all processors together have worked since the machine began."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, kind, 0.0) for kind in _WORK))
+
+
+def share_of_others(busy: float, own: float, wall: float) -> float:
+    """Return the fraction of all processors that other programs took during a run.
+
+    Args:
+        busy: CPU seconds that all processors worked.
+        own: CPU seconds of the process that ran.
+        wall: seconds that the run took.
+    """
+    return max(0.0, busy - own) / (wall * (os.cpu_count() or 1)) if wall > 0 else 0.0

@@ -18,61 +18,34 @@ from cfsp.settings import Budget, Part
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "rope_theta": 500000.0}
-
+_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+_PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, True),
+    "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 128256, True),
+    "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000, False),
+    "llama-2-13b": ("llama", 5120, 13824, 40, 40, 40, 32000, False),
+    "llama-3-8b": ("llama", 4096, 14336, 32, 32, 8, 128256, False),
+    "llama-3-70b": ("llama", 8192, 28672, 80, 64, 8, 128256, False),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32768, False),
+    "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 151936, True),
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 151936, False),
+}
+_MORE: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {"rope_theta": 500000.0},
+    "llama-3-8b": {"rope_theta": 500000.0},
+    "llama-3-70b": {"rope_theta": 500000.0},
+    "mistral-7b": {"sliding_window": None},
+    "qwen3-8b": {"head_dim": 128},
+}
 # Name -> model type and the config keys that say how large its matrices are.
 SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        **_LLAMA_3, "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
-        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "llama-2-7b": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-        "vocab_size": 32000, "tie_word_embeddings": False,
-    },
-    "llama-2-13b": {
-        "model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824,
-        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40,
-        "vocab_size": 32000, "tie_word_embeddings": False,
-    },
-    "llama-3-8b": {
-        **_LLAMA_3, "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
-    "llama-3-70b": {
-        **_LLAMA_3, "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
-        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
-    "mistral-7b": {
-        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "vocab_size": 32768, "tie_word_embeddings": False, "sliding_window": None,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
-        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
-        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "vocab_size": 152064, "tie_word_embeddings": False,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
-        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+    name: {**dict(zip(_KEYS, numbers, strict=True)), **_MORE.get(name, {})}
+    for name, numbers in _PUBLISHED.items()
+}
 
 
 @dataclass(frozen=True)
@@ -105,27 +78,21 @@ class ShapedModel:
         shape: a name in `SHAPES`.
         blocks: how many blocks; None for all.
         sparsity: fraction of FFN channels that is missing, the same in every block.
-        width: exact FFN width instead of `sparsity`.
     """
 
     shape: str
     blocks: int | None = None
     sparsity: float = 0.0
-    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise UsageError(f"no shape {self.shape!r} is known; known are: {', '.join(SHAPES)}")
         if self.blocks is not None and self.blocks < 1:
             raise UsageError(f"--blocks must be at least 1, found {self.blocks}")
-        if self.width is not None and self.width < 1:
-            raise UsageError(f"an FFN is at least 1 channel wide, found {self.width}")
 
     @property
     def label(self) -> str:
         """What to call it."""
-        if self.width is not None:
-            return f"{self.shape}, {self.width} wide"
         return f"{self.shape}, {self.sparsity:.0%} pruned" if self.sparsity else self.shape
 
     @property
@@ -137,13 +104,9 @@ class ShapedModel:
         """Return the FFN width of every block; they sum to the budget within one multiple."""
         original = SHAPES[self.shape]
         dense = [original["intermediate_size"]] * (self.blocks or original["num_hidden_layers"])
-        if self.width is not None:
-            return [self.width] * len(dense)
-        total = (1 - self.sparsity) * sum(dense)
         ideal = [(1 - self.sparsity) * width for width in dense]
-        multiple = Budget(self.sparsity).multiple_for(dense)
-        alike = len(dense)
-        return round_widths(ideal, dense, [1] * alike, [multiple] * alike, total)
+        multiples = [Budget(self.sparsity).multiple_for(dense)] * len(dense)
+        return round_widths(ideal, dense, [1] * len(dense), multiples, sum(ideal))
 
     def config(self) -> PreTrainedConfig:
         """Return the config, with the true vocabulary."""

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from cfsp.checkpoint.loading import compute_dtype, load
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.speed.shapes import ShapedModel, SmallerModel
-from cfsp.speed.work import ModelWork, work_of
+from cfsp.speed.work import Footprint, work_of
+from cfsp.speed.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,28 +32,25 @@ class Subject:
     Attributes:
         model: a name as for prune, a .gguf file, or a shape.
         label: what to call it.
-        head: whether the language-model head is timed. Left out for a few blocks of a true
-            shape, where it would weigh more than it does in the whole model.
     """
 
     model: str | Path | ShapedModel | SmallerModel
     label: str
-    head: bool = True
+
+    @property
+    def head(self) -> bool:
+        """Whether the language-model head is timed.
+
+        It is left out for a few blocks of a true shape, beside which it would weigh more than it
+        does in the whole model.
+        """
+        return not isinstance(self.model, ShapedModel) or self.model.whole
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What a model weighs.
-
-    Attributes:
-        parameters: of what is timed; tied embeddings count once.
-        disk_bytes: of the weight files; of the tensors where there is no file.
-        work: what its work follows from.
-    """
-
-    parameters: int
-    disk_bytes: int
-    work: ModelWork
+def random_prompt(vocabulary: int, workload: Workload) -> Tensor:
+    """Return tokens_BP of a workload, the same each time."""
+    shape, generator = (workload.batch, workload.prompt), torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, shape, generator=generator)
 
 
 def build_model(
@@ -60,10 +63,6 @@ def build_model(
     """
     if isinstance(subject.model, ShapedModel | SmallerModel):
         return _random_model(subject, subject.model, dtype_name, device)
-    from cfsp.checkpoint.loading import compute_dtype, load
-    from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.checkpoint.reading import parameter_count
-
     checkpoint = open_checkpoint(subject.model)
     dtype = compute_dtype(checkpoint, dtype_name)
     model = load(checkpoint.directory, dtype=dtype, device=device)
@@ -76,9 +75,6 @@ def build_model(
 def _random_model(
     subject: Subject, shaped: ShapedModel | SmallerModel, dtype_name: str, device: torch.device
 ) -> tuple[PreTrainedModel, Footprint]:
-    from cfsp.checkpoint.reading import LoadedModel, parameter_count
-    from cfsp.checkpoint.skeleton import build_skeleton
-
     dtype = getattr(torch, "bfloat16" if dtype_name == "auto" else dtype_name)
     config = shaped.config()
     if not subject.head:
@@ -98,14 +94,10 @@ def _random_model(
     model.tie_weights()
     model.to(device)
     source = LoadedModel(model)
-    work = work_of(source, head=subject.head, itemsize=dtype.itemsize)
     in_blocks = set(source.stored.within(f"{source.architecture.blocks}."))
-    counted = {
-        name: spec for name, spec in source.specs.items() if subject.head or name in in_blocks
-    }
-    parameters = (
-        parameter_count(source)
-        if subject.head
-        else sum(spec.nbytes // spec.dtype.itemsize for spec in counted.values())
+    timed = [spec for name, spec in source.specs.items() if subject.head or name in in_blocks]
+    return model, Footprint(
+        sum(spec.elements for spec in timed),
+        sum(spec.nbytes for spec in timed),
+        work_of(source, head=subject.head, itemsize=dtype.itemsize),
     )
-    return model, Footprint(parameters, sum(spec.nbytes for spec in counted.values()), work)

@@ -15,7 +15,7 @@ from torch import Tensor
 from cfsp.checkpoint.loading import cache_argument, compute_device
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.engine.decoder_end import text_model
-from cfsp.speed.subjects import Footprint, Subject, build_model
+from cfsp.speed.subjects import Subject, build_model, random_prompt
 from cfsp.speed.workload import Conditions, Timing, Workload
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ class TransformersEngine:
         self._cache_argument = cache_argument(module)
         self.tokens_BN: Tensor | None = None
 
-    footprint: Footprint
-
     def facts(self) -> dict[str, Any]:
         """Return what the timings hold for."""
         return {
@@ -61,7 +59,8 @@ class TransformersEngine:
     def run(self, workload: Workload) -> Timing:
         """Time one prefill and the decoding after it."""
         with torch.inference_mode():
-            prompt_BP = self._prompt(workload)
+            prompt_BP = random_prompt(vocabulary_of(self._model.config), workload)
+            prompt_BP = prompt_BP.to(self._device)
             cache = self._cache(workload)
             self._wait()
             start = time.perf_counter()
@@ -109,12 +108,6 @@ class TransformersEngine:
         cache: StaticCache = self._static[workload]
         cache.reset()
         return cache
-
-    def _prompt(self, workload: Workload) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        high = vocabulary_of(self._model.config)
-        shape = (workload.batch, workload.prompt)
-        return torch.randint(high, shape, generator=generator).to(self._device)
 
     def _wait(self) -> None:
         if self._device.type != "cpu":

@@ -20,12 +20,12 @@ from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.modeling_code import is_only_code
 from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.errors import MissingExtraError
+from cfsp.errors import CheckpointError, MissingExtraError
 from cfsp.exports.decilm import has_only_our_code, is_decilm
-from cfsp.speed.decilm_footprint import decilm_footprint
-from cfsp.speed.subjects import Footprint, Subject
-from cfsp.speed.work import work_of
+from cfsp.speed.subjects import Subject, random_prompt
+from cfsp.speed.work import Footprint, ModelWork, work_of
 from cfsp.speed.workload import Conditions, Timing, Workload
 
 
@@ -56,16 +56,20 @@ def readable_by_vllm(subject: Subject, dtype_name: str) -> Loadable:
     """
     directory = Path(str(subject.model))
     if is_decilm(directory):
-        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        dtype = fields["dtype"] if dtype_name == "auto" else dtype_name
-        itemsize = getattr(torch, dtype).itemsize
-        footprint = decilm_footprint(directory, head=subject.head, itemsize=itemsize)
-        ours = has_only_our_code(directory)
-        return Loadable(directory, footprint, dtype, fields["vocab_size"], ours)
+        try:
+            fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            dtype = fields["dtype"] if dtype_name == "auto" else dtype_name
+            footprint = decilm_footprint(directory, getattr(torch, dtype).itemsize)
+            vocabulary = int(fields["vocab_size"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{directory} is damaged ({error}); export the model again"
+            ) from error
+        return Loadable(directory, footprint, dtype, vocabulary, has_only_our_code(directory))
     checkpoint = open_checkpoint(str(subject.model))
     computed_in = compute_dtype(checkpoint, dtype_name)
     nbytes = sum(spec.nbytes for spec in checkpoint.specs.values())
-    work = work_of(checkpoint, head=subject.head, itemsize=computed_in.itemsize)
+    work = work_of(checkpoint, head=True, itemsize=computed_in.itemsize)
     file = modeling_file(checkpoint.config, checkpoint.architecture)
     return Loadable(
         checkpoint.directory,
@@ -74,6 +78,42 @@ def readable_by_vllm(subject: Subject, dtype_name: str) -> Loadable:
         vocabulary_of(checkpoint.config),
         file is not None and is_only_code(checkpoint.directory, file),
     )
+
+
+def decilm_footprint(directory: Path, itemsize: int) -> Footprint:
+    """Return parameters, size and work of an export for vLLM's DeciLM class, from its headers.
+
+    Args:
+        directory: of the export.
+        itemsize: bytes of an element, of weights and of the cache.
+
+    Raises:
+        KeyError: there are no embeddings.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    specs = {name: spec for file in files for name, spec in TensorFile(file).specs.items()}
+    matrices = {
+        name: spec
+        for name, spec in specs.items()
+        if name.startswith("model.layers.") and len(spec.shape) == 2
+    }
+
+    def rows(*projections: str) -> int:
+        endings = tuple(f"{name}_proj.weight" for name in projections)
+        return sum(spec.shape[0] for name, spec in matrices.items() if name.endswith(endings))
+
+    in_blocks = sum(spec.elements for spec in matrices.values())
+    in_head = specs["model.embed_tokens.weight"].elements
+    work = ModelWork(
+        block_parameters=in_blocks,
+        block_bytes=in_blocks * itemsize,
+        head_parameters=in_head,
+        head_bytes=in_head * itemsize,
+        attention_width=rows("q"),
+        cache_bytes=rows("k", "v") * itemsize,
+    )
+    parameters = sum(spec.elements for spec in specs.values())
+    return Footprint(parameters, sum(spec.nbytes for spec in specs.values()), work)
 
 
 class VllmEngine:
@@ -136,9 +176,7 @@ class VllmEngine:
         return 0
 
     def _generate(self, workload: Workload, tokens: int) -> float:
-        generator = torch.Generator().manual_seed(0)
-        shape = (workload.batch, workload.prompt)
-        prompt_BP = torch.randint(self._vocabulary, shape, generator=generator).tolist()
+        prompt_BP = random_prompt(self._vocabulary, workload).tolist()
         sampling = self._sampling(
             temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True
         )

@@ -79,6 +79,21 @@ class ModelWork:
         return weights + workload.batch * context * self.cache_bytes
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a model weighs.
+
+    Attributes:
+        parameters: of what is timed; tied embeddings count once.
+        disk_bytes: of the weight files; of the tensors where there is no file.
+        work: what its work follows from.
+    """
+
+    parameters: int
+    disk_bytes: int
+    work: ModelWork
+
+
 def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
     """Return the work of a transformers model.
 
@@ -103,16 +118,15 @@ def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
     routed = next((unit for unit in source.units if unit.routed), None)
     share = 1.0 if routed is None else experts_per_token(config, blocks, routed) / routed.ffns
     head_parameters = config.vocab_size * config.hidden_size if head else 0
-    attention = _attention_of(config)
-    blocks_with_attention = _blocks_with_attention(config, source.architecture.block_count)
-    with_attention = blocks_with_attention - _attention_that_went(config, source)
+    width, cache_width = _attention_of(config)
+    attentions = _attentions(config, source)
     return ModelWork(
         block_parameters=parameters,
         block_bytes=parameters * itemsize,
         head_parameters=head_parameters,
         head_bytes=head_parameters * itemsize,
-        attention_width=round(with_attention * attention.width),
-        cache_bytes=round(with_attention * attention.cache_width * itemsize),
+        attention_width=round(attentions * width),
+        cache_bytes=round(attentions * cache_width * itemsize),
         expert_parameters=expert_parameters,
         routed_share=share,
     )
@@ -135,51 +149,38 @@ def experts_per_token(config: Any, blocks: nn.ModuleList, unit: Unit) -> float:
     return next((count for count in named if isinstance(count, int)), math.nan)
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """One block's: heads times the mean size of key and value, and the elements of its cache."""
-
-    width: int
-    cache_width: int
-
-
-def _attention_of(config: Any) -> _Attention:
+def _attention_of(config: Any) -> tuple[int, int]:
+    """Return one block's heads times the mean size of key and value, and elements of its cache."""
     heads = getattr(config, "num_attention_heads", None) or 0
     if not heads:
-        return _Attention(0, 0)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key = value = size
+        return 0, 0
     if getattr(config, "kv_lora_rank", None) is not None:
         # Latent attention: what keys and values are made of is kept, once for all heads.
-        key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
-        return _Attention(heads * (key + value) // 2, latent)
+        both = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        return heads * both // 2, config.kv_lora_rank + config.qk_rope_head_dim
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     # Families without grouped attention have no such key.
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(
         config, "new_decoder_architecture", False
     ):
         kv_heads = 1
-    return _Attention(heads * (key + value) // 2, kv_heads * (key + value))
+    return heads * size, 2 * kv_heads * size
 
 
-def _attention_that_went(config: Any, source: WeightSource) -> float:
-    """Return how many blocks' attention the KV groups make up that the config counts too many."""
-    attentions = [unit for unit in source.architecture.stock_units if unit.part == "kv"]
-    if not attentions:
-        return 0.0
-    groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    shares = (unit.width / (1 if unit.is_whole else groups) for unit in attentions)
-    return sum(1 - share for share in shares if share < 1)
-
-
-def _blocks_with_attention(config: Any, blocks: int) -> int:
+def _attentions(config: Any, source: WeightSource) -> float:
     """Return how many blocks look back at all tokens; state-space and linear ones do not.
 
-    Where the config has no list of kinds, all count.
+    Where the config has no list of kinds, all count. One that lost KV groups is a fraction.
     """
+    count: float = source.architecture.block_count
     for name in ("layer_types", "layers_block_type"):
         kinds = getattr(config, name, None)
-        if isinstance(kinds, list) and len(kinds) == blocks:
-            return sum("attention" in kind and "linear" not in kind for kind in kinds)
-    return blocks
+        if isinstance(kinds, list) and len(kinds) == count:
+            count = sum("attention" in kind and "linear" not in kind for kind in kinds)
+            break
+    for unit in source.architecture.stock_units:
+        if unit.part == "kv":
+            groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            count -= max(0.0, 1 - unit.width / (1 if unit.is_whole else groups))
+    return count

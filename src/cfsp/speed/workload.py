@@ -87,7 +87,9 @@ class Timing:
     Attributes:
         prefill: until the first new token is known, so also the time to first token.
         decode: all further tokens.
+        disturbance: fraction of all processors that other programs took meanwhile.
     """
 
     prefill: float
     decode: float
+    disturbance: float = 0.0

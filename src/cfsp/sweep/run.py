@@ -7,7 +7,6 @@ directory is there is not made again, so a sweep that was interrupted goes on.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +121,9 @@ def run_sweep(
         missing = [point for point in points if not _is_finished(out / point.name, keep_weights)]
         if missing:
             _check(sweep)
-        dense = _dense(sweep)
+        (dense,) = evaluate_models(
+            [source.directory], recipe.evaluation, compute, tasks, out=out / _DENSE_FILE
+        )
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
@@ -186,23 +187,6 @@ def _check(sweep: _Sweep) -> None:
         check_fits(source, engine, "scoring tasks")
         sweep.tasks.read_data()
     draw_text(sweep.points[0].settings.text, tokenizer, processor_of(source))
-
-
-def _dense(sweep: _Sweep) -> dict[str, Any]:
-    """Return what `cfsp eval --json` says of the dense model, now or when the sweep began."""
-    path, dtype = sweep.out / _DENSE_FILE, str(engine_of(sweep.compute, sweep.source).dtype)
-    if not path.is_file():
-        model, texts = sweep.source.directory, sweep.recipe.evaluation
-        (measured,) = evaluate_models([model], texts, sweep.compute, sweep.tasks)
-        write_atomically(path, json.dumps({**measured, "dtype": dtype}).encode())
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found["dtype"] != dtype:
-        before, now = (name.removeprefix("torch.") for name in (found["dtype"], dtype))
-        raise OutputError(
-            f"{sweep.out} holds a sweep that computes in {before}, this one computes in {now}; "
-            f"give --dtype {before} or another --out"
-        )
-    return found
 
 
 def _statistics(sweep: _Sweep, seed: int) -> Statistics:
