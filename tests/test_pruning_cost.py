@@ -60,10 +60,9 @@ def test_every_stage_of_a_repair_is_in_it(estimate: Estimate) -> None:
 
 @pytest.mark.usefixtures("rates")
 def test_time_is_in_proportion_to_tokens(estimate: Estimate) -> None:
-    stages = seconds(estimate("--repair", "sequential", "--block-metric", "angular"))
+    stages = seconds(estimate("--block-metric", "angular"))
     # The coarse pass has half of the windows, and no Gram matrices.
     assert [stages[name] for name in ("coarse pass", "ridge")] == [8 * 32, 1.5 * 16 * 32]
-    assert stages["sequential"] == 2 * 16 * 32 * (1 + 0.5**2 * 0.5)
 
 
 @pytest.mark.usefixtures("rates")

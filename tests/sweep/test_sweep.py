@@ -128,7 +128,7 @@ def test_it_compares_with_the_dense_model_if_asked_to(
     fields["comparison"]["texts"][str(text_file)]["agreed"] = {"first": 1}
     manifest.write_text(json.dumps(fields))
     assert main(["report", str(out), "--out", str(page)]) == 2
-    assert "the comparison on " in capsys.readouterr().err
+    assert "cfsp.json is damaged" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_where_it_stopped(
