@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ LATENCIES = Latencies(
     },
     {"disturbance": 0.0},
 )
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
+    cfsp.calibrate(model, data=[text_file], samples=8, seqlen=32).save(path)
+    return path
 
 
 def test_latencies_are_linear_between_the_measured_widths() -> None:
