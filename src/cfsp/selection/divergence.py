@@ -82,10 +82,15 @@ def prediction_bytes(vocabulary: int) -> int:
     return 4 * 4 * (BEGINNING_TOKENS // POSITION_STRIDE) * vocabulary
 
 
-def few_beginnings(windows: Windows) -> Windows:
-    """Return the beginnings of a few windows: more kinds of text in the same time."""
+def few_beginnings(windows: Windows, tokens: int = BEGINNING_TOKENS) -> Windows:
+    """Return the beginnings of a few windows: more kinds of text in the same time.
+
+    Args:
+        windows: of all kinds.
+        tokens: of each that is returned.
+    """
     few = few_windows(windows, windows_compared(len(windows.sources)))
-    return replace(few, tokens_NT=few.tokens_NT[:, :BEGINNING_TOKENS])
+    return replace(few, tokens_NT=few.tokens_NT[:, :tokens])
 
 
 def can_resume(

@@ -57,8 +57,10 @@ if TYPE_CHECKING:
     from cfsp.text.windows import Windows
 
 _WINDOWS_IN_BATCH = 4
-# How many are tried again before one goes.
-_TRIED_AGAIN = 4
+# How many are tried again before one goes, and the tokens of each window that is read for it: one
+# block does twice the harm of another, where a few percent tell widths apart.
+_TRIED_AGAIN = 2
+_TOKENS = 64
 
 
 def order_of_removal(
@@ -251,7 +253,7 @@ def measure_order(
     if not _room(wanted, NOTHING):
         return []
     what = drops_in_words(wanted[0].parts)
-    few = few_beginnings(windows)
+    few = few_beginnings(windows, _TOKENS)
     model = load_whole(source, engine, f"choosing the {what} that go")
     gone, about = NOTHING, 0
     while room := _room(wanted, gone):

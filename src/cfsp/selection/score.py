@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
 # other parts seem cheaper than they are (LOG.md).
 FITTED_WINDOWS = 36
+# Of each window that candidates are masked on: what separates those that are worth a repair.
+_MASKED_TOKENS = 128
 # Kinds of text, or windows, so that there are two to fit on and two to judge by.
 _LEAST_APART = 4
 
@@ -131,7 +133,8 @@ def masked_score(source: WeightSource, engine: Engine, windows: Windows) -> Mask
     Raises:
         UsageError: the model does not fit into memory.
     """
-    return Masked(load_whole(source, engine, "comparing plans"), few_beginnings(windows))
+    model = load_whole(source, engine, "comparing plans")
+    return Masked(model, few_beginnings(windows, _MASKED_TOKENS))
 
 
 def apart(windows: Windows) -> tuple[Windows, Windows]:

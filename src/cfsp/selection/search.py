@@ -240,14 +240,16 @@ def best_of(found: Sequence[Scored]) -> Scored:
 def worth_a_repair(found: Sequence[Scored]) -> list[Scored]:
     """Return the few that may be the best after repair.
 
-    For each choice of channels: the best before it, the one with the least dropped, because repair
-    wins back more of what channels lose, and the one in the middle between.
+    The best before it for each choice of channels; of the best choice also the one with the least
+    dropped, because repair wins back more of what channels lose, and the one in the middle between.
     """
+    best = _nearest(found)
     few: list[Scored] = []
     for parts in dict.fromkeys(each.candidate.parts for each in found):
         alike = [each for each in found if each.candidate.parts == parts]
         last = alike.index(_nearest(alike))
-        few += [alike[index] for index in sorted({0, last // 2, last})]
+        wanted = {0, last // 2, last} if parts == best.candidate.parts else {last}
+        few += [alike[index] for index in sorted(wanted)]
     return few
 
 
