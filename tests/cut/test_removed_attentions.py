@@ -12,16 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 import cfsp
-from builders import goal_of_share
+from builders import plan_without
 from cfsp.architecture.resizing import Gone
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions
 from cfsp.cli import main
+from cfsp.cut.surgery import pruned_specs
 from cfsp.engine.block_proof import check_attentions_can_go
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.settings import Repair
+from cfsp.planning.candidate import Dropped
+from cfsp.selection.constraint import Share
+from cfsp.settings import Budget, Repair
 from family_contract import save_with_tokenizer
 from forks import Forks
 from pruned_checks import (
@@ -181,16 +184,14 @@ def test_what_the_model_cannot_do_without_is_refused_by_name(
         check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), removed)
 
 
-@pytest.mark.parametrize("name", ["bloom", "mpt"])
-def test_what_stock_would_load_with_random_attentions_is_refused(
-    name: str, text_file: Path, tokenizer: Any
-) -> None:
-    asked = {"data": [str(text_file)], "repair": "none", **SETTINGS}
-    model = tiny_model(name)
+@pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
+def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name: str) -> None:
+    source = LoadedModel(tiny_model(name), ATTENTION)
     with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
-        cfsp.prune(model, tokenizer, parts="attention", remove_attentions=1, **asked)
-    goal = goal_of_share(model, ("ffn", "attention"), 0.6)
-    cfsp.prune(model, tokenizer, parts="ffn,attention", goal=goal, **asked)
+        Share(source, Budget(parts=ATTENTION, remove_attentions=1)).check()
+    Share(source, Budget(parts=ATTENTION, remove_attentions=0)).check()
+    with pytest.raises(UnsupportedModelError, match="can't go alone"):
+        pruned_specs(source, plan_without(source, Dropped((), (1,))))
 
 
 def test_attentions_can_go_whatever_their_heads_are() -> None:
