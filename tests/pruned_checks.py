@@ -15,13 +15,15 @@ from torch import Tensor
 
 import cfsp
 from architecture_contract import logits_of
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.cli import main
 from cfsp.engine.resumed_forward import skipped
+from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.load import call_form_of
+from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, PruneSettings, Repair
 from family_contract import question_of, save_with_tokenizer
 from forks import Forks, Job
 from stock import Answer
@@ -66,10 +68,24 @@ def pruned_case(
     return Case(dense, source, out, report, question_of(dense, source).tokens_BT, asked)
 
 
+def by_plan(
+    dense: Path, plan: PruningPlan, out: Path, text: Path, repair: Repair = "none"
+) -> PruneReport:
+    """Prune by a plan, and repair on a little text."""
+    settings = PruneSettings(
+        Budget(),
+        text=CalibrationText((str(text),), samples=6, seqlen=32),
+        compute=Compute("cpu"),
+        repair=repair,
+        local=LocalTraining(steps=1),
+    )
+    return prune_checkpoint(Checkpoint(dense, parts=plan.parts), out, settings, plan=plan)
+
+
 @contextmanager
 def nothing_from(dense: Any, plan: PruningPlan) -> Iterator[None]:
     """Let the removed attentions of the dense model give zeros, and skip its removed blocks."""
-    source = LoadedModel(dense, ("attention", "blocks"))
+    source = LoadedModel(dense, plan.parts)
     blocks = blocks_of(dense, source.architecture)
 
     def zeros(module: Any, args: Any, output: Any) -> Any:
@@ -119,6 +135,8 @@ def check_caches_agree_with_none(case: Case) -> None:
     model, tokens_BT = cfsp.load(case.out), case.tokens_BT
     expected = generated(model, tokens_BT, use_cache=False)
     assert torch.equal(generated(model, tokens_BT), expected)
+    if not (case.removed_attentions or case.report.plan.of_part("kv")):
+        return
     assert torch.equal(generated(model, tokens_BT, cache_implementation="static"), expected)
     for tokens_T, expected_T in zip(tokens_BT, expected, strict=True):
         assert torch.equal(generated(model, tokens_T[None])[0], expected_T)

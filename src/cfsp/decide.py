@@ -16,6 +16,7 @@ from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
 from cfsp.checkpoint.skeleton import check_complete
+from cfsp.cut.surgery import pruned_specs
 from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.channels import choose_channels, warn_of_few_tokens
@@ -132,12 +133,13 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
 
     Raises:
         PlanError: it is of another model.
-        UnsupportedModelError: the model cannot do without what goes whole.
+        UnsupportedModelError: the model cannot do without what goes whole, or not be written.
     """
     plan.check_fits(source)
     check_can_go(source, Dropped(plan.removed_blocks, plan.removed_attentions))
     if plan.kept_experts is not None:
         check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
+    pruned_specs(source, plan)
 
 
 def _windows_to_pass(job: Job) -> Windows:

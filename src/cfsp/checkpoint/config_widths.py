@@ -165,6 +165,22 @@ def config_with_widths(
     return changed
 
 
+def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
+    """Check that a model can be written without an attention layer and with all of its channels.
+
+    Args:
+        config: the source's.
+        architecture: of the source, with its attention layers.
+
+    Raises:
+        UnsupportedModelError: it can't, because the stock class would load it.
+    """
+    layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
+    widths = architecture.widths
+    widths[layers[0]] = 0
+    _changes(config, architecture, widths)
+
+
 _TEXT = "text"
 
 
@@ -216,9 +232,9 @@ def _changes(
         parts = ["ffn", *parts] if ours else parts
     if would_load and "ffn" not in parts:
         raise UnsupportedModelError(
-            f"attentions of {architecture.class_name} can't go alone: no key of its config says "
-            "how wide FFNs are, so the stock class would load it with random attentions; remove "
-            "FFN channels too (--parts attention,ffn)"
+            f"attention layers of {architecture.class_name} can't go alone: no key of its config "
+            "says how wide FFNs are, so the stock class would load it with random ones; remove FFN "
+            "channels too (--parts attention,ffn)"
         )
     if not parts:
         return changes, None

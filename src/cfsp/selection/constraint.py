@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cfsp.checkpoint.config_widths import check_attentions_can_go_alone
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.errors import BudgetError
@@ -55,13 +56,18 @@ class Constraint:
 
         Raises:
             BudgetError: it is impossible whatever goes.
+            UnsupportedModelError: the result could not be written.
             UsageError: the model cannot be computed with the widths that it would have.
         """
-        if self.budget.channel_parts:
-            check_multiple(self.budget, model_size(self.source))
-        kept_by(self.source, self.budget.keep)
-        if self.budget.whole_parts:
-            self.to_drop()
+        source, budget = self.source, self.budget
+        if budget.channel_parts:
+            check_multiple(budget, model_size(source))
+        kept_by(source, budget.keep)
+        if not budget.whole_parts:
+            return
+        goes = not self.to_drop().is_met_by(NOTHING)
+        if goes and "attention" in budget.parts and not budget.channel_parts:
+            check_attentions_can_go_alone(source.config, source.architecture)
 
     def to_drop(self) -> DropBudget:
         """Return how much may go whole, at most; of a budget that has such parts.

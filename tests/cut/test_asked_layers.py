@@ -1,0 +1,330 @@
+"""Blocks and attention layers are asked for: beside channels, by statistics, and in vain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import ArceeConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig
+
+import cfsp
+from builders import goal_of_share, plan_without
+from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.proof import small_run_of
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
+from cfsp.cli import main
+from cfsp.cut.surgery import pruned_specs
+from cfsp.engine.block_proof import (
+    check_attentions_can_go,
+    check_blocks_can_go,
+    prove_without_blocks,
+)
+from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.pipeline import plan_from
+from cfsp.planning.candidate import Candidate, Dropped, DropSizes
+from cfsp.planning.make import Planner
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.selection import drop_order
+from cfsp.selection.constraint import Share
+from cfsp.settings import (
+    PARTS,
+    WHOLE_PARTS,
+    Budget,
+    Criterion,
+    Part,
+    PruneSettings,
+    Repair,
+)
+from family_contract import save_with_tokenizer
+from pruned_checks import (
+    SETTINGS,
+    by_plan,
+    check_is_the_same,
+    generated,
+)
+from tiny_decoders import random_model, tiny_config, tiny_model
+
+ATTENTION: tuple[Part, ...] = ("attention",)
+BOTH: tuple[Part, ...] = ("attention", "blocks")
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("llama") / "dense"
+    save_with_tokenizer(tiny_model("llama", num_hidden_layers=5), tokenizer, place)
+    return place
+
+
+@pytest.mark.parametrize("parts", WHOLE_PARTS)
+def test_nothing_removed_is_the_model(
+    llama: Path, text_file: Path, tmp_path: Path, parts: str
+) -> None:
+    out, asked = tmp_path / "out", {"parts": parts, "sparsity": 0.0, **SETTINGS}
+    cfsp.prune(llama, out=out, data=[text_file], **asked)
+    check_is_the_same(llama, out)
+    assert json.loads((out / "cfsp_plan.json").read_text())["plan_version"] == 1
+
+
+# Beside channels.
+
+
+def test_blocks_and_channels_go_together(
+    llama: Path, text_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {
+        "parts": "blocks,ffn", "goal": cfsp.TargetParameters(0.45), "multiple": 8,
+        "data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu",
+    }  # fmt: skip
+    report = cfsp.prune(llama, out=tmp_path / "out", **asked)
+    plan = PruningPlan.load(tmp_path / "out" / "cfsp_plan.json")
+    assert plan == report.plan
+    assert len(plan.removed_blocks) + len(report.intermediate_sizes) == 5
+    assert plan.removed_blocks and 0 < plan.criterion["sparsity"] < 1
+    kept, whole = sum(report.intermediate_sizes), sum(unit.width for unit in plan.kept_units)
+    assert kept == pytest.approx((1 - plan.criterion["sparsity"]) * whole, abs=8)
+    assert [not unit.kept for unit in plan.units] == [
+        unit.block in plan.removed_blocks for unit in plan.units
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    again = cfsp.prune(cfsp.load(llama), tokenizer, **asked)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+def test_how_many_go_beside_channels_is_tried(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    parts: tuple[Part, ...] = ("ffn", *BOTH)
+    report = cfsp.prune(
+        llama, out=tmp_path / "out", parts=parts, goal=goal_of_share(llama, parts, 0.4),
+        repair="none", multiple=1, data=[str(text_file)], **SETTINGS,
+    )  # fmt: skip
+    total = sum(parameters_of_blocks(Checkpoint(llama)))
+    gone = report.parameters_before - report.parameters_after
+    assert gone == pytest.approx(0.4 * total, rel=0.02)
+    assert report.plan.has_gaps
+
+
+@pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "local")])
+def test_channels_of_the_others_are_repaired(
+    llama: Path, text_file: Path, tmp_path: Path, parts: tuple[Part, ...], repair: Repair
+) -> None:
+    every = tuple(part for part in PARTS if part in (*parts, *BOTH))
+    source = Checkpoint(llama, parts=every)
+    statistics = cfsp.calibrate(llama, parts=every, data=[str(text_file)], **SETTINGS)
+    planner = Planner.of(source, statistics, Budget(parts=every, multiple=1), Criterion())
+    plan = planner.plan(Candidate(Dropped((1,), (3,)), 0, parts, 0.3))
+    report = by_plan(llama, plan, tmp_path / "out", text_file, repair)
+    ridge, *later = report.repair["steps"]
+    assert ridge["name"] == "ridge"
+    expected = ["gaps"] if repair == "ridge" else ["sequential", "local"]
+    assert [step["name"] for step in later] == expected
+    # What goes whole is not among what was repaired.
+    assert [entry is None for entry in ridge["blocks"]] == [not unit.kept for unit in plan.units]
+    model, tokens_BT = cfsp.load(tmp_path / "out"), torch.arange(2, 26).view(2, 12)
+    assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
+
+
+def test_what_lost_attentions_is_pruned_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = {"repair": "none", "data": [str(text_file)], **SETTINGS}
+    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove_attentions=1, **asked)
+    (gone,) = first.plan.removed_attentions
+    asked["sparsity"] = 0.3
+    second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", multiple=8, **asked)
+    assert Checkpoint(tmp_path / "2").architecture.gone[0].block == gone
+    assert sum(second.intermediate_sizes) < sum(first.intermediate_sizes)
+    third = cfsp.prune(tmp_path / "2", out=tmp_path / "3", parts="attention", **asked)
+    (other,) = third.plan.removed_attentions
+    found = Checkpoint(tmp_path / "3")
+    assert {unit.block for unit in found.architecture.gone} == {gone, other}
+    assert found.architecture.of_part("ffn").widths == second.intermediate_sizes
+    last = cfsp.prune(tmp_path / "3", out=tmp_path / "4", parts="blocks", **asked)
+    assert Checkpoint(tmp_path / "4").architecture.block_count == 5 - len(last.plan.removed_blocks)
+    model = cfsp.load(tmp_path / "4")
+    tokens_BT = torch.arange(2, 26).view(2, 12)
+    assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
+
+
+# By statistics.
+
+
+def saved_statistics(llama: Path, text: Path, parts: str, place: Path) -> Statistics:
+    saved = place / "stats.safetensors"
+    asked = ["--parts", parts, "--data", str(text), "--samples", "6", "--seqlen", "32"]
+    assert main(["calibrate", str(llama), *asked, "--device", "cpu", "--out", str(saved)]) == 0
+    return Statistics.load(saved)
+
+
+def test_attention_layers_go_by_order_and_by_distances(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    statistics = saved_statistics(llama, text_file, "ffn,attention", tmp_path)
+    order = [each.block for each in statistics.removals_of(ATTENTION)]
+    assert len(order) == 3 and not statistics.removals_of(("blocks",))  # half of five
+    of_attentions = statistics.of_part("kv")
+    for removal, expected in (
+        ("divergence", order[:2]),
+        ("runs", nearest(of_attentions.distances("angular"))),
+        ("influence", nearest(of_attentions.distances("cosine"))),
+    ):
+        plan = cfsp.plan(llama, statistics, sparsity=0.4, parts="attention", removal=removal)
+        assert plan.removed_attentions == tuple(sorted(expected))
+        assert plan.criterion["removal"] == removal
+        assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
+    with pytest.raises(UsageError, match="several share one target, --target-params"):
+        cfsp.plan(llama, statistics, sparsity=0.4, parts="ffn,attention")
+
+
+def nearest(distance_L: list[float]) -> list[int]:
+    """Return the two blocks of the least distances."""
+    return sorted(range(len(distance_L)), key=distance_L.__getitem__)[:2]
+
+
+def test_blocks_and_attention_layers_go_by_one_order(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    source = Checkpoint(llama, parts=BOTH)
+    statistics = saved_statistics(llama, text_file, "attention,blocks", tmp_path)
+    order = statistics.removals_of(BOTH)
+    assert order and not statistics.removals_of(("blocks",))
+    sizes = DropSizes.of(source, BOTH)
+
+    def planned(share: float, parts: tuple[Part, ...] = BOTH, removal: str = "auto") -> PruningPlan:
+        goal = goal_of_share(llama, parts, share)
+        settings = PruneSettings(Budget(parts=parts), Criterion(removal=removal), goal=goal)
+        return plan_from(source, statistics, settings)[0]
+
+    for share in (0.05, 0.3, 0.51):
+        plan = planned(share)
+        dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
+        assert abs(sizes.parameters(dropped) - share * sizes.total) <= sizes.largest / 2
+    # What was measured up to half of the blocks is the plan for half of them.
+    assert dropped == Dropped.of(order)
+    assert plan.criterion["of"] == "blocks"
+    with pytest.raises(StatisticsError, match="cfsp calibrate --parts attention"):
+        cfsp.plan(llama, statistics, sparsity=0.3, parts="attention", removal="divergence")
+    with pytest.raises(UsageError, match="prune blocks, then attention layers of the result"):
+        planned(0.3, removal="runs")
+    with pytest.raises(UsageError, match="should go, which requires the model and a text"):
+        planned(0.3, ("ffn", "attention", "blocks"))
+
+
+def test_a_killed_run_goes_on_with_what_it_had_chosen(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3)}
+    asked |= {"data": [str(text_file)], **SETTINGS}
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.decide.select", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cfsp.prune(llama, out=tmp_path / "out", **asked)
+    expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
+    monkeypatch.setattr(drop_order, "measure_order", killed)
+    assert cfsp.prune(llama, out=tmp_path / "out", **asked).plan == expected.plan
+
+
+# Refusals.
+
+
+def test_impossible_budgets_say_what_is_possible(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"out": tmp_path / "o", "data": [str(text_file)], **SETTINGS}
+    with pytest.raises(BudgetError, match="at least one of 5 attention layers must stay; between"):
+        cfsp.prune(llama, parts="attention", sparsity=0.95, **asked)
+    with pytest.raises(BudgetError, match="cannot remove 5 attention layers"):
+        cfsp.prune(llama, parts="attention", remove_attentions=5, **asked)
+    with pytest.raises(UsageError, match=r"--remove-blocks belongs to --parts blocks alone"):
+        Budget(parts=BOTH, remove_blocks=2)
+    with pytest.raises(BudgetError, match=r"at least one of 5 blocks must stay; between 0 and"):
+        cfsp.prune(llama, parts=BOTH, goal=cfsp.TargetParameters(0.25), **asked)
+    monkeypatch.setattr(drop_order, "fits", lambda *args: False)
+    with pytest.raises(UsageError, match="requires the whole model in memory"):
+        cfsp.prune(llama, parts=BOTH, goal=cfsp.TargetParameters(0.8), **asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "removed", "message"),
+    [
+        ("llama", (0, 1, 2), "blocks 0 to 2 of .* can't be removed: at least one must stay"),
+        ("gemma3_text", (2,), "block 2 .*: at least one of the kind full_attention must stay"),
+        ("qwen3_next", (0,), "expected one attention in block 0 whose heads are found, found 0"),
+        # Blocks that read the keys and values of others.
+        ("gemma3n_text", (0,), "block 0 .* failed the check cut: .*, found KeyError"),
+    ],
+)
+def test_attention_layers_that_the_model_cannot_do_without_are_refused_by_name(
+    name: str, removed: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), removed)
+
+
+def test_one_of_a_kind_must_stay_beside_blocks() -> None:
+    kinds = ["full_attention" if block % 2 else "sliding_attention" for block in range(7)]
+    source = LoadedModel(tiny_model("gemma3_text", num_hidden_layers=7, layer_types=kinds), BOTH)
+    with pytest.raises(UnsupportedModelError, match=r"of block 1 .* beside blocks 3, 5: at least"):
+        check_attentions_can_go(source, [1], [3, 5])
+    check_attentions_can_go(source, [1], [0, 5])
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
+def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name: str) -> None:
+    source = LoadedModel(tiny_model(name), ATTENTION)
+    with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
+        Share(source, Budget(parts=ATTENTION, remove_attentions=1)).check()
+    Share(source, Budget(parts=ATTENTION, remove_attentions=0)).check()
+    with pytest.raises(UnsupportedModelError, match="can't go alone"):
+        pruned_specs(source, plan_without(source, Dropped((), (1,))))
+
+
+def test_attentions_can_go_whatever_their_heads_are() -> None:
+    # One KV group, beside the FFN, latent, and with norms over all heads together.
+    for name in ("gpt_bigcode", "gptj", "deepseek_v3", "olmo2"):
+        check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("config", "removed", "message"),
+    [
+        (
+            lambda: tiny_config("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2),
+            (1,),
+            r"block 1 of qwen2_moe can't be removed: .* by a rule \(decoder_sparse_step=2\)",
+        ),
+        (
+            lambda: GPT2Config(
+                n_layer=3, n_embd=32, n_head=2, vocab_size=320, scale_attn_by_inverse_layer_idx=True
+            ),
+            (0,),
+            r"block 1 would have 0.25 for attn.scaling, it has 0.125",
+        ),
+        (
+            lambda: tiny_config("gemma3n_text", num_kv_shared_layers=0),
+            (0,),
+            r"embed_tokens_per_layer.weight has a part for every block",
+        ),
+    ],
+)
+def test_blocks_that_the_model_cannot_do_without_are_refused_by_name(
+    config: Callable[[], PreTrainedConfig], removed: tuple[int, ...], message: str
+) -> None:
+    source = LoadedModel(random_model(model_class_of(config()), config()))
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_blocks_can_go(source, removed)
+
+
+def test_the_small_model_of_the_proof_need_not_have_a_valid_config() -> None:
+    config = ArceeConfig(num_hidden_layers=3)
+    # Its class checks this when it reads a config.
+    with pytest.raises(ValueError, match="is not a multiple of the number of attention heads"):
+        small_run_of(config).model.config.validate_architecture()
+    prove_without_blocks(config, (1,))

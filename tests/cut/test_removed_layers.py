@@ -1,0 +1,245 @@
+"""Whole blocks and attention layers go, alone and together: what is masked or skipped is cut."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cfsp
+from builders import plan_without
+from cfsp.architecture.resizing import Gone
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.skeleton import blocks_of, check_complete
+from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
+from cfsp.cli import main
+from cfsp.cut.in_memory import build_pruned_model
+from cfsp.planning.candidate import Dropped
+from cfsp.settings import (
+    Part,
+)
+from family_contract import question_of, save_with_tokenizer
+from forks import Forks
+from pruned_checks import (
+    Case,
+    by_plan,
+    check_a_fresh_process_keeps_the_contract,
+    check_caches_agree_with_none,
+    check_in_memory_is_the_checkpoint,
+    check_its_plan_gives_the_same,
+    generated,
+    logits_of,
+    nothing_from,
+)
+from tiny_decoders import tiny_model
+
+ATTENTION: tuple[Part, ...] = ("attention",)
+BOTH: tuple[Part, ...] = ("attention", "blocks")
+_SLIDING, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A type with a config of so many blocks, what goes, and what its config then says."""
+
+    model_type: str
+    config: dict[str, Any]
+    dropped: Dropped
+    says: dict[str, Any] = field(default_factory=dict)
+
+
+GEMMA = {
+    "num_hidden_layers": 7,
+    "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL, _SLIDING, _FULL, _SLIDING],
+}
+# Of attention layers: grouped heads; queries, keys and values in one matrix, and a bias of the
+# output; two kinds of cache.
+WITHOUT_ATTENTION = {
+    "llama": Removal("llama", {"num_hidden_layers": 4}, Dropped((), (0, 2))),
+    "phi3": Removal("phi3", {"num_hidden_layers": 4}, Dropped((), (1, 3))),
+    "gemma3_text and a block": Removal("gemma3_text", GEMMA, Dropped((2,), (0, 3))),
+    "gpt2 and a block": Removal("gpt2", {"n_layer": 5}, Dropped((2,), (0, 3))),
+}
+# Of blocks: every way in which a config speaks of single ones.
+WITHOUT_BLOCKS = {
+    "blocks of llama": Removal(
+        "llama", {"num_hidden_layers": 5}, Dropped((0, 3)), {"num_hidden_layers": 3}
+    ),
+    "blocks of gpt2": Removal("gpt2", {"n_layer": 4}, Dropped((1,)), {"n_layer": 3}),
+    "blocks of gemma3_text": Removal(
+        "gemma3_text",
+        {"num_hidden_layers": 5, "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING, _FULL]},
+        Dropped((0, 2)),
+        {"num_hidden_layers": 3, "layer_types": [_SLIDING, _SLIDING, _FULL]},
+    ),
+    "blocks of smollm3": Removal(
+        "smollm3",
+        {"num_hidden_layers": 5, "no_rope_layers": [1, 0, 1, 1, 0]},
+        Dropped((0, 2)),
+        {"no_rope_layers": [0, 1, 0]},
+    ),
+    "blocks of deepseek_v3": Removal(
+        "deepseek_v3",
+        {"num_hidden_layers": 5, "first_k_dense_replace": 2},
+        Dropped((1, 3)),
+        {"num_hidden_layers": 3, "first_k_dense_replace": 1},
+    ),
+    "blocks of qwen2_moe": Removal(
+        "qwen2_moe",
+        {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]},
+        Dropped((1, 2)),
+        {"mlp_only_layers": [0, 1]},
+    ),
+    "blocks of mixtral": Removal(
+        "mixtral", {"num_hidden_layers": 3}, Dropped((0,)), {"num_hidden_layers": 2}
+    ),
+    "blocks of qwen3_next": Removal(
+        "qwen3_next",
+        {"num_hidden_layers": 4, "layer_types": [_LINEAR, _FULL, _LINEAR, _FULL]},
+        Dropped((0, 3)),
+        {"layer_types": [_FULL, _LINEAR]},
+    ),
+}
+REMOVALS = {**WITHOUT_ATTENTION, **WITHOUT_BLOCKS}
+IN_A_FRESH_PROCESS = [*WITHOUT_ATTENTION, "blocks of deepseek_v3", "blocks of qwen3_next"]
+
+
+@pytest.fixture(scope="module", params=REMOVALS)
+def case(
+    request: pytest.FixtureRequest,
+    tokenizer: Any,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    place, removal = tmp_path_factory.mktemp("case"), REMOVALS[request.param]
+    dense = tiny_model(removal.model_type, **removal.config)
+    source, out = place / "dense", place / "out"
+    save_with_tokenizer(dense, tokenizer, source)
+    parts = removal.dropped.parts
+    plan = plan_without(Checkpoint(source, parts=parts), removal.dropped)
+    report = by_plan(source, plan, out, text_file)
+    tokens_BT = question_of(dense, source).tokens_BT
+    return Case(dense, source, out, report, tokens_BT, {"says": removal.says})
+
+
+def test_what_is_masked_is_cut(case: Case) -> None:
+    plan = case.report.plan
+    with nothing_from(case.dense, plan):
+        expected = logits_of(case.dense, case.tokens_BT)
+    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits_of(case.dense, case.tokens_BT)).abs().max() > 1e-2
+    source, pruned = Checkpoint(case.source, parts=plan.parts), Checkpoint(case.out)
+    gone = sum(parameters_of_blocks(source)[block] for block in plan.removed_blocks)
+    if plan.removed_attentions:
+        gone += sum(parameters_of_attentions(source)[block] for block in plan.removed_attentions)
+    assert case.report.parameters_before - case.report.parameters_after == gone
+    staying = source.architecture.block_count - len(plan.removed_blocks)
+    assert pruned.architecture.block_count == staying
+    check_complete(pruned)
+
+
+def test_caches_agree_with_none(case: Case) -> None:
+    check_caches_agree_with_none(case)
+
+
+def test_in_memory_is_the_checkpoint(case: Case, tmp_path: Path) -> None:
+    source = LoadedModel(case.dense, case.report.plan.parts)
+    pruned = build_pruned_model(case.dense, source, case.report.plan, {})
+    check_in_memory_is_the_checkpoint(case, pruned, tmp_path)
+
+
+@pytest.mark.parametrize("case", IN_A_FRESH_PROCESS, indirect=True)
+def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
+    check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
+
+
+@pytest.mark.parametrize("case", WITHOUT_BLOCKS, indirect=True)
+def test_without_blocks_it_is_a_stock_checkpoint(case: Case) -> None:
+    config = json.loads((case.out / "config.json").read_text())
+    assert {key: config[key] for key in case.asked["says"]} == case.asked["says"]
+    assert config["architectures"] == [type(case.dense).__name__]
+    assert not {"auto_map", "per_layer_config", "ffn_widths"} & config.keys()
+    assert not list(case.out.glob("*.py"))
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3_text and a block"], indirect=True)
+def test_padding_on_the_left_changes_nothing(case: Case) -> None:
+    model = cfsp.load(case.out)
+    short, long = case.tokens_BT[0, :5], case.tokens_BT[1]
+    padding = len(long) - len(short)
+    batch = torch.stack([torch.cat([short.new_zeros(padding), short]), long])
+    mask = torch.ones_like(batch)
+    mask[0, :padding] = 0
+    for options in ({}, {"cache_implementation": "static"}):
+        found = generated(model, batch, attention_mask=mask, **options)
+        assert torch.equal(found[0, padding:], generated(model, short[None], use_cache=False)[0])
+        assert torch.equal(found[1], generated(model, long[None], use_cache=False)[0])
+
+
+@pytest.mark.parametrize("case", WITHOUT_ATTENTION, indirect=True)
+def test_places_in_the_cache_are_filled_from_the_first_of_their_kind(case: Case) -> None:
+    model, plan = cfsp.load(case.out), case.report.plan
+    architecture = Checkpoint(case.out).architecture
+    blocks = blocks_of(model, architecture)
+    gone = {plan.index_of_block(block) for block in plan.removed_attentions}
+    (path,) = {unit.path for unit in architecture.gone}
+    kinds = getattr(model.config, "layer_types", None) or [None] * len(blocks)
+    filled: dict[object, list[int]] = {}
+    for index, block in enumerate(blocks):
+        attention: Any = block.get_submodule(path)
+        assert (type(attention).__name__ == Gone.__name__) is (index in gone)
+        if index not in gone:
+            filled.setdefault(kinds[index], []).append(attention.layer_idx)
+    for kind, places in filled.items():
+        of_kind = [block for block in range(len(blocks)) if kinds[block] == kind]
+        assert places == of_kind[: len(places)]
+    assert set(filled) == set(kinds)
+
+
+@pytest.mark.parametrize("case", ["phi3", "gemma3_text and a block"], indirect=True)
+def test_the_plan_is_obeyed_and_commands_tell_of_it(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = case.report.plan
+    check_its_plan_gives_the_same(case, tmp_path)
+    capsys.readouterr()
+    assert main(["inspect", str(case.out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kv_groups"] == case.report.kv_groups["after"]
+    assert told["kv_groups"].count(0) == 2
+    assert told["pruned"]["removed_attentions"] == case.removed_attentions
+    assert told["pruned"].get("removed_blocks", []) == list(plan.removed_blocks)
+    assert main(["inspect", str(case.out)]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("pruned "))
+    assert plan.removed_in_words in said
+    assert "KV groups" in said and "FFN" not in said
+    assert plan.removed_in_words in (case.out / "README.md").read_text()
+    assert main(["verify", str(case.out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"]
+
+
+@pytest.mark.parametrize("case", ["phi3", "gpt2 and a block"], indirect=True)
+def test_blocks_make_up_for_what_went(case: Case, text_file: Path, tmp_path: Path) -> None:
+    plan = case.report.plan
+    report = by_plan(case.source, plan, tmp_path / "out", text_file, "ridge")
+    assert report.plan == plan
+    (step,) = report.repair["steps"]
+    assert step["name"] == "gaps"
+    fitted = [block for block, entry in enumerate(step["blocks"]) if entry is not None]
+    beside = [block - 1 for block in plan.removed_blocks]
+    assert fitted == sorted({*beside, *plan.removed_attentions})
+    before, after = (load_file(at / "model.safetensors") for at in (case.out, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    source = Checkpoint(case.source)
+    assert changed == {
+        source.architecture.block_prefix(plan.index_of_block(unit.block)) + unit.down
+        for unit in source.units
+        if unit.block in fitted and step["blocks"][unit.block]["kept"]
+    }
+    assert changed
