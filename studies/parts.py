@@ -10,7 +10,7 @@ again: models stay beside the results, with what was measured of them.
 
 Prints Markdown: perplexity as ratio to the dense model, the geometric mean over all texts and the
 worst; KL to the dense model in nats per token, and its difference to `ffn` in the same state,
-window by window, with standard errors; equal first choices in percent; and with `--tasks` the
+window by window, with standard errors; top-1 agreement in percent; and with `--tasks` the
 accuracy - dense. A second table has what repair does not change: the share of the KV cache that is
 left, and with `--rounds` speed as ratio to the dense model, all models interleaved in one run,
 beside the ratio that FLOPs and bytes promise (ideal).

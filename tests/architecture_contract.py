@@ -26,8 +26,8 @@ from cfsp.cli import main
 from cfsp.engine.compute import Engine
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 from family_contract import (
     SAMPLES,
     SEQLEN,

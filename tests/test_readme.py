@@ -99,7 +99,7 @@ def test_the_python_runs(
 
 
 def _small_draw(text: CalibrationText, tokenizer: Any, *_: Any) -> Any:
-    from cfsp.text.drawing import draw_windows
+    from drawn_windows import draw_windows
 
     return draw_windows(text.names, tokenizer, samples=8, seqlen=64, seed=text.seed)
 

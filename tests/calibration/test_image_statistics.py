@@ -23,9 +23,9 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.engine.compute import engine_of
 from cfsp.processes import Team
 from cfsp.settings import Compute
-from cfsp.text.drawing import draw_windows
 from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 from image_inputs import image_inputs
 from image_processors import TYPES, chats_with_images, image_tokenizer, save_multimodal
 from tiny_decoders import BLOCKS, tiny_model

@@ -17,8 +17,8 @@ from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.engine.compute import Engine
 from cfsp.errors import CalibrationError, StatisticsError
-from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 
 
 @pytest.fixture(scope="module")

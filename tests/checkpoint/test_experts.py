@@ -29,7 +29,7 @@ from cfsp.planning.unit_plan import UnitPlan
 from cfsp.processes import Team
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.result.page.page import write_report
-from cfsp.text.drawing import draw_windows
+from drawn_windows import draw_windows
 from ragged import tiny
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.4, "multiple": 8, "samples": 6, "seqlen": 32}

@@ -23,8 +23,8 @@ from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
 from cfsp.engine.read_ahead import read_ahead
 from cfsp.engine.workplace import Workplace
 from cfsp.errors import OutputError
-from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 from forks import Forks, Job
 
 SHAPE = (5, 7, 3)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import cfsp
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -111,7 +109,7 @@ def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(tiny_checkpoint("llama"))
-    argv = ["eval", model, "--data", str(text_file), "--seqlen", "16"]
+    argv = ["eval", model, "--data", str(text_file), "--seqlen", "96"]
 
     def windows(*more: str) -> int:
         assert main([*argv, "--json", *more]) == 0
@@ -119,8 +117,8 @@ def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(
         return int(found["perplexity"][str(text_file)]["windows"])
 
     assert windows() == 12
-    every = consecutive_windows(str(text_file), load_tokenizer(Path(model)), count=None, seqlen=16)
-    assert windows("--windows", "all") == len(every.tokens_NT) > 100
+    every = consecutive_windows(str(text_file), load_tokenizer(Path(model)), count=None, seqlen=96)
+    assert windows("--windows", "all") == len(every.tokens_NT) > 12
     with pytest.raises(SystemExit):
         main([*argv, "--windows", "0"])
     assert "expected a number of windows from 1, or all, found '0'" in capsys.readouterr().err
@@ -154,19 +152,6 @@ def test_a_mistaken_text_is_told_before_the_model_is_looked_for(
         evaluate_models(models, EvaluationText((str(text_file),), 1000), compute)
 
 
-def test_pruning_reads_its_evaluation_texts_first(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr("cfsp.pipeline.plan_and_repair", lambda *_, **__: pytest.fail("too late"))
-    with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
-        prune_checkpoint(
-            Checkpoint(tiny_checkpoint("llama")),
-            tmp_path / "out",
-            PruneSettings(Budget(0.5), evaluation=EvaluationText((str(text_file),), 1000)),
-        )
-    assert not list(tmp_path.iterdir())
-
-
 def test_models_with_other_tokens_are_told_apart(
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,
@@ -187,14 +172,8 @@ def test_models_with_other_tokens_are_told_apart(
     assert caplog.messages == [
         f"{other} cuts text into other tokens than {first}: their perplexities do not compare"
     ]
-
-
-def test_python_gives_what_the_command_prints(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
-    (found,) = cfsp.evaluate([tiny_checkpoint("llama")], [text_file], windows=2, seqlen=24)
-    assert found["perplexity"][str(text_file)]["windows"] == 2
-    assert torch.isfinite(torch.tensor(found["perplexity"][str(text_file)]["value"]))
+    with pytest.raises(UsageError, match="needs models with one tokenizer"):
+        evaluate_models([other], texts, Compute(), against=first)
 
 
 def test_a_killed_evaluation_of_pruning_goes_on(

@@ -62,8 +62,9 @@ def plain(model: Any, windows: Windows, stride: int | None = None) -> tuple[floa
     return float(loss.mean().exp()), len(loss)
 
 
-@pytest.mark.parametrize("stride", [None, 5])
-@pytest.mark.parametrize("name", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize(
+    ("name", "stride"), [*((name, None) for name in sorted(TINY_CONFIGS)), ("gemma2", 5)]
+)
 def test_it_is_the_whole_models(name: str, stride: int | None) -> None:
     model, windows = build_tiny_model(name), random_windows()
     expected, tokens = plain(model, windows, stride)
@@ -74,7 +75,7 @@ def test_it_is_the_whole_models(name: str, stride: int | None) -> None:
     assert (found.stride, found.bos) == (stride, False)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt-projected", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "opt-projected"])
 def test_a_checkpoint_is_measured_as_it_is_stored(
     name: str, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
@@ -83,7 +84,7 @@ def test_a_checkpoint_is_measured_as_it_is_stored(
     assert found.value == pytest.approx(plain(build_tiny_model(name), windows)[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma2"])
 def test_a_pruned_model_is_measured_with_its_own_widths(name: str) -> None:
     assert name in DENSE_CONFIGS
     model, windows = build_tiny_model(name), random_windows()

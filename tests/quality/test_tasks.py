@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
@@ -209,17 +208,18 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
     # A fork of many threads can hang.
     monkeypatch.setattr("multiprocessing.Pool", None)
     runner = TaskRunner.of(TaskSelection(tuple(FILES), data=task_data))
-    found = runner.score(load(directory, dtype="float32"), tokenizer)
     scorer = runner.scorer(load(directory, dtype="float32"), tokenizer)
-    assert list(found) == list(FILES)
-    for task, scores in found.items():
+    right = 0.0
+    for task in FILES:
+        scored = scorer.score(task)
+        (scores,), (documents,) = scored["tasks"].values(), scored["documents"].values()
+        right += scores["acc"]
         assert scores["acc"] == expected[task]["acc,none"]
         assert scores["acc_stderr"] == expected[task]["acc_stderr,none"]
         assert scores["documents"] == DOCUMENTS
         assert scores["shots"] == 0
         assert scores.get("acc_norm") == expected[task].get("acc_norm,none")
         assert scores.get("acc_norm_stderr") == expected[task].get("acc_norm_stderr,none")
-        documents = scorer.score(task)["documents"][task]
         assert len({document["hash"] for document in documents}) == DOCUMENTS
         assert [document["id"] for document in documents] == [f"{task}/{i}" for i in range(12)]
         for metric in ("acc", "acc_norm"):
@@ -245,16 +245,17 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
         else:
             assert scores["chance"] == 1 / choices
     # A random model on random text is right now and then, not always and not never.
-    assert 0 < sum(scores["acc"] for scores in found.values()) < len(found)
+    assert 0 < right < len(FILES)
 
 
 def test_second_model_is_scored_as_if_it_were_the_first(
     tiny_checkpoint: Callable[[str], Path], tokenizer: Any, task_data: Path
 ) -> None:
-    runner = TaskRunner.of(TaskSelection(("piqa", "winogrande"), data=task_data))
-    first = runner.score(load(tiny_checkpoint("llama")), tokenizer)
-    other = runner.score(load(tiny_checkpoint("qwen3")), tokenizer)
-    again = runner.score(load(tiny_checkpoint("llama")), tokenizer)
+    runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
+    first, other, again = (
+        runner.scorer(load(tiny_checkpoint(name)), tokenizer).score("piqa")
+        for name in ("llama", "qwen3", "llama")
+    )
     assert first == again
     assert other != first
 
@@ -262,11 +263,10 @@ def test_second_model_is_scored_as_if_it_were_the_first(
 def test_shots_and_limit_reach_the_harness(
     tiny_checkpoint: Callable[[str], Path], tokenizer: Any, task_data: Path
 ) -> None:
-    selection = TaskSelection(("arc_easy", "winogrande"), limit=5, shots=2, data=task_data)
-    runner = TaskRunner.of(selection)
-    scores = runner.score(load(tiny_checkpoint("llama")), tokenizer)
-    assert [entry["shots"] for entry in scores.values()] == [2, 2]
-    assert [entry["documents"] for entry in scores.values()] == [5, 5]
+    runner = TaskRunner.of(TaskSelection(("winogrande",), limit=5, shots=2, data=task_data))
+    found = runner.scorer(load(tiny_checkpoint("llama")), tokenizer).score("winogrande")
+    scores = found["tasks"]["winogrande"]
+    assert (scores["shots"], scores["documents"]) == (2, 5)
     conditions = runner.conditions()
     assert (conditions["limit"], conditions["shots"]) == (5, 2)
     assert conditions["harness"].startswith("lm-evaluation-harness 0.")
@@ -323,7 +323,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     models = [str(tiny_checkpoint(name)) for name in ("llama", "qwen2")]
-    argv = ["eval", *models, "--tasks", "piqa,boolq,lambada_openai", "--task-data", str(task_data)]
+    argv = ["eval", *models, "--tasks", "piqa,lambada_openai", "--task-data", str(task_data)]
     whole, out = tmp_path / "whole.json", tmp_path / "out.json"
     assert main([*argv, "--out", str(whole)]) == 0
     plain, seen = TaskScorer.score, []
@@ -337,16 +337,16 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
 
         return score
 
-    monkeypatch.setattr(TaskScorer, "score", killed(5))
+    monkeypatch.setattr(TaskScorer, "score", killed(3))
     assert main([*argv, "--out", str(out)]) == 130
     assert not out.exists()
     seen.clear()
     monkeypatch.setattr(TaskScorer, "score", killed(0))
     assert main([*argv, "--out", str(out)]) == 0
-    assert seen == ["boolq", "lambada_openai"]
+    assert seen == ["piqa", "lambada_openai"]
     found = json.loads(out.read_text())
     assert found == json.loads(whole.read_text())
-    assert set(found["models"][1]["documents"]) == {"piqa", "boolq", "lambada_openai"}
+    assert set(found["models"][1]["documents"]) == {"piqa", "lambada_openai"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "whole.json"]
 
 
@@ -426,7 +426,7 @@ def test_the_harness_asks_git_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
-    runner.score(load(tiny_checkpoint("llama")), tokenizer)
+    runner.scorer(load(tiny_checkpoint("llama")), tokenizer).score("piqa")
     assert "git" not in capfd.readouterr().err
 
 
@@ -473,42 +473,3 @@ def test_missing_task_file_is_an_error_of_the_command(
 def test_impossible_selection_is_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TaskSelection(**fields)
-
-
-@pytest.mark.parametrize("stride", [None, 32, 13, 1])
-def test_perplexity_with_stride_equals_token_by_token(
-    stride: int | None, tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
-    from cfsp.text.drawing import consecutive_windows
-    from cfsp.text.tokenizers import load_tokenizer
-
-    directory = tiny_checkpoint("llama")
-    seqlen = 32
-    texts = EvaluationText((str(text_file),), windows=3, seqlen=seqlen, stride=stride)
-    (result,) = evaluate_models([directory], texts, Compute(dtype="float32"))
-
-    windows = consecutive_windows(str(text_file), load_tokenizer(directory), count=3, seqlen=seqlen)
-    stream = windows.tokens_NT.reshape(-1)
-    model = load(directory, dtype="float32")
-    losses = []
-    for position in range(1, len(stream)):
-        # The first window, in order of their starts, that holds the token and one before it.
-        starts = [*range(0, len(stream) - seqlen, stride or seqlen), len(stream) - seqlen]
-        start = next((s for s in starts if s < position < s + seqlen), None)
-        if start is None:
-            continue
-        with torch.no_grad():
-            logits = model(input_ids=stream[None, start:position]).logits[0, -1].double()
-        losses.append(-torch.log_softmax(logits, -1)[stream[position]])
-    found = result["perplexity"][str(text_file)]
-    assert found["tokens"] == len(losses)
-    expected = float(torch.stack(losses).mean().exp())
-    assert found["value"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_stride_outside_the_window_is_an_error(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
-    texts = EvaluationText((str(text_file),), windows=2, seqlen=16, stride=17)
-    with pytest.raises(UsageError, match="between 1 and the window's 16 tokens of text, found 17"):
-        evaluate_models([tiny_checkpoint("llama")], texts, Compute())

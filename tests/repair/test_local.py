@@ -28,8 +28,8 @@ from cfsp.repair import local as local_repair
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
-from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 Checkpoints = Callable[[str], Path]

@@ -34,8 +34,8 @@ from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.repair_steps import steps_in_words
 from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import Budget, Compute, Criterion, LocalTraining, PruneSettings
-from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 from tiny_models import build_tiny_model
 
 ENGINE = Engine(torch.device("cpu"), torch.float32, 4)

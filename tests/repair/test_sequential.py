@@ -22,8 +22,8 @@ from cfsp.repair import sequential
 from cfsp.repair.repaired import Repaired
 from cfsp.repair.sequential import repair_sequentially
 from cfsp.settings import Budget, Compute, PruneSettings
-from cfsp.text.drawing import draw_windows
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 # Their FFN's output passes a norm before it is added, so least squares predict it less well.

@@ -18,8 +18,8 @@ from cfsp.selection.bisection import STEPS
 from cfsp.settings import (
     MaxLossIncrease,
 )
-from cfsp.text.drawing import draw_left_over, draw_windows
 from commands_of_goals import prune
+from drawn_windows import draw_windows, windows_left_over
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 
@@ -102,7 +102,7 @@ def test_loss_of_a_model_in_memory(trained: Path, tokenizer: Any, text_file: Pat
     )
     widths = [layer.mlp.down_proj.in_features for layer in small.model.layers]
     assert 8 * BLOCKS < sum(widths) < WIDTH * BLOCKS
-    windows = draw_left_over([str(text_file)], tokenizer, samples=8, seqlen=32, seed=0, count=4)
+    windows = windows_left_over([str(text_file)], tokenizer, samples=8, seqlen=32, seed=0, count=4)
     with torch.inference_mode():
         found = {
             name: model(windows.tokens_NT, labels=windows.tokens_NT).loss.item()

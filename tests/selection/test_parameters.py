@@ -24,8 +24,8 @@ from cfsp.result.manifest import read_manifest
 from cfsp.selection import goal
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
 from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters
-from cfsp.text.drawing import draw_windows
 from commands_of_goals import prune
+from drawn_windows import draw_windows
 from tiny_decoders import tiny_config
 from tiny_models import build_tiny_model
 

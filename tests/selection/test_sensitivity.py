@@ -19,7 +19,7 @@ from cfsp.selection.divergence import POSITION_STRIDE, dense_predictions
 from cfsp.selection.masks import masked_channels
 from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
 from cfsp.settings import Criterion
-from cfsp.text.drawing import draw_windows
+from drawn_windows import draw_windows
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 KEPT = ((0, 5, 7, 95), tuple(range(WIDTH)), tuple(range(1, WIDTH, 2)))

@@ -23,9 +23,10 @@ from cfsp.recovery.loss import IGNORED
 from cfsp.result.manifest import read_manifest
 from cfsp.selection.loss import held_out_windows
 from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
-from cfsp.text.drawing import consecutive_windows, draw_text, draw_windows
+from cfsp.text.drawing import consecutive_windows, draw_text
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows
 from tiny_models import save_tiny_model
 
 BOS = 0

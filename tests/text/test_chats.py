@@ -14,8 +14,9 @@ from cfsp.cli import main
 from cfsp.errors import TextError
 from cfsp.result.manifest import read_manifest
 from cfsp.text.chats import conversation_texts
-from cfsp.text.drawing import consecutive_windows, draw_windows
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
+from drawn_windows import draw_windows
 
 
 def conversation(number: int) -> list[dict[str, str]]:

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from cfsp.errors import CheckpointError, MissingExtraError, TextError, UsageError
-from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_windows
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import beginning, is_processor, load_processor
 from cfsp.text.windows import Windows, few_windows, joined
+from drawn_windows import draw_windows, windows_left_over
 from image_processors import chats_with_images, image_tokenizer, picture, tiny_processor
 
 SEQLEN = 64
@@ -167,14 +168,13 @@ def test_images_may_be_bytes_and_pictures(tmp_path: Path, processor: Any) -> Non
         assert found.digest == named.digest
 
 
-def test_texts_beside_images_need_no_places(tmp_path: Path, processor: Any) -> None:
-    picture(0).save(tmp_path / "a.png")
-    text = "stone " * 90
-    plain = draw(written(tmp_path, {"text": text, "images": ["a.png"]}), processor, samples=1)
-    placed = written(tmp_path, {"text": f"<image>{text}", "images": "a.png"})
-    assert draw(placed, processor, samples=1).digest == plain.digest
-    with pytest.raises(TextError, match=r"line 1: the text has 2 places .* the column has 1"):
-        draw(written(tmp_path, {"text": f"<image><image>{text}", "images": ["a.png"]}), processor)
+def test_images_beside_plain_text_are_left_out_and_told(
+    tmp_path: Path, processor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{"text": "stone " * 90, "images": ["a.png"]}] * 4
+    windows = draw(written(tmp_path, *records), processor, samples=1)
+    assert not windows.has_images
+    assert "only its text is read (images beside messages are" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -209,19 +209,13 @@ def test_what_reads_text_alone_says_so(
         assert not draw_windows([str(chats)], processor.tokenizer, samples=2, seqlen=8).has_images
     assert "its images are left out" in caplog.text
     with pytest.raises(UsageError, match="a text to calibrate on has images; give a --held-out"):
-        draw_left_over([str(chats)], processor.tokenizer, samples=2, seqlen=8, seed=0, count=1)
+        windows_left_over([str(chats)], processor.tokenizer, samples=2, seqlen=8, seed=0, count=1)
 
 
 def test_images_in_messages_need_their_column(tmp_path: Path) -> None:
     path = written(tmp_path, {"messages": [{"role": "user", "content": [{"type": "image"}]}]})
     with pytest.raises(TextError, match="a message has an image, but there is no column 'images'"):
         TextSource(str(path), "calibration").open()
-
-
-def test_half_of_a_surrogate_pair_is_no_text_beside_images_either(tmp_path: Path) -> None:
-    path = written(tmp_path, {"text": "x\ud800", "images": []})
-    with pytest.raises(TextError, match="line 1: half of a surrogate pair at character 1"):
-        list(TextSource(str(path), "calibration").samples())
 
 
 def test_a_model_without_processor_is_told(tmp_path: Path, tokenizer: Any) -> None:

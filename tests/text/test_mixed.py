@@ -13,11 +13,12 @@ import pytest
 import cfsp.text.mixed
 from cfsp.errors import TextError
 from cfsp.settings import DEFAULT_TEXT
-from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_windows
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.mixed import KINDS, MIXED, records
 from cfsp.text.pools import sources_drawn
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
+from drawn_windows import draw_windows, windows_left_over
 
 MIXTURE = Path(cfsp.text.mixed.__file__).with_name("mixture")
 LICENCES = {path.stem for path in (MIXTURE / "licences").glob("*.txt")}
@@ -117,7 +118,7 @@ def test_the_mixed_text_has_the_share_of_one_text(tokenizer: Any) -> None:
 def test_what_is_left_over_was_not_drawn(tokenizer: Any) -> None:
     conditions: dict[str, Any] = {"samples": 4, "seqlen": 64, "seed": 3}
     drawn = draw_windows(["mixed"], tokenizer, **conditions)
-    left = draw_left_over(["mixed"], tokenizer, count=9, **conditions)
+    left = windows_left_over(["mixed"], tokenizer, count=9, **conditions)
     assert left.sources == {f"mixed/{kind}": 1 for kind in KINDS}
     assert not {tuple(row) for row in drawn.tokens_NT.tolist()} & {
         tuple(row) for row in left.tokens_NT.tolist()

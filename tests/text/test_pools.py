@@ -14,10 +14,11 @@ import cfsp.text.mixed
 import cfsp.text.stream
 from cfsp.errors import TextError
 from cfsp.settings import Text
-from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_windows
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.mixed import KINDS
 from cfsp.text.pools import shares_within
 from cfsp.text.windows import Windows
+from drawn_windows import draw_windows, windows_left_over
 
 LINES = 4000
 
@@ -117,7 +118,7 @@ def test_what_some_cannot_have_others_have_evenly() -> None:
 def drawn_once(texts: list[str | Text], tokenizer: Any) -> dict[str, int]:
     conditions: dict[str, Any] = {"samples": 20, "seqlen": 16, "seed": 0}
     drawn = draw_windows(texts, tokenizer, **conditions)
-    left = draw_left_over(texts, tokenizer, count=5, **conditions)
+    left = windows_left_over(texts, tokenizer, count=5, **conditions)
     rows = [tuple(row) for row in [*drawn.tokens_NT.tolist(), *left.tokens_NT.tolist()]]
     assert len(set(rows)) == len(rows) == 25
     return drawn.sources

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp.errors import TextError, UsageError
-from cfsp.text.drawing import consecutive_windows, draw_windows
+from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows, few_windows
+from drawn_windows import draw_windows
 
 DOCUMENTS = ["The first document.", "The second,\nin two lines.", "Das dritte: äöü €."]
 

@@ -34,8 +34,9 @@ from cfsp.settings import (
     Text,
 )
 from cfsp.text import hub, sources
-from cfsp.text.drawing import draw_windows
+from cfsp.text.files import Record
 from cfsp.text.sources import TextSource, check_texts
+from drawn_windows import draw_windows
 
 ABSENT = "nothing.txt"
 
@@ -77,20 +78,20 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path: Path) -> None:
 def test_a_text_on_the_hub_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
-    def documents(*place: str) -> Iterator[str]:
+    def records(*place: str) -> Iterator[Record]:
         opened.append(place)
-        yield "a river"
+        yield {"text": "a river", "body": "a river"}, "there"
 
     sources._open_on_hub.cache_clear()
-    monkeypatch.setattr(sources, "hub_documents", documents)
+    monkeypatch.setattr(sources, "hub_records", records)
     for _ in range(2):
         check_texts(["c4", "someone/texts:default:train:body"], "calibration")
     check_texts(["c4"], "evaluation")
     sources._open_on_hub.cache_clear()
     assert opened == [
-        ("allenai/c4", "en", "train", "text"),
-        ("someone/texts", "default", "train", "body"),
-        ("allenai/c4", "en", "validation", "text"),
+        ("allenai/c4", "en", "train"),
+        ("someone/texts", "default", "train"),
+        ("allenai/c4", "en", "validation"),
     ]
 
 
@@ -113,7 +114,7 @@ def test_commands_refuse_a_text_before_they_look_for_the_model(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sources, "hub_documents", lambda *place: iter(["a river"]))
+    monkeypatch.setattr(sources, "hub_records", lambda *_: iter([({"text": "a river"}, "there")]))
     places = {"MODEL": str(tmp_path / "no-model"), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in arguments]) == 2
     assert f"{ABSENT} is neither a file nor a known text" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def _add_recipe(parser: Parser) -> None:
     measured.add_argument(
         "--agreement",
         action="store_true",
-        help="KL to the dense model and the share of equal first choices, on the same texts",
+        help="KL to the dense model and top-1 agreement, on the same texts",
     )
     measured.add_argument(
         "--tasks",

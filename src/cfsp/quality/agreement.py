@@ -54,7 +54,7 @@ def divergence_and_agreement(logits_PV: Tensor, dense_PV: Tensor) -> tuple[float
 
     Returns:
         The sum of KL(dense || model) over the positions in nats, and at how many of them the most
-        likely token is the dense model's.
+        likely token is the dense model's (top-1 agreement).
     """
     rows = max(1, _PROBABILITIES_AT_ONCE // logits_PV.shape[1])
     divergence = torch.zeros((), dtype=torch.float64, device=logits_PV.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
 from cfsp.errors import ReportError
@@ -45,7 +46,8 @@ class TextPair:
         windows: how many there are.
         loss: negative log-likelihood per token in nats.
         divergence: KL(dense || model) per token in nats; None without a dense model.
-        agreed: share of tokens whose most likely one is the dense model's; likewise.
+        agreed: top-1 agreement, the share of tokens whose most likely one is the dense model's;
+            likewise.
     """
 
     text: str
@@ -243,10 +245,11 @@ def _task_pair(
         accuracy_of_dense = mean([each[metric] for each in of_dense])
         above = mean([each[metric] - each["chance"] for each in of_dense])
         is_above = above.value > _ERRORS_ABOVE_CHANCE * (above.stderr or 0.0)
-        answers = [_answers(documents, metric) for documents in (one, other, of_dense)]
-        if answers[2] is not None and answers[0] is not None and answers[1] is not None:
-            kept = _pair(*(_equal(answers[i], answers[2]) for i in (0, 1)))
-    if all(_is_continuation(each) for each in one):
+        dense_answers = _answers(of_dense, metric)
+        answers = [_answers(each, metric) for each in (one, other)]
+        if None not in (*dense_answers, *answers[0], *answers[1]):
+            kept = _pair(*(list(map(float, map(eq, each, dense_answers))) for each in answers))
+    if all("gold" not in each and "loglikelihoods" in each for each in one):
         loss = _pair(*([-each["loglikelihoods"][0] for each in some] for some in (one, other)))
     return TaskPair(
         task,
@@ -281,20 +284,10 @@ def _check_same_documents(task: str, first: MeasuredModel, second: MeasuredModel
         )
 
 
-def _answers(documents: Sequence[dict[str, Any]], metric: str) -> list[Any] | None:
-    """Return what was answered; None where there is nothing that can be the same."""
+def _answers(documents: Sequence[dict[str, Any]], metric: str) -> list[Any]:
+    """Return what was answered to each; None where there is nothing that can be the same."""
     name = "choice_norm" if metric == "acc_norm" else "choice"
-    found = [each.get(name, each.get("answer")) for each in documents]
-    return None if None in found else found
-
-
-def _equal(answers: list[Any] | None, dense: list[Any] | None) -> list[float]:
-    assert answers is not None and dense is not None
-    return [float(one == other) for one, other in zip(answers, dense, strict=True)]
-
-
-def _is_continuation(document: dict[str, Any]) -> bool:
-    return "gold" not in document and "loglikelihoods" in document
+    return [each.get(name, each.get("answer")) for each in documents]
 
 
 def _pair(first: Sequence[float], second: Sequence[float]) -> Pair:

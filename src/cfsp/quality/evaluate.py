@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,13 @@ from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd, agreement_of
 from cfsp.quality.perplexity import Perplexity, perplexity_of
 from cfsp.quality.results_file import measured_into
-from cfsp.quality.streaming import WindowSums, streamed_perplexity, streamed_sums
+from cfsp.quality.streaming import (
+    WindowSums,
+    joined_sums,
+    no_sums,
+    streamed_perplexity,
+    streamed_sums,
+)
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of
@@ -44,14 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Model:
-    """A model that is measured.
-
-    Attributes:
-        source: its weights.
-        engine: where and in what it computes.
-        windows: of each text, by its own tokenizer.
-        facts: which model it is, as the results begin.
-    """
+    """A model that is measured, its windows of each text, and what its results begin with."""
 
     source: Checkpoint
     engine: Engine
@@ -74,8 +73,10 @@ class _Model:
         perplexity, windows = {}, {}
         for text, sums in measured.items():
             label = f"{self.source.label} on {text}"
-            perplexity[text] = perplexity_of(sum(sums.loss), self.windows[text], label).to_json()
-            windows[text] = _windows_json(sums, self.windows[text])
+            of_text = self.windows[text]
+            perplexity[text] = perplexity_of(sum(sums["loss"]), of_text, label).to_json()
+            predicted = of_text.scored_N.tolist()
+            windows[text] = {"digest": of_text.digest, "predicted": predicted, **sums}
         return {**self.facts, "perplexity": perplexity, "windows": windows}
 
 
@@ -108,8 +109,9 @@ def evaluate_models(
 
     Returns:
         For each model: `model` (its name), `fingerprint`, `parameters`, `dtype`, `perplexity` by
-        text (see `Perplexity.to_json`), `windows` by text (see `_windows_json`), `agreement` of
-        all but the dense model, and with tasks `tasks` and `documents` (see `TaskRunner.score`).
+        text (see `Perplexity.to_json`), `windows` by text (their digest, predicted tokens and
+        `WindowSums`), `agreement` of all but the dense model, and with tasks `tasks` and
+        `documents` (see `TaskScorer.score`).
 
     Raises:
         CfspError: anything that a user can cause, mostly before the first forward pass.
@@ -189,13 +191,13 @@ def _measure_text(
     with temporary_workplace(budget // 2 if compares else budget) as passes:
         ends: list[DenseEnd] = []
 
-        def stream(number: int) -> dict[str, Any]:
+        def stream(number: int) -> WindowSums:
             model, is_compared = models[number], compares and number > 0
             engine, label = model.engine, f"{model.source.label} on {text}"
             windows = model.windows[text]
             own = windows.part(part_of(windows, team, engine.batch_windows))
             if not len(own.tokens_NT):
-                return asdict(WindowSums((), (), ()) if is_compared else WindowSums(()))
+                return no_sums(compared=is_compared)
 
             def keep(hidden: HiddenStates) -> None:
                 if compares and number == 0:
@@ -214,13 +216,13 @@ def _measure_text(
                 dense=ends[0] if ends and is_compared else None,
                 on_end=keep,
             )
-            perplexity_of(sum(sums.loss), own, label)  # no NaN
-            return asdict(sums)
+            perplexity_of(sum(sums["loss"]), own, label)  # no NaN
+            return sums
 
         found = []
         for number in range(len(models)):
             own = kept(place, f"text-{text_number}-{number}", partial(stream, number))
-            found.append(WindowSums.joined(team.gather(WindowSums.from_json(own))))
+            found.append(joined_sums(team.gather(own)))
         return found
 
 
@@ -282,15 +284,7 @@ def before_and_after(
     compute: Compute,
     place: Workplace,
 ) -> dict[str, dict[str, Any]]:
-    """Return text -> {"before", "after"} and their conditions, as the manifest has them.
-
-    Args:
-        before: the one model.
-        after: the other, with the same tokenizer.
-        windows: of each text (see `evaluation_windows`).
-        compute: how.
-        place: where to spill and to save.
-    """
+    """Return text -> {"before", "after"} and their conditions, as the manifest has them."""
     first = _perplexities(before, windows, compute, place, "dense")
     second = _perplexities(after, windows, compute, place, "pruned")
     return {
@@ -322,18 +316,6 @@ def _perplexities(
         )
         for text, of_text in windows.items()
     }
-
-
-def _windows_json(sums: WindowSums, windows: Windows) -> dict[str, Any]:
-    """Return what pairs are compared by: sums over each window, and which windows they were."""
-    found: dict[str, Any] = {
-        "digest": windows.digest,
-        "predicted": windows.scored_N.tolist(),
-        "loss": list(sums.loss),
-    }
-    if sums.divergence is not None and sums.agreed is not None:
-        found |= {"divergence": list(sums.divergence), "agreed": list(sums.agreed)}
-    return found
 
 
 def _identity(

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -40,37 +40,20 @@ if TYPE_CHECKING:
 # Enough positions for a fast product with the head, where the vocabulary is not huge.
 LOGITS_AT_ONCE = 1 << 25
 
-_COMPARED = ("divergence", "agreed")
+# What was added up over the predicted tokens of each window: `loss`, negative log-likelihood in
+# nats; and beside a dense model `divergence`, KL(dense || model) in nats, and `agreed`, how many
+# predictions have the dense model's most likely token (top-1 agreement).
+WindowSums = dict[str, list[float]]
 
 
-@dataclass(frozen=True)
-class WindowSums:
-    """What was added up over the predicted tokens of each window.
+def no_sums(*, compared: bool) -> WindowSums:
+    """Return the sums of no windows."""
+    return {name: [] for name in (("loss", "divergence", "agreed") if compared else ("loss",))}
 
-    Attributes:
-        loss: negative log-likelihood in nats.
-        divergence: KL(dense || model) in nats; None where nothing was compared.
-        agreed: how many predictions have the dense model's most likely token; likewise.
-    """
 
-    loss: tuple[float, ...]
-    divergence: tuple[float, ...] | None = None
-    agreed: tuple[int, ...] | None = None
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> WindowSums:
-        """Return the sums whose fields were written as JSON."""
-        compared = [None if fields[name] is None else tuple(fields[name]) for name in _COMPARED]
-        return cls(tuple(fields["loss"]), *compared)
-
-    @classmethod
-    def joined(cls, parts: Sequence[WindowSums]) -> WindowSums:
-        """Return the sums of all windows, from those of parts of them in their order."""
-        found = {}
-        for name in ("loss", *_COMPARED):
-            values = [getattr(part, name) for part in parts]
-            found[name] = None if values[0] is None else list(chain.from_iterable(values))
-        return cls.from_json(found)
+def joined_sums(parts: Sequence[WindowSums]) -> WindowSums:
+    """Return the sums of all windows, from those of parts of them in their order."""
+    return {name: list(chain.from_iterable(part[name] for part in parts)) for name in parts[0]}
 
 
 def streamed_perplexity(
@@ -88,9 +71,10 @@ def streamed_perplexity(
     """
     team = Team() if place is None else place.team
     own = windows.part(part_of(windows, team, engine.batch_windows))
-    loss: tuple[float, ...] = ()
+    loss: list[float] = []
     if len(own.tokens_NT):
-        loss = streamed_sums(source, own, engine, place=place, name=name, label=label).loss
+        sums = streamed_sums(source, own, engine, place=place, name=name, label=label)
+        loss = sums["loss"]
     return perplexity_of(sum(chain.from_iterable(team.gather(loss))), windows, label or name)
 
 
@@ -133,10 +117,10 @@ def streamed_sums(
             block.advance()
             return None
         head = Head(source, engine.device, engine.dtype)
-        sums = _Sums(head, windows, block, head_tokens, dense)
-        block.advance(on_hidden=sums.add)
+        sums = no_sums(compared=dense is not None)
+        block.advance(on_hidden=_Sums(head, windows, block, head_tokens, dense, sums).add)
         on_end(block.hidden)
-        return sums.result()
+        return sums
 
     found = pass_blocks(
         source,
@@ -171,24 +155,19 @@ class _Sums:
     block: StreamedBlock
     head_tokens: float
     dense: DenseEnd | None
-    _loss: list[float] = field(default_factory=list)
-    _divergence: list[float] = field(default_factory=list)
-    _agreed: list[int] = field(default_factory=list)
+    sums: WindowSums
 
     def add(self, input_BTD: Tensor, output_BTD: Tensor) -> None:
         """Add a batch."""
         for hidden_TD in output_BTD:
-            window = len(self._loss)
+            window = len(self.sums["loss"])
             tokens_T = self.windows.tokens_NT[window].to(hidden_TD.device)
             count = int(self.windows.scored_N[window])
             predicting = slice(-count - 1, -1)
             dense_PD = None if self.dense is None else self.dense.hidden_of(window)[predicting]
-            loss, divergence, agreed = self._window(
-                hidden_TD[predicting], tokens_T[-count:], dense_PD
-            )
-            self._loss.append(loss)
-            self._divergence.append(divergence)
-            self._agreed.append(agreed)
+            found = self._window(hidden_TD[predicting], tokens_T[-count:], dense_PD)
+            for values, value in zip(self.sums.values(), found, strict=False):
+                values.append(value)
 
     def _window(
         self, hidden_PD: Tensor, next_P: Tensor, dense_PD: Tensor | None
@@ -206,22 +185,15 @@ class _Sums:
             self.block.tokens_done(int(self.head_tokens * len(next_P[some])))
         return loss, divergence, agreed
 
-    def result(self) -> WindowSums:
-        """Return the sums of all windows."""
-        if self.dense is None:
-            return WindowSums(tuple(self._loss))
-        return WindowSums(tuple(self._loss), tuple(self._divergence), tuple(self._agreed))
-
 
 class _SumsFile:
     """Keeps the sums, which the last block gives; the others give nothing."""
 
     def save(self, result: WindowSums | None, directory: Path, block: int) -> None:
         """Write the sums."""
-        fields = None if result is None else asdict(result)
-        write_atomically(directory / f"sums-{block}.json", json.dumps(fields).encode())
+        write_atomically(directory / f"sums-{block}.json", json.dumps(result).encode())
 
     def load(self, directory: Path, block: int) -> WindowSums | None:
         """Read them."""
-        fields = json.loads((directory / f"sums-{block}.json").read_text("utf-8"))
-        return None if fields is None else WindowSums.from_json(fields)
+        found: WindowSums | None = json.loads((directory / f"sums-{block}.json").read_text("utf-8"))
+        return found

@@ -119,17 +119,7 @@ def held_out_windows(
         UsageError: the calibration text has images, and no other is named.
     """
     if not goal.held_out:
-        return [
-            draw_left_over(
-                text.names,
-                tokenizer,
-                samples=text.samples,
-                seqlen=text.seqlen,
-                seed=text.seed,
-                count=goal.windows,
-                bos=text.bos,
-            )
-        ]
+        return [draw_left_over(text, tokenizer, goal.windows)]
     return [
         consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen, bos=text.bos)
         for name in goal.held_out

@@ -69,7 +69,7 @@ def check_bos(bos: str) -> None:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Which text to calibrate on; see `cfsp.text.drawing.draw_windows`.
+    """Which text to calibrate on; see `cfsp.text.drawing.draw_text`.
 
     Attributes:
         names: of texts, or texts themselves.

@@ -29,11 +29,7 @@ def conversation_texts(
 
 
 def check_has_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a tokenizer can write conversations as text.
-
-    Raises:
-        TextError: it has no chat template.
-    """
+    """Check that a tokenizer can write conversations as text, or raise TextError."""
     if not getattr(tokenizer, "chat_template", None):
         raise TextError(
             "the model's tokenizer has no chat template, which chat data needs; give plain text, "
@@ -83,18 +79,10 @@ def templated(
 
 
 def checked_conversation(value: Any, where: str, *, beside_images: bool) -> Conversation:
-    """Check that a value is a list of messages, each with a role and a content.
-
-    Args:
-        value: of the column `messages`.
-        where: file and line, for the error.
-        beside_images: whether there is a column of images: their places are then left out.
-
-    Returns:
-        The messages with their contents as texts.
+    """Return messages with their contents as texts, without the places of images beside them.
 
     Raises:
-        TextError: it is something else, or has images of its own.
+        TextError: it is no list of messages, or has images of its own.
     """
     messages = checked_messages(value, where)
     parts = [part for message in messages for part in message["content"]]
@@ -109,7 +97,7 @@ def checked_conversation(value: Any, where: str, *, beside_images: bool) -> Conv
 
 
 def checked_messages(value: Any, where: str) -> Conversation:
-    """Check that a value is a list of messages; return it with all contents as lists of parts.
+    """Return messages, each with a role and a content, with all contents as lists of parts.
 
     Args:
         value: of the column `messages`. A content is a text, or a list of {"type": "text", "text"}

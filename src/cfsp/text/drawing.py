@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings import DEFAULT_SEQLEN, Bos, Text
+from cfsp.settings import Bos, Text
 from cfsp.text.cutting import gather, overlapping_spans, spans
 from cfsp.text.image_windows import ProcessorOf
 from cfsp.text.pools import parts_with_shares, shares_within, shuffled_pools
@@ -27,14 +27,9 @@ if TYPE_CHECKING:
     from cfsp.settings import CalibrationText
 
 
-def draw_windows(
-    texts: Sequence[str | Text],
+def draw_text(
+    text: CalibrationText,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int | None = None,
-    seqlen: int = DEFAULT_SEQLEN,
-    seed: int = 0,
-    bos: Bos = "auto",
     processor: ProcessorOf | None = None,
 ) -> Windows:
     """Draw calibration windows evenly from each text, without overlap, by seed.
@@ -43,101 +38,51 @@ def draw_windows(
     has too few windows for is drawn from the others; a long one is drawn from all over.
 
     Args:
-        texts: what to draw from; see `cfsp.text.sources`.
+        text: what to draw from, and how much.
         tokenizer: the model's own.
-        samples: windows in all; None for 128, or all that there are if that is less.
-        seqlen: tokens in a window, BOS included.
-        seed: the same seed draws the same windows from the same text.
-        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
         processor: loads that of the model, for texts with images; None if it reads text alone.
 
     Raises:
         TextError: a text is missing or holds no window, or all hold too few.
-        UsageError: samples or seqlen is not positive, or there is no BOS.
+        UsageError: samples or seqlen is too small, or there is no BOS.
         CheckpointError: a text has images, and the model no processor.
     """
-    begins_with = beginning(tokenizer, bos)
-    pools = shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with, processor)
-    return joined(
-        [
-            Windows(
-                pool.tokens_NT[: pool.share],
-                {pool.name: pool.share},
-                begins_with,
-                images_N=pool.images_N,
-            )
-            for pool in pools
-            if pool.share
-        ]
-    )
-
-
-def draw_text(
-    text: CalibrationText,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorOf | None = None,
-) -> Windows:
-    """Draw the windows of a calibration text; see `draw_windows`."""
-    return draw_windows(
-        text.names,
-        tokenizer,
-        samples=text.samples,
-        seqlen=text.seqlen,
-        seed=text.seed,
-        bos=text.bos,
-        processor=processor,
-    )
+    pools = shuffled_pools(text, tokenizer, processor)
+    return _first_of([pool.windows for pool in pools], [pool.share for pool in pools])
 
 
 def draw_left_over(
-    texts: Sequence[str | Text],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int | None,
-    seqlen: int,
-    seed: int,
-    count: int,
-    bos: Bos = "auto",
+    text: CalibrationText, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> Windows:
-    """Draw windows that `draw_windows` with the same arguments does not draw.
-
-    Args:
-        texts: as for `draw_windows`.
-        tokenizer: the model's own.
-        samples: as for `draw_windows`.
-        seqlen: tokens in a window.
-        seed: as for `draw_windows`.
-        count: windows in all, as evenly from each text as there are.
-        bos: as for `draw_windows`.
+    """Draw `count` windows that `draw_text` does not draw, as evenly from each text as there are.
 
     Raises:
         TextError: the texts have not so many windows left.
         UsageError: a text has images.
     """
-    if any(TextSource(text, "calibration").has_images for text in texts):
+    if any(TextSource(name, "calibration").has_images for name in text.names):
         raise UsageError(
             "a loss is measured on text alone, and a text to calibrate on has images; give a "
             "--held-out text"
         )
-    begins_with = beginning(tokenizer, bos)
-    pools = shuffled_pools(texts, tokenizer, samples, seqlen, seed, begins_with)
-    left = [pool.tokens_NT[pool.share :] for pool in pools]
-    even = [share for _, share in parts_with_shares(texts, count)]
-    shares = shares_within(even, [len(left_NT) for left_NT in left])
+    pools = shuffled_pools(text, tokenizer)
+    left = [pool.windows.part(slice(pool.share, None)) for pool in pools]
+    even = [share for _, share in parts_with_shares(text.names, count)]
+    shares = shares_within(even, [len(windows.tokens_NT) for windows in left])
     if sum(shares) < count:
         taken = sum(pool.share for pool in pools)
         raise TextError(
-            f"{', '.join(map(name_of, texts))}: of {taken + sum(shares)} windows of {seqlen} "
-            f"tokens calibration takes {taken}; {count} others are needed to measure on: give "
-            "fewer --samples, or a --held-out text"
+            f"{', '.join(map(name_of, text.names))}: of {taken + sum(shares)} windows of "
+            f"{text.seqlen} tokens calibration takes {taken}; {count} others are needed to measure "
+            "on: give fewer --samples, or a --held-out text"
         )
-    return joined(
-        [
-            Windows(left_NT[:share], {pool.name: share}, begins_with)
-            for pool, left_NT, share in zip(pools, left, shares, strict=True)
-            if share
-        ]
-    )
+    return _first_of(left, shares)
+
+
+def _first_of(of_texts: Sequence[Windows], shares: Sequence[int]) -> Windows:
+    """Return the first windows of each text, one text after the other."""
+    pairs = zip(of_texts, shares, strict=True)
+    return joined([windows.part(slice(share)) for windows, share in pairs if share])
 
 
 def consecutive_windows(

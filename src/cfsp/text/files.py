@@ -1,4 +1,4 @@
-"""Documents in local files: .txt, .jsonl, .parquet, and directories that datasets wrote."""
+"""Local files: plain text, and records of .jsonl, .parquet, and directories that datasets wrote."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.images import IMAGE_COLUMN, Sample, sample_of
-from cfsp.text.records import document_of
+from cfsp.text.records import IMAGE_COLUMN
 
 # A record, and where it is.
 Record = tuple[Any, str]
@@ -21,56 +20,16 @@ _PIECE_CHARACTERS = 4096
 _LINES_LOOKED_AT = 64
 
 
-def local_documents(path: Path, column: str) -> Iterator[Any]:
-    """Return what a column of a file or directory holds, in its own order.
-
-    Args:
-        path: exists.
-        column: of the documents; conversations where it is `messages`.
-
-    Raises:
-        TextError: it is not readable as text.
-        MissingExtraError: it needs the package datasets or pyarrow.
-    """
-    if is_text_file(path):
-        return _text_file(path)
-    has_images = IMAGE_COLUMN in column_names(path)
-    records = _records(path, (column,))
-    return (
-        document_of(record, column, where, beside_images=has_images) for record, where in records
-    )
-
-
 def is_text_file(path: Path) -> bool:
     """Return whether a path is that of a file of plain text, which is one document in pieces."""
     return path.suffix == ".txt" and not path.is_dir()
 
 
-def local_samples(path: Path, column: str) -> Iterator[Sample]:
-    """Return what a file or directory holds in a column and in that of images, in its own order.
-
-    Args:
-        path: has a column of images.
-        column: of texts; conversations where it is `messages`.
-
-    Raises:
-        TextError: it is not readable, or a record has no text.
-        MissingExtraError: it needs the package datasets or pyarrow.
-    """
-    directory = path if path.is_dir() else path.parent
-    for record, where in _records(path, (column, IMAGE_COLUMN)):
-        yield sample_of(record, column, where, directory)
-
-
 def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
     """Return the columns that a local file or directory has, as its beginning shows.
 
-    Args:
-        path: exists or not.
-        lines: of a .jsonl file that are looked at; what is null there does not count.
-
-    Returns:
-        Nothing of what has no columns or cannot be read: reading it will say what is wrong.
+    What is null in the first lines of a .jsonl file does not count. What cannot be read has none:
+    reading it will say what is wrong.
     """
     try:
         if path.is_dir():
@@ -90,8 +49,13 @@ def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
     return {name for record in dictionaries for name, value in record.items() if value is not None}
 
 
-def _records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    """Return the records of a file or directory: the first column must be there, others may."""
+def local_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    """Return the records of a file or directory that exists: the first column must be there.
+
+    Raises:
+        TextError: it is not readable as text.
+        MissingExtraError: it needs the package datasets or pyarrow.
+    """
     if path.is_dir():
         return _saved_dataset(path, columns)
     if path.suffix == ".jsonl":
@@ -104,7 +68,7 @@ def _records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     )
 
 
-def _text_file(path: Path) -> Iterator[str]:
+def text_file(path: Path) -> Iterator[str]:
     """Yield a text in pieces that end with a line and follow one another."""
     held = ""
     for number, line in enumerate(_lines(path), start=1):
@@ -180,11 +144,7 @@ def _saved_dataset(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def import_datasets() -> Any:
-    """Return the package datasets.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Return the package datasets, or raise MissingExtraError."""
     try:
         import datasets
     except ImportError as error:
@@ -193,11 +153,7 @@ def import_datasets() -> Any:
 
 
 def _checked(decode: Callable[[], str], where: str) -> str:
-    """Return the text that a function decodes.
-
-    Raises:
-        TextError: it is none.
-    """
+    """Return the text that a function decodes, or raise TextError."""
     try:
         text = decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Windows with images: what a model's own processor makes of samples, as many as fill a window.
+"""Windows with images: what a model's own processor makes of conversations that have some.
 
 All windows are equally long and none is padded, with images or without. A window has as many whole
 samples as fit, and is cut after T tokens where the last one goes on; an image is never cut. Where
@@ -11,23 +11,22 @@ Shapes: T tokens, R tokens of a sample or of several.
 from __future__ import annotations
 
 import logging
-import mmap
-import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from cfsp.errors import MissingExtraError, OutputError, TextError, UsageError
+from cfsp.errors import MissingExtraError, TextError, UsageError
 from cfsp.text.chats import CHAT_COLUMN
 from cfsp.text.images import Sample, open_image
 from cfsp.text.tokenizers import is_processor
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,23 +36,10 @@ logger = logging.getLogger(__name__)
 # Loads the processor of a model.
 ProcessorOf = Callable[[], Any]
 
-_ALIGNMENT = 64
-
 # What a processor gives besides, and the model does not need: windows are not padded.
 _NOT_NEEDED = ("input_ids", "attention_mask", "labels")
-
-
-@dataclass(frozen=True)
-class ImageWindow:
-    """A window.
-
-    Attributes:
-        tokens_T: token ids.
-        images: what the model is given besides; nothing if there is no image.
-    """
-
-    tokens_T: Tensor
-    images: Mapping[str, Tensor]
+# How many samples are held to be drawn from, for each window: images are too large to hold all.
+_SAMPLES_TOGETHER = 4
 
 
 def parted(given: Any) -> tuple[PreTrainedTokenizerBase, Any]:
@@ -70,50 +56,104 @@ def parted(given: Any) -> tuple[PreTrainedTokenizerBase, Any]:
     return (given.tokenizer, given) if is_processor(given) else (given, None)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a processor made of samples: token ids, values of every token and of the images.
+
+    Attributes:
+        tokens_R: token ids.
+        by_token: values of every token, [1, R], such as its type.
+        images: values of the images.
+        images_end: tokens up to the end of the last image.
+    """
+
+    tokens_R: Tensor
+    by_token: Mapping[str, Tensor] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    images_end: int = 0
+
+    def between(self, before: Sequence[int], after: Sequence[int]) -> _Inputs:
+        """Return these inputs with the tokens of text before and after them."""
+        # Text is of type 0 where tokens have types.
+        sides = (len(before), len(after))
+        return _Inputs(
+            torch.cat(
+                [torch.tensor([*before]).long(), self.tokens_R, torch.tensor([*after]).long()]
+            ),
+            {name: pad(value, sides) for name, value in self.by_token.items()},
+            self.images,
+            self.images_end and len(before) + self.images_end,
+        )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A sample as text, and how many tokens it has: in all, and up to the end of its images."""
+
+    sample: Sample
+    text: str
+    length: int
+    images_end: int
+
+
 @dataclass
 class ImageWindows:
     """Fills windows with samples, one after the other, until there are no more.
 
-    Args:
-        samples: in the order in which they are taken.
+    Attributes:
+        samples: in the source's own order.
         processor: of the model.
         seqlen: tokens T in a window.
         begins_with: token ids that an input of the model begins with.
-
-    Attributes:
-        left_out: samples whose images alone are longer than a window.
-        needed: tokens that the longest of these would need.
     """
 
     samples: Iterator[Sample]
     processor: Any
     seqlen: int
-    begins_with: Sequence[int]
-    left_out: int = 0
-    needed: int = 0
+    begins_with: tuple[int, ...]
+    _left_out: int = 0
+    _needed: int = 0
     _waiting: deque[_Piece] = field(default_factory=deque)
 
-    def take(self, count: int) -> list[ImageWindow]:
-        """Return so many windows, or as many as there are.
+    def draw(self, name: str, count: int, least: int, generator: torch.Generator) -> Windows:
+        """Return `count` windows of a text, or as many as there are, of samples in another order.
 
         Raises:
-            TextError: a sample is not what the processor takes.
+            TextError: there are fewer than `least`, or a sample is not what the processor takes.
             MissingExtraError: the processor needs Pillow or torchvision.
-            OutputError: the disk is full.
         """
-        windows = iter(self._next, None)
-        found = _in_file(islice(windows, count))
-        if self.left_out:
+        self.samples = _shuffled(self.samples, generator, _SAMPLES_TOGETHER * count)
+        found = list(islice(iter(self._next, None), count))
+        if self._left_out:
             logger.warning(
                 "%d samples were left out, whose images need up to %d tokens: more than a window "
                 "has (--seqlen %d)",
-                self.left_out,
-                self.needed,
-                self.seqlen,
+                *(self._left_out, self._needed, self.seqlen),
             )
-        return found
+        if len(found) < least:
+            cure = "give more samples, fewer --samples or a shorter --seqlen"
+            if self._left_out:
+                cure = (
+                    f"{self._left_out} samples have images that need up to {self._needed} tokens: "
+                    "raise --seqlen to at least that, or give smaller images"
+                )
+            raise TextError(
+                f"{name} holds {len(found)} windows of {self.seqlen} tokens with images, {count} "
+                f"are needed; {cure}"
+            )
+        tokens_NT = torch.stack([made.tokens_R[: self.seqlen] for made in found])
+        images_N = tuple(map(self._images_of, found))
+        return Windows(tokens_NT, {name: len(found)}, self.begins_with, images_N=images_N)
 
-    def _next(self) -> ImageWindow | None:
+    def _images_of(self, made: _Inputs) -> Mapping[str, Tensor]:
+        """Return what the model is given of a window besides its tokens."""
+        if not made.images_end:
+            return {}
+        by_token = {name: value[:, : self.seqlen] for name, value in made.by_token.items()}
+        return {**by_token, **made.images}
+
+    def _next(self) -> _Inputs | None:
+        """Return the inputs of a whole window or more; None if there are not so many."""
         room = self.seqlen - len(self.begins_with)
         chosen: list[_Piece] = []
         used = 0
@@ -129,30 +169,24 @@ class ImageWindows:
         while made.images_end > self.seqlen:
             self._waiting.appendleft(chosen.pop())
             made = self._made(chosen)
-        filled = self._filled(made)
-        return None if filled is None else filled.cut(self.seqlen)
+        position = 0
+        while len(made.tokens_R) < self.seqlen:
+            if (piece := self._piece(position)) is None:
+                return None
+            plain = _rendered(piece.sample, self.processor, with_images=False)
+            ids = self.processor.tokenizer(plain, add_special_tokens=False)["input_ids"]
+            made = made.between((), ids)
+            position += 1
+        return made
 
     def _made(self, chosen: Sequence[_Piece]) -> _Inputs:
         text = "".join(piece.text for piece in chosen)
         images = [image for piece in chosen for image in piece.sample.images]
         made = _inputs(text, images, chosen[0].sample.where, self.processor)
-        begin = list(self.begins_with)
+        begin = self.begins_with
         # Templates and processors write it themselves, at a place of their own.
         if begin and begin[0] not in made.tokens_R[: chosen[0].length].tolist():
-            made = _only_text(begin).followed_by(made)
-        return made
-
-    def _filled(self, made: _Inputs) -> _Inputs | None:
-        """Return inputs of a whole window or more; None if there is no text left for that."""
-        next_sample = 0
-        while len(made.tokens_R) < self.seqlen:
-            piece = self._piece(next_sample)
-            if piece is None:
-                return None
-            plain = _rendered(piece.sample, self.processor, with_images=False)
-            ids = self.processor.tokenizer(plain, add_special_tokens=False)["input_ids"]
-            made = made.followed_by(_only_text(ids))
-            next_sample += 1
+            made = made.between(begin, ())
         return made
 
     def _piece(self, position: int) -> _Piece | None:
@@ -165,104 +199,19 @@ class ImageWindows:
             made = _inputs(text, sample.images, sample.where, self.processor)
             needed = made.images_end + len(self.begins_with)
             if needed > self.seqlen:
-                self.left_out, self.needed = self.left_out + 1, max(self.needed, needed)
+                self._left_out, self._needed = self._left_out + 1, max(self._needed, needed)
             else:
                 self._waiting.append(_Piece(sample, text, len(made.tokens_R), made.images_end))
         return self._waiting[position]
 
 
-def _in_file(windows: Iterator[ImageWindow]) -> list[ImageWindow]:
-    """Return windows whose images are in a temporary file without a name, which goes with them.
-
-    Pixels take more memory than anything else of a text, and each window's are looked at seldom.
-
-    Raises:
-        OutputError: the disk is full.
-    """
-    written: list[tuple[Tensor, dict[str, tuple[int, Tensor]]]] = []
-    try:
-        with tempfile.TemporaryFile() as file:
-            for window in windows:
-                places = {}
-                for name, value in window.images.items():
-                    file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
-                    # Its shape and dtype alone.
-                    places[name] = file.tell(), value.to("meta")
-                    file.write(value.contiguous().numpy().tobytes())
-                written.append((window.tokens_T, places))
-            file.flush()
-            if not file.tell():
-                return [ImageWindow(tokens_T, {}) for tokens_T, _ in written]
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise OutputError(
-            f"cannot make room for the images of the windows in {tempfile.gettempdir()} "
-            f"({error.strerror or error}); free the disk, set TMPDIR, or take fewer --samples"
-        ) from error
-
-    def read(offset: int, like: Tensor) -> Tensor:
-        flat = torch.frombuffer(mapped, dtype=like.dtype, count=like.numel(), offset=offset)
-        return flat.view(like.shape)
-
-    return [
-        ImageWindow(tokens_T, {name: read(*place) for name, place in places.items()})
-        for tokens_T, places in written
-    ]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A sample as text, and how many tokens it has: in all, and up to the end of its images."""
-
-    sample: Sample
-    text: str
-    length: int
-    images_end: int
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a processor made of samples.
-
-    Attributes:
-        tokens_R: token ids.
-        by_token: values of every token, [1, R], such as its type.
-        images: values of the images.
-        images_end: tokens up to the end of the last image.
-    """
-
-    tokens_R: Tensor
-    by_token: Mapping[str, Tensor]
-    images: Mapping[str, Tensor]
-    images_end: int
-
-    def followed_by(self, other: _Inputs) -> _Inputs:
-        """Return the inputs of two texts, of which at most one has images."""
-        by_token = {}
-        for name in {**self.by_token, **other.by_token}:
-            # Text is of type 0 where tokens have types.
-            parts = [
-                each.by_token.get(name, torch.zeros(1, len(each.tokens_R), dtype=torch.int64))
-                for each in (self, other)
-            ]
-            by_token[name] = torch.cat(parts, dim=1)
-        end = len(self.tokens_R) + other.images_end if other.images_end else self.images_end
-        return _Inputs(
-            torch.cat([self.tokens_R, other.tokens_R]),
-            by_token,
-            {**self.images, **other.images},
-            end,
-        )
-
-    def cut(self, seqlen: int) -> ImageWindow:
-        """Return a window of the first tokens."""
-        by_token = {name: value[:, :seqlen] for name, value in self.by_token.items()}
-        images = {**by_token, **self.images} if self.images_end else {}
-        return ImageWindow(self.tokens_R[:seqlen], images)
-
-
-def _only_text(ids: Sequence[int]) -> _Inputs:
-    return _Inputs(torch.tensor(ids, dtype=torch.int64), {}, {}, 0)
+def _shuffled(
+    samples: Iterator[Sample], generator: torch.Generator, together: int
+) -> Iterator[Sample]:
+    """Yield samples in another order, so many at a time."""
+    while chunk := list(islice(samples, together)):
+        for position in torch.randperm(len(chunk), generator=generator).tolist():
+            yield chunk[position]
 
 
 def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _Inputs:
@@ -273,10 +222,11 @@ def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _In
         MissingExtraError: it needs Pillow or torchvision.
     """
     pictures = [open_image(image, where) for image in images]
+    kind = type(processor).__name__
     try:
         if not images:
             ids = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return _only_text(ids)
+            return _Inputs(torch.tensor(ids, dtype=torch.int64))
         made = processor(
             text=[text], images=[pictures], return_tensors="pt", add_special_tokens=False
         )
@@ -287,23 +237,19 @@ def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _In
         raise MissingExtraError("reading images", "images") from error
     except Exception as error:  # processors raise what they like
         raise TextError(
-            f"{where}: the model's processor ({type(processor).__name__}) does not take this text "
-            f"with {len(images)} images: {str(error).splitlines()[0][:200]}"
+            f"{where}: the model's processor ({kind}) does not take this text with {len(images)} "
+            f"images: {str(error).splitlines()[0][:200]}"
         ) from error
     tokens_R = made["input_ids"][0]
-    by_token = {name: v for name, v in others.items() if v.shape == made["input_ids"].shape}
     of_images = torch.isin(tokens_R, torch.tensor(_image_tokens(processor)))
     if not bool(of_images.any()):
         raise TextError(
-            f"{where}: the model's processor ({type(processor).__name__}) put no tokens of an "
-            "image into the text; give text alone"
+            f"{where}: the model's processor ({kind}) put no tokens of an image into the text; "
+            "give text alone"
         )
-    return _Inputs(
-        tokens_R,
-        by_token,
-        {name: value for name, value in others.items() if name not in by_token},
-        int(of_images.nonzero()[-1]) + 1,
-    )
+    by_token = {name: v for name, v in others.items() if v.shape == made["input_ids"].shape}
+    of_pictures = {name: value for name, value in others.items() if name not in by_token}
+    return _Inputs(tokens_R, by_token, of_pictures, int(of_images.nonzero()[-1]) + 1)
 
 
 def _image_tokens(processor: Any) -> list[int]:
@@ -317,72 +263,23 @@ def _rendered(sample: Sample, processor: Any, *, with_images: bool = True) -> st
     """Return a sample as text, with the processor's own places for images.
 
     Raises:
-        TextError: there is no chat template, or the sample does not fit it, or a text has places
-            for another number of images.
+        TextError: there is no chat template, or the sample does not fit it.
     """
-    if isinstance(sample.content, str):
-        return _text_with_places(sample, processor, with_images=with_images)
     template = processor.chat_template or processor.tokenizer.chat_template
     if not template:
         raise TextError(
-            f"the model's processor has no chat template, which {CHAT_COLUMN!r} need; give text "
-            "beside the images, or an instruct model"
+            f"the model's processor has no chat template, which {CHAT_COLUMN!r} need; give text, "
+            "or an instruct model"
         )
     messages = [
         {
             **message,
             "content": [p for p in message["content"] if with_images or p["type"] == "text"],
         }
-        for message in sample.content
+        for message in sample.messages
     ]
     try:
         text: str = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
     except Exception as error:  # templates raise what they like
         raise TextError(f"{sample.where}: does not fit the chat template: {error}") from error
     return text
-
-
-def _text_with_places(sample: Sample, processor: Any, *, with_images: bool) -> str:
-    assert isinstance(sample.content, str)
-    token = getattr(processor, "image_token", None)
-    places = sample.content.count(token) if token else 0
-    if not with_images:
-        return sample.content.replace(token, "") if token else sample.content
-    if places not in (0, len(sample.images)):
-        raise TextError(
-            f"{sample.where}: the text has {places} places for images ({token}), the column has "
-            f"{len(sample.images)} images; there must be one for each"
-        )
-    if places or not sample.images:
-        return sample.content
-    return _place(processor) * len(sample.images) + sample.content
-
-
-def _place(processor: Any) -> str:
-    """Return what stands for an image in a text: what the chat template writes, else its token."""
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if template:
-        # Up to a text behind it, with and without the image.
-        with_image, without = (
-            str(
-                processor.apply_chat_template(
-                    [{"role": "user", "content": [*image, {"type": "text", "text": "~"}]}],
-                    chat_template=template,
-                    tokenize=False,
-                )
-            ).partition("~")[0]
-            for image in ([{"type": "image"}], [])
-        )
-        if with_image != without:
-            same = (a == b for a, b in zip(with_image, without, strict=False))
-            return with_image[sum(takewhile(bool, same)) :]
-    return str(getattr(processor, "image_token", ""))
-
-
-def shuffled(
-    samples: Iterator[Sample], generator: torch.Generator, together: int
-) -> Iterator[Sample]:
-    """Yield samples in another order, so many at a time: images are too large to hold them all."""
-    while chunk := [sample for _, sample in zip(range(together), samples, strict=False)]:
-        for position in torch.randperm(len(chunk), generator=generator).tolist():
-            yield chunk[position]

@@ -1,4 +1,4 @@
-"""Images beside text: what a data set has in its column `images`, and how a picture is read.
+"""Images beside conversations: what a data set has in its column `images`, and reading a picture.
 
 An image is a path, relative to the file that names it; or {"bytes", "path"}, as parquet files and
 data sets store it; or a picture of Pillow.
@@ -14,47 +14,42 @@ from typing import Any
 
 from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.chats import CHAT_COLUMN, Conversation, checked_messages
-from cfsp.text.records import document_of, value_of
-
-IMAGE_COLUMN = "images"
+from cfsp.text.records import IMAGE_COLUMN, value_of
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text or a conversation, and the images that belong to it.
+    """A conversation, and the images that belong to it.
 
     Attributes:
-        content: a text, or the messages of a conversation, whose contents are lists of parts.
-        images: in the order of their places in the content: paths, bytes or pictures.
+        messages: their contents are lists of parts.
+        images: in the order of their places in the messages: paths, bytes or pictures.
         where: file and line, for errors.
     """
 
-    content: str | Conversation
+    messages: Conversation
     images: tuple[Any, ...]
     where: str
 
 
-def sample_of(record: Any, column: str, where: str, directory: Path | None) -> Sample:
-    """Return what a record has in its columns of text and of images.
+def sample_of(record: Any, where: str, directory: Path | None) -> Sample:
+    """Return what a record has in its columns of messages and of images.
 
     Args:
         record: a dictionary by columns.
-        column: of the text, or `messages`.
-        where: it is, for errors.
+        where: file and line, for errors.
         directory: that paths of images are relative to; None where images are no paths.
 
     Raises:
-        TextError: the record has no such text, or something else than images.
+        TextError: the record has no messages, or something else than images.
     """
-    content = value_of(record, column, where)
+    messages = checked_messages(value_of(record, CHAT_COLUMN, where), where)
     found = record.get(IMAGE_COLUMN)
     if found is None:
         found = []
     values = list(found) if isinstance(found, list | tuple) else [found]
     images = tuple(_image(value, where, directory) for value in values)
-    if column == CHAT_COLUMN:
-        return Sample(_with_places(checked_messages(content, where), images, where), images, where)
-    return Sample(document_of(record, column, where), images, where)
+    return Sample(_with_places(messages, images, where), images, where)
 
 
 def _image(value: Any, where: str, directory: Path | None) -> Any:
@@ -90,11 +85,7 @@ def _with_places(messages: Conversation, images: Sequence[Any], where: str) -> C
 
 
 def open_image(value: Any, where: str) -> Any:
-    """Return a picture of Pillow, in RGB.
-
-    Args:
-        value: a path, bytes or a picture.
-        where: its record is, for errors.
+    """Return a picture of Pillow, in RGB, of a path, bytes or a picture.
 
     Raises:
         TextError: it is missing, or no picture.

@@ -1,35 +1,33 @@
 """What calibration windows are drawn from: the windows of each text, shuffled by seed.
 
 A text that is named twice, or as a part of another one, is one pool: no window is drawn twice.
-
-Shapes: N windows, T tokens in a window.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_SAMPLES, Text
 from cfsp.text.cutting import gather, spans
-from cfsp.text.image_windows import ImageWindows, ProcessorOf, shuffled
+from cfsp.text.image_windows import ImageWindows, ProcessorOf
 from cfsp.text.mixed import parts_of
 from cfsp.text.sources import TextSource, identity_of
 from cfsp.text.stream import spread_tokens
+from cfsp.text.tokenizers import beginning
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+    from cfsp.settings import CalibrationText
 
-# Of samples with images, how many are held to be drawn from, for each window.
-_SAMPLES_TOGETHER = 4
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,48 +35,36 @@ class ShuffledPool:
     """The windows of one text in the order in which they are drawn, and how many are."""
 
     name: str
-    tokens_NT: Tensor
+    windows: Windows
     share: int
-    images_N: tuple[Mapping[str, Tensor], ...] = ()
 
 
 def shuffled_pools(
-    texts: Sequence[str | Text],
+    text: CalibrationText,
     tokenizer: PreTrainedTokenizerBase,
-    samples: int | None,
-    seqlen: int,
-    seed: int,
-    begins_with: tuple[int, ...],
     processor: ProcessorOf | None = None,
 ) -> list[ShuffledPool]:
-    """Return the pool of each text; arguments are those of `cfsp.text.drawing.draw_windows`.
-
-    What a text has too few windows for is drawn from the others, with a warning.
-
-    Raises:
-        TextError: a text is missing or holds no window, or all hold too few.
-        UsageError: samples or seqlen is too small.
-    """
-    if (samples is not None and samples < len(texts)) or seqlen < 2 + len(begins_with[1:]):
+    """Return the pool of each text; arguments and errors are those of `draw_text`."""
+    begins_with, samples, seqlen = beginning(tokenizer, text.bos), text.samples, text.seqlen
+    if (samples is not None and samples < len(text.names)) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
             f"expected at least one window for each text and 2 tokens in a window, "
-            f"found {samples} windows for {len(texts)} texts and {seqlen} tokens"
+            f"found {samples} windows for {len(text.names)} texts and {seqlen} tokens"
         )
     wanted = DEFAULT_SAMPLES if samples is None else samples
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(text.seed)
     pools: list[ShuffledPool] = []
-    for text, share in parts_with_shares(texts, wanted):
-        source = TextSource(text, "calibration")
+    for part, share in parts_with_shares(text.names, wanted):
+        source = TextSource(part, "calibration")
         if processor is not None and source.has_images:
-            order = shuffled(source.samples(), generator, _SAMPLES_TOGETHER * share)
-            made = ImageWindows(order, processor(), seqlen, begins_with)
-            least = 1 if samples is None else share
-            pools.append(_image_pool(source.name, made, share, least))
-            continue
-        stream_R = spread_tokens(source, tokenizer, wanted * seqlen, seed)
-        pool_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
-        order_N = torch.randperm(len(pool_NT), generator=generator)
-        pools.append(ShuffledPool(source.name, pool_NT[order_N], share))
+            made = ImageWindows(source.samples(), processor(), seqlen, begins_with)
+            windows = made.draw(source.name, share, 1 if samples is None else share, generator)
+        else:
+            stream_R = spread_tokens(source, tokenizer, wanted * seqlen, text.seed)
+            all_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
+            order_N = torch.randperm(len(all_NT), generator=generator)
+            windows = Windows(all_NT[order_N], {source.name: len(all_NT)}, begins_with)
+        pools.append(ShuffledPool(source.name, windows, share))
     return _filled(pools, samples, seqlen - len(begins_with))
 
 
@@ -93,11 +79,11 @@ def _filled(pools: Sequence[ShuffledPool], samples: int | None, length: int) -> 
     Raises:
         TextError: a pool is empty, or all hold too few.
     """
-    have = [len(pool.tokens_NT) for pool in pools]
+    have = [len(pool.windows.tokens_NT) for pool in pools]
     shares = shares_within([pool.share for pool in pools], have)
     enough = samples is None or sum(shares) == samples
     for pool in pools:
-        windows, seqlen = pool.tokens_NT.shape
+        windows, seqlen = pool.windows.tokens_NT.shape
         if windows >= pool.share:
             continue
         if not enough or not windows:
@@ -110,21 +96,13 @@ def _filled(pools: Sequence[ShuffledPool], samples: int | None, length: int) -> 
             logger.warning(
                 "%s holds %d windows of %d tokens, fewer than its share of %d; what is missing is "
                 "drawn from the other texts, as far as they have it",
-                pool.name,
-                windows,
-                seqlen,
-                pool.share,
+                *(pool.name, windows, seqlen, pool.share),
             )
     return [replace(pool, share=share) for pool, share in zip(pools, shares, strict=True)]
 
 
 def shares_within(shares: Sequence[int], most: Sequence[int]) -> list[int]:
-    """Return shares of which none is larger than it can be: the others have more, evenly.
-
-    Args:
-        shares: as they should be.
-        most: how large each can be.
-    """
+    """Return shares of which none is larger than it can be: the others have more, evenly."""
     found = [min(pair) for pair in zip(shares, most, strict=True)]
     while (missing := sum(shares) - sum(found)) and (
         able := [i for i, share in enumerate(found) if share < most[i]]
@@ -146,28 +124,6 @@ def parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str
             first, before = found.get(identity_of(part), (part, 0))
             found[identity_of(part)] = first, before + more
     return list(found.values())
-
-
-def _image_pool(name: str, made: ImageWindows, share: int, least: int) -> ShuffledPool:
-    """Return as many windows with images as are drawn.
-
-    Raises:
-        TextError: there are too few.
-    """
-    windows = made.take(share)
-    if len(windows) < least:
-        cure = "give more samples, fewer --samples or a shorter --seqlen"
-        if made.left_out:
-            cure = (
-                f"{made.left_out} samples have images that need up to {made.needed} tokens: raise "
-                "--seqlen to at least that, or give smaller images"
-            )
-        raise TextError(
-            f"{name} holds {len(windows)} windows of {made.seqlen} tokens with images, {share} are "
-            f"needed; {cure}"
-        )
-    tokens_NT = torch.stack([window.tokens_T for window in windows])
-    return ShuffledPool(name, tokens_NT, share, tuple(window.images for window in windows))
 
 
 def distinct_parts(texts: Sequence[str | Text]) -> list[str | Text]:

@@ -7,18 +7,11 @@ from typing import Any
 from cfsp.errors import TextError
 from cfsp.text.chats import CHAT_COLUMN, checked_conversation
 
+IMAGE_COLUMN = "images"
+
 
 def value_of(record: Any, column: str, where: str) -> Any:
-    """Return what a record has in a column.
-
-    Args:
-        record: a dictionary by columns.
-        column: its name.
-        where: the record is, for errors.
-
-    Raises:
-        TextError: there is no such column.
-    """
+    """Return what a record has in a column, or raise TextError: there is no such column."""
     if not isinstance(record, dict) or column not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise TextError(f"{where}: no column {column!r}; found: {keys}")
@@ -31,7 +24,7 @@ def document_of(record: Any, column: str, where: str, *, beside_images: bool = F
     Args:
         record: a dictionary by columns.
         column: of the document.
-        where: it is, for errors.
+        where: file and line, for errors.
         beside_images: whether there is a column of images, of which nothing is taken.
 
     Raises:
@@ -39,6 +32,7 @@ def document_of(record: Any, column: str, where: str, *, beside_images: bool = F
     """
     value = value_of(record, column, where)
     if column == CHAT_COLUMN:
+        beside_images = beside_images or record.get(IMAGE_COLUMN) is not None
         return checked_conversation(value, where, beside_images=beside_images)
     if not isinstance(value, str):
         raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")

@@ -13,29 +13,29 @@
 The column `messages` holds conversations: lists of {"role", "content"}, which become text by the
 model's chat template. Of a local file it need not be named where there is no `text`.
 
-The column `images` beside it, or beside a text, holds the images that belong there; a multimodal
-model is calibrated on both (`cfsp.text.image_windows`). Everything else reads the text alone, and
-says so.
+The column `images` beside it holds the images that belong there; a multimodal model is calibrated
+on both (`cfsp.text.image_windows`). Everything else reads the text alone, and says so.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import GONE, TextError
 from cfsp.settings import Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
-from cfsp.text.files import column_names, is_text_file, local_documents, local_samples
-from cfsp.text.hub import hub_documents, hub_has_images, hub_samples
-from cfsp.text.images import IMAGE_COLUMN, Sample
+from cfsp.text.files import Record, column_names, is_text_file, local_records, text_file
+from cfsp.text.hub import hub_columns, hub_records
+from cfsp.text.images import Sample, sample_of
 from cfsp.text.mixed import MIXED, Purpose, mixed_texts
 from cfsp.text.offline import python_docs, python_source
+from cfsp.text.records import IMAGE_COLUMN, document_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +64,25 @@ _HUB: dict[str, tuple[str, str, dict[Purpose, str], str]] = {
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where records are, and the column of them that documents are in.
+
+    Attributes:
+        where: a local path, or hub id, config and split of a data set on the hub.
+        column: its name.
+    """
+
+    where: Path | tuple[str, str, str]
+    column: str
+
+    def columns(self) -> Collection[str]:
+        """Return the names of all columns."""
+        return (
+            column_names(self.where) if isinstance(self.where, Path) else hub_columns(*self.where)
+        )
+
+
+@dataclass(frozen=True)
 class TextSource:
     """A stream of documents.
 
@@ -80,12 +99,25 @@ class TextSource:
         """What the user called it."""
         return name_of(self.text)
 
+    @cached_property
+    def place(self) -> _Place | None:
+        """Where its records are; None of a text that is given itself, or comes with Python."""
+        text = self.text
+        if isinstance(text, Text) or text in _OFFLINE:
+            return None
+        if text in _HUB:
+            hub_id, config, splits, column = _HUB[text]
+            return _Place((hub_id, config, splits[self.purpose]), column)
+        path, column = _split_column(text)
+        parts = text.split(":")
+        if len(parts) == 4 and not _exists(path):
+            return _Place((parts[0], parts[1], parts[2]), parts[3])
+        return _Place(path, column)
+
     @property
     def is_chat(self) -> bool:
         """Whether the source holds conversations instead of documents."""
-        if isinstance(self.text, Text):
-            return False
-        return _split_column(self.text)[1] == CHAT_COLUMN or self.text.endswith(f":{CHAT_COLUMN}")
+        return self.place is not None and self.place.column == CHAT_COLUMN
 
     @property
     def has_evaluation_part(self) -> bool:
@@ -95,7 +127,7 @@ class TextSource:
     @property
     def on_hub(self) -> bool:
         """Whether the source is read from the hub, and may have no end."""
-        return isinstance(self.text, str) and _hub_place(self.text, self.purpose) is not None
+        return self.place is not None and not isinstance(self.place.where, Path)
 
     @property
     def separator(self) -> str:
@@ -103,37 +135,39 @@ class TextSource:
 
         Nothing between conversations, where the template writes it, and pieces of one text.
         """
-        text = self.text
-        is_file = isinstance(text, str) and text not in _OFFLINE and not self.on_hub
-        in_pieces = is_file and is_text_file(_split_column(str(text))[0])
+        where = self.place and self.place.where
+        in_pieces = isinstance(where, Path) and is_text_file(where)
         return "" if in_pieces or self.is_chat else "\n\n"
 
     @property
     def has_images(self) -> bool:
-        """Whether the source has a column of images.
+        """Whether the source has conversations with a column of images beside them.
 
         Raises:
             TextError: the source is on the hub, which does not serve it.
             MissingExtraError: it needs the package datasets.
         """
-        text = self.text
-        if isinstance(text, Text) or text in _OFFLINE or text in _HUB:
+        return self.is_chat and self._has_image_column()
+
+    def _has_image_column(self) -> bool:
+        if self.place is None or self.text in _HUB:
             return False
-        if (on_hub := _hub_place(text, self.purpose)) is not None:
-            return hub_has_images(*on_hub[:3])
-        return IMAGE_COLUMN in column_names(_split_column(text)[0])
+        return IMAGE_COLUMN in self.place.columns()
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the texts or conversations with the images beside them, in the source's own order.
+        """Yield the conversations with the images beside them, in the source's own order.
 
         Raises:
-            TextError: a record is neither, or its images are none.
+            TextError: a record is none, or its images are none.
             MissingExtraError: it needs the package datasets or pyarrow.
         """
-        assert self.has_images and isinstance(self.text, str), self.name
-        if (on_hub := _hub_place(self.text, self.purpose)) is not None:
-            return hub_samples(*on_hub)
-        return local_samples(*_split_column(self.text))
+        assert self.has_images and self.place is not None, self.name
+        where = self.place.where
+        directory = None
+        if isinstance(where, Path):
+            directory = where if where.is_dir() else where.parent
+        for record, at in self._records(CHAT_COLUMN, IMAGE_COLUMN):
+            yield sample_of(record, at, directory)
 
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
         """Yield the documents, in the source's own order.
@@ -167,11 +201,11 @@ class TextSource:
         return self._values()
 
     def _tell_of_images(self) -> None:
-        if self.has_images:
+        if self._has_image_column():
             logger.warning(
-                "%s: its images are left out here, only its text is read (images are read to "
-                "calibrate a multimodal model)",
-                self.name,
+                "%s: its images are left out here, only its text is read (images beside %s are "
+                "read to calibrate a multimodal model)",
+                *(self.name, CHAT_COLUMN),
             )
 
     def open(self) -> None:
@@ -184,17 +218,30 @@ class TextSource:
         next(self._values(), None)
 
     def _values(self) -> Iterator[Any]:
-        text = self.text
+        """Return the documents or conversations."""
+        text, place = self.text, self.place
         if isinstance(text, Text):
             return iter(text.documents)
-        if text in _OFFLINE:
+        if place is None:
             return _OFFLINE[text](self.purpose)
-        if (on_hub := _hub_place(text, self.purpose)) is not None:
-            return hub_documents(*on_hub)
-        path, column = _split_column(text)
-        if _exists(path):
-            return local_documents(path, column)
-        raise TextError(_not_found(text))
+        where = place.where
+        if isinstance(where, Path) and _exists(where) and is_text_file(where):
+            return text_file(where)
+        # Of local files that column is not read; a record from the hub has it.
+        beside = isinstance(where, Path) and self._has_image_column()
+        return (
+            document_of(record, place.column, where, beside_images=beside)
+            for record, where in self._records(place.column)
+        )
+
+    def _records(self, *columns: str) -> Iterator[Record]:
+        assert self.place is not None, self.name
+        where = self.place.where
+        if not isinstance(where, Path):
+            return hub_records(*where)
+        if not _exists(where):
+            raise TextError(_not_found(self.name))
+        return local_records(where, columns)
 
 
 def name_of(text: str | Text) -> str:
@@ -204,10 +251,11 @@ def name_of(text: str | Text) -> str:
 
 def identity_of(text: str | Text) -> object:
     """Return what is the same for all names of a text: for paths to one column of one file."""
-    if isinstance(text, Text) or text in _OFFLINE:
+    place = TextSource(text, "calibration").place
+    if place is None:
         return text
-    path, column = _split_column(text)
-    return _hub_place(text, "calibration") or (path.resolve(), column)
+    where = place.where
+    return (where.resolve() if isinstance(where, Path) else where), place.column
 
 
 def check_texts(texts: Sequence[str | Text], purpose: Purpose) -> None:
@@ -222,27 +270,17 @@ def check_texts(texts: Sequence[str | Text], purpose: Purpose) -> None:
         MissingExtraError: one needs the package datasets or pyarrow.
     """
     for text in texts:
-        if isinstance(text, str) and _hub_place(text, purpose) is not None:
-            _open_on_hub(text, purpose)
+        source = TextSource(text, purpose)
+        if source.on_hub:
+            _open_on_hub(source)
         else:
-            TextSource(text, purpose).open()
+            source.open()
 
 
 @cache
-def _open_on_hub(text: str, purpose: Purpose) -> None:
+def _open_on_hub(source: TextSource) -> None:
     """Open a text that takes seconds to open; once, however often it is asked for."""
-    TextSource(text, purpose).open()
-
-
-def _hub_place(text: str, purpose: Purpose) -> tuple[str, str, str, str] | None:
-    """Return hub id, config, split and column of a text on the hub; None for another text."""
-    if text in _HUB:
-        hub_id, config, splits, column = _HUB[text]
-        return hub_id, config, splits[purpose], column
-    if text in _OFFLINE or _exists(_split_column(text)[0]):
-        return None
-    parts = text.split(":")
-    return (parts[0], parts[1], parts[2], parts[3]) if len(parts) == 4 else None
+    source.open()
 
 
 def _not_found(name: str) -> str:

@@ -23,12 +23,7 @@ _FIELDS = (
 def load_documents(directory: str, file: str, **_: Any) -> dict[str, Any]:
     """Return the split `test` of a task, as the harness's `custom_dataset` has to.
 
-    Args:
-        directory: where the file is (`metadata` of the task manager).
-        file: name of the file (`metadata` of the task).
-
-    Raises:
-        TaskError: the file is missing, or a line is not a document.
+    The directory is `metadata` of the task manager, the file is `metadata` of the task.
     """
     from datasets import Dataset
 

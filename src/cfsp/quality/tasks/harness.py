@@ -69,21 +69,6 @@ class TaskRunner:
         selection.check_source()
         return cls(selection, manager)
 
-    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Score a model on all tasks.
-
-        Returns:
-            Task or group -> {version, shots, documents, chance, and each metric with its
-            standard error}; see `TaskScorer.score`.
-
-        Raises:
-            TaskError: the harness cannot get a task's data.
-        """
-        scorer, found = self.scorer(model, tokenizer), {}
-        for name in self.selection.task_names:
-            found.update(scorer.score(name)["tasks"])
-        return found
-
     def scorer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskScorer:
         """Return what scores a model, one task after the other."""
         from lm_eval.models.huggingface import HFLM
@@ -143,8 +128,12 @@ class TaskRunner:
             task.set_config(key="num_fewshot", value=self.selection.shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
-    def load(self, name: str) -> LoadedTasks:
-        """Load one name's data anew: the harness keeps a run's requests in its task objects."""
+    def load(self, name: str) -> tuple[list[Any], list[str]]:
+        """Load one name's data anew: the harness keeps a run's requests in its task objects.
+
+        Returns:
+            The harness's objects to run (of a group, that alone), and the names of single tasks.
+        """
         try:
             loaded = self.manager.load([name])
         except CfspError:
@@ -156,27 +145,7 @@ class TaskRunner:
                 f"{reason}); check the network, or give local files with --task-data"
             ) from error
         groups, tasks = loaded["groups"], loaded["tasks"]
-        roots = [groups[name]] if name in groups else list(tasks.values())
-        return LoadedTasks(roots, list(tasks))
-
-
-@dataclass(frozen=True)
-class LoadedTasks:
-    """What one name stands for: a task, a group of tasks with a mean, or a tag.
-
-    Attributes:
-        roots: the harness's objects to run.
-        leaves: names of all single tasks.
-    """
-
-    roots: list[Any]
-    leaves: list[str]
-
-    def entries(self, name: str, measured: dict[str, Any]) -> list[tuple[str, list[str]]]:
-        """Return what to report, each with its single tasks: the mean where there is one."""
-        if f"{HARNESS_METRICS[0]},none" in measured.get(name, {}):
-            return [(name, self.leaves)]
-        return [(leaf, [leaf]) for leaf in self.leaves]
+        return [groups[name]] if name in groups else list(tasks.values()), list(tasks)
 
 
 @dataclass(frozen=True)
@@ -204,9 +173,11 @@ class TaskScorer:
         """
         from lm_eval import evaluate
 
-        with _quiet(), _in_one_process():
-            loaded = self.runner.load(name)
-            everything = self.runner.manager.load(loaded.roots)
+        # The harness would fork for its bootstrap: a fork of many threads can hang for ever.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        with _quiet():
+            roots, leaves = self.runner.load(name)
+            everything = self.runner.manager.load(roots)
             for task in everything["tasks"].values():
                 self.runner.set_shots(task)
             # Not simple_evaluate: it also asks git and every package for versions, for reports
@@ -219,13 +190,13 @@ class TaskScorer:
                 # Errors that nothing here reports, such as that of a perplexity, are by bootstrap.
                 bootstrap_iters=_FEWEST_DRAWS,
             )
+        # Of a group its mean where there is one, else each single task.
+        has_mean = f"{HARNESS_METRICS[0]},none" in results["results"].get(name, {})
         scores, documents = {}, {}
-        for entry, members in loaded.entries(name, results["results"]):
-            scored = scored_documents(
-                [(everything["tasks"][each], results["samples"][each]) for each in members]
-            )
-            scores[entry] = _scores(entry, members, results) | summary_of(scored)
-            documents[entry] = [each.to_json() for each in scored]
+        for entry, members in [(name, leaves)] if has_mean else [(each, [each]) for each in leaves]:
+            logged = [(everything["tasks"][each], results["samples"][each]) for each in members]
+            documents[entry] = scored_documents(logged)
+            scores[entry] = _scores(entry, members, results) | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
 
 
@@ -244,21 +215,6 @@ def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str,
                 # Of a single document there is none: the harness says "N/A".
                 scores[f"{metric}_stderr"] = float(error) if isinstance(error, float) else None
     return scores
-
-
-@contextmanager
-def _in_one_process() -> Iterator[None]:
-    """Keep the harness from forking for its bootstrap: a fork of many threads can hang for ever."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager
