@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.cli import arguments, recover
-from cfsp.cli import goal as goals
-from cfsp.cli.options import Parser, add_advanced, add_options, given, settings_from
+from cfsp.cli.options import add_advanced, add_options, typed
 from cfsp.cli.output import human_bytes, human_count, print_json, print_passes, print_table
-from cfsp.cli.plan import print_plan
+from cfsp.cli.plan import print_goal, print_plan
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import (
     BEST_EFFORT,
-    DEFAULT_REPAIR,
+    DEFAULT_PARTS,
     EFFORTS,
     REPAIRS,
-    Budget,
     CalibrationText,
     Compute,
     EvaluationText,
     LocalTraining,
     PruneSettings,
-    Repair,
+    asked,
+    flag_of_goal,
+    given_of,
+    prune_settings,
 )
 
 if TYPE_CHECKING:
@@ -36,36 +37,47 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Goals whose budget is found by trying.
-_GOALS = ("max_loss_increase", "target_speedup", "target_params", "target_kv_cache")
-
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "prune",
         "remove the weakest FFN channels, or other parts, and write a smaller checkpoint",
         "cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out small",
     )
     arguments.add_model(parser)
-    parser.add_argument("--out", type=Path, help="new directory; required, but for --estimate")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new directory")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write only it into --out"
     )
     parser.add_argument(
-        "--estimate",
-        action="store_true",
-        help="say what the run will take (memory, disk, time), and stop: one block is tried",
+        "--estimate", action="store_true", help="say what memory, disk and time it takes, and stop"
     )
-    arguments.add_json(parser)
-    removed = goals.add_goals(parser, has_text=True)
-    removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
-    text = parser.add_argument_group("text")
-    add_options(parser, text, CalibrationText)
-    add_options(parser, text, EvaluationText)
-    _add_effort(parser)
+    add_options(parser, parser, CalibrationText)
+    add_options(parser, parser, EvaluationText)
+    parser.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        metavar="LEVEL",
+        help="fast: no repair; standard (default): least squares; best: training, too (135M "
+        "parameters: half an hour)",
+    )
+    by_name = parser.add_argument(
+        "--repair",
+        choices=REPAIRS,
+        help="the repair by its name, instead of --effort: each includes those before it",
+    )
+    parser.hide(by_name)
+    parser.add_argument(
+        "--recover",
+        type=float,
+        metavar="MINUTES",
+        help="then train for so long, as `cfsp recover` does; the pruned model stays in OUT-pruned",
+    )
     add_options(parser, parser, LocalTraining)
+    add_options(parser, parser, Compute)
     add_advanced(
         parser,
         "--statistics",
@@ -74,39 +86,11 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="plan from these (cfsp calibrate made them), without a forward pass",
     )
     arguments.add_process_timeout(parser)
-    parser.set_defaults(run=run)
+    removed = arguments.add_budget(parser, has_text=True)
+    removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
 
 
-def _add_effort(parser: Parser) -> None:
-    group = parser.add_argument_group("how much effort")
-    group.add_argument(
-        "--effort",
-        choices=tuple(EFFORTS),
-        help="fast: no repair, one forward pass. standard (default): a least-squares repair, two "
-        "to four times that. best: then one pass of training over the text, towards the dense "
-        "model's predictions, as --recover does it (135M parameters: half an hour of two cores); "
-        "blockwise where memory is short",
-    )
-    by_name = group.add_argument(
-        "--repair",
-        choices=REPAIRS,
-        help="the repair by its name, instead of --effort: each includes those before it",
-    )
-    parser.hide(by_name)
-    group.add_argument(
-        "--recover",
-        type=float,
-        metavar="MINUTES",
-        help="then train for so long on the same texts towards the dense model's predictions, all "
-        "projections or, where memory is short, LoRA; the pruned model stays in OUT-pruned (`cfsp "
-        "recover` has all options)",
-    )
-    # How it was called before.
-    group.add_argument("--restore", dest="repair", choices=REPAIRS, help=argparse.SUPPRESS)
-    add_options(parser, group, Compute)
-
-
-def check_together(args: argparse.Namespace) -> None:
+def _check_together(args: argparse.Namespace) -> None:
     """Check what can be told from the arguments alone.
 
     Raises:
@@ -118,10 +102,8 @@ def check_together(args: argparse.Namespace) -> None:
         _check_many_can(args)
     if args.plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if args.plan and (found := goals.asked(args)):
+    if args.plan and (found := asked(typed(args))):
         raise UsageError(f"--plan and {found[0]} exclude each other: a plan has its sparsity")
-    if not args.plan:
-        goals.check_goal(args)
     if args.max_loss_increase is not None and args.statistics and not args.held_out:
         raise UsageError(
             "--max-loss-increase with --statistics needs a --held-out text: which windows were "
@@ -133,29 +115,33 @@ def check_together(args: argparse.Namespace) -> None:
         )
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
-    if args.estimate:
-        _check_can_be_estimated(args)
-    if (local := given(args, LocalTraining)) and _repair(args) != "local":
-        raise UsageError(f"--local-{next(iter(local))} belongs to --repair local")
 
 
-def _check_can_be_estimated(args: argparse.Namespace) -> None:
-    """Check that what is asked for has a cost that is known beforehand.
+def _check_settings(args: argparse.Namespace, settings: PruneSettings) -> None:
+    """Check what depends on the repair and the parts.
 
     Raises:
-        UsageError: it has none.
+        UsageError: what is asked for has no cost that is known beforehand, or options belong to
+            another repair.
     """
+    if settings.repair != "local":
+        for flag in given_of(LocalTraining, typed(args)).values():
+            raise UsageError(f"{flag} belongs to --repair local")
+    if not args.estimate:
+        return
+    parts = settings.budget.parts
     unknown = {
         "--dry-run": args.dry_run,
-        "--repair local": _repair(args) == "local",
+        "--repair local": settings.repair == "local",
         "--effort best": args.effort == BEST_EFFORT,
         "--recover": args.recover is not None,
-        "--parts blocks": "blocks" in (args.parts or ()),
-        "--parts experts": "experts" in (args.parts or ()),
+        "--parts blocks": "blocks" in parts,
+        "--parts experts": "experts" in parts,
         "--plan": args.plan,
         "--statistics": args.statistics,
-        **{f"--{option.replace('_', '-')}": getattr(args, option) for option in _GOALS},
     }
+    if settings.goal is not None:
+        unknown[flag_of_goal(type(settings.goal))] = True
     for option, is_asked in unknown.items():
         if is_asked:
             raise UsageError(f"--estimate does not know what {option} takes; leave one of them out")
@@ -182,7 +168,7 @@ def _check_many_can(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prune."""
-    check_together(args)
+    settings = _settings(args)
     arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
 
     from cfsp.calibration.statistics import Statistics
@@ -197,13 +183,12 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.recovery.settings import Limit
     from cfsp.selection.goal import MANY_CHANNELS, little_in_words
 
-    settings = _settings(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
     timeout = arguments.process_timeout(args)
     take_own_accelerator(settings.compute.device)
     parts = plan.parts if plan else settings.budget.parts
-    source = open_checkpoint(args.model, args.revision, parts)
+    source = open_checkpoint(args.model, parts=parts)
     if args.estimate:
         engine = engine_of(settings.compute, source)
         cost = pruning_cost(source, args.out or Path(), settings, engine)
@@ -234,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
         return
-    goals.print_goal(report.goal)
+    print_goal(report.goal)
     if args.dry_run:
         print_plan(report.plan)
         print()
@@ -289,26 +274,19 @@ def _print_estimate(args: argparse.Namespace, cost: PruningCost, little: str) ->
     )
 
 
-def _repair(args: argparse.Namespace) -> Repair:
-    if args.effort:
-        return EFFORTS[args.effort]
-    return args.repair or DEFAULT_REPAIR
-
-
 def _settings(args: argparse.Namespace) -> PruneSettings:
-    """Return all that a pruning is asked for; a plan has its own budget."""
-    goal = goals.goal(args)
-    return PruneSettings(
-        budget=Budget(0.0) if args.plan else arguments.budget(args).for_goal(goal),
-        criterion=arguments.criterion(args),
-        text=settings_from(args, CalibrationText),
-        compute=arguments.compute(args),
-        repair=_repair(args),
-        local=settings_from(args, LocalTraining),
-        goal=goal,
-        leaves_parts_open=args.parts is None and args.plan is None,
-        evaluation=settings_from(args, EvaluationText, bos=args.bos or "auto"),
-    )
+    """Return all that a pruning is asked for; a plan has its own budget.
+
+    Raises:
+        UsageError: some arguments exclude each other, or one needs another.
+    """
+    _check_together(args)
+    given = typed(args)
+    if args.plan:
+        given |= {"sparsity": 0.0, "parts": DEFAULT_PARTS}
+    settings = prune_settings(given)
+    _check_settings(args, settings)
+    return settings
 
 
 _REPAIRS_IN_WORDS = {

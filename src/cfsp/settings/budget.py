@@ -128,7 +128,7 @@ class Budget:
 
     sparsity: float = option(
         0.0,
-        "share that goes of what --parts names, such as 0.2 or 20%: of FFN channels by default",
+        "share that goes of what --parts names, such as 0.2 or 20%",
         kind=fraction,
         metavar="P",
         default="",
@@ -150,17 +150,15 @@ class Budget:
     )
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
-        "what may go: ffn (channels), kv (KV groups: a head of keys and values with its query "
-        "heads), attention (whole attention layers), blocks (whole decoder blocks), experts (whole "
-        "routed experts); several but experts, with commas between, share one target",
+        "what may go: ffn (channels), kv (KV groups), attention (layers), blocks, experts; several "
+        "share one target",
         kind=parse_parts,
         metavar="KIND,...",
         default="ffn",
     )
     keep: tuple[str, ...] = option(
         (),
-        "blocks that stay whole, by their numbers, and modules, by patterns of their names: "
-        "0,1,29 or 'model.layers.*.self_attn'",
+        "blocks that stay whole, and modules by name: 0,1,29 or 'model.layers.*.self_attn'",
         kind=parse_parts,
         metavar="WHAT,...",
         default="",
