@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,13 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     asked,
-    flag_of_goal,
     given_of,
     prune_settings,
 )
 
 if TYPE_CHECKING:
     from cfsp.pruning_cost import PruningCost
+    from cfsp.recovery.recover_report import RecoverReport
     from cfsp.result.prune_report import PruneReport
 
 log = logging.getLogger(__name__)
@@ -90,19 +91,29 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
 
 
-def _check_together(args: argparse.Namespace) -> None:
-    """Check what can be told from the arguments alone.
+def _settings(args: argparse.Namespace) -> PruneSettings:
+    """Return all that a pruning is asked for; a plan has its own budget.
 
     Raises:
-        UsageError: some exclude each other, or one needs another.
+        UsageError: some arguments exclude each other, or one needs another.
     """
+    given, plan = typed(args), args.plan is not None
     if args.out is None and not args.estimate:
         raise UsageError("expected --out, the directory to write into, found none")
     if process_count() > 1:
-        _check_many_can(args)
-    if args.plan and args.statistics:
+        alone = {
+            "--recover": args.recover is not None,
+            "--estimate": args.estimate,
+            "--max-loss-increase": args.max_loss_increase is not None,
+        }
+        _refuse(
+            alone,
+            f"{{}} runs in one process, found {process_count()}; leave it out, or prune without "
+            "torchrun",
+        )
+    if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if args.plan and (found := asked(typed(args))):
+    if plan and (found := asked(given)):
         raise UsageError(f"--plan and {found[0]} exclude each other: a plan has its sparsity")
     if args.max_loss_increase is not None and args.statistics and not args.held_out:
         raise UsageError(
@@ -115,55 +126,31 @@ def _check_together(args: argparse.Namespace) -> None:
         )
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
-
-
-def _check_settings(args: argparse.Namespace, settings: PruneSettings) -> None:
-    """Check what depends on the repair and the parts.
-
-    Raises:
-        UsageError: what is asked for has no cost that is known beforehand, or options belong to
-            another repair.
-    """
+    settings = prune_settings(given | ({"sparsity": 0.0, "parts": DEFAULT_PARTS} if plan else {}))
     if settings.repair != "local":
-        for flag in given_of(LocalTraining, typed(args)).values():
-            raise UsageError(f"{flag} belongs to --repair local")
-    if not args.estimate:
-        return
-    parts = settings.budget.parts
-    unknown = {
-        "--dry-run": args.dry_run,
-        "--repair local": settings.repair == "local",
-        "--effort best": args.effort == BEST_EFFORT,
-        "--recover": args.recover is not None,
-        "--parts blocks": "blocks" in parts,
-        "--parts experts": "experts" in parts,
-        "--plan": args.plan,
-        "--statistics": args.statistics,
-    }
-    if settings.goal is not None:
-        unknown[flag_of_goal(type(settings.goal))] = True
-    for option, is_asked in unknown.items():
-        if is_asked:
-            raise UsageError(f"--estimate does not know what {option} takes; leave one of them out")
+        local = given_of(LocalTraining, given).values()
+        _refuse(dict.fromkeys(local, True), "{} belongs to --repair local")
+    if args.estimate:
+        unknown = {
+            "--dry-run": args.dry_run,
+            "--repair local": settings.repair == "local",
+            "--effort best": args.effort == BEST_EFFORT,
+            "--recover": args.recover is not None,
+            "--parts blocks": "blocks" in settings.budget.parts,
+            "--parts experts": "experts" in settings.budget.parts,
+            "--plan": plan,
+            "--statistics": args.statistics,
+            **dict.fromkeys(asked(given)[:1] if settings.goal else (), True),
+        }
+        _refuse(unknown, "--estimate does not know what {} takes; leave one of them out")
+    return settings
 
 
-def _check_many_can(args: argparse.Namespace) -> None:
-    """Check that several processes can do what is asked for.
-
-    Raises:
-        UsageError: one alone can.
-    """
-    alone = {
-        "--recover": args.recover is not None,
-        "--estimate": args.estimate,
-        "--max-loss-increase": args.max_loss_increase is not None,
-    }
-    for option, is_asked in alone.items():
-        if is_asked:
-            raise UsageError(
-                f"{option} runs in one process, found {process_count()}; leave it out, or prune "
-                "without torchrun"
-            )
+def _refuse(options: Mapping[str, Any], why: str) -> None:
+    """Refuse the first of some options that was given, with a sentence that has a place for it."""
+    for option, is_given in options.items():
+        if is_given:
+            raise UsageError(why.format(option))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -181,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.prune_and_recover import best_effort, prune_and_recover
     from cfsp.pruning_cost import pruning_cost
     from cfsp.recovery.settings import Limit
-    from cfsp.selection.goal import MANY_CHANNELS, little_in_words
+    from cfsp.selection.goal import little_in_words
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
@@ -197,25 +184,32 @@ def run(args: argparse.Namespace) -> None:
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
         settings, limit = best_effort(source, settings)
-    command, recovery = arguments.typed_command(args), None
+    known: dict[str, Any] = {
+        "statistics": statistics,
+        "plan": plan,
+        "command": arguments.typed_command(args),
+    }
     if limit is not None:
-        report, recovery = prune_and_recover(
-            source, args.out, settings, limit, statistics=statistics, plan=plan, command=command
+        report, recovery = prune_and_recover(source, args.out, settings, limit, **known)
+        _print(args, settings, report, recovery)
+        return
+    with joined(compute_device(settings.compute.device), timeout) as team:
+        report = prune_checkpoint(
+            source, args.out, settings, dry_run=args.dry_run, team=team, **known
         )
-    else:
-        with joined(compute_device(settings.compute.device), timeout) as team:
-            report = prune_checkpoint(
-                source,
-                args.out,
-                settings,
-                statistics=statistics,
-                plan=plan,
-                dry_run=args.dry_run,
-                command=command,
-                team=team,
-            )
-        if not team.is_first:
-            return
+    if team.is_first:
+        _print(args, settings, report)
+
+
+def _print(
+    args: argparse.Namespace,
+    settings: PruneSettings,
+    report: PruneReport,
+    recovery: RecoverReport | None = None,
+) -> None:
+    """Print what a pruning came to, and what may cost less."""
+    from cfsp.selection.goal import MANY_CHANNELS
+
     if args.json:
         print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
         return
@@ -272,21 +266,6 @@ def _print_estimate(args: argparse.Namespace, cost: PruningCost, little: str) ->
         f"the time follows from one block with {cost.measured_tokens:,} tokens on this machine as "
         "busy as it is; --eval is not in it"
     )
-
-
-def _settings(args: argparse.Namespace) -> PruneSettings:
-    """Return all that a pruning is asked for; a plan has its own budget.
-
-    Raises:
-        UsageError: some arguments exclude each other, or one needs another.
-    """
-    _check_together(args)
-    given = typed(args)
-    if args.plan:
-        given |= {"sparsity": 0.0, "parts": DEFAULT_PARTS}
-    settings = prune_settings(given)
-    _check_settings(args, settings)
-    return settings
 
 
 _REPAIRS_IN_WORDS = {

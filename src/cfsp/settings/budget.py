@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from cfsp.errors import GONE, UsageError, did_you_mean
 from cfsp.settings.goals import (
@@ -99,6 +99,18 @@ def multiple_in_words(multiple: int) -> str:
     return text
 
 
+def _number_of(part: Part, noun: str) -> Any:
+    """Return the option that says how many of a part go."""
+    return option(
+        None,
+        f"with --parts {part}: how many {noun} go, instead of a share",
+        kind=int,
+        metavar="N",
+        default="as many as --sparsity says",
+        advanced=True,
+    )
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may go, and how much of it where that is one part.
@@ -163,30 +175,9 @@ class Budget:
         metavar="WHAT,...",
         default="",
     )
-    remove_blocks: int | None = option(
-        None,
-        "with --parts blocks: how many go, instead of a share",
-        kind=int,
-        metavar="N",
-        default="as many as --sparsity says",
-        advanced=True,
-    )
-    remove_attentions: int | None = option(
-        None,
-        "with --parts attention: how many attention layers go, instead of a share",
-        kind=int,
-        metavar="N",
-        default="as many as --sparsity says",
-        advanced=True,
-    )
-    remove_experts: int | None = option(
-        None,
-        "with --parts experts: how many experts of each block go, instead of a share",
-        kind=int,
-        metavar="N",
-        default="as many as --sparsity says",
-        advanced=True,
-    )
+    remove_blocks: int | None = _number_of("blocks", "blocks")
+    remove_attentions: int | None = _number_of("attention", "attention layers")
+    remove_experts: int | None = _number_of("experts", "experts of each block")
 
     def __post_init__(self) -> None:
         given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts
