@@ -17,22 +17,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cfsp.api import calibrate, evaluate, plan, prune
-    from cfsp.calibration.statistics import Statistics
-    from cfsp.checkpoint.loading import load
-    from cfsp.errors import CfspError
-    from cfsp.exports.registry import export
-    from cfsp.planning.plan_file import PruningPlan
-    from cfsp.recovery.api import recover
-    from cfsp.result.prune_report import PruneReport
-    from cfsp.settings import (
-        MaxLossIncrease,
-        TargetKVCache,
-        TargetParameters,
-        TargetSpeedup,
-        Text,
-    )
-    from cfsp.speed.bench import bench
+    from cfsp.api import calibrate as calibrate
+    from cfsp.api import evaluate as evaluate
+    from cfsp.api import plan as plan
+    from cfsp.api import prune as prune
+    from cfsp.calibration.statistics import Statistics as Statistics
+    from cfsp.checkpoint.loading import load as load
+    from cfsp.errors import CfspError as CfspError
+    from cfsp.exports.registry import export as export
+    from cfsp.planning.plan_file import PruningPlan as PruningPlan
+    from cfsp.recovery.api import recover as recover
+    from cfsp.result.prune_report import PruneReport as PruneReport
+    from cfsp.settings import MaxLossIncrease as MaxLossIncrease
+    from cfsp.settings import TargetKVCache as TargetKVCache
+    from cfsp.settings import TargetParameters as TargetParameters
+    from cfsp.settings import TargetSpeedup as TargetSpeedup
+    from cfsp.settings import Text as Text
+    from cfsp.speed.bench import bench as bench
 
     __version__: str
 
@@ -56,26 +57,7 @@ _HOME = {
     "recover": "cfsp.recovery.api",
 }
 
-__all__ = [
-    "CfspError",
-    "MaxLossIncrease",
-    "PruneReport",
-    "PruningPlan",
-    "Statistics",
-    "TargetKVCache",
-    "TargetParameters",
-    "TargetSpeedup",
-    "Text",
-    "__version__",
-    "bench",
-    "calibrate",
-    "evaluate",
-    "export",
-    "load",
-    "plan",
-    "prune",
-    "recover",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,11 +27,10 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
     BEST_EFFORT,
     BEST_WITHOUT_TRAINING,
-    COUNTS,
     DEFAULT_PARTS,
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
-    EFFORTS,
+    OF_PRUNE,
     Bos,
     Budget,
     CalibrationText,
@@ -40,11 +39,12 @@ from cfsp.settings import (
     Data,
     EvaluationText,
     Goal,
-    LocalTraining,
     PruneSettings,
     Repair,
+    asked,
     check_names,
     from_names,
+    prune_settings,
     texts_of,
 )
 from cfsp.text.image_windows import parted
@@ -55,43 +55,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What the result depends on; every other argument stands once, below.
 @overload
 def prune(
-    model: str | Path,
-    tokenizer: None = None,
-    *,
-    out: str | Path,
-    sparsity: float | None = ...,
-    parts: str | Sequence[str] | None = ...,
-    goal: Goal | None = ...,
-    data: Data = ...,
-    samples: int | None = ...,
-    seqlen: int = ...,
-    eval: Data = ...,
-    effort: str = ...,
-    repair: Repair | None = ...,
-    device: str = ...,
-    **advanced: Any,
+    model: str | Path, tokenizer: None = None, *, out: str | Path, **choices: Any
 ) -> PruneReport: ...
 
 
 @overload
 def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    out: None = None,
-    sparsity: float | None = ...,
-    parts: str | Sequence[str] | None = ...,
-    goal: Goal | None = ...,
-    data: Data = ...,
-    samples: int | None = ...,
-    seqlen: int = ...,
-    eval: Data = ...,
-    effort: str = ...,
-    repair: Repair | None = ...,
-    device: str = ...,
-    **advanced: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **choices: Any
 ) -> PreTrainedModel: ...
 
 
@@ -125,7 +98,7 @@ def prune(
             None for `ffn` and, with `TargetParameters` that takes many channels, blocks too if
             they fit.
         goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
-            `TargetSpeedup`.
+            `TargetSpeedup`; or its option, such as `target_params=0.7`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
             themselves.
         samples: windows in all; None for 128 or what there is.
@@ -150,36 +123,27 @@ def prune(
             "goal must be TargetParameters, TargetKVCache, TargetSpeedup or MaxLossIncrease, found "
             f"{goal!r}"
         )
-    if effort not in EFFORTS:
-        raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
-    check_names(
-        prune, advanced, Budget, Criterion, CalibrationText, EvaluationText, Compute, LocalTraining
-    )
-    budget = from_names(
-        Budget, advanced, sparsity=sparsity or 0.0, parts=DEFAULT_PARTS if parts is None else parts
-    )
-    _check_is_said(budget, sparsity, goal)
-    settings = PruneSettings(
-        budget=budget.for_goal(goal),
-        criterion=from_names(Criterion, advanced),
-        text=from_names(
-            CalibrationText, advanced, names=texts_of(data), samples=samples, seqlen=seqlen
-        ),
-        compute=from_names(Compute, advanced, device=device),
-        repair=repair or EFFORTS[effort],
-        local=from_names(LocalTraining, advanced),
-        goal=goal,
-        leaves_parts_open=parts is None,
-        evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
-    )
+    check_names(prune, advanced, *OF_PRUNE)
+    named = {
+        "sparsity": sparsity,
+        "parts": parts,
+        "data": data,
+        "samples": samples,
+        "seqlen": seqlen,
+        "eval": eval,
+        "effort": effort,
+        "repair": repair,
+        "device": device,
+    }
+    given = advanced | {name: value for name, value in named.items() if value is not None}
+    settings = prune_settings(given, goal)
     trains = repair is None and effort == BEST_EFFORT
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
-        numbers = {name: advanced.get(name) for name in COUNTS.values()}
-        said = {"goal": goal, "sparsity": sparsity, **numbers}
-        asked = ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
-        command = f"cfsp.prune({str(model)!r}, {asked}, ...)"
+        name = asked(given, goal)[0].removeprefix("--").replace("-", "_")
+        how_much = f"{name}={given[name]}" if goal is None else f"goal={goal}"
+        command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"
         return _prune_path(model, Path(out), settings, trains, command)
     if tokenizer is None or out is not None or eval:
         raise UsageError(
@@ -189,20 +153,6 @@ def prune(
     if trains:
         settings = replace(settings, repair=BEST_WITHOUT_TRAINING)
     return prune_model(model, tokenizer, settings)
-
-
-def _check_is_said(budget: Budget, sparsity: float | None, goal: object) -> None:
-    """Check that one thing says how much to remove.
-
-    Raises:
-        UsageError: nothing does, or two do.
-    """
-    found = [name for name, value in (("sparsity", sparsity), ("goal", goal)) if value is not None]
-    if len(found) > 1 or not (found or budget.count is not None):
-        raise UsageError(
-            "expected a sparsity or a goal that says how much to remove, found "
-            + ("both" if found else "neither")
-        )
 
 
 def _prune_path(
@@ -239,9 +189,7 @@ def calibrate(
     or both together, up to half of them.
     """
     check_names(calibrate, advanced, CalibrationText, Compute)
-    text = from_names(
-        CalibrationText, advanced, names=texts_of(data), samples=samples, seqlen=seqlen
-    )
+    text = from_names(CalibrationText, advanced, names=data, samples=samples, seqlen=seqlen)
     check_texts(text.names, "calibration")
     budget = from_names(Budget, {}, parts=parts)
     compute = from_names(Compute, advanced, device=device)
@@ -272,10 +220,9 @@ def plan(
 ) -> PruningPlan:
     """Decide from statistics which channels stay; arguments are those of `prune`."""
     check_names(plan, advanced, Budget, Criterion)
-    budget = from_names(Budget, advanced, sparsity=sparsity or 0.0, parts=parts)
-    _check_is_said(budget, sparsity, None)
-    settings = PruneSettings(budget.for_goal(None), from_names(Criterion, advanced))
-    with _opened(model, budget) as source:
+    given = advanced | {"parts": parts} | ({} if sparsity is None else {"sparsity": sparsity})
+    settings = prune_settings(given)
+    with _opened(model, settings.budget) as source:
         return plan_from(source, statistics, settings)[0]
 
 

@@ -138,6 +138,15 @@ GONE = {
     "self": "text that the model writes went: real text calibrates better; use mixed, or your own",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
     "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",
+    "revision": "--revision went: write it into the name, as in owner/model@v1",
+    "resume": "--resume went: the same command goes on where a killed one was",
+    "restore": "--restore went: it is --repair now",
+    "eval-seqlen": "it went, because nobody set it: measure with cfsp eval --seqlen",
+    **dict.fromkeys(
+        ("scale", "warm-up", "weight-decay", "temperature"),
+        "it went, because nothing was ever measured with another value than the default; --rank, "
+        "--learning-rate and --set teacher_weight stay",
+    ),
     "sequential": "sequential went as a choice of its own: it is a step of --repair local",
     "remove_blocks": "numbers beside other parts went: prune one part, then the other of the "
     "result, or give all of them one --target-params",
@@ -151,7 +160,7 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     likeness.
     """
     found = found.lstrip("-")
-    if (gone := GONE.get(found.lower())) is not None:
+    if (gone := GONE.get(found.lower().replace("_", "-"))) is not None:
         return f"; {gone}"
     by_name = {each.lstrip("-"): each for each in known}
     close = difflib.get_close_matches(found, by_name, n=1)

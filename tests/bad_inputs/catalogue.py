@@ -12,9 +12,9 @@ import hashlib
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,118 +25,45 @@ from cfsp.cli import main
 # The arguments that give a tiny calibration.
 TEXT = "--data {text} --samples 4 --seqlen 32"
 PRUNE = "prune {model} --out {out} --sparsity 0.4 --multiple 4"
+PRUNE_TEXT = f"{PRUNE} {TEXT}"
+CALIBRATE = f"calibrate {{model}} --out {{out}} {TEXT}"
+EVAL = "eval {model} --data {text} --windows 1 --seqlen 32"
+RECOVER = "recover {pruned} --data {text} --steps 1 --seqlen 32 --out {out}"
 
 
-@dataclass(frozen=True)
-class Originals:
-    """What every case gets copies of; made once."""
-
-    tiny: Callable[[str], Path]
-    sharded: Path
-    pruned: Path
-    text: Path
-    other_plan: Path
-    other_statistics: Path
-
-
-@dataclass(frozen=True)
 class Place:
-    """Where one case happens; an input is copied when it is first named.
+    """Where one case happens.
+
+    An input, such as `place.model`, is a copy of an original that is made when it is first named.
 
     Attributes:
         inputs: all that a command may read; it must not change.
         work: the current directory, with the output; empty before and after.
-        aside: temporary files and the cache; likewise.
+        temporary: temporary files; likewise.
+        cache: likewise.
     """
 
-    originals: Originals
-    root: Path
-
-    def __post_init__(self) -> None:
+    def __init__(self, originals: Mapping[str, Path], root: Path) -> None:
+        self._originals = originals
+        self.inputs, self.work = root / "inputs", root / "work"
+        self.temporary, self.cache = root / "aside" / "temporary", root / "aside" / "cache"
+        self.out = self.work / "out"
         for directory in (self.inputs, self.work, self.temporary, self.cache):
             directory.mkdir(parents=True)
 
-    @property
-    def inputs(self) -> Path:
-        return self.root / "inputs"
-
-    @property
-    def work(self) -> Path:
-        return self.root / "work"
-
-    @property
-    def temporary(self) -> Path:
-        return self.root / "aside" / "temporary"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / "aside" / "cache"
-
-    @property
-    def out(self) -> Path:
-        return self.work / "out"
-
-    def _copy(self, source: Path, name: str) -> Path:
-        target = self.inputs / name
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
+    def __getattr__(self, name: str) -> Path:
+        if name.startswith("_") or name not in self._originals:
+            raise AttributeError(name)
+        source = self._originals[name]
+        target = self.inputs / (name + source.suffix)
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+        setattr(self, name, target)
         return target
-
-    @cached_property
-    def model(self) -> Path:
-        return self._copy(self.originals.tiny("llama"), "model")
-
-    @cached_property
-    def sharded(self) -> Path:
-        return self._copy(self.originals.sharded, "sharded")
-
-    @cached_property
-    def gpt2(self) -> Path:
-        return self._copy(self.originals.tiny("gpt2"), "gpt2")
-
-    @cached_property
-    def mixtral(self) -> Path:
-        return self._copy(self.originals.tiny("mixtral"), "mixtral")
-
-    @cached_property
-    def pruned(self) -> Path:
-        return self._copy(self.originals.pruned, "pruned")
-
-    @cached_property
-    def text(self) -> Path:
-        return self._copy(self.originals.text, "prose.txt")
-
-    @cached_property
-    def plan(self) -> Path:
-        return self._copy(self.originals.pruned / "cfsp_plan.json", "plan.json")
-
-    @cached_property
-    def statistics(self) -> Path:
-        return self._copy(self.originals.pruned / "cfsp.statistics", "statistics.safetensors")
-
-    @cached_property
-    def other_plan(self) -> Path:
-        return self._copy(self.originals.other_plan, "other-plan.json")
-
-    @cached_property
-    def other_statistics(self) -> Path:
-        return self._copy(self.originals.other_statistics, "other-statistics.safetensors")
 
     def fill(self, template: str) -> str:
         """Put paths in the place of names in braces."""
-        return template.format_map(_Names(self))
-
-
-class _Names(dict[str, Path]):
-    def __init__(self, place: Place) -> None:
-        super().__init__()
-        self._place = place
-
-    def __missing__(self, name: str) -> Path:
-        path: Path = getattr(self._place, name)
-        return path
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+        return template.format(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)

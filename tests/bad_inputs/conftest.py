@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bad_inputs.catalogue import BadInput, Originals, Place, assert_refused
+from bad_inputs.catalogue import BadInput, Place, assert_refused
 from cfsp.cli import main
 from tiny_models import save_tiny_model
 
@@ -19,7 +19,7 @@ def originals(
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Originals:
+) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("originals")
     llama, other = str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen3"))
     text = ["--data", str(text_file), "--samples", "4", "--seqlen", "32"]
@@ -32,18 +32,21 @@ def originals(
     planned = ["plan", other, "--statistics", str(directory / "statistics"), *budget]
     for argv in (pruned, calibrated, [*planned, "--out", str(directory / "plan.json")]):
         assert main(argv) == 0
-    return Originals(
-        tiny_checkpoint,
-        sharded,
-        directory / "pruned",
-        text_file,
-        directory / "plan.json",
-        directory / "statistics",
-    )
+    return {
+        **{name: tiny_checkpoint(name) for name in ("gpt2", "mixtral")},
+        "model": Path(llama),
+        "sharded": sharded,
+        "pruned": directory / "pruned",
+        "text": text_file,
+        "plan": directory / "pruned" / "cfsp_plan.json",
+        "statistics": directory / "pruned" / "cfsp.statistics",
+        "other_plan": directory / "plan.json",
+        "other_statistics": directory / "statistics",
+    }
 
 
 @pytest.fixture
-def place(originals: Originals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     place = Place(originals, tmp_path / "case")
     monkeypatch.chdir(place.work)
     monkeypatch.setenv("CFSP_CACHE", str(place.cache))

@@ -6,28 +6,41 @@ from collections.abc import Callable
 
 import pytest
 
-from bad_inputs.catalogue import PRUNE, TEXT, BadInput, Table
+from bad_inputs.catalogue import CALIBRATE, EVAL, PRUNE, PRUNE_TEXT, RECOVER, TEXT, BadInput, Table
 
-CALIBRATE = f"calibrate {{model}} --out {{out}} {TEXT}"
-RECOVER = "recover {pruned} --data {text} --seqlen 32 --out {out}"
-EVAL = "eval {model} --data {text} --seqlen 32"
+SEE = "see: cfsp prune --help"
 BENCH = "bench --shape llama-2-7b --blocks 1"
 
 FLAGS: Table = {
-    "unknown flag of prune": BadInput(
-        f"{PRUNE} --sparse 0.5", "unknown argument --sparse", "see: cfsp prune --help"
-    ),
+    "unknown flag of prune": BadInput(f"{PRUNE} --sparse 0.5", "unknown argument --sparse", SEE),
     "unknown flag of families": BadInput(
         "families --all", "unknown argument --all", "see: cfsp families --help"
     ),
-    "unknown choice": BadInput(
-        f"{PRUNE} --channel-metric best", "found 'best'", "see: cfsp prune --help"
+    "unknown choice": BadInput(f"{PRUNE} --channel-metric best", "found 'best'", SEE),
+    "part that nobody knows": BadInput(
+        f"{PRUNE} --parts ffn,bloks",
+        "--parts must be of ffn, kv, attention, blocks, experts, found 'bloks'",
+        "; did you mean blocks?",
     ),
-    "number that is none": BadInput(
-        f"{PRUNE} --samples many", "invalid int value: 'many'", "see: cfsp prune --help"
+    "effort and repair": BadInput(
+        f"{PRUNE} --effort fast --repair ridge", "--effort fast is --repair none", "give one of"
     ),
+    "plan and sparsity": BadInput(
+        f"{PRUNE} --plan p", "--plan and --sparsity exclude each other", "a plan has its sparsity"
+    ),
+    "plan and statistics": BadInput(
+        "prune {model} --out {out} --plan p --statistics s",
+        "--plan and --statistics exclude each other",
+        "a plan is made already",
+    ),
+    "more than can go": BadInput(
+        f"prune {{model}} --out {{out}} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.7%"
+    ),
+    "number that is none": BadInput(f"{PRUNE} --samples many", "invalid int value: 'many'", SEE),
     "no length of training": BadInput(
-        RECOVER, "one of the arguments --max-minutes --steps --epochs is required", "--help"
+        "recover {pruned} --out {out}",
+        "one of the arguments --max-minutes --steps --epochs is required",
+        "--help",
     ),
     "prune without a place": BadInput(
         "prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write into"
@@ -53,9 +66,7 @@ NUMBERS: Table = {
     "seed beyond all": BadInput(
         f"{CALIBRATE} --seed {10**30}", f"found {10**30}", "--seed must be in [0, 2^63)"
     ),
-    "negative seed": BadInput(
-        f"{RECOVER} --steps 1 --seed -1", "found -1", "--seed must be in [0, 2^32)"
-    ),
+    "negative seed": BadInput(f"{RECOVER} --seed -1", "found -1", "--seed must be in [0, 2^32)"),
     "endless windows": BadInput(
         f"calibrate {{model}} --out {{out}} --data {{text}} --seqlen {10**30}",
         f"found {10**30}",
@@ -72,7 +83,7 @@ NUMBERS: Table = {
         "expected windows of 2",
     ),
     "no windows to measure on, before any work": BadInput(
-        f"{PRUNE} {TEXT} --eval {{text}} --eval-windows 0", "found 0", "expected at least 1 window"
+        f"{PRUNE_TEXT} --eval {{text}} --eval-windows 0", "found 0", "expected at least 1 window"
     ),
     "no batch": BadInput(
         f"{CALIBRATE} --batch-windows 0", "found 0", "--batch-windows must be at least 1"
@@ -87,10 +98,10 @@ NUMBERS: Table = {
         f"{CALIBRATE} --device meta", "the device 'meta'", "choose another --device"
     ),
     "device that is not there": BadInput(
-        f"{EVAL} --windows 1 --device nonsense", "the device 'nonsense'", "choose another --device"
+        f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"
     ),
     "stride of nothing": BadInput(
-        f"{EVAL} --windows 1 --stride 0", "found 0", "--stride must be between 1 and"
+        f"{EVAL} --stride 0", "found 0", "--stride must be between 1 and"
     ),
     "all is to go": BadInput(
         "plan {model} --statistics {statistics} --sparsity 1.0 --out {out}",
@@ -101,36 +112,35 @@ NUMBERS: Table = {
         "demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"
     ),
     "multiple of nothing": BadInput(
-        f"{PRUNE} {TEXT} --multiple 0", "found 0", "multiple must be at least 1"
+        f"{PRUNE_TEXT} --multiple 0", "found 0", "multiple must be at least 1"
     ),
     "multiple wider than any block": BadInput(
-        f"{PRUNE} {TEXT} --multiple {10**30}", f"found {10**30}", "--multiple must be at most 96"
+        f"{PRUNE_TEXT} --multiple {10**30}", f"found {10**30}", "--multiple must be at most 96"
     ),
     "multiple that is no number": BadInput(
-        f"{PRUNE} {TEXT} --multiple many", "--multiple: expected a number or auto", "found 'many'"
+        f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "found 'many'"
     ),
     "equal widths by importance": BadInput(
-        f"{PRUNE} {TEXT} --widths equal --set block_metric=cosine",
+        f"{PRUNE_TEXT} --widths equal --set block_metric=cosine",
         "block_metric=cosine would do nothing",
         "give one of the two",
     ),
     "minutes that are no number": BadInput(
-        f"{RECOVER} --max-minutes nan", "found nan", "the length of training must be positive"
+        "recover {pruned} --data {text} --out {out} --max-minutes nan",
+        "found nan",
+        "the length of training must be positive",
     ),
     "no steps": BadInput(
         f"{RECOVER} --steps 0", "found 0", "the length of training must be positive"
     ),
     "learning rate that is no number": BadInput(
-        f"{RECOVER} --steps 1 --learning-rate nan", "found nan", "--learning-rate must be positive"
+        f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be positive"
     ),
     "rank that is no number": BadInput(
-        f"{RECOVER} --steps 1 --rank nan", "found nan", "--rank must be at least 1"
-    ),
-    "temperature that is no number": BadInput(
-        f"{RECOVER} --steps 1 --teacher {{model}} --temperature nan", "and nan", "a positive"
+        f"{RECOVER} --rank nan", "found nan", "--rank must be at least 1"
     ),
     "nothing to accumulate": BadInput(
-        f"{RECOVER} --steps 1 --accumulate 0", "found 0", "--accumulate must be at least 1"
+        f"{RECOVER} --accumulate 0", "found 0", "--accumulate must be at least 1"
     ),
     "sweep without a fraction": BadInput(
         f"sweep {{model}} --sparsity nan --eval {{text}} --out {{out}} {TEXT}",

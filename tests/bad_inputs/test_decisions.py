@@ -13,12 +13,24 @@ import torch
 
 from bad_inputs.catalogue import BadInput, Place, Table, edit_header, edit_json, edit_tensors
 
+# What to do.
+ANEW, AGAIN = "make a new plan", "calibrate again"
 OBEY = "prune {model} --out {out} --repair none --plan {plan}"
 PLAN = "plan {model} --statistics {statistics} --sparsity 0.4 --multiple 4 --out {out}"
 
 
 def plan(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], object]:
     return lambda place: edit_json(place.plan, change)
+
+
+def damaged(says: str, change: Callable[[dict[str, Any]], object]) -> BadInput:
+    """Return a row of a plan with such fields."""
+    return BadInput(OBEY, f"{{plan}} is damaged: {says}", ANEW, plan(change))
+
+
+def stale(says: str, spoil: Callable[[Place], object]) -> BadInput:
+    """Return a row of statistics that are to be made again."""
+    return BadInput(PLAN, f"{{statistics}} {says}", AGAIN, spoil)
 
 
 def kept(*channels: int) -> str:
@@ -60,82 +72,44 @@ PLANS: Table = {
         "an earlier cfsp, which knew models by fewer weights, wrote it; make a plan for this model",
     ),
     "plan of another version": BadInput(
-        OBEY,
-        "plan version 7, expected 1",
-        "make a new plan",
-        plan(lambda f: f.update(plan_version=7)),
+        OBEY, "plan version 7, expected 1", ANEW, plan(lambda f: f.update(plan_version=7))
     ),
-    "channels out of range": BadInput(
-        OBEY,
-        "{plan} is damaged: kept channels do not fit a width of 96",
-        "make a new plan",
-        plan(lambda f: f["blocks"][0].update(kept=kept(0, 1, 150), kept_width=3)),
+    "channels out of range": damaged(
+        "kept channels do not fit a width of 96",
+        lambda f: f["blocks"][0].update(kept=kept(0, 1, 150), kept_width=3),
     ),
-    "fewer channels than announced, as if some came twice": BadInput(
-        OBEY,
-        "{plan} is damaged: 3 channels are kept, 4 are announced",
-        "make a new plan",
-        plan(lambda f: f["blocks"][0].update(kept=kept(0, 1, 2), kept_width=4)),
+    "fewer channels than announced, as if some came twice": damaged(
+        "3 channels are kept, 4 are announced",
+        lambda f: f["blocks"][0].update(kept=kept(0, 1, 2), kept_width=4),
     ),
     "a list of unsorted and repeated channels": BadInput(
         OBEY,
         "{plan} is damaged",
-        "make a new plan",
+        ANEW,
         plan(lambda f: f["blocks"][0].update(kept=[5, 3, 3], kept_width=3)),
     ),
     "a block too few": BadInput(
-        OBEY,
-        "the plan's widths are not those of {model}",
-        "make a new plan",
-        plan(lambda f: f["blocks"].pop()),
+        OBEY, "the plan's widths are not those of {model}", ANEW, plan(lambda f: f["blocks"].pop())
     ),
-    "plan that keeps a trillion channels": BadInput(
-        OBEY,
-        "{plan} is damaged: a block has the impossible width",
-        "make a new plan",
-        plan(lambda f: f["blocks"][0].update(width=10**12)),
+    "plan that keeps a trillion channels": damaged(
+        "a block has the impossible width", lambda f: f["blocks"][0].update(width=10**12)
     ),
-    "importance that is no number": BadInput(
-        OBEY,
-        "{plan} is damaged: a block has the distance nan",
-        "make a new plan",
-        plan(lambda f: f["blocks"][1].update(distance=float("nan"))),
+    "importance that is no number": damaged(
+        "a block has the distance nan", lambda f: f["blocks"][1].update(distance=float("nan"))
     ),
-    "calibration without windows": BadInput(
-        OBEY,
-        "{plan} is damaged: 'windows'",
-        "make a new plan",
-        plan(lambda f: f["calibration"].pop("windows")),
+    "calibration without windows": damaged("'windows'", lambda f: f["calibration"].pop("windows")),
+    "criterion without a multiple": damaged("'multiple'", lambda f: f["criterion"].pop("multiple")),
+    "metric that is markup": damaged(
+        "it has '<script>' for block_metric",
+        lambda f: f["criterion"].update(block_metric="<script>"),
     ),
-    "criterion without a multiple": BadInput(
-        OBEY,
-        "{plan} is damaged: 'multiple'",
-        "make a new plan",
-        plan(lambda f: f["criterion"].pop("multiple")),
+    "sparsity that is text": damaged(
+        "the criterion has 'half' for sparsity", lambda f: f["criterion"].update(sparsity="half")
     ),
-    "metric that is markup": BadInput(
-        OBEY,
-        "{plan} is damaged: it has '<script>' for block_metric",
-        "make a new plan",
-        plan(lambda f: f["criterion"].update(block_metric="<script>")),
-    ),
-    "sparsity that is text": BadInput(
-        OBEY,
-        "{plan} is damaged: the criterion has 'half' for sparsity",
-        "make a new plan",
-        plan(lambda f: f["criterion"].update(sparsity="half")),
-    ),
-    "plan of no blocks": BadInput(
-        OBEY,
-        "{plan} is damaged: it describes no block",
-        "make a new plan",
-        plan(lambda f: f.update(blocks=[])),
-    ),
-    "fingerprint that is a list": BadInput(
-        OBEY,
-        "{plan} is damaged: the model's name, type and fingerprint must be text",
-        "make a new plan",
-        plan(lambda f: f["model"].update(fingerprint=[1])),
+    "plan of no blocks": damaged("it describes no block", lambda f: f.update(blocks=[])),
+    "fingerprint that is a list": damaged(
+        "the model's name, type and fingerprint must be text",
+        lambda f: f["model"].update(fingerprint=[1]),
     ),
     "plan nested too deeply": BadInput(
         OBEY, "{plan} is not a pruning plan", "cfsp plan", raw("plan", b"[" * 100_000)
@@ -151,7 +125,7 @@ PLANS: Table = {
     "plan in the checkpoint is damaged": BadInput(
         "recover {pruned} --data {text} --steps 1 --seqlen 32 --out {out}",
         "{pruned}/cfsp_plan.json is damaged",
-        "make a new plan",
+        ANEW,
         lambda place: edit_json(
             place.pruned / "cfsp_plan.json", lambda f: f["blocks"][0].update(importance="high")
         ),
@@ -164,52 +138,35 @@ STATISTICS: Table = {
         "not for {model} (",
         "an earlier cfsp, which knew models by fewer weights, wrote them; calibrate this model",
     ),
-    "statistics of another version": BadInput(
-        PLAN,
-        "{statistics} has statistics version 9, expected 4",
-        "calibrate again",
-        facts('"version": 4', '"version": 9'),
+    "statistics of another version": stale(
+        "has statistics version 9, expected 4", facts('"version": 4', '"version": 9')
     ),
-    "NaN in a sum": BadInput(
-        PLAN,
-        "{statistics} has NaN, infinite or impossible values in block 1",
-        "calibrate again",
+    "NaN in a sum": stale(
+        "has NaN, infinite or impossible values in block 1",
         sums("units.1.sum", lambda t: t * torch.nan),
     ),
     "a negative sum of squares": BadInput(
         "prune {model} --out {out} --repair none --sparsity 0.4 --statistics {statistics}",
         "{statistics} has NaN, infinite or impossible values in block 2",
-        "calibrate again",
+        AGAIN,
         sums("units.2.sum_of_squares", lambda t: -t),
     ),
-    "NaN in a distance": BadInput(
-        PLAN,
-        "{statistics} has NaN, infinite or impossible values in block 0",
-        "calibrate again",
+    "NaN in a distance": stale(
+        "has NaN, infinite or impossible values in block 0",
         facts('"distance_sums": {"angular": ', '"distance_sums": {"angular": NaN, "x": '),
     ),
-    "no tokens": BadInput(
-        PLAN,
-        "{statistics} is damaged: ValueError('block 0 has seen 0 tokens')",
-        "calibrate again",
-        facts('"tokens": 128', '"tokens": 0'),
+    "no tokens": stale(
+        "is damaged: ValueError('block 0 has seen 0 tokens')", facts('"tokens": 128', '"tokens": 0')
     ),
-    "endlessly many tokens": BadInput(
-        PLAN,
-        "{statistics} is damaged: OverflowError",
-        "calibrate again",
-        facts('"tokens": 128', '"tokens": Infinity'),
+    "endlessly many tokens": stale(
+        "is damaged: OverflowError", facts('"tokens": 128', '"tokens": Infinity')
     ),
-    "a sum too few": BadInput(
-        PLAN,
-        "{statistics} is damaged: KeyError('units.1.sum')",
-        "calibrate again",
+    "a sum too few": stale(
+        "is damaged: KeyError('units.1.sum')",
         lambda place: edit_tensors(place.statistics, lambda t: t.pop("units.1.sum")),
     ),
-    "sums of different lengths": BadInput(
-        PLAN,
-        "{statistics} is damaged: ValueError('units.1 has sums of shapes",
-        "calibrate again",
+    "sums of different lengths": stale(
+        "is damaged: ValueError('units.1 has sums of shapes",
         sums("units.1.sum", lambda t: t[:5].clone()),
     ),
     "statistics cut short": BadInput(

@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 from bad_inputs.catalogue import (
+    CALIBRATE,
+    EVAL,
     PRUNE,
+    PRUNE_TEXT,
+    RECOVER,
     TEXT,
     BadInput,
     Place,
@@ -24,37 +28,40 @@ from bad_inputs.catalogue import (
     everything_in,
 )
 
+# What to do.
+DIRECTORY, OUTPUT = "choose another output directory", "choose another output"
+FILE = "choose another file"
 SMALL = "--sparsity 0.4 --multiple 4"
 INSIDE: Table = {
     "prune into the model": BadInput(
         f"prune {{model}} --out {{model}}/new/out {SMALL} {TEXT}",
         "{model}/new/out lies inside the source {model}",
-        "choose another output",
+        OUTPUT,
     ),
     "calibrate into the model": BadInput(
         f"calibrate {{model}} --out {{model}}/config.safetensors {TEXT}",
         "lies inside the source {model}",
-        "choose another output",
+        OUTPUT,
     ),
     "plan into the model": BadInput(
         f"plan {{model}} --statistics {{statistics}} --out {{model}}/plan.json {SMALL}",
         "{model}/plan.json lies inside the source",
-        "choose another output",
+        OUTPUT,
     ),
     "recover into the model": BadInput(
         "recover {pruned} --data {text} --steps 1 --seqlen 32 --out {pruned}/out",
         "{pruned}/out lies inside the source",
-        "choose another output",
+        OUTPUT,
     ),
     "export into the model": BadInput(
         "export {model} --to gguf --out {model}/out.gguf",
         "{model}/out.gguf lies inside the source",
-        "choose another output",
+        OUTPUT,
     ),
     "sweep into the model": BadInput(
         f"sweep {{model}} --sparsity 0.4 --eval {{text}} --out {{model}}/sweep {TEXT}",
         "{model}/sweep lies inside the source",
-        "choose another output",
+        OUTPUT,
     ),
 }
 
@@ -62,28 +69,26 @@ EXISTING: Table = {
     "prune over another model": BadInput(
         f"prune {{model}} --out {{pruned}} {SMALL} {TEXT}",
         "{pruned} exists and is not empty",
-        "choose another output directory",
+        DIRECTORY,
     ),
     "plan over the config of the model": BadInput(
         f"plan {{model}} --statistics {{statistics}} --out {{model}}/config.json {SMALL}",
         "{model}/config.json exists already",
-        "choose another file",
+        FILE,
     ),
     "calibrate over a file": BadInput(
-        f"calibrate {{model}} --out {{text}} {TEXT}",
-        "{text} exists already",
-        "choose another file",
+        f"calibrate {{model}} --out {{text}} {TEXT}", "{text} exists already", FILE
     ),
     "export over a file": BadInput(
         "export {model} --to gguf --out {inputs}/a.gguf",
         "{inputs}/a.gguf exists already",
-        "choose another file",
+        FILE,
         lambda place: (place.inputs / "a.gguf").write_text("mine"),
     ),
     "recover over another model": BadInput(
         "recover {pruned} --data {text} --steps 1 --out {model}",
         "{model} exists and is not empty",
-        "choose another output directory",
+        DIRECTORY,
     ),
     "sweep over another model": BadInput(
         f"sweep {{pruned}} --sparsity 0.4 --eval {{text}} --out {{model}} {TEXT}",
@@ -91,17 +96,13 @@ EXISTING: Table = {
         "choose another --out",
     ),
     "prune onto a file": BadInput(
-        f"prune {{model}} --out {{text}} {SMALL} {TEXT}",
-        "{text} exists and is a file",
-        "choose another output directory",
+        f"prune {{model}} --out {{text}} {SMALL} {TEXT}", "{text} exists and is a file", DIRECTORY
     ),
     "prune below a file": BadInput(
-        f"prune {{model}} --out {{text}}/out {SMALL} {TEXT}",
-        "cannot write to {text}",
-        "choose another output directory",
+        f"prune {{model}} --out {{text}}/out {SMALL} {TEXT}", "cannot write to {text}", DIRECTORY
     ),
     "demo over another model": BadInput(
-        "demo --out {model}", "{model} exists and is not empty", "choose another output directory"
+        "demo --out {model}", "{model} exists and is not empty", DIRECTORY
     ),
     "report over a model's config": BadInput(
         "report {pruned} --out {pruned}/config.json", "expected a name like report.html", "web page"
@@ -156,9 +157,7 @@ RUNS: Table = {
         "compare {text}", "cannot read {text}", "make it with: cfsp eval"
     ),
     "results into a file that is something else": BadInput(
-        "eval {model} --data {text} --windows 1 --seqlen 32 --out {text}",
-        "holds something else",
-        "choose another --out",
+        f"{EVAL} --out {{text}}", "holds something else", "choose another --out"
     ),
     "report with results that are none": BadInput(
         "report {pruned} --results {text}", "cannot read {text}", "make it with: cfsp eval"
@@ -194,11 +193,11 @@ def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
 # Disks.
 
 WRITERS = {
-    "eval": "eval {model} --data {text} --windows 1 --seqlen 32 --out {out}.json",
-    "prune": f"{PRUNE} {TEXT}",
-    "calibrate": f"calibrate {{model}} --out {{out}} {TEXT}",
+    "eval": f"{EVAL} --out {{out}}.json",
+    "prune": PRUNE_TEXT,
+    "calibrate": CALIBRATE,
     "plan": f"plan {{model}} --statistics {{statistics}} --out {{out}} {SMALL}",
-    "recover": "recover {pruned} --data {text} --steps 1 --seqlen 32 --out {out}",
+    "recover": RECOVER,
     "export": "export {model} --to vllm --out {out}",
     "sweep": f"sweep {{model}} --sparsity 0.4 --eval {{text}} --out {{out}} {TEXT}",
     "report": "report {pruned} --out {out}.html",
@@ -237,14 +236,14 @@ def test_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(*NOT_SAVING)
-    case = BadInput(WRITERS[command], "No space left on device", "choose another output")
+    case = BadInput(WRITERS[command], "No space left on device", OUTPUT)
     with mounted(place.work, "size=8k"):
         assert_refused(case, place, capfd)
 
 
 def test_a_limit_on_the_size_of_files(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """What a quota does; needs no root."""
-    case = BadInput(WRITERS["export"], "File too large", "choose another output")
+    case = BadInput(WRITERS["export"], "File too large", OUTPUT)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     _ = place.model
     try:

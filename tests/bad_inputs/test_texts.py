@@ -11,6 +11,9 @@ import pytest
 
 from bad_inputs.catalogue import BadInput, Place, Table
 
+# What to do.
+UTF8, AGAIN = "save it as UTF-8", "download it again"
+JSON = "every line must be one JSON object"
 TINY = "--out {out} --samples 4 --seqlen 32 --data"
 CALIBRATE = f"calibrate {{model}} {TINY} {{inputs}}/"
 PRUNE = f"prune {{model}} --sparsity 0.4 {TINY}"
@@ -55,31 +58,31 @@ TEXTS: Table = {
     "binary text": BadInput(
         f"{CALIBRATE}a.txt",
         "{inputs}/a.txt, line 1 is binary",
-        "save it as UTF-8",
+        UTF8,
         file("a.txt", b"\x00\x01\x02" * 500),
     ),
     "text in Latin-1": BadInput(
         f"{CALIBRATE}a.txt",
         "{inputs}/a.txt, line 1 is not UTF-8 text: byte 3",
-        "save it as UTF-8",
+        UTF8,
         file("a.txt", b"abc\xfc"),
     ),
     "text in UTF-16": BadInput(
         "eval {model} --windows 1 --seqlen 32 --data {inputs}/a.txt",
         "{inputs}/a.txt, line 1 is not UTF-8 text: byte 0",
-        "save it as UTF-8",
+        UTF8,
         file("a.txt", "text".encode("utf-16")),
     ),
     "lines that are no JSON": BadInput(
         "recover {pruned} --steps 1 --seqlen 32 --out {out} --data {inputs}/a.jsonl",
         "{inputs}/a.jsonl, line 2: not JSON",
-        "every line must be one JSON object",
+        JSON,
         file("a.jsonl", b'{"text": "fine"}\n{"text": '),
     ),
     "lines nested too deeply": BadInput(
         f"{CALIBRATE}a.jsonl",
         "{inputs}/a.jsonl, line 1: not JSON",
-        "every line must be one JSON object",
+        JSON,
         file("a.jsonl", b"[" * 100_000),
     ),
     "half of a surrogate pair": BadInput(
@@ -155,31 +158,25 @@ KEY = struct.pack("<Q", 1) + b"k"
 
 GGUF: Table = {
     "gguf with another magic": BadInput(
-        INSPECT, "it does not begin with GGUF", "download it again", file("a.gguf", b"GGML" * 9)
+        INSPECT, "it does not begin with GGUF", AGAIN, file("a.gguf", b"GGML" * 9)
     ),
     "gguf of another version": BadInput(
-        INSPECT,
-        "it has version 77",
-        "download it again",
-        file("a.gguf", b"GGUF" + struct.pack("<IQQ", 77, 0, 0)),
+        INSPECT, "it has version 77", AGAIN, file("a.gguf", b"GGUF" + struct.pack("<IQQ", 77, 0, 0))
     ),
     "gguf that ends in its header": BadInput(
         "export {inputs}/a.gguf --to vllm --out {out}",
         "{inputs}/a.gguf is not a readable GGUF file",
-        "download it again",
+        AGAIN,
         gguf(struct.pack("<QQ", 5, 5)),
     ),
     "gguf with an endless list": BadInput(
         "calibrate {inputs}/a.gguf --out {out} --data {text}",
         "its header reaches beyond its",
-        "download it again",
+        AGAIN,
         gguf(struct.pack("<QQ", 0, 1), KEY + struct.pack("<IIQ", 9, 0, 1 << 60)),
     ),
     "gguf with endlessly many tensors": BadInput(
-        INSPECT,
-        "its header reaches beyond its",
-        "download it again",
-        gguf(struct.pack("<QQ", 1 << 60, 0)),
+        INSPECT, "its header reaches beyond its", AGAIN, gguf(struct.pack("<QQ", 1 << 60, 0))
     ),
     "gguf without tensors": BadInput(
         INSPECT, "{inputs}/a.gguf holds no weight matrices", "safetensors", gguf(bytes(16))

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bad_inputs.catalogue import (
-    PRUNE,
-    TEXT,
+    CALIBRATE,
+    EVAL,
+    PRUNE_TEXT,
     BadInput,
     Place,
     Table,
@@ -26,8 +27,14 @@ from cfsp.checkpoint.links import TEMPLATES
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 
+INSPECT, SHARDED = "inspect {model}", "inspect {sharded}"
+EXPORT = "export {model} --to vllm --out {out}"
+# What to do.
+SAVE, AGAIN = "download or save it again", "download it again"
+ANEW = "download the model again"
 INDEX = "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
+UP = "model.layers.{}.mlp.up_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"
 
 
@@ -47,6 +54,11 @@ def config(name: str = "model", **changes: object) -> Callable[[Place], object]:
     return lambda place: edit_json(
         getattr(place, name) / "config.json", lambda fields: fields.update(changes)
     )
+
+
+def of_config(command: str, says: str, **changes: object) -> BadInput:
+    """Return a row of a config with such fields."""
+    return BadInput(command, says, AGAIN, config(**changes))
 
 
 def index(text: str) -> Callable[[Place], object]:
@@ -111,63 +123,72 @@ def add(name: str, shape: tuple[int, ...]) -> Callable[[Place], object]:
 
 FILES: Table = {
     "header longer than the file": BadInput(
-        "inspect {model}",
+        INSPECT,
         "{model}/model.safetensors is not a complete safetensors file",
-        "download or save it again",
+        SAVE,
         weights(lambda path: path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")),
     ),
     "empty weight file": BadInput(
         "verify {pruned}",
         "model.safetensors is not a complete safetensors file: it has 0 bytes",
-        "download or save it again",
+        SAVE,
         lambda place: (place.pruned / "model.safetensors").write_bytes(b""),
     ),
     "interrupted download": BadInput(
-        f"calibrate {{model}} --out {{out}} {TEXT}",
-        "{model}/model.safetensors is truncated or damaged",
-        "download or save it again",
-        weights(lambda path: cut(path, 5000)),
+        CALIBRATE.replace("model", "sharded"),
+        "model-00002-of-00005.safetensors is truncated or damaged",
+        SAVE,
+        lambda place: cut(sorted(place.sharded.glob("model-*.safetensors"))[1], 5000),
+    ),
+    "a weight that is no number": BadInput(
+        PRUNE_TEXT,
+        "block 2 has NaN or infinite values",
+        UP.format(2),
+        replace(UP.format(2), lambda t: t * torch.nan),
+    ),
+    "activations beyond all numbers": BadInput(
+        PRUNE_TEXT,
+        "block 1 produced NaN or infinite activations",
+        "",
+        tensors(lambda found: found.update({n: found[n] * 1e30 for n in (GATE, UP.format(1))})),
     ),
     "overlapping offsets": BadInput(
-        f"{PRUNE} {TEXT}",
-        f"{{model}}/model.safetensors: tensor {NORM}",
-        "download or save it again",
+        PRUNE_TEXT,
+        f"{{model}}/model.safetensors is damaged: tensor {NORM}",
+        SAVE,
         header(lambda h: h[NORM].update(data_offsets=[4, 132])),
     ),
     "dtype that nobody knows": BadInput(
-        "export {model} --to vllm --out {out}",
+        EXPORT,
         f"tensor {NORM} has dtype F1",
         "expected one of F64",
         header(lambda h: h[NORM].update(dtype="F1")),
     ),
     "another dtype than the bytes": BadInput(
-        "eval {model} --data {text} --windows 1 --seqlen 32",
-        f"tensor {NORM} [32] F16",
-        "download or save it again",
-        header(lambda h: h[NORM].update(dtype="F16")),
+        EVAL, f"tensor {NORM} [32] F16", SAVE, header(lambda h: h[NORM].update(dtype="F16"))
     ),
     "whole numbers as weights": BadInput(
-        f"{PRUNE} {TEXT}",
+        PRUNE_TEXT,
         f"{GATE} is stored as int8",
         "save the model in float32, bfloat16 or float16",
         replace(GATE, lambda t: t.to(torch.int8)),
     ),
     "quantised in a way that cannot be undone": BadInput(
-        f"{PRUNE} {TEXT}",
+        PRUNE_TEXT,
         "{model} is quantised (bitsandbytes), which cfsp cannot undo",
         "call dequantize() and save_pretrained(), and prune the result",
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
     ),
     "quantised by its config alone": BadInput(
-        f"{PRUNE} {TEXT}",
+        PRUNE_TEXT,
         "{model} is quantised (fp8) by its config.json, but none of its tensors is",
         "remove quantization_config there",
         config(quantization_config={"quant_method": "fp8"}),
     ),
     "header nested too deeply": BadInput(
-        "inspect {model}",
+        INSPECT,
         "{model}/model.safetensors is not a safetensors file",
-        "download or save it again",
+        SAVE,
         weights(lambda path: path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)),
     ),
     "weights of a pickle": BadInput(
@@ -179,70 +200,61 @@ FILES: Table = {
     "no FFN matrix": BadInput(
         "recover {pruned} --data {text} --steps 1 --out {out}",
         f"lacks the tensor {GATE}",
-        "download or save it again",
+        SAVE,
         lambda place: edit_tensors(place.pruned / "model.safetensors", drop(GATE)),
     ),
     "no norm, to calibrate": BadInput(
-        f"calibrate {{model}} --out {{out}} {TEXT}",
-        f"{{model}} lacks the tensor {NORM}",
-        "download or save it again",
-        tensors(drop(NORM)),
+        CALIBRATE, f"{{model}} lacks the tensor {NORM}", SAVE, tensors(drop(NORM))
     ),
     "no norm, to evaluate": BadInput(
-        "eval {model} --data {text} --windows 1 --seqlen 32",
-        f"{{model}} lacks the tensor {NORM}",
-        "download or save it again",
-        tensors(drop(NORM)),
+        EVAL, f"{{model}} lacks the tensor {NORM}", SAVE, tensors(drop(NORM))
     ),
     "no norm, to export": BadInput(
-        "export {model} --to vllm --out {out}",
-        f"{{model}} lacks the tensor {NORM}",
-        "download or save it again",
-        tensors(drop(NORM)),
+        EXPORT, f"{{model}} lacks the tensor {NORM}", SAVE, tensors(drop(NORM))
     ),
     "no embeddings": BadInput(
         "export {model} --to gguf --out {work}/out.gguf",
         "{model} lacks the tensor model.embed_tokens.weight",
-        "download or save it again",
+        SAVE,
         tensors(drop("model.embed_tokens.weight")),
     ),
     "norm of another length": BadInput(
-        "eval {model} --data {text} --windows 1 --seqlen 32",
+        EVAL,
         f"{NORM} of shape [16], its config asks for [32]",
-        "download or save it again",
+        SAVE,
         replace(NORM, lambda t: t[:16].clone()),
     ),
     "attention of another width": BadInput(
-        f"{PRUNE} {TEXT}",
+        PRUNE_TEXT,
         "q_proj.weight of shape [32, 16], its config asks for [32, 32]",
-        "download or save it again",
+        SAVE,
         replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
     ),
     "a block more than the config says": BadInput(
-        f"{PRUNE} {TEXT} --repair none",
+        f"{PRUNE_TEXT} --repair none",
         "{model} has a tensor model.layers.3.mlp.up_proj.weight",
-        "download or save it again",
+        SAVE,
         add("model.layers.3.mlp.up_proj.weight", (96, 32)),
     ),
     "an expert more than the config says": BadInput(
-        f"calibrate {{mixtral}} --out {{out}} {TEXT}",
+        CALIBRATE.replace("model", "mixtral"),
         "layers.0.mlp.experts.gate_up_proj of shape [4, 192, 32], its config asks for [2, 192, 32]",
-        "download or save it again",
+        SAVE,
         config("mixtral", num_local_experts=2),
     ),
 }
 
 INDEXES: Table = {
     "index that climbs out": BadInput(
-        "inspect {sharded}",
+        SHARDED,
         f"{{sharded}}/{INDEX} names a file outside its directory: ../elsewhere.safetensors",
-        "download the model again",
+        ANEW,
         all_in("../elsewhere.safetensors"),
     ),
     "index with an absolute path": BadInput(
-        f"calibrate {{sharded}} --out {{out}} {TEXT}",
+        CALIBRATE.replace("model", "sharded"),
         f"{INDEX} names a file outside its directory: /etc/passwd",
-        "download the model again",
+        ANEW,
         all_in("/etc/passwd"),
     ),
     "shard that is a link to elsewhere": BadInput(
@@ -252,19 +264,19 @@ INDEXES: Table = {
         shard_elsewhere,
     ),
     "link that would be copied into the output": BadInput(
-        f"{PRUNE} {TEXT}",
+        PRUNE_TEXT,
         "{model}/notes.txt is a link to a file outside the directory",
         "put the file itself there",
         tokenizer_elsewhere,
     ),
     "link in a folder that would be copied": BadInput(
-        f"{PRUNE} {TEXT}",
+        PRUNE_TEXT,
         "{model}/additional_chat_templates/more/tool.jinja is a link to a file outside the",
         "put the file itself there",
         templates_elsewhere(is_link=False),
     ),
     "folder that would be copied is a link": BadInput(
-        "eval {model} --data {text} --windows 1 --seqlen 32",
+        EVAL,
         "{model}/additional_chat_templates is a link to a folder, ",
         "put the folder itself there",
         templates_elsewhere(is_link=True),
@@ -272,118 +284,85 @@ INDEXES: Table = {
     "index with numbers for names": BadInput(
         "eval {sharded} --data {text} --windows 1 --seqlen 32",
         f"{{sharded}}/{INDEX} is not a checkpoint index",
-        "download the model again",
+        ANEW,
         all_in(7),
     ),
     "index with an endless name": BadInput(
-        "inspect {sharded}",
-        f"{{sharded}}/{INDEX} names xxxx",
-        "download it again",
-        all_in("x" * 5000),
+        SHARDED, f"{{sharded}}/{INDEX} names xxxx", AGAIN, all_in("x" * 5000)
     ),
     "index nested too deeply": BadInput(
-        "inspect {sharded}",
-        f"{{sharded}}/{INDEX} is not a checkpoint index",
-        "download the model again",
-        index("[" * 100_000),
+        SHARDED, f"{{sharded}}/{INDEX} is not a checkpoint index", ANEW, index("[" * 100_000)
     ),
     "index that is binary": BadInput(
         "export {sharded} --to vllm --out {out}",
         f"{{sharded}}/{INDEX} is not a checkpoint index",
-        "download the model again",
+        ANEW,
         lambda place: (place.sharded / INDEX).write_bytes(b"\xff\x00\xfe"),
     ),
     "index without one tensor": BadInput(
-        "inspect {sharded}",
+        SHARDED,
         f"holds {GATE}, which {INDEX} does not name",
-        "download or save it again",
+        SAVE,
         lambda place: edit_json(place.sharded / INDEX, lambda f: f["weight_map"].pop(GATE)),
     ),
 }
 
 CONFIGS: Table = {
     "config that is no JSON": BadInput(
-        "inspect {model}",
+        INSPECT,
         "{model}/config.json is not a model config",
-        "download it again",
+        AGAIN,
         lambda place: (place.model / "config.json").write_text("{"),
     ),
     "config that is a list": BadInput(
         "eval {model} --data {text}",
         "{model}/config.json is not a model config",
-        "download it again",
+        AGAIN,
         lambda place: (place.model / "config.json").write_text("[]"),
     ),
     "config nested too deeply": BadInput(
-        "inspect {model}",
+        INSPECT,
         "{model}/config.json is not a model config",
-        "download it again",
+        AGAIN,
         lambda place: (place.model / "config.json").write_text('{"a":' * 100_000),
     ),
-    "config with a billion blocks": BadInput(
-        f"{PRUNE} {TEXT}",
-        "num_hidden_layers is 1000000000",
-        "download it again",
-        config(num_hidden_layers=10**9),
+    "config with a billion blocks": of_config(
+        PRUNE_TEXT, "num_hidden_layers is 1000000000", num_hidden_layers=10**9
     ),
-    "config with a number beyond all": BadInput(
-        "inspect {model}",
-        "hidden_size is 1",
-        "download it again",
-        config(hidden_size=10**30),
+    "config with a number beyond all": of_config(INSPECT, "hidden_size is 1", hidden_size=10**30),
+    "config with no blocks": of_config(PRUNE_TEXT, "num_hidden_layers is 0", num_hidden_layers=0),
+    "config with negative width": of_config(
+        INSPECT, "intermediate_size is -96", intermediate_size=-96
     ),
-    "config with no blocks": BadInput(
-        f"{PRUNE} {TEXT}",
-        "num_hidden_layers is 0",
-        "download it again",
-        config(num_hidden_layers=0),
-    ),
-    "config with negative width": BadInput(
-        "inspect {model}",
-        "intermediate_size is -96",
-        "download it again",
-        config(intermediate_size=-96),
-    ),
-    "config with no heads": BadInput(
-        f"calibrate {{model}} --out {{out}} {TEXT}",
-        "num_attention_heads is 0",
-        "download it again",
-        config(num_attention_heads=0),
-    ),
-    "config with heads that do not divide": BadInput(
-        f"calibrate {{model}} --out {{out}} {TEXT}",
+    "config with no heads": of_config(CALIBRATE, "num_attention_heads is 0", num_attention_heads=0),
+    "config with heads that do not divide": of_config(
+        CALIBRATE,
         "{model}/config.json",
-        "download it again",
-        config(num_attention_heads=5, num_key_value_heads=3, head_dim=None),
+        num_attention_heads=5,
+        num_key_value_heads=3,
+        head_dim=None,
     ),
-    "config with a width of text": BadInput(
-        "inspect {model}",
-        "intermediate_size is 'wide'",
-        "download it again",
-        config(intermediate_size="wide"),
+    "config with a width of text": of_config(
+        INSPECT, "intermediate_size is 'wide'", intermediate_size="wide"
     ),
-    "config with a fraction of a block": BadInput(
-        f"{PRUNE} {TEXT}",
-        "num_hidden_layers is 2.5",
-        "download it again",
-        config(num_hidden_layers=2.5),
+    "config with a fraction of a block": of_config(
+        PRUNE_TEXT, "num_hidden_layers is 2.5", num_hidden_layers=2.5
     ),
-    "config with an unknown activation": BadInput(
-        f"{PRUNE} {TEXT}",
+    "config with an unknown activation": of_config(
+        PRUNE_TEXT,
         "no llama model can be built from the numbers and names in config.json (KeyError",
-        "download it again",
-        config(hidden_act="magic"),
+        hidden_act="magic",
     ),
     "config with a larger vocabulary": BadInput(
-        f"{PRUNE} {TEXT}",
+        PRUNE_TEXT,
         "model.embed_tokens.weight of shape [320, 32], its config asks for [640, 32]",
-        "download or save it again",
+        SAVE,
         config(vocab_size=640),
     ),
     "widths for blocks that are not there": BadInput(
-        f"calibrate {{pruned}} --out {{out}} {TEXT}",
+        CALIBRATE.replace("model", "pruned"),
         "{pruned}/config.json",
-        "download it again",
+        AGAIN,
         lambda place: edit_json(
             place.pruned / "config.json",
             lambda f: f["per_layer_config"].update({"999999999": {"intermediate_size": 8}}),
@@ -392,7 +371,7 @@ CONFIGS: Table = {
     "widths of one block are no table": BadInput(
         "inspect {pruned}",
         "{pruned}/config.json is not a usable llama config: ffn_widths is ",
-        "download it again",
+        AGAIN,
         lambda place: edit_json(
             place.pruned / "config.json", lambda f: f.update(ffn_widths={"0": 8})
         ),
@@ -400,7 +379,7 @@ CONFIGS: Table = {
     "width of an FFN that is not there": BadInput(
         "inspect {pruned}",
         "config.json gives a width for 'moe' of block 0, which the model does not have",
-        "download the model again",
+        ANEW,
         lambda place: edit_json(
             place.pruned / "config.json",
             lambda f: f.update(per_layer_config=None, ffn_widths={"0": {"moe": 8}}),
@@ -409,7 +388,7 @@ CONFIGS: Table = {
     "width of an FFN is text": BadInput(
         "inspect {pruned}",
         "config.json gives block 0 'x' FFN channels, expected 1 to ",
-        "download the model again",
+        ANEW,
         lambda place: edit_json(
             place.pruned / "config.json",
             lambda f: f.update(per_layer_config=None, ffn_widths={"0": {"mlp": "x"}}),
@@ -418,7 +397,7 @@ CONFIGS: Table = {
     "width of one block is text": BadInput(
         "inspect {pruned}",
         "{pruned}/config.json",
-        "download it again",
+        AGAIN,
         lambda place: edit_json(
             place.pruned / "config.json",
             lambda f: f["per_layer_config"].update({"0": {"intermediate_size": "x"}}),
@@ -431,7 +410,7 @@ CONFIGS: Table = {
         config(auto_map={"AutoModelForCausalLM": "evil.Model"}),
     ),
     "auto_map that is a list": BadInput(
-        "inspect {model}",
+        INSPECT,
         "{model} brings its own modelling code",
         "cfsp prunes stock models and its own output only",
         config(auto_map=["evil.Model"]),
@@ -447,9 +426,9 @@ CONFIGS: Table = {
         "give a --seqlen of at most 256",
     ),
     "a square of positions": BadInput(
-        f"calibrate {{gpt2}} --out {{out}} {TEXT}",
+        CALIBRATE.replace("model", "gpt2"),
         "transformer.wpe.weight of shape [256, 32], its config asks for [1000000, 32]",
-        "download or save it again",
+        SAVE,
         config("gpt2", n_positions=1_000_000),
     ),
     "an encoder": BadInput(

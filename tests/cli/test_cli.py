@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import COMMANDS, build_parser, main
+from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -26,7 +25,7 @@ from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from tiny_models import build_tiny_model, save_tiny_model
+from tiny_models import build_tiny_model
 
 
 class Cli:
@@ -94,16 +93,6 @@ def test_what_answers_at_once_does_not_import_torch(argv: list[str]) -> None:
     assert "cfsp" in finished.stdout + finished.stderr
 
 
-def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(commands()) == len(COMMANDS)
-    for command in commands():
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0
-        printed = capsys.readouterr().out
-        assert f"example:\n  cfsp {command}" in printed
-
-
 def test_a_shell_can_complete_it() -> None:
     shtab = pytest.importorskip("shtab", reason="shtab is not installed")
     script = shtab.complete(build_parser(), shell="bash")
@@ -164,13 +153,6 @@ def test_what_is_typed_becomes_settings_and_the_rest_is_theirs() -> None:
     assert settings_from(args, Criterion) == Criterion()
 
 
-def test_parts_are_known(cli: Cli, tmp_path: Path) -> None:
-    prune = ("prune", "demo", "--out", tmp_path / "o", "--sparsity", 0.2)
-    _, error = cli(*prune, "--parts", "ffn,bloks", status=2)
-    assert "--parts must be of ffn, kv, attention, blocks, experts, found 'bloks'" in error
-    assert "; did you mean blocks?" in error
-
-
 @pytest.mark.parametrize("command", commands())
 def test_help_fits_a_screen_and_help_all_names_the_rest(
     capsys: pytest.CaptureFixture[str], command: str
@@ -182,7 +164,8 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         assert ended.value.code == 0
         texts.append(capsys.readouterr().out)
     short, long = texts
-    assert "example:" in short
+    assert f"example:\n  cfsp {command}" in short
+    assert command not in ("prune", "recover", "sweep") or "\neval_windows=... " in long
     positional = {
         "eval": "MODEL ...",
         "bench": "[MODEL ...]",
@@ -191,7 +174,8 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
     }
     if command in positional:
         assert short.startswith(f"usage: cfsp {command} [options] {positional[command]}\n")
-    assert len(re.findall(r"^  --", short, re.MULTILINE)) <= 17
+    assert len(re.findall(r"^  --", short, re.MULTILINE)) <= (14 if command == "prune" else 17)
+    assert command != "prune" or len(short.splitlines()) <= 40
     if "--set" in short:
         assert len(long) > len(short)
     else:
@@ -231,21 +215,6 @@ def test_the_default_text_is_told_of_when_it_is_read(
     (tmp_path / "full" / "a-file").touch()
     assert "calibrating on" not in cli(*prune, tmp_path / "full", status=2)[1]
     assert cli(*prune, tmp_path / "out")[1].count("calibrating on mixed, text of many kinds") == 1
-
-
-@pytest.mark.parametrize("command", ["prune", "recover", "sweep"])
-def test_windows_to_measure_on_are_set_in_one_way(
-    capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help-all"])
-    assert "\neval_windows=... " in capsys.readouterr().out
-
-
-def test_effort_and_repair_are_one_choice(cli: Cli, tmp_path: Path) -> None:
-    prune = ("prune", "demo", "--out", tmp_path / "o", "--sparsity", 0.2)
-    _, error = cli(*prune, "--effort", "fast", "--repair", "ridge", status=2)
-    assert "--effort fast is --repair none; give one of the two" in error
 
 
 # The flow.
@@ -311,15 +280,6 @@ def test_prune_reports_all_that_the_readme_promises(
     assert str(tmp_path) not in manifest["command"]
 
 
-def test_prune_of_all_parameters(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
-    report = cli.json(
-        "prune", model, "--out", tmp_path / "out", "--target-params", 0.8, "--parts", "ffn",
-        "--multiple", 1, *text,
-    )  # fmt: skip
-    one_channel = 3 * 32 / report["parameters_before"]
-    assert report["model_sparsity"] == pytest.approx(0.2, abs=one_channel)
-
-
 def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
     argv = ["--out", tmp_path / "out", "--sparsity", 0.01, "--repair", "none", *text]
     told, _ = cli("prune", model, *argv)
@@ -331,8 +291,6 @@ def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_
     ("options", "is_said"),
     [
         (["--sparsity", 0.5], True),
-        (["--target-params", 0.8, "--effort", "fast"], True),
-        (["--target-params", 0.8], False),  # they were tried
         (["--sparsity", 0.2], False),
         (["--sparsity", 0.5, "--parts", "ffn"], False),
     ],
@@ -347,19 +305,6 @@ def test_where_many_channels_go_blocks_are_named(
 ) -> None:
     told, _ = cli("prune", model, "--out", tmp_path / "out", *text, *options)
     assert ("--parts ffn,blocks" in told) is is_said
-
-
-def test_model_card_says_what_was_done(
-    cli: Cli, model: Path, text: list[object], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    report = cli.json("prune", model, "--out", out, "--sparsity", 0.4, "--multiple", 1, *text)
-    card = (out / "README.md").read_text()
-    assert "trust_remote_code=True" in card
-    # Under its short name: the paths of this machine are nobody's business.
-    assert "prose.txt" in card and str(text[1]) not in card
-    for width in report["intermediate_sizes"]:
-        assert str(width) in card
 
 
 @pytest.mark.parametrize("repair", ["none", "ridge"])
@@ -467,162 +412,9 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(
 # Bad input: exit 2, one sentence, nothing left behind.
 
 
-@pytest.fixture
-def refused(cli: Cli, tmp_path: Path, text: list[object]) -> Callable[..., str]:
-    """Prune into a fresh place and return the one sentence that it fails with."""
-    work = tmp_path / "work"
-    work.mkdir()
-
-    def run(model: object, *options: object, sparsity: object = 0.4) -> str:
-        out, err = cli(
-            "prune", model, "--out", work / "out", f"--sparsity={sparsity}", *text, *options,
-            status=2,
-        )  # fmt: skip
-        assert out == ""
-        assert err.startswith("cfsp prune: ")
-        assert err.count("\n") == 1, err
-        assert "Traceback" not in err
-        assert entries(work) == set()
-        return err
-
-    return run
-
-
-@pytest.fixture
-def copy(model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(model, tmp_path / "copy"))
-
-
-def test_missing_path(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert f"{tmp_path}/absent does not exist" in refused(tmp_path / "absent")
-
-
-def test_no_config(refused: Callable[..., str], copy: Path) -> None:
-    (copy / "config.json").unlink()
-    assert "no config.json" in refused(copy)
-
-
-def test_unsupported_family(refused: Callable[..., str], copy: Path) -> None:
-    (copy / "config.json").write_text('{"model_type": "bert"}')
-    assert "model type 'bert' is an encoder" in refused(copy)
-
-
-@pytest.mark.parametrize("sparsity", ["1.0", "-0.1", "nan", "20"])
-def test_sparsity_out_of_range(refused: Callable[..., str], model: Path, sparsity: str) -> None:
-    message = refused(model, sparsity=sparsity)
-    assert "sparsity must be in [0, 1)" in message
-    assert str(float(sparsity)) in message
-
-
-def test_sparsity_that_no_plan_reaches(refused: Callable[..., str], model: Path) -> None:
-    assert "between 0 and 66.7% can be removed" in refused(model, sparsity=0.95)
-
-
-def test_nan_in_weights_names_the_block(refused: Callable[..., str], copy: Path) -> None:
-    broken = build_tiny_model("llama")
-    with torch.no_grad():
-        broken.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
-    broken.save_pretrained(copy)
-    message = refused(copy)
-    assert "block 2 has NaN or infinite values" in message
-    assert "mlp.up_proj.weight" in message
-
-
-def test_infinite_activations_name_the_block(refused: Callable[..., str], copy: Path) -> None:
-    broken = build_tiny_model("llama")
-    with torch.no_grad():
-        broken.model.layers[1].mlp.up_proj.weight.mul_(1e30)
-        broken.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
-    broken.save_pretrained(copy)
-    assert "block 1 produced NaN or infinite activations" in refused(copy)
-
-
-def test_truncated_shard_is_named(refused: Callable[..., str], copy: Path) -> None:
-    (copy / "model.safetensors").unlink()
-    save_tiny_model("llama", copy, max_shard_size="50KB")
-    shard = sorted(copy.glob("model-*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-10])
-    assert shard.name in refused(copy)
-
-
-def test_no_tokenizer(refused: Callable[..., str], copy: Path) -> None:
-    for path in copy.glob("tokenizer*"):
-        path.unlink()
-    message = refused(copy)
-    assert "no usable tokenizer" in message
-    assert "copy the files of the model's own" in message
-
-
-def test_texts_that_do_not_do(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
-    assert "absent.txt is neither a file nor a known text" in refused(
-        model, "--data", tmp_path / "absent.txt"
-    )
-    (tmp_path / "short.txt").write_text("few words")
-    message = refused(model, "--data", tmp_path / "short.txt")
-    assert "short.txt holds 0 windows of 32 tokens, 3 are needed" in message
-
-
-def test_damaged_plan_and_statistics(
-    cli: Cli, refused: Callable[..., str], model: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "plan.json").write_text("{}")
-    _, err = cli(
-        "prune", model, "--out", tmp_path / "out", "--plan", tmp_path / "plan.json", status=2
-    )
-    assert "plan.json is not a pruning plan" in err
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "s.safetensors").write_bytes(b"nothing")
-    assert "not a statistics file" in refused(model, "--statistics", tmp_path / "s.safetensors")
-
-
-def test_arguments_that_exclude_each_other(refused: Callable[..., str], model: Path) -> None:
-    assert "--plan and --sparsity exclude each other" in refused(model, "--plan", "p")
-    assert "--plan and --statistics exclude each other" in refused(
-        model, "--plan", "p", "--statistics", "s"
-    )
-
-
-def test_sparsity_is_needed(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
-    _, err = cli("prune", model, "--out", tmp_path / "out", *text, status=2)
-    assert "exactly one of --sparsity" in err
-
-
-def test_device_that_is_not_there(refused: Callable[..., str], model: Path) -> None:
-    assert "torch cannot use the device 'nonsense'" in refused(model, "--device", "nonsense")
-
-
-def test_output_that_is_not_empty(
-    cli: Cli, model: Path, text: list[object], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("mine")
-    printed, err = cli("prune", model, "--out", out, "--sparsity", 0.4, *text, status=2)
-    assert printed == ""
-    assert err.count("\n") == 1
-    assert "exists and is not empty; choose another output directory" in err
-    assert entries(out) == {"precious"}
-    assert entries(tmp_path) == {"out"}
-
-
-def test_statistics_file_that_exists_is_kept(
-    cli: Cli, model: Path, text: list[object], tmp_path: Path
-) -> None:
-    (tmp_path / "s").write_text("mine")
-    _, err = cli("calibrate", model, "--out", tmp_path / "s", *text, status=2)
-    assert "exists already" in err
-    assert (tmp_path / "s").read_text() == "mine"
-
-
-def test_an_empty_variable_of_the_shell_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["prune", "demo", "--sparsity", "0.2", "--out", ""])
-    assert stop.value.code == 2
-    assert "expected a value after --out, found nothing" in capsys.readouterr().err
-
-
 def test_unknown_argument_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], ["calibrate", "m"]):
+    empty = ["prune", "demo", "--sparsity", "0.2", "--out", ""]
+    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], empty):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2

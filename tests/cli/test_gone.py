@@ -31,7 +31,8 @@ ASKING = {
 def test_what_went_is_said(
     word: str, tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ASKING[word].format(model=tiny_checkpoint("llama"))
+    command = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
+    command = command.format(model=tiny_checkpoint("llama"))
     try:
         status = main(command.split())
     except SystemExit as stop:
@@ -41,7 +42,12 @@ def test_what_went_is_said(
 
 
 @pytest.mark.parametrize(
-    ("word", "asked"), [("of", {"of": "model"}), ("sequential", {"repair": "sequential"})]
+    ("word", "asked"),
+    [
+        ("of", {"of": "model"}),
+        ("sequential", {"repair": "sequential"}),
+        ("eval-seqlen", {"eval_seqlen": 64}),
+    ],
 )
 def test_so_is_what_python_had(word: str, asked: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=GONE[word]):

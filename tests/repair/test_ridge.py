@@ -290,7 +290,7 @@ def test_a_revision_is_pruned_taught_and_told_of(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     out = tmp_path / "out"
-    arguments = ["prune", "owner/tiny", "--revision", "v1/a", "--sparsity", "0.5", "--multiple"]
+    arguments = ["prune", "owner/tiny@v1/a", "--sparsity", "0.5", "--multiple"]
     arguments += ["4", "--data", str(text_file), "--samples", "8", "--seqlen", "64"]
     assert main([*arguments, "--effort", "best", "--out", str(out)]) == 0
     manifest, card = read_manifest(out), ModelCard.load(out / "README.md")

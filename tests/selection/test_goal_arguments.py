@@ -88,7 +88,7 @@ def test_numbers_of_what_goes_whole_need_no_sparsity(
 
 
 def test_python_wants_a_sparsity_or_a_goal(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="found neither"):
+    with pytest.raises(UsageError, match="found none"):
         cfsp.prune(model, out=tmp_path / "out")
-    with pytest.raises(UsageError, match="found both"):
+    with pytest.raises(UsageError, match="--sparsity and --target-params"):
         cfsp.prune(model, out=tmp_path / "out", sparsity=0.5, goal=TargetParameters(0.5))

@@ -16,6 +16,7 @@ from cfsp.settings import (
     Budget,
     CalibrationText,
     Compute,
+    EvaluationText,
     Goal,
     MaxLossIncrease,
     Part,
@@ -28,6 +29,7 @@ from cfsp.settings import (
     from_names,
     multiple_in_words,
     parse_size,
+    prune_settings,
 )
 
 
@@ -87,6 +89,32 @@ def test_whole_blocks_are_hinted_at_where_they_are_not_tried() -> None:
     assert more(None) == more(TargetSpeedup(1.5)) == ("ffn", "blocks")
     assert more(TargetParameters(0.5)) == more(MaxLossIncrease(0.5)) == ()
     assert more(TargetParameters(0.5), "none") == ("ffn", "blocks")
+
+
+def test_a_call_asks_by_the_names_of_options() -> None:
+    given = {
+        "target_params": "70%",
+        "bos": "yes",
+        "eval": "a.txt",
+        "data": ["b.txt"],
+        "effort": "fast",
+    }
+    found = prune_settings(given)
+    assert found == prune_settings(given | {"target_params": None}, TargetParameters(0.7))
+    assert found.goal == TargetParameters(0.7) and found.repair == "none"
+    assert found.text == CalibrationText(("b.txt",), bos="yes")
+    assert found.evaluation == EvaluationText(("a.txt",), bos="yes")
+    assert (
+        found.leaves_parts_open and not prune_settings(given | {"parts": "ffn"}).leaves_parts_open
+    )
+    with pytest.raises(UsageError, match="--held-out belongs to --max-loss-increase"):
+        prune_settings(given | {"held_out": "c.txt"})
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan"), 20])
+def test_a_sparsity_is_a_share(sparsity: float) -> None:
+    with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\)"):
+        Budget(sparsity)
 
 
 def test_options_are_found_by_their_names() -> None:

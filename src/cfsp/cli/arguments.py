@@ -4,46 +4,64 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from cfsp.cli.options import Parser, add_advanced, add_options, command_parser, settings_from
+from cfsp.cli.options import HelpAll, Parser, add_advanced, add_options
 from cfsp.errors import UsageError
-from cfsp.settings import (
-    BOS,
-    Budget,
-    CalibrationText,
-    Compute,
-    Criterion,
-)
-
-__all__ = ["command_parser"]
+from cfsp.settings import GOALS, Budget, Compute, Criterion, MaxLossIncrease
 
 Subparsers = Any
 
 
-def add_model(parser: Parser) -> None:
-    """Add the model and its revision."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="directory, hub id, .gguf file, or `demo` (SmolLM2-135M)"
+def command_parser(
+    subparsers: Subparsers,
+    run: Callable[[argparse.Namespace], None],
+    name: str,
+    summary: str,
+    example: str,
+) -> Parser:
+    """Add a subcommand that can print JSON, and whose help ends with an example."""
+    parser: Parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    add_advanced(parser, "--revision", help="branch, tag or commit of a hub id; as MODEL@REVISION")
+    parser.set_defaults(parser=parser, run=run)
+    parser.add_argument("--help-all", nargs=0, action=HelpAll, help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
 
 
-def add_calibration_text(parser: Parser) -> None:
-    """Add the options of the calibration text."""
-    add_options(parser, parser.add_argument_group("text"), CalibrationText)
+def add_model(parser: Parser) -> None:
+    """Add the model."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory, hub id (or ID@REVISION), .gguf file, or `demo`",
+    )
+
+
+def add_budget(parser: Parser, *, has_text: bool) -> Any:
+    """Add what says how much to remove and by which criterion; return the help's group.
+
+    Args:
+        parser: of the command.
+        has_text: whether the command has calibration text, of which some can be held out.
+    """
+    group = parser.add_argument_group("what to remove (one of these, of what --parts names)")
+    for settings in (Budget, *GOALS, Criterion):
+        if has_text or settings is not MaxLossIncrease:
+            add_options(parser, group, settings)
+    return group
 
 
 def add_compute(parser: Parser) -> None:
     """Add where to compute and in what."""
-    fields = ("device", "dtype", "batch_windows")
-    add_options(parser, parser.add_argument_group("computing"), Compute, fields=fields)
-
-
-def add_memory_budget(parser: Parser) -> None:
-    """Add the option that bounds the hidden states of a calibration in memory."""
-    add_options(parser, parser, Compute, fields=("memory_budget",))
+    add_options(parser, parser, Compute, fields=("device", "dtype", "batch_windows"))
 
 
 def add_process_timeout(parser: Parser) -> None:
@@ -69,20 +87,6 @@ def process_timeout(args: argparse.Namespace) -> float:
     return 60 * float(args.process_timeout)
 
 
-def add_json(parser: Parser) -> None:
-    """Add --json."""
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object on standard output"
-    )
-
-
-def add_bos(group: Any) -> None:
-    """Add --bos."""
-    group.add_argument(
-        "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
-    )
-
-
 def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = None) -> None:
     """Open every text, before anything that is slow: imports, downloads, conversions.
 
@@ -97,21 +101,6 @@ def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = N
 
     sources.check_texts(data or (), "calibration")
     sources.check_texts(evaluation or (), "evaluation")
-
-
-def compute(args: argparse.Namespace) -> Compute:
-    """Return where to compute and in what."""
-    return settings_from(args, Compute)
-
-
-def budget(args: argparse.Namespace) -> Budget:
-    """Return how much to remove; without a sparsity only the multiple counts."""
-    return settings_from(args, Budget)
-
-
-def criterion(args: argparse.Namespace) -> Criterion:
-    """Return what counts as important."""
-    return settings_from(args, Criterion)
 
 
 def typed_command(args: argparse.Namespace) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
-from cfsp.cli.options import typed
+from cfsp.cli.options import kind_of
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.errors import UsageError
 from cfsp.settings import fraction
@@ -27,6 +27,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "bench",
         "time models against each other, beside the ratio that their sizes promise",
         "cfsp bench MODEL smaller --prompt 512 --new-tokens 32\n"
@@ -45,7 +46,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     shape.add_argument(
         "--sparsity",
-        type=typed(fraction),
+        type=kind_of(fraction),
         nargs="+",
         metavar="P",
         help="FFN channels to leave out, against the dense shape",
@@ -85,8 +86,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         metavar="NAME",
         help="auto (the model's own), float32, bfloat16, float16",
     )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "cache",
         "show the models that were converted from .gguf files and are kept for the next time",
         "cfsp cache --clear",
@@ -19,8 +20,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.add_argument(
         "--clear", action="store_true", help="delete them; they are converted again when needed"
     )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

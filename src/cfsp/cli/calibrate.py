@@ -11,7 +11,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import add_options, settings_from
 from cfsp.cli.output import human_bytes, print_json, print_passes
 from cfsp.processes import process_count
-from cfsp.settings import Budget, CalibrationText
+from cfsp.settings import Budget, CalibrationText, Compute
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -22,6 +22,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "calibrate",
         "run a text through a model once and save the statistics that plans are made from",
         "cfsp calibrate MODEL --data wikitext2 --data c4 --out stats.safetensors",
@@ -35,12 +36,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "metrics sensitivity and angular+sensitivity; this runs the whole model in memory",
     )
     add_options(parser, parser, Budget, fields=("parts",))
-    arguments.add_calibration_text(parser)
-    arguments.add_compute(parser)
-    arguments.add_memory_budget(parser)
+    add_options(parser, parser, CalibrationText)
+    add_options(parser, parser, Compute)
     arguments.add_process_timeout(parser)
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
     if args.sensitivity and process_count() > 1:
         raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
     timeout = arguments.process_timeout(args)
-    compute = arguments.compute(args)
+    compute = settings_from(args, Compute)
     take_own_accelerator(compute.device)
     parts = settings_from(args, Budget).parts
-    source = open_checkpoint(args.model, args.revision, parts)
+    source = open_checkpoint(args.model, parts=parts)
     check_is_outside(args.out, source.directory)
     identity = {"command": "calibrate", "--parts": list(parts)}
     with (

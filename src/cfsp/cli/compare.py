@@ -24,6 +24,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "compare",
         "compare measured models in pairs, with the standard error of each difference",
         "cfsp compare a.json b.json --against dense.json",
@@ -43,8 +44,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="compare all with this one, by its name in the files (default: with the dense model, "
         "and with the first of the others)",
     )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cfsp.cli import arguments
 from cfsp.cli.bench import print_comparison
-from cfsp.cli.options import typed
+from cfsp.cli.options import kind_of
 from cfsp.cli.output import print_json
 from cfsp.cli.plan import print_plan
 from cfsp.cli.prune import print_report
@@ -19,6 +19,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "demo",
         "prune SmolLM2-135M on text of many kinds and show gain and loss",
         "cfsp demo --out pruned-demo --sparsity 0.3",
@@ -27,10 +28,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--out", type=Path, default=Path("pruned-demo"), help="(default: pruned-demo)"
     )
     parser.add_argument(
-        "--sparsity", type=typed(fraction), default=0.3, metavar="P", help="(default: 0.3)"
+        "--sparsity", type=kind_of(fraction), default=0.3, metavar="P", help="(default: 0.3)"
     )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

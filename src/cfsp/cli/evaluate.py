@@ -9,16 +9,18 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
+from cfsp.cli.options import settings_from
 from cfsp.cli.output import estimate, human_count, print_json, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
-from cfsp.settings import EvaluationText
+from cfsp.settings import BOS, Compute, EvaluationText
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "eval",
         "measure the perplexity of models on texts and their scores on tasks",
         "cfsp eval smaller --against MODEL --data wikitext2 --data c4 --tasks piqa --out a.json",
@@ -58,7 +60,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="let windows of the same text overlap: each begins S tokens after the last one and "
         "counts only tokens not counted yet (default: no overlap)",
     )
-    arguments.add_bos(text)
+    text.add_argument(
+        "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
+    )
     tasks = parser.add_argument_group("tasks, scored by lm-evaluation-harness")
     tasks.add_argument(
         "--tasks",
@@ -81,8 +85,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     arguments.add_compute(parser)
     arguments.add_process_timeout(parser)
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
     texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.stride, args.bos)
     runner = TaskRunner.of(selection) if selection else None
-    compute = arguments.compute(args)
+    compute = settings_from(args, Compute)
     take_own_accelerator(compute.device)
     with joined(compute_device(compute.device), timeout) as team:
         models = evaluate_models(

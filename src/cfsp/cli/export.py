@@ -21,6 +21,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "export",
         "write a checkpoint for llama.cpp, vLLM, mlx-lm or OpenVINO; verify the copy",
         "cfsp export smaller --to gguf --type q8_0 --out smaller.gguf",
@@ -46,8 +47,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         action="store_true",
         help="do not read the copy back and compare its logits with the checkpoint's",
     )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,7 +60,6 @@ def run(args: argparse.Namespace) -> None:
         weight_type=args.type,
         pre_tokenizer=args.pre_tokenizer,
         verify=not args.no_verify,
-        revision=args.revision,
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -32,6 +32,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "families",
         "list what can go of each model type of the installed transformers; prove it anew",
         "cfsp families --prove llama qwen3_5",
@@ -43,8 +44,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="prove on small random models which parts of these model types can go (without a "
         "name: of all)",
     )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

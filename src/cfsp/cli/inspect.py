@@ -16,20 +16,19 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "inspect",
         "show what a checkpoint is and how it was pruned",
         "cfsp inspect smaller",
     )
     arguments.add_model(parser)
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Inspect and print."""
     from cfsp.checkpoint.locating import open_checkpoint
 
-    checkpoint = open_checkpoint(args.model, args.revision)
+    checkpoint = open_checkpoint(args.model)
     # It imports torch, which a wrong name does not wait for.
     from cfsp.result.inspect import inspect_checkpoint
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from cfsp.errors import CfspError, UsageError, did_you_mean
-from cfsp.settings import Option, flag_of, from_names, name_of, options_of
+from cfsp.settings import Option, flag_of, from_names, options_of
 
 T = TypeVar("T")
 
@@ -93,21 +93,6 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
-def command_parser(subparsers: Any, name: str, summary: str, example: str) -> Parser:
-    """Add a subcommand whose help ends with an example."""
-    parser: Parser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(parser=parser)
-    parser.add_argument("--help-all", nargs=0, action=HelpAll, help=argparse.SUPPRESS)
-    return parser
-
-
 def add_options(
     parser: Parser,
     group: Any,
@@ -136,6 +121,11 @@ def add_advanced(parser: Parser, *flags: str, **facts: Any) -> None:
     parser.hide(parser.add_argument(*flags, **facts))
 
 
+def typed(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was typed, by the names of options."""
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
 def settings_from(args: argparse.Namespace, settings: type[T], **others: Any) -> T:
     """Return settings as they were typed; what was not typed has its default.
 
@@ -144,17 +134,7 @@ def settings_from(args: argparse.Namespace, settings: type[T], **others: Any) ->
         settings: the class.
         others: values of fields that are no options, or were decided otherwise.
     """
-    typed = {name: value for name, value in vars(args).items() if value is not None}
-    return from_names(settings, typed, **others)
-
-
-def given(args: argparse.Namespace, settings: type[Any]) -> list[str]:
-    """Return which options of a class of settings were typed, by field."""
-    return [
-        field
-        for field, option in options_of(settings).items()
-        if getattr(args, name_of(field, option), None) is not None
-    ]
+    return from_names(settings, typed(args), **others)
 
 
 def expand_sets(argv: Sequence[str]) -> list[str]:
@@ -199,12 +179,12 @@ def _add(group: Any, flag: str, option: Option) -> argparse.Action:
     elif option.repeats:
         facts["action"] = "append"
     elif not option.choices:
-        facts["type"] = typed(option.kind)
+        facts["type"] = kind_of(option.kind)
     action: argparse.Action = group.add_argument(flag, **facts)
     return action
 
 
-def typed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def kind_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a type of argparse whose mistakes are those of a function that reads text."""
 
     def parse(text: str) -> Any:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
-from cfsp.cli import goal as goals
-from cfsp.cli.output import print_json, print_table
+from cfsp.cli.options import typed
+from cfsp.cli.output import human_count, print_json, print_table
 from cfsp.errors import OutputError
-from cfsp.settings import PruneSettings, multiple_in_words
+from cfsp.settings import DEFAULT_PARTS, multiple_in_words, prune_settings
 
 if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
+
+
+_NOUNS = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "plan",
         "decide from saved statistics which channels stay",
         "cfsp plan MODEL --statistics stats.safetensors --sparsity 0.5 --out plan.json",
@@ -30,10 +34,8 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--statistics", required=True, type=Path, metavar="FILE", help="from cfsp calibrate"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the plan, JSON")
-    goals.add_goals(parser, has_text=False)
+    arguments.add_budget(parser, has_text=False)
     arguments.add_compute(parser)
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,15 +48,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out.exists():
         raise OutputError(f"{args.out} exists already; choose another file")
-    goals.check_goal(args)
-    goal = goals.goal(args)
-    settings = PruneSettings(
-        arguments.budget(args).for_goal(goal),
-        arguments.criterion(args),
-        compute=arguments.compute(args),
-        goal=goal,
-    )
-    source = open_checkpoint(args.model, args.revision, settings.budget.parts)
+    settings = prune_settings({"parts": DEFAULT_PARTS} | typed(args))
+    source = open_checkpoint(args.model, parts=settings.budget.parts)
     check_is_outside(args.out, source.directory)
     plan, resolution = plan_from(source, Statistics.load(args.statistics), settings)
     plan.save(args.out)
@@ -72,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             }
         )
         return
-    goals.print_goal(resolution)
+    print_goal(resolution)
     print_plan(plan)
     print(f"\nwritten to {args.out}; prune by it with:")
     print(shlex.join(["cfsp", "prune", args.model, "--plan", str(args.out), "--out", "OUT"]))
@@ -104,3 +99,35 @@ def print_plan(plan: PruningPlan) -> None:
     multiple = plan.criterion.get("multiple")
     if multiple and any(unit.kept_width < unit.width for unit in plan.kept_units):
         print(multiple_in_words(multiple))
+
+
+def print_goal(resolution: dict[str, Any]) -> None:
+    """Print what was tried for a goal, as its JSON has it; nothing if nothing was."""
+    if not resolution.get("tried"):
+        return
+
+    from cfsp.planning.candidate import Candidate
+
+    noun = _NOUNS[resolution["goal"]]
+    rows = [
+        (
+            f"{entry['sparsity']:.1%}",
+            human_count(entry["parameters"]),
+            f"{entry['value']:.3f}",
+            "yes" if entry["fits"] else "no",
+        )
+        for entry in sorted(resolution["tried"], key=lambda entry: entry["sparsity"])
+    ]
+    print_table(("sparsity", "parameters", noun, "fits"), rows)
+    chosen = Candidate.from_json(resolution["chosen"]).in_words
+    print(f"\n{_in_words(resolution)}: {chosen} go\n")
+
+
+def _in_words(resolution: dict[str, Any]) -> str:
+    asked, conditions = resolution["asked"], resolution["conditions"]
+    if resolution["goal"] == "target_speedup":
+        return f"at least {asked:g} times faster in {conditions['phase']}"
+    text = f"at most {asked:g} nats per token over {conditions['dense_loss']:.3f}, before repair"
+    if "result" in resolution:
+        text += f" (the result: {resolution['result']:+.3f})"
+    return text

@@ -4,68 +4,81 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.cli import arguments, recover
-from cfsp.cli import goal as goals
-from cfsp.cli.options import Parser, add_advanced, add_options, given, settings_from
+from cfsp.cli.options import add_advanced, add_options, typed
 from cfsp.cli.output import human_bytes, human_count, print_json, print_passes, print_table
-from cfsp.cli.plan import print_plan
+from cfsp.cli.plan import print_goal, print_plan
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import (
     BEST_EFFORT,
-    DEFAULT_REPAIR,
+    DEFAULT_PARTS,
     EFFORTS,
     REPAIRS,
-    Budget,
     CalibrationText,
     Compute,
     EvaluationText,
     LocalTraining,
     PruneSettings,
-    Repair,
+    asked,
+    given_of,
+    prune_settings,
 )
 
 if TYPE_CHECKING:
     from cfsp.pruning_cost import PruningCost
+    from cfsp.recovery.recover_report import RecoverReport
     from cfsp.result.prune_report import PruneReport
 
 log = logging.getLogger(__name__)
-
-# Goals whose budget is found by trying.
-_GOALS = ("max_loss_increase", "target_speedup", "target_params", "target_kv_cache")
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "prune",
         "remove the weakest FFN channels, or other parts, and write a smaller checkpoint",
         "cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out small",
     )
     arguments.add_model(parser)
-    parser.add_argument("--out", type=Path, help="new directory; required, but for --estimate")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new directory")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write only it into --out"
     )
     parser.add_argument(
-        "--estimate",
-        action="store_true",
-        help="say what the run will take (memory, disk, time), and stop: one block is tried",
+        "--estimate", action="store_true", help="say what memory, disk and time it takes, and stop"
     )
-    arguments.add_json(parser)
-    removed = goals.add_goals(parser, has_text=True)
-    removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
-    text = parser.add_argument_group("text")
-    add_options(parser, text, CalibrationText)
-    add_options(parser, text, EvaluationText)
-    _add_effort(parser)
+    add_options(parser, parser, CalibrationText)
+    add_options(parser, parser, EvaluationText)
+    parser.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        metavar="LEVEL",
+        help="fast: no repair; standard (default): least squares; best: training, too (135M "
+        "parameters: half an hour)",
+    )
+    by_name = parser.add_argument(
+        "--repair",
+        choices=REPAIRS,
+        help="the repair by its name, instead of --effort: each includes those before it",
+    )
+    parser.hide(by_name)
+    parser.add_argument(
+        "--recover",
+        type=float,
+        metavar="MINUTES",
+        help="then train for so long, as `cfsp recover` does; the pruned model stays in OUT-pruned",
+    )
     add_options(parser, parser, LocalTraining)
+    add_options(parser, parser, Compute)
     add_advanced(
         parser,
         "--statistics",
@@ -74,54 +87,34 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="plan from these (cfsp calibrate made them), without a forward pass",
     )
     arguments.add_process_timeout(parser)
-    parser.set_defaults(run=run)
+    removed = arguments.add_budget(parser, has_text=True)
+    removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
 
 
-def _add_effort(parser: Parser) -> None:
-    group = parser.add_argument_group("how much effort")
-    group.add_argument(
-        "--effort",
-        choices=tuple(EFFORTS),
-        help="fast: no repair, one forward pass. standard (default): a least-squares repair, two "
-        "to four times that. best: then one pass of training over the text, towards the dense "
-        "model's predictions, as --recover does it (135M parameters: half an hour of two cores); "
-        "blockwise where memory is short",
-    )
-    by_name = group.add_argument(
-        "--repair",
-        choices=REPAIRS,
-        help="the repair by its name, instead of --effort: each includes those before it",
-    )
-    parser.hide(by_name)
-    group.add_argument(
-        "--recover",
-        type=float,
-        metavar="MINUTES",
-        help="then train for so long on the same texts towards the dense model's predictions, all "
-        "projections or, where memory is short, LoRA; the pruned model stays in OUT-pruned (`cfsp "
-        "recover` has all options)",
-    )
-    # How it was called before.
-    group.add_argument("--restore", dest="repair", choices=REPAIRS, help=argparse.SUPPRESS)
-    add_options(parser, group, Compute)
-
-
-def check_together(args: argparse.Namespace) -> None:
-    """Check what can be told from the arguments alone.
+def _settings(args: argparse.Namespace) -> PruneSettings:
+    """Return all that a pruning is asked for; a plan has its own budget.
 
     Raises:
-        UsageError: some exclude each other, or one needs another.
+        UsageError: some arguments exclude each other, or one needs another.
     """
+    given, plan = typed(args), args.plan is not None
     if args.out is None and not args.estimate:
         raise UsageError("expected --out, the directory to write into, found none")
     if process_count() > 1:
-        _check_many_can(args)
-    if args.plan and args.statistics:
+        alone = {
+            "--recover": args.recover is not None,
+            "--estimate": args.estimate,
+            "--max-loss-increase": args.max_loss_increase is not None,
+        }
+        _refuse(
+            alone,
+            f"{{}} runs in one process, found {process_count()}; leave it out, or prune without "
+            "torchrun",
+        )
+    if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if args.plan and (found := goals.asked(args)):
+    if plan and (found := asked(given)):
         raise UsageError(f"--plan and {found[0]} exclude each other: a plan has its sparsity")
-    if not args.plan:
-        goals.check_goal(args)
     if args.max_loss_increase is not None and args.statistics and not args.held_out:
         raise UsageError(
             "--max-loss-increase with --statistics needs a --held-out text: which windows were "
@@ -133,56 +126,36 @@ def check_together(args: argparse.Namespace) -> None:
         )
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
+    settings = prune_settings(given | ({"sparsity": 0.0, "parts": DEFAULT_PARTS} if plan else {}))
+    if settings.repair != "local":
+        local = given_of(LocalTraining, given).values()
+        _refuse(dict.fromkeys(local, True), "{} belongs to --repair local")
     if args.estimate:
-        _check_can_be_estimated(args)
-    if (local := given(args, LocalTraining)) and _repair(args) != "local":
-        raise UsageError(f"--local-{next(iter(local))} belongs to --repair local")
+        unknown = {
+            "--dry-run": args.dry_run,
+            "--repair local": settings.repair == "local",
+            "--effort best": args.effort == BEST_EFFORT,
+            "--recover": args.recover is not None,
+            "--parts blocks": "blocks" in settings.budget.parts,
+            "--parts experts": "experts" in settings.budget.parts,
+            "--plan": plan,
+            "--statistics": args.statistics,
+            **dict.fromkeys(asked(given)[:1] if settings.goal else (), True),
+        }
+        _refuse(unknown, "--estimate does not know what {} takes; leave one of them out")
+    return settings
 
 
-def _check_can_be_estimated(args: argparse.Namespace) -> None:
-    """Check that what is asked for has a cost that is known beforehand.
-
-    Raises:
-        UsageError: it has none.
-    """
-    unknown = {
-        "--dry-run": args.dry_run,
-        "--repair local": _repair(args) == "local",
-        "--effort best": args.effort == BEST_EFFORT,
-        "--recover": args.recover is not None,
-        "--parts blocks": "blocks" in (args.parts or ()),
-        "--parts experts": "experts" in (args.parts or ()),
-        "--plan": args.plan,
-        "--statistics": args.statistics,
-        **{f"--{option.replace('_', '-')}": getattr(args, option) for option in _GOALS},
-    }
-    for option, is_asked in unknown.items():
-        if is_asked:
-            raise UsageError(f"--estimate does not know what {option} takes; leave one of them out")
-
-
-def _check_many_can(args: argparse.Namespace) -> None:
-    """Check that several processes can do what is asked for.
-
-    Raises:
-        UsageError: one alone can.
-    """
-    alone = {
-        "--recover": args.recover is not None,
-        "--estimate": args.estimate,
-        "--max-loss-increase": args.max_loss_increase is not None,
-    }
-    for option, is_asked in alone.items():
-        if is_asked:
-            raise UsageError(
-                f"{option} runs in one process, found {process_count()}; leave it out, or prune "
-                "without torchrun"
-            )
+def _refuse(options: Mapping[str, Any], why: str) -> None:
+    """Refuse the first of some options that was given, with a sentence that has a place for it."""
+    for option, is_given in options.items():
+        if is_given:
+            raise UsageError(why.format(option))
 
 
 def run(args: argparse.Namespace) -> None:
     """Prune."""
-    check_together(args)
+    settings = _settings(args)
     arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
 
     from cfsp.calibration.statistics import Statistics
@@ -195,15 +168,14 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.prune_and_recover import best_effort, prune_and_recover
     from cfsp.pruning_cost import pruning_cost
     from cfsp.recovery.settings import Limit
-    from cfsp.selection.goal import MANY_CHANNELS, little_in_words
+    from cfsp.selection.goal import little_in_words
 
-    settings = _settings(args)
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
     timeout = arguments.process_timeout(args)
     take_own_accelerator(settings.compute.device)
     parts = plan.parts if plan else settings.budget.parts
-    source = open_checkpoint(args.model, args.revision, parts)
+    source = open_checkpoint(args.model, parts=parts)
     if args.estimate:
         engine = engine_of(settings.compute, source)
         cost = pruning_cost(source, args.out or Path(), settings, engine)
@@ -212,29 +184,36 @@ def run(args: argparse.Namespace) -> None:
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
         settings, limit = best_effort(source, settings)
-    command, recovery = arguments.typed_command(args), None
+    known: dict[str, Any] = {
+        "statistics": statistics,
+        "plan": plan,
+        "command": arguments.typed_command(args),
+    }
     if limit is not None:
-        report, recovery = prune_and_recover(
-            source, args.out, settings, limit, statistics=statistics, plan=plan, command=command
+        report, recovery = prune_and_recover(source, args.out, settings, limit, **known)
+        _print(args, settings, report, recovery)
+        return
+    with joined(compute_device(settings.compute.device), timeout) as team:
+        report = prune_checkpoint(
+            source, args.out, settings, dry_run=args.dry_run, team=team, **known
         )
-    else:
-        with joined(compute_device(settings.compute.device), timeout) as team:
-            report = prune_checkpoint(
-                source,
-                args.out,
-                settings,
-                statistics=statistics,
-                plan=plan,
-                dry_run=args.dry_run,
-                command=command,
-                team=team,
-            )
-        if not team.is_first:
-            return
+    if team.is_first:
+        _print(args, settings, report)
+
+
+def _print(
+    args: argparse.Namespace,
+    settings: PruneSettings,
+    report: PruneReport,
+    recovery: RecoverReport | None = None,
+) -> None:
+    """Print what a pruning came to, and what may cost less."""
+    from cfsp.selection.goal import MANY_CHANNELS
+
     if args.json:
         print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
         return
-    goals.print_goal(report.goal)
+    print_goal(report.goal)
     if args.dry_run:
         print_plan(report.plan)
         print()
@@ -275,28 +254,6 @@ def _print_estimate(args: argparse.Namespace, cost: PruningCost, little: str) ->
     print(
         f"the time follows from one block with {cost.measured_tokens:,} tokens on this machine as "
         "busy as it is; --eval is not in it"
-    )
-
-
-def _repair(args: argparse.Namespace) -> Repair:
-    if args.effort:
-        return EFFORTS[args.effort]
-    return args.repair or DEFAULT_REPAIR
-
-
-def _settings(args: argparse.Namespace) -> PruneSettings:
-    """Return all that a pruning is asked for; a plan has its own budget."""
-    goal = goals.goal(args)
-    return PruneSettings(
-        budget=Budget(0.0) if args.plan else arguments.budget(args).for_goal(goal),
-        criterion=arguments.criterion(args),
-        text=settings_from(args, CalibrationText),
-        compute=arguments.compute(args),
-        repair=_repair(args),
-        local=settings_from(args, LocalTraining),
-        goal=goal,
-        leaves_parts_open=args.parts is None and args.plan is None,
-        evaluation=settings_from(args, EvaluationText, bos=args.bos or "auto"),
     )
 
 

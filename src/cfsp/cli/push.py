@@ -14,6 +14,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "push",
         "upload a checkpoint or an export to the Hugging Face hub, private by default",
         "cfsp push smaller my-name/llama-3.2-1b-smaller",
@@ -21,8 +22,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="what cfsp wrote")
     parser.add_argument("repository", metavar="REPO", help="OWNER/NAME; made if there is none")
     parser.add_argument("--public", action="store_true", help="let everybody see it")
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
-from cfsp.cli.options import add_options
+from cfsp.cli.options import add_options, typed
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.processes import is_first_process, leave_processes
 from cfsp.recovery.settings import Adaptation, Distillation, Limit, Training
-from cfsp.settings import Compute, EvaluationText, name_of, options_of
+from cfsp.settings import Compute, EvaluationText, options_of
 
 if TYPE_CHECKING:
     from cfsp.recovery.recover_report import RecoverReport
-
-logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "recover",
         "train a pruned checkpoint to win back quality and write it in the same layout",
         "cfsp recover smaller --max-minutes 30 --out recovered\n\n"
@@ -33,7 +31,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
-    arguments.add_json(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--data",
@@ -61,8 +58,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--keep-adapter", action="store_true", help="also write the PEFT adapter, into OUT/adapter"
     )
     add_options(parser, group, Compute, fields=("device", "dtype"))
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,28 +66,12 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     arguments.check_texts(args.data, args.eval)
 
-    from cfsp.recovery.api import SETTINGS, recover
+    from cfsp.recovery.api import recover
 
-    if args.resume:
-        logger.info("--resume is not needed: the same command goes on where a killed one was")
-    kept = {"teacher", "keep_adapter", "revision"}
-    names = kept.union(
-        name_of(field, option)
-        for settings in (*SETTINGS, Limit)
-        for field, option in options_of(settings).items()
-    )
-    typed = {
-        name: value for name, value in vars(args).items() if name in names and value is not None
-    }
-    if args.data:
-        typed["data"] = args.data
-    report = recover(
-        args.model,
-        out=args.out,
-        command=arguments.typed_command(args),
-        started=started,
-        **typed,
-    )
+    # What else the parser knows is no argument of a recovery.
+    own = ("argv", "command", "help_all", "json", "model", "parser", "run", "version")
+    asked = {name: value for name, value in typed(args).items() if name not in own}
+    report = recover(args.model, command=arguments.typed_command(args), started=started, **asked)
     leave_processes()
     if not is_first_process():
         return

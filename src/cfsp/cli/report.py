@@ -13,6 +13,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "report",
         "show one run, several side by side, or a sweep, on a self-contained web page",
         "cfsp report smaller smallest --out report.html",
@@ -40,8 +41,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         help="add what `cfsp eval --json` or `cfsp bench --json` measured of the runs and of their "
         "original; repeatable",
     )
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_advanced, add_options, typed
+from cfsp.cli.options import Parser, add_advanced, add_options, kind_of, settings_from
 from cfsp.cli.output import print_json, print_table
 from cfsp.errors import UsageError
-from cfsp.settings import Budget, EvaluationText, fraction
+from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction
 from cfsp.sweep.methods import METHODS, method_named
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "sweep",
         "prune by several methods at several sparsities, and measure each",
         "cfsp sweep MODEL --sparsity 0.1 0.2 0.3 0.4 0.5 --method cfsp wanda-sp --data wikitext2 "
@@ -32,7 +33,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     _add_recipe(parser)
     # None for what was not given: defaults are the recipe's, and beside --recipe nothing is.
     names = [name for name in vars(parser.parse_args([])) if name not in others]
-    parser.set_defaults(run=run, in_recipe=names, **dict.fromkeys(names))
+    parser.set_defaults(in_recipe=names, **dict.fromkeys(names))
     parser.add_argument("--out", required=True, type=Path, help="directory; a sweep there goes on")
     parser.add_argument(
         "--recipe",
@@ -46,7 +47,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "--keep-weights", action="store_true", help="keep the pruned models, not only their plans"
     )
     arguments.add_compute(parser)
-    arguments.add_json(parser)
 
 
 def _add_recipe(parser: Parser) -> None:
@@ -57,7 +57,7 @@ def _add_recipe(parser: Parser) -> None:
     parser.add_argument(
         "--sparsity",
         nargs="+",
-        type=typed(fraction),
+        type=kind_of(fraction),
         metavar="P",
         help="fractions, such as 0.2 or 20%%",
     )
@@ -65,13 +65,13 @@ def _add_recipe(parser: Parser) -> None:
         "--method",
         nargs="+",
         dest="methods",
-        type=typed(method_named),
+        type=kind_of(method_named),
         metavar="NAME",
         help=f"of {', '.join(METHODS)}, or a part as `cfsp prune --parts` has it, such as kv "
         "(default: cfsp)",
     )
     add_options(parser, parser, Budget, fields=("multiple",))
-    arguments.add_calibration_text(parser)
+    add_options(parser, parser, CalibrationText)
     measured = parser.add_argument_group("measuring")
     measured.add_argument(
         "--eval", action="append", metavar="TEXT", help="perplexity on this text; repeatable"
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     rows = run_sweep(
         recipe,
         args.out,
-        arguments.compute(args),
+        settings_from(args, Compute),
         keep_weights=args.keep_weights,
         command=arguments.typed_command(args),
     )

@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 
 from cfsp.cli import arguments
+from cfsp.cli.options import settings_from
 from cfsp.cli.output import print_json
 from cfsp.errors import CheckpointError
+from cfsp.settings import Compute
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
     """Add the subcommand."""
     parser = arguments.command_parser(
         subparsers,
+        run,
         "verify",
         "check a checkpoint that cfsp wrote against its manifest",
         "cfsp verify smaller",
     )
     arguments.add_model(parser)
     arguments.add_compute(parser)
-    arguments.add_json(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,8 +29,8 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.result.verify import verify_checkpoint
 
-    source = open_checkpoint(args.model, args.revision)
-    checks = verify_checkpoint(source, arguments.compute(args))
+    source = open_checkpoint(args.model)
+    checks = verify_checkpoint(source, settings_from(args, Compute))
     failed = [check for check in checks if check.problem is not None]
     if args.json:
         print_json({"verified": not failed, "checks": [vars(check) for check in checks]})

@@ -12,10 +12,12 @@ from typing import Any
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import UsageError
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
@@ -69,6 +71,8 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
     check_texts(settings.data, "calibration")
     check_texts(settings.evaluation.names, "evaluation")
     targets = targets_of(source, settings.adaptation)
+    if (plan := source.directory / PLAN_FILE).is_file():
+        PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     if training.shard and any(block.experts for block in targets):
         raise UsageError(
             "--shard cannot shard the adapters of experts; leave it out, or use --targets attention"

@@ -39,7 +39,7 @@ class Adaptation:
     )
     targets: Targets = option("all", "projections to train", choices=TARGETS, advanced=True)
     rank: float = option(8.0, "of the adapters, mean over blocks", kind=float, metavar="R")
-    scale: float = option(2.0, "alpha / r of the adapters", kind=float, advanced=True)
+    scale: float = 2.0  # alpha / r of the adapters
     allocation: RankAllocation = option(
         "uniform",
         "ranks are equal, follow the blocks' importance, or follow its inverse",
@@ -111,10 +111,8 @@ class Training:
     batch_windows: int = option(4, "windows in a step, on each process", kind=int, metavar="N")
     accumulate: int = option(1, "batches in a step", kind=int, advanced=True)
     seqlen: int = option(512, "tokens in a window to train on", kind=int, metavar="T")
-    warm_up: float = option(
-        0.05, "part of the run in which the learning rate rises", kind=float, advanced=True
-    )
-    weight_decay: float = option(0.0, "of AdamW", kind=float, advanced=True)
+    warm_up: float = 0.05  # part of the run in which the learning rate rises
+    weight_decay: float = 0.0
     evaluations: int = option(
         10, "on held-out windows in the run, at most", kind=int, advanced=True
     )
@@ -166,14 +164,12 @@ class Distillation:
         flag="teacher-weight",
         advanced=True,
     )
-    temperature: float = option(
-        1.0, "logits of both models are divided by it", kind=float, advanced=True
-    )
+    temperature: float = 1.0  # logits of both models are divided by it
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1 or not 0 < self.temperature < math.inf:
             raise UsageError(
-                "expected --teacher-weight in [0, 1] and a positive --temperature, "
+                "expected --teacher-weight in [0, 1] and a positive temperature, "
                 f"found {self.weight} and {self.temperature}"
             )
 

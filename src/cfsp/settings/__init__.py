@@ -9,175 +9,82 @@ takes them as `--set name=value`. Importing this module does not import torch.
 
 from __future__ import annotations
 
-from cfsp.settings.budget import (
-    COUNTS,
-    DEFAULT_PARTS,
-    MULTIPLE_OF_NARROW,
-    PARTS,
-    PROVED_PARTS,
-    UNIT_PARTS,
-    WHOLE_PARTS,
-    WIDTHS,
-    Budget,
-    Part,
-    WholePart,
-    Widths,
-    multiple_in_words,
-    parse_parts,
-    unit_parts,
-)
-from cfsp.settings.compute import DTYPES, Compute
-from cfsp.settings.criterion import (
-    ANGULAR_AND_SENSITIVITY,
-    AUTO_METRIC,
-    BLOCK_METRICS,
-    CHANNEL_METRICS,
-    CLAMPS,
-    DEFAULT_CLAMP,
-    DISTANCES,
-    DIVERGENCE,
-    INFLUENCE,
-    REMOVALS,
-    RUNS,
-    SENSITIVITY,
-    SENSITIVITY_METRICS,
-    UNIFORM,
-    Clamp,
-    Criterion,
-    block_metric_in_words,
-    removal_in_words,
-    worth_in_words,
-)
-from cfsp.settings.goals import (
-    GOALS,
-    PHASES,
-    Goal,
-    MaxLossIncrease,
-    Phase,
-    TargetKVCache,
-    TargetParameters,
-    TargetSpeedup,
-    field_of_goal,
-    flag_of_goal,
-)
-from cfsp.settings.options import (
-    Option,
-    check_names,
-    flag_of,
-    fraction,
-    from_names,
-    name_of,
-    number_or_auto,
-    option,
-    options_of,
-    parse_size,
-)
-from cfsp.settings.pruning import (
-    BEST_EFFORT,
-    BEST_WITHOUT_TRAINING,
-    DEFAULT_REPAIR,
-    EFFORTS,
-    REPAIRS,
-    LocalTraining,
-    PruneSettings,
-    Repair,
-)
-from cfsp.settings.text import (
-    BOS,
-    BOS_HELP,
-    DEFAULT_EVALUATION_WINDOWS,
-    DEFAULT_SAMPLES,
-    DEFAULT_SEQLEN,
-    DEFAULT_TEXT,
-    LONGEST_WINDOW,
-    MOST_WINDOWS,
-    Bos,
-    CalibrationText,
-    Data,
-    EvaluationText,
-    Text,
-    check_bos,
-    texts_of,
-)
-
-__all__ = [
-    "ANGULAR_AND_SENSITIVITY",
-    "AUTO_METRIC",
-    "BEST_EFFORT",
-    "BEST_WITHOUT_TRAINING",
-    "BLOCK_METRICS",
-    "BOS",
-    "BOS_HELP",
-    "CHANNEL_METRICS",
-    "CLAMPS",
-    "COUNTS",
-    "DEFAULT_CLAMP",
-    "DEFAULT_EVALUATION_WINDOWS",
-    "DEFAULT_PARTS",
-    "DEFAULT_REPAIR",
-    "DEFAULT_SAMPLES",
-    "DEFAULT_SEQLEN",
-    "DEFAULT_TEXT",
-    "DISTANCES",
-    "DIVERGENCE",
-    "DTYPES",
-    "EFFORTS",
-    "GOALS",
-    "INFLUENCE",
-    "LONGEST_WINDOW",
-    "MOST_WINDOWS",
-    "MULTIPLE_OF_NARROW",
-    "PARTS",
-    "PHASES",
-    "PROVED_PARTS",
-    "REMOVALS",
-    "REPAIRS",
-    "RUNS",
-    "SENSITIVITY",
-    "SENSITIVITY_METRICS",
-    "UNIFORM",
-    "UNIT_PARTS",
-    "WHOLE_PARTS",
-    "WIDTHS",
-    "Bos",
-    "Budget",
-    "CalibrationText",
-    "Clamp",
-    "Compute",
-    "Criterion",
-    "Data",
-    "EvaluationText",
-    "Goal",
-    "LocalTraining",
-    "MaxLossIncrease",
-    "Option",
-    "Part",
-    "Phase",
-    "PruneSettings",
-    "Repair",
-    "TargetKVCache",
-    "TargetParameters",
-    "TargetSpeedup",
-    "Text",
-    "WholePart",
-    "Widths",
-    "block_metric_in_words",
-    "check_bos",
-    "check_names",
-    "field_of_goal",
-    "flag_of",
-    "flag_of_goal",
-    "fraction",
-    "from_names",
-    "multiple_in_words",
-    "name_of",
-    "number_or_auto",
-    "option",
-    "options_of",
-    "parse_parts",
-    "parse_size",
-    "removal_in_words",
-    "texts_of",
-    "unit_parts",
-    "worth_in_words",
-]
+from cfsp.settings.budget import COUNTS as COUNTS
+from cfsp.settings.budget import DEFAULT_PARTS as DEFAULT_PARTS
+from cfsp.settings.budget import PARTS as PARTS
+from cfsp.settings.budget import PROVED_PARTS as PROVED_PARTS
+from cfsp.settings.budget import UNIT_PARTS as UNIT_PARTS
+from cfsp.settings.budget import WHOLE_PARTS as WHOLE_PARTS
+from cfsp.settings.budget import WIDTHS as WIDTHS
+from cfsp.settings.budget import Budget as Budget
+from cfsp.settings.budget import Part as Part
+from cfsp.settings.budget import WholePart as WholePart
+from cfsp.settings.budget import Widths as Widths
+from cfsp.settings.budget import multiple_in_words as multiple_in_words
+from cfsp.settings.budget import parse_parts as parse_parts
+from cfsp.settings.budget import unit_parts as unit_parts
+from cfsp.settings.compute import DTYPES as DTYPES
+from cfsp.settings.compute import Compute as Compute
+from cfsp.settings.criterion import ANGULAR_AND_SENSITIVITY as ANGULAR_AND_SENSITIVITY
+from cfsp.settings.criterion import AUTO_METRIC as AUTO_METRIC
+from cfsp.settings.criterion import BLOCK_METRICS as BLOCK_METRICS
+from cfsp.settings.criterion import CHANNEL_METRICS as CHANNEL_METRICS
+from cfsp.settings.criterion import CLAMPS as CLAMPS
+from cfsp.settings.criterion import DEFAULT_CLAMP as DEFAULT_CLAMP
+from cfsp.settings.criterion import DISTANCES as DISTANCES
+from cfsp.settings.criterion import DIVERGENCE as DIVERGENCE
+from cfsp.settings.criterion import INFLUENCE as INFLUENCE
+from cfsp.settings.criterion import REMOVALS as REMOVALS
+from cfsp.settings.criterion import RUNS as RUNS
+from cfsp.settings.criterion import SENSITIVITY as SENSITIVITY
+from cfsp.settings.criterion import SENSITIVITY_METRICS as SENSITIVITY_METRICS
+from cfsp.settings.criterion import UNIFORM as UNIFORM
+from cfsp.settings.criterion import Clamp as Clamp
+from cfsp.settings.criterion import Criterion as Criterion
+from cfsp.settings.criterion import block_metric_in_words as block_metric_in_words
+from cfsp.settings.criterion import removal_in_words as removal_in_words
+from cfsp.settings.criterion import worth_in_words as worth_in_words
+from cfsp.settings.goals import GOALS as GOALS
+from cfsp.settings.goals import PHASES as PHASES
+from cfsp.settings.goals import Goal as Goal
+from cfsp.settings.goals import MaxLossIncrease as MaxLossIncrease
+from cfsp.settings.goals import Phase as Phase
+from cfsp.settings.goals import TargetKVCache as TargetKVCache
+from cfsp.settings.goals import TargetParameters as TargetParameters
+from cfsp.settings.goals import TargetSpeedup as TargetSpeedup
+from cfsp.settings.goals import field_of_goal as field_of_goal
+from cfsp.settings.goals import flag_of_goal as flag_of_goal
+from cfsp.settings.options import Option as Option
+from cfsp.settings.options import check_names as check_names
+from cfsp.settings.options import flag_of as flag_of
+from cfsp.settings.options import fraction as fraction
+from cfsp.settings.options import from_names as from_names
+from cfsp.settings.options import given_of as given_of
+from cfsp.settings.options import name_of as name_of
+from cfsp.settings.options import option as option
+from cfsp.settings.options import options_of as options_of
+from cfsp.settings.options import parse_size as parse_size
+from cfsp.settings.pruning import BEST_EFFORT as BEST_EFFORT
+from cfsp.settings.pruning import BEST_WITHOUT_TRAINING as BEST_WITHOUT_TRAINING
+from cfsp.settings.pruning import DEFAULT_EFFORT as DEFAULT_EFFORT
+from cfsp.settings.pruning import DEFAULT_REPAIR as DEFAULT_REPAIR
+from cfsp.settings.pruning import EFFORTS as EFFORTS
+from cfsp.settings.pruning import OF_PRUNE as OF_PRUNE
+from cfsp.settings.pruning import REPAIRS as REPAIRS
+from cfsp.settings.pruning import LocalTraining as LocalTraining
+from cfsp.settings.pruning import PruneSettings as PruneSettings
+from cfsp.settings.pruning import Repair as Repair
+from cfsp.settings.pruning import asked as asked
+from cfsp.settings.pruning import prune_settings as prune_settings
+from cfsp.settings.text import BOS as BOS
+from cfsp.settings.text import BOS_HELP as BOS_HELP
+from cfsp.settings.text import DEFAULT_SAMPLES as DEFAULT_SAMPLES
+from cfsp.settings.text import DEFAULT_SEQLEN as DEFAULT_SEQLEN
+from cfsp.settings.text import DEFAULT_TEXT as DEFAULT_TEXT
+from cfsp.settings.text import Bos as Bos
+from cfsp.settings.text import CalibrationText as CalibrationText
+from cfsp.settings.text import Data as Data
+from cfsp.settings.text import EvaluationText as EvaluationText
+from cfsp.settings.text import Text as Text
+from cfsp.settings.text import check_bos as check_bos
+from cfsp.settings.text import texts_of as texts_of

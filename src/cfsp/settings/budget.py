@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from cfsp.errors import GONE, UsageError, did_you_mean
 from cfsp.settings.goals import (
@@ -99,6 +99,18 @@ def multiple_in_words(multiple: int) -> str:
     return text
 
 
+def _number_of(part: Part, noun: str) -> Any:
+    """Return the option that says how many of a part go."""
+    return option(
+        None,
+        f"with --parts {part}: how many {noun} go, instead of a share",
+        kind=int,
+        metavar="N",
+        default="as many as --sparsity says",
+        advanced=True,
+    )
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may go, and how much of it where that is one part.
@@ -128,7 +140,7 @@ class Budget:
 
     sparsity: float = option(
         0.0,
-        "share that goes of what --parts names, such as 0.2 or 20%: of FFN channels by default",
+        "share that goes of what --parts names, such as 0.2 or 20%",
         kind=fraction,
         metavar="P",
         default="",
@@ -150,45 +162,22 @@ class Budget:
     )
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
-        "what may go: ffn (channels), kv (KV groups: a head of keys and values with its query "
-        "heads), attention (whole attention layers), blocks (whole decoder blocks), experts (whole "
-        "routed experts); several but experts, with commas between, share one target",
+        "what may go: ffn (channels), kv (KV groups), attention (layers), blocks, experts; several "
+        "share one target",
         kind=parse_parts,
         metavar="KIND,...",
         default="ffn",
     )
     keep: tuple[str, ...] = option(
         (),
-        "blocks that stay whole, by their numbers, and modules, by patterns of their names: "
-        "0,1,29 or 'model.layers.*.self_attn'",
+        "blocks that stay whole, and modules by name: 0,1,29 or 'model.layers.*.self_attn'",
         kind=parse_parts,
         metavar="WHAT,...",
         default="",
     )
-    remove_blocks: int | None = option(
-        None,
-        "with --parts blocks: how many go, instead of a share",
-        kind=int,
-        metavar="N",
-        default="as many as --sparsity says",
-        advanced=True,
-    )
-    remove_attentions: int | None = option(
-        None,
-        "with --parts attention: how many attention layers go, instead of a share",
-        kind=int,
-        metavar="N",
-        default="as many as --sparsity says",
-        advanced=True,
-    )
-    remove_experts: int | None = option(
-        None,
-        "with --parts experts: how many experts of each block go, instead of a share",
-        kind=int,
-        metavar="N",
-        default="as many as --sparsity says",
-        advanced=True,
-    )
+    remove_blocks: int | None = _number_of("blocks", "blocks")
+    remove_attentions: int | None = _number_of("attention", "attention layers")
+    remove_experts: int | None = _number_of("experts", "experts of each block")
 
     def __post_init__(self) -> None:
         given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts

@@ -22,9 +22,7 @@ class Compute:
             of the available memory.
     """
 
-    device: str = option(
-        "auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator if there is one"
-    )
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator")
     dtype: str = option(
         "auto", "what to compute in", choices=DTYPES, default="the model's own", advanced=True
     )

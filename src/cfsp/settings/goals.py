@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from cfsp.errors import UsageError
 from cfsp.settings.options import flag_of, fraction, option, options_of
-from cfsp.settings.text import Text
+from cfsp.settings.text import Text, texts_of
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -23,8 +23,7 @@ class TargetParameters:
 
     fraction: float = option(
         1.0,
-        "fraction of all parameters that stays; without --parts, cfsp prune tries whole blocks too "
-        "where much goes",
+        "fraction of all parameters that stays; without --parts blocks may go, too",
         kind=fraction,
         flag="target-params",
         metavar="F",
@@ -81,6 +80,7 @@ class TargetSpeedup:
         flag="target-speedup",
         metavar="X",
         default="",
+        advanced=True,
     )
     phase: Phase = option(
         "decode",
@@ -120,10 +120,12 @@ class MaxLossIncrease:
         flag="max-loss-increase",
         metavar="NATS",
         default="",
+        advanced=True,
     )
     held_out: tuple[str | Text, ...] = option(
         (),
         "text for --max-loss-increase",
+        kind=texts_of,
         flag="held-out",
         metavar="TEXT",
         default="windows of --data that calibration leaves over",

@@ -19,7 +19,7 @@ class Option:
 
     Attributes:
         help: what it does; the CLI adds the default.
-        kind: makes the value of what was typed.
+        kind: makes the value of what was typed; of all that was, where it repeats.
         flag: `--flag`; None for the field's name.
         choices: the only values there are.
         metavar: what the help calls the value.
@@ -80,14 +80,13 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
     """
     found: dict[str, Any] = {}
     for each, known in options_of(settings).items():
-        if (name := name_of(each, known)) in values:
-            value = values[name]
-            found[each] = tuple(value) if known.repeats else value
-    found |= others
-    for each, known in options_of(settings).items():
-        if (value := found.get(each)) is not None:
-            found[each] = _read(value, known, name_of(each, known))
-    return settings(**found)
+        name = name_of(each, known)
+        value = others[each] if each in others else values.get(name)
+        if value is not None:
+            found[each] = _read(value, known, name)
+        elif each in others or name in values:
+            found[each] = None
+    return settings(**{**others, **found})
 
 
 def _read(value: Any, known: Option, name: str) -> Any:
@@ -99,9 +98,18 @@ def _read(value: Any, known: Option, name: str) -> Any:
             )
         return value
     try:
-        return known.kind(value) if isinstance(value, str) else value
+        return known.kind(value) if known.repeats or isinstance(value, str) else value
     except ValueError:
         raise UsageError(f"{name} must be a number, found {value!r}") from None
+
+
+def given_of(settings: type[Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the flags of a class of settings whose options are among some values, by field."""
+    return {
+        each: flag_of(each, known)
+        for each, known in options_of(settings).items()
+        if values.get(name_of(each, known)) is not None
+    }
 
 
 def check_names(function: Callable[..., Any], given: Iterable[str], *known: type[Any]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings.budget import Budget, Part, can_be_met
+from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
-from cfsp.settings.goals import Goal, TargetParameters
-from cfsp.settings.options import option
+from cfsp.settings.goals import GOALS, Goal, TargetParameters, field_of_goal, flag_of_goal
+from cfsp.settings.options import from_names, given_of, option
 from cfsp.settings.text import CalibrationText, EvaluationText
 
 Repair = Literal["none", "ridge", "local"]
@@ -18,6 +19,7 @@ REPAIRS: tuple[Repair, ...] = get_args(Repair)
 DEFAULT_REPAIR: Repair = "ridge"
 
 EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "ridge"}
+DEFAULT_EFFORT = "standard"
 # After its repair the model is trained whole, where there is memory for that; else blockwise.
 BEST_EFFORT = "best"
 BEST_WITHOUT_TRAINING: Repair = "local"
@@ -156,3 +158,67 @@ class PruneSettings:
     def without_repair(self) -> PruneSettings:
         """Return the same settings, without repair."""
         return replace(self, repair="none")
+
+
+# Whatever a pruning is asked for is an option of one of these.
+OF_PRUNE: tuple[type[Any], ...] = (
+    Budget,
+    *GOALS,
+    Criterion,
+    CalibrationText,
+    EvaluationText,
+    LocalTraining,
+    Compute,
+)
+
+
+def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
+    """Return the flags of all that says how much goes: a share, a number, or a goal."""
+    budget = given_of(Budget, given)
+    found = [budget[field] for field in ("sparsity",) if field in budget]
+    found += [
+        flag_of_goal(kind)
+        for kind in GOALS
+        if isinstance(goal, kind) or field_of_goal(kind) in given_of(kind, given)
+    ]
+    return found + [budget[field] for field in COUNTS.values() if field in budget]
+
+
+def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneSettings:
+    """Return what a pruning is asked for, by the names of its options: a command's or a call's.
+
+    Args:
+        given: what was typed, or the arguments of a call; the rest has its default.
+        goal: an object instead of an option.
+
+    Raises:
+        UsageError: a value is out of its range, two contradict each other, or not exactly one says
+            how much goes.
+    """
+    found = asked(given, goal)
+    if len(found) != 1:
+        raise UsageError(
+            f"exactly one of --sparsity, {', '.join(map(flag_of_goal, GOALS))} "
+            "says how much to remove (or --plan, a complete decision; or, where blocks, attention "
+            f"layers or experts go, their number); found {' and '.join(found) or 'none'}"
+        )
+    for kind in GOALS:
+        owner, is_asked = flag_of_goal(kind), found == [flag_of_goal(kind)] and goal is None
+        for name, flag in given_of(kind, given).items():
+            if name != field_of_goal(kind) and not is_asked:
+                raise UsageError(f"{flag} belongs to {owner}")
+        goal = from_names(kind, given) if is_asked else goal
+    effort = given.get("effort") or DEFAULT_EFFORT
+    if effort not in EFFORTS:
+        raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
+    return PruneSettings(
+        budget=from_names(Budget, given).for_goal(goal),
+        criterion=from_names(Criterion, given),
+        text=from_names(CalibrationText, given),
+        compute=from_names(Compute, given),
+        repair=given.get("repair") or EFFORTS[effort],
+        local=from_names(LocalTraining, given),
+        goal=goal,
+        leaves_parts_open=given.get("parts") is None,
+        evaluation=from_names(EvaluationText, given, bos=given.get("bos") or "auto"),
+    )

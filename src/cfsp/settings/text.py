@@ -81,9 +81,9 @@ class CalibrationText:
 
     names: tuple[str | Text, ...] = option(
         (DEFAULT_TEXT,),
-        "text to calibrate on: wikitext2, c4, a hub data set as NAME:CONFIG:SPLIT:COLUMN, a .txt, "
-        ".jsonl or .parquet file (also of conversations, with images), mixed (nine kinds of text "
-        "that come with cfsp) or one of them as mixed/KIND; repeat it to mix",
+        "text to calibrate on: a .txt, .jsonl or .parquet file, wikitext2, c4, a hub data set "
+        "(NAME:CONFIG:SPLIT:COLUMN); repeatable",
+        kind=texts_of,
         flag="data",
         metavar="TEXT",
         default=DEFAULT_TEXT,
@@ -95,8 +95,9 @@ class CalibrationText:
         kind=int,
         metavar="N",
         default="128, or all there are",
+        advanced=True,
     )
-    seqlen: int = option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T")
+    seqlen: int = option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T", advanced=True)
     seed: int = option(0, "of the draw of windows", kind=int, advanced=True)
     bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
 
@@ -130,24 +131,17 @@ class EvaluationText:
 
     names: tuple[str | Text, ...] = option(
         (),
-        "text to measure perplexity on, before and after",
+        "text to measure perplexity on, before and after; repeatable",
+        kind=texts_of,
         flag="eval",
         metavar="TEXT",
-        default="none",
+        default="",
         repeats=True,
     )
     windows: int | None = option(
         12, "windows of each --eval text", kind=int, flag="eval-windows", metavar="N", advanced=True
     )
-    seqlen: int | None = option(
-        None,
-        "tokens in a window of an --eval text",
-        kind=int,
-        flag="eval-seqlen",
-        metavar="T",
-        default="1024, or what the model can read",
-        advanced=True,
-    )
+    seqlen: int | None = None
     stride: int | None = None
     bos: Bos = "auto"
 
