@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.calibrate import observe_part
+from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
@@ -181,13 +181,8 @@ def _random_windows(source: WeightSource, settings: PruneSettings, engine: Engin
 
 def _measure(source: WeightSource, settings: PruneSettings, engine: Engine) -> _Measured:
     windows = _random_windows(source, settings, engine)
-    for block in stream_blocks(
-        source,
-        windows,
-        device=engine.device,
-        dtype=engine.dtype,
-        batch_windows=len(windows.tokens_NT),
-    ):
+    together = replace(engine, batch_windows=len(windows.tokens_NT))
+    for block in stream_blocks(source, windows, together):
         if not block.units:
             block.advance()
             continue
@@ -221,7 +216,7 @@ def _time_block(block: StreamedBlock, windows: Windows) -> tuple[float, float]:
         gram += _now(block.device) - start
 
     start = _now(block.device)
-    observe_part(block, on_activations=add)
+    observe(block, add)
     return _now(block.device) - start - gram, gram
 
 
