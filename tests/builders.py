@@ -74,7 +74,7 @@ def random_unit_statistics(width: int, seed: int = 0, block: int = 0) -> UnitSta
     generator = torch.Generator().manual_seed(seed)
     act_TF = torch.randn(64, width, generator=generator, dtype=torch.float64)
     act_TF = act_TF * torch.rand(width, generator=generator).double() + 0.05
-    return UnitStatistics(block, act_TF.sum(0), act_TF.square().sum(0), 64)
+    return UnitStatistics(block, act_TF.square().sum(0), 64)
 
 
 def random_block(

@@ -19,13 +19,12 @@ from cfsp.checkpoint.skeleton import check_complete
 from cfsp.cut.surgery import pruned_specs
 from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.planning.channels import choose_channels, warn_of_few_tokens
+from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import warn_of_lost_experts
 from cfsp.planning.make import Planner, check_statistics_fit
 from cfsp.repair.ladder import check_windows, repair, repaired_a_little, steps_of
 from cfsp.repair.repaired import Repaired
-from cfsp.repair.ridge_pass import choose_and_repair
-from cfsp.repair.ridge_step import with_ridge
+from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
 from cfsp.selection.by_statistics import check_can_go
 from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
 from cfsp.selection.goal import constraint_of
@@ -202,17 +201,7 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[Repaired, dict
     planner, candidate = select(job, constraint, coarse, _repairer(job))
     widths = planner.widths(candidate)
     with job.place.watch.stage("ridge"):
-        chosen = choose_and_repair(
-            job.source,
-            windows,
-            lambda unit, observed: choose_channels(
-                job.source, unit, observed, widths.kept_U[unit], planner.criterion
-            ),
-            job.engine,
-            job.place,
-            seed=job.settings.text.seed,
-            removed=candidate.dropped.blocks,
-        )
+        chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)
     record = calibration_record(job.source, windows, job.engine, seed=job.settings.text.seed)
     statistics = replace(
         Statistics.of([each.observed for each in chosen], record, planner.statistics.sensitivity),
@@ -223,5 +212,5 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[Repaired, dict
     plan = replace(planner, statistics=statistics).assemble(candidate, widths, kept)
     warn_of_few_tokens(plan)
     warn_of_lost_experts(plan)
-    result = with_ridge(Repaired(plan, statistics), chosen)
+    result = with_ridge(job, Repaired(plan, statistics), chosen)
     return repair(job, result, windows), _facts(constraint, candidate)

@@ -170,24 +170,28 @@ class Team:
         made: T = outcome[0]
         return made
 
-    def each_does(self, do: Callable[[], None]) -> None:
+    def each_does(self, do: Callable[[], T]) -> list[T]:
         """Do something of this process's own; if it fails in one process, it fails in all.
+
+        Returns:
+            What every process made, in their order; it must be possible to pickle it.
 
         Raises:
             CfspError: a process raised it.
             ProcessError: a process died, or is not there in time.
         """
         if self.size == 1:
-            do()
-            return
-        failure: CfspError | None = None
+            return [do()]
+        outcome: list[Any]
         try:
-            do()
+            outcome = [do(), None]
         except CfspError as error:
-            failure = error
-        for found in self.gather(failure):
-            if found is not None:
-                raise found
+            outcome = [None, error]
+        found = self.gather(outcome)
+        for _made, failure in found:
+            if failure is not None:
+                raise failure
+        return [made for made, _failure in found]
 
     def check_same(self, facts: Mapping[str, str]) -> None:
         """Check that all processes work on the same thing.

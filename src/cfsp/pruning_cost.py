@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.calibrate import observe_part
+from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.decide import COARSE_WINDOWS
@@ -248,9 +248,7 @@ def measured(asked: _Asked) -> Rates:
     """Time the first block that has units, reading, and solving."""
     source, windows, device = asked.source, asked.batch, asked.engine.device
     tokens_N = len(windows.tokens_NT)
-    for block in stream_blocks(
-        source, windows, device=device, dtype=asked.engine.dtype, batch_windows=tokens_N
-    ):
+    for block in stream_blocks(source, windows, replace(asked.engine, batch_windows=tokens_N)):
         if block.units:
             forward, gram = _time_block(block, tokens_N)
             break
@@ -288,7 +286,7 @@ def _time_block(block: StreamedBlock, windows: int) -> tuple[float, float]:
         gram += _now(block.device) - start
 
     start = _now(block.device)
-    observe_part(block, on_activations=add)
+    observe(block, add)
     return _now(block.device) - start - gram, gram
 
 

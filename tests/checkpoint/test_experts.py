@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import CALIBRATION, CRITERION
+from builders import CALIBRATION, CRITERION, job_of
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.calibration.together import add_up
@@ -29,6 +29,7 @@ from cfsp.planning.unit_plan import UnitPlan
 from cfsp.processes import Team
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.result.page.page import write_report
+from cfsp.settings import Budget, Compute, PruneSettings
 from drawn_windows import draw_windows
 from ragged import tiny
 
@@ -216,7 +217,6 @@ def test_sums_of_parts_of_the_text_are_those_of_the_whole(
         routed = [a + b for a, b in zip(first.routed_E, second.routed_E, strict=True)]
         assert list(block.routed_E) == routed
         assert sum(routed) == 3 * block.tokens == 3 * windows.tokens_NT.numel()
-        torch.testing.assert_close(first.sum_F + second.sum_F, block.sum_F)
         torch.testing.assert_close(
             first.sum_of_squares_F + second.sum_of_squares_F, block.sum_of_squares_F
         )
@@ -230,31 +230,23 @@ def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(
     windows = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32)
     place = Workplace(tmp_path, identity={"command": "test"})
 
-    def choose(unit: int, statistics: UnitStatistics) -> list[int]:
-        halves = [range(0, statistics.width, 2)] * statistics.ffns
-        return [ffn * statistics.width + i for ffn, half in enumerate(halves) for i in half]
-
-    def chosen(choose: Any) -> list[Any]:
-        engine = Engine(torch.device("cpu"), torch.float32)
-        return choose_and_repair(source, windows, choose, engine, place)
-
-    fresh, again = chosen(choose), chosen(None)
+    job = job_of(source, PruneSettings(Budget(0.5), compute=Compute("cpu")), place=place)
+    keep = [unit.width // 2 for unit in source.units]
+    # What is saved needs no widths.
+    fresh, again = (choose_and_repair(job, windows, each) for each in (keep, []))
     for one, other in zip(fresh, again, strict=True):
         (repaired,), (repaired_again,) = one.repaired, other.repaired
-        assert repaired.repair == repaired_again.repair
+        assert repaired == repaired_again
         assert one.kept == other.kept
         assert one.observed.units[0].routed_E == other.observed.units[0].routed_E
-        assert repaired.repair.error_after <= repaired.repair.error_before
-        assert repaired.file.specs == repaired_again.file.specs
-    assert fresh[1].repaired[0].repair.experts[LONELY].few_tokens
+        assert repaired.error_after <= repaired.error_before
+    assert fresh[1].repaired[0].experts[LONELY].few_tokens
 
 
 def test_statistics_of_one_expert() -> None:
-    sums_F = torch.arange(6).double()
-    block = UnitStatistics(0, sums_F, sums_F**2, 10, (4, 6))
+    block = UnitStatistics(0, torch.arange(6).double() ** 2, 10, (4, 6))
     assert (block.ffns, block.width) == (2, 3)
     second = block.of_ffn(1)
-    assert second.sum_F.tolist() == [3, 4, 5]
     assert second.norm_F.tolist() == [3, 4, 5]
     assert second.tokens == 6
     assert second.ffns == 1

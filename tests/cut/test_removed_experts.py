@@ -255,7 +255,7 @@ def test_scores_are_those_of_the_published_formula() -> None:
             count_E[expert] += 1
     seen = tuple(int(count) for count in count_E)
     zeros = torch.zeros(unit.ffns * unit.width, dtype=torch.float64)
-    statistics = UnitStatistics(0, zeros, zeros, 40, seen, output_norm_E=outputs.norm_UE[0])
+    statistics = UnitStatistics(0, zeros, 40, seen, output_norm_E=outputs.norm_UE[0])
     expected_E = sum_E / np.maximum(count_E, 1)
     np.testing.assert_allclose(expert_scores(statistics).numpy(), expected_E, rtol=1e-5)
 
@@ -263,7 +263,7 @@ def test_scores_are_those_of_the_published_formula() -> None:
 def test_an_expert_without_tokens_scores_nothing() -> None:
     zeros = torch.zeros(12, dtype=torch.float64)
     norms = torch.tensor([4.0, 0.0, 9.0], dtype=torch.float64)
-    statistics = UnitStatistics(0, zeros, zeros, 10, (2, 0, 3), output_norm_E=norms)
+    statistics = UnitStatistics(0, zeros, 10, (2, 0, 3), output_norm_E=norms)
     assert expert_scores(statistics).tolist() == [2.0, 0.0, 3.0]
     assert lost_output(statistics, [2]) == pytest.approx(4 / 13)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from torch import Tensor, nn
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
+from cfsp.engine import call_form
 from cfsp.engine.block_stream import stream_blocks
 from cfsp.engine.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
+from cfsp.engine.compute import Engine
 from cfsp.errors import CalibrationError, CheckpointError
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model, save_tiny_model
@@ -23,9 +28,8 @@ TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(
 def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> list[Tensor]:
     """The output of every block for all windows, as the engine computes it."""
     outputs: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
-    for block in stream_blocks(
-        source, Windows(TOKENS, {}), device=torch.device("cpu"), dtype=dtype, batch_windows=batch
-    ):
+    engine = Engine(torch.device("cpu"), dtype, batch)
+    for block in stream_blocks(source, Windows(TOKENS, {}), engine):
         block.advance(
             lambda *rows: None,
             lambda before, after, i=block.index: outputs[i].append(after.clone()),
@@ -62,15 +66,42 @@ def test_one_block_at_a_time_has_weights(tiny_checkpoint: Callable[[str], Path])
     """What makes a model larger than memory possible."""
     modules: list[nn.Module] = []
     source = Checkpoint(tiny_checkpoint("llama"))
-    for block in stream_blocks(
-        source, Windows(TOKENS, {}), device=torch.device("cpu"), dtype=torch.float32
-    ):
+    engine = Engine(torch.device("cpu"), torch.float32)
+    for block in stream_blocks(source, Windows(TOKENS, {}), engine):
         assert not any(p.is_meta for p in block.module.parameters())
         assert all(p.is_meta for module in modules for p in module.parameters())
         block.advance(lambda *rows: None, lambda before, after: None)
         modules.append(block.module)
     assert len(modules) == BLOCKS
     assert all(p.is_meta for module in modules for p in module.parameters())
+
+
+def test_a_block_is_read_while_stand_ins_are_in_its_place(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that reads ahead begins before the decoder has shown how it calls its blocks."""
+    standing, read = threading.Event(), threading.Event()
+    submit, forward = ThreadPoolExecutor.submit, call_form._Probe.forward
+
+    def late(pool: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
+        def when_they_stand(*args: Any) -> Any:
+            standing.wait(60)
+            try:
+                return function(*args)
+            finally:
+                read.set()
+
+        return submit(pool, when_they_stand, *args)
+
+    def waiting(probe: Any, *args: Any, **kwargs: Any) -> Any:
+        standing.set()
+        read.wait(60)
+        return forward(probe, *args, **kwargs)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", late)
+    monkeypatch.setattr(call_form._Probe, "forward", waiting)
+    outputs = final_hidden(Checkpoint(tiny_checkpoint("llama")), None, torch.float32)
+    assert len(outputs) == BLOCKS
 
 
 def test_each_tensor_of_a_block_is_read_once(

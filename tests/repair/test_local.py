@@ -18,11 +18,12 @@ import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.engine import pass_state
-from cfsp.engine.group_at_work import Batch
+from cfsp.engine.group_visit import Batch
 from cfsp.engine.judge import hidden_loss, token_error
 from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
+from cfsp.processes import Team
 from cfsp.repair import ladder
 from cfsp.repair import local as local_repair
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
@@ -335,19 +336,23 @@ def test_options_of_local_without_it_are_refused(
     assert f"{option} belongs to --repair local" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (64, 2), (65, 8), (33, 5)])
-def test_every_window_is_fitted_to_or_held_out(windows: int, asked: int) -> None:
+def test_every_window_is_fitted_to_or_held_out(windows: int, asked: int, processes: int) -> None:
     tokens_NT = torch.zeros(windows, 16, dtype=torch.int64)
-    streams = TwoStreams.of(
-        Windows(tokens_NT, {"one": windows // 2, "two": -(-windows // 2)}), 16 * asked
-    )
-    assert streams.windows == windows
+    text = Windows(tokens_NT, {"one": windows // 2, "two": -(-windows // 2)})
+    of_team = [TwoStreams.of(text, 16 * asked, Team(i, processes)) for i in range(processes)]
+    streams = of_team[0]
     assert streams.fitted
     assert sorted([*streams.held_out, *streams.fitted]) == list(range(windows))
     if windows >= 4:  # some of both texts
         assert min(streams.held_out) < windows // 2 <= max(streams.held_out)
-    dense = [i for batch in streams.dense for i in range(2 * windows)[batch]]
-    pruned = [i for batch in streams.dense for i in range(2 * windows)[streams.pruned(batch)]]
-    assert dense + pruned == list(range(2 * windows))
     assert [i for batch in streams.judged for i in batch] == list(streams.held_out)
-    assert {len(batch) for batch in streams.judged} <= streams.batch_sizes
+    # Each has some, in two rows of its hidden states.
+    assert [window for each in of_team for window in each.own] == list(range(windows))
+    for own in of_team:
+        rows = range(2 * len(own.own))
+        dense = [i for batch in own.own_batches for i in rows[own.dense_rows(batch)]]
+        pruned = [i for batch in own.own_batches for i in rows[own.pruned_rows(batch)]]
+        assert dense + pruned == list(rows)
+        assert {len(batch) for batch in (*own.judged, *own.own_batches)} <= own.batch_sizes

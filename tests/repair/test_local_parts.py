@@ -15,7 +15,8 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
 from cfsp.engine.block_group import BlockGroup
 from cfsp.engine.call_recorder import record_calls
-from cfsp.engine.group_at_work import Batch
+from cfsp.engine.compute import Engine
+from cfsp.engine.group_visit import Batch
 from cfsp.engine.resumed_forward import hidden_states_entering
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
@@ -23,7 +24,7 @@ from cfsp.repair.head import HeadLoss
 from cfsp.repair.repaired import BlockRepair, ExpertRepair
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
-CPU = torch.device("cpu")
+ENGINE = Engine(torch.device("cpu"), torch.float32)
 
 
 def random_tokens(windows: int, length: int) -> torch.Tensor:
@@ -52,7 +53,7 @@ def batch_of(target_BTD: torch.Tensor, tokens_BT: torch.Tensor, turn: int = 0) -
 def test_loss_at_the_head_is_that_of_the_whole_models(name: str, text: float) -> None:
     model, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
     source = LoadedModel(model)
-    loss_of = HeadLoss(source, CPU, torch.float32, text)
+    loss_of = HeadLoss(source, ENGINE, text)
     dense_BTD = leaving_hidden(model, source, tokens_BT)
     with torch.no_grad():
         dense = model(tokens_BT).logits.double().numpy()
@@ -75,14 +76,14 @@ def test_predictions_that_are_the_dense_models_have_no_divergence() -> None:
     model, tokens_BT = build_tiny_model("llama"), random_tokens(2, 12)
     source = LoadedModel(model)
     dense_BTD = leaving_hidden(model, source, tokens_BT)
-    loss_of = HeadLoss(source, CPU, torch.float32, 0.0)
+    loss_of = HeadLoss(source, ENGINE, 0.0)
     assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
 
 
 def test_every_turn_is_judged_at_other_positions() -> None:
     model, tokens_BT = build_tiny_model("llama"), random_tokens(4, 128)
     source = LoadedModel(model)
-    loss_of = HeadLoss(source, CPU, torch.float32, 0.0)
+    loss_of = HeadLoss(source, ENGINE, 0.0)
     hidden_BTD = leaving_hidden(model, source, tokens_BT)
     changed_BTD = hidden_BTD.clone()
     changed_BTD[:, ::2] = 0  # 512 tokens: every second is judged, first those that changed
@@ -110,8 +111,9 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     base = model.get_submodule(source.architecture.decoder)
     calls = record_calls(base, blocks, tokens_BT).calls
     pruned = PrunedSource(source, plan, {})
-    group = BlockGroup(pruned, blocks_of(skeleton, source.architecture)[:2], 0, {2: calls[:2]}, CPU)
-    group.fill(torch.float32, {})
+    modules = blocks_of(skeleton, source.architecture)
+    group = BlockGroup(pruned, modules, range(2), {2: calls[:2]}, ENGINE)
+    group.fill()
     with torch.no_grad():
         assert torch.equal(group(entering_L[0]), entering_L[2])
     trained = {name: p for block in group.fill_for_training() for name, p in block.items()}
@@ -122,7 +124,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     matrices = {(unit.gate, unit.up, unit.down) for unit in source.units[:2]}
     assert sum(name.endswith("weight") for name in trained) == 2 * len({*matrices.pop()} - {None})
     changed = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-    group.fill(torch.float32, changed)
+    group.fill(changed)
     with torch.no_grad():
         assert not torch.equal(group(entering_L[0]), entering_L[2])
 

@@ -81,7 +81,7 @@ def test_statistics_are_of_units_and_distances_of_all_blocks(
     assert len(statistics.blocks) == len(statistics.distances("angular")) == 3
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
-    assert torch.equal(again.units[2].sum_F, statistics.units[2].sum_F)
+    assert torch.equal(again.units[2].sum_of_squares_F, statistics.units[2].sum_of_squares_F)
     measured = with_sensitivity(source, again, windows, Criterion("sensitivity"), ENGINE)
     assert measured.sensitivity is not None
     divergence_L = measured.sensitivity.divergence_L

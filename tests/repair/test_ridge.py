@@ -194,10 +194,10 @@ def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(
 
 def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
     statistics = cfsp.Statistics.load(repaired_model / "cfsp.statistics")
-    widths = [len(unit.sum_F) for unit in statistics.units]
+    widths = [len(unit.sum_of_squares_F) for unit in statistics.units]
     stored = (repaired_model / "cfsp.statistics").stat().st_size
-    # Two float64 vectors for each block, and a header.
-    assert stored < 2 * 8 * sum(widths) + 8192
+    # A float64 vector for each block, and a header.
+    assert stored < 8 * sum(widths) + 8192
 
 
 def test_one_window_is_too_little(

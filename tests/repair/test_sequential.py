@@ -18,9 +18,8 @@ from cfsp.decide import decide
 from cfsp.engine import pass_state
 from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
-from cfsp.repair import sequential
 from cfsp.repair.repaired import Repaired
-from cfsp.repair.sequential import repair_sequentially
+from cfsp.repair.sequential import SequentialRepair, repair_sequentially
 from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
@@ -152,16 +151,16 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
     place = replace(job.place, directory=tmp_path)
     if budget is not None:
         place = replace(place, memory_budget=budget)
-    repair = sequential._repair
+    work = SequentialRepair.work
 
-    def interrupted(pruned: Any, directory: Any, blocks: Any, work: Any) -> Any:
-        if work.last == 2:
+    def interrupted(self: SequentialRepair, group: Any) -> Any:
+        if group.last == 2:
             raise KeyboardInterrupt
-        return repair(pruned, directory, blocks, work)
+        return work(self, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
-        patch.setattr(sequential, "_repair", interrupted)
+        patch.setattr(SequentialRepair, "work", interrupted)
         with pytest.raises(KeyboardInterrupt):
             repair_sequentially(job.at(place), ridge, windows)
     again = repair_sequentially(job.at(place), ridge, windows)

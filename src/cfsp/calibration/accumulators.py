@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cfsp.calibration.statistics import BlockStatistics, ObservedBlock, UnitStatistics
+from cfsp.errors import CalibrationError
 from cfsp.settings import DISTANCES
+
+if TYPE_CHECKING:
+    from cfsp.architecture.found import Unit
 
 # Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
 # an accelerator is given few and large things to do.
@@ -73,20 +79,18 @@ class DistanceSums:
 
 
 class ChannelSums:
-    """Sum and sum of squares of every FFN channel's activation over all tokens.
+    """Sum of squares of every FFN channel's activation over all tokens.
 
     The channels of a block with several FFNs (experts) are numbered through, one FFN after the
     other.
 
     Attributes:
         tokens_E: tokens that each FFN has seen.
-        sum_F: sums, float64; None before the first tokens.
-        sum_of_squares_F: sums of squares, float64.
+        sum_of_squares_F: float64; None before the first tokens.
     """
 
     def __init__(self, ffns: int = 1) -> None:
         self.tokens_E = [0] * ffns
-        self.sum_F: Tensor | None = None
         self.sum_of_squares_F: Tensor | None = None
 
     @property
@@ -98,16 +102,13 @@ class ChannelSums:
         """Add tokens of one batch: the input of the down projection of one FFN."""
         rows = act_BTF.flatten(0, -2)
         width = rows.shape[1]
-        if self.sum_F is None or self.sum_of_squares_F is None:
+        if self.sum_of_squares_F is None:
             channels = len(self.tokens_E) * width
-            zeros = torch.zeros(channels, dtype=torch.float64, device=rows.device)
-            self.sum_F, self.sum_of_squares_F = zeros, zeros.clone()
+            self.sum_of_squares_F = torch.zeros(channels, dtype=torch.float64, device=rows.device)
         own = slice(ffn * width, (ffn + 1) * width)
         for part in torch.split(rows, _ROWS if rows.device.type == "cpu" else _ROWS_ELSEWHERE):
-            exact = part.float()
-            self.sum_F[own] += exact.sum(0)
-            # Not in place: of float32 activations `exact` is the block's own tensor, no copy.
-            self.sum_of_squares_F[own] += exact.square().sum(0)
+            # Not in place: of float32 activations `float` gives the block's own tensor, no copy.
+            self.sum_of_squares_F[own] += part.float().square().sum(0)
         self.tokens_E[ffn] += rows.shape[0]
 
 
@@ -133,3 +134,59 @@ class OutputNorms:
         norm_R = torch.linalg.vector_norm(output_RD.float(), dim=1)
         self.norm_UE[unit] = norm_E = self.norm_UE[unit].to(norm_R.device)
         norm_E[expert] += norm_R.sum(dtype=torch.float64).float()
+
+
+class BlockSums:
+    """All sums of one block.
+
+    Attributes:
+        distances: of the block.
+        channels: of each of its units.
+        sublayers: distances of each unit, where it is an attention.
+        outputs: of experts.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._units = units
+        self.distances = DistanceSums()
+        self.channels = [ChannelSums(unit.ffns) for unit in units]
+        self.sublayers = [DistanceSums() for _ in units]
+        self.outputs = OutputNorms([unit.removable_experts for unit in units])
+
+    def observed(self, block: int, passing: Tensor | None = None) -> ObservedBlock:
+        """Return the statistics of the block.
+
+        Args:
+            block: its index.
+            passing: see `ObservedBlock`.
+
+        Raises:
+            CalibrationError: an activation was NaN or infinite.
+        """
+        distance_sums, tokens = self.distances.sums, self.distances.tokens
+        units = []
+        for unit, sums, sublayer, norm_E in zip(
+            self._units, self.channels, self.sublayers, self.outputs.norm_UE, strict=True
+        ):
+            squares_F = sums.sum_of_squares_F
+            if squares_F is None:
+                squares_F = torch.zeros(unit.ffns * unit.columns, dtype=torch.float64)
+            units.append(
+                UnitStatistics(
+                    block=block,
+                    sum_of_squares_F=squares_F.cpu(),
+                    tokens=tokens,
+                    routed_E=tuple(sums.tokens_E) if unit.ffns > 1 else (),
+                    part=unit.part,
+                    distance_sums=sublayer.sums if unit.after is not None else {},
+                    output_norm_E=norm_E.cpu(),
+                )
+            )
+        if not all(map(math.isfinite, distance_sums.values())) or not all(
+            bool(torch.isfinite(unit.sum_of_squares_F).all()) for unit in units
+        ):
+            raise CalibrationError(
+                f"block {block} produced NaN or infinite activations; "
+                "calibrate with --dtype float32 or bfloat16"
+            )
+        return ObservedBlock(BlockStatistics(distance_sums, tokens), tuple(units), passing)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cfsp.calibration.accumulators import ChannelSums, DistanceSums, OutputNorms
+from cfsp.calibration.accumulators import BlockSums
 from cfsp.calibration.runs import TokenSample, run_distances
 from cfsp.calibration.statistics import (
-    BlockStatistics,
     CalibrationRecord,
     ObservedBlock,
     Statistics,
@@ -26,7 +23,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.engine.block_pass import pass_blocks
+from cfsp.engine.block_pass import Visitor, pass_blocks
 from cfsp.engine.block_stream import OnActivations, StreamedBlock
 from cfsp.errors import CalibrationError, UsageError
 
@@ -70,20 +67,9 @@ def calibrate(
     """
     record = calibration_record(source, windows, engine, seed=seed)
     check_tokens(source.config, windows.tokens_NT, source.label)
-    observed = pass_blocks(
-        source,
-        windows,
-        partial(
-            observe_part if is_part else observe,
-            sample=TokenSample.of(windows) if runs else None,
-        ),
-        StatisticsFiles(record),
-        name=name,
-        device=engine.device,
-        dtype=engine.dtype,
-        batch_windows=engine.batch_windows,
-        place=place,
-    )
+    sample = TokenSample.of(windows) if runs else None
+    visitor = _Calibration(name, record, sample, is_part=is_part)
+    observed = pass_blocks(source, windows, visitor, engine, place)
     statistics = Statistics.of(observed, record)
     if not runs:
         return statistics
@@ -91,32 +77,50 @@ def calibrate(
     return replace(statistics, runs=run_distances(passing))
 
 
-@dataclass(frozen=True)
-class StatisticsFiles:
-    """Keeps the statistics of one block in a file of its own."""
+class _Calibration(Visitor[ObservedBlock]):
+    """Gathers the statistics of every block."""
 
-    record: CalibrationRecord
+    def __init__(
+        self, name: str, record: CalibrationRecord, sample: TokenSample | None, *, is_part: bool
+    ) -> None:
+        super().__init__(name)
+        self._record, self._sample, self._is_part = record, sample, is_part
+
+    def visit(self, block: StreamedBlock) -> ObservedBlock:
+        observed = observe(block, sample=self._sample)
+        if not self._is_part:
+            check_seen(block.units, observed.units)
+        return observed
 
     def save(self, result: ObservedBlock, directory: Path, block: int) -> None:
-        """Write the statistics of one block, as those of a model that has no other."""
-        units = tuple(replace(unit, block=0) for unit in result.units)
-        file = self._path(directory, block)
-        Statistics.of([ObservedBlock(result.block, units)], self.record).save(file)
-        if result.passing is not None:
-            data = save({"passing": result.passing.contiguous()})
-            write_atomically(self._path(directory, block, "passing"), data)
+        save_observed(result, self._record, directory, block)
 
     def load(self, directory: Path, block: int) -> ObservedBlock:
-        """Read them."""
-        read = Statistics.load(self._path(directory, block))
-        units = tuple(replace(unit, block=block) for unit in read.units)
-        passing = self._path(directory, block, "passing")
-        tensor = load_file(passing)["passing"] if passing.is_file() else None
-        return ObservedBlock(read.blocks[0], units, tensor)
+        return load_observed(directory, block)
 
-    @staticmethod
-    def _path(directory: Path, block: int, what: str = "statistics") -> Path:
-        return directory / f"{what}-{block:05d}.safetensors"
+
+def save_observed(
+    observed: ObservedBlock, record: CalibrationRecord, directory: Path, block: int
+) -> None:
+    """Write the statistics of one block, as those of a model that has no other."""
+    units = tuple(replace(unit, block=0) for unit in observed.units)
+    Statistics.of([replace(observed, units=units)], record).save(_path(directory, block))
+    if observed.passing is not None:
+        data = save({"passing": observed.passing.contiguous()})
+        write_atomically(_path(directory, block, "passing"), data)
+
+
+def load_observed(directory: Path, block: int) -> ObservedBlock:
+    """Read what `save_observed` wrote."""
+    read = Statistics.load(_path(directory, block))
+    units = tuple(replace(unit, block=block) for unit in read.units)
+    passing = _path(directory, block, "passing")
+    tensor = load_file(passing)["passing"] if passing.is_file() else None
+    return ObservedBlock(read.blocks[0], units, tensor)
+
+
+def _path(directory: Path, block: int, what: str = "statistics") -> Path:
+    return directory / f"{what}-{block:05d}.safetensors"
 
 
 def calibration_record(
@@ -137,89 +141,41 @@ def calibration_record(
     )
 
 
-def observe(block: StreamedBlock, sample: TokenSample | None = None) -> ObservedBlock:
+def observe(
+    block: StreamedBlock,
+    on_activations: OnActivations | None = None,
+    sample: TokenSample | None = None,
+) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 
     Args:
         block: the block.
-        sample: the tokens whose hidden states are kept; None for none.
-
-    Raises:
-        CalibrationError: an activation is NaN or infinite, or an FFN unit saw no token.
-    """
-    observed = observe_part(block, sample)
-    check_seen(block.units, observed.units)
-    return observed
-
-
-def observe_part(
-    block: StreamedBlock,
-    sample: TokenSample | None = None,
-    on_activations: OnActivations | None = None,
-) -> ObservedBlock:
-    """Do what `observe` does where an expert may see no token: others see other windows.
-
-    Args:
-        block: the block.
-        sample: the tokens whose hidden states are kept; None for none.
         on_activations: is given all activations as well; see `StreamedBlock.advance`.
+        sample: the tokens whose hidden states are kept; None for none.
 
     Raises:
         CalibrationError: an activation is NaN or infinite.
     """
-    distances, channels = DistanceSums(), [ChannelSums(unit.ffns) for unit in block.units]
-    sublayers = [DistanceSums() for _ in block.units]
-    outputs = OutputNorms([unit.removable_experts for unit in block.units])
+    sums = BlockSums(block.units)
     passing: list[Tensor] = []
 
     def on_act(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
-        channels[unit].add(act_RF, ffn)
+        sums.channels[unit].add(act_RF, ffn)
         if on_activations is not None:
             on_activations(unit, ffn, act_RF, window_R)
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
-        distances.add(input_BTD, output_BTD)
+        sums.distances.add(input_BTD, output_BTD)
         if sample is not None:
             passing.append(torch.stack([sample.rows(input_BTD), sample.rows(output_BTD)]).cpu())
 
     block.advance(
         on_act,
         on_hidden,
-        lambda unit, before_BTD, after_BTD: sublayers[unit].add(before_BTD, after_BTD),
-        outputs.add,
+        lambda unit, before_BTD, after_BTD: sums.sublayers[unit].add(before_BTD, after_BTD),
+        sums.outputs.add,
     )
-    units = []
-    distance_sums = distances.sums
-    are_finite = all(map(math.isfinite, distance_sums.values()))
-    for unit, sums, sublayer, norm_E in zip(
-        block.units, channels, sublayers, outputs.norm_UE, strict=True
-    ):
-        none = torch.zeros(unit.ffns * unit.columns, dtype=torch.float64)
-        sum_F = none if sums.sum_F is None else sums.sum_F.cpu()
-        squares_F = none if sums.sum_of_squares_F is None else sums.sum_of_squares_F.cpu()
-        are_finite = are_finite and bool(torch.isfinite(squares_F).all())
-        units.append(
-            UnitStatistics(
-                block.index,
-                sum_F,
-                squares_F,
-                distances.tokens,
-                tuple(sums.tokens_E) if len(sums.tokens_E) > 1 else (),
-                unit.part,
-                dict(sublayer.sums) if unit.after is not None else {},
-                norm_E.cpu(),
-            )
-        )
-    if not are_finite:
-        raise CalibrationError(
-            f"block {block.index} produced NaN or infinite activations; "
-            "calibrate with --dtype float32 or bfloat16"
-        )
-    return ObservedBlock(
-        BlockStatistics(distance_sums, distances.tokens),
-        tuple(units),
-        torch.cat(passing, dim=1) if passing else None,
-    )
+    return sums.observed(block.index, torch.cat(passing, dim=1) if passing else None)
 
 
 def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> None:

@@ -8,7 +8,6 @@ Shapes: E experts, F FFN channels, L blocks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp.settings import WHOLE_PARTS, Part, WholePart
+from cfsp.settings import Part, WholePart
 
 # Of units whose experts' outputs are not looked at.
 NOT_SEEN = torch.zeros(0, dtype=torch.float64)
@@ -47,9 +46,8 @@ class UnitStatistics:
 
     Attributes:
         block: index of its block.
-        sum_F: sum over all tokens of each activation that enters the unit's down matrix, float64:
-            of an FFN one for each channel.
-        sum_of_squares_F: sum of its squares, float64.
+        sum_of_squares_F: sum over all tokens of the square of each activation that enters the
+            unit's down matrix, float64: of an FFN one for each channel.
         tokens: number of tokens that passed the block.
         routed_E: tokens that were routed to each expert; empty in a unit with one FFN. Channels
             are then numbered through, expert after expert, and sums are over the tokens that
@@ -62,7 +60,6 @@ class UnitStatistics:
     """
 
     block: int
-    sum_F: Tensor
     sum_of_squares_F: Tensor
     tokens: int
     routed_E: tuple[int, ...] = ()
@@ -78,7 +75,7 @@ class UnitStatistics:
     @property
     def width(self) -> int:
         """Activations that enter the down matrix of one FFN: its channels."""
-        return len(self.sum_F) // self.ffns
+        return len(self.sum_of_squares_F) // self.ffns
 
     def of_ffn(self, ffn: int) -> UnitStatistics:
         """Return the statistics of one FFN: its channels, and the tokens that it saw."""
@@ -87,7 +84,6 @@ class UnitStatistics:
         own = slice(ffn * self.width, (ffn + 1) * self.width)
         return replace(
             self,
-            sum_F=self.sum_F[own],
             sum_of_squares_F=self.sum_of_squares_F[own],
             tokens=self.routed_E[ffn],
             routed_E=(),
@@ -173,7 +169,7 @@ class Sensitivity:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON types; see `sensitivity_from_json`."""
+        """Return JSON types; `statistics_file.sensitivity_from_json` reads them."""
         return asdict(self)
 
 
@@ -194,7 +190,7 @@ class Removal:
     among: tuple[WholePart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON types; see `removals_from_json`."""
+        """Return JSON types; `statistics_file.removals_from_json` reads them."""
         fields = asdict(self)
         if self.part == "blocks":
             del fields["part"]
@@ -357,60 +353,3 @@ class Statistics:
         from cfsp.calibration.statistics_file import read_statistics
 
         return read_statistics(path)
-
-
-def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensitivity | None:
-    """Return the sensitivity whose fields were written as JSON; None where there are none.
-
-    Args:
-        fields: its fields.
-        blocks: how many blocks the model has.
-
-    Raises:
-        ValueError: the values cannot be those of so many blocks.
-    """
-    return None if fields is None else _sensitivity(fields, blocks)
-
-
-def _sensitivity(fields: dict[str, Any], blocks: int) -> Sensitivity:
-    divergence_L = tuple(map(float, fields["divergence_L"]))
-    kept_L = tuple(map(float, fields["kept_L"]))
-    if not (
-        len(divergence_L) == len(kept_L) == blocks
-        and all(0 <= value < math.inf for value in divergence_L)
-        and all(0 < share <= 1 for share in kept_L)
-    ):
-        raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}, kept {kept_L}")
-    others = {str(part): _sensitivity(each, blocks) for part, each in fields["other_parts"].items()}
-    return Sensitivity(divergence_L, kept_L, int(fields["windows"]), others)
-
-
-def removals_from_json(fields: Sequence[dict[str, Any]], blocks: int) -> tuple[Removal, ...]:
-    """Return the removals whose fields were written as JSON.
-
-    Args:
-        fields: their fields.
-        blocks: how many blocks the model has.
-
-    Raises:
-        ValueError: they cannot be those of so many blocks.
-    """
-    found = tuple(
-        Removal(
-            int(each["block"]),
-            float(each["divergence"]),
-            each.get("part", "blocks"),
-            tuple(each.get("among", ())),
-        )
-        for each in fields
-    )
-    places = {(each.among, each.part, each.block) for each in found}
-    possible = {
-        (among, part, block)
-        for among in ((), WHOLE_PARTS)
-        for part in WHOLE_PARTS
-        for block in range(blocks)
-    }
-    if len(places) < len(found) or not places <= possible:
-        raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
-    return found

@@ -24,17 +24,19 @@ from cfsp.calibration.statistics import (
     NOT_SEEN,
     BlockStatistics,
     CalibrationRecord,
+    Removal,
     RunDistances,
+    Sensitivity,
     Statistics,
     UnitStatistics,
-    removals_from_json,
-    sensitivity_from_json,
 )
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
-from cfsp.settings import DISTANCES, UNIT_PARTS
+from cfsp.settings import DISTANCES, UNIT_PARTS, WHOLE_PARTS
 
-STATISTICS_VERSION = 4
+STATISTICS_VERSION = 5
+# Version 4 has the sum of each activation besides, which nothing is made from.
+_READ = (4, STATISTICS_VERSION)
 _METADATA_KEY = "cfsp_statistics"
 
 
@@ -42,7 +44,6 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
     """Write statistics to one file, atomically; see `Statistics.save`."""
     tensors: dict[str, Tensor] = {}
     for i, unit in enumerate(statistics.units):
-        tensors[f"units.{i}.sum"] = unit.sum_F.contiguous()
         tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
         if len(unit.output_norm_E):
             tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
@@ -82,7 +83,7 @@ def read_statistics(path: Path) -> Statistics:
         raise StatisticsError(
             f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
         ) from error
-    if version != STATISTICS_VERSION:
+    if version not in _READ:
         raise StatisticsError(
             f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
             "calibrate again"
@@ -151,15 +152,15 @@ def _block(entry: dict[str, Any], index: int) -> BlockStatistics:
 
 
 def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitStatistics:
-    sum_F, squares_F = tensors[f"{name}.sum"], tensors[f"{name}.sum_of_squares"]
-    if sum_F.ndim != 1 or sum_F.shape != squares_F.shape:
-        raise ValueError(f"{name} has sums of shapes {sum_F.shape} and {squares_F.shape}")
+    squares_F = tensors[f"{name}.sum_of_squares"]
+    if squares_F.ndim != 1:
+        raise ValueError(f"{name} has sums of shape {squares_F.shape}")
     block, tokens = int(entry["block"]), int(entry["tokens"])
     if tokens < 1:
         raise ValueError(f"{name} has seen {tokens} tokens")
     routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
-    if routed_E and (min(routed_E) < 0 or len(sum_F) % len(routed_E)):
-        raise ValueError(f"{name} has {len(sum_F)} channels in {len(routed_E)} experts")
+    if routed_E and (min(routed_E) < 0 or len(squares_F) % len(routed_E)):
+        raise ValueError(f"{name} has {len(squares_F)} channels in {len(routed_E)} experts")
     output_norm_E = tensors.get(f"{name}.output_norm", NOT_SEEN).double()
     if len(output_norm_E) not in (0, len(routed_E)):
         raise ValueError(f"{name} has outputs of {len(output_norm_E)} experts")
@@ -170,7 +171,6 @@ def _unit(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> UnitS
     distance_sums = {distance: float(sums[distance]) for distance in DISTANCES if sums}
     return UnitStatistics(
         block,
-        sum_F.double(),
         squares_F.double(),
         tokens,
         routed_E,
@@ -187,9 +187,66 @@ def _check_order(units: Sequence[UnitStatistics], blocks: int) -> None:
 
 
 def _is_possible(unit: UnitStatistics) -> bool:
-    sums = torch.stack([unit.sum_F, unit.sum_of_squares_F])
     if not all(map(math.isfinite, unit.distance_sums.values())):
         return False
     if not bool(torch.isfinite(unit.output_norm_E).all()) or bool((unit.output_norm_E < 0).any()):
         return False
-    return bool(torch.isfinite(sums).all()) and bool((unit.sum_of_squares_F >= 0).all())
+    squares_F = unit.sum_of_squares_F
+    return bool(torch.isfinite(squares_F).all()) and bool((squares_F >= 0).all())
+
+
+def sensitivity_from_json(fields: dict[str, Any] | None, blocks: int) -> Sensitivity | None:
+    """Return the sensitivity whose fields were written as JSON; None where there are none.
+
+    Args:
+        fields: its fields.
+        blocks: how many blocks the model has.
+
+    Raises:
+        ValueError: the values cannot be those of so many blocks.
+    """
+    return None if fields is None else _sensitivity(fields, blocks)
+
+
+def _sensitivity(fields: dict[str, Any], blocks: int) -> Sensitivity:
+    divergence_L = tuple(map(float, fields["divergence_L"]))
+    kept_L = tuple(map(float, fields["kept_L"]))
+    if not (
+        len(divergence_L) == len(kept_L) == blocks
+        and all(0 <= value < math.inf for value in divergence_L)
+        and all(0 < share <= 1 for share in kept_L)
+    ):
+        raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}, kept {kept_L}")
+    others = {str(part): _sensitivity(each, blocks) for part, each in fields["other_parts"].items()}
+    return Sensitivity(divergence_L, kept_L, int(fields["windows"]), others)
+
+
+def removals_from_json(fields: Sequence[dict[str, Any]], blocks: int) -> tuple[Removal, ...]:
+    """Return the removals whose fields were written as JSON.
+
+    Args:
+        fields: their fields.
+        blocks: how many blocks the model has.
+
+    Raises:
+        ValueError: they cannot be those of so many blocks.
+    """
+    found = tuple(
+        Removal(
+            int(each["block"]),
+            float(each["divergence"]),
+            each.get("part", "blocks"),
+            tuple(each.get("among", ())),
+        )
+        for each in fields
+    )
+    places = {(each.among, each.part, each.block) for each in found}
+    possible = {
+        (among, part, block)
+        for among in ((), WHOLE_PARTS)
+        for part in WHOLE_PARTS
+        for block in range(blocks)
+    }
+    if len(places) < len(found) or not places <= possible:
+        raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
+    return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from cfsp.calibration.accumulators import BlockSums
 from cfsp.calibration.calibrate import calibrate, calibration_record, check_seen
 from cfsp.calibration.statistics import (
     BlockStatistics,
@@ -30,7 +31,6 @@ from cfsp.engine.block_stream import windows_in_batch
 from cfsp.engine.versions import versions
 from cfsp.errors import UsageError
 from cfsp.processes import Team
-from cfsp.settings import DISTANCES
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ Part = TypeVar("Part", BlockStatistics, UnitStatistics)
 
 # What is summed over tokens.
 _SUMS = ("distance_sums", "tokens")
-_SUMS_OF_UNIT = (
-    "sum_F", "sum_of_squares_F", "tokens", "routed_E", "distance_sums", "output_norm_E",
-)  # fmt: skip
+_SUMS_OF_UNIT = ("sum_of_squares_F", "tokens", "routed_E", "distance_sums", "output_norm_E")
 
 
 def calibrate_together(
@@ -132,23 +130,9 @@ def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[s
 
 def _nothing_seen(source: WeightSource, record: CalibrationRecord, runs: bool) -> Statistics:
     """Return statistics of no windows."""
-    observed = []
-    for block in range(source.architecture.block_count):
-        units = tuple(
-            UnitStatistics(
-                block,
-                torch.zeros(unit.ffns * unit.columns, dtype=torch.float64),
-                torch.zeros(unit.ffns * unit.columns, dtype=torch.float64),
-                0,
-                (0,) * unit.ffns if unit.ffns > 1 else (),
-                unit.part,
-                dict.fromkeys(DISTANCES, 0.0) if unit.after is not None else {},
-                torch.zeros(unit.removable_experts, dtype=torch.float64),
-            )
-            for unit in source.units
-            if unit.block == block
-        )
-        observed.append(ObservedBlock(BlockStatistics(dict.fromkeys(DISTANCES, 0.0), 0), units))
+    of_block = source.architecture.units_of
+    blocks = range(source.architecture.block_count)
+    observed = [BlockSums(of_block(block)).observed(block) for block in blocks]
     statistics = Statistics.of(observed, record)
     if not runs:
         return statistics

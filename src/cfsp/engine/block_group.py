@@ -16,6 +16,7 @@ from cfsp.engine.call_recorder import BlockCall
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
 
 
 class BlockGroup:
@@ -25,30 +26,27 @@ class BlockGroup:
 
     Args:
         source: where their tensors come from.
-        modules: the blocks.
-        first: index of the first of them in the model.
-        calls: how the model calls each of them, by the number of windows in a batch.
-        device: where they compute.
+        modules: all blocks of the model.
+        indices: which of them.
+        calls: how the model calls each of these, by the number of windows in a batch.
+        engine: where and in what they compute.
 
     Attributes:
+        indices: of the blocks in the model.
         modules: the blocks.
     """
 
     def __init__(
         self,
         source: WeightSource,
-        modules: Sequence[nn.Module],
-        first: int,
+        modules: nn.ModuleList,
+        indices: range,
         calls: Mapping[int, Sequence[BlockCall]],
-        device: torch.device,
+        engine: Engine,
     ) -> None:
-        self._source, self._first = source, first
-        self.modules = list(modules)
-        self._prefixes = [
-            source.architecture.block_prefix(first + position) for position in range(len(modules))
-        ]
+        self._source, self._engine = source, engine
+        self.indices, self.modules = indices, [modules[index] for index in indices]
         self._recorded_calls = self._calls = calls
-        self._device = device
 
     def outputs(self, hidden_BTD: Tensor) -> Iterator[Tensor]:
         """Yield every block's output."""
@@ -62,12 +60,13 @@ class BlockGroup:
             hidden_BTD = output_BTD
         return hidden_BTD
 
-    def fill(self, dtype: torch.dtype, instead: Mapping[str, Tensor]) -> None:
-        """Compute with the source's tensors in a dtype, but for some new ones by stored names."""
+    def fill(self, instead: Mapping[str, Tensor] | None = None) -> None:
+        """Compute with the source's tensors, but for some new ones by stored names."""
         self._calls = self._recorded_calls
-        for module, prefix in zip(self.modules, self._prefixes, strict=True):
-            tensors = read_tensors(module, prefix, self._source, dtype, instead)
-            fill(module, tensors, self._device)
+        for index, module in zip(self.indices, self.modules, strict=True):
+            prefix = self._source.architecture.block_prefix(index)
+            tensors = read_tensors(module, prefix, self._source, self._engine.dtype, instead)
+            fill(module, tensors, self._engine.device)
 
     def fill_for_training(self) -> list[dict[str, nn.Parameter]]:
         """Compute in float32 and for autograd.
@@ -80,29 +79,27 @@ class BlockGroup:
             size: [call.for_training() for call in calls]
             for size, calls in self._recorded_calls.items()
         }
-        trained = []
-        for position, module in enumerate(self.modules):
-            prefix = self._prefixes[position]
+        architecture, trained = self._source.architecture, []
+        for index, module in zip(self.indices, self.modules, strict=True):
+            prefix = architecture.block_prefix(index)
             tensors = read_tensors(module, prefix, self._source, torch.float32)
             # Copies, because the tensors of a model in memory are its own.
-            fill(module, {name: t.clone() for name, t in tensors.items()}, self._device)
-            trained.append(self._unit_parameters(position))
-            for parameter in trained[-1].values():
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            fill(module, copies, self._engine.device)
+            names = {
+                name
+                for unit in architecture.units_of(index)
+                for name in (*unit.axes, f"{unit.down.removesuffix('weight')}bias")
+            }
+            of_units = {
+                prefix + name: parameter
+                for name, parameter in module.named_parameters()
+                if name in names
+            }
+            for parameter in of_units.values():
                 parameter.requires_grad_(True)
+            trained.append(of_units)
         return trained
-
-    def _unit_parameters(self, position: int) -> dict[str, nn.Parameter]:
-        prefix = self._prefixes[position]
-        names = {
-            name
-            for unit in self._source.architecture.units_of(self._first + position)
-            for name in (*unit.axes, f"{unit.down.removesuffix('weight')}bias")
-        }
-        return {
-            prefix + name: value
-            for name, value in self.modules[position].named_parameters()
-            if name in names
-        }
 
     def unload(self) -> None:
         """Drop the weights."""

@@ -1,6 +1,6 @@
 """One pass over all blocks: what calibration and repair have in common.
 
-A visit does what it likes with each block and gives a result. The pass spills hidden states,
+A visitor does what it likes with each block and gives a result. The pass spills hidden states,
 saves as it goes, resumes what was killed, shows progress and takes the time.
 
 Shapes: N windows, T tokens, D hidden.
@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
@@ -27,7 +26,10 @@ from cfsp.processes import Team
 from cfsp.progress import token_progress
 
 if TYPE_CHECKING:
+    import torch
+
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
     from cfsp.engine.workplace import Workplace
     from cfsp.text.windows import Windows
 
@@ -36,99 +38,98 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ResultFiles(Protocol[T]):
-    """How the result of a block is put on disk and read again, the same bit for bit."""
+class Visitor(ABC, Generic[T]):
+    """Does something with every block of a pass, and keeps what came of it.
 
+    Attributes:
+        name: of the pass: its directory in the workplace.
+        label: what people read of the pass.
+        more_batch_sizes: see `stream_blocks`.
+        more_tokens: that visits report beyond those that pass the blocks.
+        waits_for_others: whether visits wait for those of other processes, which have other
+            windows: they then save together and go on at the same block.
+    """
+
+    more_batch_sizes: Collection[int] = ()
+    more_tokens: int = 0
+    waits_for_others: bool = False
+
+    def __init__(self, name: str, label: str | None = None) -> None:
+        self.name, self.label = name, label or name
+
+    @abstractmethod
+    def visit(self, block: StreamedBlock) -> T:
+        """Advance a block and return its result."""
+
+    @abstractmethod
     def save(self, result: T, directory: Path, block: int) -> None:
         """Write the result of one block; it is complete on disk when this returns."""
-        ...
 
+    @abstractmethod
     def load(self, directory: Path, block: int) -> T:
-        """Read what `save` wrote."""
-        ...
+        """Read what `save` wrote, the same bit for bit."""
+
+    def may_stop_after(self, block: int) -> bool:
+        """Return whether hidden states and results are all that the next visit needs.
+
+        If not, a killed pass goes on further back.
+        """
+        return True
 
 
 def pass_blocks(
     source: WeightSource,
     windows: Windows,
-    visit: Callable[[StreamedBlock], T],
-    files: ResultFiles[T],
-    *,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch_windows: int | None,
+    visitor: Visitor[T],
+    engine: Engine,
     place: Workplace | None,
-    more_batch_sizes: Iterable[int] = (),
-    may_stop_after: Callable[[int], bool] = lambda block: True,
-    label: str | None = None,
-    more_tokens: int = 0,
-    team: Team | None = None,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
     Args:
         source: the model.
         windows: without padding.
-        visit: advances a block and returns its result.
-        files: puts results on disk.
-        name: of the pass: its directory in the workplace.
-        device: where blocks compute.
-        dtype: what they compute in.
-        batch_windows: windows that pass together; see `windows_in_batch`.
-        place: where to spill and to save; None for neither.
-        more_batch_sizes: see `stream_blocks`.
-        may_stop_after: whether hidden states and results are all that a visit of the next block
-            needs; if not, a killed pass goes on further back.
-        label: what people read of the pass; None for its name.
-        more_tokens: that visits report beyond those that pass the blocks.
-        team: processes that do the same with other windows, and whose visits wait for each other;
-            they save together and go on at the same block. None where visits do not wait.
+        visitor: sees every block.
+        engine: where and in what blocks compute, and how many windows pass together.
+        place: where to spill and to save, and the processes that do the same with other windows;
+            None for none of these.
 
     Raises:
         ResumeError: the workplace holds unfinished work of something else.
         OutputError: the disk is full.
     """
-    label = label or name
-    blocks = source.architecture.block_count
+    label, blocks = visitor.label, source.architecture.block_count
     state = None
     if place is not None and place.identity is not None:
-        batch = windows_in_batch(windows, batch_windows)
-        identity = _identity(source, windows, device, dtype, batch)
-        state = PassState(place.directory / name, {**identity, **place.identity})
-    team = team or Team()
+        identity = _identity(source, windows, engine)
+        state = PassState(place.directory / visitor.name, {**identity, **place.identity})
+    team = place.team if place is not None and visitor.waits_for_others else Team()
     if state is not None and team.size > 1:
         _go_back_together(state, team)
     results: list[T] = []
     if state is not None and state.next_block:
-        results = [files.load(state.directory, block) for block in range(state.next_block)]
+        results = [visitor.load(state.directory, block) for block in range(state.next_block)]
         logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
         return results
     times = PassTimes() if place is None else place.times.setdefault(label, PassTimes())
-    saver = None if state is None else _Saver(state, files, results, times, team)
-    with (
-        times.part("total"),
-        token_progress(
-            label, blocks, windows.tokens_NT.numel() * blocks + more_tokens, len(results)
-        ) as progress,
-    ):
+    saver = None if state is None else _Saver(state, visitor, results, times, team)
+    tokens = windows.tokens_NT.numel() * blocks + visitor.more_tokens
+    with times.part("total"), token_progress(label, blocks, tokens, len(results)) as progress:
         for block in stream_blocks(
             source,
             windows,
-            device=device,
-            dtype=dtype,
-            batch_windows=batch_windows,
+            engine,
             on_batch=progress.tokens,
-            open_hidden=_hidden_opener(name, state, place, pinned=device.type == "cuda"),
+            open_hidden=_hidden_opener(visitor.name, state, place, engine),
             first_block=len(results),
-            more_batch_sizes=more_batch_sizes,
+            more_batch_sizes=visitor.more_batch_sizes,
             times=times,
         ):
             with times.part("visits"):
-                results.append(visit(block))
+                results.append(visitor.visit(block))
             progress.block_done()
-            is_last, is_enough = block.index + 1 == blocks, may_stop_after(block.index)
+            is_last, is_enough = block.index + 1 == blocks, visitor.may_stop_after(block.index)
             if saver is not None and not is_last and is_enough and not block.leaves_more:
                 saver.block_done(block.hidden)
         if saver is not None:
@@ -151,13 +152,13 @@ class _Saver:
     def __init__(
         self,
         state: PassState,
-        files: ResultFiles[Any],
+        visitor: Visitor[Any],
         results: list[Any],
         times: PassTimes,
         team: Team,
     ) -> None:
-        self._state, self._files, self._results, self._times = state, files, results, times
-        self._team = team
+        self._state, self._visitor, self._results = state, visitor, results
+        self._times, self._team = times, team
         self._pace: Pace | None = None
 
     def block_done(self, hidden: HiddenStates) -> None:
@@ -183,13 +184,14 @@ class _Saver:
 
     def _save_results(self) -> None:
         for block in range(self._state.next_block, len(self._results)):
-            self._files.save(self._results[block], self._state.directory, block)
+            self._visitor.save(self._results[block], self._state.directory, block)
 
 
 def _hidden_opener(
-    name: str, state: PassState | None, place: Workplace | None, *, pinned: bool
+    name: str, state: PassState | None, place: Workplace | None, engine: Engine
 ) -> Callable[[tuple[int, ...], torch.dtype], HiddenStates]:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
+    pinned = engine.device.type == "cuda"
 
     def open_hidden(shape_NTD: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         if place is None:
@@ -207,16 +209,14 @@ def _hidden_opener(
     return open_hidden
 
 
-def _identity(
-    source: WeightSource, windows: Windows, device: torch.device, dtype: torch.dtype, batch: int
-) -> dict[str, Any]:
+def _identity(source: WeightSource, windows: Windows, engine: Engine) -> dict[str, Any]:
     """Return what the results of any pass depend on."""
     return {
         "model": source.label,
         "model fingerprint": fingerprint(source),
         "calibration text": windows.digest,
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch of windows": batch,
+        "device": engine.device.type,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "batch of windows": windows_in_batch(windows, engine.batch_windows),
         "version": {k: versions()[k] for k in ("cfsp-llm", "torch", "transformers")},
     }

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.engine.compute import Engine
     from cfsp.text.windows import Windows
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
@@ -194,10 +195,8 @@ def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
 def stream_blocks(
     source: WeightSource,
     windows: Windows,
+    engine: Engine,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch_windows: int | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
     open_hidden: OpenHidden = HiddenInMemory,
     first_block: int = 0,
@@ -209,9 +208,7 @@ def stream_blocks(
     Args:
         source: the model.
         windows: without padding.
-        device: where blocks compute.
-        dtype: what they compute in.
-        batch_windows: windows that pass together; see `windows_in_batch`.
+        engine: where and in what blocks compute, and how many windows pass together.
         on_batch: is told how many tokens have passed a block, after each batch.
         open_hidden: makes room for the hidden states, from their shape NTD and dtype.
         first_block: the block to begin with; if it is not 0, `open_hidden` gives the states
@@ -226,17 +223,20 @@ def stream_blocks(
     """
     times = times or PassTimes()
     tokens_NT, architecture = windows.tokens_NT, source.architecture
-    size = windows_in_batch(windows, batch_windows)
+    device, dtype = engine.device, engine.dtype
+    size = windows_in_batch(windows, engine.batch_windows)
     batches = [slice(i, min(i + size, len(tokens_NT))) for i in range(0, len(tokens_NT), size)]
     skeleton = build_skeleton(source.config, dtype)
     blocks = blocks_of(skeleton, architecture)
+    # While a thread reads the first of them, stand-ins take their places in the model.
+    modules = list(blocks)
     needed, not_needed = architecture.decoder, [architecture.blocks]
     if windows.has_images:
         # They pass the vision tower, which is not part of the decoder.
         needed, not_needed = "", [architecture.blocks, *_heads(skeleton, architecture.decoder)]
 
     def read(index: int) -> dict[str, Tensor]:
-        tensors = read_tensors(blocks[index], architecture.block_prefix(index), source, dtype)
+        tensors = read_tensors(modules[index], architecture.block_prefix(index), source, dtype)
         if device.type != "cuda":
             return tensors
         return {name: tensor.pin_memory() for name, tensor in tensors.items()}
@@ -244,8 +244,8 @@ def stream_blocks(
     def room(shape_NTD: tuple[int, ...]) -> HiddenStates:
         return open_hidden(shape_NTD, dtype)
 
-    with torch.inference_mode(), read_ahead(read, range(first_block, len(blocks))) as ahead:
-        with _with_weights(skeleton, needed, not_needed, source, device, dtype):
+    with torch.inference_mode(), read_ahead(read, range(first_block, len(modules))) as ahead:
+        with _with_weights(skeleton, needed, not_needed, source, engine):
             decoder, resumed = skeleton.get_submodule(architecture.decoder), first_block > 0
             start = DecoderStart(decoder, blocks, device)
             if windows.has_images:
@@ -256,8 +256,8 @@ def stream_blocks(
             for count in set(more_batch_sizes):
                 if count not in calls:
                     calls.add(range(count), start.record(tokens_NT[:count]).calls)
-        for index in range(first_block, len(blocks)):
-            module = blocks[index]
+        for index in range(first_block, len(modules)):
+            module = modules[index]
             with times.part("weights"):
                 fill(module, ahead.take(), device)
                 _check_finite(module, source, index)
@@ -281,8 +281,7 @@ def _with_weights(
     path: str,
     not_needed: Sequence[str],
     source: WeightSource,
-    device: torch.device,
-    dtype: torch.dtype,
+    engine: Engine,
 ) -> Iterator[None]:
     """Read everything of a part of the model that comes before its blocks.
 
@@ -291,12 +290,11 @@ def _with_weights(
         path: from it to the part: the decoder, or with images the model itself.
         not_needed: paths from it to what is left out: the list of blocks, the head.
         source: where the tensors come from.
-        device: where to compute.
-        dtype: what to compute in.
+        engine: where and in what to compute.
     """
     module, prefix = skeleton.get_submodule(path), f"{path}." if path else ""
     with _without(skeleton, not_needed):
-        fill(module, read_tensors(module, prefix, source, dtype), device)
+        fill(module, read_tensors(module, prefix, source, engine.dtype), engine.device)
     yield
     with _without(skeleton, not_needed):
         unload(module)

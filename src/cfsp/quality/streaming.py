@@ -23,7 +23,7 @@ from cfsp.calibration.together import part_of
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.engine.block_pass import pass_blocks
+from cfsp.engine.block_pass import Visitor, pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.head import Head
 from cfsp.processes import Team
@@ -107,36 +107,49 @@ def streamed_sums(
         CalibrationError: token ids exceed the vocabulary.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    label = label or name
-    check_tokens(source.config, windows.tokens_NT, label)
-    blocks = source.architecture.block_count
-    head_tokens = _head_tokens(source) * (1 if dense is None else 2)
-
-    def visit(block: StreamedBlock) -> WindowSums | None:
-        if block.index + 1 < blocks:
-            block.advance()
-            return None
-        head = Head(source, engine.device, engine.dtype)
-        sums = no_sums(compared=dense is not None)
-        block.advance(on_hidden=_Sums(head, windows, block, head_tokens, dense, sums).add)
-        on_end(block.hidden)
-        return sums
-
-    found = pass_blocks(
-        source,
-        windows,
-        visit,
-        _SumsFile(),
-        name=name,
-        device=engine.device,
-        dtype=engine.dtype,
-        batch_windows=engine.batch_windows,
-        place=place,
-        label=label,
-        more_tokens=int(head_tokens * int(windows.scored_N.sum())),
-    )
+    check_tokens(source.config, windows.tokens_NT, label or name)
+    visitor = _AtEnd(name, label, source, windows, engine, dense, on_end)
+    found = pass_blocks(source, windows, visitor, engine, place)
     assert found[-1] is not None
     return found[-1]
+
+
+class _AtEnd(Visitor[WindowSums | None]):
+    """Lets windows pass; gives what is measured of them when they leave the last block."""
+
+    def __init__(
+        self,
+        name: str,
+        label: str | None,
+        source: WeightSource,
+        windows: Windows,
+        engine: Engine,
+        dense: DenseEnd | None,
+        on_end: Callable[[HiddenStates], None],
+    ) -> None:
+        super().__init__(name, label)
+        self._source, self._windows, self._engine = source, windows, engine
+        self._dense, self._on_end = dense, on_end
+        self._head_tokens = _head_tokens(source) * (1 if dense is None else 2)
+        self.more_tokens = int(self._head_tokens * int(windows.scored_N.sum()))
+
+    def visit(self, block: StreamedBlock) -> WindowSums | None:
+        if block.index + 1 < self._source.architecture.block_count:
+            block.advance()
+            return None
+        head = Head(self._source, self._engine.device, self._engine.dtype)
+        sums = no_sums(compared=self._dense is not None)
+        adding = _Sums(head, self._windows, block, self._head_tokens, self._dense, sums)
+        block.advance(on_hidden=adding.add)
+        self._on_end(block.hidden)
+        return sums
+
+    def save(self, result: WindowSums | None, directory: Path, block: int) -> None:
+        write_atomically(directory / f"sums-{block}.json", json.dumps(result).encode())
+
+    def load(self, directory: Path, block: int) -> WindowSums | None:
+        found: WindowSums | None = json.loads((directory / f"sums-{block}.json").read_text("utf-8"))
+        return found
 
 
 def _head_tokens(source: WeightSource) -> float:
@@ -184,16 +197,3 @@ class _Sums:
                 divergence, agreed = divergence + found[0], agreed + found[1]
             self.block.tokens_done(int(self.head_tokens * len(next_P[some])))
         return loss, divergence, agreed
-
-
-class _SumsFile:
-    """Keeps the sums, which the last block gives; the others give nothing."""
-
-    def save(self, result: WindowSums | None, directory: Path, block: int) -> None:
-        """Write the sums."""
-        write_atomically(directory / f"sums-{block}.json", json.dumps(result).encode())
-
-    def load(self, directory: Path, block: int) -> WindowSums | None:
-        """Read them."""
-        found: WindowSums | None = json.loads((directory / f"sums-{block}.json").read_text("utf-8"))
-        return found

@@ -14,7 +14,8 @@ from cfsp.engine.head import Head
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.group_at_work import Batch
+    from cfsp.engine.compute import Engine
+    from cfsp.engine.group_visit import Batch
 
 # Predictions that count in a batch, at least. The head is a large part of a small model's
 # arithmetic.
@@ -26,15 +27,12 @@ class HeadLoss:
 
     Args:
         source: the dense model; what lies around its blocks is read.
-        device: where to compute.
-        dtype: what the head computes in; the loss is in float32.
+        engine: where and in what the head computes; the loss is in float32.
         text: the part of the text in the loss, from 0 to 1.
     """
 
-    def __init__(
-        self, source: WeightSource, device: torch.device, dtype: torch.dtype, text: float
-    ) -> None:
-        self._head = Head(source, device, dtype)
+    def __init__(self, source: WeightSource, engine: Engine, text: float) -> None:
+        self._head = Head(source, engine.device, engine.dtype)
         self._text = text
 
     def __call__(self, output_BTD: Tensor, batch: Batch) -> Tensor:

@@ -17,8 +17,8 @@ from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.repair.local import repair_locally
 from cfsp.repair.repaired import Repaired
-from cfsp.repair.ridge_step import repair_by_plan
-from cfsp.repair.sequential import repair_gaps, repair_sequentially, streams_of
+from cfsp.repair.ridge_pass import repair_by_plan
+from cfsp.repair.sequential import TOKENS_IN_BATCH, repair_gaps, repair_sequentially
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -79,9 +79,9 @@ def check_windows(job: Job, windows: Windows) -> None:
             "--samples or shorter windows (--seqlen), or --effort fast"
         )
     if job.settings.repair == "local":
-        batches = streams_of(windows).batch, TwoStreams.of(windows, job.settings.local.tokens).batch
-        for batch in batches:
-            check_enough(windows, job.place.team, batch)
+        for tokens in (TOKENS_IN_BATCH, job.settings.local.tokens):
+            streams = TwoStreams.of(windows, tokens, job.place.team)
+            check_enough(windows, streams.team, streams.batch)
 
 
 def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None:

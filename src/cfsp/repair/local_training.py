@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.engine.group_at_work import Batch, Loss
+from cfsp.engine.group_visit import Batch, Loss
 from cfsp.processes import Team
 from cfsp.settings import LocalTraining
 

@@ -7,13 +7,11 @@ Each step of the ladder takes a `Repaired` and returns one with a step more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.tensor_file import TensorFile, outgoing_tensor, write_tensor_file
 
 if TYPE_CHECKING:
@@ -153,14 +151,6 @@ class Repaired:
         return {"steps": [step.to_json() for step in self.steps]}
 
 
-@dataclass(frozen=True)
-class RepairedBlock:
-    """What a pass did with a block or a unit, and the file with new tensors; None without any."""
-
-    repair: BlockRepair
-    file: TensorFile | None
-
-
 def block_repair(
     blocks: int,
     before: Judgement,
@@ -191,64 +181,39 @@ def block_repair(
     )
 
 
-class RepairFiles:
-    """Keeps what a pass did with a block; the new tensors are in a file already.
-
-    A block that a later one speaks for has nothing to keep.
-
-    Args:
-        tensors: the directory of those files.
-    """
-
-    def __init__(self, tensors: Path) -> None:
-        self._tensors = tensors
-
-    def save(self, result: RepairedBlock | None, directory: Path, block: int) -> None:
-        """Write the facts of one block."""
-        facts = None if result is None else facts_of(result)
-        write_atomically(_facts_path(directory, block), json.dumps(facts).encode())
-
-    def load(self, directory: Path, block: int) -> RepairedBlock | None:
-        """Read the facts of one block."""
-        facts = json.loads(_facts_path(directory, block).read_text(encoding="utf-8"))
-        return None if facts is None else repaired_from(facts, self._tensors, block)
-
-
-def facts_of(result: RepairedBlock) -> dict[str, Any]:
-    """Return as JSON types what a pass did with a block or a unit."""
-    return {"repair": result.repair.to_json(), "has_file": result.file is not None}
-
-
-def repaired_from(facts: Mapping[str, Any], directory: Path, block: int) -> RepairedBlock:
-    """Return what `facts_of` told of; the new tensors are in the file of the block."""
-    file = TensorFile(tensors_path(directory, block)) if facts["has_file"] else None
-    return RepairedBlock(BlockRepair.from_json(facts["repair"]), file)
-
-
-def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> TensorFile:
+def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> None:
     """Write new tensors of a block, or of blocks of which it is the last."""
-    path = tensors_path(directory, block)
+    path = _tensors_path(directory, block)
     write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
-    return TensorFile(path)
 
 
-def tensors_path(directory: Path, block: int) -> Path:
-    """Return where a pass keeps the new tensors of a block."""
+def new_tensors(directory: Path, block: int) -> TensorFile:
+    """Return what `write_tensors` wrote."""
+    return TensorFile(_tensors_path(directory, block))
+
+
+def _tensors_path(directory: Path, block: int) -> Path:
     return directory / f"repaired-{block:05d}.safetensors"
 
 
-def add_step(repaired: Repaired, name: str, blocks: Sequence[RepairedBlock | None]) -> Repaired:
-    """Return what a step makes of what was there before it."""
-    files = [block.file for block in blocks if block is not None and block.file is not None]
-    tensors = {tensor: file for file in files for tensor in file.specs}
-    step = Step(name, tuple(None if block is None else block.repair for block in blocks))
-    return Repaired(
-        repaired.plan,
-        repaired.statistics,
-        {**repaired.tensors, **tensors},
-        (*repaired.steps, step),
-    )
+def add_step(
+    repaired: Repaired,
+    name: str,
+    directory: Path,
+    repairs: Sequence[Sequence[BlockRepair | None]],
+) -> Repaired:
+    """Return what a step makes of what was there before it.
 
-
-def _facts_path(directory: Path, block: int) -> Path:
-    return directory / f"repaired-{block:05d}.json"
+    Args:
+        repaired: what was there.
+        name: of the step.
+        directory: where it wrote new tensors, of each block with any that it kept.
+        repairs: what it did with the units of each block, or with each block.
+    """
+    tensors = dict(repaired.tensors)
+    for block, of_block in enumerate(repairs):
+        if any(repair is not None and repair.kept for repair in of_block):
+            file = new_tensors(directory, block)
+            tensors |= dict.fromkeys(file.specs, file)
+    step = Step(name, tuple(repair for of_block in repairs for repair in of_block))
+    return replace(repaired, tensors=tensors, steps=(*repaired.steps, step))

@@ -7,55 +7,48 @@ dropped, one after the other. Of several processes each repairs a block of its o
 therefore be known beforehand: from a plan, or from a coarse pass over a few windows. A block
 without FFN units just passes: its distances are gathered.
 
-Shapes: D hidden, F FFN channels, K channels that stay, E experts.
+Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of the model.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from cfsp.calibration.calibrate import (
-    StatisticsFiles,
     calibration_record,
     check_seen,
     check_tokens,
-    observe_part,
+    load_observed,
+    observe,
+    save_observed,
 )
-from cfsp.calibration.statistics import ObservedBlock, UnitStatistics
+from cfsp.calibration.statistics import ObservedBlock
 from cfsp.calibration.together import add_up_block, part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import units_of_block
-from cfsp.engine.block_pass import pass_blocks
+from cfsp.engine.block_pass import Visitor, pass_blocks
 from cfsp.engine.block_stream import StreamedBlock
 from cfsp.engine.memory import available_bytes
+from cfsp.planning.channels import choose_channels
 from cfsp.processes import processes_on_machine
 from cfsp.repair.observation import Observation
-from cfsp.repair.repaired import (
-    BlockRepair,
-    ExpertRepair,
-    RepairedBlock,
-    facts_of,
-    repaired_from,
-    write_tensors,
-)
+from cfsp.repair.repaired import BlockRepair, ExpertRepair, Repaired, add_step, write_tensors
 from cfsp.repair.ridge import RidgeSolution, leave_as_it_is, repair_down_projection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
-    from cfsp.processes import Team
+    from cfsp.job import Job
     from cfsp.text.windows import Windows
 
 NAME = "ridge"
@@ -64,13 +57,10 @@ NAME = "ridge"
 LEAST_TOKENS = 32
 LEAST_HELD_OUT = 8
 
-# From the index of an FFN unit in the model and its statistics to the channels that stay.
-ChooseChannels = Callable[[int, UnitStatistics], Sequence[int]]
-
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChosenBlock:
     """What the pass did with one block.
 
@@ -82,200 +72,188 @@ class ChosenBlock:
     """
 
     observed: ObservedBlock
-    kept: tuple[tuple[int, ...], ...]
-    repaired: tuple[RepairedBlock | None, ...]
+    kept: tuple[tuple[int, ...], ...] = ()
+    repaired: tuple[BlockRepair | None, ...] = ()
 
 
 def choose_and_repair(
-    source: WeightSource,
+    job: Job,
     windows: Windows,
-    choose: ChooseChannels,
-    engine: Engine,
-    place: Workplace,
-    *,
-    seed: int = 0,
+    keep_U: Sequence[int | Sequence[int]],
     removed: Collection[int] = (),
 ) -> list[ChosenBlock]:
     """Pass all windows through the model once; choose and repair in every block.
 
     Args:
-        source: the model.
+        job: what is pruned; sums are float32, the solve is float64. New tensors go to its work
+            directory, until they are in the new checkpoint.
         windows: two or more; some are held out from the fit (see `cfsp.text.hold_out`).
-        choose: gives the channels that an FFN unit keeps, from its index and statistics.
-        engine: where and in what to compute; sums are float32, the solve is float64.
-        place: where new tensors go, until they are in the new checkpoint.
-        seed: that the windows were drawn by, for the record.
+        keep_U: the channels that each unit keeps, or how many: those that score most by what the
+            pass sees, and by the job's criterion.
         removed: blocks that go whole; their statistics are gathered, and nothing is repaired.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    check_tokens(source.config, windows.tokens_NT, source.label)
-    _warn_of_memory(source, engine, place.team)
-    record = calibration_record(source, windows, engine, seed=seed)
-    own = part_of(windows, place.team, engine.batch_windows)
-    directory = place.first_directory_of(NAME)
-    repair = _RidgeRepair(
-        source, windows.held_out_N[own], choose, directory, place.team, frozenset(removed)
-    )
-    observed = pass_blocks(
-        source,
-        windows.part(own),
-        repair.visit,
-        StatisticsFiles(record),
-        name=NAME,
-        device=engine.device,
-        dtype=engine.dtype,
-        batch_windows=engine.batch_windows,
-        place=place,
-        may_stop_after=repair.ends_turn,
-        team=place.team,
-    )
-    chosen = [repair.chosen(each, block) for block, each in enumerate(observed)]
+    check_tokens(job.source.config, windows.tokens_NT, job.source.label)
+    _warn_of_memory(job)
+    own = part_of(windows, job.place.team, job.engine.batch_windows)
+    visitor = _RidgePass(job, windows, own, keep_U, frozenset(removed))
+    chosen = pass_blocks(job.source, windows.part(own), visitor, job.engine, job.place)
     _warn_of_unrepaired(chosen)
     return chosen
 
 
-class _RidgeRepair:
+def repair_by_plan(job: Job, result: Repaired, windows: Windows) -> Repaired:
+    """Repair what a plan leaves, in one pass over all windows.
+
+    Args:
+        job: what is pruned.
+        result: the plan, and the statistics that it was made from if they are there.
+        windows: the calibration windows.
+    """
+    plan = result.plan
+    widths = ((unit.kept_width, unit.width) for unit in plan.kept_units)
+    if plan.has_gaps and all(kept in (0, width) for kept, width in widths):
+        return result
+    chosen = choose_and_repair(job, windows, plan.kept_channels, plan.removed_blocks)
+    return with_ridge(job, result, chosen)
+
+
+def with_ridge(job: Job, result: Repaired, chosen: Sequence[ChosenBlock]) -> Repaired:
+    """Add what the pass did with each block to a decision, as a step of repair."""
+    has_several = any(len(block.repaired) > 1 for block in chosen)
+    repairs = [
+        block.repaired or (None,) * (len(block.kept) if has_several else 1) for block in chosen
+    ]
+    return add_step(result, NAME, job.place.first_directory_of(NAME), repairs)
+
+
+class _RidgePass(Visitor[ChosenBlock]):
     """Lets the windows pass block after block; of N processes each repairs every Nth.
 
     Processes take turns: the Gram matrices of a block are added up at the one that repairs it, and
-    when each has a block, all repair at the same time. What was chosen and repaired is in files in
-    the directory of the first, so that every process can read it.
+    when each has a block, all repair at the same time and tell each other what they did. New
+    tensors are in files in the directory of the first.
     """
+
+    waits_for_others = True
 
     def __init__(
         self,
-        source: WeightSource,
-        is_held_out_N: Tensor,
-        choose: ChooseChannels,
-        directory: Path,
-        team: Team,
+        job: Job,
+        windows: Windows,
+        own: slice,
+        keep_U: Sequence[int | Sequence[int]],
         removed: frozenset[int],
     ) -> None:
-        self._source, self._choose, self._directory = source, choose, directory
-        self._is_held_out_N, self._team, self._removed = is_held_out_N, team, removed
-        self._waiting: tuple[int, ObservedBlock, list[Observation]] | None = None
+        super().__init__(NAME)
+        self._source, self._criterion, self._team = job.source, job.criterion, job.place.team
+        self._keep_U, self._removed = keep_U, removed
+        self._is_held_out_N = windows.held_out_N[own]
+        self._directory = job.place.first_directory_of(NAME)
+        self._record = calibration_record(
+            job.source, windows, job.engine, seed=job.settings.text.seed
+        )
+        # Of this turn: all blocks, and the one that this process repairs.
+        self._turn: dict[int, ChosenBlock] = {}
+        self._waiting: tuple[int, list[Observation]] | None = None
 
-    def ends_turn(self, block: int) -> bool:
+    def may_stop_after(self, block: int) -> bool:
         """Return whether all blocks so far are repaired when this one has been visited."""
         is_last = block + 1 == self._source.architecture.block_count
         return is_last or (block + 1) % self._team.size == 0
 
-    def visit(self, block: StreamedBlock) -> ObservedBlock:
+    def visit(self, block: StreamedBlock) -> ChosenBlock:
         """Let the windows pass one block; repair it now, or when the others have one as well."""
-        observed = self._observe(block)
-        if self.ends_turn(block.index):
-            self._team.each_does(self._repair_waiting)
-        return observed
+        chosen = self._turn[block.index] = self._observe(block)
+        if self.may_stop_after(block.index):
+            for found in self._team.each_does(self._repair_waiting):
+                for index, (kept, repaired) in found.items():
+                    self._turn[index].kept, self._turn[index].repaired = kept, repaired
+            self._turn.clear()
+        return chosen
 
-    def chosen(self, observed: ObservedBlock, block: int) -> ChosenBlock:
-        """Return what was done with a block that was visited."""
-        if block in self._removed:
-            return ChosenBlock(observed, ((),) * len(observed.units), ())
-        units = json.loads(_chosen_path(self._directory, block).read_text(encoding="utf-8"))
+    def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
+        save_observed(result.observed, self._record, directory, block)
+        facts = {
+            "kept": result.kept,
+            "repaired": [each and each.to_json() for each in result.repaired],
+        }
+        write_atomically(_chosen_path(directory, block), json.dumps(facts).encode())
+
+    def load(self, directory: Path, block: int) -> ChosenBlock:
+        facts = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
         return ChosenBlock(
-            observed,
-            tuple(tuple(unit["kept"]) for unit in units),
-            tuple(
-                None
-                if unit["repaired"] is None
-                else repaired_from(unit["repaired"], self._directory, block)
-                for unit in units
-            ),
+            load_observed(directory, block),
+            tuple(map(tuple, facts["kept"])),
+            tuple(each and BlockRepair.from_json(each) for each in facts["repaired"]),
         )
 
-    def _observe(self, block: StreamedBlock) -> ObservedBlock:
+    def _observe(self, block: StreamedBlock) -> ChosenBlock:
         units = () if block.index in self._removed else block.units
         observations = [Observation(self._is_held_out_N, unit.ffns) for unit in units]
 
         def add(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
             observations[unit].add(ffn, act_RF, window_R)
 
-        own = observe_part(block, on_activations=add if units else None)
+        own = observe(block, add if units else None)
         observed = add_up_block(own, self._team, block.device)
         check_seen(block.units, observed.units)
         if block.index in self._removed:
-            return observed
+            return ChosenBlock(observed, ((),) * len(block.units))
         repairing = block.index % self._team.size
         for unit, observation in zip(units, observations, strict=True):
             observation.add_up_at(repairing, self._team, unit.columns, block.device)
         if self._team.rank == repairing:
-            self._waiting = block.index, observed, observations
-        return observed
+            self._waiting = block.index, observations
+        return ChosenBlock(observed)
 
-    def _repair_waiting(self) -> None:
+    def _repair_waiting(self) -> dict[int, tuple[Kept, Repairs]]:
         """Choose what stays in the block that waits, if one does, and repair it."""
         if self._waiting is None:
-            return
-        (block, observed, observations), self._waiting = self._waiting, None
-        facts = _repair_block(
-            self._source, observed, observations, self._choose, self._directory, block
+            return {}
+        (block, observations), self._waiting = self._waiting, None
+        units = zip(
+            units_of_block(self._source, block), self._turn[block].observed.units, strict=True
         )
-        write_atomically(_chosen_path(self._directory, block), json.dumps(facts).encode())
+        has_several = len({unit.block for unit in self._source.units}) < len(self._source.units)
+        kept_U: list[tuple[int, ...]] = []
+        repairs: list[BlockRepair | None] = []
+        tensors: dict[str, Tensor] = {}
+        for index, statistics in units:
+            keep = self._keep_U[index]
+            kept = (
+                choose_channels(self._source, index, statistics, keep, self._criterion)
+                if isinstance(keep, int)
+                else tuple(keep)
+            )
+            kept_U.append(kept)
+            # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
+            observation = observations.pop(0)
+            if not kept:  # an attention that goes whole
+                repairs.append(None)
+                continue
+            solutions, repair = _repair_unit(self._source, index, kept, observation)
+            if has_several:
+                repair = replace(repair, block=block, path=self._source.units[index].path)
+            repairs.append(repair)
+            if repair.kept:
+                down_of = {ffn: solution.down_DK for ffn, solution in solutions.items()}
+                tensors |= parameters_with_down(self._source, index, down_of)
+        if tensors:
+            write_tensors(self._directory, block, tensors)
+        return {block: (tuple(kept_U), tuple(repairs))}
 
 
-def _facts_of(
-    kept_U: Sequence[Sequence[int]], repaired_U: Sequence[RepairedBlock | None]
-) -> list[dict[str, Any]]:
-    """Return as JSON types what stays in the units of a block, and what was done with them."""
-    return [
-        {"kept": list(kept), "repaired": None if repaired is None else facts_of(repaired)}
-        for kept, repaired in zip(kept_U, repaired_U, strict=True)
-    ]
+# Of the units of a block.
+Kept = tuple[tuple[int, ...], ...]
+Repairs = tuple[BlockRepair | None, ...]
 
 
 def _chosen_path(directory: Path, block: int) -> Path:
     return directory / f"chosen-{block:05d}.json"
-
-
-def _repair_block(
-    source: WeightSource,
-    observed: ObservedBlock,
-    observations: list[Observation],
-    choose: ChooseChannels,
-    directory: Path,
-    block: int,
-) -> list[dict[str, Any]]:
-    """Choose what stays in the FFN units of a block, repair them, and write the new tensors.
-
-    Args:
-        source: the model.
-        observed: statistics of the block.
-        observations: what its units showed of all windows; used up.
-        choose: gives the channels that a unit keeps.
-        directory: where the new tensors go.
-        block: index of the block.
-
-    Returns:
-        What was done, as `_facts_of` tells it.
-    """
-    indices = units_of_block(source, block)
-    has_several = len({unit.block for unit in source.units}) < len(source.units)
-    kept: list[tuple[int, ...]] = []
-    repairs: list[BlockRepair | None] = []
-    tensors: dict[str, Tensor] = {}
-    for index, statistics in zip(indices, observed.units, strict=True):
-        kept.append(tuple(choose(index, statistics)))
-        # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
-        observation = observations.pop(0)
-        if not kept[-1]:  # an attention that goes whole
-            repairs.append(None)
-            continue
-        solutions, repair = _repair_unit(source, index, kept[-1], observation)
-        if has_several:
-            repair = replace(repair, block=block, path=source.units[index].path)
-        repairs.append(repair)
-        if repair.kept:
-            down_of = {ffn: solution.down_DK for ffn, solution in solutions.items()}
-            tensors |= parameters_with_down(source, index, down_of)
-    file = write_tensors(directory, block, tensors) if tensors else None
-    repaired = [
-        None if repair is None else RepairedBlock(repair, file if repair.kept else None)
-        for repair in repairs
-    ]
-    return _facts_of(kept, repaired)
 
 
 def _repair_unit(
@@ -338,15 +316,16 @@ def gram_bytes(source: WeightSource, block: int) -> int:
     return sum(unit.ffns * unit.columns**2 * torch.float32.itemsize for unit in units)
 
 
-def _warn_of_memory(source: WeightSource, engine: Engine, team: Team) -> None:
+def _warn_of_memory(job: Job) -> None:
     """Tell people where the Gram matrices of a block are more than there is memory.
 
     Of several processes each has those of the block that it is to repair beside the next one's.
     """
+    source = job.source
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
-    needed *= min(team.size, 2)
+    needed *= min(job.place.team.size, 2)
     available = available_bytes() / processes_on_machine()
-    if engine.device.type == "cpu" and needed > available:
+    if job.engine.device.type == "cpu" and needed > available:
         log.warning(
             "the Gram matrices of block %d take %.1f GB, %.1f GB are available: --repair none does "
             "without them",
@@ -360,12 +339,10 @@ def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:
     """Tell people which experts saw too few tokens to be repaired."""
     few = []
     for index, block in enumerate(chosen):
-        for repaired in filter(None, block.repaired):
-            experts = [
-                str(i) for i, expert in enumerate(repaired.repair.experts) if expert.few_tokens
-            ]
+        for repair in filter(None, block.repaired):
+            experts = [str(i) for i, expert in enumerate(repair.experts) if expert.few_tokens]
             if experts:
-                path = f" {repaired.repair.path}" if repaired.repair.path else ""
+                path = f" {repair.path}" if repair.path else ""
                 few.append(f"block {index}{path} experts {', '.join(experts)}")
     if few:
         log.warning(

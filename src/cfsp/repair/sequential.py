@@ -24,36 +24,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
-from functools import partial
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cfsp.architecture.activations import observed_activations
-from cfsp.calibration.together import part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.cut.surgery import PrunedSource
-from cfsp.engine.group_at_work import Batch, GroupAtWork
+from cfsp.engine.group_visit import GroupVisit
 from cfsp.engine.judge import hidden_loss
-from cfsp.engine.two_streams import TwoStreams, pass_two_streams
 from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.gram import GramSums
-from cfsp.repair.repaired import (
-    Repaired,
-    RepairedBlock,
-    RepairFiles,
-    add_step,
-    block_repair,
-    write_tensors,
-)
+from cfsp.repair.repaired import BlockRepair, Repaired, block_repair
 from cfsp.repair.ridge import LAMBDAS
-from cfsp.repair.together import done_by_first
+from cfsp.repair.stream_repair import StreamRepair, error_of_hidden
 
 if TYPE_CHECKING:
+    from cfsp.architecture.found import Unit
     from cfsp.job import Job
     from cfsp.processes import Team
     from cfsp.text.windows import Windows
@@ -62,7 +52,7 @@ NAME = "sequential"
 # The same for blocks at removed ones alone.
 GAPS = "gaps"
 
-_TOKENS_IN_BATCH = 4096
+TOKENS_IN_BATCH = 4096
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +70,7 @@ def repair_sequentially(job: Job, repaired: Repaired, windows: Windows) -> Repai
         CalibrationError: a weight or an activation is NaN or infinite.
         ResumeError: the workplace holds unfinished work of something else.
     """
-    pruned = PrunedSource(job.source, repaired.plan, repaired.tensors)
-    staying = range(pruned.architecture.block_count)
-    return _repair_blocks(job, pruned, repaired, windows, NAME, staying)
+    return SequentialRepair(NAME, job, repaired, windows).step()
 
 
 def repair_gaps(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
@@ -105,7 +93,7 @@ def repair_gaps(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
         )
     if not able:
         return repaired
-    return _repair_blocks(job, pruned, repaired, windows, GAPS, able)
+    return SequentialRepair(GAPS, job, repaired, windows, able).step()
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
@@ -123,58 +111,50 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
     ]
 
 
-def _repair_blocks(
-    job: Job,
-    pruned: PrunedSource,
-    repaired: Repaired,
-    windows: Windows,
-    name: str,
-    blocks: Collection[int],
-) -> Repaired:
-    """Fit the down projections of some blocks of the pruned model, as a step of that name."""
-    streams, directory = streams_of(windows), job.place.first_directory_of(name)
-    done = pass_two_streams(
-        job.source,
-        pruned,
-        windows,
-        partial(_repair, pruned, directory, blocks),
-        RepairFiles(directory),
-        job.engine,
-        job.place,
-        name=name,
-        streams=streams,
-        own=part_of(windows, job.place.team, streams.batch),
-        removed=repaired.plan.removed_blocks,
-    )
-    return add_step(repaired, name, done)
+class SequentialRepair(StreamRepair):
+    """Fits the down projections of some blocks of the pruned model, or of all."""
 
+    def __init__(
+        self,
+        name: str,
+        job: Job,
+        repaired: Repaired,
+        windows: Windows,
+        blocks: Collection[int] | None = None,
+    ) -> None:
+        super().__init__(name, job, repaired, windows, TOKENS_IN_BATCH)
+        self._blocks = blocks
 
-def streams_of(windows: Windows) -> TwoStreams:
-    """Return which windows of the pass are what."""
-    return TwoStreams.of(windows, _TOKENS_IN_BATCH)
+    def work(self, group: GroupVisit) -> BlockRepair | None:
+        """Repair the down projection of a block; the first process does it for all.
 
+        Returns:
+            None for a block without a dense FFN, or with several, and for one that is to stay.
+        """
+        unit = _last_to_write(self.pruned, group.last)
+        if unit is None or (self._blocks is not None and group.last not in self._blocks):
+            return None
+        sums, held_out = _observe(group, self.pruned.units[unit])
+        down_DK = down_matrix(self.pruned, unit).to(group.device)
+        sums.add_up_at_first(group.team, down_DK)
+        held_out.gather_at_first(group.team, group.device)
+        group.gather_held_out()
 
-def _repair(
-    pruned: PrunedSource, directory: Path, blocks: Collection[int], work: GroupAtWork
-) -> RepairedBlock | None:
-    """Repair the down projection of a block; the first process does it for all.
+        def fit() -> tuple[BlockRepair, Mapping[str, Tensor]]:
+            """Leave the block with the better of both weights."""
+            before = group.judge(error_of_hidden)
+            before.check_finite(group.dense_last)
+            best = _best_fit(down_DK, sums, held_out, before.loss)
+            if best is None:
+                return block_repair(1, before, None), {}
+            ridge, new_DK = best
+            tensors = parameters_with_down(self.pruned, unit, {0: new_DK})
+            # Where something follows the down projection, a norm for one, it is not as predicted.
+            after = group.accept(before, tensors, error_of_hidden)
+            strength = None if after is None else ridge
+            return block_repair(1, before, after, strength=strength), tensors
 
-    Returns:
-        None for a block without a dense FFN, or with several, and for one that is to stay.
-    """
-    unit = _last_to_write(pruned, work.last)
-    if unit is None or work.last not in blocks:
-        return None
-    sums, held_out = _observe(pruned, work, unit)
-    down_DK = down_matrix(pruned, unit).to(work.device)
-    sums.add_up_at_first(work.team, down_DK)
-    held_out.gather_at_first(work.team, work.device)
-    work.gather_held_out()
-    return done_by_first(
-        work,
-        directory,
-        lambda: _repair_block(pruned, directory, work, unit, down_DK, sums, held_out),
-    )
+        return self.done_by_first(group, fit)
 
 
 def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
@@ -191,21 +171,18 @@ def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
     return units[-1] if units else None
 
 
-def _repair_block(
-    pruned: PrunedSource,
-    directory: Path,
-    work: GroupAtWork,
-    unit: int,
-    down_DK: Tensor,
-    sums: _Sums,
-    held_out: _HeldOutRows,
-) -> RepairedBlock:
-    """Solve for the down projection; leave the block with the better of both weights."""
-    block = work.dense_last
-    before = work.judge(_loss)
-    before.check_finite(block)
+def _best_fit(
+    down_DK: Tensor, sums: _Sums, held_out: _HeldOutRows, least: float
+) -> tuple[float, Tensor] | None:
+    """Return the ridge and the weights with the least loss on held-out tokens.
+
+    Args:
+        down_DK: the weights as they are.
+        sums: over the tokens that they are fitted to; used up.
+        held_out: the others.
+        least: the loss without a change; None is returned where all lose more.
+    """
     best: tuple[float, Tensor] | None = None
-    least = before.loss
     gram_KK, cross_KD = sums.means()
     for ridge in LAMBDAS:
         change_DK = _solve(gram_KK, cross_KD, ridge)
@@ -217,44 +194,30 @@ def _repair_block(
             break
         if loss < least:
             best, least = (ridge, new_DK), loss
-    if best is not None:
-        ridge, new_DK = best
-        tensors = parameters_with_down(pruned, unit, {0: new_DK})
-        # Where something follows the down projection, a norm for one, it is not as predicted.
-        after = work.accept(before, tensors, _loss)
-        if after is not None:
-            repair = block_repair(1, before, after, strength=ridge)
-            return RepairedBlock(repair, write_tensors(directory, block, tensors))
-    return RepairedBlock(block_repair(1, before, None), None)
+    return best
 
 
-def _observe(pruned: PrunedSource, work: GroupAtWork, unit: int) -> tuple[_Sums, _HeldOutRows]:
+def _observe(group: GroupVisit, unit: Unit) -> tuple[_Sums, _HeldOutRows]:
     """Let the pruned stream pass the block once; gather sums, and held-out tokens whole."""
     sums, held_out = _Sums(), _HeldOutRows()
     seen: list[Tensor] = []
-    (module,) = work.group.modules
+    (module,) = group.blocks.modules
     with observed_activations(
-        module,
-        [pruned.units[unit]],
-        lambda position, ffn, act_RF, token_R: seen.append(act_RF),
+        module, [unit], lambda position, ffn, act_RF, token_R: seen.append(act_RF)
     ):
-        for batch, is_held_out_B in work.all_batches():
+        for batch, is_held_out_B in group.own_batches():
             seen.clear()
-            output_BTD = work.group(batch.input_BTD)
+            output_BTD = group.blocks(batch.input_BTD)
             act_BTK = seen[0].view(*output_BTD.shape[:2], -1)
             for part, add in ((~is_held_out_B, sums.add), (is_held_out_B, held_out.add)):
                 if bool(part.any()):
-                    chosen_B = part.to(work.device)
+                    chosen_B = part.to(group.device)
                     add(
                         act_BTK[chosen_B].flatten(0, 1),
                         output_BTD[chosen_B].flatten(0, 1),
                         batch.dense_BTD[chosen_B].flatten(0, 1),
                     )
     return sums, held_out
-
-
-def _loss(output_BTD: Tensor, batch: Batch) -> Tensor:
-    return hidden_loss(output_BTD, batch.dense_BTD)
 
 
 class _Sums:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.statistics import Removal, Statistics, removals_from_json
+from cfsp.calibration.statistics import Removal, Statistics
+from cfsp.calibration.statistics_file import removals_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.call_form import CallForm
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skipped

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.statistics import Sensitivity, Statistics, sensitivity_from_json
+from cfsp.calibration.statistics import Sensitivity, Statistics
+from cfsp.calibration.statistics_file import sensitivity_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.engine.whole import fits

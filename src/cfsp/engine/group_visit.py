@@ -1,4 +1,4 @@
-"""A group of pruned blocks at work between two streams: what enters them, what they should give.
+"""A group of pruned blocks between two streams: what enters them, what they should give.
 
 Shapes: B windows in a batch, T tokens, D hidden.
 """
@@ -61,32 +61,35 @@ Loss = Callable[[Tensor, Batch], Tensor]
 
 
 @dataclass(frozen=True)
-class GroupAtWork:
+class GroupVisit:
     """A group of pruned blocks, and both streams around it.
 
     Attributes:
-        last: index of the last of the blocks in the pruned model.
-        dense_last: index of the dense block that the dense stream has passed last.
-        group: the blocks, with their weights.
-        streams: which windows of this process are what.
-        whole: which windows of all processes are what.
-        dtype: what blocks compute in.
-        team: the processes that have other windows.
+        blocks: with their weights.
+        streams: which windows are what.
     """
 
-    last: int
-    dense_last: int
-    group: BlockGroup
-    streams: TwoStreams
-    whole: TwoStreams
-    dtype: torch.dtype
-    team: Team
-    _first_window: int
+    blocks: BlockGroup
     _block: StreamedBlock
-    _tokens_NT: Tensor
+    streams: TwoStreams
     _dense_after: list[Tensor]
     _reported: list[int] = field(default_factory=lambda: [0])
     _gathered: list[Batch] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        """Index of the last of the blocks in the pruned model."""
+        return self.blocks.indices[-1]
+
+    @property
+    def dense_last(self) -> int:
+        """Index of the dense block that the dense stream has passed last."""
+        return self._block.index
+
+    @property
+    def team(self) -> Team:
+        """The processes that have other windows."""
+        return self.streams.team
 
     @property
     def device(self) -> torch.device:
@@ -94,51 +97,49 @@ class GroupAtWork:
         return self._block.device
 
     def batch(self, windows: Sequence[int], turn: int = 0) -> Batch:
-        """Return some windows of both streams."""
-        hidden, device = self._block.hidden, self.device
-        parts = [slice(window, window + 1) for window in windows]
-        pruned = [hidden.read(self.streams.pruned(part)) for part in parts]
+        """Return some windows of this process, of both streams."""
+        hidden, streams = self._block.hidden, self.streams
+        parts = [range(window, window + 1) for window in windows]
         return Batch(
-            torch.cat(pruned),
-            torch.cat([hidden.read_written(part) for part in parts]),
-            self._tokens_NT[[self._first_window + window for window in windows]],
+            torch.cat([hidden.read(streams.pruned_rows(part)) for part in parts]),
+            torch.cat([hidden.read_written(streams.dense_rows(part)) for part in parts]),
+            streams.tokens_NT[list(windows)],
             turn,
-        ).on(device)
+        ).on(self.device)
 
     def batch_of_all(self, windows: Sequence[int], turn: int) -> Batch:
         """Return some windows of all processes, which call this together.
 
         Args:
-            windows: their numbers among those of all.
+            windows: their numbers.
             turn: see `Batch`.
         """
         if self.team.size == 1:
             return self.batch(windows, turn)
-        own = range(self._first_window, self._first_window + self.streams.windows)
-        rows = [row for row, window in enumerate(windows) if window in own]
+        rows = [row for row, window in enumerate(windows) if window in self.streams.own]
         shape = (2, len(windows), *self._block.hidden.shape_NTD[1:])
         # Nothing is added to what a process has, so that float32 keeps every bit of it.
         states_2BTD = torch.zeros(shape, device=self.device)
         if rows:
-            of_own = self.batch([windows[row] - own.start for row in rows])
+            of_own = self.batch([windows[row] for row in rows])
             states_2BTD[0, rows] = of_own.input_BTD.float()
             states_2BTD[1, rows] = of_own.dense_BTD.float()
         input_BTD, dense_BTD = self.team.add_up(states_2BTD)
-        tokens_BT = self._tokens_NT[list(windows)].to(self.device)
+        tokens_BT = self.streams.tokens_NT[list(windows)].to(self.device)
         return Batch(input_BTD, dense_BTD, tokens_BT, turn)
 
-    def all_batches(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield every window of both streams once, with which of each batch are held out, [B]."""
+    def own_batches(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield every window of this process once, with which of each batch are held out, [B]."""
         held_out = set(self.streams.held_out)
-        for part in self.streams.dense:
-            windows = range(part.start, part.stop)
+        for windows in self.streams.own_batches:
             yield self.batch(windows), torch.tensor([window in held_out for window in windows])
 
     def gather_held_out(self) -> None:
         """Bring the held-out windows of all processes to the first, which alone can then judge."""
         if self.team.size == 1:
             return
-        own = [self.batch([window]).on(torch.device("cpu")) for window in self.streams.held_out]
+        cpu = torch.device("cpu")
+        own = [self.batch([window]).on(cpu) for window in self.streams.own_held_out]
         gathered = self.team.gather_at(0, (own, self._dense_after))
         for of_process, _ in gathered:
             self._gathered.extend(of_process)
@@ -149,7 +150,7 @@ class GroupAtWork:
     def _judged(self) -> Iterator[tuple[Batch, slice]]:
         """Yield the held-out windows of all in batches, and their places among these windows."""
         done = 0
-        for turn, windows in enumerate(self.whole.judged):
+        for turn, windows in enumerate(self.streams.judged):
             rows = slice(done, done + len(windows))
             if self.team.size == 1:
                 yield self.batch(windows, turn), rows
@@ -161,8 +162,8 @@ class GroupAtWork:
         """Return how far the group is from the dense stream on the held-out windows of all."""
         error = loss = 0.0
         for batch, _ in self._judged():
-            output_BTD = self.group(batch.input_BTD)
-            share = len(output_BTD) / len(self.whole.held_out)
+            output_BTD = self.blocks(batch.input_BTD)
+            share = len(output_BTD) / len(self.streams.held_out)
             error += share * float(token_error(output_BTD, batch.dense_BTD))
             loss += share * float(loss_of(output_BTD, batch))
         return Judgement(error, loss)
@@ -171,8 +172,8 @@ class GroupAtWork:
         """Return the error of every block of the group on the held-out windows of all."""
         error_L = [0.0] * len(self._dense_after)
         for batch, rows in self._judged():
-            outputs = self.group.outputs(batch.input_BTD)
-            share = len(batch.input_BTD) / len(self.whole.held_out)
+            outputs = self.blocks.outputs(batch.input_BTD)
+            share = len(batch.input_BTD) / len(self.streams.held_out)
             for position, (output_BTD, dense_BTD) in enumerate(
                 zip(outputs, self._dense_after, strict=True)
             ):
@@ -193,16 +194,16 @@ class GroupAtWork:
         Returns:
             How far it is with them; None if the group stays as it was.
         """
-        self.group.fill(self.dtype, tensors)
+        self.blocks.fill(tensors)
         after = self.judge(loss_of)
         if after.is_finite and after.loss < before.loss:
             return after
-        self.group.fill(self.dtype, {})
+        self.blocks.fill()
         return None
 
     def progress(self, done: float) -> None:
         """Report which part of the work on the group is done, from 0 to 1."""
-        tokens = self.streams.windows * self.streams.seqlen * len(self.group.modules)
-        tokens = round(done * tokens)
+        tokens_of_window = self.streams.tokens_NT.shape[1] * len(self.blocks.modules)
+        tokens = round(done * len(self.streams.own) * tokens_of_window)
         self._block.tokens_done(tokens - self._reported[0])
         self._reported[0] = tokens
