@@ -68,7 +68,7 @@ NAMES = dict.fromkeys(
     (
         *(name for name in TINY_CONFIGS if EVERY or name not in LIKE_LLAMA),
         *ALWAYS,
-        *(REPRESENTATIVES if EVERY else ()),
+        *((*REPRESENTATIVES, "qwen3_vl_moe") if EVERY else ()),
         *(_proved_types() if EVERY_TYPE else ()),
     )
 )
