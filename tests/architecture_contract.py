@@ -23,6 +23,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
+from cfsp.cut.in_memory import build_pruned_model
 from cfsp.engine.compute import Engine
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.prune_report import PruneReport
@@ -31,7 +32,6 @@ from drawn_windows import draw_windows
 from family_contract import (
     SAMPLES,
     SEQLEN,
-    SPARSITY,
     held_against,
     least_multiple,
     matrices_of,
@@ -131,9 +131,7 @@ class ArchitectureContract:
         multiple = least_multiple(architecture)
         texts = [str(text_file)]
         report = prune_tiny(source, out, texts, multiple)
-        in_memory = cfsp.prune(
-            dense, tokenizer, sparsity=SPARSITY, multiple=multiple, data=texts, **SETTINGS
-        )
+        in_memory = build_pruned_model(dense, LoadedModel(dense), report.plan, {})
         assert len(set(report.intermediate_sizes)) > 1, "the case must have different widths"
         return Case(
             cls.name, tokenizer, texts, source, dense, architecture, multiple, out, report,
@@ -159,21 +157,6 @@ class ArchitectureContract:
 
         found = answer(case.question)
         return found, held_against(found.problems, of_dense)
-
-    # Nothing removed: nothing changed.
-
-    def test_sparsity_zero_changes_no_bit(self, case: Case, tmp_path: Path) -> None:
-        out = tmp_path / "same"
-        cfsp.prune(case.source, out=out, sparsity=0.0, data=case.texts, **ANGULAR)
-        before = load_file(case.source / "model.safetensors")
-        after = load_file(out / "model.safetensors")
-        assert before.keys() == after.keys()
-        for name, tensor in before.items():
-            assert_bitwise_equal(after[name], tensor)
-        fields, unchanged = (
-            json.loads((place / "config.json").read_text()) for place in (out, case.source)
-        )
-        assert fields == unchanged
 
     # What was removed is what the plan says, and nothing else.
 
@@ -254,25 +237,6 @@ class ArchitectureContract:
 
         assert is_tied(case.loaded) == is_tied(case.in_memory) == is_tied(case.dense)
 
-    def test_everything_beside_the_weights_travels(self, case: Case) -> None:
-        for path in case.source.iterdir():
-            if path.name not in ("config.json", "model.safetensors"):
-                assert (case.out / path.name).read_bytes() == path.read_bytes(), path.name
-
-    def test_in_memory_model_is_saved_and_reloaded(self, case: Case, tmp_path: Path) -> None:
-        case.in_memory.save_pretrained(tmp_path / "saved")
-        assert_same_tensors(cfsp.load(tmp_path / "saved"), case.in_memory)
-        assert sorted(Checkpoint(tmp_path / "saved").specs) == sorted(Checkpoint(case.out).specs)
-
-    def test_inspect_and_verify_agree(self, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-        capsys.readouterr()
-        assert main(["inspect", str(case.out), "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["intermediate_sizes"] == case.report.intermediate_sizes
-        assert told["parameters"] == case.report.parameters_after
-        assert main(["verify", str(case.out), "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["verified"]
-
     # Plain transformers and PEFT, in a process that cannot import cfsp.
 
     def test_fresh_process_keeps_the_contract(self, stock: tuple[Answer, dict[str, str]]) -> None:
@@ -318,10 +282,40 @@ class ArchitectureContract:
 class ThoroughContract(ArchitectureContract):
     """What takes longer, for one architecture of each kind; for all where time does not matter."""
 
-    def test_sparsity_zero_in_memory_changes_no_bit(self, case: Case) -> None:
+    def test_sparsity_zero_changes_no_bit(self, case: Case, tmp_path: Path) -> None:
+        out = tmp_path / "same"
+        cfsp.prune(case.source, out=out, sparsity=0.0, data=case.texts, **ANGULAR)
+        before = load_file(case.source / "model.safetensors")
+        after = load_file(out / "model.safetensors")
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert_bitwise_equal(after[name], tensor)
+        fields, unchanged = (
+            json.loads((place / "config.json").read_text()) for place in (out, case.source)
+        )
+        assert fields == unchanged
         in_memory = cfsp.prune(case.dense, case.tokenizer, sparsity=0.0, data=case.texts, **ANGULAR)
         assert type(in_memory) is type(case.dense)
         assert_same_tensors(in_memory, case.dense)
+
+    def test_everything_beside_the_weights_travels(self, case: Case) -> None:
+        for path in case.source.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                assert (case.out / path.name).read_bytes() == path.read_bytes(), path.name
+
+    def test_in_memory_model_is_saved_and_reloaded(self, case: Case, tmp_path: Path) -> None:
+        case.in_memory.save_pretrained(tmp_path / "saved")
+        assert_same_tensors(cfsp.load(tmp_path / "saved"), case.in_memory)
+        assert sorted(Checkpoint(tmp_path / "saved").specs) == sorted(Checkpoint(case.out).specs)
+
+    def test_inspect_and_verify_agree(self, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert main(["inspect", str(case.out), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["intermediate_sizes"] == case.report.intermediate_sizes
+        assert told["parameters"] == case.report.parameters_after
+        assert main(["verify", str(case.out), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["verified"]
 
     def test_equal_widths_give_a_plain_stock_checkpoint(self, case: Case, tmp_path: Path) -> None:
         asked = {"sparsity": 0.5, "multiple": 16, "block_metric": "uniform", "data": case.texts}
@@ -402,15 +396,12 @@ class ThoroughContract(ArchitectureContract):
 
     # The engine against the model's own forward.
 
-    @pytest.mark.parametrize("batch_windows", [1, 4, None])
-    def test_statistics_are_those_of_plain_hooks(
-        self, case: Case, batch_windows: int | None
-    ) -> None:
+    def test_statistics_are_those_of_plain_hooks(self, case: Case) -> None:
         windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
         statistics = calibrate(
             LoadedModel(case.dense),
             windows,
-            Engine(torch.device("cpu"), torch.float32, batch_windows),
+            Engine(torch.device("cpu"), torch.float32, 4),
         )
         seen = _observe_with_hooks(case, windows)
         for unit, acts in zip(statistics.units, seen.units, strict=True):

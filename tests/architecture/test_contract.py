@@ -28,10 +28,11 @@ from tiny_models import TINY_CONFIGS
 # Of each kind one: fused and interleaved gates, no gate, transposed matrices, experts beside dense
 # FFNs and shared ones, blocks without an FFN, and text decoders of multimodal models.
 ALWAYS = (
-    "gemma3", "gemma4", "qwen3_5", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4",
-    "mistral3", "nemotron_h", "granitemoehybrid", "jamba", "lfm2", "falcon", "bloom", "mpt",
-    "olmoe", "qwen2_5_vl", "qwen3_vl_moe",
+    "gemma3", "gemma4", "qwen3_5", "qwen3_next", "gpt_oss", "deepseek_v3", "llama4", "nemotron_h",
+    "granitemoehybrid", "jamba", "lfm2", "falcon", "bloom",
 )  # fmt: skip
+# Their FFNs are Llama's.
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "stablelm")
 THOROUGH = (
     "llama", "llama-biased", "phi3", "gpt2", "opt-projected", "mixtral", "qwen2_moe", "gemma3",
     "qwen3_5", "gpt_oss", "deepseek_v3", "nemotron_h", "bloom",
@@ -65,9 +66,9 @@ def _proved_types() -> Iterator[str]:
 
 NAMES = dict.fromkeys(
     (
-        *TINY_CONFIGS,
+        *(name for name in TINY_CONFIGS if EVERY or name not in LIKE_LLAMA),
         *ALWAYS,
-        *(REPRESENTATIVES if EVERY else ()),
+        *((*REPRESENTATIVES, "qwen3_vl_moe") if EVERY else ()),
         *(_proved_types() if EVERY_TYPE else ()),
     )
 )

@@ -16,6 +16,7 @@ from builders import goal_of_share, plan_without
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import small_run_of
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
@@ -68,7 +69,9 @@ def test_nothing_removed_is_the_model(
     out, asked = tmp_path / "out", {"parts": parts, "sparsity": 0.0, **SETTINGS}
     cfsp.prune(llama, out=out, data=[text_file], **asked)
     check_is_the_same(llama, out)
-    assert json.loads((out / "cfsp_plan.json").read_text())["plan_version"] == 1
+    # A plan without other units than FFNs is of the first version.
+    version = json.loads((out / "cfsp_plan.json").read_text())["plan_version"]
+    assert version == (1 if parts == "blocks" else 2)
 
 
 # Beside channels.
@@ -284,6 +287,10 @@ def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text
     Share(source, Budget(parts=ATTENTION, remove_attentions=0)).check()
     with pytest.raises(UnsupportedModelError, match="can't go alone"):
         pruned_specs(source, plan_without(source, Dropped((), (1,))))
+    # Beside channels the stock class fails, as it must.
+    halves = [unit.width // (2 if unit.part == "ffn" else 1) for unit in source.units]
+    halves[next(i for i, unit in enumerate(source.units) if unit.part == "kv")] = 0
+    config_with_widths(source.config, source.architecture, halves)
 
 
 def test_attentions_can_go_whatever_their_heads_are() -> None:

@@ -149,7 +149,7 @@ def test_an_unknown_clamp_is_refused() -> None:
     st.sampled_from(WIDTHS),
     st.sampled_from(MULTIPLES),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_budget_holds_to_one_multiple(
     distance_L: list[float], sparsity: float, clamp: Clamp, width: int, multiple: int
 ) -> None:
@@ -184,18 +184,9 @@ def test_more_important_blocks_keep_no_less(
     assert np.all(np.diff(np.array(kept_L)[order]) >= -1)
 
 
-@given(distances, st.sampled_from(WIDTHS), st.sampled_from(MULTIPLES), st.sampled_from([0.0, 0.3]))
-@settings(deadline=None)
-def test_same_input_gives_the_same_widths(
-    distance_L: list[float], width: int, multiple: int, sparsity: float
-) -> None:
-    size = model_of(width, len(distance_L))
-    importance_L = block_importance(distance_L)
-    budget = Budget(sparsity, multiple)
-    kept_L = allocate(importance_L, budget, size)
-    assert kept_L == allocate(importance_L, budget, size)
-    if sparsity == 0.0:
-        assert kept_L == list(size.width_U)
+def test_nothing_removed_keeps_all_widths() -> None:
+    size = model_of(4864, 3)
+    assert allocate([0.9, 0.5, 0.1], Budget(0.0, multiple=256), size) == size.width_U
 
 
 @given(
@@ -205,7 +196,7 @@ def test_same_input_gives_the_same_widths(
     st.sampled_from(CLAMPS),
     st.sampled_from(MULTIPLES),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_budget_holds_for_a_model_that_was_pruned_before(
     width_L: list[int], data: st.DataObject, sparsity: float, clamp: Clamp, multiple: int
 ) -> None:
@@ -305,7 +296,7 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     st.sampled_from(CLAMPS),
     st.sampled_from([None, 8, 64]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_budget_of_mixed_units_is_met_in_parameters(
     drawn: tuple[ModelSize, list[float]],
     sparsity: float,

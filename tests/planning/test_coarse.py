@@ -51,7 +51,7 @@ def test_distances_equal_numpy(dtype: torch.dtype) -> None:
     assert tuple(expected) == DISTANCES
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_distances_do_not_depend_on_the_batch_size(batch: int) -> None:
     before, after = hidden_states()
     whole, parts = DistanceSums(), DistanceSums()

@@ -33,14 +33,14 @@ OnRows = Callable[[int, int, Tensor, Tensor], None]
 # Likewise what an expert adds to the output of its unit (rows x D), and of which token each row is.
 OnOutput = Callable[[int, int, Tensor, Tensor], None]
 
-# The same of one unit.
-_OnUnitRows = Callable[[int, Tensor, Tensor], None]
+# The same of one unit: the FFN, its activations, their tokens, and what an expert adds.
+_Show = Callable[[int, Tensor, Tensor, Tensor | None], None]
 
 # What experts have that `transformers.integrations.moe.use_experts_implementation` made.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 # Products whose second operand may be a weight.
-PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+_PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -81,19 +81,21 @@ def observed_activations(
                 "be told which; please report the model type"
             )
 
+    def show(
+        position: int, ffn: int, act_RF: Tensor, token_R: Tensor, added_RD: Tensor | None
+    ) -> None:
+        on_rows(position, ffn, act_RF, token_R)
+        if on_output is not None and added_RD is not None:
+            on_output(position, ffn, added_RD, token_R)
+
     with ExitStack() as stack:
         before = block.register_forward_pre_hook(before_block, with_kwargs=True)
         stack.callback(before.remove)
         for position, unit in enumerate(units):
-            stack.enter_context(
-                _observed_unit(
-                    block,
-                    unit,
-                    partial(on_rows, position),
-                    partial(check_rows, unit),
-                    None if on_output is None else partial(on_output, position),
-                )
+            watched = _observed_unit(
+                block, unit, partial(show, position), partial(check_rows, unit)
             )
+            stack.enter_context(watched)
         yield
 
 
@@ -139,17 +141,13 @@ def _told(block: nn.Module, unit: Unit) -> str:
 
 @contextmanager
 def _observed_unit(
-    block: nn.Module,
-    unit: Unit,
-    on_rows: _OnUnitRows,
-    check_rows: Callable[[int], None],
-    on_output: _OnUnitRows | None,
+    block: nn.Module, unit: Unit, show: _Show, check_rows: Callable[[int], None]
 ) -> Iterator[None]:
     """Show the rows of one unit; `check_rows` is told of how many tokens they are or come from."""
     module: Any = block.get_submodule(unit.path)
     owner = unit.down.rpartition(".")[0]
     if unit.routed and all(hasattr(module, name) for name in _PROTOCOL):
-        module.forward = partial(_run_experts, module, on_rows, check_rows, on_output)
+        module.forward = partial(_run_experts, module, show, check_rows)
         try:
             yield
         finally:
@@ -157,11 +155,15 @@ def _observed_unit(
         return
     seen: list[int] = []
 
-    def on_seen(ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+    def show_seen(ffn: int, act_RF: Tensor, token_R: Tensor, added_RD: Tensor | None) -> None:
         seen.append(ffn)
         if not unit.routed:
             check_rows(len(act_RF))
-        on_rows(ffn, act_RF, token_R)
+        show(ffn, act_RF, token_R, added_RD)
+
+    def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
+        act_RF = args[0].flatten(0, -2)
+        show_seen(0, act_RF, torch.arange(len(act_RF)), None)
 
     def check_seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not seen:
@@ -173,21 +175,13 @@ def _observed_unit(
 
     with ExitStack() as stack:
         if unit.routed or owner == unit.path:
-            module.forward = partial(_watch_products, block, unit, on_seen, on_output)
+            module.forward = partial(_watch_products, block, unit, show_seen)
             stack.callback(delattr, module, "forward")
         else:
             down = block.get_submodule(owner)
-            stack.callback(down.register_forward_pre_hook(_shown(on_seen)).remove)
+            stack.callback(down.register_forward_pre_hook(before_down).remove)
         stack.callback(module.register_forward_hook(check_seen).remove)
         yield
-
-
-def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
-        act_RF = args[0].flatten(0, -2)
-        on_rows(0, act_RF, torch.arange(len(act_RF)))
-
-    return before_down
 
 
 # Experts that follow the protocol.
@@ -195,9 +189,8 @@ def _shown(on_rows: _OnUnitRows) -> Callable[[nn.Module, tuple[Any, ...]], None]
 
 def _run_experts(
     experts: Any,
-    on_rows: _OnUnitRows,
+    show: _Show,
     check_rows: Callable[[int], None],
-    on_output: _OnUnitRows | None,
     hidden_RD: Tensor,
     expert_RK: Tensor,
     weight_RK: Tensor,
@@ -218,10 +211,8 @@ def _run_experts(
         inner = _expert_linear(experts, up, expert, hidden_RD[token_R])
         act_RF = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         share_R = weight_RK[token_R, slot_R, None]
-        on_rows(expert, act_RF * share_R.to(act_RF.dtype), token_R)
         part_RD = _expert_linear(experts, "down_proj", expert, act_RF) * share_R
-        if on_output is not None:
-            on_output(expert, part_RD, token_R)
+        show(expert, act_RF * share_R.to(act_RF.dtype), token_R, part_RD)
         output_RD.index_add_(0, token_R, part_RD.to(output_RD.dtype))
     return output_RD
 
@@ -239,12 +230,13 @@ def _expert_linear(experts: Any, name: str, expert: int, input_RX: Tensor) -> Te
 # Matrices that are bare parameters of modules of any kind.
 
 
-class _Products(TorchFunctionMode):
+class Products(TorchFunctionMode):
     """Tells of every product whose second operand is a part of one of some weights.
 
     Args:
         weights: by name.
-        on_product: is given the name, the part of the weight, the first operand and the product.
+        on_product: is given the name, the part of the weight, the first operand and the product,
+            which it may change.
     """
 
     def __init__(
@@ -259,27 +251,20 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         product = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in PRODUCTS and len(args) >= 2:
+        if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
             for name, weight in self._weights.items():
-                if isinstance(args[1], Tensor) and is_part(args[1], weight):
+                if isinstance(args[1], Tensor) and _is_part(args[1], weight):
                     self._on_product(name, args[1], args[0], product)
         return product
 
 
-def is_part(tensor: Tensor, weight: Tensor) -> bool:
+def _is_part(tensor: Tensor, weight: Tensor) -> bool:
     """Return whether a tensor is a view of a part of another one, or of the whole."""
     start = weight.data_ptr()
     return start <= tensor.data_ptr() < start + weight.nbytes
 
 
-def _watch_products(
-    block: nn.Module,
-    unit: Unit,
-    on_rows: _OnUnitRows,
-    on_output: _OnUnitRows | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def _watch_products(block: nn.Module, unit: Unit, show: _Show, *args: Any, **kwargs: Any) -> Any:
     """Run a unit's module as it is; show what its down matrices are multiplied with, and give."""
     module = block.get_submodule(unit.path)
     weights = {name: block.get_parameter(name) for name in (unit.up, unit.down)}
@@ -290,7 +275,7 @@ def _watch_products(
         if not unit.routed:
             if name == unit.down:
                 act_RF = operand.flatten(0, -2)
-                on_rows(0, act_RF, torch.arange(len(act_RF)))
+                show(0, act_RF, torch.arange(len(act_RF)), None)
         elif part.ndim == 3:
             if name == unit.down:
                 everything.append((operand, product))
@@ -301,14 +286,14 @@ def _watch_products(
                 inputs[expert] = operand
             else:
                 token_R, share_R = _routed_rows(block, unit, expert, inputs[expert], args)
-                on_rows(expert, operand * share_R[:, None].to(operand.dtype), token_R)
-                if on_output is not None:
-                    on_output(expert, product * share_R[:, None].to(product.dtype), token_R)
+                act_RF = operand * share_R[:, None].to(operand.dtype)
+                added_RD = product * share_R[:, None].to(product.dtype)
+                show(expert, act_RF, token_R, added_RD)
 
-    with _Products(weights, on_product):
+    with Products(weights, on_product):
         output = type(module).forward(module, *args, **kwargs)
     for act_ERF, added_ERD in everything:
-        _show_all_experts(block, unit, act_ERF, added_ERD, output, on_rows, on_output)
+        _show_all_experts(block, unit, act_ERF, added_ERD, output, show)
     return output
 
 
@@ -340,8 +325,7 @@ def _show_all_experts(
     act_ERF: Tensor,
     added_ERD: Tensor,
     output: Any,
-    on_rows: _OnUnitRows,
-    on_output: _OnUnitRows | None,
+    show: _Show,
 ) -> None:
     """Show the activations of experts that are all given all tokens.
 
@@ -363,6 +347,4 @@ def _show_all_experts(
             )
     for expert, act_RF in enumerate(act_ERF):
         token_R = routed_ER[expert].nonzero().flatten()
-        on_rows(expert, act_RF[token_R], token_R)
-        if on_output is not None:
-            on_output(expert, added_ERD[expert, token_R], token_R)
+        show(expert, act_RF[token_R], token_R, added_ERD[expert, token_R])

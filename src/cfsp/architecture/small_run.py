@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -179,6 +181,19 @@ def set_parameter(module: nn.Module, path: str, parameter: Tensor) -> None:
     setattr(module.get_submodule(owner), name, parameter)
 
 
+@contextmanager
+def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module have other parameters for a while, by their dotted paths."""
+    originals = {name: module.get_parameter(name) for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
+        yield
+    finally:
+        for name, original in originals.items():
+            set_parameter(module, name, original)
+
+
 def _random(name: str, parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
     """Return weights as a trained model might have them: sums stay small, norms are about 1."""
     values = torch.randn(parameter.shape, generator=generator)
@@ -278,6 +293,24 @@ def difference(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def fails(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> str | None:
+    """Return which check a computation fails, what was expected and what found; None if it fits.
+
+    Args:
+        check: its name.
+        expected: in words.
+        compute: whatever a class does with what was cut away.
+        wanted: what it must give.
+    """
+    try:
+        error = difference(compute(), wanted)
+    except Exception as problem:
+        return f"{check}: expected {expected}, found {first_line(problem)}"
+    if error <= TOLERANCE:
+        return None
+    return f"{check}: expected {expected}, found a relative difference of {error:.1e}"
 
 
 def run_decoder(decoder: Any, tokens_BT: Tensor) -> Tensor:

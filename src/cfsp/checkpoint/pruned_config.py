@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cfsp.architecture.experts import config_with_experts
+from cfsp.architecture.expert_proof import config_with_experts
 from cfsp.checkpoint.config_blocks import fields_without_blocks, stock_without_blocks
 from cfsp.checkpoint.config_widths import config_with_widths, fields_and_file, stock_config
 

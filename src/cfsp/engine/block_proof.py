@@ -8,15 +8,17 @@ no difference to what follows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.block_names import blocks_in_words, index_without
-from cfsp.architecture.experts import experts_fail, refused_experts
+from cfsp.architecture.expert_proof import experts_fail
+from cfsp.architecture.experts import refused_experts
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
@@ -24,6 +26,7 @@ from cfsp.architecture.small_run import (
     TOLERANCE,
     SmallRun,
     difference,
+    fails,
     first_tensor,
     run_decoder,
     set_parameter,
@@ -94,12 +97,8 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
             f"but a hidden state, found {first_line(error)}"
         ) from error
     _check_bites(run_decoder(decoder, tokens_BT), expected, what)
-    found = run_decoder(_cut(run, changes, removed), tokens_BT)
-    if not (error_found := difference(found, expected)) <= TOLERANCE:
-        raise UnsupportedModelError(
-            f"{what}: they failed the check cut: expected the output with these blocks skipped, "
-            f"found a relative difference of {error_found:.1e}"
-        )
+    cut = _cut(run, changes, removed)
+    _check_same("cut", "these blocks skipped", lambda: run_decoder(cut, tokens_BT), expected, what)
 
 
 def check_attentions_can_go(
@@ -161,20 +160,9 @@ def prove_without_attentions(
     caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
     with _without_attentions(run, attentions, leaving, kinds):
         for check, compute in (("cut", run_decoder), ("cache", _run_with_cache)):
-            if check == "cache" and not caches:
-                continue  # nor does the model with all of them
-            try:
-                error = difference(compute(decoder, tokens_BT), expected)
-            except Exception as problem:  # however a model misses what is gone
-                raise UnsupportedModelError(
-                    f"{what}: they failed the check {check}: expected the output with nothing from "
-                    f"them, found {first_line(problem)}"
-                ) from problem
-            if not error <= TOLERANCE:
-                raise UnsupportedModelError(
-                    f"{what}: they failed the check {check}: expected the output with nothing from "
-                    f"them, found a relative difference of {error:.1e}"
-                )
+            if check == "cut" or caches:  # else the model with all of them fails too
+                again = partial(compute, decoder, tokens_BT)
+                _check_same(check, "nothing from them", again, expected, what)
 
 
 def check_experts_can_go(
@@ -206,6 +194,14 @@ def _check_bites(dense: Tensor, expected: Tensor, what: str) -> None:
             f"{what}: they failed the check bites: expected another output without them, found a "
             f"difference of {effect:.1e}"
         )
+
+
+def _check_same(
+    check: str, condition: str, compute: Callable[[], Tensor], expected: Tensor, what: str
+) -> None:
+    """Check that a model without what goes computes what the whole one does on a condition."""
+    if reason := fails(check, f"the output with {condition}", compute, expected):
+        raise UnsupportedModelError(f"{what}: they failed the check {reason}")
 
 
 def _check_some_stay(

@@ -11,10 +11,11 @@ Shapes: U units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import fsum, gcd
+from operator import mul
 from statistics import fmean
 
 from cfsp.errors import BudgetError, UsageError
@@ -60,8 +61,11 @@ class ModelSize:
 
     def of_parts(self, parts: Sequence[Part]) -> ModelSize:
         """Return the numbers with the units of some parts only."""
-        units = tuple(unit for unit in self.units if unit.part in parts)
-        return ModelSize(units, self.parameters)
+        return self.only(i for i, unit in enumerate(self.units) if unit.part in parts)
+
+    def only(self, chosen: Iterable[int]) -> ModelSize:
+        """Return the numbers with some units only, by their indices."""
+        return ModelSize(tuple(self.units[index] for index in chosen), self.parameters)
 
     @cached_property
     def width_U(self) -> list[int]:
@@ -81,7 +85,7 @@ class ModelSize:
 
     def cost_of(self, width_U: Sequence[int]) -> int:
         """Return what all channels cost if units have these widths."""
-        return sum(map(_times, width_U, self.cost_U))
+        return sum(map(mul, width_U, self.cost_U))
 
     def parameters_with(self, kept_U: Sequence[int]) -> int:
         """Return the parameters of the model with these widths."""
@@ -142,7 +146,7 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     kept = (1 - budget.sparsity) * total
     # Within half a multiple of the least width is the least width.
     multiple_U = size.multiple_U(budget)
-    if kept < least - min(map(_times, multiple_U, size.cost_U)) / 2:
+    if kept < least - min(map(mul, multiple_U, size.cost_U)) / 2:
         raise BudgetError(
             f"cannot remove {budget.sparsity:.1%} of the {channels_in_words(budget.parts)}: with "
             f"at least {least_in_words(multiple_U, size)}, between 0 and {1 - least / total:.1%} "
@@ -164,10 +168,6 @@ def least_in_words(multiple_U: Sequence[int], size: ModelSize) -> str:
     ffn = f"{' or '.join(map(str, least))} channels left in every FFN" if least else ""
     kv = "one KV group in every attention" if any(unit.part == "kv" for _, unit in pairs) else ""
     return " and ".join(words for words in (ffn, kv) if words)
-
-
-def _times(channels: int, cost: int) -> int:
-    return channels * cost
 
 
 def keep_fractions(
@@ -252,7 +252,7 @@ def round_widths(
         width if ideal >= width else max(least, int(ideal // multiple) * multiple)
         for ideal, width, least, multiple in zip(ideal_U, width_U, least_U, multiple_U, strict=True)
     ]
-    steps = set(map(_times, multiple_U, cost_U))
+    steps = set(map(mul, multiple_U, cost_U))
     close = max(steps) / 2 if len(steps) > 1 else 0.0
 
     def up(unit: int) -> int:
@@ -263,7 +263,7 @@ def round_widths(
         return max(least_U[unit], kept_U[unit] - (above_multiple or multiple_U[unit]))
 
     while True:
-        missing = total - sum(map(_times, kept_U, cost_U))
+        missing = total - sum(map(mul, kept_U, cost_U))
         growing = missing > 0
         step = up if growing else down
         # What was lost by rounding; negative where a unit has more than its importance gives it.
@@ -284,22 +284,6 @@ def round_widths(
         sign = 1 if growing else -1
         chosen = max(useful, key=lambda u: (sign * lost[u] / multiple_U[u], sign * lost[u]))
         kept_U[chosen] = step(chosen)
-
-
-def equal_widths(width_U: Sequence[int], multiple_U: Sequence[int], fraction: float) -> list[int]:
-    """Return the multiple that is nearest to a fraction of each width, and at least one.
-
-    What was equally wide stays so; the sum is met to within half a multiple for each unit.
-
-    Args:
-        width_U: present widths.
-        multiple_U: what new widths are multiples of.
-        fraction: of the channels that stays.
-    """
-    return [
-        min(width, max(1, round(fraction * width / multiple)) * multiple)
-        for width, multiple in zip(width_U, multiple_U, strict=True)
-    ]
 
 
 def allocate(
@@ -336,7 +320,7 @@ def allocate(
     if not chosen:
         return kept_U
     importances = [importance_U[index] for index in chosen]
-    shrinking = ModelSize(tuple(size.units[index] for index in chosen), size.parameters)
+    shrinking = size.only(chosen)
     if len(chosen) < len(of_parts.units):  # those that stay pay nothing: the others pay for them
         stay = sum(u.width * u.channel_parameters for u in of_parts.units if u.stays)
         left = (total * of_parts.parameters_per_cost - stay) / shrinking.parameters_per_cost
@@ -361,17 +345,16 @@ def _widths(
         ideal_U = [width * total / size.cost_of(size.width_U) for width in size.width_U]
     kept_U, left = list(size.width_U), total * size.parameters_per_cost
     for chosen in (dear, rest):
-        part = ModelSize(tuple(size.units[index] for index in chosen), size.parameters)
-        each = part.parameters_per_cost
+        part = size.only(chosen)
+        wanted = left
         if chosen is dear:
-            wanted = fsum(ideal_U[i] * size.units[i].channel_parameters for i in dear) / each
-        else:
-            wanted = left / each
+            wanted = fsum(ideal_U[i] * size.units[i].channel_parameters for i in dear)
         # What rounding left may be out of reach.
-        wanted = min(max(wanted, part.cost_of(part.least_U(budget))), part.cost_of(part.width_U))
+        least, most = part.cost_of(part.least_U(budget)), part.cost_of(part.width_U)
+        cost = min(max(wanted / part.parameters_per_cost, least), most)
         importances = [importance_U[index] for index in chosen]
-        widths = _widths_of_one_part(importances, budget, part, clamp, wanted)
-        left -= each * part.cost_of(widths)
+        widths = _widths_of_one_part(importances, budget, part, clamp, cost)
+        left -= part.parameters_per_cost * part.cost_of(widths)
         for index, width in zip(chosen, widths, strict=True):
             kept_U[index] = width
     return kept_U
@@ -383,7 +366,12 @@ def _widths_of_one_part(
     """Return the widths of units of one part that cost `total`."""
     multiple_U = size.multiple_U(budget)
     if budget.widths == "equal":
-        return equal_widths(size.width_U, multiple_U, total / size.cost_of(size.width_U))
+        # The nearest multiple of each: what was equally wide stays so.
+        fraction = total / size.cost_of(size.width_U)
+        return [
+            min(width, max(1, round(fraction * width / multiple)) * multiple)
+            for width, multiple in zip(size.width_U, multiple_U, strict=True)
+        ]
     ideal_U = _ideal(importance_U, size, clamp, total)
     return round_widths(ideal_U, size.width_U, size.cost_U, multiple_U, total)
 

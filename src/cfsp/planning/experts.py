@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cfsp.architecture.expert_proof import why_not
 from cfsp.architecture.experts import counts_near
-from cfsp.architecture.proof import why_not_experts
+from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.errors import BudgetError, StatisticsError
 
@@ -95,7 +96,8 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
 
 def runs_with(source: WeightSource, count: int) -> bool:
     """Return whether the model runs with so many experts in every block."""
-    return why_not_experts(stock_config(source.config), source.architecture, count) is None
+    run = small_run_of(stock_config(source.config))
+    return why_not(source.architecture, run, count) is None
 
 
 def _out_of_reach(source: WeightSource, experts: RoutedExperts, wanted: int) -> BudgetError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.experts import masked_experts
+from cfsp.architecture.expert_proof import masked_experts
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.quality.perplexity import perplexity

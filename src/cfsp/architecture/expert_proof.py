@@ -1,0 +1,281 @@
+"""The proof, by execution, that whole experts of a model can go.
+
+A small random model of the same class runs on a few tokens:
+
+    outputs    what its experts add, as it is seen while a block runs, is what the block's experts
+               give together
+    bites      with half of the experts masked, the model computes something else
+    cut        a model that is built without them computes what the whole one computes with them
+               masked
+
+Masked is an expert that the router never chooses: its logit is minus infinity, and what else the
+choice looks at is hardly more.
+
+Shapes: E experts, R rows, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.architecture.activations import Products, observed_activations
+from cfsp.architecture.found import Architecture, RoutedExperts, Unit
+from cfsp.architecture.small_run import (
+    LEAST_EFFECT,
+    TOLERANCE,
+    SmallRun,
+    difference,
+    fails,
+    first_tensor,
+    set_parameter,
+    small_skeleton,
+)
+from cfsp.errors import UnsupportedModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Below whatever a choice looks at. Infinity times a weight of zero would be NaN.
+_NEVER = -1e9
+
+
+def config_with_experts(config: PreTrainedConfig, key: str, count: int) -> PreTrainedConfig:
+    """Return a config that says another number of routed experts.
+
+    Args:
+        config: stays as it is.
+        key: of the text config.
+        count: the new number.
+    """
+    changed = copy.deepcopy(config)
+    setattr(changed.get_text_config(decoder=True), key, count)
+    return changed
+
+
+def outputs_fail(run: SmallRun, unit: Unit) -> str | None:
+    """Return why it is not seen what the experts of a unit add; None if it is."""
+    block = run.blocks[unit.block]
+    given: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor]] = []
+    module = block.get_submodule(unit.path)
+    hook = module.register_forward_hook(lambda _m, _a, output: given.append(first_tensor(output)))
+    # The number of channels of the small model is another one.
+    small = next(
+        each
+        for each in run.architecture.units
+        if (each.block, each.path) == (unit.block, unit.path)
+    )
+    try:
+        with observed_activations(
+            block,
+            [small],
+            lambda *_: None,
+            lambda _unit, _expert, added_RD, token_R: parts.append((added_RD, token_R)),
+        ):
+            run.output(unit.block)
+    except UnsupportedModelError as error:
+        return f"the check outputs: expected to see what its experts add, found that {error}"
+    finally:
+        hook.remove()
+    # Some give what each expert adds to every token, one expert after the other.
+    rows, hidden = run.calls[unit.block].hidden.flatten(0, -2).shape
+    expected_RD = given[0].reshape(-1, rows, hidden).sum(0)
+    found_RD = torch.zeros_like(expected_RD)
+    for added_RD, token_R in parts:
+        found_RD.index_add_(0, token_R, added_RD)
+    expected = "that what its experts add is what they give together"
+    return fails("the check outputs", expected, lambda: found_RD, expected_RD)
+
+
+def staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = False) -> list[int]:
+    """Return as many experts of each group, ascending: random ones, or the last.
+
+    Without the first ones most groups go whole, where groups matter.
+    """
+    size, each = experts.count // experts.groups, kept // experts.groups
+    generator, staying = torch.Generator().manual_seed(kept), []
+    for group in range(experts.groups):
+        order = torch.arange(size).flip(0)
+        if at_random:
+            order = torch.randperm(size, generator=generator)
+        staying += [group * size + expert for expert in order[:each].tolist()]
+    return sorted(staying)
+
+
+@torch.no_grad()
+def why_not(architecture: Architecture, run: SmallRun, count: int) -> str | None:
+    """Return why the model does not run with so many experts in every block; None if it does.
+
+    Args:
+        architecture: with what has the axis of experts.
+        run: of a small model.
+        count: how many, a multiple of the number of groups.
+    """
+    assert architecture.experts is not None
+    blocks = [unit.block for unit in architecture.units if unit.expert_axes]
+    kept = dict.fromkeys(blocks, staying_experts(architecture.experts, count))
+    try:
+        output = _cut(architecture, run, kept).decoder_output()
+    except Exception as error:  # whatever a router does with too few experts
+        return f"expected that it runs with {count} experts, found {first_line(error)}"
+    is_finite = bool(torch.isfinite(output).all())
+    return None if is_finite else f"expected numbers with {count} experts, found NaN"
+
+
+@torch.no_grad()
+def experts_fail(
+    architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]
+) -> str | None:
+    """Return which check a model fails with some of its experts only; None if it fails none.
+
+    Every block must compute the same with its experts cut as with them masked, from the input of
+    the run. The decoder as a whole must too, to the sum of what its blocks may differ by: rounding
+    adds up from block to block.
+
+    Args:
+        architecture: with what has the axis of experts.
+        run: of a small model.
+        kept: block -> the experts that stay, equally many everywhere and in every group.
+    """
+    with _filled_buffers(architecture, run):
+        return _cut_fails(architecture, run, kept)
+
+
+def _cut_fails(
+    architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]
+) -> str | None:
+    with ExitStack() as stack:
+        for unit in architecture.units:
+            if unit.block in kept and unit.expert_axes:
+                block = run.blocks[unit.block]
+                stack.enter_context(masked_experts(block, unit, kept[unit.block]))
+        masked = run.decoder_output()
+        masked_of = {block: run.output(block) for block in kept}
+    if not (effect := difference(run.decoder_output(), masked)) > LEAST_EFFECT:
+        return (
+            "the check bites: expected another output with experts masked, found a difference of "
+            f"{effect:.1e}"
+        )
+    try:
+        cut = _cut(architecture, run, kept)
+        errors = {
+            f" in block {block}": difference(cut.output(block), masked_of[block]) for block in kept
+        }
+        # Of each block in the mean, so that one bound is for all.
+        errors[" after all blocks"] = difference(cut.decoder_output(), masked) / len(run.blocks)
+    except Exception as problem:  # whatever a router does with fewer experts
+        return (
+            f"the check cut: expected the output with masked experts, found {first_line(problem)}"
+        )
+    for where, error in errors.items():
+        if not error <= TOLERANCE:
+            return (
+                "the check cut: expected the output with masked experts, found a relative "
+                f"difference of {error:.1e}{where}"
+            )
+    return None
+
+
+@contextmanager
+def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterator[None]:
+    """Let the router of a block choose among some of its experts only, whenever the block runs.
+
+    Args:
+        block: a decoder block that computes in the dtype of its router.
+        unit: the experts.
+        kept: those that stay.
+    """
+    gone = [expert for expert in range(unit.ffns) if expert not in set(kept)]
+    tensors = block.state_dict(keep_vars=True)
+    of_experts = [tensors[name].detach() for name in unit.expert_axes]
+    single = [tensor for tensor in of_experts if tensor.numel() == unit.ffns]
+    matrices = {str(i): t for i, t in enumerate(of_experts) if t.numel() > unit.ffns}
+
+    def unchosen(_name: str, _part: Tensor, _operand: Tensor, product: Tensor) -> None:
+        product[..., gone] = float("-inf")
+
+    mode: Any = Products(matrices, unchosen)
+    saved: list[Tensor] = []
+
+    def before(*_: Any) -> None:
+        saved[:] = [tensor.clone() for tensor in single]
+        for tensor in single:
+            tensor.view(-1)[gone] = _NEVER
+        mode.__enter__()
+
+    def after(*_: Any) -> None:
+        mode.__exit__(None, None, None)
+        for tensor, values in zip(single, saved, strict=True):
+            tensor.copy_(values)
+
+    # Other blocks may have the same tensors, and lose other experts.
+    hooks = [
+        block.register_forward_pre_hook(before),
+        block.register_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _filled_buffers(architecture: Architecture, run: SmallRun) -> Iterator[None]:
+    """Give buffers with the axis of experts values for a while: zeros would hide an error."""
+    generator = torch.Generator().manual_seed(2)
+    originals: list[tuple[Tensor, Tensor]] = []
+    for unit in architecture.units:
+        buffers = dict(run.blocks[unit.block].named_buffers())
+        for name in unit.expert_axes:
+            if name in buffers and buffers[name].is_floating_point():
+                originals.append((buffers[name], buffers[name].clone()))
+                values = torch.randn(buffers[name].shape, generator=generator)
+                buffers[name].copy_(0.1 * values)
+    try:
+        yield
+    finally:
+        for buffer, original in originals:
+            buffer.copy_(original)
+
+
+def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]) -> SmallRun:
+    """Return the run of the small model, built with fewer experts and the others' weights."""
+    assert architecture.experts is not None
+    count = len(next(iter(kept.values())))
+    config = config_with_experts(run.model.config, architecture.experts.key, count)
+    model: Any = small_skeleton(config, type(run.model))
+    axes = {
+        architecture.block_prefix(unit.block) + name: (unit.block, axis)
+        for unit in architecture.units
+        if unit.expert_axes
+        for name, axis in {**dict.fromkeys(unit.axes, 0), **unit.expert_axes}.items()
+    }
+    whole: Any = run.model
+    # Blocks that are built alike have the same tensors, and mostly the same experts stay.
+    selected: dict[object, Tensor] = {}
+    for named in (whole.named_parameters, whole.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if tensor.is_meta:
+                continue
+            if name in axes:
+                block, axis = axes[name]
+                key = (id(tensor), tuple(kept[block]))
+                if key not in selected:
+                    fewer = tensor.index_select(axis, torch.tensor(kept[block]))
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    selected[key] = (
+                        nn.Parameter(fewer, requires_grad=False) if is_parameter else fewer
+                    )
+                tensor = selected[key]
+            elif not isinstance(tensor, nn.Parameter):
+                continue
+            set_parameter(model, name, tensor)
+    return replace(run, model=model, blocks=model.get_submodule(run.architecture.blocks))
