@@ -14,11 +14,10 @@ import pytest
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.engine.workplace import temporary_workplace
 from cfsp.errors import TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality import evaluate
-from cfsp.quality.evaluate import before_and_after, evaluate_models, evaluation_windows
+from cfsp.quality.evaluate import evaluate_models
 from cfsp.quality.perplexity import perplexity
 from cfsp.quality.streaming import streamed_perplexity
 from cfsp.result.manifest import read_manifest
@@ -60,24 +59,6 @@ def test_each_value_says_how_it_was_measured(
         assert (value["tokens"], value["windows"], value["seqlen"]) == (3 * 23, 3, 24)
         assert (value["stride"], value["bos"]) == (None, False)
     assert list(found["perplexity"]) == list(texts.names)
-
-
-def test_before_and_after_is_what_the_manifest_has(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
-    before, after = (Checkpoint(tiny_checkpoint(name)) for name in ("llama", "qwen3"))
-    compute, texts = Compute(dtype="float32"), EvaluationText((str(text_file),), 2, 24)
-    windows = evaluation_windows(texts, before)
-    with temporary_workplace(None) as place:
-        found = before_and_after(before, after, windows, compute, place)
-        assert before_and_after(before, after, {}, compute, place) == {}
-    assert evaluation_windows(EvaluationText(), before) == {}
-    single = evaluate_models([before.directory, after.directory], texts, compute)
-    (value,) = found.values()
-    assert set(value) == {"before", "after", *CONDITIONS}
-    assert [value["before"], value["after"]] == [
-        model["perplexity"][str(text_file)]["value"] for model in single
-    ]
 
 
 def test_pruning_measures_in_windows_of_its_own_length(
@@ -150,6 +131,19 @@ def test_a_mistaken_text_is_told_before_the_model_is_looked_for(
         evaluate_models(models, EvaluationText((str(text_file),), 2, 300), compute)
     with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
         evaluate_models(models, EvaluationText((str(text_file),), 1000), compute)
+
+
+def test_pruning_reads_its_evaluation_texts_first(
+    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("cfsp.pipeline.decide", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
+        prune_checkpoint(
+            Checkpoint(tiny_checkpoint("llama")),
+            tmp_path / "out",
+            PruneSettings(Budget(0.5), evaluation=EvaluationText((str(text_file),), 1000)),
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_with_other_tokens_are_told_apart(

@@ -37,12 +37,6 @@ def test_mean_and_paired_difference(draws: tuple[np.ndarray, np.ndarray]) -> Non
     assert found.stderr is not None and found.stderr < 0.5 * apart
 
 
-def test_windows_of_one_length_are_documents(draws: tuple[np.ndarray, np.ndarray]) -> None:
-    first, second = draws
-    found = per_count(difference(list(first), list(second)), [64] * 50)
-    assert (64 * found.value, 64 * (found.stderr or 0)) == pytest.approx(oracle(first, second))
-
-
 def test_windows_of_many_lengths_vary_as_said() -> None:
     generator = np.random.default_rng(1)
     values, errors = [], []

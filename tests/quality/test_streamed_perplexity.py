@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.engine.compute import Engine
 from cfsp.engine.workplace import Workplace
@@ -73,15 +73,6 @@ def test_it_is_the_whole_models(name: str, stride: int | None) -> None:
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert (found.tokens, found.windows, found.seqlen) == (tokens, 5, 12)
     assert (found.stride, found.bos) == (stride, False)
-
-
-@pytest.mark.parametrize("name", ["gemma2", "opt-projected"])
-def test_a_checkpoint_is_measured_as_it_is_stored(
-    name: str, tiny_checkpoint: Callable[[str], Path]
-) -> None:
-    windows = random_windows()
-    found = streamed_perplexity(Checkpoint(tiny_checkpoint(name)), windows, ENGINE)
-    assert found.value == pytest.approx(plain(build_tiny_model(name), windows)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma2"])

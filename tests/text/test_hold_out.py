@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.text.hold_out import HELD_OUT_WINDOWS, held_out_documents, is_held_out
 from cfsp.text.windows import Windows
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(2, 64), min_size=1, max_size=6))
 def test_every_text_is_held_out_in_part_and_fitted_in_part(parts: list[int]) -> None:
     mask_N = is_held_out(parts)
@@ -42,6 +43,7 @@ def test_a_text_that_would_have_none_holds_out_its_last() -> None:
     assert few.held_out_N.nonzero().flatten().tolist() == [3]
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=80), st.integers(1, 400))
 def test_held_out_documents_have_as_many_tokens_as_asked_and_at_most_one_more(
     sizes: list[int], least: int

@@ -12,13 +12,12 @@ import pytest
 
 import cfsp.text.mixed
 from cfsp.errors import TextError
-from cfsp.settings import DEFAULT_TEXT
-from cfsp.text.drawing import consecutive_windows
+from cfsp.settings import DEFAULT_TEXT, Text
 from cfsp.text.mixed import KINDS, MIXED, records
 from cfsp.text.pools import sources_drawn
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
-from drawn_windows import draw_windows, windows_left_over
+from drawn_windows import draw_windows
 
 MIXTURE = Path(cfsp.text.mixed.__file__).with_name("mixture")
 LICENCES = {path.stem for path in (MIXTURE / "licences").glob("*.txt")}
@@ -110,25 +109,9 @@ def test_windows_are_drawn_evenly_from_each_kind(tokenizer: Any) -> None:
 
 @pytest.mark.usefixtures("short_kinds")
 def test_the_mixed_text_has_the_share_of_one_text(tokenizer: Any) -> None:
-    windows = draw_windows(["mixed", "python-docs"], tokenizer, samples=36, seqlen=32)
-    assert windows.sources == {**{f"mixed/{kind}": 2 for kind in KINDS}, "python-docs": 18}
-
-
-@pytest.mark.usefixtures("short_kinds")
-def test_what_is_left_over_was_not_drawn(tokenizer: Any) -> None:
-    conditions: dict[str, Any] = {"samples": 4, "seqlen": 64, "seed": 3}
-    drawn = draw_windows(["mixed"], tokenizer, **conditions)
-    left = windows_left_over(["mixed"], tokenizer, count=9, **conditions)
-    assert left.sources == {f"mixed/{kind}": 1 for kind in KINDS}
-    assert not {tuple(row) for row in drawn.tokens_NT.tolist()} & {
-        tuple(row) for row in left.tokens_NT.tolist()
-    }
-
-
-@pytest.mark.usefixtures("short_kinds")
-def test_evaluation_is_of_all_kinds(tokenizer: Any) -> None:
-    windows = consecutive_windows("mixed", tokenizer, count=4, seqlen=64)
-    assert windows.sources == {"mixed": 4}
+    own = Text("own", "green light falls " * 400)
+    windows = draw_windows(["mixed", own], tokenizer, samples=36, seqlen=32)
+    assert windows.sources == {**{f"mixed/{kind}": 2 for kind in KINDS}, "own": 18}
 
 
 def test_a_package_without_its_text_says_so(

@@ -124,12 +124,22 @@ def drawn_once(texts: list[str | Text], tokenizer: Any) -> dict[str, int]:
     return drawn.sources
 
 
+def test_what_is_left_over_is_even_and_may_not_be_enough(tokenizer: Any) -> None:
+    texts = [Text(name, f"{name} river stone light " * 200) for name in ("one", "two")]
+    left = windows_left_over(texts, tokenizer, 7, samples=9, seqlen=16)
+    assert left.sources == {"one": 4, "two": 3}
+    have = len(draw_windows(texts[:1], tokenizer, seqlen=64).tokens_NT)
+    with pytest.raises(TextError, match=rf"calibration takes {have}; 2 others.*--held-out"):
+        windows_left_over(texts[:1], tokenizer, 2, seqlen=64)
+
+
 def test_a_text_with_two_names_is_drawn_from_once(
     tokenizer: Any, text_file: Path, tmp_path: Path
 ) -> None:
-    link = tmp_path / "link.txt"
-    link.symlink_to(text_file)
-    name = str(text_file)
+    short, link = tmp_path / "short.txt", tmp_path / "link.txt"
+    short.write_text(text_file.read_text()[:4000])
+    link.symlink_to(short)
+    name = str(short)
     for other in (name, os.path.relpath(name), str(link), f"{name}:text"):
         assert drawn_once([name, other], tokenizer) == {name: 20}
 

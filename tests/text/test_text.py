@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.errors import TextError, UsageError
+from cfsp.settings import Text
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows, few_windows
@@ -47,9 +49,24 @@ def write_jsonl(path: Path, column: str = "text") -> Path:
     return path
 
 
+def write_parquet(path: Path, column: str) -> Path:
+    pq.write_table(pa.table({column: DOCUMENTS, "id": [0, 1, 2]}), path)
+    return path
+
+
+def write_saved(path: Path, column: str) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({column: DOCUMENTS}).save_to_disk(path)
+    return path
+
+
 @pytest.mark.parametrize("column", ["text", "body"])
-def test_jsonl(tmp_path: Path, column: str) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", column)
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet"), (write_saved, "saved")],
+)
+def test_records(write: Callable[..., Path], name: str, column: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, column)
     assert read(path if column == "text" else f"{path}:body") == DOCUMENTS
 
 
@@ -59,21 +76,6 @@ def test_unicode_line_separators_do_not_split_json(tmp_path: Path) -> None:
         json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8"
     )
     assert read(tmp_path / "a.jsonl") == [text]
-
-
-@pytest.mark.parametrize("column", ["text", "body"])
-def test_parquet(tmp_path: Path, column: str) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({column: DOCUMENTS, "id": [0, 1, 2]}), path)
-    assert read(path if column == "text" else f"{path}:body") == DOCUMENTS
-
-
-@pytest.mark.parametrize("column", ["text", "body"])
-def test_saved_dataset(tmp_path: Path, column: str) -> None:
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({column: DOCUMENTS}).save_to_disk(tmp_path / "saved")
-    name = str(tmp_path / "saved") if column == "text" else f"{tmp_path / 'saved'}:body"
-    assert read(name) == DOCUMENTS
 
 
 def test_saved_dataset_with_splits_asks_for_one(tmp_path: Path) -> None:
@@ -133,6 +135,8 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     assert "column 'text' is int, expected text" in refused(tmp_path / "number.jsonl")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     assert "bad.parquet is not a readable parquet file" in refused(tmp_path / "bad.parquet")
+    on_hub = refused("no-one/nothing:default:train:text")
+    assert "check the name and the network, or give a local file" in on_hub
 
 
 def test_missing_column_lists_those_there_are(tmp_path: Path) -> None:
@@ -143,12 +147,6 @@ def test_missing_column_lists_those_there_are(tmp_path: Path) -> None:
     assert "no column 'text'; it has: body" in refused(tmp_path / "a.parquet")
 
 
-def test_hub_without_a_network_says_what_to_do() -> None:
-    assert "check the name and the network, or give a local file" in refused(
-        "no-one/nothing:default:train:text"
-    )
-
-
 # Windows.
 
 
@@ -156,11 +154,11 @@ def test_windows_are_reproducible_and_follow_the_seed(text_file: Path, tokenizer
     def draw(seed: int) -> Windows:
         return draw_windows([str(text_file)], tokenizer, samples=8, seqlen=24, seed=seed)
 
-    assert torch.equal(draw(3).tokens_NT, draw(3).tokens_NT)
-    assert draw(3).digest == draw(3).digest
-    assert draw(3).digest != draw(4).digest
-    assert draw(3).tokens_NT.dtype == torch.int64
-    assert tuple(draw(3).tokens_NT.shape) == (8, 24)
+    first, again, other = draw(3), draw(3), draw(4)
+    assert torch.equal(first.tokens_NT, again.tokens_NT)
+    assert first.digest == again.digest != other.digest
+    assert first.tokens_NT.dtype == torch.int64
+    assert tuple(first.tokens_NT.shape) == (8, 24)
 
 
 def test_windows_are_disjoint_pieces_of_the_text(text_file: Path, tokenizer: Any) -> None:
@@ -180,9 +178,10 @@ def test_windows_are_disjoint_pieces_of_the_text(text_file: Path, tokenizer: Any
 def test_windows_are_drawn_evenly_from_each_text(
     text_file: Path, other_text_file: Path, tokenizer: Any
 ) -> None:
-    names = [str(text_file), str(other_text_file), "python-docs"]
-    mixed = draw_windows(names, tokenizer, samples=11, seqlen=16, seed=2)
-    assert mixed.sources == {names[0]: 4, names[1]: 4, names[2]: 3}
+    names = [str(text_file), str(other_text_file)]
+    own = Text("own", "river stone light " * 60)
+    mixed = draw_windows([*names, own], tokenizer, samples=11, seqlen=16, seed=2)
+    assert mixed.sources == {names[0]: 4, names[1]: 4, "own": 3}
     texts = [tokenizer.decode(row) for row in mixed.tokens_NT[4:8]]
     assert all(text.upper() == text for text in texts)
 
@@ -207,14 +206,10 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
     with pytest.raises(TextError, match="12 are needed"):
         consecutive_windows(str(path), tokenizer, count=12, seqlen=1000)
     path.write_text("")
-    with pytest.raises(TextError, match="holds 0 windows"):
-        draw_windows([str(path)], tokenizer, seqlen=16)
-
-
-def test_no_documents_at_all(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(TextError, match="holds 0 windows"):
-        draw_windows([str(tmp_path / "a.jsonl")], tokenizer, samples=1, seqlen=16)
+    for empty in (path, tmp_path / "a.jsonl"):
+        with pytest.raises(TextError, match="holds 0 windows"):
+            draw_windows([str(empty)], tokenizer, seqlen=16)
 
 
 def test_bad_counts_are_refused(text_file: Path, tokenizer: Any) -> None:
@@ -298,6 +293,7 @@ def test_digest_covers_tokens_and_shape() -> None:
     assert Windows(flat.view(3, 4).int(), {}).digest == Windows(flat.view(3, 4), {"x": 1}).digest
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 50))
 def test_few_windows_are_of_every_source_and_spread_over_it(sizes: list[int], count: int) -> None:
     names = {f"mixed/{source}" if source else "own.txt": n for source, n in enumerate(sizes)}

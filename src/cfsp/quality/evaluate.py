@@ -250,10 +250,6 @@ def _score_tasks(
 def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, Windows]:
     """Read the windows of every evaluation text, so that no mistake is left for later.
 
-    Args:
-        texts: what to measure on; may be none.
-        source: the model; its tokenizer lies beside it.
-
     Raises:
         TextError: a text is missing or too short.
         UsageError: the windows are longer than what the model can read.

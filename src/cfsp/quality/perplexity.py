@@ -67,8 +67,8 @@ def perplexity_of(loss: float, windows: Windows, label: str) -> Perplexity:
     """Return the perplexity that a sum of losses over windows amounts to.
 
     Args:
-        loss: nats, over all counted tokens.
-        windows: what they are tokens of.
+        loss: nats, over all counted tokens of the windows.
+        windows: read.
         label: what an error calls the measurement.
 
     Raises:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cfsp.checkpoint.output import created_parents, write_atomically
 from cfsp.engine.workplace import remove_finished_work
@@ -16,19 +16,14 @@ from cfsp.processes import Team
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 def measured_into(
     out: Path, identity: dict[str, Any], measure: Callable[[], dict[str, Any]], team: Team
 ) -> dict[str, Any]:
-    """Return results from a file, which is written if it is not there yet.
+    """Return results from a file, which the first process writes if it is not there yet.
 
-    Args:
-        out: the file; it appears when all is measured.
-        identity: what results depend on, as JSON types; the file must be of the same.
-        measure: gives the results; it may keep unfinished work beside the file.
-        team: the processes that measure together, of which the first writes.
+    The file appears when all is measured. It must be of the same identity: what results depend on,
+    as JSON types.
 
     Raises:
         OutputError: the file is there and of something else, or it cannot be written.
@@ -115,16 +110,12 @@ class MeasuredModel:
         """
         for text, sums in other.windows.items():
             known = self.windows.get(text, sums)
-            if known["digest"] != sums["digest"]:
-                raise _twice(self, other, text)
-            if known["loss"] != sums["loss"]:
-                _tell_of_other_results(self, other, text)
+            is_same = known["digest"] == sums["digest"]
+            _check_alike(self, other, text, is_same, known["loss"] == sums["loss"])
         for task, documents in other.documents.items():
             mine = self.documents.get(task, documents)
-            if hashes(mine) != hashes(documents):
-                raise _twice(self, other, task)
-            if mine != documents:
-                _tell_of_other_results(self, other, task)
+            is_same = hashes(mine) == hashes(documents)
+            _check_alike(self, other, task, is_same, mine == documents)
         windows = _joined(self.windows, other.windows)
         for text, sums in other.windows.items():
             # Of two that are alike, the one that was compared with the dense model says more.
@@ -139,25 +130,18 @@ class MeasuredModel:
         )
 
 
-def _joined(first: dict[str, T], second: dict[str, T]) -> dict[str, T]:
-    return first | {name: value for name, value in second.items() if name not in first}
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return both, in this order; of what both have, the first's."""
+    return {**first, **second, **first}
 
 
 def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
-    """Read the models of several files; what is in several of them is one model.
-
-    Raises:
-        ReportError: a file is none of `cfsp eval --out`, or two disagree.
-    """
+    """Read the models of several files; errors are those of `models_in` and `joined_models`."""
     return joined_models(each for path in paths for each in models_in(path))
 
 
 def models_in(path: Path) -> list[MeasuredModel]:
-    """Read the models of one file.
-
-    Raises:
-        ReportError: it is none of `cfsp eval --out`.
-    """
+    """Read the models of one file, or raise ReportError: `cfsp eval --out` did not write it."""
     return [measured_model(str(path), model) for model in read_results(path)["models"]]
 
 
@@ -184,11 +168,7 @@ def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
-    """Return one model of results.
-
-    Args:
-        file: where they are from, for errors.
-        model: what `cfsp eval --json` says of it.
+    """Return one model of results, of what `cfsp eval --json` says of it in a file.
 
     Raises:
         ReportError: it has no windows or documents.
@@ -210,15 +190,17 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
         ) from error
 
 
-def _twice(model: MeasuredModel, other: MeasuredModel, what: str) -> ReportError:
-    return ReportError(
-        f"{model.file} and {other.file} measured {model.name} on other parts of {what}; compare "
-        "one of them"
-    )
-
-
-def _tell_of_other_results(model: MeasuredModel, other: MeasuredModel, what: str) -> None:
-    logger.warning(
-        "%s and %s differ in the results of %s on %s, of which one is compared; name one file",
-        *(model.file, other.file, model.name, what),
-    )
+def _check_alike(
+    model: MeasuredModel, other: MeasuredModel, what: str, is_same: bool, gave_same: bool
+) -> None:
+    """Refuse two measurements of different things, and tell of those with different results."""
+    if not is_same:
+        raise ReportError(
+            f"{model.file} and {other.file} measured {model.name} on other parts of {what}; "
+            "compare one of them"
+        )
+    if not gave_same:
+        logger.warning(
+            "%s and %s differ in the results of %s on %s, of which one is compared; name one file",
+            *(model.file, other.file, model.name, what),
+        )

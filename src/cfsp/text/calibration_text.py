@@ -32,12 +32,7 @@ def calibration_windows(
 ) -> Windows:
     """Draw the calibration windows, and say so if they are of the default text.
 
-    Args:
-        source: the model.
-        tokenizer: its own.
-        text: what to draw.
-        processor: of a multimodal model in memory, for texts with images; that of a checkpoint
-            is read where it is needed.
+    `processor` is that of a multimodal model in memory; a checkpoint's is read where it is needed.
     """
     windows = draw_text(text, tokenizer, processor_of(source, processor))
     if text.names == (DEFAULT_TEXT,):
@@ -50,12 +45,7 @@ def calibration_windows(
 
 
 def processor_of(source: WeightSource, processor: Any = None) -> ProcessorOf | None:
-    """Return what gives the processor of a multimodal model; None for a model that reads text.
-
-    Args:
-        source: the model.
-        processor: if it is in memory.
-    """
+    """Return what gives the processor of a multimodal model; None for a model that reads text."""
     if auto_class_of_type(source.config.model_type) != "AutoModelForImageTextToText":
         return None
 

@@ -20,11 +20,11 @@ from cfsp.errors import UsageError
 
 @dataclass(frozen=True)
 class Span:
-    """The part of a stream that one window has.
+    """The part of a stream that one window has; one shorter than it has the beginning before it.
 
     Attributes:
         begin: first token.
-        end: one past the last token. A span shorter than the window has the beginning before it.
+        end: one past the last token.
         scored: how many tokens at the end are predicted and counted.
     """
 
@@ -38,13 +38,8 @@ def spans(
 ) -> list[Span]:
     """Return windows one after the other, without overlap; what is left at the end is dropped.
 
-    Every token is scored that has another before it in its window, but for the beginning.
-
-    Args:
-        stream_R: token ids.
-        seqlen: tokens T in a window.
-        begins_with: what a window begins with.
-        count: windows at most; None for all.
+    Every token is scored that has another before it in its window, but for the beginning. There are
+    at most `count` windows, if it is given.
     """
     scored = seqlen - max(1, len(begins_with))
     found: list[Span] = []
@@ -65,12 +60,6 @@ def overlapping_spans(
 
     Every token is scored once, but for a first one that has nothing before it. The last window
     ends with the stream and so may advance by less than the stride.
-
-    Args:
-        stream_R: token ids; one window or more.
-        seqlen: tokens T in a window.
-        stride: tokens between starts.
-        begins_with: what a window begins with.
 
     Raises:
         UsageError: the stride is not in [1, T - P].
@@ -97,14 +86,7 @@ def overlapping_spans(
 def gather(
     stream_R: Tensor, spans_N: Sequence[Span], seqlen: int, begins_with: Sequence[int] = ()
 ) -> Tensor:
-    """Return the tokens of the windows, as [N, T].
-
-    Args:
-        stream_R: token ids, or something else of each token.
-        spans_N: of the windows.
-        seqlen: tokens T in a window.
-        begins_with: what stands before a span that is shorter than the window.
-    """
+    """Return the tokens of the windows [N, T], or what else the stream has of each token."""
     begin_P = torch.tensor(begins_with, dtype=stream_R.dtype)
     rows = [
         torch.cat([begin_P[: seqlen - (span.end - span.begin)], stream_R[span.begin : span.end]])

@@ -21,10 +21,8 @@ def is_held_out(parts: Sequence[int]) -> Tensor:
     """Return which windows are held out, as a mask [N].
 
     They are spread over all windows, about four of them and at most one of eight; a text that
-    would have none holds out its last window, if it has two or more.
-
-    Args:
-        parts: windows of each text, in their order.
+    would have none holds out its last window, if it has two or more. `parts` says how many windows
+    each text has, in their order.
     """
     windows = sum(parts)
     stride = min(windows, max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS)))

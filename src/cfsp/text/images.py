@@ -35,10 +35,7 @@ class Sample:
 def sample_of(record: Any, where: str, directory: Path | None) -> Sample:
     """Return what a record has in its columns of messages and of images.
 
-    Args:
-        record: a dictionary by columns.
-        where: file and line, for errors.
-        directory: that paths of images are relative to; None where images are no paths.
+    Paths of images are relative to `directory`; where it is None, images are no paths.
 
     Raises:
         TextError: the record has no messages, or something else than images.

@@ -35,10 +35,7 @@ def first_tokens(
 ) -> Tensor:
     """Return the tokens that a text begins with, as int64 [R].
 
-    Args:
-        source: the text.
-        tokenizer: the model's own.
-        limit: tokens after which no more is read; None for the whole text.
+    After `limit` tokens no more is read; None is for the whole text.
 
     Raises:
         TextError: the text is missing or not readable.
