@@ -300,7 +300,7 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
                 ('name = ".working"', "must do as that of a directory"),
                 (
                     'name = "a", block_metric = "x"',
-                    "a: block_metric must be one of auto, angular.*, found 'x'",
+                    "a: --block-metric must be one of auto, angular.*, found 'x'",
                 ),
                 ('name = "a", repair = "x"', "a: repair must be one of none, ridge.*, found 'x'"),
                 ('name = "a", multiple = "8"', "multiple must be of type int, found '8'"),
