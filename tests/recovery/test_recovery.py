@@ -522,7 +522,7 @@ def must_not_load(*args: Any) -> Any:
         ({"teacher": "{other}"}, "the teacher must be the dense model"),
         ({"method": "best"}, "method must be one of lora, full"),
         ({"method": "full", "keep_adapter": True}, "has no adapter"),
-        ({"rank_allocation": "error"}, "rank_allocation must be one of uniform, importance"),
+        ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
         ({"rank": 0}, "--rank must be at least 1, found 0"),
         ({"dtype": "float16"}, "found --dtype float16"),
         ({"learning_rate": -1.0}, "positive, found -1.0"),

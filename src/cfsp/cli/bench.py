@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
@@ -65,7 +65,10 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
             metavar="N",
             help=f"{what} (default: {default})",
         )
-    group = parser.add_argument_group("how")
+    _add_how(parser.add_argument_group("how"))
+
+
+def _add_how(group: Any) -> None:
     group.add_argument(
         "--engine",
         default="transformers",

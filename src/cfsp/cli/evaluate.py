@@ -9,7 +9,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
-from cfsp.cli.options import settings_from
+from cfsp.cli.options import Parser, settings_from
 from cfsp.cli.output import estimate, human_count, print_json, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
@@ -63,6 +63,12 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     text.add_argument(
         "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
     )
+    _add_tasks(parser)
+    arguments.add_compute(parser)
+    arguments.add_process_timeout(parser)
+
+
+def _add_tasks(parser: Parser) -> None:
     tasks = parser.add_argument_group("tasks, scored by lm-evaluation-harness")
     tasks.add_argument(
         "--tasks",
@@ -83,8 +89,6 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
         "boolq.jsonl, winogrande.jsonl, hellaswag.jsonl, mmlu.jsonl, lambada.jsonl instead of the "
         "hub",
     )
-    arguments.add_compute(parser)
-    arguments.add_process_timeout(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings import BOS, BOS_HELP, Bos, Compute, EvaluationText, Text, check_bos, option
+from cfsp.settings import BOS, BOS_HELP, Bos, Compute, EvaluationText, Text, check_declared, option
 
 Method = Literal["lora", "full"]
 Targets = Literal["mlp", "attention", "all"]
@@ -49,6 +49,7 @@ class Adaptation:
     )
 
     def __post_init__(self) -> None:
+        check_declared(self)
         if not 1 <= self.rank < _MOST_RANKS:
             raise UsageError(f"--rank must be at least 1, found {self.rank}")
         if not 0 < self.scale < math.inf:
@@ -108,13 +109,15 @@ class Training:
         default="of the weights' root mean square "
         + ", ".join(f"{rate:.1%} for {method}" for method, rate in RELATIVE_RATES.items()),
     )
-    batch_windows: int = option(4, "windows in a step, on each process", kind=int, metavar="N")
-    accumulate: int = option(1, "batches in a step", kind=int, advanced=True)
-    seqlen: int = option(512, "tokens in a window to train on", kind=int, metavar="T")
+    batch_windows: int = option(
+        4, "windows in a step, of each process", kind=int, least=1, metavar="N"
+    )
+    accumulate: int = option(1, "batches in a step", kind=int, least=1, advanced=True)
+    seqlen: int = option(512, "tokens in a window to train on", kind=int, least=8, metavar="T")
     warm_up: float = 0.05  # part of the run in which the learning rate rises
     weight_decay: float = 0.0
     evaluations: int = option(
-        10, "on held-out windows in the run, at most", kind=int, advanced=True
+        10, "on held-out windows in the run, at most", kind=int, least=1, advanced=True
     )
     gradient_checkpointing: bool = option(
         False, "less memory, a third more time", switch=True, default=""
@@ -131,13 +134,7 @@ class Training:
     bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
 
     def __post_init__(self) -> None:
-        check_bos(self.bos)
-        for name in ("batch_windows", "accumulate", "evaluations"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} must be at least 1, found {getattr(self, name)}")
-        if self.seqlen < 8:
-            raise UsageError(f"--seqlen must be at least 8, found {self.seqlen}")
+        check_declared(self)
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"--seed must be in [0, 2^32), found {self.seed}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:

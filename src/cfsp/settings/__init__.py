@@ -55,6 +55,7 @@ from cfsp.settings.goals import TargetSpeedup as TargetSpeedup
 from cfsp.settings.goals import field_of_goal as field_of_goal
 from cfsp.settings.goals import flag_of_goal as flag_of_goal
 from cfsp.settings.options import Option as Option
+from cfsp.settings.options import check_declared as check_declared
 from cfsp.settings.options import check_names as check_names
 from cfsp.settings.options import flag_of as flag_of
 from cfsp.settings.options import fraction as fraction

@@ -16,7 +16,14 @@ from cfsp.settings.goals import (
     TargetSpeedup,
     flag_of_goal,
 )
-from cfsp.settings.options import flag_of, fraction, number_or_auto, option, options_of
+from cfsp.settings.options import (
+    check_declared,
+    flag_of,
+    fraction,
+    number_or_auto,
+    option,
+    options_of,
+)
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -105,6 +112,7 @@ def _number_of(part: Part, noun: str) -> Any:
         None,
         f"with --parts {part}: how many {noun} go, instead of a share",
         kind=int,
+        least=0,
         metavar="N",
         default="as many as --sparsity says",
         advanced=True,
@@ -149,6 +157,7 @@ class Budget:
         None,
         "FFN widths become multiples of N, or auto",
         kind=number_or_auto,
+        least=1,
         metavar="N",
         default="auto: 256; 128 below 8192 channels; 64 below 4096; 32 below 1024",
         advanced=True,
@@ -214,14 +223,9 @@ class Budget:
                 )
             if self.sparsity:
                 raise UsageError(f"{flag} and --sparsity both say how much goes; give one of them")
-            if count < 0:
-                raise UsageError(f"{flag} must be at least 0, found {count}")
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), such as 0.2, found {self.sparsity}")
-        if self.multiple is not None and self.multiple < 1:
-            raise UsageError(f"multiple must be at least 1, found {self.multiple}")
-        if self.widths not in WIDTHS:
-            raise UsageError(f"--widths must be one of {', '.join(WIDTHS)}, found {self.widths!r}")
+        check_declared(self)
 
     def for_goal(self, goal: Goal | None) -> Budget:
         """Return the budget with the parts that a goal is met by.

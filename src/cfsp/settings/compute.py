@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cfsp.errors import UsageError
-from cfsp.settings.options import option, parse_size
+from cfsp.settings.options import check_declared, option, parse_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -30,6 +29,7 @@ class Compute:
         None,
         "windows that pass a block together",
         kind=int,
+        least=1,
         metavar="N",
         default="about 4096 tokens",
         advanced=True,
@@ -44,5 +44,4 @@ class Compute:
     )
 
     def __post_init__(self) -> None:
-        if self.batch_windows is not None and self.batch_windows < 1:
-            raise UsageError(f"--batch-windows must be at least 1, found {self.batch_windows}")
+        check_declared(self)

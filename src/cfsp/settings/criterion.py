@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cfsp.settings.options import option
+from cfsp.settings.options import check_declared, option
 
 DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
 # All blocks are alike.
@@ -107,6 +107,9 @@ class Criterion:
         choices=(AUTO_METRIC, *REMOVALS),
         advanced=True,
     )
+
+    def __post_init__(self) -> None:
+        check_declared(self)
 
     @property
     def chosen_clamp(self) -> Clamp:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings.options import flag_of, fraction, option, options_of
+from cfsp.settings.options import check_declared, flag_of, fraction, option, options_of
 from cfsp.settings.text import Text, texts_of
 
 Phase = Literal["decode", "prefill"]
@@ -93,10 +93,7 @@ class TargetSpeedup:
     def __post_init__(self) -> None:
         if not 1 < self.ratio < float("inf"):
             raise UsageError(f"--target-speedup must be above 1, found {self.ratio}")
-        if self.phase not in PHASES:
-            raise UsageError(
-                f"--target-speedup-of must be one of {', '.join(PHASES)}, found {self.phase!r}"
-            )
+        check_declared(self)
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,7 @@ class MaxLossIncrease:
         12,
         "windows in all, or of each --held-out text",
         kind=int,
+        least=1,
         flag="held-out-windows",
         metavar="N",
         advanced=True,
@@ -144,8 +142,7 @@ class MaxLossIncrease:
     def __post_init__(self) -> None:
         if not 0 < self.nats < float("inf"):
             raise UsageError(f"--max-loss-increase must be above 0 nats, found {self.nats}")
-        if self.windows < 1:
-            raise UsageError(f"--held-out-windows must be at least 1, found {self.windows}")
+        check_declared(self)
 
 
 Goal = TargetParameters | TargetKVCache | TargetSpeedup | MaxLossIncrease

@@ -22,6 +22,7 @@ class Option:
         kind: makes the value of what was typed; of all that was, where it repeats.
         flag: `--flag`; None for the field's name.
         choices: the only values there are.
+        least: the least value.
         metavar: what the help calls the value.
         default: what the help calls the default, where its value does not say it; empty for none.
         repeats: whether it is given once for each of several values.
@@ -33,6 +34,7 @@ class Option:
     kind: Callable[[str], Any] = str
     flag: str | None = None
     choices: tuple[str, ...] = ()
+    least: int | None = None
     metavar: str | None = None
     default: str | None = None
     repeats: bool = False
@@ -53,6 +55,25 @@ def options_of(settings: type[Any]) -> dict[str, Option]:
             default = str(each.default) if known.default is None else known.default
             found[each.name] = replace(known, default=default)
     return found
+
+
+def check_declared(settings: Any) -> None:
+    """Check values by what their options declare: choices, and the least there may be.
+
+    Raises:
+        UsageError: a value is none of the choices, or less.
+    """
+    for name, known in options_of(type(settings)).items():
+        value, flag = getattr(settings, name), flag_of(name, known)
+        if value is None and (not known.choices or getattr(type(settings), name) is None):
+            continue
+        if known.choices and value not in known.choices:
+            raise UsageError(
+                f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
+                f"{did_you_mean(str(value), known.choices)}"
+            )
+        if known.least is not None and not value >= known.least:
+            raise UsageError(f"{flag} must be at least {known.least}, found {value}")
 
 
 def name_of(field: str, known: Option) -> str:
@@ -90,13 +111,6 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
 
 
 def _read(value: Any, known: Option, name: str) -> Any:
-    if known.choices:
-        if value not in known.choices:
-            raise UsageError(
-                f"{name} must be one of {', '.join(known.choices)}, found {value!r}"
-                f"{did_you_mean(str(value), known.choices)}"
-            )
-        return value
     try:
         return known.kind(value) if known.repeats or isinstance(value, str) else value
     except ValueError:

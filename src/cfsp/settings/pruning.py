@@ -11,7 +11,7 @@ from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
 from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import GOALS, Goal, TargetParameters, field_of_goal, flag_of_goal
-from cfsp.settings.options import from_names, given_of, option
+from cfsp.settings.options import check_declared, from_names, given_of, option
 from cfsp.settings.text import CalibrationText, EvaluationText
 
 Repair = Literal["none", "ridge", "local"]
@@ -54,6 +54,7 @@ class LocalTraining:
         100,
         "of local repair: training steps for each group of blocks",
         kind=int,
+        least=1,
         flag="local-steps",
         metavar="N",
         advanced=True,
@@ -63,6 +64,7 @@ class LocalTraining:
         "of local repair: how many consecutive blocks train together, twice as many at the model's "
         "end; more need more memory",
         kind=int,
+        least=1,
         flag="local-blocks",
         metavar="N",
         advanced=True,
@@ -83,10 +85,7 @@ class LocalTraining:
     tokens: int = 2048
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"--local-steps must be at least 1, found {self.steps}")
-        if self.blocks < 1:
-            raise UsageError(f"--local-blocks must be at least 1, found {self.blocks}")
+        check_declared(self)
         if not 0 <= self.text <= 1:
             raise UsageError(f"--local-text must be from 0 to 1, found {self.text}")
 

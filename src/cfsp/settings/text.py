@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings.options import option
+from cfsp.settings.options import check_declared, option
 
 LONGEST_WINDOW = 1 << 24
 DEFAULT_EVALUATION_WINDOWS = 12
@@ -102,7 +102,7 @@ class CalibrationText:
     bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
 
     def __post_init__(self) -> None:
-        check_bos(self.bos)
+        check_declared(self)
         if not self.names:
             raise UsageError(
                 "there is no text to calibrate on; give one or several: wikitext2, c4, "
