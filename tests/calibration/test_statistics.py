@@ -48,7 +48,7 @@ def assert_statistics_close(actual: Statistics, expected: Statistics, scale: flo
         )
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 9])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_statistics_do_not_depend_on_the_batch_size(
     source: Checkpoint, windows: Windows, batch: int
 ) -> None:
@@ -157,6 +157,10 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
     cut.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(StatisticsError, match=r"cut\.safetensors"):
         Statistics.load(cut)
+    # Version 4 had sums besides, which nothing read.
+    before = tmp_path / "before.safetensors"
+    before.write_bytes(path.read_bytes().replace(b'version\\": 5', b'version\\": 4'))
+    assert_same(Statistics.load(before), statistics)
     other = tmp_path / "version.safetensors"
     other.write_bytes(path.read_bytes().replace(b'version\\": 5', b'version\\": 9'))
     with pytest.raises(StatisticsError, match="version 9"):

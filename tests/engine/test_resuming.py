@@ -57,8 +57,11 @@ def whole(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory
     return files
 
 
-@pytest.mark.parametrize("budget", [[], ["--memory-budget", "1KB"]], ids=["memory", "file"])
-@pytest.mark.parametrize(("where", "block"), [("within", 0), ("after", 0), ("within", 2)])
+@pytest.mark.parametrize(
+    ("where", "block", "budget"),
+    [("within", 0, []), ("after", 0, ["--memory-budget", "1KB"]), ("within", 2, [])],
+    ids=["start", "file", "memory"],
+)
 def test_calibration_killed_at_a_block_resumes_there(
     commands: Commands,
     where: str,
@@ -124,30 +127,22 @@ def test_pruning_killed_at_a_block_resumes_there(
 # What is refused.
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (["--sparsity", "0.4"], "sparsity"),
-        (["--repair", "none"], "--repair"),
-        (["--channel-metric", "wanda"], "channel_metric"),
-    ],
-)
 def test_another_command_is_refused(
-    commands: Commands,
-    change: list[str],
-    key: str,
-    prune: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    commands: Commands, prune: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands.kill(prune, "within", BLOCKS + 2)
     before = names(tmp_path / "out.work" / "process-0-of-1")
-    assert main([*prune, *change]) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert f"holds unfinished work with another {key}" in message
-    assert f"rm -r {tmp_path / 'out.work'}" in message
-    assert "out" not in names(tmp_path)
-    assert names(tmp_path / "out.work" / "process-0-of-1") == before
+    for change, key in (
+        (["--sparsity", "0.4"], "sparsity"),
+        (["--repair", "none"], "--repair"),
+        (["--channel-metric", "wanda"], "channel_metric"),
+    ):
+        assert main([*prune, *change]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert f"holds unfinished work with another {key}" in message
+        assert f"rm -r {tmp_path / 'out.work'}" in message
+        assert "out" not in names(tmp_path)
+        assert names(tmp_path / "out.work" / "process-0-of-1") == before
     shutil.rmtree(tmp_path / "out.work")
     assert main([*prune, *change]) == 0
 

@@ -23,10 +23,8 @@ from cfsp.repair.sequential import SequentialRepair, repair_sequentially
 from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
-from tiny_models import BLOCKS, TRAINED, build_tiny_model
+from tiny_models import BLOCKS, build_tiny_model
 
-# Their FFN's output passes a norm before it is added, so least squares predict it less well.
-NORM_AFTER = {"gemma2", "gemma3_text", "olmo2"}
 HALF = Budget(0.5, multiple=4)
 
 
@@ -56,9 +54,8 @@ def job_for(
     windows: Windows,
     directory: Path,
     budget: Budget = HALF,
-    dtype: str = "float32",
 ) -> Job:
-    compute = Compute("cpu", dtype, batch_windows=4)
+    compute = Compute("cpu", "float32", batch_windows=4)
     place = Workplace(directory, identity={"command": "test"})
     return job_of(source, PruneSettings(budget, compute=compute), lambda: windows, place=place)
 
@@ -176,8 +173,9 @@ def test_with_all_channels_no_bit_changes(windows: Windows, tmp_path: Path) -> N
     assert all(torch.equal(new.read(name), source.read(name)) for name in source.specs)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_every_kind_of_dense_model(
+# Every other one is fitted before it is trained, in test_local.py.
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt2"])
+def test_fitted_is_no_worse_than_ridge(
     name: str, tokenizer: Any, text_file: Path, tmp_path: Path
 ) -> None:
     dense = build_tiny_model(name)
@@ -189,14 +187,6 @@ def test_every_kind_of_dense_model(
     models = dense, model_of(job, ridge), model_of(job, fitted)
     with torch.inference_mode():
         target, plain, better = (model(tokens).logits for model in models)
+    # In Gemma a norm follows the FFN, so least squares predict it less well.
     error, before = (better - target).square().mean(), (plain - target).square().mean()
-    assert error < before * (1.05 if name in NORM_AFTER else 1.001)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_models_of_16_bits(dtype: str, windows: Windows, tmp_path: Path) -> None:
-    source = LoadedModel(build_tiny_model("llama"))
-    job = job_for(source, windows, tmp_path, dtype=dtype)
-    entries = last_step(repair_sequentially(job, decide(job)[0], windows))
-    assert all(entry["loss_after"] <= entry["loss_before"] for entry in entries)
-    assert any(entry["kept"] for entry in entries)
+    assert error < before * (1.05 if name == "gemma3_text" else 1.001)

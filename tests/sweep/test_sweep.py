@@ -301,7 +301,7 @@ def test_a_bad_recipe_is_one_sentence(tmp_path: Path, text: str, message: str) -
         ('name = "wanda-sp"', "or the name alone, as a string"),
         ('name = "a/b"', "must do as that of a directory"),
         ('name = ".working"', "must do as that of a directory"),
-        ('name = "a", block_metric = "x"', "a: block_metric must be one of auto.*, found 'x'"),
+        ('name = "a", block_metric = "x"', "a: --block-metric must be one of auto.*, found 'x'"),
         ('name = "a", repair = "x"', "a: repair must be one of none, ridge.*, found 'x'"),
         ('name = "a", multiple = "8"', "multiple must be of type int, found '8'"),
         ('name = "a", multiple = 0', "multiple must be at least 1"),

@@ -130,6 +130,7 @@ class TwoStreamPass(Visitor[T | None]):
         source: the dense model.
         pruned: the pruned one.
         engine: where and in what to compute.
+        kept: indices in the dense model of the pruned model's blocks.
     """
 
     waits_for_others = True
@@ -149,9 +150,8 @@ class TwoStreamPass(Visitor[T | None]):
         self.more_batch_sizes = streams.batch_sizes
         self._streams = streams
         self._modules = blocks_of(build_skeleton(pruned.config, engine.dtype), pruned.architecture)
-        # Indices in the dense model of the pruned model's blocks.
         count = source.architecture.block_count
-        self._kept = [block for block in range(count) if block not in removed]
+        self.kept = [block for block in range(count) if block not in removed]
         # The dense stream's held-out windows after each block of the group so far, and after the
         # removed ones behind it.
         self._dense_after: list[Tensor] = []
@@ -182,14 +182,14 @@ class TwoStreamPass(Visitor[T | None]):
         results = pass_blocks(self.source, joined([own, own]), self, self.engine, place)
         at_last: list[T | None] = [None] * len(results)
         for end, group in self._group_at.items():
-            at_last[self._kept[group[-1]]] = results[end]
+            at_last[self.kept[group[-1]]] = results[end]
         return at_last
 
     @cached_property
     def _group_at(self) -> dict[int, range]:
         """The dense block after which each group is worked on."""
-        kept = [*self._kept, self.source.architecture.block_count]
-        groups = map(self.group_of, range(len(self._kept)))
+        kept = [*self.kept, self.source.architecture.block_count]
+        groups = map(self.group_of, range(len(self.kept)))
         return {kept[group[-1] + 1] - 1: group for group in groups}
 
     def may_stop_after(self, block: int) -> bool:
@@ -206,9 +206,9 @@ class TwoStreamPass(Visitor[T | None]):
             for window in streams.own_held_out
         ]
         if held_out:  # those of another process may be all there are
-            if block.index not in self._kept:
+            if block.index not in self.kept:
                 del self._dense_after[-1:]
-            if block.index >= self._kept[0]:
+            if block.index >= self.kept[0]:
                 self._dense_after.append(torch.cat(held_out))
         block.tokens_done(len(streams.own) * streams.tokens_NT.shape[1])
         waiting = map(streams.pruned_rows, streams.own_batches)
@@ -218,7 +218,7 @@ class TwoStreamPass(Visitor[T | None]):
             block.pass_through(lambda rows, hidden_BTD: hidden_BTD, waiting)
         else:
             calls = {
-                size: [block.call(self._kept[index], size) for index in indices]
+                size: [block.call(self.kept[index], size) for index in indices]
                 for size in self.more_batch_sizes
             }
             blocks = BlockGroup(self.pruned, self._modules, indices, calls, self.engine)

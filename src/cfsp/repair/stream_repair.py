@@ -77,17 +77,19 @@ class StreamRepair(TwoStreamPass[BlockRepair]):
             CfspError: the first process raised it.
         """
 
+        block = self.kept[group.last]
+
         def repair_and_write() -> BlockRepair:
             done, tensors = repair()
             if done.kept:
-                write_tensors(self._directory, group.dense_last, tensors)
+                write_tensors(self._directory, block, tensors)
             return done
 
         done = group.team.from_first(repair_and_write)
         if not group.team.is_first:
             tensors = {}
             if done.kept:
-                file = new_tensors(self._directory, group.dense_last)
+                file = new_tensors(self._directory, block)
                 tensors = {name: file.read(name) for name in file.specs}
             group.blocks.fill(tensors)
         return done
