@@ -63,6 +63,9 @@ class Constraint:
         if self.budget.whole_parts:
             self.to_drop()
 
+    def prepare(self) -> None:
+        """Measure, in every process, what the first alone asks about when it compares."""
+
     def to_drop(self) -> DropBudget:
         """Return how much may go whole, at most; of a budget that has such parts.
 
