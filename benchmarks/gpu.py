@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --tiny        # a small shape on the CPU: does it run?
 
 Makes a checkpoint of Llama 3 8B's shape with random weights (16 GB; `make_checkpoint.py`), then, on
-128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, local repair at
-50%. Each says its seconds by stage and pass and the peak of the device's memory. The dense model
-and those two are then timed against each other, prefill and decoding, plainly and with
+128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, local repair of one step
+of training at 50%. Each says its seconds by stage and pass and the peak of the device's memory. The
+dense model and those two are then timed against each other, prefill and decoding, plainly and with
 torch.compile. What does not begin within the limit is left out and is null. SCRATCH needs 45 GB.
 """
 
@@ -34,7 +34,15 @@ from cfsp.engine.versions import versions
 from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
-from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    LocalTraining,
+    PruneSettings,
+    Repair,
+)
 from cfsp.speed.bench import bench
 from make_checkpoint import make_checkpoint
 
@@ -169,7 +177,8 @@ def _settings(size: Size, sparsity: float, repair: Repair) -> PruneSettings:
     text = CalibrationText(("python-docs",), size.windows, size.seqlen)
     # Sensitivity would run the whole model; its cost is that of so many more windows.
     criterion = Criterion(block_metric="angular")
-    return PruneSettings(Budget(sparsity), criterion, text, Compute(size.device), repair=repair)
+    compute, local = Compute(size.device), LocalTraining(steps=1)
+    return PruneSettings(Budget(sparsity), criterion, text, compute, repair, local)
 
 
 def _calibrate(size: Size, dense: Path, scratch: Path) -> dict[str, Any]:

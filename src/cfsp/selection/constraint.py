@@ -69,6 +69,9 @@ class Constraint:
         if goes and "attention" in budget.parts and not budget.channel_parts:
             check_attentions_can_go_alone(source.config, source.architecture)
 
+    def prepare(self) -> None:
+        """Measure, in every process, what the first alone asks about when it compares."""
+
     def to_drop(self) -> DropBudget:
         """Return how much may go whole, at most; of a budget that has such parts.
 

@@ -101,6 +101,7 @@ def select(
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     if only := only_candidate(constraint, planner):
         return planner, only
+    constraint.prepare()
     order = constraint.to_drop().first(statistics.removals_of(job.budget.whole_parts)) or []
     name = f"{'-'.join(job.budget.parts)}-{job.windows().digest[:8]}"
 

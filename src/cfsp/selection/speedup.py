@@ -127,6 +127,10 @@ class Speedup(Constraint):
         """What each part takes."""
         return self.measure()
 
+    def prepare(self) -> None:
+        """Time the model."""
+        _ = self.latencies
+
     def of(self, kept_U: Sequence[int], dropped: Dropped = NOTHING) -> float:
         """Return how many times faster the model is with what it keeps of every unit."""
         blocks = self.source.architecture.block_count

@@ -1,0 +1,1 @@
+"""Selection: candidates, constraints, scores and the search."""
