@@ -28,10 +28,6 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.decide import decide
-from cfsp.engine.block_stream import TOKENS_IN_BATCH
-from cfsp.engine.compute import engine_of
-from cfsp.engine.versions import versions
-from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
 from cfsp.repair import ridge_pass
 from cfsp.repair.ridge import RidgeSolution, repair_down_projection
@@ -44,6 +40,10 @@ from cfsp.settings import (
     PruneSettings,
     options_of,
 )
+from cfsp.streaming.block_stream import TOKENS_IN_BATCH
+from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.versions import versions
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
@@ -66,7 +66,7 @@ def main() -> None:
     source = open_checkpoint(args.model)
     text = CalibrationText(tuple(args.data or ["python-docs"]), args.samples, args.seqlen)
     compute = Compute(dtype=args.dtype)
-    engine = engine_of(compute, source)
+    engine = runtime_of(compute, source)
     tokenizer = load_tokenizer(source.directory)
     windows = draw_text(text, tokenizer)
     model = load(args.model, dtype=engine.dtype, device=engine.device)
@@ -86,7 +86,7 @@ def main() -> None:
             tempfile.TemporaryDirectory() as work,
             patch.object(ridge_pass, "repair_down_projection", timed_solve),
         ):
-            place = Workplace(Path(work))
+            place = WorkDir(Path(work))
             decide(Job(source, settings, lambda: tokenizer, lambda: windows, engine, place))
 
     runs: dict[str, Callable[[], object]] = {

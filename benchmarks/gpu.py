@@ -29,9 +29,6 @@ import torch
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import decide
-from cfsp.engine.compute import engine_of
-from cfsp.engine.versions import versions
-from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import (
@@ -44,6 +41,9 @@ from cfsp.settings import (
     Repair,
 )
 from cfsp.speed.bench import bench
+from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.versions import versions
+from cfsp.streaming.work_dir import WorkDir
 from make_checkpoint import make_checkpoint
 
 
@@ -186,9 +186,9 @@ def _calibrate(size: Size, dense: Path, scratch: Path) -> dict[str, Any]:
     from cfsp.text.tokenizers import load_tokenizer
 
     source, settings = Checkpoint(dense), _settings(size, 0.5, "none")
-    tokenizer, place = load_tokenizer(dense), Workplace(scratch / "work")
+    tokenizer, place = load_tokenizer(dense), WorkDir(scratch / "work")
     windows = draw_text(settings.text, tokenizer)
-    engine = engine_of(settings.compute, source)
+    engine = runtime_of(settings.compute, source)
     decide(Job(source, settings, lambda: tokenizer, lambda: windows, engine, place))
     return {"seconds": place.watch.seconds, "passes": place.times_json()}
 

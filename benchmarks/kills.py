@@ -198,7 +198,7 @@ def become_command(argv: Sequence[str], temporary: Path, log: Path) -> None:
         os.dup2(handle, 2)
         os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
         from cfsp.cli import main as cfsp_main
-        from cfsp.engine import pass_state
+        from cfsp.streaming import pass_state
 
         pass_state.SHARE_OF_TIME = float("inf")
         status = cfsp_main(argv)

@@ -34,9 +34,9 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import step
-from cfsp.engine.versions import versions
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import MeasuredModel, read_models, read_results
+from cfsp.streaming.versions import versions
 
 ZERO_SHOT = (
     *("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa"),

@@ -27,8 +27,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.engine.memory import peak_rss_bytes
-from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import attach
 from cfsp.recovery.data import WindowData, read_text
 from cfsp.recovery.loss import loss_inside
@@ -36,6 +34,8 @@ from cfsp.recovery.schedule import StepSchedule
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train, train, training_arguments
+from cfsp.streaming.memory import peak_rss_bytes
+from cfsp.streaming.versions import versions
 from cfsp.text.tokenizers import load_tokenizer
 
 _WARM_UP_STEPS = 2

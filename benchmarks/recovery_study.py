@@ -26,7 +26,6 @@ import torch
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.engine.versions import versions
 from cfsp.recovery.adaptation import attach
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import (
@@ -39,6 +38,7 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train
 from cfsp.settings import EvaluationText
+from cfsp.streaming.versions import versions
 
 
 @dataclass(frozen=True)

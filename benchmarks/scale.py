@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.engine.versions import versions
 from cfsp.speed.shapes import SHAPES
+from cfsp.streaming.versions import versions
 from make_checkpoint import make_checkpoint
 
 # Runs a command and adds what the system knows of the process.
 _CHILD = """
 import json, pathlib, sys
 from cfsp.cli import main
-from cfsp.engine.memory import peak_rss_bytes
+from cfsp.streaming.memory import peak_rss_bytes
 status = main(sys.argv[1:])
 pairs = (line.partition(":") for line in pathlib.Path("/proc/self/io").read_text().splitlines())
 io = {key: int(value) for key, _, value in pairs}

@@ -24,9 +24,9 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.engine.compute import Engine
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.prune_report import PruneReport
+from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 from family_contract import (
@@ -401,7 +401,7 @@ class ThoroughContract(ArchitectureContract):
         statistics = calibrate(
             LoadedModel(case.dense),
             windows,
-            Engine(torch.device("cpu"), torch.float32, 4),
+            Runtime(torch.device("cpu"), torch.float32, 4),
         )
         seen = _observe_with_hooks(case, windows)
         for unit, acts in zip(statistics.units, seen.units, strict=True):

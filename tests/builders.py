@@ -18,8 +18,6 @@ from cfsp.calibration.statistics import (
     UnitStatistics,
 )
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
-from cfsp.engine.compute import engine_of
-from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
 from cfsp.planning.fine import FFNWeights
@@ -34,6 +32,8 @@ from cfsp.settings import (
     PruneSettings,
     TargetParameters,
 )
+from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.work_dir import WorkDir
 
 RECORD = CalibrationRecord(
     model="tiny",
@@ -116,11 +116,11 @@ def job_of(
     settings: PruneSettings,
     draw: Any = never,
     *,
-    place: Workplace | None = None,
+    place: WorkDir | None = None,
 ) -> Job:
     """Return a job on given windows, at a place that nothing resumes from."""
-    engine = engine_of(settings.compute, source)
-    return Job(source, settings, never, draw, engine, place or Workplace(Path()))
+    runtime = runtime_of(settings.compute, source)
+    return Job(source, settings, never, draw, runtime, place or WorkDir(Path()))
 
 
 def plan_without(source: WeightSource, dropped: Dropped) -> PruningPlan:

@@ -80,10 +80,10 @@ def run(argv: list[str], dies: str | None, count: int) -> int:
 
 def prepare(dies: str | None, count: int) -> None:
     """Make this process save after every block and die where it is to."""
-    import cfsp.engine.block_pass as block_pass
-    import cfsp.engine.pass_state as pass_state
     import cfsp.pipeline as pipeline
-    from cfsp.engine.block_stream import StreamedBlock
+    import cfsp.streaming.block_pass as block_pass
+    import cfsp.streaming.pass_state as pass_state
+    from cfsp.streaming.block_stream import StreamedBlock
 
     pass_state.SHARE_OF_TIME = float("inf")
     passed = 0

@@ -22,7 +22,6 @@ from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import auto_classes_of
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.engine.resumed_forward import skipped
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
@@ -36,6 +35,7 @@ from cfsp.settings import (
     PruneSettings,
     Text,
 )
+from cfsp.streaming.resumed_forward import skipped
 from stock import Question, computed
 
 SPARSITY = 0.4

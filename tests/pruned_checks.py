@@ -18,12 +18,12 @@ from architecture_contract import logits_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.cli import main
-from cfsp.engine.resumed_forward import skipped
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.load import call_form_of
 from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, PruneSettings, Repair
+from cfsp.streaming.resumed_forward import skipped
 from family_contract import question_of, save_with_tokenizer
 from forks import Forks, Job
 from stock import Answer

@@ -19,7 +19,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.job import Job
 from cfsp.repair import ladder
-from cfsp.repair.repaired import Repaired
+from cfsp.repair.result import PruningResult
 from cfsp.selection import divergence
 from cfsp.text.windows import Windows
 
@@ -48,7 +48,7 @@ def pruned(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The model by every repair, each pass once: `local` begins with the steps of the others."""
     directory = tmp_path_factory.mktemp("real")
 
-    def written(job: Job, result: Repaired, windows: Windows) -> Repaired:
+    def written(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
         """Take the steps of local repair, and write what is there after each before it."""
         for name, step in ladder.steps_of("local").items():
             if name != "ridge":

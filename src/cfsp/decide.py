@@ -17,13 +17,12 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
 from cfsp.checkpoint.skeleton import check_complete
 from cfsp.cut.surgery import pruned_specs
-from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import warn_of_lost_experts
 from cfsp.planning.make import Planner, check_statistics_fit
 from cfsp.repair.ladder import check_windows, repair, repaired_a_little, steps_of
-from cfsp.repair.repaired import Repaired
+from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
 from cfsp.selection.by_statistics import check_can_go
 from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
@@ -31,14 +30,15 @@ from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import check_is_definite, only_candidate, select
 from cfsp.selection.sensitivity import with_needed_sensitivity
 from cfsp.settings import AUTO_METRIC, RUNS, PruneSettings
+from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.text.windows import few_windows
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
     from cfsp.job import Job
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.selection.constraint import Constraint
+    from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
 # Angular distance settles with little text; study 7 (LOG.md) shows how little.
@@ -47,7 +47,7 @@ COARSE_WINDOWS = 8
 
 def decide(
     job: Job, *, statistics: Statistics | None = None, plan: PruningPlan | None = None
-) -> tuple[Repaired, dict[str, Any]]:
+) -> tuple[PruningResult, dict[str, Any]]:
     """Decide which blocks and channels stay, and repair what is left as the settings ask for.
 
     Args:
@@ -64,13 +64,13 @@ def decide(
     check_complete(job.source)
     if plan is not None:
         _check_plan(job.source, plan)
-        return _repaired_by(job, Repaired(plan)), {}
+        return _repaired_by(job, PruningResult(plan)), {}
     if statistics is not None:
         check_statistics_fit(job.source, statistics)
     job, constraint = constraint_of(job)
     is_measured = statistics is not None
     if statistics is None:
-        check_can_be_compared(job.source, job.budget, job.criterion.removal, job.engine)
+        check_can_be_compared(job.source, job.budget, job.criterion.removal, job.runtime)
     repairs = steps_of(job.settings.repair) and job.budget.parts != ("experts",)
     if not is_measured and repairs and job.budget.channel_parts and not constraint.needs_statistics:
         return _choose_and_repair(job, constraint)
@@ -82,7 +82,7 @@ def decide(
     with job.place.watch.stage("plan"):
         plan = planner.plan_for_people(candidate)
     facts = _facts(constraint, candidate)
-    return _repaired_by(job, Repaired(plan, planner.statistics)), facts
+    return _repaired_by(job, PruningResult(plan, planner.statistics)), facts
 
 
 def plan_for(job: Job, statistics: Statistics) -> tuple[PruningPlan, dict[str, Any]]:
@@ -116,7 +116,7 @@ def _repairer(job: Job) -> Any:
     return None if job.settings.repair == "none" else repaired_a_little
 
 
-def _repaired_by(job: Job, result: Repaired) -> Repaired:
+def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
     """Repair what a plan leaves; what experts did that go nothing that stays could take over."""
     plan = result.plan
     is_whole = all(unit.kept_width == unit.width for unit in plan.units)
@@ -161,11 +161,11 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
         statistics = calibrate_together(
             job.source,
             seen,
-            job.engine,
+            job.runtime,
             seed=job.settings.text.seed,
             place=job.place,
             name=name,
-            runs=follow_runs(job.source, job.settings, job.engine),
+            runs=follow_runs(job.source, job.settings, job.runtime),
         )
     return _completed(job, constraint, statistics, job.windows())
 
@@ -174,25 +174,25 @@ def _completed(
     job: Job, constraint: Constraint, statistics: Statistics, windows: Windows
 ) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
-    source, engine, place = job.source, job.engine, job.place
-    if job.budget.whole_parts and follow_divergence(source, job.criterion.removal, engine):
+    source, runtime, place = job.source, job.runtime, job.place
+    if job.budget.whole_parts and follow_divergence(source, job.criterion.removal, runtime):
         wanted = [constraint.to_drop()]
-        statistics = with_order(source, statistics, windows, wanted, engine, place)
+        statistics = with_order(source, statistics, windows, wanted, runtime, place)
     if job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics, windows)
     return statistics
 
 
-def follow_runs(source: WeightSource, settings: PruneSettings, engine: Engine) -> bool:
+def follow_runs(source: WeightSource, settings: PruneSettings, runtime: Runtime) -> bool:
     """Return whether blocks go by how far runs of them turn the hidden state."""
     removal = settings.criterion.removal
     by_runs = removal == RUNS or (
-        removal == AUTO_METRIC and not follow_divergence(source, removal, engine)
+        removal == AUTO_METRIC and not follow_divergence(source, removal, runtime)
     )
     return "blocks" in settings.budget.parts and by_runs
 
 
-def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[Repaired, dict[str, Any]]:
+def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult, dict[str, Any]]:
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     windows = job.windows()
     check_windows(job, windows)
@@ -202,7 +202,7 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[Repaired, dict
     widths = planner.widths(candidate)
     with job.place.watch.stage("ridge"):
         chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)
-    record = calibration_record(job.source, windows, job.engine, seed=job.settings.text.seed)
+    record = calibration_record(job.source, windows, job.runtime, seed=job.settings.text.seed)
     statistics = replace(
         Statistics.of([each.observed for each in chosen], record, planner.statistics.sensitivity),
         removals=planner.statistics.removals,
@@ -212,5 +212,5 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[Repaired, dict
     plan = replace(planner, statistics=statistics).assemble(candidate, widths, kept)
     warn_of_few_tokens(plan)
     warn_of_lost_experts(plan)
-    result = with_ridge(job, Repaired(plan, statistics), chosen)
+    result = with_ridge(job, PruningResult(plan, statistics), chosen)
     return repair(job, result, windows), _facts(constraint, candidate)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
     from cfsp.settings import Budget, Criterion, PruneSettings
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
 
 
@@ -28,7 +28,7 @@ class Job:
         settings: how to prune.
         tokenizer: gives the model's own; called only if there is text to read.
         draw: gives the calibration windows; called only if they are needed, and cheap again.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
         place: where to work; it outlives results, which have their repaired tensors there.
     """
 
@@ -36,8 +36,8 @@ class Job:
     settings: PruneSettings
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     draw: Callable[[], Windows]
-    engine: Engine
-    place: Workplace
+    runtime: Runtime
+    place: WorkDir
 
     @property
     def budget(self) -> Budget:
@@ -64,6 +64,6 @@ class Job:
             check_is_text(windows, f"--parts {','.join(parts)}")
         return windows
 
-    def at(self, place: Workplace) -> Job:
+    def at(self, place: WorkDir) -> Job:
         """Return the same job at another place."""
         return replace(self, place=place)

@@ -33,13 +33,6 @@ from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weight
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import write_pruned_weights
 from cfsp.decide import decide, plan_for
-from cfsp.engine.compute import engine_of
-from cfsp.engine.workplace import (
-    Workplace,
-    output_workplace,
-    remove_finished_work,
-    temporary_workplace,
-)
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
@@ -47,7 +40,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.repair.ladder import check_can_be_repaired
-from cfsp.repair.repaired import Repaired
+from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card
 from cfsp.result.manifest import (
     describe_pruning,
@@ -71,6 +64,13 @@ from cfsp.settings import (
     MaxLossIncrease,
     Part,
     PruneSettings,
+)
+from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.work_dir import (
+    WorkDir,
+    output_work_dir,
+    remove_finished_work,
+    temporary_work_dir,
 )
 from cfsp.text.calibration_text import calibration_windows
 from cfsp.text.image_windows import parted
@@ -129,7 +129,7 @@ def prune_checkpoint(
     identity = pruning_identity(settings, statistics, plan)
     with (
         created_parents(out),
-        output_workplace(out, identity, settings.compute.memory_budget, team) as place,
+        output_work_dir(out, identity, settings.compute.memory_budget, team) as place,
         _shared_staging(out, place) as staging,
     ):
         check_same_work(team, [source], {"command": digest_of(identity)})
@@ -175,7 +175,7 @@ def prune_checkpoint(
 
 
 @contextmanager
-def _shared_staging(out: Path, place: Workplace) -> Iterator[Path]:
+def _shared_staging(out: Path, place: WorkDir) -> Iterator[Path]:
     """Give the directory that the first process writes into; see `staged_directory`.
 
     Raises:
@@ -214,7 +214,7 @@ def prune_model(
     tokenizer, processor = parted(tokenizer)
     with (
         in_memory(model, settings.budget.parts) as source,
-        temporary_workplace(settings.compute.memory_budget) as place,
+        temporary_work_dir(settings.compute.memory_budget) as place,
     ):
         repaired, goal = _decide(source, lambda: tokenizer, settings, place, processor=processor)
         report = prune_report(source, repaired, goal, {}, place, None)
@@ -240,7 +240,7 @@ def calibrate_source(
     tokenizer: PreTrainedTokenizerBase,
     text: CalibrationText,
     compute: Compute,
-    place: Workplace | None = None,
+    place: WorkDir | None = None,
     *,
     sensitivity: bool | Callable[[Windows], bool] = False,
     wanted: Sequence[DropBudget] = (),
@@ -262,9 +262,9 @@ def calibrate_source(
         runs: also compare how far runs of blocks turn the hidden state.
         processor: of a multimodal model in memory.
     """
-    own: AbstractContextManager[Workplace] = temporary_workplace(compute.memory_budget)
+    own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
     with own if place is None else nullcontext(place) as place:
-        engine = engine_of(compute, source)
+        runtime = runtime_of(compute, source)
         with place.watch.stage("text"):
             windows = calibration_windows(source, tokenizer, text, processor)
         if callable(sensitivity):
@@ -272,16 +272,16 @@ def calibrate_source(
         if sensitivity:
             check_is_text(windows, "--sensitivity")
         check_same_work(place.team, [source], {"calibration text": windows.digest})
-        check_enough(windows, place.team, engine.batch_windows)
+        check_enough(windows, place.team, runtime.batch_windows)
         with place.watch.stage("calibrate"):
             statistics = calibrate_together(
-                source, windows, engine, seed=text.seed, place=place, runs=runs
+                source, windows, runtime, seed=text.seed, place=place, runs=runs
             )
-        statistics = with_order(source, statistics, windows, wanted, engine, place)
+        statistics = with_order(source, statistics, windows, wanted, runtime, place)
         if not sensitivity:
             return statistics
         with place.watch.stage("sensitivity"):
-            return with_sensitivity(source, statistics, windows, Criterion(), engine)
+            return with_sensitivity(source, statistics, windows, Criterion(), runtime)
 
 
 def calibrate_for(source: WeightSource, parts: Sequence[Part], compute: Compute) -> dict[str, Any]:
@@ -290,9 +290,9 @@ def calibrate_for(source: WeightSource, parts: Sequence[Part], compute: Compute)
     Raises:
         UsageError: the two are to be compared, and the model does not fit into memory.
     """
-    budget, engine = Budget(parts=tuple(parts)), engine_of(compute, source)
-    check_can_be_compared(source, budget, AUTO_METRIC, engine)
-    if not budget.whole_parts or not follow_divergence(source, AUTO_METRIC, engine):
+    budget, runtime = Budget(parts=tuple(parts)), runtime_of(compute, source)
+    check_can_be_compared(source, budget, AUTO_METRIC, runtime)
+    if not budget.whole_parts or not follow_divergence(source, AUTO_METRIC, runtime):
         return {"runs": "blocks" in parts}
     return {"wanted": [DropBudget.of_share(source, budget.whole_parts, MOST_DROPPED)]}
 
@@ -301,29 +301,29 @@ def _decide(
     source: WeightSource,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     settings: PruneSettings,
-    place: Workplace,
+    place: WorkDir,
     *,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
     processor: Any = None,
-) -> tuple[Repaired, dict[str, Any]]:
+) -> tuple[PruningResult, dict[str, Any]]:
     """Decide what goes and repair what is left; see `decide`.
 
     Windows are drawn once, and they and the tokenizer only if something needs them.
     """
-    engine, tokenizer = engine_of(settings.compute, source), cache(tokenizer)
+    runtime, tokenizer = runtime_of(settings.compute, source), cache(tokenizer)
 
     @cache
     def draw() -> Windows:
         with place.watch.stage("text"):
             windows = calibration_windows(source, tokenizer(), settings.text, processor)
         place.team.check_same({"calibration text": windows.digest})
-        check_enough(windows, place.team, engine.batch_windows)
+        check_enough(windows, place.team, runtime.batch_windows)
         return windows
 
     if settings.goal is None and (little := little_in_words(source, settings.budget)):
         log.warning("%s", little)
-    job = Job(source, settings, tokenizer, draw, engine, place)
+    job = Job(source, settings, tokenizer, draw, runtime, place)
     return decide(job, statistics=statistics, plan=plan)
 
 
@@ -335,12 +335,12 @@ def plan_from(
     def nothing() -> Any:
         raise AssertionError("statistics are there, so no text is read")
 
-    with temporary_workplace(settings.compute.memory_budget) as place:
-        engine = engine_of(settings.compute, source)
-        return plan_for(Job(source, settings, nothing, nothing, engine, place), statistics)
+    with temporary_work_dir(settings.compute.memory_budget) as place:
+        runtime = runtime_of(settings.compute, source)
+        return plan_for(Job(source, settings, nothing, nothing, runtime, place), statistics)
 
 
-def _write_checkpoint(source: Checkpoint, repaired: Repaired, target: Path) -> dict[str, str]:
+def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path) -> dict[str, str]:
     """Write all but manifest and model card; return the digests of the files."""
     repaired.plan.save(target / PLAN_FILE)
     if repaired.statistics is not None:

@@ -13,7 +13,6 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
-from cfsp.engine.workplace import remove_finished_work
 from cfsp.pipeline import check_all_texts, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
@@ -25,6 +24,7 @@ from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.loss import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
+from cfsp.streaming.work_dir import remove_finished_work
 from cfsp.text.calibration_text import processor_of
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer

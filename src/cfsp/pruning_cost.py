@@ -21,9 +21,6 @@ from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.decide import COARSE_WINDOWS
-from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
-from cfsp.engine.memory import available_bytes, default_budget
-from cfsp.engine.whole import needed_bytes
 from cfsp.repair.observation import Observation
 from cfsp.repair.ridge import LAMBDAS
 from cfsp.repair.ridge_pass import gram_bytes
@@ -36,6 +33,9 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import DEFAULT_SAMPLES
+from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
+from cfsp.streaming.memory import available_bytes, default_budget
+from cfsp.streaming.whole import needed_bytes
 from cfsp.text.pools import sources_drawn
 from cfsp.text.windows import Windows
 
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
     from cfsp.settings import PruneSettings
+    from cfsp.streaming.runtime import Runtime
 
 # Python, torch and transformers.
 _INTERPRETER_BYTES = int(0.5e9)
@@ -110,7 +110,7 @@ class Rates:
 
 
 def pruning_cost(
-    source: WeightSource, out: Path, settings: PruneSettings, engine: Engine
+    source: WeightSource, out: Path, settings: PruneSettings, runtime: Runtime
 ) -> PruningCost:
     """Return what a prune will take; one block is read and computes one batch.
 
@@ -119,12 +119,12 @@ def pruning_cost(
         out: where the smaller model is to go, or a directory on the same disk; need not exist.
         settings: how to prune, without local repair; a text with fewer windows than asked for is
             not noticed.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
 
     Raises:
         CfspError: the block cannot be read, or does not compute.
     """
-    asked = _Asked(source, settings.suited_to_repair(), engine)
+    asked = _Asked(source, settings.suited_to_repair(), runtime)
     out = out.absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
     before = parameter_count(source)
@@ -145,8 +145,8 @@ def pruning_cost(
 class _Asked:
     """A prune that is asked for, and the sizes that its costs follow from."""
 
-    def __init__(self, source: WeightSource, settings: PruneSettings, engine: Engine) -> None:
-        self.source, self.settings, self.engine = source, settings, engine
+    def __init__(self, source: WeightSource, settings: PruneSettings, runtime: Runtime) -> None:
+        self.source, self.settings, self.runtime = source, settings, runtime
         self.repairs = settings.repair != "none"
         self.seqlen = settings.text.seqlen
         self.stays = 1 - settings.budget.sparsity
@@ -155,7 +155,7 @@ class _Asked:
         self.hidden = int(text_config_of(source.config).hidden_size)
         self.vocabulary = vocabulary_of(source.config)
         self.checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
-        self.compares = follow_sensitivity(source, settings.criterion, engine, has_images=False)
+        self.compares = follow_sensitivity(source, settings.criterion, runtime, has_images=False)
         prefixes = map(source.architecture.block_prefix, range(source.architecture.block_count))
         # Of every block.
         self.elements = [
@@ -167,7 +167,7 @@ class _Asked:
     def batch(self) -> Windows:
         """One batch of random tokens."""
         one = Windows(torch.zeros(1, self.seqlen, dtype=torch.int64), {})
-        size = min(self.windows, windows_in_batch(one, self.engine.batch_windows))
+        size = min(self.windows, windows_in_batch(one, self.runtime.batch_windows))
         shape, generator = (size, self.seqlen), torch.Generator().manual_seed(0)
         tokens_NT = torch.randint(self.vocabulary, shape, generator=generator)
         return Windows(tokens_NT, {"random tokens": size})
@@ -212,11 +212,11 @@ class _Asked:
 
     def _hidden_bytes(self) -> int:
         tokens = self.windows * self.seqlen
-        return tokens * self.hidden * self.engine.dtype.itemsize
+        return tokens * self.hidden * self.runtime.dtype.itemsize
 
     def memory_bytes(self) -> int:
         """Return the peak, as docs/SCALE.md works it out."""
-        source, itemsize = self.source, self.engine.dtype.itemsize
+        source, itemsize = self.source, self.runtime.dtype.itemsize
         around = (parameter_count(source) - sum(self.elements)) * itemsize
         block = max(self.elements) * itemsize
         width = max(unit.columns for unit in source.units)
@@ -229,7 +229,7 @@ class _Asked:
         hidden, budget = self._hidden_bytes(), self.settings.compute.memory_budget
         peak += hidden if hidden <= (default_budget() if budget is None else budget) else 0
         if self.compares:
-            whole = needed_bytes(source, self.engine.dtype) + prediction_bytes(self.vocabulary)
+            whole = needed_bytes(source, self.runtime.dtype) + prediction_bytes(self.vocabulary)
             peak = max(peak, whole)
         return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * self.vocabulary
 
@@ -246,9 +246,9 @@ def _down_names(source: WeightSource) -> list[str]:
 
 def measured(asked: _Asked) -> Rates:
     """Time the first block that has units, reading, and solving."""
-    source, windows, device = asked.source, asked.batch, asked.engine.device
+    source, windows, device = asked.source, asked.batch, asked.runtime.device
     tokens_N = len(windows.tokens_NT)
-    for block in stream_blocks(source, windows, replace(asked.engine, batch_windows=tokens_N)):
+    for block in stream_blocks(source, windows, replace(asked.runtime, batch_windows=tokens_N)):
         if block.units:
             forward, gram = _time_block(block, tokens_N)
             break

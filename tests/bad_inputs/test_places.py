@@ -204,7 +204,7 @@ WRITERS = {
 }  # fmt: skip
 
 # Else the work may be kept for the same command to go on from, which the message then says.
-NOT_SAVING = ("cfsp.engine.pass_state.SHARE_OF_TIME", 0)
+NOT_SAVING = ("cfsp.streaming.pass_state.SHARE_OF_TIME", 0)
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.together import part_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
-from cfsp.engine.compute import engine_of
 from cfsp.processes import Team
 from cfsp.settings import Compute
+from cfsp.streaming.runtime import runtime_of
 from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
@@ -116,8 +116,8 @@ def whole_model_sums(case: Case) -> tuple[list[DistanceSums], dict[tuple[int, st
 
 
 def check_statistics(case: Case) -> None:
-    engine = engine_of(Compute(device="cpu", dtype="float32"), case.source)
-    found = calibrate(case.source, case.windows, engine)
+    runtime = runtime_of(Compute(device="cpu", dtype="float32"), case.source)
+    found = calibrate(case.source, case.windows, runtime)
     distances, sums = whole_model_sums(case)
     assert len(found.blocks) == BLOCKS
     for block, want in zip(found.blocks, distances, strict=True):
@@ -146,11 +146,11 @@ def test_statistics_of_what_a_processor_might_give(model_type: str) -> None:
     source = LoadedModel(model)
     check_statistics(Case(model, source, windows))
     # Of two processes one has the image.
-    engine = engine_of(Compute(device="cpu", dtype="float32"), source)
+    runtime = runtime_of(Compute(device="cpu", dtype="float32"), source)
     parts = [windows.part(part_of(windows, Team(rank, 2), None)) for rank in range(2)]
     assert [part.has_images for part in parts] == [True, False]
-    first, second = (calibrate(source, part, engine) for part in parts)
-    whole = calibrate(source, windows, engine)
+    first, second = (calibrate(source, part, runtime) for part in parts)
+    whole = calibrate(source, windows, runtime)
     for a, b, both in zip(first.units, second.units, whole.units, strict=True):
         total_F = a.sum_of_squares_F + b.sum_of_squares_F
         torch.testing.assert_close(total_F, both.sum_of_squares_F, rtol=1e-5, atol=1e-5)

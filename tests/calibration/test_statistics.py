@@ -15,8 +15,8 @@ from builders import RECORD, random_block, random_unit_statistics, statistics_wi
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.engine.compute import Engine
 from cfsp.errors import CalibrationError, StatisticsError
+from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 
@@ -35,7 +35,7 @@ def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> St
     return calibrate(
         source,
         windows,
-        Engine(torch.device("cpu"), torch.float32, batch),
+        Runtime(torch.device("cpu"), torch.float32, batch),
     )
 
 

@@ -20,8 +20,6 @@ from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.calibration.together import add_up
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.engine.compute import Engine
-from cfsp.engine.workplace import Workplace
 from cfsp.errors import CheckpointError, PlanError, UsageError
 from cfsp.planning.channels import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
@@ -30,6 +28,8 @@ from cfsp.processes import Team
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.result.page.page import write_report
 from cfsp.settings import Budget, Compute, PruneSettings
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
 from drawn_windows import draw_windows
 from ragged import tiny
 
@@ -207,7 +207,7 @@ def test_sums_of_parts_of_the_text_are_those_of_the_whole(
         return calibrate(
             source,
             replace(windows, tokens_NT=tokens_NT),
-            Engine(torch.device("cpu"), torch.float32, 2),
+            Runtime(torch.device("cpu"), torch.float32, 2),
         )
 
     whole, *parts = map(observed, (windows.tokens_NT, windows.tokens_NT[:4], windows.tokens_NT[4:]))
@@ -228,7 +228,7 @@ def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(
     """The second pass finds all blocks done and only reads them."""
     source = Checkpoint(lonely)
     windows = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32)
-    place = Workplace(tmp_path, identity={"command": "test"})
+    place = WorkDir(tmp_path, identity={"command": "test"})
 
     job = job_of(source, PruneSettings(Budget(0.5), compute=Compute("cpu")), place=place)
     keep = [unit.width // 2 for unit in source.units]

@@ -12,7 +12,7 @@ from cfsp.cli.output import show_messages
 def test_messages_are_plain_lines_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     show_messages()
     show_messages()  # of a second command in one process
-    logging.getLogger("cfsp.engine.block_pass").info("calibrate: going on at block 3 of 5")
+    logging.getLogger("cfsp.streaming.block_pass").info("calibrate: going on at block 3 of 5")
     logging.getLogger("cfsp.selection").warning("100%% of %s", "it")
     logging.getLogger("cfsp").debug("for nobody")
     logging.getLogger("other").info("not ours")

@@ -21,11 +21,6 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.cut.surgery import pruned_specs
-from cfsp.engine.block_proof import (
-    check_attentions_can_go,
-    check_blocks_can_go,
-    prove_without_blocks,
-)
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.pipeline import plan_from
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
@@ -41,6 +36,11 @@ from cfsp.settings import (
     Part,
     PruneSettings,
     Repair,
+)
+from cfsp.streaming.block_proof import (
+    check_attentions_can_go,
+    check_blocks_can_go,
+    prove_without_blocks,
 )
 from family_contract import save_with_tokenizer
 from pruned_checks import (

@@ -13,8 +13,6 @@ from torch.nn.functional import cross_entropy
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.engine.compute import Engine
-from cfsp.engine.workplace import Workplace
 from cfsp.errors import CalibrationError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
@@ -22,12 +20,14 @@ from cfsp.quality import perplexity as measuring
 from cfsp.quality import streaming
 from cfsp.quality.perplexity import negative_log_likelihood
 from cfsp.quality.streaming import streamed_perplexity
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.cutting import gather, overlapping_spans
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 CPU = torch.device("cpu")
-ENGINE = Engine(CPU, torch.float32)
+ENGINE = Runtime(CPU, torch.float32)
 
 
 def random_windows(count: int = 5, length: int = 12) -> Windows:
@@ -68,8 +68,8 @@ def plain(model: Any, windows: Windows, stride: int | None = None) -> tuple[floa
 def test_it_is_the_whole_models(name: str, stride: int | None) -> None:
     model, windows = build_tiny_model(name), random_windows()
     expected, tokens = plain(model, windows, stride)
-    engine = Engine(CPU, torch.float32, 2)
-    found = streamed_perplexity(LoadedModel(model), overlapping(windows, stride), engine)
+    runtime = Runtime(CPU, torch.float32, 2)
+    found = streamed_perplexity(LoadedModel(model), overlapping(windows, stride), runtime)
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert (found.tokens, found.windows, found.seqlen) == (tokens, 5, 12)
     assert (found.stride, found.bos) == (stride, False)
@@ -124,9 +124,9 @@ class _KilledError(Exception):
 
 def test_a_killed_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, windows = LoadedModel(build_tiny_model("llama")), random_windows()
-    monkeypatch.setattr("cfsp.engine.pass_state.SHARE_OF_TIME", 1e9)
+    monkeypatch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", 1e9)
 
-    def measure(place: Workplace) -> float:
+    def measure(place: WorkDir) -> float:
         return streamed_perplexity(source, windows, ENGINE, place=place, name="dense").value
 
     entered: list[int] = []
@@ -140,10 +140,10 @@ def test_a_killed_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(streaming.StreamedBlock, "advance", killed_at_the_last)
     with pytest.raises(_KilledError):
-        measure(Workplace(tmp_path, identity={}))
-    again = measure(Workplace(tmp_path, identity={}))
+        measure(WorkDir(tmp_path, identity={}))
+    again = measure(WorkDir(tmp_path, identity={}))
     assert entered == [0, 1, 2, 2]
-    assert again == measure(Workplace(tmp_path, identity={}))  # without any block
+    assert again == measure(WorkDir(tmp_path, identity={}))  # without any block
     assert len(entered) == BLOCKS + 1
     assert again == pytest.approx(plain(source.model, windows)[0], rel=1e-5)
 

@@ -17,10 +17,6 @@ from torch import nn
 import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.engine import pass_state
-from cfsp.engine.group_visit import Batch
-from cfsp.engine.judge import hidden_loss, token_error
-from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
 from cfsp.processes import Team
@@ -29,6 +25,10 @@ from cfsp.repair import local as local_repair
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
+from cfsp.streaming import pass_state
+from cfsp.streaming.group_visit import Batch
+from cfsp.streaming.judge import hidden_loss, token_error
+from cfsp.streaming.two_streams import TwoStreams
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model

@@ -13,18 +13,18 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
-from cfsp.engine.block_group import BlockGroup
-from cfsp.engine.call_recorder import record_calls
-from cfsp.engine.compute import Engine
-from cfsp.engine.group_visit import Batch
-from cfsp.engine.resumed_forward import hidden_states_entering
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.repair.head import HeadLoss
-from cfsp.repair.repaired import BlockRepair, ExpertRepair
+from cfsp.repair.result import BlockRepair, ExpertRepair
+from cfsp.streaming.block_group import BlockGroup
+from cfsp.streaming.call_recorder import record_calls
+from cfsp.streaming.group_visit import Batch
+from cfsp.streaming.resumed_forward import hidden_states_entering
+from cfsp.streaming.runtime import Runtime
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
-ENGINE = Engine(torch.device("cpu"), torch.float32)
+ENGINE = Runtime(torch.device("cpu"), torch.float32)
 
 
 def random_tokens(windows: int, length: int) -> torch.Tensor:

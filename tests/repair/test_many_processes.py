@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
-from cfsp.engine.pass_state import PassState
 from cfsp.selection import speedup
 from cfsp.selection.latency import Curve, Latencies
 from cfsp.settings import REPAIRS
+from cfsp.streaming.pass_state import PassState
 from commands import Command, Commands, ranks
 from forks import Forks, Job
 from tiny_models import BLOCKS

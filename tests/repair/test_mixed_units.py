@@ -23,22 +23,22 @@ from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cli.plan import print_plan
 from cfsp.cut.surgery import PrunedSource, pruned_specs
 from cfsp.decide import decide
-from cfsp.engine.compute import Engine
-from cfsp.engine.workplace import Workplace
 from cfsp.errors import PlanError, UnsupportedModelError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.widths import model_size
 from cfsp.repair.ladder import check_can_be_repaired
-from cfsp.repair.repaired import Repaired
+from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.repair_steps import steps_in_words
 from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import Budget, Compute, Criterion, LocalTraining, PruneSettings
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 from tiny_models import build_tiny_model
 
-ENGINE = Engine(torch.device("cpu"), torch.float32, 4)
+ENGINE = Runtime(torch.device("cpu"), torch.float32, 4)
 BUDGET = Budget(0.4, multiple=8)
 SHARED = "mlp.shared_expert"
 EXPERTS = "mlp.experts"
@@ -65,9 +65,9 @@ def windows(text_file: Path, tokenizer: Any) -> Windows:
     return draw_windows([str(text_file)], tokenizer, samples=12, seqlen=32)
 
 
-def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> Repaired:
+def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> PruningResult:
     settings = PruneSettings(BUDGET, compute=Compute("cpu", "float32", batch_windows=4), **changes)
-    place = Workplace(directory, identity={"command": "test"})
+    place = WorkDir(directory, identity={"command": "test"})
     return decide(job_of(source, settings, lambda: windows, place=place))[0]
 
 

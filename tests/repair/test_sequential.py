@@ -15,12 +15,12 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
-from cfsp.engine import pass_state
-from cfsp.engine.workplace import Workplace
 from cfsp.job import Job
-from cfsp.repair.repaired import Repaired
+from cfsp.repair.result import PruningResult
 from cfsp.repair.sequential import SequentialRepair, repair_sequentially
 from cfsp.settings import Budget, Compute, PruneSettings
+from cfsp.streaming import pass_state
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 from tiny_models import BLOCKS, build_tiny_model
@@ -40,12 +40,12 @@ def job(windows: Windows, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 @pytest.fixture(scope="module")
-def ridge(job: Job) -> Repaired:
+def ridge(job: Job) -> PruningResult:
     return decide(job)[0]
 
 
 @pytest.fixture(scope="module")
-def fitted(job: Job, ridge: Repaired, windows: Windows) -> Repaired:
+def fitted(job: Job, ridge: PruningResult, windows: Windows) -> PruningResult:
     return repair_sequentially(job, ridge, windows)
 
 
@@ -56,20 +56,20 @@ def job_for(
     budget: Budget = HALF,
 ) -> Job:
     compute = Compute("cpu", "float32", batch_windows=4)
-    place = Workplace(directory, identity={"command": "test"})
+    place = WorkDir(directory, identity={"command": "test"})
     return job_of(source, PruneSettings(budget, compute=compute), lambda: windows, place=place)
 
 
-def model_of(job: Job, result: Repaired) -> Any:
+def model_of(job: Job, result: PruningResult) -> Any:
     source: Any = job.source
     return build_pruned_model(source.model, source, result.plan, result.tensors)
 
 
-def pruned_source(job: Job, result: Repaired) -> PrunedSource:
+def pruned_source(job: Job, result: PruningResult) -> PrunedSource:
     return PrunedSource(job.source, result.plan, result.tensors)
 
 
-def last_step(result: Repaired) -> list[dict[str, Any]]:
+def last_step(result: PruningResult) -> list[dict[str, Any]]:
     """Return what the last step did with each block."""
     blocks: list[dict[str, Any]] = result.to_json()["steps"][-1]["blocks"]
     return blocks
@@ -90,7 +90,7 @@ def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
 
 
 def test_weights_are_the_ridge_solution_for_the_drift(
-    job: Job, ridge: Repaired, fitted: Repaired, windows: Windows
+    job: Job, ridge: PruningResult, fitted: PruningResult, windows: Windows
 ) -> None:
     entries = last_step(fitted)
     block = max(i for i, entry in enumerate(entries) if entry["kept"])
@@ -114,7 +114,7 @@ def test_weights_are_the_ridge_solution_for_the_drift(
 
 
 def test_only_down_projections_change_and_the_model_comes_closer(
-    job: Job, ridge: Repaired, fitted: Repaired
+    job: Job, ridge: PruningResult, fitted: PruningResult
 ) -> None:
     new, old = pruned_source(job, fitted), pruned_source(job, ridge)
     assert new.specs == old.specs
@@ -136,8 +136,8 @@ def test_only_down_projections_change_and_the_model_comes_closer(
 @pytest.mark.parametrize("budget", [None, 1000], ids=["memory", "file"])
 def test_interrupted_it_goes_on_and_gives_the_same_bits(
     job: Job,
-    ridge: Repaired,
-    fitted: Repaired,
+    ridge: PruningResult,
+    fitted: PruningResult,
     windows: Windows,
     budget: int | None,
     tmp_path: Path,

@@ -13,8 +13,6 @@ import torch
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.engine.call_form import PLAIN
-from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.selection import drop_order
@@ -22,6 +20,8 @@ from cfsp.selection.divergence import dense_predictions
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.drop_order import order_of_removal
 from cfsp.selection.masks import without_attention
+from cfsp.streaming.call_form import PLAIN
+from cfsp.streaming.resumed_forward import skipped
 from tiny_decoders import tiny_model
 
 BLOCKS = 5

@@ -17,13 +17,13 @@ from builders import job_of
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
-from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError
 from cfsp.planning.widths import model_size
 from cfsp.result.manifest import read_manifest
 from cfsp.selection import goal
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
 from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters
+from cfsp.streaming.work_dir import WorkDir
 from commands_of_goals import prune
 from drawn_windows import draw_windows
 from tiny_decoders import tiny_config
@@ -167,7 +167,7 @@ def test_a_resumed_run_keeps_what_it_had_decided(
 ) -> None:
     source = open_checkpoint(model)
     settings = replace(OPEN, goal=TargetParameters(stays_without(source, 0.6)))
-    place = Workplace(tmp_path, identity={"of": "one command"})
+    place = WorkDir(tmp_path, identity={"of": "one command"})
 
     def parts() -> tuple[str, ...]:
         return constraint_of(job_of(source, settings, draw, place=place))[0].budget.parts

@@ -15,12 +15,12 @@ from builders import job_of
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
-from cfsp.engine.workplace import temporary_workplace
 from cfsp.errors import UsageError
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.selection import drop_order, search
 from cfsp.selection.search import Scored, _best_numbers, best_of, worth_a_repair
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings, TargetParameters
+from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.drawing import draw_text
 from tiny_decoders import tiny_model
 
@@ -56,7 +56,7 @@ def test_the_best_of_all_numbers_is_chosen(
         return tried
 
     monkeypatch.setattr(search, "_all_masked", note)
-    with temporary_workplace(None) as place:
+    with temporary_work_dir(None) as place:
         result, facts = decide(job_of(source, asked, lambda: windows, place=place))
     best = min(tried, key=lambda each: each.masked).candidate
     assert Candidate.from_json(facts["chosen"]) == best
@@ -134,7 +134,7 @@ def test_the_number_is_chosen_after_repair(
         return abs(len(candidate.dropped) - best)
 
     monkeypatch.setattr(search.RepairedScore, "score", score)
-    with temporary_workplace(None) as place:
+    with temporary_work_dir(None) as place:
         _, facts = decide(job_of(source, asked, lambda: windows, place=place))
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
 

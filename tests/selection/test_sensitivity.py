@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.engine.compute import Engine
-from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.selection.divergence import POSITION_STRIDE, dense_predictions
 from cfsp.selection.masks import masked_channels
 from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
 from cfsp.settings import Criterion
+from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at
+from cfsp.streaming.runtime import Runtime
 from drawn_windows import draw_windows
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
@@ -99,9 +99,9 @@ def test_what_stayed_is_stored_by_part(text_file: Path, tokenizer: Any) -> None:
     config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
     source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
     windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
-    engine = Engine(torch.device("cpu"), torch.float32, 2)
+    runtime = Runtime(torch.device("cpu"), torch.float32, 2)
     statistics = with_sensitivity(
-        source, calibrate(source, windows, engine), windows, Criterion(), engine
+        source, calibrate(source, windows, runtime), windows, Criterion(), runtime
     )
     of_ffns = statistics.sensitivity
     assert of_ffns is not None

@@ -7,10 +7,10 @@ import torch
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.engine.resumed_forward import resumed_at
 from cfsp.selection.divergence import dense_predictions
 from cfsp.selection.masks import masked_channels
 from cfsp.selection.sensitivity import block_sensitivities
+from cfsp.streaming.resumed_forward import resumed_at
 from tiny_decoders import tiny_model
 
 

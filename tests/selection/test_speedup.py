@@ -21,8 +21,6 @@ from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
-from cfsp.engine.compute import Engine
-from cfsp.engine.workplace import Workplace
 from cfsp.errors import BudgetError, ResumeError, UsageError
 from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.planning.make import Planner
@@ -49,6 +47,8 @@ from cfsp.settings import (
 )
 from cfsp.settings.budget import parse_parts
 from cfsp.speed.work import work_of
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
 from commands_of_goals import prune
 from tiny_models import BLOCKS, WIDTH
 
@@ -248,13 +248,13 @@ def test_the_most_that_sizes_allow_is_the_ratio_of_work(model: Path) -> None:
     before = work_of(source, head=True, itemsize=4)
     left = before.block_parameters - BLOCKS * 3 * 32 * (WIDTH - 8)
     after = replace(before, block_parameters=left, block_bytes=4 * left)
-    engine = Engine(torch.device("cpu"), torch.float32)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
     bytes_ratio = before.decode_bytes(WORKLOAD) / after.decode_bytes(WORKLOAD)
     flops_ratio = before.prefill_flops(WORKLOAD) / after.prefill_flops(WORKLOAD)
     budget = Budget(multiple=8)
 
     def most(*asked: Any) -> float:
-        return latency.most_speedup(source, budget, *asked, engine)
+        return latency.most_speedup(source, budget, *asked, runtime)
 
     assert most(("ffn",), "decode") == pytest.approx(bytes_ratio)
     assert most(("ffn",), "prefill") == pytest.approx(flops_ratio)
@@ -296,8 +296,8 @@ def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.Monkey
     # Where other tests run, almost every round is disturbed.
     monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
     source = open_checkpoint(model)
-    engine = Engine(torch.device("cpu"), torch.float32)
-    found = measure_latencies(source, Budget(multiple=48), 48, "decode", engine)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    found = measure_latencies(source, Budget(multiple=48), 48, "decode", runtime)
     assert found.curves["ffn"].kept == (48, 96)
     assert found.curves["ffn"].relative[-1] == 1.0
     assert found.curves["ffn"].relative[0] > 0
@@ -315,9 +315,9 @@ def test_a_busy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_models_that_do_not_fit_are_not_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "available_bytes", lambda: 10**9)
     source = open_checkpoint(model)
-    engine = Engine(torch.device("cpu"), torch.float32)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
     with pytest.raises(UsageError, match=r"5 models.*2\.5 GB; 1\.0 GB are available"):
-        measure_latencies(source, Budget(multiple=8), 8, "decode", engine)
+        measure_latencies(source, Budget(multiple=8), 8, "decode", runtime)
 
 
 def test_a_resumed_run_does_not_measure_again(
@@ -334,7 +334,7 @@ def test_a_resumed_run_does_not_measure_again(
     settings = PruneSettings(Budget(multiple=8), goal=TargetSpeedup(1.2))
 
     def latencies(identity: str) -> Latencies:
-        place = Workplace(tmp_path, identity={"command": identity})
+        place = WorkDir(tmp_path, identity={"command": identity})
         _, constraint = constraint_of(job_of(open_checkpoint(model), settings, place=place))
         assert isinstance(constraint, speedup.Speedup)
         return constraint.latencies

@@ -17,8 +17,6 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
-from cfsp.engine import whole
-from cfsp.engine.compute import Engine, engine_of
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
@@ -28,6 +26,8 @@ from cfsp.planning.widths import model_size
 from cfsp.selection import sensitivity
 from cfsp.selection.load import load_whole
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
+from cfsp.streaming import whole
+from cfsp.streaming.runtime import Runtime, runtime_of
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8
@@ -99,9 +99,9 @@ def test_what_counts_is_the_memory_where_the_model_computes(
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=on_device: (free, 0))
         monkeypatch.setattr(whole, "available_bytes", lambda free=on_machine: free)
         expected = min(on_device, on_machine) == needed
-        assert whole.fits(source, Engine(gpu, torch.bfloat16)) == expected
+        assert whole.fits(source, Runtime(gpu, torch.bfloat16)) == expected
     # One in memory is there already.
-    assert whole.fits(LoadedModel(build_tiny_model("llama")), Engine(gpu, torch.float32))
+    assert whole.fits(LoadedModel(build_tiny_model("llama")), Runtime(gpu, torch.float32))
 
 
 def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
@@ -148,7 +148,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
     settings: PruneSettings,
 ) -> None:
-    monkeypatch.setattr("cfsp.engine.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
     monkeypatch.setattr(
         "cfsp.selection.load.load", lambda *args, **kwargs: pytest.fail("it was read")
     )
@@ -175,7 +175,7 @@ def test_blocks_of_experts_are_ranked_by_sensitivity_too(
 def test_a_loaded_model_is_itself() -> None:
     model = build_tiny_model("llama")
     source = LoadedModel(model)
-    assert load_whole(source, engine_of(Compute(), source), "a test") is model
+    assert load_whole(source, runtime_of(Compute(), source), "a test") is model
 
 
 def test_the_command_line_measures_once_and_plans_without_the_model(

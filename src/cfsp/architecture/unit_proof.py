@@ -54,7 +54,7 @@ def prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit | Refusal:
             module, f"replay: expected the same output again, found a difference of {error:.1e}"
         )
     if unit.part == "kv" and unit.width == 1:
-        # Nothing of it can go but all, which `cfsp.engine.block_proof` proves.
+        # Nothing of it can go but all, which `cfsp.streaming.block_proof` proves.
         reason = _watching_fails(run, unit)
         return _as_entered(run, unit.whole()) if reason is None else Refusal(module, reason)
     # Each half of the channels in its turn: one channel may act on all others, as the largest does

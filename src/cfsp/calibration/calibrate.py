@@ -23,27 +23,27 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.engine.block_pass import Visitor, pass_blocks
-from cfsp.engine.block_stream import OnActivations, StreamedBlock
 from cfsp.errors import CalibrationError, UsageError
+from cfsp.streaming.block_pass import Visitor, pass_blocks
+from cfsp.streaming.block_stream import OnActivations, StreamedBlock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
 
 
 def calibrate(
     source: WeightSource,
     windows: Windows,
-    engine: Engine,
+    runtime: Runtime,
     *,
     seed: int = 0,
-    place: Workplace | None = None,
+    place: WorkDir | None = None,
     name: str = "calibrate",
     is_part: bool = False,
     runs: bool = False,
@@ -53,23 +53,23 @@ def calibrate(
     Args:
         source: the model.
         windows: the calibration text.
-        engine: where and in what blocks compute.
+        runtime: where and in what blocks compute.
         seed: the seed that the windows were drawn by, for the record.
         place: where to spill and to save; None for neither.
-        name: of the pass, in its workplace and its progress bar.
+        name: of the pass, in its work directory and its progress bar.
         is_part: whether other processes have other windows, so that an expert may see no token.
         runs: whether to compare runs of consecutive blocks as well.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite, or an FFN unit saw no token.
         CheckpointError: a tensor is missing or truncated.
-        ResumeError: the workplace holds unfinished work of something else.
+        ResumeError: the work directory holds unfinished work of something else.
     """
-    record = calibration_record(source, windows, engine, seed=seed)
+    record = calibration_record(source, windows, runtime, seed=seed)
     check_tokens(source.config, windows.tokens_NT, source.label)
     sample = TokenSample.of(windows) if runs else None
     visitor = _Calibration(name, record, sample, is_part=is_part)
-    observed = pass_blocks(source, windows, visitor, engine, place)
+    observed = pass_blocks(source, windows, visitor, runtime, place)
     statistics = Statistics.of(observed, record)
     if not runs:
         return statistics
@@ -124,7 +124,7 @@ def _path(directory: Path, block: int, what: str = "statistics") -> Path:
 
 
 def calibration_record(
-    source: WeightSource, windows: Windows, engine: Engine, *, seed: int
+    source: WeightSource, windows: Windows, runtime: Runtime, *, seed: int
 ) -> CalibrationRecord:
     """Return the conditions of a calibration, for its statistics and plans."""
     return CalibrationRecord(
@@ -135,8 +135,8 @@ def calibration_record(
         windows=windows.tokens_NT.shape[0],
         seqlen=windows.tokens_NT.shape[1],
         seed=seed,
-        dtype=str(engine.dtype).removeprefix("torch."),
-        device=engine.device.type,
+        dtype=str(runtime.dtype).removeprefix("torch."),
+        device=runtime.device.type,
         bos=windows.bos,
     )
 

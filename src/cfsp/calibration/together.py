@@ -27,16 +27,16 @@ from cfsp.calibration.statistics import (
     UnitStatistics,
 )
 from cfsp.checkpoint.reading import fingerprint
-from cfsp.engine.block_stream import windows_in_batch
-from cfsp.engine.versions import versions
 from cfsp.errors import UsageError
 from cfsp.processes import Team
+from cfsp.streaming.block_stream import windows_in_batch
+from cfsp.streaming.versions import versions
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
 
 Part = TypeVar("Part", BlockStatistics, UnitStatistics)
 
@@ -48,10 +48,10 @@ _SUMS_OF_UNIT = ("sum_of_squares_F", "tokens", "routed_E", "distance_sums", "out
 def calibrate_together(
     source: WeightSource,
     windows: Windows,
-    engine: Engine,
+    runtime: Runtime,
     *,
     seed: int,
-    place: Workplace,
+    place: WorkDir,
     name: str = "calibrate",
     runs: bool,
 ) -> Statistics:
@@ -62,7 +62,7 @@ def calibrate_together(
     Args:
         source: the model.
         windows: all of them, the same in every process.
-        engine: where and in what blocks compute.
+        runtime: where and in what blocks compute.
         seed: the seed that the windows were drawn by, for the record.
         place: where to spill and to save, and the team.
         name: of the pass.
@@ -74,16 +74,16 @@ def calibrate_together(
     """
     team = place.team
     if team.size == 1:
-        return calibrate(source, windows, engine, seed=seed, place=place, name=name, runs=runs)
-    record = calibration_record(source, windows, engine, seed=seed)
-    own = windows.part(part_of(windows, team, engine.batch_windows))
+        return calibrate(source, windows, runtime, seed=seed, place=place, name=name, runs=runs)
+    record = calibration_record(source, windows, runtime, seed=seed)
+    own = windows.part(part_of(windows, team, runtime.batch_windows))
     if len(own.tokens_NT):
         part = calibrate(
-            source, own, engine, seed=seed, place=place, name=name, is_part=True, runs=runs
+            source, own, runtime, seed=seed, place=place, name=name, is_part=True, runs=runs
         )
     else:
         part = _nothing_seen(source, record, runs)
-    total = add_up(part, team, engine.device)
+    total = add_up(part, team, runtime.device)
     check_seen(source.units, total.units)
     return replace(total, record=record)
 

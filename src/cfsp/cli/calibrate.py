@@ -15,7 +15,7 @@ from cfsp.settings import Budget, CalibrationText, Compute
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
-    from cfsp.engine.workplace import Workplace
+    from cfsp.streaming.work_dir import WorkDir
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_is_outside, created_parents
-    from cfsp.engine.workplace import output_workplace, remove_finished_work
     from cfsp.errors import UsageError
     from cfsp.pipeline import calibrate_for, calibrate_source
     from cfsp.processes import joined, take_own_accelerator
+    from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
     from cfsp.text.tokenizers import load_tokenizer
 
     remove_finished_work(args.out)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     with (
         created_parents(args.out),
         joined(compute_device(compute.device), timeout) as team,
-        output_workplace(args.out, identity, compute.memory_budget, team) as place,
+        output_work_dir(args.out, identity, compute.memory_budget, team) as place,
     ):
         # Another run may have finished since the first look.
         team.from_first(lambda: _check_is_new(args.out))
@@ -99,11 +99,11 @@ def _report(
     args: argparse.Namespace,
     statistics: Statistics,
     paths: Sequence[str],
-    place: Workplace,
+    place: WorkDir,
 ) -> None:
-    from cfsp.engine.memory import peak_rss_bytes
     from cfsp.planning.channels import LEAST_TOKENS, few_tokens
     from cfsp.planning.unit_plan import few_experts
+    from cfsp.streaming.memory import peak_rss_bytes
 
     facts: dict[str, Any] = {
         "out": str(args.out),

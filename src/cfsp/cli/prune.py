@@ -161,7 +161,6 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.engine.compute import engine_of
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
@@ -169,6 +168,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.pruning_cost import pruning_cost
     from cfsp.recovery.settings import Limit
     from cfsp.selection.goal import little_in_words
+    from cfsp.streaming.runtime import runtime_of
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
@@ -177,8 +177,8 @@ def run(args: argparse.Namespace) -> None:
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, parts=parts)
     if args.estimate:
-        engine = engine_of(settings.compute, source)
-        cost = pruning_cost(source, args.out or Path(), settings, engine)
+        runtime = runtime_of(settings.compute, source)
+        cost = pruning_cost(source, args.out or Path(), settings, runtime)
         _print_estimate(args, cost, little_in_words(source, settings.budget))
         return
     limit = Limit(minutes=args.recover) if args.recover is not None else None
@@ -267,7 +267,7 @@ _REPAIRS_IN_WORDS = {
 
 def describe_step(step: dict[str, Any]) -> str:
     """Return what a step of repair did, as the manifest has it, in one line."""
-    from cfsp.repair.repaired import was_rejected
+    from cfsp.repair.result import was_rejected
 
     # Blocks that change together share one error, so not every block has its own.
     blocks = [block for block in step["blocks"] if block is not None]

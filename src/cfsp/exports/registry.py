@@ -11,10 +11,10 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import check_complete
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, openvino
 from cfsp.exports.target import ExportOptions, ExportReport, Written
+from cfsp.streaming.stopwatch import Stopwatch
 
 # Each writes a new directory, gguf a new file, and raises ExportError for what the format cannot
 # express before anything is written.

@@ -16,8 +16,8 @@ from torch import Tensor
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CheckpointError, ExportError
+from cfsp.streaming.decoder_end import text_model
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from cfsp.architecture.experts import with_experts
 from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import check_is_decoder
 from cfsp.architecture.proof import prove, small_run_of
-from cfsp.engine.block_proof import prove_without_attentions, prove_without_blocks
 from cfsp.errors import CfspError, UnsupportedModelError, first_line
 from cfsp.families.apart import NoAnswerError, call_apart, stop_calls
 from cfsp.families.catalogue import Family, Reasons
 from cfsp.settings import PARTS, Part
+from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

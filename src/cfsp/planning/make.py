@@ -12,7 +12,6 @@ from typing import Any
 
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.checkpoint.reading import EARLIER, WeightSource, fingerprint
-from cfsp.engine.block_proof import check_experts_can_go
 from cfsp.errors import StatisticsError
 from cfsp.planning.candidate import Candidate
 from cfsp.planning.channels import choose_channels, few_tokens, warn_of_few_tokens
@@ -22,6 +21,7 @@ from cfsp.planning.unit_plan import UnitPlan
 from cfsp.planning.widths import UnitWidths, definite_criterion, model_size, plan_widths
 from cfsp.progress import item_progress
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Budget, Criterion
+from cfsp.streaming.block_proof import check_experts_can_go
 
 
 @dataclass(frozen=True)

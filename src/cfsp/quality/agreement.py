@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp.engine.head import Head
-from cfsp.engine.hidden_states import HiddenStates
 from cfsp.quality.paired import difference, geometric_mean, per_count
+from cfsp.streaming.head import Head
+from cfsp.streaming.hidden_states import HiddenStates
 
 # Of two float32 log-softmaxes; small enough to stay in the cache.
 _PROBABILITIES_AT_ONCE = 1 << 20

@@ -17,13 +17,6 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
-from cfsp.engine.compute import Engine, engine_of
-from cfsp.engine.head import Head
-from cfsp.engine.hidden_states import HiddenStates
-from cfsp.engine.memory import default_budget
-from cfsp.engine.versions import versions
-from cfsp.engine.whole import check_fits
-from cfsp.engine.workplace import Workplace, kept, output_workplace, temporary_workplace
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd, agreement_of
@@ -37,6 +30,13 @@ from cfsp.quality.streaming import (
     streamed_sums,
 )
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
+from cfsp.streaming.head import Head
+from cfsp.streaming.hidden_states import HiddenStates
+from cfsp.streaming.memory import default_budget
+from cfsp.streaming.runtime import Runtime, runtime_of
+from cfsp.streaming.versions import versions
+from cfsp.streaming.whole import check_fits
+from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, temporary_work_dir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
@@ -53,20 +53,20 @@ class _Model:
     """A model that is measured, its windows of each text, and what its results begin with."""
 
     source: Checkpoint
-    engine: Engine
+    runtime: Runtime
     windows: Mapping[str, Windows]
     facts: Mapping[str, Any]
 
     @staticmethod
     def of(source: Checkpoint, texts: EvaluationText, compute: Compute) -> _Model:
-        engine = engine_of(compute, source)
+        runtime = runtime_of(compute, source)
         facts = {
             "model": source.label,
             "fingerprint": fingerprint(source),
             "parameters": parameter_count(source),
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            "dtype": str(runtime.dtype).removeprefix("torch."),
         }
-        return _Model(source, engine, evaluation_windows(texts, source), facts)
+        return _Model(source, runtime, evaluation_windows(texts, source), facts)
 
     def result(self, measured: Mapping[str, WindowSums]) -> dict[str, Any]:
         """Return what was measured on each text, as JSON types."""
@@ -133,7 +133,7 @@ def evaluate_models(
 
     def measure() -> dict[str, Any]:
         budget = compute.memory_budget
-        beside = output_workplace(out, identity, budget, team) if out else nullcontext()
+        beside = output_work_dir(out, identity, budget, team) if out else nullcontext()
         with beside as place:
             return _measure(models, tasks, against is not None, compute, place, team)
 
@@ -147,13 +147,13 @@ def _measure(
     tasks: TaskRunner | None,
     compares: bool,
     compute: Compute,
-    place: Workplace | None,
+    place: WorkDir | None,
     team: Team,
 ) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
     if tasks is not None:
         for model in models:
-            check_fits(model.source, model.engine, "scoring tasks")
+            check_fits(model.source, model.runtime, "scoring tasks")
         tasks.read_data()
     sums = {
         text: _measure_text(models, text, number, compares, compute, place, team)
@@ -179,7 +179,7 @@ def _measure_text(
     text_number: int,
     compares: bool,
     compute: Compute,
-    place: Workplace | None,
+    place: WorkDir | None,
     team: Team,
 ) -> list[WindowSums]:
     """Return the sums of every model on one text, of which each process measures a part.
@@ -188,28 +188,28 @@ def _measure_text(
     others have passed.
     """
     budget = compute.memory_budget or default_budget()
-    with temporary_workplace(budget // 2 if compares else budget) as passes:
+    with temporary_work_dir(budget // 2 if compares else budget) as passes:
         ends: list[DenseEnd] = []
 
         def stream(number: int) -> WindowSums:
             model, is_compared = models[number], compares and number > 0
-            engine, label = model.engine, f"{model.source.label} on {text}"
+            runtime, label = model.runtime, f"{model.source.label} on {text}"
             windows = model.windows[text]
-            own = windows.part(part_of(windows, team, engine.batch_windows))
+            own = windows.part(part_of(windows, team, runtime.batch_windows))
             if not len(own.tokens_NT):
                 return no_sums(compared=is_compared)
 
             def keep(hidden: HiddenStates) -> None:
                 if compares and number == 0:
-                    head = Head(model.source, engine.device, engine.dtype)
-                    ends.append(DenseEnd(head, hidden, engine.device))
+                    head = Head(model.source, runtime.device, runtime.dtype)
+                    ends.append(DenseEnd(head, hidden, runtime.device))
 
             if is_compared and not ends:  # an earlier run had its sums already
                 stream(0)
             sums = streamed_sums(
                 model.source,
                 own,
-                engine,
+                runtime,
                 place=passes,
                 name=f"perplexity-{number}",
                 label=label,
@@ -221,27 +221,27 @@ def _measure_text(
 
         found = []
         for number in range(len(models)):
-            own = kept(place, f"text-{text_number}-{number}", partial(stream, number))
+            own = load_or_compute(place, f"text-{text_number}-{number}", partial(stream, number))
             found.append(joined_sums(team.gather(own)))
         return found
 
 
 def _score_tasks(
-    tasks: TaskRunner, model: _Model, number: int, place: Workplace | None
+    tasks: TaskRunner, model: _Model, number: int, place: WorkDir | None
 ) -> dict[str, Any]:
     """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
     scorers: list[TaskScorer] = []
 
     def score(name: str) -> dict[str, Any]:
         if not scorers:
-            directory, engine = model.source.directory, model.engine
-            loaded = load(directory, dtype=engine.dtype, device=engine.device)
+            directory, runtime = model.source.directory, model.runtime
+            loaded = load(directory, dtype=runtime.dtype, device=runtime.device)
             scorers.append(tasks.scorer(loaded, load_tokenizer(directory)))
         return scorers[0].score(name)
 
     found: dict[str, Any] = {"tasks": {}, "documents": {}}
     for position, name in enumerate(tasks.selection.task_names):
-        scored = kept(place, f"task-{number}-{position}", partial(score, name))
+        scored = load_or_compute(place, f"task-{number}-{position}", partial(score, name))
         for key in found:
             found[key].update(scored[key])
     return found
@@ -278,7 +278,7 @@ def before_and_after(
     after: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,
-    place: Workplace,
+    place: WorkDir,
 ) -> dict[str, dict[str, Any]]:
     """Return text -> {"before", "after"} and their conditions, as the manifest has them."""
     first = _perplexities(before, windows, compute, place, "dense")
@@ -297,15 +297,15 @@ def _perplexities(
     source: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,
-    place: Workplace,
+    place: WorkDir,
     label: str,
 ) -> dict[str, Perplexity]:
-    engine = engine_of(compute, source)
+    runtime = runtime_of(compute, source)
     return {
         text: streamed_perplexity(
             source,
             of_text,
-            engine,
+            runtime,
             place=place,
             name=f"perplexity-{label}-{of_text.digest[:8]}",
             label=f"{label} on {text}",

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cfsp.calibration.calibrate import check_tokens
-from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CalibrationError
 from cfsp.progress import item_progress
+from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import created_parents, write_atomically
-from cfsp.engine.workplace import remove_finished_work
 from cfsp.errors import OutputError, ReportError
 from cfsp.processes import Team
+from cfsp.streaming.work_dir import remove_finished_work
 
 logger = logging.getLogger(__name__)
 

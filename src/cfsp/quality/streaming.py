@@ -23,18 +23,18 @@ from cfsp.calibration.together import part_of
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.engine.block_pass import Visitor, pass_blocks
-from cfsp.engine.block_stream import StreamedBlock
-from cfsp.engine.head import Head
 from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd, divergence_and_agreement
 from cfsp.quality.perplexity import Perplexity, negative_log_likelihood, perplexity_of
+from cfsp.streaming.block_pass import Visitor, pass_blocks
+from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.head import Head
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.hidden_states import HiddenStates
-    from cfsp.engine.workplace import Workplace
+    from cfsp.streaming.hidden_states import HiddenStates
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
 
 # Enough positions for a fast product with the head, where the vocabulary is not huge.
@@ -59,21 +59,21 @@ def joined_sums(parts: Sequence[WindowSums]) -> WindowSums:
 def streamed_perplexity(
     source: WeightSource,
     windows: Windows,
-    engine: Engine,
+    runtime: Runtime,
     *,
-    place: Workplace | None = None,
+    place: WorkDir | None = None,
     name: str = "perplexity",
     label: str | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a model; the arguments and errors are those of `streamed_sums`.
 
-    The processes of the workplace share the windows.
+    The processes of the work directory share the windows.
     """
     team = Team() if place is None else place.team
-    own = windows.part(part_of(windows, team, engine.batch_windows))
+    own = windows.part(part_of(windows, team, runtime.batch_windows))
     loss: list[float] = []
     if len(own.tokens_NT):
-        sums = streamed_sums(source, own, engine, place=place, name=name, label=label)
+        sums = streamed_sums(source, own, runtime, place=place, name=name, label=label)
         loss = sums["loss"]
     return perplexity_of(sum(chain.from_iterable(team.gather(loss))), windows, label or name)
 
@@ -81,9 +81,9 @@ def streamed_perplexity(
 def streamed_sums(
     source: WeightSource,
     windows: Windows,
-    engine: Engine,
+    runtime: Runtime,
     *,
-    place: Workplace | None,
+    place: WorkDir | None,
     name: str,
     label: str | None,
     dense: DenseEnd | None = None,
@@ -96,20 +96,20 @@ def streamed_sums(
     Args:
         source: the model.
         windows: token windows without padding.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
         place: where to spill and to save; None for neither.
-        name: of the pass, in its workplace.
+        name: of the pass, in its work directory.
         label: what people read of it; None for its name.
         dense: what the dense model predicts on the same windows, to compare with.
         on_end: is given what left the last block; a pass that resumes a finished one has none.
 
     Raises:
         CalibrationError: token ids exceed the vocabulary.
-        ResumeError: the workplace holds unfinished work of something else.
+        ResumeError: the work directory holds unfinished work of something else.
     """
     check_tokens(source.config, windows.tokens_NT, label or name)
-    visitor = _AtEnd(name, label, source, windows, engine, dense, on_end)
-    found = pass_blocks(source, windows, visitor, engine, place)
+    visitor = _AtEnd(name, label, source, windows, runtime, dense, on_end)
+    found = pass_blocks(source, windows, visitor, runtime, place)
     assert found[-1] is not None
     return found[-1]
 
@@ -123,12 +123,12 @@ class _AtEnd(Visitor[WindowSums | None]):
         label: str | None,
         source: WeightSource,
         windows: Windows,
-        engine: Engine,
+        runtime: Runtime,
         dense: DenseEnd | None,
         on_end: Callable[[HiddenStates], None],
     ) -> None:
         super().__init__(name, label)
-        self._source, self._windows, self._engine = source, windows, engine
+        self._source, self._windows, self._engine = source, windows, runtime
         self._dense, self._on_end = dense, on_end
         self._head_tokens = _head_tokens(source) * (1 if dense is None else 2)
         self.more_tokens = int(self._head_tokens * int(windows.scored_N.sum()))

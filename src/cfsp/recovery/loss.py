@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.discovery import find_architecture
-from cfsp.engine.decoder_end import text_model
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.settings import Distillation
+from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,6 @@ from cfsp.checkpoint.output import check_is_outside, check_output_is_free
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
 from cfsp.checkpoint.skeleton import empty_model
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
@@ -26,6 +25,7 @@ from cfsp.recovery.expert_adapters import misread_name
 from cfsp.recovery.settings import RecoverSettings, Training
 from cfsp.recovery.targets import BlockTargets, targets_of
 from cfsp.recovery.teacher import open_teacher
+from cfsp.streaming.stopwatch import Stopwatch
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 

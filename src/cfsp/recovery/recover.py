@@ -21,15 +21,6 @@ from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.engine.memory import peak_rss_bytes
-from cfsp.engine.pass_state import PassState
-from cfsp.engine.workplace import (
-    Workplace,
-    directory_of_process,
-    kept,
-    output_workplace,
-    remove_finished_work,
-)
 from cfsp.errors import RecoveryError
 from cfsp.processes import is_first_process, joined
 from cfsp.recovery.adaptation import (
@@ -54,6 +45,15 @@ from cfsp.recovery.settings import RecoverSettings, Training
 from cfsp.recovery.sharding import shard, trained_tensors
 from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, schedule_of, train
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
+from cfsp.streaming.memory import peak_rss_bytes
+from cfsp.streaming.pass_state import PassState
+from cfsp.streaming.work_dir import (
+    WorkDir,
+    directory_of_process,
+    load_or_compute,
+    output_work_dir,
+    remove_finished_work,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ def recover_checkpoint(
     ready = prepare(source, out, settings)
     if not is_first_process():
         return _recover(ready, None, started, command)
-    with created_parents(out), output_workplace(out, ready.identity) as place:
+    with created_parents(out), output_work_dir(out, ready.identity) as place:
         check_output_is_free(out)  # another run may have been at work meanwhile
         report = _recover(ready, place, started, command)
     limit = settings.training.limit.seconds
@@ -110,9 +110,7 @@ def recover_checkpoint(
     return report
 
 
-def _recover(
-    ready: Prepared, place: Workplace | None, started: float, command: str
-) -> RecoverReport:
+def _recover(ready: Prepared, place: WorkDir | None, started: float, command: str) -> RecoverReport:
     """Do the work; only the first process has a place, and writes."""
     settings, watch = ready.settings, ready.watch
     before = Baseline({}, 0, 0.0)
@@ -156,7 +154,7 @@ def _recover(
     return done
 
 
-def _measured_before(ready: Prepared, place: Workplace) -> Baseline:
+def _measured_before(ready: Prepared, place: WorkDir) -> Baseline:
     """Return the perplexity before training, which a killed run may have measured already."""
     settings = ready.settings
     windows = settings.evaluation.windows
@@ -167,12 +165,14 @@ def _measured_before(ready: Prepared, place: Workplace) -> Baseline:
 
     seconds = settings.training.limit.seconds
     return Baseline(
-        **kept(place, _BEFORE, lambda: asdict(measure_before(measure_windows, windows, seconds)))
+        **load_or_compute(
+            place, _BEFORE, lambda: asdict(measure_before(measure_windows, windows, seconds))
+        )
     )
 
 
 def _train(
-    ready: Prepared, place: Workplace | None, started: float, seconds_to_measure: float
+    ready: Prepared, place: WorkDir | None, started: float, seconds_to_measure: float
 ) -> tuple[nn.Module, list[dict[str, int | None]], Training, TrainingOutcome]:
     """Train; return the model, what is trainable in each block, the settings with their rate."""
     source, settings, watch = ready.source, ready.settings, ready.watch

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import EARLIER, Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.engine.whole import free_bytes
 from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError
 from cfsp.processes import process_count
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method
 from cfsp.result.manifest import read_manifest
+from cfsp.streaming.whole import free_bytes
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from torch import nn
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.engine.pass_state import STATE_FILE
 from cfsp.processes import process_count
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.loss import ModelLoss
 from cfsp.recovery.recover_report import TrainingOutcome
 from cfsp.recovery.schedule import Schedule, StepSchedule, TimeSchedule
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
+from cfsp.streaming.pass_state import STATE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments

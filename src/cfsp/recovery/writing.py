@@ -22,13 +22,13 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights
-from cfsp.engine.versions import versions
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.prepare import Prepared
 from cfsp.recovery.recover_report import RecoverReport
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.result.origin import origin_of
+from cfsp.streaming.versions import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

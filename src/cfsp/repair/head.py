@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.engine.head import Head
+from cfsp.streaming.head import Head
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.group_visit import Batch
+    from cfsp.streaming.group_visit import Batch
+    from cfsp.streaming.runtime import Runtime
 
 # Predictions that count in a batch, at least. The head is a large part of a small model's
 # arithmetic.
@@ -27,12 +27,12 @@ class HeadLoss:
 
     Args:
         source: the dense model; what lies around its blocks is read.
-        engine: where and in what the head computes; the loss is in float32.
+        runtime: where and in what the head computes; the loss is in float32.
         text: the part of the text in the loss, from 0 to 1.
     """
 
-    def __init__(self, source: WeightSource, engine: Engine, text: float) -> None:
-        self._head = Head(source, engine.device, engine.dtype)
+    def __init__(self, source: WeightSource, runtime: Runtime, text: float) -> None:
+        self._head = Head(source, runtime.device, runtime.dtype)
         self._text = text
 
     def __call__(self, output_BTD: Tensor, batch: Batch) -> Tensor:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cfsp.calibration.together import check_enough
-from cfsp.engine.two_streams import TwoStreams
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.repair.local import repair_locally
-from cfsp.repair.repaired import Repaired
+from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import repair_by_plan
 from cfsp.repair.sequential import TOKENS_IN_BATCH, repair_gaps, repair_sequentially
+from cfsp.streaming.two_streams import TwoStreams
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cfsp.settings import PruneSettings, Repair
     from cfsp.text.windows import Windows
 
-Step = Callable[["Job", Repaired, "Windows"], Repaired]
+Step = Callable[["Job", PruningResult, "Windows"], PruningResult]
 
 _STEPS: dict[Repair, dict[str, Step]] = {
     "none": {},
@@ -46,7 +46,7 @@ def steps_of(repair: Repair) -> dict[str, Step]:
     return _STEPS[repair]
 
 
-def repair(job: Job, result: Repaired, windows: Windows) -> Repaired:
+def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """Take the steps that the settings ask for and that were not taken yet.
 
     Raises:
@@ -61,9 +61,11 @@ def repair(job: Job, result: Repaired, windows: Windows) -> Repaired:
     return result
 
 
-def repaired_a_little(job: Job, planner: Planner, plan: PruningPlan, windows: Windows) -> Repaired:
+def repaired_a_little(
+    job: Job, planner: Planner, plan: PruningPlan, windows: Windows
+) -> PruningResult:
     """Repair what a plan leaves by least squares, to see what it is worth then."""
-    result = repair_by_plan(job, Repaired(plan, planner.statistics), windows)
+    result = repair_by_plan(job, PruningResult(plan, planner.statistics), windows)
     return repair_gaps(job, result, windows) if plan.has_gaps else result
 
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.engine.group_visit import Batch, GroupVisit, Loss
 from cfsp.repair.head import HeadLoss
 from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
-from cfsp.repair.repaired import BlockRepair, Repaired, block_repair, rejected_blocks
+from cfsp.repair.result import BlockRepair, PruningResult, block_repair, rejected_blocks
 from cfsp.repair.stream_repair import StreamRepair, error_of_hidden
+from cfsp.streaming.group_visit import Batch, GroupVisit, Loss
 
 if TYPE_CHECKING:
     from cfsp.job import Job
@@ -37,7 +37,7 @@ _MOST_SEEDS = 1 << 63
 log = logging.getLogger(__name__)
 
 
-def repair_locally(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
+def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
     """Train all blocks of a pruned model, a few at a time.
 
     Args:
@@ -48,7 +48,7 @@ def repair_locally(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the workplace holds unfinished work of something else.
+        ResumeError: the work directory holds unfinished work of something else.
     """
     done = _LocalRepair(job, repaired, windows).step()
     if rejected := rejected_blocks(done.steps[-1].to_json()):
@@ -60,7 +60,7 @@ def repair_locally(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
 
 
 class _LocalRepair(StreamRepair):
-    def __init__(self, job: Job, repaired: Repaired, windows: Windows) -> None:
+    def __init__(self, job: Job, repaired: PruningResult, windows: Windows) -> None:
         self._training, self._seed = job.settings.local, job.settings.text.seed
         super().__init__(NAME, job, repaired, windows, self._training.tokens)
 
@@ -79,7 +79,7 @@ class _LocalRepair(StreamRepair):
         at_head = group.last + 1 == self.pruned.architecture.block_count
         loss_of: Loss = error_of_hidden
         if at_head:
-            loss_of = HeadLoss(self.source, self.engine, self._training.text)
+            loss_of = HeadLoss(self.source, self.runtime, self._training.text)
         group.gather_held_out()
         before, error_L = group.team.from_first(lambda: (group.judge(loss_of), group.errors()))
         before.check_finite(group.dense_last)
@@ -115,7 +115,7 @@ class _LocalRepair(StreamRepair):
                 self._batches(group),
                 loss_of,
                 parts,
-                self.engine.dtype,
+                self.runtime.dtype,
                 lambda step: group.progress((step + 1) / len(parts)),
                 group.team,
             )

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.engine.group_visit import Batch, Loss
 from cfsp.processes import Team
 from cfsp.settings import LocalTraining
+from cfsp.streaming.group_visit import Batch, Loss
 
 # Biases of zeros could never move.
 _LEAST_SIZE = 1e-3

@@ -35,14 +35,14 @@ from cfsp.calibration.together import add_up_block, part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import units_of_block
-from cfsp.engine.block_pass import Visitor, pass_blocks
-from cfsp.engine.block_stream import StreamedBlock
-from cfsp.engine.memory import available_bytes
 from cfsp.planning.channels import choose_channels
 from cfsp.processes import processes_on_machine
 from cfsp.repair.observation import Observation
-from cfsp.repair.repaired import BlockRepair, ExpertRepair, Repaired, add_step, write_tensors
+from cfsp.repair.result import BlockRepair, ExpertRepair, PruningResult, add_step, write_tensors
 from cfsp.repair.ridge import RidgeSolution, leave_as_it_is, repair_down_projection
+from cfsp.streaming.block_pass import Visitor, pass_blocks
+from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,18 +94,18 @@ def choose_and_repair(
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the workplace holds unfinished work of something else.
+        ResumeError: the work directory holds unfinished work of something else.
     """
     check_tokens(job.source.config, windows.tokens_NT, job.source.label)
     _warn_of_memory(job)
-    own = part_of(windows, job.place.team, job.engine.batch_windows)
+    own = part_of(windows, job.place.team, job.runtime.batch_windows)
     visitor = _RidgePass(job, windows, own, keep_U, frozenset(removed))
-    chosen = pass_blocks(job.source, windows.part(own), visitor, job.engine, job.place)
+    chosen = pass_blocks(job.source, windows.part(own), visitor, job.runtime, job.place)
     _warn_of_unrepaired(chosen)
     return chosen
 
 
-def repair_by_plan(job: Job, result: Repaired, windows: Windows) -> Repaired:
+def repair_by_plan(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """Repair what a plan leaves, in one pass over all windows.
 
     Args:
@@ -121,7 +121,7 @@ def repair_by_plan(job: Job, result: Repaired, windows: Windows) -> Repaired:
     return with_ridge(job, result, chosen)
 
 
-def with_ridge(job: Job, result: Repaired, chosen: Sequence[ChosenBlock]) -> Repaired:
+def with_ridge(job: Job, result: PruningResult, chosen: Sequence[ChosenBlock]) -> PruningResult:
     """Add what the pass did with each block to a decision, as a step of repair."""
     has_several = any(len(block.repaired) > 1 for block in chosen)
     repairs = [
@@ -154,7 +154,7 @@ class _RidgePass(Visitor[ChosenBlock]):
         self._is_held_out_N = windows.held_out_N[own]
         self._directory = job.place.first_directory_of(NAME)
         self._record = calibration_record(
-            job.source, windows, job.engine, seed=job.settings.text.seed
+            job.source, windows, job.runtime, seed=job.settings.text.seed
         )
         # Of this turn: all blocks, and the one that this process repairs.
         self._turn: dict[int, ChosenBlock] = {}
@@ -325,7 +325,7 @@ def _warn_of_memory(job: Job) -> None:
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
     needed *= min(job.place.team.size, 2)
     available = available_bytes() / processes_on_machine()
-    if job.engine.device.type == "cpu" and needed > available:
+    if job.runtime.device.type == "cpu" and needed > available:
         log.warning(
             "the Gram matrices of block %d take %.1f GB, %.1f GB are available: --repair none does "
             "without them",

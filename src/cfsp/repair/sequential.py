@@ -34,13 +34,13 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.cut.surgery import PrunedSource
-from cfsp.engine.group_visit import GroupVisit
-from cfsp.engine.judge import hidden_loss
 from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.gram import GramSums
-from cfsp.repair.repaired import BlockRepair, Repaired, block_repair
+from cfsp.repair.result import BlockRepair, PruningResult, block_repair
 from cfsp.repair.ridge import LAMBDAS
 from cfsp.repair.stream_repair import StreamRepair, error_of_hidden
+from cfsp.streaming.group_visit import GroupVisit
+from cfsp.streaming.judge import hidden_loss
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
@@ -57,7 +57,7 @@ TOKENS_IN_BATCH = 4096
 log = logging.getLogger(__name__)
 
 
-def repair_sequentially(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
+def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
     """Fit the down projection of every block of a pruned model, one after the other.
 
     Args:
@@ -68,12 +68,12 @@ def repair_sequentially(job: Job, repaired: Repaired, windows: Windows) -> Repai
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the workplace holds unfinished work of something else.
+        ResumeError: the work directory holds unfinished work of something else.
     """
     return SequentialRepair(NAME, job, repaired, windows).step()
 
 
-def repair_gaps(job: Job, repaired: Repaired, windows: Windows) -> Repaired:
+def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
     """Fit the down projections of the blocks at removed ones, and of those without attention.
 
     Arguments and errors are those of `repair_sequentially`. The other blocks stay as they are, and
@@ -118,7 +118,7 @@ class SequentialRepair(StreamRepair):
         self,
         name: str,
         job: Job,
-        repaired: Repaired,
+        repaired: PruningResult,
         windows: Windows,
         blocks: Collection[int] | None = None,
     ) -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.cut.surgery import PrunedSource
-from cfsp.engine.group_visit import Batch, GroupVisit
-from cfsp.engine.judge import hidden_loss
-from cfsp.engine.two_streams import TwoStreamPass, TwoStreams
-from cfsp.repair.repaired import BlockRepair, Repaired, add_step, new_tensors, write_tensors
+from cfsp.repair.result import BlockRepair, PruningResult, add_step, new_tensors, write_tensors
+from cfsp.streaming.group_visit import Batch, GroupVisit
+from cfsp.streaming.judge import hidden_loss
+from cfsp.streaming.two_streams import TwoStreamPass, TwoStreams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +39,16 @@ class StreamRepair(TwoStreamPass[BlockRepair]):
     pruned: PrunedSource
 
     def __init__(
-        self, name: str, job: Job, repaired: Repaired, windows: Windows, tokens_in_batch: int
+        self, name: str, job: Job, repaired: PruningResult, windows: Windows, tokens_in_batch: int
     ) -> None:
         pruned = PrunedSource(job.source, repaired.plan, repaired.tensors)
         streams = TwoStreams.of(windows, tokens_in_batch, job.place.team)
         removed = repaired.plan.removed_blocks
-        super().__init__(name, job.source, pruned, streams, job.engine, removed)
+        super().__init__(name, job.source, pruned, streams, job.runtime, removed)
         self._place, self._windows, self._repaired = job.place, windows, repaired
         self._directory = job.place.first_directory_of(name)
 
-    def step(self) -> Repaired:
+    def step(self) -> PruningResult:
         """Return what the step makes of what was there before it; errors are those of the pass."""
         done = self.pass_all(self._windows, self._place)
         return add_step(self._repaired, self.name, self._directory, [[each] for each in done])

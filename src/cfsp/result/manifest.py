@@ -15,10 +15,10 @@ import torch
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
-from cfsp.engine.versions import versions
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.names import public_command, public_name
+from cfsp.streaming.versions import versions
 
 MANIFEST_VERSION = 2
 

@@ -10,11 +10,11 @@ from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.cut.surgery import pruned_specs
-from cfsp.engine.memory import peak_rss_bytes
-from cfsp.engine.workplace import Workplace
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.repaired import Repaired
+from cfsp.repair.result import PruningResult
 from cfsp.result.manifest import read_manifest
+from cfsp.streaming.memory import peak_rss_bytes
+from cfsp.streaming.work_dir import WorkDir
 
 # Told only where these parts may go.
 _ONLY_IF_THERE = ("kv_groups", "experts")
@@ -125,10 +125,10 @@ def dequantisation_of(source: WeightSource) -> dict[str, str]:
 
 def prune_report(
     source: WeightSource,
-    repaired: Repaired,
+    repaired: PruningResult,
     goal: dict[str, Any],
     measured: dict[str, dict[str, float]],
-    place: Workplace,
+    place: WorkDir,
     out: Path | None,
 ) -> PruneReport:
     """Return what a run did.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from cfsp.repair.repaired import entry_name, rejected_blocks
+from cfsp.repair.result import entry_name, rejected_blocks
 
 Step = dict[str, Any]
 

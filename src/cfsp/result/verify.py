@@ -22,12 +22,12 @@ from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.checkpoint.writing import digests_beside_weights
-from cfsp.engine.compute import engine_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, Part
+from cfsp.streaming.runtime import runtime_of
 from cfsp.text.windows import Windows
 
 _TOKENS = 16
@@ -185,11 +185,11 @@ def _parameters(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
 
 
 def _forward(source: Checkpoint, compute: Compute) -> str | None:
-    engine = engine_of(compute, source)
+    runtime = runtime_of(compute, source)
     # Any tokens do: what is asked is whether numbers come out.
     generator = torch.Generator().manual_seed(0)
     token_NT = torch.randint(vocabulary_of(source.config), (1, _TOKENS), generator=generator)
-    calibrate(source, Windows(token_NT, {}), engine)
+    calibrate(source, Windows(token_NT, {}), runtime)
     return None
 
 

@@ -21,11 +21,11 @@ import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from cfsp.engine.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.selection.drop_budget import DropBudget, drops_in_words
 from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
+from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import RunDistances, Statistics

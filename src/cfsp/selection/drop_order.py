@@ -29,10 +29,6 @@ import torch
 from cfsp.calibration.statistics import Removal, Statistics
 from cfsp.calibration.statistics_file import removals_from_json
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.engine.call_form import CallForm
-from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at, skipped
-from cfsp.engine.whole import fits
-from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
@@ -42,6 +38,10 @@ from cfsp.selection.drop_budget import DropBudget, drops_in_words
 from cfsp.selection.load import call_form_of, load_whole
 from cfsp.selection.masks import without_attention
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, WHOLE_PARTS
+from cfsp.streaming.call_form import CallForm
+from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at, skipped
+from cfsp.streaming.whole import fits
+from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import check_is_text
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
     from cfsp.planning.candidate import DropSizes
     from cfsp.selection.divergence import DensePredictions
     from cfsp.settings import Budget
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
 
 _WINDOWS_IN_BATCH = 4
@@ -160,16 +160,16 @@ def _cheapest(
     return min(sorted(left), key=price)
 
 
-def follow_divergence(source: WeightSource, removal: str, engine: Engine) -> bool:
+def follow_divergence(source: WeightSource, removal: str, runtime: Runtime) -> bool:
     """Return whether blocks or attentions go by what the predictions lose.
 
     Where the choice is `auto`, they do if the whole model fits into memory.
     """
-    return fits(source, engine) if removal == AUTO_METRIC else removal == DIVERGENCE
+    return fits(source, runtime) if removal == AUTO_METRIC else removal == DIVERGENCE
 
 
 def check_can_be_compared(
-    source: WeightSource, budget: Budget, removal: str, engine: Engine
+    source: WeightSource, budget: Budget, removal: str, runtime: Runtime
 ) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose.
 
@@ -178,7 +178,7 @@ def check_can_be_compared(
     """
     if not budget.whole_parts or len(budget.parts) == 1:
         return
-    if follow_divergence(source, removal, engine):
+    if follow_divergence(source, removal, runtime):
         return
     if budget.whole_parts == WHOLE_PARTS:
         raise UsageError(NEEDS_PREDICTIONS)
@@ -194,8 +194,8 @@ def with_order(
     statistics: Statistics,
     windows: Windows,
     wanted: Sequence[DropBudget],
-    engine: Engine,
-    place: Workplace,
+    runtime: Runtime,
+    place: WorkDir,
 ) -> Statistics:
     """Add the order in which blocks or attentions go, where budgets need more of it.
 
@@ -206,7 +206,7 @@ def with_order(
         statistics: of its calibration.
         windows: the calibration text, of which the beginnings of a few are read.
         wanted: how much goes by what the predictions lose, in one way or several.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
         place: where the choice is kept.
 
     Raises:
@@ -225,19 +225,19 @@ def with_order(
             check_is_text(windows, f"--parts {','.join(parts)}")
             with place.watch.stage("order of removal"):
                 budgets = [each for each in missing if each.parts == parts]
-                removals += measure_order(source, windows, budgets, engine)
+                removals += measure_order(source, windows, budgets, runtime)
         return {"removals": [each.to_json() for each in removals]}
 
     # Other windows would be another choice.
     name = f"removals-{windows.digest[:8]}"
-    found = place.team.from_first(lambda: kept(place, name, measure)["removals"])
+    found = place.team.from_first(lambda: load_or_compute(place, name, measure)["removals"])
     others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
     measured = removals_from_json(found, len(statistics.blocks))
     return replace(statistics, removals=(*others, *measured))
 
 
 def measure_order(
-    source: WeightSource, windows: Windows, wanted: Sequence[DropBudget], engine: Engine
+    source: WeightSource, windows: Windows, wanted: Sequence[DropBudget], runtime: Runtime
 ) -> list[Removal]:
     """Return what goes, in the order in which it is chosen, on a little of the text.
 
@@ -245,7 +245,7 @@ def measure_order(
         source: the model.
         windows: the calibration text.
         wanted: how much goes, in one way or several; of the same part.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
 
     Raises:
         UsageError: the model does not fit into memory.
@@ -255,7 +255,7 @@ def measure_order(
         return []
     what = drops_in_words(wanted[0].parts)
     few = few_beginnings(windows, _TOKENS)
-    model = load_whole(source, engine, f"choosing the {what} that go")
+    model = load_whole(source, runtime, f"choosing the {what} that go")
     gone, about = NOTHING, 0
     while room := _room(wanted, gone):
         gone, about = gone.plus(max(room)), about + 1

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.reading import parameter_count
-from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import NOTHING
@@ -28,6 +27,7 @@ from cfsp.settings import (
     TargetParameters,
     TargetSpeedup,
 )
+from cfsp.streaming.work_dir import load_or_compute
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -88,7 +88,9 @@ def _speedup(job: Job, goal: TargetSpeedup) -> Constraint:
             return measured(goal, job.source, job.settings).to_json()
 
         with job.place.watch.stage("try"):
-            found = job.place.team.from_first(lambda: kept(job.place, "latencies", measure))
+            found = job.place.team.from_first(
+                lambda: load_or_compute(job.place, "latencies", measure)
+            )
         return Latencies.from_json(found)
 
     return Speedup(job.source, job.budget, goal, latencies)
@@ -139,7 +141,7 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
         return {"parts": (*DEFAULT_PARTS, "blocks")}
 
     # A run that is resumed may find another amount of memory.
-    found = job.place.team.from_first(lambda: kept(job.place, "parts", choose))
+    found = job.place.team.from_first(lambda: load_or_compute(job.place, "parts", choose))
     return tuple(found["parts"])
 
 
@@ -148,7 +150,7 @@ def _obstacle(job: Job, asked: Parameters) -> str:
     removal = job.criterion.removal
     if removal not in (AUTO_METRIC, DIVERGENCE):
         return f"--set removal={removal} compares no predictions"
-    if not has_room_for_two(job.source, job.engine):
+    if not has_room_for_two(job.source, job.runtime):
         return "there is no memory for a pruned model beside the dense one"
     if job.draw().has_images:
         return "the text has images"

@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import build_skeleton, empty_model
-from cfsp.engine.memory import available_bytes
 from cfsp.errors import UsageError
 from cfsp.planning.widths import model_size
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.shapes import SmallerModel
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import work_of
+from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
     from cfsp.planning.candidate import Dropped
     from cfsp.settings import Budget, Part, Phase
+    from cfsp.streaming.runtime import Runtime
 
 WORKLOAD = Workload()
 ROUNDS = 5
@@ -211,7 +211,7 @@ def _every_other(source: WeightSource, attentions: Sequence[Unit]) -> list[int]:
 
 
 def most_speedup(
-    source: WeightSource, budget: Budget, parts: Sequence[Part], phase: Phase, engine: Engine
+    source: WeightSource, budget: Budget, parts: Sequence[Part], phase: Phase, runtime: Runtime
 ) -> float:
     """Return the ratio of work between a model and the smallest one that pruning could leave.
 
@@ -223,7 +223,7 @@ def most_speedup(
         budget: how it was opened, and of what FFN widths are multiples.
         parts: what may go, of those of the budget.
         phase: what is to be faster.
-        engine: in what it computes.
+        runtime: in what it computes.
     """
     kv = 0 if "attention" in parts else 1
     least = tuple(
@@ -233,10 +233,10 @@ def most_speedup(
         for unit, multiple in zip(source.units, model_size(source).multiple_U(budget), strict=True)
     )
     config = SmallerModel(source.config, budget.parts, least).config()
-    smallest = LoadedModel(build_skeleton(config, engine.dtype))
+    smallest = LoadedModel(build_skeleton(config, runtime.dtype))
 
     def amount(each: WeightSource, *, blocks: float = 1.0) -> float:
-        work = work_of(each, head=True, itemsize=engine.dtype.itemsize)
+        work = work_of(each, head=True, itemsize=runtime.dtype.itemsize)
         if phase == "decode":
             whole, head = work.decode_bytes(WORKLOAD), work.head_bytes
         else:
@@ -249,7 +249,7 @@ def most_speedup(
 
 
 def measure_latencies(
-    source: WeightSource, budget: Budget, multiple: int, phase: Phase, engine: Engine
+    source: WeightSource, budget: Budget, multiple: int, phase: Phase, runtime: Runtime
 ) -> Latencies:
     """Time models of the same shapes with less of each part.
 
@@ -258,7 +258,7 @@ def measure_latencies(
         budget: names the parts.
         multiple: of which FFN widths are multiples.
         phase: what is timed.
-        engine: where and in what.
+        runtime: where and in what.
 
     Raises:
         UsageError: these models do not fit into memory together.
@@ -269,12 +269,12 @@ def measure_latencies(
         Subject(whole, "the whole model"),
         *(Subject(each.model, f"{each.part} {each.kept} of {each.share:.0%}") for each in timed),
     ]
-    _check_memory([whole, *(each.model for each in timed)], engine)
+    _check_memory([whole, *(each.model for each in timed)], runtime)
     conditions = Conditions(
         warmups=1,
         rounds=ROUNDS,
-        device=str(engine.device),
-        dtype=str(engine.dtype).removeprefix("torch."),
+        device=str(runtime.device),
+        dtype=str(runtime.dtype).removeprefix("torch."),
     )
     comparison = compare_speed(subjects, [WORKLOAD], conditions)
     ratios = [model.speeds[WORKLOAD][phase].median_ratio for model in comparison.models[1:]]
@@ -300,15 +300,15 @@ def measure_latencies(
     )
 
 
-def _check_memory(models: Sequence[SmallerModel], engine: Engine) -> None:
-    if engine.device.type != "cpu":
+def _check_memory(models: Sequence[SmallerModel], runtime: Runtime) -> None:
+    if runtime.device.type != "cpu":
         return
     parameters = sum(
         parameter.numel()
         for each in models
         for parameter in empty_model(each.config()).parameters()
     )
-    needed = parameters * engine.dtype.itemsize + len(models) * _PROCESS_BYTES
+    needed = parameters * runtime.dtype.itemsize + len(models) * _PROCESS_BYTES
     if needed > (available := available_bytes()):
         raise UsageError(
             f"--target-speedup times {len(models)} models of different sizes in turns, which "

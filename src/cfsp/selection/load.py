@@ -8,24 +8,24 @@ import torch
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.engine.call_form import CallForm, find_call_form
-from cfsp.engine.logits_only import logits_only
-from cfsp.engine.whole import check_fits
+from cfsp.streaming.call_form import CallForm, find_call_form
+from cfsp.streaming.logits_only import logits_only
+from cfsp.streaming.whole import check_fits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
+    from cfsp.streaming.runtime import Runtime
 
 
-def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrainedModel:
+def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrainedModel:
     """Return the whole model of a source, ready to run; one in memory is itself.
 
     Args:
         source: the model.
-        engine: where and in what.
+        runtime: where and in what.
         purpose: what needs it, for the error.
 
     Raises:
@@ -34,8 +34,8 @@ def load_whole(source: WeightSource, engine: Engine, purpose: str) -> PreTrained
     if isinstance(source, LoadedModel):
         return source.model
     assert isinstance(source, Checkpoint)
-    check_fits(source, engine, purpose)
-    return load(source.directory, dtype=engine.dtype, device=engine.device)
+    check_fits(source, runtime, purpose)
+    return load(source.directory, dtype=runtime.dtype, device=runtime.device)
 
 
 @torch.inference_mode()

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.engine.compute import engine_of
-from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import Candidate, Dropped
@@ -20,6 +18,8 @@ from cfsp.selection.bisection import Attempt, highest_step, last_that_holds, spa
 from cfsp.selection.constraint import Constraint
 from cfsp.selection.load import load_whole
 from cfsp.selection.masks import masked_loss
+from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.drawing import consecutive_windows, draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
@@ -27,9 +27,9 @@ from cfsp.text.windows import Windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cfsp.engine.workplace import Workplace
     from cfsp.planning.make import Planner
     from cfsp.settings import CalibrationText, Compute, MaxLossIncrease, Part, PruneSettings
+    from cfsp.streaming.work_dir import WorkDir
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LossIncrease(Constraint):
     goal: MaxLossIncrease
     texts: list[Windows]
     compute: Compute
-    place: Workplace
+    place: WorkDir
     found: dict[str, Any] = field(default_factory=dict)
 
     name = "max_loss_increase"
@@ -63,7 +63,9 @@ class LossIncrease(Constraint):
         Raises:
             BudgetError: not even the smallest does.
         """
-        self.found.update(kept(self.place, "loss", lambda: self._measured(planner, tuple(parts))))
+        self.found.update(
+            load_or_compute(self.place, "loss", lambda: self._measured(planner, tuple(parts)))
+        )
         return float(self.found["sparsity"])
 
     def facts(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class LossIncrease(Constraint):
 
     def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
         source, goal = self.source, self.goal
-        model = load_whole(source, engine_of(self.compute, source), "--max-loss-increase")
+        model = load_whole(source, runtime_of(self.compute, source), "--max-loss-increase")
         dense, size = loss_of(model, self.texts, "dense"), model_size(source, keep=self.budget.keep)
         tried: list[Attempt] = []
 
@@ -141,5 +143,5 @@ def loss_increase_of(
     """
     texts = held_out_windows(goal, settings.text, load_tokenizer(directory))
     result = Checkpoint(directory)
-    model = load_whole(result, engine_of(settings.compute, result), "measuring the loss")
+    model = load_whole(result, runtime_of(settings.compute, result), "measuring the loss")
     return loss_of(model, texts, "result") - dense

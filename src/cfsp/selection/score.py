@@ -21,29 +21,29 @@ import torch
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.engine.resumed_forward import skipped
-from cfsp.engine.whole import free_bytes, needed_bytes
-from cfsp.engine.workplace import temporary_workplace
 from cfsp.selection.divergence import dense_predictions, few_beginnings
 from cfsp.selection.load import call_form_of, load_whole
 from cfsp.selection.masks import masked_unit
+from cfsp.streaming.resumed_forward import skipped
+from cfsp.streaming.whole import free_bytes, needed_bytes
+from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.windows import few_windows, joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
     from cfsp.job import Job
     from cfsp.planning.candidate import Candidate
     from cfsp.planning.make import Planner
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.repair.repaired import Repaired
+    from cfsp.repair.result import PruningResult
     from cfsp.selection.divergence import DensePredictions
+    from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
     # Repairs by a plan on some windows.
-    Repairer = Callable[[Job, Planner, PruningPlan, Windows], Repaired]
+    Repairer = Callable[[Job, Planner, PruningPlan, Windows], PruningResult]
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
 # other parts seem cheaper than they are (LOG.md).
@@ -108,7 +108,7 @@ class RepairedScore:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return load_whole(self.job.source, self.job.engine, "trying a repair")
+        return load_whole(self.job.source, self.job.runtime, "trying a repair")
 
     @cached_property
     def _dense(self) -> list[DensePredictions]:
@@ -119,7 +119,7 @@ class RepairedScore:
         """Return KL(dense || repaired), the mean over windows."""
         model, plan = self._model, planner.plan(candidate)
         loaded = LoadedModel(model, self.job.budget.parts)
-        with temporary_workplace(self.job.settings.compute.memory_budget) as place:
+        with temporary_work_dir(self.job.settings.compute.memory_budget) as place:
             repaired = self.repair(self.job.at(place), planner, plan, self.fit)
             smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
@@ -127,13 +127,13 @@ class RepairedScore:
             return sum(each.divergence(smaller) for each in self._dense) / len(self._dense)
 
 
-def masked_score(source: WeightSource, engine: Engine, windows: Windows) -> Masked:
+def masked_score(source: WeightSource, runtime: Runtime, windows: Windows) -> Masked:
     """Return the score before repair, on the beginnings of a few windows.
 
     Raises:
         UsageError: the model does not fit into memory.
     """
-    model = load_whole(source, engine, "comparing plans")
+    model = load_whole(source, runtime, "comparing plans")
     return Masked(model, few_beginnings(windows, _MASKED_TOKENS))
 
 
@@ -154,7 +154,7 @@ def apart(windows: Windows) -> tuple[Windows, Windows]:
     return joined([few_windows(kind, of_each) for kind in fitted]), few_beginnings(joined(judged))
 
 
-def has_room_for_two(source: WeightSource, engine: Engine) -> bool:
+def has_room_for_two(source: WeightSource, runtime: Runtime) -> bool:
     """Return whether there is memory for the model and for a pruned one beside it."""
     missing = 1 if isinstance(source, LoadedModel) else 2
-    return missing * needed_bytes(source, engine.dtype) <= free_bytes(engine.device)
+    return missing * needed_bytes(source, runtime.dtype) <= free_bytes(runtime.device)

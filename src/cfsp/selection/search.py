@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cfsp.engine.workplace import kept
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
@@ -24,6 +23,7 @@ from cfsp.selection.by_statistics import dropped_by
 from cfsp.selection.drop_budget import drops_in_words
 from cfsp.selection.score import RepairedScore, apart, has_room_for_two, masked_score
 from cfsp.settings import DIVERGENCE
+from cfsp.streaming.work_dir import load_or_compute
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Removal, Statistics
@@ -112,7 +112,7 @@ def select(
     def compare() -> list[Scored]:
         found = [
             Scored(Candidate.from_json(each["candidate"]), each["masked"])
-            for each in kept(job.place, name, masked)["candidates"]
+            for each in load_or_compute(job.place, name, masked)["candidates"]
         ]
         score = _repaired_score(job, repair)
         if score is None:
@@ -135,7 +135,7 @@ def _repaired_score(job: Job, repair: Repairer | None) -> RepairedScore | None:
     """Return the score after repair; None where there is none, or no room for it."""
     if repair is None:
         return None
-    if not has_room_for_two(job.source, job.engine):
+    if not has_room_for_two(job.source, job.runtime):
         log.warning("no memory for a pruned model beside the dense one: compared before repair")
         return None
     return RepairedScore(job, *apart(job.windows()), repair)
@@ -148,7 +148,7 @@ def _when_repaired(
     candidate = scored.candidate
     log.info("repairing on a little text: %s", candidate.in_words)
     number = f"{len(candidate.dropped)}-{'-'.join(candidate.parts)}"
-    found = kept(
+    found = load_or_compute(
         job.place,
         f"{name}-repaired-{number}",
         lambda: {"repaired": score.score(planner, candidate)},
@@ -164,7 +164,7 @@ def _all_masked(
     Raises:
         BudgetError: none is possible.
     """
-    score = masked_score(job.source, job.engine, job.windows())
+    score = masked_score(job.source, job.runtime, job.windows())
     choices = channels_to_try(job.budget)
     found: list[Scored] = []
     with item_progress("choosing how many", len(choices) * len(order), "plan") as bar:

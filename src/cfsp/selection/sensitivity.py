@@ -24,9 +24,6 @@ import torch
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.calibration.statistics_file import sensitivity_from_json
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.engine.resumed_forward import hidden_states_entering, resumed_at
-from cfsp.engine.whole import fits
-from cfsp.engine.workplace import kept
 from cfsp.errors import CalibrationError
 from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
@@ -34,15 +31,18 @@ from cfsp.selection.divergence import can_resume, dense_predictions, few_beginni
 from cfsp.selection.load import call_form_of, load_whole
 from cfsp.selection.masks import masked_unit
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
+from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at
+from cfsp.streaming.whole import fits
+from cfsp.streaming.work_dir import load_or_compute
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
     from cfsp.job import Job
     from cfsp.settings import Criterion, Part
+    from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
 # Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
@@ -102,7 +102,7 @@ def _places(source: WeightSource, parts: Collection[Part]) -> list[tuple[int, Pa
 
 
 def follow_sensitivity(
-    source: WeightSource, criterion: Criterion, engine: Engine, *, has_images: bool
+    source: WeightSource, criterion: Criterion, runtime: Runtime, *, has_images: bool
 ) -> bool:
     """Return whether widths will follow the sensitivity of blocks.
 
@@ -111,7 +111,7 @@ def follow_sensitivity(
     """
     if criterion.block_metric != AUTO_METRIC:
         return criterion.block_metric in SENSITIVITY_METRICS
-    return not has_images and fits(source, engine)
+    return not has_images and fits(source, runtime)
 
 
 def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) -> Statistics:
@@ -121,22 +121,22 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
     decided not to measure: there may be another amount of memory now. Of several processes the
     first decides and measures.
     """
-    source, engine, place = job.source, job.engine, job.place
+    source, runtime, place = job.source, job.runtime, job.place
     criterion, parts = job.criterion, {"ffn", *job.budget.channel_parts}
     if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
         return statistics
 
     def measure() -> dict[str, Any]:
-        if not follow_sensitivity(source, criterion, engine, has_images=windows.has_images):
+        if not follow_sensitivity(source, criterion, runtime, has_images=windows.has_images):
             return {"sensitivity": None}
         with place.watch.stage("sensitivity"):
-            found = with_sensitivity(source, statistics, windows, criterion, engine, parts)
+            found = with_sensitivity(source, statistics, windows, criterion, runtime, parts)
         assert found.sensitivity is not None
         return {"sensitivity": found.sensitivity.to_json()}
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"
-    found = place.team.from_first(lambda: kept(place, name, measure)["sensitivity"])
+    found = place.team.from_first(lambda: load_or_compute(place, name, measure)["sensitivity"])
     blocks = len(statistics.blocks)
     return replace(statistics, sensitivity=sensitivity_from_json(found, blocks))
 
@@ -146,12 +146,12 @@ def with_sensitivity(
     statistics: Statistics,
     windows: Windows,
     criterion: Criterion,
-    engine: Engine,
+    runtime: Runtime,
     parts: Collection[Part] = UNIT_PARTS,
 ) -> Statistics:
     """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
     few = few_beginnings(windows)
-    found = measure_sensitivity(source, statistics, few, criterion, engine, parts)
+    found = measure_sensitivity(source, statistics, few, criterion, runtime, parts)
     return replace(statistics, sensitivity=found)
 
 
@@ -160,7 +160,7 @@ def measure_sensitivity(
     statistics: Statistics,
     windows: Windows,
     criterion: Criterion,
-    engine: Engine,
+    runtime: Runtime,
     parts: Collection[Part] = UNIT_PARTS,
 ) -> Sensitivity:
     """Prune a part of every block alone by half and measure what that does to the predictions.
@@ -170,7 +170,7 @@ def measure_sensitivity(
         statistics: say which channels are the weakest.
         windows: to measure on; a few are enough.
         criterion: what makes a channel important.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
         parts: those that are pruned.
 
     Raises:
@@ -187,7 +187,7 @@ def measure_sensitivity(
         )
         for unit, observed in enumerate(statistics.units)
     ]
-    model = load_whole(source, engine, "measuring the sensitivity of blocks")
+    model = load_whole(source, runtime, "measuring the sensitivity of blocks")
     total = len(windows.tokens_NT) * len(_places(source, parts))
     with item_progress("sensitivity", total, "pass") as bar:
         found = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update, parts)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cfsp.engine.compute import engine_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
 from cfsp.planning.widths import model_size
@@ -17,6 +16,7 @@ from cfsp.selection.constraint import Constraint
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.latency import Latencies, measure_latencies, most_speedup
 from cfsp.speed import Conditions
+from cfsp.streaming.runtime import runtime_of
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Removal
@@ -50,10 +50,10 @@ def check_possible(goal: TargetSpeedup, source: WeightSource, settings: PruneSet
             f"{source.label} are of several kinds ({', '.join(kinds)}); name other parts, such as "
             "--parts blocks, or give --sparsity and measure with cfsp bench"
         )
-    engine = engine_of(settings.compute, source)
+    runtime = runtime_of(settings.compute, source)
 
     def most(*parts: Part) -> float:
-        return most_speedup(source, budget, parts, goal.phase, engine)
+        return most_speedup(source, budget, parts, goal.phase, runtime)
 
     if goal.ratio > (reached := most(*budget.parts)):
         least = _least_left(source, budget)
@@ -74,8 +74,8 @@ def measured(goal: TargetSpeedup, source: WeightSource, settings: PruneSettings)
         UsageError: the models to time do not fit into memory.
     """
     multiple = max(model_size(source).multiple_U(settings.budget))
-    engine = engine_of(settings.compute, source)
-    latencies = measure_latencies(source, settings.budget, multiple, goal.phase, engine)
+    runtime = runtime_of(settings.compute, source)
+    latencies = measure_latencies(source, settings.budget, multiple, goal.phase, runtime)
     warn_of_disturbance(latencies)
     return latencies
 

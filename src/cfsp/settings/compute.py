@@ -11,7 +11,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Compute:
-    """Where to compute and in what; `cfsp.engine.compute.resolve` makes `auto` definite.
+    """Where to compute and in what; `cfsp.streaming.runtime.resolve` makes `auto` definite.
 
     Attributes:
         device: `auto` or a device that torch knows.

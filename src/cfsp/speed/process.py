@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cfsp.engine.memory import peak_rss_bytes
 from cfsp.errors import CfspError
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import Footprint
 from cfsp.speed.workload import Conditions, Timing, Workload
+from cfsp.streaming.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext

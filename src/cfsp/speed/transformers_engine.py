@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cfsp.checkpoint.loading import cache_argument, compute_device
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.engine.decoder_end import text_model
 from cfsp.speed.subjects import Subject, build_model, random_prompt
 from cfsp.speed.workload import Conditions, Timing, Workload
+from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
     from transformers import Cache

@@ -27,9 +27,6 @@ from cfsp.checkpoint.output import (
 from cfsp.checkpoint.own_files import RECIPE_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.decide import follow_runs
-from cfsp.engine.compute import engine_of
-from cfsp.engine.whole import check_fits
-from cfsp.engine.workplace import output_workplace, remove_finished_work
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
@@ -46,6 +43,9 @@ from cfsp.settings import Compute, EvaluationText, Part
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.measuring import PHASES
 from cfsp.speed.subjects import Subject
+from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.whole import check_fits
+from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.sweep.table import Row
 from cfsp.text.calibration_text import processor_of
@@ -176,7 +176,7 @@ def _check(sweep: _Sweep) -> None:
     Raises:
         CfspError: a text is too short, no plan meets a budget, or there is no such device.
     """
-    source, engine = sweep.source, engine_of(sweep.compute, sweep.source)
+    source, runtime = sweep.source, runtime_of(sweep.compute, sweep.source)
     tokenizer = load_tokenizer(source.directory)
     for point in sweep.points:
         own = sweep.source_of(point)
@@ -184,7 +184,7 @@ def _check(sweep: _Sweep) -> None:
         check_can_be_repaired(own, point.settings)
     evaluation_windows(sweep.recipe.evaluation, source)
     if sweep.tasks is not None:
-        check_fits(source, engine, "scoring tasks")
+        check_fits(source, runtime, "scoring tasks")
         sweep.tasks.read_data()
     draw_text(sweep.points[0].settings.text, tokenizer, processor_of(source))
 
@@ -195,7 +195,7 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
     remove_finished_work(path)
     if path.is_file():
         return Statistics.load(path)
-    engine = engine_of(compute, source)
+    runtime = runtime_of(compute, source)
     settings = [point.settings for point in sweep.points if point.seed == seed]
 
     def needs_sensitivity(windows: Windows) -> bool:
@@ -203,14 +203,14 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
             follow_sensitivity(
                 source,
                 each.suited_to_repair().criterion,
-                engine,
+                runtime,
                 has_images=windows.has_images,
             )
             for each in settings
             if each.budget.channel_parts
         )
 
-    with output_workplace(path, {"command": "sweep"}, compute.memory_budget) as place:
+    with output_work_dir(path, {"command": "sweep"}, compute.memory_budget) as place:
         found = calibrate_source(
             source,
             load_tokenizer(source.directory),
@@ -222,9 +222,9 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
                 Share(source, each.budget).to_drop()
                 for each in settings
                 if each.budget.whole_parts
-                and follow_divergence(source, each.criterion.removal, engine)
+                and follow_divergence(source, each.criterion.removal, runtime)
             ],
-            runs=any(follow_runs(source, each, engine) for each in settings),
+            runs=any(follow_runs(source, each, runtime) for each in settings),
         )
         found.save(path)
     return Statistics.load(path)

@@ -17,11 +17,11 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.text_config import longest_input_of
-from cfsp.engine.decoder_end import text_model
 from cfsp.errors import CfspError, MissingExtraError, TaskError
 from cfsp.quality.tasks.documents import read_documents
 from cfsp.quality.tasks.scored import FILTERS, scored_documents, summary_of
 from cfsp.quality.tasks.selection import TaskSelection, check_known, jsonl_task_directory
+from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cfsp.repair.repaired import entry_name, was_rejected
+from cfsp.repair.result import entry_name, was_rejected
 from cfsp.result.facts import NOTHING
 from cfsp.result.page.chart import Bands, Chart, Legend, Panel, block_table, panel_title
 from cfsp.result.page.svg import Scale, element, join, path, scale_from_zero

@@ -17,12 +17,12 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
-from cfsp.engine import memory
-from cfsp.engine.compute import Engine
-from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
-from cfsp.engine.read_ahead import read_ahead
-from cfsp.engine.workplace import Workplace
 from cfsp.errors import OutputError
+from cfsp.streaming import memory
+from cfsp.streaming.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.streaming.read_ahead import read_ahead
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 from forks import Forks, Job
@@ -112,7 +112,7 @@ def test_hidden_states_in_a_file_take_no_memory(forks: Forks, tmp_path: Path) ->
     code = (
         "import torch\n"
         "from pathlib import Path\n"
-        "from cfsp.engine.hidden_states import HiddenInFile\n"
+        "from cfsp.streaming.hidden_states import HiddenInFile\n"
         "def resident():\n"
         "    text = Path('/proc/self/status').read_text()\n"
         "    return int(text.split('VmRSS:')[1].split()[0]) * 1024\n"
@@ -153,8 +153,8 @@ def gather(source: Checkpoint, windows: Windows, budget: int, directory: Path) -
     return calibrate(
         source,
         windows,
-        Engine(torch.device("cpu"), torch.bfloat16, 2),
-        place=Workplace(directory, budget, identity={}),
+        Runtime(torch.device("cpu"), torch.bfloat16, 2),
+        place=WorkDir(directory, budget, identity={}),
     )
 
 
@@ -171,7 +171,7 @@ def test_spilling_changes_no_bit(
     gather(source, windows, 1000, tmp_path / "b").save(tmp_path / "file")
     assert "exceed the memory budget of 1e-06 GB; they go to a file in" in caplog.text
     # Saved after every block, the two files take turns.
-    monkeypatch.setattr("cfsp.engine.pass_state.SHARE_OF_TIME", float("inf"))
+    monkeypatch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", float("inf"))
     gather(source, windows, 1000, tmp_path / "c").save(tmp_path / "turns")
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "file").read_bytes()
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "turns").read_bytes()

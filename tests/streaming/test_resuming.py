@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cfsp.cli import main
-from cfsp.engine.pass_state import Pace
+from cfsp.streaming.pass_state import Pace
 from commands import Commands
 from tiny_models import BLOCKS, build_tiny_model
 
@@ -221,7 +221,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cfsp.engine.block_stream import StreamedBlock
+    from cfsp.streaming.block_stream import StreamedBlock
 
     original = StreamedBlock.advance
 
@@ -231,7 +231,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(
         original(block, *args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.engine.pass_state.SHARE_OF_TIME", float("inf"))
+        patch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", interrupted)
         if stop is KeyboardInterrupt:
             assert main(calibrate) == 130

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.skeleton import build_skeleton, fill_parameters
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.engine.decoder_end import DecoderEnd, parameters_of_end
+from cfsp.streaming.decoder_end import DecoderEnd, parameters_of_end
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.engine.block_group import BlockGroup
-from cfsp.engine.block_stream import StreamedBlock
-from cfsp.engine.judge import Judgement, token_error
 from cfsp.processes import Team
+from cfsp.streaming.block_group import BlockGroup
+from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.judge import Judgement, token_error
 
 if TYPE_CHECKING:
-    from cfsp.engine.two_streams import TwoStreams
+    from cfsp.streaming.two_streams import TwoStreams
 
 
 @dataclass(frozen=True)

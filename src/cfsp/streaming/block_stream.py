@@ -25,21 +25,21 @@ from cfsp.checkpoint.skeleton import (
     read_tensors,
     unload,
 )
-from cfsp.engine.block_calls import BlockCalls
-from cfsp.engine.call_recorder import BlockCall
-from cfsp.engine.decoder_start import DecoderStart
-from cfsp.engine.hidden_states import HiddenInMemory, HiddenStates
-from cfsp.engine.image_start import ImageStart
-from cfsp.engine.pass_times import PassTimes
-from cfsp.engine.read_ahead import read_ahead
 from cfsp.errors import CalibrationError
+from cfsp.streaming.block_calls import BlockCalls
+from cfsp.streaming.call_recorder import BlockCall
+from cfsp.streaming.decoder_start import DecoderStart
+from cfsp.streaming.hidden_states import HiddenInMemory, HiddenStates
+from cfsp.streaming.image_start import ImageStart
+from cfsp.streaming.pass_times import PassTimes
+from cfsp.streaming.read_ahead import read_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
+    from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
@@ -195,7 +195,7 @@ def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
 def stream_blocks(
     source: WeightSource,
     windows: Windows,
-    engine: Engine,
+    runtime: Runtime,
     *,
     on_batch: Callable[[int], None] = lambda tokens: None,
     open_hidden: OpenHidden = HiddenInMemory,
@@ -208,7 +208,7 @@ def stream_blocks(
     Args:
         source: the model.
         windows: without padding.
-        engine: where and in what blocks compute, and how many windows pass together.
+        runtime: where and in what blocks compute, and how many windows pass together.
         on_batch: is told how many tokens have passed a block, after each batch.
         open_hidden: makes room for the hidden states, from their shape NTD and dtype.
         first_block: the block to begin with; if it is not 0, `open_hidden` gives the states
@@ -223,8 +223,8 @@ def stream_blocks(
     """
     times = times or PassTimes()
     tokens_NT, architecture = windows.tokens_NT, source.architecture
-    device, dtype = engine.device, engine.dtype
-    size = windows_in_batch(windows, engine.batch_windows)
+    device, dtype = runtime.device, runtime.dtype
+    size = windows_in_batch(windows, runtime.batch_windows)
     batches = [slice(i, min(i + size, len(tokens_NT))) for i in range(0, len(tokens_NT), size)]
     skeleton = build_skeleton(source.config, dtype)
     blocks = blocks_of(skeleton, architecture)
@@ -245,7 +245,7 @@ def stream_blocks(
         return open_hidden(shape_NTD, dtype)
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(modules))) as ahead:
-        with _with_weights(skeleton, needed, not_needed, source, engine):
+        with _with_weights(skeleton, needed, not_needed, source, runtime):
             decoder, resumed = skeleton.get_submodule(architecture.decoder), first_block > 0
             start = DecoderStart(decoder, blocks, device)
             if windows.has_images:
@@ -281,7 +281,7 @@ def _with_weights(
     path: str,
     not_needed: Sequence[str],
     source: WeightSource,
-    engine: Engine,
+    runtime: Runtime,
 ) -> Iterator[None]:
     """Read everything of a part of the model that comes before its blocks.
 
@@ -290,11 +290,11 @@ def _with_weights(
         path: from it to the part: the decoder, or with images the model itself.
         not_needed: paths from it to what is left out: the list of blocks, the head.
         source: where the tensors come from.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
     """
     module, prefix = skeleton.get_submodule(path), f"{path}." if path else ""
     with _without(skeleton, not_needed):
-        fill(module, read_tensors(module, prefix, source, engine.dtype), engine.device)
+        fill(module, read_tensors(module, prefix, source, runtime.dtype), runtime.device)
     yield
     with _without(skeleton, not_needed):
         unload(module)

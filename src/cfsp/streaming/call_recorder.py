@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import hidden_state
-from cfsp.engine.call_form import PLAIN, PLAIN_LAYOUT, CallForm, HiddenLayout
-from cfsp.engine.call_values import Place, with_values
-from cfsp.engine.stand_in import StandIn, replaced, without_hidden_state
+from cfsp.streaming.call_form import PLAIN, PLAIN_LAYOUT, CallForm, HiddenLayout
+from cfsp.streaming.call_values import Place, with_values
+from cfsp.streaming.stand_in import StandIn, replaced, without_hidden_state
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import cfsp
-from cfsp.engine import memory
-from cfsp.engine.memory import peak_rss_bytes
+from cfsp.streaming import memory
+from cfsp.streaming.memory import peak_rss_bytes
 
 # Modules that some systems lack: whoever needs one imports it where it is needed.
 NOT_EVERYWHERE = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "winreg"}
 
-PRINT_PEAK = "from cfsp.engine.memory import peak_rss_bytes; print(peak_rss_bytes())"
+PRINT_PEAK = "from cfsp.streaming.memory import peak_rss_bytes; print(peak_rss_bytes())"
 
 
 def test_the_peak_stays_when_memory_is_given_back() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.engine.call_form import Extra
-from cfsp.engine.call_recorder import BlockCall
-from cfsp.engine.call_values import Place, WindowValues, differ, is_shared, leaves, moved
 from cfsp.errors import UnsupportedModelError
+from cfsp.streaming.call_form import Extra
+from cfsp.streaming.call_recorder import BlockCall
+from cfsp.streaming.call_values import Place, WindowValues, differ, is_shared, leaves, moved
 
 
 class BlockCalls:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.engine.block_stream import stream_blocks, windows_in_batch
-from cfsp.engine.call_form import PLAIN
-from cfsp.engine.compute import Engine
-from cfsp.engine.hidden_states import HiddenInMemory
-from cfsp.engine.image_start import ImageStart
 from cfsp.errors import UnsupportedModelError
+from cfsp.streaming.block_stream import stream_blocks, windows_in_batch
+from cfsp.streaming.call_form import PLAIN
+from cfsp.streaming.hidden_states import HiddenInMemory
+from cfsp.streaming.image_start import ImageStart
+from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from image_inputs import image_inputs
 from tiny_decoders import tiny_model
@@ -92,7 +92,7 @@ def test_windows_pass_one_at_a_time_and_only_blocks_are_left(
         return skeletons[-1]
 
     monkeypatch.setitem(stream_blocks.__globals__, "build_skeleton", noted)
-    for block in stream_blocks(LoadedModel(model), windows, Engine(CPU, torch.float32)):
+    for block in stream_blocks(LoadedModel(model), windows, Runtime(CPU, torch.float32)):
         filled = {name for name, p in skeletons[0].named_parameters() if not p.is_meta}
         assert filled
         assert all(f".layers.{block.index}." in name for name in filled)

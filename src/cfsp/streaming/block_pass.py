@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cfsp.checkpoint.reading import fingerprint
-from cfsp.engine.block_stream import StreamedBlock, stream_blocks, windows_in_batch
-from cfsp.engine.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
-from cfsp.engine.pass_state import Pace, PassState
-from cfsp.engine.pass_times import PassTimes
-from cfsp.engine.versions import versions
 from cfsp.processes import Team
 from cfsp.progress import token_progress
+from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
+from cfsp.streaming.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.streaming.pass_state import Pace, PassState
+from cfsp.streaming.pass_times import PassTimes
+from cfsp.streaming.versions import versions
 
 if TYPE_CHECKING:
     import torch
 
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Visitor(ABC, Generic[T]):
     """Does something with every block of a pass, and keeps what came of it.
 
     Attributes:
-        name: of the pass: its directory in the workplace.
+        name: of the pass: its directory in the work directory.
         label: what people read of the pass.
         more_batch_sizes: see `stream_blocks`.
         more_tokens: that visits report beyond those that pass the blocks.
@@ -81,8 +81,8 @@ def pass_blocks(
     source: WeightSource,
     windows: Windows,
     visitor: Visitor[T],
-    engine: Engine,
-    place: Workplace | None,
+    runtime: Runtime,
+    place: WorkDir | None,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
@@ -90,18 +90,18 @@ def pass_blocks(
         source: the model.
         windows: without padding.
         visitor: sees every block.
-        engine: where and in what blocks compute, and how many windows pass together.
+        runtime: where and in what blocks compute, and how many windows pass together.
         place: where to spill and to save, and the processes that do the same with other windows;
             None for none of these.
 
     Raises:
-        ResumeError: the workplace holds unfinished work of something else.
+        ResumeError: the work directory holds unfinished work of something else.
         OutputError: the disk is full.
     """
     label, blocks = visitor.label, source.architecture.block_count
     state = None
     if place is not None and place.identity is not None:
-        identity = _identity(source, windows, engine)
+        identity = _identity(source, windows, runtime)
         state = PassState(place.directory / visitor.name, {**identity, **place.identity})
     team = place.team if place is not None and visitor.waits_for_others else Team()
     if state is not None and team.size > 1:
@@ -119,9 +119,9 @@ def pass_blocks(
         for block in stream_blocks(
             source,
             windows,
-            engine,
+            runtime,
             on_batch=progress.tokens,
-            open_hidden=_hidden_opener(visitor.name, state, place, engine),
+            open_hidden=_hidden_opener(visitor.name, state, place, runtime),
             first_block=len(results),
             more_batch_sizes=visitor.more_batch_sizes,
             times=times,
@@ -188,10 +188,10 @@ class _Saver:
 
 
 def _hidden_opener(
-    name: str, state: PassState | None, place: Workplace | None, engine: Engine
+    name: str, state: PassState | None, place: WorkDir | None, runtime: Runtime
 ) -> Callable[[tuple[int, ...], torch.dtype], HiddenStates]:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
-    pinned = engine.device.type == "cuda"
+    pinned = runtime.device.type == "cuda"
 
     def open_hidden(shape_NTD: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         if place is None:
@@ -209,14 +209,14 @@ def _hidden_opener(
     return open_hidden
 
 
-def _identity(source: WeightSource, windows: Windows, engine: Engine) -> dict[str, Any]:
+def _identity(source: WeightSource, windows: Windows, runtime: Runtime) -> dict[str, Any]:
     """Return what the results of any pass depend on."""
     return {
         "model": source.label,
         "model fingerprint": fingerprint(source),
         "calibration text": windows.digest,
-        "device": engine.device.type,
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "batch of windows": windows_in_batch(windows, engine.batch_windows),
+        "device": runtime.device.type,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "batch of windows": windows_in_batch(windows, runtime.batch_windows),
         "version": {k: versions()[k] for k in ("cfsp-llm", "torch", "transformers")},
     }

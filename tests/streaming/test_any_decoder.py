@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from any_models import REPRESENTATIVES
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
-from cfsp.engine.decoder_end import DecoderEnd, end_of, parameters_of_end
-from cfsp.engine.decoder_start import DecoderStart
-from cfsp.engine.hidden_states import HiddenInMemory
 from cfsp.errors import UnsupportedModelError
+from cfsp.streaming.decoder_end import DecoderEnd, end_of, parameters_of_end
+from cfsp.streaming.decoder_start import DecoderStart
+from cfsp.streaming.hidden_states import HiddenInMemory
 from tiny_decoders import tiny_model
 
 SHARED_KEYS = {

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.checkpoint.skeleton import architecture_of
-from cfsp.engine.call_form import CallForm, find_call_form
-from cfsp.engine.logits_only import logits_only
-from cfsp.engine.resumed_forward import resumed_at
+from cfsp.streaming.call_form import CallForm, find_call_form
+from cfsp.streaming.logits_only import logits_only
+from cfsp.streaming.resumed_forward import resumed_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

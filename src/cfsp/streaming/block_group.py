@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.checkpoint.skeleton import fill, read_tensors, unload
-from cfsp.engine.call_recorder import BlockCall
+from cfsp.streaming.call_recorder import BlockCall
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
+    from cfsp.streaming.runtime import Runtime
 
 
 class BlockGroup:
@@ -29,7 +29,7 @@ class BlockGroup:
         modules: all blocks of the model.
         indices: which of them.
         calls: how the model calls each of these, by the number of windows in a batch.
-        engine: where and in what they compute.
+        runtime: where and in what they compute.
 
     Attributes:
         indices: of the blocks in the model.
@@ -42,9 +42,9 @@ class BlockGroup:
         modules: nn.ModuleList,
         indices: range,
         calls: Mapping[int, Sequence[BlockCall]],
-        engine: Engine,
+        runtime: Runtime,
     ) -> None:
-        self._source, self._engine = source, engine
+        self._source, self._engine = source, runtime
         self.indices, self.modules = indices, [modules[index] for index in indices]
         self._recorded_calls = self._calls = calls
 

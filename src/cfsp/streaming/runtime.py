@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Engine:
+class Runtime:
     """Where and in what blocks compute.
 
     Attributes:
@@ -29,12 +29,12 @@ class Engine:
     batch_windows: int | None = None
 
 
-def engine_of(compute: Compute, source: WeightSource) -> Engine:
+def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
     """Return what `auto` comes to for a model on this machine.
 
     Raises:
         UsageError: torch cannot use the device here.
     """
-    return Engine(
+    return Runtime(
         compute_device(compute.device), compute_dtype(source, compute.dtype), compute.batch_windows
     )

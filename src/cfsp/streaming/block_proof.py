@@ -42,9 +42,9 @@ from cfsp.checkpoint.config_blocks import (
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import cache_argument
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
-from cfsp.engine.call_form import find_call_form
-from cfsp.engine.resumed_forward import skipped
 from cfsp.errors import UnsupportedModelError, first_line
+from cfsp.streaming.call_form import find_call_form
+from cfsp.streaming.resumed_forward import skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import hidden_state
-from cfsp.engine.call_form import PLAIN, CallForm
-from cfsp.engine.stand_in import StandIn, replaced
+from cfsp.streaming.call_form import PLAIN, CallForm
+from cfsp.streaming.stand_in import StandIn, replaced
 
 
 @contextmanager

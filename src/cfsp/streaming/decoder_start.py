@@ -12,11 +12,11 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from cfsp.engine.block_calls import BlockCalls
-from cfsp.engine.call_form import CallForm, find_call_form
-from cfsp.engine.call_recorder import Recording, record_calls
-from cfsp.engine.hidden_states import HiddenStates
 from cfsp.errors import UnsupportedModelError
+from cfsp.streaming.block_calls import BlockCalls
+from cfsp.streaming.call_form import CallForm, find_call_form
+from cfsp.streaming.call_recorder import Recording, record_calls
+from cfsp.streaming.hidden_states import HiddenStates
 
 
 class DecoderStart:

@@ -2,7 +2,7 @@
 
     none -> ridge -> sequential -> local
 
-Each step of the ladder takes a `Repaired` and returns one with a step more.
+Each step of the ladder takes a `PruningResult` and returns one with a step more.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp.calibration.statistics import Statistics
-    from cfsp.engine.judge import Judgement
     from cfsp.planning.plan_file import PruningPlan
+    from cfsp.streaming.judge import Judgement
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Repaired:
+class PruningResult:
     """All that the cut needs.
 
     Attributes:
@@ -197,11 +197,11 @@ def _tensors_path(directory: Path, block: int) -> Path:
 
 
 def add_step(
-    repaired: Repaired,
+    repaired: PruningResult,
     name: str,
     directory: Path,
     repairs: Sequence[Sequence[BlockRepair | None]],
-) -> Repaired:
+) -> PruningResult:
     """Return what a step makes of what was there before it.
 
     Args:

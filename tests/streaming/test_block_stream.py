@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
-from cfsp.engine import call_form
-from cfsp.engine.block_stream import stream_blocks
-from cfsp.engine.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
-from cfsp.engine.compute import Engine
 from cfsp.errors import CalibrationError, CheckpointError
+from cfsp.streaming import call_form
+from cfsp.streaming.block_stream import stream_blocks
+from cfsp.streaming.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
+from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model, save_tiny_model
 
@@ -28,8 +28,8 @@ TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(
 def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> list[Tensor]:
     """The output of every block for all windows, as the engine computes it."""
     outputs: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
-    engine = Engine(torch.device("cpu"), dtype, batch)
-    for block in stream_blocks(source, Windows(TOKENS, {}), engine):
+    runtime = Runtime(torch.device("cpu"), dtype, batch)
+    for block in stream_blocks(source, Windows(TOKENS, {}), runtime):
         block.advance(
             lambda *rows: None,
             lambda before, after, i=block.index: outputs[i].append(after.clone()),
@@ -66,8 +66,8 @@ def test_one_block_at_a_time_has_weights(tiny_checkpoint: Callable[[str], Path])
     """What makes a model larger than memory possible."""
     modules: list[nn.Module] = []
     source = Checkpoint(tiny_checkpoint("llama"))
-    engine = Engine(torch.device("cpu"), torch.float32)
-    for block in stream_blocks(source, Windows(TOKENS, {}), engine):
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    for block in stream_blocks(source, Windows(TOKENS, {}), runtime):
         assert not any(p.is_meta for p in block.module.parameters())
         assert all(p.is_meta for module in modules for p in module.parameters())
         block.advance(lambda *rows: None, lambda before, after: None)

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
-from cfsp.engine.block_group import BlockGroup
-from cfsp.engine.block_pass import Visitor, pass_blocks
-from cfsp.engine.block_stream import StreamedBlock
-from cfsp.engine.group_visit import GroupVisit
 from cfsp.processes import Team
+from cfsp.streaming.block_group import BlockGroup
+from cfsp.streaming.block_pass import Visitor, pass_blocks
+from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.group_visit import GroupVisit
 from cfsp.text.windows import joined
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
-    from cfsp.engine.workplace import Workplace
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
 
 T = TypeVar("T")
@@ -123,13 +123,13 @@ class TwoStreamPass(Visitor[T | None]):
         source: the dense model.
         pruned: what the cut makes of it, earlier repairs included.
         streams: which windows are what.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
         removed: the dense model's blocks that the pruned one does not have.
 
     Attributes:
         source: the dense model.
         pruned: the pruned one.
-        engine: where and in what to compute.
+        runtime: where and in what to compute.
         kept: indices in the dense model of the pruned model's blocks.
     """
 
@@ -141,15 +141,15 @@ class TwoStreamPass(Visitor[T | None]):
         source: WeightSource,
         pruned: WeightSource,
         streams: TwoStreams,
-        engine: Engine,
+        runtime: Runtime,
         removed: Collection[int],
     ) -> None:
         super().__init__(name)
         self.source, self.pruned = source, pruned
-        self.engine = replace(engine, batch_windows=streams.batch)
+        self.runtime = replace(runtime, batch_windows=streams.batch)
         self.more_batch_sizes = streams.batch_sizes
         self._streams = streams
-        self._modules = blocks_of(build_skeleton(pruned.config, engine.dtype), pruned.architecture)
+        self._modules = blocks_of(build_skeleton(pruned.config, runtime.dtype), pruned.architecture)
         count = source.architecture.block_count
         self.kept = [block for block in range(count) if block not in removed]
         # The dense stream's held-out windows after each block of the group so far, and after the
@@ -167,7 +167,7 @@ class TwoStreamPass(Visitor[T | None]):
         It is left with the weights that the pruned stream goes through.
         """
 
-    def pass_all(self, windows: Windows, place: Workplace) -> list[T | None]:
+    def pass_all(self, windows: Windows, place: WorkDir) -> list[T | None]:
         """Let all windows pass.
 
         Returns:
@@ -176,10 +176,10 @@ class TwoStreamPass(Visitor[T | None]):
 
         Raises:
             CalibrationError: a weight or an activation is NaN or infinite.
-            ResumeError: the workplace holds unfinished work of something else.
+            ResumeError: the work directory holds unfinished work of something else.
         """
         own = windows.part(slice(self._streams.own.start, self._streams.own.stop))
-        results = pass_blocks(self.source, joined([own, own]), self, self.engine, place)
+        results = pass_blocks(self.source, joined([own, own]), self, self.runtime, place)
         at_last: list[T | None] = [None] * len(results)
         for end, group in self._group_at.items():
             at_last[self.kept[group[-1]]] = results[end]
@@ -221,7 +221,7 @@ class TwoStreamPass(Visitor[T | None]):
                 size: [block.call(self.kept[index], size) for index in indices]
                 for size in self.more_batch_sizes
             }
-            blocks = BlockGroup(self.pruned, self._modules, indices, calls, self.engine)
+            blocks = BlockGroup(self.pruned, self._modules, indices, calls, self.runtime)
             blocks.fill()
             group = GroupVisit(blocks, block, streams, self._dense_after)
             result = self.work(group)

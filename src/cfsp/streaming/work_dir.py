@@ -21,18 +21,18 @@ from typing import Any
 
 from cfsp.checkpoint.output import lock_out_others, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
-from cfsp.engine.memory import default_budget
-from cfsp.engine.pass_state import STATE_FILE, PassState, read_state
-from cfsp.engine.pass_times import PassTimes
-from cfsp.engine.stopwatch import Stopwatch
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.processes import Team
+from cfsp.streaming.memory import default_budget
+from cfsp.streaming.pass_state import STATE_FILE, PassState, read_state
+from cfsp.streaming.pass_times import PassTimes
+from cfsp.streaming.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Workplace:
+class WorkDir:
     """Where one command works.
 
     Attributes:
@@ -70,25 +70,25 @@ class Workplace:
 
 
 @contextmanager
-def temporary_workplace(memory_budget: int | None = None) -> Iterator[Workplace]:
-    """Give a workplace that nothing resumes from."""
+def temporary_work_dir(memory_budget: int | None = None) -> Iterator[WorkDir]:
+    """Give a work directory that nothing resumes from."""
     with tempfile.TemporaryDirectory(prefix="cfsp-") as directory:
-        yield Workplace(Path(directory), _budget(memory_budget))
+        yield WorkDir(Path(directory), _budget(memory_budget))
 
 
 @contextmanager
-def output_workplace(
+def output_work_dir(
     out: Path,
     identity: dict[str, Any],
     memory_budget: int | None = None,
     team: Team | None = None,
-) -> Iterator[Workplace]:
-    """Give the workplace of an output; remove it when all is done.
+) -> Iterator[WorkDir]:
+    """Give the work directory of an output; remove it when all is done.
 
     Args:
         out: the file or directory that will be written.
-        identity: see `Workplace`.
-        memory_budget: see `Workplace`; None for a share of the available memory.
+        identity: see `WorkDir`.
+        memory_budget: see `WorkDir`; None for a share of the available memory.
         team: the processes that work on this output; None for this one alone.
 
     Raises:
@@ -110,7 +110,7 @@ def output_workplace(
             read_state(state, identity)
         _remove_unfinished(directory)
         try:
-            yield Workplace(directory, _budget(memory_budget), identity, team=team)
+            yield WorkDir(directory, _budget(memory_budget), identity, team=team)
         except ResumeError:
             raise
         except BaseException as error:
@@ -124,14 +124,14 @@ def output_workplace(
         _remove(directory)
 
 
-def kept(
-    place: Workplace | None, name: str, measure: Callable[[], dict[str, Any]]
+def load_or_compute(
+    place: WorkDir | None, name: str, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return what a killed run measured already, or measure it and keep it.
 
     Args:
         place: where to keep it; None for nowhere.
-        name: of the measurement, in its workplace.
+        name: of the measurement, in its work directory.
         measure: gives JSON types.
     """
     if place is None or place.identity is None:
@@ -184,7 +184,7 @@ def _to_keep(directory: Path, error: BaseException) -> bool:
 
 
 def remove_finished_work(out: Path) -> None:
-    """Remove the workplace of an output that is there, if its run was killed before it could.
+    """Remove the work directory of an output that is there, if its run was killed before it could.
 
     Args:
         out: the file or directory that is written whole or not at all.

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import hidden_state
-from cfsp.engine.call_values import differ, leaves
-from cfsp.engine.stand_in import StandIn, replaced, without_hidden_state
 from cfsp.errors import UnsupportedModelError
+from cfsp.streaming.call_values import differ, leaves
+from cfsp.streaming.stand_in import StandIn, replaced, without_hidden_state
 
 # Windows and tokens of the batch that forms are tried on.
 _PROBED = (2, 3)

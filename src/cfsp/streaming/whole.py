@@ -7,35 +7,35 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
-from cfsp.engine.memory import available_bytes
 from cfsp.errors import UsageError
+from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.engine.compute import Engine
+    from cfsp.streaming.runtime import Runtime
 
 # The model's weights need this much beside them: logits, activations, hidden states.
 _ROOM = 1.2
 
 
-def fits(source: WeightSource, engine: Engine) -> bool:
+def fits(source: WeightSource, runtime: Runtime) -> bool:
     """Return whether a whole model fits into the memory that is available where it computes."""
-    needed = needed_bytes(source, engine.dtype)
-    return isinstance(source, LoadedModel) or needed <= free_bytes(engine.device)
+    needed = needed_bytes(source, runtime.dtype)
+    return isinstance(source, LoadedModel) or needed <= free_bytes(runtime.device)
 
 
-def check_fits(source: WeightSource, engine: Engine, purpose: str) -> None:
+def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
     """Check that a whole model fits into the memory that is available where it computes.
 
     Args:
         source: the model.
-        engine: where and in what it computes.
+        runtime: where and in what it computes.
         purpose: what needs it, for the error.
 
     Raises:
         UsageError: it does not.
     """
-    needed, available = needed_bytes(source, engine.dtype), free_bytes(engine.device)
+    needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
     if needed > available:
         raise UsageError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
