@@ -146,7 +146,7 @@ def load_or_compute(
 
 
 def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Path:
-    """Return where one process works on an output; see `output_workplace`."""
+    """Return where one process works on an output; see `output_work_dir`."""
     return out.parent / f"{out.name}.work" / _directory_name(process, processes)
 
 
