@@ -169,7 +169,7 @@ def statistics_seeds() -> list[bytes]:
 
 
 def _unit(block: int, routed: tuple[int, ...] = ()) -> UnitStatistics:
-    return UnitStatistics(block, torch.ones(8).double(), torch.ones(8).double(), 64, routed)
+    return UnitStatistics(block, torch.ones(8).double(), 64, routed)
 
 
 # Checkpoints: an index and the header of a shard.

@@ -24,7 +24,7 @@ LAYERS = (
     ("architecture",),
     ("checkpoint",),
     ("text",),
-    ("engine",),
+    ("streaming",),
     ("calibration",),
     ("planning",),
     ("cut",),

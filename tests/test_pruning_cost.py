@@ -54,7 +54,7 @@ def test_every_stage_of_a_repair_is_in_it(estimate: Estimate) -> None:
     stages = seconds(found)
     assert list(stages) == ["coarse pass", "ridge", "solve", "cut"]
     assert found["measured_tokens"] == 16 * 32
-    assert 0 < found["seconds"] == pytest.approx(sum(stages.values()), abs=0.5)
+    assert found["seconds"] == pytest.approx(sum(stages.values()), abs=0.5)
     assert 5e8 < found["memory_bytes"] < 6e8
 
 

@@ -166,7 +166,8 @@ def test_the_report_shows_both_parts(tokenizer: Any, text_file: Path, tmp_path: 
     page = tmp_path / "page.html"
     assert main(["report", str(tmp_path / "out"), "--out", str(page)]) == 0
     text = page.read_text()
-    assert "KV groups that stay" in text and "What each attention does" in text
+    assert "KV groups" in text and "FFN channels" in text
+    assert "What each attention layer" in text
     assert "1 self_attn" in text
     assert "KV groups" in (tmp_path / "out" / "README.md").read_text()
 

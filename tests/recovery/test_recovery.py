@@ -138,7 +138,7 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     card = (out / "README.md").read_text()
     assert "## How it was pruned" in card
     assert "## How it was recovered" in card
-    assert f"{report.trainable_parameters:,} trainable parameters" in card
+    assert f"{report.trainable_parameters:,} parameters" in card
 
 
 @pytest.mark.parametrize(

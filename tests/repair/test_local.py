@@ -334,7 +334,7 @@ def test_options_of_local_without_it_are_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["prune", str(tiny_checkpoint("llama")), *text, option, "4"]
+    argv = ["prune", str(tiny_checkpoint("llama")), *text, option, "1"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert f"{option} belongs to --repair local" in capsys.readouterr().err
 

@@ -190,7 +190,11 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     def take_up(self, state: Any) -> None:
         """Take up an interrupted run, from the state of its Trainer."""
         saved, self._first_step = _saved_pace(vars(state)), state.global_step
-        self.history = saved["history"]
+        # The Trainer sorts what it saves; a run that went on writes what one in one go does.
+        order = ("step", "perplexity", "loss")
+        self.history = [
+            {key: entry[key] for key in order if key in entry} for entry in saved["history"]
+        ]
         self._schedule.go_on_from(saved["elapsed"], saved["fraction"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
