@@ -83,7 +83,7 @@ def test_few_are_worth_a_repair_of_each_choice_of_channels() -> None:
     both = scored(0.3, 0.4, parts=("ffn", "kv"))
     few = [each.candidate for each in worth_a_repair([*channels, *both])]
     assert [(len(each.dropped), each.parts) for each in few] == [
-        (3, ("ffn",)), (0, ("ffn", "kv")),
+        (0, ("ffn",)), (3, ("ffn",)), (0, ("ffn", "kv")),
     ]  # fmt: skip
     few = [each.candidate for each in worth_a_repair(channels)]
     assert [len(each.dropped) for each in few] == [0, 1, 3]

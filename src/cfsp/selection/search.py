@@ -241,15 +241,15 @@ def best_of(found: Sequence[Scored]) -> Scored:
 def worth_a_repair(found: Sequence[Scored]) -> list[Scored]:
     """Return the few that may be the best after repair.
 
-    The best before it for each choice of channels; of the best choice also the one with the least
-    dropped, because repair wins back more of what channels lose, and the one in the middle between.
+    For each choice of channels the best before it and the one with the least dropped, because
+    repair wins back more of what channels lose; of a single choice also the one in the middle.
     """
-    best = _nearest(found)
+    choices = dict.fromkeys(each.candidate.parts for each in found)
     few: list[Scored] = []
-    for parts in dict.fromkeys(each.candidate.parts for each in found):
+    for parts in choices:
         alike = [each for each in found if each.candidate.parts == parts]
         last = alike.index(_nearest(alike))
-        wanted = {0, last // 2, last} if parts == best.candidate.parts else {last}
+        wanted = {0, last} if len(choices) > 1 else {0, last // 2, last}
         few += [alike[index] for index in sorted(wanted)]
     return few
 
