@@ -67,18 +67,17 @@ def decide(
         return _repaired_by(job, PruningResult(plan)), {}
     if statistics is not None:
         check_statistics_fit(job.source, statistics)
-    job, constraint = constraint_of(job)
-    is_measured = statistics is not None
-    if statistics is None:
+    else:
         check_can_be_compared(job.source, job.budget, job.criterion.removal, job.runtime)
-    repairs = steps_of(job.settings.repair) and job.budget.parts != ("experts",)
-    if not is_measured and repairs and job.budget.channel_parts and not constraint.needs_statistics:
-        return _choose_and_repair(job, constraint)
+    job, constraint = constraint_of(job)
     if statistics is None:
+        repairs = bool(steps_of(job.settings.repair))
+        if repairs and job.budget.channel_parts and not constraint.needs_statistics:
+            return _choose_and_repair(job, constraint)
         statistics = _calibrated(job, constraint, _windows_to_pass(job), "calibrate")
-    elif _compares(job):
+    elif job.budget.compares:
         statistics = _completed(job, constraint, statistics, job.windows())
-    planner, candidate = select(job, constraint, statistics, _repairer(job))
+    planner, candidate = _select(job, constraint, statistics)
     with job.place.watch.stage("plan"):
         plan = planner.plan_for_people(candidate)
     facts = _facts(constraint, candidate)
@@ -94,6 +93,7 @@ def plan_for(job: Job, statistics: Statistics) -> tuple[PruningPlan, dict[str, A
         CfspError: the statistics do not fit, or the goal cannot be met.
     """
     check_is_definite(job.budget)
+    check_statistics_fit(job.source, statistics)
     job, constraint = constraint_of(job)
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     candidate = only_candidate(constraint, planner)
@@ -107,13 +107,10 @@ def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
     return {**facts, "chosen": asdict(candidate)} if facts else {}
 
 
-def _compares(job: Job) -> bool:
-    """Return whether several candidates meet the constraint."""
-    return bool(job.budget.whole_parts and job.budget.channel_parts)
-
-
-def _repairer(job: Job) -> Any:
-    return None if job.settings.repair == "none" else repaired_a_little
+def _select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Planner, Candidate]:
+    """Return the best candidate, compared after repair where there will be one."""
+    repairs = bool(steps_of(job.settings.repair))
+    return select(job, constraint, statistics, repaired_a_little if repairs else None)
 
 
 def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
@@ -198,7 +195,7 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     check_windows(job, windows)
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(job, constraint, few, "coarse pass")
-    planner, candidate = select(job, constraint, coarse, _repairer(job))
+    planner, candidate = _select(job, constraint, coarse)
     widths = planner.widths(candidate)
     with job.place.watch.stage("ridge"):
         chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)

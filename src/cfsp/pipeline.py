@@ -1,7 +1,7 @@
 """The whole flow, one line a stage.
 
     text -> windows -> CALIBRATE -> Statistics -> SELECT -> Candidate -> PLAN -> PruningPlan
-         -> REPAIR -> Repaired -> CUT -> checkpoint directory
+         -> REPAIR -> PruningResult -> CUT -> checkpoint directory
 
 `prune_checkpoint` goes from directory to directory, `prune_model` from a model in memory to a
 smaller one. `cfsp.prune_and_recover` trains what the first gives.
@@ -49,7 +49,7 @@ from cfsp.result.manifest import (
 )
 from cfsp.result.origin import origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
-from cfsp.selection.constraint import MOST_DROPPED
+from cfsp.selection.constraint import half_dropped
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
 from cfsp.selection.goal import little_in_words
@@ -57,6 +57,7 @@ from cfsp.selection.loss import loss_increase_of
 from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import (
     AUTO_METRIC,
+    DEFAULT_PARTS,
     Budget,
     CalibrationText,
     Compute,
@@ -142,7 +143,8 @@ def prune_checkpoint(
             plan=plan,
         )
         if dry_run:
-            if repairs and repaired.plan.has_gaps and repaired.plan.ffn_sparsity > 0:
+            parts = repaired.plan.criterion.get("parts", DEFAULT_PARTS)
+            if repairs and plan is None and Budget(parts=tuple(parts)).compares:
                 log.warning(
                     "--dry-run compared plans before repair; the run itself repairs a few of them "
                     "and may choose another"
@@ -294,7 +296,7 @@ def calibrate_for(source: WeightSource, parts: Sequence[Part], compute: Compute)
     check_can_be_compared(source, budget, AUTO_METRIC, runtime)
     if not budget.whole_parts or not follow_divergence(source, AUTO_METRIC, runtime):
         return {"runs": "blocks" in parts}
-    return {"wanted": [DropBudget.of_share(source, budget.whole_parts, MOST_DROPPED)]}
+    return {"wanted": [half_dropped(source, budget)]}
 
 
 def _decide(

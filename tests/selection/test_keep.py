@@ -60,7 +60,12 @@ def test_what_stays_keeps_all_and_the_sum_is_met(
     for kept, unit in zip(kept_U, units, strict=True):
         assert kept == unit.width if unit.stays else 0 < kept <= unit.width
     wanted = (1 - sparsity) * sum(unit.width for unit in units)
-    slack = multiple / 2 * (len(units) if widths == "equal" else 1)
+    slack = multiple / 2
+    if widths == "equal":  # each unit to within half a multiple, and none below one multiple
+        others = sum(unit.width for unit in units if not unit.stays)
+        fraction = max(0.0, wanted - sum(unit.width for unit in units if unit.stays)) / (others or 1)
+        forced = (multiple - fraction * unit.width for unit in units if not unit.stays)
+        slack = slack * len(units) + sum(max(0.0, each) for each in forced)
     assert abs(sum(kept_U) - wanted) <= slack + 1e-6 or sum(kept_U) == sum(size.least_U(budget))
 
 

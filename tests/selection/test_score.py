@@ -77,7 +77,7 @@ def test_repair_brings_the_predictions_nearer(
     planner, after_repair, drawn = planned(source, text_file, tokenizer, 16)
     before = [parameter.clone() for parameter in source.model.parameters()]
     half = Candidate(parts=("ffn",), sparsity=0.5)
-    masked = Masked(source.model, few_beginnings(drawn)).score(planner, half)
+    masked = Masked.of(source, source.model, few_beginnings(drawn)).score(planner, half)
     assert 0 < after_repair.score(planner, half) < masked
     assert all(map(torch.equal, before, source.model.parameters()))
 
@@ -92,7 +92,7 @@ def test_a_masked_score_is_that_of_the_plan(
         dense = dense_predictions(source.model, few.tokens_NT)
         with masked_channels(source, source.model, kept):
             expected = dense.divergence(source.model)
-    found = Masked(source.model, few).score(planner, candidate)
+    found = Masked.of(source, source.model, few).score(planner, candidate)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -102,7 +102,7 @@ def test_nothing_removed_changes_nothing(
     planner, after_repair, drawn = planned(source, text_file, tokenizer, 4)
     nothing = Candidate(parts=("ffn",), sparsity=0.0)
     assert after_repair.score(planner, nothing) == pytest.approx(0, abs=1e-6)
-    masked = Masked(source.model, few_beginnings(drawn))
+    masked = Masked.of(source, source.model, few_beginnings(drawn))
     assert masked.score(planner, nothing) == pytest.approx(0, abs=1e-6)
 
 

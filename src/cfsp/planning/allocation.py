@@ -142,17 +142,34 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     """
     size = size.of_parts(budget.parts)
     check_multiple(budget, size)
-    total, least = size.cost_of(size.width_U), size.cost_of(size.least_U(budget))
+    total = size.cost_of(size.width_U)
     kept = (1 - budget.sparsity) * total
-    # Within half a multiple of the least width is the least width.
-    multiple_U = size.multiple_U(budget)
-    if kept < least - min(map(mul, multiple_U, size.cost_U)) / 2:
-        raise BudgetError(
-            f"cannot remove {budget.sparsity:.1%} of the {channels_in_words(budget.parts)}: with "
-            f"at least {least_in_words(multiple_U, size)}, between 0 and {1 - least / total:.1%} "
-            "can be removed"
-        )
+    asked = f"{budget.sparsity:.1%} of the {channels_in_words(budget.parts)}"
+    check_least(budget, size, kept, asked, total)
     return kept
+
+
+def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: float) -> None:
+    """Check that channels of the least widths cost no more than what stays.
+
+    Args:
+        budget: what widths look like.
+        size: the numbers of the units that may lose channels.
+        kept: what the channels that stay cost.
+        asked: what is to go, in words.
+        of: the cost of what that is a share of.
+
+    Raises:
+        BudgetError: they cost more, beyond half a multiple.
+    """
+    least, multiple_U = size.cost_of(size.least_U(budget)), size.multiple_U(budget)
+    # Within half a multiple of the least width is the least width.
+    if kept < least - min(map(mul, multiple_U, size.cost_U)) / 2:
+        most = (size.cost_of(size.width_U) - least) / of
+        raise BudgetError(
+            f"cannot remove {asked}: with at least {_least_in_words(multiple_U, size)}, between 0 "
+            f"and {most:.1%} can be removed"
+        )
 
 
 def channels_in_words(parts: Sequence[Part]) -> str:
@@ -161,7 +178,7 @@ def channels_in_words(parts: Sequence[Part]) -> str:
     return " and ".join(noun for part, noun in nouns.items() if part in parts)
 
 
-def least_in_words(multiple_U: Sequence[int], size: ModelSize) -> str:
+def _least_in_words(multiple_U: Sequence[int], size: ModelSize) -> str:
     """Return in words what is left at least."""
     pairs = list(zip(multiple_U, size.units, strict=True))
     least = sorted({multiple for multiple, unit in pairs if unit.part == "ffn"})

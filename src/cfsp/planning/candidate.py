@@ -176,3 +176,8 @@ class DropSizes:
     def parameters_with(self, dropped: Dropped, droppable: Droppable) -> int:
         """Return how many more parameters go if another one does."""
         return self.parameters(dropped.plus(droppable)) - self.parameters(dropped)
+
+
+def parameters_dropped(source: WeightSource, dropped: Dropped) -> int:
+    """Return how many parameters go with blocks and attentions of a model."""
+    return DropSizes.of(source, dropped.parts).parameters(dropped) if dropped else 0

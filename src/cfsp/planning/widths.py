@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import WeightSource, ffn_parameters_per_channel, parameter_count
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
-from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
+from cfsp.planning.candidate import NOTHING, Candidate, Dropped, parameters_dropped
 from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.keep import kept_by
 from cfsp.settings import (
@@ -40,7 +40,6 @@ def model_size(
         keep: what is to keep all its channels (`cfsp.planning.keep`).
     """
     stays = kept_by(source, keep).units
-    gone = DropSizes.of(source, dropped.parts).parameters(dropped) if dropped else 0
     return ModelSize(
         units=tuple(
             UnitSize(
@@ -56,7 +55,7 @@ def model_size(
             )
             if not dropped.takes(unit)
         ),
-        parameters=parameter_count(source) - gone,
+        parameters=parameter_count(source) - parameters_dropped(source, dropped),
     )
 
 

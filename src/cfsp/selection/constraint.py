@@ -6,6 +6,7 @@ own modules.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,8 +15,8 @@ from cfsp.checkpoint.config_widths import check_attentions_can_go_alone
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.errors import BudgetError
-from cfsp.planning.allocation import channels_to_keep, check_multiple, least_in_words
-from cfsp.planning.candidate import NOTHING, Dropped, DropSizes
+from cfsp.planning.allocation import channels_to_keep, check_least, check_multiple
+from cfsp.planning.candidate import NOTHING, Dropped, DropSizes, parameters_dropped
 from cfsp.planning.experts import experts_to_remove
 from cfsp.planning.keep import kept_by
 from cfsp.planning.widths import model_size, parameters_of_channels
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import Removal
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.make import Planner
-    from cfsp.settings import Budget, Part, WholePart
+    from cfsp.settings import Budget, Part
 
 # How much of the blocks, or attentions, is ever dropped beside others.
 MOST_DROPPED = 0.5
 
 
 @dataclass(frozen=True)
-class Constraint:
+class Constraint(ABC):
     """What every candidate just meets.
 
     Attributes:
@@ -69,34 +70,24 @@ class Constraint:
         if goes and "attention" in budget.parts and not budget.channel_parts:
             check_attentions_can_go_alone(source.config, source.architecture)
 
-    def prepare(self) -> None:
-        """Measure, in every process, what the first alone asks about when it compares."""
-
     def to_drop(self) -> DropBudget:
         """Return how much may go whole, at most; of a budget that has such parts.
 
         Raises:
             BudgetError: none of what may go would be left.
         """
-        budget = self.budget
-        parts, keep = budget.whole_parts, budget.keep
-        share = min(MOST_DROPPED, most_droppable(self.source, parts, keep))
-        return DropBudget.of_share(self.source, parts, share, keep=keep)
+        return half_dropped(self.source, self.budget)
 
     def enough(self, order: Sequence[Removal]) -> Dropped:
         """Return what of an order is enough where no channels go."""
         return Dropped.of(order)
 
-    def experts(self) -> int:
-        """Return how many experts of every block go; of a budget that has nothing else."""
-        raise NotImplementedError
-
+    @abstractmethod
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the share that channels of these parts lose beside what goes whole.
 
         None if they do not own so much.
         """
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """Return what was asked for, tried, and on what it was measured, as JSON types."""
@@ -166,17 +157,14 @@ class Parameters(Constraint):
         if self.budget.whole_parts or not self.budget.channel_parts:
             return
         size = model_size(self.source, keep=self.budget.keep).of_parts(self.budget.parts)
-        multiple_U = size.multiple_U(self.budget)
-        least, each = size.cost_of(size.least_U(self.budget)), size.parameters_per_cost
-        most = (size.cost_of(size.width_U) - least) * each
-        step = min(m * cost for m, cost in zip(multiple_U, size.cost_U, strict=True)) * each
-        # Within half a multiple of the least width is the least width.
-        if self._to_go > most + step / 2:
-            raise BudgetError(
-                f"cannot remove {self.share_of_all:.1%} of the model's parameters: with at least "
-                f"{least_in_words(multiple_U, size)}, between 0 and {most / size.parameters:.1%} "
-                "can be removed"
-            )
+        total, each = size.cost_of(size.width_U), size.parameters_per_cost
+        check_least(
+            self.budget,
+            size,
+            total - self._to_go / each,
+            f"{self.share_of_all:.1%} of the model's parameters",
+            size.parameters / each,
+        )
 
     def to_drop(self) -> DropBudget:
         """Return as much, or beside channels half of the attentions at most."""
@@ -195,7 +183,7 @@ class Parameters(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the share of what the channels own that is still to go."""
-        gone = DropSizes.of(self.source, dropped.parts).parameters(dropped) if dropped else 0
+        gone = parameters_dropped(self.source, dropped)
         owned = parameters_of_channels(self.source, parts, dropped)
         share = max(0.0, (self._to_go - gone) / owned)
         return share if share < 1 else None
@@ -210,10 +198,12 @@ class Parameters(Constraint):
         return self.share_of_all * parameter_count(self.source)
 
 
-def most_droppable(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str]) -> float:
-    """Return the share of the parameters of blocks, or attentions, that can go at most."""
+def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
+    """Return as much of the blocks, or attentions, as is ever dropped beside others."""
+    parts, keep = budget.whole_parts, budget.keep
     sizes = DropSizes.of(source, parts, keep)
-    return sizes.most / sizes.total
+    share = min(MOST_DROPPED, sizes.most / sizes.total)
+    return DropBudget.of_share(source, parts, share, keep=keep)
 
 
 def parameters_to_go(source: WeightSource, budget: Budget) -> float:

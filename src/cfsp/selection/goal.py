@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 def constraint_of(job: Job) -> tuple[Job, Constraint]:
     """Return what candidates have to meet, and the job with the parts that may go for it.
 
-    It is checked before a forward pass; windows are drawn and models timed only where that says
-    which parts may go, or how many.
+    It is checked before a forward pass. Windows are drawn only where that says which parts may go;
+    models are timed for a speed.
 
     Raises:
         CfspError: it cannot be met, or cannot be measured here.
@@ -58,9 +58,10 @@ def constraint_of(job: Job) -> tuple[Job, Constraint]:
     if goal is None:
         constraint = Share(source, budget)
     elif isinstance(goal, TargetParameters):
-        parts = _parts_for(job, Parameters(source, budget, goal.fraction))
-        job = _with_budget(job, replace(budget, parts=parts))
-        constraint = Parameters(source, job.budget, goal.fraction)
+        asked = Parameters(source, budget, goal.fraction)
+        budget = replace(budget, parts=_parts_for(job, asked))
+        job = replace(job, settings=replace(job.settings, budget=budget))
+        constraint = replace(asked, budget=budget)
     elif isinstance(goal, TargetKVCache):
         constraint = CacheFraction(source, budget, goal.fraction)
     elif isinstance(goal, TargetSpeedup):
@@ -71,10 +72,6 @@ def constraint_of(job: Job) -> tuple[Job, Constraint]:
         constraint = LossIncrease(source, budget, goal, texts, job.settings.compute, job.place)
     constraint.check()
     return job, constraint
-
-
-def _with_budget(job: Job, budget: Budget) -> Job:
-    return replace(job, settings=replace(job.settings, budget=budget))
 
 
 def _speedup(job: Job, goal: TargetSpeedup) -> Constraint:

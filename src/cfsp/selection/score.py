@@ -30,6 +30,7 @@ from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.windows import few_windows, joined
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.repair.result import PruningResult
     from cfsp.selection.divergence import DensePredictions
+    from cfsp.streaming.call_form import CallForm
     from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
@@ -60,16 +62,28 @@ class Masked:
 
     Attributes:
         model: the whole dense model in memory, in evaluation mode.
-        windows: beginnings of a few windows.
+        blocks: its own.
+        form: how it takes hidden states from them.
+        dense: what it predicts, taken before anything is masked.
     """
 
     model: PreTrainedModel
-    windows: Windows
+    blocks: nn.ModuleList
+    form: CallForm
+    dense: list[DensePredictions]
 
-    @cached_property
-    def _dense(self) -> list[DensePredictions]:
-        with torch.inference_mode():
-            return [dense_predictions(self.model, each[None]) for each in self.windows.tokens_NT]
+    @staticmethod
+    def of(source: WeightSource, model: PreTrainedModel, windows: Windows) -> Masked:
+        """Return the score by the predictions on some windows.
+
+        Args:
+            source: the dense model.
+            model: the whole of it in memory, in evaluation mode.
+            windows: beginnings of a few windows.
+        """
+        blocks = blocks_of(model, source.architecture)
+        dense = dense_on(model, windows)
+        return Masked(model, blocks, call_form_of(model, blocks), dense)
 
     def score(self, planner: Planner, candidate: Candidate) -> float:
         """Return KL(dense || without what goes), the mean over windows.
@@ -79,15 +93,13 @@ class Masked:
         """
         widths = planner.widths(candidate)
         kept_U = list(planner.channels(candidate, widths))
-        source, blocks = planner.source, blocks_of(self.model, planner.source.architecture)
-        form, dense = call_form_of(self.model, blocks), self._dense
         with torch.inference_mode(), ExitStack() as stack:
             gone = candidate.dropped.blocks
-            for unit, kept_K in zip(source.units, kept_U, strict=True):
+            for unit, kept_K in zip(planner.source.units, kept_U, strict=True):
                 if unit.block not in gone and len(kept_K) < unit.width * unit.ffns:
-                    stack.enter_context(masked_unit(blocks[unit.block], unit, kept_K))
-            stack.enter_context(skipped(blocks, gone, form))
-            return sum(each.divergence(self.model) for each in dense) / len(dense)
+                    stack.enter_context(masked_unit(self.blocks[unit.block], unit, kept_K))
+            stack.enter_context(skipped(self.blocks, gone, self.form))
+            return sum(each.divergence(self.model) for each in self.dense) / len(self.dense)
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,7 @@ class RepairedScore:
 
     @cached_property
     def _dense(self) -> list[DensePredictions]:
-        with torch.inference_mode():
-            return [dense_predictions(self._model, each[None]) for each in self.judged.tokens_NT]
+        return dense_on(self._model, self.judged)
 
     def score(self, planner: Planner, candidate: Candidate) -> float:
         """Return KL(dense || repaired), the mean over windows."""
@@ -134,7 +145,13 @@ def masked_score(source: WeightSource, runtime: Runtime, windows: Windows) -> Ma
         UsageError: the model does not fit into memory.
     """
     model = load_whole(source, runtime, "comparing plans")
-    return Masked(model, few_beginnings(windows, _MASKED_TOKENS))
+    return Masked.of(source, model, few_beginnings(windows, _MASKED_TOKENS))
+
+
+def dense_on(model: PreTrainedModel, windows: Windows) -> list[DensePredictions]:
+    """Return what a model predicts on windows, which pass one at a time."""
+    with torch.inference_mode():
+        return [dense_predictions(model, tokens_T[None]) for tokens_T in windows.tokens_NT]
 
 
 def apart(windows: Windows) -> tuple[Windows, Windows]:

@@ -11,7 +11,7 @@ little text, and of these the nearest to the dense model is taken.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
 from cfsp.progress import item_progress
 from cfsp.selection.by_statistics import dropped_by
+from cfsp.selection.constraint import Parameters, Share
 from cfsp.selection.drop_budget import drops_in_words
 from cfsp.selection.score import RepairedScore, apart, has_room_for_two, masked_score
 from cfsp.settings import DIVERGENCE
@@ -61,17 +62,18 @@ def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None
         StatisticsError: the statistics lack what the choice needs.
     """
     budget = constraint.budget
+    if budget.compares:
+        return None
     if "experts" in budget.parts:
-        gone, experts = constraint.experts(), constraint.source.architecture.experts
-        assert experts is not None
+        experts = constraint.source.architecture.experts
+        assert isinstance(constraint, Share | Parameters) and experts is not None
+        gone = constraint.experts()
         return Candidate(experts=gone, sparsity=budget.sparsity or gone / experts.count)
     if not budget.whole_parts:
         share = constraint.share(planner, budget.channel_parts, Dropped())
         if share is None:
             raise constraint.too_much()
         return Candidate(parts=budget.channel_parts, sparsity=share)
-    if budget.channel_parts:
-        return None
     wanted = constraint.to_drop()
     dropped = dropped_by(planner.source, planner.statistics, wanted, planner.criterion.removal)
     if planner.criterion.removal == DIVERGENCE:
@@ -101,7 +103,6 @@ def select(
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     if only := only_candidate(constraint, planner):
         return planner, only
-    constraint.prepare()
     order = constraint.to_drop().first(statistics.removals_of(job.budget.whole_parts)) or []
     name = f"{'-'.join(job.budget.parts)}-{job.windows().digest[:8]}"
 
@@ -202,7 +203,7 @@ def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]
     def best() -> float:
         return min((each.masked for each in found.values() if each), default=float("inf"))
 
-    def try_all(counts: Iterator[int]) -> None:
+    def try_all(counts: Iterable[int]) -> None:
         for count in counts:
             if count in found or not 0 <= count <= len(alone):
                 continue
@@ -213,11 +214,11 @@ def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]
     step = 1
     while len(alone) / step > _NUMBERS_AT_ONCE:
         step *= 2
-    try_all(iter(range(0, len(alone) + 1, step)))
+    try_all(range(0, len(alone) + 1, step))
     while step > 1:
         step //= 2
         middle = min(found, key=lambda count: getattr(found[count], "masked", float("inf")))
-        try_all(iter((middle - step, middle + step)))
+        try_all((middle - step, middle + step))
     return [each for _, each in sorted(found.items()) if each]
 
 
@@ -265,7 +266,7 @@ def check_is_definite(budget: Budget) -> None:
     Raises:
         UsageError: plans are to be compared.
     """
-    if budget.whole_parts and budget.channel_parts:
+    if budget.compares:
         raise UsageError(
             f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
             "should go, which requires the model and a text; make the plan with cfsp prune"

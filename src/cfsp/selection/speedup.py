@@ -127,8 +127,9 @@ class Speedup(Constraint):
         """What each part takes."""
         return self.measure()
 
-    def prepare(self) -> None:
-        """Time the model."""
+    def check(self) -> None:
+        """Check it, then time the models, in every process: only the first compares."""
+        super().check()
         _ = self.latencies
 
     def of(self, kept_U: Sequence[int], dropped: Dropped = NOTHING) -> float:

@@ -276,6 +276,11 @@ class Budget:
         """What may lose channels, or KV groups; none where nothing may."""
         return tuple(part for part in UNIT_PARTS if part in self.parts)
 
+    @property
+    def compares(self) -> bool:
+        """Whether several plans meet a target: whole parts go beside channels."""
+        return bool(self.whole_parts and self.channel_parts)
+
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
         if self.multiple is not None:
