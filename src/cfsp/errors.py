@@ -148,8 +148,6 @@ GONE = {
         "--learning-rate and --set teacher_weight stay",
     ),
     "sequential": "sequential went as a choice of its own: it is a step of --repair local",
-    "remove_blocks": "numbers beside other parts went: prune one part, then the other of the "
-    "result, or give all of them one --target-params",
 }
 
 

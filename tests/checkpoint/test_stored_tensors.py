@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.checkpoint.conversion import missing_prefix, saved_state, stored_from_memory
-from cfsp.checkpoint.ffn_tensors import ffn_matrix, parameters_with_down
+from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices, parameters_with_down
 from cfsp.checkpoint.reading import LoadedModel, channel_parameters
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import TensorFile, specs_of
@@ -128,18 +128,19 @@ def test_matrices_are_read_and_written(saved: Saved) -> None:
     hidden = saved.model.config.get_text_config().hidden_size
     for index, unit in enumerate(source.units):
         prefix = source.architecture.block_prefix(unit.block)
-        for role in ("gate", "up", "down"):
-            for ffn in range(unit.ffns):
+        for ffn in range(unit.ffns):
+            gate, up = input_matrices(source, index, ffn)
+            found_of = {"gate": gate, "up": up, "down": down_matrix(source, index, ffn)}
+            for role, found in found_of.items():
                 expected = matrix_in_memory(saved.model, unit, prefix, role, ffn)
-                found = ffn_matrix(source, index, role, ffn)  # type: ignore[arg-type]
                 if expected is None:
                     assert found is None
                     continue
                 assert found is not None and torch.equal(found, expected)
                 shape = (hidden, unit.width) if role == "down" else (unit.width, hidden)
                 assert found.shape == shape
-        downs = [ffn_matrix(source, index, "down", ffn) for ffn in range(unit.ffns)]
-        narrow = {ffn: down[:, ::2] for ffn, down in enumerate(downs) if down is not None}
+        downs = [down_matrix(source, index, ffn) for ffn in range(unit.ffns)]
+        narrow = {ffn: down[:, ::2] for ffn, down in enumerate(downs)}
         ((name, parameter),) = parameters_with_down(source, index, narrow).items()
         every_second = [list(range(0, unit.width, 2))] * unit.ffns
         whole = saved.model.get_parameter(name)

@@ -15,6 +15,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
+from cfsp.planning.candidate import Dropped, DropSizes
 from cfsp.planning.keep import kept_by
 from cfsp.settings import Budget
 from tiny_decoders import tiny_model
@@ -63,7 +64,8 @@ def test_what_stays_keeps_all_and_the_sum_is_met(
     slack = multiple / 2
     if widths == "equal":  # each unit to within half a multiple, and none below one multiple
         others = sum(unit.width for unit in units if not unit.stays)
-        fraction = max(0.0, wanted - sum(unit.width for unit in units if unit.stays)) / (others or 1)
+        stay = sum(unit.width for unit in units if unit.stays)
+        fraction = max(0.0, wanted - stay) / (others or 1)
         forced = (multiple - fraction * unit.width for unit in units if not unit.stays)
         slack = slack * len(units) + sum(max(0.0, each) for each in forced)
     assert abs(sum(kept_U) - wanted) <= slack + 1e-6 or sum(kept_U) == sum(size.least_U(budget))
@@ -97,6 +99,17 @@ def test_blocks_that_stay_are_not_dropped(
         for keep in ((), (1, 2, 3))
     ]  # fmt: skip
     assert found[1] == [0, 4] != found[0] or found[0] == [0, 4]
+
+
+def test_an_ffn_that_stays_keeps_its_block_and_not_its_attention(source: LoadedModel) -> None:
+    alone = DropSizes.of(source, ("attention",), ("model.layers.*.mlp",))
+    assert sorted(alone.attention_of) == list(range(BLOCKS)) and not alone.some_stay
+    assert not alone.leaves_some(Dropped((), tuple(range(BLOCKS))))
+    both = DropSizes.of(source, ("attention", "blocks"), ("model.layers.0.mlp", "2"))
+    assert sorted(both.block_of) == [1, 3, 4] and sorted(both.attention_of) == [0, 1, 3, 4]
+    assert both.leaves_some(Dropped((1, 3, 4), (0,)))
+    only_ffn = DropSizes.of(source, ("attention", "blocks"), ("model.layers.0.mlp",))
+    assert not only_ffn.leaves_some(Dropped((1, 2, 3, 4), (0,)))
 
 
 def test_more_than_the_others_own_is_refused(

@@ -33,8 +33,11 @@ OnRows = Callable[[int, int, Tensor, Tensor], None]
 # Likewise what an expert adds to the output of its unit (rows x D), and of which token each row is.
 OnOutput = Callable[[int, int, Tensor, Tensor], None]
 
+# What an expert adds, computed only where somebody looks.
+_Added = Callable[[], Tensor]
+
 # The same of one unit: the FFN, its activations, their tokens, and what an expert adds.
-_Show = Callable[[int, Tensor, Tensor, Tensor | None], None]
+_Show = Callable[[int, Tensor, Tensor, _Added | None], None]
 
 # What experts have that `transformers.integrations.moe.use_experts_implementation` made.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -82,11 +85,11 @@ def observed_activations(
             )
 
     def show(
-        position: int, ffn: int, act_RF: Tensor, token_R: Tensor, added_RD: Tensor | None
+        position: int, ffn: int, act_RF: Tensor, token_R: Tensor, added: _Added | None
     ) -> None:
         on_rows(position, ffn, act_RF, token_R)
-        if on_output is not None and added_RD is not None:
-            on_output(position, ffn, added_RD, token_R)
+        if on_output is not None and added is not None:
+            on_output(position, ffn, added(), token_R)
 
     with ExitStack() as stack:
         before = block.register_forward_pre_hook(before_block, with_kwargs=True)
@@ -155,11 +158,11 @@ def _observed_unit(
         return
     seen: list[int] = []
 
-    def show_seen(ffn: int, act_RF: Tensor, token_R: Tensor, added_RD: Tensor | None) -> None:
+    def show_seen(ffn: int, act_RF: Tensor, token_R: Tensor, added: _Added | None) -> None:
         seen.append(ffn)
         if not unit.routed:
             check_rows(len(act_RF))
-        show(ffn, act_RF, token_R, added_RD)
+        show(ffn, act_RF, token_R, added)
 
     def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
         act_RF = args[0].flatten(0, -2)
@@ -212,9 +215,13 @@ def _run_experts(
         act_RF = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         share_R = weight_RK[token_R, slot_R, None]
         part_RD = _expert_linear(experts, "down_proj", expert, act_RF) * share_R
-        show(expert, act_RF * share_R.to(act_RF.dtype), token_R, part_RD)
+        show(expert, act_RF * share_R.to(act_RF.dtype), token_R, partial(_known, part_RD))
         output_RD.index_add_(0, token_R, part_RD.to(output_RD.dtype))
     return output_RD
+
+
+def _known(added_RD: Tensor) -> Tensor:
+    return added_RD
 
 
 def _expert_linear(experts: Any, name: str, expert: int, input_RX: Tensor) -> Tensor:
@@ -287,8 +294,8 @@ def _watch_products(block: nn.Module, unit: Unit, show: _Show, *args: Any, **kwa
             else:
                 token_R, share_R = _routed_rows(block, unit, expert, inputs[expert], args)
                 act_RF = operand * share_R[:, None].to(operand.dtype)
-                added_RD = product * share_R[:, None].to(product.dtype)
-                show(expert, act_RF, token_R, added_RD)
+                weight_R1 = share_R[:, None].to(product.dtype)
+                show(expert, act_RF, token_R, partial(torch.mul, product, weight_R1))
 
     with Products(weights, on_product):
         output = type(module).forward(module, *args, **kwargs)
@@ -347,4 +354,4 @@ def _show_all_experts(
             )
     for expert, act_RF in enumerate(act_ERF):
         token_R = routed_ER[expert].nonzero().flatten()
-        show(expert, act_RF[token_R], token_R, added_ERD[expert, token_R])
+        show(expert, act_RF[token_R], token_R, partial(added_ERD[expert].__getitem__, token_R))

@@ -6,7 +6,7 @@ Shapes: D hidden, E experts, F FFN channels, K channels that stay.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,38 +16,40 @@ if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
 
-# Which matrix of an FFN; `down` of an attention is its output matrix.
-Role = Literal["gate", "up", "down"]
 
-
-def ffn_matrix(source: WeightSource, index: int, role: Role, ffn: int) -> Tensor | None:
-    """Return a matrix of one FFN as outputs x inputs; None for the gate of one that has none.
+def input_matrices(source: WeightSource, index: int, ffn: int = 0) -> tuple[Tensor | None, Tensor]:
+    """Return gate and up of one FFN, both F x D; no gate of one that has none.
 
     Args:
         source: the model.
         index: of the FFN unit in the model.
-        role: gate, up or down.
         ffn: index of the FFN in the unit: of an expert, 0 of a dense one.
     """
     unit = source.units[index]
-    path = {"gate": unit.gate, "up": unit.up, "down": unit.down}[role]
-    if path is None:
-        return None
-    name = source.architecture.block_prefix(unit.block) + path
-    matrix = source.parameter(name, expert=ffn if unit.routed else None)
-    if _is_transposed(unit, path):
-        matrix = matrix.T
-    fusion = None if role == "down" else unit.axes[path].fusion
+    up_FD = _matrix(source, unit, unit.up, ffn)
+    if unit.gate is None:
+        return None, up_FD
+    fusion = unit.axes[unit.up].fusion
     if fusion is None:
-        return matrix
-    return matrix[role == "up" :: 2] if fusion == "interleaved" else matrix.chunk(2)[role == "up"]
+        return _matrix(source, unit, unit.gate, ffn), up_FD
+    # Both are one parameter, which may be read from several tensors: it is read once.
+    if fusion == "interleaved":
+        return up_FD[::2], up_FD[1::2]
+    gate_FD, up_FD = up_FD.chunk(2)
+    return gate_FD, up_FD
 
 
 def down_matrix(source: WeightSource, index: int, ffn: int = 0) -> Tensor:
-    """Return the down projection of one FFN, D x F."""
-    down_DF = ffn_matrix(source, index, "down", ffn)
-    assert down_DF is not None
-    return down_DF
+    """Return the down projection of one FFN, D x F; of an attention its output matrix."""
+    unit = source.units[index]
+    return _matrix(source, unit, unit.down, ffn)
+
+
+def _matrix(source: WeightSource, unit: Unit, path: str, ffn: int) -> Tensor:
+    """Return a parameter of one FFN as outputs x inputs."""
+    name = source.architecture.block_prefix(unit.block) + path
+    matrix = source.parameter(name, expert=ffn if unit.routed else None)
+    return matrix.T if _is_transposed(unit, path) else matrix
 
 
 def parameters_with_down(

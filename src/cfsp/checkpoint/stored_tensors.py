@@ -22,6 +22,7 @@ from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import (
     Conversion,
     ModelShapes,
+    Place,
     convert,
     find_conversions,
     meta,
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
 _OLD_BUFFER = "rotary_emb.inv_freq"
+
+
+# The place of each stored tensor in a parameter, and its shape; see `places`.
+Placed = tuple[dict[str, Place], tuple[int, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class StoredTensors:
             expert: the index along its first axis that is asked for alone; None for all.
         """
         conversion = self._made_by[parameter]
-        placed = places(conversion, self.specs)
+        placed = self._places_of(conversion)
         if conversion.converter is None or placed is None:
             tensors = {name: read(name) for name in conversion.stored}
             whole = tensors[conversion.stored[0]]
@@ -230,6 +235,16 @@ class StoredTensors:
         """Return the parameters that are made of the same stored tensors, itself among them."""
         return self._targets[id(self._made_by[parameter])]
 
+    def _places_of(self, conversion: Conversion) -> Placed:
+        """Return `places`, found once: it is asked for of every expert."""
+        if id(conversion) not in self._places:
+            self._places[id(conversion)] = places(conversion, self.specs)
+        return self._places[id(conversion)]
+
+    @cached_property
+    def _places(self) -> dict[int, Placed]:
+        return {}
+
     @cached_property
     def _targets(self) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
@@ -246,7 +261,7 @@ class StoredTensors:
             parameter: one that has sources.
             tensor: its value.
         """
-        placed = places(self._made_by[parameter], self.specs)
+        placed = self._places_of(self._made_by[parameter])
         if placed is None:
             return None
         return {name: tensor[place] for name, place in placed[0].items()}

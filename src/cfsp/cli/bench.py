@@ -12,7 +12,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import kind_of
 from cfsp.cli.output import human_bytes, human_count, print_json, print_table
 from cfsp.errors import UsageError
-from cfsp.settings import fraction
+from cfsp.settings import DTYPES, fraction
 
 if TYPE_CHECKING:
     from cfsp.speed import Comparison, Workload
@@ -85,7 +85,7 @@ def _add_how(group: Any) -> None:
     group.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         metavar="NAME",
         help="auto (the model's own), float32, bfloat16, float16",
     )

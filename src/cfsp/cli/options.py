@@ -1,6 +1,6 @@
 """A thin layer over argparse: options are made from settings, and settings from what was typed.
 
-    add_options(parser.add_argument_group("text"), CalibrationText)
+    add_options(parser, parser.add_argument_group("text"), CalibrationText)
     ...
     text = settings_from(args, CalibrationText)
 
@@ -126,15 +126,9 @@ def typed(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if value is not None}
 
 
-def settings_from(args: argparse.Namespace, settings: type[T], **others: Any) -> T:
-    """Return settings as they were typed; what was not typed has its default.
-
-    Args:
-        args: what was typed.
-        settings: the class.
-        others: values of fields that are no options, or were decided otherwise.
-    """
-    return from_names(settings, typed(args), **others)
+def settings_from(args: argparse.Namespace, settings: type[T]) -> T:
+    """Return settings as they were typed; what was not typed has its default."""
+    return from_names(settings, typed(args))
 
 
 def expand_sets(argv: Sequence[str]) -> list[str]:

@@ -75,7 +75,7 @@ class PrunedSource(WeightSource):
             if not entry.kept
         )
         self._origin = self._renamed({name: name for name in source.parameters})
-        names = self._stored_names()
+        names = self._names = self._stored_names()
         self._unused = {names[name]: name for name in source.stored.unused if name in names}
         self.specs = {
             **{new: source.specs[name] for new, name in self._unused.items()},
@@ -152,7 +152,7 @@ class PrunedSource(WeightSource):
             for name in source.stored.sources(origin)
         }
         changed: dict[str, _Changed] = {}
-        for name, new in self._stored_names().items():
+        for name, new in self._names.items():
             origins = source.stored.made_with(origin_of[name]) if name in origin_of else []
             if not any(map(self._changes, origins)):
                 yield OutgoingTensor(new, source.specs[name], partial(source.chunks, name))

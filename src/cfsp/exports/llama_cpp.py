@@ -54,7 +54,11 @@ class LlamaCpp:
         self.vocabulary: int = self._lib.llama_vocab_n_tokens(vocabulary)
         if context is not None:  # as exact as it can be
             exact = {"n_ubatch": context, "type_k": _F32, "type_v": _F32, "flash_attn_type": 0}
-            self.start(context, **exact)
+            try:
+                self.start(context, **exact)
+            except ExportError:
+                self.__exit__()
+                raise
 
     def __enter__(self) -> Self:
         return self

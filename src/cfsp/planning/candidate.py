@@ -122,25 +122,29 @@ class DropSizes:
         attention_of: those of attentions; empty where attentions may not go by themselves.
         total: those of all blocks, or of all attentions where blocks may not go.
         some_stay: whether some of these were told to stay.
+        attentions_stay: whether some attentions were.
     """
 
     block_of: Mapping[int, int]
     attention_of: Mapping[int, int]
     total: int
     some_stay: bool = False
+    attentions_stay: bool = False
 
     @staticmethod
     def of(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str] = ()) -> DropSizes:
         """Return the sizes of a model's blocks, attentions, or both, but for what is to stay."""
         blocks = dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {}
         attentions = parameters_of_attentions(source) if "attention" in parts else {}
-        stay = kept_by(source, keep).blocks
-        block_of, attention_of = (
-            {block: size for block, size in of.items() if block not in stay}
-            for of in (blocks, attentions)
-        )
+        kept = kept_by(source, keep)
+        block_of = {block: size for block, size in blocks.items() if block not in kept.blocks}
+        attention_of = {
+            block: size for block, size in attentions.items() if block not in kept.attentions
+        }
         total = sum((blocks or attentions).values())
-        return DropSizes(block_of, attention_of, total, bool(stay))
+        attentions_stay = len(attention_of) < len(attentions)
+        some_stay = len(block_of) < len(blocks) if blocks else attentions_stay
+        return DropSizes(block_of, attention_of, total, some_stay, attentions_stay)
 
     @cached_property
     def most(self) -> int:
@@ -165,8 +169,9 @@ class DropSizes:
     def leaves_some(self, dropped: Dropped) -> bool:
         """Return whether a block stays, and an attention where these may go by themselves."""
         staying = self.attention_of.keys() - {*dropped.blocks, *dropped.attentions}
-        has_block = not self.block_of or len(dropped.blocks) < len(self.block_of)
-        return self.some_stay or (has_block and (not self.attention_of or bool(staying)))
+        has_block = self.some_stay or len(dropped.blocks) < len(self.block_of)
+        has_attention = self.attentions_stay or bool(staying)
+        return (has_block or not self.block_of) and (has_attention or not self.attention_of)
 
     def parameters(self, dropped: Dropped) -> int:
         """Return how many parameters go with blocks and attentions."""

@@ -28,12 +28,10 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.statistics import UnitStatistics
-from cfsp.checkpoint.ffn_tensors import Role, down_matrix, ffn_matrix
+from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import UsageError
 from cfsp.settings import CHANNEL_METRICS
-
-_INPUT_MATRICES: tuple[Role, Role] = ("gate", "up")
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeight
     """Read the matrices of one FFN of a unit from a model, however its checkpoint stores them."""
     if source.units[unit].part == "kv":
         return FFNWeights(down_matrix(source, unit).cpu(), None, None)
-    gate_FD, up_FD = (ffn_matrix(source, unit, role, ffn) for role in _INPUT_MATRICES)
-    assert up_FD is not None
+    gate_FD, up_FD = input_matrices(source, unit, ffn)
     return FFNWeights(
         down_matrix(source, unit, ffn).cpu(),
         up_FD.cpu(),

@@ -20,10 +20,12 @@ class Kept:
     Attributes:
         units: indices of the units that keep all their channels.
         blocks: indices of the blocks that are not dropped: something of them stays.
+        attentions: of the blocks whose attention is not dropped.
     """
 
     units: frozenset[int] = frozenset()
     blocks: frozenset[int] = frozenset()
+    attentions: frozenset[int] = frozenset()
 
 
 def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
@@ -58,4 +60,7 @@ def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
             )
         units |= found
     units |= {index for index, unit in enumerate(source.units) if unit.block in blocks}
-    return Kept(frozenset(units), frozenset(blocks | {source.units[i].block for i in units}))
+    kept = [source.units[index] for index in units]
+    attentions = {unit.block for unit in kept if unit.part == "kv"}
+    some_of = {unit.block for unit in kept}
+    return Kept(frozenset(units), frozenset(blocks | some_of), frozenset(blocks | attentions))

@@ -128,7 +128,7 @@ class _AtEnd(Visitor[WindowSums | None]):
         on_end: Callable[[HiddenStates], None],
     ) -> None:
         super().__init__(name, label)
-        self._source, self._windows, self._engine = source, windows, runtime
+        self._source, self._windows, self._runtime = source, windows, runtime
         self._dense, self._on_end = dense, on_end
         self._head_tokens = _head_tokens(source) * (1 if dense is None else 2)
         self.more_tokens = int(self._head_tokens * int(windows.scored_N.sum()))
@@ -137,7 +137,7 @@ class _AtEnd(Visitor[WindowSums | None]):
         if block.index + 1 < self._source.architecture.block_count:
             block.advance()
             return None
-        head = Head(self._source, self._engine.device, self._engine.dtype)
+        head = Head(self._source, self._runtime.device, self._runtime.dtype)
         sums = no_sums(compared=self._dense is not None)
         adding = _Sums(head, self._windows, block, self._head_tokens, self._dense, sums)
         block.advance(on_hidden=adding.add)

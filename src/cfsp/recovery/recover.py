@@ -41,6 +41,7 @@ from cfsp.recovery.evaluation import (
 from cfsp.recovery.loss import loss_inside
 from cfsp.recovery.prepare import Prepared, prepare
 from cfsp.recovery.recover_report import RecoverReport, TrainingOutcome
+from cfsp.recovery.schedule import MARGIN
 from cfsp.recovery.settings import RecoverSettings, Training
 from cfsp.recovery.sharding import shard, trained_tensors
 from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, schedule_of, train
@@ -60,8 +61,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ADAPTER_DIRECTORY = "adapter"
-# Nothing takes the same time twice.
-_MARGIN = 1.15
 # Seconds that processes wait for each other, as the Trainer lets them.
 _PATIENCE = 1800.0
 # Names of places in the work directory.
@@ -203,7 +202,7 @@ def _train(
         training,
         has_teacher=dense is not None,
         started=started,
-        after_training=_MARGIN * later,
+        after_training=MARGIN * later,
     )
     directory = directory_of_process(ready.out) / _TRAIN
     with (

@@ -31,7 +31,7 @@ _EVALUATIONS_SHARE = 0.25
 # The first batch is slow: others may take this part of its time.
 _LEAST_OF_FIRST = 0.25
 # Nothing takes the same time twice: so much more time is advised than was predicted.
-_MARGIN = 1.15
+MARGIN = 1.15
 
 
 def rate_factor(fraction: float, warm_up: float) -> float:
@@ -224,7 +224,7 @@ class TimeSchedule(Schedule):
             raise UsageError(
                 f"{self._seconds / 60:g} minutes are too short for one step of training and its "
                 "evaluation, with what comes before and after; give "
-                f"{math.ceil(_MARGIN * (known + expected) / 60)} or more"
+                f"{math.ceil(MARGIN * (known + expected) / 60)} or more"
             )
 
     def evaluated(self) -> None:

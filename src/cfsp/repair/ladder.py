@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.calibration.together import check_enough
 from cfsp.errors import TextError, UnsupportedModelError
+from cfsp.repair import local, ridge_pass, sequential
 from cfsp.repair.local import repair_locally
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import repair_by_plan
@@ -32,11 +33,11 @@ Step = Callable[["Job", PruningResult, "Windows"], PruningResult]
 
 _STEPS: dict[Repair, dict[str, Step]] = {
     "none": {},
-    "ridge": {"ridge": repair_by_plan, "gaps": repair_gaps},
+    "ridge": {ridge_pass.NAME: repair_by_plan, sequential.GAPS: repair_gaps},
     "local": {
-        "ridge": repair_by_plan,
-        "sequential": repair_sequentially,
-        "local": repair_locally,
+        ridge_pass.NAME: repair_by_plan,
+        sequential.NAME: repair_sequentially,
+        local.NAME: repair_locally,
     },
 }
 
@@ -54,7 +55,7 @@ def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """
     taken = {step.name for step in result.steps}
     for name, step in steps_of(job.settings.repair).items():
-        if name in taken or (name == "gaps" and not result.plan.has_gaps):
+        if name in taken or (name == sequential.GAPS and not result.plan.has_gaps):
             continue
         with job.place.watch.stage(name):
             result = step(job, result, windows)

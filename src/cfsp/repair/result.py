@@ -1,8 +1,6 @@
 """A decision with its repairs, as a value, and what each repair did.
 
-    none -> ridge -> sequential -> local
-
-Each step of the ladder takes a `PruningResult` and returns one with a step more.
+Each step (`cfsp.repair.ladder`) takes a `PruningResult` and returns one with a step more.
 """
 
 from __future__ import annotations

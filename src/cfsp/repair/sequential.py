@@ -93,7 +93,7 @@ def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningR
         )
     if not able:
         return repaired
-    return SequentialRepair(GAPS, job, repaired, windows, able).step()
+    return SequentialRepair(GAPS, job, repaired, windows, able, pruned).step()
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
@@ -121,8 +121,9 @@ class SequentialRepair(StreamRepair):
         repaired: PruningResult,
         windows: Windows,
         blocks: Collection[int] | None = None,
+        pruned: PrunedSource | None = None,
     ) -> None:
-        super().__init__(name, job, repaired, windows, TOKENS_IN_BATCH)
+        super().__init__(name, job, repaired, windows, TOKENS_IN_BATCH, pruned)
         self._blocks = blocks
 
     def work(self, group: GroupVisit) -> BlockRepair | None:

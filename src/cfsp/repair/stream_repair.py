@@ -34,14 +34,21 @@ class StreamRepair(TwoStreamPass[BlockRepair]):
         repaired: what goes and what was repaired before.
         windows: two or more; some are held out (see `cfsp.text.hold_out`).
         tokens_in_batch: about how many pass together.
+        pruned: what the cut makes of it, if it is there.
     """
 
     pruned: PrunedSource
 
     def __init__(
-        self, name: str, job: Job, repaired: PruningResult, windows: Windows, tokens_in_batch: int
+        self,
+        name: str,
+        job: Job,
+        repaired: PruningResult,
+        windows: Windows,
+        tokens_in_batch: int,
+        pruned: PrunedSource | None = None,
     ) -> None:
-        pruned = PrunedSource(job.source, repaired.plan, repaired.tensors)
+        pruned = pruned or PrunedSource(job.source, repaired.plan, repaired.tensors)
         streams = TwoStreams.of(windows, tokens_in_batch, job.place.team)
         removed = repaired.plan.removed_blocks
         super().__init__(name, job.source, pruned, streams, job.runtime, removed)

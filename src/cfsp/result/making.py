@@ -67,7 +67,8 @@ def _criterion(manifest: Mapping[str, Any]) -> dict[str, str]:
     facts = {}
     if goal := manifest.get("goal"):
         name = goal["goal"].replace("_", "-")
-        facts["goal"] = f"--{name} {goal['asked']:g}, {len(goal['tried'])} plans tried"
+        tried = f", {len(goal['tried'])} plans tried" if goal["tried"] else ""
+        facts["goal"] = f"--{name} {goal['asked']:g}{tried}"
     facts["asked for"] = f"{criterion['sparsity']:.1%} of {of}"
     facts["blocks by"] = block_metric_in_words(criterion["block_metric"])
     facts["channels by"] = criterion["channel_metric"]

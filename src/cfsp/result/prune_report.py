@@ -37,12 +37,12 @@ class PruneReport:
             and by block that stays the share of what all add that those added which went
             (`lost_output`); empty where none went but with their block.
         calibration_tokens: tokens that the statistics were gathered over.
-        repair: what each step of repair did with each block (see `Repaired.to_json`).
+        repair: what each step of repair did with each block (see `PruningResult.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them: its channels were scored by its weights alone,
             and whether it went whole was decided by these few.
-        goal: what was asked for instead of a sparsity, what was tried, and the budget that it came
-            to (see `Resolution`); under `max_loss_increase` also `result`, the increase of the
+        goal: what was asked for instead of a sparsity, what was tried, and what was `chosen`
+            (see `cfsp.selection`); under `max_loss_increase` also `result`, the increase of the
             finished model; empty without a goal.
         perplexity: text -> {"before", "after", "tokens"}, if it was measured.
         dequantised: {"from", "to"}, how the source is stored and the dtype that its quantised

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from cfsp.errors import GONE, UsageError, did_you_mean
+from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings.goals import (
     GOALS,
     Goal,
@@ -204,7 +204,8 @@ class Budget:
                 "whole experts go alone, found --parts "
                 f"{','.join(self.parts)}: give --parts experts, then prune the result again"
             )
-        keep = parse_parts(self.keep) if isinstance(self.keep, str) else self.keep
+        keep: Any = parse_parts(self.keep) if isinstance(self.keep, str) else self.keep
+        keep = (keep,) if isinstance(keep, int) else keep
         object.__setattr__(self, "keep", tuple(str(each) for each in keep))
         if self.keep and "experts" in self.parts:
             raise UsageError(
@@ -219,7 +220,8 @@ class Budget:
             if self.parts != (part,):
                 raise UsageError(
                     f"{flag} belongs to --parts {part} alone, found --parts "
-                    f"{','.join(self.parts)}; {GONE['remove_blocks']}"
+                    f"{','.join(self.parts)}; numbers beside other parts went: prune one part, "
+                    "then the other of the result, or give all of them one --target-params"
                 )
             if self.sparsity:
                 raise UsageError(f"{flag} and --sparsity both say how much goes; give one of them")

@@ -37,7 +37,7 @@ class Compute:
     memory_budget: int | None = option(
         None,
         "hidden states above this size (2GB, 512MiB) go to a file beside the output",
-        kind=lambda text: parse_size(text),
+        kind=parse_size,
         metavar="SIZE",
         default="half of the available memory",
         advanced=True,

@@ -11,7 +11,6 @@ from cfsp.errors import TextError, UsageError
 from cfsp.settings.options import check_declared, option
 
 LONGEST_WINDOW = 1 << 24
-DEFAULT_EVALUATION_WINDOWS = 12
 MOST_WINDOWS = 1 << 32
 
 DEFAULT_TEXT = "mixed"

@@ -33,7 +33,10 @@ class LlamaCppEngine:
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
         path = Path(str(subject.model))
         self._threads = conditions.threads or os.cpu_count() or 1
-        self._llama = LlamaCpp(path, None, self._threads)
+        try:
+            self._llama = LlamaCpp(path, None, self._threads)
+        except ExportError as error:
+            raise CheckpointError(f"{error}; export the model again") from error
         self.footprint = gguf_footprint(path)
         self._prepared: Workload | None = None
         self.tokens_BN: list[list[int]] = []

@@ -44,7 +44,7 @@ class BlockGroup:
         calls: Mapping[int, Sequence[BlockCall]],
         runtime: Runtime,
     ) -> None:
-        self._source, self._engine = source, runtime
+        self._source, self._runtime = source, runtime
         self.indices, self.modules = indices, [modules[index] for index in indices]
         self._recorded_calls = self._calls = calls
 
@@ -65,8 +65,8 @@ class BlockGroup:
         self._calls = self._recorded_calls
         for index, module in zip(self.indices, self.modules, strict=True):
             prefix = self._source.architecture.block_prefix(index)
-            tensors = read_tensors(module, prefix, self._source, self._engine.dtype, instead)
-            fill(module, tensors, self._engine.device)
+            tensors = read_tensors(module, prefix, self._source, self._runtime.dtype, instead)
+            fill(module, tensors, self._runtime.device)
 
     def fill_for_training(self) -> list[dict[str, nn.Parameter]]:
         """Compute in float32 and for autograd.
@@ -85,7 +85,7 @@ class BlockGroup:
             tensors = read_tensors(module, prefix, self._source, torch.float32)
             # Copies, because the tensors of a model in memory are its own.
             copies = {name: tensor.clone() for name, tensor in tensors.items()}
-            fill(module, copies, self._engine.device)
+            fill(module, copies, self._runtime.device)
             names = {
                 name
                 for unit in architecture.units_of(index)

@@ -125,7 +125,7 @@ class Recipe:
         names = [point.name for point in self.points(Compute())]
         if len(set(names)) < len(names):
             raise UsageError("a sweep has every method, every sparsity and every seed once")
-        assert self.evaluation
+        _ = self.evaluation  # checks its values
         if not self.tasks and (self.task_limit is not None or self.task_data is not None):
             raise UsageError("--task-limit and --task-data need --tasks")
 
