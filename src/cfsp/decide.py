@@ -29,6 +29,7 @@ from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, 
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import check_is_definite, only_candidate, select
 from cfsp.selection.sensitivity import with_needed_sensitivity
+from cfsp.selection.worth import announce
 from cfsp.settings import AUTO_METRIC, RUNS, PruneSettings
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.text.windows import few_windows
@@ -70,6 +71,9 @@ def decide(
     else:
         check_can_be_compared(job.source, job.budget, job.criterion.removal, job.runtime)
     job, constraint = constraint_of(job)
+    if statistics is None:
+        job.draw()  # what is wrong with the text is said first
+    announce(job.source, job.settings)
     if statistics is None:
         repairs = bool(steps_of(job.settings.repair))
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:

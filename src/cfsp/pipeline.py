@@ -52,7 +52,6 @@ from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import half_dropped
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
-from cfsp.selection.goal import little_in_words
 from cfsp.selection.loss import loss_increase_of
 from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import (
@@ -323,8 +322,6 @@ def _decide(
         check_enough(windows, place.team, runtime.batch_windows)
         return windows
 
-    if settings.goal is None and (little := little_in_words(source, settings.budget)):
-        log.warning("%s", little)
     job = Job(source, settings, tokenizer, draw, runtime, place)
     return decide(job, statistics=statistics, plan=plan)
 

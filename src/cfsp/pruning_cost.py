@@ -24,7 +24,6 @@ from cfsp.decide import COARSE_WINDOWS
 from cfsp.repair.observation import Observation
 from cfsp.repair.ridge import LAMBDAS
 from cfsp.repair.ridge_pass import gram_bytes
-from cfsp.selection.constraint import parameters_to_go
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
     POSITION_STRIDE,
@@ -32,6 +31,7 @@ from cfsp.selection.divergence import (
     windows_compared,
 )
 from cfsp.selection.sensitivity import follow_sensitivity
+from cfsp.selection.worth import size_after
 from cfsp.settings import DEFAULT_SAMPLES
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
@@ -128,7 +128,7 @@ def pruning_cost(
     out = out.absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
     before = parameter_count(source)
-    after = before - round(parameters_to_go(source, settings.budget))
+    after, bytes_after = size_after(source, settings) or (before, asked.checkpoint_bytes)
     return PruningCost(
         asked.stages(measured(asked)),
         asked.memory_bytes(),
@@ -137,7 +137,7 @@ def pruning_cost(
         shutil.disk_usage(place).free,
         before,
         after,
-        round(asked.checkpoint_bytes * after / before),
+        bytes_after,
         asked.batch.tokens_NT.numel(),
     )
 

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
     from cfsp.prune_and_recover import best_effort, prune_and_recover
     from cfsp.pruning_cost import pruning_cost
     from cfsp.recovery.settings import Limit
-    from cfsp.selection.goal import little_in_words
+    from cfsp.selection.worth import doubts
     from cfsp.streaming.runtime import runtime_of
 
     plan = PruningPlan.load(args.plan) if args.plan else None
@@ -179,7 +179,9 @@ def run(args: argparse.Namespace) -> None:
     if args.estimate:
         runtime = runtime_of(settings.compute, source)
         cost = pruning_cost(source, args.out or Path(), settings, runtime)
-        _print_estimate(args, cost, little_in_words(source, settings.budget))
+        for doubt in doubts(source, settings):
+            log.warning("%s", doubt)
+        _print_estimate(args, cost)
         return
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
@@ -230,10 +232,8 @@ def _print(
         recover.print_report(recovery)
 
 
-def _print_estimate(args: argparse.Namespace, cost: PruningCost, little: str) -> None:
-    """Print what a run will take, what is left, and a sentence if little goes."""
-    if little:
-        log.warning("%s", little)
+def _print_estimate(args: argparse.Namespace, cost: PruningCost) -> None:
+    """Print what a run will take, and what is left."""
     if args.json:
         print_json(cost.to_json())
         return

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.errors import BudgetError, UnsupportedModelError
-from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import NOTHING
 from cfsp.planning.widths import parameters_of_channels
 from cfsp.selection.by_statistics import check_can_go
-from cfsp.selection.constraint import Constraint, Parameters, Share, parameters_to_go
+from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.kv_cache import CacheFraction
 from cfsp.selection.latency import Latencies
@@ -32,14 +31,11 @@ from cfsp.streaming.work_dir import load_or_compute
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.job import Job
-    from cfsp.settings import Budget, Part
+    from cfsp.settings import Part
 
 # From about this share of the FFN channels on, whole blocks beside fewer channels were better on
 # one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
 MANY_CHANNELS = 0.4
-
-# Of the share that was asked for, which goes of the model where most of it is elsewhere.
-_LITTLE = 1 / 3
 
 log = logging.getLogger(__name__)
 
@@ -91,21 +87,6 @@ def _speedup(job: Job, goal: TargetSpeedup) -> Constraint:
         return Latencies.from_json(found)
 
     return Speedup(job.source, job.budget, goal, latencies)
-
-
-def little_in_words(source: WeightSource, budget: Budget) -> str:
-    """Return a sentence if FFN channels own so little that few parameters go; else nothing."""
-    asked, every = budget.sparsity, parameter_count(source)
-    if "ffn" not in budget.parts or (gone := parameters_to_go(source, budget)) >= (
-        _LITTLE * asked * every
-    ):
-        return ""
-    return (
-        f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of this "
-        f"model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of which are "
-        f"elsewhere, as in its vocabulary; for a smaller model give --target-params "
-        f"{1 - asked:.2g}, name more --parts, or quantise it"
-    )
 
 
 def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
