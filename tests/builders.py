@@ -21,9 +21,9 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, param
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
 from cfsp.planning.fine import FFNWeights
+from cfsp.planning.make import parameters_of_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.planning.widths import parameters_of_channels
 from cfsp.settings import (
     DISTANCES,
     UNIT_PARTS,

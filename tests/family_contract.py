@@ -25,7 +25,7 @@ from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.selection.load import call_form_of
+from cfsp.selection.divergence import call_form_of
 from cfsp.selection.masks import masked_unit
 from cfsp.settings import (
     DEFAULT_PARTS,

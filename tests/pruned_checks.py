@@ -21,7 +21,7 @@ from cfsp.cli import main
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.selection.load import call_form_of
+from cfsp.selection.divergence import call_form_of
 from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, PruneSettings, Repair
 from cfsp.streaming.resumed_forward import skipped
 from family_contract import question_of, save_with_tokenizer

@@ -137,11 +137,6 @@ def test_water_filling_gives_the_rest_to_the_others() -> None:
     assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], [1, 1, 1], 300) == [100, 100, 100]
 
 
-def test_an_unknown_clamp_is_refused() -> None:
-    with pytest.raises(UsageError, match="unknown clamp 'hard'; known are: water-fill, published"):
-        allocate([0.5], Budget(0.5), model_of(1536, 1), "hard")  # type: ignore[arg-type]
-
-
 @given(
     distances,
     sparsities,

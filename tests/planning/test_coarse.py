@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from builders import statistics_with_distances
 from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.statistics import Sensitivity
-from cfsp.errors import StatisticsError, UsageError
+from cfsp.errors import StatisticsError
 from cfsp.planning.coarse import block_distances, block_importance, importance_by, of_units
 from cfsp.settings import BLOCK_METRICS, DISTANCES, SENSITIVITY_METRICS
 
@@ -164,11 +164,6 @@ def test_sensitivity_that_was_not_measured_is_missed(metric: str) -> None:
     statistics = statistics_with_distances({"angular": [0.2, 0.1]})
     with pytest.raises(StatisticsError, match="cfsp calibrate --sensitivity"):
         importance_by(statistics, metric)
-
-
-def test_unknown_metric_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'nearest'.*angular.*uniform"):
-        block_distances(statistics_with_distances({"angular": [0.2]}), "nearest")
 
 
 def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count() -> None:

@@ -12,7 +12,6 @@ from builders import random_unit_statistics, random_weights
 from cfsp.calibration.accumulators import ChannelSums
 from cfsp.calibration.statistics import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.errors import UsageError
 from cfsp.planning import channels
 from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
 from cfsp.settings import CHANNEL_METRICS, Criterion
@@ -92,11 +91,6 @@ def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -
     scores_F = channel_scores(metric, statistics, weights)
     assert torch.isfinite(scores_F).all()
     assert 5 not in strongest_channels(scores_F, 23)
-
-
-def test_unknown_metric_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'l3'.*relative.*magnitude"):
-        channel_scores("l3", random_unit_statistics(8), random_weights(4, 8))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())

@@ -24,8 +24,8 @@ from cfsp.cli.plan import print_plan
 from cfsp.cut.surgery import PrunedSource, pruned_specs
 from cfsp.decide import decide
 from cfsp.errors import PlanError, UnsupportedModelError
+from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.planning.widths import model_size
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import gram_bytes

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.errors import BudgetError
-from cfsp.planning.widths import model_size
-from cfsp.selection.bisection import STEPS, highest_step, last_that_holds
+from cfsp.planning.make import model_size
+from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
 from cfsp.settings import (
     Budget,
 )

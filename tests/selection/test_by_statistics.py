@@ -128,8 +128,6 @@ def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
     more = DropBudget.of_share(source, ("blocks",), 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
         dropped_by(source, measured, more, DIVERGENCE)
-    with pytest.raises(UsageError, match="unknown removal"):
-        dropped_by(source, statistics, budget, "chance")
 
 
 def test_a_block_that_cannot_go_is_left_out() -> None:

@@ -19,7 +19,7 @@ from cfsp.selection import drop_order
 from cfsp.selection.divergence import dense_predictions
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.drop_order import order_of_removal
-from cfsp.selection.masks import without_attention
+from cfsp.selection.masks import masked_unit
 from cfsp.streaming.call_form import PLAIN
 from cfsp.streaming.resumed_forward import skipped
 from tiny_decoders import tiny_model
@@ -88,7 +88,7 @@ def without(source: LoadedModel, removed: Dropped) -> float:
     with torch.inference_mode(), ExitStack() as stack:
         dense = dense_predictions(model, tokens())
         for block in removed.attentions:
-            stack.enter_context(without_attention(blocks[block], units[block]))
+            stack.enter_context(masked_unit(blocks[block], units[block], ()))
         stack.enter_context(skipped(blocks, removed.blocks, PLAIN))
         return dense.divergence(model)
 
@@ -134,13 +134,13 @@ def test_blocks_and_attentions_are_compared_for_each_parameter(both: LoadedModel
 def test_only_a_few_are_tried_again(source: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The price is one try for each block, and a few for each that goes."""
     tried: list[Droppable] = []
-    original = drop_order._SkippingModel.divergence_without
+    original = drop_order._divergence_without
 
-    def note(self: Any, gone: Dropped, droppable: Droppable) -> float:
+    def note(masked: Any, gone: Dropped, droppable: Droppable) -> float:
         tried.append(droppable)
-        return original(self, gone, droppable)
+        return original(masked, gone, droppable)
 
-    monkeypatch.setattr(drop_order._SkippingModel, "divergence_without", note)
+    monkeypatch.setattr(drop_order, "_divergence_without", note)
     monkeypatch.setattr(drop_order, "_TRIED_AGAIN", 1)
     order = order_of(source, 3)
     assert len(order) == 3

@@ -15,8 +15,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
-from cfsp.planning.candidate import Dropped, DropSizes
-from cfsp.planning.keep import kept_by
+from cfsp.planning.candidate import Dropped, DropSizes, kept_by
 from cfsp.settings import Budget
 from tiny_decoders import tiny_model
 

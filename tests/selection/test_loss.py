@@ -14,7 +14,7 @@ import cfsp
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from cfsp.selection import loss
-from cfsp.selection.bisection import STEPS
+from cfsp.selection.constraint import STEPS
 from cfsp.settings import (
     MaxLossIncrease,
 )

@@ -18,7 +18,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
 from cfsp.errors import BudgetError
-from cfsp.planning.widths import model_size
+from cfsp.planning.make import model_size
 from cfsp.result.manifest import read_manifest
 from cfsp.selection import goal
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of

@@ -15,8 +15,8 @@ from cfsp.planning.candidate import Candidate
 from cfsp.planning.make import Planner
 from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection.divergence import dense_predictions, few_beginnings
-from cfsp.selection.masks import masked_channels
-from cfsp.selection.score import FITTED_WINDOWS, Masked, RepairedScore, apart
+from cfsp.selection.masks import MaskedModel, masked_channels
+from cfsp.selection.score import FITTED_WINDOWS, RepairedScore, apart, masked_score
 from cfsp.selection.search import _repaired_score
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings, TargetParameters
 from cfsp.text.drawing import draw_text
@@ -71,13 +71,18 @@ def planned(source: LoadedModel, text_file: Path, tokenizer: Any, samples: int) 
     return planner, RepairedScore(job, *apart(drawn), repaired_a_little), drawn
 
 
+def masked_on(source: LoadedModel, drawn: Windows) -> MaskedModel:
+    tokens_NT = few_beginnings(drawn).tokens_NT
+    return MaskedModel(source, source.model, torch.split(tokens_NT, 1))
+
+
 def test_repair_brings_the_predictions_nearer(
     source: LoadedModel, text_file: Path, tokenizer: Any
 ) -> None:
     planner, after_repair, drawn = planned(source, text_file, tokenizer, 16)
     before = [parameter.clone() for parameter in source.model.parameters()]
     half = Candidate(parts=("ffn",), sparsity=0.5)
-    masked = Masked.of(source, source.model, few_beginnings(drawn)).score(planner, half)
+    masked = masked_score(masked_on(source, drawn), planner, half)
     assert 0 < after_repair.score(planner, half) < masked
     assert all(map(torch.equal, before, source.model.parameters()))
 
@@ -92,7 +97,7 @@ def test_a_masked_score_is_that_of_the_plan(
         dense = dense_predictions(source.model, few.tokens_NT)
         with masked_channels(source, source.model, kept):
             expected = dense.divergence(source.model)
-    found = Masked.of(source, source.model, few).score(planner, candidate)
+    found = masked_score(masked_on(source, drawn), planner, candidate)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -102,8 +107,7 @@ def test_nothing_removed_changes_nothing(
     planner, after_repair, drawn = planned(source, text_file, tokenizer, 4)
     nothing = Candidate(parts=("ffn",), sparsity=0.0)
     assert after_repair.score(planner, nothing) == pytest.approx(0, abs=1e-6)
-    masked = Masked.of(source, source.model, few_beginnings(drawn))
-    assert masked.score(planner, nothing) == pytest.approx(0, abs=1e-6)
+    assert masked_score(masked_on(source, drawn), planner, nothing) == pytest.approx(0, abs=1e-6)
 
 
 def test_without_room_for_a_second_model_nothing_is_repaired(

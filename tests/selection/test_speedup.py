@@ -26,7 +26,7 @@ from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.planning.make import Planner
 from cfsp.result.manifest import read_manifest
 from cfsp.selection import latency, speedup
-from cfsp.selection.bisection import STEPS
+from cfsp.selection.constraint import STEPS
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.latency import (
     WORKLOAD,
@@ -130,9 +130,17 @@ def test_widths_to_measure(widest: int, multiple: int) -> None:
     assert all(width % multiple == 0 for width in widths[:-1])
 
 
-def asked_for(model: Path, goal: TargetSpeedup) -> speedup.Speedup:
+@pytest.fixture
+def ffn_latencies(monkeypatch: pytest.MonkeyPatch) -> Latencies:
     found = replace(LATENCIES, curves={"ffn": FFN})
-    return speedup.Speedup(open_checkpoint(model), Budget(multiple=8), goal, lambda: found)
+    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
+    return found
+
+
+def asked_for(model: Path, goal: TargetSpeedup) -> speedup.Speedup:
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    place = WorkDir(Path())
+    return speedup.Speedup(open_checkpoint(model), Budget(multiple=8), goal, runtime, place)
 
 
 def planner(model: Path, statistics: Path) -> Planner:
@@ -140,6 +148,7 @@ def planner(model: Path, statistics: Path) -> Planner:
     return Planner.of(open_checkpoint(model), loaded, Budget(multiple=8), Criterion())
 
 
+@pytest.mark.usefixtures("ffn_latencies")
 @pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
 def test_target_speedup_is_the_least_that_is_enough(
     model: Path, statistics: Path, ratio: float
@@ -154,6 +163,7 @@ def test_target_speedup_is_the_least_that_is_enough(
     assert any(sparsity == pytest.approx(below) for sparsity in values) or chosen == 1 / STEPS
 
 
+@pytest.mark.usefixtures("ffn_latencies")
 def test_a_speedup_that_attention_forbids(model: Path, statistics: Path) -> None:
     with pytest.raises(BudgetError, match=r"cannot become 1\.7 times.*1\.6\d times.*reach 1\.67"):
         only_candidate(asked_for(model, TargetSpeedup(1.7)), planner(model, statistics))

@@ -21,10 +21,10 @@ from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
+from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.planning.widths import model_size
 from cfsp.selection import sensitivity
-from cfsp.selection.load import load_whole
+from cfsp.selection.divergence import load_whole
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.streaming import whole
 from cfsp.streaming.runtime import Runtime, runtime_of
@@ -120,7 +120,7 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
         patch.setattr("cfsp.decide.choose_and_repair", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "out", repaired)
-    monkeypatch.setattr(sensitivity, "measure_sensitivity", killed)
+    monkeypatch.setattr(sensitivity, "with_sensitivity", killed)
     monkeypatch.setattr(whole, "available_bytes", lambda: 1)
     prune_checkpoint(source, tmp_path / "out", repaired)
     assert block_metric_of(tmp_path / "out") == "sensitivity"
@@ -150,7 +150,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
     monkeypatch.setattr(
-        "cfsp.selection.load.load", lambda *args, **kwargs: pytest.fail("it was read")
+        "cfsp.selection.divergence.load", lambda *args, **kwargs: pytest.fail("it was read")
     )
     source = Checkpoint(tiny_checkpoint("llama"))
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):

@@ -19,7 +19,7 @@ from operator import mul
 from statistics import fmean
 
 from cfsp.errors import BudgetError, UsageError
-from cfsp.settings import CLAMPS, DEFAULT_CLAMP, Budget, Clamp, Part
+from cfsp.settings import DEFAULT_CLAMP, Budget, Clamp, Part
 
 # The published code stops short of keeping a block whole.
 _CLAMP_MARGIN = 1.05
@@ -27,37 +27,22 @@ _CLAMP_MARGIN = 1.05
 
 @dataclass(frozen=True)
 class UnitSize:
-    """The numbers of a unit that a budget is about.
+    """The numbers of a unit that a budget is about."""
 
-    Attributes:
-        width: channels of each of its FFNs, KV groups of an attention.
-        channel_parameters: parameters that one channel owns; in a unit of several experts that is
-            one channel of each.
-        kind: units of one kind have widths that are multiples of the same number.
-        grain: widths that are no multiples of this cannot be computed with.
-        part: what it is of.
-        stays: whether it keeps all its channels.
-    """
-
-    width: int
-    channel_parameters: int
-    kind: str = ""
-    grain: int = 1
+    width: int  # channels of each of its FFNs, KV groups of an attention
+    channel_parameters: int  # that a channel owns, of each of several experts
+    kind: str = ""  # widths of one kind are multiples of the same number
+    grain: int = 1  # widths that are no multiples of this cannot be computed with
     part: Part = "ffn"
-    stays: bool = False
+    stays: bool = False  # with all its channels
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The numbers of a model that a budget is about.
-
-    Attributes:
-        units: those of every unit.
-        parameters: all parameters of the model.
-    """
+    """The numbers of a model that a budget is about."""
 
     units: tuple[UnitSize, ...]
-    parameters: int
+    parameters: int  # all of the model
 
     def of_parts(self, parts: Sequence[Part]) -> ModelSize:
         """Return the numbers with the units of some parts only."""
@@ -110,11 +95,7 @@ class ModelSize:
 
 
 def check_multiple(budget: Budget, size: ModelSize) -> None:
-    """Check that the model can be computed with widths in multiples of what the budget says.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Check that the model can be computed with widths in multiples of what the budget says."""
     size = size.of_parts(budget.parts)
     for multiple, unit in zip(size.multiple_U(budget), size.units, strict=True):
         if multiple % unit.grain:
@@ -130,11 +111,7 @@ def check_multiple(budget: Budget, size: ModelSize) -> None:
 
 
 def channels_to_keep(budget: Budget, size: ModelSize) -> float:
-    """Return what the channels of the chosen parts that the model keeps may cost before rounding.
-
-    Args:
-        budget: how much to remove, and of which parts.
-        size: the model's numbers; only units of these parts count.
+    """Return what the channels of the budget's parts that stay may cost, before rounding.
 
     Raises:
         BudgetError: more is to be removed than the parts hold.
@@ -150,17 +127,9 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
 
 
 def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: float) -> None:
-    """Check that channels of the least widths cost no more than what stays.
+    """Check that channels of the least widths cost no more than what stays (`kept`).
 
-    Args:
-        budget: what widths look like.
-        size: the numbers of the units that may lose channels.
-        kept: what the channels that stay cost.
-        asked: what is to go, in words.
-        of: the cost of what that is a share of.
-
-    Raises:
-        BudgetError: they cost more, beyond half a multiple.
+    `asked` says in words what is to go, `of` is the cost of what that is a share of.
     """
     least, multiple_U = size.cost_of(size.least_U(budget)), size.multiple_U(budget)
     # Within half a multiple of the least width is the least width.
@@ -197,10 +166,7 @@ def keep_fractions(
     If some unit would keep all or more, the importances are shrunk about their mean until
     the largest stays below 1, as the published code does.
 
-    Args:
-        importance_U: normalised importance s of each unit, positive.
-        sparsity: mean fraction p to remove, in [0, 1).
-        weight_U: how much each counts in the mean; None if all count alike.
+    Importances s are positive, p is the sparsity; `weight_U` is how much each counts in the mean.
     """
     mean = fmean(importance_U, weight_U)
     if sparsity == 0.0:
@@ -219,13 +185,7 @@ def water_fill(
         kept_u = F_u min(1, c s_u)
 
     with c such that the sum is met: what a unit that is whole cannot take goes to the others, in
-    proportion to their importance.
-
-    Args:
-        importance_U: normalised importance s of each unit, positive.
-        width_U: present widths F.
-        cost_U: what a channel costs.
-        total: what the widths shall cost, at most what the present ones do.
+    proportion to their importance s, which is positive.
     """
     whole: set[int] = set()
     while True:
@@ -256,13 +216,6 @@ def round_widths(
     is no multiple stays possible for a unit that is not pruned at all. Where multiples differ in
     cost, the sum is met to within half of the dearest: units with cheap channels do not stray
     further than a multiple from what their importance gives them to meet it more closely.
-
-    Args:
-        ideal_U: wished widths.
-        width_U: present widths.
-        cost_U: what a channel costs.
-        multiple_U: what new widths are multiples of.
-        total: what the widths shall cost.
     """
     least_U = list(map(min, multiple_U, width_U))
     kept_U = [
@@ -306,43 +259,31 @@ def round_widths(
 def allocate(
     importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp = DEFAULT_CLAMP
 ) -> list[int]:
-    """Return the number of channels that every unit keeps.
+    """Return the number of channels that every unit keeps, by positive importances.
 
     Units of other parts than those of the budget keep all. Where there are several parts, KV groups
-    are rounded first: one owns as much as many channels, which then meet the budget.
-
-    Args:
-        importance_U: normalised importance of each unit, positive.
-        budget: how much to remove, and of which parts.
-        size: the model's numbers.
-        clamp: what happens where a unit would keep more than all: `water-fill` keeps it whole
-            and gives the rest to the others, `published` shrinks all importances.
+    are rounded first: one owns as much as many channels, which then meet the budget. Where a unit
+    would keep more than all, the clamp `water-fill` keeps it whole and gives the rest to the
+    others, `published` shrinks all importances.
 
     Raises:
         BudgetError: no widths meet the budget.
-        UsageError: the clamp is unknown.
     """
-    if clamp not in CLAMPS:
-        raise UsageError(f"unknown clamp {clamp!r}; known are: {', '.join(CLAMPS)}")
-    total = channels_to_keep(budget, size)
-    kept_U = list(size.width_U)
-    if budget.sparsity == 0.0:
-        return kept_U
+    total, kept_U = channels_to_keep(budget, size), list(size.width_U)
     of_parts = size.of_parts(budget.parts)
     chosen = [
         index
         for index, unit in enumerate(size.units)
         if unit.part in budget.parts and not unit.stays
     ]
-    if not chosen:
+    if budget.sparsity == 0.0 or not chosen:
         return kept_U
-    importances = [importance_U[index] for index in chosen]
     shrinking = size.only(chosen)
     if len(chosen) < len(of_parts.units):  # those that stay pay nothing: the others pay for them
         stay = sum(u.width * u.channel_parameters for u in of_parts.units if u.stays)
         left = (total * of_parts.parameters_per_cost - stay) / shrinking.parameters_per_cost
         total = max(left, shrinking.cost_of(shrinking.least_U(budget)))
-    kept = _widths(importances, budget, shrinking, clamp, total)
+    kept = _widths([importance_U[index] for index in chosen], budget, shrinking, clamp, total)
     for index, width in zip(chosen, kept, strict=True):
         kept_U[index] = width
     assert all(0 < kept <= width for kept, width in zip(kept_U, size.width_U, strict=True))
@@ -353,13 +294,11 @@ def _widths(
     importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
 ) -> list[int]:
     """Return the widths of units that cost `total`; see `allocate`."""
+    ideal_U = _ideal(importance_U, budget, size, clamp, total)
     dear = [index for index, unit in enumerate(size.units) if unit.part == "kv"]
     rest = [index for index, unit in enumerate(size.units) if unit.part != "kv"]
     if not (dear and rest):
-        return _widths_of_one_part(importance_U, budget, size, clamp, total)
-    ideal_U = _ideal(importance_U, size, clamp, total)
-    if budget.widths == "equal":
-        ideal_U = [width * total / size.cost_of(size.width_U) for width in size.width_U]
+        return _rounded(ideal_U, budget, size, total)
     kept_U, left = list(size.width_U), total * size.parameters_per_cost
     for chosen in (dear, rest):
         part = size.only(chosen)
@@ -370,41 +309,39 @@ def _widths(
         least, most = part.cost_of(part.least_U(budget)), part.cost_of(part.width_U)
         cost = min(max(wanted / part.parameters_per_cost, least), most)
         importances = [importance_U[index] for index in chosen]
-        widths = _widths_of_one_part(importances, budget, part, clamp, cost)
+        ideals = _ideal(importances, budget, part, clamp, cost)
+        widths = _rounded(ideals, budget, part, cost)
         left -= part.parameters_per_cost * part.cost_of(widths)
         for index, width in zip(chosen, widths, strict=True):
             kept_U[index] = width
     return kept_U
 
 
-def _widths_of_one_part(
-    importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
-) -> list[int]:
-    """Return the widths of units of one part that cost `total`."""
+def _rounded(ideal_U: list[float], budget: Budget, size: ModelSize, total: float) -> list[int]:
+    """Return ideal widths as multiples; of equal ones the nearest: what was equal stays so."""
     multiple_U = size.multiple_U(budget)
     if budget.widths == "equal":
-        # The nearest multiple of each: what was equally wide stays so.
-        fraction = total / size.cost_of(size.width_U)
         return [
-            min(width, max(1, round(fraction * width / multiple)) * multiple)
-            for width, multiple in zip(size.width_U, multiple_U, strict=True)
+            min(width, max(1, round(ideal / multiple)) * multiple)
+            for ideal, width, multiple in zip(ideal_U, size.width_U, multiple_U, strict=True)
         ]
-    ideal_U = _ideal(importance_U, size, clamp, total)
     return round_widths(ideal_U, size.width_U, size.cost_U, multiple_U, total)
 
 
 def _ideal(
-    importance_U: Sequence[float], size: ModelSize, clamp: Clamp, total: float
+    importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
 ) -> list[float]:
     """Return the widths before rounding."""
     width_U, cost_U = size.width_U, size.cost_U
+    fraction = total / size.cost_of(width_U)
+    if budget.widths == "equal":
+        return [fraction * width for width in width_U]
     if clamp == "water-fill":
         return water_fill(importance_U, width_U, cost_U, total)
     weight_U = None
     if set(cost_U) != {1}:
         weight_U = [float(width * cost) for width, cost in zip(width_U, cost_U, strict=True)]
-    sparsity = 1 - total / size.cost_of(width_U)
-    fraction_U = keep_fractions(importance_U, sparsity, weight_U)
+    fraction_U = keep_fractions(importance_U, 1 - fraction, weight_U)
     ideal_U = [f * width for f, width in zip(fraction_U, width_U, strict=True)]
     # Units of different width weigh differently in the mean: meet the total, not the mean.
     reached = sum(ideal * cost for ideal, cost in zip(ideal_U, cost_U, strict=True))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
+from cfsp.errors import UsageError
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.keep import kept_by
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
@@ -27,12 +28,7 @@ Droppable = tuple["WholePart", int]
 
 @dataclass(frozen=True)
 class Dropped:
-    """Blocks and attentions that go whole.
-
-    Attributes:
-        blocks: indices of the blocks that go, ascending.
-        attentions: of the blocks that stay and whose attentions go, ascending.
-    """
+    """Blocks that go whole, and blocks that stay and whose attentions go; ascending."""
 
     blocks: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
@@ -80,20 +76,12 @@ NOTHING = Dropped()
 
 @dataclass(frozen=True)
 class Candidate:
-    """How much goes of what.
-
-    Attributes:
-        dropped: the blocks and attentions that go whole.
-        experts: how many routed experts go of every block that has some.
-        parts: whose channels, or KV groups, go of what stays; none where none may.
-        sparsity: the share of what these channels own that goes; without them, of what may go
-            whole.
-    """
+    """How much goes of what."""
 
     dropped: Dropped = NOTHING
-    experts: int = 0
-    parts: tuple[Part, ...] = ()
-    sparsity: float = 0.0
+    experts: int = 0  # routed ones, of every block that has some
+    parts: tuple[Part, ...] = ()  # whose channels, or KV groups, go of what stays
+    sparsity: float = 0.0  # of what these channels own; without them, of what may go whole
 
     @property
     def in_words(self) -> str:
@@ -114,21 +102,56 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class DropSizes:
-    """The parameters of everything that may be dropped, by its block.
+class Kept:
+    """Units that lose no channel; blocks, and attentions of blocks, that are not dropped."""
 
-    Attributes:
-        block_of: those of blocks, with their attentions; empty where blocks may not go.
-        attention_of: those of attentions; empty where attentions may not go by themselves.
-        total: those of all blocks, or of all attentions where blocks may not go.
-        some_stay: whether some of these were told to stay.
-        attentions_stay: whether some attentions were.
+    units: frozenset[int] = frozenset()
+    blocks: frozenset[int] = frozenset()
+    attentions: frozenset[int] = frozenset()
+
+
+def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
+    """Return what stays: numbers are of blocks, other words patterns of modules' names.
+
+    A block of which something stays is not dropped.
+
+    Raises:
+        UsageError: there is no such block, or no such module that could lose something.
     """
+    count, prefix = source.architecture.block_count, source.architecture.blocks
+    names = [f"{prefix}.{unit.block}.{unit.path}" for unit in source.units]
+    blocks: set[int] = set()
+    units: set[int] = set()
+    for word in keep:
+        if word.isdecimal():
+            if int(word) >= count:
+                raise UsageError(
+                    f"--keep names block {word}, and {source.label} has the blocks 0 to {count - 1}"
+                )
+            blocks.add(int(word))
+            continue
+        found = {index for index, name in enumerate(names) if fnmatchcase(name, word)}
+        if not found:
+            raise UsageError(
+                f"--keep {word} fits no module that could lose something; such are {names[0]} to "
+                f"{names[-1]}"
+            )
+        units |= found
+    units |= {index for index, unit in enumerate(source.units) if unit.block in blocks}
+    kept = [source.units[index] for index in units]
+    attentions = {unit.block for unit in kept if unit.part == "kv"}
+    some_of = {unit.block for unit in kept}
+    return Kept(frozenset(units), frozenset(blocks | some_of), frozenset(blocks | attentions))
 
-    block_of: Mapping[int, int]
-    attention_of: Mapping[int, int]
-    total: int
-    some_stay: bool = False
+
+@dataclass(frozen=True)
+class DropSizes:
+    """The parameters of everything that may be dropped, by its block."""
+
+    block_of: Mapping[int, int]  # with their attentions; empty where blocks may not go
+    attention_of: Mapping[int, int]  # empty where attentions may not go by themselves
+    total: int  # of all blocks, or of all attentions where blocks may not go
+    some_stay: bool = False  # whether some of these were told to
     attentions_stay: bool = False
 
     @staticmethod

@@ -6,10 +6,8 @@ Experts that saw too few tokens are scored by their weights alone, and people ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from cfsp.calibration.statistics import UnitStatistics
 from cfsp.checkpoint.reading import WeightSource
@@ -37,8 +35,8 @@ def choose_channels(
 ) -> tuple[int, ...]:
     """Return the strongest channels of one unit, ascending; of each of the strongest experts.
 
-    An expert that saw fewer than `LEAST_TOKENS` tokens is scored by its weights alone
-    (`magnitude`), and the plan says so.
+    An expert that saw fewer than `LEAST_TOKENS` tokens is scored by its weights alone, and the plan
+    says so.
 
     Args:
         source: the model.
@@ -47,57 +45,24 @@ def choose_channels(
         width: channels that stay in each FFN.
         criterion: what counts as important.
         experts: how many go of routed experts.
-
-    Raises:
-        UsageError: the channel metric is unknown.
     """
-    staying = _staying(source, unit, statistics, experts)
-    channels = source.units[unit].width
-    if width == channels:
+    found, of_model = source.units[unit], source.architecture.experts
+    staying: Sequence[int] = range(statistics.ffns)
+    if experts and found.expert_axes and of_model is not None:
+        scores = expert_scores(statistics)
+        staying = strongest_experts(scores, statistics.ffns - experts, of_model.groups)
+    if width == found.width:
         return tuple(ffn * width + i for ffn in staying for i in range(width))
     kept: list[int] = []
-    if not width:
-        return ()
-    scores = ffn_scores(source, unit, statistics, criterion, staying)
-    for ffn, score_F in zip(staying, scores, strict=True):
-        kept += [ffn * channels + i for i in strongest_channels(score_F, width)]
-    return tuple(kept)
-
-
-def _staying(
-    source: WeightSource, unit: int, statistics: UnitStatistics, experts: int
-) -> Sequence[int]:
-    """Return the FFNs of a unit that stay if so many routed experts go."""
-    of_model = source.architecture.experts
-    if not experts or not source.units[unit].expert_axes or of_model is None:
-        return range(statistics.ffns)
-    count = statistics.ffns - experts
-    return strongest_experts(expert_scores(statistics), count, of_model.groups)
-
-
-def ffn_scores(
-    source: WeightSource,
-    unit: int,
-    statistics: UnitStatistics,
-    criterion: Criterion,
-    ffns: Sequence[int],
-) -> Iterator[Tensor]:
-    """Yield the channel scores of FFNs of a unit, as float32 [F]; see `choose_channels`.
-
-    Args:
-        source: the model.
-        unit: index of the unit in the model.
-        statistics: of the unit.
-        criterion: what counts as important.
-        ffns: of which.
-    """
     few = few_tokens(statistics)
-    for ffn in ffns:
-        weights = read_ffn_weights(source, unit, ffn)
+    for ffn in staying if width else ():
         metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
+        weights = read_ffn_weights(source, unit, ffn)
         score_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
         # The columns of a KV group lie side by side.
-        yield score_F.view(source.units[unit].width, -1).sum(1)
+        score_F = score_F.view(found.width, -1).sum(1)
+        kept += [ffn * found.width + i for i in strongest_channels(score_F, width)]
+    return tuple(kept)
 
 
 def warn_of_few_tokens(plan: PruningPlan) -> None:

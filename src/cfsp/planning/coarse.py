@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.errors import StatisticsError, UsageError
+from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize
 from cfsp.settings import (
     ANGULAR_AND_SENSITIVITY,
-    BLOCK_METRICS,
     SENSITIVITY_METRICS,
     UNIFORM,
     Part,
@@ -37,13 +36,7 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
     sigmoid's gain was made for; they are scaled to its mean over the blocks. `uniform` gives
     every block the same distance. The metrics by sensitivity need none and get the angular one,
     to be told.
-
-    Raises:
-        UsageError: the metric is unknown.
     """
-    known = (*BLOCK_METRICS, *SENSITIVITY_METRICS)
-    if metric not in known:
-        raise UsageError(f"unknown block metric {metric!r}; known are: {', '.join(known)}")
     angular_L = _of_blocks_with_units(statistics, statistics.distances("angular"))
     if metric == UNIFORM:
         return [fmean(angular_L)] * len(angular_L)
@@ -56,12 +49,9 @@ def block_distances(statistics: Statistics, metric: str) -> list[float]:
 
 
 def block_importance(distance_L: Sequence[float]) -> list[float]:
-    """Return the normalised importance of every block, in (0, 1).
+    """Return the normalised importance of every block, in (0, 1), by distances d.
 
-        s_l = sigmoid(g * (d_l - mean d)),  g = 13.1072   (CFSP Eq. 4, published code)
-
-    Args:
-        distance_L: distances on the scale of angular distance.
+    s_l = sigmoid(g * (d_l - mean d)),  g = 13.1072   (CFSP Eq. 4, published code)
     """
     mean = fmean(distance_L)
     return [_sigmoid(SIGMOID_GAIN * (distance - mean)) for distance in distance_L]
@@ -79,7 +69,6 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
 
     Raises:
         StatisticsError: the metric requires a sensitivity, and the statistics have none.
-        UsageError: the metric is unknown.
     """
     importance_L = block_importance(block_distances(statistics, metric))
     if metric not in SENSITIVITY_METRICS:
@@ -107,18 +96,12 @@ def importance_of_units(
     Widths in proportion to it share the cost between parts: by sensitivity, if removing a share
     1 - k of a unit costs KL (1/k - 1) and frees its P parameters by that share, what is cheapest
     is k in proportion to sqrt(KL / P). Distances of several parts are not comparable; each part
-    then gives up about as large a share.
-
-    Args:
-        statistics: of the model.
-        metric: what makes a block important.
-        size: the model's numbers.
-        spent: the parts that may lose channels; what was not measured of others is not needed.
+    then gives up about as large a share. What was not measured of parts that are not `spent`,
+    which lose no channels, is not needed.
     """
     parts = list(dict.fromkeys(unit.part for unit in statistics.units))
     compared = metric in SENSITIVITY_METRICS and len([part for part in parts if part in spent]) > 1
-    distance_of: dict[int, float] = {}
-    importance_of: dict[int, float] = {}
+    distance_U, importance_U = ([0.0] * len(statistics.units) for _ in range(2))
     for part in parts:
         own = statistics.of_part(part)
         numbers = [index for index, unit in enumerate(statistics.units) if unit.part == part]
@@ -130,15 +113,13 @@ def importance_of_units(
             each = fmean(size.units[i].width * size.units[i].channel_parameters for i in numbers)
             scale = math.sqrt(largest / each)
             importances = [importance * scale for importance in importances]
-        distance_of |= dict(zip(numbers, distances, strict=True))
-        importance_of |= dict(zip(numbers, importances, strict=True))
-    count = range(len(statistics.units))
-    importance_U = [importance_of[index] for index in count]
+        for index, distance, importance in zip(numbers, distances, importances, strict=True):
+            distance_U[index], importance_U[index] = distance, importance
     if compared:
         # Where nothing depends on anything, all count alike.
         largest = max(importance_U) or 1.0
         importance_U = [max(value / largest, _LEAST_SHARE**2) for value in importance_U]
-    return [distance_of[index] for index in count], importance_U
+    return distance_U, importance_U
 
 
 def of_units(statistics: Statistics, value_L: Sequence[float]) -> list[float]:

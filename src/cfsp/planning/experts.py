@@ -18,7 +18,6 @@ from cfsp.checkpoint.config_widths import stock_config
 from cfsp.errors import BudgetError, StatisticsError
 
 if TYPE_CHECKING:
-    from cfsp.architecture.found import RoutedExperts
     from cfsp.calibration.statistics import UnitStatistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.plan_file import PruningPlan
@@ -51,12 +50,9 @@ def expert_scores(statistics: UnitStatistics) -> Tensor:
 
 
 def strongest_experts(score_E: Tensor, count: int, groups: int = 1) -> list[int]:
-    """Return the experts with the highest scores, ascending; of equal ones the first.
+    """Return so many experts with the highest scores, ascending; of equal ones the first.
 
-    Args:
-        score_E: of every expert.
-        count: how many stay.
-        groups: of how many groups, one after the other, equally many stay.
+    Of groups, which lie one after the other, equally many stay.
     """
     order_GE = score_E.view(groups, -1).argsort(dim=1, descending=True, stable=True)
     first_G1 = torch.arange(0, len(score_E), len(score_E) // groups)[:, None]
@@ -67,10 +63,7 @@ def strongest_experts(score_E: Tensor, count: int, groups: int = 1) -> list[int]
 def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> int:
     """Return how many experts of every block go, so that a number stays by which the model runs.
 
-    Args:
-        source: the model.
-        wanted: how many shall stay; the nearest number does.
-        exactly: whether another one is refused.
+    It is the one that is nearest to `wanted`; `exactly` refuses another.
 
     Raises:
         BudgetError: more experts would go than the router can do without.
@@ -84,7 +77,14 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
     found = next(possible, experts.count)
     # A router may want a multiple of something, which is one step away, or a least number.
     if found > rounded and not any(runs_with(source, n) for n in range(1, rounded)):
-        raise _out_of_reach(source, experts, rounded)
+        counts = range(experts.groups, experts.count + 1, experts.groups)
+        least = next((n for n in counts if runs_with(source, n)), experts.count)
+        most = experts.count - least
+        raise BudgetError(
+            f"cannot remove {experts.count - rounded} of {experts.count} experts of each block: "
+            f"the router of {source.label} needs {least}; between 0 and {most} can be removed "
+            f"({most / experts.count:.1%})"
+        )
     if exactly and found != wanted:
         raise BudgetError(
             f"cannot remove {experts.count - wanted:.0f} of {experts.count} experts of each block: "
@@ -100,22 +100,10 @@ def runs_with(source: WeightSource, count: int) -> bool:
     return why_not(source.architecture, run, count) is None
 
 
-def _out_of_reach(source: WeightSource, experts: RoutedExperts, wanted: int) -> BudgetError:
-    counts = range(experts.groups, experts.count + 1, experts.groups)
-    least = next((n for n in counts if runs_with(source, n)), experts.count)
-    most = experts.count - least
-    return BudgetError(
-        f"cannot remove {experts.count - wanted} of {experts.count} experts of each block: the "
-        f"router of {source.label} needs {least}; between 0 and {most} can be removed "
-        f"({most / experts.count:.1%})"
-    )
-
-
 def lost_output(statistics: UnitStatistics, kept: list[int]) -> float:
-    """Return the share of what the experts of a unit add that those add which go.
+    """Return the share of the summed norms of what a unit's experts add that those add which go.
 
-    It is a share of the summed norms of all that they add: how much of the mixture is gone before
-    the router gives the tokens to others.
+    So much of the mixture is gone before the router gives the tokens to others.
     """
     total = float(statistics.output_norm_E.sum())
     return 1 - float(statistics.output_norm_E[kept].sum()) / total if total else 0.0

@@ -20,7 +20,6 @@ matrices that make channels; a KV group's score is the sum over the columns of i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -30,18 +29,14 @@ from torch import Tensor
 from cfsp.calibration.statistics import UnitStatistics
 from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.errors import UsageError
-from cfsp.settings import CHANNEL_METRICS
 
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """The matrices of one FFN as they are stored; no gate in an FFN that has none.
+    """The matrices of one FFN as they are stored; of an attention the output matrix alone.
 
-    Of an attention only the output matrix is there.
-
-    Scores are float32: metrics convert one matrix at a time, because three copies of a wide FFN
-    would be more memory than anything else that the pass of the repair needs.
+    Metrics convert one at a time to float32: three copies of a wide FFN would be more memory than
+    anything else that the pass of the repair needs.
     """
 
     down_DF: Tensor
@@ -61,88 +56,45 @@ def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeight
     )
 
 
-def _activation(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    return statistics.norm_F.float()
+def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
+    """Return the score of every channel of one FFN by a metric, float32, higher = keep."""
+    norm_F, down_DF = statistics.norm_F.float(), weights.down_DF
+    inputs = [matrix for matrix in (weights.up_FD, weights.gate_FD) if matrix is not None]
+    score_F: Tensor = norm_F
+    if metric in ("relative", "eq8"):
+        share_F = _shares(_magnitudes(down_DF).mul_(norm_F), across=1)
+        if metric == "eq8":
+            share_F = share_F + len(inputs)
+        else:
+            for input_FD in inputs:
+                share_F = share_F + _shares(_magnitudes(input_FD), across=0)
+        score_F = share_F * norm_F
+    elif metric == "wanda":
+        score_F = _magnitudes(down_DF).mean(0) * norm_F
+    elif metric == "magnitude":
+        score_F = torch.linalg.vector_norm(down_DF.float(), dim=0)
+    elif metric == "random":
+        # Seeded by the activations: the same calibration gives the same draw, another seed of its
+        # windows another one, and no two blocks share theirs.
+        digest = sha256(statistics.sum_of_squares_F.cpu().numpy().tobytes()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        score_F = torch.rand(down_DF.shape[1], generator=generator)
+    else:
+        assert metric == "activation", metric
+    return score_F
 
 
-def _relative(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    share_F: Tensor = _down_share(statistics, weights)
-    for input_FD in (weights.up_FD, weights.gate_FD):
-        if input_FD is not None:
-            share_F = share_F + _across_channels(input_FD)
-    return share_F * statistics.norm_F.float()
-
-
-def _eq8(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    constant_terms = sum(input_FD is not None for input_FD in (weights.up_FD, weights.gate_FD))
-    share_F: Tensor = _down_share(statistics, weights) + constant_terms
-    return share_F * statistics.norm_F.float()
-
-
-def _wanda(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    mean_F: Tensor = _magnitudes(weights.down_DF).mean(0)
-    return mean_F * statistics.norm_F.float()
-
-
-def _magnitude(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF.float(), dim=0)
-    return norm_F
-
-
-def _random(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    # Seeded by the activations: the same calibration gives the same draw, another seed of its
-    # windows another one, and no two blocks share theirs.
-    digest = sha256(statistics.sum_of_squares_F.cpu().numpy().tobytes()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(weights.down_DF.shape[1], generator=generator)
-
-
-def _down_share(statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    """Return the share of each channel in every output row, summed over rows."""
-    weighted_DF = _magnitudes(weights.down_DF).mul_(statistics.norm_F.float())
-    share_F: Tensor = weighted_DF.div_(_positive(weighted_DF.sum(1, keepdim=True))).sum(0)
-    return share_F
-
-
-def _across_channels(input_FD: Tensor) -> Tensor:
-    """Return the share of each channel in every input column, summed over columns."""
-    magnitude_FD = _magnitudes(input_FD)
-    share_F: Tensor = magnitude_FD.div_(_positive(magnitude_FD.sum(0, keepdim=True))).sum(1)
+def _shares(magnitudes: Tensor, across: int) -> Tensor:
+    """Return the share of each channel in the sum across channels, summed over the other axis."""
+    # A row of zeros has no shares to give; it must not give NaN either.
+    sums = magnitudes.sum(across, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    share_F: Tensor = magnitudes.div_(sums).sum(1 - across)
     return share_F
 
 
 def _magnitudes(matrix: Tensor) -> Tensor:
     """Return a float32 matrix of its own; nothing else as large is made on the way."""
     return matrix.to(torch.float32, copy=True).abs_()
-
-
-def _positive(sums: Tensor) -> Tensor:
-    # A row of zeros has no shares to give; it must not give NaN either.
-    return sums.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-_METRICS: dict[str, Callable[[UnitStatistics, FFNWeights], Tensor]] = {
-    "relative": _relative,
-    "eq8": _eq8,
-    "activation": _activation,
-    "wanda": _wanda,
-    "magnitude": _magnitude,
-    "random": _random,
-}
-assert tuple(_METRICS) == CHANNEL_METRICS
-
-
-def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
-    """Return the score of every channel of one FFN, float32, higher = keep.
-
-    Raises:
-        UsageError: the metric is unknown.
-    """
-    if metric not in _METRICS:
-        raise UsageError(
-            f"unknown channel metric {metric!r}; known are: {', '.join(CHANNEL_METRICS)}"
-        )
-    return _METRICS[metric](statistics, weights)
 
 
 def strongest_channels(score_F: Tensor, count: int) -> list[int]:

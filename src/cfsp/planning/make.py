@@ -1,6 +1,6 @@
 """Planning: from statistics and a candidate to a plan, in seconds, without a forward pass.
 
-how many channels units keep (`widths`) -> which (`channels`) -> the plan (`plan_file`)
+how many channels units keep -> which (`channels`) -> the plan (`plan_file`)
 """
 
 from __future__ import annotations
@@ -8,81 +8,158 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
-from cfsp.calibration.statistics import Statistics, UnitStatistics
-from cfsp.checkpoint.reading import EARLIER, WeightSource, fingerprint
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import (
+    EARLIER,
+    WeightSource,
+    ffn_parameters_per_channel,
+    fingerprint,
+    parameter_count,
+)
 from cfsp.errors import StatisticsError
-from cfsp.planning.candidate import Candidate
+from cfsp.planning.allocation import ModelSize, UnitSize, allocate
+from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by, parameters_dropped
 from cfsp.planning.channels import choose_channels, few_tokens, warn_of_few_tokens
+from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.experts import lost_output, warn_of_lost_experts
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.planning.widths import UnitWidths, definite_criterion, model_size, plan_widths
 from cfsp.progress import item_progress
-from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Budget, Criterion
+from cfsp.settings import (
+    AUTO_METRIC,
+    DEFAULT_PARTS,
+    DIVERGENCE,
+    RUNS,
+    SENSITIVITY,
+    UNIFORM,
+    UNIT_PARTS,
+    Budget,
+    Criterion,
+    Part,
+)
 from cfsp.streaming.block_proof import check_experts_can_go
+
+# torch multiplies experts in groups only if rows are whole 16 bytes: 8 values of 16 bits.
+EXPERTS_GRAIN = 8
+
+
+def model_size(
+    source: WeightSource, dropped: Dropped = NOTHING, keep: Sequence[str] = ()
+) -> ModelSize:
+    """Return the numbers that budgets of channels are about, beside what goes whole."""
+    stays = kept_by(source, keep).units
+    sizes = zip(source.units, ffn_parameters_per_channel(source), strict=True)
+    return ModelSize(
+        units=tuple(
+            UnitSize(
+                width=unit.width,
+                channel_parameters=each,
+                kind=unit.path,
+                grain=EXPERTS_GRAIN if unit.routed else 1,
+                part=unit.part,
+                stays=index in stays,
+            )
+            for index, (unit, each) in enumerate(sizes)
+            if not dropped.takes(unit)
+        ),
+        parameters=parameter_count(source) - parameters_dropped(source, dropped),
+    )
+
+
+def parameters_of_channels(
+    source: WeightSource, parts: Sequence[Part], dropped: Dropped = NOTHING
+) -> int:
+    """Return the parameters of all channels of these parts beside what goes whole."""
+    size = model_size(source, dropped).of_parts(parts)
+    return size.cost_of(size.width_U) * size.parameters_per_cost
+
+
+@dataclass(frozen=True)
+class UnitWidths:
+    """How many channels every unit keeps, and why: the coarse half of a decision."""
+
+    distance_U: list[float]  # of its block
+    importance_U: list[float]  # normalised, in (0, 1]; 0 of what goes whole
+    kept_U: list[int]  # in each FFN; 0 of what goes whole
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Turns candidates into plans: a model, its statistics, and by what is chosen.
-
-    Attributes:
-        source: the model; its FFN weights are read one unit at a time.
-        statistics: its calibration.
-        budget: what may go, and what widths look like.
-        criterion: what counts as important, by its definite metrics.
-    """
+    """Turns candidates into plans: a model, its statistics, and by what is chosen."""
 
     source: WeightSource
     statistics: Statistics
     budget: Budget
-    criterion: Criterion
+    criterion: Criterion  # by its definite metrics
 
     @staticmethod
     def of(
         source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
     ) -> Planner:
-        """Return what plans by these statistics.
+        """Return what plans by these statistics; of metrics that are `auto`, by what they allow.
 
         Raises:
             StatisticsError: they belong to another model.
         """
         check_statistics_fit(source, statistics)
-        criterion = definite_criterion(criterion, statistics, budget)
+        if criterion.removal == AUTO_METRIC:
+            parts = budget.whole_parts
+            has_order = len(parts) > 1 or statistics.removals_of(parts)
+            criterion = replace(criterion, removal=DIVERGENCE if has_order else RUNS)
+        if budget.widths == "equal":
+            criterion = replace(criterion, block_metric=UNIFORM)
+        elif criterion.block_metric == AUTO_METRIC:
+            metric = SENSITIVITY if statistics.sensitivity else "angular"
+            criterion = replace(criterion, block_metric=metric)
         return Planner(source, statistics, budget, criterion)
 
     def widths(self, candidate: Candidate) -> UnitWidths:
-        """Return how many channels every unit keeps; errors are those of `plan_widths`."""
-        return plan_widths(self.source, self.statistics, candidate, self.budget, self.criterion)
+        """Return how many channels every unit keeps.
+
+        What goes whole is decided before; the rest is planned as if it were the model.
+
+        Raises:
+            BudgetError: so much cannot go.
+            StatisticsError: the block metric requires a sensitivity, and the statistics have none.
+        """
+        dropped, budget, staying = candidate.dropped, self.budget, self.statistics
+        size = model_size(self.source, dropped, budget.keep)
+        if dropped:
+            staying = staying.without_attentions(dropped.attentions).without_blocks(dropped.blocks)
+        distance_U, importance_U = importance_of_units(
+            staying, self.criterion.block_metric, size, candidate.parts or budget.parts
+        )
+        kept_U = size.width_U
+        if candidate.parts:
+            asked = replace(budget, sparsity=candidate.sparsity, parts=candidate.parts)
+            kept_U = allocate(importance_U, asked, size, self.criterion.chosen_clamp)
+        if not dropped:
+            return UnitWidths(distance_U, importance_U, kept_U)
+        block_L = self.statistics.distances("angular")
+        attention_L = self.statistics.of_part("kv").distances("angular")
+        planned = zip(distance_U, importance_U, kept_U, strict=True)
+        rows = []
+        for unit in self.source.units:
+            if dropped.takes(unit):
+                alone = unit.block in dropped.attentions
+                rows.append(((attention_L if alone else block_L)[unit.block], 0.0, 0))
+            else:
+                rows.append(next(planned))
+        return UnitWidths(*(list(column) for column in zip(*rows, strict=True)))
 
     def channels(self, candidate: Candidate, widths: UnitWidths) -> Iterator[tuple[int, ...]]:
-        """Yield the channels of every unit that stay; errors are those of `choose_channels`."""
-        for unit, width in enumerate(widths.kept_U):
+        """Yield the channels of every unit that stay."""
+        of_units = enumerate(zip(self.statistics.units, widths.kept_U, strict=True))
+        for unit, (observed, width) in of_units:
             yield choose_channels(
-                self.source,
-                unit,
-                self.statistics.units[unit],
-                width,
-                self.criterion,
-                candidate.experts,
+                self.source, unit, observed, width, self.criterion, candidate.experts
             )
 
     def plan(
         self, candidate: Candidate, on_unit: Callable[[], object] = lambda: None
     ) -> PruningPlan:
-        """Return the plan of a candidate.
-
-        Args:
-            candidate: how much goes.
-            on_unit: is called after each unit.
-
-        Raises:
-            BudgetError: so much cannot go.
-            StatisticsError: the criterion requires what the statistics do not have.
-            UsageError: a metric is unknown.
-        """
+        """Return the plan of a candidate; `on_unit` is called after each unit."""
         widths, kept = self.widths(candidate), []
         for kept_K in self.channels(candidate, widths):
             kept.append(kept_K)
@@ -101,78 +178,65 @@ class Planner:
         self, candidate: Candidate, widths: UnitWidths, kept: Sequence[tuple[int, ...]]
     ) -> PruningPlan:
         """Return the plan that widths and channels amount to, and what goes whole."""
-        source, statistics = self.source, self.statistics
-        parts = tuple(
-            part for part in self.budget.parts if part in candidate.parts or part not in UNIT_PARTS
-        )
-        size = model_size(source)
-        has_one_ffn_each = statistics.has_one_unit_each and not source.architecture.has_attentions
-        units = [
-            _without_gone_experts(
-                UnitPlan(
-                    block=unit.block,
-                    width=unit.width,
-                    kept=kept_K,
-                    distance=distance,
-                    importance=importance,
-                    ffns=observed.ffns,
-                    few_tokens=few_tokens(observed),
-                    path="" if has_one_ffn_each else unit.path,
-                    cost=cost,
-                    part=unit.part,
-                ),
-                observed,
-            )
-            for unit, observed, kept_K, distance, importance, cost in zip(
-                source.units,
-                statistics.units,
-                kept,
-                widths.distance_U,
-                widths.importance_U,
-                size.cost_U,
-                strict=True,
-            )
-        ]
+        source, size = self.source, model_size(self.source)
         plan = PruningPlan(
             model=ModelIdentity.of(source),
-            criterion={
-                **self._written(),
-                "clamp": self.criterion.chosen_clamp,
-                "sparsity": candidate.sparsity,
-                "of": self._of(candidate),
-                # Of which all new FFN widths are multiples.
-                "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(self.budget)) or 1,
-                **({} if parts == DEFAULT_PARTS else {"parts": list(parts)}),
-                **({"keep": list(self.budget.keep)} if self.budget.keep else {}),
-            },
-            calibration=asdict(statistics.record),
-            units=tuple(units),
+            criterion=self._criterion_of(candidate, size),
+            calibration=asdict(self.statistics.record),
+            units=self._units(widths, kept, size),
             removed_blocks=candidate.dropped.blocks,
         )
         if plan.kept_experts is not None:
             check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
         return plan
 
-    def _of(self, candidate: Candidate) -> str:
-        """Return what the sparsity of a candidate is a share of."""
+    def _units(
+        self, widths: UnitWidths, kept: Sequence[tuple[int, ...]], size: ModelSize
+    ) -> tuple[UnitPlan, ...]:
+        has_paths = self.source.architecture.has_attentions or not self.statistics.has_one_unit_each
+        units = []
+        for index, (unit, observed) in enumerate(
+            zip(self.source.units, self.statistics.units, strict=True)
+        ):
+            planned = UnitPlan(
+                block=unit.block,
+                width=unit.width,
+                kept=kept[index],
+                distance=widths.distance_U[index],
+                importance=widths.importance_U[index],
+                ffns=observed.ffns,
+                few_tokens=few_tokens(observed),
+                path=unit.path if has_paths else "",
+                cost=size.cost_U[index],
+                part=unit.part,
+            )
+            if planned.loses_experts:
+                lost = round(lost_output(observed, planned.kept_ffns), 6)
+                planned = replace(planned, lost_output=lost)
+            units.append(planned)
+        return tuple(units)
+
+    def _criterion_of(self, candidate: Candidate, size: ModelSize) -> dict[str, object]:
+        """Return what a plan says of how it was chosen; of removal only where something may."""
+        budget, of = self.budget, self.budget.parts[0]
         if candidate.parts:
-            return "ffn"
-        # An attention is a part of its block.
-        return "blocks" if "blocks" in self.budget.parts else self.budget.parts[0]
-
-    def _written(self) -> dict[str, Any]:
-        """Return what a plan says of the criterion; of removal only where something may drop."""
+            of = "ffn"
+        elif "blocks" in budget.parts:  # an attention is a part of its block
+            of = "blocks"
+        parts = [part for part in budget.parts if part in candidate.parts or part not in UNIT_PARTS]
         fields = asdict(self.criterion)
-        if not self.budget.whole_parts:
+        if not budget.whole_parts:
             del fields["removal"]
-        return fields
-
-
-def _without_gone_experts(unit: UnitPlan, observed: UnitStatistics) -> UnitPlan:
-    """Return the plan of a unit that says what the experts added that go whole, if some do."""
-    if not unit.loses_experts:
-        return unit
-    return replace(unit, lost_output=round(lost_output(observed, unit.kept_ffns), 6))
+        return {
+            **fields,
+            "clamp": self.criterion.chosen_clamp,
+            "sparsity": candidate.sparsity,
+            "of": of,
+            # Of which all new FFN widths are multiples.
+            "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
+            **({} if tuple(parts) == DEFAULT_PARTS else {"parts": parts}),
+            **({"keep": list(budget.keep)} if budget.keep else {}),
+        }
 
 
 def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:

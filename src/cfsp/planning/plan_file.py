@@ -219,8 +219,12 @@ class PruningPlan:
             (unit.block, unit.part, unit.width) for unit in source.units
         ]:
             raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
-        if self.kept_experts is not None:
-            self._check_experts()
+        counts = {len(unit.kept_ffns) for unit in self.kept_units if unit.ffns > 1}
+        if self.kept_experts is not None and len(counts) > 1:
+            raise PlanError(
+                f"the plan keeps {' or '.join(map(str, sorted(counts)))} experts, expected as many "
+                "in every block; make a new plan"
+            )
         if [unit.ffns for unit in self.units] != [unit.ffns for unit in source.units]:
             raise PlanError(f"the plan's experts are not those of {source.label}; make a new plan")
         for planned, found_unit in zip(self.units, source.units, strict=True):
@@ -230,45 +234,22 @@ class PruningPlan:
                     f"has {found_unit.path} there; make a new plan"
                 )
 
-    def _check_experts(self) -> None:
-        """Check that blocks keep as many experts as each other.
-
-        Raises:
-            PlanError: they do not.
-        """
-        counts = {len(unit.kept_ffns) for unit in self.kept_units if unit.ffns > 1}
-        if len(counts) > 1:
-            raise PlanError(
-                f"the plan keeps {' or '.join(map(str, sorted(counts)))} experts, expected as many "
-                "in every block; make a new plan"
-            )
-
     def to_json(self) -> str:
         """Return the plan as JSON; the same plan gives the same bytes."""
-        return (
-            json.dumps(
-                {
-                    "plan_version": VERSION_WITH_PARTS if self.has_parts else PLAN_VERSION,
-                    "model": vars(self.model),
-                    "criterion": self.criterion,
-                    "calibration": self.calibration,
-                    **({"removed_blocks": self.removed_blocks} if self.removed_blocks else {}),
-                    "blocks": [
-                        unit.to_json(is_placed=not self.has_one_unit_each) for unit in self.units
-                    ],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        is_placed = not self.has_one_unit_each
+        fields = {
+            "plan_version": VERSION_WITH_PARTS if self.has_parts else PLAN_VERSION,
+            "model": vars(self.model),
+            "criterion": self.criterion,
+            "calibration": self.calibration,
+            **({"removed_blocks": self.removed_blocks} if self.removed_blocks else {}),
+            "blocks": [unit.to_json(is_placed=is_placed) for unit in self.units],
+        }
+        return json.dumps(fields, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = "the plan") -> PruningPlan:
-        """Return the plan that `to_json` wrote.
-
-        Args:
-            text: JSON.
-            where: what to call it in an error.
+        """Return the plan that `to_json` wrote; errors call it `where`.
 
         Raises:
             PlanError: it is damaged or of another version.
@@ -292,13 +273,10 @@ class PruningPlan:
             )
             if [unit.block for unit in units] != sorted(unit.block for unit in units):
                 raise ValueError("its blocks are not in order")
-            return cls(
-                model=_checked_identity(ModelIdentity(**fields["model"])),
-                criterion=_checked_criterion(dict(fields["criterion"])),
-                calibration=_checked_calibration(dict(fields["calibration"])),
-                units=units,
-                removed_blocks=removed,
-            )
+            model = ModelIdentity(**fields["model"])
+            _check_facts(model, fields)
+            criterion, calibration = dict(fields["criterion"]), dict(fields["calibration"])
+            return cls(model, criterion, calibration, units, removed)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"{where} is damaged: {error}; make a new plan") from error
 
@@ -322,43 +300,32 @@ class PruningPlan:
         return cls.from_json(text, str(path))
 
 
-def _checked_identity(model: ModelIdentity) -> ModelIdentity:
+def _check_facts(model: ModelIdentity, fields: dict[str, Any]) -> None:
+    """Check what cards, reports and other commands read of a plan beside its units.
+
+    Raises:
+        ValueError: a value is impossible.
+        TypeError: or of another type.
+        KeyError: or missing.
+    """
     if not all(isinstance(value, str) for value in vars(model).values()):
         raise TypeError("the model's name, type and fingerprint must be text")
-    return model
-
-
-def _checked_calibration(fields: dict[str, Any]) -> dict[str, Any]:
-    """Check what cards, reports and other commands read of the calibration."""
-    _check_counts(fields, "windows", "seqlen")
-    _check_words(fields, "dtype", "device")
-    if type(fields["seed"]) is not int:
-        raise ValueError(f"the calibration has {fields['seed']!r} for seed")
-    sources = fields["sources"]
+    criterion, calibration = fields["criterion"], fields["calibration"]
+    counts = {"multiple": criterion, "windows": calibration, "seqlen": calibration}
+    for key, table in counts.items():
+        if type(table[key]) is not int or table[key] < 1:
+            raise ValueError(f"it has {table[key]!r} for {key}")
+    words = dict.fromkeys(("block_metric", "channel_metric", "of"), criterion)
+    for key, table in (words | dict.fromkeys(("dtype", "device"), calibration)).items():
+        if not isinstance(table[key], str) or not _WORD.fullmatch(table[key]):
+            raise ValueError(f"it has {table[key]!r} for {key}")
+    if type(criterion["sparsity"]) not in (int, float) or not 0 <= criterion["sparsity"] <= 1:
+        raise ValueError(f"the criterion has {criterion['sparsity']!r} for sparsity")
+    if type(calibration["seed"]) is not int:
+        raise ValueError(f"the calibration has {calibration['seed']!r} for seed")
+    sources = calibration["sources"]
     if not isinstance(sources, dict) or not all(type(n) is int for n in sources.values()):
         raise TypeError("the calibration's sources must be a table of windows")
-    return fields
-
-
-def _checked_criterion(fields: dict[str, Any]) -> dict[str, Any]:
-    """Check what they read of the criterion."""
-    _check_counts(fields, "multiple")
-    _check_words(fields, "block_metric", "channel_metric", "of")
-    if type(fields["sparsity"]) not in (int, float) or not 0 <= fields["sparsity"] <= 1:
-        raise ValueError(f"the criterion has {fields['sparsity']!r} for sparsity")
-    return fields
-
-
-def _check_counts(fields: dict[str, Any], *keys: str) -> None:
-    for key in keys:
-        if type(fields[key]) is not int or fields[key] < 1:
-            raise ValueError(f"it has {fields[key]!r} for {key}")
-
-
-def _check_words(fields: dict[str, Any], *keys: str) -> None:
-    for key in keys:
-        if not isinstance(fields[key], str) or not _WORD.fullmatch(fields[key]):
-            raise ValueError(f"it has {fields[key]!r} for {key}")
 
 
 def _checked_blocks(blocks: list[Any]) -> tuple[int, ...]:

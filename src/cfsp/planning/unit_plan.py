@@ -14,7 +14,7 @@ import base64
 import binascii
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,38 +31,22 @@ _PATH = re.compile(r"[\w.]{0,200}")
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """What happens to one unit.
+    """What happens to one unit."""
 
-    Attributes:
-        block: index of its block.
-        width: channels of an FFN before.
-        kept: indices of the channels that stay, ascending; channel i of expert e is
-            e * width + i. None of an attention that goes whole, or of a removed block.
-        distance: the block's coarse distance.
-        importance: its normalised importance, in (0, 1]; 0 of what goes whole.
-        ffns: number of FFNs: 1, or the number of experts.
-        few_tokens: expert -> calibration tokens that it saw, of those that saw too few to be
-            scored by: their channels are scored by their weights alone, and whether they go whole
-            is decided by what these few tokens say.
-        path: dotted path from the block to the unit's module; empty in a model that has one unit
-            in every block.
-        cost: parameters that a channel of all its FFNs owns, relative to other units; 1 where all
-            units' channels own as many.
-        part: what it is of: `ffn`, or `kv`, whose channels are KV groups.
-        lost_output: the share of what all its experts add that those add which go whole.
-    """
-
-    block: int
-    width: int
+    block: int  # index of its block
+    width: int  # channels of an FFN before
+    # The channels that stay, ascending; channel i of expert e is e * width + i. None of an
+    # attention that goes whole, or of a removed block.
     kept: tuple[int, ...]
-    distance: float
-    importance: float
-    ffns: int = 1
+    distance: float  # coarse, of the block
+    importance: float  # normalised, in (0, 1]; 0 of what goes whole
+    ffns: int = 1  # or the number of experts
+    # Expert -> calibration tokens that it saw, of those that saw too few to be scored by.
     few_tokens: Mapping[int, int] = field(default_factory=dict)
-    path: str = ""
-    cost: int = 1
-    part: Part = "ffn"
-    lost_output: float = 0.0
+    path: str = ""  # from the block to its module; empty in a model of one unit in every block
+    cost: int = 1  # parameters that a channel of all its FFNs owns, relative to other units
+    part: Part = "ffn"  # or `kv`, whose channels are KV groups
+    lost_output: float = 0.0  # share of what all experts add that those add which go whole
 
     @property
     def name(self) -> str:
@@ -110,41 +94,34 @@ class UnitPlan:
 
     def to_json(self, *, is_placed: bool) -> dict[str, Any]:
         """Return it as JSON types; where it lies only if blocks have none, or several."""
-        return {
-            **({"block": self.block, "path": self.path} if is_placed else {}),
+        fields: dict[str, Any] = {"block": self.block, "path": self.path} if is_placed else {}
+        fields |= {
             "width": self.width,
             "kept_width": self.kept_width,
             "distance": self.distance,
             "importance": self.importance,
-            **_rare(self),
-            "kept": _mask_text(self.kept, self.ffns * self.width),
         }
+        # What differs from most units.
+        if self.ffns > 1:
+            fields["experts"] = self.ffns
+        if self.loses_experts:
+            fields |= {"kept_experts": len(self.kept_ffns), "lost_output": self.lost_output}
+        if self.part != "ffn":
+            fields["part"] = self.part
+        if self.cost > 1:
+            fields["cost"] = self.cost
+        if self.few_tokens:
+            fields["few_tokens"] = {str(expert): seen for expert, seen in self.few_tokens.items()}
+        mask_F = np.zeros(self.ffns * self.width, dtype=bool)
+        mask_F[list(self.kept)] = True
+        packed = np.packbits(mask_F, bitorder="little").tobytes()
+        return fields | {"kept": base64.b64encode(packed).decode()}
 
 
 def few_experts(block: int, path: str, few_tokens: Mapping[int, int]) -> list[dict[str, Any]]:
     """Return the experts of a unit that saw few tokens as JSON types; the path where it has one."""
     place = {"block": block, **({"path": path} if path else {})}
     return [{**place, "expert": expert, "tokens": seen} for expert, seen in few_tokens.items()]
-
-
-def _mask_text(kept: Sequence[int], width: int) -> str:
-    mask_F = np.zeros(width, dtype=bool)
-    mask_F[list(kept)] = True
-    return base64.b64encode(np.packbits(mask_F, bitorder="little").tobytes()).decode()
-
-
-def _rare(unit: UnitPlan) -> dict[str, Any]:
-    """Return what is written of a unit only where it differs from what most are."""
-    fields: dict[str, Any] = {"experts": unit.ffns} if unit.ffns > 1 else {}
-    if unit.loses_experts:
-        fields |= {"kept_experts": len(unit.kept_ffns), "lost_output": unit.lost_output}
-    if unit.part != "ffn":
-        fields["part"] = unit.part
-    if unit.cost > 1:
-        fields["cost"] = unit.cost
-    if unit.few_tokens:
-        fields["few_tokens"] = {str(expert): seen for expert, seen in unit.few_tokens.items()}
-    return fields
 
 
 def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) -> UnitPlan:
@@ -160,55 +137,81 @@ def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) 
         KeyError: likewise.
     """
     width, ffns = entry["width"], entry.get("experts", 1)
-    if not isinstance(width, int) or not 0 < width <= _MAX_WIDTH:
-        raise ValueError(f"a block has the impossible width {width}")
-    if not isinstance(ffns, int) or not 0 < ffns <= _MAX_EXPERTS:
-        raise ValueError(f"a block has the impossible number of experts {ffns}")
-    total = ffns * width
-    try:
-        packed = np.frombuffer(base64.b64decode(entry["kept"], validate=True), dtype=np.uint8)
-    except binascii.Error as error:
-        raise ValueError(f"kept channels are not base64: {error}") from error
-    mask = np.unpackbits(packed, bitorder="little")
-    if len(mask) < total or len(mask) - total >= 8 or mask[total:].any():
-        raise ValueError(f"kept channels do not fit a width of {width}")
-    is_removed = entry.get("block", index) in removed
-    kept_E = mask[:total].reshape(ffns, width).sum(axis=1, dtype=int)
-    experts = entry.get("kept_experts", ffns)
-    # An attention may go whole, an FFN only with its block.
-    may_go = is_removed or entry.get("part") == "kv"
-    for kept in set(kept_E.tolist()) - ({0} if experts < ffns else set()):
-        if (is_removed if kept else not may_go) or kept != entry["kept_width"]:
-            raise ValueError(f"{kept} channels are kept, {entry['kept_width']} are announced")
-    if not (may_go and entry["kept_width"] == 0) and np.count_nonzero(kept_E) != experts:
-        raise ValueError(f"{np.count_nonzero(kept_E)} experts are kept, {experts} are announced")
-    lost_output = float(entry.get("lost_output", 0.0))
-    if not 0 <= lost_output <= 1:
-        raise ValueError(f"a block's experts that go added {lost_output} of what all added")
-    distance, importance = float(entry["distance"]), float(entry["importance"])
-    if not math.isfinite(distance) or not math.isfinite(importance):
-        raise ValueError(f"a block has the distance {distance} and the importance {importance}")
-    few = {int(expert): int(seen) for expert, seen in dict(entry.get("few_tokens", {})).items()}
     block, path, cost = entry.get("block", index), entry.get("path", ""), entry.get("cost", 1)
-    if type(block) is not int or not 0 <= block <= MAX_BLOCKS:
-        raise ValueError(f"an FFN has the impossible block {block!r}")
-    if not isinstance(path, str) or not _PATH.fullmatch(path):
-        raise ValueError(f"an FFN of block {block} has the impossible path {path!r}")
-    part = entry.get("part", "ffn")
-    if part not in UNIT_PARTS:
-        raise ValueError(f"a unit of block {block} is of the impossible part {part!r}")
-    if type(cost) is not int or cost < 1:
-        raise ValueError(f"an FFN of block {block} has the impossible cost {cost!r}")
+    part, lost_output = entry.get("part", "ffn"), float(entry.get("lost_output", 0.0))
+    distance, importance = float(entry["distance"]), float(entry["importance"])
+    _require(
+        isinstance(width, int) and 0 < width <= _MAX_WIDTH,
+        f"a block has the impossible width {width}",
+    )
+    _require(
+        isinstance(ffns, int) and 0 < ffns <= _MAX_EXPERTS,
+        f"a block has the impossible number of experts {ffns}",
+    )
+    _require(
+        0 <= lost_output <= 1,
+        f"a block's experts that go added {lost_output} of what all added",
+    )
+    _require(
+        math.isfinite(distance) and math.isfinite(importance),
+        f"a block has the distance {distance} and the importance {importance}",
+    )
+    _require(
+        type(block) is int and 0 <= block <= MAX_BLOCKS,
+        f"an FFN has the impossible block {block!r}",
+    )
+    _require(
+        isinstance(path, str) and bool(_PATH.fullmatch(path)),
+        f"an FFN of block {block} has the impossible path {path!r}",
+    )
+    _require(part in UNIT_PARTS, f"a unit of block {block} is of the impossible part {part!r}")
+    _require(
+        type(cost) is int and cost >= 1, f"an FFN of block {block} has the impossible cost {cost!r}"
+    )
+    few = dict(entry.get("few_tokens", {}))
     return UnitPlan(
         block=block,
         width=width,
-        kept=tuple(np.flatnonzero(mask).tolist()),
+        kept=_checked_mask(entry, ffns * width, is_removed=block in removed),
         distance=distance,
         importance=importance,
         ffns=ffns,
-        few_tokens=few,
+        few_tokens={int(expert): int(seen) for expert, seen in few.items()},
         path=path,
         cost=cost,
         part=part,
         lost_output=lost_output,
     )
+
+
+def _checked_mask(entry: dict[str, Any], total: int, *, is_removed: bool) -> tuple[int, ...]:
+    """Return the channels that stay of so many, as many in each expert that stays."""
+    try:
+        packed = np.frombuffer(base64.b64decode(entry["kept"], validate=True), dtype=np.uint8)
+    except binascii.Error as error:
+        raise ValueError(f"kept channels are not base64: {error}") from error
+    mask, width = np.unpackbits(packed, bitorder="little"), entry["width"]
+    _require(
+        0 <= len(mask) - total < 8 and not mask[total:].any(),
+        f"kept channels do not fit a width of {width}",
+    )
+    kept_E = mask[:total].reshape(-1, width).sum(axis=1, dtype=int)
+    announced, experts = entry["kept_width"], entry.get("kept_experts", len(kept_E))
+    # An attention may go whole, an FFN only with its block.
+    may_go = is_removed or entry.get("part") == "kv"
+    for kept in set(kept_E.tolist()) - ({0} if experts < len(kept_E) else set()):
+        _require(
+            kept == announced and (not is_removed if kept else may_go),
+            f"{kept} channels are kept, {announced} are announced",
+        )
+    found = np.count_nonzero(kept_E)
+    _require(
+        found == experts or (may_go and announced == 0),
+        f"{found} experts are kept, {experts} are announced",
+    )
+    return tuple(np.flatnonzero(mask).tolist())
+
+
+def _require(is_sound: bool, fault: str) -> None:
+    if not is_sound:
+        raise ValueError(fault)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.selection.drop_budget import DropBudget, drops_in_words
-from cfsp.settings import DIVERGENCE, INFLUENCE, REMOVALS, RUNS, WHOLE_PARTS
+from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, WHOLE_PARTS
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 
 if TYPE_CHECKING:
@@ -41,21 +41,13 @@ NEEDS_PREDICTIONS = (
 def dropped_by(
     source: WeightSource, statistics: Statistics, budget: DropBudget, removal: str
 ) -> Dropped:
-    """Return the blocks and attentions that go.
-
-    Args:
-        source: the model.
-        statistics: of its calibration.
-        budget: how much goes.
-        removal: how they are chosen, one of `REMOVALS`.
+    """Return the blocks and attentions that go, chosen in one of the ways of `REMOVALS`.
 
     Raises:
         StatisticsError: the statistics lack what the choice needs.
         UnsupportedModelError: the model cannot do without enough of its blocks.
-        UsageError: the choice is unknown, or cannot compare what may go.
+        UsageError: the choice cannot compare what may go.
     """
-    if removal not in REMOVALS:
-        raise UsageError(f"unknown removal {removal!r}; known are: {', '.join(REMOVALS)}")
     if removal == DIVERGENCE:
         return _by_order(source, statistics, budget)
     if budget.is_met_by(NOTHING):
@@ -128,15 +120,12 @@ def _chosen(
         dropped = _of_one_part(budget, chosen)
         if budget.is_met_by(dropped):
             return dropped
+    stays = f"that of block {min(banned)} is one that cannot; " if banned else ""
     raise UnsupportedModelError(
         f"only {len(candidates)} of {len(every)} {drops_in_words(budget.parts)} can go, "
-        f"which is less than the budget asks for; {_one_that_stays(banned)}"
+        f"which is less than the budget asks for; {stays}"
         f"remove FFN channels too (--target-params with --parts {','.join(budget.parts)},ffn)"
     )
-
-
-def _one_that_stays(banned: Collection[int]) -> str:
-    return f"that of block {min(banned)} is one that cannot; " if banned else ""
 
 
 def _of_one_part(budget: DropBudget, blocks: Collection[int]) -> Dropped:
@@ -156,15 +145,10 @@ def _can_go_alone(source: WeightSource, block: int, budget: DropBudget) -> bool:
 def cheapest_runs(
     runs: RunDistances, blocks: int, count: int, banned: Collection[int] = ()
 ) -> list[int]:
-    """Return so many blocks that go, in the runs whose distances have the least sum.
+    """Return `count` of so many blocks that go, in the runs whose distances have the least sum.
 
-    Two runs have a block between them that stays: without it they would be one.
-
-    Args:
-        runs: distances over all runs.
-        blocks: how many blocks the model has.
-        count: how many go.
-        banned: blocks that stay.
+    Two runs have a block between them that stays, as all that are banned do: without it they would
+    be one.
     """
     # The least sum for the blocks before one, of which so many go and the last stays.
     best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}

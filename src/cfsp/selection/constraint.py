@@ -1,13 +1,14 @@
 """A number of a model and its bound, which every candidate just meets.
 
-A share of one part, or of all parameters, is met by arithmetic; cache, speed and loss have their
-own modules.
+A share of one part, or of all parameters, is met by arithmetic; cache, speed and loss, which have
+modules of their own, by bisection in steps that are small against what a measurement can tell.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,11 +16,10 @@ from cfsp.checkpoint.config_widths import check_attentions_can_go_alone
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.errors import BudgetError
-from cfsp.planning.allocation import channels_to_keep, check_least, check_multiple
-from cfsp.planning.candidate import NOTHING, Dropped, DropSizes, parameters_dropped
+from cfsp.planning.allocation import ModelSize, channels_to_keep, check_least, check_multiple
+from cfsp.planning.candidate import NOTHING, Dropped, DropSizes, kept_by, parameters_dropped
 from cfsp.planning.experts import experts_to_remove
-from cfsp.planning.keep import kept_by
-from cfsp.planning.widths import model_size, parameters_of_channels
+from cfsp.planning.make import model_size, parameters_of_channels
 from cfsp.selection.drop_budget import DropBudget
 
 if TYPE_CHECKING:
@@ -30,16 +30,62 @@ if TYPE_CHECKING:
 
 # How much of the blocks, or attentions, is ever dropped beside others.
 MOST_DROPPED = 0.5
+# Half a percent of the channels.
+STEPS = 200
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One sparsity that was tried.
+
+    Attributes:
+        sparsity: fraction that goes: of the channels of what stays or, where none may go, of the
+            parameters of all that may go whole.
+        parameters: of the model that would be left.
+        value: what is bounded: loss increase in nats per token, or predicted speed-up.
+        fits: whether the bound holds.
+    """
+
+    sparsity: float
+    parameters: int
+    value: float
+    fits: bool
+
+
+def highest_step(size: ModelSize, budget: Budget) -> int:
+    """Return the number of steps up to the highest sparsity that leaves every FFN a multiple.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    least = size.cost_of(size.least_U(budget))
+    highest = math.floor(STEPS * (1 - least / size.cost_of(size.width_U)))
+    if highest < 1:
+        raise BudgetError(
+            f"nothing can be removed: with at least {max(size.multiple_U(budget))} channels left "
+            f"in every FFN, less than {1 / STEPS:.1%} of them could go; choose a smaller --multiple"
+        )
+    return highest
+
+
+def last_that_holds(highest: int, holds: Callable[[int], bool]) -> int:
+    """Return the last step in [0, highest] where a condition holds that fails from some step on.
+
+    It is taken to hold at 0, where nothing is pruned, and asked about log2(highest) times.
+    """
+    low, high = 0, highest + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 @dataclass(frozen=True)
 class Constraint(ABC):
-    """What every candidate just meets.
-
-    Attributes:
-        source: the model.
-        budget: what may go, and what widths look like.
-    """
+    """What every candidate of a model just meets."""
 
     source: WeightSource
     budget: Budget
@@ -134,11 +180,7 @@ class Share(Constraint):
 
 @dataclass(frozen=True)
 class Parameters(Constraint):
-    """A fraction of all parameters stays; of several parts that pay into it, any may give more.
-
-    Attributes:
-        asked: the fraction that stays.
-    """
+    """A fraction of all parameters stays; of several parts that pay into it, any may give more."""
 
     asked: float
     name = "target_params"

@@ -1,4 +1,4 @@
-"""How far a changed model's predictions are from the dense model's, on windows without labels.
+"""The whole model in memory, and how far a changed one's predictions are from its own.
 
 The Kullback-Leibler divergence of the next-token distribution, KL(dense || changed), in nats per
 token. It is never negative and has far less noise than a difference of losses, so that few
@@ -15,15 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.streaming.call_form import CallForm, find_call_form
 from cfsp.streaming.decoder_end import text_model
+from cfsp.streaming.logits_only import logits_only
 from cfsp.streaming.resumed_forward import resumed_at
+from cfsp.streaming.whole import check_fits
 from cfsp.text.windows import few_windows
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from cfsp.streaming.call_form import CallForm
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
 # At least so many windows are compared, or as many as texts, and of each this beginning. The
@@ -39,19 +45,38 @@ POSITION_STRIDE = 4
 _SAME = 1e-4
 
 
+def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrainedModel:
+    """Return the whole model of a source, ready to run; one in memory is itself.
+
+    Raises:
+        UsageError: it does not fit into memory; it is not read then. `purpose` says what needs it.
+    """
+    if isinstance(source, LoadedModel):
+        return source.model
+    assert isinstance(source, Checkpoint)
+    check_fits(source, runtime, purpose)
+    return load(source.directory, dtype=runtime.dtype, device=runtime.device)
+
+
+@torch.inference_mode()
+def call_form_of(model: PreTrainedModel, blocks: nn.ModuleList) -> CallForm:
+    """Return how a whole model takes hidden states from its blocks; see `find_call_form`."""
+
+    def logits(tokens_BT: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
+        return found
+
+    with logits_only(model):
+        return find_call_form(logits, blocks, model.device)
+
+
 @dataclass(frozen=True)
 class DensePredictions:
-    """What the dense model predicts on some windows.
-
-    Attributes:
-        tokens_BT: the windows.
-        probability_BPV: next-token probabilities after every `POSITION_STRIDE`-th token, float32.
-        negative_entropy_BP: sum over the vocabulary of p log p, float32.
-    """
+    """What the dense model predicts after every `POSITION_STRIDE`-th token of some windows."""
 
     tokens_BT: Tensor
-    probability_BPV: Tensor
-    negative_entropy_BP: Tensor
+    probability_BPV: Tensor  # of the next token, float32
+    negative_entropy_BP: Tensor  # sum over the vocabulary of p log p, float32
 
     def divergence(self, model: PreTrainedModel) -> float:
         """Return KL(dense || model), the mean over positions, in nats per token."""
@@ -83,12 +108,7 @@ def prediction_bytes(vocabulary: int) -> int:
 
 
 def few_beginnings(windows: Windows, tokens: int = BEGINNING_TOKENS) -> Windows:
-    """Return the beginnings of a few windows: more kinds of text in the same time.
-
-    Args:
-        windows: of all kinds.
-        tokens: of each that is returned.
-    """
+    """Return the beginnings of a few windows: more kinds of text in the same time."""
     few = few_windows(windows, windows_compared(len(windows.sources)))
     return replace(few, tokens_NT=few.tokens_NT[:, :tokens])
 
@@ -102,14 +122,8 @@ def can_resume(
 ) -> bool:
     """Return whether the last block needs nothing of those before but a hidden state.
 
-    Some models take keys and values from an earlier block; they run from the beginning.
-
-    Args:
-        model: the dense one, in evaluation mode.
-        blocks: its own.
-        entering_BTD: what enters the last block.
-        form: how the model takes hidden states from its blocks.
-        dense: what it predicts.
+    Some models take keys and values from an earlier block. `entering_BTD` enters the last one of
+    the dense model, which predicts `dense`.
     """
     try:
         with resumed_at(blocks, len(blocks) - 1, entering_BTD, form):

@@ -21,19 +21,12 @@ _NOUNS: dict[WholePart, str] = {"blocks": "blocks", "attention": "attention laye
 
 @dataclass(frozen=True)
 class DropBudget:
-    """When enough blocks or attentions are dropped.
+    """When enough blocks or attentions are dropped."""
 
-    Attributes:
-        parts: what may go.
-        sizes: of everything that may go.
-        parameters: how many parameters go, to within half of what goes.
-        count: how many go of the one part that may; None where `parameters` says it.
-    """
-
-    parts: tuple[WholePart, ...]
+    parts: tuple[WholePart, ...]  # that may go
     sizes: DropSizes
-    parameters: float
-    count: int | None = None
+    parameters: float  # that go, to within half of what goes
+    count: int | None = None  # of the one part; None where `parameters` says it
 
     @staticmethod
     def of_count(
@@ -66,12 +59,7 @@ class DropBudget:
     ) -> DropBudget:
         """Return the budget by which a share goes of the parameters of all that may go.
 
-        Args:
-            source: the model.
-            parts: what may go.
-            share: of these parameters.
-            of_model: whether it is a share of all parameters of the model instead.
-            keep: what stays (`cfsp.planning.keep`).
+        With `of_model` it is a share of all parameters of the model.
 
         Raises:
             BudgetError: more than all but one would go.

@@ -12,14 +12,13 @@ A block that did more harm than another before rarely does less once more blocks
 only the few that did least are tried again (lazy greedy), so that the price is one pass for each
 block and a few for each that goes.
 
-Shapes: N windows, B windows in a batch, T tokens, D hidden.
+Shapes: N windows, T tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,30 +27,24 @@ import torch
 
 from cfsp.calibration.statistics import Removal, Statistics
 from cfsp.calibration.statistics_file import removals_from_json
-from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
 from cfsp.selection.by_statistics import NEEDS_PREDICTIONS, check_can_go
-from cfsp.selection.divergence import can_resume, dense_predictions, few_beginnings
+from cfsp.selection.divergence import few_beginnings, load_whole
 from cfsp.selection.drop_budget import DropBudget, drops_in_words
-from cfsp.selection.load import call_form_of, load_whole
-from cfsp.selection.masks import without_attention
+from cfsp.selection.masks import MaskedModel
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, WHOLE_PARTS
-from cfsp.streaming.call_form import CallForm
-from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at, skipped
 from cfsp.streaming.whole import fits
 from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import check_is_text
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.candidate import DropSizes
-    from cfsp.selection.divergence import DensePredictions
     from cfsp.settings import Budget
     from cfsp.streaming.runtime import Runtime
     from cfsp.streaming.work_dir import WorkDir
@@ -93,38 +86,37 @@ def order_of_removal(
     refusals: dict[Droppable, UnsupportedModelError] = {}
     # What each added to the divergence when it was last tried.
     added: dict[Droppable, float] = {}
-    with torch.inference_mode():
-        skipping = _SkippingModel.of(source, model, tokens_NT)
-        while True:
-            left = _room(wanted, gone) - refusals.keys()
-            fresh: set[Droppable] = set()
-            again = 0
-            best = None
-            while left and best is None:
-                tried = left & fresh
-                cheapest = _cheapest(
-                    tried if tried and again >= _TRIED_AGAIN else left, added, sizes, gone
-                )
-                if cheapest not in fresh:
-                    again += cheapest in added
-                    added[cheapest] = skipping.divergence_without(gone, cheapest) - divergence
-                    fresh.add(cheapest)
-                    continue
-                try:
-                    check(gone.plus(cheapest))
-                    best = cheapest
-                except UnsupportedModelError as error:
-                    refusals[cheapest] = error
-                    left.discard(cheapest)
-            if best is None:
-                break
-            part, block = best
-            gone, divergence = gone.plus(best), divergence + added[best]
-            removed.append(Removal(block, divergence, part, among))
-            # A block without its attention is another one than was tried.
-            added.pop(("blocks", block), None)
-            on_removal()
-            skipping.remove(gone)
+    masked = MaskedModel(source, model, torch.split(tokens_NT, _WINDOWS_IN_BATCH), resumes=True)
+    while True:
+        left = _room(wanted, gone) - refusals.keys()
+        fresh: set[Droppable] = set()
+        again = 0
+        best = None
+        while left and best is None:
+            tried = left & fresh
+            cheapest = _cheapest(
+                tried if tried and again >= _TRIED_AGAIN else left, added, sizes, gone
+            )
+            if cheapest not in fresh:
+                again += cheapest in added
+                added[cheapest] = _divergence_without(masked, gone, cheapest) - divergence
+                fresh.add(cheapest)
+                continue
+            try:
+                check(gone.plus(cheapest))
+                best = cheapest
+            except UnsupportedModelError as error:
+                refusals[cheapest] = error
+                left.discard(cheapest)
+        if best is None:
+            break
+        part, block = best
+        gone, divergence = gone.plus(best), divergence + added[best]
+        removed.append(Removal(block, divergence, part, among))
+        # A block without its attention is another one than was tried.
+        added.pop(("blocks", block), None)
+        on_removal()
+        masked.note_entering(gone)
     if not all(each.is_met_by(gone) for each in wanted):
         raise next(
             iter(refusals.values()),
@@ -134,6 +126,15 @@ def order_of_removal(
             ),
         )
     return removed
+
+
+def _divergence_without(masked: MaskedModel, gone: Dropped, candidate: Droppable) -> float:
+    """Return the divergence if another one goes, too; infinite where the model does not run."""
+    try:
+        found = masked.divergence(gone.plus(candidate), first=candidate[1])
+    except Exception:  # however a model misses what a block leaves to others
+        return math.inf
+    return found if math.isfinite(found) else math.inf
 
 
 def _room(wanted: Sequence[DropBudget], gone: Dropped) -> set[Droppable]:
@@ -199,15 +200,8 @@ def with_order(
 ) -> Statistics:
     """Add the order in which blocks or attentions go, where budgets need more of it.
 
-    A killed run goes on with what it had chosen. Of several processes the first chooses.
-
-    Args:
-        source: the model.
-        statistics: of its calibration.
-        windows: the calibration text, of which the beginnings of a few are read.
-        wanted: how much goes by what the predictions lose, in one way or several.
-        runtime: where and in what to compute.
-        place: where the choice is kept.
+    A killed run goes on with what it had chosen. Of several processes the first chooses, on the
+    beginnings of a few windows of the calibration text.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -239,18 +233,7 @@ def with_order(
 def measure_order(
     source: WeightSource, windows: Windows, wanted: Sequence[DropBudget], runtime: Runtime
 ) -> list[Removal]:
-    """Return what goes, in the order in which it is chosen, on a little of the text.
-
-    Args:
-        source: the model.
-        windows: the calibration text.
-        wanted: how much goes, in one way or several; of the same part.
-        runtime: where and in what to compute.
-
-    Raises:
-        UsageError: the model does not fit into memory.
-        UnsupportedModelError: the model cannot do without enough of its blocks.
-    """
+    """Return what goes, in the order in which it is chosen, on a little of the text."""
     if not _room(wanted, NOTHING):
         return []
     what = drops_in_words(wanted[0].parts)
@@ -262,73 +245,3 @@ def measure_order(
     with item_progress(f"choosing {what}", about, "removal") as bar:
         check = partial(check_can_go, source)
         return order_of_removal(source, model, few.tokens_NT, wanted, check, bar.update)
-
-
-class _SkippingModel:
-    """A whole model that runs without some of its parts, on the same windows again and again."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        blocks: nn.ModuleList,
-        form: CallForm,
-        dense: Sequence[DensePredictions],
-        attentions: Mapping[int, Unit],
-    ) -> None:
-        self._blocks, self._attentions = blocks, attentions
-        self._model, self._form, self._dense = model, form, dense
-        self._entering: list[list[Tensor]] = []
-        self.remove(NOTHING)
-        self._resumes = can_resume(model, blocks, self._entering[0][-1], form, dense[0])
-
-    @staticmethod
-    def of(source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor) -> _SkippingModel:
-        """Run the dense model."""
-        blocks = blocks_of(model, source.architecture)
-        attentions = {unit.block: unit for unit in source.units if unit.part == "kv"}
-        form = call_form_of(model, blocks)
-        batches = torch.split(tokens_NT, _WINDOWS_IN_BATCH)
-        dense = [dense_predictions(model, each) for each in batches]
-        return _SkippingModel(model, blocks, form, dense, attentions)
-
-    @contextmanager
-    def _without(self, gone: Dropped) -> Iterator[None]:
-        """Let the model run without these."""
-        with ExitStack() as stack:
-            for block in gone.attentions:
-                unit = self._attentions[block]
-                stack.enter_context(without_attention(self._blocks[block], unit))
-            stack.enter_context(skipped(self._blocks, gone.blocks, self._form))
-            yield
-
-    def remove(self, gone: Dropped) -> None:
-        """Note what enters every block when some are gone."""
-        self._entering = []
-        for dense in self._dense:
-            with self._without(gone), hidden_states_entering(self._blocks) as entering_L:
-                dense.divergence(self._model)
-            self._entering.append(entering_L)
-
-    def divergence_without(self, gone: Dropped, candidate: Droppable) -> float:
-        """Return KL(dense || without these); infinite where the model does not run.
-
-        Args:
-            gone: what is removed already.
-            candidate: what goes as well.
-        """
-        part, block = candidate
-        # A block without its attention computes, one that is gone does not.
-        first = block + (part == "blocks") if self._resumes else 0
-        total, windows = 0.0, 0
-        for dense, entering_L in zip(self._dense, self._entering, strict=True):
-            with (
-                self._without(gone.plus(candidate)),
-                resumed_at(self._blocks, first, entering_L[block], self._form),
-            ):
-                try:
-                    divergence = dense.divergence(self._model)
-                except Exception:  # however a model misses what a block leaves to others
-                    return math.inf
-            total += divergence * len(dense.tokens_BT)
-            windows += len(dense.tokens_BT)
-        return total / windows if math.isfinite(total) else math.inf

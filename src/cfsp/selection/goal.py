@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING
-from cfsp.planning.widths import parameters_of_channels
+from cfsp.planning.make import parameters_of_channels
 from cfsp.selection.by_statistics import check_can_go
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.kv_cache import CacheFraction
-from cfsp.selection.latency import Latencies
 from cfsp.selection.loss import LossIncrease, held_out_windows
 from cfsp.selection.score import has_room_for_two
-from cfsp.selection.speedup import Speedup, check_possible, measured
+from cfsp.selection.speedup import Speedup
 from cfsp.settings import (
     AUTO_METRIC,
     DEFAULT_PARTS,
@@ -61,32 +60,13 @@ def constraint_of(job: Job) -> tuple[Job, Constraint]:
     elif isinstance(goal, TargetKVCache):
         constraint = CacheFraction(source, budget, goal.fraction)
     elif isinstance(goal, TargetSpeedup):
-        constraint = _speedup(job, goal)
+        constraint = Speedup(source, budget, goal, job.runtime, job.place)
     else:
         # Too little text should be found out before the calibration.
         texts = held_out_windows(goal, job.settings.text, job.tokenizer())
-        constraint = LossIncrease(source, budget, goal, texts, job.settings.compute, job.place)
+        constraint = LossIncrease(source, budget, goal, texts, job.runtime, job.place)
     constraint.check()
     return job, constraint
-
-
-def _speedup(job: Job, goal: TargetSpeedup) -> Constraint:
-    """Return the constraint of a speed."""
-    check_possible(goal, job.source, job.settings)
-
-    def latencies() -> Latencies:
-        """Take what a killed run measured, or measure it; of several processes in the first."""
-
-        def measure() -> dict[str, Any]:
-            return measured(goal, job.source, job.settings).to_json()
-
-        with job.place.watch.stage("try"):
-            found = job.place.team.from_first(
-                lambda: load_or_compute(job.place, "latencies", measure)
-            )
-        return Latencies.from_json(found)
-
-    return Speedup(job.source, job.budget, goal, latencies)
 
 
 def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:

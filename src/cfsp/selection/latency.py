@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import build_skeleton, empty_model
 from cfsp.errors import UsageError
-from cfsp.planning.widths import model_size
+from cfsp.planning.make import model_size
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.shapes import SmallerModel
 from cfsp.speed.subjects import Subject
@@ -46,15 +46,10 @@ _LEAST_TIME = 0.01
 
 @dataclass(frozen=True)
 class Curve:
-    """Time by what every unit of a part keeps, relative to that of the whole model.
+    """Time by what every unit of a part keeps, relative to that of the whole model."""
 
-    Attributes:
-        kept: ascending; FFN channels, KV groups of an attention (0 of one that is gone), or blocks.
-        relative: of each, 1.0 for the last.
-    """
-
-    kept: tuple[int, ...]
-    relative: tuple[float, ...]
+    kept: tuple[int, ...]  # ascending; FFN channels, KV groups of an attention, or blocks
+    relative: tuple[float, ...]  # of each, 1.0 for the last
 
     def at(self, kept: int) -> float:
         """Return the relative time where all units keep so many."""
@@ -67,27 +62,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Latencies:
-    """What each part of a model takes.
+    """What each part of a model takes."""
 
-    Attributes:
-        curves: of each part that was measured; that of `kv` is of attentions too.
-        conditions: how it was measured, as JSON types.
-    """
-
-    curves: Mapping[Part, Curve]
-    conditions: dict[str, Any]
+    curves: Mapping[Part, Curve]  # that of `kv` is of attentions too, which keep 0
+    conditions: dict[str, Any]  # how it was measured, as JSON types
 
     def speedup(
         self, units: Sequence[Unit], kept_U: Sequence[int], dropped: Dropped, blocks: int
     ) -> float:
-        """Return how many times faster a model is that keeps this of every unit and these blocks.
-
-        Args:
-            units: of the model.
-            kept_U: channels, or KV groups, that each keeps.
-            dropped: what goes whole.
-            blocks: how many there are.
-        """
+        """Return how many times faster a model of so many blocks is that keeps this of units."""
         before = {
             part: [unit.width for unit in units if unit.part == part] for part in ("ffn", "kv")
         }
@@ -137,17 +120,10 @@ def widths_to_measure(widest: int, multiple: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Timed:
-    """A smaller model to time.
+    """A smaller model to time."""
 
-    Attributes:
-        part: of which it has less than the whole one.
-        kept: what each of the part's units keeps that keeps less.
-        share: of the units that do.
-        model: to time.
-    """
-
-    part: Part
-    kept: int
+    part: Part  # of which it has less than the whole one
+    kept: int  # by a share of the part's units
     share: float
     model: SmallerModel
 
@@ -155,21 +131,10 @@ class Timed:
 def models_to_time(
     source: WeightSource, budget: Budget, multiple: int
 ) -> tuple[SmallerModel, list[Timed]]:
-    """Return the whole model, and those with less of each part that a budget may take.
-
-    Args:
-        source: the model.
-        budget: names the parts.
-        multiple: of which FFN widths are multiples.
-    """
+    """Return the whole model, and those with less of each part that a budget may take."""
     parts, units = measured_parts(budget.parts), source.units
-    widths = [unit.width for unit in units]
-    if "ffn" in parts:
-        widest = max(unit.width for unit in units if unit.part == "ffn")
-        widths = [
-            widest if unit.part == "ffn" else width
-            for unit, width in zip(units, widths, strict=True)
-        ]
+    widest = max((unit.width for unit in units if unit.part == "ffn"), default=0)
+    widths = [widest if unit.part == "ffn" and "ffn" in parts else unit.width for unit in units]
 
     def with_at_most(part: Part, kept: int, blocks: Iterable[int] | None = None) -> SmallerModel:
         fewer = tuple(
@@ -215,15 +180,8 @@ def most_speedup(
 ) -> float:
     """Return the ratio of work between a model and the smallest one that pruning could leave.
 
-    Work is the FLOPs of a prefill, and the bytes that a decoding step reads. Where blocks may go,
-    one stays.
-
-    Args:
-        source: the model; only its config and shapes are read.
-        budget: how it was opened, and of what FFN widths are multiples.
-        parts: what may go, of those of the budget.
-        phase: what is to be faster.
-        runtime: in what it computes.
+    Work is the FLOPs of a prefill, and the bytes that a decoding step reads. Where blocks may go
+    (`parts`), one stays. Only config and shapes are read.
     """
     kv = 0 if "attention" in parts else 1
     least = tuple(
@@ -251,14 +209,7 @@ def most_speedup(
 def measure_latencies(
     source: WeightSource, budget: Budget, multiple: int, phase: Phase, runtime: Runtime
 ) -> Latencies:
-    """Time models of the same shapes with less of each part.
-
-    Args:
-        source: the model; only its config and shapes are read.
-        budget: names the parts.
-        multiple: of which FFN widths are multiples.
-        phase: what is timed.
-        runtime: where and in what.
+    """Time models of the same shapes with less of each part; only config and shapes are read.
 
     Raises:
         UsageError: these models do not fit into memory together.

@@ -12,11 +12,16 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.planning.widths import model_size
+from cfsp.planning.make import model_size
 from cfsp.quality.perplexity import perplexity
-from cfsp.selection.bisection import Attempt, highest_step, last_that_holds, sparsity_at
-from cfsp.selection.constraint import Constraint
-from cfsp.selection.load import load_whole
+from cfsp.selection.constraint import (
+    STEPS,
+    Attempt,
+    Constraint,
+    highest_step,
+    last_that_holds,
+)
+from cfsp.selection.divergence import load_whole
 from cfsp.selection.masks import masked_loss
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import load_or_compute
@@ -28,27 +33,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cfsp.planning.make import Planner
-    from cfsp.settings import CalibrationText, Compute, MaxLossIncrease, Part, PruneSettings
+    from cfsp.settings import CalibrationText, MaxLossIncrease, Part, PruneSettings
+    from cfsp.streaming.runtime import Runtime
     from cfsp.streaming.work_dir import WorkDir
 
 
 @dataclass(frozen=True)
 class LossIncrease(Constraint):
-    """The loss before repair stays within a bound over the dense model's: as much goes as fits.
-
-    Attributes:
-        goal: the bound.
-        texts: windows to measure on.
-        compute: where and in what.
-        place: where what was found is kept for a run that is resumed.
-        found: the sparsity, the dense loss, and what was tried.
-    """
+    """The loss before repair stays within a bound over the dense model's: as much goes as fits."""
 
     goal: MaxLossIncrease
-    texts: list[Windows]
-    compute: Compute
-    place: WorkDir
-    found: dict[str, Any] = field(default_factory=dict)
+    texts: list[Windows]  # to measure on
+    runtime: Runtime
+    place: WorkDir  # keeps what was found for a run that is resumed
+    found: dict[str, Any] = field(default_factory=dict)  # sparsity, dense loss, what was tried
 
     name = "max_loss_increase"
 
@@ -81,12 +79,12 @@ class LossIncrease(Constraint):
 
     def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
         source, goal = self.source, self.goal
-        model = load_whole(source, runtime_of(self.compute, source), "--max-loss-increase")
+        model = load_whole(source, self.runtime, "--max-loss-increase")
         dense, size = loss_of(model, self.texts, "dense"), model_size(source, keep=self.budget.keep)
         tried: list[Attempt] = []
 
         def holds(step: int) -> bool:
-            candidate = Candidate(parts=parts, sparsity=sparsity_at(step))
+            candidate = Candidate(parts=parts, sparsity=step / STEPS)
             plan = planner.plan(candidate)
             label = f"{candidate.sparsity:.1%} pruned"
             losses = [masked_loss(source, model, plan, each, label) for each in self.texts]
@@ -105,7 +103,7 @@ class LossIncrease(Constraint):
                 f"{least.value:.3f}; allow more, or calibrate on text like that it is measured on"
             )
         return {
-            "sparsity": sparsity_at(chosen),
+            "sparsity": chosen / STEPS,
             "dense": round(dense, 6),
             "tried": [vars(each) for each in tried],
         }

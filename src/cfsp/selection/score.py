@@ -5,13 +5,12 @@ missed alone are missed together (LOG.md). A candidate is masked on the model in
 best are also repaired on a little text, fitted on some kinds of text and judged by others, because
 repair wins back more of what channels lose than of what blocks or KV groups do.
 
-Shapes: N windows, T tokens, U units.
+Shapes: T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,18 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.selection.divergence import dense_predictions, few_beginnings
-from cfsp.selection.load import call_form_of, load_whole
-from cfsp.selection.masks import masked_unit
-from cfsp.streaming.resumed_forward import skipped
+from cfsp.selection.divergence import dense_predictions, few_beginnings, load_whole
+from cfsp.selection.masks import MaskedModel
 from cfsp.streaming.whole import free_bytes, needed_bytes
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.windows import few_windows, joined
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import WeightSource
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.repair.result import PruningResult
     from cfsp.selection.divergence import DensePredictions
-    from cfsp.streaming.call_form import CallForm
     from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
@@ -56,66 +50,34 @@ _MASKED_TOKENS = 128
 _LEAST_APART = 4
 
 
-@dataclass(frozen=True)
-class Masked:
-    """The score before repair.
+def masked_model(source: WeightSource, runtime: Runtime, windows: Windows) -> MaskedModel:
+    """Return the model that candidates are masked on, on the beginnings of a few windows.
 
-    Attributes:
-        model: the whole dense model in memory, in evaluation mode.
-        blocks: its own.
-        form: how it takes hidden states from them.
-        dense: what it predicts, taken before anything is masked.
+    Raises:
+        UsageError: the model does not fit into memory.
     """
+    model = load_whole(source, runtime, "comparing plans")
+    few = few_beginnings(windows, _MASKED_TOKENS)
+    return MaskedModel(source, model, torch.split(few.tokens_NT, 1))
 
-    model: PreTrainedModel
-    blocks: nn.ModuleList
-    form: CallForm
-    dense: list[DensePredictions]
 
-    @staticmethod
-    def of(source: WeightSource, model: PreTrainedModel, windows: Windows) -> Masked:
-        """Return the score by the predictions on some windows.
+def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) -> float:
+    """Return KL(dense || without what goes), the mean over windows.
 
-        Args:
-            source: the dense model.
-            model: the whole of it in memory, in evaluation mode.
-            windows: beginnings of a few windows.
-        """
-        blocks = blocks_of(model, source.architecture)
-        dense = dense_on(model, windows)
-        return Masked(model, blocks, call_form_of(model, blocks), dense)
-
-    def score(self, planner: Planner, candidate: Candidate) -> float:
-        """Return KL(dense || without what goes), the mean over windows.
-
-        Raises:
-            BudgetError: so much cannot go.
-        """
-        widths = planner.widths(candidate)
-        kept_U = list(planner.channels(candidate, widths))
-        with torch.inference_mode(), ExitStack() as stack:
-            gone = candidate.dropped.blocks
-            for unit, kept_K in zip(planner.source.units, kept_U, strict=True):
-                if unit.block not in gone and len(kept_K) < unit.width * unit.ffns:
-                    stack.enter_context(masked_unit(self.blocks[unit.block], unit, kept_K))
-            stack.enter_context(skipped(self.blocks, gone, self.form))
-            return sum(each.divergence(self.model) for each in self.dense) / len(self.dense)
+    Raises:
+        BudgetError: so much cannot go.
+    """
+    kept = enumerate(planner.channels(candidate, planner.widths(candidate)))
+    return masked.divergence(candidate.dropped, dict(kept))
 
 
 @dataclass(frozen=True)
 class RepairedScore:
-    """The score after a repair on a little text; the model and a pruned one are in memory.
-
-    Attributes:
-        job: what is pruned.
-        fit: windows to fit on.
-        judged: the beginnings of others to judge by.
-        repair: repairs by a plan.
-    """
+    """The score after a repair on a little text; the model and a pruned one are in memory."""
 
     job: Job
-    fit: Windows
-    judged: Windows
+    fit: Windows  # to fit on
+    judged: Windows  # the beginnings of others to judge by
     repair: Repairer
 
     @cached_property
@@ -124,7 +86,7 @@ class RepairedScore:
 
     @cached_property
     def _dense(self) -> list[DensePredictions]:
-        return dense_on(self._model, self.judged)
+        return [dense_predictions(self._model, token_T[None]) for token_T in self.judged.tokens_NT]
 
     def score(self, planner: Planner, candidate: Candidate) -> float:
         """Return KL(dense || repaired), the mean over windows."""
@@ -136,22 +98,6 @@ class RepairedScore:
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():
             return sum(each.divergence(smaller) for each in self._dense) / len(self._dense)
-
-
-def masked_score(source: WeightSource, runtime: Runtime, windows: Windows) -> Masked:
-    """Return the score before repair, on the beginnings of a few windows.
-
-    Raises:
-        UsageError: the model does not fit into memory.
-    """
-    model = load_whole(source, runtime, "comparing plans")
-    return Masked.of(source, model, few_beginnings(windows, _MASKED_TOKENS))
-
-
-def dense_on(model: PreTrainedModel, windows: Windows) -> list[DensePredictions]:
-    """Return what a model predicts on windows, which pass one at a time."""
-    with torch.inference_mode():
-        return [dense_predictions(model, tokens_T[None]) for tokens_T in windows.tokens_NT]
 
 
 def apart(windows: Windows) -> tuple[Windows, Windows]:

@@ -22,7 +22,13 @@ from cfsp.progress import item_progress
 from cfsp.selection.by_statistics import dropped_by
 from cfsp.selection.constraint import Parameters, Share
 from cfsp.selection.drop_budget import drops_in_words
-from cfsp.selection.score import RepairedScore, apart, has_room_for_two, masked_score
+from cfsp.selection.score import (
+    RepairedScore,
+    apart,
+    has_room_for_two,
+    masked_model,
+    masked_score,
+)
 from cfsp.settings import DIVERGENCE
 from cfsp.streaming.work_dir import load_or_compute
 
@@ -41,17 +47,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate with its scores, in nats per token.
-
-    Attributes:
-        candidate: what was scored.
-        masked: KL(dense || pruned, not repaired).
-        repaired: the same after a repair on a little text; None where it was not tried.
-    """
+    """A candidate with its scores, KL(dense || pruned), in nats per token."""
 
     candidate: Candidate
-    masked: float
-    repaired: float | None = None
+    masked: float  # before repair
+    repaired: float | None = None  # after one on a little text, where that was tried
 
 
 def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None:
@@ -88,13 +88,8 @@ def select(
 ) -> tuple[Planner, Candidate]:
     """Return the best candidate, and what makes its plan.
 
-    A killed run goes on with what it had compared. Of several processes the first compares.
-
-    Args:
-        job: what is pruned; its windows are drawn only if something is compared.
-        constraint: what candidates just meet.
-        statistics: with all that candidates are made from.
-        repair: repairs by a plan; None where nothing will be repaired.
+    A killed run goes on with what it had compared. Of several processes the first compares. Windows
+    are drawn only if something is compared; without `repair` nothing is repaired.
 
     Raises:
         BudgetError: no candidate meets the constraint.
@@ -116,11 +111,11 @@ def select(
             for each in load_or_compute(job.place, name, masked)["candidates"]
         ]
         score = _repaired_score(job, repair)
-        if score is None:
-            return found
-        few = worth_a_repair(found)
-        return [_when_repaired(job, name, each, planner, score) if each in few else each
-                for each in found]  # fmt: skip
+        few = [] if score is None else worth_a_repair(found)
+        return [
+            _when_repaired(job, name, each, planner, score) if score and each in few else each
+            for each in found
+        ]
 
     with job.place.watch.stage("try"):
         found = job.place.team.from_first(compare)
@@ -165,8 +160,9 @@ def _all_masked(
     Raises:
         BudgetError: none is possible.
     """
-    score = masked_score(job.source, job.runtime, job.windows())
-    choices = channels_to_try(job.budget)
+    model = masked_model(job.source, job.runtime, job.windows())
+    channels = job.budget.channel_parts
+    choices = [("ffn",), channels] if len(channels) > 1 else [channels]
     found: list[Scored] = []
     with item_progress("choosing how many", len(choices) * len(order), "plan") as bar:
         for parts in choices:
@@ -179,7 +175,7 @@ def _all_masked(
                 candidate = Candidate(dropped, 0, parts, share)
                 bar.update()
                 try:
-                    return Scored(candidate, score.score(planner, candidate))
+                    return Scored(candidate, masked_score(model, planner, candidate))
                 except BudgetError:
                     return None  # or cannot lose it
 
@@ -192,11 +188,9 @@ def _all_masked(
 def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]) -> list[Scored]:
     """Score numbers of what is dropped, ascending, where the best one is among them.
 
-    Every number of few; of many those at even distances, then those around the best.
-
-    Args:
-        alone: the divergence when the first, the first two, ... of the order go and nothing else.
-        scored: scores a number; None where it does not meet the constraint.
+    Every number of few; of many those at even distances, then those around the best. `alone` has
+    the divergence when the first, the first two, ... of the order go and nothing else; `scored`
+    gives None where a number does not meet the constraint.
     """
     found: dict[int, Scored | None] = {}
 
@@ -220,12 +214,6 @@ def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]
         middle = min(found, key=lambda count: getattr(found[count], "masked", float("inf")))
         try_all((middle - step, middle + step))
     return [each for _, each in sorted(found.items()) if each]
-
-
-def channels_to_try(budget: Budget) -> list[tuple[Part, ...]]:
-    """Return of which parts channels may go: of FFNs alone, and of all."""
-    parts = budget.channel_parts
-    return [("ffn",), parts] if len(parts) > 1 else [parts]
 
 
 def best_of(found: Sequence[Scored]) -> Scored:

@@ -14,24 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.calibration.statistics_file import sensitivity_from_json
-from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import CalibrationError
 from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
-from cfsp.selection.divergence import can_resume, dense_predictions, few_beginnings
-from cfsp.selection.load import call_form_of, load_whole
-from cfsp.selection.masks import masked_unit
+from cfsp.selection.divergence import few_beginnings, load_whole
+from cfsp.selection.masks import MaskedModel
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
-from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.streaming.whole import fits
 from cfsp.streaming.work_dir import load_or_compute
 
@@ -62,35 +56,23 @@ def block_sensitivities(
 
     KL(dense || one block pruned), the mean over tokens; see `cfsp.selection.divergence`. All
     units of one part of a block are pruned together; a block without any moves nothing.
-
-    Args:
-        source: the dense model.
-        model: the whole of it in memory, in evaluation mode.
-        tokens_NT: windows without padding; they pass one at a time.
-        kept_U: channels of each unit that stay when its block is pruned.
-        on_block: is called after each block of each window.
-        parts: those that are pruned.
+    `on_block` is called after each block of each window.
     """
-    blocks = blocks_of(model, source.architecture)
-
-    form = call_form_of(model, blocks)
     places = _places(source, parts)
-    total_of: dict[Part, list[float]] = {part: [0.0] * len(blocks) for _, part in places}
-    resumes: bool | None = None
-    with torch.inference_mode():
-        for tokens_T in tokens_NT:
-            with hidden_states_entering(blocks) as entering_L:
-                dense = dense_predictions(model, tokens_T[None])
-            if resumes is None:
-                resumes = can_resume(model, blocks, entering_L[-1], form, dense)
-            for index, part in places:
-                first = index if resumes else 0
-                with ExitStack() as masks, resumed_at(blocks, first, entering_L[first], form):
-                    for unit, kept_K in zip(source.units, kept_U, strict=True):
-                        if (unit.block, unit.part) == (index, part):
-                            masks.enter_context(masked_unit(blocks[index], unit, kept_K))
-                    total_of[part][index] += dense.divergence(model)
-                on_block()
+    blocks = source.architecture.block_count
+    total_of: dict[Part, list[float]] = {part: [0.0] * blocks for _, part in places}
+    form = None
+    for tokens_T in tokens_NT:  # apart: what enters all blocks is kept of one window
+        masked = MaskedModel(source, model, [tokens_T[None]], resumes=True, form=form)
+        form = masked.form
+        for block, part in places:
+            kept = {
+                index: kept_U[index]
+                for index, unit in enumerate(source.units)
+                if (unit.block, unit.part) == (block, part)
+            }
+            total_of[part][block] += masked.divergence(kept=kept, first=block)
+            on_block()
     return {
         part: [total / len(tokens_NT) for total in total_L] for part, total_L in total_of.items()
     }
@@ -149,34 +131,13 @@ def with_sensitivity(
     runtime: Runtime,
     parts: Collection[Part] = UNIT_PARTS,
 ) -> Statistics:
-    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
-    few = few_beginnings(windows)
-    found = measure_sensitivity(source, statistics, few, criterion, runtime, parts)
-    return replace(statistics, sensitivity=found)
-
-
-def measure_sensitivity(
-    source: WeightSource,
-    statistics: Statistics,
-    windows: Windows,
-    criterion: Criterion,
-    runtime: Runtime,
-    parts: Collection[Part] = UNIT_PARTS,
-) -> Sensitivity:
-    """Prune a part of every block alone by half and measure what that does to the predictions.
-
-    Args:
-        source: the model.
-        statistics: say which channels are the weakest.
-        windows: to measure on; a few are enough.
-        criterion: what makes a channel important.
-        runtime: where and in what to compute.
-        parts: those that are pruned.
+    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text.
 
     Raises:
         UsageError: the model does not fit into memory.
         CalibrationError: the model predicts NaN.
     """
+    tokens_NT = few_beginnings(windows).tokens_NT
     kept_U = [
         choose_channels(
             source,
@@ -188,32 +149,23 @@ def measure_sensitivity(
         for unit, observed in enumerate(statistics.units)
     ]
     model = load_whole(source, runtime, "measuring the sensitivity of blocks")
-    total = len(windows.tokens_NT) * len(_places(source, parts))
+    total = len(tokens_NT) * len(_places(source, parts))
     with item_progress("sensitivity", total, "pass") as bar:
-        found = block_sensitivities(source, model, windows.tokens_NT, kept_U, bar.update, parts)
+        found = block_sensitivities(source, model, tokens_NT, kept_U, bar.update, parts)
     if not all(map(math.isfinite, chain(*found.values()))):
         raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
-    # Equal predictions may differ by rounding, in either direction.
-    few = len(windows.tokens_NT)
-    of_part: dict[str, Sensitivity] = {
-        part: Sensitivity(
+    of_part: dict[str, Sensitivity] = {}
+    for part, found_L in found.items():
+        kept_L, all_L = ([0] * len(found_L) for _ in range(2))
+        for unit, kept_K in zip(source.units, kept_U, strict=True):
+            if unit.part == part:
+                kept_L[unit.block] += len(kept_K)
+                all_L[unit.block] += unit.width * unit.ffns
+        of_part[part] = Sensitivity(
+            # Equal predictions may differ by rounding, in either direction.
             tuple(max(0.0, divergence) for divergence in found_L),
-            _kept_shares(source, part, kept_U, len(found_L)),
-            few,
+            tuple(k / a if a else 1.0 for k, a in zip(kept_L, all_L, strict=True)),
+            len(tokens_NT),
         )
-        for part, found_L in found.items()
-    }
     of_ffns = of_part.pop("ffn")
-    return replace(of_ffns, other_parts=of_part)
-
-
-def _kept_shares(
-    source: WeightSource, part: Part, kept_U: Sequence[Sequence[int]], blocks: int
-) -> tuple[float, ...]:
-    """Return which share of a part's channels stayed in each block; 1 where there is none."""
-    kept_L, all_L = [0] * blocks, [0] * blocks
-    for unit, kept_K in zip(source.units, kept_U, strict=True):
-        if unit.part == part:
-            kept_L[unit.block] += len(kept_K)
-            all_L[unit.block] += unit.width * unit.ffns
-    return tuple(k / a if a else 1.0 for k, a in zip(kept_L, all_L, strict=True))
+    return replace(statistics, sensitivity=replace(of_ffns, other_parts=of_part))

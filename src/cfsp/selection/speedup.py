@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
-from cfsp.planning.widths import model_size
-from cfsp.selection.bisection import Attempt, highest_step, last_that_holds, sparsity_at
-from cfsp.selection.constraint import Constraint
+from cfsp.planning.make import model_size
+from cfsp.selection.constraint import (
+    STEPS,
+    Attempt,
+    Constraint,
+    highest_step,
+    last_that_holds,
+)
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.latency import Latencies, measure_latencies, most_speedup
 from cfsp.speed import Conditions
-from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.work_dir import load_or_compute
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Removal
-    from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.make import Planner
-    from cfsp.settings import Budget, Part, PruneSettings, TargetSpeedup
+    from cfsp.settings import Part, TargetSpeedup
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.work_dir import WorkDir
 
 logger = logging.getLogger(__name__)
 
@@ -34,74 +40,13 @@ _NOUNS: dict[Part, str] = {
 }
 
 
-def check_possible(goal: TargetSpeedup, source: WeightSource, settings: PruneSettings) -> None:
-    """Check, before anything is timed, that pruning could make a model so much faster at all.
-
-    Raises:
-        BudgetError: not even in proportion to the work that would be left.
-        UsageError: its FFNs are of several kinds, so that no one width says how long it takes.
-    """
-    budget = settings.budget
-    size = model_size(source)
-    kinds = sorted({unit.kind for unit in size.units if unit.part == "ffn"})
-    if "ffn" in budget.parts and len(kinds) > 1:
-        raise UsageError(
-            "--target-speedup times models with one FFN width in all blocks, and the FFNs of "
-            f"{source.label} are of several kinds ({', '.join(kinds)}); name other parts, such as "
-            "--parts blocks, or give --sparsity and measure with cfsp bench"
-        )
-    runtime = runtime_of(settings.compute, source)
-
-    def most(*parts: Part) -> float:
-        return most_speedup(source, budget, parts, goal.phase, runtime)
-
-    if goal.ratio > (reached := most(*budget.parts)):
-        least = _least_left(source, budget)
-        # Blocks reach furthest, so it is said even where they may not go.
-        alone = dict.fromkeys((*budget.parts, "blocks"))
-        raise _out_of_reach(
-            goal,
-            budget,
-            f"by its size it would be {reached:.2f} times faster at best, because the head and "
-            f"{least} stay; in theory {_in_words({part: most(part) for part in alone})}",
-        )
-
-
-def measured(goal: TargetSpeedup, source: WeightSource, settings: PruneSettings) -> Latencies:
-    """Measure what each part of a model takes, and tell people if that cannot be relied on.
-
-    Raises:
-        UsageError: the models to time do not fit into memory.
-    """
-    multiple = max(model_size(source).multiple_U(settings.budget))
-    runtime = runtime_of(settings.compute, source)
-    latencies = measure_latencies(source, settings.budget, multiple, goal.phase, runtime)
-    warn_of_disturbance(latencies)
-    return latencies
-
-
-def warn_of_disturbance(latencies: Latencies) -> None:
-    """Tell people that other programs took so much of the machine that little can be predicted."""
-    share = float(latencies.conditions["disturbance"])
-    if share > Conditions.disturbance:
-        logger.warning(
-            f"other programs took {share:.0%} of the processors while latencies were measured: the "
-            "prediction is unreliable; repeat it on a quiet machine"
-        )
-
-
 @dataclass(frozen=True)
 class Speedup(Constraint):
-    """The model is predicted to be so many times faster.
-
-    Attributes:
-        goal: how much faster, and in which phase.
-        measure: gives the latencies; called once, when a candidate is first asked about.
-        tried: what was predicted so far.
-    """
+    """The model is predicted to be so many times faster."""
 
     goal: TargetSpeedup
-    measure: Callable[[], Latencies]
+    runtime: Runtime
+    place: WorkDir  # keeps latencies for a run that is resumed
     tried: list[Attempt] = field(default_factory=list)
 
     name = "target_speedup"
@@ -124,11 +69,49 @@ class Speedup(Constraint):
 
     @cached_property
     def latencies(self) -> Latencies:
-        """What each part takes."""
-        return self.measure()
+        """What each part takes, measured by a killed run or now; in the first process alone."""
+
+        def measure() -> dict[str, Any]:
+            multiple = max(model_size(self.source).multiple_U(self.budget))
+            found = measure_latencies(
+                self.source, self.budget, multiple, self.goal.phase, self.runtime
+            )
+            warn_of_disturbance(found)
+            return found.to_json()
+
+        with self.place.watch.stage("try"):
+            found = self.place.team.from_first(
+                lambda: load_or_compute(self.place, "latencies", measure)
+            )
+        return Latencies.from_json(found)
 
     def check(self) -> None:
-        """Check it, then time the models, in every process: only the first compares."""
+        """Check that sizes allow it, then time the models, in every process.
+
+        Raises:
+            BudgetError: not even in proportion to the work that would be left.
+            UsageError: FFNs are of several kinds, so that no one width says how long they take; or
+                the models to time do not fit into memory.
+        """
+        source, budget, phase = self.source, self.budget, self.goal.phase
+        kinds = sorted({unit.path for unit in source.units if unit.part == "ffn"})
+        if "ffn" in budget.parts and len(kinds) > 1:
+            raise UsageError(
+                "--target-speedup times models with one FFN width in all blocks, and the FFNs of "
+                f"{source.label} are of several kinds ({', '.join(kinds)}); name other parts, such "
+                "as --parts blocks, or give --sparsity and measure with cfsp bench"
+            )
+        reached = most_speedup(source, budget, budget.parts, phase, self.runtime)
+        if self.goal.ratio > reached:
+            # Blocks reach furthest, so it is said even where they may not go.
+            alone = {
+                part: most_speedup(source, budget, (part,), phase, self.runtime)
+                for part in dict.fromkeys((*budget.parts, "blocks"))
+            }
+            raise self._out_of_reach(
+                f"by its size it would be {reached:.2f} times faster at best, because the head "
+                f"and {self._least_left} stay; in theory {_in_words(alone)}"
+            )
         super().check()
         _ = self.latencies
 
@@ -167,7 +150,7 @@ class Speedup(Constraint):
         whole = model_size(self.source, dropped, self.budget.keep)
 
         def is_too_slow(step: int) -> bool:
-            candidate = Candidate(dropped, 0, tuple(parts), sparsity_at(step))
+            candidate = Candidate(dropped, 0, tuple(parts), step / STEPS)
             kept_U = planner.widths(candidate).kept_U
             left = [
                 kept
@@ -182,7 +165,7 @@ class Speedup(Constraint):
         highest = highest_step(whole.of_parts(parts), self.budget)
         if is_too_slow(highest):
             return None
-        return sparsity_at(last_that_holds(highest, is_too_slow) + 1)
+        return (last_that_holds(highest, is_too_slow) + 1) / STEPS
 
     def facts(self) -> dict[str, Any]:
         """Return what was asked for, predicted and measured."""
@@ -223,11 +206,9 @@ class Speedup(Constraint):
                 dropped = NOTHING
             reach[part] = self.of(kept, dropped)
         most = max((each.value for each in self.tried), default=1.0)
-        return _out_of_reach(
-            self.goal,
-            self.budget,
+        return self._out_of_reach(
             f"it is predicted to be {most:.2f} times faster at most, and head and "
-            f"{_least_left(self.source, self.budget)} stay; alone, {_in_words(reach)}",
+            f"{self._least_left} stay; alone, {_in_words(reach)}"
         )
 
     def _is_met_without(self, dropped: Dropped) -> bool:
@@ -242,29 +223,35 @@ class Speedup(Constraint):
         self.tried.append(Attempt(sparsity, parameters, value, value >= self.goal.ratio))
         return self.tried[-1].fits
 
-
-def _out_of_reach(goal: TargetSpeedup, budget: Budget, why: str) -> BudgetError:
-    return BudgetError(
-        f"{goal.phase} cannot become {goal.ratio:g} times faster with --parts "
-        f"{','.join(budget.parts)}: {why}; ask for less, or name other parts"
-    )
-
-
-def _least_left(source: WeightSource, budget: Budget) -> str:
-    """Return in words what stays of every block, or of all."""
-    if "blocks" in budget.parts:
-        return "one block"
-    left = []
-    if "ffn" in budget.parts:
-        ffns = model_size(source).of_parts(("ffn",))
-        left.append(f"at least {min(ffns.least_U(budget))} channels of every block")
-    else:
-        left.append("the FFNs")
-    if "attention" not in budget.parts:
-        left.append(
-            "one KV group of every attention layer" if "kv" in budget.parts else "attention"
+    def _out_of_reach(self, why: str) -> BudgetError:
+        return BudgetError(
+            f"{self.goal.phase} cannot become {self.goal.ratio:g} times faster with --parts "
+            f"{','.join(self.budget.parts)}: {why}; ask for less, or name other parts"
         )
-    return " and ".join(left)
+
+    @property
+    def _least_left(self) -> str:
+        """What stays of every block, or of all, in words."""
+        parts = self.budget.parts
+        if "blocks" in parts:
+            return "one block"
+        left = ["the FFNs"]
+        if "ffn" in parts:
+            ffns = model_size(self.source).of_parts(("ffn",))
+            left = [f"at least {min(ffns.least_U(self.budget))} channels of every block"]
+        if "attention" not in parts:
+            left.append("one KV group of every attention layer" if "kv" in parts else "attention")
+        return " and ".join(left)
+
+
+def warn_of_disturbance(latencies: Latencies) -> None:
+    """Tell people that other programs took so much of the machine that little can be predicted."""
+    share = float(latencies.conditions["disturbance"])
+    if share > Conditions.disturbance:
+        logger.warning(
+            f"other programs took {share:.0%} of the processors while latencies were measured: the "
+            "prediction is unreliable; repeat it on a quiet machine"
+        )
 
 
 def _in_words(reach: Mapping[Part, float]) -> str:
